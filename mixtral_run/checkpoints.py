@@ -1,0 +1,169 @@
+"""What a checkpoint folder, or an HF directory, says of itself. Standard library only: asked before anything heavy is
+imported.
+
+The files are described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights
+
+LATEST = "latest_checkpointed_iteration.txt"
+DESCRIPTION = "mixtral_run.json"
+
+
+@dataclass(frozen=True)
+class BaseDescription:
+    """What a base checkpoint says of itself, or what the headers of an HF directory do.
+
+    fingerprint: for an HF directory only its first half, which needs the norms and routers alone; the whole is known
+    once every byte was read (`MixtralModel.base_fingerprint`). weights: where the HF directory's tensors lie.
+    """
+
+    folder: Path
+    architecture: MixtralArchitecture
+    dtype: str
+    fingerprint: str
+    weights: HFWeights | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer's files."""
+        return self.folder / "tokenizer" if self.weights is None else self.folder
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What an adapter checkpoint says of itself; `folder` is that of its newest iteration."""
+
+    folder: Path
+    iteration: int
+    lora: Mapping[str, Any]
+    base_fingerprint: str
+
+
+def describe_base(load: Path) -> BaseDescription:
+    """Read LOAD/mixtral_run.json, or the headers of the HF model that LOAD is.
+
+    Raises WeightsError when LOAD is no whole base checkpoint, or with everything that is wrong with the HF model.
+    """
+    if is_hf_directory(load) and not (load / LATEST).exists():
+        return _describe_hf(load)
+    newest_iteration(load)
+    values = _read_description(load / DESCRIPTION, "base")
+    try:
+        architecture = MixtralArchitecture.from_mapping(values["architecture"])
+        return BaseDescription(load, architecture, values["dtype"], values["fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise WeightsError(
+            "The checkpoint's description is incomplete.", where=str(load / DESCRIPTION), found=repr(error)
+        ) from error
+
+
+def _describe_hf(directory: Path) -> BaseDescription:
+    from mixtral_run.weights.checksums import quick_fingerprint
+
+    weights = open_hf_weights(directory)
+    return BaseDescription(directory, weights.architecture, weights.dtype, quick_fingerprint(weights), weights)
+
+
+def describe_adapter(folder: Path) -> AdapterDescription:
+    """Read the newest iteration's description. Raises WeightsError when FOLDER holds no whole adapter."""
+    iteration_folder = newest_iteration(folder)
+    values = _read_description(iteration_folder / DESCRIPTION, "adapter")
+    try:
+        return AdapterDescription(iteration_folder, values["iteration"], values["lora"], values["base"]["fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise WeightsError(
+            "The adapter's description is incomplete.", where=str(iteration_folder / DESCRIPTION), found=repr(error)
+        ) from error
+
+
+def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
+    """Raise WeightsError when the adapter was trained on another base, as far as the base's fingerprint is known."""
+    known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
+    if known != base.fingerprint:
+        raise WeightsError(
+            "The adapter was trained on another base.",
+            where=str(adapter.folder),
+            expected=f"the base with fingerprint {adapter.base_fingerprint}",
+            found=f"{base.folder}, fingerprint {base.fingerprint}",
+            next_command="give --load the checkpoint that the adapter was trained on",
+        )
+
+
+def newest_iteration(folder: Path) -> Path:
+    """The folder that LATEST names. Raises WeightsError when FOLDER is no whole checkpoint."""
+    marker = folder / LATEST
+    try:
+        text = marker.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise WeightsError(
+            "This is not a whole checkpoint.",
+            where=str(folder),
+            expected=f"a folder with {LATEST}, which is written last; for a base also an HF model's directory",
+            found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
+            next_command="mixtral-run convert --hf-model-path … --output-path …",
+        ) from error
+    iteration_folder = folder / (
+        "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text
+    )
+    if not iteration_folder.is_dir():
+        raise WeightsError(
+            "The checkpoint's newest iteration is missing.",
+            where=str(folder),
+            expected=f"the folder {iteration_folder.name}, which {LATEST} names",
+            found="no such folder",
+        )
+    return iteration_folder
+
+
+def _read_description(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"The checkpoint does not say what it is: {DESCRIPTION} cannot be read.", where=str(path), found=str(error)
+        ) from error
+    found = values.get("kind") if isinstance(values, dict) else None
+    if found != kind:
+        verb = {"base": "convert", "adapter": "finetune"}[kind]
+        raise WeightsError(
+            "The checkpoint is of another kind.",
+            where=str(path),
+            expected=f"kind '{kind}', as `mixtral-run {verb}` writes",
+            found=f"kind {found!r}",
+        )
+    assert isinstance(values, dict)
+    return values
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name, fsync, rename: a reader sees the old or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder and the files in it."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_dir() and path != folder:
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,128 @@
+"""The click root. Verbs are loaded when they are called; this is the only place that prints an error or exits."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from mixtral_run import __version__
+from mixtral_run.errors import ConfigError, MixtralRunError
+
+VERBS: dict[str, str] = {
+    "bootstrap": "Bare hosts → Docker, NVIDIA toolkit, swap, HF cache, image, proof; over SSH.",
+    "status": "What every host has, and what differs; as a table, JSON or a page.",
+    "explain": "Why something fails, and what to do.",
+    "up": "From a bare host to your adapter, here: bootstrap, convert, finetune, export, fetch.",
+    "jobs": "The jobs that --on started.",
+    "logs": "What a job printed; -f follows it.",
+    "stop": "Ask a job to save and end.",
+    "fetch": "Bring here what a job wrote.",
+    "convert": "HF weights → a Megatron torch_dist checkpoint, streamed.",
+    "verify": "Say what a checkpoint is; compare it with its source bit by bit.",
+    "plan": "GiB a GPU by part for each layout of a LoRA run, the best that fits first.",
+    "finetune": "LoRA on a converted checkpoint, one adapter an expert.",
+    "pretrain": "A few iterations of full training, to prove that a layout trains.",
+    "generate": "Continue prompts with a checkpoint, with or without an adapter.",
+    "export": "Adapter → PEFT directory, or a merged HF model.",
+    "smoke": "Convert, train, fine-tune and generate on this machine; pass or fail.",
+    "rehearse": "The whole job at small size, every step proved.",
+}
+"""Verb → the line `mixtral-run --help` shows. Each is a function of that name in `commands/VERB.py`, or where MODULES
+says."""
+
+MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
+
+DEBUG_VARIABLE = "MIXTRAL_RUN_DEBUG"
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module only when the verb is called, so that --help stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"mixtral_run.commands.{MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def _with_dashes(token: str) -> str:
+    """Flags take underscores and dashes alike: `--hf_model_path` is `--hf-model-path`."""
+    return token.replace("_", "-")
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "token_normalize_func": _with_dashes,
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
+)
+@click.version_option(__version__, prog_name="mixtral-run")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def root(debug: bool) -> None:
+    """Convert and LoRA-fine-tune Mixtral 8x7B with Megatron.
+
+    Each verb starts its own processes where it needs several; under torchrun it uses those that were started.
+    """
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    if not os.environ.get(DEBUG_VARIABLE):
+        quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' advice to their own developers off the user's screen; --debug shows it."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    # transformers and the hub client read these when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0, 2 settings, 3 host, 4 check, 5 weights, 6 training, 130 interrupted."""
+    try:
+        root.main(standalone_mode=False, prog_name="mixtral-run")
+    except click.exceptions.Abort:
+        _leave("Interrupted.", 130)
+    except KeyboardInterrupt:
+        _leave("Interrupted.", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ConfigError.exit_code)
+    except MixtralRunError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        _report_to_launcher(error)
+        _leave(f"✗ {error}", error.exit_code)
+    sys.exit(0)
+
+
+def _report_to_launcher(error: MixtralRunError) -> None:
+    """Inside a job that this program launched, hand the error to the launcher, which prints each one once."""
+    if os.environ.get("MIXTRAL_RUN_ERROR_DIRECTORY"):
+        from mixtral_run.launch import hand_over_error
+
+        hand_over_error(error)
+        sys.exit(error.exit_code)
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+    rank = os.environ.get("RANK")
+    prefix = f"[rank {rank}] " if rank is not None else ""
+    print(prefix + message, file=sys.stderr, flush=True)
+    sys.exit(exit_code)

@@ -1,0 +1,28 @@
+"""`mixtral-run generate`."""
+
+from __future__ import annotations
+
+import click
+
+from mixtral_run.commands.jobs import run_job
+from mixtral_run.commands.options import config_options
+from mixtral_run.config import GenerateConfig
+
+
+@click.command()
+@config_options(GenerateConfig)
+def generate(config: GenerateConfig) -> None:
+    """Continue prompts with a converted checkpoint, with or without an adapter."""
+
+    def job() -> None:
+        from mixtral_run.generate import generate
+
+        generate(config)
+
+    def check(world_size: int) -> None:
+        del world_size
+        from mixtral_run.train.preflight import check_inference
+
+        check_inference(config)
+
+    run_job("generate", config, job, check)

@@ -1,0 +1,27 @@
+"""`mixtral-run pretrain`."""
+
+from __future__ import annotations
+
+import click
+
+from mixtral_run.commands.jobs import run_job
+from mixtral_run.commands.options import config_options
+from mixtral_run.config import PretrainConfig
+
+
+@click.command()
+@config_options(PretrainConfig)
+def pretrain(config: PretrainConfig) -> None:
+    """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
+
+    def job() -> None:
+        from mixtral_run.train.loop import pretrain
+
+        pretrain(config)
+
+    def check(world_size: int) -> None:
+        from mixtral_run.train.preflight import check_training
+
+        check_training(config, world_size)
+
+    run_job("pretrain", config, job, check)

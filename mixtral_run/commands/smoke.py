@@ -1,0 +1,17 @@
+"""`mixtral-run smoke`."""
+
+from __future__ import annotations
+
+import click
+
+from mixtral_run.commands.options import config_options
+from mixtral_run.config import SmokeConfig
+
+
+@click.command()
+@config_options(SmokeConfig)
+def smoke(config: SmokeConfig) -> None:
+    """Convert if not yet done, pretrain, fine-tune and generate on this machine; a table says pass or fail."""
+    from mixtral_run.smoke import smoke as job
+
+    job(config)

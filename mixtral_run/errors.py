@@ -1,0 +1,90 @@
+"""The exception tree. Each class is one exit code; each message says what, where, expected, found and what next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MixtralRunError(Exception):
+    """Any failure that a person can act on. Printed by `cli.main` without a traceback.
+
+    `faults` holds one line for each thing that is wrong, so that all of them are told at once. Instances survive
+    pickling: they cross process boundaries.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        next_command: str | None = None,
+        faults: Sequence[str] = (),
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.next_command = next_command
+        self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        lines += [f"  - {fault}" for fault in self.faults]
+        labelled = (
+            ("where", self.where),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("next", self.next_command),
+        )
+        lines += [f"  {label + ':':<9} {value}" for label, value in labelled if value is not None]
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.__dict__))
+
+
+def _rebuild(error_class: type[MixtralRunError], state: dict[str, object]) -> MixtralRunError:
+    error = error_class(str(state["what"]))
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(MixtralRunError):
+    """A flag, a config file or an input file is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class HostError(MixtralRunError):
+    """A host could not be reached, refused, or failed while it was being set up."""
+
+    exit_code = 3
+
+
+class CheckFailed(MixtralRunError):
+    """A check ran to its end and the answer is no (smoke, rehearse, verify)."""
+
+    exit_code = 4
+
+
+class WeightsError(MixtralRunError):
+    """A weights file or checkpoint is missing, truncated, corrupt or of another model."""
+
+    exit_code = 5
+
+
+class TrainingError(MixtralRunError):
+    """A process of a training or generating job failed."""
+
+    exit_code = 6
+
+
+EXIT_CODES: dict[int, type[MixtralRunError]] = {
+    error.exit_code: error
+    for error in (MixtralRunError, ConfigError, HostError, CheckFailed, WeightsError, TrainingError)
+}

@@ -1,0 +1,1 @@
+"""The operator's side: hosts over SSH, plays, jobs in containers, status."""

@@ -1,0 +1,200 @@
+"""ansible-runner's events folded into one state a host. Pure: no clock, no terminal; times come from the events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+
+class Phase(Enum):
+    """Where a host is. The last four are ends."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    UNREACHABLE = "unreachable"
+    STOPPED = "stopped"
+
+    @property
+    def is_end(self) -> bool:
+        return self not in (Phase.WAITING, Phase.RUNNING)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first thing that went wrong on a host."""
+
+    role: str
+    task: str
+    message: str
+
+
+@dataclass
+class HostProgress:
+    """What a host did so far."""
+
+    name: str
+    phase: Phase = Phase.WAITING
+    role: str = ""
+    task: str = ""
+    task_since: float | None = None
+    """Seconds since the epoch."""
+    ok: int = 0
+    changed: int = 0
+    skipped: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    """What went wrong, first to last; what a rescue block mended is taken out when the play ends."""
+    warnings: list[str] = field(default_factory=list)
+    changed_tasks: list[str] = field(default_factory=list)
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure."""
+        return self.failures[0] if self.failures else None
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a plain log tells at once: a change, a failure, a difference."""
+
+    host: str
+    kind: str
+    """changed, failed, unreachable, diff or warning."""
+    text: str
+
+
+class FleetProgress:
+    """Folds events; `hosts` is the state after the last of them."""
+
+    def __init__(self, names: Iterable[str] | Mapping[str, str]) -> None:
+        """`names` as the inventory has them; a mapping also says what each is called for a person."""
+        shown = names if isinstance(names, Mapping) else {name: name for name in names}
+        self.hosts = {name: HostProgress(title) for name, title in shown.items()}
+        self.started: float | None = None
+        self.finished = False
+        self.play_error: str | None = None
+        """What Ansible said where it could not even begin, such as a fault in a variable's file."""
+
+    def fold(self, event: Mapping[str, Any]) -> list[Notice]:
+        """Take one event in; returns what is worth a line of its own."""
+        kind = str(event.get("event", ""))
+        data: Mapping[str, Any] = event.get("event_data") or {}
+        if self.started is None:
+            self.started = event_time(event)
+        if kind == "playbook_on_stats":
+            return self._end(data)
+        if kind == "error" or (kind == "verbose" and str(event.get("stdout", "")).startswith(("ERROR!", "[ERROR]"))):
+            text = str(event.get("stdout", "")).strip()
+            self.play_error = f"{self.play_error}\n{text}" if self.play_error else text
+            return []
+        host = self.hosts.get(str(data.get("host", "")))
+        if host is None:
+            return []
+        if kind == "runner_on_start":
+            host.phase = Phase.RUNNING
+            host.role, host.task = str(data.get("role") or ""), str(data.get("task") or "")
+            host.task_since = event_time(event)
+            return []
+        return self._result(host, kind, data, event)
+
+    def stop(self) -> None:
+        """The play was cancelled: hosts that had not ended are where they are."""
+        for host in self.hosts.values():
+            if not host.phase.is_end:
+                host.phase = Phase.STOPPED
+
+    def unreachable(self, name: str, message: str) -> Notice:
+        """A host that was found unreachable before the play."""
+        host = self.hosts[name]
+        host.phase, host.failures = Phase.UNREACHABLE, [Failure("", "connect", message)]
+        return Notice(host.name, "unreachable", message)
+
+    def _result(self, host: HostProgress, kind: str, data: Mapping[str, Any], event: Mapping[str, Any]) -> list[Notice]:
+        result = data.get("res") if isinstance(data.get("res"), Mapping) else {}
+        assert isinstance(result, Mapping)
+        label = " · ".join(part for part in (str(data.get("role") or ""), str(data.get("task") or "")) if part)
+        notices = []
+        for warning in result.get("warnings") or []:
+            if warning not in host.warnings:
+                host.warnings.append(str(warning))
+                notices.append(Notice(host.name, "warning", str(warning)))
+        if kind == "runner_on_ok":
+            host.ok += 1
+            if result.get("changed"):
+                host.changed += 1
+                host.changed_tasks.append(label)
+                notices.append(Notice(host.name, "changed", label))
+        elif kind == "runner_on_skipped":
+            host.skipped += 1
+        elif kind == "runner_on_failed":
+            if data.get("ignore_errors"):
+                host.ok += 1
+                return notices
+            message = failure_message(result)
+            told_before = any(failure.message[:200] in message for failure in host.failures)
+            host.failures.append(Failure(str(data.get("role") or ""), str(data.get("task") or ""), message))
+            host.phase = Phase.FAILED
+            if told_before:
+                return notices
+            notices.append(Notice(host.name, "failed", f"{label}: {message}"))
+        elif kind == "runner_on_unreachable":
+            message = failure_message(result)
+            host.failures.append(Failure(str(data.get("role") or ""), str(data.get("task") or ""), message))
+            host.phase = Phase.UNREACHABLE
+            notices.append(Notice(host.name, "unreachable", message))
+        elif kind in ("runner_on_file_diff", "runner_item_on_file_diff"):
+            text = str(event.get("stdout", "")).strip("\r\n")
+            if text:
+                notices.append(Notice(host.name, "diff", f"{label}\n{text}"))
+        return notices
+
+    def _end(self, data: Mapping[str, Any]) -> list[Notice]:
+        self.finished = True
+        failures, dark = data.get("failures") or {}, data.get("dark") or {}
+        rescued, seen = data.get("rescued") or {}, data.get("processed") or {}
+        for name, host in self.hosts.items():
+            if host.phase is Phase.UNREACHABLE or name in dark:
+                host.phase = Phase.UNREACHABLE
+                continue
+            # A rescue block mends the failure before it; no event says so but the count at the end.
+            host.failures = _unmended(host.failures, int(rescued.get(name, 0)))
+            host.phase = Phase.FAILED if failures.get(name) else Phase.DONE if name in seen else Phase.WAITING
+        return []
+
+    @property
+    def bad(self) -> list[HostProgress]:
+        """Hosts that did not get to the end."""
+        return [host for host in self.hosts.values() if host.phase is not Phase.DONE]
+
+
+def _unmended(failures: list[Failure], num_rescued: int) -> list[Failure]:
+    """The failures that stand at the end. A play that keeps one for its end tells it again there: that is the one."""
+    told_again = [failure for failure in failures[:-1] if failure.message[:200] in failures[-1].message]
+    return told_again[:1] or failures[num_rescued:]
+
+
+def failure_message(result: Mapping[str, Any]) -> str:
+    """What a failed task said, without what surrounds it. Loops tell their first failed item."""
+    if result.get("censored"):
+        return "the task failed; its output is kept back because it handles a secret"
+    for item in result.get("results") or []:
+        if isinstance(item, Mapping) and item.get("failed"):
+            return failure_message(item)
+    message = str(result.get("msg") or "").strip()
+    generic = message in ("", "non-zero return code", "MODULE FAILURE") or message.startswith("MODULE FAILURE")
+    details = [str(result.get(key) or "").strip() for key in ("stderr", "module_stderr", "stdout", "module_stdout")]
+    if generic:
+        message = next((detail for detail in details if detail), message) or "it failed without a word"
+    return message
+
+
+def event_time(event: Mapping[str, Any]) -> float | None:
+    """When an event was made, in seconds since the epoch; None where it does not say."""
+    try:
+        return datetime.fromisoformat(str(event["created"])).timestamp()
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,231 @@
+"""Hosts as a user names them: `ubuntu@gpu-01:2222`, an inventory file, or those that were bootstrapped before."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.state import read_json, state_folder, write_json
+
+GROUP = "mixtral_hosts"
+"""The inventory group that playbooks set up."""
+
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\\-]*\$?")
+# RFC 1123 names, and what ~/.ssh/config allows as an alias; a leading dash would be read as an option.
+_ADDRESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine, and how SSH gets to it. What is None is left to ~/.ssh/config."""
+
+    name: str
+    """What the user calls it; unique in a fleet."""
+    address: str
+    user: str | None = None
+    port: int | None = None
+    identity_file: str | None = None
+    ssh_options: tuple[str, ...] = ()
+    """More words for ssh, from an inventory's ansible_ssh_common_args."""
+    from_inventory: bool = False
+    """Whether an inventory file of the user's names it; then Ansible reads that file itself."""
+
+    @property
+    def inventory_name(self) -> str:
+        """The name in an inventory: Ansible would take `gpu-01:2222` apart."""
+        return self.name if self.from_inventory else re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)
+
+    @property
+    def target(self) -> str:
+        """How the user would write it: `ubuntu@gpu-01:2222`."""
+        user = f"{self.user}@" if self.user else ""
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{user}{address}" + (f":{self.port}" if self.port else "")
+
+    def ansible_variables(self) -> dict[str, Any]:
+        """Connection variables of an inventory that the kit writes."""
+        found: dict[str, Any] = {"ansible_host": self.address}
+        if self.user:
+            found["ansible_user"] = self.user
+        if self.port:
+            found["ansible_port"] = self.port
+        if self.identity_file:
+            found["ansible_ssh_private_key_file"] = self.identity_file
+        return found
+
+
+def parse_host(text: str) -> Host:
+    """`[user@]name[:port]`, with an IPv6 address in brackets where a port follows. Raises ConfigError."""
+    user, _, rest = text.rpartition("@")
+    address, port_text = rest, ""
+    bracketed = re.fullmatch(r"\[([^]]*)\](?::(.*))?", rest)
+    if bracketed:
+        address, port_text = bracketed.group(1), bracketed.group(2) or ""
+    elif rest.count(":") == 1:
+        address, port_text = rest.split(":")
+    found = None
+    if "@" in text and not _USER.fullmatch(user):
+        found = f"the user {user!r}"
+    elif not _ADDRESS.fullmatch(address):
+        found = f"the name {address!r}"
+    elif (rest.count(":") == 1 or (bracketed and bracketed.group(2) is not None)) and not _is_port(port_text):
+        found = f"the port {port_text!r}"
+    if found:
+        raise ConfigError(
+            f"{text!r} does not name a host.",
+            expected="[user@]name[:port], such as ubuntu@gpu-01 or ubuntu@gpu-02:2222",
+            found=found,
+        )
+    port = int(port_text) if port_text else None
+    name = f"{address}:{port}" if port else address
+    return Host(name=name, address=address, user=user or None, port=port)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 0 < int(text) < 65536
+
+
+def parse_hosts(texts: Iterable[str]) -> tuple[Host, ...]:
+    """Hosts in the order given; the same one twice counts once. Raises ConfigError with all faults at once."""
+    found: dict[str, Host] = {}
+    faults: list[str] = []
+    for text in texts:
+        try:
+            host = parse_host(text)
+        except ConfigError as error:
+            faults.append(f"{text!r}: {error.found}")
+            continue
+        earlier = found.setdefault(host.name, host)
+        if earlier != host:
+            faults.append(f"{host.name} is named twice: {earlier.target} and {host.target}")
+    if faults:
+        raise ConfigError(
+            "Not every host can be understood.",
+            expected="[user@]name[:port], such as ubuntu@gpu-01 or ubuntu@gpu-02:2222",
+            faults=faults,
+        )
+    return tuple(found.values())
+
+
+def hosts_of_inventory(listing: Mapping[str, Any]) -> tuple[Host, ...]:
+    """Hosts of what `ansible-inventory --list` printed: those of the group mixtral_hosts, else all."""
+    variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
+    names = _members(listing, GROUP) if GROUP in listing else _members(listing, "all")
+    return tuple(_inventory_host(name, variables.get(name, {})) for name in names)
+
+
+def _members(listing: Mapping[str, Any], group: str) -> list[str]:
+    found = dict.fromkeys(listing.get(group, {}).get("hosts", []))
+    for child in listing.get(group, {}).get("children", []):
+        found |= dict.fromkeys(_members(listing, child))
+    return list(found)
+
+
+def _inventory_host(name: str, variables: Mapping[str, Any]) -> Host:
+    def first(*keys: str) -> Any:
+        return next((variables[key] for key in keys if variables.get(key)), None)
+
+    port = first("ansible_port", "ansible_ssh_port")
+    user = first("ansible_user", "ansible_ssh_user")
+    key = first("ansible_ssh_private_key_file", "ansible_private_key_file")
+    options = " ".join(str(variables.get(key) or "") for key in ("ansible_ssh_common_args", "ansible_ssh_extra_args"))
+    return Host(
+        name=name,
+        address=str(first("ansible_host", "ansible_ssh_host") or name),
+        user=str(user) if user else None,
+        port=int(port) if port else None,
+        identity_file=str(Path(str(key)).expanduser()) if key else None,
+        ssh_options=tuple(shlex.split(options)),
+        from_inventory=True,
+    )
+
+
+def limit_hosts(hosts: Sequence[Host], limit: str | None) -> tuple[Host, ...]:
+    """The hosts that `--limit gpu-01,gpu-1*,!gpu-13` leaves. Raises ConfigError for a word that names none."""
+    if not limit:
+        return tuple(hosts)
+    words = [word for word in re.split(r"[,\s]+", limit) if word]
+    wanted = [word for word in words if not word.startswith("!")]
+    chosen: list[Host] = [] if wanted else list(hosts)
+    unknown = []
+    for word in words:
+        pattern = word.removeprefix("!")
+        matching = [host for host in hosts if _is_meant(host, pattern)]
+        if not matching:
+            unknown.append(pattern)
+        elif word.startswith("!"):
+            chosen = [host for host in chosen if host not in matching]
+        else:
+            chosen += [host for host in matching if host not in chosen]
+    if unknown or not chosen:
+        raise ConfigError(
+            "--limit leaves no host." if not unknown else "--limit names a host that is not there.",
+            where=f"--limit {limit}",
+            expected=f"some of {names_of(hosts)}",
+            found=", ".join(unknown) or "none",
+        )
+    return tuple(host for host in hosts if host in chosen)
+
+
+def _is_meant(host: Host, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (host.name, host.address, host.target))
+
+
+def names_of(hosts: Iterable[Host], most: int = 8) -> str:
+    """Names for a message; the rest is counted where there are many."""
+    names = [host.name for host in hosts]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
+
+
+def remembered_hosts() -> tuple[Host, ...]:
+    """The fleet: hosts that were bootstrapped from this machine before."""
+    rows = read_json(_fleet_file(), [])
+    known = {item.name for item in dataclasses.fields(Host)}
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        values = {key: value for key, value in row.items() if key in known}
+        values["ssh_options"] = tuple(values.get("ssh_options", ()))
+        found.append(Host(**values))
+    return tuple(found)
+
+
+def remember_hosts(hosts: Iterable[Host]) -> None:
+    """Add hosts to the fleet; one of the same name is replaced."""
+    found = {host.name: host for host in remembered_hosts()}
+    found |= {host.name: host for host in hosts}
+    write_json(_fleet_file(), [dataclasses.asdict(host) for host in found.values()])
+
+
+def forget_hosts(hosts: Iterable[Host]) -> None:
+    """Take hosts out of the fleet."""
+    gone = {host.name for host in hosts}
+    write_json(_fleet_file(), [dataclasses.asdict(host) for host in remembered_hosts() if host.name not in gone])
+
+
+def _fleet_file() -> Path:
+    return state_folder() / "hosts.json"
+
+
+def find_hosts(words: Sequence[str], known: Sequence[Host] = ()) -> tuple[Host, ...]:
+    """Hosts for `--on gpu-01,ops@gpu-02`: one that is known by its name or address, else as it is written."""
+    pieces = [piece for word in words for piece in word.split(",") if piece]
+    found: list[Host] = []
+    for piece in pieces:
+        named = [host for host in known if piece in (host.name, host.target)]
+        addressed = [host for host in known if host.address == piece]
+        chosen = named[0] if named else addressed[0] if len(addressed) == 1 else None
+        if len(addressed) > 1 and not named:
+            raise ConfigError(f"{piece!r} names several hosts.", expected="one of them", found=names_of(addressed))
+        if chosen is None:
+            (chosen,) = parse_hosts([piece])
+        if chosen not in found:
+            found.append(chosen)
+    return tuple(found)

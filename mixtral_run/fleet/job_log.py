@@ -1,0 +1,214 @@
+"""Following a job: its output live from every host, until it ends or the person leaves. Leaving does not stop it."""
+
+from __future__ import annotations
+
+import collections
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from mixtral_run.errors import EXIT_CODES, HostError, MixtralRunError, TrainingError
+from mixtral_run.fleet.explain import recognise, record_failures
+from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs import ENGINE_SCRIPT, JobRow, RunningJob, engine, list_jobs
+from mixtral_run.fleet.ssh import Ssh
+
+RECONNECTS = 5
+RECONNECT_SECONDS = 2.0
+KEPT_LINES = 400
+OVERLAP_LINES = 50
+"""Lines that are asked for again when a connection was lost. The engine takes a container's two outputs up side by
+side, so that its log is not quite in the order of its time stamps."""
+GRACE_SECONDS = 30
+"""How long the hosts of a job may go on after one of them died, before they are stopped."""
+
+
+@dataclass
+class _HostLog:
+    """One host's output and its end."""
+
+    host: Host
+    shown: collections.deque[tuple[str, str]] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
+    """Time stamp and text of what was shown last, so that nothing is shown twice after a lost connection."""
+    count: int = 0
+    lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
+    row: JobRow | None = None
+    lost: bool = False
+    ended: float = 0.0
+
+    @property
+    def over(self) -> bool:
+        return self.row is not None or self.lost
+
+    @property
+    def bad(self) -> bool:
+        return self.lost or (self.row is not None and self.row.exit_code != 0)
+
+
+class Left(KeyboardInterrupt):
+    """The person left; the job goes on."""
+
+
+class JobFollower:
+    """Shows a job's output. `say` gets our own words, which are not the job's."""
+
+    def __init__(
+        self,
+        job: RunningJob,
+        ssh: Ssh | None = None,
+        out: TextIO | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.job, self.ssh, self.out = job, ssh or Ssh(), out or sys.stdout
+        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._logs = [_HostLog(host) for host in job.hosts]
+        self._width = max(len(host.name) for host in job.hosts) if len(job.hosts) > 1 else 0
+        self._lock = threading.Lock()
+        self._leave = threading.Event()
+        self._stopping = False
+
+    def follow(self, new_only: bool = False) -> None:
+        """Show output until the job is over. Raises what the job failed with, or Left after a second Ctrl-C."""
+        threads = [
+            threading.Thread(target=self._follow_host, args=(log, new_only), name=log.host.name, daemon=True)
+            for log in self._logs
+        ]
+        for thread in threads:
+            thread.start()
+        interrupts = 0
+        while any(thread.is_alive() for thread in threads):
+            try:
+                # Not Thread.join: when Ctrl-C interrupts it, Python 3.11 takes the thread for ended.
+                self._leave.wait(0.2)
+                self._watch()
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts > 1:
+                    self._leave.set()
+                    self.say(f"Left. {self.job.name} goes on: mixtral-run logs -f {self.job.name}")
+                    raise Left from None
+                self.say(
+                    f"\n{self.job.name} is running. Ctrl-C again leaves it running; to end it: "
+                    f"mixtral-run stop {self.job.name}"
+                )
+        self._raise_if_bad()
+
+    def _follow_host(self, log: _HostLog, new_only: bool) -> None:
+        since = ["--tail", "0"] if new_only else []
+        lost = 0
+        while not self._leave.is_set():
+            before = log.count
+            self._stream(log, ["--follow", *(_since(log) or since)])
+            if self._leave.is_set():
+                return
+            rows, errors = list_jobs([log.host], self.ssh)
+            row = next((row for row in rows if row.job == self.job.name), None)
+            if row is not None and not row.running:
+                # The stream ends with the container, and its last words may have come too late for it.
+                self._stream(log, _since(log) or since)
+                log.row, log.ended = row, time.monotonic()
+                return
+            if row is None and not errors:
+                log.lost, log.ended = True, time.monotonic()  # Somebody removed the container.
+                return
+            lost = 0 if log.count != before else lost + 1
+            if lost >= RECONNECTS:
+                log.lost, log.ended = True, time.monotonic()
+                return
+            if self._leave.wait(RECONNECT_SECONDS):
+                return
+
+    def _stream(self, log: _HostLog, options: list[str]) -> None:
+        """Show what the engine has, without what was shown before."""
+        again = collections.Counter(log.shown)
+        words = ["sh", "-c", ENGINE_SCRIPT, "docker", "logs", "--timestamps", *options, self.job.name]
+        self.ssh.stream(log.host, words, lambda line: self._line(log, line, again), self._leave)
+
+    def _line(self, log: _HostLog, line: str, again: collections.Counter[tuple[str, str]]) -> None:
+        stamp, _, text = line.partition(" ")
+        if not (len(stamp) > 20 and stamp[4] == "-" and stamp.endswith("Z")):
+            text = line  # ssh's own words, or the engine's
+        elif again[stamp, text] > 0:
+            again[stamp, text] -= 1
+            return
+        else:
+            log.shown.append((stamp, text))
+            log.count += 1
+        log.lines.append(text)
+        prefix = f"{log.host.name:<{self._width}} | " if self._width else ""
+        with self._lock:
+            print(prefix + text, file=self.out, flush=True)
+
+    def _watch(self) -> None:
+        """Where one host of several has died, stop the others: they would wait for it until a time-out."""
+        dead = [log for log in self._logs if log.over and log.bad]
+        alive = [log for log in self._logs if not log.over]
+        if not dead or not alive or self._stopping:
+            return
+        self._stopping = True
+        how = "cannot be reached any more" if dead[0].lost else f"ended with exit code {dead[0].row.exit_code}"  # type: ignore[union-attr]
+        others = ", ".join(log.host.name for log in alive)
+        self.say(f"✗ {dead[0].host.name} {how}: stopping the job on {others}")
+        words = ("stop", "--time", str(GRACE_SECONDS), self.job.name)
+        threading.Thread(
+            target=lambda: self.ssh.each(
+                [log.host for log in alive],
+                lambda host: engine(self.ssh, host, *words, timeout_seconds=GRACE_SECONDS + 30),
+            ),
+            daemon=True,
+        ).start()
+
+    def _raise_if_bad(self) -> None:
+        bad = [log for log in self._logs if log.bad]
+        if not bad:
+            return
+        # Others fail because one did: the one that ended first.
+        first = min(bad, key=lambda log: log.ended)
+        raise job_error(self.job, first.host, first.row, list(first.lines))
+
+
+def _since(log: _HostLog) -> list[str]:
+    """The option that asks for what is new and a little of what was shown."""
+    stamps = [stamp for stamp, _ in log.shown]
+    return ["--since", min(stamps[-OVERLAP_LINES:])] if stamps else []
+
+
+def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str]) -> MixtralRunError:
+    """What a job's end on a host means, with cause and command where it is a known failure."""
+    told = [line for line in lines if line.strip()]
+    known = recognise("\n".join(told))
+    record_failures({job.name: "\n".join(told[-60:]), host.name: "\n".join(told[-60:])})
+    faults = [f"{known.title}: {known.cause}"] if known else []
+    commands = known.commands_for(host.name)[0].replace("JOB", job.name) if known else f"mixtral-run logs {job.name}"
+    if row is None:
+        return HostError(
+            f"{job.name} was lost: {host.name} cannot be reached, or its container is gone.",
+            where=host.target,
+            next_command=f"mixtral-run jobs; mixtral-run logs {job.name}",
+        )
+    # 1 is torchrun's own, or a traceback's.
+    kind = EXIT_CODES.get(row.exit_code, TrainingError) if row.exit_code > 1 else TrainingError
+    found = f"exit code {row.exit_code}"
+    if row.out_of_memory or row.exit_code == 137:
+        found += ": killed, by somebody or because memory ran out"
+    elif row.exit_code in (130, 143):
+        found += ": stopped by a signal"
+    return kind(
+        f"{job.name} failed on {host.name}.", where=host.target, found=found, faults=faults, next_command=commands
+    )
+
+
+def show_logs(rows: list[JobRow], ssh: Ssh | None = None, out: TextIO | None = None, tail: str = "all") -> None:
+    """Print what a job has printed so far."""
+    ssh, out = ssh or Ssh(), out or sys.stdout
+    width = max(len(row.host.name) for row in rows) if len(rows) > 1 else 0
+
+    def show(row: JobRow, line: str) -> None:
+        print((f"{row.host.name:<{width}} | " if width else "") + line, file=out, flush=True)
+
+    for row in rows:
+        words = ["sh", "-c", ENGINE_SCRIPT, "docker", "logs", "--tail", tail, row.job]
+        ssh.stream(row.host, words, lambda line, row=row: show(row, line))  # type: ignore[misc]

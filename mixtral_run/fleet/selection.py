@@ -1,0 +1,38 @@
+"""Which hosts a command line means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.hosts import Host, find_hosts, hosts_of_inventory, limit_hosts, remembered_hosts
+
+
+def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) -> tuple[Host, ...]:
+    """The hosts that a command line means: named ones, an inventory's, else the fleet that was bootstrapped before.
+
+    Raises ConfigError where it means none.
+    """
+    if inventory is not None:
+        from mixtral_run.fleet.runner import read_inventory  # only here: it loads ansible_runner
+
+        if not inventory.exists():
+            raise ConfigError(
+                "There is no such inventory.", where=str(inventory), next_command="mixtral-run bootstrap ubuntu@gpu-01"
+            )
+        listed = hosts_of_inventory(read_inventory(inventory))
+        named = find_hosts(words, listed)
+        unknown = [host.name for host in named if host not in listed]
+        if unknown:
+            raise ConfigError("The inventory does not have these hosts.", where=str(inventory), faults=unknown)
+        found = named or listed
+    else:
+        known = remembered_hosts()
+        found = find_hosts(words, known) if words else known
+    if not found:
+        raise ConfigError(
+            "No host is named, and none was bootstrapped from here before.",
+            expected="[user@]name[:port] …, or -i INVENTORY",
+            next_command="mixtral-run bootstrap ubuntu@gpu-01",
+        )
+    return limit_hosts(found, limit)

@@ -1,0 +1,162 @@
+"""Starting the processes of a job: flag → config → JSON file → torchrun → the same config → one call.
+
+The parent stays to pass on signals and to say once what went wrong. Under somebody else's torchrun nothing is started.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.errors import EXIT_CODES, ConfigError, MixtralRunError, TrainingError
+from mixtral_run.settings import flag_of
+
+ERROR_DIRECTORY_VARIABLE = "MIXTRAL_RUN_ERROR_DIRECTORY"
+SHUTDOWN_SECONDS = 300
+"""How long the processes may take to save after a stop was asked for, before they are killed."""
+
+
+def is_worker() -> bool:
+    """Whether this process was started by torchrun, ours or the user's."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_ours() -> bool:
+    """Whether this process was started by `torchrun` below, whose parent has done what one process does."""
+    return ERROR_DIRECTORY_VARIABLE in os.environ
+
+
+def rank() -> int:
+    """This process's number in its job; 0 where there is no job."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def default_num_processes(device: str) -> int:
+    """One process a GPU; 2 where the job runs on the CPU. Raises ConfigError for `cuda` without a GPU."""
+    import torch
+
+    if device == "cpu":
+        return 2
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    if device == "cuda":
+        raise ConfigError(
+            "There is no GPU that torch can use.",
+            expected="--device cuda needs a CUDA build of torch and a visible GPU",
+            found=f"torch {torch.__version__}, 0 GPUs",
+            next_command="nvidia-smi; or --device cpu",
+        )
+    return 2
+
+
+def process_count(config: LaunchConfig) -> int:
+    """How many processes the job has, whatever its layout."""
+    if is_worker():
+        return int(os.environ["WORLD_SIZE"])
+    return config.nproc_per_node or default_num_processes(config.device)
+
+
+def num_processes(config: LaunchConfig) -> int:
+    """How many processes the job has. Raises ConfigError when the layout does not fit them."""
+    count = process_count(config)
+    faults = config.world_size_faults(count)
+    if faults:
+        tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+        names = ("tensor_model_parallel_size", "expert_model_parallel_size")
+        raise ConfigError(
+            f"The layout TP{tp}/EP{ep} does not fit {count} process{'es' if count != 1 else ''}.",
+            faults=faults,
+            next_command=f"{flag_of('nproc_per_node')} {_least_common_multiple(tp, ep)}, or "
+            + " ".join(f"{flag_of(name)} {min(2, count)}" for name in names),
+        )
+    return count
+
+
+def _least_common_multiple(first: int, second: int) -> int:
+    import math
+
+    return math.lcm(first, second)
+
+
+def torchrun(verb: str, config: LaunchConfig) -> None:
+    """Run `mixtral-run VERB` with `config` in `num_processes(config)` processes on this machine; wait for them.
+
+    Raises the processes' own MixtralRunError where they left one, else TrainingError naming the process and its end.
+    KeyboardInterrupt and SIGTERM are passed on; the processes then have `SHUTDOWN_SECONDS` to save.
+    """
+    from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig as TorchrunConfig
+    from torch.distributed.launcher.api import elastic_launch
+
+    count = num_processes(config)
+    for noisy in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
+        config_file = Path(folder) / "config.json"
+        config_file.write_text(config.to_json(), encoding="utf-8")
+        os.environ[ERROR_DIRECTORY_VARIABLE] = folder
+        job = TorchrunConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        )
+        try:
+            elastic_launch(job, sys.executable)("-m", "mixtral_run", verb, "--config", str(config_file))
+        except ChildFailedError as failure:
+            raise _worker_error(Path(folder), failure) from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+        finally:
+            del os.environ[ERROR_DIRECTORY_VARIABLE]
+
+
+def hand_over_error(error: MixtralRunError) -> None:
+    """In a process: leave the error for the parent, which tells each distinct one once."""
+    folder = Path(os.environ[ERROR_DIRECTORY_VARIABLE])
+    unfinished = folder / f"rank-{rank()}.partial"
+    unfinished.write_bytes(pickle.dumps(error))
+    unfinished.rename(folder / f"rank-{rank()}.error")
+
+
+def _worker_error(folder: Path, failure: object) -> MixtralRunError:
+    errors: dict[str, MixtralRunError] = {}
+    for file in sorted(folder.glob("rank-*.error")):
+        # Written by our own process into a folder that only this user can open.
+        error = pickle.loads(file.read_bytes())
+        errors.setdefault(str(error), error)
+    found = list(errors.values())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        worst = EXIT_CODES.get(found[0].exit_code, TrainingError)
+        return worst("Several processes failed.", faults=[str(error) for error in found])
+    failures: dict[int, object] = getattr(failure, "failures", {})
+    lines = [_describe_end(process) for _, process in sorted(failures.items())]
+    return TrainingError(
+        "A process of the job ended before its work was done.",
+        faults=lines,
+        next_command="the lines above this one say more; --debug shows tracebacks",
+    )
+
+
+def _describe_end(process: object) -> str:
+    exit_code = getattr(process, "exitcode", None)
+    number = getattr(process, "rank", "?")
+    if exit_code == -9:
+        return f"rank {number}: killed (SIGKILL), which the kernel does when memory runs out: see dmesg"
+    if isinstance(exit_code, int) and exit_code < 0:
+        return f"rank {number}: ended by signal {-exit_code}"
+    return f"rank {number}: exit code {exit_code}"

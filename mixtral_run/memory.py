@@ -1,0 +1,82 @@
+"""How much memory a job needs, next to what there is."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from mixtral_run.checkpoints import describe_base
+from mixtral_run.config import VerifyConfig
+from mixtral_run.plan import CONTEXT
+from mixtral_run.report import Report
+
+BYTES = {"bf16": 2, "fp32": 4}
+
+
+def logits_fit(config: VerifyConfig) -> bool:
+    """Whether both models of the logits comparison fit into memory; says so where they do not."""
+    import psutil
+
+    base = describe_base(config.load)
+    each = BYTES.get(config.dtype, 2 if base.dtype != "float32" else 4)
+    # HF's model lies in RAM in any case; ours beside it, unless it is on the GPUs. A fifth more for activations.
+    needed = 1.2 * 2 * each * base.architecture.num_parameters
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return True
+    report = Report.on_stderr() if config.json else Report()
+    report.warn(
+        f"logits not compared: both models need {needed / 1e9:,.0f} GB of memory, {free / 1e9:,.0f} GB are free "
+        "(every tensor was compared)"
+    )
+    return False
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes of one GPU: the least among those that a job uses."""
+
+    total: float
+    free: float
+
+
+# In a process of its own: asking makes a CUDA context, which would stay on every GPU as long as the asking process.
+_ASK = """
+import json, sys, torch
+count = min(int(sys.argv[1]), torch.cuda.device_count())
+print(json.dumps([torch.cuda.mem_get_info(index) for index in range(count)]))
+"""
+
+
+@functools.cache
+def gpu_memory(device: str, num_processes: int) -> GpuMemory | None:
+    """What the GPUs of a job of `num_processes` have, before it starts; None where it runs on the CPU. Asked once.
+
+    In a process that torchrun started, `free` is of its own GPU and `total` the least of all here, so that the
+    processes of one host agree on it.
+    """
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    from mixtral_run import launch
+
+    if launch.is_worker():
+        from mixtral_run.model.parallel import pick_device
+
+        free, total = torch.cuda.mem_get_info(pick_device(device))
+        totals = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        return GpuMemory(min(total, *totals), min(total, free + CONTEXT))
+    asked = subprocess.run(
+        [sys.executable, "-c", _ASK, str(num_processes)], capture_output=True, text=True, check=False
+    )
+    # What is wrong with a GPU that cannot say this is told where the job first uses it.
+    if asked.returncode != 0:
+        return None
+    pairs = json.loads(asked.stdout.splitlines()[-1])
+    # Each figure was taken with the asking process's own context on the GPU.
+    total = min(total for _, total in pairs)
+    return GpuMemory(total, min(total, min(free for free, _ in pairs) + CONTEXT))

@@ -1,0 +1,1 @@
+"""Mixtral on Megatron-core: architecture, parallel groups, attention, experts, adapters."""

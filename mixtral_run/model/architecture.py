@@ -1,0 +1,177 @@
+"""The shape of a Mixtral model, read from HF's config.json. Standard library only, so every part can ask it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from mixtral_run.errors import WeightsError
+
+# Megatron pads the vocabulary to a multiple of this times TP; Mixtral's 32,000 divides evenly up to TP 8.
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralArchitecture:
+    """Sizes in Megatron's names; the comment gives HF's where it differs."""
+
+    num_layers: int  # num_hidden_layers
+    hidden_size: int
+    ffn_hidden_size: int  # intermediate_size
+    num_attention_heads: int
+    num_query_groups: int  # num_key_value_heads
+    kv_channels: int  # head_dim
+    num_experts: int  # num_local_experts
+    moe_router_topk: int  # num_experts_per_tok
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_base: float  # rope_theta
+    layernorm_epsilon: float  # rms_norm_eps
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of linear_qkv: queries, keys and values of all groups."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    @property
+    def projection_size(self) -> int:
+        """Columns of linear_proj: all heads side by side."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, embeddings and output layer included (46,702,792,704 for Mixtral 8x7B)."""
+        hidden = self.hidden_size
+        attention = hidden * (self.qkv_size + self.projection_size)
+        experts = self.num_experts * 3 * hidden * self.ffn_hidden_size
+        layer = attention + experts + self.num_experts * hidden + 2 * hidden
+        return self.num_layers * layer + 2 * self.vocab_size * hidden + hidden
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through, without the embedding look-up."""
+        hidden = self.hidden_size
+        attention = hidden * (self.qkv_size + self.projection_size)
+        experts = self.moe_router_topk * 3 * hidden * self.ffn_hidden_size
+        return self.num_layers * (attention + experts + self.num_experts * hidden) + self.vocab_size * hidden
+
+    def num_adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
+        """Parameters of LoRA adapters on these layers: rank × (in + out) for each linear layer, one an expert."""
+        sizes = {
+            "linear_qkv": self.hidden_size + self.qkv_size,
+            "linear_proj": self.projection_size + self.hidden_size,
+            "linear_fc1": self.num_experts * (self.hidden_size + 2 * self.ffn_hidden_size),
+            "linear_fc2": self.num_experts * (self.ffn_hidden_size + self.hidden_size),
+        }
+        return self.num_layers * rank * sum(sizes[name] for name in target_modules)
+
+    def layout_faults(self, tensor_model_parallel_size: int, expert_model_parallel_size: int) -> list[str]:
+        """What keeps the model from being split over TP and EP; empty when nothing does."""
+        tp, ep = tensor_model_parallel_size, expert_model_parallel_size
+        faults = [
+            f"--tensor-model-parallel-size {tp}: does not divide the model's {count} {what}"
+            for what, count in (
+                ("attention heads", self.num_attention_heads),
+                ("query groups", self.num_query_groups),
+                ("vocabulary entries", self.vocab_size),
+            )
+            if count % tp
+        ]
+        if self.num_experts % ep:
+            faults.append(f"--expert-model-parallel-size {ep}: does not divide the model's {self.num_experts} experts")
+        return faults
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """From `to_mapping`'s result; raises TypeError on a missing or unknown key."""
+        return cls(**values)
+
+    @classmethod
+    def from_hf_config(cls, values: Mapping[str, Any], *, where: str) -> Self:
+        """From the content of config.json. Raises WeightsError naming everything that is not Mixtral's."""
+        faults = []
+        if values.get("model_type") != "mixtral":
+            faults.append(f"model_type: expected 'mixtral'; found {values.get('model_type')!r}")
+        faults += [
+            f"{name}: expected a whole number above 0; found {values.get(name)!r}"
+            for name in _REQUIRED
+            if not isinstance(values.get(name), int) or isinstance(values.get(name), bool) or values[name] < 1
+        ]
+        if values.get("tie_word_embeddings"):
+            faults.append("tie_word_embeddings: expected false; found true")
+        if values.get("sliding_window") is not None:
+            faults.append(f"sliding_window: expected null; found {values['sliding_window']!r}")
+        if values.get("hidden_act", "silu") != "silu":
+            faults.append(f"hidden_act: expected 'silu'; found {values['hidden_act']!r}")
+        rope = values.get("rope_parameters") or {}
+        rope_type = rope.get("rope_type") or (values.get("rope_scaling") or {}).get("rope_type") or "default"
+        if rope_type != "default":
+            faults.append(f"rope_type: expected 'default'; found {rope_type!r}")
+        if faults:
+            raise WeightsError("This is not a Mixtral model that can be converted.", where=where, faults=faults)
+        heads = values["num_attention_heads"]
+        return cls(
+            num_layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            ffn_hidden_size=values["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=values["num_key_value_heads"],
+            kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
+            num_experts=values["num_local_experts"],
+            moe_router_topk=values["num_experts_per_tok"],
+            vocab_size=values["vocab_size"],
+            max_position_embeddings=values.get("max_position_embeddings", 32768),
+            rotary_base=float(rope.get("rope_theta") or values.get("rope_theta") or 1e6),
+            layernorm_epsilon=float(values.get("rms_norm_eps", 1e-5)),
+        )
+
+    @classmethod
+    def from_hf_directory(cls, directory: Path) -> Self:
+        """Read DIRECTORY/config.json. Raises WeightsError when it is missing, broken or of another model."""
+        path = directory / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise WeightsError(
+                "The HF model has no config.json.", where=str(path), expected="a directory as downloaded from the hub"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise WeightsError(
+                "The HF model's config.json is not valid JSON.", where=str(path), found=str(error)
+            ) from error
+        if not isinstance(values, dict):
+            raise WeightsError("The HF model's config.json is not a JSON object.", where=str(path))
+        return cls.from_hf_config(values, where=str(path))
+
+
+MIXTRAL_8X7B = MixtralArchitecture(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    num_experts=8,
+    moe_router_topk=2,
+    vocab_size=32000,
+    max_position_embeddings=32768,
+    rotary_base=1e6,
+    layernorm_epsilon=1e-5,
+)
+"""mistralai/Mixtral-8x7B-v0.1 and -Instruct-v0.1, as released."""

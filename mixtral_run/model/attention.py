@@ -1,0 +1,119 @@
+"""Self-attention on torch's fused scaled_dot_product_attention, with rotary positions and a key-value cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mixtral_run.model.lora import ColumnLinear, LoraSettings, RowLinear
+from mixtral_run.model.packing import Packed, packed_attention
+from mixtral_run.model.remake import Recipe
+from mixtral_run.model.rotary import rotate
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, of one process's query groups; grows by `forward`.
+
+    `keys[layer]`, `values[layer]`: [batch, groups / TP, max_length, head size], the model's dtype.
+    """
+
+    max_length: int
+    length: int = 0
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens behind the old ones; return all. key, value: [batch, groups, new, head size]."""
+        if layer not in self.keys:
+            batch, groups, _, size = key.shape
+            self.keys[layer] = key.new_zeros(batch, groups, self.max_length, size)
+            self.values[layer] = torch.zeros_like(self.keys[layer])
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+@dataclass
+class AttentionInputs:
+    """What all layers share in one forward pass.
+
+    cosine, sine: [batch or 1, sequence, head size], the model's dtype. mask: bool [batch, 1, queries, keys], True where
+    attention is allowed; None means causal. packed: samples within rows, for GPUs (elsewhere they are in the mask).
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    mask: Tensor | None = None
+    cache: KeyValueCache | None = None
+    packed: Packed | None = None
+
+
+class Attention(MegatronModule):
+    """Grouped-query attention; heads are split over TP.
+
+    linear_qkv's rows are interleaved by query group, as in Megatron: the queries of a group, its key, its value.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, lora: LoraSettings | None, **_: Any) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.head_size: int = config.kv_channels
+        self.groups = config.num_query_groups // config.tensor_model_parallel_size
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        rows = (config.num_attention_heads + 2 * config.num_query_groups) * self.head_size
+        columns = config.num_attention_heads * self.head_size
+        self.linear_qkv = ColumnLinear(config.hidden_size, rows, "linear_qkv", config, lora, layer_number)
+        self.linear_proj = RowLinear(columns, config.hidden_size, "linear_proj", config, lora, layer_number)
+
+    def forward(self, hidden: Tensor, inputs: AttentionInputs, recipe: Recipe | None = None) -> Tensor:
+        """hidden: [sequence (/ TP under sequence parallelism), batch, hidden]; returns the same shape.
+
+        recipe: of hidden, when it shall be made again in the backward pass.
+        """
+        query, key, value = self._split_heads(self.linear_qkv(hidden, recipe), inputs)
+        if inputs.cache is not None:
+            key, value = inputs.cache.append(self.layer_number, key, value)
+        if inputs.packed is not None:
+            context = packed_attention(query, key, value, inputs.packed)
+        else:
+            context = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=inputs.mask,
+                is_causal=inputs.mask is None and query.shape[2] > 1,
+                scale=1.0 / math.sqrt(self.head_size),
+                enable_gqa=self.heads_per_group > 1,
+            )
+        # Attention keeps its result for its own gradient; positions first, it is another copy.
+        again = Recipe.of(_positions_first, context) if recipe is not None else None
+        projected: Tensor = self.linear_proj(_positions_first(context), again)
+        return projected
+
+    def _split_heads(self, mixed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn by position and part.
+
+        [sequence, batch, rows / TP] → query, key, value, each [batch, heads or groups, sequence, head size].
+        """
+        sequence, batch, _ = mixed.shape
+        mixed = mixed.view(sequence, batch, self.groups, self.heads_per_group + 2, self.head_size)
+        mixed = rotate(mixed, inputs.cosine, inputs.sine)
+        query, key, value = mixed.split((self.heads_per_group, 1, 1), dim=3)
+        query = query.reshape(sequence, batch, self.groups * self.heads_per_group, self.head_size)
+        # Each a tensor of its own (the query is one by reshape): attention keeps them, and views would keep `mixed`.
+        key, value = key.squeeze(3).contiguous(), value.squeeze(3).contiguous()
+        return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+
+
+def _positions_first(context: Tensor) -> Tensor:
+    """[batch, heads, sequence, head size] → [sequence, batch, heads · head size]."""
+    return context.permute(2, 0, 1, 3).flatten(2)

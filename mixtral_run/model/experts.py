@@ -1,0 +1,185 @@
+"""The experts of one layer as two stacked weights, with one adapter an expert.
+
+Keys and shapes in a checkpoint are those of Megatron's SequentialMLP (megatron-core 0.16.1, transformer/moe/experts.py)
+whatever the storage here: `experts.experts.linear_fc1.weight` [layers, experts, 2·ffn, hidden], gate rows then up
+rows in two chunks, and `linear_fc2.weight` [layers, experts, hidden, ffn].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mixtral_run.model.grouped import grouped_linear
+from mixtral_run.model.lora import LoraSettings, initial_linear_in
+from mixtral_run.model.quantised import quantise_to, quantised_linear
+from mixtral_run.model.remake import Once, Recipe, drop
+from mixtral_run.model.shares import with_shares
+from mixtral_run.model.sharing import mark
+from mixtral_run.model.swiglu import swiglu, swiglu_with_adapter
+
+
+class ExpertLinear(torch.nn.Module):
+    """One linear layer of all local experts. weight: [experts / EP, out, in]; adapters [.., r, in] and [.., out, r].
+
+    With a base precision of fp8 or nf4 the weight has no memory until `allocate`, and becomes `values` and `scales`
+    (quantised.py) with `quantise`: a layer at a time, the whole model is never there in 16 bit.
+    """
+
+    values: Tensor | None
+    scales: Tensor | None
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        name: str,
+        config: TransformerConfig,
+        lora: LoraSettings | None,
+        layer_number: int,
+        base_precision: str = "bf16",
+    ) -> None:
+        super().__init__()
+        count = config.num_moe_experts // config.expert_model_parallel_size
+        first = parallel_state.get_expert_model_parallel_rank() * count
+        device = torch.cuda.current_device()
+        self.base_precision = base_precision
+        place = device if base_precision == "bf16" else "meta"
+        self.weight: torch.nn.Parameter | None = torch.nn.Parameter(
+            torch.empty(count, outputs, inputs, dtype=config.params_dtype, device=place)
+        )
+        mark(self.weight, expert=True)
+        self.register_buffer("values", None)
+        self.register_buffer("scales", None)
+        self.lora = lora if lora is not None and name in lora.target_modules else None
+        if self.lora is not None:
+            halves = [
+                initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, first + each)
+                for each in range(count)
+            ]
+            self.linear_in = torch.nn.Parameter(torch.stack(halves).to(device))
+            self.linear_out = torch.nn.Parameter(torch.zeros(count, outputs, self.lora.rank, device=device))
+            mark(self.linear_in, expert=True)
+            mark(self.linear_out, expert=True)
+
+    def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """The layer without its adapter. rows [tokens, in], sorted by expert; ends: see grouped.py. [tokens, out]."""
+        if self.values is not None and self.scales is not None:
+            return quantised_linear(rows, self.values, self.scales, ends)
+        assert self.weight is not None
+        return grouped_linear(rows, self.weight, ends, recipe)
+
+    def allocate(self) -> None:
+        """Give the weight memory, uninitialised."""
+        assert self.weight is not None
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.empty_like(self.weight, device=device), requires_grad=False)
+        mark(self.weight, expert=True)
+
+    def quantise(self) -> None:
+        """Put smaller values and their scales in the weight's place, an expert at a time."""
+        assert self.weight is not None
+        parts = [quantise_to(expert, self.base_precision) for expert in self.weight.detach().unbind(0)]
+        self.weight = None
+        self.values = torch.stack([values for values, _ in parts])
+        self.scales = torch.stack([scales for _, scales in parts])
+
+    def inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """A·x of each row's expert, with dropout on x: [tokens, r]."""
+        assert self.lora is not None
+        if self.lora.dropout and self.training:
+            rows, recipe = drop(rows, self.lora.dropout, recipe)
+        return grouped_linear(rows, self.linear_in.to(rows.dtype), ends, recipe)
+
+
+class Experts(MegatronModule):
+    """SwiGLU experts: linear_fc2(silu(gate) · up), gate and up the two halves of linear_fc1.
+
+    An expert without rows takes part with none, so that its adapter gets a gradient of zeros.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, lora: LoraSettings | None, base_precision: str = "bf16"
+    ) -> None:
+        super().__init__(config)
+        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
+        self.linear_fc1 = ExpertLinear(hidden, 2 * ffn, "linear_fc1", config, lora, layer_number, base_precision)
+        self.linear_fc2 = ExpertLinear(ffn, hidden, "linear_fc2", config, lora, layer_number, base_precision)
+
+    def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None, shares: Tensor | None = None) -> Tensor:
+        """rows: [tokens, hidden], sorted by local expert; ends: int32 [local experts]. Returns rows' shape.
+
+        With a recipe for the rows neither they nor the activation are kept for the backward pass. shares [tokens]: what
+        each row will count for in its token, so that their gradient needs no outputs (shares.py).
+        """
+        second = self.linear_fc2
+        active, remade = self._activate(rows, ends, recipe)
+        if shares is not None and remade is not None:
+            again = Once(remade)
+            active, remade = with_shares(active, shares, again), again.as_recipe()
+        output: Tensor = second(active, ends, remade)
+        if second.lora is not None:
+            inner = second.inner(active, ends, remade) * second.lora.scale
+            output = output + grouped_linear(inner, second.linear_out.to(rows.dtype), ends)
+        return output
+
+    def _activate(self, rows: Tensor, ends: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
+        """linear_fc1 and SwiGLU: [tokens, ffn], and how to make it again."""
+        first = self.linear_fc1
+        hidden = first(rows, ends, recipe)
+        if first.lora is None:
+            return swiglu(hidden), Recipe.of(swiglu, hidden) if recipe is not None else None
+        scale = first.lora.scale
+        inner, outer = first.inner(rows, ends, recipe), first.linear_out.to(rows.dtype)
+
+        def activate(hidden: Tensor, inner: Tensor, outer: Tensor, ends: Tensor) -> Tensor:
+            return swiglu_with_adapter(hidden, inner, outer, scale, ends)
+
+        remade = Recipe.of(activate, hidden, inner, outer, ends) if recipe is not None else None
+        return activate(hidden, inner, outer, ends), remade
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One ShardedTensor an expert (two where gate and up lie apart), each a view of the stacked weight."""
+        del metadata
+        result: dict[str, Any] = {}
+        for name, layer in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            halves = 2 if name == "linear_fc1" else 1
+            key = f"{prefix}experts.{name}"
+            # Once quantised there is nothing that a checkpoint has; before, no memory to load into.
+            if layer.weight is not None and not layer.weight.is_meta:
+                result |= self._shards(f"{key}.weight", layer.weight, halves, sharded_offsets)
+            if layer.lora is not None:
+                result |= self._shards(f"{key}.adapter.linear_in.weight", layer.linear_in, 1, sharded_offsets)
+                result |= self._shards(f"{key}.adapter.linear_out.weight", layer.linear_out, halves, sharded_offsets)
+        return result
+
+    def _shards(
+        self, key: str, stacked: Tensor, chunks_of_rows: int, sharded_offsets: tuple[Any, ...]
+    ) -> dict[str, ShardedTensor]:
+        count = stacked.shape[0]
+        size = parallel_state.get_expert_model_parallel_world_size()
+        first = parallel_state.get_expert_model_parallel_rank() * count
+        replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
+        axis = len(sharded_offsets)
+        result = {}
+        for index, expert in enumerate(stacked.detach().unbind(0)):
+            for chunk, part in enumerate(expert.chunk(chunks_of_rows)):
+                # The name here only tells the parts apart; `key` is what the checkpoint says.
+                result[f"{key}.{first + index}.{chunk}"] = ShardedTensor.from_rank_offsets(
+                    key,
+                    part,
+                    *sharded_offsets,
+                    (axis, first + index, count * size),
+                    (axis + 1, chunk, chunks_of_rows),
+                    replica_id=replica,
+                    prepend_axis_num=axis + 1,
+                )
+        return result

@@ -1,0 +1,96 @@
+"""Linear layers of many experts at once: one call multiplies each expert's rows by its own matrix.
+
+On GPUs that have it, torch's grouped matrix product, which reads the rows' boundaries on the device: the host never
+waits. Elsewhere a loop over the experts, which is also the reference that tests compare with.
+
+Weights that are frozen get no gradient computed. Shapes: rows [tokens, in], sorted by expert; weight [experts, out,
+in]; ends int32 [experts], the number of rows up to and with each expert's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral_run.model.remake import Recipe
+
+ALIGNMENT_BYTES = 16
+"""What the grouped product asks of every matrix's rows."""
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+    """Each row times the transpose of its expert's matrix: [tokens, out].
+
+    For the weight's gradient the rows are kept, or made again by `recipe`.
+    """
+    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    if not weight.requires_grad:
+        kept = ()
+    output: Tensor = _GroupedLinear.apply(rows, weight, ends, make, *kept)  # type: ignore[no-untyped-call]
+    return output
+
+
+def has_grouped_product(rows: Tensor, *widths: int) -> bool:
+    """Whether torch's kernel runs here on matrices of these widths. It asks for bf16 and compute capability 8.0.
+
+    Capability 9.0 and 10.0 have kernels of their own; on 8.x torch falls back to a loop of its own over the experts,
+    which waits for the boundaries (ATen/native/cuda/GroupedBlas.cpp).
+    """
+    return (
+        rows.is_cuda
+        # A process of an expert group may get no token at all.
+        and rows.shape[0] > 0
+        and rows.dtype is torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+        and all(width * rows.element_size() % ALIGNMENT_BYTES == 0 for width in widths)
+    )
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, make: Callable[..., Tensor] | None, *kept: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, ends, *kept)
+        ctx.make = make
+        return product(rows, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, ends, *kept = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        for_rows = product(gradient, weight, ends) if ctx.needs_input_grad[0] else None
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            for_weight = outer_product(gradient, rows, ends)
+        return (for_rows, for_weight, None, None, *(None for _ in kept))
+
+
+def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """rows [tokens, k] · matrices [experts, k, n] → [tokens, n]."""
+    if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
+        output: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
+        return output
+    parts = rows.split(row_counts(ends))
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices.unbind(0), strict=True)])
+
+
+def outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """The sum over each expert's rows of leftᵀ · right: left [tokens, m], right [tokens, n] → [experts, m, n]."""
+    if has_grouped_product(left, left.shape[1], right.shape[1]):
+        output: Tensor = torch._grouped_mm(left.t(), right, offs=ends)
+        return output
+    counts = row_counts(ends)
+    pairs = zip(left.split(counts), right.split(counts), strict=True)
+    return torch.stack([first.t() @ second for first, second in pairs])
+
+
+def row_counts(ends: Tensor) -> list[int]:
+    """Rows of each expert, on the host."""
+    numbers = [0, *ends.tolist()]
+    return [after - before for before, after in itertools.pairwise(numbers)]

@@ -1,0 +1,206 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on Megatron's parallel linear layers.
+
+`W·x + alpha / r · B·A·x` with W frozen. Split over TP, the r-wide product is what travels, never a hidden-wide one:
+
+    column (linear_qkv):  A replicated, applied to this rank's part of the sequence, its result gathered; B's rows by TP
+    row (linear_proj):    A's columns by TP, its partial result reduce-scattered; B replicated
+
+Under sequence parallelism the replicated half sees one part of the sequence a rank: its gradient is partial and is
+summed over TP by train/step.py, which reads `sharing.is_partial`. Adapters are kept in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mixtral_run.model.remake import Recipe, drop, remade_linear
+from mixtral_run.model.sharing import mark
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which layers carry an adapter, and its shape."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *place: int) -> Tensor:
+    """The start of A as PEFT has it: kaiming uniform with a = sqrt(5), which is ±1/sqrt(inputs). [rank, inputs], fp32.
+
+    Drawn on the CPU from a generator of its own, seeded by the run's seed, module and place (layer, expert): the same
+    in every layout of processes. By checksum, since torch's CPU generator heeds only the low 32 bits of a seed.
+    """
+    name = " ".join(map(str, (lora.seed, module, *place)))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    bound = 1.0 / math.sqrt(inputs)
+    return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+
+
+class _Weight(torch.nn.Module):
+    """One half of an adapter; `partition` is the axis split over TP, None where replicated."""
+
+    def __init__(self, weight: Tensor, partition: int | None, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.to(torch.cuda.current_device()))
+        self.partition = partition
+        mark(self.weight, split=partition is not None, partial=sequence_parallel and partition is None)
+
+
+class LinearAdapter(torch.nn.Module):
+    """A and B of one parallel linear layer, this rank's parts. linear_in: [r, in], linear_out: [out, r], fp32."""
+
+    def __init__(self, linear_in: _Weight, linear_out: _Weight, lora: LoraSettings) -> None:
+        super().__init__()
+        self.linear_in = linear_in
+        self.linear_out = linear_out
+        self.lora = lora
+
+    def inner(self, hidden: Tensor, recipe: Recipe | None) -> Tensor:
+        """A·x with dropout on x, in x's dtype. With a recipe for x, x is not kept."""
+        if self.lora.dropout and self.training:
+            hidden, recipe = drop(hidden, self.lora.dropout, recipe)
+        return remade_linear(hidden, self.linear_in.weight.to(hidden.dtype), recipe)
+
+    def outer(self, inner: Tensor) -> Tensor:
+        """alpha / r · B·(A·x)."""
+        return linear(inner * self.lora.scale, self.linear_out.weight.to(inner.dtype))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: Any = None,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        halves = {"linear_in.weight": self.linear_in, "linear_out.weight": self.linear_out}
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {name: half.weight for name, half in halves.items()},
+            prefix,
+            {name: half.partition for name, half in halves.items() if half.partition is not None},
+            sharded_offsets,
+        )
+        return result
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Rows split over TP, no bias; with an adapter when `lora` targets it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, name: str, config: TransformerConfig, lora: LoraSettings | None, layer: int
+    ) -> None:
+        super().__init__(
+            inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False
+        )
+        # Megatron marks its weights only when it also initialises them.
+        mark(self.weight, split=True)
+        self.adapter: LinearAdapter | None = None
+        if lora is not None and name in lora.target_modules:
+            linear_in = initial_linear_in(lora.rank, inputs, lora, name, layer)
+            linear_out = torch.zeros(self.output_size_per_partition, lora.rank)
+            self.adapter = LinearAdapter(
+                _Weight(linear_in, None, self.sequence_parallel), _Weight(linear_out, 0, False), lora
+            )
+
+    def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """hidden: [sequence (/ TP), batch, in] → [sequence, batch, out / TP]. recipe: of hidden, where it has one."""
+        output: Tensor = super().forward(hidden)[0]
+        if self.adapter is None:
+            return output
+        inner = self.adapter.inner(hidden, recipe)
+        if self.sequence_parallel:
+            inner = gather_from_sequence_parallel_region(inner, group=self.tp_group)
+        else:
+            inner = copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
+        return output + self.adapter.outer(inner)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return _with_adapter(self, 0, prefix, sharded_offsets, metadata)
+
+
+class RowLinear(RowParallelLinear):
+    """Columns split over TP, no bias; with an adapter when `lora` targets it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, name: str, config: TransformerConfig, lora: LoraSettings | None, layer: int
+    ) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+        mark(self.weight, split=True)
+        self.adapter: LinearAdapter | None = None
+        if lora is not None and name in lora.target_modules:
+            mine = self.input_size_per_partition
+            start = mine * torch.distributed.get_rank(self.tp_group)
+            linear_in = initial_linear_in(lora.rank, inputs, lora, name, layer)[:, start : start + mine].contiguous()
+            self.adapter = LinearAdapter(
+                _Weight(linear_in, 1, False),
+                _Weight(torch.zeros(outputs, lora.rank), None, self.sequence_parallel),
+                lora,
+            )
+
+    def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """hidden: [sequence, batch, in / TP] → [sequence (/ TP), batch, out]. recipe: of hidden, where it has one."""
+        output: Tensor = super().forward(hidden)[0]
+        if self.adapter is None:
+            return output
+        inner = self.adapter.inner(hidden, recipe)
+        if self.sequence_parallel:
+            inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
+        else:
+            inner = reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
+        return output + self.adapter.outer(inner)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return _with_adapter(self, 1, prefix, sharded_offsets, metadata)
+
+
+def _with_adapter(
+    layer: ColumnLinear | RowLinear,
+    axis: int,
+    prefix: str,
+    sharded_offsets: tuple[Any, ...],
+    metadata: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The layer's weight under its own key, the adapter's halves under `adapter.`."""
+    result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        {"weight": layer.weight},
+        prefix,
+        {"weight": axis},
+        sharded_offsets,
+    )
+    if layer.adapter is not None:
+        result |= layer.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
+    return result

@@ -1,0 +1,115 @@
+"""The mixture-of-experts layer: route, send tokens to their experts' processes, compute, bring them back.
+
+As in HF's Mixtral: softmax over all experts in fp32, the top k kept and renormalised. With sequence parallelism each TP
+rank routes its own part of the sequence; experts are whole (ETP 1) and spread over EP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mixtral_run.model.experts import Experts
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.permute import inverse, to_rows, to_tokens
+from mixtral_run.model.remake import Recipe
+from mixtral_run.model.sharing import mark
+
+
+class Router(MegatronModule):
+    """Picks the experts of each token. weight: [experts, hidden]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.topk: int = config.moe_router_topk
+        self.weight = torch.nn.Parameter(
+            torch.empty(
+                config.num_moe_experts,
+                config.hidden_size,
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+        )
+        mark(self.weight, partial=config.sequence_parallel)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: [tokens, hidden] → weights fp32 and expert numbers int64, both [tokens, topk]; weights sum to 1.
+
+        In fp32 throughout: in bf16 a near tie sends a token to another expert, which dominates the model's error.
+        """
+        logits = torch.nn.functional.linear(tokens.float(), self.weight.float())
+        weights, experts = logits.softmax(dim=-1).topk(self.topk, dim=-1)
+        return weights / weights.sum(dim=-1, keepdim=True), experts
+
+
+class MoELayer(MegatronModule):
+    """Router and experts of one layer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        lora: LoraSettings | None,
+        base_precision: str = "bf16",
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.num_experts: int = config.num_moe_experts
+        self.router = Router(config)
+        self.experts = Experts(config, layer_number, lora, base_precision)
+        self.expert_group = parallel_state.get_expert_model_parallel_group()
+
+    def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """hidden: [sequence (/ TP), batch, hidden]; returns the same shape. All ranks of the expert group must call.
+
+        recipe: of hidden, when what is cheap shall be computed again in the backward pass.
+        """
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        weights, experts = self.router(tokens)
+        topk = experts.shape[1]
+        chosen = experts.flatten()
+        order = chosen.argsort(stable=True)
+        position = inverse(order)
+        rows = to_rows(tokens, order, position, topk)
+        # Not bincount, which waits for the GPU to learn the size of its result.
+        counts = (chosen[:, None] == torch.arange(self.num_experts, device=chosen.device)).sum(0)
+        if self.expert_group.size() == 1:
+            ends = counts.cumsum(0).int()
+            if recipe is not None:
+                width = hidden.shape[-1]
+                recipe = recipe.then(lambda made, by: made.reshape(-1, width).index_select(0, by // topk), order)
+                outputs = self.experts(rows, ends, recipe, weights.flatten().index_select(0, order))
+                # The weights have their gradient by their shares; detached, the outputs need not be kept for it.
+                weights = weights.detach()
+            else:
+                outputs = self.experts(rows, ends)
+        else:
+            outputs = self._through_expert_group(rows, counts, selective=recipe is not None)
+        return to_tokens(outputs, weights, order, position).view_as(hidden)
+
+    def _through_expert_group(self, rows: Tensor, counts: Tensor, *, selective: bool) -> Tensor:
+        """Rows sorted by expert → their experts' outputs in the same order. counts: [experts], of this process."""
+        size = self.expert_group.size()
+        incoming = torch.empty_like(counts)
+        dist.all_to_all_single(incoming, counts, group=self.expert_group)
+        # [sender or receiver, local expert]; one copy to the host for both.
+        sent, received = torch.stack((counts, incoming)).view(2, size, -1).tolist()
+        send_sizes, receive_sizes = [sum(each) for each in sent], [sum(each) for each in received]
+        arrived = all_to_all(self.expert_group, rows, receive_sizes, send_sizes)
+        local = torch.arange(len(received[0]), device=rows.device).repeat(size)
+        by_sender = torch.repeat_interleave(local, incoming, output_size=sum(receive_sizes))
+        order = by_sender.argsort(stable=True)
+        arrived = to_rows(arrived, order, inverse(order), 1)
+        # Gathering them again would mean asking the other processes again.
+        recipe = Recipe.kept(arrived) if selective else None
+        outputs = self.experts(arrived, incoming.view(size, -1).sum(0).cumsum(0).int(), recipe)
+        outputs = to_rows(outputs, inverse(order), order, 1)
+        returned: Tensor = all_to_all(self.expert_group, outputs, send_sizes, receive_sizes)
+        return returned

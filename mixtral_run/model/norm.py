@@ -1,0 +1,38 @@
+"""RMSNorm whose weight says that its gradient is partial under sequence parallelism.
+
+megatron-core's local norm asserts sequence parallelism off, which MoE with TP > 1 needs on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mixtral_run.model.remake import Recipe
+from mixtral_run.model.sharing import mark
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in fp32, returned in x's dtype."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # Read by train/step.py: each TP rank saw only its part of the sequence.
+        mark(self.weight, partial=config.sequence_parallel)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+    def recipe(self, hidden: Tensor) -> Recipe:
+        """How to make `forward(hidden)` again; hidden is kept for this norm's own gradient anyway."""
+        eps = self.eps
+        return Recipe.of(
+            lambda kept, weight: torch.nn.functional.rms_norm(kept, weight.shape, weight, eps), hidden, self.weight
+        )

@@ -1,0 +1,145 @@
+"""Process groups: who shares what. Every process of a job calls `start` first and `stop` last."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from mixtral_run.config import LaunchConfig
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place in the job. Sizes and ranks are of Megatron's groups; ETP is always 1."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    expert_rank: int
+    expert_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that speaks and writes for the job."""
+        return self.rank == 0
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return group
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """Processes that share the experts of a layer; tokens travel within it."""
+        group: dist.ProcessGroup = parallel_state.get_expert_model_parallel_group()
+        return group
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """Processes with the same attention weights and other samples."""
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
+
+    @property
+    def expert_data_group(self) -> dist.ProcessGroup:
+        """Processes that hold the same experts."""
+        group: dist.ProcessGroup = parallel_state.get_expert_data_parallel_group()
+        return group
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is this process's GPU where there is one, else the CPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def processes(config: LaunchConfig) -> Iterator[Processes]:
+    """Join the job, build its groups for the config's layout, leave at the end. All ranks must call.
+
+    Where the process has joined already, only the groups are built and taken down: one job may try several layouts.
+    """
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        from mixtral_run.model.cpu import stand_in_for_cuda
+
+        stand_in_for_cuda()
+    else:
+        torch.cuda.set_device(device)
+    joined_here = not dist.is_initialized()
+    set_here = _stand_alone_when_not_launched() if joined_here else []
+    if joined_here:
+        _join(config, device)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=config.distributed_timeout_minutes,
+        )
+        # Megatron's own tracker needs CUDA generators; ours are per process (`seed_everything`), so its fork is empty.
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        here = Processes(
+            device=device,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+            expert_rank=parallel_state.get_expert_model_parallel_rank(),
+            expert_size=parallel_state.get_expert_model_parallel_world_size(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+        )
+        seed_everything(config.seed, here.rank)
+        yield here
+    finally:
+        parallel_state.destroy_model_parallel()
+        if joined_here:
+            dist.destroy_process_group()
+        # What is started later from here is no process of this job.
+        for name in set_here:
+            del os.environ[name]
+
+
+def _join(config: LaunchConfig, device: torch.device) -> None:
+    dist.init_process_group(
+        # Checkpoint planning sends Python objects: these go over gloo, so that NCCL carries tensors only.
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        timeout=timedelta(minutes=config.distributed_timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _stand_alone_when_not_launched() -> list[str]:
+    """A job of one process needs no launcher: say in its words that it is alone. Returns what had to be set."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    missing = [name for name in alone if name not in os.environ]
+    os.environ.update({name: alone[name] for name in missing})
+    return missing
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed this process's generators; each process draws its own dropout. Weights are seeded apart, by name."""
+    random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum in place over `group`; all its ranks must call. Nothing is sent in a group of one."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,83 @@
+"""Tokens to rows sorted by expert, and experts' outputs back to tokens.
+
+`order` [tokens·topk] lists the choices (token·topk + which) sorted by expert; `position` is its inverse. Both ways are
+gathers, backward too: a scatter that adds would do so in an order of its own on a GPU, and autograd's gradient of an
+index sorts first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_rows(tokens: Tensor, order: Tensor, position: Tensor, topk: int) -> Tensor:
+    """tokens [tokens, hidden] → rows [tokens·topk, hidden], each token once for each expert it chose."""
+    rows: Tensor = _ToRows.apply(tokens, order, position, topk)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def to_tokens(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """rows [tokens·topk, hidden] → tokens [tokens, hidden]: each token's rows added, times weights [tokens, topk]."""
+    tokens: Tensor = _ToTokens.apply(rows, weights, order, position)  # type: ignore[no-untyped-call]
+    return tokens
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`."""
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=order.device)
+    return position
+
+
+class _ToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, position: Tensor, topk: int) -> Tensor:
+        ctx.save_for_backward(position)
+        ctx.topk = topk
+        return tokens.index_select(0, order // topk)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (position,) = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        ones = torch.ones(position.numel() // ctx.topk, ctx.topk, device=gradient.device)
+        return _add_rows(gradient, ones, position), None, None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        # The rows are for the gradient of the weights alone.
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights, order, position)
+        return _add_rows(rows, weights, position)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        rows, weights, order, position = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        if rows is None:
+            topk = weights.shape[1]
+            weight = weights.flatten()[order, None].to(gradient.dtype)
+            return gradient.index_select(0, order // topk) * weight, None, None, None
+        if rows.is_cuda and rows.numel():
+            from mixtral_run.model.permute_triton import spread
+
+            return *spread(gradient, rows, weights, position), None, None
+        topk = weights.shape[1]
+        for_rows = gradient.index_select(0, order // topk) * weights.flatten()[order, None].to(gradient.dtype)
+        picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
+        for_weights = (picked * gradient[:, None]).sum(-1, dtype=weights.dtype)
+        return for_rows, for_weights, None, None
+
+
+def _add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
+    """Σ over k of weights[t, k] · rows[position[t·topk + k]]: [tokens, hidden] in rows' dtype, added in fp32."""
+    if rows.is_cuda and rows.numel():
+        from mixtral_run.model.permute_triton import add_rows
+
+        return add_rows(rows.contiguous(), weights, position)
+    picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
+    return (picked * weights[..., None].to(rows.dtype)).sum(dim=1)

@@ -1,0 +1,68 @@
+"""SwiGLU of the experts' first layer, with the adapter's output added on the way.
+
+    output = silu(g + s·a·Bgᵀ) · (u + s·a·Buᵀ),   g and u the halves of the layer's output, a = A·x, s = alpha / r
+
+The adapter's result is as wide as the layer's (28,672 columns in Mixtral): written and added by itself it would cost as
+much as the activation. On a GPU one Triton kernel forms it where it is used. Elsewhere, and as the tests' reference,
+the same in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from mixtral_run.model.grouped import grouped_linear, has_grouped_product, outer_product, product
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """[tokens, 2·ffn] → [tokens, ffn]; gate columns, then up columns."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """hidden [tokens, 2·ffn], inner = A·x [tokens, r], outer = B [experts, 2·ffn, r], ends int32 [experts].
+
+    Gradients reach hidden, inner and outer. Returns [tokens, ffn] in hidden's dtype.
+    """
+    if _fused_runs(hidden, inner, outer):
+        output: Tensor = _Fused.apply(hidden, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
+        return output
+    return swiglu(hidden + grouped_linear(inner * scale, outer, ends))
+
+
+def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
+    """bf16 on a GPU with the grouped product, and widths that the kernel's tiles take."""
+    rank = inner.shape[1]
+    return (
+        has_grouped_product(hidden, hidden.shape[1], rank)
+        and rank in (16, 32, 64)
+        # Triton's ranges are powers of two.
+        and outer.shape[0].bit_count() == 1
+        and hidden.shape[1] % 256 == 0
+    )
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+        from mixtral_run.model.swiglu_triton import forward
+
+        ctx.save_for_backward(hidden, inner, outer, ends)
+        ctx.scale = scale
+        return forward(hidden, inner, outer, scale, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        from mixtral_run.model.swiglu_triton import backward
+
+        hidden, inner, outer, ends = ctx.saved_tensors
+        for_hidden = backward(hidden, inner, outer, ctx.scale, ends, gradients[0].contiguous())
+        # The adapter's output has hidden's gradient; both products read it once more.
+        for_inner = product(for_hidden, outer, ends) * ctx.scale
+        for_outer = outer_product(for_hidden, inner * ctx.scale, ends)
+        return for_hidden, for_inner, for_outer, None, None

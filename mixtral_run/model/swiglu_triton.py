@@ -1,0 +1,175 @@
+"""Triton kernels of swiglu.py. Imported only where a GPU is.
+
+A program takes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: each
+block goes over the experts that it touches and adds the adapter's output for that expert's rows only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_M = 64
+BLOCK_F = 128
+
+
+@triton.jit
+def _with_adapter(
+    gate,
+    up,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    rows,
+    row_mask,
+    columns,
+    tokens,
+    ffn,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """gate and up [BLOCK_M, BLOCK_F], fp32, with scale · inner · outerᵀ added."""
+    ranks = tl.arange(0, RANK)
+    inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
+    first = tl.program_id(0) * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, tokens)
+    # The experts of the first and of the last row: most blocks touch one only.
+    numbers = tl.arange(0, NUM_EXPERTS)
+    ends = tl.load(ends_ptr + numbers)
+    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    for expert in range(first_expert, last_expert + 1):
+        end = tl.load(ends_ptr + expert)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        mine = (rows >= begin) & (rows < end)
+        part = tl.where(mine[:, None], inner, 0.0).to(inner.dtype)
+        base = outer_ptr + expert * (2 * ffn * RANK)
+        gate_outer = tl.load(base + columns[None, :] * RANK + ranks[:, None])
+        up_outer = tl.load(base + (ffn + columns[None, :]) * RANK + ranks[:, None])
+        gate += tl.dot(part, gate_outer) * scale
+        up += tl.dot(part, up_outer) * scale
+    return gate, up
+
+
+@triton.jit
+def _forward_kernel(
+    hidden_ptr,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    output_ptr,
+    tokens,
+    ffn,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    row_mask = rows < tokens
+    places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
+    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0).to(tl.float32)
+    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0).to(tl.float32)
+    gate, up = _with_adapter(
+        gate,
+        up,
+        inner_ptr,
+        outer_ptr,
+        ends_ptr,
+        rows,
+        row_mask,
+        columns,
+        tokens,
+        ffn,
+        scale,
+        NUM_EXPERTS,
+        RANK,
+        BLOCK_M,
+    )
+    output = gate * tl.sigmoid(gate) * up
+    target = output_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+    tl.store(target, output.to(output_ptr.dtype.element_ty), mask=row_mask[:, None])
+
+
+@triton.jit
+def _backward_kernel(
+    hidden_ptr,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    gradient_ptr,
+    for_hidden_ptr,
+    tokens,
+    ffn,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    row_mask = rows < tokens
+    places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
+    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0).to(tl.float32)
+    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0).to(tl.float32)
+    gate, up = _with_adapter(
+        gate,
+        up,
+        inner_ptr,
+        outer_ptr,
+        ends_ptr,
+        rows,
+        row_mask,
+        columns,
+        tokens,
+        ffn,
+        scale,
+        NUM_EXPERTS,
+        RANK,
+        BLOCK_M,
+    )
+    source = gradient_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+    gradient = tl.load(source, mask=row_mask[:, None], other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    for_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    for_up = gradient * gate * sigmoid
+    kind = for_hidden_ptr.dtype.element_ty
+    tl.store(for_hidden_ptr + places, for_gate.to(kind), mask=row_mask[:, None])
+    tl.store(for_hidden_ptr + places + ffn, for_up.to(kind), mask=row_mask[:, None])
+
+
+def forward(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """See swiglu.swiglu_with_adapter. hidden, inner and outer contiguous, of one dtype."""
+    tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
+    output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
+    _launch(_forward_kernel, tokens, ffn, outer, hidden, inner, outer, ends, output, tokens, ffn, scale)
+    return output
+
+
+def backward(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient for hidden, given that of the output [tokens, ffn]."""
+    tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
+    for_hidden = torch.empty_like(hidden)
+    _launch(_backward_kernel, tokens, ffn, outer, hidden, inner, outer, ends, gradient, for_hidden, tokens, ffn, scale)
+    return for_hidden
+
+
+def _launch(kernel: Any, tokens: int, ffn: int, outer: Tensor, *arguments: Any) -> None:
+    grid = (triton.cdiv(tokens, BLOCK_M), ffn // BLOCK_F)
+    kernel[grid](
+        *arguments,
+        NUM_EXPERTS=outer.shape[0],
+        RANK=outer.shape[2],
+        BLOCK_M=BLOCK_M,
+        BLOCK_F=BLOCK_F,
+        num_warps=8,
+    )

@@ -1,0 +1,263 @@
+"""What a LoRA run takes of a GPU's memory in each layout, before anything runs. Standard library and sizes only.
+
+Each part is counted from the tensors that the code keeps; docs/benchmarks.md has the figures beside measured peaks.
+Bytes throughout; `GIB` turns them into what nvidia-smi and torch report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mixtral_run.config import LORA_TARGET_MODULES, RECOMPUTE
+from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
+
+GIB = 1024**3
+CONTEXT = 0.6 * GIB
+"""CUDA context, kernels' code and cuBLAS, outside of torch's own count."""
+COMMUNICATION = 0.8 * GIB
+"""NCCL's channels and buffers, where there is more than one process."""
+LOSS_BYTES = 8
+"""A logit's: bf16, fp32 exponentials, and the gradient on its way back."""
+IMBALANCE = 1.1
+"""Rows of the busiest process over the mean, where experts are spread over processes."""
+USABLE = 0.97
+"""Of a GPU's memory; the rest is lost between the allocator's blocks."""
+
+
+EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
+"""Of an expert's weight in 8 bit, whose scales are counted apart, and in 4 bit with its share of a scale."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is split, and how much is computed again."""
+
+    tensor_model_parallel_size: int
+    expert_model_parallel_size: int
+    recompute: str
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor_model_parallel_size}/EP{self.expert_model_parallel_size}"
+
+    def flags(self) -> str:
+        return (
+            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} "
+            f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, and on how many GPUs. weight_bytes: of a base weight; expert_bytes: of an expert's."""
+
+    architecture: MixtralArchitecture = MIXTRAL_8X7B
+    gpus: int = 8
+    seq_length: int = 512
+    micro_batch_size: int = 1
+    lora_rank: int = 16
+    lora_dropout: float = 0.0
+    lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
+    weight_bytes: int = 2
+    expert_bytes: float = 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro batch."""
+        return self.seq_length * self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU, by part."""
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    context: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(dataclasses.astuple(self)))
+
+    @property
+    def allocated(self) -> float:
+        """What torch counts: all but the context, which the driver and NCCL hold."""
+        return self.total - self.context
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout judged: relative_speed is against one GPU that holds everything and recomputes nothing."""
+
+    layout: Layout
+    memory: Memory
+    fits: bool
+    relative_speed: float
+
+
+def memory(workload: Workload, layout: Layout) -> Memory:
+    """What one GPU holds at the peak of a step, which is at the loss or in the backward pass of the last layer."""
+    adapters = adapter_parameters(workload, layout)
+    kept = workload.architecture.num_layers * workload.tokens * kept_per_token(workload, layout)
+    return Memory(
+        weights=weight_bytes(workload, layout),
+        # fp32, and the bf16 copies that the backward pass needs where the layer does not run again.
+        adapters=adapters * (4 if layout.recompute == "full" else 6),
+        gradients=adapters * 4,
+        optimizer=adapters * 8,
+        activations=kept,
+        buffers=_buffers(workload, layout),
+        context=CONTEXT + (COMMUNICATION if workload.gpus > 1 else 0),
+    )
+
+
+def weight_bytes(workload: Workload, layout: Layout) -> float:
+    """Frozen weights: attention, embeddings and output layer split over TP, experts over EP, the rest everywhere."""
+    shape = workload.architecture
+    hidden = shape.hidden_size
+    experts = shape.num_layers * shape.num_experts * 3 * hidden * shape.ffn_hidden_size
+    split = shape.num_layers * hidden * (shape.qkv_size + shape.projection_size) + 2 * shape.vocab_size * hidden
+    whole = shape.num_parameters - experts - split
+    dense = (split / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
+    expert_bytes: float = workload.expert_bytes
+    if workload.expert_bytes == 1:
+        # A scale, fp32, for each output channel.
+        expert_bytes += 4 * (2 * shape.ffn_hidden_size + hidden) / (3 * hidden * shape.ffn_hidden_size)
+    return dense + experts * expert_bytes / layout.expert_model_parallel_size
+
+
+def adapter_parameters(workload: Workload, layout: Layout) -> float:
+    """Adapter parameters on one GPU (model/lora.py and model/experts.py say what is split)."""
+    shape, tp = workload.architecture, layout.tensor_model_parallel_size
+    hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
+    sizes = {
+        "linear_qkv": hidden + shape.qkv_size / tp,
+        "linear_proj": shape.projection_size / tp + hidden,
+        "linear_fc1": shape.num_experts * (hidden + 2 * ffn) / ep,
+        "linear_fc2": shape.num_experts * (ffn + hidden) / ep,
+    }
+    return shape.num_layers * workload.lora_rank * sum(sizes[name] for name in workload.lora_target_modules)
+
+
+def kept_per_token(workload: Workload, layout: Layout) -> float:
+    """Bytes that a layer keeps for the backward pass, per token of the micro batch.
+
+    none: the inputs of both norms; what the adapters of qkv and fc1 read; query, key, value, context; fc1's output, the
+    activation, fc2's output. selective: without what norm, activation and permutation make again. full: its input.
+    """
+    tp = layout.tensor_model_parallel_size
+    residual = _width(workload, workload.architecture.hidden_size) / tp
+    if layout.recompute == "full":
+        return residual
+    return 2 * residual + _attention_per_token(workload, layout) + _experts_per_token(workload, layout)
+
+
+def _width(workload: Workload, columns: float) -> float:
+    return columns * workload.weight_bytes
+
+
+def _attention_per_token(workload: Workload, layout: Layout) -> float:
+    shape, tp = workload.architecture, layout.tensor_model_parallel_size
+    adapted, dropped = workload.lora_target_modules, workload.lora_dropout > 0
+    normed = _width(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
+    context = _width(workload, shape.projection_size)
+    kept = normed + _width(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
+    if "linear_proj" in adapted and layout.recompute == "none" and (workload.micro_batch_size > 1 or dropped):
+        # Its adapter reads a copy: turned from samples first to positions first, or with dropout.
+        kept += context
+    if dropped:
+        kept += shape.hidden_size * ("linear_qkv" in adapted) + shape.projection_size * ("linear_proj" in adapted)
+    return kept / tp
+
+
+def _experts_per_token(workload: Workload, layout: Layout) -> float:
+    shape = workload.architecture
+    adapted, dropped = workload.lora_target_modules, workload.lora_dropout > 0
+    alone = layout.expert_model_parallel_size == 1
+    hidden, ffn = _width(workload, shape.hidden_size), _width(workload, shape.ffn_hidden_size)
+    # Rows that came from other processes cannot be gathered again without asking them.
+    rows = hidden if "linear_fc1" in adapted and not (layout.recompute == "selective" and alone) else 0.0
+    active = ffn if "linear_fc2" in adapted and layout.recompute == "none" else 0.0
+    # linear_fc2's output gives the gradient of the router's weights, where they do not get it by model/shares.py.
+    output = 0.0 if layout.recompute == "selective" and alone else hidden
+    kept = rows + 2 * ffn + active + output
+    if dropped:
+        kept += shape.hidden_size * ("linear_fc1" in adapted) + shape.ffn_hidden_size * ("linear_fc2" in adapted)
+    busiest = 1.0 if alone else IMBALANCE
+    return shape.moe_router_topk * kept * busiest / layout.tensor_model_parallel_size
+
+
+def _buffers(workload: Workload, layout: Layout) -> float:
+    """The larger of what the loss and what a layer's backward pass need beside what is kept."""
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
+    alone = layout.expert_model_parallel_size == 1
+    loss = tokens * shape.vocab_size * LOSS_BYTES / tp
+    rows = shape.moe_router_topk * tokens * (1.0 if alone else IMBALANCE) / tp
+    # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
+    layer = rows * (
+        _width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * (2 if alone else 4)
+    )
+    if layout.recompute == "selective":
+        layer += rows * _width(workload, shape.ffn_hidden_size + shape.hidden_size)
+    if layout.recompute == "full":
+        layer += tokens * kept_per_token(workload, dataclasses.replace(layout, recompute="none"))
+    if workload.expert_bytes < 1:
+        # One linear layer's experts in 16 bit, for the product.
+        layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
+    elif workload.expert_bytes == 1:
+        # One linear layer's experts turned for the input gradient (model/quantised.py), and the larger input in 8 bit.
+        layer += shape.num_experts * 2 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
+        layer += rows * 2 * shape.ffn_hidden_size
+    return max(loss, layer)
+
+
+def layouts(workload: Workload) -> Iterator[Layout]:
+    """Every layout that the model and this many GPUs allow."""
+    shape, gpus = workload.architecture, workload.gpus
+    for tp in _divisors(gpus):
+        for ep in _divisors(gpus):
+            if shape.layout_faults(tp, ep) or workload.seq_length % tp:
+                continue
+            for recompute in RECOMPUTE:
+                yield Layout(tp, ep, recompute)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def relative_speed(layout: Layout) -> float:
+    """A GPU's rate against one that holds everything and recomputes nothing.
+
+    Measured: EP2 runs at 91 %. Counted: running the forward pass again is half as many products on top, a selective
+    recomputation some passes over memory. Assumed, not measured: each doubling of TP costs a fifth.
+    """
+    tp = layout.tensor_model_parallel_size
+    spread = 0.91 if layout.expert_model_parallel_size > 1 else 1.0
+    again = {"none": 1.0, "selective": 0.95, "full": 0.7}[layout.recompute]
+    return float(spread * again * 0.8 ** (tp.bit_length() - 1))
+
+
+def ranked(workload: Workload, gpu_memory: float) -> list[Choice]:
+    """All layouts, the best that fits first: fast before slow, so EP before TP and little recomputation before much;
+    among equals the one that leaves more free. Those that do not fit come last, the smallest first."""
+    choices = []
+    for layout in layouts(workload):
+        needed = memory(workload, layout)
+        fits = needed.total <= USABLE * gpu_memory
+        choices.append(Choice(layout, needed, fits, relative_speed(layout)))
+    return sorted(
+        choices,
+        key=lambda each: (not each.fits, -each.relative_speed if each.fits else 0.0, each.memory.total),
+    )
+
+
+def best(workload: Workload, gpu_memory: float) -> Choice | None:
+    """The first of `ranked` that fits."""
+    first = next(iter(ranked(workload, gpu_memory)), None)
+    return first if first is not None and first.fits else None

@@ -1,0 +1,100 @@
+"""The plan of a run: its table, and what it decides for a run on the GPUs at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from mixtral_run.checkpoints import describe_base
+from mixtral_run.config import PlanConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.plan import EXPERT_BYTES, GIB, Choice, Workload, ranked
+from mixtral_run.report import Report
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "buffers", "context")
+
+
+def show_plan(config: PlanConfig) -> None:
+    """Print the table, or JSON. Raises ConfigError when no layout fits, with what would help."""
+    workload = workload_of(config)
+    choices = ranked(workload, config.gpu_memory * GIB)
+    shown = choices if config.all else [each for each in choices if each.fits]
+    if config.json:
+        print(json.dumps(_to_mapping(config, choices), indent=2))
+    elif shown:
+        columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "speed")
+        Report().table(columns, [_row(each) for each in shown], _title(config, workload))
+        _tell_best(choices[0], config.base_precision)
+    if not any(each.fits for each in choices):
+        raise ConfigError(
+            "No layout fits.",
+            expected=f"at most {config.gpu_memory:g} GiB on each of {config.gpus} GPUs",
+            found=_smallest(choices),
+            next_command="mixtral-run plan with more --gpus, or a smaller --seq-length or --micro-batch-size",
+        )
+
+
+def workload_of(config: PlanConfig) -> Workload:
+    """What the plan is asked about. Raises WeightsError when --load is no checkpoint."""
+    base = describe_base(config.load) if config.load is not None else None
+    return Workload(
+        architecture=base.architecture if base is not None else MIXTRAL_8X7B,
+        gpus=config.gpus,
+        seq_length=config.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        lora_rank=config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        lora_target_modules=config.lora_target_modules,
+        expert_bytes=EXPERT_BYTES.get(config.base_precision, 2),
+    )
+
+
+def _title(config: PlanConfig, workload: Workload) -> str:
+    return (
+        f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, "
+        f"{config.gpus} × {config.gpu_memory:g} GiB, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU"
+    )
+
+
+def _row(choice: Choice) -> tuple[str, ...]:
+    parts = [f"{getattr(choice.memory, name) / GIB:.1f}" for name in PARTS]
+    total = f"{choice.memory.total / GIB:.1f}"
+    fits = "✓" if choice.fits else "✗"
+    return str(choice.layout), choice.layout.recompute, fits, *parts, total, f"{choice.relative_speed:.0%}"
+
+
+def _tell_best(best: Choice, base_precision: str) -> None:
+    if best.fits:
+        precision = "" if base_precision == "bf16" else f" --base-precision {base_precision}"
+        report = Report()
+        report.say("speed: estimated, against one GPU that holds everything and recomputes nothing")
+        report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{precision}")
+
+
+def _smallest(choices: list[Choice]) -> str:
+    if not choices:
+        return "no layout that divides the model and the sequence over these GPUs"
+    smallest = min(choices, key=lambda each: each.memory.total)
+    return (
+        f"{smallest.memory.total / GIB:.1f} GiB with {smallest.layout}, --recompute {smallest.layout.recompute}, "
+        "the smallest"
+    )
+
+
+def _to_mapping(config: PlanConfig, choices: list[Choice]) -> dict[str, Any]:
+    return {
+        "gpus": config.gpus,
+        "gpu_memory_gib": config.gpu_memory,
+        "layouts": [
+            {
+                **dataclasses.asdict(each.layout),
+                "fits": each.fits,
+                "relative_speed": round(each.relative_speed, 3),
+                "total_gib": round(each.memory.total / GIB, 2),
+                "parts_gib": {name: round(getattr(each.memory, name) / GIB, 2) for name in PARTS},
+            }
+            for each in choices
+        ],
+    }

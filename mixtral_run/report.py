@@ -1,0 +1,155 @@
+"""What a verb tells while it works: steps, progress, tables. Results are values elsewhere; this only renders them.
+
+One `Report` is handed down from the command. A process that is not the first of its job gets a silent one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
+QUIET_SECONDS = 5.0
+"""Where no terminal shows a moving bar, a line is printed this often instead."""
+
+
+class Progress:
+    """Counts work done. `advance` may be called from several threads."""
+
+    def advance(self, amount: int) -> None:
+        raise NotImplementedError
+
+
+class _Silent(Progress):
+    def advance(self, amount: int) -> None:
+        pass
+
+
+class _Bar(Progress):
+    def __init__(self, total: int, what: str, unit: str, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+        self._bar = RichProgress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            *amounts,
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+        )
+        self._task = self._bar.add_task(what, total=total)
+        self._bar.start()
+
+    def advance(self, amount: int) -> None:
+        self._bar.advance(self._task, amount)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _Lines(Progress):
+    def __init__(self, total: int, what: str, unit: str, stream: TextIO) -> None:
+        self._total, self._what, self._unit, self._stream = max(total, 1), what, unit, stream
+        self._done = 0
+        self._last = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._last >= QUIET_SECONDS:
+            self._last = now
+            amounts = f"{self._done:,} of {self._total:,} {self._unit}"
+            print(f"  {self._what}: {self._done / self._total:4.0%} ({amounts})", file=self._stream, flush=True)
+
+
+class Report:
+    """Prints what a verb does. `Report.silent()` prints nothing."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or (sys.stderr if os.environ.get(STREAM_VARIABLE) == "stderr" else sys.stdout)
+        self.enabled = True
+
+    @classmethod
+    def silent(cls) -> Report:
+        report = cls()
+        report.enabled = False
+        return report
+
+    @classmethod
+    def on_stderr(cls) -> Report:
+        """For verbs whose standard output is a JSON document: of this process and of those that it will start."""
+        os.environ[STREAM_VARIABLE] = "stderr"
+        return cls(sys.stderr)
+
+    def say(self, text: str = "") -> None:
+        if self.enabled:
+            print(text, file=self._stream, flush=True)
+
+    def step(self, number: int, total: int, text: str) -> None:
+        """A numbered step: `[2/5] Plan …`."""
+        self.say(f"[{number}/{total}] {text}")
+
+    def done(self, text: str) -> None:
+        self.say(f"✓ {text}")
+
+    def warn(self, text: str) -> None:
+        self.say(f"! {text}")
+
+    @contextmanager
+    def waiting(self, what: str, every_seconds: float = 15.0) -> Iterator[None]:
+        """Say what is waited for, and every so often for how long: for work that does not tell how far it is."""
+        started, over = time.monotonic(), threading.Event()
+
+        def tell() -> None:
+            while not over.wait(every_seconds):
+                self.say(f"… {what} ({time.monotonic() - started:.0f} s)")
+
+        self.say(f"  {what}")
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    @contextmanager
+    def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
+        """A moving bar on a terminal, a line every few seconds elsewhere."""
+        if not self.enabled:
+            yield _Silent()
+        elif self._stream.isatty():
+            bar = _Bar(total, what, unit, self._stream)
+            try:
+                yield bar
+            finally:
+                bar.close()
+        else:
+            yield _Lines(total, what, unit, self._stream)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+        """A table with one line a row; as wide as its content where no terminal limits it."""
+        if not self.enabled:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        width = None if self._stream.isatty() else 140
+        Console(file=self._stream, width=width, highlight=False, markup=False).print(table)

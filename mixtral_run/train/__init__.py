@@ -1,0 +1,1 @@
+"""Data, steps, the loop and adapter checkpoints."""

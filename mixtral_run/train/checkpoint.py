@@ -1,0 +1,224 @@
+"""Loading base checkpoints of any layout, or HF directories, into a model; saving and loading adapter checkpoints.
+
+The files are described in docs/formats.md. A checkpoint is written under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mixtral_run import __version__
+from mixtral_run.checkpoints import (
+    DESCRIPTION,
+    LATEST,
+    AdapterDescription,
+    BaseDescription,
+    newest_iteration,
+    sync_folder,
+    write_whole,
+)
+from mixtral_run.errors import WeightsError
+from mixtral_run.model.build import MixtralModel, is_adapter
+from mixtral_run.train.partial_load import PartialReader
+from mixtral_run.weights.direct import PartSum, Target, read_into, whole_fingerprint
+from mixtral_run.weights.shards import HFWeights
+
+
+def load_base(model: MixtralModel, base: BaseDescription) -> None:
+    """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
+
+    With a base in 8 or 4 bit the experts are quantised on the way, a layer at a time. Sets the model's
+    `base_fingerprint`. All ranks must call. Raises WeightsError when the checkpoint's tensors are not the model's, or a
+    file cannot be read.
+    """
+    if base.weights is not None:
+        model.base_fingerprint = _read_hf(model, base.weights)
+        return
+    folder = newest_iteration(base.folder)
+    _load_into(_shards(model, adapters=False), folder)
+    if model.settings.base_precision != "bf16":
+        with _told_as_weights_errors(folder):
+            reader = PartialReader(folder)
+            # Of the experts, those of the layer that has memory are the ones that have shards.
+            model.quantise_experts(lambda: reader.read(_expert_shards(model).values()))
+    model.base_fingerprint = base.fingerprint
+
+
+def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
+    return {name: each for name, each in _shards(model, adapters=False).items() if ".mlp.experts." in name}
+
+
+def _read_hf(model: MixtralModel, weights: HFWeights) -> str:
+    """Fill the model, each rank its own part; the weights' whole fingerprint, of what all ranks read."""
+    sums: list[PartSum] = []
+    failed: list[WeightsError] = []
+
+    def read(shards: dict[str, ShardedTensor]) -> None:
+        if failed:
+            return
+        targets = [
+            Target(shard.key, tuple(shard.global_offset), _global_shape(shard), shard.data.detach())
+            for shard in shards.values()
+        ]
+        try:
+            sums.extend(read_into(weights, targets))
+        except WeightsError as error:
+            failed.append(error)
+
+    read(_shards(model, adapters=False))
+    model.quantise_experts(lambda: read(_expert_shards(model)))
+    # A rank that failed tells the others, which would wait for it otherwise.
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, failed or sums)
+    for each in outcomes:
+        if each and isinstance(each[0], WeightsError):
+            raise each[0]
+    return whole_fingerprint(weights, (part for parts in outcomes for part in parts))
+
+
+def _global_shape(shard: ShardedTensor) -> tuple[int, ...]:
+    """The shape of a shard's part in the global tensor, whose axes of layers and experts its data has not."""
+    missing = len(shard.global_offset) - shard.data.dim()
+    return (*(1,) * missing, *shard.data.shape)
+
+
+def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
+    """Fill the model's adapters. All ranks must call."""
+    _load_into(_shards(model, adapters=True), adapter.folder)
+
+
+def _shards(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:
+    everything: dict[str, Any] = model.gpt.sharded_state_dict()
+    return {
+        name: shard
+        for name, shard in everything.items()
+        if isinstance(shard, ShardedTensor) and is_adapter(name) == adapters
+    }
+
+
+def _load_into(shards: dict[str, ShardedTensor], folder: Path) -> None:
+    """Copy the checkpoint's tensors into the shards' own storage."""
+    targets = {name: shard.data for name, shard in shards.items()}
+    with _told_as_weights_errors(folder):
+        loaded = dist_checkpointing.load(dict(shards), str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    with torch.no_grad():
+        for name, target in targets.items():
+            if loaded[name].data_ptr() != target.data_ptr():
+                target.copy_(loaded[name])
+
+
+@contextmanager
+def _told_as_weights_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    # torch's CheckpointException is no Exception: it derives from BaseException.
+    except (CheckpointException, CheckpointingException, OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise WeightsError(
+            "The checkpoint cannot be loaded into this model.",
+            where=str(folder),
+            found=_reason(error),
+            next_command=f"mixtral-run verify --load {folder.parent}",
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something; torch tells the ranks' own errors in `failures`."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}".splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def optimizer_shards(model: MixtralModel, optimizer: torch.optim.Optimizer) -> dict[str, ShardedTensor]:
+    """The optimizer's moments of every adapter parameter, sharded as the parameter is."""
+    owners = [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+    result: dict[str, ShardedTensor] = {}
+    for name, shard in _shards(model, adapters=True).items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            data = _same_part(shard.data, owners, moment)
+            key = f"optimizer.{moment}.{shard.key}"
+            result[f"optimizer.{moment}.{name}"] = _replace(shard, key=key, data=data)
+    return result
+
+
+def _same_part(part: torch.Tensor, owners: list[tuple[Any, Any]], moment: str) -> torch.Tensor:
+    """The piece of a parameter's moment that `part` is of the parameter: a view by the same offset and shape."""
+    for parameter, state in owners:
+        offset = (part.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        if 0 <= offset < parameter.numel():
+            tensor: torch.Tensor = state[moment].as_strided(part.shape, part.stride(), offset)
+            return tensor
+    raise AssertionError("every adapter's part lies in a parameter of the optimizer")
+
+
+def _replace(shard: ShardedTensor, *, key: str, data: torch.Tensor) -> ShardedTensor:
+    return dataclasses.replace(shard, key=key, data=data, dtype=data.dtype)
+
+
+def save_adapter(
+    model: MixtralModel,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    iteration: int,
+    description: Mapping[str, Any],
+) -> Path:
+    """Write FOLDER/iter_… with adapters and optimizer state, then point LATEST at it. All ranks must call.
+
+    `description` goes into the iteration's mixtral_run.json with the architecture. Returns the iteration's folder.
+    """
+    final = folder / f"iter_{iteration:07d}"
+    partial = folder / f".{final.name}.partial"
+    first = model.processes.is_first
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    shards: dict[str, Any] = {**_shards(model, adapters=True), **optimizer_shards(model, optimizer)}
+    dist_checkpointing.save({**shards, "checkpoint_version": 3.0, "iteration": iteration}, str(partial))
+    if first:
+        values = {
+            "format": 1,
+            "kind": "adapter",
+            "kit_version": __version__,
+            "architecture": model.architecture.to_mapping(),
+            "iteration": iteration,
+            **description,
+        }
+        write_whole(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+        sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_folder(folder)
+        write_whole(folder / LATEST, f"{iteration}\n")
+    dist.barrier()
+    return final
+
+
+def load_optimizer(model: MixtralModel, optimizer: torch.optim.Optimizer, adapter: AdapterDescription) -> None:
+    """Give AdamW the moments that `save_adapter` kept: training goes on as if never stopped. All ranks must call."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(adapter.iteration), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    _load_into(optimizer_shards(model, optimizer), adapter.folder)

@@ -1,0 +1,278 @@
+"""The training runs: LoRA fine-tuning, and a few iterations of full training."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixtral_run.checkpoints import BaseDescription, check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.config import DataConfig, FinetuneConfig, PretrainConfig
+from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.model.build import MixtralModel
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.report import Report
+from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
+from mixtral_run.train.data import MockSamples, Samples, SampleSource, batches
+from mixtral_run.train.full_step import SgdInBackward
+from mixtral_run.train.graph import RecordedBackward, can_record
+from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
+from mixtral_run.train.model import load_for_training, loaded
+from mixtral_run.train.packed import PackedSamples
+from mixtral_run.train.pairs import read_pairs
+from mixtral_run.train.prompt import TOKENIZER_FOLDER, load_tokenizer
+from mixtral_run.train.schedule import learning_rate
+from mixtral_run.train.step import Step, optimizer_step, trainable
+from mixtral_run.train.stop import StopRequest, stop_requests
+from mixtral_run.weights.sidecars import copy_tokenizer
+
+METRICS = "metrics.jsonl"
+"""In the adapter's folder: each iteration's figures, a JSON object a line."""
+
+
+@dataclass
+class Run:
+    """What a training run works with; the same on every rank."""
+
+    config: DataConfig
+    here: Processes
+    report: Report
+    model: MixtralModel
+    samples: SampleSource
+    meter: Meter
+    step: Step
+    start: int = 0
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Fine-tune with LoRA, saving adapters. All ranks must call."""
+    base = describe_base(config.load)
+    lora = LoraSettings(
+        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
+    )
+    with processes(config) as here:
+        report = Report() if here.is_first else Report.silent()
+        samples = open_samples(config, base, report)
+        model = _load(config, base, here, report, lora)
+        base = loaded(model, base)
+        optimizer = torch.optim.AdamW(
+            trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
+        )
+        # A graph has fixed shapes; packed rows hold now more samples, now fewer.
+        backward = RecordedBackward(model) if config.cuda_graphs and not config.pack and can_record(model) else None
+        step = optimizer_step(model, optimizer, config.clip_grad, backward)
+        run = Run(config, here, report, model, samples, _meter(config, base, here, config.save / METRICS), step)
+        if config.resume:
+            run.start = _resume(run, optimizer, config, base)
+        _tell_lora(run, config)
+        with (
+            stop_requests(here) as stop,
+            tensorboard_scalars(config.save / "tensorboard" if config.tensorboard and here.is_first else None) as write,
+        ):
+            _train_and_save(run, optimizer, config, base, stop, write)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train all weights for a few iterations; nothing is saved. All ranks must call."""
+    base = describe_base(config.load)
+    with processes(config) as here:
+        report = Report() if here.is_first else Report.silent()
+        one_each = config.micro_batch_size * here.data_size
+        config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
+        samples = open_samples(config, base, report)
+        model = _load(config, base, here, report, None)
+        step, how = _full_step(config, model, steps_in_backward=config.global_batch_size == one_each)
+        run = Run(config, here, report, model, samples, _meter(config, base, here, config.metrics_file), step)
+        report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
+        with stop_requests(here) as stop:
+            for metrics in _iterations(run, stop):
+                if not here.is_first:
+                    continue
+                report.say(metrics.line(_processor(here)))
+        report.done(f"Pretraining complete: {config.train_iters} iterations in {run.meter.total_seconds:.1f} s")
+
+
+def _full_step(config: PretrainConfig, model: MixtralModel, *, steps_in_backward: bool) -> tuple[Step, str]:
+    """The step over all weights that needs least memory, and what to call it."""
+    if config.optimizer == "sgd" and steps_in_backward and config.clip_grad == 0:
+        return SgdInBackward(model, config.weight_decay).step, "SGD within the backward pass"
+    parameters = trainable(model)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        how = "SGD; gradients are kept, for clipping or for several micro batches"
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        how = "AdamW"
+    backward = RecordedBackward(model) if config.cuda_graphs and can_record(model) else None
+    return optimizer_step(model, optimizer, config.clip_grad, backward), how
+
+
+def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> SampleSource:
+    """The samples of a run: the pairs of --data-path as tokens, or mock data. Raises ConfigError on unusable pairs."""
+    samples: SampleSource
+    if config.data_path is None:
+        samples = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
+    else:
+        tokenizer = load_tokenizer(base.tokenizer)
+        pairs = Samples(read_pairs(config.data_path), tokenizer, config.seq_length)
+        samples = PackedSamples(pairs) if isinstance(config, FinetuneConfig) and config.pack else pairs
+    report.say(f"Data: {samples.describe()}")
+    return samples
+
+
+def _load(
+    config: DataConfig, base: BaseDescription, here: Processes, report: Report, lora: LoraSettings | None
+) -> MixtralModel:
+    started = time.perf_counter()
+    report.say(
+        f"Loading {config.load} onto {here.world_size} × {here.device.type} as TP{here.tensor_size}/"
+        f"EP{here.expert_size}, data-parallel {here.data_size} …"
+    )
+    precision = config.base_precision if isinstance(config, FinetuneConfig) else "bf16"
+    model = load_for_training(config, base, here, lora, recompute=config.recomputation, base_precision=precision)
+    report.say(f"Loaded in {time.perf_counter() - started:.1f} s")
+    return model
+
+
+def _train_and_save(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    config: FinetuneConfig,
+    base: BaseDescription,
+    stop: StopRequest,
+    write: Callable[[IterationMetrics], None],
+) -> None:
+    description: dict[str, object] = {
+        "dtype": "float32",
+        "lora": {
+            "lora_rank": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "lora_target_modules": list(config.lora_target_modules),
+        },
+        "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
+        "training": config.to_mapping(),
+    }
+    saved = done = run.start
+    for metrics in _iterations(run, stop):
+        done = metrics.iteration
+        if run.here.is_first and (done % config.log_interval == 0 or done == config.train_iters):
+            run.report.say(metrics.line(_processor(run.here)))
+            write(metrics)
+        if done % config.save_interval == 0 and done != config.train_iters:
+            _save(run, optimizer, config, base, done, description)
+            saved = done
+            run.meter.restart()
+    if done != saved or done == run.start:
+        _save(run, optimizer, config, base, done, description)
+    if done < config.train_iters:
+        run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as asked; go on with --resume")
+        return
+    run.report.done(
+        f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
+        f"adapter in {config.save}"
+    )
+    run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
+
+
+def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
+    """Train until the end or until a stop was asked for; one metrics an iteration."""
+    config = run.config
+    stream = batches(
+        run.samples,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        data_parallel_rank=run.here.data_rank,
+        data_parallel_size=run.here.data_size,
+        consumed_samples=run.start * config.global_batch_size,
+    )
+    for iteration, batch in zip(range(run.start, config.train_iters), stream, strict=False):
+        rate = learning_rate(config, iteration)
+        result = run.step(batch, rate)
+        if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
+            raise TrainingError(
+                "The loss or its gradient is no longer a number.",
+                where=f"iteration {iteration + 1}",
+                found=f"lm loss {result.loss}, grad norm {result.grad_norm}",
+                next_command="a smaller --lr, or --lr-warmup-iters",
+            )
+        run.meter.tick()
+        yield run.meter.measure(iteration + 1, result.loss, result.grad_norm, rate)
+        if stop.agreed():
+            return
+
+
+def _save(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    config: FinetuneConfig,
+    base: BaseDescription,
+    iteration: int,
+    description: dict[str, object],
+) -> None:
+    started = time.perf_counter()
+    folder = save_adapter(run.model, optimizer, config.save, iteration, description)
+    if run.here.is_first and not (config.save / TOKENIZER_FOLDER).exists():
+        copy_tokenizer(base.tokenizer, config.save / TOKENIZER_FOLDER)
+    run.report.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+
+
+def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
+    adapter = describe_adapter(config.save)
+    check_adapter_fits(adapter, base)
+    asked = {
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_target_modules": list(config.lora_target_modules),
+    }
+    faults = [
+        f"--{name.replace('_', '-')}: the checkpoint has {adapter.lora[name]}; found {value}"
+        for name, value in asked.items()
+        if adapter.lora[name] != value
+    ]
+    if faults:
+        raise ConfigError("--resume needs the settings that the adapter was begun with.", faults=faults)
+    load_adapter(run.model, adapter)
+    load_optimizer(run.model, optimizer, adapter)
+    run.report.say(f"Going on from {adapter.folder}, iteration {adapter.iteration}")
+    return adapter.iteration
+
+
+def _tell_lora(run: Run, config: FinetuneConfig) -> None:
+    architecture = run.model.architecture
+    count = architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
+    total = architecture.num_parameters
+    run.report.say("LoRA configuration:")
+    run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter an expert)")
+    run.report.say(
+        f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
+        f"scale {config.lora_alpha / config.lora_rank:g}"
+    )
+    run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
+
+
+def _meter(config: DataConfig, base: BaseDescription, here: Processes, file: Path | None) -> Meter:
+    if file is not None and here.is_first:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return Meter(
+        train_iters=config.train_iters,
+        global_batch_size=config.global_batch_size,
+        seq_length=config.seq_length,
+        world_size=here.world_size,
+        flops_per_token=flops_per_token(
+            base.architecture, config.seq_length, trains_weights=isinstance(config, PretrainConfig)
+        ),
+        device=here.device,
+        file=file if here.is_first else None,
+    )
+
+
+def _processor(here: Processes) -> str:
+    return "GPU" if here.device.type == "cuda" else "process"

@@ -1,0 +1,169 @@
+"""Speed, memory and loss of a run: counted here, rendered as the log line that Megatron's users know."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtral_run.model.architecture import MixtralArchitecture
+
+
+@dataclass(frozen=True)
+class IterationMetrics:
+    """One iteration of the whole job; rates are over the iterations since the last line."""
+
+    iteration: int
+    train_iters: int
+    consumed_samples: int
+    global_batch_size: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    tokens_per_second: float
+    tokens_per_second_per_process: float
+    tflops_per_process: float
+    peak_memory_gib: float
+    eta_seconds: float
+
+    def line(self, processor: str) -> str:
+        """`iteration 10/10 | … | lm loss: 1.234567E+00 | …`; processor is 'GPU' or 'process'."""
+        return " | ".join(
+            (
+                f"iteration {self.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
+                f"consumed samples: {self.consumed_samples}",
+                f"seconds per iteration: {self.seconds:.3f}",
+                f"tokens/s: {self.tokens_per_second:,.0f}",
+                f"tokens/s/{processor}: {self.tokens_per_second_per_process:,.0f}",
+                f"TFLOP/s/{processor}: {self.tflops_per_process:.1f}",
+                f"learning rate: {self.learning_rate:.3E}",
+                f"global batch size: {self.global_batch_size}",
+                f"lm loss: {self.loss:.6E}",
+                f"grad norm: {self.grad_norm:.3f}",
+                f"peak GB: {self.peak_memory_gib * 1.073741824:.2f}",
+                f"ETA: {format_seconds(self.eta_seconds)}",
+            )
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """3661 → '1:01:01'."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def flops_per_token(architecture: MixtralArchitecture, seq_length: int, *, trains_weights: bool) -> float:
+    """Matrix arithmetic a token needs, forward and backward, recomputation not counted.
+
+    Each active parameter costs 2 operations forward and 2 for the gradient of its input; 2 more for its own gradient
+    where it is trained. Attention adds 2 products of (sequence/2 on average) × heads × head size, thrice in all.
+    """
+    per_parameter = 6 if trains_weights else 4
+    attention = 2 * 2 * architecture.num_layers * architecture.projection_size * seq_length / 2
+    return per_parameter * architecture.num_active_parameters + 3 * attention
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most GPU memory that torch held, or on a CPU the process's largest resident size, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1024**3
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+class Meter:
+    """Times iterations and turns them into metrics, a line in `metrics.jsonl` each."""
+
+    def __init__(
+        self,
+        *,
+        train_iters: int,
+        global_batch_size: int,
+        seq_length: int,
+        world_size: int,
+        flops_per_token: float,
+        device: torch.device,
+        file: Path | None,
+    ) -> None:
+        self._train_iters = train_iters
+        self._global_batch_size = global_batch_size
+        self._tokens = global_batch_size * seq_length
+        self._world_size = world_size
+        self._flops_per_token = flops_per_token
+        self._device = device
+        self._file = file
+        self._started = self._last = time.perf_counter()
+        self._pending = 0
+        self._measured: list[tuple[int, float]] = []
+
+    def tick(self) -> None:
+        """Call at the end of each iteration, after its results reached the host."""
+        self._pending += 1
+
+    def measure(self, iteration: int, loss: float, grad_norm: float, learning_rate: float) -> IterationMetrics:
+        """Metrics over the iterations since the last call."""
+        now = time.perf_counter()
+        seconds = (now - self._last) / max(self._pending, 1)
+        self._measured.append((self._pending, seconds))
+        self._last, self._pending = now, 0
+        rate = self._tokens / seconds
+        # The first measurement holds the warm-up of kernels and memory: leave it out of the forecast where possible.
+        steady = self._measured[1:] or self._measured
+        forecast = sum(count * each for count, each in steady) / sum(count for count, _ in steady)
+        metrics = IterationMetrics(
+            iteration=iteration,
+            train_iters=self._train_iters,
+            consumed_samples=iteration * self._global_batch_size,
+            global_batch_size=self._global_batch_size,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            seconds=seconds,
+            tokens_per_second=rate,
+            tokens_per_second_per_process=rate / self._world_size,
+            tflops_per_process=rate * self._flops_per_token / self._world_size / 1e12,
+            peak_memory_gib=peak_memory_gib(self._device),
+            eta_seconds=forecast * (self._train_iters - iteration),
+        )
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(metrics)) + "\n")
+        return metrics
+
+    def restart(self) -> None:
+        """Leave out what happened since the last measurement, such as a checkpoint's writing."""
+        self._last = time.perf_counter()
+
+    @property
+    def total_seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+
+@contextmanager
+def tensorboard_scalars(folder: Path | None) -> Iterator[Callable[[IterationMetrics], None]]:
+    """A function that writes one iteration's scalars to TensorBoard; one that does nothing without a folder."""
+    if folder is None:
+        yield lambda _: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+
+        def write(metrics: IterationMetrics) -> None:
+            for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib"):
+                writer.add_scalar(name, getattr(metrics, name), metrics.iteration)
+
+        yield write
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

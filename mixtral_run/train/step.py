@@ -1,0 +1,180 @@
+"""One optimizer step: forward and backward, gradients summed over the right groups, clipped, applied.
+
+The loss is the sum over all response tokens of the global batch divided by their number, so that gradients and losses
+are the same in every layout and with every micro batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixtral_run.model.build import MixtralModel
+from mixtral_run.model.packing import Packed
+from mixtral_run.model.parallel import Processes, sum_over
+from mixtral_run.model.sharing import is_expert, is_partial, is_split
+from mixtral_run.train.data import GlobalBatch, MicroBatch
+
+BUCKET_BYTES = 256 * 1024**2
+"""Gradients are summed over processes in pieces of about this size."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the whole job, the same on every rank. loss: mean over response tokens; num_tokens: how many there were."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+
+
+class Step(Protocol):
+    """Takes one step at a learning rate over this rank's share of a global batch. All ranks must call."""
+
+    def __call__(self, batch: GlobalBatch, rate: float) -> StepResult: ...
+
+
+class Backward(Protocol):
+    """Adds one micro batch's gradients; returns its share of the loss, an fp32 scalar on the device."""
+
+    def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor: ...
+
+
+def eager_backward(model: MixtralModel) -> Backward:
+    """Forward and backward as they come."""
+    device = model.processes.device
+
+    def backward(micro: MicroBatch, num_loss_tokens: int) -> Tensor:
+        packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
+        positions = micro.position_ids.to(device) if packed is not None else None
+        losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
+        loss = (losses * micro.loss_mask.to(device)).sum() / num_loss_tokens
+        loss.backward()
+        return loss.detach()
+
+    return backward
+
+
+def optimizer_step(
+    model: MixtralModel, optimizer: torch.optim.Optimizer, clip_grad: float, backward: Backward | None = None
+) -> Step:
+    """`train_step` as a Step."""
+
+    def step(batch: GlobalBatch, rate: float) -> StepResult:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return train_step(model, optimizer, batch, clip_grad, backward)
+
+    return step
+
+
+def train_step(
+    model: MixtralModel,
+    optimizer: torch.optim.Optimizer,
+    batch: GlobalBatch,
+    clip_grad: float,
+    backward: Backward | None = None,
+) -> StepResult:
+    """Take one step over this rank's share of a global batch. All ranks must call.
+
+    `backward` is how a micro batch goes through the model; without one, `eager_backward`.
+    """
+    here = model.processes
+    parameters = trainable(model)
+    backward = backward or eager_backward(model)
+    # In place: a recorded graph adds into the same memory each time.
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_zero_(gradients)
+    total = torch.zeros((), dtype=torch.float64, device=here.device)
+    for micro in batch.micro_batches:
+        total += backward(micro, batch.num_loss_tokens)
+    sum_gradients(parameters, here)
+    norm = gradient_norm(parameters, here)
+    if clip_grad > 0:
+        factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
+    optimizer.step()
+    mean_loss, grad_norm = torch.stack((sum_over(total, here.data_group), norm.double())).tolist()
+    return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
+
+
+def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], here: Processes) -> None:
+    """Sum every gradient over the processes that share its parameter. All ranks must call.
+
+    Experts: over the processes that hold the same experts. Else: over data-parallel replicas, and over TP too where a
+    replicated parameter saw only its rank's part of the sequence. A parameter that no token reached has zeros.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    experts = [_gradient(each) for each in parameters if is_expert(each)]
+    partial = [_gradient(each) for each in parameters if is_partial(each)]
+    dense = [_gradient(each) for each in parameters if not is_expert(each)]
+    _sum_all(experts, here.expert_data_group)
+    _sum_all(partial, here.tensor_group)
+    _sum_all(dense, here.data_group)
+
+
+def gradient_norm(parameters: Sequence[torch.nn.Parameter], here: Processes) -> Tensor:
+    """L2 norm of the whole model's gradient, fp32 scalar, each parameter counted once. All ranks must call."""
+    return norm_of(squared_gradients(parameters, here.device), here)
+
+
+def squared_gradients(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> dict[str, Tensor]:
+    """Sums of this rank's squared gradients, fp32 scalars by how their parameters are shared. Rank-local."""
+    grouped: dict[str, list[Tensor]] = {"experts": [], "split": [], "replicated": []}
+    for parameter in parameters:
+        kind = "experts" if is_expert(parameter) else "split" if is_split(parameter) else "replicated"
+        grouped[kind].append(_gradient(parameter))
+    return {
+        kind: torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+        if gradients
+        else torch.zeros((), device=device)
+        for kind, gradients in grouped.items()
+    }
+
+
+def norm_of(squares: dict[str, Tensor], here: Processes) -> Tensor:
+    """The norm that squared_gradients' sums of all ranks make, fp32 scalar. Changes them. All ranks must call."""
+    sum_over(squares["experts"], here.expert_group)
+    sum_over(squares["split"], here.tensor_group)
+    return torch.stack(tuple(squares.values())).sum().sqrt()
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _sum_all(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    if group.size() == 1:
+        return
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat, group=group)
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, piece in zip(bucket, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size >= BUCKET_BYTES or gradient.dtype is not bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.numel() * gradient.element_size()
+    if bucket:
+        yield bucket

@@ -1,0 +1,1 @@
+"""Weights on disk: HF safetensors, torch_dist checkpoints, and the streams between them."""

@@ -1,0 +1,241 @@
+"""HF safetensors → Megatron torch_dist, as a stream of byte ranges: no model is built, memory does not grow with it."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.checkpoints import LATEST, write_whole
+from mixtral_run.config import ConvertConfig
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.report import Report
+from mixtral_run.weights import mapping, record, sidecars
+from mixtral_run.weights.copy import copy_all, unwritable
+from mixtral_run.weights.journal import JobSums, Journal, identity
+from mixtral_run.weights.plan import Job, Plan, make_plan
+from mixtral_run.weights.proof import write_proof
+from mixtral_run.weights.shards import HFWeights, open_hf_weights, shortened
+from mixtral_run.weights.source import resolve
+from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.torch_dist import write_metadata
+
+ITERATION = 1
+_STEPS = 4
+_SIDECAR_BYTES = 64 * 2**20
+"""Room for everything beside the weights: the metadata of a full-size model is 1 MB, a tokenizer a few."""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written, and what it took. Bytes and seconds; `peak_rss_bytes` is the process's own."""
+
+    output_path: Path
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtype: str
+    fingerprint: str
+    seconds: float
+    peak_rss_bytes: int
+    num_workers: int
+
+    @property
+    def megabytes_per_second(self) -> float:
+        return self.num_bytes / 1e6 / max(self.seconds, 1e-9)
+
+
+def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResult:
+    """Write the checkpoint, whole or not at all. Only one process may call.
+
+    Raises ConfigError (layout, output folder, disk) or WeightsError (the HF model), each with everything that is wrong,
+    before anything is written.
+    """
+    report = report or Report()
+    model = config.check().hf_model_path
+    if model is None:
+        raise ConfigError("There is nothing to convert.", expected="--hf-model-path")
+    started = time.monotonic()
+    report.step(1, _STEPS, f"Read the headers of {model}")
+    weights, plan = _check(config, model, report)
+    _tell(weights, report)
+    report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
+    report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
+    with Staging(config.output_path, LATEST) as staging:
+        report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
+        sums, workers = _copy(config, weights, plan, staging, report)
+        report.step(4, _STEPS, "Write the metadata, wait for the disk")
+        checksums = {name: crc for each in sums.values() for name, crc in each.sources.items()}
+        fingerprint = record.fingerprint(weights.architecture, weights.dtype, checksums)
+        write_proof(staging.folder, weights, plan, sums)
+        _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
+        staging.publish()
+    result = ConvertResult(
+        output_path=config.output_path,
+        num_tensors=len(weights.sources),
+        num_parameters=weights.architecture.num_parameters,
+        num_bytes=weights.num_bytes,
+        dtype=weights.dtype,
+        fingerprint=fingerprint,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        num_workers=workers,
+    )
+    report.done("Conversion complete!")
+    report.say(
+        f"  {result.num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s, {result.megabytes_per_second:,.0f} MB/s, "
+        f"peak RSS {result.peak_rss_bytes / 1e6:,.0f} MB, {result.num_workers} workers"
+    )
+    report.say(f"  next: mixtral-run verify --load {config.output_path} --against {weights.directory}")
+    return result
+
+
+def _copy(
+    config: ConvertConfig, weights: HFWeights, plan: Plan, staging: Staging, report: Report
+) -> tuple[dict[int, JobSums], int]:
+    """Bring all chunks to the disk, going on where an earlier run of the same conversion was cut off.
+
+    Returns the checksums by job, and how many workers copied.
+    """
+    journal = Journal(staging.folder, identity(weights, plan))
+    if journal.is_new:
+        staging.clear()
+    folder = staging.folder / f"iter_{ITERATION:07d}"
+    folder.mkdir(exist_ok=True)
+    journal.start()
+    _write_objects(plan, folder)
+    copied = sum(_num_bytes(weights, plan.jobs[number]) for number in journal.done)
+    if copied:
+        report.say(f"  going on after {copied / GIB:,.2f} GiB that an earlier run copied")
+    try:
+        with report.progress(weights.num_bytes, "copied") as progress:
+            progress.advance(copied)
+            workers = copy_all(plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance)
+    except BaseException:
+        staging.keep = bool(journal.done)
+        if staging.keep:
+            copied = sum(_num_bytes(weights, plan.jobs[number]) for number in journal.done)
+            report.warn(
+                f"{copied / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept in {staging.folder}: "
+                "the same command goes on from there"
+            )
+        raise
+    journal.path.unlink()
+    return journal.done, workers
+
+
+def _num_bytes(weights: HFWeights, job: Job) -> int:
+    return sum(weights.sources[name].num_bytes for name in job.unit.sources)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    # getrusage would begin with the parent's size; the kernel's own count begins with the program.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_base(folder: Path) -> bool:
+    return record.is_kind(folder, "base")
+
+
+def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights, Plan]:
+    """Everything that can be known before the first byte is written."""
+    what = "an earlier checkpoint of this kit"
+    faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
+    if faults and not Path(model).is_dir():
+        # Not worth a download.
+        raise ConfigError("The checkpoint cannot be written.", faults=faults)
+    try:
+        weights = open_hf_weights(resolve(model, report))
+    except WeightsError as error:
+        error.faults = (*error.faults, *_layout_faults(config, model), *faults)
+        raise
+    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    layout_faults = weights.architecture.layout_faults(tp, ep)
+    if layout_faults:
+        raise ConfigError("The model cannot be converted as asked.", faults=shortened([*layout_faults, *faults]))
+    plan = make_plan(weights, tp, ep, len(_empty_object()))
+    faults += disk_faults(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
+    if faults:
+        raise ConfigError("The checkpoint cannot be written.", faults=faults)
+    return weights, plan
+
+
+def _layout_faults(config: ConvertConfig, model: str) -> list[str]:
+    """The layout's faults where the weights themselves cannot be used but their config.json can."""
+    from mixtral_run.model.architecture import MixtralArchitecture
+
+    try:
+        architecture = MixtralArchitecture.from_hf_directory(Path(model))
+    except WeightsError:
+        return []
+    return architecture.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+
+
+def _tell(weights: HFWeights, report: Report) -> None:
+    a = weights.architecture
+    report.say(
+        f"  {len(weights.files)} files, {len(weights.sources):,} tensors, {a.num_parameters:,} parameters, "
+        f"{weights.dtype}, {weights.num_bytes / GIB:,.2f} GiB"
+    )
+    report.say(
+        f"  {a.num_layers} layers, hidden {a.hidden_size}, {a.num_attention_heads} heads in {a.num_query_groups} "
+        f"groups, {a.num_experts} experts of {a.ffn_hidden_size}, top-{a.moe_router_topk}"
+    )
+
+
+def _empty_object() -> bytes:
+    """An `_extra_state` object as Megatron stores it where there is nothing to store: the list [None]."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save([None], stream)
+    return stream.getvalue()
+
+
+def _write_objects(plan: Plan, folder: Path) -> None:
+    content = _empty_object()
+    for name in plan.files:
+        # Not truncated: an earlier run's chunks may be in it.
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            for item in plan.objects:
+                if item.file == name:
+                    os.pwrite(descriptor, content, item.start)
+        except OSError as error:
+            raise unwritable(folder / name, error) from error
+        finally:
+            os.close(descriptor)
+
+
+def _write_sidecars(
+    config: ConvertConfig, model: str, weights: HFWeights, plan: Plan, folder: Path, fingerprint: str
+) -> None:
+    """All but the weights; the tracker file, which makes it a checkpoint, last."""
+    iteration_folder = folder / f"iter_{ITERATION:07d}"
+    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    a, dtype = weights.architecture, weights.dtype
+    sidecars.copy_tokenizer(weights.directory, folder / "tokenizer")
+    sidecars.write_common(iteration_folder, a, dtype, tp, ep, ITERATION)
+    sidecars.write_run_config(iteration_folder, a, dtype, tp, ep)
+    write_metadata(iteration_folder / ".metadata", mapping.megatron_tensors(a), dtype, plan.stored_items())
+    sidecars.write_metadata_json(iteration_folder)
+    record.write_record(
+        folder,
+        "base",
+        architecture=a.to_mapping(),
+        dtype=dtype,
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        source=model,
+        fingerprint=fingerprint,
+    )
+    write_whole(folder / LATEST, f"{ITERATION}\n")

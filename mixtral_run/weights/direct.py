@@ -1,0 +1,275 @@
+"""Starting from an HF directory without converting it: each rank reads its own slices, straight into its parameters.
+
+What a converted checkpoint's conversion does once, every start does here: the mapping is the same, so the parameters
+are equal bit by bit. Every byte is checksummed while it passes; the ranks put their checksums together, which gives
+the fingerprint that a converted checkpoint would carry: an adapter fits both.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.weights import record
+from mixtral_run.weights.crc32 import joined
+from mixtral_run.weights.mapping import Shape
+from mixtral_run.weights.pace import num_cores
+from mixtral_run.weights.reading import read_whole
+from mixtral_run.weights.shards import HFWeights
+from mixtral_run.weights.slices import Slice, slice_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PART_BYTES = 32 * 2**20
+"""What one worker reads at a time: small enough that all of them end together, large enough to read ahead."""
+
+BLOCK_BYTES = 2 * 2**20
+"""Read and checksummed at once, from the processor's cache; on its way to a GPU, one of two pinned buffers."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A rank's part of a Megatron tensor: where it lies in the global one, and the memory to fill.
+
+    data: contiguous, with as many elements as `shape`; dtype and device are the model's.
+    """
+
+    key: str
+    offset: Shape
+    shape: Shape
+    data: Tensor
+
+
+@dataclass(frozen=True)
+class PartSum:
+    """CRC-32 of a run of bytes of an HF tensor."""
+
+    source: str
+    start: int
+    num_bytes: int
+    crc: int
+
+
+class _Stopped(Exception):
+    """Another thread failed or the user interrupted."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows to read, and the matrix of this rank that they go to."""
+
+    rows: Slice
+    matrix: Tensor  # [rows, columns] of the target
+
+
+def read_into(
+    weights: HFWeights,
+    targets: Iterable[Target],
+    *,
+    workers: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[PartSum]:
+    """Fill the targets from the HF files, several at a time; the checksums of what was read.
+
+    `advance` is told of bytes read, from several threads. Raises WeightsError when a file cannot be read to its end.
+    """
+    remaining = iter(_parts(weights, targets))
+    lock, stop = threading.Lock(), threading.Event()
+    count = workers or default_workers()
+
+    def work() -> list[PartSum]:
+        sums: list[PartSum] = []
+        try:
+            with _Reader(weights, stop, advance) as reader:
+                while True:
+                    with lock:
+                        part = next(remaining, None)
+                    if part is None:
+                        return sums
+                    sums.append(reader.read(part))
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(count, "load") as pool:
+        futures = [pool.submit(work) for _ in range(count)]
+        try:
+            errors = [error for future in futures if (error := future.exception()) is not None]
+        finally:
+            # Also on Ctrl-C: leaving the pool waits for its threads.
+            stop.set()
+    for error in sorted(errors, key=lambda each: isinstance(each, _Stopped)):
+        raise error
+    return [each for future in futures for each in future.result()]
+
+
+def default_workers() -> int:
+    """Threads of this process: the machine's cores over its processes, at least two as most of the time is waiting."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(8, num_cores() // processes))
+
+
+def whole_fingerprint(weights: HFWeights, sums: Iterable[PartSum]) -> str:
+    """The weights' fingerprint from the checksums of all ranks.
+
+    Raises WeightsError when two of them read other bytes at the same place.
+    """
+    found: dict[str, dict[int, PartSum]] = {name: {} for name in weights.sources}
+    for each in sums:
+        known = found[each.source].setdefault(each.start, each)
+        if known != each:
+            raise WeightsError(
+                "The HF weights changed while they were read, or the disk gave different bytes.",
+                where=f"{weights.sources[each.source].file}, {each.source}",
+                expected=f"CRC-32 {known.crc:08x} of {known.num_bytes:,} bytes, as another process read",
+                found=f"CRC-32 {each.crc:08x} of {each.num_bytes:,} bytes",
+                next_command="the same command again; then dmesg, which tells of disk faults",
+            )
+    checksums = {}
+    for name, parts in found.items():
+        ordered = [parts[start] for start in sorted(parts)]
+        reached = 0
+        for part in ordered:
+            assert part.start == reached, f"{name}: bytes {reached} to {part.start} belong to no rank"
+            reached += part.num_bytes
+        assert reached == weights.sources[name].num_bytes, f"{name}: bytes from {reached} on belong to no rank"
+        checksums[name] = joined((part.crc, part.num_bytes) for part in ordered)
+    return record.fingerprint(weights.architecture, weights.dtype, checksums)
+
+
+def _parts(weights: HFWeights, targets: Iterable[Target]) -> list[_Part]:
+    """What this rank has to read, in the order of the files."""
+    index = slice_index(weights.architecture)
+    found = []
+    for target in targets:
+        matrix = target.data.view(-1, target.shape[-1])
+        for rows in index.slices(target.key, target.offset, target.shape):
+            most = PART_BYTES // (rows.columns * weights.item_size)
+            found += [_Part(part, matrix) for part in rows.parts(most)]
+    return sorted(found, key=lambda part: _place(weights, part.rows))
+
+
+def _place(weights: HFWeights, rows: Slice) -> tuple[str, int]:
+    source = weights.sources[rows.source]
+    return source.file.name, source.start + rows.first_row * rows.columns * weights.item_size
+
+
+class _Reader:
+    """One thread's descriptors and buffers."""
+
+    def __init__(self, weights: HFWeights, stop: threading.Event, advance: Callable[[int], None]) -> None:
+        self._weights = weights
+        self._dtype: torch.dtype = getattr(torch, weights.dtype)
+        self._stop = stop
+        self._advance = advance
+        self._descriptors: dict[Path, int] = {}
+        self._uploads: dict[torch.device, _Upload] = {}
+        self._staging = bytearray()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        for upload in self._uploads.values():
+            upload.wait()
+
+    def read(self, part: _Part) -> PartSum:
+        """Fill the part's rows; every byte of them is checksummed, of wanted columns and others."""
+        rows = part.rows
+        row_bytes = rows.columns * self._weights.item_size
+        source = self._weights.sources[rows.source]
+        start = source.start + rows.first_row * row_bytes
+        descriptor = self._open(source.file)
+        os.posix_fadvise(descriptor, start, rows.num_rows * row_bytes, os.POSIX_FADV_WILLNEED)
+        crc = 0
+        for block in rows.parts(BLOCK_BYTES // row_bytes):
+            if self._stop.is_set():
+                raise _Stopped
+            into = part.matrix[block.target_row : block.target_row + block.num_rows]
+            position = source.start + block.first_row * row_bytes
+            crc = self._fill(into, block, source.file, descriptor, position, crc)
+            self._advance(block.num_rows * row_bytes)
+        return PartSum(rows.source, rows.first_row * row_bytes, rows.num_rows * row_bytes, crc)
+
+    def _fill(self, into: Tensor, block: Slice, file: Path, descriptor: int, position: int, crc: int) -> int:
+        num_bytes = block.num_rows * block.columns * self._weights.item_size
+        if into.device.type == "cuda":
+            if into.device not in self._uploads:
+                self._uploads[into.device] = _Upload(into.device)
+            upload = self._uploads[into.device]
+            buffer = upload.next_buffer(num_bytes)
+            view = buffer.numpy().data.cast("B")
+            read_whole(descriptor, view, position, file)
+            crc = zlib.crc32(view, crc)
+            upload.send(buffer.view(self._dtype).view(-1, block.columns), into, block)
+            return crc
+        if into.dtype == self._dtype and block.is_whole_rows:
+            view = into.view(-1).view(torch.uint8).numpy().data.cast("B")
+            read_whole(descriptor, view, position, file)
+            return zlib.crc32(view, crc)
+        if len(self._staging) < num_bytes:
+            self._staging = bytearray(num_bytes)
+        view = memoryview(self._staging)[:num_bytes]
+        read_whole(descriptor, view, position, file)
+        matrix = torch.frombuffer(view, dtype=self._dtype).view(-1, block.columns)
+        into.copy_(matrix[:, block.first_column : block.first_column + block.num_columns])
+        return zlib.crc32(view, crc)
+
+    def _open(self, file: Path) -> int:
+        if file not in self._descriptors:
+            try:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise WeightsError("A weights file cannot be read.", where=str(file), found=error.strerror) from error
+        return self._descriptors[file]
+
+
+class _Upload:
+    """Two pinned buffers and a stream: one block is read from the disk while the one before goes to the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # A thread begins on the first GPU, where pinning would open a context for every process.
+        torch.cuda.set_device(device)
+        self._stream = torch.cuda.Stream(device)
+        # What building the model still writes to the parameters comes first.
+        self._stream.wait_stream(torch.cuda.default_stream(device))
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._sent: list[Any] = [None, None]
+        self._turn = 0
+
+    def next_buffer(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], pinned; what it held before has arrived."""
+        self._turn = 1 - self._turn
+        if self._sent[self._turn] is not None:
+            self._sent[self._turn].synchronize()
+        if self._buffers[self._turn].numel() < num_bytes:
+            self._buffers[self._turn] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return self._buffers[self._turn][:num_bytes]
+
+    def send(self, matrix: Tensor, into: Tensor, block: Slice) -> None:
+        """Copy the block's wanted columns to the GPU, in its dtype; returns before they are there."""
+        with torch.cuda.stream(self._stream):
+            if block.is_whole_rows and matrix.dtype == into.dtype:
+                into.copy_(matrix, non_blocking=True)
+            else:
+                # Cut and rounded on the GPU: a copy of other than whole, equal bytes would wait for the CPU.
+                there = matrix.to(self._device, non_blocking=True)
+                into.copy_(there[:, block.first_column : block.first_column + block.num_columns])
+            self._sent[self._turn] = self._stream.record_event()
+
+    def wait(self) -> None:
+        """Until everything sent has arrived."""
+        self._stream.synchronize()

@@ -1,0 +1,54 @@
+"""What the copy asks of the file system and its cache, beside reading and writing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+_C_LIBRARY = ctypes.CDLL(None, use_errno=True)
+_MEMORY = Path("/proc/meminfo")
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def allocate(descriptor: int, start: int, num_bytes: int) -> None:
+    """Reserve room in a file: the disk lays it out in one piece. Nothing happens where the file system cannot.
+
+    Raises OSError when the disk is full. Not os.posix_fallocate, which writes into every block where the file system
+    has no call for it, as over NFS.
+    """
+    fallocate = getattr(_C_LIBRARY, "fallocate", None)
+    if fallocate is None:
+        return
+    if fallocate(descriptor, 0, ctypes.c_longlong(start), ctypes.c_longlong(num_bytes)) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT):  # others mean that it cannot
+            raise OSError(number, os.strerror(number))
+
+
+def drop_from_cache(descriptor: int, start: int = 0, num_bytes: int = 0) -> None:
+    """Let go of a file's pages, but for those that are not on the disk yet. 0 bytes: to the file's end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def fits_in_memory(num_bytes: int) -> bool:
+    """Whether so much can stay in the page cache without pushing others' memory out."""
+    return num_bytes < _available_bytes()
+
+
+def _available_bytes() -> int:
+    found = [_limit(path) for path in _CGROUP_LIMITS]
+    if _MEMORY.is_file():
+        lines = _MEMORY.read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min((each for each in found if each is not None), default=0)
+
+
+def _limit(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,41 @@
+"""Writing a PEFT directory: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+from mixtral_run.checkpoints import write_whole
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.weights.factors import Factors, as_bytes
+from mixtral_run.weights.peft_layouts import adapter_config, completed, fused_entries, per_expert_entries
+from mixtral_run.weights.shards import header_of
+
+
+class PeftDirectory:
+    """What is to be written, laid out. `layout`: `peft`, `peft-fused` or `vllm`."""
+
+    def __init__(self, architecture: MixtralArchitecture, factors: Factors, layout: str) -> None:
+        self.fused = layout == "peft-fused"
+        self.lora = factors.lora if self.fused else completed(factors.lora, layout)
+        self.entries = (
+            fused_entries(architecture, factors) if self.fused else per_expert_entries(architecture, factors, layout)
+        )
+        self.dtype, item_size = factors.dtype(factors.lora.target_modules[0])
+        self.num_bytes = item_size * sum(prod(entry.shape) for entry in self.entries)
+
+    def write(self, folder: Path, base_model: str | None, advance: Callable[[int], None]) -> None:
+        """Write both files, on the disk when this returns. The factors' bits are kept."""
+        with (folder / "adapter_model.safetensors").open("wb") as stream:
+            stream.write(header_of({entry.key: entry.shape for entry in self.entries}, self.dtype))
+            for entry in self.entries:
+                data = as_bytes(entry.read())
+                stream.write(data)
+                advance(len(data))
+            stream.flush()
+            os.fsync(stream.fileno())
+        config = adapter_config(self.lora, base_model, fused=self.fused)
+        write_whole(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

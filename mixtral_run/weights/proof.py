@@ -1,0 +1,96 @@
+"""`proof.json`: the checksum of everything a conversion read and wrote, and the pass that checks a checkpoint by it.
+
+CRC-32 finds every flipped bit and every damaged block; it is no protection against a person who means to deceive.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mixtral_run import __version__
+from mixtral_run.checkpoints import write_whole
+from mixtral_run.errors import WeightsError
+from mixtral_run.weights.journal import JobSums
+from mixtral_run.weights.plan import Plan
+from mixtral_run.weights.shards import HFWeights
+from mixtral_run.weights.torch_dist import Reader, StoredItem
+
+PROOF_NAME = "proof.json"
+_BLOCK_BYTES = 2**20
+
+
+def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int, JobSums]) -> None:
+    """Write FOLDER/proof.json: the source's files and revision, CRC-32 of every HF tensor and of every chunk."""
+    tensors = {name: crc for each in sums.values() for name, crc in each.sources.items()}
+    chunks = [
+        {
+            "key": placed.chunk.key,
+            "offset": list(placed.chunk.offset),
+            "file": placed.file,
+            "tensors": list(job.unit.sources),
+            "crc32": f"{crc:08x}",
+        }
+        for number, job in enumerate(plan.jobs)
+        for placed, crc in zip(job.chunks, sums[number].chunks, strict=True)
+    ]
+    content = {
+        "format": 1,
+        "kit_version": __version__,
+        "source": {
+            "revision": _revision(weights.directory),
+            "dtype": weights.dtype,
+            "files": {file.name: file.stat().st_size for file in weights.files},
+        },
+        "tensors": {name: f"{tensors[name]:08x}" for name in sorted(tensors)},
+        "chunks": chunks,
+    }
+    write_whole(folder / PROOF_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _revision(directory: Path) -> str | None:
+    """The hub's commit, where the directory is a snapshot of its cache."""
+    resolved = directory.resolve()
+    return resolved.name if resolved.parent.name == "snapshots" else None
+
+
+def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) -> list[str]:
+    """Read every chunk once; lines that name the tensors and the file of each that is not what was written.
+
+    Raises WeightsError when there is no proof that can be read.
+    """
+    path = folder / PROOF_NAME
+    try:
+        chunks = json.loads(path.read_text(encoding="utf-8"))["chunks"]
+        wanted = {(each["key"], tuple(each["offset"])): (int(each["crc32"], 16), each["tensors"]) for each in chunks}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            "The checkpoint's proof cannot be read.",
+            where=str(path),
+            found=error.strerror if isinstance(error, OSError) else str(error),
+            next_command="mixtral-run verify --against HF_DIR, which needs none",
+        ) from error
+    items = [item for key in reader.tensors for item in reader.chunks(key)]
+    held = {(item.key, item.offset) for item in items}
+    faults = [f"{key} at {list(offset)}: missing" for key, offset in wanted if (key, offset) not in held]
+
+    def check(item: StoredItem) -> str | None:
+        expected: tuple[int | None, list[Any]] = wanted.get((item.key, item.offset or ()), (None, []))
+        crc = 0
+        for block in reader.payload(item, _BLOCK_BYTES):
+            crc = zlib.crc32(block, crc)
+            advance(len(block))
+        if crc == expected[0]:
+            return None
+        if expected[0] is None:
+            return f"{item.key} at {list(item.offset or ())}: not in {PROOF_NAME} ({item.file})"
+        names = ", ".join(expected[1])
+        return f"{names}: expected CRC-32 {expected[0]:08x}; found {crc:08x} ({item.key} in {item.file})"
+
+    with ThreadPoolExecutor(2, "proof") as pool:
+        faults += [fault for fault in pool.map(check, items) if fault is not None]
+    return faults

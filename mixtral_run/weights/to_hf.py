@@ -1,0 +1,253 @@
+"""Megatron torch_dist → HF safetensors in the released layout: the conversion the other way round, as a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mixtral_run.checkpoints import DESCRIPTION, write_whole
+from mixtral_run.config import ConvertConfig
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.report import Report
+from mixtral_run.weights import record
+from mixtral_run.weights.adapter_checkpoint import check_tensors, open_adapter
+from mixtral_run.weights.factors import Factors, as_bytes, as_tensor
+from mixtral_run.weights.mapping import RowRanges, Shape, hf_tensors, megatron_tensors, row_ranges
+from mixtral_run.weights.merge import Adding, row_blocks
+from mixtral_run.weights.shards import INDEX_NAME, header_of, shortened
+from mixtral_run.weights.sidecars import copy_tokenizer
+from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.torch_dist import Bits, Reader
+
+SHARD_BYTES = 5 * 10**9
+"""The largest file, as the released shards have it."""
+
+_BLOCK_BYTES = 8 * 2**20
+_SIDECAR_BYTES = 16 * 2**20
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class ToHFResult:
+    """What was written. Bytes of tensors, seconds."""
+
+    output_path: Path
+    num_tensors: int
+    num_files: int
+    num_bytes: int
+    fingerprint: str
+    seconds: float
+
+
+def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
+    """Write the HF model that a base checkpoint holds, whole or not at all. Only one process may call.
+
+    Every tensor is equal bit by bit to the one that was converted; the checkpoint's fingerprint is computed from what
+    is read and has to be the recorded one. With `config.adapter` every tensor that it changes is `W + alpha / r · B·A`,
+    bit by bit what `export --merge` writes. Raises ConfigError or WeightsError.
+    """
+    report = report or Report()
+    path = config.check().from_megatron
+    if path is None:
+        raise ConfigError("There is nothing to convert.", expected="--from-megatron")
+    started = time.monotonic()
+    report.step(1, _STEPS, f"Read {path}{f' and the adapter {config.adapter}' if config.adapter else ''}")
+    checkpoint = record.open_checkpoint(path)
+    with Reader(checkpoint.iteration_folder) as reader, _open_adapter(config, checkpoint) as factors:
+        files = _check(config, checkpoint, reader)
+        with Staging(config.output_path, DESCRIPTION) as staging:
+            staging.clear()
+            report.step(2, _STEPS, f"Write {len(files)} files ({reader.num_bytes / GIB:,.2f} GiB)")
+            with report.progress(reader.num_bytes, "written") as progress:
+                writer = _Writer(checkpoint, reader, factors, progress.advance)
+                for name, tensors in files.items():
+                    writer.write(staging.folder / name, tensors)
+            report.step(3, _STEPS, "Check the fingerprint, wait for the disk")
+            fingerprint = _check_fingerprint(checkpoint, writer)
+            _write_sidecars(config, checkpoint, files, reader.num_bytes, staging.folder)
+            staging.publish()
+        num_bytes = reader.num_bytes
+    num_tensors = sum(len(tensors) for tensors in files.values())
+    result = ToHFResult(config.output_path, num_tensors, len(files), num_bytes, fingerprint, time.monotonic() - started)
+    report.done("Conversion complete!")
+    report.say(f"  {num_tensors:,} tensors, {num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s")
+    return result
+
+
+@contextmanager
+def _open_adapter(config: ConvertConfig, checkpoint: record.Checkpoint) -> Iterator[Factors | None]:
+    if config.adapter is None:
+        yield None
+        return
+    adapter = open_adapter(config.adapter)
+    if adapter.base_fingerprint != checkpoint.record.get("fingerprint"):
+        raise WeightsError(
+            "The adapter was trained on another base.",
+            where=str(config.adapter),
+            expected=f"the base with fingerprint {adapter.base_fingerprint}",
+            found=f"{checkpoint.folder}, fingerprint {checkpoint.record.get('fingerprint')}",
+            next_command="give --from-megatron the checkpoint that the adapter was trained on",
+        )
+    with Reader(adapter.checkpoint.iteration_folder) as reader:
+        check_tensors(adapter, reader)
+        yield Factors(reader, adapter.lora, adapter.places)
+
+
+def _check(config: ConvertConfig, checkpoint: record.Checkpoint, reader: Reader) -> dict[str, dict[str, Shape]]:
+    """Everything that can be known before the first byte is written; the files to write."""
+    if checkpoint.kind != "base":
+        raise WeightsError(
+            "This is not a base checkpoint.",
+            where=str(checkpoint.folder),
+            expected="what mixtral-run convert wrote; for an adapter: --adapter beside its base",
+            found=f"a checkpoint of kind {checkpoint.kind}",
+        )
+    expected = megatron_tensors(checkpoint.architecture)
+    found = {key: info.shape for key, info in reader.tensors.items()}
+    wrong = [
+        f"{key}: expected shape {list(shape)}; found {list(found[key]) if key in found else 'nothing'}"
+        for key, shape in expected.items()
+        if found.get(key) != shape
+    ]
+    if wrong:
+        raise WeightsError("The checkpoint is not whole.", where=str(checkpoint.folder), faults=shortened(wrong))
+    faults = output_faults(
+        config.output_path,
+        overwrite=config.overwrite,
+        is_ours=lambda folder: record.is_kind(folder, "hf"),
+        what="an earlier HF model of this kit",
+    )
+    faults += disk_faults(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
+    if faults:
+        raise ConfigError("The HF model cannot be written.", faults=faults)
+    return _files(checkpoint, reader.tensors[next(iter(expected))].item_size)
+
+
+def _files(checkpoint: record.Checkpoint, item_size: int) -> dict[str, dict[str, Shape]]:
+    """The tensors of each file, filled one after another."""
+    groups: list[dict[str, Shape]] = [{}]
+    filled = 0
+    for name, shape in hf_tensors(checkpoint.architecture).items():
+        size = prod(shape) * item_size
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled += size
+    count = len(groups)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+class _Writer:
+    """Writes HF files; `checksums` are those of the checkpoint's tensors, before an adapter is added."""
+
+    def __init__(
+        self,
+        checkpoint: record.Checkpoint,
+        reader: Reader,
+        factors: Factors | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._reader = reader
+        self._factors = factors
+        self._advance = advance
+        self._ranges: dict[str, RowRanges] = row_ranges(checkpoint.architecture)
+        self.checksums: dict[str, int] = {}
+
+    def write(self, file: Path, tensors: dict[str, Shape]) -> None:
+        """One file, on the disk when this returns."""
+        dtype = self._reader.tensors[self._ranges[next(iter(tensors))].key].dtype
+        try:
+            with file.open("wb") as stream:
+                stream.write(header_of(tensors, dtype))
+                for name in tensors:
+                    blocks = self._merged if self._factors and name in self._factors.places else self._blocks
+                    for block in blocks(name):
+                        stream.write(block)
+                        self._advance(len(block))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise WeightsError("The HF model cannot be written.", where=str(file), found=error.strerror) from error
+
+    def _blocks(self, name: str) -> Iterator[memoryview]:
+        ranges, crc = self._ranges[name], 0
+        step = max(1, _BLOCK_BYTES // (ranges.columns * self._reader.tensors[ranges.key].item_size))
+        for start, stop in ranges.rows:
+            for first in range(start, stop, step):
+                block = self._reader.rows(ranges.key, ranges.leading, first, min(first + step, stop)).data.cast("B")
+                crc = zlib.crc32(block, crc)
+                yield block
+        self.checksums[name] = crc
+
+    def _merged(self, name: str) -> Iterator[memoryview]:
+        assert self._factors is not None
+        ranges, crc = self._ranges[name], 0
+        info = self._reader.tensors[ranges.key]
+        adding = Adding(self._factors, name, getattr(torch, info.dtype))
+        for start, stop in row_blocks(
+            sum(last - first for first, last in ranges.rows), ranges.columns * info.item_size
+        ):
+            rows = self._hf_rows(ranges, start, stop)
+            crc = zlib.crc32(rows.data.cast("B"), crc)
+            yield as_bytes(adding.to_rows(as_tensor(rows, info.dtype), start, stop))
+        self.checksums[name] = crc
+
+    def _hf_rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
+        """Rows start…stop of the HF tensor, which may lie apart in the checkpoint."""
+        parts, row = [], 0
+        for first, last in ranges.rows:
+            begin, end = max(start, row), min(stop, row + last - first)
+            if begin < end:
+                parts.append(self._reader.rows(ranges.key, ranges.leading, first + begin - row, first + end - row))
+            row += last - first
+        return np.ascontiguousarray(np.concatenate(parts))
+
+
+def _check_fingerprint(checkpoint: record.Checkpoint, writer: _Writer) -> str:
+    recorded = str(checkpoint.record.get("fingerprint"))
+    found = record.fingerprint(checkpoint.architecture, str(checkpoint.record.get("dtype")), writer.checksums)
+    if found != recorded:
+        raise WeightsError(
+            "The checkpoint's weights are not those that were converted.",
+            where=str(checkpoint.folder),
+            expected=f"fingerprint {recorded}",
+            found=f"fingerprint {found}",
+            next_command=f"mixtral-run verify --load {checkpoint.folder} --proof, which names what differs",
+        )
+    return found
+
+
+def _write_sidecars(
+    config: ConvertConfig,
+    checkpoint: record.Checkpoint,
+    files: dict[str, dict[str, Shape]],
+    num_bytes: int,
+    folder: Path,
+) -> None:
+    index = {
+        "metadata": {"total_size": num_bytes},
+        "weight_map": {tensor: file for file, tensors in files.items() for tensor in tensors},
+    }
+    write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    copy_tokenizer(checkpoint.folder / "tokenizer", folder)
+    fingerprint = checkpoint.record.get("fingerprint")
+    # With an adapter these are other weights than those that the fingerprint is of.
+    what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
+    record.write_record(
+        folder,
+        "hf",
+        architecture=checkpoint.architecture.to_mapping(),
+        source=str(checkpoint.folder),
+        **({"fingerprint": fingerprint} if config.adapter is None else what),
+    )

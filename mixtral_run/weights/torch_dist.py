@@ -1,0 +1,398 @@
+"""Reading and describing a torch_dist checkpoint folder without a process group, a model or Megatron.
+
+`Reader` gives any rows of any global tensor, however it was cut into chunks when it was saved (any TP, EP or PP). Only
+the bytes asked for are read. `write_metadata` is the other direction: the `.metadata` file of items written by hand.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import threading
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtral_run.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+METADATA_NAME = ".metadata"
+
+Bits = NDArray[np.unsignedinteger[Any]]
+"""Elements as unsigned integers of their size: compared and moved, never computed with."""
+
+_BIT_TYPES: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """A chunk of a tensor, or an object (no shape), at its place in a file."""
+
+    key: str
+    offset: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: str
+    item_size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.item_size
+
+
+class Reader:
+    """A checkpoint's folder (`iter_…`), opened. Raises WeightsError with all that is missing from it.
+
+    Reading is safe from several threads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        metadata = _read_metadata(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.objects: set[str] = set()
+        self._chunks: dict[str, list[StoredItem]] = {}
+        self._payloads: dict[StoredItem, int] = {}
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.num_chunks = 0
+        self.files: set[str] = set()
+        faults = self._read_items(metadata)
+        if faults:
+            from mixtral_run.weights.shards import shortened
+
+            raise WeightsError(
+                "The checkpoint cannot be used.",
+                where=str(folder),
+                faults=shortened(faults),
+                next_command="copy it again from where it was made, or run mixtral-run convert again",
+            )
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _read_items(self, metadata: Metadata) -> list[str]:
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        infos = {}
+        for index, info in metadata.storage_data.items():
+            offset = None if index.offset is None else tuple(index.offset)
+            infos[(index.fqn, offset)] = info
+        reached: dict[str, int] = {}
+        faults = []
+        for info in infos.values():
+            reached[info.relative_path] = max(reached.get(info.relative_path, 0), info.offset + info.length)
+        self.files = set(reached)
+        for file, expected in sorted(reached.items()):
+            path = self.folder / file
+            if not path.is_file():
+                faults.append(f"{file}: missing ({expected:,} bytes)")
+            elif path.stat().st_size < expected:
+                faults.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, BytesStorageMetadata):
+                self.objects.add(key)
+                if (key, None) not in infos:
+                    faults.append(f"{METADATA_NAME}: {key} has no place in a file")
+                continue
+            faults += self._read_tensor(key, stored, infos)
+        return faults
+
+    def _read_tensor(self, key: str, stored: TensorStorageMetadata, infos: dict[Any, Any]) -> list[str]:
+        dtype = str(stored.properties.dtype).removeprefix("torch.")
+        self.tensors[key] = TensorInfo(tuple(stored.size), dtype, stored.properties.dtype.itemsize)
+        items = []
+        for chunk in stored.chunks:
+            info = infos.get((key, tuple(chunk.offsets)))
+            if info is None:
+                return [f"{METADATA_NAME}: {key} at {list(chunk.offsets)} has no place in a file"]
+            place = (info.relative_path, info.offset, info.length)
+            items.append(StoredItem(key, tuple(chunk.offsets), tuple(chunk.sizes), *place))
+        covered = sum(prod(item.shape or ()) for item in items)
+        if covered != prod(stored.size):
+            return [f"{METADATA_NAME}: {key}: chunks hold {covered:,} of {prod(stored.size):,} elements"]
+        self._chunks[key] = sorted(items, key=lambda item: item.offset or ())
+        self.num_chunks += len(items)
+        return []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors; files hold a little more."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def layout_of(self, key: str, axis: int) -> int:
+        """Into how many parts a tensor was cut along an axis."""
+        return len({item.offset[axis] for item in self._chunks[key] if item.offset is not None})
+
+    def chunks(self, key: str) -> Sequence[StoredItem]:
+        return self._chunks[key]
+
+    def rows(self, key: str, leading: tuple[int, ...], start: int, stop: int) -> Bits:
+        """Rows start…stop of the matrix at `leading` (layer, expert) → bits [stop - start, columns].
+
+        A tensor without a row axis under `leading`, such as a norm, is one row.
+        """
+        info = self.tensors[key]
+        out = np.empty((stop - start, info.shape[-1]), _BIT_TYPES[info.item_size])
+        filled = 0
+        for item in self._chunks[key]:
+            assert item.offset is not None and item.shape is not None
+            offset, size = _as_matrices(item.offset, len(leading), 0), _as_matrices(item.shape, len(leading), 1)
+            within = [index - first for index, first in zip(leading, offset, strict=False)]
+            if any(not 0 <= index < length for index, length in zip(within, size, strict=False)):
+                continue
+            first, last = max(start, offset[-2]), min(stop, offset[-2] + size[-2])
+            if first >= last:
+                continue
+            matrix = 0
+            for index, length in zip(within, size, strict=False):
+                matrix = matrix * length + index
+            begin = (matrix * size[-2] + first - offset[-2]) * size[-1]
+            count = (last - first) * size[-1]
+            block = self._elements(item, begin, count, info.item_size).reshape(last - first, size[-1])
+            out[first - start : last - start, offset[-1] : offset[-1] + size[-1]] = block
+            filled += count
+        if filled != out.size:
+            raise WeightsError(
+                "The checkpoint's chunks do not cover a tensor.", where=str(self.folder), found=f"{key} {leading}"
+            )
+        return out
+
+    def matrix(self, key: str, leading: tuple[int, ...] = ()) -> Bits:
+        """The whole matrix (or vector, as one row) at `leading`."""
+        shape = self.tensors[key].shape[len(leading) :]
+        return self.rows(key, leading, 0, shape[0] if len(shape) == 2 else 1)
+
+    def file_of(self, key: str, leading: tuple[int, ...], row: int) -> str:
+        """The name of the first file that holds a part of this row."""
+        for item in self._chunks[key]:
+            assert item.offset is not None and item.shape is not None
+            offset, size = _as_matrices(item.offset, len(leading), 0), _as_matrices(item.shape, len(leading), 1)
+            place = (*leading, row)
+            if all(o <= p < o + s for p, o, s in zip(place, offset, size, strict=False)):
+                return item.file
+        return "?"
+
+    def payload(self, item: StoredItem, block_bytes: int) -> Iterator[bytes]:
+        """A chunk's bytes, block by block."""
+        assert item.shape is not None
+        start = self._payload_start(item)
+        num_bytes = prod(item.shape) * self.tensors[item.key].item_size
+        for first in range(0, num_bytes, block_bytes):
+            wanted = min(block_bytes, num_bytes - first)
+            block = os.pread(self._descriptor(item.file), wanted, start + first)
+            if len(block) != wanted:
+                raise self._broken(item, "the file ends within the tensor")
+            yield block
+
+    def _elements(self, item: StoredItem, first: int, count: int, item_size: int) -> Bits:
+        buffer = bytearray(count * item_size)
+        position = self._payload_start(item) + first * item_size
+        view = memoryview(buffer)
+        done = 0
+        while done < len(buffer):
+            read = os.preadv(self._descriptor(item.file), [view[done:]], position + done)
+            if read == 0:
+                raise self._broken(item, "the file ends within the tensor")
+            done += read
+        return np.frombuffer(buffer, _BIT_TYPES[item_size])
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def _payload_start(self, item: StoredItem) -> int:
+        """The position in the file of a chunk's first element, from its torch.save framing, which is checked."""
+        if item not in self._payloads:
+            self._payloads[item] = item.start + self._locate_payload(item)
+        return self._payloads[item]
+
+    def _locate_payload(self, item: StoredItem) -> int:
+        import torch
+
+        assert item.shape is not None
+        view = _FileSlice(self._descriptor(item.file), item.start, item.length)
+        try:
+            with zipfile.ZipFile(view) as archive:
+                (entry,) = [each for each in archive.infolist() if each.filename.endswith("/data/0")]
+            view.seek(0)
+            tensor = torch.load(io.BufferedReader(view), map_location="meta", weights_only=True)
+        except (zipfile.BadZipFile, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise self._broken(item, str(error)) from error
+        if not tensor.is_contiguous() or tensor.storage_offset() or tuple(tensor.shape) != item.shape:
+            raise self._broken(item, f"shape {list(tensor.shape)}, stride {list(tensor.stride())}")
+        view.seek(entry.header_offset + 26)
+        lengths = view.read(4)
+        name_length, extra_length = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+        return entry.header_offset + 30 + name_length + extra_length
+
+    def _broken(self, item: StoredItem, found: str) -> WeightsError:
+        return WeightsError(
+            "A tensor of the checkpoint is not stored as it should be.",
+            where=f"{self.folder / item.file}, bytes {item.start:,} to {item.start + item.length:,}",
+            expected=f"{item.key} {item.shape}, contiguous, as torch.save writes it",
+            found=found,
+        )
+
+
+def _as_matrices(numbers: tuple[int, ...], num_leading: int, missing: int) -> tuple[int, ...]:
+    """Give a vector its row axis."""
+    return numbers if len(numbers) - num_leading == 2 else (*numbers[:-1], missing, numbers[-1])
+
+
+class _FileSlice(io.RawIOBase):
+    """A part of an open file as a file of its own, read by position: nothing is shared with other readers."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        self._descriptor_number, self._start, self._length, self._at = descriptor, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        read = os.preadv(self._descriptor_number, [view], self._start + self._at) if len(view) else 0
+        self._at += read
+        return read
+
+    def read(self, size: int | None = -1) -> bytes:
+        remaining = max(0, self._length - self._at)
+        wanted = remaining if size is None or size < 0 else min(size, remaining)
+        data = os.pread(self._descriptor_number, wanted, self._start + self._at) if wanted else b""
+        self._at += len(data)
+        return data
+
+
+_SAFE = {
+    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int64", "int32", "uint8", "bool", "float8_e4m3fn"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
+    "builtins": {"set", "frozenset"},
+}
+
+
+class _Ignored:
+    """Takes the place of classes that only Megatron's own caching needs."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 pickle an enum member as: getattr(CLASS, NAME). No other attribute is handed out."""
+    if owner is _Ignored:
+        return _Ignored()
+    if isinstance(owner, type) and issubclass(owner, Enum):
+        return owner[name]
+    raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) has no place in a checkpoint's metadata")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what a `.metadata` file holds and nothing else: a pickle from elsewhere could otherwise run anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("megatron."):
+            return _Ignored
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        if name in _SAFE.get(module, ()):
+            return super().find_class(module, name)
+        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / METADATA_NAME
+    try:
+        with path.open("rb") as stream:
+            metadata: Metadata = _MetadataUnpickler(stream).load()
+            if not metadata.storage_data:
+                raise pickle.UnpicklingError("it names no files")
+            return metadata
+    except FileNotFoundError:
+        raise WeightsError(
+            "This is not a torch_dist checkpoint.", where=str(folder), expected=f"a {METADATA_NAME} file in it"
+        ) from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise WeightsError(
+            "The checkpoint's metadata cannot be read.", where=str(path), found=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def write_metadata(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, items: Iterable[StoredItem]) -> None:
+    """Pickle the Metadata of items that lie in files of the same folder. The same items give the same bytes."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    properties = TensorProperties(dtype=getattr(torch, dtype))
+    described: dict[str, Any] = {
+        key: TensorStorageMetadata(properties, torch.Size(shape), []) for key, shape in shapes.items()
+    }
+    stored = {}
+    for item in items:
+        if item.shape is None or item.offset is None:
+            described[item.key] = BytesStorageMetadata()
+        else:
+            chunk = ChunkStorageMetadata(torch.Size(item.offset), torch.Size(item.shape))
+            described[item.key].chunks.append(chunk)
+        stored[MetadataIndex(item.key, item.offset)] = _StorageInfo(item.file, item.start, item.length)
+    metadata = Metadata(described, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    with path.open("wb") as stream:
+        pickle.dump(metadata, stream)
+        stream.flush()
+        os.fsync(stream.fileno())

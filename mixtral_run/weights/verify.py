@@ -1,0 +1,368 @@
+"""What a checkpoint is, and whether it holds the HF weights bit by bit. Reads in blocks: no GPU, little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixtral_run.checkpoints import LATEST
+from mixtral_run.config import VerifyConfig
+from mixtral_run.errors import CheckFailed, ConfigError
+from mixtral_run.report import Report
+from mixtral_run.weights import checksums, mapping, record
+from mixtral_run.weights.adapter import OPTIMIZER_PREFIX, adapter_tensors, lora_of
+from mixtral_run.weights.checksums import read_source
+from mixtral_run.weights.proof import PROOF_NAME, check_proof
+from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights, shortened
+from mixtral_run.weights.staging import GIB
+from mixtral_run.weights.torch_dist import Reader
+
+_BLOCK_BYTES = 8 * 2**20
+_MOST_TOLD = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not what it was made from; `file` is that of the checkpoint."""
+
+    tensor: str
+    key: str
+    file: str
+    first_element: int
+    num_different: int
+    num_elements: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor}: {self.num_different:,} of {self.num_elements:,} elements differ, the first at "
+            f"{self.first_element:,} ({self.key} in {self.file})"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of --against."""
+
+    directory: str
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    fingerprint: str
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a checkpoint is. `faults` are lines that say what is wrong with it; empty when all is well."""
+
+    path: str
+    kind: str
+    iteration: int
+    dtype: str
+    layout: str
+    num_parameters: int
+    num_bytes: int
+    num_tensors: int
+    num_chunks: int
+    num_files: int
+    record: dict[str, Any]
+    comparison: Comparison | None
+    faults: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self) | {"ok": not self.faults}
+
+    def check(self) -> VerifyResult:
+        """Return self, or raise CheckFailed with the faults."""
+        if self.faults:
+            raise CheckFailed(
+                "The checkpoint does not hold what it should.",
+                where=self.path,
+                faults=shortened(list(self.faults)),
+                next_command="mixtral-run convert --overwrite, to make it anew",
+            )
+        return self
+
+
+def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
+    """Describe the checkpoint and compare it with --against; the caller decides on the result's `faults`.
+
+    Raises WeightsError when the checkpoint or the HF model cannot be read at all.
+    """
+    report = report or (Report.on_stderr() if config.json else Report())
+    if is_hf_directory(config.load) and not (config.load / LATEST).exists():
+        return _verify_hf(config, report)
+    checkpoint = record.open_checkpoint(config.load)
+    with Reader(checkpoint.iteration_folder) as reader:
+        result = _describe(checkpoint, reader)
+        _tell(result, report)
+        if config.proof and not result.faults:
+            result = dataclasses.replace(result, faults=_check_proof(checkpoint, reader, report))
+        if config.against is not None and not result.faults:
+            weights = open_hf_weights(config.against)
+            if checkpoint.kind == "base":
+                comparison, faults = _compare_base(checkpoint, reader, weights, report)
+            else:
+                comparison, faults = _compare_adapter(checkpoint, weights, report)
+            result = dataclasses.replace(result, comparison=comparison, faults=(*result.faults, *faults))
+            if not faults:
+                _tell_equal(checkpoint, comparison, report)
+    if not result.faults:
+        report.done("Verified.")
+    return result
+
+
+def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
+    """An HF directory, which training starts from as well: its fingerprint, and whether --against has the same."""
+    weights = open_hf_weights(config.load)
+    if config.proof:
+        raise ConfigError(
+            "An HF directory has no proof.json.",
+            where=str(config.load),
+            expected="a checkpoint that mixtral-run convert wrote, or --against another HF directory",
+        )
+    with report.progress(weights.num_bytes, "read") as progress:
+        fingerprint = checksums.fingerprint(weights, progress.advance)
+    result = VerifyResult(
+        path=str(config.load),
+        kind="hf",
+        iteration=0,
+        dtype=weights.dtype,
+        layout="–",
+        num_parameters=weights.architecture.num_parameters,
+        num_bytes=weights.num_bytes,
+        num_tensors=len(weights.sources),
+        num_chunks=len(weights.sources),
+        num_files=len(weights.files),
+        record={"kind": "hf", "architecture": weights.architecture.to_mapping(), "fingerprint": fingerprint},
+        comparison=None,
+        faults=(),
+    )
+    _tell(result, report)
+    if config.against is not None:
+        started = time.monotonic()
+        other = open_hf_weights(config.against)
+        with report.progress(other.num_bytes, "read") as progress:
+            theirs = checksums.fingerprint(other, progress.advance)
+        seconds = time.monotonic() - started
+        comparison = Comparison(str(other.directory), len(other.sources), other.num_bytes, seconds, theirs, ())
+        faults = [] if theirs == fingerprint else [f"fingerprint: {fingerprint}; {other.directory} has {theirs}"]
+        result = dataclasses.replace(result, comparison=comparison, faults=tuple(faults))
+        if not faults:
+            report.done(f"{other.directory}: the same weights, bit by bit ({len(other.sources):,} tensors)")
+    if not result.faults:
+        report.done("Verified.")
+    return result
+
+
+def _check_proof(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
+    started = time.monotonic()
+    with report.progress(reader.num_bytes, "read") as progress:
+        faults = check_proof(checkpoint.folder, reader, progress.advance)
+    if not faults:
+        seconds = time.monotonic() - started
+        report.done(
+            f"{PROOF_NAME}: every byte is what was written ({reader.num_bytes / 1e6:,.0f} MB in {seconds:,.1f} s)"
+        )
+    return tuple(faults)
+
+
+def compare_with_source(load: Path, against: Path, report: Report) -> int:
+    """Compare every tensor of a base checkpoint with its HF model, bit by bit; return how many were compared.
+
+    Raises CheckFailed naming those that differ, WeightsError when either cannot be read.
+    """
+    result = verify(VerifyConfig(load=load, against=against), report).check()
+    assert result.comparison is not None
+    return result.comparison.num_tensors
+
+
+def _expected_tensors(checkpoint: record.Checkpoint) -> dict[str, mapping.Shape]:
+    if checkpoint.kind == "base":
+        return mapping.megatron_tensors(checkpoint.architecture)
+    lora = lora_of(checkpoint.record, str(checkpoint.iteration_folder))
+    return adapter_tensors(checkpoint.architecture, lora)
+
+
+def _describe(checkpoint: record.Checkpoint, reader: Reader) -> VerifyResult:
+    expected = _expected_tensors(checkpoint)
+    found = {key: info for key, info in reader.tensors.items() if not key.startswith(OPTIMIZER_PREFIX)}
+    faults = [f"{key}: missing" for key in expected if key not in found]
+    faults += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
+    for key, info in found.items():
+        if key in expected and info.shape != expected[key]:
+            faults.append(f"{key}: expected shape {list(expected[key])}; found {list(info.shape)}")
+    dtypes = sorted({info.dtype for info in found.values()})
+    if checkpoint.kind == "base" and dtypes != [checkpoint.record.get("dtype")]:
+        faults.append(f"dtype: expected {checkpoint.record.get('dtype')}; found {', '.join(dtypes)}")
+    return VerifyResult(
+        path=str(checkpoint.folder),
+        kind=checkpoint.kind,
+        iteration=checkpoint.iteration,
+        dtype=", ".join(dtypes),
+        layout=_layout(reader, found),
+        num_parameters=sum(int(np.prod(info.shape)) for info in found.values()),
+        num_bytes=sum(info.num_bytes for info in found.values()),
+        num_tensors=len(found),
+        num_chunks=sum(len(reader.chunks(key)) for key in found),
+        num_files=len(reader.files),
+        record=dict(checkpoint.record),
+        comparison=None,
+        faults=tuple(faults),
+    )
+
+
+def _layout(reader: Reader, found: dict[str, Any]) -> str:
+    """The layout that the chunks were written in, as far as they show it."""
+    if mapping.LINEAR_QKV_KEY not in found:
+        return "–"
+    tp = reader.layout_of(mapping.LINEAR_QKV_KEY, 1)
+    files: dict[str, set[int]] = {}
+    for item in reader.chunks(mapping.LINEAR_FC1_KEY) if mapping.LINEAR_FC1_KEY in found else ():
+        # __RANK_NUMBER.distcp
+        files.setdefault(item.file.split("_")[2], set()).add((item.offset or (0, 0))[1])
+    return f"TP{tp}/EP{max(len(files), 1)}"
+
+
+def _tell(result: VerifyResult, report: Report) -> None:
+    rows = [
+        ("kind", result.kind),
+        ("iteration", str(result.iteration)),
+        ("layout", result.layout),
+        ("parameters", f"{result.num_parameters:,}"),
+        ("dtype", result.dtype),
+        ("bytes", f"{result.num_bytes:,} ({result.num_bytes / GIB:,.2f} GiB)"),
+        ("tensors", f"{result.num_tensors} in {result.num_chunks:,} chunks in {result.num_files} files"),
+    ]
+    values = result.record
+    rows += [(name, str(values[name])) for name in ("source", "fingerprint") if name in values]
+    if "lora" in values:
+        lora = values["lora"]
+        rows.append(("LoRA", f"rank {lora['lora_rank']}, alpha {lora['lora_alpha']:g}"))
+        rows.append(("targets", ", ".join(lora["lora_target_modules"])))
+    if "base" in values:
+        rows += [(f"base {name}", str(value)) for name, value in values["base"].items()]
+    report.table(("", result.path), rows)
+
+
+def _tell_equal(checkpoint: record.Checkpoint, comparison: Comparison, report: Report) -> None:
+    what = "every tensor is equal, bit by bit" if checkpoint.kind == "base" else "this is the adapter's base"
+    report.done(
+        f"{comparison.directory}: {what} ({comparison.num_tensors:,} tensors, {comparison.num_bytes / 1e6:,.0f} MB in "
+        f"{comparison.seconds:,.1f} s)"
+    )
+
+
+def _compare_base(
+    checkpoint: record.Checkpoint, reader: Reader, weights: HFWeights, report: Report
+) -> tuple[Comparison, list[str]]:
+    started = time.monotonic()
+    if weights.architecture != checkpoint.architecture:
+        ours, theirs = checkpoint.architecture.to_mapping(), weights.architecture.to_mapping()
+        lines = [f"{name}: the checkpoint has {ours[name]}, the HF model {theirs[name]}" for name in ours]
+        faults = [line for line, name in zip(lines, ours, strict=True) if ours[name] != theirs[name]]
+        return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), faults
+    if reader.tensors[mapping.LINEAR_QKV_KEY].dtype != weights.dtype:
+        found = reader.tensors[mapping.LINEAR_QKV_KEY].dtype
+        return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), [
+            f"dtype: the checkpoint has {found}, the HF model {weights.dtype}"
+        ]
+    differences: list[Difference] = []
+    crcs: dict[str, int] = {}
+    with report.progress(weights.num_bytes, "compared") as progress, ThreadPoolExecutor(2, "compare") as pool:
+        comparing = _Comparing(reader, weights, progress.advance)
+        for found_crcs, different in pool.map(comparing.unit, mapping.units(weights.architecture)):
+            crcs |= found_crcs
+            differences += different
+    fingerprint = record.fingerprint(weights.architecture, weights.dtype, crcs)
+    faults = [str(difference) for difference in differences]
+    recorded = checkpoint.record.get("fingerprint")
+    if not faults and fingerprint != recorded:
+        faults.append(f"fingerprint: the record says {recorded}, the weights have {fingerprint}")
+    return (
+        Comparison(
+            str(weights.directory),
+            len(weights.sources),
+            weights.num_bytes,
+            time.monotonic() - started,
+            fingerprint,
+            tuple(differences[:_MOST_TOLD]),
+        ),
+        faults,
+    )
+
+
+def _compare_adapter(checkpoint: record.Checkpoint, weights: HFWeights, report: Report) -> tuple[Comparison, list[str]]:
+    """An adapter holds nothing of the base but its fingerprint: tell whether these weights have it."""
+    started = time.monotonic()
+    with report.progress(weights.num_bytes, "read") as progress:
+        fingerprint = checksums.fingerprint(weights, progress.advance)
+    recorded = checkpoint.record.get("base", {}).get("fingerprint")
+    faults = []
+    if fingerprint != recorded:
+        faults.append(f"base: the adapter was trained on {recorded}, these weights are {fingerprint}")
+    seconds = time.monotonic() - started
+    directory = str(weights.directory)
+    return Comparison(directory, len(weights.sources), weights.num_bytes, seconds, fingerprint, ()), faults
+
+
+class _Comparing:
+    """Compares units of the mapping, whatever the layout: at TP1/EP1 its pieces are rows of the global tensors."""
+
+    def __init__(self, reader: Reader, weights: HFWeights, advance: Callable[[int], None]) -> None:
+        self._reader = reader
+        self._weights = weights
+        self._advance = advance
+
+    def unit(self, unit: mapping.Unit) -> tuple[dict[str, int], list[Difference]]:
+        """CRC-32 of the unit's HF tensors, and those that differ in the checkpoint."""
+        crcs = dict.fromkeys(unit.sources, 0)
+        found: dict[str, Difference] = {}
+        descriptors = {name: os.open(self._weights.sources[name].file, os.O_RDONLY) for name in unit.sources}
+        try:
+            for piece in unit.pieces:
+                for block, difference in self._piece(unit.chunks[piece.chunk], piece, descriptors[piece.source]):
+                    crcs[piece.source] = zlib.crc32(block, crcs[piece.source])
+                    if difference is not None:
+                        found[piece.source] = _joined(found.get(piece.source), difference)
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+        return crcs, list(found.values())
+
+    def _piece(self, chunk: mapping.Chunk, piece: mapping.Piece, descriptor: int) -> Any:
+        source = self._weights.sources[piece.source]
+        item_size, columns = self._weights.item_size, chunk.shape[-1]
+        num_rows = piece.num_elements // columns
+        step = max(1, _BLOCK_BYTES // (columns * item_size))
+        first_row = chunk.first_row + piece.chunk_start // columns
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            element = piece.source_start + start * columns
+            block = read_source(descriptor, source, element * item_size, (stop - start) * columns * item_size)
+            stored = self._reader.rows(chunk.key, chunk.leading, first_row + start, first_row + stop)
+            wanted = np.frombuffer(block, stored.dtype).reshape(stored.shape)
+            difference = None
+            if not np.array_equal(stored, wanted):
+                places = np.flatnonzero(stored != wanted)
+                file = self._reader.file_of(chunk.key, chunk.leading, first_row + start + int(places[0]) // columns)
+                size = source.num_bytes // item_size
+                difference = Difference(piece.source, chunk.key, file, element + int(places[0]), len(places), size)
+            yield block, difference
+            self._advance(len(block))
+
+
+def _joined(before: Difference | None, more: Difference) -> Difference:
+    if before is None:
+        return more
+    return dataclasses.replace(before, num_different=before.num_different + more.num_different)

@@ -1,0 +1,54 @@
+"""Reading and writing apt's source files: pure functions on their text."""
+
+from __future__ import annotations
+
+import re
+
+DISABLED = "# mixtral-run: the same repository is in {}; two entries with different keys make apt fail\n"
+
+
+def render(fields):
+    """A deb822 stanza from (name, value) pairs; empty values are left out."""
+    return "".join("{}: {}\n".format(name, value) for name, value in fields if value)
+
+
+def expand(text, os_release, architecture):
+    """`{id}`, `{codename}` and `{arch}` filled in from the host."""
+    values = {"id": os_release["id"], "codename": os_release["codename"], "arch": architecture}
+    return re.sub(r"\{(id|codename|arch)\}", lambda match: values[match.group(1)], text)
+
+
+def same_repository(first, second):
+    """Whether two URIs name one repository, whatever their scheme and final slash."""
+    return _bare(first) == _bare(second)
+
+
+def _bare(uri):
+    return re.sub(r"^[a-z+]+://", "", uri.strip()).rstrip("/").replace("$(ARCH)", "amd64")
+
+
+def without(text, uri, name, keeper):
+    """The text of source file `name` with every entry for `uri` switched off; the same text where there is none.
+
+    A one-line file gets its lines commented out; a deb822 stanza gets `Enabled: no`.
+    """
+    if name.endswith(".sources"):
+        return _stanzas_without(text, uri, keeper)
+    lines = []
+    for line in text.splitlines(keepends=True):
+        entry = re.match(r"\s*deb(?:-src)?\s+(?:\[[^\]]*\]\s*)?(\S+)", line)
+        if entry and same_repository(entry.group(1), uri):
+            line = DISABLED.format(keeper) + "# " + line
+        lines.append(line)
+    return "".join(lines)
+
+
+def _stanzas_without(text, uri, keeper):
+    stanzas = re.split(r"(\n[ \t]*\n)", text)
+    for number in range(0, len(stanzas), 2):
+        uris = re.search(r"^URIs:(.*(?:\n[ \t]+\S.*)*)", stanzas[number], re.MULTILINE | re.IGNORECASE)
+        off = re.search(r"^Enabled:\s*(no|false|0)", stanzas[number], re.MULTILINE | re.IGNORECASE)
+        if uris and not off and any(same_repository(word, uri) for word in uris.group(1).split()):
+            kept = re.sub(r"^Enabled:.*\n?", "", stanzas[number], flags=re.MULTILINE | re.IGNORECASE)
+            stanzas[number] = DISABLED.format(keeper) + "Enabled: no\n" + kept
+    return "".join(stanzas)

@@ -1,0 +1,200 @@
+"""A model of the Hugging Face hub in the cache's own layout: listed, fetched with resumption, verified by size and hash.
+
+Layout (huggingface_hub, file_download.py): models--ORG--NAME/{blobs/HASH, refs/REVISION, snapshots/COMMIT/FILE → blob}.
+A large file's blob is named by its SHA-256, a small one's by its git hash, so a cache can be verified by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections import namedtuple
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+CHUNK = 1 << 20
+RemoteFile = namedtuple("RemoteFile", "path size digest")
+
+
+class HubError(Exception):
+    """The hub, or what it sent, is not as it should be. `remedy` says what to do."""
+
+    def __init__(self, what, remedy):
+        super().__init__(what)
+        self.what, self.remedy = what, remedy
+
+
+class _TokenStaysHome(HTTPRedirectHandler):
+    """Files are served from other hosts by signed addresses: the token must not follow there."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        again = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if again is not None and urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
+            again.headers.pop("Authorization", None)
+            again.unredirected_hdrs.pop("Authorization", None)
+        return again
+
+
+class Hub:
+    """What a hub answers about one model."""
+
+    def __init__(self, endpoint, model, token=None, proxy=None, timeout=60):
+        self.endpoint, self.model, self._token, self._timeout = endpoint.rstrip("/"), model, token, timeout
+        self._opener = build_opener(_TokenStaysHome(), ProxyHandler({"http": proxy, "https": proxy} if proxy else {}))
+
+    def open(self, url, start=0):
+        headers = {"User-Agent": "mixtral-run"}
+        if self._token:
+            headers["Authorization"] = "Bearer " + self._token
+        if start:
+            headers["Range"] = "bytes={}-".format(start)
+        try:
+            return self._opener.open(Request(url, headers=headers), timeout=self._timeout)
+        except HTTPError as error:
+            raise HubError("{} answers HTTP {}".format(url, error.code), _remedy(error.code, self.model)) from error
+        except OSError as error:
+            raise HubError("{}: {}".format(url, getattr(error, "reason", error)), "open the way to it, or name a mirror "
+                           "(hf_cache_endpoint), a proxy, or a local copy (hf_cache_model_path)") from error  # fmt: skip
+
+    @contextlib.contextmanager
+    def open_file(self, commit, file, start):
+        """A stream of a file's bytes, and whether it begins at `start` or, with a server that cannot resume, at 0."""
+        url = "{}/{}/resolve/{}/{}".format(self.endpoint, self.model, commit, quote(file.path))
+        with self.open(url, start) as answer:
+            yield answer, answer.status == 206
+
+    def commit(self, revision):
+        """The commit that a branch, tag or commit names."""
+        url = "{}/api/models/{}/revision/{}".format(self.endpoint, self.model, quote(revision, safe=""))
+        with self.open(url) as answer:
+            return json.load(answer)["sha"]
+
+    def files(self, commit, patterns):
+        """Files of the model whose path matches one of `patterns`."""
+        url = "{}/api/models/{}/tree/{}?recursive=true".format(self.endpoint, self.model, commit)
+        found = []
+        while url:
+            with self.open(url) as answer:
+                found += [each for each in json.load(answer) if each["type"] == "file"]
+                following = re.search(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
+            url = following.group(1) if following else None
+        return [
+            RemoteFile(each["path"], each["size"], (each.get("lfs") or {}).get("oid") or each["oid"])
+            for each in found
+            if any(fnmatch.fnmatchcase(each["path"], pattern) for pattern in patterns)
+        ]
+
+
+def _remedy(code, model):
+    if code in (401, 403):
+        return (
+            "{0} is gated: accept its licence at https://huggingface.co/{0} with your account, and give a token of that "
+            "account by hf_cache_token_file".format(model)
+        )
+    if code == 404:
+        return "check hf_cache_model and hf_cache_model_revision"
+    if code == 429:
+        return "the hub limits requests: wait some minutes, give a token, or take the model from another host"
+    return "try again; what was fetched is kept"
+
+
+def digest_of(path, like):
+    """The hash of a file, of the kind that `like` is: 64 digits are SHA-256, 40 are git's SHA-1 of a blob."""
+    if len(like) == 64:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ModelCache:
+    """One model's folder in an HF cache."""
+
+    def __init__(self, home, model, uid=-1, gid=-1):
+        self.folder = os.path.join(home, "hub", "models--" + model.replace("/", "--"))
+        self._uid, self._gid = uid, gid
+
+    def blob(self, digest):
+        return os.path.join(self.folder, "blobs", digest)
+
+    def has(self, file):
+        """By name and size; the hash was verified when the blob got its name."""
+        try:
+            return os.path.getsize(self.blob(file.digest)) == file.size
+        except OSError:
+            return False
+
+    def fetch(self, source, commit, file):
+        """Fetch one file from a Hub or a Peer, going on where an earlier run stopped. Raises HubError where size or hash is wrong."""
+        partial = self.blob(file.digest) + ".incomplete"
+        os.makedirs(os.path.dirname(partial), exist_ok=True)
+        start = os.path.getsize(partial) if os.path.exists(partial) else 0
+        if start > file.size:
+            os.unlink(partial)
+            start = 0
+        if start < file.size or not file.size:
+            with source.open_file(commit, file, start) as (answer, resumes), open(partial, "ab") as out:
+                if start and not resumes:
+                    out.truncate(0)
+                for chunk in iter(lambda: answer.read(CHUNK), b""):
+                    out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
+        self.settle(partial, file)
+
+    def settle(self, partial, file):
+        """Give a complete file its name; remove it and raise HubError where it is not what it should be."""
+        size = os.path.getsize(partial)
+        if size < file.size:
+            raise HubError(
+                "{}: {} of {} bytes arrived".format(file.path, size, file.size), "run again: it goes on there"
+            )
+        found = digest_of(partial, file.digest)
+        if size != file.size or found != file.digest:
+            os.unlink(partial)
+            raise HubError(
+                "{}: expected {} bytes with hash {}; found {} bytes with {}".format(
+                    file.path, file.size, file.digest, size, found
+                ),
+                "run again: the file is fetched anew",
+            )
+        self._own(partial)
+        os.rename(partial, self.blob(file.digest))
+
+    def publish(self, revision, commit, files):
+        """Make the snapshot visible: links first, the name of the revision last. Returns whether anything changed."""
+        changed = False
+        snapshot = os.path.join(self.folder, "snapshots", commit)
+        for file in files:
+            link = os.path.join(snapshot, file.path)
+            target = os.path.relpath(self.blob(file.digest), os.path.dirname(link))
+            if os.path.lexists(link) and os.readlink(link) == target:
+                continue
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            if os.path.lexists(link):
+                os.unlink(link)
+            os.symlink(target, link)
+            changed = True
+        reference = os.path.join(self.folder, "refs", revision)
+        os.makedirs(os.path.dirname(reference), exist_ok=True)
+        if not os.path.exists(reference) or open(reference).read() != commit:
+            with open(reference + ".partial", "w") as file:
+                file.write(commit)
+            os.rename(reference + ".partial", reference)
+            changed = True
+        if changed:
+            for parent, folders, names in os.walk(self.folder):
+                for each in [parent] + [os.path.join(parent, name) for name in folders + names]:
+                    self._own(each)
+        return changed
+
+    def _own(self, path):
+        os.chown(path, self._uid, self._gid, follow_symlinks=False)

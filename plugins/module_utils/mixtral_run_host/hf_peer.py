@@ -1,0 +1,73 @@
+"""A model in the HF cache of another host of the fleet, read over SSH with a key that may do nothing else there."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import subprocess
+
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.hf_hub import HubError, RemoteFile
+
+
+class Peer:
+    """What `serve_model.py` on another host answers; asked like a `Hub`."""
+
+    def __init__(self, address, port, user, model, key_path, known_hosts_path):
+        self.target, self._model = "{}@{}:{}".format(user, address, port), model
+        self._argv = ["ssh", "-F", "none", "-p", str(port), "-i", key_path]
+        for option in (
+            "BatchMode=yes",
+            "IdentitiesOnly=yes",
+            "StrictHostKeyChecking=yes",
+            "UserKnownHostsFile=" + known_hosts_path,
+            "GlobalKnownHostsFile=/dev/null",
+            "ConnectTimeout=20",
+            "ServerAliveInterval=15",
+            # Weights do not shrink.
+            "Compression=no",
+            "LogLevel=ERROR",
+        ):
+            self._argv += ["-o", option]
+        self._argv += ["--", "{}@{}".format(user, address)]
+        self._listing = None
+
+    def commit(self, revision):
+        """The commit that a revision names there, and with it what `files` tells."""
+        answer = run(self._argv + ["list " + revision], timeout=120)
+        if answer.code:
+            raise HubError(
+                "{}: {}".format(self.target, last_lines(answer, 3) or "ssh ended with {}".format(answer.code)),
+                "hf_cache_peer names a host that has {} and that this host reaches by SSH at hf_cache_peer_address, "
+                "hf_cache_peer_port".format(self._model),
+            )
+        self._listing = json.loads(answer.out)
+        return self._listing["commit"]
+
+    def files(self, commit, patterns):
+        """Files of the model whose path matches one of `patterns`."""
+        assert self._listing is not None and self._listing["commit"] == commit
+        found = [RemoteFile(*each) for each in self._listing["files"]]
+        return [each for each in found if any(fnmatch.fnmatchcase(each.path, pattern) for pattern in patterns)]
+
+    @contextlib.contextmanager
+    def open_file(self, _commit, file, start):
+        """A stream of the file's bytes from `start` on, and True: it can resume."""
+        argv = self._argv + ["get {} {}".format(file.digest, start)]
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(os.environ, LC_ALL="C"),
+        )
+        try:
+            yield process.stdout, True
+        finally:
+            process.stdout.close()
+            error = process.stderr.read().decode("utf-8", "replace").strip()
+            process.stderr.close()
+            if process.wait() and error:
+                raise HubError("{}: {}".format(self.target, error), "run again: it goes on there")

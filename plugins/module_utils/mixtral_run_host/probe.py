@@ -1,0 +1,247 @@
+"""Reading a host: every function looks, none changes anything, and none raises for what is merely absent."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+
+from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, run
+from ansible.module_utils.mixtral_run_host.files import RECORD_FOLDER, read_text
+
+GPU_FIELDS = (
+    "index",
+    "name",
+    "uuid",
+    "memory.total",
+    "driver_version",
+    "temperature.gpu",
+    "ecc.errors.uncorrected.volatile.total",
+)
+CDI_FOLDERS = ("/etc/cdi", "/var/run/cdi")
+NVIDIA_VENDOR, BRIDGE_CLASS = "0x10de", "0x0680"
+
+
+def os_release(path="/etc/os-release"):
+    """{"id": "ubuntu", "version": "22.04", "codename": "jammy", "name": …}; empty strings where not told."""
+    values = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', read_text(path, ""), re.MULTILINE))
+    return {
+        "id": values.get("ID", ""),
+        "version": values.get("VERSION_ID", ""),
+        "codename": values.get("VERSION_CODENAME", ""),
+        "name": values.get("PRETTY_NAME", ""),
+    }
+
+
+def architecture():
+    """Debian's word for it: amd64, arm64 …"""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+
+
+def memory():
+    """RAM and active swap in GiB."""
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo", ""), re.MULTILINE))
+    return {
+        "ram_gib": round(int(kib.get("MemTotal", 0)) / 2**20, 1),
+        "swap_gib": round(int(kib.get("SwapTotal", 0)) / 2**20, 1),
+    }
+
+
+def disk(path):
+    """Free and total GiB, and the filesystem, of the nearest existing parent of `path`."""
+    there = path
+    while not os.path.isdir(there) and there != "/":
+        there = os.path.dirname(there)
+    figures = os.statvfs(there)
+    return {
+        "path": path,
+        "free_gib": round(figures.f_bavail * figures.f_frsize / 2**30, 1),
+        "total_gib": round(figures.f_blocks * figures.f_frsize / 2**30, 1),
+        "filesystem": filesystem(there),
+    }
+
+
+def filesystem(path):
+    """Type of the filesystem that holds `path`, from the longest mount point above it."""
+    best, kind = "", "unknown"
+    real = os.path.realpath(path)
+    for line in read_text("/proc/self/mounts", "").splitlines():
+        _, mount, each = line.split(" ")[:3]
+        mount = mount.replace("\\040", " ")
+        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, each
+    return kind
+
+
+def gpus(timeout=30):
+    """{"gpus": [...], "driver": "550.54.15", "error": None}. The error is nvidia-smi's own word, or why there is none."""
+    query = run(["nvidia-smi", "--query-gpu=" + ",".join(GPU_FIELDS), "--format=csv,noheader,nounits"], timeout=timeout)
+    found = {"gpus": [], "driver": None, "error": None}
+    if query.code == MISSING:
+        found["error"] = "nvidia-smi is not installed: no NVIDIA driver"
+    elif query.code == TIMED_OUT:
+        found["error"] = "nvidia-smi hangs (no answer within {} s): the driver or a GPU is sick, see dmesg".format(
+            timeout
+        )
+    elif query.code:
+        found["error"] = " ".join((query.out + query.err).split())
+    else:
+        rows = [[cell.strip() for cell in line.split(",")] for line in query.out.splitlines() if line.strip()]
+        found["gpus"] = [_gpu(row) for row in rows if len(row) == len(GPU_FIELDS)]
+        found["driver"] = rows[0][4] if found["gpus"] else None
+    return found
+
+
+def _gpu(row):
+    return {
+        "index": int(row[0]),
+        "name": row[1],
+        "uuid": row[2],
+        "memory_gib": round(_number(row[3]) / 1024, 1),
+        "temperature_celsius": _number(row[5]),
+        "ecc_errors": _number(row[6]),
+    }
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def kernel_driver(path="/proc/driver/nvidia/version"):
+    """Version of the loaded kernel module; None where none is loaded."""
+    match = re.search(r"Kernel Module[^\n]*?\s(\d+\.\d+(?:\.\d+)?)\s", read_text(path, ""))
+    return match.group(1) if match else None
+
+
+def fabric_manager():
+    """Whether the host has NVSwitches, and what its fabric manager says."""
+    version = run(["nv-fabricmanager", "--version"], timeout=15)
+    number = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.out)
+    active = run(["systemctl", "is-active", "nvidia-fabricmanager"], timeout=15)
+    return {
+        "nvswitch": has_nvswitch(),
+        "active": active.out.strip() == "active",
+        "version": number.group(1) if number else None,
+    }
+
+
+def has_nvswitch():
+    if glob.glob("/dev/nvidia-nvswitch*") or glob.glob("/proc/driver/nvidia-nvswitch/devices/*"):
+        return True
+    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
+        bridge = read_text(os.path.join(os.path.dirname(vendor), "class"), "").startswith(BRIDGE_CLASS)
+        if bridge and read_text(vendor, "").strip() == NVIDIA_VENDOR:
+            return True
+    return False
+
+
+def clock_synchronized():
+    """What the host's time service says: True, False, or None where none answers."""
+    answer = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=15)
+    return {"yes": True, "no": False}.get(answer.out.strip())
+
+
+def engine():
+    """The Docker engine as it runs: version, runtimes, CDI devices, running containers; "error" where it does not."""
+    answer = run(["docker", "info", "--format", "{{json .}}"], timeout=30)
+    found = {"version": None, "runtimes": [], "cdi_devices": [], "containers_running": 0, "root": None, "error": None}
+    try:
+        info = json.loads(answer.out)
+    except ValueError:
+        info = {}
+    if answer.code or not info.get("ServerVersion"):
+        errors = "; ".join(info.get("ServerErrors") or []) or answer.err.strip()
+        found["error"] = "docker is not installed" if answer.code == MISSING else errors
+        return found
+    found["version"] = info["ServerVersion"]
+    found["runtimes"] = sorted(info.get("Runtimes") or {})
+    found["cdi_devices"] = [
+        each.get("ID") for each in info.get("DiscoveredDevices") or [] if each.get("Source") == "cdi"
+    ]
+    found["containers_running"] = info.get("ContainersRunning", 0)
+    found["root"] = info.get("DockerRootDir")
+    return found
+
+
+def cdi(folders=CDI_FOLDERS):
+    """The NVIDIA CDI spec: its path, number of GPUs, and driver version; all None where there is none."""
+    for folder in folders:
+        for path in sorted(
+            glob.glob(os.path.join(folder, "nvidia*.y*ml")) + glob.glob(os.path.join(folder, "nvidia*.json"))
+        ):
+            text = read_text(path, "")
+            if "nvidia.com/gpu" not in text:
+                continue
+            # Names stand on lines of their own in YAML and JSON alike; a GPU is listed by index, and often by UUID too.
+            indices = set(re.findall(r'["\']?name["\']?:\s*["\']?(\d+)["\']?\s*(?:,|$)', text, re.MULTILINE))
+            driver = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)", text)
+            return {"path": path, "gpus": len(indices), "driver": driver.group(1) if driver else None}
+    return {"path": None, "gpus": None, "driver": None}
+
+
+def toolkit_version():
+    answer = run(["nvidia-ctk", "--version"], timeout=15)
+    match = re.search(r"version (\d+\.\d+\.\d+)", answer.out)
+    return match.group(1) if match else None
+
+
+def swap_files():
+    """Active swap: [{"path": …, "size_gib": …}]."""
+    rows = [line.split() for line in read_text("/proc/swaps", "").splitlines()[1:]]
+    return [{"path": row[0], "size_gib": round(int(row[2]) / 2**20, 2)} for row in rows]
+
+
+def identity():
+    """What tells this installation of the host from an earlier one of the same name."""
+    key = (read_text("/etc/ssh/ssh_host_ed25519_key.pub") or "").split()
+    return {
+        "machine_id": read_text("/etc/machine-id", "").strip(),
+        "ssh_host_key": key[1] if len(key) > 1 else "",
+    }
+
+
+def images(label="org.mixtral-run.inputs"):
+    """Images that the kit built or loaded: [{"id", "tags", "inputs"}]."""
+    answer = run(
+        ["docker", "images", "--filter", "label=" + label, "--format", "{{.ID}} {{.Repository}}:{{.Tag}}"], timeout=30
+    )
+    return [dict(zip(("id", "tag"), line.split(" ", 1))) for line in answer.out.splitlines()]
+
+
+def records(folder=RECORD_FOLDER):
+    """What the kit wrote down about this host, by name of the record."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, "*.json"))):
+        try:
+            found[os.path.basename(path)[: -len(".json")]] = json.loads(read_text(path, "{}"))
+        except ValueError:
+            found[os.path.basename(path)[: -len(".json")]] = None
+    return found
+
+
+def host(disks=()):
+    """Everything above at once."""
+    driver = gpus()
+    return {
+        "os": os_release(),
+        "kernel": os.uname().release,
+        "architecture": architecture(),
+        "identity": identity(),
+        "memory": memory(),
+        "disks": [disk(path) for path in disks],
+        "gpus": driver["gpus"],
+        "driver": {"user": driver["driver"], "kernel": kernel_driver(), "error": driver["error"]},
+        "fabric_manager": fabric_manager(),
+        "clock_synchronized": clock_synchronized(),
+        "engine": engine(),
+        "images": images(),
+        "toolkit": toolkit_version(),
+        "cdi": cdi(),
+        "swap": swap_files(),
+        "records": records(),
+    }

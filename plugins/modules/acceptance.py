@@ -1,0 +1,154 @@
+#!/usr/bin/python
+"""Run the kit's acceptance measurements in its container and keep the result beside a stamp of what was measured."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: acceptance
+short_description: Accept a host by measuring it in the container that jobs will use
+description:
+  - The stamp holds machine-id, SSH host key, GPU UUIDs and versions. While it fits the host and the last result was good,
+    nothing runs again. A reimaged host, another GPU or another image makes it run.
+options:
+  host: {description: Name of the host in messages., type: str, required: true}
+  image: {description: The image., type: str, required: true}
+  checkpoint_folder: {description: Folder that is mounted and measured., type: path, required: true}
+  uid: {description: User in the container., type: int, required: true}
+  gid: {description: Group in the container., type: int, required: true}
+  shared_memory: {description: "Size for docker run --shm-size.", type: str, default: 32g}
+  ulimits: {description: "For docker run --ulimit.", type: list, elements: str, default: []}
+  floors: {description: Least figures by name., type: dict, default: {}}
+  size_mib: {description: Bytes of messages and of the file., type: int, default: 256}
+  timeout_seconds: {description: How long it may take., type: int, default: 900}
+  force: {description: Measure again., type: bool, default: false}
+  state: {description: C(absent) removes result and stamp., type: str, choices: [present, absent], default: present}
+"""
+
+import json
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import probe
+from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain
+
+KIT_VERSION = "import mixtral_run; print(mixtral_run.__version__)"
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "host": {"type": "str", "required": True},
+            "image": {"type": "str", "required": True},
+            "checkpoint_folder": {"type": "path", "required": True},
+            "uid": {"type": "int", "required": True},
+            "gid": {"type": "int", "required": True},
+            "shared_memory": {"type": "str", "default": "32g"},
+            "ulimits": {"type": "list", "elements": "str", "default": []},
+            "floors": {"type": "dict", "default": {}},
+            "size_mib": {"type": "int", "default": 256},
+            "timeout_seconds": {"type": "int", "default": 900},
+            "force": {"type": "bool", "default": False},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    record = Record("acceptance", check_mode=module.check_mode)
+    known = dict(record.values)
+    if params["state"] == "absent":
+        record.values.clear()
+        record.save()
+        module.exit_json(changed=bool(known))
+    stamp = _stamp(params)
+    # Containers have to see every GPU that the host has: a CPU image on a GPU host is no good.
+    params["floors"] = dict({"num_gpus": len(stamp["gpus"])}, **params["floors"])
+    if stamp["image"] is None:
+        if module.check_mode:
+            module.exit_json(changed=True, why="the image is not on the host yet")
+        _fail(module, "the image " + params["image"], "no such image", "run the image role")
+    changes = _changes(known, stamp, params["floors"])
+    if not changes and not params["force"]:
+        module.exit_json(changed=False, report=known["report"], stamp=stamp, why="unchanged since it was accepted")
+    if module.check_mode:
+        module.exit_json(changed=True, why="; ".join(changes) or "forced")
+    report = _measure(module, stamp)
+    record.values.update(
+        report=report, stamp=stamp, floors=params["floors"], at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
+    record.save()
+    if not report["accepted"]:
+        _fail(module, "every part runs and reaches its floor", "; ".join(report["faults"]),
+              "see the figures in {}; floors are acceptance_floors".format(record.path), report=report)  # fmt: skip
+    if report["not_run"]:
+        module.warn("{}: accepted on its CPU alone; not run: {}".format(params["host"], ", ".join(report["not_run"])))
+    module.exit_json(changed=True, report=report, stamp=stamp, why="; ".join(changes) or "forced")
+
+
+def _stamp(params):
+    gpus = probe.gpus()
+    image = run(["docker", "image", "inspect", "--format", "{{.Id}}", params["image"]], timeout=30)
+    return {
+        "identity": probe.identity(),
+        "gpus": [gpu["uuid"] for gpu in gpus["gpus"]],
+        "driver": gpus["driver"],
+        "toolkit": probe.toolkit_version(),
+        "engine": probe.engine()["version"],
+        "kernel": probe.os.uname().release,
+        "image": image.out.strip() if image.code == 0 else None,
+    }
+
+
+def _changes(known, stamp, floors):
+    """Why the host has to be measured, in words; empty when the last result still holds."""
+    if not known:
+        return ["never measured"]
+    if not known["report"].get("accepted"):
+        return ["not accepted the last time"]
+    found = ["{} changed".format(name) for name in sorted(stamp) if stamp[name] != known["stamp"].get(name)]
+    return found + (["floors changed"] if known.get("floors") != floors else [])
+
+
+def _container_argv(params, has_gpus):
+    argv = ["docker", "run", "--rm", "--network", "none", "--shm-size", params["shared_memory"]]
+    argv += [word for limit in params["ulimits"] for word in ("--ulimit", limit)]
+    argv += ["--gpus", "all"] if has_gpus else []
+    argv += ["--user", "{}:{}".format(params["uid"], params["gid"])]
+    argv += ["--mount", "type=bind,source={},target=/checkpoints".format(params["checkpoint_folder"])]
+    argv += [params["image"], "python", "-m", "mixtral_run.acceptance", "--json", "--size-mib", str(params["size_mib"])]
+    return argv + ["--floors", json.dumps(params["floors"])]
+
+
+def _measure(module, stamp):
+    params = module.params
+    answer = run(_container_argv(params, bool(stamp["gpus"])), timeout=params["timeout_seconds"])
+    line = answer.out.strip().splitlines()[-1] if answer.out.strip() else ""
+    try:
+        return json.loads(line)
+    except ValueError:
+        pass
+    remedies = {
+        MISSING: "run the docker role",
+        TIMED_OUT: "a part hangs, which a lost NVLink or a dead fabric manager does: dmesg, nvidia-smi nvlink -s",
+        125: "the engine refused the container: read the line above, and run the docker and toolkit roles",
+    }
+    _fail(module, "a report of the measurements", last_lines(answer, 8),
+          remedies.get(answer.code, "run it by hand: {}".format(" ".join(_container_argv(params, bool(stamp["gpus"]))))))  # fmt: skip
+    return None
+
+
+def _fail(module, expected, found, next_step, **more):
+    module.fail_json(
+        msg=explain(
+            "The host is not accepted.",
+            where=module.params["host"],
+            expected=expected,
+            found=found,
+            next_step=next_step,
+        ),
+        **more,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+#!/usr/bin/python
+"""Install packages at wanted versions, hold them, and remember which of them the kit installed."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: apt_packages
+short_description: Install packages at wanted versions, hold them, remember which the kit installed
+description:
+  - One transaction for all; packages that conflict are removed in it. Nothing is asked of the network when nothing is
+    missing. Works without python3-apt, and in check mode on a host that does not know the repository yet.
+options:
+  section: {description: Who asks., type: str, required: true}
+  names: {description: Packages., type: list, elements: str, required: true}
+  version: {description: "Version of all of them, with C(*) as in apt; empty: the newest at first installation.", type: str, default: ""}
+  versions: {description: Versions by package; wins over C(version)., type: dict, default: {}}
+  conflicting: {description: Packages to remove first., type: list, elements: str, default: []}
+  hold: {description: Keep unattended upgrades off them., type: bool, default: true}
+  repository: {description: "URI that has to answer, for the message when it does not.", type: str, default: ""}
+  lock_timeout_seconds: {description: How long to wait for another package manager., type: int, default: 300}
+  proxy: {description: Proxy for apt., type: str}
+  state: {description: C(absent) removes what C(present) installed., type: str, choices: [present, absent], default: present}
+"""
+
+import fnmatch
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain
+
+APT_SECONDS = 1800
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "section": {"type": "str", "required": True},
+            "names": {"type": "list", "elements": "str", "required": True},
+            "version": {"type": "str", "default": ""},
+            "versions": {"type": "dict", "default": {}},
+            "conflicting": {"type": "list", "elements": "str", "default": []},
+            "hold": {"type": "bool", "default": True},
+            "repository": {"type": "str", "default": ""},
+            "lock_timeout_seconds": {"type": "int", "default": 300},
+            "proxy": {"type": "str"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    record = Record("packages", check_mode=module.check_mode)
+    if module.params["state"] == "present":
+        _present(module, record)
+    else:
+        _absent(module, record)
+
+
+def _installed():
+    """Installed packages with their versions; also those that dpkg was interrupted in, with version None."""
+    listing = run(["dpkg-query", "--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\\n"]).out
+    found = {}
+    for line in listing.splitlines():
+        name, version, status = (line.split(" ") + ["", ""])[:3]
+        if status == "installed":
+            found[name] = version
+        elif status not in ("config-files", "not-installed"):
+            found[name] = None
+    return found
+
+
+def _wanted_version(params, name):
+    return params["versions"].get(name) or params["version"]
+
+
+def _present(module, record):
+    params = module.params
+    installed = _installed()
+    held = set(run(["apt-mark", "showhold"]).out.split())
+    wrong = [
+        name
+        for name in params["names"]
+        if not installed.get(name)
+        or (_wanted_version(params, name) and not fnmatch.fnmatchcase(installed[name], _wanted_version(params, name)))
+    ]
+    removed = [name for name in params["conflicting"] if name in installed and name not in params["names"]]
+    unheld = [name for name in params["names"] if (name not in held) == params["hold"]]
+    mine = record.values.setdefault(params["section"], [])
+    fresh = [name for name in params["names"] if name not in installed and name not in mine]
+    changed = bool(wrong or removed or unheld)
+    before = "".join("{} {}\n".format(name, installed[name]) for name in params["names"] + removed if name in installed)
+    if changed and not module.check_mode:
+        mine += fresh
+        record.save()  # before the work: killed in the middle, `absent` still knows what to take back
+        if wrong or removed:
+            _install(module, wrong, removed)
+            # An upgrade of a held package takes the hold off.
+            unheld = params["names"]
+        if unheld:
+            _checked(module, ["apt-mark", "hold" if params["hold"] else "unhold"] + unheld, "The hold cannot be set.")
+    now = _installed() if not module.check_mode else installed
+    after = "".join("{} {}\n".format(name, now.get(name) or "(to be installed)") for name in params["names"])
+    module.exit_json(
+        changed=changed,
+        installed=wrong,
+        removed=removed,
+        versions={name: now.get(name) for name in params["names"]},
+        diff={"before": before, "after": after, "before_header": "packages", "after_header": "packages"},
+    )
+
+
+def _absent(module, record):
+    params = module.params
+    mine = [name for name in record.values.get(params["section"], []) if name in _installed()]
+    changed = params["section"] in record.values
+    if not module.check_mode and changed:
+        if mine:
+            run(["apt-mark", "unhold"] + mine)
+            _checked(module, _apt(params) + ["remove"] + mine, "The packages cannot be removed.", APT_SECONDS)
+        del record.values[params["section"]]
+        record.save()
+    module.exit_json(changed=changed, removed=mine)
+
+
+def _apt(params):
+    argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
+    argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
+    if params["proxy"]:
+        argv += ["-o", "Acquire::http::Proxy=" + params["proxy"], "-o", "Acquire::https::Proxy=" + params["proxy"]]
+    return argv
+
+
+def _install(module, names, removed):
+    params = module.params
+    if run(["dpkg", "--audit"]).out.strip():
+        # An earlier run, or somebody's apt, was killed in the middle.
+        _checked(
+            module, ["dpkg", "--force-confold", "--configure", "-a"], "dpkg cannot finish what was begun.", APT_SECONDS
+        )
+    _refresh(module)
+    words = [name + ("=" + _wanted_version(params, name) if _wanted_version(params, name) else "") for name in names]
+    words += [name + "-" for name in removed]
+    options = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
+    answer = run(_apt(params) + ["install"] + options + words, timeout=APT_SECONDS)
+    if answer.code:
+        _fail(module, "The packages cannot be installed.", answer, names)
+
+
+def _refresh(module):
+    # `apt-get update` waits for no lock of its lists and ends with 0 when a mirror is away: both are told here.
+    params = module.params
+    answer = run(_apt(params) + ["-o", "Acquire::Retries=2", "update"], timeout=APT_SECONDS)
+    bad = [line for line in (answer.out + answer.err).splitlines() if line.startswith(("Err:", "E:", "W:"))]
+    if params["repository"] and any(params["repository"].replace("$(ARCH)", "") in line for line in bad):
+        _fail(module, "The package repository does not answer.", answer, [])
+    if answer.code:
+        _fail(module, "The package lists cannot be read.", answer, [])
+    for line in bad:
+        module.warn(line)
+
+
+def _fail(module, what, answer, names):
+    text = answer.out + answer.err
+    offered = run(["apt-cache", "madison"] + names).out.strip() if names else ""
+    steps = {
+        "Could not get lock": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
+        "was not found": "pin a version that the repository offers:\n{}".format(offered),
+        "NO_PUBKEY": "the repository is signed with another key than the pinned one",
+        "Conflicting values": "two source files name the repository with different keys: remove one",
+    }
+    found = next((step for words, step in steps.items() if words in text), "run it by hand on the host to see more")
+    module.fail_json(
+        msg=explain(
+            what,
+            where=module.params["repository"] or "apt",
+            expected=" ".join(names),
+            found=last_lines(answer, 6),
+            next_step=found,
+        )
+    )
+
+
+def _checked(module, argv, what, timeout=60):
+    answer = run(argv, timeout=timeout)
+    if answer.code:
+        _fail(module, what, answer, [])
+
+
+if __name__ == "__main__":
+    main()

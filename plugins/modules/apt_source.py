@@ -1,0 +1,169 @@
+#!/usr/bin/python
+"""Put an apt repository in place: key by pinned fingerprint, deb822 source, older sources of the same URL off."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: apt_source
+short_description: Put an apt repository in place, with its key pinned by fingerprint
+description:
+  - Downloads the key, refuses any but the pinned one, writes a deb822 source. Source files that name the same
+    repository are switched off first, because two entries with different keys make apt fail altogether.
+  - In C(uri), C(suite) and C(key_url), C({id}), C({codename}) and C({arch}) are filled in from the host.
+options:
+  name: {description: Name of the files., type: str, required: true}
+  uri: {description: The repository., type: str, required: true}
+  suite: {description: The suite, or C(/) for a flat repository., type: str, default: "{codename}"}
+  components: {description: Components; empty for a flat repository., type: str, default: ""}
+  key_url: {description: Where the key is., type: str, required: true}
+  key_fingerprint: {description: The only fingerprint accepted., type: str, required: true}
+  proxy: {description: Proxy for the key., type: str}
+  state: {description: C(absent) removes source and key., type: str, choices: [present, absent], default: present}
+"""
+
+import glob
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
+from ansible.module_utils.mixtral_run_host.files import explain, read_text, remove, write_text
+from ansible.module_utils.urls import open_url
+
+SOURCES = "/etc/apt/sources.list.d"
+KEYRINGS = "/etc/apt/keyrings"
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "uri": {"type": "str", "required": True},
+            "suite": {"type": "str", "default": "{codename}"},
+            "components": {"type": "str", "default": ""},
+            "key_url": {"type": "str", "required": True, "no_log": False},
+            "key_fingerprint": {"type": "str", "required": True, "no_log": False},
+            "proxy": {"type": "str"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    source = os.path.join(SOURCES, params["name"] + ".sources")
+    key = os.path.join(KEYRINGS, params["name"] + ".asc")
+    if params["state"] == "absent":
+        changed = os.path.exists(source) or os.path.exists(key)
+        if not module.check_mode:
+            remove(source)
+            remove(key)
+        module.exit_json(changed=changed)
+
+    release, arch = probe.os_release(), probe.architecture()
+    uri = apt_sources.expand(params["uri"], release, arch)
+    wanted = apt_sources.render(
+        [
+            ("Types", "deb"),
+            ("URIs", uri),
+            ("Suites", apt_sources.expand(params["suite"], release, arch)),
+            ("Components", params["components"]),
+            ("Architectures", arch),
+            ("Signed-By", key),
+        ]
+    )
+    key_text = _pinned_key(module, key, apt_sources.expand(params["key_url"], release, arch))
+    rivals = _rivals(source, uri)
+    before = read_text(source, "")
+    if before != wanted:
+        _need_repository(module, uri, apt_sources.expand(params["suite"], release, arch), arch)
+    changed = key_text is not None or bool(rivals) or before != wanted
+    if not module.check_mode:
+        if key_text is not None:
+            write_text(key, key_text)
+        for path, text in rivals.items():
+            write_text(path, text)
+        if before != wanted:
+            write_text(source, wanted)
+    header = {"before_header": source, "after_header": source}
+    module.exit_json(
+        changed=changed, switched_off=sorted(rivals), uri=uri, diff=dict(before=before, after=wanted, **header)
+    )
+
+
+def _need_repository(module, uri, suite, arch):
+    """Fail while nothing is written where the repository does not answer: apt would, and leave its source behind."""
+    place = "InRelease" if suite.endswith("/") else "dists/{}/InRelease".format(suite)
+    url = "{}/{}".format(uri.replace("$(ARCH)", arch).rstrip("/"), place)
+    try:
+        _open(module, url)
+    except (OSError, ValueError) as error:
+        module.fail_json(
+            msg=explain(
+                "The package repository does not answer; nothing was changed.",
+                where=url,
+                expected="the index of suite {}".format(suite),
+                found=str(error),
+                next_step="404: it has no such release; else open the way to it, or name a mirror or proxy in group_vars",
+            )
+        )
+
+
+def _open(module, url):
+    proxy = module.params["proxy"]
+    if proxy:
+        os.environ["http_proxy"] = os.environ["https_proxy"] = proxy
+    return open_url(url, timeout=30, http_agent="mixtral-run").read()
+
+
+def _pinned_key(module, path, url):
+    """The key's text where it has to be written, None where the right one is in place. Fails on any other key."""
+    pinned = module.params["key_fingerprint"].replace(" ", "").upper()
+    there = read_text(path)
+    if there is not None and _fingerprints(there.encode()) == [pinned]:
+        return None
+    try:
+        data = _open(module, url)
+    except (OSError, ValueError) as error:
+        module.fail_json(
+            msg=explain(
+                "The repository's key cannot be fetched; nothing was changed.",
+                where=url,
+                expected="the key with fingerprint {}".format(pinned),
+                found=str(error),
+                next_step="open the way to it, or name a mirror or proxy in group_vars",
+            )
+        )
+    found = _fingerprints(data)
+    if found != [pinned]:
+        module.fail_json(
+            msg=explain(
+                "The repository's key is not the pinned one; nothing was changed.",
+                where=url,
+                expected=pinned,
+                found=", ".join(found) or "no OpenPGP key",
+                next_step="find out why before you trust it: a mirror of your own signs with its own key, whose "
+                "fingerprint goes into the role's ..._key_fingerprint",
+            )
+        )
+    return data.decode("ascii", "surrogateescape")
+
+
+def _fingerprints(data):
+    try:
+        return openpgp.primary_fingerprints(data)
+    except ValueError:
+        return []
+
+
+def _rivals(source, uri):
+    """Other source files that name the repository, with their text once the entries are off."""
+    found = {}
+    folder = glob.glob(os.path.join(SOURCES, "*.list")) + glob.glob(os.path.join(SOURCES, "*.sources"))
+    for path in ["/etc/apt/sources.list"] + sorted(folder):
+        text = read_text(path, "")
+        off = apt_sources.without(text, uri, os.path.basename(path), source) if path != source else text
+        if off != text:
+            found[path] = off
+    return found
+
+
+if __name__ == "__main__":
+    main()

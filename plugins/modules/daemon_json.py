@@ -1,0 +1,164 @@
+#!/usr/bin/python
+"""Merge settings into Docker's daemon.json and remember which are the kit's."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: daemon_json
+short_description: Merge settings into Docker's daemon.json and remember which are the kit's
+description:
+  - Merges recursively; what the host already has stays. Written only on change, with a backup, after the engine found
+    it valid. Says in the record whether a reload or a restart is due, which M(docker_engine) then does.
+options:
+  section:
+    description: Who asks. Each section takes back only its own.
+    type: str
+    required: true
+  settings:
+    description: The settings that this section wants.
+    type: dict
+    default: {}
+  state:
+    description: C(absent) takes back what the section put there.
+    type: str
+    choices: [present, absent]
+    default: present
+  path:
+    description: The file.
+    type: path
+    default: /etc/docker/daemon.json
+"""
+RETURN = """
+due:
+  description: C(none), C(reload) or C(restart).
+  type: str
+  returned: always
+keys:
+  description: Top-level keys that changed.
+  type: list
+  returned: always
+"""
+
+import json
+import os
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import daemon_settings
+from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "section": {"type": "str", "required": True},
+            "settings": {"type": "dict", "default": {}},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "path": {"type": "path", "default": "/etc/docker/daemon.json"},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    text = read_text(params["path"])
+    current = _parse(module, params["path"], text)
+    record = Record("daemon_json", check_mode=module.check_mode)
+    sections = record.values.setdefault("sections", {})
+    wanted = params["settings"] if params["state"] == "present" else {}
+    settings, owned = daemon_settings.merge(current, wanted, sections.get(params["section"], []))
+    due, keys = daemon_settings.needs(current, settings)
+    gone = text is not None and not settings and record.values.get("created", False)
+    changed = bool(keys) or gone
+    if changed and not module.check_mode:
+        _validate(module, params["path"], settings)
+    _remember(record, params["section"], owned, due, keys, created=text is None)
+    if not sections:
+        record.values.pop("sections")
+    if changed and not module.check_mode:
+        # The record first: killed between the two, the next run merges again and knows whose the settings are.
+        record.save()
+        _write(params["path"], text, settings, gone)
+    elif not changed:
+        record.save()
+    after = "" if gone else _dump(settings)
+    module.exit_json(
+        changed=changed,
+        due=due,
+        keys=keys,
+        diff={"before": text or "", "after": after, "before_header": params["path"], "after_header": params["path"]},
+    )
+
+
+def _parse(module, path, text):
+    try:
+        current = json.loads(text) if text and text.strip() else {}
+    except ValueError as error:
+        module.fail_json(
+            msg=explain(
+                "Docker's settings file is not valid JSON; it was left as it is.",
+                where=path,
+                expected="a JSON object",
+                found=str(error),
+                next_step="mend it by hand (the engine cannot read it either), then run again",
+            )
+        )
+    if not isinstance(current, dict):
+        module.fail_json(msg=explain("Docker's settings file must hold a JSON object.", where=path, found=str(current)))
+    return current
+
+
+def _remember(record, section, owned, due, keys, created):
+    values = record.values
+    if owned:
+        values["sections"][section] = owned
+    else:
+        values["sections"].pop(section, None)
+    if created and owned:
+        values["created"] = True
+    if not values["sections"]:
+        values.pop("created", None)
+    order = ("none", "reload", "restart")
+    due = max(values.get("due", "none"), due, key=order.index)
+    if due != "none":
+        values["due"] = due
+        values["keys"] = sorted(set(values.get("keys", [])) | set(keys))
+
+
+def _validate(module, path, settings):
+    if "--validate" not in run(["dockerd", "--help"]).out:
+        return  # Docker before 23 cannot; a bare host has none yet.
+    with tempfile.NamedTemporaryFile("w", prefix="mixtral-run-daemon-", suffix=".json") as file:
+        file.write(_dump(settings))
+        file.flush()
+        answer = run(["dockerd", "--validate", "--config-file", file.name])
+    if answer.code not in (0, MISSING):
+        module.fail_json(
+            msg=explain(
+                "The engine refuses the merged settings; {} was left as it is.".format(path),
+                where=path,
+                expected="settings that `dockerd --validate` accepts",
+                found=last_lines(answer, 3),
+                next_step="mend docker_daemon_settings, or what the file already holds",
+            )
+        )
+
+
+def _write(path, text, settings, gone):
+    if text is not None:
+        backup = path + ".mixtral-run.bak"
+        if not os.path.exists(backup):
+            write_text(backup, text)  # as the host had it before the kit; kept until the kit leaves
+    if gone:
+        remove(path)
+    else:
+        write_text(path, _dump(settings))
+    if not Record("daemon_json").values.get("sections"):
+        remove(path + ".mixtral-run.bak")
+
+
+def _dump(settings):
+    return json.dumps(settings, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    main()

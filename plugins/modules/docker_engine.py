@@ -1,0 +1,251 @@
+#!/usr/bin/python
+"""Keep the Docker engine enabled, running and on its current settings; never restart it under running containers."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: docker_engine
+short_description: Keep the Docker engine running and on its current settings, without stopping anybody's work
+description:
+  - Starts and enables the engine, puts users in the docker group, writes the service's proxy and containerd's root.
+  - A reload or restart that a change made due is done here, whichever run made it due. A restart waits while containers
+    or GPU processes run (C(deferred) is true then), unless C(restart_when_busy).
+options:
+  users: {description: Users of the docker group., type: list, elements: str, default: []}
+  environment: {description: "Environment of the service, such as HTTP_PROXY.", type: dict, default: {}}
+  containerd_root: {description: "Folder of containerd, which holds images from Docker 29 on; empty: its default.", type: str, default: ""}
+  restart_when_busy: {description: Restart under running containers., type: bool, default: false}
+  reload_only: {description: "Only do what is due; leave users and files alone.", type: bool, default: false}
+  state: {description: C(absent) takes users and files back., type: str, choices: [present, absent], default: present}
+"""
+
+import grp
+import os
+import pwd
+import shutil
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
+DOCKER_DROP_IN = "/etc/systemd/system/docker.service.d/mixtral-run.conf"
+CONTAINERD_DROP_IN = "/etc/systemd/system/containerd.service.d/mixtral-run.conf"
+START_SECONDS = 90
+NVIDIA_HOOK = "nvidia-container-runtime-hook"
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "users": {"type": "list", "elements": "str", "default": []},
+            "environment": {"type": "dict", "default": {}},
+            "containerd_root": {"type": "str", "default": ""},
+            "restart_when_busy": {"type": "bool", "default": False},
+            "reload_only": {"type": "bool", "default": False},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    engine = Engine(module)
+    if module.params["state"] == "absent":
+        engine.leave()
+    else:
+        if not module.params["reload_only"]:
+            engine.files()
+            engine.users()
+        engine.service()
+    module.exit_json(
+        changed=bool(engine.done), done=engine.done, deferred=bool(engine.deferred), reason=engine.deferred
+    )
+
+
+class Engine:
+    """One run of the module; `done` lists what changed, in words."""
+
+    def __init__(self, module):
+        self.module, self.params, self.check = module, module.params, module.check_mode
+        self.done, self.deferred = [], ""
+        self.record = Record("docker_engine", check_mode=self.check)
+        self.due_record = Record("daemon_json", check_mode=self.check)
+
+    def files(self):
+        environment = "".join(
+            'Environment="{}={}"\n'.format(*pair) for pair in sorted(self.params["environment"].items())
+        )
+        root = self.params["containerd_root"]
+        start = "ExecStart=\nExecStart=/usr/bin/containerd --root {}\n".format(root) if root else ""
+        for path, lines in ((DOCKER_DROP_IN, environment), (CONTAINERD_DROP_IN, start)):
+            wanted = "# Written by mixtral-run.\n[Service]\n" + lines if lines else None
+            if read_text(path) == wanted:
+                continue
+            self.done.append("{} {}".format("wrote" if wanted else "removed", path))
+            if not self.check:
+                self._make_due("restart", os.path.basename(os.path.dirname(path)))
+                write_text(path, wanted) if wanted else remove(path)
+                run(["systemctl", "daemon-reload"])
+
+    def users(self):
+        mine = self.record.values.setdefault("users", [])
+        wanted = self.params["users"]
+        members = _members()
+        if members is None and not self.check:
+            run(["groupadd", "--system", "docker"])
+            members = set()
+        for user in [each for each in wanted if each not in (members or ())]:
+            if not _exists(user):
+                self.module.fail_json(
+                    msg=explain(
+                        "A user of docker_users is not on the host.", where=user, expected="an existing user",
+                        next_step="create it, or take it out of docker_users",
+                    )
+                )  # fmt: skip
+            self.done.append("added {} to group docker".format(user))
+            if not self.check:
+                mine.append(user)
+                self.record.save()
+                run(["usermod", "--append", "--groups", "docker", user])
+        for user in [each for each in mine if each not in wanted]:
+            self.done.append("took {} out of group docker".format(user))
+            mine.remove(user)
+            if not self.check:
+                self.record.save()
+                run(["gpasswd", "--delete", user, "docker"])
+
+    def service(self):
+        if run(["systemctl", "cat", "docker.service"]).code:
+            if self.check or self.params["reload_only"]:
+                # A bare host in check mode, or one whose engine left before the toolkit did.
+                self.done += ["would start the engine"] if self.check else []
+                return
+            self.module.fail_json(msg=explain("The Docker engine is not installed.", next_step="run the docker role"))
+        if run(["systemctl", "is-enabled", "docker.service"]).out.strip() != "enabled":
+            self.done.append("enabled the engine")
+            if not self.check:
+                run(["systemctl", "enable", "docker.service", "containerd.service"])
+        self._look_for_hook()
+        due = self.due_record.values.get("due", "none")
+        if run(["systemctl", "is-active", "docker.service"]).out.strip() != "active":
+            self._act("start", "started the engine")
+        elif due == "reload":
+            self._act("reload", "reloaded the engine's settings")
+        elif due == "restart":
+            self.deferred = "" if self.params["restart_when_busy"] else _busy()
+            if not self.deferred:
+                self._act("restart", "restarted the engine")
+            else:
+                keys = ", ".join(self.due_record.values.get("keys", []))
+                self.module.warn(
+                    "Docker waits to be restarted for {}: {}. It is done by a later run when the host is idle, or now "
+                    "with docker_restart_when_busy: true".format(keys, self.deferred)
+                )
+
+    def _look_for_hook(self):
+        """`docker run --gpus` works when NVIDIA's hook was there as the engine started (moby, daemon/nvidia_linux.go)."""
+        hook = shutil.which(NVIDIA_HOOK, path="/usr/local/bin:/usr/bin:/bin:/usr/sbin")
+        values = self.record.values
+        if not hook:
+            values.pop("hook_known", None)
+        elif not values.get("hook_known"):
+            if os.stat(hook).st_ctime < _started_at():
+                values["hook_known"] = True
+            else:
+                self._make_due("restart", NVIDIA_HOOK)
+        self.record.save()
+
+    def leave(self):
+        for user in self.record.values.pop("users", []):
+            self.done.append("took {} out of group docker".format(user))
+            if not self.check:
+                run(["gpasswd", "--delete", user, "docker"])
+        for path in (DOCKER_DROP_IN, CONTAINERD_DROP_IN):
+            if os.path.exists(path):
+                self.done.append("removed {}".format(path))
+                if not self.check:
+                    remove(path)
+                    run(["systemctl", "daemon-reload"])
+        self.record.save()
+        if not run(["systemctl", "cat", "docker.service"]).code and self.due_record.values.get("due"):
+            self.service()
+
+    def _make_due(self, what, key):
+        values = self.due_record.values
+        values["due"], values["keys"] = what, sorted(set(values.get("keys", [])) | {key})
+        self.due_record.save()
+
+    def _act(self, verb, words):
+        self.done.append(words)
+        if self.check:
+            return
+        units = ["docker.service"]
+        if verb == "restart" and "containerd.service.d" in self.due_record.values.get("keys", []):
+            units = ["containerd.service"] + units
+        # systemd counts starts: an engine that failed often a moment ago would be refused without this.
+        run(["systemctl", "reset-failed", "docker.service", "containerd.service"])
+        answer = run(["systemctl", verb] + units, timeout=START_SECONDS * 2)
+        if answer.code or not _answers():
+            journal = run(["journalctl", "--unit=docker.service", "--lines=12", "--no-pager", "--output=cat"])
+            self.module.fail_json(
+                msg=explain(
+                    "The Docker engine does not {}.".format(verb),
+                    where="docker.service",
+                    expected="`docker info` answers within {} s".format(START_SECONDS),
+                    found=last_lines(journal, 12),
+                    next_step="mend what the lines above name; /etc/docker/daemon.json.mixtral-run.bak is the file as it was",
+                )
+            )
+        self.due_record.values.pop("due", None)
+        self.due_record.values.pop("keys", None)
+        self.due_record.save()
+        self._look_for_hook()
+
+
+def _started_at():
+    """When the engine's process started, in seconds since 1970; 0 where it does not run."""
+    shown = run(
+        ["systemctl", "show", "docker.service", "--property=ExecMainStartTimestampMonotonic", "--value"]
+    ).out.strip()
+    if not shown.isdigit() or shown == "0":
+        return 0
+    return time.time() - time.clock_gettime(time.CLOCK_MONOTONIC) + int(shown) / 1e6
+
+
+def _answers():
+    until = time.time() + START_SECONDS
+    while time.time() < until:
+        if run(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30).code == 0:
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def _busy():
+    """Why the engine must not be restarted now; empty when nothing runs."""
+    containers = run(["docker", "ps", "--format", "{{.Names}}"], timeout=30).out.split()
+    if containers:
+        return "{} container{} running ({})".format(
+            len(containers), "" if len(containers) == 1 else "s", ", ".join(containers[:5])
+        )
+    processes = run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], timeout=30)
+    pids = [word for word in processes.out.split() if word.isdigit()] if processes.code == 0 else []
+    return "GPU processes are running (pid {})".format(", ".join(pids[:5])) if pids else ""
+
+
+def _members():
+    try:
+        group = grp.getgrnam("docker")
+    except KeyError:
+        return None
+    return set(group.gr_mem) | {user.pw_name for user in pwd.getpwall() if user.pw_gid == group.gr_gid}
+
+
+def _exists(user):
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

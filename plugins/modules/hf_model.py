@@ -1,0 +1,214 @@
+#!/usr/bin/python
+"""A model in the host's HF cache, fetched from the hub or a local folder, resumed and verified."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: hf_model
+short_description: A model in the host's HF cache, resumed and verified by size and hash
+description:
+  - Asks nothing of the network once the cache holds what an earlier run recorded as complete.
+  - With C(peer), takes the model from another host of the fleet. Without C(peer_key) it only says by C(wants_peer) that
+    the model is missing, so that the other host can be asked to open its cache.
+  - With C(source_path), takes a folder of the model (or a cache folder models--ORG--NAME) that lies on the host.
+options:
+  host: {description: Name of the host in messages., type: str, required: true}
+  home: {description: HF_HOME., type: path, required: true}
+  model: {description: "Name on the hub, ORG/NAME.", type: str, required: true}
+  revision: {description: "Branch, tag or commit.", type: str, default: main}
+  patterns: {description: Files to take., type: list, elements: str, required: true}
+  endpoint: {description: The hub., type: str, default: https://huggingface.co}
+  token_path: {description: File on the host with the token., type: path}
+  source_path: {description: Local folder instead of the hub., type: str, default: ""}
+  proxy: {description: Proxy for the hub., type: str}
+  peer: {description: Name of another host that has the model., type: str, default: ""}
+  peer_address: {description: Where this host reaches it., type: str}
+  peer_port: {description: Port of its SSH server., type: int, default: 22}
+  peer_user: {description: Who reads there., type: str}
+  peer_key: {description: The private key of the fetch., type: str}
+  peer_fault: {description: Why the other host did not open its cache., type: str, default: ""}
+  peer_host_keys: {description: "The other host's own keys.", type: list, elements: str, default: []}
+  uid: {description: Owner of the files., type: int, required: true}
+  gid: {description: Their group., type: int, required: true}
+  verify: {description: Hash files again that an earlier run verified., type: bool, default: false}
+"""
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, write_text
+from ansible.module_utils.mixtral_run_host.hf_hub import Hub, HubError, ModelCache, RemoteFile, digest_of
+from ansible.module_utils.mixtral_run_host.hf_peer import Peer
+
+SPARE_GIB = 5
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "host": {"type": "str", "required": True},
+            "home": {"type": "path", "required": True},
+            "model": {"type": "str", "required": True},
+            "revision": {"type": "str", "default": "main"},
+            "patterns": {"type": "list", "elements": "str", "required": True},
+            "endpoint": {"type": "str", "default": "https://huggingface.co"},
+            "token_path": {"type": "path"},
+            "source_path": {"type": "str", "default": ""},
+            "proxy": {"type": "str"},
+            "peer": {"type": "str", "default": ""},
+            "peer_address": {"type": "str"},
+            "peer_port": {"type": "int", "default": 22},
+            "peer_user": {"type": "str"},
+            "peer_key": {"type": "str", "no_log": True},
+            "peer_fault": {"type": "str", "default": ""},
+            "peer_host_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
+            "uid": {"type": "int", "required": True},
+            "gid": {"type": "int", "required": True},
+            "verify": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    record = Record("hf_models", check_mode=module.check_mode)
+    cache = ModelCache(params["home"], params["model"], params["uid"], params["gid"])
+    name = "{}@{}".format(params["model"], params["revision"])
+    try:
+        known = _recorded(record, name, cache, params)
+        if known is None:
+            if params["peer_fault"]:
+                raise HubError(
+                    "{}: {}".format(params["peer"], params["peer_fault"]),
+                    "hf_cache_peer names a host whose bootstrap has fetched the model",
+                )
+            if params["peer"] and not params["peer_key"]:
+                module.exit_json(changed=module.check_mode, wants_peer=True)
+            source = _from_folder if params["source_path"] else _from_peer if params["peer"] else _from_hub
+            known = source(module, cache, params)
+            if known is None:  # check mode
+                module.exit_json(changed=True, fetched=[])
+            changed = known.pop("fetched")
+            record.values[name] = known
+            record.save()
+            module.exit_json(changed=changed, commit=known["commit"], files=len(known["files"]))
+    except HubError as error:
+        module.fail_json(
+            msg=explain(
+                "The model cannot be put into the cache.",
+                where="{}: {}".format(params["host"], cache.folder),
+                expected=name,
+                found=error.what,
+                next_step=error.remedy,
+            )
+        )
+    module.exit_json(changed=False, commit=known["commit"], files=len(known["files"]))
+
+
+def _recorded(record, name, cache, params):
+    """What an earlier run completed, where every file is still there; with `verify`, files of a wrong hash are removed."""
+    known = record.values.get(name)
+    if known is None or known["patterns"] != params["patterns"]:
+        return None
+    files = [RemoteFile(*each) for each in known["files"]]
+    snapshot = os.path.join(cache.folder, "snapshots", known["commit"])
+    if params["verify"]:
+        for file in files:
+            if cache.has(file) and digest_of(cache.blob(file.digest), file.digest) != file.digest:
+                os.unlink(cache.blob(file.digest))
+    whole = all(cache.has(file) and os.path.exists(os.path.join(snapshot, file.path)) for file in files)
+    return known if whole else None
+
+
+def _from_hub(module, cache, params):
+    token = (read_text(params["token_path"]) or "").strip() if params["token_path"] else None
+    return _fetch(Hub(params["endpoint"], params["model"], token or None, params["proxy"]), module, cache, params)
+
+
+def _from_peer(module, cache, params):
+    with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
+        key, known_hosts = os.path.join(folder, "key"), os.path.join(folder, "known_hosts")
+        write_text(key, params["peer_key"].strip() + "\n", mode=0o600)
+        address, port = params["peer_address"], params["peer_port"]
+        place = address if port == 22 else "[{}]:{}".format(address, port)
+        write_text(known_hosts, "".join("{} {}\n".format(place, each) for each in params["peer_host_keys"]), mode=0o600)
+        peer = Peer(address, port, params["peer_user"], params["model"], key, known_hosts)
+        return _fetch(peer, module, cache, params)
+
+
+def _fetch(source, module, cache, params):
+    commit = source.commit(params["revision"])
+    files = source.files(commit, params["patterns"])
+    if not files:
+        raise HubError("no file of the model matches {}".format(params["patterns"]), "see hf_cache_model_patterns")
+    missing = [file for file in files if not cache.has(file)]
+    _need_space(cache, missing)
+    if module.check_mode:
+        return None
+    for file in missing:
+        cache.fetch(source, commit, file)
+    return _publish(cache, params, commit, files, missing)
+
+
+def _from_folder(module, cache, params):
+    source = params["source_path"]
+    snapshots = os.path.join(source, "snapshots")
+    if os.path.isdir(snapshots):  # a cache folder: take its newest snapshot
+        source = max((os.path.join(snapshots, each) for each in os.listdir(snapshots)), key=os.path.getmtime)
+    if not os.path.isfile(os.path.join(source, "config.json")):
+        raise HubError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
+    files, origins = [], {}
+    for parent, _, names in os.walk(source):
+        for each in sorted(names):
+            path = os.path.relpath(os.path.join(parent, each), source)
+            if any(fnmatch.fnmatchcase(path, pattern) for pattern in params["patterns"]):
+                origin = os.path.realpath(os.path.join(parent, each))
+                claimed = os.path.basename(origin)
+                digest = digest_of(origin, "0" * 64)
+                if origin != os.path.join(parent, each) and claimed not in (digest, digest_of(origin, "0" * 40)):
+                    raise HubError(
+                        "{} is damaged: its hash is {}, not {}".format(origin, digest, claimed), "copy it anew"
+                    )
+                files.append(RemoteFile(path, os.path.getsize(origin), digest))
+                origins[path] = origin
+    missing = [file for file in files if not cache.has(file)]
+    _need_space(cache, missing)
+    if module.check_mode:
+        return None
+    for file in missing:
+        partial = cache.blob(file.digest) + ".incomplete"
+        os.makedirs(os.path.dirname(partial), exist_ok=True)
+        shutil.copyfile(origins[file.path], partial)
+        cache.settle(partial, file)
+    listing = "".join("{} {}\n".format(file.digest, file.path) for file in sorted(files))
+    return _publish(cache, params, hashlib.sha1(listing.encode()).hexdigest(), files, missing)
+
+
+def _publish(cache, params, commit, files, missing):
+    changed = cache.publish(params["revision"], commit, files)
+    return {
+        "commit": commit,
+        "files": [list(file) for file in files],
+        "patterns": params["patterns"],
+        "fetched": bool(missing) or changed,
+    }
+
+
+def _need_space(cache, missing):
+    folder = cache.folder
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    figures = os.statvfs(folder)
+    free = figures.f_bavail * figures.f_frsize / 2**30
+    needed = sum(file.size for file in missing) / 2**30
+    if missing and free < needed + SPARE_GIB:
+        raise HubError(
+            "{:.1f} GiB free under {}; {:.1f} GiB are still to come".format(free, folder, needed),
+            "put hf_cache_home on a larger disk",
+        )
+
+
+if __name__ == "__main__":
+    main()

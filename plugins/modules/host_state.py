@@ -1,0 +1,39 @@
+#!/usr/bin/python
+"""Read a host's whole state in one task."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: host_state
+short_description: Read a host's whole state in one task
+description:
+  - System, GPUs, driver, fabric manager, memory, disks, engine, toolkit, images, swap and what the kit recorded.
+  - Changes nothing, works in check mode, and comes back from hosts whose driver hangs.
+options:
+  disks:
+    description: Folders whose filesystem's free space is told.
+    type: list
+    elements: path
+    default: []
+"""
+RETURN = """
+ansible_facts:
+  description: The state, under C(mixtral_run).
+  type: dict
+  returned: always
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import probe
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={"disks": {"type": "list", "elements": "path", "default": []}},
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, ansible_facts={"mixtral_run": probe.host(module.params["disks"])})
+
+
+if __name__ == "__main__":
+    main()

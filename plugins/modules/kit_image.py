@@ -1,0 +1,316 @@
+#!/usr/bin/python
+"""The image that jobs run in: built, pulled by digest, or loaded; again only when an input changed."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: kit_image
+short_description: The image that jobs run in, from one of four sources
+description:
+  - Called through the action plugin of the same name, which sends the build's context when this module asks for it.
+  - The label C(org.mixtral-run.inputs) of a built image is the hash of everything that went into it.
+options:
+  host: {description: Name of the host in messages., type: str, required: true}
+  state: {description: C(absent) removes the images that the kit made., type: str, choices: [present, absent], default: present}
+  source: {description: Where it comes from., type: str, choices: [build, registry, archive, megatron_bridge], required: true}
+  name: {description: Its name on the host., type: str, required: true}
+  inputs: {description: Hash of the context., type: str, required: true}
+  sent: {description: The context or archive on the host., type: path}
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import probe, shortfalls
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain
+
+LABEL = "org.mixtral-run.inputs"
+VARIANTS = (("cu130", "580"), ("cu126", "525"))
+WORK_FOLDER = "/var/lib/mixtral-run/build"
+TEXT = ("base_image", "pip_index_url", "pip_trusted_host", "wheelhouse", "proxy", "no_proxy", "registry_reference",
+        "archive", "archive_name", "repository", "ref", "dockerfile")  # fmt: skip
+
+
+def main():
+    spec = {name: {"type": "str", "default": ""} for name in TEXT}
+    spec.update(
+        host={"type": "str", "required": True},
+        state={"type": "str", "choices": ["present", "absent"], "default": "present"},
+        source={"type": "str", "choices": ["build", "registry", "archive", "megatron_bridge"], "required": True},
+        name={"type": "str", "required": True},
+        inputs={"type": "str", "required": True},
+        sent={"type": "path"},
+        variant={"type": "str", "choices": ["auto", "cu130", "cu126", "cpu"], "default": "auto"},
+        base_images={"type": "dict", "default": {}},
+        torch_index_urls={"type": "dict", "default": {}},
+        apt_packages={"type": "list", "elements": "str", "default": []},
+        wheelhouse_on_host={"type": "bool", "default": False},
+        archive_on_host={"type": "bool", "default": False},
+        uid={"type": "int", "default": 1000},
+        gid={"type": "int", "default": 1000},
+        timeout_seconds={"type": "int", "default": 5400},
+    )
+    module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
+    image = Image(module)
+    if module.params["state"] == "absent":
+        image.leave()
+    getattr(image, module.params["source"])()
+    image.exit(changed=False)
+
+
+class Image:
+    """One run of the module."""
+
+    def __init__(self, module):
+        self.module, self.params = module, module.params
+        self.record = Record("images", check_mode=module.check_mode)
+        self.name = self.params["name"]
+        self.bridge = None
+        answer = run(["docker", "image", "inspect", self.name], timeout=30)
+        self.there = json.loads(answer.out)[0] if answer.code == 0 else None
+
+    def exit(self, changed, **more):
+        facts = {"id": self.there["Id"] if self.there else None, "name": self.name}
+        self.module.exit_json(changed=changed, image=facts, **more)
+
+    def build(self, base=None, extra=""):
+        params = self.params
+        variant = self._variant()
+        base = base or params["base_image"] or params["base_images"].get(variant, "")
+        arguments = {
+            "BASE_IMAGE": base,
+            "APT_PACKAGES": " ".join(params["apt_packages"]),
+            "TORCH_INDEX_URL": params["torch_index_urls"].get(variant, ""),
+            "PIP_INDEX_URL": params["pip_index_url"],
+            "PIP_TRUSTED_HOST": params["pip_trusted_host"],
+            "CONTAINER_UID": str(params["uid"]),
+            "CONTAINER_GID": str(params["gid"]),
+        }
+        wheels = self._wheels_on_host()
+        inputs = hashlib.sha256(
+            json.dumps([params["inputs"], arguments, wheels, extra], sort_keys=True).encode()
+        ).hexdigest()
+        if self._label() == inputs:
+            self._remember(inputs)
+            self.exit(changed=False, variant=variant)
+        if self.module.check_mode:
+            self.exit(changed=True, variant=variant)
+        self._need_engine()
+        if not params["sent"]:
+            self.module.exit_json(changed=True, send=True)
+        self._build(arguments, inputs)
+        self._remember(inputs)
+        self.exit(changed=True, variant=variant)
+
+    def registry(self):
+        reference = self.params["registry_reference"]
+        if not re.search(r"@sha256:[0-9a-f]{64}$", reference):
+            self._refuse("image_registry_reference names no digest", "NAME@sha256:DIGEST", reference or "nothing",
+                         "`docker buildx imagetools inspect NAME:TAG` prints the digest")  # fmt: skip
+        known = run(["docker", "image", "inspect", "--format", "{{.Id}}", reference], timeout=30)
+        if known.code == 0 and self.there and known.out.strip() == self.there["Id"]:
+            self.exit(changed=False)
+        self._fetch(["docker", "pull", "--quiet", reference], reference, "the image can be pulled by its digest",
+                    "429: the registry limits pulls, log in (`docker login`) or use a mirror; 401: log in on the host")  # fmt: skip
+
+    def archive(self):
+        params = self.params
+        path = params["archive"] if params["archive_on_host"] else params["sent"]
+        inputs = params["inputs"]
+        if params["archive_on_host"]:
+            if not os.path.isfile(path):
+                self._refuse(
+                    "The archive is not on the host", "a file of `docker save`", "no file " + path, "copy it there"
+                )
+            inputs = "{} {}".format(os.path.getsize(path), int(os.path.getmtime(path)))
+        known = self.record.values.get(self.name, {})
+        if self.there and known.get("inputs") == inputs and known.get("id") == self.there["Id"]:
+            self.exit(changed=False)
+        if not self.module.check_mode and not path:
+            self.module.exit_json(changed=True, send=True)
+        self._fetch(["docker", "load", "--input", path], params["archive_name"], "a file of `docker save`",
+                    "make it again: `docker save NAME -o FILE`", inputs)  # fmt: skip
+
+    def megatron_bridge(self):
+        params = self.params
+        if not re.match(r"^[0-9a-f]{40}$", params["ref"]):
+            self._refuse("image_megatron_bridge_ref is not a full commit", "40 hex digits", params["ref"] or "nothing",
+                         "pin one: `git ls-remote {}`".format(params["repository"]))  # fmt: skip
+        base = "mixtral-run-megatron-bridge:" + params["ref"][:12]
+        has_dockerfile = self.record.values.get(self.name, {}).get("bridge", {}).get(params["ref"])
+        if has_dockerfile is None or (has_dockerfile and run(["docker", "image", "inspect", base], timeout=30).code):
+            if self.module.check_mode:
+                self.exit(changed=True)
+            self._need_engine()
+            has_dockerfile = self._build_bridge(base)
+        self.bridge = {params["ref"]: has_dockerfile}
+        self.build(base=base if has_dockerfile else None, extra=params["ref"])
+
+    def _build_bridge(self, base):
+        """Clone at the pinned commit and build its Dockerfile; False where it has none."""
+        params, folder = self.params, os.path.join(WORK_FOLDER, "Megatron-Bridge")
+        os.makedirs(folder, exist_ok=True)
+        steps = (["init", "--quiet"], ["fetch", "--depth", "1", params["repository"], params["ref"]],
+                 ["checkout", "--quiet", "--force", "FETCH_HEAD"], ["submodule", "update", "--init", "--depth", "1"])  # fmt: skip
+        for step in steps:
+            answer = run(["git", "-C", folder] + step, timeout=1800, environment=self._proxy())
+            if answer.code:
+                self._refuse("Megatron-Bridge cannot be cloned", params["ref"], last_lines(answer, 3),
+                             "install git on the host, open the way to it, or name a mirror "
+                             "(image_megatron_bridge_repository)")  # fmt: skip
+        dockerfile = os.path.join(folder, params["dockerfile"])
+        if not os.path.isfile(dockerfile):
+            self.module.warn("Megatron-Bridge has no {} at {}: the kit's own is built".format(
+                params["dockerfile"], params["ref"][:12]))  # fmt: skip
+            return False
+        argv = ["docker", "build", "--tag", base, "--file", dockerfile, folder]
+        answer = run(argv, timeout=params["timeout_seconds"])
+        if answer.code:
+            self._refuse(
+                "Megatron-Bridge's Dockerfile cannot be built", "docker build", last_lines(answer, 12), "see above"
+            )
+        return True
+
+    def leave(self):
+        mine = dict(self.record.values)
+        for name in mine:
+            if not self.module.check_mode:
+                # Without force: a container that uses it keeps it.
+                run(["docker", "image", "rm", name], timeout=300)
+                del self.record.values[name]
+        self.record.save()
+        if not self.module.check_mode:
+            shutil.rmtree(WORK_FOLDER, ignore_errors=True)
+        self.module.exit_json(changed=bool(mine), removed=sorted(mine))
+
+    def _build(self, arguments, inputs):
+        params = self.params
+        os.makedirs(WORK_FOLDER, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="context-", dir=WORK_FOLDER)
+        try:
+            with tarfile.open(params["sent"]) as context:
+                context.extractall(folder)
+            for wheel in self._wheel_paths():
+                target = os.path.join(folder, "wheelhouse", os.path.basename(wheel))
+                try:
+                    os.link(wheel, target)
+                except OSError:
+                    shutil.copyfile(wheel, target)
+            argv = ["docker", "build", "--tag", self.name, "--label", "{}={}".format(LABEL, inputs)]
+            proxy = self._proxy()
+            for name, value in sorted(dict(arguments, **proxy).items()):
+                argv += ["--build-arg", "{}={}".format(name, value)]
+            answer = run(argv + [folder], timeout=params["timeout_seconds"])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if answer.code:
+            self._refuse(
+                "The image cannot be built", "docker build ends with 0", last_lines(answer, 15), _build_remedy(answer)
+            )
+
+    def _fetch(self, argv, source, expected, remedy, inputs=None):
+        if self.module.check_mode:
+            self.exit(changed=True)
+        self._need_engine()
+        answer = run(argv, timeout=self.params["timeout_seconds"])
+        if answer.code == 0 and source != self.name:
+            answer = run(["docker", "tag", source, self.name])
+        if answer.code:
+            self._refuse(
+                "The image cannot be had from " + self.params["source"], expected, last_lines(answer, 4), remedy
+            )
+        before = self.there["Id"] if self.there else None
+        self._remember(inputs or source)
+        self.exit(changed=before != self.there["Id"])
+
+    def _remember(self, inputs):
+        answer = run(["docker", "image", "inspect", self.name], timeout=30)
+        if answer.code:
+            self._refuse(
+                "The image is not there",
+                self.name,
+                last_lines(answer, 2),
+                "image_archive_name names what the file holds",
+            )
+        self.there = json.loads(answer.out)[0]
+        entry = {"id": self.there["Id"], "inputs": inputs, "source": self.params["source"]}
+        if self.bridge:
+            entry["bridge"] = self.bridge  # whether that commit has a Dockerfile, so as not to clone to find out
+        if self.record.values.get(self.name) != entry:
+            self.record.values[self.name] = entry
+            self.record.save()
+
+    def _label(self):
+        return ((self.there or {}).get("Config", {}).get("Labels") or {}).get(LABEL)
+
+    def _variant(self):
+        if self.params["variant"] != "auto":
+            return self.params["variant"]
+        driver = probe.gpus()["driver"]
+        if driver is None:
+            return "cpu"
+        for variant, least in VARIANTS:
+            if shortfalls.version(driver) >= shortfalls.version(least):
+                return variant
+        return self._refuse("No CUDA build of torch runs on this driver", "driver 525 or newer", "driver " + driver,
+                            "install a newer driver, then reboot")  # fmt: skip
+
+    def _wheel_paths(self):
+        params = self.params
+        if not (params["wheelhouse"] and params["wheelhouse_on_host"]):
+            return []
+        names = sorted(os.listdir(params["wheelhouse"])) if os.path.isdir(params["wheelhouse"]) else []
+        wheels = [os.path.join(params["wheelhouse"], name) for name in names if name.endswith(".whl")]
+        if not wheels and not self.module.check_mode:
+            self._refuse("The wheelhouse is empty", "wheels in " + params["wheelhouse"], "none on the host",
+                         "copy them there, or set image_wheelhouse_on_host: false")  # fmt: skip
+        return wheels
+
+    def _wheels_on_host(self):
+        return ["{} {}".format(os.path.basename(path), os.path.getsize(path)) for path in self._wheel_paths()]
+
+    def _proxy(self):
+        proxy = self.params["proxy"]
+        return {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": self.params["no_proxy"]} if proxy else {}
+
+    def _need_engine(self):
+        answer = run(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30)
+        if answer.code:
+            self._refuse(
+                "The Docker engine does not answer", "a running engine", last_lines(answer, 2), "run the docker role"
+            )
+
+    def _refuse(self, what, expected, found, next_step):
+        where = "{}: image {}".format(self.params["host"], self.name)
+        self.module.fail_json(msg=explain(what + ".", where=where, expected=expected, found=found, next_step=next_step))
+
+
+def _build_remedy(answer):
+    text = answer.out + answer.err
+    steps = (
+        (
+            "toomanyrequests",
+            "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors",
+        ),
+        ("429", "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors"),
+        ("No space left", "free disk space, or move images with docker_data_root and docker_containerd_root"),
+        (
+            "No matching distribution",
+            "the wheelhouse or index lacks what the line above names, or has it for another Python",
+        ),
+        ("CERTIFICATE_VERIFY_FAILED", "a proxy signs for itself: give its certificates by image_ca_bundle"),
+        ("SSLError", "a proxy signs for itself: give its certificates by image_ca_bundle"),
+        ("pull access denied", "the base image is not to be had: set image_base_image, or load it on the host first"),
+    )
+    return next((step for words, step in steps if words in text), "mend what the lines above name, then run again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+#!/usr/bin/python
+"""Keep the CDI spec fresh, check that the engine knows the runtime, and prove GPU access in a container."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: nvidia_runtime
+short_description: Keep the CDI spec fresh and prove that containers reach the GPUs
+description:
+  - Writes the CDI spec when it is missing or tells of another driver or number of GPUs than the host has.
+  - With C(image), runs a CUDA call in a container and compares the number of GPUs with the host's. nvidia-smi passing
+    would not prove that, since C(cuInit) can still fail. Repeated only when driver, toolkit, engine or image changed.
+  - Does nothing on a host without GPUs.
+options:
+  host: {description: Name of the host in messages., type: str, required: true}
+  image: {description: Image with Python 3 for the proof; not pulled. Empty or not on the host means no proof yet., type: str, default: ""}
+  cdi_path: {description: Where the spec goes where no systemd unit of the toolkit writes it., type: path, default: /etc/cdi/nvidia.yaml}
+  state: {description: C(absent) removes the spec that the kit wrote., type: str, choices: [present, absent], default: present}
+"""
+
+import json
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import probe
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, remove
+
+REFRESH_UNIT = "nvidia-cdi-refresh.service"
+CUDA_CALL = """
+import ctypes
+cuda = ctypes.CDLL("libcuda.so.1")
+code = cuda.cuInit(0)
+if code:
+    raise SystemExit("cuInit fails with error %d" % code)
+count = ctypes.c_int()
+cuda.cuDeviceGetCount(ctypes.byref(count))
+print(count.value)
+"""
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "host": {"type": "str", "required": True},
+            "image": {"type": "str", "default": ""},
+            "cdi_path": {"type": "path", "default": "/etc/cdi/nvidia.yaml"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    record = Record("nvidia_runtime", check_mode=module.check_mode)
+    if module.params["state"] == "absent":
+        path = record.values.get("cdi_path")
+        changed = bool(record.values)
+        if path and not module.check_mode:
+            remove(path)
+        record.values.clear()
+        record.save()
+        module.exit_json(changed=changed)
+    state = probe.gpus()
+    if not state["gpus"]:
+        module.exit_json(changed=False, proof="skipped: " + (state["error"] or "the host has no GPU"))
+    if probe.toolkit_version() is None:
+        if module.check_mode:
+            module.exit_json(changed=True, proof="skipped: check mode, the toolkit is not installed yet")
+        module.fail_json(msg=explain("The NVIDIA container toolkit is not installed.", where=module.params["host"]))
+    changed = _refresh_cdi(module, record, state)
+    proof, proved = _prove(module, record, state)
+    module.exit_json(changed=changed, proof=proof, proved=proved)
+
+
+def _is_fresh(spec, state):
+    return spec["path"] is not None and spec["gpus"] == len(state["gpus"]) and spec["driver"] in (None, state["driver"])
+
+
+def _refresh_cdi(module, record, state):
+    spec = probe.cdi()
+    if _is_fresh(spec, state):
+        return False
+    if module.check_mode:
+        return True
+    if run(["systemctl", "cat", REFRESH_UNIT]).code == 0:
+        answer = run(["systemctl", "restart", REFRESH_UNIT], timeout=120)
+    else:
+        path = module.params["cdi_path"]
+        if spec["path"]:
+            path = spec["path"]  # a stale one elsewhere would be read beside a fresh one, and its devices clash
+        else:
+            record.values["cdi_path"] = path
+            record.save()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        answer = run(["nvidia-ctk", "cdi", "generate", "--output=" + path], timeout=120)
+    spec = probe.cdi()
+    if answer.code or not _is_fresh(spec, state):
+        module.fail_json(
+            msg=explain(
+                "The CDI spec cannot be brought up to date.",
+                where=module.params["host"],
+                expected="{} GPUs and driver {}".format(len(state["gpus"]), state["driver"]),
+                found="{}; {}".format(spec, last_lines(answer, 4)),
+                next_step="run `sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml` on the host",
+            )
+        )
+    return True
+
+
+def _prove(module, record, state):
+    image = module.params["image"]
+    known = run(["docker", "image", "inspect", "--format", "{{.Id}}", image], timeout=30) if image else None
+    if known is None or known.code:
+        return "no image with CUDA on the host yet: the acceptance role proves access", False
+    engine = probe.engine()
+    if "nvidia" not in engine["runtimes"]:
+        _refuse(module, "runtime nvidia in `docker info`", "runtimes " + ", ".join(engine["runtimes"]),
+                "Docker was not reloaded: run the docker role, or `sudo systemctl reload docker`")  # fmt: skip
+    inputs = json.dumps([state["driver"], [gpu["uuid"] for gpu in state["gpus"]], probe.toolkit_version(),
+                         engine["version"], known.out.strip()])  # fmt: skip
+    if record.values.get("proved") == inputs:
+        return "unchanged since it was proved", True
+    if module.check_mode:
+        return "skipped: check mode", False
+    argv = [
+        "docker",
+        "run",
+        "--rm",
+        "--gpus",
+        "all",
+        "--network",
+        "none",
+        "--entrypoint",
+        "python3",
+        image,
+        "-c",
+        CUDA_CALL,
+    ]
+    answer = run(argv, timeout=180)
+    if answer.code or answer.out.strip() != str(len(state["gpus"])):
+        found = "{} GPUs".format(answer.out.strip()) if not answer.code else last_lines(answer, 4)
+        _refuse(module, "{} GPUs answer a CUDA call in a container, as on the host".format(len(state["gpus"])), found,
+                "error 802: fabric manager; error 999 or 'unknown error': restart Docker, see `mixtral-run explain`")  # fmt: skip
+    record.values["proved"] = inputs
+    record.save()
+    return "{} GPUs answer a CUDA call in a container".format(answer.out.strip()), True
+
+
+def _refuse(module, expected, found, next_step):
+    module.fail_json(
+        msg=explain(
+            "Containers do not reach the GPUs.",
+            where=module.params["host"],
+            expected=expected,
+            found=found,
+            next_step=next_step,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+#!/usr/bin/python
+"""Folders and small files with owner, group and mode; those that the kit made are taken back while they are empty."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: owned_folders
+short_description: Folders with owner, group and mode that a container's user can write
+description:
+  - The owner may be a number that no user of the host has. Contents are left alone.
+  - C(absent) removes folders that the kit made, as long as they are empty, and a secret that the kit wrote.
+options:
+  section: {description: Who asks., type: str, required: true}
+  paths: {description: The folders., type: list, elements: path, required: true}
+  uid: {description: Owner., type: int, required: true}
+  gid: {description: Group., type: int, required: true}
+  mode: {description: "Mode, octal.", type: str, default: "2775"}
+  secret_path: {description: File of mode 0600 for C(secret)., type: path}
+  secret: {description: Its content; empty leaves a file that is there., type: str, default: ""}
+  state: {description: C(absent) takes them back., type: str, choices: [present, absent], default: present}
+"""
+
+import os
+import stat
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host.files import Record, read_text, remove, write_text
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "section": {"type": "str", "required": True},
+            "paths": {"type": "list", "elements": "path", "required": True},
+            "uid": {"type": "int", "required": True},
+            "gid": {"type": "int", "required": True},
+            "mode": {"type": "str", "default": "2775"},
+            "secret_path": {"type": "path"},
+            "secret": {"type": "str", "default": "", "no_log": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    record = Record("folders", check_mode=module.check_mode)
+    done = _present(module, record) if module.params["state"] == "present" else _absent(module, record)
+    module.exit_json(changed=bool(done), done=done)
+
+
+def _present(module, record):
+    params, done = module.params, []
+    mine = record.values.setdefault(params["section"], {"folders": [], "secret": None})
+    mode = int(params["mode"], 8)
+    for path in params["paths"]:
+        if not os.path.isdir(path):
+            done.append("made " + path)
+            if module.check_mode:
+                continue
+            missing = _missing_parents(path)
+            mine["folders"] += [each for each in missing if each not in mine["folders"]]
+            record.save()
+            os.makedirs(path, exist_ok=True)
+        now = os.stat(path)
+        if (now.st_uid, now.st_gid) != (params["uid"], params["gid"]) or stat.S_IMODE(now.st_mode) != mode:
+            done.append("owner, group and mode of " + path)
+            if not module.check_mode:
+                os.chown(path, params["uid"], params["gid"])
+                os.chmod(path, mode)  # after chown, which clears the set-group-id bit
+    done += _secret(module, record, mine)
+    return done
+
+
+def _secret(module, record, mine):
+    params = module.params
+    path, text = params["secret_path"], params["secret"].strip()
+    if not path or not text:
+        return []
+    fine = read_text(path) == text + "\n"
+    if fine:
+        now = os.stat(path)
+        fine = stat.S_IMODE(now.st_mode) == 0o600 and (now.st_uid, now.st_gid) == (params["uid"], params["gid"])
+    if fine:
+        return []
+    if not module.check_mode:
+        mine["secret"] = path
+        record.save()
+        write_text(path, text + "\n", mode=0o600)
+        os.chown(path, params["uid"], params["gid"])
+    return ["wrote " + path]
+
+
+def _missing_parents(path):
+    missing = []
+    while not os.path.exists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing[::-1]
+
+
+def _absent(module, record):
+    mine = record.values.get(module.params["section"])
+    if mine is None:
+        return []
+    done = ["forgot the folders of " + module.params["section"]]
+    if module.check_mode:
+        return done
+    if mine["secret"] and remove(mine["secret"]):
+        done.append("removed " + mine["secret"])
+    for path in sorted(mine["folders"], key=len, reverse=True):
+        try:
+            os.rmdir(path)
+            done.append("removed " + path)
+        except OSError:
+            pass  # it holds a user's data, or is gone
+    del record.values[module.params["section"]]
+    record.save()
+    return done
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+#!/usr/bin/python
+"""Compare a host with what is required and tell every shortfall at once."""
+
+from __future__ import annotations
+
+DOCUMENTATION = """
+module: preflight
+short_description: Compare a host with what is required; tell every shortfall at once
+description:
+  - Fails once with all shortfalls of level C(fail); warns of those of level C(warn). Changes nothing.
+options:
+  host:
+    description: Name of the host in messages.
+    type: str
+    required: true
+  limits:
+    description: The thresholds, as the role's defaults name them.
+    type: dict
+    required: true
+  levels:
+    description: C(fail), C(warn) or C(skip) by check.
+    type: dict
+    default: {}
+  disks:
+    description: Folders that need C(limits.free_gib).
+    type: list
+    elements: path
+    default: []
+  mirrors:
+    description: URLs that have to answer.
+    type: list
+    elements: str
+    default: []
+  proxy:
+    description: Proxy for those URLs.
+    type: str
+  timeout_seconds:
+    description: How long a mirror may take to answer.
+    type: int
+    default: 10
+"""
+
+import socket
+import time
+from email.utils import parsedate_to_datetime
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import probe, shortfalls
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "host": {"type": "str", "required": True},
+            "limits": {"type": "dict", "required": True},
+            "levels": {"type": "dict", "default": {}},
+            "disks": {"type": "list", "elements": "path", "default": []},
+            "mirrors": {"type": "list", "elements": "str", "default": []},
+            "proxy": {"type": "str"},
+            "timeout_seconds": {"type": "int", "default": 10},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    wrong = [
+        "{}: {}".format(name, level)
+        for name, level in params["levels"].items()
+        if name not in shortfalls.CHECKS or level not in ("fail", "warn", "skip")
+    ]
+    if wrong:
+        module.fail_json(
+            msg="preflight_checks holds what is not known: {}\n  expected: {} as fail, warn or skip".format(
+                ", ".join(wrong), ", ".join(shortfalls.CHECKS)
+            )
+        )
+    state = probe.host(params["disks"])
+    state.update(_network(params))
+    found = shortfalls.collect(state, params["limits"], params["levels"])
+    failures = [item for item in found if item.level == "fail"]
+    for item in found:
+        if item.level == "warn":
+            module.warn("{}: {}: expected {}; found {}".format(params["host"], item.check, item.expected, item.found))
+    listed = [item._asdict() for item in found]
+    facts = {"mixtral_run": state}
+    if failures:
+        module.fail_json(msg=shortfalls.render(params["host"], failures), shortfalls=listed, ansible_facts=facts)
+    module.exit_json(changed=False, shortfalls=listed, ansible_facts=facts)
+
+
+def _network(params):
+    mirrors, dns, offsets = {}, {}, []
+    for url in params["mirrors"] if params["levels"].get("mirrors") != "skip" else []:
+        mirrors[url], offset = _ask(url, params["proxy"], params["timeout_seconds"])
+        offsets += [] if offset is None else [offset]
+    for url in params["mirrors"] if not params["proxy"] else []:
+        name = urlsplit(url).hostname
+        dns[name] = _resolve(name)
+    # The least: an answer that took long tells a later time than the mirror's clock.
+    offset = min(offsets, key=abs) if offsets else None
+    return {"mirrors": mirrors, "dns": dns, "clock_offset_seconds": offset}
+
+
+def _resolve(name):
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _ask(url, proxy, timeout):
+    """(why the mirror does not answer or None, this clock minus the mirror's in seconds or None)."""
+    opener = build_opener(ProxyHandler({"http": proxy, "https": proxy} if proxy else {}))
+    try:
+        with opener.open(Request(url, method="HEAD", headers={"User-Agent": "mixtral-run"}), timeout=timeout) as answer:
+            told = answer.headers.get("Date")
+    except HTTPError as error:
+        # It answers: a folder that may not be listed (403, 404) serves its files all the same.
+        if error.code >= 500:
+            return "HTTP {}".format(error.code), None
+        told = error.headers.get("Date")
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error)), None
+    try:
+        return None, time.time() - parsedate_to_datetime(told).timestamp()
+    except (TypeError, ValueError):
+        return None, None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+#!/usr/bin/python3
+"""Serves one model of this host's HF cache over SSH: the one thing that the key of a fetch may do here.
+
+    serve_model.py FOLDER        FOLDER: HF_HOME/hub/models--ORG--NAME
+
+SSH_ORIGINAL_COMMAND is `list REVISION` (JSON: the commit, and path, size and hash of each file) or `get HASH START`
+(the bytes of a file from START on).
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+
+def list_files(folder, revision):
+    reference = folder / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if not snapshot.is_dir():
+        return f"{folder} has no revision {revision}"
+    links = sorted(each for each in snapshot.rglob("*") if each.is_file())
+    files = [[str(each.relative_to(snapshot)), each.stat().st_size, each.resolve().name] for each in links]
+    json.dump({"commit": commit, "files": files}, sys.stdout)
+    return None
+
+
+def get_file(folder, digest, start):
+    with (folder / "blobs" / digest).open("rb") as file:
+        file.seek(start)
+        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+
+
+def main(folder, command):
+    asked = re.fullmatch(r"list (?!.*\.\.)([\w./-]+)|get ([0-9a-f]{40}|[0-9a-f]{64}) ([0-9]+)", command)
+    if asked is None:
+        return "only list REVISION and get HASH START are served"
+    try:
+        return list_files(folder, asked[1]) if asked[1] else get_file(folder, asked[2], int(asked[3]))
+    except OSError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), os.environ.get("SSH_ORIGINAL_COMMAND", "")))

@@ -1,0 +1,255 @@
+"""Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
+
+    python tests/bench/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
+        [--recompute none|selective|full] [--base-precision bf16|fp8|nf4]
+
+Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
+and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
+linear layers and experts, grouped_mm, gradient checkpointing. Medians of the steps after warming up. With more than
+one GPU our side runs EP over them, tokens a second are a GPU's. The last line printed is one JSON object, for the last
+size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RANK = 16
+MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
+    """Median seconds of a step that ends with its results on the host."""
+    import torch
+
+    seconds = []
+    for index in range(warm_up + count):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if index >= warm_up:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def build_ours(layers: int, here: Any, recompute: str, base_precision: str) -> Any:
+    """Mixtral's full width with random weights and adapters on everything, in training mode."""
+    import dataclasses
+
+    import torch
+
+    from mixtral_run.model.architecture import MIXTRAL_8X7B
+    from mixtral_run.model.build import ModelSettings, build_model
+    from mixtral_run.model.lora import LoraSettings
+
+    architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
+    lora = LoraSettings(RANK, 32.0, 0.0, MODULES, 1)
+    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
+    model = build_model(architecture, settings, here).train()
+
+    def fill(part: str) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if part in name and "norm" not in name and ".linear_in" not in name and not parameter.is_meta:
+                    parameter.normal_(0.0, 0.02)
+
+    fill("")
+    model.quantise_experts(lambda: fill(".experts."))
+    return model
+
+
+def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from mixtral_run.config import LaunchConfig
+    from mixtral_run.model.parallel import processes
+    from mixtral_run.train.data import MockSamples, batches
+    from mixtral_run.train.graph import RecordedBackward, can_record
+    from mixtral_run.train.step import train_step, trainable
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
+    with processes(config) as here:
+        model = build_ours(layers, here, arguments.recompute, arguments.base_precision)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+        stream = batches(
+            MockSamples(model.architecture.vocab_size, seq, 1),
+            seed=1,
+            micro_batch_size=micro,
+            global_batch_size=micro * here.data_size,
+            data_parallel_rank=here.data_rank,
+            data_parallel_size=here.data_size,
+        )
+        backward = RecordedBackward(model) if can_record(model) else None
+
+        def step() -> object:
+            return train_step(model, optimizer, next(stream), 1.0, backward)
+
+        seconds = timed_steps(step, 4, arguments.steps)
+        if arguments.profile is not None and here.is_first:
+            write_profile(step, arguments.profile)
+        result = {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+        return result if here.is_first else {}
+
+
+def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        num_hidden_layers=layers,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        use_cache=False,
+    )
+    config._experts_implementation = "grouped_mm"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = MixtralForCausalLM._from_config(config, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    settings = LoraConfig(
+        r=RANK,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model = get_peft_model(model, settings).train()
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True)
+
+    def step() -> float:
+        tokens = torch.randint(0, 32000, (micro, seq), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    seconds = timed_steps(step, 2, max(arguments.steps // 2, 3))
+    return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+
+
+def write_profile(step: Callable[[], object], path: Path) -> None:
+    """Kernels of one step by time."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    table = recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    path.write_text(table)
+
+
+def matmul_tflops() -> float:
+    """bf16 rate of an 8,192³ product on random numbers: the ceiling that shares are given of."""
+    import torch
+
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / timed_steps(lambda: left @ right, 5, 20) / 1e12
+
+
+def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    words = [
+        __file__,
+        "--child",
+        side,
+        "--layers",
+        str(layers),
+        "--sizes",
+        f"{seq}x{micro}",
+        "--steps",
+        str(arguments.steps),
+        "--recompute",
+        arguments.recompute,
+        "--base-precision",
+        arguments.base_precision,
+    ]
+    if arguments.profile:
+        words += ["--profile", str(arguments.profile)]
+    launcher = [sys.executable]
+    if side == "ours" and arguments.gpus > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.gpus}"]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(launcher + words, capture_output=True, text=True, env=environment, check=False)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("{"):
+            result: dict[str, Any] = json.loads(line)
+            return result
+    print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr)
+    return {"tok_s": float("nan"), "peak_gib": float("nan")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--sizes", default="512x1,2048x1,8192x1,2048x4", help="sequence length x micro batch, …")
+    parser.add_argument("--sides", default="ours,peer")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", type=Path, help="write the kernels of one of our steps there")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="of our side")
+    parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
+    parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes.split(",")]
+    if arguments.child:
+        run = {"ours": run_ours, "peer": run_peer, "matmul": lambda *_: {"tflops": matmul_tflops()}}[arguments.child]
+        result = run(arguments.layers, *sizes[0], arguments)
+        if result:
+            print(json.dumps(result), flush=True)
+        return
+    report(arguments, sizes)
+
+
+def report(arguments: argparse.Namespace, sizes: list[tuple[int, ...]]) -> None:
+    import dataclasses
+
+    from mixtral_run.model.architecture import MIXTRAL_8X7B
+
+    ceiling = measure("matmul", 1, 1, 1, arguments).get("tflops", float("nan"))
+    active = dataclasses.replace(MIXTRAL_8X7B, num_layers=arguments.layers).num_active_parameters
+    print(f"{arguments.layers} layers, {arguments.gpus} GPU(s), 8,192³ bf16 product {ceiling:.0f} TFLOP/s")
+    print(f"{'size':>8} {'side':>5} {'tok/s/GPU':>10} {'peak GiB':>9} {'TFLOP/s 4P':>10} {'6P':>6} {'of product':>10}")
+    summary: dict[str, float] = {}
+    for seq, micro in sizes:
+        found = {}
+        for side in arguments.sides.split(","):
+            found[side] = result = measure(side, arguments.layers, seq, micro, arguments)
+            rate = result["tok_s"] * active / 1e12
+            print(
+                f"{seq:>6}x{micro} {side:>5} {result['tok_s']:>10,.0f} {result['peak_gib']:>9.1f} {4 * rate:>10.0f} "
+                f"{6 * rate:>6.0f} {4 * rate / ceiling:>10.0%}",
+                flush=True,
+            )
+        summary = {f"{side}_{name}": result[name] for side, result in found.items() for name in ("tok_s", "peak_gib")}
+        if len(found) == 2:
+            summary["ratio"] = found["ours"]["tok_s"] / found["peer"]["tok_s"]
+            print(f"{'':>8} ratio {summary['ratio']:.2f}", flush=True)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()

@@ -1,0 +1,121 @@
+"""Our side alone, many cases from one built model: recomputation, length and packing, at one precision of the base.
+
+    python -m tests.bench.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--cases 2048x1:none,8192x1:selective,…]
+
+A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens. Building at
+full size takes longer than a case, so that this is the way to look at many in little device time; tests/bench/lora.py
+measures each in a process of its own. Each case tells the losses of its first and last step: the adapters are set back
+and the tokens are the same, so that ways of computing the same can be compared. One JSON object a case; a case that
+does not fit says so and the next one runs. Beside each peak stands what the plan counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CASES = "2048x1:none,2048x1:selective,512x1:none,8192x1:selective,2048x4:selective,2048x1:full,2048x1:none:pack"
+
+
+def packed_batch(seq: int, vocabulary: int) -> Any:
+    """One row of random samples of 64 to 512 tokens."""
+    import torch
+
+    from mixtral_run.train.data import GlobalBatch, MicroBatch
+
+    generator = torch.Generator().manual_seed(3)
+    lengths: list[int] = []
+    while sum(lengths) < seq:
+        lengths.append(min(int(torch.randint(64, 513, (), generator=generator)), seq - sum(lengths)))
+    tokens, labels = (torch.randint(0, vocabulary, (1, seq), generator=generator) for _ in range(2))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return GlobalBatch((MicroBatch(tokens, labels, torch.ones(1, seq), positions, (tuple(lengths),)),), seq, 1)
+
+
+def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from mixtral_run.plan import EXPERT_BYTES, GIB, Layout, Workload, memory
+    from mixtral_run.train.data import MockSamples, batches
+    from mixtral_run.train.graph import RecordedBackward, can_record
+    from mixtral_run.train.step import train_step, trainable
+    from tests.bench.lora import timed_steps
+
+    size, recompute, *rest = case.split(":")
+    seq, micro = (int(number) for number in size.split("x"))
+    model.settings = model.settings.__class__(**{**vars(model.settings), "recompute": recompute})
+    for layer in model.gpt.decoder.layers:
+        layer.recompute = recompute
+    parameters = trainable(model)
+    with torch.no_grad():
+        for parameter, start in zip(parameters, kept, strict=True):
+            parameter.copy_(start)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    vocabulary = model.architecture.vocab_size
+    stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=micro)
+    packed = packed_batch(seq, vocabulary) if rest else None
+    backward = RecordedBackward(model) if packed is None and can_record(model) else None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    losses: list[float] = []
+
+    def step() -> None:
+        batch = packed if packed is not None else next(stream)
+        losses.append(train_step(model, optimizer, batch, 1.0, backward).loss)
+
+    seconds = timed_steps(step, 3, arguments.steps)
+    workload = Workload(
+        architecture=model.architecture,
+        gpus=1,
+        seq_length=seq,
+        micro_batch_size=micro,
+        expert_bytes=EXPERT_BYTES.get(arguments.base_precision, 2),
+    )
+    return {
+        "tok_s": round(seq * micro / seconds),
+        "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 1),
+        "planned_gib": round(memory(workload, Layout(1, 1, recompute)).allocated / GIB, 1),
+        "losses": [round(each, 5) for each in (losses[0], losses[-1])],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--steps", type=int, default=5)
+    arguments = parser.parse_args()
+
+    import torch
+
+    from mixtral_run.config import LaunchConfig
+    from mixtral_run.model.parallel import processes
+    from mixtral_run.train.step import trainable
+    from tests.bench.lora import build_ours
+
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
+    with processes(config) as here:
+        model = build_ours(arguments.layers, here, "none", arguments.base_precision)
+        # On the host: the peaks are those of a run.
+        kept = [parameter.detach().cpu() for parameter in trainable(model)]
+        for case in arguments.cases.split(","):
+            try:
+                result = run_case(model, kept, case, arguments)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                result = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            for parameter in trainable(model):
+                parameter.grad = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(json.dumps({"case": case, "base": arguments.base_precision, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()

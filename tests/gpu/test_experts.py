@@ -1,0 +1,49 @@
+"""The experts' fast path in bf16 beside the same in float64, for every kind of routing."""
+
+import pytest
+import torch
+
+from mixtral_run.model.grouped import grouped_linear, has_grouped_product
+from mixtral_run.model.swiglu import swiglu_with_adapter
+from tests.experts_reference import ROUTINGS, Case, reference
+
+SCALE = 2.0
+
+
+def on_gpu(case: Case) -> Case:
+    values = {name: value.detach().to("cuda", torch.bfloat16) for name, value in vars(case).items() if name != "ends"}
+    return Case(**values, ends=case.ends.cuda())
+
+
+def rounded(case: Case) -> Case:
+    """The same inputs as the GPU has, in float64."""
+    values = {name: value.detach().bfloat16().double() for name, value in vars(case).items() if name != "ends"}
+    return Case(**values, ends=case.ends)
+
+
+def ours(case: Case) -> torch.Tensor:
+    hidden = grouped_linear(case.rows, case.first, case.ends)
+    inner = grouped_linear(case.rows, case.inner_first, case.ends)
+    active = swiglu_with_adapter(hidden, inner, case.outer_first, SCALE, case.ends)
+    return grouped_linear(active, case.second, case.ends)
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_outputs_and_gradients(routing: tuple[int, ...], rank: int) -> None:
+    exact = rounded(Case.random(routing, hidden=256, ffn=384, rank=rank, seed=sum(routing) + rank))
+    fast = on_gpu(exact)
+    if torch.cuda.get_device_capability() >= (9, 0) and sum(routing):
+        assert has_grouped_product(fast.rows, 256, 768, rank)
+    results = []
+    for case, compute in ((fast, ours), (exact, lambda case: reference(case, SCALE))):
+        for tensor in case.tensors():
+            tensor.requires_grad_(True)
+        output = compute(case)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        (output * weights.to(output)).sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in case.tensors())])
+    for mine, expected in zip(*results, strict=True):
+        error = (mine.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30)
+        assert not torch.isnan(mine).any()
+        assert float(error) < 1e-2

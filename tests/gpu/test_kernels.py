@@ -1,0 +1,132 @@
+"""The small kernels beside the same in plain torch on the CPU, in fp32, forward and backward; and the recorded step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.model.permute import inverse, to_rows, to_tokens
+from mixtral_run.model.rotary import Rotary, rotate
+from mixtral_run.model.shares import row_products
+from mixtral_run.train.data import MockSamples, batches
+from mixtral_run.train.graph import RecordedBackward, can_record
+from mixtral_run.train.step import train_step, trainable
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("angles_of_each", [False, True])
+def test_rotate(batch: int, angles_of_each: bool) -> None:
+    mixed = torch.randn(37, batch, 3, 6, 32)
+    positions = torch.randint(0, 1000, (batch if angles_of_each else 1, 37))
+    results = []
+    for device in ("cuda", "cpu"):
+        states = mixed.to(device).requires_grad_(True)
+        output = rotate(states, *Rotary(32, 1e6, torch.device(device)).inputs(positions.to(device), torch.float32))
+        (output * torch.linspace(-1, 1, output.numel(), device=device).view_as(output)).sum().backward()
+        results.append((output.detach().cpu(), states.grad.cpu()))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [8, 1000, 4096])
+def test_permute(hidden: int) -> None:
+    tokens, weights = torch.randn(41, hidden), torch.rand(41, 2)
+    order = torch.randint(0, 8, (82,)).argsort(stable=True)
+    results = []
+    for device in ("cuda", "cpu"):
+        mine = tokens.to(device).requires_grad_(True)
+        share = weights.to(device).requires_grad_(True)
+        there, back = order.to(device), inverse(order.to(device))
+        rows = to_rows(mine, there, back, 2)
+        scaled = rows * torch.linspace(-1, 1, rows.numel(), device=device).view_as(rows)
+        output = to_tokens(scaled, share, there, back)
+        output.square().sum().backward()
+        results.append((output.detach().cpu(), mine.grad.cpu(), share.grad.cpu()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_a_recorded_step_is_the_eager_step() -> None:
+    architecture = dataclasses.replace(
+        MIXTRAL_8X7B,
+        num_layers=2,
+        hidden_size=512,
+        ffn_hidden_size=1024,
+        kv_channels=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        vocab_size=1024,
+    )
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
+    losses: list[list[float]] = []
+    with processes(config) as here:
+        for recorded in (False, True):
+            lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
+            model = build_model(architecture, ModelSettings(torch.bfloat16, True, lora), here).train()
+            generator = torch.Generator("cuda").manual_seed(3)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "norm" not in name and ".linear_in" not in name and ".linear_out" not in name:
+                        parameter.normal_(0.0, 0.05, generator=generator)
+            assert can_record(model)
+            optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
+            stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
+            backward = RecordedBackward(model) if recorded else None
+            losses.append([train_step(model, optimizer, next(stream), 1.0, backward).loss for _ in range(6)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert abs(losses[0][0] - losses[0][-1]) > 0.01
+
+
+@pytest.mark.parametrize("base_precision", ["bf16", "fp8"])
+def test_a_recorded_step_with_selective_recomputation_is_the_eager_one_without(base_precision: str) -> None:
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
+    losses: list[list[float]] = []
+    with processes(config) as here:
+        for recompute in ("none", "selective"):
+            model = small_model(here, recompute, base_precision)
+            optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
+            stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
+            backward = RecordedBackward(model) if recompute == "selective" else None
+            losses.append([train_step(model, optimizer, next(stream), 1.0, backward).loss for _ in range(6)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert abs(losses[0][0] - losses[0][-1]) > 0.01
+
+
+def small_model(here: Processes, recompute: str, base_precision: str) -> MixtralModel:
+    """Two layers with the same random weights each time, wide enough for every kernel."""
+    architecture = dataclasses.replace(
+        MIXTRAL_8X7B,
+        num_layers=2,
+        hidden_size=512,
+        ffn_hidden_size=1024,
+        kv_channels=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        vocab_size=1024,
+    )
+    lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
+    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
+    model = build_model(architecture, settings, here).train()
+
+    def fill() -> None:
+        for name, weight in model.named_parameters():
+            if not (weight.requires_grad or weight.is_meta or "norm" in name):
+                weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(len(name)))
+
+    fill()
+    model.quantise_experts(fill)
+    assert can_record(model)
+    return model
+
+
+@pytest.mark.parametrize("width", [8, 1000, 14336])
+def test_row_products(width: int) -> None:
+    first, second = torch.randn(41, width).bfloat16(), torch.randn(41, width).bfloat16()
+    expected = (first.double() * second.double()).sum(-1)
+    found = row_products(first.cuda(), second.cuda()).cpu().double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)

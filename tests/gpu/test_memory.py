@@ -1,0 +1,43 @@
+"""What a GPU says of its memory, and the plan beside what a step really takes."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.memory import gpu_memory
+from mixtral_run.model.parallel import processes
+from mixtral_run.plan import GIB
+from mixtral_run.train.step import trainable
+from tests.bench.lora import build_ours
+from tests.bench.modes import run_case
+
+LAYERS = 8
+NEEDED_GIB = 36
+
+
+def test_the_gpus_are_asked() -> None:
+    found = gpu_memory("auto", 1)
+    assert found is not None
+    assert found.total == torch.cuda.mem_get_info(0)[1]
+    assert 0 < found.free <= found.total
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Any]:
+    if torch.cuda.get_device_properties(0).total_memory < NEEDED_GIB * GIB:
+        pytest.skip(f"needs {NEEDED_GIB} GiB")
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
+    with processes(config) as here:
+        built = build_ours(LAYERS, here, "none", "bf16")
+        yield built, [parameter.detach().cpu() for parameter in trainable(built)]
+
+
+@pytest.mark.parametrize("case", ["2048x1:none", "2048x1:selective", "2048x1:full", "512x4:none", "512x4:selective"])
+def test_the_plan_is_within_a_tenth(model: Any, case: str) -> None:
+    built, kept = model
+    result = run_case(built, kept, case, argparse.Namespace(steps=2, base_precision="bf16"))
+    assert result["planned_gib"] == pytest.approx(result["peak_gib"], rel=0.1)

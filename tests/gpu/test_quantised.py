@@ -1,0 +1,94 @@
+"""Experts in 8 bit on the GPU: kernels bit by bit beside torch, products beside float64."""
+
+import pytest
+import torch
+
+from mixtral_run.model import nf4
+from mixtral_run.model.quantised import dequantise, has_scaled_product, quantise, quantised_linear
+from tests.experts_reference import ROUTINGS
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.parametrize("width", [64, 4096, 28672])
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_rows_are_quantised_as_in_torch(width: int, with_columns: bool) -> None:
+    from mixtral_run.model.quantised_triton import quantise_rows
+
+    routing = (3, 0, 40, 21)
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    rows = (torch.randn(64, width, device="cuda") * torch.logspace(-8, 8, 64, device="cuda")[:, None]).bfloat16()
+    rows[5] = 0
+    columns = torch.rand(4, width, device="cuda") if with_columns else None
+    values, scales = quantise_rows(rows, columns, ends)
+    owner = torch.repeat_interleave(torch.arange(4, device="cuda"), torch.tensor(routing, device="cuda"))
+    exact = rows.float() * columns[owner] if columns is not None else rows.float()
+    expected, expected_scales = quantise(exact)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    # A division rounded otherwise may fall on the other side of a tie, and then by one step.
+    unequal = values.view(torch.uint8) != expected.view(torch.uint8)
+    assert float(unequal.float().mean()) < 1e-3
+    again = dequantise(values, scales, torch.float32)
+    assert bool(((again - exact).abs() <= exact.abs() * 2**-4 * 1.01 + scales[:, None] * 2**-10 * 1.01).all())
+
+
+@pytest.mark.parametrize("shape", [(3, 128, 256), (8, 200, 72), (2, 4096, 14336)])
+def test_turned(shape: tuple[int, int, int]) -> None:
+    from mixtral_run.model.quantised_triton import turned
+
+    numbers = torch.randint(0, 120, shape, device="cuda", dtype=torch.uint8).view(torch.float8_e4m3fn)
+    expected = numbers.view(torch.uint8).transpose(1, 2).contiguous()
+    assert torch.equal(turned(numbers).view(torch.uint8), expected)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_outputs_and_gradients(routing: tuple[int, ...]) -> None:
+    generator = torch.Generator("cuda").manual_seed(sum(routing))
+    drawn = torch.randn(sum(routing), 512, device="cuda", generator=generator).bfloat16()
+    sizes = torch.logspace(-3, 1, 768, device="cuda")[torch.randperm(768, device="cuda")]
+    values, scales = quantise(torch.randn(4, 768, 512, device="cuda", generator=generator) * sizes[:, None])
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    if ON_HOPPER and sum(routing):
+        assert has_scaled_product(drawn, values)
+    results = []
+    for exact in (False, True):
+        rows = (drawn.double() if exact else drawn.clone()).requires_grad_(True)
+        if exact:
+            matrices = dequantise(values, scales, torch.float64)
+            starts = [0, *ends.tolist()]
+            output = torch.cat([rows[s : starts[e + 1]] @ matrices[e].t() for e, s in enumerate(starts[:-1])])
+        else:
+            output = quantised_linear(rows, values, scales, ends)
+        weights = torch.linspace(-1, 1, output.numel(), device="cuda", dtype=torch.float64).view_as(output)
+        (output * weights.to(output)).sum().backward()
+        results.append((output.detach(), rows.grad))
+    for mine, expected in zip(*results, strict=True):
+        assert not torch.isnan(mine).any()
+        if mine.numel():
+            # Both the rows and the gradients are rounded to 8 bit on Hopper, to 16 elsewhere.
+            assert float((mine.double() - expected).norm() / expected.norm()) < 0.06
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 96), (2, 100, 4096), (8, 64, 14336)])
+def test_four_bits_come_back_as_in_torch(shape: tuple[int, int, int]) -> None:
+    codes, scales = nf4.quantise(torch.randn(shape, device="cuda"))
+    expected = nf4.plain_dequantise(codes, scales, torch.bfloat16)
+    assert torch.equal(nf4.dequantise(codes, scales, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_products_in_four_bits(routing: tuple[int, ...]) -> None:
+    weight = torch.randn(4, 768, 512, device="cuda")
+    codes, scales = nf4.quantise(weight)
+    matrices = nf4.plain_dequantise(codes, scales, torch.float64)
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
+    rows = drawn.clone().requires_grad_(True)
+    output = quantised_linear(rows, codes, scales, ends)
+    output.backward(torch.ones_like(output))
+    starts = [0, *ends.tolist()]
+    owner = torch.repeat_interleave(torch.arange(4, device="cuda"), torch.tensor(routing, device="cuda"))
+    expected = torch.cat([drawn[s : starts[e + 1]].double() @ matrices[e].t() for e, s in enumerate(starts[:-1])])
+    for mine, exact in ((output.detach(), expected), (rows.grad, matrices.sum(1)[owner])):
+        if mine.numel():
+            assert float((mine.double() - exact).norm() / exact.norm()) < 1e-2

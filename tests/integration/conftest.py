@@ -1,0 +1,95 @@
+"""A tiny Mixtral in the released layout and its converted checkpoint, made once a session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.config import ConvertConfig
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.rehearsal_plan import tokenizer_texts
+from mixtral_run.report import Report
+from mixtral_run.weights.random_model import write_random_mixtral
+from tests.needs import missing
+from tests.targets.engine import why_no_engine
+
+SMALL = MixtralArchitecture(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=16,
+    num_experts=8,
+    moe_router_topk=2,
+    vocab_size=512,
+    max_position_embeddings=256,
+    rotary_base=1e6,
+    layernorm_epsilon=1e-5,
+)
+
+
+@pytest.fixture(scope="session")
+def small_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    write_random_mixtral(
+        folder,
+        architecture=SMALL,
+        dtype="float32",
+        seed=7,
+        texts=tokenizer_texts(),
+        num_shards=2,
+        initializer_range=0.1,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted for TP2/EP4: every other layout reshards it at load."""
+    from mixtral_run.weights.convert import convert
+
+    folder = tmp_path_factory.mktemp("converted") / "checkpoint"
+    convert(ConvertConfig(hf_model_path=str(small_hf_model), output_path=folder), Report.silent())
+    return folder
+
+
+def torchrun(num_processes: int, script: Path, *words: str) -> None:
+    """Run a script in several processes; its output is shown when it fails."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={num_processes}",
+            str(script),
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a user calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "mixtral_run", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> None:
+    """An engine that answers."""
+    reason = why_no_engine()
+    if reason is not None:
+        missing(reason)

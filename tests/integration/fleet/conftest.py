@@ -1,0 +1,61 @@
+"""Simulated hosts, a home with a key, and a state folder for the tests of the operator's side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.fleet.light_hosts import SSHD, LightHost, make_hosts
+from tests.needs import missing
+from tests.targets.engine import install_packages
+
+PLAYBOOKS = Path(__file__).parent / "playbooks"
+HostMaker = Callable[[int], list[LightHost]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sshd_installed() -> None:
+    if Path(SSHD).exists():
+        return
+    if os.geteuid() == 0 and Path("/usr/bin/apt-get").exists():
+        install_packages("openssh-server")
+    if not Path(SSHD).exists():
+        missing("no sshd here, and only root can install one")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder with an SSH key, which an agent offers, and a state folder of its own."""
+    folder = tmp_path / "home"
+    (folder / ".ssh").mkdir(parents=True, mode=0o700)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    key = folder / ".ssh/id_ed25519"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    # ssh looks for keys in the home folder of the user database, not of HOME: an agent offers this one.
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(folder / "agent")], stdout=subprocess.DEVNULL)
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(folder / "agent"))
+    while subprocess.run(["ssh-add", "-q", str(key)], check=False, capture_output=True).returncode:
+        assert agent.poll() is None
+    yield folder
+    agent.terminate()
+    agent.wait()
+
+
+@pytest.fixture
+def light_hosts(home: Path, tmp_path: Path) -> Iterator[HostMaker]:
+    """A function that starts so many simulated hosts; they end with the test."""
+    started: list[LightHost] = []
+
+    def make(count: int) -> list[LightHost]:
+        hosts = make_hosts(tmp_path / "hosts", count, home / ".ssh/id_ed25519.pub")
+        started.extend(hosts)
+        return hosts
+
+    yield make
+    for host in started:
+        host.stop()

@@ -1,0 +1,249 @@
+"""bootstrap over simulated hosts with a small playbook: what goes wrong on one keeps no other from its end.
+
+The real playbook over real throw-away hosts is in test_end_to_end.py: simulated hosts share this machine's files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet import bootstrap as module
+from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, bootstrap, last_request
+from mixtral_run.fleet.events import Phase
+from mixtral_run.fleet.hosts import remembered_hosts
+from mixtral_run.fleet.selection import hosts_of
+from mixtral_run.fleet.status import read_fleet
+from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker
+from tests.integration.fleet.light_hosts import LightHost, free_ports
+
+Run = Callable[..., tuple[BootstrapEnd, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.setattr(module, "playbook", {"bootstrap": PLAYBOOKS / "small.yml"}.__getitem__)
+
+    def call(*targets: str, more: tuple[str, ...] = (), **settings: Any) -> tuple[BootstrapEnd, str]:
+        extra = (f"small_folder={tmp_path}", f"ansible_python_interpreter={sys.executable}", *more)
+        stream = io.StringIO()
+        end = bootstrap(BootstrapRequest(hosts=targets, extra_vars=extra, **settings), stream)
+        return end, stream.getvalue() + end.text
+
+    return call
+
+
+def inventory_name(host: LightHost) -> str:
+    return f"127.0.0.1-{host.port}"
+
+
+def test_a_dead_a_refusing_and_a_failing_host_leave_the_others_alone(
+    run: Run, light_hosts: HostMaker, tmp_path: Path
+) -> None:
+    good, refusing, failing = light_hosts(3)
+    (down,) = free_ports(1)
+    config = refusing.folder / "sshd_config"
+    config.write_text(re.sub("AuthorizedKeysFile .*", "AuthorizedKeysFile /dev/null", config.read_text()))
+    refusing.stop()
+    refusing.start()
+    end, text = run(
+        good.target,
+        refusing.target,
+        failing.target,
+        f"127.0.0.1:{down}",
+        more=(f"small_failing={inventory_name(failing)}",),
+    )
+    phases = [host.phase for host in end.progress.hosts.values()]
+    assert phases == [Phase.DONE, Phase.UNREACHABLE, Phase.FAILED, Phase.UNREACHABLE]
+    assert "refuses the key" in text
+    assert "bootstrap --ask-pass" in text
+    assert "Fail in the middle" in text
+    assert "unattended-upgrades" in text
+    assert f"✓ 127.0.0.1:{good.port}" in text
+    assert "retry: mixtral-run bootstrap --retry" in text
+    with pytest.raises(HostError) as caught:
+        end.raise_if_bad()
+    assert caught.value.exit_code == 3
+    assert (tmp_path / f"{inventory_name(good)}.conf").exists()
+    retried = last_request()
+    assert {host.port for host in hosts_of(retried.hosts, None, retried.limit)} == {refusing.port, failing.port, down}
+
+
+def test_a_second_run_changes_nothing_and_check_changes_nothing(
+    run: Run, light_hosts: HostMaker, tmp_path: Path
+) -> None:
+    (host,) = light_hosts(1)
+    end, text = run(host.target, check=True, diff=True)
+    assert "would change" in text
+    assert "+host 127.0.0.1" in text
+    assert not (tmp_path / f"{inventory_name(host)}.conf").exists()
+    end, _ = run(host.target)
+    assert next(iter(end.progress.hosts.values())).changed == 1
+    end, _ = run()  # without a name: the fleet that was set up before
+    assert next(iter(end.progress.hosts.values())).changed == 0
+    with pytest.raises(ConfigError, match="nothing to retry"):
+        last_request()
+
+
+def test_a_changed_host_key_is_refused_until_it_is_accepted(run: Run, light_hosts: HostMaker, home: Path) -> None:
+    (host,) = light_hosts(1)
+    # The user's own file knows the old key as well, and stays as it is.
+    own = home / ".ssh/known_hosts"
+    own.write_text(f"[127.0.0.1]:{host.port} {(host.folder / 'host_key.pub').read_text()}")
+    before = own.read_text()
+    end, _ = run(host.target)
+    assert not end.progress.bad
+    host.reimage()
+    end, text = run(host.target)
+    assert end.progress.bad
+    name = f"127.0.0.1:{host.port}"
+    assert f"--accept-new-host-key {name} {host.target}" in text
+    end, _ = run(host.target, accept_new_host_key=(name,))
+    assert not end.progress.bad
+    end, _ = run(host.target)
+    assert not end.progress.bad
+    assert own.read_text() == before
+
+
+def test_a_users_inventory_is_taken_as_it_is(run: Run, light_hosts: HostMaker, tmp_path: Path) -> None:
+    first, second = light_hosts(2)
+    inventory = tmp_path / "inventory" / "hosts.yml"
+    (inventory.parent / "group_vars").mkdir(parents=True)
+    (inventory.parent / "group_vars/all.yml").write_text("small_words: from the group\n")
+    inventory.write_text(
+        "mixtral_hosts:\n  hosts:\n"
+        f"    rack-1: {{ansible_host: 127.0.0.1, ansible_port: {first.port}}}\n"
+        f"    rack-2: {{ansible_host: 127.0.0.1, ansible_port: {second.port}}}\n"
+    )
+    end, _ = run(inventory=inventory, limit="rack-2")
+    assert list(end.progress.hosts) == ["rack-2"]
+    assert (tmp_path / "rack-2.conf").read_text() == "host rack-2 from the group\n"
+    with pytest.raises(ConfigError, match="rack-9"):
+        run(inventory=inventory, limit="rack-9")
+
+
+def test_ctrl_c_stops_within_a_second_and_says_what_was_left(light_hosts: HostMaker, tmp_path: Path) -> None:
+    (host,) = light_hosts(1)
+    program = (
+        "from pathlib import Path\nimport sys, mixtral_run.fleet.bootstrap as module\n"
+        f"module.playbook = lambda name: Path({str(PLAYBOOKS / 'small.yml')!r})\n"
+        "from mixtral_run.cli import main\n"
+        "sys.argv = ['mixtral-run', *sys.argv[1:]]\nmain()\n"
+    )
+    variables = f"small_folder={tmp_path} ansible_python_interpreter={sys.executable} small_seconds=60"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "bootstrap", host.target, "-e", variables],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # A shell that starts us in the background has switched SIGINT off.
+        preexec_fn=lambda: __import__("signal").signal(2, __import__("signal").default_int_handler),
+    )  # fmt: skip
+    plays = Path(os.environ["XDG_STATE_HOME"]) / "mixtral-run/plays"
+    until = time.monotonic() + 90
+    while time.monotonic() < until and not any(
+        "Take a while" in file.read_text() for file in plays.glob("*/artifacts/run/stdout")
+    ):
+        time.sleep(0.1)
+    time.sleep(0.5)
+    pressed = time.monotonic()
+    process.send_signal(2)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - pressed < 1.5  # a second, and the interpreter's own end on a busy machine
+    assert process.returncode == 130
+    assert "stopped while it was at Take a while" in output
+    assert "retry: mixtral-run bootstrap --retry" in output
+    assert "Traceback" not in output
+
+
+def test_the_token_is_in_no_argument_artifact_or_log(
+    run: Run, light_hosts: HostMaker, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host,) = light_hosts(1)
+    token, secret = "hf_abcdefghijklmnopqrstuvwxyz", tmp_path / "token"
+    secret.write_text(token + "\n")
+    monkeypatch.setenv("HF_TOKEN", token)  # as many have it on their laptops
+    secret.chmod(0o600)
+    seen: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    seen.append((process / "cmdline").read_bytes().decode(errors="replace"))
+                except OSError:
+                    continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        end, text = run(host.target, hf_token_file=secret, become_password="the sudo password")
+    finally:
+        over.set()
+        watcher.join()
+    assert not end.progress.bad
+    assert any("ansible-playbook" in words for words in seen)
+    for forbidden in (token, "the sudo password"):
+        assert not any(forbidden in words for words in seen)
+        assert forbidden not in text
+        for file in (home / "state").rglob("*"):
+            if file.is_file():
+                assert forbidden not in file.read_text(errors="replace"), file
+    for folder in (home / "state/mixtral-run").rglob("plays"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"hf_token_file": Path("/no/such/token")}, "--hf-token-file"),
+        ({"more": ("@/no/such/vars.yml", "broken")}, "no such file"),
+        ({"accept_new_host_key": ("gpu-99",)}, "--accept-new-host-key"),
+    ],
+)
+def test_faults_are_told_before_anything_starts(run: Run, settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        run("gpu-01", **settings)
+    assert remembered_hosts() == ()
+
+
+def test_fifty_hosts_are_shown_and_read_within_two_minutes(
+    light_hosts: HostMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = light_hosts(50)
+    for number, host in enumerate(hosts):
+        host.program("docker", "#!/bin/sh\nexit 1\n")
+        host.program("nvidia-smi", standin_nvidia_smi("535.183.01" if number == 7 else "550.54.15"))
+    fifty = tmp_path / "fifty.yml"
+    fifty.write_text(
+        "- hosts: all\n  gather_facts: false\n  tasks:\n"
+        "    - {name: Look, raw: 'true', changed_when: false}\n    - {name: Look again, raw: 'echo $HOME'}\n"
+    )
+    monkeypatch.setattr(module, "playbook", {"bootstrap": fifty}.__getitem__)
+    began = time.monotonic()
+    stream = io.StringIO()
+    end = bootstrap(BootstrapRequest(hosts=tuple(host.target for host in hosts)), stream)
+    assert [host.phase for host in end.progress.hosts.values()] == [Phase.DONE] * 50
+    statuses = read_fleet(remembered_hosts())
+    assert time.monotonic() - began < 120
+    assert all(status.reachable and status.error is None for status in statuses)
+    differing = [status.name for status in statuses if any("driver" in told for told in status.differences)]
+    assert differing == [f"127.0.0.1:{hosts[7].port}"]
+    assert sum(status.num_gpus for status in statuses) == 400
+
+
+def standin_nvidia_smi(driver: str) -> str:
+    """STAND-IN: answers the one query that the kit makes, for 8 GPUs."""
+    rows = "\n".join(f"{n}, NVIDIA H100 80GB HBM3, GPU-{n}, 81559, {driver}, 40, 0" for n in range(8))
+    return f"#!/bin/sh\ncat <<'END'\n{rows}\nEND\n"

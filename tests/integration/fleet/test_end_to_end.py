@@ -1,0 +1,258 @@
+"""From two bare hosts to an adapter here, by the command line, over real SSH, on throw-away hosts.
+
+Only the GPUs are missing: jobs run on the CPU, at the rehearsal's size, in the image of the whole kit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from mixtral_run.rehearsal_plan import PLAN, tokenizer_texts, write_rehearsal_pairs
+from mixtral_run.weights.random_model import write_random_mixtral
+from tests.targets import hosts as targets
+from tests.targets.__main__ import variables
+from tests.targets.image import ssh_key
+from tests.targets.kit_image import ARCHIVE_NAME, ARCHIVE_ON_HOST, image_archive
+from tests.targets.shell import call
+
+# The first test pays for the image and for both hosts.
+pytestmark = pytest.mark.timeout(1800)
+
+NAMES = ("fleet-one", "fleet-two")
+CHECKPOINTS = "/srv/checkpoints"
+TOKEN = "hf_endToEndTokenThatMustNotLeak"
+JOB = ("--checkpoints-folder", CHECKPOINTS, "--shm-size", "1g", "--ulimit", "none")
+LAYOUT = (
+    "--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "2", "--micro-batch-size", "1",
+    "--global-batch-size", "8", "--seq-length", "48", "--train-iters", "4",
+)  # fmt: skip
+
+
+@dataclass
+class Operator:
+    """A laptop: its state folder and agent, and the command line run there."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, *words: str, code: int = 0) -> str:
+        """Run mixtral-run, check its exit code, return all it printed."""
+        argv = [sys.executable, "-m", "mixtral_run", *words]
+        done = subprocess.run(argv, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
+        output = done.stdout + done.stderr
+        assert done.returncode == code, output[-6000:]
+        return output
+
+
+@dataclass
+class Fleet:
+    """The throw-away hosts by name, as they are now."""
+
+    hosts: dict[str, targets.Host]
+
+    def target(self, name: str) -> str:
+        return f"{targets.USER}@127.0.0.1:{self.hosts[name].port}"
+
+
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    folder = tmp_path_factory.mktemp("laptop")
+    (folder / "home").mkdir()
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(folder / "agent")], stdout=subprocess.DEVNULL)
+    environment = {
+        **os.environ, "HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "state"),
+        "SSH_AUTH_SOCK": str(folder / "agent"), "PYTHONPATH": str(Path(__file__).parents[3]),
+    }  # fmt: skip
+    while subprocess.run(
+        ["ssh-add", "-q", str(ssh_key())], env=environment, capture_output=True, check=False
+    ).returncode:
+        assert agent.poll() is None
+        time.sleep(0.1)
+    (folder / "token").write_text(TOKEN + "\n")
+    write_random_mixtral(
+        folder / "hf-model", architecture=PLAN.architecture, dtype=PLAN.dtype, seed=PLAN.seed, texts=tokenizer_texts(),
+        num_shards=2, initializer_range=PLAN.initializer_range,
+    )  # fmt: skip
+    for file in (folder / "hf-model").iterdir():
+        file.chmod(0o644)
+    write_rehearsal_pairs(folder / "my pairs.jsonl")
+    yield Operator(folder, environment)
+    agent.terminate()
+    agent.wait()
+
+
+@pytest.fixture(scope="module")
+def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
+    image_archive()
+    settings = {
+        **variables(), "preflight_num_gpus": 0, "image_source": "archive", "image_archive": ARCHIVE_ON_HOST,
+        "image_archive_on_host": True, "image_archive_name": ARCHIVE_NAME,
+        # The kernel's list of swap files is one for all containers of this machine: names must not meet.
+        "swap_path": f"{targets.DATA_FOLDER}/swapfile-{{{{ inventory_hostname }}}}",
+    }  # fmt: skip
+    del settings["image_requirements"]
+    (operator.folder / "variables.json").write_text(json.dumps(settings))
+    for name in NAMES:
+        targets.remove(name)
+    yield Fleet({name: targets.start(name) for name in NAMES})
+    for name in NAMES:
+        targets.remove(name)
+
+
+def bootstrap(operator: Operator, *words: str, code: int = 0) -> dict[str, int]:
+    """Run bootstrap; how much changed by host, from the table at the end."""
+    output = operator.run("bootstrap", *words, "-e", "@variables.json", "--hf-token-file", "token", code=code)
+    rows = re.findall(r"^✓ (\S+)\s+done\s+(\d+)\s+\d+", output, re.MULTILINE)
+    return {name: int(changed) for name, changed in rows}
+
+
+@pytest.fixture(scope="module")
+def set_up(operator: Operator, fleet: Fleet) -> Callable[[str], str]:
+    """Both hosts bootstrapped once, with the model on them; gives a host's name for --on."""
+    changed = bootstrap(operator, *(fleet.target(name) for name in NAMES))
+    assert len(changed) == 2
+    assert all(changed.values())
+    for name in NAMES:
+        container = targets.container_name(name)
+        call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{CHECKPOINTS}/hf-model")
+        convert = ("--hf-model-path", f"{CHECKPOINTS}/hf-model", "--output-path", "base", *LAYOUT[:4])
+        operator.run("convert", "--on", fleet.target(name), *JOB, *convert)
+    return fleet.target
+
+
+def test_an_adapter_is_made_there_and_fetched_here(operator: Operator, set_up: Callable[[str], str]) -> None:
+    on = ("--on", set_up(NAMES[0]), *JOB)
+    output = operator.run(
+        "finetune", *on, "--load", "base", "--save", "adapter", "--data-path", "my pairs.jsonl", *LAYOUT
+    )
+    assert "iteration 4/4" in output
+    operator.run("export", *on, "--adapter", "adapter", "--output-path", "adapter-peft")
+    operator.run("fetch", "export-", "--on", set_up(NAMES[0]))
+    assert (operator.folder / "adapter-peft/adapter_config.json").is_file()
+    assert "fleet" not in operator.run("jobs", "--running")
+
+
+def test_up_does_what_is_missing_and_then_nothing(operator: Operator, set_up: Callable[[str], str]) -> None:
+    words = (
+        "up", set_up(NAMES[0]), *JOB, "-e", "@variables.json", "--load", "base", "--save", "second", "--output-path",
+        "from up", "--data-path", "my pairs.jsonl", *LAYOUT,
+    )  # fmt: skip
+    first = operator.run(*words)
+    assert "Convert: base is there" in first
+    assert "iteration 4/4" in first
+    assert (operator.folder / "from up/adapter_config.json").is_file()
+    second = operator.run(*words)
+    assert "Finetune: second is at iteration 4" in second
+    assert "Export: second-peft is there" in second
+    assert "iteration" not in second.replace("at iteration 4", "")
+
+
+def test_two_hosts_train_one_job(operator: Operator, set_up: Callable[[str], str]) -> None:
+    both = ",".join(set_up(name) for name in NAMES)
+    words = ("--load", "base", "--mock-data", "--nproc-per-node", "1", "--nccl-timeout", "600", *LAYOUT)
+    output = operator.run("pretrain", "--on", both, *JOB, *words)
+    assert re.search(r"127\.0\.0\.1:\d+ \| .*iteration 4/4", output)
+    assert "2 × cpu" in output
+
+
+def test_a_host_that_dies_stops_the_other(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:
+    both = ",".join(set_up(name) for name in NAMES)
+    words = ("--load", "base", "--mock-data", "--nproc-per-node", "1", *LAYOUT[:-1], "10000")
+    started = operator.run("pretrain", "--on", both, *JOB, *words, "--detach")
+    (job,) = re.findall(r"^(pretrain-\S+) runs on", started, re.MULTILINE)
+    fleet.hosts[NAMES[1]].run("docker", "kill", job)
+    output = operator.run("logs", "-f", job, "--on", both, code=6)
+    assert "ended with exit code 137: stopping the job on" in output
+    assert job not in operator.run("jobs", "--running")
+
+
+def test_the_token_is_on_the_host_in_one_file_and_nowhere_else(
+    operator: Operator, fleet: Fleet, set_up: Callable[[str], str]
+) -> None:
+    for host in fleet.hosts.values():
+        home = "/var/lib/mixtral-run/huggingface/token"
+        assert host.run("stat", "-c", "%a", home).strip() == "600"
+        found = host.shell(
+            f"grep -rlF {TOKEN} /etc /home /root /tmp /var/log /run/log /var/lib/mixtral-run /srv 2>/dev/null; "
+            f"journalctl --no-pager | grep -cF {TOKEN}; "
+            f"docker ps -aq | xargs -r docker inspect | grep -cF {TOKEN}",
+            check=False,
+        )
+        assert found.split() == [home, "0", "0"]
+    for file in (operator.folder / "state").rglob("*"):
+        if file.is_file():
+            assert TOKEN not in file.read_text(errors="replace"), file
+
+
+def test_after_a_reimage_one_host_changes_and_the_other_does_not(
+    operator: Operator, fleet: Fleet, set_up: Callable[[str], str]
+) -> None:
+    first, second = NAMES
+    page = operator.folder / "status.html"
+    operator.run("status", "--html", str(page), "--checkpoints-folder", CHECKPOINTS)
+    for word in (
+        *(fleet.target(name).split("@")[1] for name in NAMES),
+        f"{CHECKPOINTS}/base",
+        f"{CHECKPOINTS}/adapter ",
+    ):
+        assert word in page.read_text()
+    # The same host name with a new key, an empty disk, and here a new port: the engine gives each container its own.
+    fleet.hosts[second] = targets.reimage(second)
+    moved = fleet.target(second)
+    changed = bootstrap(operator, fleet.target(first), moved)
+    assert changed[fleet.target(first).split("@")[1]] == 0
+    assert changed[moved.split("@")[1]] > 0
+    statuses = json.loads(operator.run("status", fleet.target(first), moved, "--json"))
+    assert [status["reimaged"] for status in statuses] == [False, False]
+    assert [bool(status["image"]) for status in statuses] == [True, True]
+    assert [bool(status["set_up"]) for status in statuses] == [True, True]
+
+
+def answer_prompt(operator: Operator, words: tuple[str, ...], prompt: str, password: str) -> None:
+    """Run mixtral-run in a terminal, answer its prompt, and see that it ends well and shows nothing of the answer."""
+    terminal = pexpect.spawn(
+        sys.executable, ["-m", "mixtral_run", *words],
+        cwd=str(operator.folder), env=operator.environment, encoding="utf-8", timeout=240, dimensions=(40, 120),
+    )  # fmt: skip
+    terminal.expect(prompt)
+    terminal.sendline(password)
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0, terminal.before
+    assert password not in (terminal.before or "")
+
+
+def test_a_password_puts_the_key_there_once(operator: Operator, fleet: Fleet) -> None:
+    name, password = NAMES[0], 'it\'s a "pass" word'
+    host = fleet.hosts[name]
+    host.shell(f"rm -f ~{targets.USER}/.ssh/authorized_keys")
+    targets.put(host, f"{targets.USER}:{password}\n", "/root/password", "600")
+    host.shell("chpasswd < /root/password; rm /root/password")
+    words = [fleet.target(name), "--check", "--tags", "preflight", "-e", "@variables.json"]
+    assert "bootstrap --ask-pass" in operator.run("bootstrap", *words, code=3)
+    answer_prompt(operator, ("bootstrap", "--ask-pass", *words), "SSH password", password)
+    key = ssh_key().with_suffix(".pub").read_text().split()[1]
+    assert host.shell(f"grep -c {key} ~{targets.USER}/.ssh/authorized_keys").strip() == "1"
+    operator.run("bootstrap", *words)
+
+
+def test_sudo_with_a_password(operator: Operator, fleet: Fleet) -> None:
+    name, password = NAMES[1], "sudo's $(own) word"
+    host = fleet.hosts[name]
+    targets.put(host, f"{targets.USER}:{password}\n", "/root/password", "600")
+    host.shell("chpasswd < /root/password; rm /root/password; sed -i 's/NOPASSWD://' /etc/sudoers.d/ops")
+    words = ("bootstrap", fleet.target(name), "--check", "--tags", "preflight", "-e", "@variables.json")
+    assert "bootstrap --ask-become-pass" in operator.run(*words, code=3)
+    answer_prompt(operator, (*words, "--ask-become-pass"), "sudo password", password)
+    host.shell("sed -i 's/ALL$/NOPASSWD:ALL/' /etc/sudoers.d/ops")

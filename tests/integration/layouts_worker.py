@@ -1,0 +1,192 @@
+"""Run under torchrun: logits, losses and a resumed run of one checkpoint in several layouts, written as JSON.
+
+torchrun … layouts_worker.py CHECKPOINT OUT.json TPxEP [TPxEP …]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtral_run.checkpoints import describe_adapter, describe_base
+from mixtral_run.config import RECOMPUTE, FinetuneConfig
+from mixtral_run.generate import Sampling, continue_rows
+from mixtral_run.model.build import MixtralModel, is_adapter
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.parallel import Processes, processes, seed_everything
+from mixtral_run.report import Report
+from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
+from mixtral_run.train.data import MicroBatch, batches
+from mixtral_run.train.full_step import SgdInBackward
+from mixtral_run.train.loop import open_samples
+from mixtral_run.train.model import load_for_inference, load_for_training
+from mixtral_run.train.schedule import learning_rate
+from mixtral_run.train.step import eager_backward, optimizer_step, train_step, trainable
+
+ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
+
+
+def config_of(checkpoint: Path, out: Path, layout: str, *, dtype: str = "fp32", **settings: object) -> FinetuneConfig:
+    tp, ep = (int(number) for number in layout.split("x"))
+    return FinetuneConfig(
+        load=checkpoint,
+        save=out,
+        mock_data=True,
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=dtype,
+        seq_length=16,
+        global_batch_size=8,
+        train_iters=6,
+        lr=1e-2,
+        min_lr=1e-3,
+        **settings,
+    ).check()
+
+
+def train(config: FinetuneConfig, here: Processes, start: int, stop: int, resume: Path | None = None) -> dict:
+    """Losses and gradient norms of iterations start…stop; the model and its optimizer for what comes after."""
+    base = describe_base(config.load)
+    lora = LoraSettings(4, 8.0, config.lora_dropout, config.lora_target_modules, config.seed)
+    model = load_for_training(config, base, here, lora, recompute=config.recomputation)
+    optimizer = torch.optim.AdamW(trainable(model), lr=config.lr, fused=True)
+    if resume is not None:
+        load_adapter(model, describe_adapter(resume))
+        load_optimizer(model, optimizer, describe_adapter(resume))
+    before = frozen(model)
+    stream = batches(
+        open_samples(config, base, Report.silent()),
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        data_parallel_rank=here.data_rank,
+        data_parallel_size=here.data_size,
+        consumed_samples=start * config.global_batch_size,
+    )
+    figures = []
+    for iteration, batch in zip(range(start, stop), stream, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, iteration)
+        result = train_step(model, optimizer, batch, config.clip_grad)
+        figures.append((result.loss, result.grad_norm))
+    after = frozen(model)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items()), "a frozen weight changed"
+    return {"figures": figures, "model": model, "optimizer": optimizer}
+
+
+def pretrain(config: FinetuneConfig, here: Processes, *, within: bool) -> list[tuple[float, float]]:
+    """Losses and gradient norms of three iterations of SGD over all weights, within the backward pass or after it."""
+    base = describe_base(config.load)
+    model = load_for_training(config, base, here, None, recompute=config.recomputation)
+    if within:
+        stepper = SgdInBackward(model, 0.01)
+        step = stepper.step
+    else:
+        step = optimizer_step(model, torch.optim.SGD(trainable(model), weight_decay=0.01), 0.0)
+    stream = batches(
+        open_samples(config, base, Report.silent()),
+        seed=config.seed,
+        micro_batch_size=config.global_batch_size // here.data_size,
+        global_batch_size=config.global_batch_size,
+        data_parallel_rank=here.data_rank,
+        data_parallel_size=here.data_size,
+        consumed_samples=0,
+    )
+    results = [step(batch, 0.5) for _, batch in zip(range(3), stream, strict=False)]
+    if within:
+        assert all(each.grad is None for each in model.parameters()), "a gradient was kept"
+        whole = sum(each.numel() * each.element_size() for each in model.parameters())
+        # A layer of two, or embedding and output layer: never all.
+        assert stepper.peak_gradient_bytes < 0.6 * whole
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if not is_adapter(name)}
+
+
+def packed_and_alone(model: MixtralModel) -> tuple[float, float]:
+    """The loss of three samples in one row, and of the same one by one. All ranks must call."""
+    lengths, backward = (6, 8, 2), eager_backward(model)
+    tokens, labels = (torch.arange(16)[None] * factor % 300 for factor in (7, 11))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ones = torch.ones(1, 16)
+    packed = float(backward(MicroBatch(tokens, labels, ones, positions, (lengths,)), 16))
+    alone, start = 0.0, 0
+    for length in lengths:
+        part = (slice(None), slice(start, start + length))
+        alone += float(backward(MicroBatch(tokens[part], labels[part], ones[part], positions[part]), 16))
+        start += length
+    return packed, alone
+
+
+def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path | None) -> dict[str, object]:
+    config = config_of(checkpoint, out, layout)
+    results: dict[str, Any] = {}
+    with processes(config) as here:
+        model = load_for_inference(config, describe_base(checkpoint), here, None)
+        with torch.inference_mode():
+            results["logits"] = [
+                model.logits(torch.tensor([row], device=here.device))[0].double().cpu().tolist() for row in ROWS
+            ]
+        sampling = Sampling(6, 0.0, 1.0, 0)
+        results["greedy"] = continue_rows(model, ROWS, 2, sampling)
+        results["greedy_alone"] = [continue_rows(model, [row], 2, sampling)[0] for row in ROWS]
+        results["drawn"] = continue_rows(model, ROWS, 2, Sampling(6, 1.0, 0.9, 7))
+        run = train(config, here, 0, 6)
+        results["figures"] = run["figures"]
+        if saved_elsewhere is None:
+            half = train(config, here, 0, 3)
+            description = {
+                "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": list(config.lora_target_modules)},
+                "base": {"fingerprint": describe_base(checkpoint).fingerprint},
+            }
+            save_adapter(half["model"], half["optimizer"], out, 3, description)
+        else:
+            results["resumed"] = train(config, here, 3, 6, resume=saved_elsewhere)["figures"]
+        recomputed = config_of(checkpoint, out, layout, recompute_activations=True)
+        results["recomputed"] = train(recomputed, here, 0, 2)["figures"]
+        results["selective"] = train(config_of(checkpoint, out, layout, recompute="selective"), here, 0, 2)["figures"]
+        results["packed"] = packed_and_alone(run["model"])
+        results["dropout"] = {}
+        for mode in RECOMPUTE:
+            seed_everything(1, here.rank)
+            dropped = config_of(checkpoint, out, layout, recompute=mode, lora_dropout=0.3)
+            results["dropout"][mode] = train(dropped, here, 0, 2)["figures"]
+        results["full"] = pretrain(config, here, within=False)
+        results["full_within"] = pretrain(config, here, within=True)
+        results["full_within_recomputed"] = pretrain(recomputed, here, within=True)
+        selective = config_of(checkpoint, out, layout, recompute="selective")
+        results["full_within_selective"] = pretrain(selective, here, within=True)
+        if 8 // here.data_size >= 2:
+            results["micro_batch_2"] = train(config_of(checkpoint, out, layout, micro_batch_size=2), here, 0, 2)[
+                "figures"
+            ]
+    return results
+
+
+def main() -> None:
+    checkpoint, out, layouts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    results: dict[str, object] = {}
+    saved: Path | None = None
+    # Joining once: gloo does not join a second time under the same launcher.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    for layout in layouts:
+        folder = out.with_name(f"{out.stem}-{layout}")
+        results[layout] = run_layout(checkpoint, folder, layout, saved)
+        saved = saved or folder
+    if torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    main()

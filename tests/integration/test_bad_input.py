@@ -1,0 +1,84 @@
+"""Wrong settings and hosts that fall short: the message says host, expected, found and next, and nothing is changed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.targets import hosts
+from tests.targets.__main__ import inventory
+
+ROOT = Path(__file__).parents[2]
+NAME = "bad-input"
+NOWHERE = "http://127.0.0.1:9"
+# What any login over SSH touches, and what belongs to the machine rather than to the host's installation.
+FILES = (
+    "find / -xdev -type f -not -path '/proc/*' -not -path '/home/*' -not -path '/root/*' -not -path '/tmp/*' "
+    "-not -path '/var/log/*' -not -path '/run/*' -not -path '/var/lib/systemd/*' -not -name '*.pyc' "
+    "-printf '%p %s %m %T@\\n' | sort"
+)
+
+
+@pytest.fixture(scope="module")
+def inventory_file(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    hosts.reimage(NAME, standin=hosts.StandIn(gpus=4, driver="470.82.01"))
+    path = tmp_path_factory.mktemp("bad-input") / "hosts.json"
+    path.write_text(json.dumps(inventory([NAME])))
+    yield path
+    hosts.remove(NAME)
+
+
+@pytest.mark.parametrize(
+    ("tags", "variables", "expected"),
+    [
+        ("swap", {"swap_size_gib": "many"}, ["swap_size_gib", "float"]),
+        ("docker", {"docker_state": "gone"}, ["docker_state", "present, absent", "gone"]),
+        ("preflight", {"preflight_checks": {"gpu": "warn"}}, ["preflight_checks", "gpu: warn", "fabric_manager"]),
+        (
+            "docker",
+            {"docker_repository_key_fingerprint": "9DC858229FC7DD38854AE2D88D81803C0EBFCD88"},
+            ["not the pinned one; nothing was changed", "expected: 9DC858229FC7DD38854AE2D88D81803C0EBFCD88", "next:"],
+        ),
+        ("docker", {"docker_repository_key_url": f"{NOWHERE}/gpg"}, ["key cannot be fetched", NOWHERE, "next:"]),
+        (
+            "docker",
+            {"docker_repository_url": f"{NOWHERE}/debian"},
+            ["does not answer", f"{NOWHERE}/debian/dists/", "next:"],
+        ),
+        (
+            "preflight",
+            {"preflight_free_gib": 90000, "preflight_mirrors": [NOWHERE]},
+            [
+                f"{NAME} is not ready: 5 shortfalls.",
+                "expected 8 GPUs; found 4 GPUs",
+                "expected NVIDIA driver 525 or newer; found driver 470.82.01",
+                "expected 90000 GiB free under /srv/checkpoints",
+                f"expected {NOWHERE} answers",
+                "no time service has synchronised it",
+            ],
+        ),
+        ("image", {"image_source": "registry", "image_registry_reference": "a:latest"}, ["names no digest", "next:"]),
+        ("image", {"image_kit_folder": "/nonexistent"}, ["image_kit_folder", "not the package mixtral_run"]),
+        ("swap", {"swap_path": "/swapfile"}, ["takes no swap file", f"{NAME}: /swapfile", "next:"]),
+        ("acceptance", {}, ["not accepted", NAME, "run the image role"]),
+    ],
+    ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else None,
+)
+def test_it_is_refused_in_words(inventory_file: Path, tags: str, variables: dict, expected: list) -> None:
+    host = hosts.find(NAME)
+    before = host.shell(FILES)
+    argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory_file), "playbooks/bootstrap.yml"]
+    argv += ["--tags", tags, "--extra-vars", json.dumps(variables)]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    # Long lines are wrapped where a terminal is assumed.
+    output = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 2, output
+    missing = [words for words in expected if words not in output]
+    assert not missing, f"{missing} not in:\n{done.stdout}"
+    assert f"{NAME} : " in output and "failed=1" in output
+    assert host.shell(FILES) == before

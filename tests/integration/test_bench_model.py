@@ -1,0 +1,37 @@
+"""The model that the benches make: what it says it is, the same whatever the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bench.make_mixtral import make, scaled
+from tests.integration.test_convert import convert_quietly
+from tests.integration.test_export import hf_tensors_of
+
+
+def test_it_is_a_mixtral_of_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.bench.make_mixtral.PART_BYTES", 100_000)
+    monkeypatch.setattr("tests.bench.make_mixtral.POOL_NUMBERS", 2**19 + 1)
+    architecture = scaled(1, 512, 256, 1024)
+    for name, seed, workers in (("one", 1, 1), ("five", 1, 5), ("other", 2, 5)):
+        num_bytes = make(tmp_path / name, architecture, num_shards=3, seed=seed, workers=workers)
+        assert num_bytes == 2 * architecture.num_parameters
+    one, five, other = (hf_tensors_of(tmp_path / name) for name in ("one", "five", "other"))
+    assert all(torch.equal(one[name], five[name]) for name in one)
+    matrices = {name: tensor.float() for name, tensor in one.items() if tensor.dim() == 2}
+    assert all((tensor == 1).all() for name, tensor in one.items() if tensor.dim() == 1)
+    for name, tensor in matrices.items():
+        assert tensor.std() == pytest.approx(0.02, rel=0.1)
+        assert abs(float(tensor.mean())) < 0.002
+        assert not torch.equal(one[name], other[name])
+    experts = [tensor for name, tensor in matrices.items() if name.endswith(".w1.weight")]
+    assert all(not torch.equal(experts[0], each) for each in experts[1:])
+    fingerprints = {
+        convert_quietly(tmp_path / name, tmp_path / f"{name}-out", 2, 4) for name in ("one", "five", "other")
+    }
+    assert len(fingerprints) == 2
+    with pytest.raises(SystemExit, match="something already"):
+        make(tmp_path / "one", architecture, num_shards=3, seed=1, workers=1)

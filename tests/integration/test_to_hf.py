@@ -1,0 +1,142 @@
+"""`mixtral-run convert --from-megatron`: the HF model again, bit by bit, from any layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral_run.config import ConvertConfig, ExportConfig
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.report import Report
+from mixtral_run.weights import mapping
+from mixtral_run.weights.export import export
+from mixtral_run.weights.record import read_record
+from mixtral_run.weights.to_hf import to_hf
+from mixtral_run.weights.torch_dist import Reader
+from tests.integration.conftest import torchrun
+from tests.integration.test_convert import convert_quietly, run_cli
+from tests.integration.test_export import ALL, hf_tensors_of, write_adapter
+from tests.integration.test_verify import flip_bit
+from tests.tiny import write_tiny
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 4), (4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("mixtral_run.weights.to_hf.SHARD_BYTES", 300_000)
+    monkeypatch.setattr("mixtral_run.weights.to_hf._BLOCK_BYTES", 3000)
+    tensors = write_tiny(tmp_path / "hf", dtype=dtype)
+    fingerprint = convert_quietly(tmp_path / "hf", tmp_path / "megatron", *layout)
+    config = ConvertConfig(from_megatron=tmp_path / "megatron", output_path=tmp_path / "again")
+    result = to_hf(config, Report.silent())
+    assert result.fingerprint == fingerprint
+    assert result.num_files == len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    found = hf_tensors_of(tmp_path / "again")
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    assert convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) == fingerprint
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 4), (4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_an_adapter_it_is_the_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Bit by bit what `export --merge` makes of the HF model, in blocks that cut through query groups."""
+    monkeypatch.setattr("mixtral_run.weights.merge.BLOCK_BYTES", 3000)
+    tensors = write_tiny(tmp_path / "hf", dtype=dtype)
+    convert_quietly(tmp_path / "hf", tmp_path / "base", *layout)
+    write_adapter(tmp_path, tmp_path / "adapter", ALL)
+    merged = ExportConfig(
+        adapter=tmp_path / "adapter", hf_model_path=tmp_path / "hf", output_path=tmp_path / "merged", merge=True
+    )
+    export(merged, Report.silent())
+    config = ConvertConfig(
+        from_megatron=tmp_path / "base", adapter=tmp_path / "adapter", output_path=tmp_path / "again"
+    )
+    to_hf(config, Report.silent())
+    expected, found = (hf_tensors_of(tmp_path / name) for name in ("merged", "again"))
+    assert set(found) == set(expected) == set(tensors)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert sum(not torch.equal(found[name], tensors[name]) for name in tensors) == 2 * (4 + 3 * 8)
+    assert "fingerprint" not in read_record(tmp_path / "again")
+    # It is a model like any other: another conversion takes it, with a fingerprint of its own.
+    assert (
+        convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) != read_record(tmp_path / "base")["fingerprint"]
+    )
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "hf")
+    convert_quietly(tmp_path / "hf", tmp_path / "base", 2, 4)
+    write_adapter(tmp_path, tmp_path / "adapter", ("linear_qkv",))
+    write_tiny(tmp_path / "other", seed=5)
+    convert_quietly(tmp_path / "other", tmp_path / "elsewhere", 2, 4)
+    flags = ("--output-path", tmp_path / "out", "--adapter", tmp_path / "adapter")
+    done = run_cli("convert", "--from-megatron", tmp_path / "elsewhere", *flags)
+    assert done.returncode == WeightsError.exit_code
+    assert "trained on another base" in done.stderr
+    done = run_cli("convert", "--hf-model-path", tmp_path / "hf", *flags)
+    assert done.returncode == ConfigError.exit_code
+    assert "--adapter: expected --from-megatron" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_written_in_a_pipeline(tmp_path: Path) -> None:
+    """megatron-core loads the checkpoint into two pipeline stages and saves it again: the same HF model comes back."""
+    tensors = write_tiny(tmp_path / "hf", dtype=torch.bfloat16)
+    convert_quietly(tmp_path / "hf", tmp_path / "base", 2, 4)
+    shutil.copytree(tmp_path / "base", tmp_path / "pipeline")
+    written = tmp_path / "pipeline" / "iter_0000001"
+    shutil.rmtree(written)
+    written.mkdir()
+    worker = Path(__file__).parent / "pipeline_worker.py"
+    torchrun(2, worker, str(tmp_path / "base" / "iter_0000001"), str(written))
+    with Reader(written) as reader:
+        # A stage writes its own layers: no file has both.
+        files = {item.offset[0]: item.file for item in reader.chunks(mapping.LINEAR_QKV_KEY) if item.offset}
+        assert len(set(files.values())) == len(files) == 2
+    to_hf(ConvertConfig(from_megatron=tmp_path / "pipeline", output_path=tmp_path / "again"), Report.silent())
+    found = hf_tensors_of(tmp_path / "again")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert (
+        run_cli("verify", "--load", tmp_path / "pipeline", "--against", tmp_path / "hf", "--no-logits").returncode == 0
+    )
+
+
+def test_through_the_command_line(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "hf")
+    convert_quietly(tmp_path / "hf", tmp_path / "megatron", 2, 4)
+    flags = ("--from-megatron", tmp_path / "megatron", "--output-path", tmp_path / "again")
+    done = run_cli("convert", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "✓ Conversion complete!" in done.stdout
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.inference_mode():
+        first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens) for name in ("hf", "again"))
+    assert torch.equal(first.logits, second.logits)
+    both = run_cli("convert", *flags, "--hf-model-path", tmp_path / "hf")
+    assert both.returncode == ConfigError.exit_code
+    assert "found both" in both.stderr
+
+
+def test_a_checkpoint_that_is_not_what_was_converted(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "hf", dtype=torch.bfloat16)
+    convert_quietly(tmp_path / "hf", tmp_path / "megatron", 2, 4)
+    flip_bit(tmp_path / "megatron", mapping.LINEAR_PROJ_KEY, (1,), 3, 7)
+    config = ConvertConfig(from_megatron=tmp_path / "megatron", output_path=tmp_path / "again")
+    with pytest.raises(WeightsError, match="not those that were converted"):
+        to_hf(config, Report.silent())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "megatron"]

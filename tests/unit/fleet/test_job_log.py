@@ -1,0 +1,76 @@
+"""Following an engine's log that is not quite in the order of its time stamps, over a line that breaks."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from mixtral_run.errors import TrainingError
+from mixtral_run.fleet import job_log
+from mixtral_run.fleet.hosts import Host, parse_host
+from mixtral_run.fleet.job_log import JobFollower
+from mixtral_run.fleet.jobs import JobRow, RunningJob
+from mixtral_run.fleet.ssh import Ssh
+
+HOST = parse_host("gpu-01")
+
+
+def stamp(tick: int) -> str:
+    return f"2026-01-01T00:00:00.{tick:09d}Z"
+
+
+class BreakingEngine(Ssh):
+    """STAND-IN for an engine behind SSH: its log from `--since` on; each connection breaks after some lines."""
+
+    def __init__(self, log: list[tuple[int, str]], cuts: list[int]) -> None:
+        super().__init__()
+        self.log, self.cuts = log, cuts
+
+    def stream(
+        self, host: Host, command: Sequence[str], on_line: Callable[[str], None], stop: threading.Event | None = None
+    ) -> int:
+        since = command[command.index("--since") + 1] if "--since" in command else ""
+        lines = [f"{stamp(tick)} {text}" for tick, text in self.log if stamp(tick) >= since]
+        for line in lines[: self.cuts.pop(0) if self.cuts else None]:
+            on_line(line)
+        return 0
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, log: list[tuple[int, str]], cuts: list[int], exit_code: int = 0) -> str:
+    breaking = BreakingEngine(log, list(cuts))
+    row = JobRow("job", "finetune", HOST, "exited", exit_code, False, "", "")
+    running = JobRow("job", "finetune", HOST, "running", 0, False, "", "")
+    monkeypatch.setattr(job_log, "RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(job_log, "list_jobs", lambda *_: ([running if breaking.cuts else row], []))
+    out = io.StringIO()
+    JobFollower(RunningJob("job", "finetune", (HOST,)), breaking, out, say=[].append).follow()
+    return out.getvalue()
+
+
+LOG = [(tick - 1 if tick % 3 == 0 else tick + 1, f"line {tick}") for tick in range(1, 200)]
+
+
+@pytest.mark.parametrize("cuts", [[], [5], [3, 70, 51, 52], [199]])
+def test_every_line_is_shown_once(monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> None:
+    assert follow(monkeypatch, LOG, cuts).splitlines() == [text for _, text in LOG]
+
+
+def test_equal_lines_of_one_moment_are_all_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert follow(monkeypatch, [(7, "same")] * 4, [2]) == "same\n" * 4
+
+
+def test_the_cause_is_found_in_a_line_that_came_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match="A GPU's memory is full"):
+        follow(monkeypatch, [(2, "config"), (1, "torch.OutOfMemoryError: CUDA out of memory.")], [], exit_code=6)
+
+
+def test_last_words_after_the_stream_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    breaking = BreakingEngine(LOG, [10])
+    row = JobRow("job", "finetune", HOST, "exited", 0, False, "", "")
+    monkeypatch.setattr(job_log, "list_jobs", lambda *_: ([row], []))
+    out = io.StringIO()
+    JobFollower(RunningJob("job", "finetune", (HOST,)), breaking, out, say=[].append).follow()
+    assert out.getvalue().splitlines() == [text for _, text in LOG]

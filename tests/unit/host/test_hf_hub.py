@@ -1,0 +1,190 @@
+"""Fetching a model from a hub that breaks off, lies and limits: what arrives is whole, or nothing is published."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.mixtral_run_host.hf_hub import Hub, HubError, ModelCache, digest_of
+
+COMMIT = "c" * 40
+MODEL = "org/model"
+
+
+def _git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class FakeHub(ThreadingHTTPServer):
+    """STAND-IN for the hub's three addresses that the kit asks."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files = {
+            "config.json": b'{"a": 1}',
+            "model-1.safetensors": bytes(range(256)) * 9000,
+            "sub/x.bin": b"not wanted",
+        }
+        self.break_off_after: int | None = None
+        self.corrupt = False
+        self.token: str | None = None
+        self.seen: list[tuple[str, str | None, str | None]] = []
+        self.redirect_to: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _json(self, value: object, **headers: str) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        for name, text in headers.items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        hub = self.server
+        hub.seen.append((self.path, self.headers.get("Authorization"), self.headers.get("Range")))
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif "/revision/" in self.path:
+            self._json({"sha": COMMIT})
+        elif "/tree/" in self.path:
+            # Two pages, as the hub gives long listings.
+            names = sorted(hub.files)
+            page = [names[:1], names[1:]]["page=2" in self.path]
+            link = {} if "page=2" in self.path else {"Link": f'<{hub.url}{self.path}&page=2>; rel="next"'}
+            self._json(
+                [{"type": "directory", "path": "sub"}, *(_entry(name, hub.files[name]) for name in page)], **link
+            )
+        else:
+            self._file(hub)
+
+    def _file(self, hub: FakeHub) -> None:
+        name = self.path.split(f"/resolve/{COMMIT}/")[1]
+        if hub.redirect_to:
+            self.send_response(302)
+            self.send_header("Location", hub.redirect_to + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = hub.files[name]
+        if hub.corrupt:
+            data = data[:-1] + b"?"
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        end = len(data) if hub.break_off_after is None else min(len(data), start + hub.break_off_after)
+        self.wfile.write(data[start:end])
+        self.close_connection = True
+
+
+def _entry(name: str, data: bytes) -> dict[str, object]:
+    entry: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": _git_hash(data)}
+    if name.endswith(".safetensors"):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    return entry
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    server = FakeHub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def _fetch(hub: FakeHub, home: Path, token: str | None = None) -> ModelCache:
+    client, cache = Hub(hub.url, MODEL, token), ModelCache(str(home), MODEL)
+    commit = client.commit("main")
+    files = client.files(commit, ["*.json", "*.safetensors"])
+    for file in files:
+        if not cache.has(file):
+            cache.fetch(client, commit, file)
+    cache.publish("main", commit, files)
+    return cache
+
+
+def test_the_cache_is_laid_out_as_huggingface_hub_reads_it(hub: FakeHub, tmp_path: Path) -> None:
+    _fetch(hub, tmp_path)
+    from huggingface_hub import snapshot_download
+
+    found = Path(snapshot_download(MODEL, cache_dir=tmp_path / "hub", local_files_only=True))
+    assert {path.name for path in found.iterdir()} == {"config.json", "model-1.safetensors"}
+    assert (found / "model-1.safetensors").read_bytes() == hub.files["model-1.safetensors"]
+
+
+def test_a_second_publication_changes_nothing(hub: FakeHub, tmp_path: Path) -> None:
+    cache = _fetch(hub, tmp_path)
+    files = Hub(hub.url, MODEL).files(COMMIT, ["*.json"])
+    assert cache.publish("main", COMMIT, files) is False
+
+
+def test_it_goes_on_where_it_stopped(hub: FakeHub, tmp_path: Path) -> None:
+    hub.break_off_after = 1_000_000
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"bytes arrived|IncompleteRead|read"):
+            _fetch(hub, tmp_path)
+    assert not (tmp_path / "hub/models--org--model/refs/main").exists()
+    hub.break_off_after = None
+    _fetch(hub, tmp_path)
+    ranges = [asked for _, _, asked in hub.seen if asked]
+    assert ranges and ranges[-1] == "bytes=2000000-"
+
+
+def test_wrong_bytes_are_thrown_away_and_told(hub: FakeHub, tmp_path: Path) -> None:
+    hub.corrupt = True
+    with pytest.raises(HubError, match="with hash") as failure:
+        _fetch(hub, tmp_path)
+    assert "anew" in failure.value.remedy
+    assert not list((tmp_path / "hub/models--org--model/blobs").iterdir())
+    hub.corrupt = False
+    _fetch(hub, tmp_path)
+
+
+def test_a_gated_model_says_what_to_do(hub: FakeHub, tmp_path: Path) -> None:
+    hub.token = "hf_secret"
+    with pytest.raises(HubError, match="401") as failure:
+        _fetch(hub, tmp_path)
+    assert "licence" in failure.value.remedy and "hf_cache_token_file" in failure.value.remedy
+    _fetch(hub, tmp_path, token="hf_secret")
+
+
+def test_the_token_does_not_follow_to_another_host(hub: FakeHub, tmp_path: Path) -> None:
+    store = FakeHub()
+    threading.Thread(target=store.serve_forever, args=(0.02,), daemon=True).start()
+    hub.redirect_to = f"http://localhost:{store.server_address[1]}"
+    _fetch(hub, tmp_path, token="hf_secret")
+    store.shutdown()
+    store.server_close()
+    assert store.seen and all(token is None for _, token, _ in store.seen)
+    assert all(token == "Bearer hf_secret" for _, token, _ in hub.seen)
+
+
+def test_hashes_are_gits_and_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert digest_of(str(tmp_path / "x"), "0" * 40) == _git_hash(b"abc")
+    assert digest_of(str(tmp_path / "x"), "0" * 64) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_an_unreachable_hub_is_told(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"127\.0\.0\.1:9"):
+        Hub("http://127.0.0.1:9", MODEL, timeout=2).commit("main")

@@ -1,0 +1,81 @@
+"""Reading a host from what its programs print."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.mixtral_run_host import commands, probe
+from ansible.module_utils.mixtral_run_host.commands import Result
+
+
+def _answer(monkeypatch: pytest.MonkeyPatch, result: Result) -> None:
+    monkeypatch.setattr(probe, "run", lambda *_, **__: result)
+
+
+def test_gpus_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "0, NVIDIA H100 80GB HBM3, GPU-1, 81559, 550.54.15, 31, [N/A]\n"
+    _answer(monkeypatch, Result(0, line, ""))
+    found = probe.gpus()
+    assert found["driver"] == "550.54.15" and found["error"] is None
+    assert found["gpus"] == [
+        {"index": 0, "name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-1", "memory_gib": 79.6,
+         "temperature_celsius": 31.0, "ecc_errors": 0.0}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (Result(commands.MISSING, "", ""), "not installed"),
+        (Result(commands.TIMED_OUT, "", ""), "hangs"),
+        (Result(18, "Failed to initialize NVML: Driver/library version mismatch\n", ""), "mismatch"),
+    ],
+)
+def test_why_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch, result: Result, words: str) -> None:
+    _answer(monkeypatch, result)
+    found = probe.gpus()
+    assert found["gpus"] == [] and found["driver"] is None and words in found["error"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (dvs@build)\n",
+    ],
+)
+def test_version_of_the_kernel_module(tmp_path: Path, line: str) -> None:
+    (tmp_path / "version").write_text(line + "GCC version: 12.3.0\n")
+    assert probe.kernel_driver(str(tmp_path / "version")) == "550.54.15"
+    assert probe.kernel_driver(str(tmp_path / "none")) is None
+
+
+def test_cdi_spec_in_yaml_and_json(tmp_path: Path) -> None:
+    names = ["0", "1", "GPU-abc", "all"]
+    text = "kind: nvidia.com/gpu\ndevices:\n" + "".join(f'  - name: "{name}"\n' for name in names)
+    (tmp_path / "nvidia.yaml").write_text(text + "mounts:\n  - hostPath: /usr/lib/libcuda.so.550.54.15\n")
+    expected = {"path": str(tmp_path / "nvidia.yaml"), "gpus": 2, "driver": "550.54.15"}
+    assert probe.cdi([str(tmp_path)]) == expected
+    spec = {"kind": "nvidia.com/gpu", "devices": [{"name": name, "containerEdits": {}} for name in names]}
+    (tmp_path / "nvidia.yaml").write_text(json.dumps(spec, indent=1) + "libcuda.so.550.54.15")
+    assert probe.cdi([str(tmp_path)]) == expected
+    assert probe.cdi([str(tmp_path / "none")]) == {"path": None, "gpus": None, "driver": None}
+
+
+def test_filesystem_of_the_longest_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = "overlay / overlay rw 0 0\n/dev/sda1 /data ext4 rw 0 0\n/dev/sdb /data/my\\040disk xfs rw 0 0\n"
+    monkeypatch.setattr(probe, "read_text", lambda *_: mounts)
+    monkeypatch.setattr(probe.os.path, "realpath", lambda path: path)
+    assert probe.filesystem("/data/my disk/x") == "xfs"
+    assert probe.filesystem("/data") == "ext4"
+    assert probe.filesystem("/database") == "overlay"
+
+
+def test_a_hanging_program_comes_back() -> None:
+    assert commands.run(["sleep", "30"], timeout=0.2).code == commands.TIMED_OUT
+    assert commands.run(["no-such-program"]).code == commands.MISSING
+
+
+def test_the_whole_state_of_this_machine_is_json() -> None:
+    state = json.loads(json.dumps(probe.host(["/tmp"])))
+    assert state["memory"]["ram_gib"] > 0 and state["disks"][0]["free_gib"] > 0 and state["kernel"]

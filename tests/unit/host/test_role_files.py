@@ -1,0 +1,95 @@
+"""Roles say of themselves what they take: argument specs, defaults, README, and what the image is made from."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[3]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
+TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
+
+
+def _yaml(path: str) -> dict:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def _options(role: str) -> dict:
+    return _yaml(f"roles/{role}/meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_argument_specs_equal_the_defaults(role: str) -> None:
+    defaults, options = _yaml(f"roles/{role}/defaults/main.yml"), _options(role)
+    assert {name: option["default"] for name, option in options.items()} == defaults
+    for name, option in options.items():
+        expected = TYPES[option["type"]]
+        assert isinstance(defaults[name], expected) and (option["type"] == "bool") == isinstance(defaults[name], bool)
+        assert option["description"].strip()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_variables_bear_the_roles_name(role: str) -> None:
+    assert all(name.startswith(f"{role}_") for name in _options(role))
+    used = set()
+    for path in (ROOT / "roles" / role).glob("tasks/*.yml"):
+        used |= set(re.findall(rf"(?<![a-z_]){role}_[a-z_]+", path.read_text()))
+    for path in (ROOT / "roles" / role).glob("vars/*.yml"):
+        used |= set(re.findall(rf"(?<![a-z_]){role}_[a-z_]+", path.read_text()))
+    defaults = (ROOT / f"roles/{role}/defaults/main.yml").read_text()
+    within = {name for name in _options(role) if len(re.findall(rf"\b{name}\b", defaults)) > 1}
+    assert set(_options(role)) - used - within == set(), "declared, and used nowhere"
+    modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
+    assert used - set(_options(role)) <= set(ROLES) | modules, "used, and declared nowhere"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_readme_tells_what_the_role_does_and_takes_back(role: str) -> None:
+    text = (ROOT / f"roles/{role}/README.md").read_text()
+    assert text.startswith(f"# {role}\n") and "absent" in text
+
+
+def test_group_vars_name_only_variables_that_exist() -> None:
+    known = {name for role in ROLES for name in _options(role)}
+    text = (ROOT / "inventory/group_vars/all.yml").read_text()
+    named = {name for name in re.findall(r"^(?:# )?([a-z_]+):", text, re.MULTILINE) if not name.startswith("mixtral_")}
+    assert named and named <= known
+
+
+def test_group_vars_show_the_defaults_that_the_roles_have() -> None:
+    defaults = {name: option["default"] for role in ROLES for name, option in _options(role).items()}
+    text = (ROOT / "inventory/group_vars/all.yml").read_text()
+    block = "\n".join(line[2:] for line in text.splitlines() if re.match(r"# ([a-z_]+:|  - )", line))
+    shown = yaml.safe_load(block)
+    assert shown and shown == {name: defaults[name] for name in shown}
+
+
+def test_the_image_holds_what_the_extra_train_asks_for_at_the_pinned_versions() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=]", each)[0].lower() for each in project["optional-dependencies"]["train"]}
+    lines = (ROOT / "roles/image/files/requirements.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if "==" in line)
+    assert wanted <= set(pins)
+    assert set(pins) - wanted == {"click", "pyyaml", "rich"}
+    constraints = dict(
+        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    assert pins == {name: constraints[name] for name in pins}
+
+
+def test_every_module_of_the_kit_tells_its_options() -> None:
+    for path in (ROOT / "plugins/modules").glob("*.py"):
+        text = path.read_text()
+        documented = yaml.safe_load(re.search(r'DOCUMENTATION = """\n(.*?)"""', text, re.DOTALL).group(1))
+        assert documented["module"] == path.stem and documented["short_description"]
+
+
+def test_what_runs_on_hosts_is_python_3_8() -> None:
+    import ast
+
+    for path in [*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/module_utils").rglob("*.py")]:
+        ast.parse(path.read_text(), feature_version=(3, 8))
+        assert "removeprefix" not in path.read_text() and "removesuffix" not in path.read_text()

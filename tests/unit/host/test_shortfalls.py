@@ -1,0 +1,105 @@
+"""Every shortfall of a host is told, and a host without one passes."""
+
+import copy
+
+import pytest
+from ansible.module_utils.mixtral_run_host import shortfalls
+
+GOOD = {
+    "os": {"id": "ubuntu", "version": "22.04", "codename": "jammy", "name": "Ubuntu 22.04"},
+    "architecture": "amd64",
+    "gpus": [{"index": index, "memory_gib": 79.6} for index in range(8)],
+    "driver": {"user": "550.54.15", "kernel": "550.54.15", "error": None},
+    "fabric_manager": {"nvswitch": True, "active": True, "version": "550.54.15"},
+    "memory": {"ram_gib": 125.4, "swap_gib": 0.0},
+    "disks": [{"path": "/data", "free_gib": 900.0, "filesystem": "ext4"}],
+    "dns": {"pypi.org": None},
+    "mirrors": {"https://pypi.org": None},
+    "clock_offset_seconds": 0.4,
+    "clock_synchronized": True,
+}
+LIMITS = {
+    "os": {"ubuntu": "20.04", "debian": "12"},
+    "architecture": "amd64",
+    "num_gpus": 8,
+    "gpu_memory_gib": 32,
+    "driver_version": "525",
+    "ram_gib": 128,
+    "planned_swap_gib": 0,
+    "free_gib": 500,
+    "clock_offset_seconds": 30,
+}
+
+
+def _collect(levels: dict | None = None, **changes: object) -> list:
+    state = copy.deepcopy(GOOD)
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        place = state
+        for parent in parents:
+            place = place[parent]
+        place[key] = value
+    return shortfalls.collect(state, LIMITS, levels or {})
+
+
+def test_a_good_host_has_none() -> None:
+    assert _collect() == []
+
+
+@pytest.mark.parametrize(
+    ("check", "level", "found", "changes"),
+    [
+        ("os", "fail", "Bionic", {"os": {"id": "ubuntu", "version": "18.04", "codename": "b", "name": "Bionic"}}),
+        ("os", "fail", "Fedora 40", {"os": {"id": "fedora", "version": "40", "codename": "", "name": "Fedora 40"}}),
+        ("os", "warn", "focal", {"os": {"id": "ubuntu", "version": "20.04", "codename": "", "name": "focal"}}),
+        ("architecture", "fail", "arm64", {"architecture": "arm64"}),
+        ("gpus", "fail", "4 GPUs", {"gpus": GOOD["gpus"][:4]}),
+        ("gpu_memory", "fail", "GPU 1 has 23.6 GiB", {"gpus": [*GOOD["gpus"], {"index": 1, "memory_gib": 23.6}]}),
+        ("driver", "fail", "driver 470.82.01", {"driver": {"user": "470.82.01", "kernel": None, "error": None},
+                                                "fabric_manager__nvswitch": False}),
+        ("driver_agreement", "fail", "kernel module 550.54.14, library 550.54.15", {"driver__kernel": "550.54.14"}),
+        ("fabric_manager", "fail", "it is not running", {"fabric_manager__active": False}),
+        ("fabric_manager", "fail", "fabric manager 535.1", {"fabric_manager__version": "535.1"}),
+        ("ram", "fail", "64 GiB of RAM and 0 GiB of swap", {"memory__ram_gib": 64.0}),
+        ("ram", "warn", "64 GiB of RAM and 64 GiB of swap", {"memory": {"ram_gib": 64.0, "swap_gib": 64.0}}),
+        ("disk", "fail", "100 GiB free (ext4)", {"disks": [{"path": "/", "free_gib": 100.0, "filesystem": "ext4"}]}),
+        ("dns", "fail", "no such name", {"dns": {"pypi.org": "no such name"}}),
+        ("mirrors", "fail", "timed out", {"mirrors": {"https://m": "timed out"}}),
+        ("clock", "fail", "+600 s", {"clock_offset_seconds": 600.0}),
+        ("clock", "fail", "no time service", {"clock_offset_seconds": None, "clock_synchronized": False}),
+    ],
+)  # fmt: skip
+def test_each_shortfall(check: str, level: str, found: str, changes: dict) -> None:
+    (item,) = _collect(**changes)
+    assert (item.check, item.level) == (check, level)
+    assert found in item.found and item.expected and item.remedy
+
+
+def test_a_mismatch_is_told_by_both_its_signs() -> None:
+    error = "Failed to initialize NVML: Driver/library version mismatch"
+    checks = {item.check for item in _collect(gpus=[], driver={"user": None, "kernel": None, "error": error})}
+    assert checks == {"gpus", "driver", "driver_agreement"}
+
+
+def test_all_are_told_at_once_with_the_hosts_name() -> None:
+    found = _collect(gpus=GOOD["gpus"][:4], memory__ram_gib=8.0, architecture="arm64")
+    text = shortfalls.render("gpu-07", found)
+    assert "gpu-07 is not ready: 3 shortfalls." in text
+    assert all(word in text for word in ("4 GPUs", "8 GiB of RAM", "arm64", "next:"))
+
+
+@pytest.mark.parametrize(("level", "expected"), [("warn", ["warn"]), ("skip", [])])
+def test_a_check_can_be_eased(level: str, expected: list) -> None:
+    assert [item.level for item in _collect({"gpus": level}, gpus=[])] == expected
+
+
+def test_planned_swap_counts() -> None:
+    state = copy.deepcopy(GOOD)
+    state["memory"] = {"ram_gib": 64.0, "swap_gib": 0.0}
+    (item,) = shortfalls.collect(state, {**LIMITS, "planned_swap_gib": 64}, {})
+    assert item.level == "warn"
+
+
+def test_versions_compare_as_numbers() -> None:
+    assert shortfalls.version("9.10") > shortfalls.version("9.9")
+    assert shortfalls.version("525.85.12") >= shortfalls.version("525")

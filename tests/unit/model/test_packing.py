@@ -1,0 +1,85 @@
+"""Packed rows beside the same samples one a row: losses and gradients; and what the kernels are told."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.model.packing import Packed, _causal
+from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.train.data import MicroBatch
+from mixtral_run.train.step import eager_backward
+from tests.integration.conftest import SMALL
+from tests.unit.model.test_recompute import model_of
+
+LENGTHS = ((7, 1, 9, 3), (12, 8))
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Processes]:
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+    with processes(config) as joined:
+        yield joined
+
+
+def micro_batches() -> tuple[MicroBatch, list[MicroBatch]]:
+    """Packed rows of random tokens, and the same samples alone."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(LENGTHS), sum(LENGTHS[0]))
+    tokens, labels = (torch.randint(0, SMALL.vocab_size, shape, generator=generator) for _ in range(2))
+    mask = (torch.rand(shape, generator=generator) > 0.3).float()
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
+    alone = []
+    for number, row in enumerate(LENGTHS):
+        start = 0
+        for length in row:
+            part = (slice(number, number + 1), slice(start, start + length))
+            alone.append(MicroBatch(tokens[part], labels[part], mask[part], torch.arange(length)[None]))
+            start += length
+    return MicroBatch(tokens, labels, mask, positions, LENGTHS), alone
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_loss_and_gradients_are_those_of_the_samples_alone(here: Processes, recompute: str) -> None:
+    packed, alone = micro_batches()
+    results = []
+    for group in ([packed], alone):
+        model = model_of(here, recompute)
+        backward = eager_backward(model)
+        loss = sum(float(backward(micro, 20)) for micro in group)
+        results.append((loss, {name: each.grad for name, each in model.named_parameters() if each.requires_grad}))
+    (loss, gradients), (expected, expected_gradients) = results
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        scale = float(expected_gradients[name].abs().max())
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_without_packing_the_samples_would_see_each_other(here: Processes) -> None:
+    packed, _ = micro_batches()
+    backward = eager_backward(model_of(here, "none"))
+    open_row = MicroBatch(packed.tokens, packed.labels, packed.loss_mask, packed.position_ids)
+    assert abs(float(backward(packed, 20)) - float(backward(open_row, 20))) > 1e-3
+
+
+def test_the_mask_is_blocks_of_triangles() -> None:
+    packed = Packed.of(LENGTHS, torch.device("cpu"))
+    assert packed.boundaries.tolist() == [0, 7, 8, 17, 20, 32, 40]
+    assert packed.boundaries.dtype is torch.int32 and packed.longest == 12
+    mask = packed.mask()
+    for row, lengths in zip(mask[:, 0], LENGTHS, strict=True):
+        expected = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
+        assert torch.equal(row, expected)
+
+
+def test_torchs_kernel_is_called_as_it_takes_it() -> None:
+    """Shapes and words by the operator's own fake kernel: the real one runs on GPUs alone (tests/gpu)."""
+    from torch._subclasses import FakeTensorMode
+    from torch.nn.attention.varlen import varlen_attn
+
+    with FakeTensorMode():
+        query, key = torch.empty(40, 8, 16, dtype=torch.bfloat16), torch.empty(40, 4, 16, dtype=torch.bfloat16)
+        bounds = torch.empty(7, dtype=torch.int32)
+        output = varlen_attn(query, key, key, bounds, bounds, 12, 12, **_causal(True))
+        assert output.shape == query.shape

@@ -1,0 +1,119 @@
+"""The command line: every verb's help is fast and heavy modules stay out, flags take both spellings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.cli import VERBS
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "ansible_runner", "megatron", "transformers", "numpy", "matplotlib"}:
+            raise ImportError(name + " must not be imported for --help")
+sys.meta_path.insert(0, Blocked())
+from mixtral_run.cli import main
+main()
+"""
+
+
+def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mixtral_run", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_needs_nothing_heavy(verb: str) -> None:
+    words = [verb, "--help"] if verb else ["--help"]
+    done = subprocess.run([sys.executable, "-c", BLOCK, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: mixtral-run" in done.stdout
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_help_imports_little(verb: str) -> None:
+    # Time on a shared machine says little; what is imported says it exactly. The limit of 0.3 s is measured in bench.
+    probe = f"""
+import sys
+sys.argv = ["mixtral-run", "{verb}", "--help"]
+from mixtral_run.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print(len(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert int(done.stderr) < 400
+
+
+def test_dashes_and_underscores_are_alike(tmp_path: Path) -> None:
+    for spelling in ("--hf-model-path", "--hf_model_path"):
+        done = mixtral_run("convert", spelling, str(tmp_path / "none"), "--output_path", str(tmp_path / "out"))
+        assert "No such option" not in done.stderr
+        assert str(tmp_path / "none") in done.stderr
+        assert done.returncode != 0
+
+
+def test_a_wrong_flag_is_answered_with_the_right_one() -> None:
+    done = mixtral_run("convert", "--hf-modelpath", "x")
+    assert done.returncode == 2
+    assert "--hf-model-path" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_settings_are_all_named() -> None:
+    done = mixtral_run("finetune", "--lora-rank", "0")
+    assert done.returncode == 2
+    assert "--load is required" in done.stderr
+    assert "--save is required" in done.stderr
+
+
+def test_flags_win_over_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
+    told = mixtral_run("finetune", "--config", str(file))
+    assert "--lora-rank: expected at least 1; found 0" in told.stderr
+    told = mixtral_run(
+        "finetune",
+        "--config",
+        str(file),
+        "--lora-rank",
+        "4",
+        "--tensor-model-parallel-size",
+        "1",
+        "--expert-model-parallel-size",
+        "1",
+    )
+    assert "--lora-rank" not in told.stderr
+    assert "This is not a whole checkpoint." in told.stderr
+    assert told.returncode == 5
+
+
+def test_an_unreadable_config_file_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for file in (broken, tmp_path / "missing.json"):
+        done = mixtral_run("finetune", "--config", str(file))
+        assert done.returncode == 2
+        assert str(file) in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in mixtral_run("--debug", "finetune").stderr
+    assert "Traceback" not in mixtral_run("finetune").stderr
+
+
+def test_version() -> None:
+    done = mixtral_run("--version")
+    assert done.stdout.startswith("mixtral-run, version ")

@@ -1,0 +1,44 @@
+"""Every command in the documents is one that the command line takes: its verb, its flags, its values."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from mixtral_run.cli import VERBS, root
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "docs/fleet.md", "docs/formats.md", "docs/benchmarks.md")
+
+
+def commands() -> list[str]:
+    """The indented or quoted `mixtral-run VERB …` of all documents, without what follows two spaces and a hash."""
+    found: list[str] = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        found += [
+            re.sub(r"\s+#.*$", "", line).strip() for line in re.findall(r"^    mixtral-run .*$", text, re.MULTILINE)
+        ]
+        found += [each for each in re.findall(r"`(mixtral-run [a-z][^`]*)`", text) if each.split()[1] in VERBS]
+    return found
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) > 12
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_line_takes_it(command: str) -> None:
+    words = shlex.split(command)[1:]
+    verb = root.get_command(click.Context(root), words[0])
+    assert verb is not None, words[0]
+    # Parsing alone: nothing is run. Raises on an unknown flag or a value of the wrong kind.
+    verb.make_context(words[0], words[1:], parent=click.Context(root, **root.context_settings))
+
+
+def test_the_readme_names_every_verb() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = {verb for verb in VERBS if re.search(rf"mixtral-run {verb}\b|\| `{verb}` \|", text)}
+    assert told >= set(VERBS) - {"up", "jobs", "logs", "stop"}

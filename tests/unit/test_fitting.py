@@ -1,0 +1,133 @@
+"""What is decided for a run by the plan, on GPUs that these tests make up."""
+
+import dataclasses
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run import fitting
+from mixtral_run import memory as gpus
+from mixtral_run.checkpoints import BaseDescription
+from mixtral_run.config import FinetuneConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.fitting import memory_error, settled
+from mixtral_run.memory import GpuMemory
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.plan import CONTEXT, GIB
+
+BASE = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "f")
+
+
+def run(**settings: Any) -> FinetuneConfig:
+    return FinetuneConfig(load=Path("base"), save=Path("s"), mock_data=True, **settings).check()
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it with a number of GPUs, their GiB, and how much of it is free."""
+
+    def pretend(count: int, gib: float | None, free: float | None = None) -> None:
+        found = None if gib is None else GpuMemory(gib * GIB, (free or gib) * GIB)
+        monkeypatch.setattr(fitting, "gpu_memory", lambda *_: found)
+        monkeypatch.setattr(fitting, "describe_base", lambda _: BASE)
+        monkeypatch.setattr(fitting.launch, "process_count", lambda _: count)
+
+    return pretend
+
+
+def test_auto_takes_experts_before_attention(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpus(8, 32)
+    config = settled(run(layout="auto"))
+    assert (config.tensor_model_parallel_size, config.expert_model_parallel_size) == (1, 8)
+    assert (config.recompute, config.layout) == ("none", "given")
+    assert "Plan: TP1/EP8, recompute none" in capsys.readouterr().out
+    on_gpus(8, 139.8)
+    assert settled(run(layout="auto")).expert_model_parallel_size == 1
+
+
+def test_auto_keeps_to_what_the_batch_allows(on_gpus: Any) -> None:
+    on_gpus(8, 32)
+    # Four samples cannot be shared out over eight replicas; over the four of TP2 they can.
+    assert settled(run(layout="auto", global_batch_size=4)).tensor_model_parallel_size == 2
+
+
+def test_auto_says_when_nothing_fits(on_gpus: Any) -> None:
+    on_gpus(1, 80)
+    with pytest.raises(ConfigError) as caught:
+        settled(run(layout="auto"))
+    assert "mixtral-run plan --gpus 1 --gpu-memory 80 --seq-length 512" in str(caught.value)
+
+
+def test_recomputation_is_the_least_that_fits(on_gpus: Any) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    for seq_length, expected in ((2048, "none"), (8192, "selective"), (16384, "full")):
+        on_gpus(1, 139.8)
+        config = settled(run(**layout, seq_length=seq_length))
+        assert config.recompute == expected
+        assert memory_error(config, BASE, 1) is None
+
+
+def test_what_was_given_stays(on_gpus: Any) -> None:
+    on_gpus(8, 139.8)
+    for given in ({"recompute": "full"}, {"recompute_activations": True}, {"recompute": "none"}):
+        config = run(**given)
+        assert settled(config) == config
+    kept = settled(run(layout="auto", recompute_activations=True))
+    assert kept.recomputation == "full"
+
+
+def test_on_a_cpu_nothing_is_refused(on_gpus: Any) -> None:
+    on_gpus(2, None)
+    config = settled(run(layout="auto"))
+    assert (config.tensor_model_parallel_size, config.expert_model_parallel_size, config.recompute) == (1, 2, "none")
+    assert memory_error(config, BASE, 2) is None
+
+
+def test_a_run_that_cannot_fit_is_refused_with_one_that_can(on_gpus: Any) -> None:
+    on_gpus(8, 31.7)
+    config = run(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    error = memory_error(settled(config), BASE, 8)
+    assert error is not None
+    text = str(error)
+    assert "at most 31.7 GiB a GPU" in text and "weights 43" in text
+    assert "--tensor-model-parallel-size 1 --expert-model-parallel-size 8 --recompute none" in text
+
+
+def test_what_others_hold_counts(on_gpus: Any) -> None:
+    config = run(tensor_model_parallel_size=1, expert_model_parallel_size=8, recompute="none")
+    on_gpus(8, 80)
+    assert memory_error(config, BASE, 8) is None
+    on_gpus(8, 80, free=10)
+    error = memory_error(config, BASE, 8)
+    assert error is not None
+    assert "which are free of 80.0" in str(error)
+
+
+def test_fp32_takes_twice_the_weights() -> None:
+    workload = fitting.workload_of(run(dtype="fp32"), BASE, 8)
+    assert (workload.weight_bytes, workload.expert_bytes) == (4, 4)
+    assert fitting.workload_of(run(), dataclasses.replace(BASE, dtype="float32"), 8).weight_bytes == 4
+    assert fitting.workload_of(run(), BASE, 8).weight_bytes == 2
+
+
+def test_the_gpus_are_asked_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked: list[list[str]] = []
+
+    def answer(words: list[str], **_: object) -> object:
+        asked.append(words)
+        return types.SimpleNamespace(returncode=0, stdout="[[10000000000, 80000000000], [30000000000, 70000000000]]\n")
+
+    monkeypatch.setattr(gpus.subprocess, "run", answer)
+    gpus.gpu_memory.cache_clear()
+    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)
+    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)
+    assert len(asked) == 1
+    assert asked[0][0] == sys.executable and asked[0][-1] == "2"
+    assert gpus.gpu_memory("cpu", 2) is None
+    gpus.gpu_memory.cache_clear()
