@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+
+from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights import record
@@ -37,7 +38,7 @@ def tensor_checksums(
         try:
             for first in range(0, source.num_bytes, BLOCK_BYTES):
                 block = read_source(descriptor, source, first, min(BLOCK_BYTES, source.num_bytes - first))
-                crc = zlib.crc32(block, crc)
+                crc = crc32(block, crc)
                 advance(len(block))
         finally:
             os.close(descriptor)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.disk import allocate, drop_from_cache, fits_in_memory
@@ -204,9 +204,9 @@ class _Worker:
         same = len(sources) == 1 and len(chunks) == 1
         for piece in job.unit.pieces:
             for block, first in self._blocks(piece):
-                sources[piece.source] = zlib.crc32(block, sources[piece.source])
+                sources[piece.source] = crc32(block, sources[piece.source])
                 if not same:
-                    chunks[piece.chunk] = zlib.crc32(block, chunks[piece.chunk])
+                    chunks[piece.chunk] = crc32(block, chunks[piece.chunk])
                 self._write(job.chunks[piece.chunk], (piece.chunk_start * self._item_size) + first, block)
         if same:
             chunks = list(sources.values())
@@ -220,12 +220,12 @@ class _Worker:
         whole = Piece(name, 0, 0, 0, sum(piece.num_elements for piece in pieces))
         source, chunks = 0, [0] * len(job.chunks)
         for block, first in self._blocks(whole, row_bytes):
-            source = zlib.crc32(block, source)
+            source = crc32(block, source)
             rows = np.frombuffer(block, np.uint8).reshape(-1, row_bytes)
             for piece in pieces:
                 begin, width = piece.source_start * self._item_size, piece.length * self._item_size
                 part = np.ascontiguousarray(rows[:, begin : begin + width]).data.cast("B")
-                chunks[piece.chunk] = zlib.crc32(part, chunks[piece.chunk])
+                chunks[piece.chunk] = crc32(part, chunks[piece.chunk])
                 self._write(job.chunks[piece.chunk], first // row_bytes * width, part)
         self._close_frames(job, chunks)
         return JobSums({name: source}, tuple(chunks))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from isal.isal_zlib import crc32, crc32_combine
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights import record
-from mixtral_run.weights.crc32 import joined
 from mixtral_run.weights.mapping import Shape
 from mixtral_run.weights.pace import num_cores
 from mixtral_run.weights.reading import read_whole
@@ -143,7 +142,10 @@ def whole_fingerprint(weights: HFWeights, sums: Iterable[PartSum]) -> str:
             assert part.start == reached, f"{name}: bytes {reached} to {part.start} belong to no rank"
             reached += part.num_bytes
         assert reached == weights.sources[name].num_bytes, f"{name}: bytes from {reached} on belong to no rank"
-        checksums[name] = joined((part.crc, part.num_bytes) for part in ordered)
+        whole = 0
+        for part in ordered:
+            whole = crc32_combine(whole, part.crc, part.num_bytes)
+        checksums[name] = whole
     return record.fingerprint(weights.architecture, weights.dtype, checksums)
 
 
@@ -212,20 +214,20 @@ class _Reader:
             buffer = upload.next_buffer(num_bytes)
             view = buffer.numpy().data.cast("B")
             read_whole(descriptor, view, position, file)
-            crc = zlib.crc32(view, crc)
+            crc = crc32(view, crc)
             upload.send(buffer.view(self._dtype).view(-1, block.columns), into, block)
             return crc
         if into.dtype == self._dtype and block.is_whole_rows:
             view = into.view(-1).view(torch.uint8).numpy().data.cast("B")
             read_whole(descriptor, view, position, file)
-            return zlib.crc32(view, crc)
+            return crc32(view, crc)
         if len(self._staging) < num_bytes:
             self._staging = bytearray(num_bytes)
         view = memoryview(self._staging)[:num_bytes]
         read_whole(descriptor, view, position, file)
         matrix = torch.frombuffer(view, dtype=self._dtype).view(-1, block.columns)
         into.copy_(matrix[:, block.first_column : block.first_column + block.num_columns])
-        return zlib.crc32(view, crc)
+        return crc32(view, crc)
 
     def _open(self, file: Path) -> int:
         if file not in self._descriptors:

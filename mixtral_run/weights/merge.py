@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.checksums import read_source
@@ -71,7 +71,7 @@ def _copy(descriptor: int, source: Source, out: object, advance: Callable[[int],
     crc = 0
     for first in range(0, source.num_bytes, BLOCK_BYTES):
         block = read_source(descriptor, source, first, min(BLOCK_BYTES, source.num_bytes - first))
-        crc = zlib.crc32(block, crc)
+        crc = crc32(block, crc)
         out.write(block)  # type: ignore[attr-defined]
         advance(len(block))
     return crc
@@ -93,7 +93,7 @@ def _merge_tensor(
     crc = 0
     for start, stop in row_blocks(rows, row_bytes):
         block = bytearray(read_source(descriptor, source, start * row_bytes, (stop - start) * row_bytes))
-        crc = zlib.crc32(block, crc)
+        crc = crc32(block, crc)
         weight = torch.frombuffer(block, dtype=dtype).view(stop - start, columns)
         out.write(as_bytes(adding.to_rows(weight, start, stop)))  # type: ignore[attr-defined]
         advance(len(block))

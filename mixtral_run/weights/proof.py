@@ -6,11 +6,12 @@ CRC-32 finds every flipped bit and every damaged block; it is no protection agai
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from mixtral_run import __version__
 from mixtral_run.checkpoints import write_whole
@@ -82,7 +83,7 @@ def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) ->
         expected: tuple[int | None, list[Any]] = wanted.get((item.key, item.offset or ()), (None, []))
         crc = 0
         for block in reader.payload(item, _BLOCK_BYTES):
-            crc = zlib.crc32(block, crc)
+            crc = crc32(block, crc)
             advance(len(block))
         if crc == expected[0]:
             return None

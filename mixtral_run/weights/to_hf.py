@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 
 from mixtral_run.checkpoints import DESCRIPTION, write_whole
 from mixtral_run.config import ConvertConfig
@@ -186,7 +186,7 @@ class _Writer:
         for start, stop in ranges.rows:
             for first in range(start, stop, step):
                 block = self._reader.rows(ranges.key, ranges.leading, first, min(first + step, stop)).data.cast("B")
-                crc = zlib.crc32(block, crc)
+                crc = crc32(block, crc)
                 yield block
         self.checksums[name] = crc
 
@@ -199,7 +199,7 @@ class _Writer:
             sum(last - first for first, last in ranges.rows), ranges.columns * info.item_size
         ):
             rows = self._hf_rows(ranges, start, stop)
-            crc = zlib.crc32(rows.data.cast("B"), crc)
+            crc = crc32(rows.data.cast("B"), crc)
             yield as_bytes(adding.to_rows(as_tensor(rows, info.dtype), start, stop))
         self.checksums[name] = crc
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from mixtral_run.checkpoints import LATEST
 from mixtral_run.config import VerifyConfig
@@ -332,7 +332,7 @@ class _Comparing:
         try:
             for piece in unit.pieces:
                 for block, difference in self._piece(unit.chunks[piece.chunk], piece, descriptors[piece.source]):
-                    crcs[piece.source] = zlib.crc32(block, crcs[piece.source])
+                    crcs[piece.source] = crc32(block, crcs[piece.source])
                     if difference is not None:
                         found[piece.source] = _joined(found.get(piece.source), difference)
         finally:

@@ -6,8 +6,8 @@
 
 Each measurement is a process of its own. On the disk it starts with the source out of the page cache and ends with the
 result on the disk (fsync). The clock runs from the call to the last fsync; imports are over by then, in all of them.
-Rounds are interleaved, so that a disk that slows down slows all of them. Memory is the anonymous memory of all
-processes together, sampled from outside. The last line printed is one JSON object.
+Rounds are interleaved, so that a disk that slows down slows all of them. Memory is that of all processes together,
+sampled from outside: anonymous, and resident. The last line printed is one JSON object.
 
     stream   mixtral_run.weights.convert
     copy     cp --recursive, then fsync of every file
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.make_mixtral import add_size_options, make, scaled
-from tests.bench.process_memory import AnonymousMemory
+from tests.bench.process_memory import FamilyMemory
 
 WAYS = ("copy", "stream", "usual", "read", "direct")
 PLACES = ("disk", "ram")
@@ -85,9 +85,17 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {place: {} for place in options.places}
     for (place, way), rounds in found.items():
         medians = {name: round(statistics.median(one[name] for one in rounds), 3) for name in rounds[0]}
-        medians["peak_anonymous_mb"] = max(one["peak_anonymous_mb"] for one in rounds)
+        for name in ("peak_anonymous_mb", "peak_rss_mb"):
+            medians[name] = max(one[name] for one in rounds)
         result[place][way] = medians
-    return result
+    return headline(result) | result
+
+
+def headline(result: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """What is looked at first, of the place measured first."""
+    ways = next(iter(result.values()))
+    told = {f"{way}_mb_s": round(ways[way]["gb_s"] * 1e3, 1) for way in ("stream", "copy", "usual") if way in ways}
+    return told | {f"{way}_peak_rss_mb": ways[way]["peak_rss_mb"] for way in ("stream", "usual") if way in ways}
 
 
 def measured(place: str, way: str, source: Path, target: Path) -> dict[str, float]:
@@ -95,14 +103,16 @@ def measured(place: str, way: str, source: Path, target: Path) -> dict[str, floa
     if place == "disk":
         drop_from_cache(source)
     command = again("--run", way, "--source", str(source), "--target", str(target))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, AnonymousMemory(process) as memory:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, FamilyMemory(process) as memory:
         assert process.stdout is not None
         lines = process.stdout.read().splitlines()
     if process.returncode != 0:
         raise SystemExit(f"{way} ended with {process.returncode}")
     one: dict[str, float] = json.loads(lines[-1])
     num_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    one = {"gb_s": num_bytes / 1e9 / one["seconds"], **one, "peak_anonymous_mb": round(memory.peak_bytes / 1e6)}
+    one = {"gb_s": num_bytes / 1e9 / one["seconds"], **one}
+    one["peak_anonymous_mb"] = round(memory.peak_anonymous_bytes / 1e6)
+    one["peak_rss_mb"] = round(memory.peak_resident_bytes / 1e6)
     if target.exists():
         shutil.rmtree(target)
         os.sync()

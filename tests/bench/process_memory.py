@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import threading
+from collections import Counter
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.02
 
 
-class AnonymousMemory:
-    """Samples the anonymous memory (not the page cache, nothing mapped from files) of a family of processes.
+class FamilyMemory:
+    """Samples the memory of a family of processes.
 
-    `peak_bytes`: the most that all of them held together. Shared pages such as /dev/shm are not anonymous.
+    `peak_anonymous_bytes`: the most that all of them held together of memory that no file stands behind; shared pages
+    such as /dev/shm are not anonymous. `peak_resident_bytes`: with what is mapped from files, libraries included.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self.peak_bytes = 0
+        self.peak_anonymous_bytes = 0
+        self.peak_resident_bytes = 0
 
-    def __enter__(self) -> AnonymousMemory:
+    def __enter__(self) -> FamilyMemory:
         self._thread.start()
         return self
 
@@ -34,7 +37,9 @@ class AnonymousMemory:
             family = [self._process.pid]
             for pid in family:
                 family += _children(pid)
-            self.peak_bytes = max(self.peak_bytes, sum(_anonymous_bytes(pid) for pid in family))
+            now = [_memory(pid) for pid in family]
+            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, sum(one["RssAnon"] for one in now))
+            self.peak_resident_bytes = max(self.peak_resident_bytes, sum(one["VmRSS"] for one in now))
 
 
 def _children(pid: int) -> list[int]:
@@ -48,9 +53,11 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _anonymous_bytes(pid: int) -> int:
+def _memory(pid: int) -> Counter[str]:
+    """Bytes by the kernel's names; nothing of a process that ended, or is ending."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+        return Counter()
+    fields = [line.split() for line in lines if line.startswith(("RssAnon:", "VmRSS:"))]
+    return Counter({words[0].rstrip(":"): int(words[1]) * 1024 for words in fields})
