@@ -49,6 +49,8 @@ class AdapterDescription:
     iteration: int
     lora: Mapping[str, Any]
     base_fingerprint: str
+    training: Mapping[str, Any]
+    """The settings of the run that saved it, by their names in its config."""
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -81,7 +83,13 @@ def describe_adapter(folder: Path) -> AdapterDescription:
     iteration_folder = newest_iteration(folder)
     values = _read_description(iteration_folder / DESCRIPTION, "adapter")
     try:
-        return AdapterDescription(iteration_folder, values["iteration"], values["lora"], values["base"]["fingerprint"])
+        return AdapterDescription(
+            iteration_folder,
+            values["iteration"],
+            values["lora"],
+            values["base"]["fingerprint"],
+            values.get("training", {}),
+        )
     except (KeyError, TypeError) as error:
         raise WeightsError(
             "The adapter's description is incomplete.", where=str(iteration_folder / DESCRIPTION), found=repr(error)

@@ -34,6 +34,9 @@ from mixtral_run.weights.sidecars import copy_tokenizer
 METRICS = "metrics.jsonl"
 """In the adapter's folder: each iteration's figures, a JSON object a line."""
 
+ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
+"""A run goes on where it stopped as long as these stay as they were."""
+
 
 @dataclass
 class Run:
@@ -242,6 +245,14 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
     load_adapter(run.model, adapter)
     load_optimizer(run.model, optimizer, adapter)
     run.report.say(f"Going on from {adapter.folder}, iteration {adapter.iteration}")
+    now = config.to_mapping()
+    changed = [
+        f"--{name.replace('_', '-')} {now[name]} (was {adapter.training[name]})"
+        for name in ORDER_OF_SAMPLES
+        if adapter.training.get(name, now[name]) != now[name]
+    ]
+    if changed:
+        run.report.warn(f"What was trained on before may come again, or be left out: {', '.join(changed)}")
     return adapter.iteration
 
 

@@ -320,6 +320,10 @@ def test_ctrl_c_saves_and_resume_goes_on(small_checkpoint: Path, pairs: Path, tm
     assert done.returncode == 0, done.stderr
     assert f"iteration {stopped + 2}/{stopped + 2} |" in done.stdout
     assert f"iteration {stopped}/" not in done.stdout
+    assert "may come again" not in done.stdout + done.stderr
+    other = mixtral_run(*words, "--train-iters", str(stopped + 3), "--resume", "--pack")
+    assert other.returncode == 0, other.stderr
+    assert "may come again, or be left out: --pack True (was False)" in " ".join((other.stdout + other.stderr).split())
 
 
 def test_rehearse(tmp_path: Path) -> None:
