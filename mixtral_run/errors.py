@@ -84,6 +84,12 @@ class TrainingError(MixtralRunError):
     exit_code = 6
 
 
+class Stopped(MixtralRunError):
+    """A job was asked to end, and did."""
+
+    exit_code = 130
+
+
 EXIT_CODES: dict[int, type[MixtralRunError]] = {
     error.exit_code: error
     for error in (MixtralRunError, ConfigError, HostError, CheckFailed, WeightsError, TrainingError)

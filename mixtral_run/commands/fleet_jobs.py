@@ -58,7 +58,8 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
 @click.option("--on", multiple=True, metavar="HOST,…", help="Where it runs, if it was started from another machine.")
 def stop(job: str, on: tuple[str, ...]) -> None:
     """Ask a job to save and end, and wait until it has."""
-    from mixtral_run.fleet.jobs import find_job, stop
+    from mixtral_run.errors import HostError
+    from mixtral_run.fleet.jobs import KILLED, find_job, stop
     from mixtral_run.fleet.selection import hosts_of
 
     rows = find_job(job, hosts_of(on, None, None))
@@ -66,20 +67,35 @@ def stop(job: str, on: tuple[str, ...]) -> None:
         click.echo(f"{rows[0].job} is over already.")
         return
     click.echo(f"Asking {rows[0].job} to save and end …")
-    for row in stop(rows):
-        click.echo(f"✓ {row.job} has ended on {row.host.name} (exit code {row.exit_code})")
+    ended = stop(rows)
+    killed = [row for row in ended if row.exit_code == KILLED]
+    for row in ended:
+        if row not in killed:
+            click.echo(f"✓ {row.job} has ended on {row.host.name} (exit code {row.exit_code})")
+    if killed:
+        raise HostError(
+            f"{rows[0].job} did not end by itself and was killed.",
+            faults=[f"{row.host.name}: what was not saved by then is lost" for row in killed],
+            next_command=f"mixtral-run logs {rows[0].job}",
+        )
 
 
 @click.command()
 @click.argument("job", metavar="JOB|HOST:PATH")
 @click.argument("destination", required=False, type=click.Path(path_type=Path), default=Path())
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--overwrite", is_flag=True, help="Replace the file or folder of that name.")
 @click.option(
     "--on", multiple=True, metavar="HOST,…", help="Where the job ran, if it was started from another machine."
 )
-def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...]) -> None:
-    """Bring here what a job wrote (an adapter, an export, a report), or any file or folder of a host."""
-    from mixtral_run.fleet.fetching import fetch_job
+@click.option("--checkpoints-folder", metavar="FOLDER", help="The host's /checkpoints, if not at the default.")
+def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...], checkpoints_folder: str | None) -> None:
+    """Bring here what a job wrote (an adapter, an export, a report), or any file or folder of a host.
 
-    for place in fetch_job(job, destination, on, overwrite):
+    It goes into DESTINATION where that is a folder (default: the current one), else under that name.
+    """
+    from mixtral_run.fleet.fetching import fetch_job
+    from mixtral_run.fleet.job_spec import JobOptions
+
+    folders = JobOptions(checkpoints_folder=checkpoints_folder) if checkpoints_folder else None
+    for place in fetch_job(job, destination, on, overwrite, folders):
         click.echo(f"✓ {place}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from mixtral_run.errors import EXIT_CODES, HostError, MixtralRunError, TrainingError
+from mixtral_run.errors import EXIT_CODES, HostError, MixtralRunError, Stopped, TrainingError
 from mixtral_run.fleet.explain import recognise, record_failures
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import ENGINE_SCRIPT, JobRow, RunningJob, engine, list_jobs
@@ -46,6 +46,10 @@ class _HostLog:
     @property
     def bad(self) -> bool:
         return self.lost or (self.row is not None and self.row.exit_code != 0)
+
+
+SIGNALLED = (130, 143)
+"""What a program ends with after SIGINT or SIGTERM, when it had the time to end by itself."""
 
 
 class Left(KeyboardInterrupt):
@@ -178,6 +182,14 @@ def _since(log: _HostLog) -> list[str]:
 
 def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str]) -> MixtralRunError:
     """What a job's end on a host means, with cause and command where it is a known failure."""
+    if row is not None and row.exit_code in SIGNALLED:
+        return Stopped(
+            f"{job.name} was stopped on {host.name}.",
+            where=host.target,
+            next_command="the same command with --resume goes on from what was saved"
+            if job.verb == "finetune"
+            else f"mixtral-run logs {job.name}",
+        )
     told = [line for line in lines if line.strip()]
     known = recognise("\n".join(told))
     record_failures({job.name: "\n".join(told[-60:]), host.name: "\n".join(told[-60:])})
@@ -194,8 +206,6 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
     found = f"exit code {row.exit_code}"
     if row.out_of_memory or row.exit_code == 137:
         found += ": killed, by somebody or because memory ran out"
-    elif row.exit_code in (130, 143):
-        found += ": stopped by a signal"
     return kind(
         f"{job.name} failed on {host.name}.", where=host.target, found=found, faults=faults, next_command=commands
     )

@@ -24,8 +24,9 @@ HF_HOME = "/huggingface"
 JOB_FOLDER = "/job"
 """Where the container sees the host's checkpoints and HF cache, as the image has them, and the job's own files."""
 
-STOP_SECONDS = 330
-"""Longer than a training run may take to save after SIGTERM (mixtral_run.launch.SHUTDOWN_SECONDS)."""
+SAVE_SECONDS = 300
+"""What a training run may take to save after SIGTERM (mixtral_run.launch.SHUTDOWN_SECONDS)."""
+STOP_SECONDS = SAVE_SECONDS + 30
 RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
@@ -220,7 +221,8 @@ def bind(source: str, target: str, read_only: bool = False) -> list[str]:
 
 
 def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
-    found = {"PYTHONUNBUFFERED": "1"}
+    # torchrun's own patience with its processes is 30 seconds.
+    found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
     if spec.num_hosts > 1 and facts.interface:
         # gloo would take the address of the host's own name, which Debian's /etc/hosts makes 127.0.1.1.
         found["GLOO_SOCKET_IFNAME"] = facts.interface

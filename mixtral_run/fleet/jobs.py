@@ -49,6 +49,10 @@ class RunningJob:
     hosts: tuple[Host, ...]
 
 
+KILLED = 137
+"""The exit code of a container that SIGKILL ended."""
+
+
 @dataclass(frozen=True)
 class JobRow:
     """A container of a job, as its host tells of it."""
@@ -250,11 +254,13 @@ def stop(rows: Sequence[JobRow], ssh: Ssh | None = None) -> list[JobRow]:
     return [row for row in list_jobs(hosts, ssh)[0] if row.job == job]
 
 
-def fetch(host: Host, path: str, destination: Path, ssh: Ssh | None = None, overwrite: bool = False) -> Path:
-    """Bring a file or folder of a host here, whole or not at all. Raises ConfigError where something is there."""
+def fetch(host: Host, path: str, target: Path, ssh: Ssh | None = None, overwrite: bool = False) -> Path:
+    """Bring a file or folder of a host here as `target`, whole or not at all. Raises ConfigError where that exists.
+
+    With `overwrite` what is there stays until all has come.
+    """
     ssh = ssh or Ssh()
     source = PurePosixPath(path)
-    target = destination / source.name if destination.is_dir() and not overwrite else destination
     if target.exists() and not overwrite:
         raise ConfigError(
             "There is something of that name already.",
@@ -264,17 +270,23 @@ def fetch(host: Host, path: str, destination: Path, ssh: Ssh | None = None, over
     target.resolve().parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.resolve().parent))
     script = 'cd "$1" && exec tar -cf - -- "$2"'
+    new, old = work / "new", work / "old"
     try:
         with ssh.receive(host, ["sh", "-c", script, "fetch", str(source.parent), source.name]) as stream:
             try:
                 with tarfile.open(fileobj=stream, mode="r|") as archive:
-                    archive.extractall(work, filter="data")
+                    archive.extractall(new, filter="data")
             except tarfile.TarError as error:
                 # An empty stream: tar's own words say why.
                 raise HostError(f"{path} could not be fetched from {host.name}.", found=str(error)) from error
         if target.exists():
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        (work / source.name).rename(target)
+            target.rename(old)
+        try:
+            (new / source.name).rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

@@ -29,7 +29,8 @@ def test_the_container_of_a_job() -> None:
         "--mount", "type=bind,source=/var/lib/mixtral-run/huggingface,target=/huggingface",
         "--mount", "type=bind,source=/home/ops/jobs/finetune-1,target=/job,readonly",
         "--mount", "type=bind,source=/data/out,target=/data/out",
-        "--workdir", "/checkpoints", "--env", "PYTHONUNBUFFERED=1", "--env", "NCCL_DEBUG=INFO", "--env", "A=b c",
+        "--workdir", "/checkpoints", "--env", "PYTHONUNBUFFERED=1", "--env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300",
+        "--env", "NCCL_DEBUG=INFO", "--env", "A=b c",
         "mixtral-run:local", "mixtral-run", "finetune", "--config", "/job/config.json",
     ]  # fmt: skip
 
