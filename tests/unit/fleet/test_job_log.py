@@ -94,6 +94,6 @@ def test_stop_says_whether_the_job_had_the_time_to_save(
     row = JobRow("finetune-1", "finetune", HOST, "running", 0, False, "", "")
     monkeypatch.setattr(jobs, "find_job", lambda *_: [row])
     monkeypatch.setattr(jobs, "stop", lambda _: [dataclasses.replace(row, state="exited", exit_code=exit_code)])
-    done = CliRunner().invoke(fleet_jobs.stop, ["finetune-1"])
+    done = CliRunner().invoke(fleet_jobs.stop, ["finetune-1", "--on", "gpu-01"])
     assert word in done.output + str(done.exception)
     assert isinstance(done.exception, HostError) == (exit_code == 137)
