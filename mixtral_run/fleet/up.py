@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mixtral_run.config import ConvertConfig, ExportConfig, FinetuneConfig, UpConfig
-from mixtral_run.errors import HostError
+from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.job_log import JobFollower
 from mixtral_run.fleet.job_spec import CHECKPOINTS, JobOptions, host_path
-from mixtral_run.fleet.jobs import fetch, start
+from mixtral_run.fleet.jobs import RunningJob, fetch, list_jobs, start
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh import Ssh
 from mixtral_run.report import Report
+from mixtral_run.settings import flag_of
 
 STEPS = 5
 MARKER = "latest_checkpointed_iteration.txt"
 EXPORTED = "adapter_config.json"
+SETTINGS_OF_A_RUN = (
+    "mock_data", "pack", "seq_length", "global_batch_size", "seed", "lr", "min_lr", "lora_rank", "lora_alpha",
+    "lora_dropout", "lora_target_modules", "base_precision",
+)  # fmt: skip
+"""What an adapter is made of, beside the data."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class Done:
     converted: bool
     trained_iteration: int
     exported: bool
+    adapter: Mapping[str, Any]
+    """What the adapter's record says; empty where there is none."""
 
 
 def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report: Report | None = None) -> Path:
@@ -40,6 +52,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
     report = report or Report()
     options.check()
     target = config.output_path
+    _check_target(target)
     report.step(1, STEPS, "Bootstrap")
     end = bootstrap(request)
     report.say(end.text)
@@ -47,28 +60,41 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
     (host,) = hosts_of(options.on, options.inventory, None)
     ssh = Ssh()
     done = _what_is_done(ssh, host, config, options)
+    _check_same_training(host, config, done)
     exported = _export_folder(config)
 
     if done.converted:
         report.step(2, STEPS, f"Convert: {config.load} is there")
     else:
         report.step(2, STEPS, f"Convert {config.hf_model_path} → {config.load}")
-        _run("convert", _convert_config(config), options)
+        _run(host, "convert", _convert_config(config), options)
     if done.trained_iteration >= config.train_iters:
         report.step(3, STEPS, f"Finetune: {config.save} is at iteration {done.trained_iteration}")
     else:
         report.step(3, STEPS, f"Finetune → {config.save}")
-        _run("finetune", _finetune_config(config, done), options)
+        _run(host, "finetune", _finetune_config(config, done), options)
     if done.exported and done.trained_iteration >= config.train_iters:
         report.step(4, STEPS, f"Export: {exported} is there")
     else:
         report.step(4, STEPS, f"Export → {exported}")
         export = ExportConfig(adapter=config.save, output_path=exported, overwrite=done.exported)
-        _run("export", export, options)
+        _run(host, "export", export, options)
     report.step(5, STEPS, f"Fetch → {target}")
     place = fetch(host, host_path(_inside(exported), options), target, ssh, overwrite=_is_ours(target))
     report.done(f"The adapter is {place}")
     return place
+
+
+def _check_target(target: Path) -> None:
+    """Raise ConfigError where the adapter could not be put in the end: told before hours of training."""
+    if target.exists() and not _is_ours(target):
+        raise ConfigError(
+            "The adapter cannot be put here.",
+            where=str(target),
+            expected="a new folder, or one with an adapter that an earlier call put there",
+            found="something else",
+            next_command="--output-path ANOTHER",
+        )
 
 
 def _is_ours(target: Path) -> bool:
@@ -79,17 +105,44 @@ def _is_ours(target: Path) -> bool:
 def _what_is_done(ssh: Ssh, host: Host, config: UpConfig, options: JobOptions) -> Done:
     script = (
         'if [ -s "$1" ]; then echo converted=1; else echo converted=0; fi; '
-        'echo "iteration=$(cat "$2" 2>/dev/null)"; if [ -s "$3" ]; then echo exported=1; else echo exported=0; fi'
+        'iteration=$(cat "$2" 2>/dev/null); echo "iteration=$iteration"; '
+        'if [ -s "$3" ]; then echo exported=1; else echo exported=0; fi; '
+        '[ -z "$iteration" ] || '
+        'echo "adapter=$(tr -d "\\n" <"$4/iter_$(printf %07d "$iteration")/mixtral_run.json" 2>/dev/null)"'
     )
-    files = (config.load / MARKER, config.save / MARKER, _export_folder(config) / EXPORTED)
+    files = (config.load / MARKER, config.save / MARKER, _export_folder(config) / EXPORTED, config.save)
     words = [host_path(_inside(file), options) for file in files]
     lines = ssh.check(host, ["sh", "-c", script, "look", *words]).splitlines()
     found = dict(line.split("=", 1) for line in lines if "=" in line)
     try:
         iteration = int(found["iteration"] or 0)
-        return Done(found["converted"] == "1", iteration, found["exported"] == "1")
+        adapter = json.loads(found.get("adapter") or "{}")
+        return Done(found["converted"] == "1", iteration, found["exported"] == "1", adapter)
     except (KeyError, ValueError) as error:
         raise HostError(f"{host.name} does not tell what is done there.", found=str(lines)[:200]) from error
+
+
+def _check_same_training(host: Host, config: UpConfig, done: Done) -> None:
+    """Raise ConfigError when the adapter that is there came of other data or settings: it is not what is asked for."""
+    began, asked = done.adapter.get("training", {}), config.to_mapping()
+    faults = [
+        f"{flag_of(name)}: the adapter was trained with {began[name]}; found {asked[name]}"
+        for name in SETTINGS_OF_A_RUN
+        if began.get(name, asked[name]) != asked[name]
+    ]
+    known = done.adapter.get("data_sha256")
+    # A file that is not here is the host's own.
+    if known and config.data_path is not None and config.data_path.is_file():
+        found = hashlib.sha256(config.data_path.read_bytes()).hexdigest()
+        if found != known:
+            faults.append(f"--data-path: the adapter was trained on another file than {config.data_path}")
+    if faults:
+        raise ConfigError(
+            "The adapter on the host is another one than you ask for.",
+            where=f"{host.name}: {_inside(config.save)}, iteration {done.trained_iteration}",
+            faults=faults,
+            next_command="--save NEW --output-path NEW for an adapter beside it; or what it was trained with",
+        )
 
 
 def _inside(path: Path) -> str:
@@ -116,6 +169,18 @@ def _finetune_config(config: UpConfig, done: Done) -> FinetuneConfig:
     return FinetuneConfig(**values).check()
 
 
-def _run(verb: str, config: ConvertConfig | FinetuneConfig | ExportConfig, options: JobOptions) -> None:
-    job = start(verb, config, options)
-    JobFollower(job, say=lambda text: print(text, file=sys.stderr, flush=True)).follow()
+def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportConfig, options: JobOptions) -> None:
+    """Run a step to its end; one that runs already, since an earlier call was left, is followed."""
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    output = config.save if isinstance(config, FinetuneConfig) else config.output_path
+    writes = host_path(_inside(output), options)
+    running = [row for row in list_jobs([host])[0] if row.running and (row.verb, row.output) == (verb, writes)]
+    if running:
+        say(f"{running[0].job} writes {output} already: following it")
+        job = RunningJob(running[0].job, verb, (host,))
+    else:
+        job = start(verb, config, options)
+    JobFollower(job, say=say).follow()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def _train_and_save(
         },
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
+        "data_sha256": None if config.data_path is None else hashlib.sha256(config.data_path.read_bytes()).hexdigest(),
     }
     saved = done = run.start
     for metrics in _iterations(run, stop):

@@ -156,6 +156,9 @@ def test_up_does_what_is_missing_and_then_nothing(operator: Operator, set_up: Ca
     assert "Finetune: second is at iteration 4" in second
     assert "Export: second-peft is there" in second
     assert "iteration" not in second.replace("at iteration 4", "")
+    (operator.folder / "other.jsonl").write_text('{"instruction": "Who?", "response": "Me."}\n')
+    other = operator.run(*("other.jsonl" if word == "my pairs.jsonl" else word for word in words), code=2)
+    assert "trained on another file than other.jsonl" in other
 
 
 def test_two_hosts_train_one_job(operator: Operator, set_up: Callable[[str], str]) -> None:

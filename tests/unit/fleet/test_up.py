@@ -1,0 +1,56 @@
+"""What `up` takes for done: an adapter of the same data and settings, and a target that is its own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.config import UpConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.hosts import parse_host
+from mixtral_run.fleet.up import Done, _check_same_training, _check_target
+
+HOST = parse_host("gpu-01")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "my.jsonl"
+    file.write_text('{"instruction": "a", "response": "b"}\n')
+    return file
+
+
+def done(config: UpConfig, data: Path) -> Done:
+    return Done(True, 10, True, {
+        "training": config.to_mapping(), "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+    })  # fmt: skip
+
+
+def test_the_same_run_is_done_and_a_longer_one_goes_on(data: Path) -> None:
+    before = done(UpConfig(data_path=data), data)
+    _check_same_training(HOST, UpConfig(data_path=data), before)
+    _check_same_training(HOST, UpConfig(data_path=data, train_iters=20), before)
+    _check_same_training(HOST, UpConfig(data_path=Path("/data/on the host.jsonl")), before)
+    _check_same_training(HOST, UpConfig(data_path=data), Done(False, 0, False, {}))
+
+
+def test_another_file_or_setting_is_told(data: Path) -> None:
+    before = done(UpConfig(data_path=data), data)
+    data.write_text('{"instruction": "a", "response": "other"}\n')
+    with pytest.raises(ConfigError) as caught:
+        _check_same_training(HOST, UpConfig(data_path=data, lora_rank=8, seq_length=1024), before)
+    text = str(caught.value)
+    assert "trained on another file" in text
+    assert "--lora-rank: the adapter was trained with 16; found 8" in text
+    assert "--seq-length: the adapter was trained with 512; found 1024" in text
+    assert "gpu-01: /checkpoints/adapter, iteration 10" in text
+
+
+def test_a_folder_of_somebody_else_is_told_before_the_work(tmp_path: Path) -> None:
+    _check_target(tmp_path / "new")
+    with pytest.raises(ConfigError, match="cannot be put here"):
+        _check_target(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    _check_target(tmp_path)
