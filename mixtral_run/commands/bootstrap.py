@@ -23,7 +23,9 @@ import click
 @click.option("--accept-new-host-key", multiple=True, metavar="HOST", help="Take the new key of a reimaged host.")
 @click.option("-f", "--forks", type=click.IntRange(min=1), help="Hosts at the same time.  [default: 50]")
 @click.option("--serial", metavar="N|N%", help="Finish so many hosts before the next begin.")
-@click.option("--retry", is_flag=True, help="The last bootstrap again, for the hosts that failed.")
+@click.option(
+    "--retry", is_flag=True, help="The last bootstrap again, for the hosts that failed; flags given beside it count."
+)
 def bootstrap(hosts: tuple[str, ...], retry: bool, ask_pass: bool, hf_token_file: str | None, **flags: Any) -> None:
     """Set hosts up over SSH: from nothing to machines where jobs run. Again, it changes what differs and nothing else.
 
@@ -33,14 +35,15 @@ def bootstrap(hosts: tuple[str, ...], retry: bool, ask_pass: bool, hf_token_file
     from mixtral_run.fleet import bootstrap as job
     from mixtral_run.fleet.secrets import token_file
 
+    flags["tags"] = tuple(tag for tag in (flags["tags"] or "").split(",") if tag)
     if retry:
-        if hosts or flags["inventory"]:
-            raise ConfigError("--retry takes the hosts of the last bootstrap.", found="hosts or an inventory beside it")
-        request = job.last_request()
-        if flags["ask_become_pass"]:
-            request = dataclasses.replace(request, ask_become_pass=True)
+        if hosts or flags["inventory"] or flags["limit"]:
+            raise ConfigError(
+                "--retry takes the hosts that failed in the last bootstrap.",
+                found="hosts, --inventory or --limit beside it",
+            )
+        request = job.last_request().again_with(flags)
     else:
-        flags["tags"] = tuple(tag for tag in (flags["tags"] or "").split(",") if tag)
         flags["forks"] = flags["forks"] or job.DEFAULT_FORKS
         request = job.BootstrapRequest(hosts=hosts, **flags)
     with token_file(hf_token_file, lambda: _ask("Hugging Face token")) as token:

@@ -23,6 +23,7 @@ from mixtral_run.fleet.view import make_view, summary
 
 CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
+KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s")
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
 
@@ -45,12 +46,20 @@ class BootstrapRequest:
     become_password: str | None = field(default=None, repr=False)
     login_password: str | None = field(default=None, repr=False)
 
+    def again_with(self, given: Mapping[str, Any]) -> BootstrapRequest:
+        """The same with what is given besides; variables are added to those that there were."""
+        more = {name: value for name, value in given.items() if value}
+        more["extra_vars"] = (*self.extra_vars, *given.get("extra_vars", ()))
+        return dataclasses.replace(self, **more)
+
     def to_record(self) -> dict[str, Any]:
         """JSON values for --retry; passwords and once-only options are left out."""
         values = dataclasses.asdict(self)
         for name in ("become_password", "login_password", "accept_new_host_key"):
             del values[name]
         # --retry may be called from another folder.
+        if self.hf_token_file is not None and self.hf_token_file.parent == state_folder("tmp"):
+            del values["hf_token_file"]  # typed in, and gone by then
         values["extra_vars"] = [f"@{_absolute(word[1:])}" if word.startswith("@") else word for word in self.extra_vars]
         return {name: _absolute(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -185,7 +194,7 @@ def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
         check=request.check,
         diff=request.diff,
         forks=min(request.forks, len(hosts)),
-        ssh_args=(*connection_options(ssh.known_hosts), "-o", "ControlMaster=auto", "-o", "ControlPersist=300s"),
+        ssh_args=(*connection_options(ssh.known_hosts), *KEEP_CONNECTION),
         become_password=request.become_password,
     )
 
@@ -218,16 +227,17 @@ def _tell(
 ) -> str:
     bad = [host.name for host in progress.bad]
     record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
-    if bad:
+    # A check changes nothing: what is left to do stays what it was.
+    if bad and not request.check:
         record = dataclasses.replace(request, limit=",".join(bad)).to_record()
         write_json(_retry_file(), record)
-    else:
+    elif not request.check:
         _retry_file().unlink(missing_ok=True)
     text = summary(
         progress,
         seconds=seconds,
         log=end.artifacts / "stdout" if end else None,
-        retry=RETRY_COMMAND if bad else None,
+        retry=RETRY_COMMAND if bad and not request.check else None,
         check=request.check,
     )
     if interrupted:

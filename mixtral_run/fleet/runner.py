@@ -91,8 +91,9 @@ def environment(play: Play) -> dict[str, str]:
     """Ansible's settings. They land in the artifacts: nothing secret may be among them."""
     return {
         "ANSIBLE_CONFIG": str(provisioning_folder() / "ansible.cfg"),
-        # A host's own ansible_ssh_common_args, from the user's inventory, wins over these.
-        "ANSIBLE_SSH_COMMON_ARGS": shlex.join(play.ssh_args),
+        # Not the common arguments, which an inventory's ansible_ssh_common_args (a jump host, say) would take the place
+        # of: these come first on ssh's command line, where the first value of an option wins.
+        "ANSIBLE_SSH_ARGS": shlex.join(play.ssh_args),
         "ANSIBLE_HOST_KEY_CHECKING": "True",
         "ANSIBLE_DEPRECATION_WARNINGS": "False",
         "ANSIBLE_FORCE_COLOR": "False",
