@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.explain import recognise
 from mixtral_run.fleet.hosts import Host, names_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.job_spec import (
     FACTS_SCRIPT,
@@ -111,12 +112,7 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
     try:
         facts, lines = parse_facts(answer.output)
     except (KeyError, ValueError):
-        return HostError(
-            f"{host.name} cannot run jobs: its Docker engine does not answer.",
-            where=host.target,
-            found=last_line(answer.errors) or f"exit code {answer.exit_code}",
-            next_command=f"mixtral-run bootstrap {host.target}",
-        )
+        return _engine_fault(host, answer)
     if lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
@@ -132,6 +128,20 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
             next_command=f"mixtral-run bootstrap {host.target} --tags hf_cache; or --checkpoints-folder FOLDER",
         )
     return facts
+
+
+def _engine_fault(host: Host, answer: Answer) -> HostError:
+    """A host's engine does not answer, or not to this user, whom setting the host up again would not help."""
+    known = recognise(answer.errors)
+    command = f"mixtral-run bootstrap {host.target}"
+    if known and known.name == "docker-permission":
+        command = known.commands_for(host.target)[0].replace("USER", host.user or "USER")
+    return HostError(
+        f"{host.name} cannot run jobs: {known.title if known else 'its Docker engine does not answer'}.",
+        where=host.target,
+        found=last_line(answer.errors) or f"exit code {answer.exit_code}",
+        next_command=command,
+    )
 
 
 def _raise_all(errors: Sequence[HostError]) -> None:

@@ -238,7 +238,10 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "The user may not talk to the engine",
         r"permission denied while trying to connect to the docker (daemon|api)|got permission denied .{0,60}docker\.sock",
         "The user is not in the group docker, or was added after it logged in.",
-        ('mixtral-run bootstrap HOST --tags docker --extra-vars \'{"docker_users": ["USER"]}\'', "log in again"),
+        (
+            'mixtral-run bootstrap HOST --tags docker --ask-become-pass --extra-vars \'{"docker_users": ["USER"]}\'',
+            "log in again",
+        ),
         ("docker", "socket", "group"),
     ),
     KnownFailure(

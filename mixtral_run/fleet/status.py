@@ -40,7 +40,8 @@ class HostStatus:
     gpu_memory_gib: float = 0.0
     hottest_celsius: float = 0.0
     ecc_errors: int = 0
-    xid_errors: tuple[str, ...] = ()
+    xid_errors: tuple[str, ...] | None = ()
+    """None where they could not be read."""
     fabric_manager: str = ""
     engine: str = ""
     toolkit: str = ""
@@ -119,7 +120,7 @@ def status_from(name: str, found: Mapping[str, Any]) -> HostStatus:
         gpu_memory_gib=min((gpu["memory_gib"] for gpu in gpus), default=0.0),
         hottest_celsius=max((gpu["temperature_celsius"] for gpu in gpus), default=0.0),
         ecc_errors=int(sum(gpu["ecc_errors"] for gpu in gpus)),
-        xid_errors=tuple(found["xid_errors"]),
+        xid_errors=None if found["xid_errors"] is None else tuple(found["xid_errors"]),
         fabric_manager=_fabric_manager(fabric),
         engine=engine["version"] or "",
         toolkit=found["toolkit"] or "",
@@ -208,7 +209,9 @@ def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
         if gpu["temperature_celsius"] >= HOT_CELSIUS
     ]
     told += [f"GPU {gpu['index']}: {gpu['ecc_errors']:g} uncorrectable ECC errors" for gpu in gpus if gpu["ecc_errors"]]
-    if found["xid_errors"]:
+    if found["xid_errors"] is None and gpus:
+        told.append("Xid errors cannot be read: that needs root, and sudo asks for a password")
+    elif found["xid_errors"]:
         told.append(f"{len(found['xid_errors'])} Xid errors: {found['xid_errors'][-1]}")
     if engine["version"] and not found["image"]:
         told.append("the kit's image is missing")

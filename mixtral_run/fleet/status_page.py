@@ -68,6 +68,12 @@ def _gib(value: float) -> str:
     return f"{value:g} GiB" if value else ""
 
 
+def _gpu_errors(status: HostStatus) -> str:
+    if not status.num_gpus:
+        return ""
+    return f"{status.ecc_errors} / {'?' if status.xid_errors is None else len(status.xid_errors)}"
+
+
 COLUMNS = (
     Column("Host", lambda status: html.escape(status.name)),
     Column("State", _state),
@@ -75,9 +81,7 @@ COLUMNS = (
     Column("GPUs", _gpus, "GPU"),
     Column("GPU memory", lambda status: _text(_gib(status.gpu_memory_gib)), "GPU memory GiB"),
     Column("Hottest", lambda status: _text(f"{status.hottest_celsius:g} °C" if status.num_gpus else "")),
-    Column(
-        "ECC / Xid", lambda status: _text(f"{status.ecc_errors} / {len(status.xid_errors)}" if status.num_gpus else "")
-    ),
+    Column("ECC / Xid", lambda status: _text(_gpu_errors(status))),
     Column("Driver", lambda status: _text(status.driver), "driver"),
     Column("Fabric manager", lambda status: _text(status.fabric_manager), "fabric manager"),
     Column("Engine", lambda status: _text(status.engine), "engine"),
