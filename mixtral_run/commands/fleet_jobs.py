@@ -59,7 +59,7 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
 def stop(job: str, on: tuple[str, ...]) -> None:
     """Ask a job to save and end, and wait until it has."""
     from mixtral_run.errors import HostError
-    from mixtral_run.fleet.jobs import KILLED, find_job, stop
+    from mixtral_run.fleet.jobs import find_job, how_badly_ended, stop
     from mixtral_run.fleet.selection import hosts_of
 
     rows = find_job(job, hosts_of(on, None, None))
@@ -68,15 +68,13 @@ def stop(job: str, on: tuple[str, ...]) -> None:
         return
     click.echo(f"Asking {rows[0].job} to save and end …")
     ended = stop(rows)
-    killed = [row for row in ended if row.exit_code == KILLED]
+    faults = [fault for row in ended if (fault := how_badly_ended(row))]
     for row in ended:
-        if row not in killed:
+        if not how_badly_ended(row):
             click.echo(f"✓ {row.job} has ended on {row.host.name} (exit code {row.exit_code})")
-    if killed:
+    if faults:
         raise HostError(
-            f"{rows[0].job} did not end by itself and was killed.",
-            faults=[f"{row.host.name}: what was not saved by then is lost" for row in killed],
-            next_command=f"mixtral-run logs {rows[0].job}",
+            f"{rows[0].job} has ended, but not well.", faults=faults, next_command=f"mixtral-run logs {rows[0].job}"
         )
 
 

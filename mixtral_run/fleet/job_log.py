@@ -13,7 +13,7 @@ from typing import TextIO
 from mixtral_run.errors import EXIT_CODES, HostError, MixtralRunError, Stopped, TrainingError
 from mixtral_run.fleet.explain import recognise, record_failures
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs import ENGINE_SCRIPT, JobRow, RunningJob, engine, list_jobs
+from mixtral_run.fleet.jobs import ENGINE_SCRIPT, SIGNALLED, JobRow, RunningJob, engine, list_jobs
 from mixtral_run.fleet.ssh import Ssh
 
 RECONNECTS = 5
@@ -47,9 +47,10 @@ class _HostLog:
     def bad(self) -> bool:
         return self.lost or (self.row is not None and self.row.exit_code != 0)
 
-
-SIGNALLED = (130, 143)
-"""What a program ends with after SIGINT or SIGTERM, when it had the time to end by itself."""
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended because it was asked to."""
+        return self.row is not None and self.row.exit_code in SIGNALLED
 
 
 class Left(KeyboardInterrupt):
@@ -148,7 +149,8 @@ class JobFollower:
 
     def _watch(self) -> None:
         """Where one host of several has died, stop the others: they would wait for it until a time-out."""
-        dead = [log for log in self._logs if log.over and log.bad]
+        # Whoever stopped one host stopped all, and the others may be saving still.
+        dead = [log for log in self._logs if log.over and log.bad and not log.stopped]
         alive = [log for log in self._logs if not log.over]
         if not dead or not alive or self._stopping:
             return
@@ -169,8 +171,8 @@ class JobFollower:
         bad = [log for log in self._logs if log.bad]
         if not bad:
             return
-        # Others fail because one did: the one that ended first.
-        first = min(bad, key=lambda log: log.ended)
+        # Others fail because one did: the one that ended first. Of a job that was stopped, the one that did not obey.
+        first = min(bad, key=lambda log: (log.stopped, log.ended))
         raise job_error(self.job, first.host, first.row, list(first.lines))
 
 

@@ -24,9 +24,8 @@ HF_HOME = "/huggingface"
 JOB_FOLDER = "/job"
 """Where the container sees the host's checkpoints and HF cache, as the image has them, and the job's own files."""
 
-SAVE_SECONDS = 300
-"""What a training run may take to save after SIGTERM (mixtral_run.launch.SHUTDOWN_SECONDS)."""
-STOP_SECONDS = SAVE_SECONDS + 30
+STOP_SECONDS = 330
+"""What a job may take to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
@@ -221,8 +220,9 @@ def bind(source: str, target: str, read_only: bool = False) -> list[str]:
 
 
 def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
-    # torchrun's own patience with its processes is 30 seconds.
-    found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
+    # torchrun's own patience with its processes is 30 seconds. It gets more than the engine's: a run that does not save
+    # in time is then killed by the engine, which tells so (KILLED), and not by a torchrun that ends as if it had saved.
+    found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS + 60)}
     if spec.num_hosts > 1 and facts.interface:
         # gloo would take the address of the host's own name, which Debian's /etc/hosts makes 127.0.1.1.
         found["GLOO_SOCKET_IFNAME"] = facts.interface
@@ -240,7 +240,7 @@ def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
     # Without an address of its own a host tells the others its name, which they may not be able to resolve.
     own = ["--local-addr", facts.address] if facts.address else []
     return [
-        "torchrun", "--nnodes", str(spec.num_hosts), "--nproc-per-node", str(processes),
+        "python", "-m", "mixtral_run.torchrun", "--nnodes", str(spec.num_hosts), "--nproc-per-node", str(processes),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", spec.rendezvous, "--rdzv-id", spec.name,
         *own, "--max-restarts", "0", "-m", "mixtral_run", spec.verb, *config,
     ]  # fmt: skip

@@ -52,6 +52,8 @@ class RunningJob:
 
 KILLED = 137
 """The exit code of a container that SIGKILL ended."""
+SIGNALLED = (130, 143)
+"""What a program ends with after SIGINT or SIGTERM, when it had the time to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,15 @@ def stop(rows: Sequence[JobRow], ssh: Ssh | None = None) -> list[JobRow]:
     if faults:
         raise HostError(f"{job} could not be stopped everywhere.", faults=faults)
     return [row for row in list_jobs(hosts, ssh)[0] if row.job == job]
+
+
+def how_badly_ended(row: JobRow) -> str | None:
+    """What may be lost of a job that was asked to end; None where it ended as asked."""
+    if row.exit_code in (0, *SIGNALLED):
+        return None
+    if row.exit_code == KILLED:
+        return f"{row.host.name}: it did not end by itself and was killed; what was not saved by then is lost"
+    return f"{row.host.name}: exit code {row.exit_code}; its output tells whether it could save"
 
 
 def fetch(host: Host, path: str, target: Path, ssh: Ssh | None = None, overwrite: bool = False) -> Path:

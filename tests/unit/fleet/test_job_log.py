@@ -87,7 +87,9 @@ def test_a_job_that_was_asked_to_end_is_stopped_not_failed(monkeypatch: pytest.M
     assert "--resume" in str(caught.value)
 
 
-@pytest.mark.parametrize(("exit_code", "word"), [(0, "✓"), (130, "✓"), (137, "was killed")])
+@pytest.mark.parametrize(
+    ("exit_code", "word"), [(0, "✓"), (130, "✓"), (143, "✓"), (137, "was killed"), (6, "exit code 6")]
+)
 def test_stop_says_whether_the_job_had_the_time_to_save(
     monkeypatch: pytest.MonkeyPatch, exit_code: int, word: str
 ) -> None:
@@ -96,4 +98,5 @@ def test_stop_says_whether_the_job_had_the_time_to_save(
     monkeypatch.setattr(jobs, "stop", lambda _: [dataclasses.replace(row, state="exited", exit_code=exit_code)])
     done = CliRunner().invoke(fleet_jobs.stop, ["finetune-1", "--on", "gpu-01"])
     assert word in done.output + str(done.exception)
-    assert isinstance(done.exception, HostError) == (exit_code == 137)
+    assert isinstance(done.exception, HostError) == (exit_code in (137, 6))
+    assert ("✓" in done.output) != isinstance(done.exception, HostError)

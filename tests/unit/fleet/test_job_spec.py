@@ -29,7 +29,7 @@ def test_the_container_of_a_job() -> None:
         "--mount", "type=bind,source=/var/lib/mixtral-run/huggingface,target=/huggingface",
         "--mount", "type=bind,source=/home/ops/jobs/finetune-1,target=/job,readonly",
         "--mount", "type=bind,source=/data/out,target=/data/out",
-        "--workdir", "/checkpoints", "--env", "PYTHONUNBUFFERED=1", "--env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300",
+        "--workdir", "/checkpoints", "--env", "PYTHONUNBUFFERED=1", "--env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=390",
         "--env", "NCCL_DEBUG=INFO", "--env", "A=b c",
         "mixtral-run:local", "mixtral-run", "finetune", "--config", "/job/config.json",
     ]  # fmt: skip
@@ -59,8 +59,8 @@ def test_several_hosts_meet_at_the_first() -> None:
     argv = container_argv(spec, dataclasses.replace(FACTS, address="10.0.0.2", interface="eth1"))
     assert "GLOO_SOCKET_IFNAME=eth1" in argv
     assert argv[argv.index("--network") + 1] == "host"
-    assert argv[argv.index("torchrun") :] == [
-        "torchrun", "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-backend", "c10d",
+    assert argv[argv.index("python") :] == [
+        "python", "-m", "mixtral_run.torchrun", "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "10.0.0.1:29400", "--rdzv-id", "j", "--local-addr", "10.0.0.2",
         "--max-restarts", "0", "-m", "mixtral_run", "finetune", "--config", "/job/config.json",
     ]  # fmt: skip
