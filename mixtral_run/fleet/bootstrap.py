@@ -16,7 +16,7 @@ from mixtral_run.fleet.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.provisioning import playbook
 from mixtral_run.fleet.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
-from mixtral_run.fleet.selection import hosts_of
+from mixtral_run.fleet.selection import hosts_of, inventory_of
 from mixtral_run.fleet.ssh import Ssh, connection_error, connection_options
 from mixtral_run.fleet.state import read_json, state_folder, write_json
 from mixtral_run.fleet.view import make_view, summary
@@ -107,6 +107,7 @@ def bootstrap(
     stream = stream or sys.stdout
     began = time.monotonic()
     _check_request(request)
+    request = _with_own_inventory(request)
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     accepted = _accepted(request, hosts)
     ssh = Ssh()
@@ -128,6 +129,16 @@ def bootstrap(
     forget_old_plays()
     text = _tell(request, progress, end, time.monotonic() - began, interrupted)
     return BootstrapEnd(progress, interrupted, text)
+
+
+def _with_own_inventory(request: BootstrapRequest) -> BootstrapRequest:
+    """Hosts remembered from an inventory are set up with it again: it holds their variables and their way in."""
+    if request.inventory is not None:
+        return request
+    hosts = hosts_of(request.hosts, None, request.limit)
+    names = tuple(host.name for host in hosts)
+    inventory = inventory_of(hosts)
+    return request if inventory is None else dataclasses.replace(request, hosts=names, inventory=inventory, limit=None)
 
 
 def _check_request(request: BootstrapRequest) -> None:

@@ -34,13 +34,13 @@ class Host:
     identity_file: str | None = None
     ssh_options: tuple[str, ...] = ()
     """More words for ssh, from an inventory's ansible_ssh_common_args."""
-    from_inventory: bool = False
-    """Whether an inventory file of the user's names it; then Ansible reads that file itself."""
+    inventory: str | None = None
+    """The user's own inventory that names it: Ansible reads that itself, with the variables that stand there."""
 
     @property
     def inventory_name(self) -> str:
         """The name in an inventory: Ansible would take `gpu-01:2222` apart."""
-        return self.name if self.from_inventory else re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)
+        return self.name if self.inventory else re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)
 
     @property
     def target(self) -> str:
@@ -48,6 +48,11 @@ class Host:
         user = f"{self.user}@" if self.user else ""
         address = f"[{self.address}]" if ":" in self.address else self.address
         return f"{user}{address}" + (f":{self.port}" if self.port else "")
+
+    @property
+    def bootstrap_words(self) -> str:
+        """How `bootstrap` is told of it in a message: without its inventory its variables would be missing."""
+        return shlex.join(["-i", self.inventory, "--limit", self.name]) if self.inventory else self.target
 
     def ansible_variables(self) -> dict[str, Any]:
         """Connection variables of an inventory that the kit writes."""
@@ -58,6 +63,8 @@ class Host:
             found["ansible_port"] = self.port
         if self.identity_file:
             found["ansible_ssh_private_key_file"] = self.identity_file
+        if self.ssh_options:
+            found["ansible_ssh_common_args"] = shlex.join(self.ssh_options)
         return found
 
 
@@ -114,11 +121,11 @@ def parse_hosts(texts: Iterable[str]) -> tuple[Host, ...]:
     return tuple(found.values())
 
 
-def hosts_of_inventory(listing: Mapping[str, Any]) -> tuple[Host, ...]:
+def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
     """Hosts of what `ansible-inventory --list` printed: those of the group mixtral_hosts, else all."""
     variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
     names = _members(listing, GROUP) if GROUP in listing else _members(listing, "all")
-    return tuple(_inventory_host(name, variables.get(name, {})) for name in names)
+    return tuple(_inventory_host(name, variables.get(name, {}), inventory) for name in names)
 
 
 def _members(listing: Mapping[str, Any], group: str) -> list[str]:
@@ -128,7 +135,7 @@ def _members(listing: Mapping[str, Any], group: str) -> list[str]:
     return list(found)
 
 
-def _inventory_host(name: str, variables: Mapping[str, Any]) -> Host:
+def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) -> Host:
     def first(*keys: str) -> Any:
         return next((variables[key] for key in keys if variables.get(key)), None)
 
@@ -143,7 +150,7 @@ def _inventory_host(name: str, variables: Mapping[str, Any]) -> Host:
         port=int(port) if port else None,
         identity_file=str(Path(str(key)).expanduser()) if key else None,
         ssh_options=tuple(shlex.split(options)),
-        from_inventory=True,
+        inventory=str(inventory.expanduser().resolve()),
     )
 
 

@@ -120,14 +120,15 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
             f"There is no image of the kit on {host.name}.",
             where=host.target,
             expected=options.image,
-            next_command=f"mixtral-run bootstrap {host.target} --tags image",
+            next_command=f"mixtral-run bootstrap {host.bootstrap_words} --tags image",
         )
     if lines["checkpoints"] != "1":
         return HostError(
             f"The folder of checkpoints is not on {host.name}.",
             where=host.target,
             expected=options.checkpoints_folder,
-            next_command=f"mixtral-run bootstrap {host.target} --tags hf_cache; or --checkpoints-folder FOLDER",
+            next_command=f"mixtral-run bootstrap {host.bootstrap_words} --tags hf_cache; "
+            "or --checkpoints-folder FOLDER",
         )
     return facts
 
@@ -135,7 +136,7 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
 def _engine_fault(host: Host, answer: Answer) -> HostError:
     """A host's engine does not answer, or not to this user, whom setting the host up again would not help."""
     known = recognise(answer.errors)
-    command = f"mixtral-run bootstrap {host.target}"
+    command = f"mixtral-run bootstrap {host.bootstrap_words}"
     if known and known.name == "docker-permission":
         command = known.commands_for(host.target)[0].replace("USER", host.user or "USER")
     return HostError(

@@ -159,7 +159,7 @@ def read_inventory(path: Path) -> dict[str, Any]:
         raise ConfigError(
             "The inventory cannot be read.", where=str(path), found=(errors or output).strip()[-500:]
         ) from error
-    if "Failed to parse" in (errors or "") or not hosts_of_inventory(found):
+    if "Failed to parse" in (errors or "") or not hosts_of_inventory(found, path):
         raise ConfigError("The inventory names no host.", where=str(path), found=(errors or "no host").strip()[-500:])
     return found
 

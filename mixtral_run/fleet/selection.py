@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_run.errors import ConfigError
@@ -20,7 +22,7 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
             raise ConfigError(
                 "There is no such inventory.", where=str(inventory), next_command="mixtral-run bootstrap ubuntu@gpu-01"
             )
-        listed = hosts_of_inventory(read_inventory(inventory))
+        listed = hosts_of_inventory(read_inventory(inventory), inventory)
         named = find_hosts(words, listed)
         unknown = [host.name for host in named if host not in listed]
         if unknown:
@@ -36,3 +38,24 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
             next_command="mixtral-run bootstrap ubuntu@gpu-01",
         )
     return limit_hosts(found, limit)
+
+
+def inventory_of(hosts: Sequence[Host]) -> Path | None:
+    """The inventory that all of the hosts come from; None where they come from none.
+
+    Raises ConfigError for hosts of several: one play reads one inventory.
+    """
+    groups: dict[str | None, list[str]] = {}
+    for host in hosts:
+        groups.setdefault(host.inventory, []).append(host.name)
+    if len(groups) > 1:
+        raise ConfigError(
+            "The hosts do not come from one inventory: set them up one after the other.",
+            faults=[
+                "mixtral-run bootstrap "
+                + (shlex.join(["-i", inventory, "--limit", ",".join(names)]) if inventory else " ".join(names))
+                for inventory, names in groups.items()
+            ],
+        )
+    (inventory,) = groups
+    return Path(inventory) if inventory else None

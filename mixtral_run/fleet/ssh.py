@@ -252,7 +252,8 @@ def connection_error(host: Host, errors: str) -> HostError:
             where=host.target,
             expected="the key recorded at first contact",
             found=_fingerprint(errors),
-            next_command=f"if it was reimaged: mixtral-run bootstrap --accept-new-host-key {host.name} {host.target}",
+            next_command="if it was reimaged: "
+            f"mixtral-run bootstrap --accept-new-host-key {host.name} {host.bootstrap_words}",
         )
     for pattern, what, command in _CONNECTION_FAULTS:
         if re.search(pattern, errors, re.IGNORECASE):
@@ -268,7 +269,7 @@ _CONNECTION_FAULTS = (
     (
         r"permission denied|too many authentication failures",
         "{host.name} refuses the key.",
-        "mixtral-run bootstrap --ask-pass {host.target}, which puts your key there",
+        "mixtral-run bootstrap --ask-pass {host.bootstrap_words}, which puts your key there",
     ),
     (
         r"could not resolve|name or service not known|temporary failure in name resolution",

@@ -107,7 +107,7 @@ def throwaway(name: str, report: Report) -> Iterator[Throwaway]:
             "swap_path": f"{targets.DATA_FOLDER}/swapfile-{name}",
         }
         del variables["image_requirements"]
-        host = Host(name, "127.0.0.1", started.user, started.port, str(Path(started.key)), from_inventory=True)
+        host = Host(name, "127.0.0.1", started.user, started.port, str(Path(started.key)))
         yield Throwaway(host, variables)
     except RuntimeError as error:
         raise CheckFailed("The throw-away host could not be had.", found=str(error)[-600:]) from error

@@ -136,6 +136,13 @@ def test_a_users_inventory_is_taken_as_it_is(run: Run, light_hosts: HostMaker, t
     end, _ = run(inventory=inventory, limit="rack-2")
     assert list(end.progress.hosts) == ["rack-2"]
     assert (tmp_path / "rack-2.conf").read_text() == "host rack-2 from the group\n"
+    # The remembered host is set up again with what stands in its inventory.
+    (tmp_path / "rack-2.conf").unlink()
+    end, _ = run()
+    assert not end.progress.bad
+    assert (tmp_path / "rack-2.conf").read_text() == "host rack-2 from the group\n"
+    with pytest.raises(ConfigError, match=f"-i {inventory} --limit rack-2"):
+        run("rack-2", first.target)
     with pytest.raises(ConfigError, match="rack-9"):
         run(inventory=inventory, limit="rack-9")
 

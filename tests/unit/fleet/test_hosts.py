@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mixtral_run.fleet.hosts import (
     remember_hosts,
     remembered_hosts,
 )
+from mixtral_run.fleet.selection import inventory_of
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ def test_an_ansible_name_has_no_colon_and_keeps_its_connection() -> None:
     host = parse_host("ubuntu@gpu-02:2222")
     assert host.inventory_name == "gpu-02-2222"
     assert host.ansible_variables() == {"ansible_host": "gpu-02", "ansible_user": "ubuntu", "ansible_port": 2222}
+    jumping = dataclasses.replace(host, ssh_options=("-o", "ProxyCommand=ssh -W %h:%p bastion"))
+    assert jumping.ansible_variables()["ansible_ssh_common_args"] == "-o 'ProxyCommand=ssh -W %h:%p bastion'"
 
 
 LISTING = {
@@ -78,18 +82,34 @@ LISTING = {
 
 
 def test_an_inventorys_group_is_read_with_its_children() -> None:
-    second, first = hosts_of_inventory(LISTING)
-    assert first == Host("gpu-01", "10.0.0.1", "ops", 2200, from_inventory=True)
+    inventory = Path("/racks/hosts.yml")
+    second, first = hosts_of_inventory(LISTING, inventory)
+    assert first == Host("gpu-01", "10.0.0.1", "ops", 2200, inventory="/racks/hosts.yml")
     assert second == Host(
         "gpu-02",
         "gpu-02",
         identity_file="/k",
         ssh_options=("-o", "ProxyJump=bastion", "-J", "a b"),
-        from_inventory=True,
+        inventory="/racks/hosts.yml",
     )
     without_group = {key: value for key, value in LISTING.items() if key != "mixtral_hosts"}
     without_group["all"] = {"children": ["rack_1", "other"]}
-    assert [host.name for host in hosts_of_inventory(without_group)] == ["gpu-01", "gpu-02", "db"]
+    assert [host.name for host in hosts_of_inventory(without_group, inventory)] == ["gpu-01", "gpu-02", "db"]
+
+
+def test_hosts_of_several_inventories_are_told_apart() -> None:
+    first, second = (
+        Host("gpu-01", "10.0.0.1", inventory="/racks/a b.yml"),
+        Host("gpu-02", "x", inventory="/racks/a b.yml"),
+    )
+    assert inventory_of([first, second]) == Path("/racks/a b.yml")
+    assert inventory_of([parse_host("gpu-03")]) is None
+    with pytest.raises(ConfigError) as caught:
+        inventory_of([first, parse_host("gpu-03:2222"), second])
+    assert caught.value.faults == (
+        "mixtral-run bootstrap -i '/racks/a b.yml' --limit gpu-01,gpu-02",
+        "mixtral-run bootstrap gpu-03:2222",
+    )
 
 
 def test_limit_takes_names_patterns_and_exceptions() -> None:

@@ -40,6 +40,13 @@ Host key for [127.0.0.1]:2222 has changed and you have requested strict checking
 Host key verification failed."""
 
 
+def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
+    host = Host("gpu-01", "10.0.0.1", "ops", inventory="/racks/hosts.yml")
+    for errors, flag in ((CHANGED, "--accept-new-host-key gpu-01"), ("Permission denied (publickey).", "--ask-pass")):
+        told = connection_error(host, errors).next_command or ""
+        assert f"mixtral-run bootstrap {flag} -i /racks/hosts.yml --limit gpu-01" in told
+
+
 @pytest.mark.parametrize(
     ("errors", "what", "command"),
     [
