@@ -29,7 +29,7 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
             for row, end in zip(shown, ends, strict=True)
         ]
         report.table(columns, cells)
-    else:
+    elif not errors:
         report.say("No jobs.")
     if errors:
         raise HostError("Not every host tells of its jobs.", faults=[str(error) for error in errors])
@@ -43,10 +43,12 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
 def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
     """Show what a job printed."""
     from mixtral_run.fleet.job_log import JobFollower, show_logs
-    from mixtral_run.fleet.jobs import RunningJob, find_job
+    from mixtral_run.fleet.jobs import RunningJob, find_whole_job
     from mixtral_run.fleet.selection import hosts_of
 
-    rows = find_job(job, hosts_of(on, None, None))
+    rows, errors = find_whole_job(job, hosts_of(on, None, None))
+    for error in errors:
+        click.echo(f"! {error}", err=True)
     if follow:
         JobFollower(RunningJob(rows[0].job, rows[0].verb, tuple(row.host for row in rows))).follow()
     else:
@@ -58,24 +60,10 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
 @click.option("--on", multiple=True, metavar="HOST,…", help="Where it runs, if it was started from another machine.")
 def stop(job: str, on: tuple[str, ...]) -> None:
     """Ask a job to save and end, and wait until it has."""
-    from mixtral_run.errors import HostError
-    from mixtral_run.fleet.jobs import find_job, how_badly_ended, stop
     from mixtral_run.fleet.selection import hosts_of
+    from mixtral_run.fleet.stopping import stop_job
 
-    rows = find_job(job, hosts_of(on, None, None))
-    if not any(row.running for row in rows):
-        click.echo(f"{rows[0].job} is over already.")
-        return
-    click.echo(f"Asking {rows[0].job} to save and end …")
-    ended = stop(rows)
-    faults = [fault for row in ended if (fault := how_badly_ended(row))]
-    for row in ended:
-        if not how_badly_ended(row):
-            click.echo(f"✓ {row.job} has ended on {row.host.name} (exit code {row.exit_code})")
-    if faults:
-        raise HostError(
-            f"{rows[0].job} has ended, but not well.", faults=faults, next_command=f"mixtral-run logs {rows[0].job}"
-        )
+    stop_job(job, hosts_of(on, None, None), click.echo)
 
 
 @click.command()

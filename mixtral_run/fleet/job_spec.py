@@ -18,6 +18,7 @@ from mixtral_run.settings import Config, field_types, flag_of, plain_type
 LABEL_JOB = "org.mixtral-run.job"
 LABEL_VERB = "org.mixtral-run.verb"
 LABEL_OUTPUT = "org.mixtral-run.output"
+LABEL_NUM_HOSTS = "org.mixtral-run.num_hosts"
 
 CHECKPOINTS = "/checkpoints"
 HF_HOME = "/huggingface"
@@ -189,6 +190,7 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
     options = spec.options
     argv = [*facts.docker, "run", "--detach", "--init", "--name", spec.name]
     argv += ["--label", f"{LABEL_JOB}={spec.name}", "--label", f"{LABEL_VERB}={spec.verb}"]
+    argv += ["--label", f"{LABEL_NUM_HOSTS}={spec.num_hosts}"]
     if spec.output:
         argv += ["--label", f"{LABEL_OUTPUT}={host_path(spec.output, options)}"]
     if facts.num_gpus:
@@ -254,10 +256,19 @@ def host_path(path: str, options: JobOptions) -> str:
     return path
 
 
-FACTS_SCRIPT = r"""
+FIND_ENGINE = """
 if docker version >/dev/null 2>&1; then docker=docker
 elif sudo -n docker version >/dev/null 2>&1; then docker='sudo -n docker'
-else docker version 2>&1 | tail -n 1 >&2; exit 3; fi
+else
+  if sudo -n true 2>/dev/null; then docker='sudo -n docker'; else docker=docker; fi
+  $docker version 2>&1 >/dev/null | tail -n 1 >&2; exit 3
+fi
+"""
+"""Sets $docker to the words that reach the engine, found out each time; else tells the engine's reason, exit code 3."""
+
+FACTS_SCRIPT = (
+    FIND_ENGINE
+    + r"""
 umask 077; mkdir -p "$HOME/.local/state/mixtral-run/jobs" || exit 4
 echo "docker=$docker"
 echo "uid=$(id -u)"; echo "gid=$(id -g)"
@@ -271,6 +282,7 @@ route=$(ip -4 route get 192.0.2.1 2>/dev/null)
 echo "address=$(echo "$route" | sed -n 's/.* src \([^ ]*\).*/\1/p')"
 echo "interface=$(echo "$route" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
 """
+)
 """Asked of a host in one go; arguments: the checkpoints folder, the image."""
 
 

@@ -20,7 +20,9 @@ from mixtral_run.fleet.explain import recognise
 from mixtral_run.fleet.hosts import Host, names_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.job_spec import (
     FACTS_SCRIPT,
+    FIND_ENGINE,
     LABEL_JOB,
+    LABEL_NUM_HOSTS,
     LABEL_OUTPUT,
     LABEL_VERB,
     STOP_SECONDS,
@@ -36,8 +38,7 @@ from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh import Answer, Ssh, connection_error, last_line
 from mixtral_run.settings import Config
 
-# `docker` may need sudo: found out on the host each time, so that these commands need nothing remembered.
-ENGINE_SCRIPT = 'if docker version >/dev/null 2>&1; then exec docker "$@"; else exec sudo -n docker "$@"; fi'
+ENGINE_SCRIPT = FIND_ENGINE + 'exec $docker "$@"'
 KEPT_CONTAINERS = 10
 
 
@@ -70,6 +71,8 @@ class JobRow:
     since: str
     output: str
     """What the job writes, on the host."""
+    num_hosts: int = 1
+    """On how many hosts the job was started."""
 
     @property
     def running(self) -> bool:
@@ -89,7 +92,8 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     name = f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
     make_spec(name, verb, config, options, len(hosts))
     found = ssh.each(hosts, lambda host: _facts_or_fault(ssh, host, options))
-    _raise_all([item for item in found if isinstance(item, HostError)])
+    refused = [item for item in found if isinstance(item, HostError)]
+    _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
     facts = [item for item in found if isinstance(item, HostFacts)]
     if len(hosts) > 1 and not getattr(config, "nproc_per_node", None):
         check_same_gpus(facts, [host.name for host in hosts])
@@ -147,13 +151,11 @@ def _engine_fault(host: Host, answer: Answer) -> HostError:
     )
 
 
-def _raise_all(errors: Sequence[HostError]) -> None:
+def _raise_all(errors: Sequence[HostError], what: str) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise HostError(
-            "Several hosts cannot run the job; nothing was started.", faults=[str(error) for error in errors]
-        )
+        raise HostError(what, faults=[str(error) for error in errors])
 
 
 def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
@@ -197,11 +199,12 @@ _ROW = "\t".join(
         "{{.State.OOMKilled}}",
         "{{.State.StartedAt}}",
         f'{{{{index .Config.Labels "{LABEL_OUTPUT}"}}}}',
+        f'{{{{index .Config.Labels "{LABEL_NUM_HOSTS}"}}}}',
     )
 )
 _LIST_SCRIPT = (
-    "if docker version >/dev/null 2>&1; then docker=docker; else docker='sudo -n docker'; fi; "
-    '$docker ps --all --quiet --filter "label=$1" | xargs -r $docker inspect --format "$2"'
+    FIND_ENGINE
+    + 'ids=$($docker ps --all --quiet --filter "label=$1") || exit; [ -z "$ids" ] || $docker inspect --format "$2" $ids'
 )
 
 
@@ -222,27 +225,40 @@ def _rows_of(ssh: Ssh, host: Host) -> list[JobRow] | HostError:
     answer = ssh.run(host, ["sh", "-c", _LIST_SCRIPT, "list", LABEL_JOB, _ROW])
     if answer.exit_code == 255:
         return connection_error(host, answer.errors)
-    if answer.exit_code and not answer.output:
-        return HostError(f"{host.name} does not tell of its jobs: {last_line(answer.errors)}")
-    cells = [line.split("\t") for line in answer.output.splitlines()]
-    return [
-        JobRow(
-            job, verb, host, state, int(code), killed == "true", since[:19], "" if output == "<no value>" else output
+    # A container that was removed between the two questions is none.
+    if answer.exit_code and "no such" not in answer.errors.lower():
+        return HostError(
+            f"{host.name} does not tell of its jobs.",
+            where=host.target,
+            found=last_line(answer.errors) or f"exit code {answer.exit_code}",
         )
-        for job, verb, state, code, killed, since, output in (row for row in cells if len(row) == 7)
-    ]
+    rows = [line.split("\t") for line in answer.output.splitlines()]
+    return [_row(host, cells) for cells in rows if len(cells) == 8]
+
+
+def _row(host: Host, cells: Sequence[str]) -> JobRow:
+    job, verb, state, code, killed, since, output, num_hosts = ("" if cell == "<no value>" else cell for cell in cells)
+    return JobRow(job, verb, host, state, int(code), killed == "true", since[:19], output, int(num_hosts or 1))
 
 
 def find_job(name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None) -> list[JobRow]:
     """The containers of a job by its name, or the start of it. Raises ConfigError where there is none, or several."""
+    return find_whole_job(name, hosts, ssh)[0]
+
+
+def find_whole_job(
+    name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None
+) -> tuple[list[JobRow], list[HostError]]:
+    """As find_job; and where hosts of the job are missing, what keeps hosts from telling."""
     hosts = hosts or remembered_hosts()
     rows, errors = list_jobs(hosts, ssh)
     matching = [row for row in rows if row.job == name] or [row for row in rows if row.job.startswith(name)]
     found = {row.job for row in matching}
     if len(found) == 1:
-        return sorted(matching, key=lambda row: hosts.index(row.host))
+        whole = len(matching) >= max(row.num_hosts for row in matching)
+        return sorted(matching, key=lambda row: hosts.index(row.host)), [] if whole else errors
     if errors and not found:
-        _raise_all(errors)
+        _raise_all(errors, f"No job is called {name!r} on the hosts that answer.")
     raise ConfigError(
         f"No job is called {name!r}." if not found else f"Several jobs are called {name!r}.",
         where=f"on {names_of(hosts)}",
@@ -264,16 +280,9 @@ def stop(rows: Sequence[JobRow], ssh: Ssh | None = None) -> list[JobRow]:
     ]
     if faults:
         raise HostError(f"{job} could not be stopped everywhere.", faults=faults)
-    return [row for row in list_jobs(hosts, ssh)[0] if row.job == job]
-
-
-def how_badly_ended(row: JobRow) -> str | None:
-    """What may be lost of a job that was asked to end; None where it ended as asked."""
-    if row.exit_code in (0, *SIGNALLED):
-        return None
-    if row.exit_code == KILLED:
-        return f"{row.host.name}: it did not end by itself and was killed; what was not saved by then is lost"
-    return f"{row.host.name}: exit code {row.exit_code}; its output tells whether it could save"
+    ended, errors = list_jobs(hosts, ssh)
+    _raise_all(errors, f"{job} was asked to end; how it ended cannot be told.")
+    return [row for row in ended if row.job == job]
 
 
 def fetch(host: Host, path: str, target: Path, ssh: Ssh | None = None, overwrite: bool = False) -> Path:

@@ -21,7 +21,7 @@ def test_the_container_of_a_job() -> None:
     assert container_argv(spec, FACTS) == [
         "docker", "run", "--detach", "--init", "--name", "finetune-1",
         "--label", "org.mixtral-run.job=finetune-1", "--label", "org.mixtral-run.verb=finetune",
-        "--label", "org.mixtral-run.output=/data/out/my adapter",
+        "--label", "org.mixtral-run.num_hosts=1", "--label", "org.mixtral-run.output=/data/out/my adapter",
         "--device", "nvidia.com/gpu=all", "--shm-size", "32g", "--stop-timeout", "330",
         "--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--ulimit", "nofile=1048576:1048576",
         "--user", "1001:1002", "--group-add", "1000",

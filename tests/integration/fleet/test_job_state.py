@@ -1,0 +1,74 @@
+"""What `jobs` and `stop` say where an engine or a host does not answer: over a real sshd, with a stand-in engine."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mixtral_run.commands import fleet_jobs
+from mixtral_run.errors import HostError
+from mixtral_run.fleet.hosts import parse_host
+from mixtral_run.fleet.jobs import list_jobs
+from tests.integration.fleet.conftest import HostMaker
+from tests.integration.fleet.engine import StandInEngine
+
+
+def stop(job: str, *targets: str) -> Result:
+    return CliRunner().invoke(fleet_jobs.stop, [job, "--on", ",".join(targets)])
+
+
+@pytest.mark.parametrize("only", ["", "ps"])
+def test_an_engine_that_does_not_answer_is_not_one_without_jobs(light_hosts: HostMaker, only: str) -> None:
+    (host,) = light_hosts(1)
+    engine = StandInEngine(host)
+    engine.add("finetune-1")
+    (row,), errors = list_jobs([parse_host(host.target)])
+    assert (row.job, row.running, row.num_hosts, errors) == ("finetune-1", True, 1, [])
+    engine.fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", only)
+    rows, errors = list_jobs([parse_host(host.target)])
+    assert rows == []
+    assert "Cannot connect to the Docker daemon" in str(errors[0])
+    told = CliRunner().invoke(fleet_jobs.jobs, [host.target])
+    assert "No jobs" not in told.output
+    assert isinstance(told.exception, HostError)
+
+
+def test_a_host_without_jobs_has_none(light_hosts: HostMaker) -> None:
+    (host,) = light_hosts(1)
+    StandInEngine(host)
+    assert list_jobs([parse_host(host.target)]) == ([], [])
+    assert "No jobs." in CliRunner().invoke(fleet_jobs.jobs, [host.target]).output
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "word"), [(0, "✓"), (130, "✓"), (143, "✓"), (137, "was killed"), (6, "exit code 6")]
+)
+def test_stop_says_whether_the_job_had_the_time_to_save(light_hosts: HostMaker, exit_code: int, word: str) -> None:
+    (host,) = light_hosts(1)
+    StandInEngine(host).add("finetune-1", ends_with=exit_code)
+    done = stop("finetune-1", host.target)
+    assert word in done.output + str(done.exception)
+    assert isinstance(done.exception, HostError) == (exit_code in (137, 6))
+    assert ("✓" in done.output) != isinstance(done.exception, HostError)
+
+
+def test_stop_fails_where_a_host_of_the_job_cannot_be_asked(light_hosts: HostMaker) -> None:
+    first, second = light_hosts(2)
+    for host in (first, second):
+        StandInEngine(host).add("finetune-1", num_hosts=2)
+    second.stop()
+    done = stop("finetune-1", first.target, second.target)
+    assert "✓ finetune-1 has ended on 127.0.0.1" in done.output
+    assert isinstance(done.exception, HostError)
+    assert "may go on" in str(done.exception)
+    assert "refuses the connection" in str(done.exception)
+    second.start()
+
+
+def test_stop_does_not_mind_a_host_that_the_job_is_not_on(light_hosts: HostMaker) -> None:
+    first, second = light_hosts(2)
+    StandInEngine(first).add("finetune-1")
+    second.stop()
+    done = stop("finetune-1", first.target, second.target)
+    assert done.exception is None
+    assert "✓ finetune-1 has ended" in done.output
