@@ -121,11 +121,38 @@ def parse_hosts(texts: Iterable[str]) -> tuple[Host, ...]:
     return tuple(found.values())
 
 
-def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
-    """Hosts of what `ansible-inventory --list` printed: those of the group mixtral_hosts, else all."""
+CONNECTION_VARIABLES = (
+    "ansible_host", "ansible_ssh_host", "ansible_port", "ansible_ssh_port", "ansible_user", "ansible_ssh_user",
+    "ansible_ssh_private_key_file", "ansible_private_key_file", "ansible_ssh_common_args", "ansible_ssh_extra_args",
+)  # fmt: skip
+"""The variables of an inventory that say how to get to a host."""
+
+
+def unresolved_variables(listing: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Hosts, and which of their connection variables hold no value yet but a template or something encrypted."""
     variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
-    names = _members(listing, GROUP) if GROUP in listing else _members(listing, "all")
-    return tuple(_inventory_host(name, variables.get(name, {}), inventory) for name in names)
+    found = {}
+    for name in inventory_names(listing):
+        values = variables.get(name, {})
+        open_ones = tuple(key for key in CONNECTION_VARIABLES if key in values and not _is_value(values[key]))
+        if open_ones:
+            found[name] = open_ones
+    return found
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, int)) and not re.search(r"{{|{%", str(value)))
+
+
+def inventory_names(listing: Mapping[str, Any]) -> list[str]:
+    """The names of an inventory's hosts: those of the group mixtral_hosts, else all."""
+    return _members(listing, GROUP) if GROUP in listing else _members(listing, "all")
+
+
+def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
+    """Hosts of what `ansible-inventory --list` printed, without templates. Raises ConfigError for what is no port."""
+    variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
+    return tuple(_inventory_host(name, variables.get(name, {}), inventory) for name in inventory_names(listing))
 
 
 def _members(listing: Mapping[str, Any], group: str) -> list[str]:
@@ -142,6 +169,13 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
     port = first("ansible_port", "ansible_ssh_port")
     user = first("ansible_user", "ansible_ssh_user")
     key = first("ansible_ssh_private_key_file", "ansible_private_key_file")
+    if port and not _is_port(str(port)):
+        raise ConfigError(
+            f"{name} has a port that is none.",
+            where=str(inventory),
+            expected="ansible_port from 1 to 65535",
+            found=repr(port),
+        )
     options = " ".join(str(variables.get(key) or "") for key in ("ansible_ssh_common_args", "ansible_ssh_extra_args"))
     return Host(
         name=name,

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import ConfigError, MixtralRunError
-from mixtral_run.fleet.hosts import GROUP, Host, hosts_of_inventory
+from mixtral_run.fleet.hosts import GROUP, Host, inventory_names, unresolved_variables
 from mixtral_run.fleet.provisioning import provisioning_folder
-from mixtral_run.fleet.state import state_folder, write_json
+from mixtral_run.fleet.state import state_folder, write_json, write_private
 
 POLL_SECONDS = 0.2
 """How often ansible-runner looks whether it was cancelled; its own default of 5 s makes a slow Ctrl-C."""
@@ -33,6 +33,12 @@ KEPT_VARIABLES = re.compile(
     re.IGNORECASE,
 )
 """What Ansible needs of the environment; anything else, such as HF_TOKEN, stays out of its artifacts."""
+
+HAND_ON = (
+    "import json, os, sys; file, *words = sys.argv[1:]; os.environ.update(json.load(open(file))); os.unlink(file); "
+    "os.execvp(words[0], words)"
+)
+"""A program that starts another with the variables of a file besides, which it removes."""
 
 BECOME_PROMPT = r"BECOME password[^:]*:\s*?$"
 
@@ -139,7 +145,10 @@ def parse_extra_vars(words: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
 
 
 def read_inventory(path: Path) -> dict[str, Any]:
-    """What `ansible-inventory --list` says of an inventory: groups, and `_meta.hostvars`. Raises ConfigError."""
+    """What `ansible-inventory --list` says of an inventory: groups, and `_meta.hostvars`. Raises ConfigError.
+
+    Connection variables are resolved where they are templates.
+    """
     import ansible_runner
 
     if not path.exists():
@@ -159,9 +168,47 @@ def read_inventory(path: Path) -> dict[str, Any]:
         raise ConfigError(
             "The inventory cannot be read.", where=str(path), found=(errors or output).strip()[-500:]
         ) from error
-    if "Failed to parse" in (errors or "") or not hosts_of_inventory(found, path):
+    if "Failed to parse" in (errors or "") or not inventory_names(found):
         raise ConfigError("The inventory names no host.", where=str(path), found=(errors or "no host").strip()[-500:])
+    _resolve_variables(path, found)
     return found
+
+
+def _resolve_variables(path: Path, listing: dict[str, Any]) -> None:
+    """Put values in the place of templates, which ansible-inventory leaves as they are."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for host, names in unresolved_variables(listing).items():
+        alike.setdefault(names, []).append(host)
+    faults: list[str] = []
+    for names, hosts in alike.items():
+        for host, found in _resolved(path, hosts, names).items():
+            if isinstance(found, str):
+                faults.append(f"{host}: {', '.join(names)}: {found}")
+            else:
+                listing["_meta"]["hostvars"][host].update(found)
+    if faults:
+        raise ConfigError("The inventory does not say how to get to its hosts.", where=str(path), faults=faults)
+
+
+def _resolved(path: Path, hosts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any] | str]:
+    """Variables of hosts as Ansible resolves them, or why it cannot. Connects to nobody."""
+    import ansible_runner
+
+    settings = environment(Play(playbook=path, hosts=()))
+    with _own_folder("inventory") as folder, _search_path(settings["PATH"]):
+        end = ansible_runner.interface.run(
+            private_data_dir=str(folder),
+            inventory=str(path.resolve()),
+            host_pattern=",".join(hosts),
+            module="ansible.builtin.debug",
+            module_args=json.dumps({"msg": {name: f"{{{{ {name} }}}}" for name in names}}),
+            envvars=settings,
+            quiet=True,
+        )
+        events = [event for event in end.events if event["event"] in ("runner_on_ok", "runner_on_failed")]
+        output = plain(end.stdout.read()).strip()[-300:]
+    results = {event["event_data"]["host"]: event["event_data"]["res"].get("msg") for event in events}
+    return {host: results.get(host) or output for host in hosts}
 
 
 def list_tasks(playbook: Path) -> list[str]:
@@ -277,11 +324,21 @@ class RunningPlay:
         )
 
     def _run(self) -> None:
+        rest = self.folder / "env" / "rest"
         try:
+            if self.play.inventory is not None:
+                # A plugin that asks a cloud for its hosts finds its keys there, as it did when they were listed. In the
+                # runner's own environment they would be written into the artifacts.
+                kept = self._runner.config.env
+                more = {name: value for name, value in os.environ.items() if name not in kept}
+                write_private(rest, json.dumps(more))
+                words = [sys.executable, "-IS", "-c", HAND_ON, str(rest)]
+                self._runner.config.command = [*words, *self._runner.config.command]
             self._runner.run()
         except BaseException as error:
             self._fault = error
         finally:
+            rest.unlink(missing_ok=True)
             self._events.put(None)
 
     def _on_event(self, event: dict[str, Any]) -> bool:

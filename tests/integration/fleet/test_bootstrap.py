@@ -6,6 +6,7 @@ The real playbook over real throw-away hosts is in test_end_to_end.py: simulated
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import stat
@@ -145,6 +146,38 @@ def test_a_users_inventory_is_taken_as_it_is(run: Run, light_hosts: HostMaker, t
         run("rack-2", first.target)
     with pytest.raises(ConfigError, match="rack-9"):
         run(inventory=inventory, limit="rack-9")
+
+
+def test_an_inventory_may_compute_its_hosts_from_the_environment(
+    run: Run, light_hosts: HostMaker, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host,) = light_hosts(1)
+    # As a cloud's plugin would: no key, no host.
+    hosts = {"rack-1": {"ansible_host": "{{ 'local' ~ 'host' }}", "ansible_port": "{{ port }}", "port": host.port}}
+    listing = {"all": {"hosts": list(hosts)}, "_meta": {"hostvars": hosts}}
+    inventory = tmp_path / "cloud"
+    inventory.write_text(
+        f"#!/bin/sh\n[ \"$CLOUD_KEY\" = 'it is a secret' ] || {{ echo '{{}}'; exit; }}\ncat <<'END'\n"
+        f"{json.dumps(listing)}\nEND\n"
+    )
+    inventory.chmod(0o755)
+    monkeypatch.setenv("CLOUD_KEY", "it is a secret")
+    end, _ = run(inventory=inventory)
+    assert [each.phase for each in end.progress.hosts.values()] == [Phase.DONE]
+    (found,) = remembered_hosts()
+    assert (found.address, found.port) == ("localhost", host.port)
+    for file in (home / "state").rglob("*"):
+        assert not file.is_file() or "it is a secret" not in file.read_text(errors="replace"), file
+
+
+def test_a_template_that_has_no_value_is_told_with_host_and_variable(tmp_path: Path, home: Path) -> None:
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text("all: {hosts: {rack-1: {ansible_port: '{{ nowhere }}'}, rack-2: {}}}\n")
+    with pytest.raises(ConfigError, match=r"rack-1: ansible_port: .*'nowhere' is undefined"):
+        hosts_of((), inventory, None)
+    inventory.write_text("all: {hosts: {rack-1: {ansible_port: many}}}\n")
+    with pytest.raises(ConfigError, match="rack-1 has a port that is none"):
+        hosts_of((), inventory, None)
 
 
 def test_ctrl_c_stops_within_a_second_and_says_what_was_left(light_hosts: HostMaker, tmp_path: Path) -> None:
