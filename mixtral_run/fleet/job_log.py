@@ -37,6 +37,8 @@ class _HostLog:
     lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
     row: JobRow | None = None
     lost: bool = False
+    fault: BaseException | None = None
+    """What ended the following itself: nobody reads any more, or a fault of ours."""
     ended: float = 0.0
 
     @property
@@ -45,7 +47,8 @@ class _HostLog:
 
     @property
     def bad(self) -> bool:
-        return self.lost or (self.row is not None and self.row.exit_code != 0)
+        """Whether it did not end well; also where its end is not known."""
+        return self.row is None or self.row.exit_code != 0
 
     @property
     def stopped(self) -> bool:
@@ -76,9 +79,12 @@ class JobFollower:
         self._stopping = False
 
     def follow(self, new_only: bool = False) -> None:
-        """Show output until the job is over. Raises what the job failed with, or Left after a second Ctrl-C."""
+        """Show output until the job is over. Raises what the job failed with, or Left after a second Ctrl-C.
+
+        What keeps the output from being shown, BrokenPipeError among it, is raised as well; the job goes on.
+        """
         threads = [
-            threading.Thread(target=self._follow_host, args=(log, new_only), name=log.host.name, daemon=True)
+            threading.Thread(target=self._follow_or_tell, args=(log, new_only), name=log.host.name, daemon=True)
             for log in self._logs
         ]
         for thread in threads:
@@ -100,6 +106,14 @@ class JobFollower:
                     f"mixtral-run stop {self.job.name}"
                 )
         self._raise_if_bad()
+
+    def _follow_or_tell(self, log: _HostLog, new_only: bool) -> None:
+        try:
+            self._follow_host(log, new_only)
+        except BaseException as fault:
+            # A thread's own end is nobody's business: `follow` raises it.
+            log.fault = fault
+            self._leave.set()
 
     def _follow_host(self, log: _HostLog, new_only: bool) -> None:
         since = ["--tail", "0"] if new_only else []
@@ -168,6 +182,9 @@ class JobFollower:
         ).start()
 
     def _raise_if_bad(self) -> None:
+        for log in self._logs:
+            if log.fault is not None:
+                raise log.fault
         bad = [log for log in self._logs if log.bad]
         if not bad:
             return

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner, Result
 
@@ -72,3 +76,20 @@ def test_stop_does_not_mind_a_host_that_the_job_is_not_on(light_hosts: HostMaker
     done = stop("finetune-1", first.target, second.target)
     assert done.exception is None
     assert "✓ finetune-1 has ended" in done.output
+
+
+def test_a_reader_that_leaves_ends_the_following_quietly(light_hosts: HostMaker) -> None:
+    (host,) = light_hosts(1)
+    engine = StandInEngine(host)
+    engine.add("finetune-1")
+    engine.print("finetune-1", "".join(f"iteration {number}\n" for number in range(50_000)))
+    words = [sys.executable, "-m", "mixtral_run", "logs", "-f", "finetune-1", "--on", host.target]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"iteration 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+    (row,), _ = list_jobs([parse_host(host.target)])
+    assert row.running
