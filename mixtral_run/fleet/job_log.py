@@ -16,8 +16,9 @@ from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import ENGINE_SCRIPT, SIGNALLED, JobRow, RunningJob, engine, list_jobs
 from mixtral_run.fleet.ssh import Ssh
 
-RECONNECTS = 5
 RECONNECT_SECONDS = 2.0
+PATIENCE_SECONDS = 600
+"""How long a host may not answer before it counts as lost. Its part of the job goes on all the same."""
 KEPT_LINES = 400
 OVERLAP_LINES = 50
 """Lines that are asked for again when a connection was lost. The engine takes a container's two outputs up side by
@@ -37,13 +38,16 @@ class _HostLog:
     lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
     row: JobRow | None = None
     lost: bool = False
+    """It has not answered for too long."""
+    removed: bool = False
+    """Somebody removed the container."""
     fault: BaseException | None = None
     """What ended the following itself: nobody reads any more, or a fault of ours."""
     ended: float = 0.0
 
     @property
     def over(self) -> bool:
-        return self.row is not None or self.lost
+        return self.row is not None or self.lost or self.removed
 
     @property
     def bad(self) -> bool:
@@ -117,28 +121,39 @@ class JobFollower:
 
     def _follow_host(self, log: _HostLog, new_only: bool) -> None:
         since = ["--tail", "0"] if new_only else []
-        lost = 0
         while not self._leave.is_set():
-            before = log.count
             self._stream(log, ["--follow", *(_since(log) or since)])
-            if self._leave.is_set():
-                return
-            rows, errors = list_jobs([log.host], self.ssh)
-            row = next((row for row in rows if row.job == self.job.name), None)
+            row = self._row_of(log)
             if row is not None and not row.running:
                 # The stream ends with the container, and its last words may have come too late for it.
                 self._stream(log, _since(log) or since)
-                log.row, log.ended = row, time.monotonic()
+                log.row = row
+            if row is None or not row.running:
+                log.ended = time.monotonic()
                 return
-            if row is None and not errors:
-                log.lost, log.ended = True, time.monotonic()  # Somebody removed the container.
-                return
-            lost = 0 if log.count != before else lost + 1
-            if lost >= RECONNECTS:
-                log.lost, log.ended = True, time.monotonic()
-                return
-            if self._leave.wait(RECONNECT_SECONDS):
-                return
+            self._leave.wait(RECONNECT_SECONDS)
+
+    def _row_of(self, log: _HostLog) -> JobRow | None:
+        """How the job is on a host, as soon as that answers; None where it has none, or none is waited for any more."""
+        began, told = time.monotonic(), False
+        while not self._leave.is_set():
+            rows, errors = list_jobs([log.host], self.ssh)
+            if not errors:
+                if told:
+                    self.say(f"{log.host.name} answers again")
+                row = next((row for row in rows if row.job == self.job.name), None)
+                log.removed = row is None
+                return row
+            if time.monotonic() - began >= PATIENCE_SECONDS:
+                log.lost = True
+                return None
+            if not told:
+                told = True
+                self.say(
+                    f"! {errors[0].what} {self.job.name} may go on there; trying for {PATIENCE_SECONDS // 60} minutes"
+                )
+            self._leave.wait(RECONNECT_SECONDS)
+        return None
 
     def _stream(self, log: _HostLog, options: list[str]) -> None:
         """Show what the engine has, without what was shown before."""
@@ -162,14 +177,18 @@ class JobFollower:
             print(prefix + text, file=self.out, flush=True)
 
     def _watch(self) -> None:
-        """Where one host of several has died, stop the others: they would wait for it until a time-out."""
-        # Whoever stopped one host stopped all, and the others may be saving still.
-        dead = [log for log in self._logs if log.over and log.bad and not log.stopped]
+        """Where one host's part has failed, stop the others': they would wait for it until a time-out.
+
+        A host that does not answer may be well, and so the job. Whoever stopped one host's part stopped all, and the
+        others may be saving still.
+        """
+        dead = [log for log in self._logs if log.over and log.bad and not log.lost and not log.stopped]
         alive = [log for log in self._logs if not log.over]
         if not dead or not alive or self._stopping:
             return
         self._stopping = True
-        how = "cannot be reached any more" if dead[0].lost else f"ended with exit code {dead[0].row.exit_code}"  # type: ignore[union-attr]
+        row = dead[0].row
+        how = "has no container of it any more" if row is None else f"ended with exit code {row.exit_code}"
         others = ", ".join(log.host.name for log in alive)
         self.say(f"✗ {dead[0].host.name} {how}: stopping the job on {others}")
         words = ("stop", "--time", str(GRACE_SECONDS), self.job.name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from mixtral_run.errors import HostError
+from mixtral_run.errors import HostError, MixtralRunError, Stopped, TrainingError
 from mixtral_run.fleet import job_log
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.job_log import JobFollower
@@ -75,3 +75,52 @@ def test_a_reader_that_left_is_told_and_not_taken_for_the_end(monkeypatch: pytes
     with pytest.raises(BrokenPipeError):
         fleet.follow(ClosedPipe())
     assert fleet.stopped == []
+
+
+def test_hosts_that_do_not_answer_for_a_while_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, [silent] * 20 + [ended], [running, *[silent] * 20, ended])
+    fleet.follow()
+    assert fleet.stopped == []
+    for host in ("gpu-01", "gpu-02"):
+        told = [line for line in fleet.said if host in line]
+        assert len(told) == 2
+        assert "does not answer" in told[0]
+        assert "answers again" in told[1]
+
+
+def test_a_host_that_never_answers_again_is_lost_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_log, "PATIENCE_SECONDS", 0.05)
+    fleet = Fleet(monkeypatch, [silent], [*[running] * 50, ended])
+    with pytest.raises(HostError, match="was lost: gpu-01"):
+        fleet.follow()
+    assert fleet.stopped == []
+    assert fleet.answers[HOSTS[1]] == [ended]
+
+
+def test_a_job_without_output_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    Fleet(monkeypatch, [*[running] * 50, ended]).follow()
+
+
+@pytest.mark.parametrize(("end", "how"), [(lambda host: ended(host, 6), "exit code 6"), (gone, "no container")])
+def test_a_part_that_failed_stops_the_others(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[Host], State], how: str
+) -> None:
+    fleet = Fleet(monkeypatch, [end], [lambda host: ended(host, 143) if fleet.stopped else running(host)])
+    with pytest.raises(MixtralRunError, match=r"failed on gpu-01|was lost: gpu-01"):
+        fleet.follow()
+    assert fleet.stopped == ["gpu-02"]
+    assert how in fleet.said[0]
+
+
+def test_a_part_that_was_stopped_leaves_the_others_their_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[Callable[[Host], State]] = [*[running] * 50, lambda host: ended(host, 143)]
+    fleet = Fleet(monkeypatch, [lambda host: ended(host, 143)], others)
+    with pytest.raises(Stopped):
+        fleet.follow()
+    assert fleet.stopped == []
+
+
+def test_of_a_job_that_was_stopped_the_part_that_was_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, [lambda host: ended(host, 143)], [*[running] * 10, lambda host: ended(host, 137)])
+    with pytest.raises(TrainingError, match="gpu-02"):
+        fleet.follow()
