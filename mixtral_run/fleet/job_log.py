@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import functools
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -65,7 +67,7 @@ class Left(KeyboardInterrupt):
 
 
 class JobFollower:
-    """Shows a job's output. `say` gets our own words, which are not the job's."""
+    """Shows a job's output, its errors and progress apart. `say` gets our own words, which are not the job's."""
 
     def __init__(
         self,
@@ -73,8 +75,9 @@ class JobFollower:
         ssh: Ssh | None = None,
         out: TextIO | None = None,
         say: Callable[[str], None] | None = None,
+        err: TextIO | None = None,
     ) -> None:
-        self.job, self.ssh, self.out = job, ssh or Ssh(), out or sys.stdout
+        self.job, self.ssh, self.out, self.err = job, ssh or Ssh(), out or sys.stdout, err or sys.stderr
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._logs = [_HostLog(host) for host in job.hosts]
         self._width = max(len(host.name) for host in job.hosts) if len(job.hosts) > 1 else 0
@@ -159,9 +162,17 @@ class JobFollower:
         """Show what the engine has, without what was shown before."""
         again = collections.Counter(log.shown)
         words = ["sh", "-c", ENGINE_SCRIPT, "docker", "logs", "--timestamps", *options, self.job.name]
-        self.ssh.stream(log.host, words, lambda line: self._line(log, line, again), self._leave)
+        _stream_apart(
+            self.ssh,
+            log.host,
+            words,
+            self.out,
+            self.err,
+            lambda line, to: self._line(log, line, again, to),
+            self._leave,
+        )
 
-    def _line(self, log: _HostLog, line: str, again: collections.Counter[tuple[str, str]]) -> None:
+    def _line(self, log: _HostLog, line: str, again: collections.Counter[tuple[str, str]], to: TextIO) -> None:
         stamp, _, text = line.partition(" ")
         if not (len(stamp) > 20 and stamp[4] == "-" and stamp.endswith("Z")):
             text = line  # ssh's own words, or the engine's
@@ -174,7 +185,7 @@ class JobFollower:
         log.lines.append(text)
         prefix = f"{log.host.name:<{self._width}} | " if self._width else ""
         with self._lock:
-            print(prefix + text, file=self.out, flush=True)
+            print(prefix + text, file=to, flush=True)
 
     def _watch(self) -> None:
         """Where one host's part has failed, stop the others': they would wait for it until a time-out.
@@ -210,6 +221,28 @@ class JobFollower:
         # Others fail because one did: the one that ended first. Of a job that was stopped, the one that did not obey.
         first = min(bad, key=lambda log: (log.stopped, log.ended))
         raise job_error(self.job, first.host, first.row, list(first.lines))
+
+
+def _stream_apart(
+    ssh: Ssh,
+    host: Host,
+    words: Sequence[str],
+    out: TextIO,
+    err: TextIO,
+    on_line: Callable[[str, TextIO], None],
+    stop: threading.Event | None = None,
+) -> None:
+    """Hand over a command's lines, each with the one of ours that it belongs to."""
+    # What goes to one place, a terminal or `2>&1`, keeps its order; apart there is none between the two.
+    apart = None if _same_place(out, err) else lambda line: on_line(line, err)
+    ssh.stream(host, words, lambda line: on_line(line, out), stop, apart)
+
+
+def _same_place(out: TextIO, err: TextIO) -> bool:
+    try:
+        return os.path.sameopenfile(out.fileno(), err.fileno())
+    except (OSError, ValueError):  # not files
+        return False
 
 
 def _since(log: _HostLog) -> list[str]:
@@ -249,14 +282,20 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
     )
 
 
-def show_logs(rows: list[JobRow], ssh: Ssh | None = None, out: TextIO | None = None, tail: str = "all") -> None:
+def show_logs(
+    rows: list[JobRow],
+    ssh: Ssh | None = None,
+    out: TextIO | None = None,
+    tail: str = "all",
+    err: TextIO | None = None,
+) -> None:
     """Print what a job has printed so far."""
-    ssh, out = ssh or Ssh(), out or sys.stdout
+    ssh, out, err = ssh or Ssh(), out or sys.stdout, err or sys.stderr
     width = max(len(row.host.name) for row in rows) if len(rows) > 1 else 0
 
-    def show(row: JobRow, line: str) -> None:
-        print((f"{row.host.name:<{width}} | " if width else "") + line, file=out, flush=True)
+    def show(row: JobRow, line: str, to: TextIO) -> None:
+        print((f"{row.host.name:<{width}} | " if width else "") + line, file=to, flush=True)
 
     for row in rows:
         words = ["sh", "-c", ENGINE_SCRIPT, "docker", "logs", "--tail", tail, row.job]
-        ssh.stream(row.host, words, lambda line, row=row: show(row, line))  # type: ignore[misc]
+        _stream_apart(ssh, row.host, words, out, err, functools.partial(show, row))

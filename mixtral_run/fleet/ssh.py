@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import selectors
 import shlex
 import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,25 +167,37 @@ class Ssh:
             raise fault
 
     def stream(
-        self, host: Host, command: Sequence[str], on_line: Callable[[str], None], stop: threading.Event | None = None
+        self,
+        host: Host,
+        command: Sequence[str],
+        on_line: Callable[[str], None],
+        stop: threading.Event | None = None,
+        on_error_line: Callable[[str], None] | None = None,
     ) -> int:
-        """Run a command and hand over its lines as they come; returns the exit code. `stop` ends the connection."""
+        """Run a command and hand over its lines as they come; returns the exit code. `stop` ends the connection.
+
+        Without `on_error_line` both outputs go to `on_line`, in the order in which ssh has them; with it, that of lines
+        of the one between lines of the other is not kept.
+        """
         argv = ssh_argv(host, command, self.known_hosts)
         # Ctrl-C in a terminal goes to its whole process group: ssh gets a session of its own, so that we decide.
-        process = _start(argv, merge_errors=True, own_session=True)
+        process = _start(argv, merge_errors=on_error_line is None, own_session=True)
         watcher = threading.Thread(target=_kill_when, args=(process, stop), daemon=True)
         if stop is not None:
             watcher.start()
-        assert process.stdout is not None
+        handlers = {
+            pipe: to for pipe, to in ((process.stdout, on_line), (process.stderr, on_error_line)) if pipe and to
+        }
         try:
-            for raw in process.stdout:
-                on_line(raw.decode(errors="replace").rstrip("\r\n"))
+            for pipe, line in _lines(handlers):
+                handlers[pipe](line)
             return process.wait()
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            for pipe in handlers:
+                pipe.close()
 
     def each(self, hosts: Sequence[Host], work: Callable[[Host], T]) -> list[T]:
         """Call `work` for every host side by side; results in the hosts' order."""
@@ -352,6 +365,26 @@ def program_answers(*argv: str) -> bool:
         return subprocess.run(argv, capture_output=True, check=False, timeout=60).returncode == 0
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return False
+
+
+def _lines(pipes: Iterable[IO[bytes]]) -> Iterator[tuple[IO[bytes], str]]:
+    """The lines of all pipes as they come, each with its pipe."""
+    begun: dict[IO[bytes], bytes] = {}
+    with selectors.DefaultSelector() as selector:
+        for pipe in pipes:
+            selector.register(pipe, selectors.EVENT_READ, pipe)
+        while selector.get_map():
+            for key, _ in selector.select():
+                pipe = key.data
+                data = os.read(key.fd, 1 << 16)
+                *lines, rest = (begun.pop(pipe, b"") + data).split(b"\n")
+                if data:
+                    begun[pipe] = rest
+                else:
+                    selector.unregister(pipe)
+                    lines += [rest] if rest else []
+                for line in lines:
+                    yield pipe, line.decode(errors="replace").rstrip("\r")
 
 
 def _kill_when(process: subprocess.Popen[bytes], stop: threading.Event | None) -> None:

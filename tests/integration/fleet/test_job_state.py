@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -93,3 +94,21 @@ def test_a_reader_that_leaves_ends_the_following_quietly(light_hosts: HostMaker)
     assert process.returncode == 1
     (row,), _ = list_jobs([parse_host(host.target)])
     assert row.running
+
+
+@pytest.mark.parametrize("follow", [[], ["-f"]])
+def test_the_two_outputs_of_a_job_stay_apart(light_hosts: HostMaker, follow: list[str]) -> None:
+    (host,) = light_hosts(1)
+    engine = StandInEngine(host)
+    engine.add("generate-1")
+    document = json.dumps([{"completion": f"words {number}"} for number in range(100)], indent=2)
+    engine.print("generate-1", document, "loading\ngenerating\n")
+    engine.end("generate-1")
+    words = [sys.executable, "-m", "mixtral_run", "logs", *follow, "generate-1", "--on", host.target]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    lines = [line.split(" ", 1)[-1] if line.startswith("2026-") else line for line in done.stdout.splitlines()]
+    assert json.loads("\n".join(lines)) == json.loads(document)
+    assert [line.rsplit(" ", 1)[-1] for line in done.stderr.splitlines()] == ["loading", "generating"]
+    merged = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    # The stand-in prints errors first: in one place they keep that order.
+    assert [line.rsplit(" ", 1)[-1] for line in merged.stdout.splitlines()][:3] == ["loading", "generating", "["]

@@ -30,7 +30,12 @@ class BreakingEngine(Ssh):
         self.log, self.cuts = log, cuts
 
     def stream(
-        self, host: Host, command: Sequence[str], on_line: Callable[[str], None], stop: threading.Event | None = None
+        self,
+        host: Host,
+        command: Sequence[str],
+        on_line: Callable[[str], None],
+        stop: threading.Event | None = None,
+        on_error_line: Callable[[str], None] | None = None,
     ) -> int:
         since = command[command.index("--since") + 1] if "--since" in command else ""
         lines = [f"{stamp(tick)} {text}" for tick, text in self.log if stamp(tick) >= since]
