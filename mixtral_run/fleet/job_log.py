@@ -233,7 +233,7 @@ def _stream_apart(
     stop: threading.Event | None = None,
 ) -> None:
     """Hand over a command's lines, each with the one of ours that it belongs to."""
-    # What goes to one place, a terminal or `2>&1`, keeps its order; apart there is none between the two.
+    # What goes to one place, a terminal or `2>&1`, comes over one pipe, in the order in which ssh has it.
     apart = None if _same_place(out, err) else lambda line: on_line(line, err)
     ssh.stream(host, words, lambda line: on_line(line, out), stop, apart)
 
