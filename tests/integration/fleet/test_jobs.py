@@ -180,7 +180,7 @@ def test_fetching_what_is_not_there_leaves_nothing(options: JobOptions, tmp_path
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(HostError):
-        fetch(job.hosts[0], "/no/such/file", target)
+        fetch(job.hosts[0], "/no/such/file", target / "file")
     assert list(target.iterdir()) == []
 
 
