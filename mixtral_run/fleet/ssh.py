@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import selectors
 import shlex
@@ -15,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from mixtral_run.fleet.state import state_folder
 
 CONNECT_SECONDS = 10
 MAX_PARALLEL = 64
+RETRY_SECONDS = (1.0, 2.0, 4.0)
+"""About how long to wait before each further try, where a connection was dropped before anything ran over it."""
 T = TypeVar("T")
 
 
@@ -103,8 +107,17 @@ class Ssh:
         environment: dict[str, str] | None = None,
         batch: bool = True,
     ) -> Answer:
-        """Run a command on a host and wait. A connection that fails has exit code 255, a time-out 124."""
+        """Run a command on a host and wait. A connection that fails has exit code 255, a time-out 124.
+
+        Tried again where sshd dropped the connection before the command could run.
+        """
         argv = ssh_argv(host, command, self.known_hosts, batch=batch)
+        return _patiently(lambda: self._run_once(argv, stdin, timeout_seconds, environment))
+
+    @staticmethod
+    def _run_once(
+        argv: Sequence[str], stdin: bytes | None, timeout_seconds: float | None, environment: dict[str, str] | None
+    ) -> Answer:
         process = _start(argv, stdin=stdin is not None, environment=environment, own_session=environment is not None)
         try:
             output, errors = process.communicate(stdin, timeout=timeout_seconds)
@@ -215,7 +228,7 @@ class Ssh:
             self.known_hosts.with_name(self.known_hosts.name + ".old").unlink(missing_ok=True)
         # Without the user's own known_hosts, whose old key would refuse the new one; from then on ours is found first.
         options = connection_options(self.known_hosts, user_known_hosts=False)
-        answer = _call(["ssh", *options, *destination(host), "true"])
+        answer = _patiently(lambda: _call(["ssh", *options, *destination(host), "true"]))
         if not self.known_hosts.exists() or entry not in self.known_hosts.read_text(encoding="utf-8"):
             raise connection_error(host, answer.errors)
 
@@ -296,6 +309,28 @@ _CONNECTION_FAULTS = (
         "ping {host.address}",
     ),
 )
+
+
+def _patiently(connect: Callable[[], Answer]) -> Answer:
+    """The answer of the first connection that is not dropped at its start, as a jump host's MaxStartups does."""
+    for seconds in RETRY_SECONDS:
+        answer = connect()
+        if answer.exit_code != 255 or not is_dropped(answer.errors):
+            return answer
+        # Not all at once again: they were too many.
+        time.sleep(seconds * random.uniform(0.5, 1.5))
+    return connect()
+
+
+def is_dropped(errors: str) -> bool:
+    """Whether sshd closed a connection before anything ran over it, and another try may get through."""
+    # Behind a jump host, whatever keeps that from going on looks so at the end: then another line says why.
+    lasting = is_changed_key(errors) or any(re.search(fault[0], errors, re.I) for fault in _CONNECTION_FAULTS)
+    return not lasting and bool(re.search(_DROPPED, errors, re.I | re.M)) and "open failed" not in errors
+
+
+# Once a command runs, ssh says `Connection to HOST closed` and `Read from remote host HOST`: no such line is meant.
+_DROPPED = r"(kex|ssh)_exchange_identification|^Connection (closed|reset) by \S+ port \d+"
 
 
 def is_changed_key(errors: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.ssh import connection_error, connection_options, destination, ssh_argv
+from mixtral_run.fleet.ssh import connection_error, connection_options, destination, is_dropped, ssh_argv
 
 KNOWN = Path("/state/known hosts")
 
@@ -38,6 +38,38 @@ The fingerprint for the ED25519 key sent by the remote host is
 SHA256:9T8Wx/zX1r3W.
 Host key for [127.0.0.1]:2222 has changed and you have requested strict checking.
 Host key verification failed."""
+
+
+@pytest.mark.parametrize(
+    ("errors", "again"),
+    [
+        (
+            "kex_exchange_identification: read: Connection reset by peer\r\nConnection reset by 10.0.0.1 port 22\r\n",
+            True,
+        ),
+        (
+            "kex_exchange_identification: Connection closed by remote host\r\n"
+            "Connection closed by UNKNOWN port 65535\r\n",
+            True,
+        ),
+        ("ssh_exchange_identification: Connection closed by remote host", True),
+        ("Connection reset by 10.0.0.1 port 22", True),
+        # A jump host's refusal, and what it says of a host behind it, will be the same again.
+        ("ops@bastion: Permission denied (publickey).\r\nConnection closed by UNKNOWN port 65535\r\n", False),
+        (
+            "channel 0: open failed: administratively prohibited: open failed\nstdio forwarding failed\n"
+            "kex_exchange_identification: Connection closed by remote host",
+            False,
+        ),
+        ("channel 0: open failed: connect failed: Connection refused\nConnection closed by UNKNOWN port 65535", False),
+        # The command may have run already.
+        ("Connection to gpu-01 closed by remote host.", False),
+        ("Read from remote host gpu-01: Connection reset by peer", False),
+        (CHANGED, False),
+    ],
+)
+def test_only_what_was_dropped_at_its_start_is_tried_again(errors: str, again: bool) -> None:
+    assert is_dropped(errors) is again
 
 
 def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
