@@ -31,9 +31,17 @@ RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
 """Fields of a config that name what a job writes, first come first."""
+WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
+"""All fields of a config that name what a job writes; smoke makes its --load as well."""
 LOCAL_INPUTS = ("data_path", "prompts_file")
 """Fields whose file may lie on the operator's machine: it is sent along."""
 
+
+OF_THE_IMAGE = (
+    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, "/lib", "/lib64", "/opt/mixtral-run", "/proc", "/sbin", "/sys",
+    "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia", "/usr/sbin",
+)  # fmt: skip
+"""What a job needs of its image: a folder of the host that is or holds one of these is not mounted over it."""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
 """Pinned memory for NCCL, stacks of threads, and open files, of which Docker 29 gives 1,024."""
@@ -153,7 +161,7 @@ def make_spec(
             values[item.name] = f"{JOB_FOLDER}/{sent}"
             continue
         values[item.name] = path = _inside(value, flag_of(item.name))
-        mount = _mount_for(path)
+        mount = _mount_for(path, item.name in WRITTEN or (verb, item.name) == ("smoke", "load"), flag_of(item.name))
         if mount:
             mounts[mount] = None
     if options.nccl_timeout and "distributed_timeout_minutes" in values:
@@ -171,12 +179,26 @@ def _inside(value: str, flag: str) -> str:
     return str(path if path.is_absolute() else PurePosixPath(CHECKPOINTS) / path)
 
 
-def _mount_for(path: str) -> str | None:
-    """The host's folder that has to be mounted for a path: its parent, which is there before a job writes into it."""
+def _mount_for(path: str, is_written: bool, flag: str) -> str | None:
+    """The host's folder that has to be mounted for a path: its parent, which is there before a job writes into it.
+
+    An input whose parent would hide a part of the image is mounted alone. Raises ConfigError where that is no way out.
+    """
     if any(path == each or path.startswith(each + "/") for each in (CHECKPOINTS, HF_HOME)):
         return None
     parent = str(PurePosixPath(path).parent)
-    return path if parent == "/" else parent
+    mount = path if parent == "/" or (not is_written and _hides_image(parent)) else parent
+    if _hides_image(mount):
+        raise ConfigError(
+            f"{flag}: a job cannot have the host's {mount}: it would hide the container's own.",
+            expected="a path below the host's checkpoints folder, such as NAME, or elsewhere, such as /data/NAME",
+            found=path,
+        )
+    return mount
+
+
+def _hides_image(folder: str) -> bool:
+    return any(each == folder or each.startswith(folder.rstrip("/") + "/") for each in OF_THE_IMAGE)
 
 
 def _outermost(folders: Mapping[str, None]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config import ConvertConfig, FinetuneConfig, GenerateConfig
+from mixtral_run.config import ConvertConfig, FinetuneConfig, GenerateConfig, SmokeConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.job_spec import HostFacts, JobOptions, bind, container_argv, host_path, make_spec, parse_facts
 
@@ -84,6 +84,31 @@ def test_a_model_by_name_is_left_alone_and_one_by_folder_is_mounted() -> None:
     assert make_spec("j", "convert", named, JobOptions(), 1).config["hf_model_path"] == "mistralai/Mixtral-8x7B-v0.1"
     folder = ConvertConfig(hf_model_path="/models/hf/mixtral", output_path=Path("x"))
     assert make_spec("j", "convert", folder, JobOptions(), 1).mounts == ("/models/hf",)
+
+
+@pytest.mark.parametrize(("path", "mount"), [("/opt/models", "/opt/models"), ("/home/base", "/home/base")])
+def test_an_input_does_not_hide_the_image(path: str, mount: str) -> None:
+    config = ConvertConfig(hf_model_path=path, output_path=Path("x"))
+    assert make_spec("j", "convert", config, JobOptions(), 1).mounts == (mount,)
+    assert make_spec("j", "finetune", finetune(load=Path(path), save=Path("x")), JobOptions(), 1).mounts == (mount,)
+
+
+@pytest.mark.parametrize(
+    "path", ["/opt/out", "/opt", "/opt/mixtral-run/out", "/home/out", "/usr/local/out", "/etc/out", "/job"]
+)
+def test_an_output_whose_folder_would_hide_the_image_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"--save(.|\n)*/data/NAME"):
+        make_spec("j", "finetune", finetune(save=Path(path)), JobOptions(), 1)
+    config = SmokeConfig(load=Path(path), work_path=Path("x"))
+    with pytest.raises(ConfigError, match="--load"):
+        make_spec("j", "smoke", config, JobOptions(), 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "mount"), [("/out", "/out"), ("/home/ubuntu/out", "/home/ubuntu"), ("/opt/a/b", "/opt/a")]
+)
+def test_an_output_elsewhere_has_its_folder(path: str, mount: str) -> None:
+    assert make_spec("j", "finetune", finetune(save=Path(path)), JobOptions(), 1).mounts == (mount,)
 
 
 def test_a_path_that_climbs_is_refused() -> None:
