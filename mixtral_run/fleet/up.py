@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mixtral_run.settings import flag_of
 STEPS = 5
 MARKER = "latest_checkpointed_iteration.txt"
 EXPORTED = "adapter_config.json"
+RECORD = "mixtral_run.json"
 SETTINGS_OF_A_RUN = (
     "mock_data", "pack", "seq_length", "global_batch_size", "seed", "lr", "min_lr", "lora_rank", "lora_alpha",
     "lora_dropout", "lora_target_modules", "base_precision",
@@ -41,7 +42,14 @@ class Done:
     trained_iteration: int
     exported: bool
     adapter: Mapping[str, Any]
-    """What the adapter's record says; empty where there is none."""
+    """What the adapter's record says; empty where there is none. So are the others."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def export_is_old(self) -> bool:
+        """Whether training went on after the export."""
+        return bool(self.export.get("iteration", self.trained_iteration) != self.trained_iteration)
 
 
 def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report: Report | None = None) -> Path:
@@ -60,20 +68,22 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
     (host,) = hosts_of(options.on, options.inventory, None)
     ssh = Ssh()
     done = _what_is_done(ssh, host, config, options)
+    _check_same_base(host, config, done)
     _check_same_training(host, config, done)
     exported = _export_folder(config)
 
     if done.converted:
-        report.step(2, STEPS, f"Convert: {config.load} is there")
+        report.step(2, STEPS, f"Convert: {config.load} is there{_origin(done)}")
     else:
         report.step(2, STEPS, f"Convert {config.hf_model_path} → {config.load}")
-        _run(host, "convert", _convert_config(config), options)
+        if _run(host, "convert", _convert_config(config), options):
+            _check_same_base(host, config, _what_is_done(ssh, host, config, options))
     if done.trained_iteration >= config.train_iters:
         report.step(3, STEPS, f"Finetune: {config.save} is at iteration {done.trained_iteration}")
     else:
         report.step(3, STEPS, f"Finetune → {config.save}")
-        _run(host, "finetune", _finetune_config(config, done), options)
-    if done.exported and done.trained_iteration >= config.train_iters:
+        _finetune(host, config, done, options)
+    if done.exported and done.trained_iteration >= config.train_iters and not done.export_is_old:
         report.step(4, STEPS, f"Export: {exported} is there")
     else:
         report.step(4, STEPS, f"Export → {exported}")
@@ -104,25 +114,42 @@ def _is_ours(target: Path) -> bool:
 
 def _what_is_done(ssh: Ssh, host: Host, config: UpConfig, options: JobOptions) -> Done:
     script = (
-        'if [ -s "$1" ]; then echo converted=1; else echo converted=0; fi; '
-        'iteration=$(cat "$2" 2>/dev/null); echo "iteration=$iteration"; '
-        'if [ -s "$3" ]; then echo exported=1; else echo exported=0; fi; '
-        '[ -z "$iteration" ] || '
-        'echo "adapter=$(tr -d "\\n" <"$4/iter_$(printf %07d "$iteration")/mixtral_run.json" 2>/dev/null)"'
+        'tell() { printf "%s=" "$1"; { tr -d "\\n" <"$2"; } 2>/dev/null; echo; }; '
+        f'if [ -s "$1/{MARKER}" ]; then echo converted=1; else echo converted=0; fi; '
+        f'iteration=$(cat "$2/{MARKER}" 2>/dev/null); echo "iteration=$iteration"; '
+        f'if [ -s "$3/{EXPORTED}" ]; then echo exported=1; else echo exported=0; fi; '
+        f'tell base "$1/{RECORD}"; tell export "$3/{RECORD}"; '
+        f'[ -z "$iteration" ] || tell adapter "$2/iter_$(printf %07d "$iteration")/{RECORD}"'
     )
-    files = (config.load / MARKER, config.save / MARKER, _export_folder(config) / EXPORTED, config.save)
-    words = [host_path(_inside(file), options) for file in files]
+    words = [host_path(_inside(folder), options) for folder in (config.load, config.save, _export_folder(config))]
     lines = ssh.check(host, ["sh", "-c", script, "look", *words]).splitlines()
     found = dict(line.split("=", 1) for line in lines if "=" in line)
     try:
         iteration = int(found["iteration"] or 0)
-        adapter = json.loads(found.get("adapter") or "{}")
-        return Done(found["converted"] == "1", iteration, found["exported"] == "1", adapter)
+        records = {name: json.loads(found.get(name) or "{}") for name in ("adapter", "base", "export")}
+        return Done(found["converted"] == "1", iteration, found["exported"] == "1", **records)
     except (KeyError, ValueError) as error:
         raise HostError(f"{host.name} does not tell what is done there.", found=str(lines)[:200]) from error
 
 
-def _check_same_training(host: Host, config: UpConfig, done: Done) -> None:
+def _origin(done: Done) -> str:
+    return f", converted from {done.base['source']}" if done.base.get("source") else ""
+
+
+def _check_same_base(host: Host, config: UpConfig, done: Done) -> None:
+    """Raise ConfigError when the checkpoint that is there came of another model. Not naming one takes what is there."""
+    source = done.base.get("source", config.hf_model_path)
+    if config.hf_model_path not in (source, UpConfig.hf_model_path):
+        raise ConfigError(
+            "The checkpoint on the host was converted from another model than you ask for.",
+            where=f"{host.name}: {_inside(config.load)}",
+            expected=f"--hf-model-path {source}",
+            found=config.hf_model_path,
+            next_command="--load NEW --save NEW --output-path NEW for one beside it; or the model it came of",
+        )
+
+
+def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None:
     """Raise ConfigError when the adapter that is there came of other data or settings: it is not what is asked for."""
     began, asked = done.adapter.get("training", {}), config.to_mapping()
     faults = [
@@ -136,6 +163,9 @@ def _check_same_training(host: Host, config: UpConfig, done: Done) -> None:
         found = hashlib.sha256(config.data_path.read_bytes()).hexdigest()
         if found != known:
             faults.append(f"--data-path: the adapter was trained on another file than {config.data_path}")
+    below, base = done.adapter.get("base", {}).get("fingerprint"), done.base.get("fingerprint")
+    if below and base and any(one != other for one, other in zip(below.split("-"), base.split("-"), strict=False)):
+        faults.append(f"--load: the adapter was trained on another base than {config.load}")
     if faults:
         raise ConfigError(
             "The adapter on the host is another one than you ask for.",
@@ -169,8 +199,17 @@ def _finetune_config(config: UpConfig, done: Done) -> FinetuneConfig:
     return FinetuneConfig(**values).check()
 
 
-def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportConfig, options: JobOptions) -> None:
-    """Run a step to its end; one that runs already, since an earlier call was left, is followed."""
+def _finetune(host: Host, config: UpConfig, done: Done, options: JobOptions) -> None:
+    followed = _run(host, "finetune", _finetune_config(config, done), options)
+    if followed:
+        now = _what_is_done(Ssh(), host, config, options)
+        if now.trained_iteration < config.train_iters:
+            # It was asked for fewer.
+            _run(host, "finetune", _finetune_config(config, now), options)
+
+
+def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportConfig, options: JobOptions) -> bool:
+    """Run a step to its end; one that runs already, since an earlier call was left, is followed. Returns whether so."""
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -179,8 +218,25 @@ def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportC
     writes = host_path(_inside(output), options)
     running = [row for row in list_jobs([host])[0] if row.running and (row.verb, row.output) == (verb, writes)]
     if running:
+        if isinstance(config, FinetuneConfig):
+            _check_same_training(host, config, Done(True, 0, False, _settings_of(Ssh(), host, running[0].job)))
         say(f"{running[0].job} writes {output} already: following it")
         job = RunningJob(running[0].job, verb, (host,))
     else:
         job = start(verb, config, options)
     JobFollower(job, say=say).follow()
+    return bool(running)
+
+
+def _settings_of(ssh: Ssh, host: Host, job: str) -> Mapping[str, Any]:
+    """What a job was started with, as the adapter's record will say it; empty for the job of another user."""
+    script = (
+        'cd "$HOME/.local/state/mixtral-run/jobs/$1" 2>/dev/null && tr -d "\\n" <config.json && echo && '
+        "sha256sum data_path* 2>/dev/null"
+    )
+    settings, _, sums = ssh.run(host, ["sh", "-c", script, "look", job]).output.partition("\n")
+    try:
+        training = json.loads(settings)
+    except ValueError:
+        return {}
+    return {"training": training, "data_sha256": sums.partition(" ")[0]}

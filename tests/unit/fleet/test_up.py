@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from mixtral_run.config import UpConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.up import Done, _check_same_training, _check_target
+from mixtral_run.fleet.up import Done, _check_same_base, _check_same_training, _check_target
 
 HOST = parse_host("gpu-01")
 
@@ -46,6 +47,21 @@ def test_another_file_or_setting_is_told(data: Path) -> None:
     assert "--lora-rank: the adapter was trained with 16; found 8" in text
     assert "--seq-length: the adapter was trained with 512; found 1024" in text
     assert "gpu-01: /checkpoints/adapter, iteration 10" in text
+
+
+def test_another_base_is_told(data: Path) -> None:
+    before = done(UpConfig(data_path=data), data)
+    record = {"source": "/models/mine", "fingerprint": "quick-whole"}
+    same = dataclasses.replace(before, base=record, adapter={**before.adapter, "base": {"fingerprint": "quick-whole"}})
+    for model in ("/models/mine", UpConfig.hf_model_path):
+        config = UpConfig(data_path=data, hf_model_path=model)
+        _check_same_base(HOST, config, same)
+        _check_same_training(HOST, config, same)
+    with pytest.raises(ConfigError, match="--hf-model-path /models/mine"):
+        _check_same_base(HOST, UpConfig(data_path=data, hf_model_path="/models/other"), same)
+    other = dataclasses.replace(same, base={**record, "fingerprint": "quick-other"})
+    with pytest.raises(ConfigError, match="--load: the adapter was trained on another base than mixtral"):
+        _check_same_training(HOST, UpConfig(data_path=data), other)
 
 
 def test_a_folder_of_somebody_else_is_told_before_the_work(tmp_path: Path) -> None:
