@@ -312,12 +312,9 @@ def fetch(host: Host, path: str, target: Path, ssh: Ssh | None = None, overwrite
                 raise HostError(f"{path} could not be fetched from {host.name}.", found=str(error)) from error
         if target.exists():
             target.rename(old)
-        try:
-            (new / source.name).rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        (new / source.name).rename(target)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(work, ignore_errors=True)
     return target

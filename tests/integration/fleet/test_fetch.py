@@ -53,6 +53,25 @@ def test_what_is_there_stays_when_nothing_comes(light_hosts: HostMaker, work: Pa
     assert sorted(each.name for each in work.iterdir()) == ["mine.txt", "other"]
 
 
+def test_what_is_there_is_put_back_when_it_is_stopped_in_the_middle(
+    light_hosts: HostMaker, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, adapter = host_and_adapter(light_hosts, tmp_path)
+    fetch_job(f"{target}:{adapter}", Path())
+    rename = Path.rename
+
+    def stopped(path: Path, to: Path) -> Path:
+        if path.parent.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_job(f"{target}:{adapter}", Path(), overwrite=True)
+    assert (work / "adapter/weights").read_text() == "first"
+    assert sorted(each.name for each in work.iterdir()) == ["adapter", "mine.txt"]
+
+
 def test_a_path_of_the_container_is_found_on_the_host(light_hosts: HostMaker, work: Path, tmp_path: Path) -> None:
     target, adapter = host_and_adapter(light_hosts, tmp_path)
     folders = JobOptions(checkpoints_folder=str(adapter.parent))
