@@ -283,10 +283,10 @@ if docker version >/dev/null 2>&1; then docker=docker
 elif sudo -n docker version >/dev/null 2>&1; then docker='sudo -n docker'
 else
   if sudo -n true 2>/dev/null; then docker='sudo -n docker'; else docker=docker; fi
-  $docker version 2>&1 >/dev/null | tail -n 1 >&2; exit 3
+  echo "$(id -un): $($docker version 2>&1 >/dev/null | tail -n 1)" >&2; exit 3
 fi
 """
-"""Sets $docker to the words that reach the engine, found out each time; else tells the engine's reason, exit code 3."""
+"""Sets $docker to the words that reach the engine, found out each time; else tells user and reason, exit code 3."""
 
 FACTS_SCRIPT = (
     FIND_ENGINE

@@ -118,7 +118,7 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
     try:
         facts, lines = parse_facts(answer.output)
     except (KeyError, ValueError):
-        return _engine_fault(host, answer)
+        return _engine_fault(host, answer, "cannot run jobs")
     if lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
@@ -137,16 +137,18 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
     return facts
 
 
-def _engine_fault(host: Host, answer: Answer) -> HostError:
+def _engine_fault(host: Host, answer: Answer, what: str) -> HostError:
     """A host's engine does not answer, or not to this user, whom setting the host up again would not help."""
+    found = last_line(answer.errors) or f"exit code {answer.exit_code}"
     known = recognise(answer.errors)
     command = f"mixtral-run bootstrap {host.bootstrap_words}"
     if known and known.name == "docker-permission":
-        command = known.commands_for(host.target)[0].replace("USER", host.user or "USER")
+        # FIND_ENGINE says whom the engine refused: the user may stand in ~/.ssh/config alone.
+        command = known.commands_for(host.bootstrap_words)[0].replace('"USER"', f'"{found.partition(": ")[0]}"')
     return HostError(
-        f"{host.name} cannot run jobs: {known.title if known else 'its Docker engine does not answer'}.",
+        f"{host.name} {what}: {known.title if known else 'its Docker engine does not answer'}.",
         where=host.target,
-        found=last_line(answer.errors) or f"exit code {answer.exit_code}",
+        found=found,
         next_command=command,
     )
 
@@ -226,12 +228,8 @@ def _rows_of(ssh: Ssh, host: Host) -> list[JobRow] | HostError:
     if answer.exit_code == 255:
         return connection_error(host, answer.errors)
     # A container that was removed between the two questions is none.
-    if answer.exit_code and "no such" not in answer.errors.lower():
-        return HostError(
-            f"{host.name} does not tell of its jobs.",
-            where=host.target,
-            found=last_line(answer.errors) or f"exit code {answer.exit_code}",
-        )
+    if answer.exit_code and "no such object" not in answer.errors.lower():
+        return _engine_fault(host, answer, "does not tell of its jobs")
     rows = [line.split("\t") for line in answer.output.splitlines()]
     return [_row(host, cells) for cells in rows if len(cells) == 8]
 

@@ -247,7 +247,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "engine-down",
         "The Docker engine does not answer",
-        r"cannot connect to the docker daemon|is the docker daemon running|docker: (command )?not found|docker engine does not",
+        r"cannot connect to the docker daemon|failed to connect to the docker api|is the docker daemon running|docker: (command )?not found|docker engine does not",
         "The engine is not installed or not running, often because of a fault in /etc/docker/daemon.json.",
         ("mixtral-run bootstrap HOST --tags docker", "ssh HOST sudo journalctl -u docker -n 30"),
         ("docker", "daemon", "engine"),

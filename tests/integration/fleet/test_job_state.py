@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from mixtral_run.commands import fleet_jobs
+from mixtral_run.config import FinetuneConfig
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.jobs import list_jobs
+from mixtral_run.fleet.job_spec import JobOptions
+from mixtral_run.fleet.jobs import list_jobs, start
+from mixtral_run.fleet.status import read_fleet
 from tests.integration.fleet.conftest import HostMaker
 from tests.integration.fleet.engine import StandInEngine
 
@@ -23,16 +28,24 @@ def stop(job: str, *targets: str) -> Result:
 
 
 @pytest.mark.parametrize("only", ["", "ps"])
-def test_an_engine_that_does_not_answer_is_not_one_without_jobs(light_hosts: HostMaker, only: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+        "failed to connect to the docker API at unix:///var/run/docker.sock; check if the path is correct and if the "
+        "daemon is running: dial unix /var/run/docker.sock: connect: no such file or directory",
+    ],
+)
+def test_an_engine_that_does_not_answer_is_not_one_without_jobs(light_hosts: HostMaker, only: str, words: str) -> None:
     (host,) = light_hosts(1)
     engine = StandInEngine(host)
     engine.add("finetune-1")
     (row,), errors = list_jobs([parse_host(host.target)])
     assert (row.job, row.running, row.num_hosts, errors) == ("finetune-1", True, 1, [])
-    engine.fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", only)
+    engine.fail(words, only)
     rows, errors = list_jobs([parse_host(host.target)])
     assert rows == []
-    assert "Cannot connect to the Docker daemon" in str(errors[0])
+    assert words in str(errors[0])
     told = CliRunner().invoke(fleet_jobs.jobs, [host.target])
     assert "No jobs" not in told.output
     assert isinstance(told.exception, HostError)
@@ -112,3 +125,38 @@ def test_the_two_outputs_of_a_job_stay_apart(light_hosts: HostMaker, follow: lis
     merged = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     # sshd reads the program's two pipes as it likes, so their order is not asked for.
     assert sorted(merged.stdout.splitlines()) == sorted(done.stdout.splitlines() + done.stderr.splitlines())
+
+
+def test_a_user_whose_sudo_asks_for_a_password_is_told_how_to_reach_the_engine(light_hosts: HostMaker) -> None:
+    (host,) = light_hosts(1)
+    StandInEngine(host).fail("permission denied while trying to connect to the docker API at unix:///run/docker.sock")
+    host.program("sudo", "#!/bin/sh\necho 'sudo: a password is required' >&2; exit 1\n")
+    remedy = (
+        f"mixtral-run bootstrap {host.target} --tags docker --ask-become-pass "
+        f'--extra-vars \'{{"docker_users": ["{getpass.getuser()}"]}}\''
+    )
+    with pytest.raises(HostError) as caught:
+        start(
+            "finetune", FinetuneConfig(load=Path("base"), save=Path("a"), mock_data=True), JobOptions(on=(host.target,))
+        )
+    assert caught.value.next_command == remedy
+    _, (error,) = list_jobs([parse_host(host.target)])
+    assert error.next_command == remedy
+
+
+@pytest.mark.parametrize(
+    ("dmesg", "expected"),
+    [
+        ("echo 'dmesg: read kernel buffer failed: Operation not permitted' >&2; exit 1", None),
+        ("echo '[    7.1] all is well'", ()),
+        ("echo '[    7.1] NVRM: Xid (PCI:0000:3b:00): 79'", ("NVRM: Xid (PCI:0000:3b:00): 79",)),
+    ],
+)
+def test_kernel_messages_that_cannot_be_read_are_not_none(
+    light_hosts: HostMaker, dmesg: str, expected: tuple[str, ...] | None
+) -> None:
+    (host,) = light_hosts(1)
+    host.program("dmesg", f"#!/bin/sh\n{dmesg}\n")
+    (status,) = read_fleet([parse_host(host.target)])
+    assert status.error is None
+    assert status.xid_errors == expected
