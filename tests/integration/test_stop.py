@@ -1,4 +1,4 @@
-"""SIGTERM to a job over two hosts, in the words that its containers run: it saves, and goes on with --resume."""
+"""SIGTERM to a job, in the words that its containers run: it saves, ends as stopped, and goes on with --resume."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from mixtral_run.config import FinetuneConfig
 from mixtral_run.fleet.job_spec import HostFacts, JobOptions, container_argv, make_spec
@@ -18,20 +19,22 @@ from tests.integration.conftest import mixtral_run
 PATIENCE_SECONDS = 300
 
 
-def start(config: FinetuneConfig, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """The programs of both hosts' containers, one process each; STAND-IN for two machines: both are this one."""
+def start(config: FinetuneConfig, folder: Path, num_hosts: int) -> list[subprocess.Popen[bytes]]:
+    """The programs of the hosts' containers; STAND-IN for two machines: both are this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    spec = make_spec("stop", "finetune", config, JobOptions(), 2, meeting)
+    spec = make_spec("stop", "finetune", config, JobOptions(), num_hosts, meeting)
     argv = container_argv(spec, HostFacts(address="127.0.0.1"))
-    words = [sys.executable, *argv[argv.index("python") + 1 :]]
+    program = argv[argv.index(spec.options.image) + 1 :]
+    python = ["-m", "mixtral_run"] if program[0] == "mixtral-run" else []
+    words = [sys.executable, *python, *program[1:]]
     words[words.index("/job/config.json")] = str(folder / "config.json")
     (folder / "config.json").write_text(spec.config_json())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return [
         subprocess.Popen(words, stdout=(folder / f"{name}.log").open("wb"), stderr=subprocess.STDOUT, env=environment)
-        for name in ("gpu-01", "gpu-02")
+        for name in ("gpu-01", "gpu-02")[:num_hosts]
     ]
 
 
@@ -39,12 +42,14 @@ def printed(folder: Path) -> str:
     return "".join(file.read_text() for file in sorted(folder.glob("*.log")))
 
 
-def test_a_job_over_two_hosts_saves_when_it_is_stopped_and_goes_on(small_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_a_job_saves_when_it_is_stopped_and_goes_on(small_checkpoint: Path, tmp_path: Path, num_hosts: int) -> None:
     config = FinetuneConfig(
         load=small_checkpoint, save=tmp_path / "adapter", mock_data=True, seq_length=32, global_batch_size=4,
-        train_iters=100_000, tensor_model_parallel_size=2, expert_model_parallel_size=2, nproc_per_node=1, device="cpu",
+        train_iters=100_000, tensor_model_parallel_size=2, expert_model_parallel_size=2, nproc_per_node=2 // num_hosts,
+        device="cpu",
     )  # fmt: skip
-    hosts = start(config, tmp_path)
+    hosts = start(config, tmp_path, num_hosts)
     try:
         until = time.monotonic() + PATIENCE_SECONDS
         while "iteration 2/100000" not in " ".join(printed(tmp_path).split()):
