@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from mixtral_run.commands.bootstrap import bootstrap as command
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet import bootstrap as module
 from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, bootstrap, last_request
 from mixtral_run.fleet.events import Phase
 from mixtral_run.fleet.hosts import remembered_hosts
+from mixtral_run.fleet.secrets import token_file
 from mixtral_run.fleet.selection import hosts_of
+from mixtral_run.fleet.state import state_folder, write_json
 from mixtral_run.fleet.status import read_fleet
 from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker
 from tests.integration.fleet.light_hosts import LightHost, free_ports
@@ -84,6 +88,27 @@ def test_a_dead_a_refusing_and_a_failing_host_leave_the_others_alone(
     assert again.check and again.forks == retried.forks and again.accept_new_host_key == ("gpu-01",)
     assert again.extra_vars == (*retried.extra_vars, "more=1")
     assert {host.port for host in hosts_of(retried.hosts, None, retried.limit)} == {refusing.port, failing.port, down}
+
+
+def test_a_retry_heeds_the_flags_beside_it(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    asked: list[BootstrapRequest] = []
+
+    def stopped(request: BootstrapRequest) -> BootstrapEnd:
+        asked.append(request)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "bootstrap", stopped)
+    with token_file("-", lambda: "hf_typed") as typed:
+        before = BootstrapRequest(hosts=("gpu-01", "gpu-02"), limit="gpu-02", forks=7, hf_token_file=typed)
+        write_json(state_folder() / "retry.json", before.to_record())
+    words = ["--retry", "--check", "--tags", "docker", "-e", "a=1", "--serial", "2", "--accept-new-host-key", "gpu-02"]
+    CliRunner().invoke(command, words)
+    assert asked == [
+        BootstrapRequest(
+            hosts=("gpu-01", "gpu-02"), limit="gpu-02", forks=7, check=True, tags=("docker",), extra_vars=("a=1",),
+            serial="2", accept_new_host_key=("gpu-02",),
+        )
+    ]  # fmt: skip
 
 
 def test_a_second_run_changes_nothing_and_check_changes_nothing(
