@@ -51,6 +51,7 @@ class AdapterDescription:
     base_fingerprint: str
     training: Mapping[str, Any]
     """The settings of the run that saved it, by their names in its config."""
+    data_sha256: str | None
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -89,6 +90,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
             values["lora"],
             values["base"]["fingerprint"],
             values.get("training", {}),
+            values.get("data_sha256"),
         )
     except (KeyError, TypeError) as error:
         raise WeightsError(

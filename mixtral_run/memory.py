@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mixtral_run.checkpoints import describe_base
 from mixtral_run.config import VerifyConfig
+from mixtral_run.launch import is_worker, process_count
 from mixtral_run.plan import CONTEXT
 from mixtral_run.report import Report
 
@@ -24,12 +25,18 @@ def logits_fit(config: VerifyConfig) -> bool:
     each = BYTES.get(config.dtype, 2 if base.dtype != "float32" else 4)
     # HF's model lies in RAM in any case; ours beside it, unless it is on the GPUs. A fifth more for activations.
     needed = 1.2 * 2 * each * base.architecture.num_parameters
-    free = psutil.virtual_memory().available
+    free: float = psutil.virtual_memory().available
+    where = "both models"
+    count = process_count(config)
+    gpu = gpu_memory(config.device, count)
+    if needed <= free and gpu is not None:
+        # The least that a GPU can hold of it: layouts that repeat weights take more, and say so themselves.
+        where, needed, free = "the weights on each GPU", each * base.architecture.num_parameters / count, gpu.free
     if needed <= free:
         return True
     report = Report.on_stderr() if config.json else Report()
     report.warn(
-        f"logits not compared: both models need {needed / 1e9:,.0f} GB of memory, {free / 1e9:,.0f} GB are free "
+        f"logits not compared: {where} need {needed / 1e9:,.0f} GB of memory, {free / 1e9:,.0f} GB are free "
         "(every tensor was compared)"
     )
     return False
@@ -62,9 +69,7 @@ def gpu_memory(device: str, num_processes: int) -> GpuMemory | None:
 
     if device == "cpu" or not torch.cuda.is_available():
         return None
-    from mixtral_run import launch
-
-    if launch.is_worker():
+    if is_worker():
         from mixtral_run.model.parallel import pick_device
 
         free, total = torch.cuda.mem_get_info(pick_device(device))

@@ -84,6 +84,7 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
     set_here = _stand_alone_when_not_launched() if joined_here else []
     if joined_here:
         _join(config, device)
+    leaves = True
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -106,9 +107,14 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
         )
         seed_everything(config.seed, here.rank)
         yield here
+    except BaseException:
+        # NCCL's leaving waits for what is under way, and so for the others, who wait for this process: nobody would
+        # learn what went wrong. The process's end takes it down.
+        leaves = device.type == "cpu" or dist.get_world_size() == 1
+        raise
     finally:
         parallel_state.destroy_model_parallel()
-        if joined_here:
+        if joined_here and leaves:
             dist.destroy_process_group()
         # What is started later from here is no process of this job.
         for name in set_here:

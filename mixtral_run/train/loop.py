@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from mixtral_run.checkpoints import BaseDescription, check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.checkpoints import LATEST, AdapterDescription, BaseDescription, describe_base
 from mixtral_run.config import DataConfig, FinetuneConfig, PretrainConfig
-from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.errors import TrainingError
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes
@@ -26,14 +27,12 @@ from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, 
 from mixtral_run.train.model import load_for_training, loaded
 from mixtral_run.train.packed import PackedSamples
 from mixtral_run.train.pairs import read_pairs
+from mixtral_run.train.preflight import METRICS, TENSORBOARD, check_resume, leftovers
 from mixtral_run.train.prompt import TOKENIZER_FOLDER, load_tokenizer
 from mixtral_run.train.schedule import learning_rate
 from mixtral_run.train.step import Step, optimizer_step, trainable
 from mixtral_run.train.stop import StopRequest, stop_requests
 from mixtral_run.weights.sidecars import copy_tokenizer
-
-METRICS = "metrics.jsonl"
-"""In the adapter's folder: each iteration's figures, a JSON object a line."""
 
 ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
 """A run goes on where it stopped as long as these stay as they were."""
@@ -70,13 +69,15 @@ def finetune(config: FinetuneConfig) -> None:
         # A graph has fixed shapes; packed rows hold now more samples, now fewer.
         backward = RecordedBackward(model) if config.cuda_graphs and not config.pack and can_record(model) else None
         step = optimizer_step(model, optimizer, config.clip_grad, backward)
+        if here.is_first and not config.resume:
+            _remove_leftovers(config.save)
         run = Run(config, here, report, model, samples, _meter(config, base, here, config.save / METRICS), step)
         if config.resume:
             run.start = _resume(run, optimizer, config, base)
         _tell_lora(run, config)
         with (
             stop_requests(here) as stop,
-            tensorboard_scalars(config.save / "tensorboard" if config.tensorboard and here.is_first else None) as write,
+            tensorboard_scalars(config.save / TENSORBOARD if config.tensorboard and here.is_first else None) as write,
         ):
             _train_and_save(run, optimizer, config, base, stop, write)
 
@@ -162,7 +163,7 @@ def _train_and_save(
         },
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
-        "data_sha256": None if config.data_path is None else hashlib.sha256(config.data_path.read_bytes()).hexdigest(),
+        "data_sha256": None if config.data_path is None else _sha256(config.data_path),
     }
     saved = done = run.start
     for metrics in _iterations(run, stop):
@@ -174,7 +175,7 @@ def _train_and_save(
             _save(run, optimizer, config, base, done, description)
             saved = done
             run.meter.restart()
-    if done != saved or done == run.start:
+    if done != saved:
         _save(run, optimizer, config, base, done, description)
     if done < config.train_iters:
         run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as asked; go on with --resume")
@@ -230,32 +231,39 @@ def _save(
 
 
 def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
-    adapter = describe_adapter(config.save)
-    check_adapter_fits(adapter, base)
-    asked = {
-        "lora_rank": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_target_modules": list(config.lora_target_modules),
-    }
-    faults = [
-        f"--{name.replace('_', '-')}: the checkpoint has {adapter.lora[name]}; found {value}"
-        for name, value in asked.items()
-        if adapter.lora[name] != value
-    ]
-    if faults:
-        raise ConfigError("--resume needs the settings that the adapter was begun with.", faults=faults)
+    adapter = check_resume(config, base)
     load_adapter(run.model, adapter)
     load_optimizer(run.model, optimizer, adapter)
     run.report.say(f"Going on from {adapter.folder}, iteration {adapter.iteration}")
+    changed = _changed_order(config, adapter)
+    if changed:
+        run.report.warn(f"What was trained on before may come again, or be left out: {', '.join(changed)}")
+    return adapter.iteration
+
+
+def _changed_order(config: FinetuneConfig, adapter: AdapterDescription) -> list[str]:
+    """Settings on which the order of samples hangs, where they are others than before the stop."""
     now = config.to_mapping()
     changed = [
         f"--{name.replace('_', '-')} {now[name]} (was {adapter.training[name]})"
         for name in ORDER_OF_SAMPLES
         if adapter.training.get(name, now[name]) != now[name]
     ]
-    if changed:
-        run.report.warn(f"What was trained on before may come again, or be left out: {', '.join(changed)}")
-    return adapter.iteration
+    if not changed and config.data_path is not None and adapter.data_sha256 not in (None, _sha256(config.data_path)):
+        changed.append(f"--data-path {config.data_path} (its content was another)")
+    return changed
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _remove_leftovers(save: Path) -> None:
+    """Take away what a run left behind that ended before its first checkpoint."""
+    if (save / LATEST).exists() or not save.is_dir():
+        return
+    for path in leftovers(save):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _tell_lora(run: Run, config: FinetuneConfig) -> None:

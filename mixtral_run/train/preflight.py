@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixtral_run.checkpoints import LATEST, BaseDescription, check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.checkpoints import (
+    LATEST,
+    AdapterDescription,
+    BaseDescription,
+    check_adapter_fits,
+    describe_adapter,
+    describe_base,
+)
 from mixtral_run.config import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.fitting import memory_error
 from mixtral_run.train.data import batch_size_faults
 from mixtral_run.train.pairs import read_pairs
 from mixtral_run.weights.staging import disk_faults
+
+METRICS = "metrics.jsonl"
+"""In the adapter's folder: each iteration's figures, a JSON object a line."""
+TENSORBOARD = "tensorboard"
+PARTIAL = ".iter_*.partial"
 
 
 def check_training(config: DataConfig, world_size: int) -> BaseDescription:
@@ -30,9 +42,15 @@ def check_training(config: DataConfig, world_size: int) -> BaseDescription:
         except MixtralRunError as error:
             errors.append(error)
     if isinstance(config, FinetuneConfig):
-        faults += output_faults(config.save, resume=config.resume)
+        begun, start = output_faults(config.save, resume=config.resume), 0
+        faults += begun
+        if base is not None and config.resume and not begun:
+            try:
+                start = check_resume(config, base).iteration
+            except MixtralRunError as error:
+                errors.append(error)
         if base is not None:
-            faults += disk_faults(config.save, adapter_bytes(config, base))
+            faults += disk_faults(config.save, adapter_bytes(config, base, start))
             refusal = memory_error(config, base, world_size) if not faults else None
             errors += [refusal] if refusal is not None else []
     if faults:
@@ -43,10 +61,36 @@ def check_training(config: DataConfig, world_size: int) -> BaseDescription:
     return base
 
 
-def adapter_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
-    """What all of a run's checkpoints take: the adapter and AdamW's two moments, in fp32, each time one is saved."""
+def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:
+    """What --resume goes on from. Raises ConfigError or WeightsError where it cannot."""
+    adapter = describe_adapter(config.save)
+    check_adapter_fits(adapter, base)
+    asked = {
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_target_modules": list(config.lora_target_modules),
+    }
+    faults = [
+        f"--{name.replace('_', '-')}: the checkpoint has {adapter.lora[name]}; found {value}"
+        for name, value in asked.items()
+        if adapter.lora[name] != value
+    ]
+    if faults:
+        raise ConfigError("--resume needs the settings that the adapter was begun with.", faults=faults)
+    if adapter.iteration >= config.train_iters:
+        raise ConfigError(
+            "There is nothing left to train.",
+            where=str(adapter.folder),
+            expected=f"--train-iters above {adapter.iteration}, at which the adapter is",
+            found=f"--train-iters {config.train_iters}",
+        )
+    return adapter
+
+
+def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
+    """What the checkpoints take that are still to come: adapter and AdamW's two moments, in fp32, at each save."""
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    return 3 * 4 * parameters * (config.train_iters // config.save_interval + 1)
+    return 3 * 4 * parameters * (config.train_iters // config.save_interval - start // config.save_interval + 1)
 
 
 def layout_faults(config: LaunchConfig, base: BaseDescription) -> list[str]:
@@ -60,9 +104,14 @@ def output_faults(save: Path, *, resume: bool) -> list[str]:
         return [f"--save {save}: expected a folder; found a file"]
     if resume:
         return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
-    if save.is_dir() and any(save.iterdir()):
+    if save.is_dir() and {*save.iterdir()} - {*leftovers(save)}:
         return [f"--save {save}: expected a new or empty folder, or --resume; found files"]
     return []
+
+
+def leftovers(save: Path) -> list[Path]:
+    """What a run leaves behind that ends before its first checkpoint is whole."""
+    return [save / name for name in (METRICS, TENSORBOARD) if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
 def joined(errors: list[MixtralRunError]) -> MixtralRunError:

@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM or Ctrl-C ends a run after the iteration under way, once its checkpoint is written."""
+"""A polite stop: SIGTERM, Ctrl-C or a lost terminal ends a run after the iteration under way, with its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.model.parallel import Processes
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -35,9 +37,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(here: Processes) -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request while the block runs."""
+    """Turn SIGTERM, SIGINT and SIGHUP into a request while the block runs."""
     request = StopRequest(here)
-    kept = {number: signal.signal(number, request.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.signal(number, request.ask) for number in STOP_SIGNALS}
     try:
         yield request
     finally:

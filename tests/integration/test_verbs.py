@@ -321,6 +321,12 @@ def test_ctrl_c_saves_and_resume_goes_on(small_checkpoint: Path, pairs: Path, tm
     assert f"iteration {stopped + 2}/{stopped + 2} |" in done.stdout
     assert f"iteration {stopped}/" not in done.stdout
     assert "may come again" not in done.stdout + done.stderr
+    kept = sorted(file.stat().st_mtime_ns for file in save.rglob("*.distcp"))
+    over = mixtral_run(*words, "--train-iters", str(stopped + 2), "--resume", "--lora-rank", "3")
+    assert over.returncode == 2 and "--lora-rank: the checkpoint has" in over.stderr
+    over = mixtral_run(*words, "--train-iters", str(stopped + 2), "--resume")
+    assert over.returncode == 2 and "There is nothing left to train." in over.stderr
+    assert sorted(file.stat().st_mtime_ns for file in save.rglob("*.distcp")) == kept
     other = mixtral_run(*words, "--train-iters", str(stopped + 3), "--resume", "--pack")
     assert other.returncode == 0, other.stderr
     assert "may come again, or be left out: --pack True (was False)" in " ".join((other.stdout + other.stderr).split())

@@ -1,0 +1,86 @@
+"""What keeps a run from beginning, or from going on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.checkpoints import AdapterDescription
+from mixtral_run.config import FinetuneConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.model.parallel import processes
+from mixtral_run.train import preflight
+from mixtral_run.train.loop import _changed_order, _remove_leftovers
+from mixtral_run.train.preflight import adapter_bytes, check_resume, output_faults
+from mixtral_run.train.stop import STOP_SIGNALS, stop_requests
+
+
+def config(save: Path, **more: object) -> FinetuneConfig:
+    return FinetuneConfig(**{"load": Path("base"), "save": save, "mock_data": True, "device": "cpu", **more})
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / ".iter_0000005.partial/shard").mkdir(parents=True)
+    assert output_faults(tmp_path, resume=False) == []
+    _remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").write_text("")
+    assert output_faults(tmp_path, resume=False)
+    _remove_leftovers(tmp_path)
+    assert (tmp_path / "mine").exists()
+
+
+def test_nothing_of_a_whole_adapter_is_taken_away(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    _remove_leftovers(tmp_path)
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescription:
+    lora = {"lora_rank": 16, "lora_alpha": 32.0, "lora_target_modules": list(config(tmp_path).lora_target_modules)}
+    found = AdapterDescription(tmp_path, 500, lora, "", {}, None)
+    monkeypatch.setattr(preflight, "describe_adapter", lambda _: found)
+    monkeypatch.setattr(preflight, "check_adapter_fits", lambda *_: None)
+    return found
+
+
+def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapter: AdapterDescription) -> None:
+    assert check_resume(config(tmp_path, train_iters=501), None) is adapter
+    with pytest.raises(ConfigError, match="nothing left to train"):
+        check_resume(config(tmp_path, train_iters=500), None)
+    with pytest.raises(ConfigError, match="the checkpoint has 16; found 8"):
+        check_resume(config(tmp_path, train_iters=501, lora_rank=8), None)
+
+
+def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:
+    data = tmp_path / "my.jsonl"
+    data.write_text("one")
+    now = config(tmp_path, mock_data=False, data_path=data)
+    known = AdapterDescription(tmp_path, 5, {}, "", now.to_mapping(), "of other content")
+    assert _changed_order(now, known) == [f"--data-path {data} (its content was another)"]
+    assert _changed_order(now, AdapterDescription(tmp_path, 5, {}, "", now.to_mapping(), None)) == []
+
+
+def test_only_checkpoints_still_to_come_need_room(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    base = SimpleNamespace(architecture=SimpleNamespace(num_adapter_parameters=lambda *_: 100))
+    asked = config(tmp_path, train_iters=20_000, save_interval=500)
+    assert adapter_bytes(asked, base, 0) == 41 * 1200
+    assert adapter_bytes(asked, base, 19_000) == 3 * 1200
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_signal_of_a_stop_is_a_request(tmp_path: Path, number: signal.Signals) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    with processes(config(tmp_path, **layout)) as here, stop_requests(here) as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
