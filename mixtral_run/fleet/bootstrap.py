@@ -17,13 +17,15 @@ from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.provisioning import playbook
 from mixtral_run.fleet.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
 from mixtral_run.fleet.selection import hosts_of, inventory_of
-from mixtral_run.fleet.ssh import Ssh, connection_error, connection_options
+from mixtral_run.fleet.ssh import Ssh, connection_options
+from mixtral_run.fleet.ssh_faults import connection_error
 from mixtral_run.fleet.state import read_json, state_folder, write_json
 from mixtral_run.fleet.view import make_view, summary
 
 CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
-KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s")
+KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o", "ServerAliveCountMax=8")
+"""As ansible.cfg has it for plays that are run by hand. First, since ssh takes an option's first value."""
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
 
@@ -205,7 +207,7 @@ def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
         check=request.check,
         diff=request.diff,
         forks=min(request.forks, len(hosts)),
-        ssh_args=(*connection_options(ssh.known_hosts), *KEEP_CONNECTION),
+        ssh_args=(*KEEP_CONNECTION, *connection_options(ssh.known_hosts)),
         become_password=request.become_password,
     )
 

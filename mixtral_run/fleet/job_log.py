@@ -268,7 +268,7 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
     commands = known.commands_for(host.name)[0].replace("JOB", job.name) if known else f"mixtral-run logs {job.name}"
     if row is None:
         return HostError(
-            f"{job.name} was lost: {host.name} cannot be reached, or its container is gone.",
+            f"{job.name} was lost: {host.name} cannot be reached, where it may go on, or its container is gone.",
             where=host.target,
             next_command=f"mixtral-run jobs; mixtral-run logs {job.name}",
         )

@@ -35,7 +35,8 @@ from mixtral_run.fleet.job_spec import (
     parse_facts,
 )
 from mixtral_run.fleet.selection import hosts_of
-from mixtral_run.fleet.ssh import Answer, Ssh, connection_error, last_line
+from mixtral_run.fleet.ssh import Answer, Ssh
+from mixtral_run.fleet.ssh_faults import connection_error, last_line
 from mixtral_run.settings import Config
 
 ENGINE_SCRIPT = FIND_ENGINE + 'exec $docker "$@"'

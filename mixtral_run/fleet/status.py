@@ -11,7 +11,8 @@ from typing import Any
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.payload import status_payload
-from mixtral_run.fleet.ssh import Ssh, connection_error, last_line
+from mixtral_run.fleet.ssh import Ssh
+from mixtral_run.fleet.ssh_faults import connection_error, last_line
 
 TIMEOUT_SECONDS = 120
 DEFAULT_FOLDERS = {

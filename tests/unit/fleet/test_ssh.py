@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.ssh import connection_error, connection_options, destination, is_dropped, ssh_argv
+from mixtral_run.fleet.ssh import connection_options, destination, ssh_argv
+from mixtral_run.fleet.ssh_faults import connection_error, is_dropped
 
 KNOWN = Path("/state/known hosts")
 
