@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -37,6 +38,11 @@ class LightHost:
         return f"{getpass.getuser()}@127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        """The host comes up; returns once it answers."""
+        self.launch()
+        wait_for([self])
+
+    def launch(self) -> None:
         config = self.folder / "sshd_config"
         self.process = subprocess.Popen(
             [SSHD, "-D", "-e", "-f", str(config)],
@@ -63,7 +69,6 @@ class LightHost:
             file.unlink()
         _make_key(self.folder / "host_key")
         self.start()
-        wait_for([self])
 
     def program(self, name: str, script: str) -> None:
         """Put a program on the host's PATH."""
@@ -77,12 +82,15 @@ def _make_key(path: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    """Ports that nothing listens on, from below those that the kernel gives to outgoing connections meanwhile."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            if port not in ports:
+                ports.append(port)
     return ports
 
 
@@ -113,7 +121,7 @@ def make_hosts(folder: Path, count: int, authorized_keys: Path) -> list[LightHos
         hosts.append(host)
     Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
     for host in hosts:
-        host.start()
+        host.launch()
     wait_for(hosts)
     return hosts
 
