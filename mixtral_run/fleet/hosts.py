@@ -219,9 +219,12 @@ def _is_meant(host: Host, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in (host.name, host.address, host.target))
 
 
-def names_of(hosts: Iterable[Host], most: int = 8) -> str:
+def names_of(hosts: Iterable[Host]) -> str:
     """Names for a message; the rest is counted where there are many."""
-    names = [host.name for host in hosts]
+    return shortened([host.name for host in hosts])
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from mixtral_run.fleet.events import FleetProgress, HostProgress, Notice, Phase
 from mixtral_run.fleet.explain import recognise
+from mixtral_run.fleet.hosts import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,10 @@ class PlainView(PlayView):
 
 
 class LiveView(PlayView):
-    """One line a host, redrawn in place; differences and warnings scroll by above it."""
+    """One line a host, redrawn in place; only differences, where they are asked for, scroll by above it.
+
+    Warnings wait for the summary: fifty hosts give the same one fifty times.
+    """
 
     def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
         super().__init__(progress, stream, diff)
@@ -109,8 +113,6 @@ class LiveView(PlayView):
         for notice in notices:
             if notice.kind == "diff" and self.diff:
                 self.console.print(f"± {notice.host}: {notice.text}")
-            elif notice.kind == "warning":
-                self.console.print(f"! {notice.host}: {notice.text}")
 
     def _table(self) -> Table:
         return progress_table(self.progress, self.console.size.height - 2)
@@ -200,9 +202,12 @@ def summary(
     waiting = [host.name for host in progress.bad if host.phase is Phase.WAITING]
     if waiting:
         lines += ["", f"{MARKS[Phase.WAITING]} not begun: {', '.join(waiting)}"]
-    deferred = sorted({(host.name, warning) for host in progress.hosts.values() for warning in host.warnings})
-    if deferred:
-        lines += ["", *(f"! {name}: {warning}" for name, warning in deferred)]
+    warned: dict[str, list[str]] = {}
+    for host in progress.hosts.values():
+        for warning in host.warnings:
+            warned.setdefault(warning, []).append(host.name)
+    if warned:
+        lines += ["", *(f"! {shortened(names)}: {warning}" for warning, names in warned.items())]
     lines += ["", f"{phase_counts(progress.hosts.values())} in {duration(seconds)}"]
     if log is not None:
         lines.append(f"log:   {log}")

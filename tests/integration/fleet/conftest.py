@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mixtral_run.fleet import bootstrap as module
+from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, bootstrap
 from tests.integration.fleet.light_hosts import SSHD, LightHost, make_hosts
 from tests.needs import missing
 from tests.targets.engine import install_packages
 
 PLAYBOOKS = Path(__file__).parent / "playbooks"
 HostMaker = Callable[[int], list[LightHost]]
+Run = Callable[..., tuple[BootstrapEnd, str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,3 +67,44 @@ def light_hosts(home: Path, tmp_path: Path) -> Iterator[HostMaker]:
     yield make
     for host in started:
         host.stop()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """A function that bootstraps hosts with the small playbook; returns the end and all that was said."""
+    monkeypatch.setattr(module, "playbook", {"bootstrap": PLAYBOOKS / "small.yml"}.__getitem__)
+
+    def call(*targets: str, more: tuple[str, ...] = (), **settings: Any) -> tuple[BootstrapEnd, str]:
+        extra = (f"small_folder={tmp_path}", f"ansible_python_interpreter={sys.executable}", *more)
+        stream = io.StringIO()
+        end = bootstrap(BootstrapRequest(hosts=targets, extra_vars=extra, **settings), stream)
+        return end, stream.getvalue() + end.text
+
+    return call
+
+
+def inventory_name(host: LightHost) -> str:
+    return f"127.0.0.1-{host.port}"
+
+
+@contextmanager
+def seen_arguments() -> Iterator[list[str]]:
+    """The arguments of all processes of this machine and its containers meanwhile, looked at ten times a second."""
+    seen: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    seen.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                except OSError:
+                    continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()

@@ -5,16 +5,13 @@ The real playbook over real throw-away hosts is in test_end_to_end.py: simulated
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +21,26 @@ from click.testing import CliRunner
 from mixtral_run.commands.bootstrap import bootstrap as command
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet import bootstrap as module
-from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, bootstrap, last_request
+from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, last_request
 from mixtral_run.fleet.events import Phase
 from mixtral_run.fleet.hosts import remembered_hosts
 from mixtral_run.fleet.secrets import token_file
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.state import state_folder, write_json
 from mixtral_run.fleet.status import read_fleet
-from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker
-from tests.integration.fleet.light_hosts import LightHost, free_ports
-
-Run = Callable[..., tuple[BootstrapEnd, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setattr(module, "playbook", {"bootstrap": PLAYBOOKS / "small.yml"}.__getitem__)
-
-    def call(*targets: str, more: tuple[str, ...] = (), **settings: Any) -> tuple[BootstrapEnd, str]:
-        extra = (f"small_folder={tmp_path}", f"ansible_python_interpreter={sys.executable}", *more)
-        stream = io.StringIO()
-        end = bootstrap(BootstrapRequest(hosts=targets, extra_vars=extra, **settings), stream)
-        return end, stream.getvalue() + end.text
-
-    return call
+from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker, Run, inventory_name, seen_arguments
+from tests.integration.fleet.light_hosts import free_ports
+from tests.screen import on_terminal
 
 
-def inventory_name(host: LightHost) -> str:
-    return f"127.0.0.1-{host.port}"
+def command_line(playbook: Path) -> str:
+    """A program that is mixtral-run with another playbook for bootstrap."""
+    return (
+        "from pathlib import Path\nimport sys, mixtral_run.fleet.bootstrap as module\n"
+        f"module.playbook = lambda name: Path({str(playbook)!r})\n"
+        "from mixtral_run.cli import main\n"
+        "sys.argv = ['mixtral-run', *sys.argv[1:]]\nmain()\n"
+    )
 
 
 def test_a_dead_a_refusing_and_a_failing_host_leave_the_others_alone(
@@ -207,15 +196,9 @@ def test_a_template_that_has_no_value_is_told_with_host_and_variable(tmp_path: P
 
 def test_ctrl_c_stops_within_a_second_and_says_what_was_left(light_hosts: HostMaker, tmp_path: Path) -> None:
     (host,) = light_hosts(1)
-    program = (
-        "from pathlib import Path\nimport sys, mixtral_run.fleet.bootstrap as module\n"
-        f"module.playbook = lambda name: Path({str(PLAYBOOKS / 'small.yml')!r})\n"
-        "from mixtral_run.cli import main\n"
-        "sys.argv = ['mixtral-run', *sys.argv[1:]]\nmain()\n"
-    )
     variables = f"small_folder={tmp_path} ansible_python_interpreter={sys.executable} small_seconds=60"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "bootstrap", host.target, "-e", variables],
+        [sys.executable, "-c", command_line(PLAYBOOKS / "small.yml"), "bootstrap", host.target, "-e", variables],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         # A shell that starts us in the background has switched SIGINT off.
         preexec_fn=lambda: __import__("signal").signal(2, __import__("signal").default_int_handler),
@@ -245,24 +228,8 @@ def test_the_token_is_in_no_argument_artifact_or_log(
     secret.write_text(token + "\n")
     monkeypatch.setenv("HF_TOKEN", token)  # as many have it on their laptops
     secret.chmod(0o600)
-    seen: list[str] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.1):
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    seen.append((process / "cmdline").read_bytes().decode(errors="replace"))
-                except OSError:
-                    continue
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with seen_arguments() as seen:
         end, text = run(host.target, hf_token_file=secret, become_password="the sudo password")
-    finally:
-        over.set()
-        watcher.join()
     assert not end.progress.bad
     assert any("ansible-playbook" in words for words in seen)
     for forbidden in (token, "the sudo password"):
@@ -289,9 +256,7 @@ def test_faults_are_told_before_anything_starts(run: Run, settings: dict[str, An
     assert remembered_hosts() == ()
 
 
-def test_fifty_hosts_are_shown_and_read_within_two_minutes(
-    light_hosts: HostMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fifty_hosts_are_shown_and_read_within_two_minutes(light_hosts: HostMaker, tmp_path: Path) -> None:
     hosts = light_hosts(50)
     for number, host in enumerate(hosts):
         host.program("docker", "#!/bin/sh\nexit 1\n")
@@ -301,11 +266,13 @@ def test_fifty_hosts_are_shown_and_read_within_two_minutes(
         "- hosts: all\n  gather_facts: false\n  tasks:\n"
         "    - {name: Look, raw: 'true', changed_when: false}\n    - {name: Look again, raw: 'echo $HOME'}\n"
     )
-    monkeypatch.setattr(module, "playbook", {"bootstrap": fifty}.__getitem__)
     began = time.monotonic()
-    stream = io.StringIO()
-    end = bootstrap(BootstrapRequest(hosts=tuple(host.target for host in hosts)), stream)
-    assert [host.phase for host in end.progress.hosts.values()] == [Phase.DONE] * 50
+    screen = on_terminal(command_line(fifty), ["bootstrap", *(host.target for host in hosts)], height=24)
+    assert screen.scrolled_while_moving == 0
+    end = "\n".join([*screen.scrolled, *screen.lines])
+    assert all(re.search(rf"^✓ 127.0.0.1:{host.port} +done +1 +2$", end, re.MULTILINE) for host in hosts), end
+    assert "50 done in" in end
+    assert any("and 30 more: " in line for line in screen.frames[0])
     statuses = read_fleet(remembered_hosts())
     assert time.monotonic() - began < 120
     assert all(status.reachable and status.error is None for status in statuses)

@@ -74,6 +74,17 @@ def test_the_summary_names_error_remedy_log_and_retry(events: list[dict[str, Any
     assert text.rstrip().endswith("retry: mixtral-run bootstrap --retry")
 
 
+def test_a_warning_of_many_hosts_is_told_once() -> None:
+    progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
+    for name in progress.hosts:
+        data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow"]}}
+        progress.fold({"event": "runner_on_ok", "event_data": data})
+    text = summary(progress, seconds=1, log=None, retry=None, check=False)
+    (told,) = (line for line in text.splitlines() if line.startswith("! "))
+    assert told.startswith("! gpu-00, gpu-01, ")
+    assert told.endswith(" and 42 more: the clock is slow")
+
+
 def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
     stream, progress = io.StringIO(), FleetProgress(["gpu-01", "gpu-02"])
     view = PlainView(progress, stream)
