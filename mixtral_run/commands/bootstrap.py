@@ -23,7 +23,9 @@ import click
 @click.option("--accept-new-host-key", multiple=True, metavar="HOST", help="Take the new key of a reimaged host.")
 @click.option("-f", "--forks", type=click.IntRange(min=1), help="Hosts at the same time.  [default: 50]")
 @click.option("--serial", metavar="N|N%", help="Finish so many hosts before the next begin.")
-@click.option("--retry", is_flag=True, help="The last bootstrap again for hosts that failed; flags beside it count.")
+@click.option(
+    "--retry", is_flag=True, help="The last bootstrap again for hosts that failed; flags only add to its own."
+)
 def bootstrap(hosts: tuple[str, ...], retry: bool, ask_pass: bool, hf_token_file: str | None, **flags: Any) -> None:
     """Set hosts up over SSH: from nothing to machines where jobs run. Again, it changes what differs and nothing else.
 

@@ -59,7 +59,7 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
 @click.argument("job")
 @click.option("--on", multiple=True, metavar="HOST,…", help="Where it runs, if it was started from another machine.")
 def stop(job: str, on: tuple[str, ...]) -> None:
-    """Ask a job to save and end, and wait until it has."""
+    """Ask a job to save and end, and wait until it has. JOB: its name, or the start of the only one that runs."""
     from mixtral_run.fleet.selection import hosts_of
     from mixtral_run.fleet.stopping import stop_job
 

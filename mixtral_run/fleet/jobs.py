@@ -246,12 +246,18 @@ def find_job(name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None) -> l
 
 
 def find_whole_job(
-    name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None
+    name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None, *, prefer_running: bool = False
 ) -> tuple[list[JobRow], list[HostError]]:
-    """As find_job; and where hosts of the job are missing, what keeps hosts from telling."""
+    """As find_job; and where hosts of the job are missing, what keeps hosts from telling.
+
+    With `prefer_running` the start of a name means the only job that runs, where others of that start have ended.
+    """
     hosts = hosts or remembered_hosts()
     rows, errors = list_jobs(hosts, ssh)
     matching = [row for row in rows if row.job == name] or [row for row in rows if row.job.startswith(name)]
+    running = {row.job for row in matching if row.running}
+    if prefer_running and len(running) == 1:
+        matching = [row for row in matching if row.job in running]
     found = {row.job for row in matching}
     if len(found) == 1:
         whole = len(matching) >= max(row.num_hosts for row in matching)

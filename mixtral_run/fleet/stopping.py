@@ -15,7 +15,7 @@ def stop_job(name: str, hosts: Sequence[Host], say: Callable[[str], None], ssh: 
 
     Raises HostError where it was killed, failed while it ended, or runs on a host that could not be asked.
     """
-    rows, unasked = find_whole_job(name, hosts, ssh)
+    rows, unasked = find_whole_job(name, hosts, ssh, prefer_running=True)
     job, faults = rows[0].job, []
     if any(row.running for row in rows):
         say(f"Asking {job} to save and end …")

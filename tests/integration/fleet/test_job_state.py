@@ -83,6 +83,24 @@ def test_stop_fails_where_a_host_of_the_job_cannot_be_asked(light_hosts: HostMak
     second.start()
 
 
+def test_the_start_of_a_name_stops_the_only_job_that_runs(light_hosts: HostMaker) -> None:
+    (host,) = light_hosts(1)
+    engine = StandInEngine(host)
+    for job in ("finetune-1", "finetune-2", "finetune-3"):
+        engine.add(job)
+    for job in ("finetune-1", "finetune-3"):
+        engine.end(job)
+    assert "✓ finetune-2 has ended" in stop("finetune-", host.target).output
+    assert [line for line in engine.calls.read_text().splitlines() if line.startswith("stop")] == [
+        "stop --time 330 finetune-2"
+    ]
+    # Now that all have ended, and where several run, the start of a name does not say which.
+    assert "Several jobs" in str(stop("finetune-", host.target).exception)
+    for job in ("finetune-4", "finetune-5"):
+        engine.add(job)
+    assert "Several jobs" in str(stop("finetune-", host.target).exception)
+
+
 def test_stop_does_not_mind_a_host_that_the_job_is_not_on(light_hosts: HostMaker) -> None:
     first, second = light_hosts(2)
     StandInEngine(first).add("finetune-1")
