@@ -16,7 +16,7 @@ from mixtral_run.fleet.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.provisioning import playbook
 from mixtral_run.fleet.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
-from mixtral_run.fleet.selection import hosts_of, inventory_of
+from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh import Ssh, connection_options
 from mixtral_run.fleet.ssh_faults import connection_error
 from mixtral_run.fleet.state import read_json, state_folder, write_json
@@ -138,6 +138,7 @@ def _with_own_inventory(request: BootstrapRequest) -> BootstrapRequest:
     if request.inventory is not None:
         return request
     hosts = hosts_of(request.hosts, None, request.limit)
+    refuse_lost_variables(hosts)
     names = tuple(host.name for host in hosts)
     inventory = inventory_of(hosts)
     return request if inventory is None else dataclasses.replace(request, hosts=names, inventory=inventory, limit=None)

@@ -248,6 +248,15 @@ def remember_hosts(hosts: Iterable[Host]) -> None:
     write_json(_fleet_file(), [dataclasses.asdict(host) for host in found.values()])
 
 
+def told_by_inventory(host: Host, known: Iterable[Host]) -> Host | None:
+    """What an inventory that still exists said of a host that is named without it now, as another user's, say."""
+    for other in known:
+        same = host.name == other.name or (host.address, host.port) == (other.address, other.port)
+        if same and host.inventory is None and other.inventory and Path(other.inventory).exists():
+            return other
+    return None
+
+
 def forget_hosts(hosts: Iterable[Host]) -> None:
     """Take hosts out of the fleet."""
     gone = {host.name for host in hosts}

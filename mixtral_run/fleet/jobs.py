@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.explain import recognise
-from mixtral_run.fleet.hosts import Host, names_of, remember_hosts, remembered_hosts
+from mixtral_run.fleet.hosts import Host, names_of, remember_hosts, remembered_hosts, told_by_inventory
 from mixtral_run.fleet.job_spec import (
     FACTS_SCRIPT,
     FIND_ENGINE,
@@ -100,7 +100,9 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
         check_same_gpus(facts, [host.name for host in hosts])
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
     spec = make_spec(name, verb, config, options, len(hosts), rendezvous)
-    remember_hosts(hosts if options.inventory is None else ())
+    known = remembered_hosts()
+    # What an inventory says of a host stays, also when a job goes there as another user.
+    remember_hosts(host for host in hosts if options.inventory is None and not told_by_inventory(host, known))
     job = RunningJob(name, verb, hosts)
     try:
         ssh.each(list(hosts), lambda host: _start_on(ssh, host, facts[hosts.index(host)], spec))

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.fleet.hosts import Host, find_hosts, hosts_of_inventory, limit_hosts, remembered_hosts
+from mixtral_run.fleet.hosts import (
+    Host,
+    find_hosts,
+    hosts_of_inventory,
+    limit_hosts,
+    remembered_hosts,
+    told_by_inventory,
+)
 
 
 def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) -> tuple[Host, ...]:
@@ -59,3 +66,18 @@ def inventory_of(hosts: Sequence[Host]) -> Path | None:
         )
     (inventory,) = groups
     return Path(inventory) if inventory else None
+
+
+def refuse_lost_variables(hosts: Sequence[Host]) -> None:
+    """Raise ConfigError for hosts that were set up with an inventory and are now named in a way that leaves it out.
+
+    Setting them up without their variables would undo what those say.
+    """
+    known = remembered_hosts()
+    before = {host.target: told for host in hosts if (told := told_by_inventory(host, known))}
+    if before:
+        raise ConfigError(
+            "These hosts were set up with an inventory, whose variables would not count any more.",
+            expected="the inventory, with another user in its ansible_user; or -i ANOTHER, to leave it",
+            faults=[f"{target}: mixtral-run bootstrap {told.bootstrap_words}" for target, told in before.items()],
+        )

@@ -19,16 +19,20 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.commands.bootstrap import bootstrap as command
+from mixtral_run.config import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet import bootstrap as module
 from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, last_request
 from mixtral_run.fleet.events import Phase
 from mixtral_run.fleet.hosts import remembered_hosts
+from mixtral_run.fleet.job_spec import JobOptions
+from mixtral_run.fleet.jobs import start
 from mixtral_run.fleet.secrets import token_file
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.state import state_folder, write_json
 from mixtral_run.fleet.status import read_fleet
 from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker, Run, inventory_name, seen_arguments
+from tests.integration.fleet.engine import StandInEngine
 from tests.integration.fleet.light_hosts import free_ports
 from tests.screen import on_terminal
 
@@ -160,6 +164,28 @@ def test_a_users_inventory_is_taken_as_it_is(run: Run, light_hosts: HostMaker, t
         run("rack-2", first.target)
     with pytest.raises(ConfigError, match="rack-9"):
         run(inventory=inventory, limit="rack-9")
+
+
+def test_a_host_of_an_inventory_is_not_set_up_without_its_variables(
+    run: Run, light_hosts: HostMaker, tmp_path: Path
+) -> None:
+    (host,) = light_hosts(1)
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text(f"all: {{hosts: {{rack-1: {{ansible_host: 127.0.0.1, ansible_port: {host.port}}}}}}}\n")
+    run(inventory=inventory)
+    (known,) = remembered_hosts()
+    for words in ("other-user@rack-1", host.target):
+        with pytest.raises(ConfigError, match=f"bootstrap -i {inventory} --limit rack-1"):
+            run(words)
+    assert remembered_hosts() == (known,)
+    # A job that goes there so leaves it as it is, too.
+    StandInEngine(host)
+    config = FinetuneConfig(load=Path("base"), save=Path("adapter"), mock_data=True)
+    start("finetune", config, JobOptions(on=(host.target,), checkpoints_folder=str(tmp_path)))
+    assert remembered_hosts() == (known,)
+    inventory.unlink()
+    end, _ = run(host.target)
+    assert not end.progress.bad
 
 
 def test_an_inventory_may_compute_its_hosts_from_the_environment(
