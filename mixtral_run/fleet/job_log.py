@@ -262,6 +262,9 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
             else f"mixtral-run logs {job.name}",
         )
     told = [line for line in lines if line.strip()]
+    if row is not None and row.out_of_memory:
+        # A program that the kernel kills prints nothing of it.
+        told.append("killed (SIGKILL): the memory was full")
     known = recognise("\n".join(told))
     record_failures({job.name: "\n".join(told[-60:]), host.name: "\n".join(told[-60:])})
     faults = [f"{known.title}: {known.cause}"] if known else []

@@ -140,7 +140,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "host-memory",
         "The host's memory is full (a process was killed)",
-        r"killed \(sigkill\)|out of memory: kill(ed)? process|oom-kill|exit code -9|exitcode: -9|memoryerror|cannot allocate memory",
+        r"killed \(sigkill\)|out of memory: kill(ed)? process|oom-kill|exit code -9|exitcode *: -9|signal 9 \(sigkill\)|memoryerror|cannot allocate memory",
         "Conversion and loading need host memory; the kernel kills the largest process when RAM and swap are full.",
         (
             "mixtral-run bootstrap HOST --tags swap    # adds swap",
@@ -152,7 +152,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "shared-memory",
         "Shared memory is too small",
         r"no space left on device.{0,80}/dev/shm|/dev/shm.{0,80}no space left|bus error|unable to (open|allocate) shared memory"
-        r"|insufficient shared memory|error while creating shared memory segment",
+        r"|insufficient shared memory|posix_fallocate failed|error while creating shared memory segment",
         "Docker gives a container 64 MB of /dev/shm unless told otherwise; NCCL and data loaders need gigabytes.",
         (
             "mixtral-run finetune … --on HOST --shm-size 64g",
@@ -164,7 +164,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "nccl-timeout",
         "A collective operation timed out",
         r"watchdog caught collective operation timeout|nccl.{0,60}time(d)? ?out|processgroupnccl.{0,80}timeout"
-        r"|timed out waiting .{0,40}store|connect\(\) timed out.{0,80}store|rendezvous.{0,60}(time(d)? ?out|closed)",
+        r"|timed out waiting .{0,40}store|client socket has (timed out|failed to connect)|connect\(\) timed out.{0,80}store|rendezvous.{0,60}(time(d)? ?out|closed)",
         "One process died or is much slower than the others, or the network between them does not carry NCCL.",
         (
             "mixtral-run logs JOB    # the first process that failed says why",
@@ -197,7 +197,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "hub-unreachable",
         "The model cannot be downloaded",
         r"(connection|max retries|name resolution|timed? ?out|localentrynotfounderror).{0,200}huggingface|huggingface\.co.{0,120}"
-        r"(timed? ?out|max retries|failed to resolve)|we couldn't connect to .{0,40}huggingface",
+        r"(timed? ?out|max retries|failed to resolve)|we couldn't connect to .{0,40}huggingface|error happened while trying to locate the files? on the hub",
         "The host does not reach the hub: a proxy, a firewall, or no internet at all.",
         (
             "set hf_cache_proxy or hf_cache_endpoint in group_vars, then: mixtral-run bootstrap HOST --tags hf_cache",

@@ -41,12 +41,29 @@ SEEN = {
     "xid": "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
 }
 
+# Of each, the part of a job's or a play's output that the failure stands in.
+LOGS = sorted(Path(__file__).with_name("logs").glob("*/*.txt"))
+
 
 @pytest.mark.parametrize(("name", "text"), SEEN.items())
 def test_a_real_message_is_recognised(name: str, text: str) -> None:
     known = recognise(f"some line before\n{text}\nsome line after")
     assert known is not None
     assert known.name == name
+
+
+@pytest.mark.parametrize("log", LOGS, ids=lambda log: f"{log.parent.name}-{log.stem}")
+def test_a_failure_is_recognised_in_what_else_is_printed_around_it(log: Path) -> None:
+    known = recognise(log.read_text())
+    assert known is not None
+    assert known.name == log.parent.name
+
+
+def test_every_failure_that_the_guide_names_has_a_log() -> None:
+    assert {log.parent.name for log in LOGS} >= {
+        "host-memory", "nccl-timeout", "hub-unreachable", "gated-model", "shared-memory", "mount-permission",
+        "nvml-unknown", "driver-mismatch", "fabric-manager", "apt-lock", "host-key",
+    }  # fmt: skip
 
 
 def test_every_known_failure_has_a_message_here_and_an_answer() -> None:

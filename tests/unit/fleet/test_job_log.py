@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from mixtral_run.errors import Stopped, TrainingError
 from mixtral_run.fleet import job_log
+from mixtral_run.fleet.explain import explain
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.job_log import JobFollower
+from mixtral_run.fleet.job_log import JobFollower, job_error
 from mixtral_run.fleet.jobs import JobRow, RunningJob
 from mixtral_run.fleet.ssh import Ssh
 
@@ -70,6 +72,17 @@ def test_equal_lines_of_one_moment_are_all_shown(monkeypatch: pytest.MonkeyPatch
 def test_the_cause_is_found_in_a_line_that_came_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="A GPU's memory is full"):
         follow(monkeypatch, [(2, "config"), (1, "torch.OutOfMemoryError: CUDA out of memory.")], [], exit_code=6)
+
+
+def test_a_conversion_that_the_kernel_killed_without_a_word_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    row = JobRow("convert-1", "convert", HOST, "exited", 137, True, "", "")
+    told = str(job_error(RunningJob("convert-1", "convert", (HOST,)), HOST, row, ["Converting a → b"]))
+    assert "The host's memory is full" in told
+    assert "bootstrap gpu-01 --tags swap" in told
+    assert "(host-memory)" in explain("gpu-01")
 
 
 def test_last_words_after_the_stream_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
