@@ -32,6 +32,12 @@ def connection_error(host: Host, errors: str) -> HostError:
 
 _CONNECTION_FAULTS = (
     (
+        # The host's own key is accepted at first contact; ~/.ssh/config says how ssh looks at that of a jump host.
+        r"host key verification failed",
+        "The key of the jump host before {host.name} is not the one that ssh knows, or not known yet.",
+        "ssh {host.address}, which tells more and asks",
+    ),
+    (
         r"permission denied|too many authentication failures",
         "{host.name} refuses the key.",
         "mixtral-run bootstrap --ask-pass {host.bootstrap_words}, which puts your key there",
@@ -62,9 +68,7 @@ _DROPPED = r"(kex|ssh)_exchange_identification|^Connection (closed|reset) by \S+
 
 
 def is_changed_key(errors: str) -> bool:
-    return bool(
-        re.search(r"host key .*has changed|identification has changed|host key verification failed", errors, re.I)
-    )
+    return bool(re.search(r"host key .*has changed|identification has changed", errors, re.I))
 
 
 def _fingerprint(errors: str) -> str:

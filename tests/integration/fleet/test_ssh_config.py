@@ -88,12 +88,14 @@ def test_hosts_behind_a_jump_host_are_reached(
     jump, host = light_hosts(2)
     for each in (jump, host):
         takes_only(each, key)
-    known = f"UserKnownHostsFile {tmp_path}/known"
-    config = home / ".ssh/config"
-    config.write_text(
-        entry("bastion", jump, key, "StrictHostKeyChecking accept-new", known)
-        + entry("gpu-01", host, key, "ProxyJump bastion")
-    )
+    config, known = home / ".ssh/config", tmp_path / "known"
+    own = ("GlobalKnownHostsFile none", f"UserKnownHostsFile {known}", "StrictHostKeyChecking yes")
+    config.write_text(entry("bastion", jump, key, *own) + entry("gpu-01", host, key, "ProxyJump bastion"))
+    _, text = run("gpu-01")
+    # Whom to trust on the way is the user's to say, and no matter of the host's own key.
+    assert "The key of the jump host before gpu-01 is not" in text
+    assert "--accept-new-host-key" not in text
+    known.write_text(f"[127.0.0.1]:{jump.port} {(jump.folder / 'host_key.pub').read_text()}")
 
     def jumps() -> int:
         return (jump.folder / "sshd.log").read_text().count("Accepted publickey")
