@@ -22,7 +22,7 @@ from mixtral_run.fleet.job_log import JobFollower, Left, show_logs
 from mixtral_run.fleet.job_spec import JobOptions
 from mixtral_run.fleet.jobs import RunningJob, engine, fetch, find_job, list_jobs, start, stop
 from mixtral_run.fleet.ssh import Ssh
-from tests.integration.fleet.conftest import HostMaker
+from tests.integration.fleet.conftest import HostMaker, seen_arguments
 from tests.targets.image import host_image
 from tests.targets.shell import call
 
@@ -163,15 +163,33 @@ def test_what_a_host_lacks_is_told_before_anything_starts(options: JobOptions, l
         start("finetune", finetune(), dataclasses.replace(options, checkpoints_folder="/not/there"))
 
 
-def test_nothing_secret_is_in_the_container_or_its_argv(options: JobOptions) -> None:
+def test_the_token_reaches_a_job_by_file_and_is_seen_nowhere(
+    options: JobOptions, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = "hf_0123456789abcdefghij"
     (Path(options.hf_home) / "token").write_text(token)
-    job = start("finetune", finetune(train_iters=30), options)
+    # As many have it on their laptops: in the environment, and in the file that huggingface_hub keeps.
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, token)
+    (home / ".cache/huggingface").mkdir(parents=True)
+    (home / ".cache/huggingface/token").write_text(token)
+    with seen_arguments() as seen:
+        job = start("finetune", finetune(train_iters=10), options)
+        output = follow(job)
+    assert f"token of {len(token)} characters" in output
     inspected = engine(Ssh(), job.hosts[0], "inspect", job.name).output
-    processes = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, check=True).stdout.decode()
-    follow(job)
-    assert job.name in inspected
-    assert token not in inspected + processes
+    # What is looked at is what would show it: the container's whole record, and each program that was run for the job.
+    assert "PYTHONUNBUFFERED=1" in inspected
+    for program in ("docker run", "ssh -o", "mixtral-run finetune --config"):
+        assert any(program in words and (job.name in words or "--config" in words) for words in seen), program
+    logs = call("docker", "logs", job.name)
+    assert "iteration 9" in logs
+    files = [file for place in ("state", ".local") for file in (home / place).rglob("*") if file.is_file()]
+    files += [file for file in (tmp_path / "hosts").rglob("*") if file.is_file()]
+    names = {file.name for file in files}
+    assert {"hosts.json", "config.json", "sshd.log"} <= names
+    kept = [file.read_text(errors="replace") for file in files]
+    assert not [words for words in (inspected, logs, output, *seen, *kept) if token in words]
 
 
 def test_fetching_what_is_not_there_leaves_nothing(options: JobOptions, tmp_path: Path) -> None:
