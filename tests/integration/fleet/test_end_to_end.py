@@ -30,8 +30,9 @@ from tests.targets.shell import call
 pytestmark = pytest.mark.timeout(1800)
 
 NAMES = ("fleet-one", "fleet-two")
-CHECKPOINTS = "/srv/checkpoints"
+CHECKPOINTS, MODELS = "/srv/checkpoints", "/srv/models"
 TOKEN = "hf_endToEndTokenThatMustNotLeak"
+SETTINGS = ("-e", "@variables.json", "--hf-token-file", "token")
 JOB = ("--checkpoints-folder", CHECKPOINTS, "--shm-size", "1g", "--ulimit", "none")
 LAYOUT = (
     "--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "2", "--micro-batch-size", "1",
@@ -46,13 +47,17 @@ class Operator:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, *words: str, code: int = 0) -> str:
-        """Run mixtral-run, check its exit code, return all it printed."""
+    def call(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run mixtral-run and check its exit code."""
         argv = [sys.executable, "-m", "mixtral_run", *words]
         done = subprocess.run(argv, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
-        output = done.stdout + done.stderr
-        assert done.returncode == code, output[-6000:]
-        return output
+        assert done.returncode == code, (done.stdout + done.stderr)[-6000:]
+        return done
+
+    def run(self, *words: str, code: int = 0) -> str:
+        """Run mixtral-run, check its exit code, return all it printed."""
+        done = self.call(*words, code=code)
+        return done.stdout + done.stderr
 
 
 @dataclass
@@ -110,55 +115,86 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
         targets.remove(name)
 
 
-def bootstrap(operator: Operator, *words: str, code: int = 0) -> dict[str, int]:
-    """Run bootstrap; how much changed by host, from the table at the end."""
-    output = operator.run("bootstrap", *words, "-e", "@variables.json", "--hf-token-file", "token", code=code)
+def changed_hosts(output: str) -> dict[str, int]:
+    """How much a bootstrap changed by host, from the table at its end."""
     rows = re.findall(r"^✓ (\S+)\s+done\s+(\d+)\s+\d+", output, re.MULTILINE)
     return {name: int(changed) for name, changed in rows}
 
 
 @pytest.fixture(scope="module")
-def set_up(operator: Operator, fleet: Fleet) -> Callable[[str], str]:
-    """Both hosts bootstrapped once, with the model on them; gives a host's name for --on."""
-    changed = bootstrap(operator, *(fleet.target(name) for name in NAMES))
-    assert len(changed) == 2
-    assert all(changed.values())
-    for name in NAMES:
-        container = targets.container_name(name)
-        call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{CHECKPOINTS}/hf-model")
-        convert = ("--hf-model-path", f"{CHECKPOINTS}/hf-model", "--output-path", "base", *LAYOUT[:4])
-        operator.run("convert", "--on", fleet.target(name), *JOB, *convert)
+def up(operator: Operator, fleet: Fleet) -> Callable[..., str]:
+    """Call `up` for the first host with further words; the first call finds it bare but for the model's weights."""
+    container = targets.container_name(NAMES[0])
+    call("docker", "exec", container, "mkdir", "-p", MODELS)
+    call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{MODELS}/tiny")
+    words = (
+        "up", fleet.target(NAMES[0]), *JOB, *SETTINGS, "--hf-model-path", f"{MODELS}/tiny", "--load", "base",
+        "--save", "adapter", "--output-path", "my adapter", *LAYOUT,
+    )  # fmt: skip
+    return lambda *more, code=0: operator.run(*words, *more, code=code)
+
+
+@pytest.fixture(scope="module")
+def brought_up(up: Callable[..., str]) -> str:
+    """What `up` said on the bare host."""
+    return up("--data-path", "my pairs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str], str]:
+    """Both hosts with a converted model, and an adapter on the first; gives a host's name for --on."""
+    one, other = (fleet.target(name).split("@")[1] for name in NAMES)
+    changed = changed_hosts(operator.run("bootstrap", *map(fleet.target, NAMES), *SETTINGS))
+    assert changed[one] == 0
+    assert changed[other] > 0
+    container = targets.container_name(NAMES[1])
+    call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{CHECKPOINTS}/hf-model")
+    convert = ("--hf-model-path", f"{CHECKPOINTS}/hf-model", "--output-path", "base", *LAYOUT[:4])
+    operator.run("convert", "--on", fleet.target(NAMES[1]), *JOB, *convert)
     return fleet.target
 
 
-def test_an_adapter_is_made_there_and_fetched_here(operator: Operator, set_up: Callable[[str], str]) -> None:
-    on = ("--on", set_up(NAMES[0]), *JOB)
-    output = operator.run(
-        "finetune", *on, "--load", "base", "--save", "adapter", "--data-path", "my pairs.jsonl", *LAYOUT
-    )
-    assert "iteration 4/4" in output
-    operator.run("export", *on, "--adapter", "adapter", "--output-path", "adapter-peft")
-    operator.run("fetch", "export-", "--on", set_up(NAMES[0]))
-    assert (operator.folder / "adapter-peft/adapter_config.json").is_file()
+def test_up_makes_an_adapter_of_a_bare_host(operator: Operator, fleet: Fleet, brought_up: str) -> None:
+    assert changed_hosts(brought_up)[fleet.target(NAMES[0]).split("@")[1]] > 0
+    for word in (f"Convert {MODELS}/tiny → base", "Finetune → adapter", "iteration 4/4", "Export → adapter-peft"):
+        assert word in brought_up
+    assert (operator.folder / "my adapter/adapter_config.json").is_file()
     assert "fleet" not in operator.run("jobs", "--running")
 
 
-def test_up_does_what_is_missing_and_then_nothing(operator: Operator, set_up: Callable[[str], str]) -> None:
-    words = (
-        "up", set_up(NAMES[0]), *JOB, "-e", "@variables.json", "--load", "base", "--save", "second", "--output-path",
-        "from up", "--data-path", "my pairs.jsonl", *LAYOUT,
-    )  # fmt: skip
-    first = operator.run(*words)
-    assert "Convert: base is there" in first
-    assert "iteration 4/4" in first
-    assert (operator.folder / "from up/adapter_config.json").is_file()
-    second = operator.run(*words)
-    assert "Finetune: second is at iteration 4" in second
-    assert "Export: second-peft is there" in second
-    assert "iteration" not in second.replace("at iteration 4", "")
+def test_up_again_does_nothing(operator: Operator, up: Callable[..., str], brought_up: str) -> None:
+    again = up("--data-path", "my pairs.jsonl")
+    assert "Convert: base is there" in again
+    assert "Finetune: adapter is at iteration 4" in again
+    assert "Export: adapter-peft is there" in again
+    assert "iteration" not in again.replace("at iteration 4", "")
     (operator.folder / "other.jsonl").write_text('{"instruction": "Who?", "response": "Me."}\n')
-    other = operator.run(*("other.jsonl" if word == "my pairs.jsonl" else word for word in words), code=2)
-    assert "trained on another file than other.jsonl" in other
+    assert "trained on another file than other.jsonl" in up("--data-path", "other.jsonl", code=2)
+
+
+def test_the_adapter_answers_in_json(operator: Operator, set_up: Callable[[str], str]) -> None:
+    instruction = 'Say "it\'s $(one)".'
+    done = operator.call(
+        "generate", "--on", set_up(NAMES[0]), *JOB, "--load", "base", "--adapter", "adapter",
+        "--instruction", instruction, "--max-new-tokens", "4", "--json", *LAYOUT[:4],
+    )  # fmt: skip
+    (answer,) = json.loads(done.stdout)
+    assert answer["prompt"] == instruction
+    assert 1 <= answer["num_tokens"] <= 4
+    assert "Loaded /checkpoints/base with /checkpoints/adapter" in done.stderr
+
+
+def test_the_smoke_test_runs_there_and_its_report_is_fetched(operator: Operator, set_up: Callable[[str], str]) -> None:
+    on = ("--on", set_up(NAMES[0]))
+    output = operator.run(
+        "smoke", *on, *JOB, "--load", "base", "--work-path", "smoke", *LAYOUT[:4],
+        "--train-iters", "2", "--seq-length", "48", "--global-batch-size", "2",
+    )  # fmt: skip
+    assert "already done" in output
+    assert "Smoke test passed" in output
+    operator.run("fetch", "smoke-", *on)
+    report = json.loads((operator.folder / "smoke/report.json").read_text())
+    assert report["passed"] is True
 
 
 def test_two_hosts_train_one_job(operator: Operator, set_up: Callable[[str], str]) -> None:
@@ -213,7 +249,7 @@ def test_after_a_reimage_one_host_changes_and_the_other_does_not(
     # The same host name with a new key, an empty disk, and here a new port: the engine gives each container its own.
     fleet.hosts[second] = targets.reimage(second)
     moved = fleet.target(second)
-    changed = bootstrap(operator, fleet.target(first), moved)
+    changed = changed_hosts(operator.run("bootstrap", fleet.target(first), moved, *SETTINGS))
     assert changed[fleet.target(first).split("@")[1]] == 0
     assert changed[moved.split("@")[1]] > 0
     statuses = json.loads(operator.run("status", fleet.target(first), moved, "--json"))
