@@ -15,7 +15,7 @@ options:
   uid: {description: Owner., type: int, required: true}
   gid: {description: Group., type: int, required: true}
   mode: {description: "Mode, octal.", type: str, default: "2775"}
-  secret_path: {description: File of mode 0600 for C(secret)., type: path}
+  secret_path: {description: "File of mode 0640 for C(secret): jobs run as whoever logs in, in this group.", type: path}
   secret: {description: Its content; empty leaves a file that is there., type: str, default: ""}
   state: {description: C(absent) takes them back., type: str, choices: [present, absent], default: present}
 """
@@ -25,6 +25,8 @@ import stat
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.mixtral_run_host.files import Record, read_text, remove, write_text
+
+SECRET_MODE = 0o640
 
 
 def main():
@@ -77,7 +79,7 @@ def _secret(module, record, mine):
     fine = read_text(path) == text + "\n"
     if fine:
         now = os.stat(path)
-        fine = stat.S_IMODE(now.st_mode) == 0o600 and (now.st_uid, now.st_gid) == (params["uid"], params["gid"])
+        fine = stat.S_IMODE(now.st_mode) == SECRET_MODE and (now.st_uid, now.st_gid) == (params["uid"], params["gid"])
     if fine:
         return []
     if not module.check_mode:
@@ -85,6 +87,7 @@ def _secret(module, record, mine):
         record.save()
         write_text(path, text + "\n", mode=0o600)
         os.chown(path, params["uid"], params["gid"])
+        os.chmod(path, SECRET_MODE)  # last: nobody but its own group ever reads it
     return ["wrote " + path]
 
 

@@ -221,7 +221,7 @@ def test_the_token_is_on_the_host_in_one_file_and_nowhere_else(
 ) -> None:
     for host in fleet.hosts.values():
         home = "/var/lib/mixtral-run/huggingface/token"
-        assert host.run("stat", "-c", "%a", home).strip() == "600"
+        assert host.run("stat", "-c", "%a", home).strip() == "640"
         found = host.shell(
             f"grep -rlF {TOKEN} /etc /home /root /tmp /var/log /run/log /var/lib/mixtral-run /srv 2>/dev/null; "
             f"journalctl --no-pager | grep -cF {TOKEN}; "

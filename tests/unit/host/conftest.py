@@ -1,12 +1,19 @@
 """Lets tests import what runs on the hosts under the names that Ansible gives it there."""
 
+import functools
 import importlib.util
 from pathlib import Path
+from unittest import mock
 
 import ansible.module_utils
+import pytest
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.testing import patch_module_args
 
 ROOT = Path(__file__).parents[3]
 ansible.module_utils.__path__.append(str(ROOT / "plugins/module_utils"))
+
+from ansible.module_utils.mixtral_run_host.files import Record  # noqa: E402 - found on the path above
 
 
 def load_module(name: str):
@@ -15,3 +22,24 @@ def load_module(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class _Ended(Exception):
+    """What a module gives back, at the moment when it would end its process."""
+
+
+def call_module(module, record_folder, check_mode=False, **params):
+    """Run an Ansible module in this process, its records in a folder of their own; returns its result."""
+
+    def end(_self, **result):
+        raise _Ended(result)
+
+    with (
+        patch_module_args({**params, "_ansible_check_mode": check_mode}),
+        mock.patch.object(AnsibleModule, "exit_json", end),
+        mock.patch.object(AnsibleModule, "fail_json", lambda self, **result: end(self, failed=True, **result)),
+        mock.patch.object(module, "Record", functools.partial(Record, folder=str(record_folder)), create=True),
+        pytest.raises(_Ended) as ended,
+    ):
+        module.main()
+    return ended.value.args[0]

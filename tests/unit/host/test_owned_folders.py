@@ -1,0 +1,38 @@
+"""Folders that jobs write and the token they read, whoever logs in; what was there before comes back as it was."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.unit.host.conftest import call_module, load_module
+
+MODULE = load_module("owned_folders")
+# Only root can give a file to another number.
+UID, GID = (4321, 4322) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict:
+    home = tmp_path / "made" / "home"
+    return {
+        "record_folder": tmp_path / "records", "section": "hf_cache", "paths": [str(home), str(tmp_path / "there")],
+        "uid": UID, "gid": GID, "secret_path": str(home / "token"), "secret": "hf_secret\n",
+    }  # fmt: skip
+
+
+def _figures(path: str | Path) -> tuple[int, int, int]:
+    now = os.stat(path)
+    return stat.S_IMODE(now.st_mode), now.st_uid, now.st_gid
+
+
+def test_the_token_is_read_by_the_group_that_every_job_is_in_and_by_nobody_else(settings: dict) -> None:
+    assert call_module(MODULE, **settings)["changed"]
+    assert _figures(settings["secret_path"]) == (0o640, UID, GID)
+    assert Path(settings["secret_path"]).read_text() == "hf_secret\n"
+    assert _figures(settings["paths"][0]) == (0o2775, UID, GID)
+    assert not call_module(MODULE, **settings)["changed"]
+    os.chmod(settings["secret_path"], 0o600)
+    assert call_module(MODULE, **settings)["done"] == ["wrote " + settings["secret_path"]]
+    assert _figures(settings["secret_path"])[0] == 0o640
