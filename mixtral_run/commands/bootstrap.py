@@ -22,7 +22,7 @@ import click
 @click.option("-k", "--ask-pass", is_flag=True, help="Ask for the login's password once, to put your SSH key there.")
 @click.option("--accept-new-host-key", multiple=True, metavar="HOST", help="Take the new key of a reimaged host.")
 @click.option("-f", "--forks", type=click.IntRange(min=1), help="Hosts at the same time.  [default: 50]")
-@click.option("--serial", metavar="N|N%", help="Finish so many hosts before the next begin.")
+@click.option("--serial", metavar="N|N%", help="So many hosts at a time: another begins once one is finished.")
 @click.option(
     "--retry", is_flag=True, help="The last bootstrap again for hosts that failed; flags only add to its own."
 )

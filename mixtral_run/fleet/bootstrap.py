@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -156,6 +157,8 @@ def _check_request(request: BootstrapRequest) -> None:
         else:
             if len(words) != 1:
                 faults.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
+    if request.serial and not re.fullmatch(r"[1-9]\d*%?", request.serial):
+        faults.append(f"--serial: expected a number of hosts, or N%; found {request.serial}")
     if request.forks < 1:
         faults.append(f"--forks: expected at least 1; found {request.forks}")
     if faults:
@@ -196,8 +199,11 @@ def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
     variables: dict[str, Any] = {}
     if request.hf_token_file is not None:
         variables["hf_cache_token_file"] = str(request.hf_token_file.resolve())
+    forks = min(request.forks, len(hosts))
     if request.serial:
-        variables["mixtral_serial"] = request.serial
+        # Not Ansible's serial, which begins no further wave once all hosts of one have failed.
+        variables["mixtral_strategy"] = "host_pinned"
+        forks = min(forks, _hosts_at_once(request.serial, len(hosts)))
     return Play(
         playbook=playbook("bootstrap"),
         hosts=hosts,
@@ -207,10 +213,14 @@ def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
         tags=request.tags,
         check=request.check,
         diff=request.diff,
-        forks=min(request.forks, len(hosts)),
+        forks=forks,
         ssh_args=(*KEEP_CONNECTION, *connection_options(ssh.known_hosts)),
         become_password=request.become_password,
     )
+
+
+def _hosts_at_once(serial: str, num_hosts: int) -> int:
+    return max(1, num_hosts * int(serial[:-1]) // 100) if serial.endswith("%") else int(serial)
 
 
 def _show(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from mixtral_run.fleet.events import Phase
 from mixtral_run.fleet.hosts import remembered_hosts
 from mixtral_run.fleet.job_spec import JobOptions
 from mixtral_run.fleet.jobs import start
+from mixtral_run.fleet.provisioning import provisioning_folder
 from mixtral_run.fleet.secrets import token_file
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.state import state_folder, write_json
@@ -272,6 +274,7 @@ def test_the_token_is_in_no_argument_artifact_or_log(
     ("settings", "word"),
     [
         ({"hf_token_file": Path("/no/such/token")}, "--hf-token-file"),
+        ({"serial": "two"}, "--serial: expected a number of hosts"),
         ({"more": ("@/no/such/vars.yml", "broken")}, "no such file"),
         ({"accept_new_host_key": ("gpu-99",)}, "--accept-new-host-key"),
     ],
@@ -311,3 +314,34 @@ def standin_nvidia_smi(driver: str) -> str:
     """STAND-IN: answers the one query that the kit makes, for 8 GPUs."""
     rows = "\n".join(f"{n}, NVIDIA H100 80GB HBM3, GPU-{n}, 81559, {driver}, 40, 0" for n in range(8))
     return f"#!/bin/sh\ncat <<'END'\n{rows}\nEND\n"
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["fails", "is lost"])
+def test_a_host_alone_in_its_turn_keeps_no_later_one_from_its_end(
+    run: Run, light_hosts: HostMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    first, second, third = light_hosts(3)
+    assert first.process is not None
+    # The playbook as it is, over roles that do nothing but, in the middle, fail or cut the first host off.
+    book = tmp_path / "playbooks/bootstrap.yml"
+    shutil.copytree(provisioning_folder() / "playbooks", book.parent)
+    break_off = f"pkill -9 -P {first.process.pid}; kill -9 {first.process.pid}" if lost else "exit 1"
+    roles = ("preflight", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image", "acceptance")
+    for role in roles:
+        command = break_off if role == "docker" else f"echo {role} {{{{ inventory_hostname }}}} >> {tmp_path}/done"
+        tasks = [{"ansible.builtin.raw": command, "name": f"Do {role}"}]
+        if role == "docker":
+            tasks[0]["when"] = f"inventory_hostname == '{inventory_name(first)}'"
+        (book.parent / f"roles/{role}/tasks").mkdir(parents=True)
+        (book.parent / f"roles/{role}/tasks/main.yml").write_text(json.dumps(tasks))
+    monkeypatch.setattr(module, "playbook", {"bootstrap": book}.__getitem__)
+    end, _ = run(first.target, second.target, third.target, serial="1", more=("ansible_become=false",))
+    phases = [host.phase for host in end.progress.hosts.values()]
+    assert phases == [Phase.UNREACHABLE if lost else Phase.FAILED, Phase.DONE, Phase.DONE]
+    rest = [f"{role} {inventory_name(host)}" for host in (second, third) for role in roles if role != "docker"]
+    assert (tmp_path / "done").read_text().splitlines() == [f"preflight {inventory_name(first)}", *rest]
+
+
+@pytest.mark.parametrize(("serial", "expected"), [("1", 1), ("3", 3), ("25%", 2), ("1%", 1), ("90", 90)])
+def test_hosts_at_a_time(serial: str, expected: int) -> None:
+    assert module._hosts_at_once(serial, 8) == expected
