@@ -26,6 +26,11 @@ options:
     type: list
     elements: path
     default: []
+  own_folders:
+    description: Folders of the kit. What they hold counts as free, since it is what the space is for.
+    type: list
+    elements: path
+    default: []
   mirrors:
     description: URLs that have to answer.
     type: list
@@ -58,6 +63,7 @@ def main():
             "limits": {"type": "dict", "required": True},
             "levels": {"type": "dict", "default": {}},
             "disks": {"type": "list", "elements": "path", "default": []},
+            "own_folders": {"type": "list", "elements": "path", "default": []},
             "mirrors": {"type": "list", "elements": "str", "default": []},
             "proxy": {"type": "str"},
             "timeout_seconds": {"type": "int", "default": 10},
@@ -77,6 +83,9 @@ def main():
             )
         )
     state = probe.host(params["disks"])
+    for each in state["disks"]:
+        if each["free_gib"] < params["limits"]["free_gib"]:
+            each["held_gib"] = probe.held_gib(each["path"], params["own_folders"])
     state.update(_network(params))
     found = shortfalls.collect(state, params["limits"], params["levels"])
     failures = [item for item in found if item.level == "fail"]

@@ -62,6 +62,20 @@ def disk(path):
     }
 
 
+def held_gib(path, folders):
+    """What `folders` hold of the filesystem that `path` is to lie on; 0 where that cannot be told within two minutes."""
+    while not os.path.isdir(path) and path != "/":
+        path = os.path.dirname(path)
+    device = os.stat(path).st_dev
+    real = {os.path.realpath(each) for each in folders if os.path.isdir(each)}
+    here = sorted(each for each in real if os.stat(each).st_dev == device)
+    if not here:
+        return 0
+    answer = run(["du", "--summarize", "--one-file-system", "--total", "--block-size=1", "--"] + here, timeout=120)
+    total = re.search(r"^(\d+)\ttotal$", answer.out, re.MULTILINE)
+    return round(int(total.group(1)) / 2**30, 1) if total else 0
+
+
 def filesystem(path):
     """Type of the filesystem that holds `path`, from the longest mount point above it."""
     best, kind = "", "unknown"

@@ -29,7 +29,7 @@ def version(text):
 
 
 def collect(state, limits, levels):
-    """Every shortfall of `state` against `limits`, but those whose check is "skip"; RAM made up by swap only warns."""
+    """Every shortfall of `state` against `limits`, but those whose check is "skip"; RAM made up by others' swap only warns."""
     found = []
     for check in CHECKS:
         level = levels.get(check, "fail")
@@ -138,9 +138,8 @@ def _fabric_manager(state, _limits):
 
 def _ram(state, limits):
     ram, swap, least = state["memory"]["ram_gib"], state["memory"]["swap_gib"], limits["ram_gib"]
-    swap = max(swap, limits.get("planned_swap_gib", 0))
     # 128 GB of modules show as some 125 GiB: firmware and the kernel keep a part.
-    if ram >= least * 0.95:
+    if ram + _planned_swap(ram, limits) >= least * 0.95:
         return
     wanted, found = "{:g} GiB of RAM".format(least), "{:g} GiB of RAM and {:g} GiB of swap".format(ram, swap)
     if ram + swap >= least * 0.95:
@@ -149,12 +148,22 @@ def _ram(state, limits):
         yield wanted, found, "add RAM, or let the swap role make up for it: preflight_checks: {ram: warn}"
 
 
+def _planned_swap(ram, limits):
+    """What the swap role is going to make: so many GiB, or (negative) what RAM lacks to its target."""
+    planned = float(limits["planned_swap_gib"])
+    return planned if planned >= 0 else max(0, float(limits["swap_target_gib"]) - ram)
+
+
 def _disk(state, limits):
     for each in state["disks"]:
-        if each["free_gib"] < limits["free_gib"]:
+        held = each.get("held_gib", 0)
+        if each["free_gib"] + held < limits["free_gib"]:
+            found = "{:g} GiB free ({})".format(each["free_gib"], each["filesystem"])
+            if held:
+                found += ", and {:g} GiB that checkpoints and HF cache hold there, counted as free".format(held)
             yield (
                 "{:g} GiB free under {}".format(limits["free_gib"], each["path"]),
-                "{:g} GiB free ({})".format(each["free_gib"], each["filesystem"]),
+                found,
                 "free some space, or put checkpoints on a larger disk: hf_cache_checkpoint_folder, preflight_disk_paths",
             )
 

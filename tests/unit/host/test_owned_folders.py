@@ -23,7 +23,7 @@ def settings(tmp_path: Path) -> dict:
 
 
 def _figures(path: str | Path) -> tuple[int, int, int]:
-    now = os.stat(path)
+    now = Path(path).stat()
     return stat.S_IMODE(now.st_mode), now.st_uid, now.st_gid
 
 
@@ -33,6 +33,6 @@ def test_the_token_is_read_by_the_group_that_every_job_is_in_and_by_nobody_else(
     assert Path(settings["secret_path"]).read_text() == "hf_secret\n"
     assert _figures(settings["paths"][0]) == (0o2775, UID, GID)
     assert not call_module(MODULE, **settings)["changed"]
-    os.chmod(settings["secret_path"], 0o600)
+    Path(settings["secret_path"]).chmod(0o600)
     assert call_module(MODULE, **settings)["done"] == ["wrote " + settings["secret_path"]]
     assert _figures(settings["secret_path"])[0] == 0o640

@@ -1,6 +1,7 @@
 """Reading a host from what its programs print."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,16 @@ def test_a_hanging_program_comes_back() -> None:
 def test_the_whole_state_of_this_machine_is_json() -> None:
     state = json.loads(json.dumps(probe.host(["/tmp"])))
     assert state["memory"]["ram_gib"] > 0 and state["disks"][0]["free_gib"] > 0 and state["kernel"]
+
+
+def test_what_folders_hold_of_a_filesystem(tmp_path: Path) -> None:
+    home, inner = tmp_path / "home", tmp_path / "home/checkpoints"
+    inner.mkdir(parents=True)
+    with (inner / "weights").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 120 << 20)
+    os.link(inner / "weights", home / "again")
+    (tmp_path / "link").symlink_to(home)
+    folders = [str(each) for each in (home, inner, tmp_path / "link", tmp_path / "none")]
+    assert probe.held_gib(str(tmp_path / "not yet/there"), folders) == 0.1
+    assert probe.held_gib("/proc", folders) == 0
+    assert probe.held_gib(str(tmp_path), []) == 0

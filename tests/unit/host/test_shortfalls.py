@@ -26,6 +26,7 @@ LIMITS = {
     "driver_version": "525",
     "ram_gib": 128,
     "planned_swap_gib": 0,
+    "swap_target_gib": 128,
     "free_gib": 500,
     "clock_offset_seconds": 30,
 }
@@ -93,11 +94,21 @@ def test_a_check_can_be_eased(level: str, expected: list) -> None:
     assert [item.level for item in _collect({"gpus": level}, gpus=[])] == expected
 
 
-def test_planned_swap_counts() -> None:
+@pytest.mark.parametrize(
+    ("planned", "target", "is_short"), [(64, 0, False), (-1, 128, False), (-1, 64, True), (8, 128, True)]
+)
+def test_swap_that_the_kit_is_going_to_make_counts_as_ram(planned: float, target: float, is_short: bool) -> None:
     state = copy.deepcopy(GOOD)
     state["memory"] = {"ram_gib": 64.0, "swap_gib": 0.0}
-    (item,) = shortfalls.collect(state, {**LIMITS, "planned_swap_gib": 64}, {})
-    assert item.level == "warn"
+    found = shortfalls.collect(state, {**LIMITS, "planned_swap_gib": planned, "swap_target_gib": target}, {})
+    assert [item.check for item in found] == (["ram"] if is_short else [])
+
+
+def test_what_the_kit_holds_there_counts_as_free_and_is_told() -> None:
+    disk = {"path": "/data", "free_gib": 100.0, "filesystem": "ext4"}
+    assert _collect(disks=[{**disk, "held_gib": 400.0}]) == []
+    (item,) = _collect(disks=[{**disk, "held_gib": 399.0}])
+    assert item.found.startswith("100 GiB free (ext4), and 399 GiB that checkpoints and HF cache hold")
 
 
 def test_versions_compare_as_numbers() -> None:
