@@ -21,6 +21,7 @@ options:
   hours: {description: When the key ends by itself., type: int, default: 12}
 """
 
+import fcntl
 import glob
 import os
 import pwd
@@ -56,7 +57,8 @@ def main():
     mark = "mixtral-run-model-for-" + re.sub(r"[^\w.-]", "-", params["asker"])
     program = os.path.join(PROGRAMS, mark + ".py")
     authorized = os.path.join(user.pw_dir, ".ssh", "authorized_keys")
-    _close(authorized, user, mark, program)
+    remove(program)
+    _set_line(authorized, user, mark)
     if params["state"] == "closed":
         module.exit_json(changed=True)
     folder = os.path.join(params["home"], "hub", "models--" + params["model"].replace("/", "--"))
@@ -68,8 +70,7 @@ def main():
         module.exit_json(fault=public)
     until = time.strftime("%Y%m%d%H%MZ", time.gmtime(time.time() + params["hours"] * 3600))
     command = "/usr/bin/env python3 {} {}".format(program, folder)
-    line = 'restrict,expiry-time="{}",command="{}" {}\n'.format(until, command, public)
-    _write_keys(authorized, user, (read_text(authorized) or "") + line)
+    _set_line(authorized, user, mark, 'restrict,expiry-time="{}",command="{}" {}\n'.format(until, command, public))
     module.exit_json(changed=True, private_key=private, user=name, host_keys=_host_keys())
 
 
@@ -88,24 +89,29 @@ def _host_keys():
     return [" ".join(text.split()[:2]) for text in found]
 
 
-def _close(authorized, user, mark, program):
-    remove(program)
-    text = read_text(authorized)
-    if text is not None:
-        kept = [line for line in text.splitlines(True) if not line.rstrip("\n").endswith(" " + mark)]
-        if "".join(kept) != text:
-            _write_keys(authorized, user, "".join(kept))
+def _set_line(authorized, user, mark, line=""):
+    """Take the line of one asker out, and put `line` in its place.
 
-
-def _write_keys(path, user, text):
-    if text and not text.endswith("\n"):
-        text += "\n"
-    folder = os.path.dirname(path)
+    Several askers come at once, from processes of their own: each waits for the one before, by a lock on the folder.
+    """
+    folder = os.path.dirname(authorized)
     if not os.path.isdir(folder):
-        os.mkdir(folder, 0o700)
+        if not line:
+            return
+        os.makedirs(folder, mode=0o700, exist_ok=True)
         os.chown(folder, user.pw_uid, user.pw_gid)
-    write_text(path, text, mode=0o600)
-    os.chown(path, user.pw_uid, user.pw_gid)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = read_text(authorized) or ""
+        kept = "".join(each for each in text.splitlines(True) if not each.rstrip("\n").endswith(" " + mark))
+        if line and kept and not kept.endswith("\n"):
+            kept += "\n"
+        if kept + line != text:
+            owner = (user.pw_uid, user.pw_gid)  # sshd reads it as the user, at any moment
+            write_text(os.path.realpath(authorized), kept + line, mode=0o600, owner=owner)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":

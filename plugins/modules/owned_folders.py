@@ -85,9 +85,7 @@ def _secret(module, record, mine):
     if not module.check_mode:
         mine["secret"] = path
         record.save()
-        write_text(path, text + "\n", mode=0o600)
-        os.chown(path, params["uid"], params["gid"])
-        os.chmod(path, SECRET_MODE)  # last: nobody but its own group ever reads it
+        write_text(path, text + "\n", mode=SECRET_MODE, owner=(params["uid"], params["gid"]))
     return ["wrote " + path]
 
 

@@ -19,8 +19,8 @@ def read_text(path, default=None):
         return default
 
 
-def write_text(path, text, mode=0o644):
-    """Replace a file in one step: a reader, or a crash, sees the old text or the new one."""
+def write_text(path, text, mode=0o644, owner=None):
+    """Replace a file in one step: a reader, or a crash, sees the old text or the new one. `owner`: (uid, gid)."""
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o755, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".mixtral-run-", dir=folder)
@@ -29,6 +29,8 @@ def write_text(path, text, mode=0o644):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        if owner is not None:
+            os.chown(temporary, *owner)
         os.chmod(temporary, mode)
         os.rename(temporary, path)
     except BaseException:

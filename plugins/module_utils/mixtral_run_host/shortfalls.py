@@ -145,7 +145,7 @@ def _ram(state, limits):
     if ram + swap >= least * 0.95:
         yield "warn", wanted, found, "it will do, but conversion to a layout with few files is slower"
     else:
-        yield wanted, found, "add RAM, or let the swap role make up for it: preflight_checks: {ram: warn}"
+        yield wanted, found, "add RAM, or let the swap role make up for it: swap_size_gib, swap_target_gib"
 
 
 def _planned_swap(ram, limits):

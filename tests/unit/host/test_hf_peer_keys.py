@@ -1,0 +1,73 @@
+"""The line that lets another host read a model comes and goes in authorized_keys, and every other line stays."""
+
+import os
+import pwd
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.host.conftest import call_module, load_module
+
+MODULE = load_module("hf_peer")
+OWN = "ssh-ed25519 AAAA somebody's own key, without an end of line"
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pwd.struct_passwd:
+    uid = 4321 if os.geteuid() == 0 else os.geteuid()
+    found = pwd.struct_passwd(("ops", "x", uid, os.getegid(), "", str(tmp_path / "ops"), "/bin/sh"))
+    monkeypatch.setattr(MODULE.pwd, "getpwnam", lambda _: found)
+    monkeypatch.setattr(MODULE, "PROGRAMS", str(tmp_path / "programs"))
+    return found
+
+
+def _ask(tmp_path: Path, state: str, asker: str = "gpu-02") -> dict:
+    (tmp_path / "home/hub/models--org--model/snapshots").mkdir(parents=True, exist_ok=True)
+    return call_module(
+        MODULE, tmp_path, state=state, asker=asker, home=str(tmp_path / "home"), model="org/model", server="pass\n"
+    )
+
+
+def test_it_opens_and_closes_and_leaves_the_rest(user: pwd.struct_passwd, tmp_path: Path) -> None:
+    _ask(tmp_path, "closed")
+    assert not Path(user.pw_dir).exists()
+    keys = tmp_path / "keys of a dotfiles folder"
+    keys.write_text(OWN)
+    (tmp_path / "ops/.ssh").mkdir(parents=True)
+    authorized = tmp_path / "ops/.ssh/authorized_keys"
+    authorized.symlink_to(keys)
+    for _ in range(2):
+        assert "PRIVATE KEY" in _ask(tmp_path, "open")["private_key"]
+    first, second = keys.read_text().splitlines()
+    assert first == OWN
+    assert second.startswith("restrict,expiry-time=") and second.endswith(" mixtral-run-model-for-gpu-02")
+    assert authorized.is_symlink()
+    assert (stat.S_IMODE(keys.stat().st_mode), keys.stat().st_uid) == (0o600, user.pw_uid)
+    _ask(tmp_path, "closed")
+    assert keys.read_text() == OWN + "\n" and not list((tmp_path / "programs").iterdir())
+
+
+def test_hosts_that_ask_at_once_take_no_line_of_each_other(
+    user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authorized = tmp_path / "ops/.ssh/authorized_keys"
+    read = MODULE.read_text
+
+    def read_slowly(path: str) -> str:
+        text = read(path)
+        time.sleep(0.05)
+        return text
+
+    monkeypatch.setattr(MODULE, "read_text", read_slowly)
+    marks = [f"for-{number}" for number in range(6)]
+    threads = [
+        threading.Thread(target=MODULE._set_line, args=(str(authorized), user, mark, f"key {mark}\n")) for mark in marks
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(authorized.read_text().splitlines()) == [f"key {mark}" for mark in marks]
