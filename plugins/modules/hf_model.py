@@ -36,6 +36,7 @@ options:
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 
@@ -167,7 +168,9 @@ def _from_folder(module, cache, params):
                 origin = os.path.realpath(os.path.join(parent, each))
                 claimed = os.path.basename(origin)
                 digest = digest_of(origin, "0" * 64)
-                if origin != os.path.join(parent, each) and claimed not in (digest, digest_of(origin, "0" * 40)):
+                # A blob of a cache, whose name is its hash.
+                is_blob = re.match(r"(?:[0-9a-f]{40}|[0-9a-f]{64})$", claimed)
+                if is_blob and claimed not in (digest, digest_of(origin, "0" * 40)):
                     raise HubError(
                         "{} is damaged: its hash is {}, not {}".format(origin, digest, claimed), "copy it anew"
                     )

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections import namedtuple
+from http.client import HTTPException, IncompleteRead
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
@@ -57,7 +58,7 @@ class Hub:
             return self._opener.open(Request(url, headers=headers), timeout=self._timeout)
         except HTTPError as error:
             raise HubError("{} answers HTTP {}".format(url, error.code), _remedy(error.code, self.model)) from error
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise HubError("{}: {}".format(url, getattr(error, "reason", error)), "open the way to it, or name a mirror "
                            "(hf_cache_endpoint), a proxy, or a local copy (hf_cache_model_path)") from error  # fmt: skip
 
@@ -72,7 +73,7 @@ class Hub:
         """The commit that a branch, tag or commit names."""
         url = "{}/api/models/{}/revision/{}".format(self.endpoint, self.model, quote(revision, safe=""))
         with self.open(url) as answer:
-            return json.load(answer)["sha"]
+            return _json_of(answer, url)["sha"]
 
     def files(self, commit, patterns):
         """Files of the model whose path matches one of `patterns`."""
@@ -80,7 +81,7 @@ class Hub:
         found = []
         while url:
             with self.open(url) as answer:
-                found += [each for each in json.load(answer) if each["type"] == "file"]
+                found += [each for each in _json_of(answer, url) if each["type"] == "file"]
                 following = re.search(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
             url = following.group(1) if following else None
         return [
@@ -88,6 +89,30 @@ class Hub:
             for each in found
             if any(fnmatch.fnmatchcase(each["path"], pattern) for pattern in patterns)
         ]
+
+
+def _chunks(stream, what):
+    """What a stream holds, bit by bit. Raises HubError where it breaks off with an error, after what had come."""
+    while True:
+        try:
+            chunk = stream.read(CHUNK)
+        except (OSError, HTTPException) as error:
+            if isinstance(error, IncompleteRead):
+                yield error.partial
+            raise HubError(
+                "{}: the connection broke off: {}".format(what, error), "run again: it goes on there"
+            ) from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def _json_of(answer, url):
+    text = b"".join(_chunks(answer, url))
+    try:
+        return json.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise HubError("{}: the answer is not whole: {}".format(url, error), "run again") from error
 
 
 def _remedy(code, model):
@@ -144,7 +169,7 @@ class ModelCache:
             with source.open_file(commit, file, start) as (answer, resumes), open(partial, "ab") as out:
                 if start and not resumes:
                     out.truncate(0)
-                for chunk in iter(lambda: answer.read(CHUNK), b""):
+                for chunk in _chunks(answer, file.path):
                     out.write(chunk)
                 out.flush()
                 os.fsync(out.fileno())

@@ -1,14 +1,17 @@
 """Fetching a model from a hub that breaks off, lies and limits: what arrives is whole, or nothing is published."""
 
+import contextlib
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host.hf_hub import Hub, HubError, ModelCache, digest_of
+from ansible.module_utils.mixtral_run_host.hf_hub import Hub, HubError, ModelCache, RemoteFile, digest_of
 
 COMMIT = "c" * 40
 MODEL = "org/model"
@@ -29,6 +32,7 @@ class FakeHub(ThreadingHTTPServer):
             "sub/x.bin": b"not wanted",
         }
         self.break_off_after: int | None = None
+        self.cut_listing: str | None = None
         self.corrupt = False
         self.token: str | None = None
         self.seen: list[tuple[str, str | None, str | None]] = []
@@ -53,7 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name, text in headers.items():
             self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(data)
+        cut = self.server.cut_listing and self.server.cut_listing in self.path
+        self.wfile.write(data[:-5] if cut else data)
+        self.close_connection = bool(cut) or self.close_connection
 
     def do_GET(self) -> None:
         hub = self.server
@@ -141,13 +147,59 @@ def test_a_second_publication_changes_nothing(hub: FakeHub, tmp_path: Path) -> N
 def test_it_goes_on_where_it_stopped(hub: FakeHub, tmp_path: Path) -> None:
     hub.break_off_after = 1_000_000
     for _ in range(2):
-        with pytest.raises(Exception, match=r"bytes arrived|IncompleteRead|read"):
+        with pytest.raises(HubError, match=r"model-1\.safetensors: .*(bytes arrived|broke off)") as failure:
             _fetch(hub, tmp_path)
+        assert "it goes on there" in failure.value.remedy
     assert not (tmp_path / "hub/models--org--model/refs/main").exists()
     hub.break_off_after = None
     _fetch(hub, tmp_path)
     ranges = [asked for _, _, asked in hub.seen if asked]
     assert ranges and ranges[-1] == "bytes=2000000-"
+
+
+class BreakingSource:
+    """STAND-IN for a connection that ends with an error instead of the file's end."""
+
+    def __init__(self, data: bytes, error: Exception | None) -> None:
+        self.data, self.error = data, error
+
+    @contextlib.contextmanager
+    def open_file(self, _commit: str, _file: RemoteFile, start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+        stream, error = io.BytesIO(self.data[start:]), self.error
+
+        class Stream(io.BytesIO):
+            def read(self, _size: int | None = -1) -> bytes:
+                found = stream.read(1000)
+                if not found and error:
+                    raise error
+                return found
+
+        yield Stream(), True
+
+
+@pytest.mark.parametrize(
+    ("error", "more"),
+    [(ConnectionResetError("reset"), b""), (TimeoutError(), b""), (IncompleteRead(b"abc", 9), b"abc")],
+)
+def test_a_connection_that_breaks_off_is_told_and_what_came_is_kept(
+    tmp_path: Path, error: Exception, more: bytes
+) -> None:
+    data = bytes(range(256)) * 20 + b"abcdef"
+    file = RemoteFile("w.safetensors", len(data), hashlib.sha256(data).hexdigest())
+    cache = ModelCache(str(tmp_path), MODEL)
+    with pytest.raises(HubError, match=r"w\.safetensors: the connection broke off") as failure:
+        cache.fetch(BreakingSource(data[:-6], error), COMMIT, file)
+    assert "it goes on there" in failure.value.remedy
+    assert Path(cache.blob(file.digest) + ".incomplete").read_bytes() == data[:-6] + more
+    cache.fetch(BreakingSource(data, None), COMMIT, file)
+    assert Path(cache.blob(file.digest)).read_bytes() == data
+
+
+@pytest.mark.parametrize("asked", ["/revision/", "/tree/"])
+def test_a_listing_that_is_cut_off_is_told(hub: FakeHub, tmp_path: Path, asked: str) -> None:
+    hub.cut_listing = asked
+    with pytest.raises(HubError, match=f"{asked}.*(not whole|broke off)"):
+        _fetch(hub, tmp_path)
 
 
 def test_wrong_bytes_are_thrown_away_and_told(hub: FakeHub, tmp_path: Path) -> None:
