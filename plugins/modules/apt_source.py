@@ -18,7 +18,7 @@ options:
   key_url: {description: Where the key is., type: str, required: true}
   key_fingerprint: {description: The only fingerprint accepted., type: str, required: true}
   proxy: {description: Proxy for the key., type: str}
-  state: {description: C(absent) removes source and key., type: str, choices: [present, absent], default: present}
+  state: {description: "C(absent) removes source and key, or puts back those that were there before.", type: str, choices: [present, absent], default: present}
 """
 
 import glob
@@ -26,7 +26,7 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
-from ansible.module_utils.mixtral_run_host.files import explain, read_text, remove, write_text
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 from ansible.module_utils.urls import open_url
 
 SOURCES = "/etc/apt/sources.list.d"
@@ -50,12 +50,9 @@ def main():
     params = module.params
     source = os.path.join(SOURCES, params["name"] + ".sources")
     key = os.path.join(KEYRINGS, params["name"] + ".asc")
+    record = Record("apt_sources", check_mode=module.check_mode)
     if params["state"] == "absent":
-        changed = os.path.exists(source) or os.path.exists(key)
-        if not module.check_mode:
-            remove(source)
-            remove(key)
-        module.exit_json(changed=changed)
+        _absent(module, record)
 
     release, arch = probe.os_release(), probe.architecture()
     uri = apt_sources.expand(params["uri"], release, arch)
@@ -71,11 +68,12 @@ def main():
     )
     key_text = _pinned_key(module, key, apt_sources.expand(params["key_url"], release, arch))
     rivals = _rivals(source, uri)
-    before = read_text(source, "")
+    before = read_text(source)
     if before != wanted:
         _need_repository(module, uri, apt_sources.expand(params["suite"], release, arch), arch)
     changed = key_text is not None or bool(rivals) or before != wanted
     if not module.check_mode:
+        _remember(record, params["name"], [key] * (key_text is not None) + [source] * (before != wanted))
         if key_text is not None:
             write_text(key, key_text)
         for path, text in rivals.items():
@@ -84,8 +82,30 @@ def main():
             write_text(source, wanted)
     header = {"before_header": source, "after_header": source}
     module.exit_json(
-        changed=changed, switched_off=sorted(rivals), uri=uri, diff=dict(before=before, after=wanted, **header)
+        changed=changed, switched_off=sorted(rivals), uri=uri, diff=dict(before=before or "", after=wanted, **header)
     )
+
+
+def _remember(record, name, paths):
+    """Before files are written: what is there and not the kit's comes back when the kit leaves."""
+    theirs = record.values.setdefault(name, {})
+    for path in paths:
+        theirs.setdefault(path, read_text(path))
+    if not theirs:
+        del record.values[name]  # both are there and as they should be: they are not the kit's
+    record.save()
+
+
+def _absent(module, record):
+    theirs = record.values.pop(module.params["name"], {})
+    if not module.check_mode:
+        for path, text in theirs.items():
+            if text is None:
+                remove(path)
+            else:
+                write_text(path, text)
+        record.save()
+    module.exit_json(changed=bool(theirs))
 
 
 def _need_repository(module, uri, suite, arch):

@@ -73,6 +73,7 @@ class Image:
         self.record = Record("images", check_mode=module.check_mode)
         self.name = self.params["name"]
         self.bridge = None
+        self.fetched = []  # further names of it, which the kit brought in
         answer = run(["docker", "image", "inspect", self.name], timeout=30)
         self.there = json.loads(answer.out)[0] if answer.code == 0 else None
 
@@ -151,6 +152,7 @@ class Image:
             self._need_engine()
             has_dockerfile = self._build_bridge(base)
         self.bridge = {params["ref"]: has_dockerfile}
+        self.fetched = [base] if has_dockerfile else []
         self.build(base=base if has_dockerfile else None, extra=params["ref"])
 
     def _build_bridge(self, base):
@@ -180,10 +182,11 @@ class Image:
 
     def leave(self):
         mine = dict(self.record.values)
-        for name in mine:
+        for name, entry in mine.items():
             if not self.module.check_mode:
-                # Without force: a container that uses it keeps it.
-                run(["docker", "image", "rm", name], timeout=300)
+                for each in [name] + entry.get("fetched", []):
+                    # Without force: a container that uses it keeps it.
+                    run(["docker", "image", "rm", each], timeout=300)
                 del self.record.values[name]
         self.record.save()
         if not self.module.check_mode:
@@ -219,6 +222,8 @@ class Image:
         if self.module.check_mode:
             self.exit(changed=True)
         self._need_engine()
+        if source != self.name and run(["docker", "image", "inspect", source], timeout=30).code:
+            self.fetched.append(source)
         answer = run(argv, timeout=self.params["timeout_seconds"])
         if answer.code == 0 and source != self.name:
             answer = run(["docker", "tag", source, self.name])
@@ -241,6 +246,10 @@ class Image:
             )
         self.there = json.loads(answer.out)[0]
         entry = {"id": self.there["Id"], "inputs": inputs, "source": self.params["source"]}
+        known = self.record.values.get(self.name, {}).get("fetched", [])
+        fetched = sorted(set(known + self.fetched))
+        if fetched:
+            entry["fetched"] = fetched  # for `absent`, also after the kit went on to another
         if self.bridge:
             entry["bridge"] = self.bridge  # whether that commit has a Dockerfile, so as not to clone to find out
         if self.record.values.get(self.name) != entry:

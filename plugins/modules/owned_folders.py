@@ -8,7 +8,8 @@ module: owned_folders
 short_description: Folders with owner, group and mode that a container's user can write
 description:
   - The owner may be a number that no user of the host has. Contents are left alone.
-  - C(absent) removes folders that the kit made, as long as they are empty, and a secret that the kit wrote.
+  - C(absent) removes folders that the kit made, as long as they are empty, and a secret that the kit wrote; folders that
+    were there get owner, group and mode back.
 options:
   section: {description: Who asks., type: str, required: true}
   paths: {description: The folders., type: list, elements: path, required: true}
@@ -51,6 +52,7 @@ def main():
 def _present(module, record):
     params, done = module.params, []
     mine = record.values.setdefault(params["section"], {"folders": [], "secret": None})
+    theirs = mine.setdefault("before", {})
     mode = int(params["mode"], 8)
     for path in params["paths"]:
         if not os.path.isdir(path):
@@ -65,6 +67,9 @@ def _present(module, record):
         if (now.st_uid, now.st_gid) != (params["uid"], params["gid"]) or stat.S_IMODE(now.st_mode) != mode:
             done.append("owner, group and mode of " + path)
             if not module.check_mode:
+                if path not in mine["folders"]:
+                    theirs.setdefault(path, [now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)])
+                    record.save()
                 os.chown(path, params["uid"], params["gid"])
                 os.chmod(path, mode)  # after chown, which clears the set-group-id bit
     done += _secret(module, record, mine)
@@ -112,6 +117,11 @@ def _absent(module, record):
             done.append("removed " + path)
         except OSError:
             pass  # it holds a user's data, or is gone
+    for path, (uid, gid, mode) in mine.get("before", {}).items():
+        if os.path.isdir(path):
+            os.chown(path, uid, gid)
+            os.chmod(path, mode)
+            done.append("owner, group and mode of {} as they were".format(path))
     del record.values[module.params["section"]]
     record.save()
     return done

@@ -36,3 +36,19 @@ def test_the_token_is_read_by_the_group_that_every_job_is_in_and_by_nobody_else(
     Path(settings["secret_path"]).chmod(0o600)
     assert call_module(MODULE, **settings)["done"] == ["wrote " + settings["secret_path"]]
     assert _figures(settings["secret_path"])[0] == 0o640
+
+
+def test_a_folder_that_was_there_gets_its_owner_and_mode_back_and_the_kits_own_goes(settings: dict) -> None:
+    there = Path(settings["paths"][1])
+    there.mkdir(mode=0o750)
+    there.chmod(0o750)
+    before = _figures(there)
+    call_module(MODULE, **settings)
+    call_module(MODULE, **{**settings, "mode": "2770"})
+    assert _figures(there) == (0o2770, UID, GID)
+    (there / "mine").write_text("precious")
+    assert call_module(MODULE, **settings, state="absent")["changed"]
+    assert _figures(there) == before and (there / "mine").read_text() == "precious"
+    assert not Path(settings["paths"][0]).parent.exists()
+    assert not call_module(MODULE, **settings, state="absent")["changed"]
+    assert not list(settings["record_folder"].iterdir())
