@@ -18,6 +18,7 @@ options:
   key_url: {description: Where the key is., type: str, required: true}
   key_fingerprint: {description: The only fingerprint accepted., type: str, required: true}
   proxy: {description: Proxy for the key., type: str}
+  no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   state: {description: "C(absent) removes source and key, or puts back those that were there before.", type: str, choices: [present, absent], default: present}
 """
 
@@ -43,6 +44,7 @@ def main():
             "key_url": {"type": "str", "required": True, "no_log": False},
             "key_fingerprint": {"type": "str", "required": True, "no_log": False},
             "proxy": {"type": "str"},
+            "no_proxy": {"type": "str", "default": ""},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         supports_check_mode=True,
@@ -130,6 +132,7 @@ def _open(module, url):
     proxy = module.params["proxy"]
     if proxy:
         os.environ["http_proxy"] = os.environ["https_proxy"] = proxy
+        os.environ["no_proxy"] = module.params["no_proxy"]
     return open_url(url, timeout=30, http_agent="mixtral-run").read()
 
 

@@ -21,6 +21,7 @@ options:
   token_path: {description: File on the host with the token., type: path}
   source_path: {description: Local folder instead of the hub., type: str, default: ""}
   proxy: {description: Proxy for the hub., type: str}
+  no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   peer: {description: Name of another host that has the model., type: str, default: ""}
   peer_address: {description: Where this host reaches it., type: str}
   peer_port: {description: Port of its SSH server., type: int, default: 22}
@@ -60,6 +61,7 @@ def main():
             "token_path": {"type": "path"},
             "source_path": {"type": "str", "default": ""},
             "proxy": {"type": "str"},
+            "no_proxy": {"type": "str", "default": ""},
             "peer": {"type": "str", "default": ""},
             "peer_address": {"type": "str"},
             "peer_port": {"type": "int", "default": 22},
@@ -74,6 +76,7 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
+    os.environ["no_proxy"] = params["no_proxy"]  # urllib asks it, also beside a proxy of the caller's
     record = Record("hf_models", check_mode=module.check_mode)
     cache = ModelCache(params["home"], params["model"], params["uid"], params["gid"])
     name = "{}@{}".format(params["model"], params["revision"])

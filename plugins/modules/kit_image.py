@@ -172,8 +172,8 @@ class Image:
             self.module.warn("Megatron-Bridge has no {} at {}: the kit's own is built".format(
                 params["dockerfile"], params["ref"][:12]))  # fmt: skip
             return False
-        argv = ["docker", "build", "--tag", base, "--file", dockerfile, folder]
-        answer = run(argv, timeout=params["timeout_seconds"])
+        argv = ["docker", "build", "--tag", base, "--file", dockerfile]
+        answer = run(argv + _build_args(self._proxy()) + [folder], timeout=params["timeout_seconds"])
         if answer.code:
             self._refuse(
                 "Megatron-Bridge's Dockerfile cannot be built", "docker build", last_lines(answer, 12), "see above"
@@ -207,9 +207,7 @@ class Image:
                 except OSError:
                     shutil.copyfile(wheel, target)
             argv = ["docker", "build", "--tag", self.name, "--label", "{}={}".format(LABEL, inputs)]
-            proxy = self._proxy()
-            for name, value in sorted(dict(arguments, **proxy).items()):
-                argv += ["--build-arg", "{}={}".format(name, value)]
+            argv += _build_args(dict(arguments, **self._proxy()))
             answer = run(argv + [folder], timeout=params["timeout_seconds"])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -287,7 +285,11 @@ class Image:
 
     def _proxy(self):
         proxy = self.params["proxy"]
-        return {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": self.params["no_proxy"]} if proxy else {}
+        if not proxy:
+            return {}
+        found = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": self.params["no_proxy"]}
+        # apt and curl read http_proxy in small letters alone.
+        return dict(found, **{name.lower(): value for name, value in found.items()})
 
     def _need_engine(self):
         answer = run(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30)
@@ -299,6 +301,10 @@ class Image:
     def _refuse(self, what, expected, found, next_step):
         where = "{}: image {}".format(self.params["host"], self.name)
         self.module.fail_json(msg=explain(what + ".", where=where, expected=expected, found=found, next_step=next_step))
+
+
+def _build_args(values):
+    return [word for name, value in sorted(values.items()) for word in ("--build-arg", "{}={}".format(name, value))]
 
 
 def _build_remedy(answer):

@@ -32,28 +32,33 @@ options:
     elements: path
     default: []
   mirrors:
-    description: URLs that have to answer.
+    description: URLs that have to answer; C({id}), C({codename}) and C({arch}) are filled in from the host.
     type: list
     elements: str
     default: []
   proxy:
     description: Proxy for those URLs.
     type: str
+  no_proxy:
+    description: Hosts that are reached without it, parted by commas.
+    type: str
+    default: ""
   timeout_seconds:
     description: How long a mirror may take to answer.
     type: int
     default: 10
 """
 
+import os
 import socket
 import time
 from email.utils import parsedate_to_datetime
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import ProxyHandler, Request, build_opener, proxy_bypass_environment
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe, shortfalls
+from ansible.module_utils.mixtral_run_host import apt_sources, probe, shortfalls
 
 
 def main():
@@ -66,6 +71,7 @@ def main():
             "own_folders": {"type": "list", "elements": "path", "default": []},
             "mirrors": {"type": "list", "elements": "str", "default": []},
             "proxy": {"type": "str"},
+            "no_proxy": {"type": "str", "default": ""},
             "timeout_seconds": {"type": "int", "default": 10},
         },
         supports_check_mode=True,
@@ -82,6 +88,8 @@ def main():
                 ", ".join(wrong), ", ".join(shortfalls.CHECKS)
             )
         )
+    release, arch = probe.os_release(), probe.architecture()
+    params["mirrors"] = [apt_sources.expand(url, release, arch).replace("$(ARCH)", arch) for url in params["mirrors"]]
     state = probe.host(params["disks"])
     for each in state["disks"]:
         if each["free_gib"] < params["limits"]["free_gib"]:
@@ -101,12 +109,13 @@ def main():
 
 def _network(params):
     mirrors, dns, offsets = {}, {}, []
+    os.environ["no_proxy"] = params["no_proxy"]  # urllib asks it, also beside a proxy of the caller's
     for url in params["mirrors"] if params["levels"].get("mirrors") != "skip" else []:
         mirrors[url], offset = _ask(url, params["proxy"], params["timeout_seconds"])
         offsets += [] if offset is None else [offset]
-    for url in params["mirrors"] if not params["proxy"] else []:
-        name = urlsplit(url).hostname
-        dns[name] = _resolve(name)
+    for name in [urlsplit(url).hostname for url in params["mirrors"]]:
+        if not params["proxy"] or proxy_bypass_environment(name):
+            dns[name] = _resolve(name)
     # The least: an answer that took long tells a later time than the mirror's clock.
     offset = min(offsets, key=abs) if offsets else None
     return {"mirrors": mirrors, "dns": dns, "clock_offset_seconds": offset}

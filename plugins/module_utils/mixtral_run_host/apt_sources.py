@@ -50,5 +50,7 @@ def _stanzas_without(text, uri, keeper):
         off = re.search(r"^Enabled:\s*(no|false|0)", stanzas[number], re.MULTILINE | re.IGNORECASE)
         if uris and not off and any(same_repository(word, uri) for word in uris.group(1).split()):
             kept = re.sub(r"^Enabled:.*\n?", "", stanzas[number], flags=re.MULTILINE | re.IGNORECASE)
-            stanzas[number] = DISABLED.format(keeper) + "Enabled: no\n" + kept
+            # Behind blank lines that are still before it: one within would end the stanza.
+            start = len(kept) - len(kept.lstrip())
+            stanzas[number] = kept[:start] + DISABLED.format(keeper) + "Enabled: no\n" + kept[start:]
     return "".join(stanzas)

@@ -46,6 +46,14 @@ def test_of_several_stanzas_only_the_repositorys_is_disabled() -> None:
     assert apt_sources.without(text, URI, "all.sources", KEEPER) == text
 
 
+@pytest.mark.parametrize("before", ["\n", "Types: deb\nURIs: http://a/b\nSuites: x\n\n\n", "# mine\n\n \n\n"])
+def test_blank_lines_before_a_stanza_stay_before_it(before: str) -> None:
+    own = f"Types: deb\nURIs: {URI}\nSuites: jammy\n"
+    text = apt_sources.without(before + own, URI, "all.sources", KEEPER)
+    assert text.startswith(before) and text.endswith("\nEnabled: no\n" + own)
+    assert text.rsplit("\n\n", 1)[-1].lstrip().startswith("# mixtral-run")
+
+
 def test_placeholders_are_filled_in_and_apts_own_are_left() -> None:
     release = {"id": "debian", "codename": "bookworm"}
     assert (

@@ -1,0 +1,96 @@
+"""A proxy is used, but for hosts that no_proxy names; what its address holds reaches its place."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+
+import jinja2.nativetypes
+import pytest
+import yaml
+from ansible.module_utils.mixtral_run_host.commands import Result
+
+from tests.unit.host.conftest import ROOT, call_module, load_module
+
+DEAD_PROXY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def mirror() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.setenv(name, "")
+
+
+NO_PROXY = pytest.mark.parametrize(("no_proxy", "answers"), [("localhost,127.0.0.1", True), ("localhost", False)])
+
+
+@NO_PROXY
+def test_preflight_asks_a_mirror(mirror: str, tmp_path, monkeypatch, no_proxy: str, answers: bool) -> None:
+    module = load_module("preflight")
+    monkeypatch.setattr(module.probe, "host", lambda _: {"disks": []})
+    monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
+    url = mirror + "/{arch}/$(ARCH)"
+    result = call_module(module, tmp_path, host="gpu-01", limits={}, mirrors=[url], proxy=DEAD_PROXY, no_proxy=no_proxy)
+    state = result["ansible_facts"]["mixtral_run"]
+    arch = module.probe.architecture()
+    assert (state["mirrors"] == {f"{mirror}/{arch}/{arch}": None}) is answers
+    # A name that only the proxy resolves is not asked for.
+    assert bool(state["dns"]) is answers
+
+
+@NO_PROXY
+def test_a_repositorys_key_is_fetched(mirror: str, tmp_path, no_proxy: str, answers: bool) -> None:
+    result = call_module(
+        load_module("apt_source"), tmp_path, name="docker", uri=mirror, key_url=mirror + "/",
+        key_fingerprint="F" * 40, proxy=DEAD_PROXY, no_proxy=no_proxy,
+    )  # fmt: skip
+    assert ("cannot be fetched" in result["msg"]) is not answers
+
+
+@NO_PROXY
+def test_a_hub_is_asked(mirror: str, tmp_path, no_proxy: str, answers: bool) -> None:
+    result = call_module(
+        load_module("hf_model"), tmp_path, host="gpu-01", home=str(tmp_path), model="org/model", patterns=["*"],
+        endpoint=mirror, uid=0, gid=0, proxy=DEAD_PROXY, no_proxy=no_proxy,
+    )  # fmt: skip
+    assert ("HTTP 404" in result["msg"]) is answers
+
+
+def test_a_build_of_megatron_bridge_gets_the_proxy(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, ref, builds = load_module("kit_image"), "a" * 40, []
+    (tmp_path / "Megatron-Bridge/docker").mkdir(parents=True)
+    (tmp_path / "Megatron-Bridge/docker/Dockerfile").touch()
+    monkeypatch.setattr(module, "WORK_FOLDER", str(tmp_path))
+
+    def run(argv: list[str], **_: object) -> Result:
+        builds.extend([argv] if argv[:2] == ["docker", "build"] else [])
+        return Result(int(argv[1] == "image"), "", "")
+
+    monkeypatch.setattr(module, "run", run)
+    call_module(
+        module, tmp_path / "records", host="gpu-01", source="megatron_bridge", name="kit:local", inputs="x", ref=ref,
+        variant="cpu", dockerfile="docker/Dockerfile", proxy="http://p:3128", no_proxy="mirror",
+    )  # fmt: skip
+    (argv,) = builds
+    given = [argv[place + 1] for place, word in enumerate(argv) if word == "--build-arg"]
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    assert given == sorted([*(f"{name}=http://p:3128" for name in names), "NO_PROXY=mirror", "no_proxy=mirror"])
+
+
+def test_systemd_takes_no_percent_sign_of_a_proxys_password_for_its_own() -> None:
+    texts = yaml.safe_load((ROOT / "roles/docker/vars/main.yml").read_text())
+    environment = jinja2.nativetypes.NativeEnvironment()
+    values = {"docker_proxy": "http://me:p%40ss@proxy:3128", "docker_no_proxy": "localhost"}
+    values["__docker_unit_proxy"] = environment.from_string(texts["__docker_unit_proxy"]).render(values)
+    rendered = environment.from_string(texts["__docker_environment"]).render(values)
+    proxy = "http://me:p%%40ss@proxy:3128"
+    assert rendered == {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": "localhost"}
