@@ -1,12 +1,13 @@
 """The image's names on a host: those that the kit brought in go with it, those that were there stay."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
 
-from tests.unit.host.conftest import call_module, load_module
+from tests.unit.host.conftest import ROOT, call_module, load_module
 
 MODULE = load_module("kit_image")
 
@@ -50,3 +51,39 @@ def test_a_name_that_came_with_the_archive_goes_with_it(
     assert set(names) == {"kit:local", "kit:archive"}
     assert call_module(MODULE, tmp_path / "records", **given, inputs="", state="absent")["removed"] == ["kit:local"]
     assert set(names) == set(before)
+
+
+def test_index_and_certificates_reach_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("kit_action", ROOT / "plugins/action/kit_image.py")
+    assert spec is not None and spec.loader is not None
+    action = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(action)
+    (tmp_path / "own.crt").write_text("certificates of our own")
+    local = {"files_folder": str(ROOT / "roles/image/files"), "kit_folder": str(ROOT / "mixtral_run")}
+    local |= {"ca_bundle": str(tmp_path / "own.crt"), "requirements": ["torch==2.9"]}
+    context = action._context(local, {"wheelhouse": "", "wheelhouse_on_host": False})
+    with (tmp_path / "sent.tar").open("wb") as file:
+        action._write_tar(context, file)
+    builds = []
+
+    def run(argv: list[str], **_: object) -> Result:
+        if argv[:2] == ["docker", "build"]:
+            names = ("ca/ca-bundle.crt", "requirements.txt")
+            builds.append((argv, [(Path(argv[-1]) / name).read_text() for name in names]))
+        there = builds and argv[1] == "image"
+        return Result(int(argv[1] == "image" and not builds), '[{"Id": "v1"}]' if there else "", "")
+
+    monkeypatch.setattr(MODULE, "run", run)
+    monkeypatch.setattr(MODULE, "WORK_FOLDER", str(tmp_path / "build"))
+    call_module(
+        MODULE, tmp_path / "records", host="gpu-01", source="build", name="kit:local", inputs="x", variant="cu126",
+        sent=str(tmp_path / "sent.tar"), pip_index_url="https://index/simple", pip_trusted_host="index",
+        torch_index_urls={"cu126": "https://torch/cu126"}, base_images={"cu126": "base:12.6"},
+    )  # fmt: skip
+    ((argv, texts),) = builds
+    assert texts == ["certificates of our own", "torch==2.9\n"]
+    given = {argv[place + 1] for place, word in enumerate(argv) if word == "--build-arg"}
+    assert given >= {
+        "PIP_INDEX_URL=https://index/simple", "PIP_TRUSTED_HOST=index", "TORCH_INDEX_URL=https://torch/cu126",
+        "BASE_IMAGE=base:12.6",
+    }  # fmt: skip
