@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +18,12 @@ from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights import mapping, record, sidecars
 from mixtral_run.weights.copy import copy_all, unwritable
-from mixtral_run.weights.journal import JobSums, Journal, identity
+from mixtral_run.weights.journal import JOURNAL_NAME, Journal, identity
 from mixtral_run.weights.plan import Job, Plan, make_plan
 from mixtral_run.weights.proof import write_proof
 from mixtral_run.weights.shards import HFWeights, open_hf_weights, shortened
 from mixtral_run.weights.source import resolve
-from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults, sync_folder
 from mixtral_run.weights.torch_dist import write_metadata
 
 ITERATION = 1
@@ -64,15 +67,16 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     _tell(weights, report)
     report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
-    with Staging(config.output_path, LATEST) as staging:
+    with Staging(config.output_path, LATEST) as staging, _work(weights, plan, staging, report) as journal:
         report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
-        sums, workers = _copy(config, weights, plan, staging, report)
+        workers = _copy(config, weights, plan, journal, staging, report)
         report.step(4, _STEPS, "Write the metadata, wait for the disk")
-        checksums = {name: crc for each in sums.values() for name, crc in each.sources.items()}
+        checksums = {name: crc for each in journal.done.values() for name, crc in each.sources.items()}
         fingerprint = record.fingerprint(weights.architecture, weights.dtype, checksums)
-        write_proof(staging.folder, weights, plan, sums)
+        write_proof(staging.folder, weights, plan, journal.done)
         _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
-        staging.publish()
+        # The journal goes last: until the result is in its place, it is what a run that is cut off goes on from.
+        staging.publish(spent=(JOURNAL_NAME,))
     result = ConvertResult(
         output_path=config.output_path,
         num_tensors=len(weights.sources),
@@ -93,38 +97,56 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     return result
 
 
+@contextmanager
+def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> Iterator[Journal]:
+    """The journal of this conversion; what it names stays for the same command when the work within ends early."""
+    journal = Journal(staging.folder, identity(weights, plan))
+    folder = _iteration_folder(staging)
+    if journal.is_new or not all((folder / name).is_file() for name in plan.files):
+        staging.clear()
+        journal.done.clear()
+    try:
+        yield journal
+    except BaseException as error:
+        staging.keep = bool(journal.done) and journal.path.is_file()
+        if staging.keep:
+            report.warn(
+                f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept in "
+                f"{staging.folder}: the same command goes on from there"
+            )
+        if isinstance(error, OSError):
+            raise unwritable(Path(error.filename or staging.folder), error) from error
+        raise
+
+
 def _copy(
-    config: ConvertConfig, weights: HFWeights, plan: Plan, staging: Staging, report: Report
-) -> tuple[dict[int, JobSums], int]:
+    config: ConvertConfig, weights: HFWeights, plan: Plan, journal: Journal, staging: Staging, report: Report
+) -> int:
     """Bring all chunks to the disk, going on where an earlier run of the same conversion was cut off.
 
-    Returns the checksums by job, and how many workers copied.
+    Returns how many workers copied; the journal has the checksums by job.
     """
-    journal = Journal(staging.folder, identity(weights, plan))
-    if journal.is_new:
-        staging.clear()
-    folder = staging.folder / f"iter_{ITERATION:07d}"
+    folder = _iteration_folder(staging)
     folder.mkdir(exist_ok=True)
-    journal.start()
     _write_objects(plan, folder)
-    copied = sum(_num_bytes(weights, plan.jobs[number]) for number in journal.done)
+    # What the journal names has to be found after a power failure: the files' entries in their folders as well.
+    for each in (folder, staging.folder, staging.folder.parent):
+        sync_folder(each)
+    journal.start(plan.jobs)
+    copied = _num_copied(weights, plan, journal)
     if copied:
         report.say(f"  going on after {copied / GIB:,.2f} GiB that an earlier run copied")
-    try:
-        with report.progress(weights.num_bytes, "copied") as progress:
-            progress.advance(copied)
-            workers = copy_all(plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance)
-    except BaseException:
-        staging.keep = bool(journal.done)
-        if staging.keep:
-            copied = sum(_num_bytes(weights, plan.jobs[number]) for number in journal.done)
-            report.warn(
-                f"{copied / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept in {staging.folder}: "
-                "the same command goes on from there"
-            )
-        raise
-    journal.path.unlink()
-    return journal.done, workers
+    with report.progress(weights.num_bytes, "copied") as progress:
+        progress.advance(copied)
+        return copy_all(plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance)
+
+
+def _iteration_folder(staging: Staging) -> Path:
+    return staging.folder / f"iter_{ITERATION:07d}"
+
+
+def _num_copied(weights: HFWeights, plan: Plan, journal: Journal) -> int:
+    return sum(_num_bytes(weights, plan.jobs[number]) for number in journal.done)
 
 
 def _num_bytes(weights: HFWeights, job: Job) -> int:
@@ -223,6 +245,8 @@ def _write_sidecars(
     iteration_folder = folder / f"iter_{ITERATION:07d}"
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     a, dtype = weights.architecture, weights.dtype
+    # An earlier run may have copied files that the source has no more.
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     sidecars.copy_tokenizer(weights.directory, folder / "tokenizer")
     sidecars.write_common(iteration_folder, a, dtype, tp, ep, ITERATION)
     sidecars.write_run_config(iteration_folder, a, dtype, tp, ep)

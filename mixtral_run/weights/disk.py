@@ -12,8 +12,13 @@ _MEMORY = Path("/proc/meminfo")
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def allocate(descriptor: int, start: int, num_bytes: int) -> None:
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+
+
+def allocate(descriptor: int, start: int, num_bytes: int, *, keep_size: bool = False) -> None:
     """Reserve room in a file: the disk lays it out in one piece. Nothing happens where the file system cannot.
+
+    keep_size: the file does not become longer; what is written at its end finds room.
 
     Raises OSError when the disk is full. Not os.posix_fallocate, which writes into every block where the file system
     has no call for it, as over NFS.
@@ -21,7 +26,7 @@ def allocate(descriptor: int, start: int, num_bytes: int) -> None:
     fallocate = getattr(_C_LIBRARY, "fallocate", None)
     if fallocate is None:
         return
-    if fallocate(descriptor, 0, ctypes.c_longlong(start), ctypes.c_longlong(num_bytes)) != 0:
+    if fallocate(descriptor, _KEEP_SIZE * keep_size, ctypes.c_longlong(start), ctypes.c_longlong(num_bytes)) != 0:
         number = ctypes.get_errno()
         if number in (errno.ENOSPC, errno.EDQUOT):  # others mean that it cannot
             raise OSError(number, os.strerror(number))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mixtral_run import __version__
-from mixtral_run.weights.plan import Plan
+from mixtral_run.weights.disk import allocate
+from mixtral_run.weights.plan import Job, Plan
 from mixtral_run.weights.shards import HFWeights
+from mixtral_run.weights.staging import sync_folder
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -30,9 +32,11 @@ class JobSums:
 
 
 def identity(weights: HFWeights, plan: Plan) -> str:
-    """Tells conversions apart: the source's files as they are now, the layout, and the kit that lays it out."""
+    """Tells conversions apart: the source's files as they are now, what they are, the layout, and the kit."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files]
     content = {"kit_version": __version__, "files": files, "result": plan.files, "num_jobs": len(plan.jobs)}
+    # The number of heads alone decides where the rows of q, k and v go, and leaves every size as it is.
+    content["architecture"] = weights.architecture.to_mapping()
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -49,24 +53,42 @@ class Journal:
             self.done[int(line["job"])] = JobSums(sources, tuple(line["chunks"]))
         self._identity = wanted
 
-    def start(self) -> None:
-        """Write what is known so far: a line that was cut off must not be added to."""
-        lines: list[dict[str, Any]] = [{"identity": self._identity}]
-        lines += [_line(number, sums) for number, sums in self.done.items()]
-        self._write(lines, "w")
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Write what is known so far: a line that was cut off must not be added to.
+
+        Room for all the jobs' lines is reserved: what is whole can be noted when the disk has become full.
+        """
+        lines = [{"identity": self._identity}, *(_line(number, sums) for number, sums in self.done.items())]
+        # Beside the old one, which stays until this is whole.
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", encoding="utf-8") as stream:
+            allocate(stream.fileno(), 0, _most_bytes(lines[0], jobs), keep_size=True)
+            _write(stream, lines)
+        partial.rename(self.path)
+        sync_folder(self.path.parent)
 
     def add(self, finished: Iterable[tuple[int, JobSums]]) -> None:
         """Note jobs whose bytes are on the disk; on the disk itself when this returns."""
         pairs = list(finished)
-        self.done |= dict(pairs)
         if pairs:
-            self._write([_line(number, sums) for number, sums in pairs], "a")
+            with self.path.open("a", encoding="utf-8") as stream:
+                _write(stream, [_line(number, sums) for number, sums in pairs])
+        self.done |= dict(pairs)
 
-    def _write(self, lines: list[dict[str, Any]], mode: str) -> None:
-        with self.path.open(mode, encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(line) + "\n" for line in lines))
-            stream.flush()
-            os.fsync(stream.fileno())
+
+def _write(stream: TextIO, lines: Iterable[dict[str, Any]]) -> None:
+    stream.write("".join(json.dumps(line) + "\n" for line in lines))
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _most_bytes(head: dict[str, Any], jobs: Sequence[Job]) -> int:
+    """How long the journal of all jobs can become."""
+    crc = 2**32 - 1
+    lines = [head]
+    for number, job in enumerate(jobs):
+        lines.append(_line(number, JobSums(dict.fromkeys(job.unit.sources, crc), (crc,) * len(job.chunks))))
+    return sum(len(json.dumps(line)) + 1 for line in lines)
 
 
 def _line(number: int, sums: JobSums) -> dict[str, Any]:
@@ -77,7 +99,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    # A line that was being written when the machine lost power may hold anything.
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             line = json.loads(text) if text.endswith("\n") else None
         except ValueError:

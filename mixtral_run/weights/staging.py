@@ -7,14 +7,18 @@ content is moved up at the end, the marker that makes it a whole one last.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from mixtral_run.checkpoints import write_whole
 from mixtral_run.errors import ConfigError
 
 GIB = 2**30
+_MOVING = ".moving.json"
+"""Within the work folder while its content is moved up: what is moved, and what it takes the place of."""
 
 
 def free_bytes(path: Path) -> int:
@@ -40,7 +44,7 @@ def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bo
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [f"{flag}: {nearest} cannot be written to by this user"]
     entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
-    held = sorted(set(entries) - {work_folder(output).name, "lost+found"})
+    held = sorted(set(entries) - {work_folder(output).name, "lost+found"} - _being_moved(output))
     if not held:
         return []
     shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
@@ -55,6 +59,7 @@ def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bo
 def disk_faults(output: Path, needed: int) -> list[str]:
     """Whether the result fits on the disk; an earlier result stays until the new one is whole."""
     free = free_bytes(output.absolute()) + _allocated_bytes(work_folder(output))
+    free += sum(_allocated_bytes(output / name) for name in _being_moved(output))
     if free >= needed:
         return []
     return [
@@ -66,6 +71,18 @@ def disk_faults(output: Path, needed: int) -> list[str]:
 def _allocated_bytes(folder: Path) -> int:
     """What a folder takes on the disk: the work of a run that was cut off is used or removed."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def _being_moved(output: Path) -> frozenset[str]:
+    """What an earlier process was moving into the folder, or removing from it, when it was cut off.
+
+    Nothing when the folder is a whole one: not begun, or all but done.
+    """
+    try:
+        note = json.loads((work_folder(output) / _MOVING).read_text(encoding="utf-8"))
+        return frozenset() if (output / note["marker"]).exists() else frozenset([*note["old"], *note["new"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 def work_folder(output: Path) -> Path:
@@ -116,10 +133,12 @@ class Staging:
         except OSError:
             # Some network file systems have no locks; the work is the same without.
             pass
+        self._take_back()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock >= 0:
+            self._take_back()
             if not self.keep:
                 shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
@@ -128,15 +147,19 @@ class Staging:
     def clear(self) -> None:
         """Remove what is in the folder."""
         for entry in self.folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            _remove(entry)
 
-    def publish(self) -> None:
-        """Put the whole folder in its place; what was there before is removed after that."""
+    def publish(self, spent: tuple[str, ...] = ()) -> None:
+        """Put the whole folder in its place; what was there before is removed after that, and `spent`, its own files
+        that only the work needed, at the very end.
+        """
         sync_tree(self.folder)
         if _stays(self.output):
-            self._move_up()
+            self._move_up(spent)
         else:
             self._rename()
+            for name in spent:
+                (self.output / name).unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1
 
@@ -149,16 +172,38 @@ class Staging:
         sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _move_up(self) -> None:
+    def _move_up(self, spent: tuple[str, ...]) -> None:
         old = [entry for entry in self.output.iterdir() if entry.name not in (self.folder.name, "lost+found")]
+        new = [entry for entry in self.folder.iterdir() if entry.name not in spent]
+        note = {"marker": self.marker, "old": [entry.name for entry in old], "new": [entry.name for entry in new]}
+        write_whole(self.folder / _MOVING, json.dumps(note))
+        sync_folder(self.folder)
         # The marker of the old folder goes first: from here on it is not a whole one.
         for entry in sorted(old, key=lambda entry: entry.name != self.marker):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name == self.marker):
+            _remove(entry)
+        for entry in sorted(new, key=lambda entry: entry.name == self.marker):
             sync_folder(self.output)
             entry.rename(self.output / entry.name)
-        self.folder.rmdir()
         sync_folder(self.output)
+        shutil.rmtree(self.folder)
+
+    def _take_back(self) -> None:
+        """Undo a move that was cut off: what is in the output folder already was made here and is whole."""
+        note = self.folder / _MOVING
+        if not note.is_file():
+            return
+        moved = json.loads(note.read_text(encoding="utf-8"))["new"]
+        if not (self.output / self.marker).exists():
+            for name in moved:
+                if not (self.folder / name).exists() and (self.output / name).exists():
+                    (self.output / name).rename(self.folder / name)
+        elif not (self.folder / self.marker).exists():
+            self.clear()  # all of it was moved
+        note.unlink(missing_ok=True)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mixtral_run.config import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.report import Report
+from mixtral_run.weights import convert as convert_module
 from mixtral_run.weights import staging
 from mixtral_run.weights.convert import convert
 from mixtral_run.weights.record import read_record
@@ -179,32 +182,56 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path, tiny: Path, monk
     assert refusal.returncode == ConfigError.exit_code
 
 
-def test_what_another_conversion_left_is_not_used(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+class TakesRoom(Report):
+    """Another writer comes when the room has been checked and the copy begins."""
 
-    output = tmp_path / "out"
+    def __init__(self, ballast: Path, left: int) -> None:
+        super().__init__(io.StringIO())
+        self._ballast, self._left = ballast, left
+
+    def step(self, number: int, total: int, text: str) -> None:
+        super().step(number, total, text)
+        if number == 3:
+            free = shutil.disk_usage(self._ballast.parent).free
+            self._ballast.write_bytes(bytes(free - self._left))
+
+
+@pytest.mark.parametrize("left", [400_000, 700_000])
+def test_a_disk_that_fills_up_during_the_copy(tmp_path: Path, tiny: Path, mounted: Path, left: int) -> None:
+    output = mounted / "out"
+    config = ConvertConfig(hf_model_path=str(tiny), output_path=output, workers=1)
+    with pytest.raises(WeightsError) as caught:
+        convert(config, TakesRoom(mounted / "ballast", left))
+    for words in ("cannot be written", "No space left on device", "it goes on where this one stopped"):
+        assert words in str(caught.value)
+    assert not output.exists()
+    (mounted / "ballast").unlink()
+    told = io.StringIO()
+    convert(config, Report(told))
+    assert "going on after" in told.getvalue()
+    convert_quietly(tiny, tmp_path / "whole", 2, 4)
+    assert content(output) == content(tmp_path / "whole")
+    assert sorted(entry.name for entry in mounted.iterdir()) == ["out"]
+
+
+def test_a_disk_that_fills_up_at_the_very_end(
+    tmp_path: Path, tiny: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is copied; the small files find no room."""
+    write = convert_module.write_proof
+
+    def full(*arguments: Any) -> None:
+        (mounted / "ballast").write_bytes(bytes(shutil.disk_usage(mounted).free - 1))
+        write(*arguments)
+
     with monkeypatch.context() as patched:
-        patched.setattr("mixtral_run.weights.convert.write_proof", stop)
-        patched.setattr("pathlib.Path.unlink", lambda *_: None)  # the journal stays
-        patched.setattr("mixtral_run.weights.staging.shutil.rmtree", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            convert_quietly(tiny, output, 2, 4)
-    assert (tmp_path / ".out.unfinished" / "journal.jsonl").is_file()
-    write_tiny(tiny, seed=8)  # the same names and sizes, other bytes
-    expected = convert_quietly(tiny, tmp_path / "fresh", 2, 4)
-    assert convert_quietly(tiny, output, 2, 4) == expected
-    assert content(output) == content(tmp_path / "fresh")
-
-
-def test_a_disk_that_fills_up_all_the_same(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, block: bytes, position: int) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    error = refused(tiny, tmp_path / "out")
-    assert "cannot be written" in str(error)
-    assert "No space left on device" in str(error)
+        patched.setattr("mixtral_run.weights.convert.write_proof", full)
+        with pytest.raises(WeightsError, match="No space left on device"):
+            convert_quietly(tiny, mounted / "out", 2, 4)
+    (mounted / "ballast").unlink()
+    monkeypatch.setattr("mixtral_run.weights.copy._Worker.copy", lambda *_: pytest.fail("a job is done again"))
+    convert_quietly(tiny, mounted / "out", 2, 4)
+    verify(VerifyConfig(load=mounted / "out", against=tiny, proof=True), Report.silent()).check()
 
 
 @pytest.fixture
