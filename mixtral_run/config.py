@@ -73,9 +73,15 @@ class LaunchConfig(ParallelConfig):
 class ConvertConfig(ParallelConfig):
     """HF weights → Megatron torch_dist, or the way back."""
 
-    hf_model_path: str | None = setting(None, help="Directory of the HF model, or its name on the hub.")
+    hf_model_path: str | None = setting(
+        None,
+        help="Directory of the HF model, or its name on the hub. With --from-megatron: the directory to take "
+        "config.json and the tokenizer from, which a checkpoint of Megatron-LM lacks.",
+    )
     from_megatron: Path | None = setting(
-        None, help="The way back: a checkpoint of any layout, from which --output-path becomes an HF model."
+        None,
+        help="The way back: a checkpoint of any layout, also one trained on with Megatron-LM or Megatron-Bridge, from "
+        "which --output-path becomes an HF model.",
     )
     adapter: Path | None = setting(None, help="With --from-megatron: merge this adapter of that checkpoint in.")
     output_path: Path = setting(help="Folder to write; must be empty or new.")
@@ -86,9 +92,8 @@ class ConvertConfig(ParallelConfig):
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if (self.hf_model_path is None) == (self.from_megatron is None):
-            given = "neither" if self.hf_model_path is None else "both"
-            found.append(f"--hf-model-path is required, or --from-megatron in its place; found {given}")
+        if self.hf_model_path is None and self.from_megatron is None:
+            found.append("--hf-model-path is required, or --from-megatron in its place; found neither")
         if self.adapter is not None and self.from_megatron is None:
             found.append("--adapter: expected --from-megatron CHECKPOINT beside it; found none")
         return found

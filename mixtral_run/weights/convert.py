@@ -26,7 +26,6 @@ from mixtral_run.weights.source import resolve
 from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults, sync_folder
 from mixtral_run.weights.torch_dist import write_metadata
 
-ITERATION = 1
 _STEPS = 4
 _SIDECAR_BYTES = 64 * 2**20
 """Room for everything beside the weights: the metadata of a full-size model is 1 MB, a tokenizer a few."""
@@ -142,7 +141,7 @@ def _copy(
 
 
 def _iteration_folder(staging: Staging) -> Path:
-    return staging.folder / f"iter_{ITERATION:07d}"
+    return staging.folder / f"iter_{record.CONVERTED_ITERATION:07d}"
 
 
 def _num_copied(weights: HFWeights, plan: Plan, journal: Journal) -> int:
@@ -242,13 +241,13 @@ def _write_sidecars(
     config: ConvertConfig, model: str, weights: HFWeights, plan: Plan, folder: Path, fingerprint: str
 ) -> None:
     """All but the weights; the tracker file, which makes it a checkpoint, last."""
-    iteration_folder = folder / f"iter_{ITERATION:07d}"
+    iteration_folder = folder / f"iter_{record.CONVERTED_ITERATION:07d}"
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     a, dtype = weights.architecture, weights.dtype
     # An earlier run may have copied files that the source has no more.
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     sidecars.copy_tokenizer(weights.directory, folder / "tokenizer")
-    sidecars.write_common(iteration_folder, a, dtype, tp, ep, ITERATION)
+    sidecars.write_common(iteration_folder, a, dtype, tp, ep, record.CONVERTED_ITERATION)
     sidecars.write_run_config(iteration_folder, a, dtype, tp, ep)
     write_metadata(iteration_folder / ".metadata", mapping.megatron_tensors(a), dtype, plan.stored_items())
     sidecars.write_metadata_json(iteration_folder)
@@ -262,4 +261,4 @@ def _write_sidecars(
         source=model,
         fingerprint=fingerprint,
     )
-    write_whole(folder / LATEST, f"{ITERATION}\n")
+    write_whole(folder / LATEST, f"{record.CONVERTED_ITERATION}\n")

@@ -25,6 +25,8 @@ FINAL_LAYERNORM_KEY = "decoder.final_layernorm.weight"
 # the local layer spec renames its own. The norm before the experts stands alone with Transformer Engine.
 INPUT_LAYERNORM_KEY = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 PRE_MLP_LAYERNORM_KEY = "decoder.layers.pre_mlp_layernorm.weight"
+LOCAL_PRE_MLP_LAYERNORM_KEY = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+"""What megatron-core's layers without Transformer Engine call PRE_MLP_LAYERNORM_KEY (models/gpt/gpt_layer_specs.py)."""
 LINEAR_QKV_KEY = "decoder.layers.self_attention.linear_qkv.weight"
 LINEAR_PROJ_KEY = "decoder.layers.self_attention.linear_proj.weight"
 ROUTER_KEY = "decoder.layers.mlp.router.weight"

@@ -16,6 +16,8 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.mapping import hf_tensors
 
 FORMAT = 1
+CONVERTED_ITERATION = 1
+"""What `convert` writes; training goes on from there."""
 
 
 def write_record(folder: Path, kind: str, **values: Any) -> None:
@@ -82,8 +84,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         MixtralArchitecture.from_mapping(record["architecture"])
     except (KeyError, TypeError) as error:
         raise WeightsError("The folder's record names no architecture.", where=str(home), found=str(error)) from error
-    iteration = int(iteration_folder.name.removeprefix("iter_")) if iteration_folder.name.startswith("iter_") else 0
-    return Checkpoint(folder, iteration, iteration_folder, record)
+    return Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, record)
+
+
+def iteration_of(folder: Path) -> int:
+    """The number of an `iter_…` folder; 0 for `release`."""
+    return int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
 
 
 def fingerprint(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:

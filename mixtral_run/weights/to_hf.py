@@ -21,10 +21,12 @@ from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights import record
 from mixtral_run.weights.adapter_checkpoint import check_tensors, open_adapter
+from mixtral_run.weights.base import check_base, is_as_converted, is_of_model, open_base
 from mixtral_run.weights.factors import Factors, as_bytes, as_tensor
-from mixtral_run.weights.mapping import RowRanges, Shape, hf_tensors, megatron_tensors, row_ranges
+from mixtral_run.weights.mapping import LINEAR_QKV_KEY, RowRanges, Shape, hf_tensors, row_ranges
 from mixtral_run.weights.merge import Adding, row_blocks
-from mixtral_run.weights.shards import INDEX_NAME, header_of, shortened
+from mixtral_run.weights.proof import PROOF_NAME
+from mixtral_run.weights.shards import INDEX_NAME, header_of
 from mixtral_run.weights.sidecars import copy_tokenizer
 from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults
 from mixtral_run.weights.torch_dist import Bits, Reader
@@ -53,8 +55,9 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     """Write the HF model that a base checkpoint holds, whole or not at all. Only one process may call.
 
     Every tensor is equal bit by bit to the one that was converted; the checkpoint's fingerprint is computed from what
-    is read and has to be the recorded one. With `config.adapter` every tensor that it changes is `W + alpha / r · B·A`,
-    bit by bit what `export --merge` writes. Raises ConfigError or WeightsError.
+    is read and has to be the recorded one, unless the weights were trained on since: that is told. With
+    `config.adapter` every tensor that it changes is `W + alpha / r · B·A`, bit by bit what `export --merge` writes.
+    Raises ConfigError or WeightsError.
     """
     report = report or Report()
     path = config.check().from_megatron
@@ -62,21 +65,22 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
         raise ConfigError("There is nothing to convert.", expected="--from-megatron")
     started = time.monotonic()
     report.step(1, _STEPS, f"Read {path}{f' and the adapter {config.adapter}' if config.adapter else ''}")
-    checkpoint = record.open_checkpoint(path)
-    with Reader(checkpoint.iteration_folder) as reader, _open_adapter(config, checkpoint) as factors:
-        files = _check(config, checkpoint, reader)
+    checkpoint, tokenizer = open_base(path, config.hf_model_path)
+    with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
+        files = _check(config, checkpoint, reader, report)
+        num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
         with Staging(config.output_path, DESCRIPTION) as staging:
             staging.clear()
-            report.step(2, _STEPS, f"Write {len(files)} files ({reader.num_bytes / GIB:,.2f} GiB)")
-            with report.progress(reader.num_bytes, "written") as progress:
+            report.step(2, _STEPS, f"Write {len(files)} files ({num_bytes / GIB:,.2f} GiB)")
+            with report.progress(num_bytes, "written") as progress:
                 writer = _Writer(checkpoint, reader, factors, progress.advance)
                 for name, tensors in files.items():
                     writer.write(staging.folder / name, tensors)
             report.step(3, _STEPS, "Check the fingerprint, wait for the disk")
-            fingerprint = _check_fingerprint(checkpoint, writer)
-            _write_sidecars(config, checkpoint, files, reader.num_bytes, staging.folder)
+            fingerprint = _check_fingerprint(config, checkpoint, writer, report)
+            _write_sidecars(config, checkpoint, files, num_bytes, staging.folder, fingerprint)
+            copy_tokenizer(tokenizer, staging.folder)
             staging.publish()
-        num_bytes = reader.num_bytes
     num_tensors = sum(len(tensors) for tensors in files.values())
     result = ToHFResult(config.output_path, num_tensors, len(files), num_bytes, fingerprint, time.monotonic() - started)
     report.done("Conversion complete!")
@@ -103,24 +107,11 @@ def _open_adapter(config: ConvertConfig, checkpoint: record.Checkpoint) -> Itera
         yield Factors(reader, adapter.lora, adapter.places)
 
 
-def _check(config: ConvertConfig, checkpoint: record.Checkpoint, reader: Reader) -> dict[str, dict[str, Shape]]:
+def _check(
+    config: ConvertConfig, checkpoint: record.Checkpoint, reader: Reader, report: Report
+) -> dict[str, dict[str, Shape]]:
     """Everything that can be known before the first byte is written; the files to write."""
-    if checkpoint.kind != "base":
-        raise WeightsError(
-            "This is not a base checkpoint.",
-            where=str(checkpoint.folder),
-            expected="what mixtral-run convert wrote; for an adapter: --adapter beside its base",
-            found=f"a checkpoint of kind {checkpoint.kind}",
-        )
-    expected = megatron_tensors(checkpoint.architecture)
-    found = {key: info.shape for key, info in reader.tensors.items()}
-    wrong = [
-        f"{key}: expected shape {list(shape)}; found {list(found[key]) if key in found else 'nothing'}"
-        for key, shape in expected.items()
-        if found.get(key) != shape
-    ]
-    if wrong:
-        raise WeightsError("The checkpoint is not whole.", where=str(checkpoint.folder), faults=shortened(wrong))
+    check_base(checkpoint, reader, report)
     faults = output_faults(
         config.output_path,
         overwrite=config.overwrite,
@@ -130,7 +121,7 @@ def _check(config: ConvertConfig, checkpoint: record.Checkpoint, reader: Reader)
     faults += disk_faults(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
     if faults:
         raise ConfigError("The HF model cannot be written.", faults=faults)
-    return _files(checkpoint, reader.tensors[next(iter(expected))].item_size)
+    return _files(checkpoint, reader.tensors[LINEAR_QKV_KEY].item_size)
 
 
 def _files(checkpoint: record.Checkpoint, item_size: int) -> dict[str, dict[str, Shape]]:
@@ -162,14 +153,14 @@ class _Writer:
         self._factors = factors
         self._advance = advance
         self._ranges: dict[str, RowRanges] = row_ranges(checkpoint.architecture)
+        self.dtype = reader.tensors[LINEAR_QKV_KEY].dtype
         self.checksums: dict[str, int] = {}
 
     def write(self, file: Path, tensors: dict[str, Shape]) -> None:
         """One file, on the disk when this returns."""
-        dtype = self._reader.tensors[self._ranges[next(iter(tensors))].key].dtype
         try:
             with file.open("wb") as stream:
-                stream.write(header_of(tensors, dtype))
+                stream.write(header_of(tensors, self.dtype))
                 for name in tensors:
                     blocks = self._merged if self._factors and name in self._factors.places else self._blocks
                     for block in blocks(name):
@@ -185,22 +176,31 @@ class _Writer:
         step = max(1, _BLOCK_BYTES // (ranges.columns * self._reader.tensors[ranges.key].item_size))
         for start, stop in ranges.rows:
             for first in range(start, stop, step):
-                block = self._reader.rows(ranges.key, ranges.leading, first, min(first + step, stop)).data.cast("B")
+                rows = self._rows(ranges, first, min(first + step, stop))
+                block = rows.data.cast("B")
                 crc = crc32(block, crc)
                 yield block
         self.checksums[name] = crc
 
+    def _rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
+        """Rows of the checkpoint's tensor, in the model's dtype: local layers keep norms in fp32."""
+        rows = self._reader.rows(ranges.key, ranges.leading, start, stop)
+        dtype = self._reader.tensors[ranges.key].dtype
+        if dtype == self.dtype:
+            return rows
+        rounded = as_tensor(rows, dtype).to(getattr(torch, self.dtype)).contiguous()
+        bits: Bits = rounded.view(torch.uint8).numpy().view(f"u{rounded.element_size()}")
+        return bits
+
     def _merged(self, name: str) -> Iterator[memoryview]:
         assert self._factors is not None
         ranges, crc = self._ranges[name], 0
-        info = self._reader.tensors[ranges.key]
-        adding = Adding(self._factors, name, getattr(torch, info.dtype))
-        for start, stop in row_blocks(
-            sum(last - first for first, last in ranges.rows), ranges.columns * info.item_size
-        ):
+        adding = Adding(self._factors, name, getattr(torch, self.dtype))
+        item_size = self._reader.tensors[ranges.key].item_size
+        for start, stop in row_blocks(sum(last - first for first, last in ranges.rows), ranges.columns * item_size):
             rows = self._hf_rows(ranges, start, stop)
             crc = crc32(rows.data.cast("B"), crc)
-            yield as_bytes(adding.to_rows(as_tensor(rows, info.dtype), start, stop))
+            yield as_bytes(adding.to_rows(as_tensor(rows, self.dtype), start, stop))
         self.checksums[name] = crc
 
     def _hf_rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
@@ -209,15 +209,17 @@ class _Writer:
         for first, last in ranges.rows:
             begin, end = max(start, row), min(stop, row + last - first)
             if begin < end:
-                parts.append(self._reader.rows(ranges.key, ranges.leading, first + begin - row, first + end - row))
+                parts.append(self._rows(ranges, first + begin - row, first + end - row))
             row += last - first
         return np.ascontiguousarray(np.concatenate(parts))
 
 
-def _check_fingerprint(checkpoint: record.Checkpoint, writer: _Writer) -> str:
-    recorded = str(checkpoint.record.get("fingerprint"))
-    found = record.fingerprint(checkpoint.architecture, str(checkpoint.record.get("dtype")), writer.checksums)
-    if found != recorded:
+def _check_fingerprint(config: ConvertConfig, checkpoint: record.Checkpoint, writer: _Writer, report: Report) -> str:
+    recorded = checkpoint.record.get("fingerprint")
+    found = record.fingerprint(checkpoint.architecture, writer.dtype, writer.checksums)
+    if found == recorded:
+        return found
+    if is_as_converted(checkpoint) or config.adapter is not None:
         raise WeightsError(
             "The checkpoint's weights are not those that were converted.",
             where=str(checkpoint.folder),
@@ -225,6 +227,11 @@ def _check_fingerprint(checkpoint: record.Checkpoint, writer: _Writer) -> str:
             found=f"fingerprint {found}",
             next_command=f"mixtral-run verify --load {checkpoint.folder} --proof, which names what differs",
         )
+    report.warn(
+        f"{checkpoint.iteration_folder} has no {PROOF_NAME}: that its bytes are those that were saved is not checked"
+    )
+    if recorded is not None:
+        report.warn(f"the weights are not those that were converted ({recorded}) but {found}: trained on since")
     return found
 
 
@@ -234,14 +241,13 @@ def _write_sidecars(
     files: dict[str, dict[str, Shape]],
     num_bytes: int,
     folder: Path,
+    fingerprint: str,
 ) -> None:
     index = {
         "metadata": {"total_size": num_bytes},
         "weight_map": {tensor: file for file, tensors in files.items() for tensor in tensors},
     }
     write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    copy_tokenizer(checkpoint.folder / "tokenizer", folder)
-    fingerprint = checkpoint.record.get("fingerprint")
     # With an adapter these are other weights than those that the fingerprint is of.
     what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
     record.write_record(

@@ -6,12 +6,13 @@ the bytes asked for are read. `write_metadata` is the other direction: the `.met
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
@@ -60,11 +61,12 @@ class TensorInfo:
 class Reader:
     """A checkpoint's folder (`iter_…`), opened. Raises WeightsError with all that is missing from it.
 
-    Reading is safe from several threads.
+    `wanted` tells which tensors are looked at, by their keys. Reading is safe from several threads.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None:
         self.folder = folder
+        self._wanted = wanted
         metadata = _read_metadata(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self.objects: set[str] = set()
@@ -120,7 +122,8 @@ class Reader:
                 if (key, None) not in infos:
                     faults.append(f"{METADATA_NAME}: {key} has no place in a file")
                 continue
-            faults += self._read_tensor(key, stored, infos)
+            if self._wanted(key):
+                faults += self._read_tensor(key, stored, infos)
         return faults
 
     def _read_tensor(self, key: str, stored: TensorStorageMetadata, infos: dict[Any, Any]) -> list[str]:
@@ -144,6 +147,11 @@ class Reader:
     def num_bytes(self) -> int:
         """Of all tensors; files hold a little more."""
         return sum(info.num_bytes for info in self.tensors.values())
+
+    def rename(self, key: str, name: str) -> None:
+        """Give a tensor another name."""
+        self.tensors[name] = self.tensors.pop(key)
+        self._chunks[name] = [dataclasses.replace(item, key=name) for item in self._chunks.pop(key)]
 
     def layout_of(self, key: str, axis: int) -> int:
         """Into how many parts a tensor was cut along an axis."""

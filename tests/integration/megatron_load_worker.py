@@ -47,7 +47,7 @@ def config_from(args: Namespace, tp: int, ep: int) -> TransformerConfig:
     return TransformerConfig(**fields)
 
 
-def build(args: Namespace, tp: int, ep: int, stages: int = 1) -> GPTModel:
+def build(args: Namespace, tp: int, ep: int, stages: int = 1, *, te_keys: bool = True) -> GPTModel:
     config = config_from(args, tp, ep)
     config.pipeline_model_parallel_size = stages
     config.pipeline_dtype = config.params_dtype
@@ -55,8 +55,9 @@ def build(args: Namespace, tp: int, ep: int, stages: int = 1) -> GPTModel:
     spec = get_gpt_layer_local_spec(
         num_experts=args.num_experts, moe_grouped_gemm=False, normalization=args.normalization
     )
-    # With Transformer Engine, which the key names are for, this norm stands alone.
-    spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if te_keys:
+        # With Transformer Engine, which the key names are for, this norm stands alone.
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return GPTModel(
         config,
         spec,

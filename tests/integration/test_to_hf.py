@@ -114,6 +114,82 @@ def test_written_in_a_pipeline(tmp_path: Path) -> None:
     )
 
 
+def trained_elsewhere(base: Path, folder: Path, keys: str) -> None:
+    """BASE trained on to iteration 100 in FOLDER, which has what Megatron-LM writes."""
+    written = folder / "iter_0000100"
+    written.mkdir(parents=True)
+    worker = Path(__file__).parent / "trained_elsewhere_worker.py"
+    torchrun(2, worker, str(base / "iter_0000001"), str(written), keys)
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+
+
+@pytest.mark.parametrize("keys", ["te", "local"])
+def test_trained_on_by_megatron(tmp_path: Path, keys: str) -> None:
+    """No file of ours, the optimizer beside the weights, other numbers: the HF model of those, and a warning."""
+    tensors = write_tiny(tmp_path / "hf", dtype=torch.bfloat16)
+    fingerprint = convert_quietly(tmp_path / "hf", tmp_path / "base", 2, 4)
+    trained = tmp_path / "trained"
+    trained_elsewhere(tmp_path / "base", trained, keys)
+    flags = ("--from-megatron", trained, "--output-path", tmp_path / "again")
+    refusal = run_cli("convert", *flags)
+    assert refusal.returncode == WeightsError.exit_code
+    assert "with --hf-model-path HF_DIR" in refusal.stderr
+    done = run_cli("convert", *flags, "--hf-model-path", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    assert "has no proof.json" in done.stdout
+
+    def is_doubled(folder: Path) -> bool:
+        found = hf_tensors_of(folder)
+        assert set(found) == set(tensors)
+        return all(torch.equal(found[name], tensor * 2) for name, tensor in tensors.items())
+
+    assert is_doubled(tmp_path / "again")
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    # It is a model like any other, and known by what it holds.
+    assert (
+        convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) == read_record(tmp_path / "again")["fingerprint"]
+    )
+    # Saved into the folder of the conversion, which says what it is.
+    shutil.copytree(trained, tmp_path / "base", dirs_exist_ok=True)
+    done = run_cli("convert", "--from-megatron", tmp_path / "base", "--output-path", tmp_path / "within")
+    assert done.returncode == 0, done.stderr
+    assert f"not those that were converted ({fingerprint})" in done.stdout
+    assert is_doubled(tmp_path / "within")
+    # The converted iteration is still there, and has to be what it was.
+    first = ConvertConfig(from_megatron=tmp_path / "base" / "iter_0000001", output_path=tmp_path / "first")
+    assert to_hf(first, Report.silent()).fingerprint == fingerprint
+
+
+def test_what_an_hf_model_cannot_hold_is_refused(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    write_tiny(tmp_path / "hf", dtype=torch.bfloat16)
+    convert_quietly(tmp_path / "hf", tmp_path / "base", 1, 1)
+    with Reader(tmp_path / "base" / "iter_0000001") as reader:
+        state = {key: torch.zeros(info.shape, dtype=torch.bfloat16) for key, info in reader.tensors.items()}
+    vocabulary, hidden = state[mapping.EMBEDDING_KEY].shape
+    state[mapping.EMBEDDING_KEY] = torch.zeros(vocabulary + 64, hidden, dtype=torch.bfloat16)
+    state[mapping.LINEAR_QKV_KEY.replace("weight", "bias")] = torch.zeros(2, 5)
+    state[mapping.ROUTER_KEY] = torch.zeros(2, 4, hidden)
+    iteration = tmp_path / "other" / "iter_0000007"
+    dcp.save(state, checkpoint_id=iteration, no_dist=True)
+    config = ConvertConfig(from_megatron=iteration, hf_model_path=str(tmp_path / "hf"), output_path=tmp_path / "again")
+    with pytest.raises(WeightsError) as caught:
+        to_hf(config, Report.silent())
+    assert len(caught.value.faults) == 2  # the vocabulary's padding is no fault
+    assert "linear_qkv.bias: a Mixtral model has no such weights" in str(caught.value)
+    assert f"{mapping.ROUTER_KEY}: expected shape [2, 8, {hidden}]; found [2, 4, {hidden}]" in str(caught.value)
+    state.pop(mapping.LINEAR_QKV_KEY.replace("weight", "bias"))
+    state[mapping.ROUTER_KEY] = torch.zeros(2, 8, hidden)  # fp32, as some runs keep it
+    shutil.rmtree(iteration)
+    dcp.save(state, checkpoint_id=iteration, no_dist=True)
+    to_hf(config, Report.silent())
+    found = hf_tensors_of(tmp_path / "again")
+    assert found["model.embed_tokens.weight"].shape == (vocabulary, hidden)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+
+
 def test_through_the_command_line(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf")
     convert_quietly(tmp_path / "hf", tmp_path / "megatron", 2, 4)
@@ -127,9 +203,9 @@ def test_through_the_command_line(tmp_path: Path) -> None:
     with torch.inference_mode():
         first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens) for name in ("hf", "again"))
     assert torch.equal(first.logits, second.logits)
-    both = run_cli("convert", *flags, "--hf-model-path", tmp_path / "hf")
-    assert both.returncode == ConfigError.exit_code
-    assert "found both" in both.stderr
+    neither = run_cli("convert", "--output-path", tmp_path / "again")
+    assert neither.returncode == ConfigError.exit_code
+    assert "found neither" in neither.stderr
 
 
 def test_a_checkpoint_that_is_not_what_was_converted(tmp_path: Path) -> None:
