@@ -20,6 +20,7 @@ from mixtral_run.model.parallel import processes
 from mixtral_run.report import Report
 from mixtral_run.train.model import load_for_inference, pick_dtype
 from mixtral_run.train.prompt import load_tokenizer
+from mixtral_run.weights.peft_directory import check_peft
 
 PROMPTS = (
     "The three states of matter that people meet every day are",
@@ -84,8 +85,9 @@ def reference_logits(
         **({"experts_implementation": "eager"} if dtype is torch.float64 else {}),
     )  # fmt: skip
     if peft_path is not None:
-        from peft import PeftModel
+        from peft import PeftModel, __version__
 
+        check_peft(peft_path, __version__)
         model = PeftModel.from_pretrained(model, str(peft_path))
     if dtype is torch.float64:
         model.double()  # PEFT keeps adapters in float32.

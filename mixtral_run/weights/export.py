@@ -16,7 +16,7 @@ from mixtral_run.weights.adapter_checkpoint import OpenAdapter, check_tensors, o
 from mixtral_run.weights.factors import Factors
 from mixtral_run.weights.merge import merge_files
 from mixtral_run.weights.peft_directory import PeftDirectory
-from mixtral_run.weights.peft_layouts import max_lora_rank
+from mixtral_run.weights.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
 from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults
 from mixtral_run.weights.torch_dist import Reader
@@ -195,4 +195,6 @@ def _write_record(config: ExportConfig, adapter: OpenAdapter, folder: Path) -> N
         "lora": adapter.checkpoint.record["lora"],
         "base": adapter.checkpoint.record.get("base"),
     }
+    if config.format == "peft-fused" and not config.merge:
+        values["peft"] = {"version": f">={FUSED_PEFT_VERSION}", "axis_order": FUSED_AXIS_ORDER}
     record.write_record(folder, "hf" if config.merge else "peft", **values)

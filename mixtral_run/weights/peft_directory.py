@@ -9,10 +9,36 @@ from math import prod
 from pathlib import Path
 
 from mixtral_run.checkpoints import write_whole
+from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.factors import Factors, as_bytes
 from mixtral_run.weights.peft_layouts import adapter_config, completed, fused_entries, per_expert_entries
 from mixtral_run.weights.shards import header_of
+
+
+def check_peft(folder: Path, installed: str) -> None:
+    """Raise WeightsError when the installed PEFT would read the directory's stacked experts in another axis order.
+
+    Only `peft-fused` depends on it. Unreadable configs are left to PEFT's own words.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        written, stacked = config.get("peft_version"), config.get("target_parameters")
+    except (OSError, ValueError, AttributeError):
+        return
+    if stacked and written and _numbers(installed) < _numbers(written):
+        raise WeightsError(
+            "The installed PEFT reads stacked experts in another axis order.",
+            where=str(folder / "adapter_config.json"),
+            expected=f"PEFT {written} or later",
+            found=f"PEFT {installed}",
+            next_command="pip install --upgrade peft, or mixtral-run export --format peft, which has no such order",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor: '0.21.2.dev0@abc' → (0, 21)."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class PeftDirectory:

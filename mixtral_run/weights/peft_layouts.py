@@ -30,6 +30,9 @@ _TARGETS = {
     "linear_fc2": ("w2",),
 }
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks; v0.14 and later
+FUSED_PEFT_VERSION = "0.21.0"
+"""The PEFT that the axis order of `peft-fused` is of; it changed in 2026-04, with no shape to tell by."""
+FUSED_AXIS_ORDER = {"lora_A": "[experts * r, in]", "lora_B": "[out, r * experts]"}
 _PARAMETERS = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
 
 
@@ -117,6 +120,8 @@ def adapter_config(lora: Lora, base_model: str | None, *, fused: bool) -> dict[s
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
+        # PEFT's own field for the version that a directory is of.
+        **({"peft_version": FUSED_PEFT_VERSION} if fused else {}),
     }
 
 

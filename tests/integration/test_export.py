@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mixtral_run.config import ExportConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
@@ -149,6 +149,36 @@ def test_peft_loads_it_as_it_is(base: Path, tmp_path: Path, targets: tuple[str, 
     found = logits_of(model)
     assert (found - expected).abs().max() <= 1e-5
     assert (found - before).abs().max() > 0.05
+
+
+def test_the_axis_order_is_named_and_heeded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other order has the same shapes: PEFT loads it and computes something else."""
+    import peft
+
+    from mixtral_run.parity import reference_logits
+
+    write_adapter(base, tmp_path / "adapter", ALL)
+    folder = tmp_path / "peft"
+    export(ExportConfig(adapter=tmp_path / "adapter", output_path=folder, format="peft-fused"), Report.silent())
+    assert peft.PeftConfig.from_pretrained(str(folder)).peft_version == "0.21.0"
+    assert read_record(folder)["peft"] == {
+        "version": ">=0.21.0",
+        "axis_order": {"lora_A": "[experts * r, in]", "lora_B": "[out, r * experts]"},
+    }
+    right = logits_of(peft.PeftModel.from_pretrained(hf_model(base / "hf"), str(folder)).eval())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, value in tensors.items():
+        if ".experts." in key and "lora_B" in key:
+            rows, width = value.shape
+            tensors[key] = value.view(rows, RANK, width // RANK).transpose(1, 2).reshape(rows, width).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    wrong = logits_of(peft.PeftModel.from_pretrained(hf_model(base / "hf"), str(folder)).eval())
+    assert (right - wrong).abs().max() > 1e-3
+    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    with pytest.raises(WeightsError, match="another axis order"):
+        reference_logits(base / "hf", folder, [[1, 2]], torch.float32)
+    export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "apart"), Report.silent())
+    reference_logits(base / "hf", tmp_path / "apart", [[1, 2]], torch.float32)
 
 
 @pytest.mark.parametrize("target", ALL)
