@@ -124,8 +124,10 @@ def newest_iteration(folder: Path) -> Path:
             found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
             next_command="mixtral-run convert --hf-model-path … --output-path …",
         ) from error
+    except UnicodeDecodeError as error:
+        raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error
     iteration_folder = folder / (
-        "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text
+        "release" if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text
     )
     if not iteration_folder.is_dir():
         raise WeightsError(

@@ -72,8 +72,9 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         report.step(4, _STEPS, "Write the metadata, wait for the disk")
         checksums = {name: crc for each in journal.done.values() for name, crc in each.sources.items()}
         fingerprint = record.fingerprint(weights.architecture, weights.dtype, checksums)
-        write_proof(staging.folder, weights, plan, journal.done)
         _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
+        write_proof(staging.folder, weights, plan, journal.done)
+        write_whole(staging.folder / LATEST, f"{record.CONVERTED_ITERATION}\n")
         # The journal goes last: until the result is in its place, it is what a run that is cut off goes on from.
         staging.publish(spent=(JOURNAL_NAME,))
     result = ConvertResult(
@@ -240,7 +241,7 @@ def _write_objects(plan: Plan, folder: Path) -> None:
 def _write_sidecars(
     config: ConvertConfig, model: str, weights: HFWeights, plan: Plan, folder: Path, fingerprint: str
 ) -> None:
-    """All but the weights; the tracker file, which makes it a checkpoint, last."""
+    """What lies beside the weights, but for their proof and the tracker file, which makes it a checkpoint."""
     iteration_folder = folder / f"iter_{record.CONVERTED_ITERATION:07d}"
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     a, dtype = weights.architecture, weights.dtype
@@ -261,4 +262,3 @@ def _write_sidecars(
         source=model,
         fingerprint=fingerprint,
     )
-    write_whole(folder / LATEST, f"{record.CONVERTED_ITERATION}\n")

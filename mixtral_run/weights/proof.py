@@ -14,9 +14,9 @@ from typing import Any
 from isal.isal_zlib import crc32
 
 from mixtral_run import __version__
-from mixtral_run.checkpoints import write_whole
+from mixtral_run.checkpoints import LATEST, write_whole
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.journal import JobSums
+from mixtral_run.weights.journal import JOURNAL_NAME, JobSums
 from mixtral_run.weights.plan import Plan
 from mixtral_run.weights.shards import HFWeights
 from mixtral_run.weights.torch_dist import Reader, StoredItem
@@ -26,7 +26,9 @@ _BLOCK_BYTES = 2**20
 
 
 def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int, JobSums]) -> None:
-    """Write FOLDER/proof.json: the source's files and revision, CRC-32 of every HF tensor and of every chunk."""
+    """Write FOLDER/proof.json: the source's files and revision, CRC-32 of every HF tensor, of every chunk, and of the
+    small files that are in the folder by now.
+    """
     tensors = {name: crc for each in sums.values() for name, crc in each.sources.items()}
     chunks = [
         {
@@ -49,8 +51,61 @@ def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int,
         },
         "tensors": {name: f"{tensors[name]:08x}" for name in sorted(tensors)},
         "chunks": chunks,
+        "files": {name: f"{_crc_of(folder / name):08x}" for name in _small_files(folder)},
     }
     write_whole(folder / PROOF_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _small_files(folder: Path) -> list[str]:
+    """What lies beside the weights, by its path within the folder."""
+    # A part of a file is what an earlier run left when it was cut off: its place is taken.
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".distcp", ".partial"))
+    names = (path.relative_to(folder).as_posix() for path in files)
+    # The journal goes; the marker is Megatron's to change when it saves a later iteration beside this one.
+    return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST))
+
+
+def _crc_of(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            crc = crc32(block, crc)
+    return crc
+
+
+def check_files(folder: Path) -> list[str]:
+    """A line for each file beside the weights that is not what was written. Raises WeightsError without a proof.
+
+    Needs nothing of the checkpoint but its proof: asked first, it names what would keep the rest from being read.
+    """
+    faults = []
+    # Proofs of earlier versions of the kit name no files.
+    for name, written in _read_proof(folder).get("files", {}).items():
+        if not (folder / name).is_file():
+            faults.append(f"{name}: missing")
+        elif (found := f"{_crc_of(folder / name):08x}") != written:
+            faults.append(f"{name}: expected CRC-32 {written}; found {found}")
+    return faults
+
+
+def _read_proof(folder: Path) -> dict[str, Any]:
+    path = folder / PROOF_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("files", {}), dict):
+            raise ValueError("not a proof")
+        return content
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        "The checkpoint's proof cannot be read.",
+        where=str(path),
+        found=error.strerror if isinstance(error, OSError) else str(error),
+        next_command="mixtral-run verify --against HF_DIR, which needs none",
+    )
 
 
 def _revision(directory: Path) -> str | None:
@@ -64,17 +119,11 @@ def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) ->
 
     Raises WeightsError when there is no proof that can be read.
     """
-    path = folder / PROOF_NAME
     try:
-        chunks = json.loads(path.read_text(encoding="utf-8"))["chunks"]
+        chunks = _read_proof(folder)["chunks"]
         wanted = {(each["key"], tuple(each["offset"])): (int(each["crc32"], 16), each["tensors"]) for each in chunks}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            "The checkpoint's proof cannot be read.",
-            where=str(path),
-            found=error.strerror if isinstance(error, OSError) else str(error),
-            next_command="mixtral-run verify --against HF_DIR, which needs none",
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder / PROOF_NAME, error) from error
     items = [item for key in reader.tensors for item in reader.chunks(key)]
     held = {(item.key, item.offset) for item in items}
     faults = [f"{key} at {list(offset)}: missing" for key, offset in wanted if (key, offset) not in held]

@@ -76,7 +76,10 @@ class Reader:
         self._lock = threading.Lock()
         self.num_chunks = 0
         self.files: set[str] = set()
-        faults = self._read_items(metadata)
+        try:
+            faults = self._read_items(metadata)
+        except (AttributeError, TypeError, ValueError) as error:  # it was damaged, and still is a pickle
+            raise _unreadable(folder / METADATA_NAME, error) from error
         if faults:
             from mixtral_run.weights.shards import shortened
 
@@ -367,10 +370,14 @@ def _read_metadata(folder: Path) -> Metadata:
         raise WeightsError(
             "This is not a torch_dist checkpoint.", where=str(folder), expected=f"a {METADATA_NAME} file in it"
         ) from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise WeightsError(
-            "The checkpoint's metadata cannot be read.", where=str(path), found=f"{type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # a damaged pickle raises anything, MemoryError and OverflowError among it
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        "The checkpoint's metadata cannot be read.", where=str(path), found=f"{type(error).__name__}: {error}"
+    )
 
 
 def write_metadata(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, items: Iterable[StoredItem]) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32
 
-from mixtral_run.checkpoints import LATEST
+from mixtral_run.checkpoints import LATEST, newest_iteration
 from mixtral_run.config import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.report import Report
 from mixtral_run.weights import checksums, mapping, record
 from mixtral_run.weights.adapter import OPTIMIZER_PREFIX, adapter_tensors, lora_of
 from mixtral_run.weights.checksums import read_source
-from mixtral_run.weights.proof import PROOF_NAME, check_proof
+from mixtral_run.weights.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights, shortened
 from mixtral_run.weights.staging import GIB
 from mixtral_run.weights.torch_dist import Reader
@@ -102,6 +102,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     report = report or (Report.on_stderr() if config.json else Report())
     if is_hf_directory(config.load) and not (config.load / LATEST).exists():
         return _verify_hf(config, report)
+    if config.proof:
+        _check_files(config.load)
     checkpoint = record.open_checkpoint(config.load)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
@@ -120,6 +122,20 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     if not result.faults:
         report.done("Verified.")
     return result
+
+
+def _check_files(load: Path) -> None:
+    """Raise CheckFailed naming each small file that is not what was written, before any of them is trusted."""
+    folder = load.parent if (load / ".metadata").is_file() else load
+    newest_iteration(folder)
+    faults = check_files(folder)
+    if faults:
+        raise CheckFailed(
+            "The checkpoint's files are not what was written.",
+            where=str(folder),
+            faults=shortened(faults),
+            next_command="copy them again from where the checkpoint was made, or mixtral-run convert --overwrite",
+        )
 
 
 def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:

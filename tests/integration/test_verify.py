@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtral_run.config import VerifyConfig
-from mixtral_run.errors import CheckFailed, WeightsError
+from mixtral_run.errors import CheckFailed, MixtralRunError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights import mapping
 from mixtral_run.weights.torch_dist import Reader
@@ -119,6 +120,47 @@ def test_proof_names_the_tensors_and_the_file_of_a_flipped_bit(converted: Path) 
     (converted / "proof.json").unlink()
     with pytest.raises(WeightsError, match="proof cannot be read"):
         checked()
+
+
+def test_proof_names_every_small_file_with_a_flipped_bit(converted: Path) -> None:
+    def checked() -> VerifyResult:
+        return verify(VerifyConfig(load=converted, proof=True), Report.silent())
+
+    files = [path for path in converted.rglob("*") if path.is_file() and path.suffix != ".distcp"]
+    names = {path.relative_to(converted).as_posix(): path for path in files}
+    assert {f"iter_0000001/{name}" for name in ("common.pt", ".metadata", "metadata.json", "run_config.yaml")} < set(
+        names
+    )
+    assert {"tokenizer/tokenizer.json", "tokenizer/config.json", "mixtral_run.json"} < set(names)
+    for name, path in names.items():
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            with pytest.raises(MixtralRunError) as caught:
+                checked().check()
+            if name != "proof.json":
+                assert name in str(caught.value)
+        path.write_bytes(whole)
+    (converted / "iter_0000001" / "common.pt").unlink()
+    with pytest.raises(CheckFailed, match=r"common\.pt: missing"):
+        checked()
+
+
+def test_a_proof_of_an_earlier_version_names_no_files(converted: Path) -> None:
+    path = converted / "proof.json"
+    content = json.loads(path.read_text())
+    content.pop("files")
+    path.write_text(json.dumps(content))
+    assert verify(VerifyConfig(load=converted, proof=True), Report.silent()).faults == ()
+
+
+def test_damaged_metadata_is_told_whatever_the_byte(converted: Path) -> None:
+    path = converted / "iter_0000001" / ".metadata"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 400)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
+        with contextlib.suppress(WeightsError):  # some bytes change nothing that is read
+            verified(converted)
 
 
 def test_another_hf_model_differs_in_its_tensors(converted: Path, tmp_path: Path) -> None:
