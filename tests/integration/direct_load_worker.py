@@ -5,9 +5,11 @@ torchrun … direct_load_worker.py HF_DIRECTORY CHECKPOINT OUT.json TPxEP DTYPE
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +18,32 @@ import torch.distributed as dist
 from mixtral_run.checkpoints import describe_base
 from mixtral_run.model.parallel import processes
 from mixtral_run.train.model import load_for_inference
+from mixtral_run.weights import direct as direct_load
+from mixtral_run.weights.shards import open_hf_weights
 from tests.integration.layouts_worker import config_of, train
+
+
+@contextlib.contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """The lengths of what this process reads of the weights."""
+    read, lengths = direct_load.read_whole, list[int]()
+
+    def counting(descriptor: int, block: memoryview, position: int, file: Path) -> None:
+        lengths.append(len(block))
+        read(descriptor, block, position, file)
+
+    direct_load.read_whole = counting
+    try:
+        yield lengths
+    finally:
+        direct_load.read_whole = read
+
+
+def own_bytes(parameters: dict[str, torch.Tensor], item_size: int, tp: int) -> int:
+    """What the parameters are in the HF files; of linear_proj, whose columns are split, rows are read whole."""
+    return sum(
+        parameter.numel() * item_size * (tp if "linear_proj" in name else 1) for name, parameter in parameters.items()
+    )
 
 
 def main() -> None:
@@ -25,7 +52,9 @@ def main() -> None:
     config = config_of(checkpoint, out, layout, dtype=dtype)
     direct = config_of(hf, out, layout, dtype=dtype)
     with processes(config) as here:
-        models = [load_for_inference(each, describe_base(each.load), here, None) for each in (config, direct)]
+        models = [load_for_inference(config, describe_base(checkpoint), here, None)]
+        with counted_reads() as reads:
+            models.append(load_for_inference(direct, describe_base(hf), here, None))
         first, second = (dict(model.gpt.named_parameters()) for model in models)
         unequal = [name for name in first if not torch.equal(first[name], second[name])]
         assert first.keys() == second.keys()
@@ -33,6 +62,7 @@ def main() -> None:
         assert all(parameter.dtype == torch.float32 for parameter in first.values()) == (dtype == "fp32")
         figures = [train(each, here, 0, 2)["figures"] for each in (config, direct)]
         mine = {
+            "bytes": [sum(reads), own_bytes(second, open_hf_weights(hf).item_size, config.tensor_model_parallel_size)],
             "unequal": unequal,
             "fingerprints": [model.base_fingerprint for model in models],
             "figures": figures,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,68 @@ def test_every_rank_is_equal(tmp_path: Path, layout: str, stored: torch.dtype, d
     assert len(ranks) == processes
     for rank in ranks:
         assert rank["unequal"] == []
+        read, own = rank["bytes"]
+        assert read == own  # its own slices, each once
         assert rank["fingerprints"] == [expected, expected]
         converted, direct = rank["figures"]
         assert converted == direct
         assert len(converted) == 2
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+import torch
+from mixtral_run.weights import direct, mapping
+from mixtral_run.weights.shards import open_hf_weights
+
+hf, dtype, workers = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+weights = open_hf_weights(hf)
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+targets = []
+for unit in mapping.units(weights.architecture):
+    for chunk in unit.chunks:
+        data = torch.ones(chunk.shape, dtype=dtype)  # in memory from here on
+        targets.append(direct.Target(chunk.key, chunk.offset, chunk.shape, data))
+direct.read_into(weights, targets[:1], workers=workers)  # what threads and libraries take once
+before, peak, done = anonymous(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+watching = threading.Thread(target=watch)
+watching.start()
+read = []
+direct.read_into(weights, targets, workers=workers, advance=read.append)
+done.set()
+watching.join()
+print(sum(read), peak[0] - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_the_parameters_and_a_bounded_buffer(tmp_path: Path, dtype: str) -> None:
+    """Whatever the files' size: as they are stored, and rounded on the way."""
+    tensors = write_tiny(tmp_path / "hf", num_shards=1, intermediate_size=16384)
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    workers = 2
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "hf"), dtype, str(workers)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    read, taken = map(int, done.stdout.split())
+    assert read == num_bytes
+    # A buffer and what it is rounded into, for each; the allocator's own on top.
+    allowed = workers * 3 * direct.BLOCK_BYTES + 8 * 2**20
+    assert taken < allowed < num_bytes / 8
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 4), (4, 8)])
