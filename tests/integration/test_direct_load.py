@@ -97,7 +97,7 @@ print(sum(read), peak[0] - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_the_parameters_and_a_bounded_buffer(tmp_path: Path, dtype: str) -> None:
     """Whatever the files' size: as they are stored, and rounded on the way."""
-    tensors = write_tiny(tmp_path / "hf", num_shards=1, intermediate_size=16384)
+    tensors = write_tiny(tmp_path / "hf", num_shards=1, vocab_size=200_000)
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     workers = 2
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_memory_is_the_parameters_and_a_bounded_buffer(tmp_path: Path, dtype: st
     assert read == num_bytes
     # A buffer and what it is rounded into, for each; the allocator's own on top.
     allowed = workers * 3 * direct.BLOCK_BYTES + 8 * 2**20
-    assert taken < allowed < num_bytes / 8
+    assert taken < allowed < num_bytes / 4
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 4), (4, 8)])
