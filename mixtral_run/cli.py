@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import NoReturn
 import click
 
 from mixtral_run import __version__
-from mixtral_run.errors import ConfigError, MixtralRunError
+from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 
 VERBS: dict[str, str] = {
     "bootstrap": "Bare hosts → Docker, NVIDIA toolkit, swap, HF cache, image, proof; over SSH.",
@@ -37,6 +38,9 @@ says."""
 MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
 
 DEBUG_VARIABLE = "MIXTRAL_RUN_DEBUG"
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk answers wherever it is written to; any other error of the system is told where it may happen."""
 
 
 class LazyGroup(click.Group):
@@ -105,11 +109,25 @@ def main() -> NoReturn:
         error.show()
         sys.exit(ConfigError.exit_code)
     except MixtralRunError as error:
-        if os.environ.get(DEBUG_VARIABLE):
+        _fail(error, error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
             raise
-        _report_to_launcher(error)
-        _leave(f"✗ {error}", error.exit_code)
+        told = WeightsError(
+            "A file cannot be written.",
+            where=str(error.filename) if error.filename else None,
+            found=error.strerror,
+            next_command="df -h, then the same command again",
+        )
+        _fail(told, error)
     sys.exit(0)
+
+
+def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:
+    if os.environ.get(DEBUG_VARIABLE):
+        raise cause
+    _report_to_launcher(error)
+    _leave(f"✗ {error}", error.exit_code)
 
 
 def _report_to_launcher(error: MixtralRunError) -> None:

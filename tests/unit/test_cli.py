@@ -114,6 +114,16 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" not in mixtral_run("finetune").stderr
 
 
+def test_a_full_disk_is_told_in_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "mixtral_run", "explain"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 5
+    assert "cannot be written" in done.stderr
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_version() -> None:
     done = mixtral_run("--version")
     assert done.stdout.startswith("mixtral-run, version ")
