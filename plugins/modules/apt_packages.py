@@ -17,6 +17,12 @@ options:
   conflicting: {description: Packages to remove first., type: list, elements: str, default: []}
   hold: {description: Keep unattended upgrades off them., type: bool, default: true}
   repository: {description: "URI that has to answer, for the message when it does not.", type: str, default: ""}
+  restart_when_busy:
+    description:
+      - C(false) says that these are the Docker engine's packages, whose scripts stop and start it. While containers or
+        GPU processes run, a change of what is installed then waits (C(deferred) is true), and a removal is refused.
+    type: bool
+    default: true
   lock_timeout_seconds: {description: How long to wait for another package manager., type: int, default: 300}
   proxy: {description: Proxy for apt., type: str}
   state: {description: C(absent) removes what C(present) installed., type: str, choices: [present, absent], default: present}
@@ -25,6 +31,7 @@ options:
 import fnmatch
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import engine_use
 from ansible.module_utils.mixtral_run_host.commands import last_lines, run
 from ansible.module_utils.mixtral_run_host.files import Record, explain
 
@@ -41,6 +48,7 @@ def main():
             "conflicting": {"type": "list", "elements": "str", "default": []},
             "hold": {"type": "bool", "default": True},
             "repository": {"type": "str", "default": ""},
+            "restart_when_busy": {"type": "bool", "default": True},
             "lock_timeout_seconds": {"type": "int", "default": 300},
             "proxy": {"type": "str"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
@@ -85,6 +93,7 @@ def _present(module, record):
     unheld = [name for name in params["names"] if (name not in held) == params["hold"]]
     mine = record.values.setdefault(params["section"], [])
     fresh = [name for name in params["names"] if name not in installed and name not in mine]
+    _defer_when_busy(module, [name for name in wrong + removed if name in installed], installed)
     changed = bool(wrong or removed or unheld)
     before = "".join("{} {}\n".format(name, installed[name]) for name in params["names"] + removed if name in installed)
     if changed and not module.check_mode:
@@ -107,10 +116,36 @@ def _present(module, record):
     )
 
 
+def _defer_when_busy(module, touched, installed):
+    """End the module, with nothing done, when `touched` packages are the engine's and somebody works in it."""
+    if not touched or module.params["restart_when_busy"]:
+        return
+    why = engine_use.why_busy()
+    if not why:
+        return
+    module.warn(
+        "The Docker engine's packages wait to be changed ({}): {}. It is done by a later run when the host is idle, or now "
+        "with docker_restart_when_busy: true".format(", ".join(touched), why)
+    )
+    versions = {name: installed.get(name) for name in module.params["names"]}
+    module.exit_json(changed=False, deferred=True, reason=why, installed=[], removed=[], versions=versions)
+
+
 def _absent(module, record):
     params = module.params
     mine = [name for name in record.values.get(params["section"], []) if name in _installed()]
     changed = params["section"] in record.values
+    why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
+    if why:
+        module.fail_json(
+            msg=explain(
+                "The Docker engine's packages are not removed: that would stop what runs.",
+                where=", ".join(mine),
+                expected="no containers, and no processes on GPUs",
+                found=why,
+                next_step="end it and run again, or set docker_restart_when_busy: true",
+            )
+        )
     if not module.check_mode and changed:
         if mine:
             run(["apt-mark", "unhold"] + mine)

@@ -9,7 +9,7 @@ short_description: Keep the Docker engine running and on its current settings, w
 description:
   - Starts and enables the engine, puts users in the docker group, writes the service's proxy and containerd's root.
   - A reload or restart that a change made due is done here, whichever run made it due. A restart waits while containers
-    or GPU processes run (C(deferred) is true then), unless C(restart_when_busy).
+    or GPU processes run, or the engine does not say (C(deferred) is true then), unless C(restart_when_busy).
 options:
   users: {description: Users of the docker group., type: list, elements: str, default: []}
   environment: {description: "Environment of the service, such as HTTP_PROXY.", type: dict, default: {}}
@@ -26,6 +26,7 @@ import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import engine_use
 from ansible.module_utils.mixtral_run_host.commands import last_lines, run
 from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 
@@ -118,7 +119,12 @@ class Engine:
                 # A bare host in check mode, or one whose engine left before the toolkit did.
                 self.done += ["would start the engine"] if self.check else []
                 return
-            self.module.fail_json(msg=explain("The Docker engine is not installed.", next_step="run the docker role"))
+            self.module.fail_json(
+                msg=explain(
+                    "The Docker engine is not installed.",
+                    next_step="run the docker role; where it says that its packages wait, end what they wait for first",
+                )
+            )
         if run(["systemctl", "is-enabled", "docker.service"]).out.strip() != "enabled":
             self.done.append("enabled the engine")
             if not self.check:
@@ -130,7 +136,7 @@ class Engine:
         elif due == "reload":
             self._act("reload", "reloaded the engine's settings")
         elif due == "restart":
-            self.deferred = "" if self.params["restart_when_busy"] else _busy()
+            self.deferred = "" if self.params["restart_when_busy"] else engine_use.why_busy()
             if not self.deferred:
                 self._act("restart", "restarted the engine")
             else:
@@ -217,18 +223,6 @@ def _answers():
             return True
         time.sleep(0.5)
     return False
-
-
-def _busy():
-    """Why the engine must not be restarted now; empty when nothing runs."""
-    containers = run(["docker", "ps", "--format", "{{.Names}}"], timeout=30).out.split()
-    if containers:
-        return "{} container{} running ({})".format(
-            len(containers), "" if len(containers) == 1 else "s", ", ".join(containers[:5])
-        )
-    processes = run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], timeout=30)
-    pids = [word for word in processes.out.split() if word.isdigit()] if processes.code == 0 else []
-    return "GPU processes are running (pid {})".format(", ".join(pids[:5])) if pids else ""
 
 
 def _members():
