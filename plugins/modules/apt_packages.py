@@ -29,6 +29,7 @@ options:
 """
 
 import fnmatch
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.mixtral_run_host import engine_use
@@ -36,6 +37,7 @@ from ansible.module_utils.mixtral_run_host.commands import last_lines, run
 from ansible.module_utils.mixtral_run_host.files import Record, explain
 
 APT_SECONDS = 1800
+RETRY_SECONDS = 2
 
 
 def main():
@@ -149,18 +151,27 @@ def _absent(module, record):
     if not module.check_mode and changed:
         if mine:
             run(["apt-mark", "unhold"] + mine)
-            _checked(module, _apt(params) + ["remove"] + mine, "The packages cannot be removed.", APT_SECONDS)
+            answer = _apt(params, ["remove"] + mine)
+            if answer.code:
+                _fail(module, "The packages cannot be removed.", answer, [])
         del record.values[params["section"]]
         record.save()
     module.exit_json(changed=changed, removed=mine)
 
 
-def _apt(params):
+def _apt(params, words):
+    """Run apt-get, waiting for whoever holds a lock: its own option waits for dpkg's, not for those of lists and archives."""
     argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
     argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
     if params["proxy"]:
         argv += ["-o", "Acquire::http::Proxy=" + params["proxy"], "-o", "Acquire::https::Proxy=" + params["proxy"]]
-    return argv
+    until = time.monotonic() + params["lock_timeout_seconds"]
+    while True:
+        answer = run(argv + words, timeout=APT_SECONDS)
+        locked = answer.code and "Could not get lock" in answer.out + answer.err
+        if not locked or time.monotonic() >= until:
+            return answer
+        time.sleep(RETRY_SECONDS)
 
 
 def _install(module, names, removed):
@@ -174,15 +185,15 @@ def _install(module, names, removed):
     words = [name + ("=" + _wanted_version(params, name) if _wanted_version(params, name) else "") for name in names]
     words += [name + "-" for name in removed]
     options = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
-    answer = run(_apt(params) + ["install"] + options + words, timeout=APT_SECONDS)
+    answer = _apt(params, ["install"] + options + words)
     if answer.code:
         _fail(module, "The packages cannot be installed.", answer, names)
 
 
 def _refresh(module):
-    # `apt-get update` waits for no lock of its lists and ends with 0 when a mirror is away: both are told here.
+    # `apt-get update` ends with 0 when a mirror is away: that is told here.
     params = module.params
-    answer = run(_apt(params) + ["-o", "Acquire::Retries=2", "update"], timeout=APT_SECONDS)
+    answer = _apt(params, ["-o", "Acquire::Retries=2", "update"])
     bad = [line for line in (answer.out + answer.err).splitlines() if line.startswith(("Err:", "E:", "W:"))]
     if params["repository"] and any(params["repository"].replace("$(ARCH)", "") in line for line in bad):
         _fail(module, "The package repository does not answer.", answer, [])

@@ -1,0 +1,77 @@
+"""A fresh host's own updates hold apt's locks, which apt-get does not wait for by itself: the kit does."""
+
+import subprocess
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+
+from tests.unit.host.conftest import ROOT, call_module, load_module
+from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
+
+PACKAGES = load_module("apt_packages")
+LISTS = "/var/lib/apt/lists/lock"
+ARCHIVES = "/var/cache/apt/archives/lock"
+
+
+def _apt_get(programs: Programs, verb: str, lock: str, times: int) -> None:  # noqa: F811
+    """An apt-get whose `verb` finds the lock held so many times; it prints what apt does."""
+    counter = programs.folder / "tries"
+    programs.put(
+        "apt-get",
+        f'case " $* " in *" {verb} "*) ;; *) exit 0 ;; esac',
+        f"echo x >> {counter}",
+        f'[ "$(wc -l < {counter})" -le {times} ] || exit 0',
+        f"echo 'E: Could not get lock {lock}. It is held by process 7 (apt-get)' >&2; exit 100",
+    )
+
+
+@pytest.fixture
+def settings(programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:  # noqa: F811
+    programs.put("dpkg-query", "echo docker-ce 5:1 installed")
+    for name in ("dpkg", "apt-mark", "apt-cache"):
+        programs.put(name)
+    monkeypatch.setattr(PACKAGES, "RETRY_SECONDS", 0.01)
+    return {"record_folder": tmp_path / "records", "section": "tests", "names": ["tool"]}
+
+
+@pytest.mark.parametrize(("verb", "lock"), [("update", LISTS), ("install", ARCHIVES)])
+def test_packages_are_installed_once_the_lock_is_free(
+    programs: Programs,  # noqa: F811
+    settings: dict,
+    verb: str,
+    lock: str,
+) -> None:
+    _apt_get(programs, verb, lock, 3)
+    assert call_module(PACKAGES, **settings)["changed"]
+    assert len([call for call in programs.calls("apt-get") if f" {verb}" in call]) == 4
+
+
+def test_a_lock_that_is_never_freed_is_told(programs: Programs, settings: dict) -> None:  # noqa: F811
+    _apt_get(programs, "update", LISTS, 10**6)
+    result = call_module(PACKAGES, **settings, lock_timeout_seconds=0)
+    assert result["failed"] and LISTS in result["msg"] and "another package manager runs: wait" in result["msg"]
+
+
+def _preflight(programs: Programs) -> subprocess.CompletedProcess[str]:  # noqa: F811
+    """Run preflight's script for hosts without Python in the shell that runs it there."""
+    text = yaml.safe_load((ROOT / "roles/preflight/vars/main.yml").read_text())["__preflight_python_script"]
+    script = jinja2.Template(text).render(ansible_check_mode=False)
+    programs.put("python3", "exit 1")
+    programs.put("sleep")
+    return subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("verb", "lock"), [("update", LISTS), ("install", ARCHIVES)])
+def test_python_is_installed_once_the_lock_is_free(programs: Programs, verb: str, lock: str) -> None:  # noqa: F811
+    _apt_get(programs, verb, lock, 2)
+    done = _preflight(programs)
+    assert done.returncode == 0 and done.stdout == "installed by mixtral-run: python3\n", done.stderr
+    assert len(programs.calls("sleep")) == 2
+
+
+def test_what_else_apt_says_ends_it_at_once(programs: Programs) -> None:  # noqa: F811
+    programs.put("apt-get", "echo 'E: Unable to locate package python3' >&2; exit 100")
+    done = _preflight(programs)
+    assert done.returncode == 1 and "Unable to locate" in done.stderr and not programs.calls("sleep")
