@@ -7,7 +7,8 @@ DOCUMENTATION = """
 module: nvidia_runtime
 short_description: Keep the CDI spec fresh and prove that containers reach the GPUs
 description:
-  - Writes the CDI spec when it is missing or tells of another driver or number of GPUs than the host has.
+  - Writes the CDI spec when it is missing or tells of another driver or number of GPUs than the host has. Where a systemd
+    unit of the toolkit writes one, that of the kit goes; a stale one of somebody else is written again, with a backup.
   - With C(image), runs a CUDA call in a container and compares the number of GPUs with the host's. nvidia-smi passing
     would not prove that, since C(cuInit) can still fail. Repeated only when driver, toolkit, engine or image changed.
   - Does nothing on a host without GPUs.
@@ -23,10 +24,11 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.mixtral_run_host import probe
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, remove
+from ansible.module_utils.mixtral_run_host.commands import Result, last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 
 REFRESH_UNIT = "nvidia-cdi-refresh.service"
+UNIT_FOLDER = "/var/run/cdi"
 CUDA_CALL = """
 import ctypes
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -75,22 +77,19 @@ def _is_fresh(spec, state):
 
 
 def _refresh_cdi(module, record, state):
-    spec = probe.cdi()
-    if _is_fresh(spec, state):
+    if _is_fresh(probe.cdi(), state) and not _outdone(record):
         return False
     if module.check_mode:
         return True
+    answer = Result(0, "", "")
     if run(["systemctl", "cat", REFRESH_UNIT]).code == 0:
         answer = run(["systemctl", "restart", REFRESH_UNIT], timeout=120)
-    else:
-        path = module.params["cdi_path"]
-        if spec["path"]:
-            path = spec["path"]  # a stale one elsewhere would be read beside a fresh one, and its devices clash
-        else:
-            record.values["cdi_path"] = path
+        if _outdone(record):
+            remove(record.values.pop("cdi_path"))
             record.save()
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        answer = run(["nvidia-ctk", "cdi", "generate", "--output=" + path], timeout=120)
+    spec = probe.cdi()
+    if answer.code == 0 and not _is_fresh(spec, state):
+        answer = _generate(module, record, spec["path"])
     spec = probe.cdi()
     if answer.code or not _is_fresh(spec, state):
         module.fail_json(
@@ -103,6 +102,24 @@ def _refresh_cdi(module, record, state):
             )
         )
     return True
+
+
+def _outdone(record):
+    """Whether the toolkit's unit writes a spec by now, beside which the kit's own would grow stale."""
+    mine, units = record.values.get("cdi_path"), probe.cdi([UNIT_FOLDER])["path"]
+    return bool(mine and units and os.path.realpath(mine) != os.path.realpath(units))
+
+
+def _generate(module, record, stale):
+    """Write the spec: where a stale one is, since it would be read beside a fresh one and its devices clash."""
+    path = stale or module.params["cdi_path"]
+    if not stale:
+        record.values["cdi_path"] = path
+        record.save()
+    elif path != record.values.get("cdi_path"):
+        write_text(path + ".mixtral-run.bak", read_text(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return run(["nvidia-ctk", "cdi", "generate", "--output=" + path], timeout=120)
 
 
 def _prove(module, record, state):

@@ -78,6 +78,7 @@ def _recipe() -> str:
         "nvidia-container-runtime",
         "nvidia-container-runtime-hook",
         "libcuda_standin.c",
+        "nvidia-cdi-refresh.service",
     )
     text = b"".join((FILES / name).read_bytes() for name in names) + Path(__file__).read_bytes()
     return hashlib.sha256(text).hexdigest()[:12]
@@ -173,6 +174,13 @@ def _toolkit_package(work: Path, pool: Path, name: str, version: str, needs: tup
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(FILES / program, target)
         target.chmod(0o755)
+    if name == "nvidia-container-toolkit-base" and version >= "1.18":
+        unit = work / "usr/lib/systemd/system/nvidia-cdi-refresh.service"
+        unit.parent.mkdir(parents=True)
+        shutil.copy(FILES / unit.name, unit)
+        at_boot = unit.parent / "multi-user.target.wants" / unit.name
+        at_boot.parent.mkdir()
+        at_boot.symlink_to(f"../{unit.name}")
     if name == "nvidia-container-toolkit":
         library = work / "usr/lib/mixtral-run-standin/libcuda.so.1"
         library.parent.mkdir(parents=True)
