@@ -9,6 +9,7 @@ short_description: Accept a host by measuring it in the container that jobs will
 description:
   - The stamp holds machine-id, SSH host key, GPU UUIDs and versions. While it fits the host and the last result was good,
     nothing runs again. A reimaged host, another GPU or another image makes it run.
+  - Waits while processes compute on the GPUs (C(deferred) is true then), unless C(measure_when_busy).
 options:
   host: {description: Name of the host in messages., type: str, required: true}
   image: {description: The image., type: str, required: true}
@@ -21,6 +22,7 @@ options:
   size_mib: {description: Bytes of messages and of the file., type: int, default: 256}
   timeout_seconds: {description: How long it may take., type: int, default: 900}
   force: {description: Measure again., type: bool, default: false}
+  measure_when_busy: {description: Measure beside what computes on the GPUs., type: bool, default: false}
   state: {description: C(absent) removes result and stamp., type: str, choices: [present, absent], default: present}
 """
 
@@ -28,7 +30,7 @@ import json
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe
+from ansible.module_utils.mixtral_run_host import engine_use, probe
 from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
 from ansible.module_utils.mixtral_run_host.files import Record, explain
 
@@ -49,6 +51,7 @@ def main():
             "size_mib": {"type": "int", "default": 256},
             "timeout_seconds": {"type": "int", "default": 900},
             "force": {"type": "bool", "default": False},
+            "measure_when_busy": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         supports_check_mode=True,
@@ -70,6 +73,7 @@ def main():
     changes = _changes(known, stamp, params["floors"])
     if not changes and not params["force"]:
         module.exit_json(changed=False, report=known["report"], stamp=stamp, why="unchanged since it was accepted")
+    _defer_when_busy(module, stamp, changes)
     if module.check_mode:
         module.exit_json(changed=True, why="; ".join(changes) or "forced")
     report = _measure(module, stamp)
@@ -107,6 +111,19 @@ def _changes(known, stamp, floors):
         return ["not accepted the last time"]
     found = ["{} changed".format(name) for name in sorted(stamp) if stamp[name] != known["stamp"].get(name)]
     return found + (["floors changed"] if known.get("floors") != floors else [])
+
+
+def _defer_when_busy(module, stamp, changes):
+    """End the module, with nothing measured, while a job computes: its rates and the host's would both be wrong."""
+    pids = engine_use.compute_pids() if stamp["gpus"] and not module.params["measure_when_busy"] else []
+    if not pids:
+        return
+    why = "GPU processes are running (pid {})".format(", ".join(pids[:5]))
+    module.warn(
+        "{} waits to be measured ({}): {}. It is done by a later run when the GPUs are idle, or now with "
+        "acceptance_measure_when_busy: true".format(module.params["host"], "; ".join(changes) or "forced", why)
+    )
+    module.exit_json(changed=False, deferred=True, reason=why)
 
 
 def _container_argv(params, has_gpus):
