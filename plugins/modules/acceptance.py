@@ -63,7 +63,7 @@ def main():
         record.values.clear()
         record.save()
         module.exit_json(changed=bool(known))
-    stamp = _stamp(params)
+    stamp = _stamp(module)
     # Containers have to see every GPU that the host has: a CPU image on a GPU host is no good.
     params["floors"] = dict({"num_gpus": len(stamp["gpus"])}, **params["floors"])
     if stamp["image"] is None:
@@ -89,9 +89,11 @@ def main():
     module.exit_json(changed=True, report=report, stamp=stamp, why="; ".join(changes) or "forced")
 
 
-def _stamp(params):
+def _stamp(module):
     gpus = probe.gpus()
-    image = run(["docker", "image", "inspect", "--format", "{{.Id}}", params["image"]], timeout=30)
+    if gpus["sick"]:
+        module.fail_json(msg=probe.why_sick(gpus, module.params["host"]))
+    image = run(["docker", "image", "inspect", "--format", "{{.Id}}", module.params["image"]], timeout=30)
     return {
         "identity": probe.identity(),
         "gpus": [gpu["uuid"] for gpu in gpus["gpus"]],

@@ -260,7 +260,10 @@ class Image:
     def _variant(self):
         if self.params["variant"] != "auto":
             return self.params["variant"]
-        driver = probe.gpus()["driver"]
+        state = probe.gpus()
+        if state["sick"]:
+            self.module.fail_json(msg=probe.why_sick(state, self.params["host"]))
+        driver = state["driver"]
         if driver is None:
             return "cpu"
         for variant, least in VARIANTS:

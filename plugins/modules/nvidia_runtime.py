@@ -61,6 +61,8 @@ def main():
         record.save()
         module.exit_json(changed=changed)
     state = probe.gpus()
+    if state["sick"]:
+        module.fail_json(msg=probe.why_sick(state, module.params["host"]))
     if not state["gpus"]:
         module.exit_json(changed=False, proof="skipped: " + (state["error"] or "the host has no GPU"))
     if probe.toolkit_version() is None:

@@ -8,7 +8,7 @@ import os
 import re
 
 from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, run
-from ansible.module_utils.mixtral_run_host.files import RECORD_FOLDER, read_text
+from ansible.module_utils.mixtral_run_host.files import RECORD_FOLDER, explain, read_text
 
 GPU_FIELDS = (
     "index",
@@ -90,9 +90,13 @@ def filesystem(path):
 
 
 def gpus(timeout=30):
-    """{"gpus": [...], "driver": "550.54.15", "error": None}. The error is nvidia-smi's own word, or why there is none."""
+    """{"gpus": [...], "driver": "550.54.15", "error": None, "sick": False}.
+
+    The error is nvidia-smi's own word, or why there is none; sick: it is there and does not answer, which is no sign that
+    the host has no GPU.
+    """
     query = run(["nvidia-smi", "--query-gpu=" + ",".join(GPU_FIELDS), "--format=csv,noheader,nounits"], timeout=timeout)
-    found = {"gpus": [], "driver": None, "error": None}
+    found = {"gpus": [], "driver": None, "error": None, "sick": query.code not in (0, MISSING)}
     if query.code == MISSING:
         found["error"] = "nvidia-smi is not installed: no NVIDIA driver"
     elif query.code == TIMED_OUT:
@@ -106,6 +110,17 @@ def gpus(timeout=30):
         found["gpus"] = [_gpu(row) for row in rows if len(row) == len(GPU_FIELDS)]
         found["driver"] = rows[0][4] if found["gpus"] else None
     return found
+
+
+def why_sick(state, host):
+    """The message of a driver that is there and does not answer, from what gpus() found."""
+    return explain(
+        "The NVIDIA driver does not answer: the host is not taken for one without GPUs.",
+        where=host,
+        expected="`nvidia-smi` ends with 0",
+        found=state["error"],
+        next_step="mend the driver (`dmesg | grep -i nvrm`; after an upgrade, reboot); on a host without GPUs, remove its packages",
+    )
 
 
 def _gpu(row):
