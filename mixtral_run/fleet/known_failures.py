@@ -91,7 +91,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "Hosts with NVSwitches need nvidia-fabricmanager of exactly the driver's version, running.",
         (
             "ssh HOST 'sudo apt-get install nvidia-fabricmanager-550=$(nvidia-smi --query-gpu=driver_version "
-            "--format=csv,noheader -i 0)-1'    # 550: the driver's branch",
+            "--format=csv,noheader -i 0)-1'    # 550: the driver's branch; from 580 on, in NVIDIA's repository, without it",
             "ssh HOST sudo systemctl enable --now nvidia-fabricmanager",
         ),
         ("nvswitch", "802", "cuinit", "fabric"),

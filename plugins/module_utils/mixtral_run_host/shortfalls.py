@@ -122,18 +122,25 @@ def _fabric_manager(state, _limits):
     fabric, driver = state["fabric_manager"], state["driver"]["user"]
     if not fabric["nvswitch"]:
         return
-    branch = (driver or "550").split(".")[0]
-    package = "nvidia-fabricmanager-{}".format(branch)
+    install = (
+        _install_fabric_manager(driver) if driver else "install the driver first, then fabric manager of its version"
+    )
     if not fabric["active"]:
-        remedy = "`sudo apt-get install {0}={1}-1; sudo systemctl enable --now nvidia-fabricmanager`".format(
-            package, driver
-        )
+        remedy = install + ", then `sudo systemctl enable --now nvidia-fabricmanager`"
         yield "nvidia-fabricmanager running (this host has NVSwitches)", "it is not running", remedy
     elif driver and fabric["version"] != driver:
-        remedy = "`sudo apt-get install {0}={1}-1`: with another version CUDA fails with error 802".format(
-            package, driver
-        )
+        remedy = install + ": with another version CUDA fails with error 802"
         yield "fabric manager {}, as the driver".format(driver), "fabric manager {}".format(fabric["version"]), remedy
+
+
+def _install_fabric_manager(driver):
+    branch = driver.split(".")[0]
+    if version(driver) < (580,):
+        return "`sudo apt-get install nvidia-fabricmanager-{}={}-1`".format(branch, driver)
+    # With 580 NVIDIA's repository dropped the branch from the name (gpu-driver-container#451); Ubuntu's archive has it still.
+    return "`sudo apt-get install nvidia-fabricmanager={}-1` (in Ubuntu's own archive nvidia-fabricmanager-{})".format(
+        driver, branch
+    )
 
 
 def _ram(state, limits):

@@ -76,6 +76,20 @@ def test_each_shortfall(check: str, level: str, found: str, changes: dict) -> No
     assert found in item.found and item.expected and item.remedy
 
 
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        ("570.172.08", "install nvidia-fabricmanager-570=570.172.08-1`"),
+        ("580.65.06", "install nvidia-fabricmanager=580.65.06-1` (in Ubuntu's own archive nvidia-fabricmanager-580)"),
+        (None, "install the driver first"),
+    ],
+)
+def test_fabric_manager_goes_by_the_name_that_its_branch_has(driver: str | None, words: str) -> None:
+    items = _collect(driver__user=driver, driver__kernel=driver, fabric_manager__active=False)
+    (item,) = [item for item in items if item.check == "fabric_manager"]
+    assert words in item.remedy and "None" not in item.remedy and "enable --now" in item.remedy
+
+
 def test_a_mismatch_is_told_by_both_its_signs() -> None:
     error = "Failed to initialize NVML: Driver/library version mismatch"
     checks = {item.check for item in _collect(gpus=[], driver={"user": None, "kernel": None, "error": error})}
