@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 
 # `systemctl reload docker` applies these; every other key waits for a restart (moby, daemon/config/config.go: reload).
+# "features" is read again by a reload, but what people set there, cdi and containerd-snapshotter, counts at the start alone.
 RELOADABLE = frozenset(
     (
         "allow-nondistributable-artifacts",
         "authorization-plugins",
         "debug",
         "default-runtime",
-        "features",
         "insecure-registries",
         "labels",
         "live-restore",

@@ -102,6 +102,7 @@ def test_a_value_where_an_object_is_wanted_is_replaced_whole() -> None:
         ({"live-restore": True}, {"live-restore": False, "debug": True}, "reload"),
         ({}, {"data-root": "/a"}, "restart"),
         ({"log-driver": "local"}, {"runtimes": {}}, "restart"),
+        ({}, {"features": {"containerd-snapshotter": True}}, "restart"),
     ],
 )
 def test_what_a_change_asks_of_the_engine(before: dict, after: dict, expected: str) -> None:
