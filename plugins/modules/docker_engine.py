@@ -184,8 +184,8 @@ class Engine:
         if self.check:
             return
         units = ["docker.service"]
-        if verb == "restart" and "containerd.service.d" in self.due_record.values.get("keys", []):
-            units = ["containerd.service"] + units
+        if verb != "reload" and "containerd.service.d" in self.due_record.values.get("keys", []):
+            verb, units = "restart", ["containerd.service"] + units  # it runs also where the engine does not
         # systemd counts starts: an engine that failed often a moment ago would be refused without this.
         run(["systemctl", "reset-failed", "docker.service", "containerd.service"])
         answer = run(["systemctl", verb] + units, timeout=START_SECONDS * 2)
