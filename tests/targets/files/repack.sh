@@ -30,7 +30,7 @@ control() { # folder name version depends conflicts
         echo "Description: STAND-IN for Docker's $2, made from Debian's packages for tests"
     } > "$1/DEBIAN/control"
     rm -f "$1/DEBIAN/md5sums" "$1/DEBIAN/triggers"
-    dpkg-deb -Znone -b "$1" "$out/$2_standin_amd64.deb" >/dev/null
+    dpkg-deb -Znone -b "$1" "$out/$2_${3#*:}_amd64.deb" >/dev/null
 }
 
 engine="5:$(version docker.io)-1~standin"
@@ -58,5 +58,6 @@ control docker.io docker-ce "$engine" "$(depends docker.io), containerd.io, dock
 mkdir -p buildx/DEBIAN compose/DEBIAN
 if [ -d docker-buildx ]; then cp -a docker-buildx/usr buildx/; fi
 control buildx docker-buildx-plugin "0.17.1-1~standin" "" ""
-control compose docker-compose-plugin "2.29.7-1~standin" "" ""
+# Two versions of one, for pins.
+for number in 2.29.7 2.30.0; do control compose docker-compose-plugin "$number-1~standin" "" ""; done
 chmod a+r "$out"/*.deb
