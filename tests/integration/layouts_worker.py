@@ -5,6 +5,7 @@ torchrun … layouts_worker.py CHECKPOINT OUT.json TPxEP [TPxEP …]
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,16 +19,31 @@ from mixtral_run.generate import Sampling, continue_rows
 from mixtral_run.model.build import MixtralModel, is_adapter
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes, seed_everything
-from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
-from mixtral_run.train.data import MicroBatch, batches
+from mixtral_run.train.data import MicroBatch, MockSamples, Row, batches
 from mixtral_run.train.full_step import SgdInBackward
-from mixtral_run.train.loop import open_samples
 from mixtral_run.train.model import load_for_inference, load_for_training
 from mixtral_run.train.schedule import learning_rate
 from mixtral_run.train.step import eager_backward, optimizer_step, train_step, trainable
 
 ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
+
+
+class UnevenSamples(MockSamples):
+    """Of each row another number of tokens counts: a mean of the ranks' own means is not the mean over all tokens."""
+
+    def num_loss_tokens(self, index: int) -> int:
+        return 1 + index * 5 % self.seq_length
+
+    def row(self, index: int) -> Row:
+        row = super().row(index)
+        mask = row.loss_mask.copy()
+        mask[self.num_loss_tokens(index) :] = 0
+        return dataclasses.replace(row, loss_mask=mask)
+
+
+def samples_of(config: FinetuneConfig) -> UnevenSamples:
+    return UnevenSamples(describe_base(config.load).architecture.vocab_size, config.seq_length, config.seed)
 
 
 def config_of(checkpoint: Path, out: Path, layout: str, *, dtype: str = "fp32", **settings: object) -> FinetuneConfig:
@@ -60,7 +76,7 @@ def train(config: FinetuneConfig, here: Processes, start: int, stop: int, resume
         load_optimizer(model, optimizer, describe_adapter(resume))
     before = frozen(model)
     stream = batches(
-        open_samples(config, base, Report.silent()),
+        samples_of(config),
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
@@ -89,7 +105,7 @@ def pretrain(config: FinetuneConfig, here: Processes, *, within: bool) -> list[t
     else:
         step = optimizer_step(model, torch.optim.SGD(trainable(model), weight_decay=0.01), 0.0)
     stream = batches(
-        open_samples(config, base, Report.silent()),
+        samples_of(config),
         seed=config.seed,
         micro_batch_size=config.global_batch_size // here.data_size,
         global_batch_size=config.global_batch_size,
