@@ -120,6 +120,9 @@ def main() -> NoReturn:
             next_command="df -h, then the same command again",
         )
         _fail(told, error)
+    except RuntimeError as error:
+        _leave_if_consequence(error)
+        raise
     sys.exit(0)
 
 
@@ -137,6 +140,15 @@ def _report_to_launcher(error: MixtralRunError) -> None:
 
         hand_over_error(error)
         sys.exit(error.exit_code)
+
+
+def _leave_if_consequence(error: RuntimeError) -> None:
+    """Of several processes those that only lost another one print nothing."""
+    if os.environ.get("MIXTRAL_RUN_ERROR_DIRECTORY") and not os.environ.get(DEBUG_VARIABLE):
+        from mixtral_run.launch import is_consequence, leave_quietly
+
+        if is_consequence(error):
+            leave_quietly()
 
 
 def _leave(message: str, exit_code: int) -> NoReturn:

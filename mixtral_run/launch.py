@@ -6,12 +6,16 @@ The parent stays to pass on signals and to say once what went wrong. Under someb
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
+import re
+import signal
 import sys
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any, NoReturn
 
 from mixtral_run.config import LaunchConfig
 from mixtral_run.errors import EXIT_CODES, ConfigError, MixtralRunError, TrainingError
@@ -69,19 +73,21 @@ def num_processes(config: LaunchConfig) -> int:
     if faults:
         tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
         names = ("tensor_model_parallel_size", "expert_model_parallel_size")
+        smaller = " ".join(f"{flag_of(name)} {min(2, count)}" for name in names)
+        least = math.lcm(tp, ep)
         raise ConfigError(
             f"The layout TP{tp}/EP{ep} does not fit {count} process{'es' if count != 1 else ''}.",
             faults=faults,
-            next_command=f"{flag_of('nproc_per_node')} {_least_common_multiple(tp, ep)}, or "
-            + " ".join(f"{flag_of(name)} {min(2, count)}" for name in names),
+            next_command=f"{flag_of('nproc_per_node')} {least}, or {smaller}" if _can_start(config, least) else smaller,
         )
     return count
 
 
-def _least_common_multiple(first: int, second: int) -> int:
-    import math
+def _can_start(config: LaunchConfig, count: int) -> bool:
+    """Whether so many processes find a place here: a GPU each, or CPUs, which they share."""
+    import torch
 
-    return math.lcm(first, second)
+    return config.device == "cpu" or not torch.cuda.is_available() or torch.cuda.device_count() >= count
 
 
 def torchrun(verb: str, config: LaunchConfig) -> None:
@@ -131,20 +137,35 @@ def hand_over_error(error: MixtralRunError) -> None:
     unfinished.rename(folder / f"rank-{rank()}.error")
 
 
+def is_consequence(error: BaseException) -> bool:
+    """Whether a process failed only because another one of the job had ended."""
+    return re.search(_LOST_PEER, str(error)) is not None
+
+
+_LOST_PEER = r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|NCCL communicator was aborted"
+
+
+def leave_quietly() -> NoReturn:
+    """In a process: end as failed, leaving it to the process that failed first to say why."""
+    (Path(os.environ[ERROR_DIRECTORY_VARIABLE]) / f"rank-{rank()}.consequence").touch()
+    sys.exit(1)
+
+
 def _worker_error(folder: Path, failure: object) -> MixtralRunError:
-    errors: dict[str, MixtralRunError] = {}
+    errors: dict[object, MixtralRunError] = {}
     for file in sorted(folder.glob("rank-*.error")):
         # Written by our own process into a folder that only this user can open.
         error = pickle.loads(file.read_bytes())
-        errors.setdefault(str(error), error)
+        # What each found may differ by a number.
+        errors.setdefault((type(error), error.what, error.where, error.faults, error.next_command), error)
     found = list(errors.values())
     if len(found) == 1:
         return found[0]
     if found:
         worst = EXIT_CODES.get(found[0].exit_code, TrainingError)
         return worst("Several processes failed.", faults=[str(error) for error in found])
-    failures: dict[int, object] = getattr(failure, "failures", {})
-    lines = [_describe_end(process) for _, process in sorted(failures.items())]
+    silent = {int(file.stem.removeprefix("rank-")) for file in folder.glob("rank-*.consequence")}
+    lines = [_describe_end(process) for process in _first_to_end(failure, silent)]
     return TrainingError(
         "A process of the job ended before its work was done.",
         faults=lines,
@@ -152,9 +173,22 @@ def _worker_error(folder: Path, failure: object) -> MixtralRunError:
     )
 
 
+def _first_to_end(failure: object, silent: set[int]) -> list[Any]:
+    """Of the processes that failed those that did so by themselves: torchrun then ends the others, by force at last."""
+    ended: list[Any] = [process for _, process in sorted(getattr(failure, "failures", {}).items())]
+    first = min((process.timestamp for process in ended), default=0)
+    # By the second: torchrun asks the others to end within the same one.
+    by_themselves = [
+        process
+        for process in ended
+        if process.timestamp == first and process.exitcode != -signal.SIGTERM and process.local_rank not in silent
+    ]
+    return by_themselves or ended
+
+
 def _describe_end(process: object) -> str:
     exit_code = getattr(process, "exitcode", None)
-    number = getattr(process, "rank", "?")
+    number = getattr(process, "local_rank", "?")
     if exit_code == -9:
         return f"rank {number}: killed (SIGKILL), which the kernel does when memory runs out: see dmesg"
     if isinstance(exit_code, int) and exit_code < 0:

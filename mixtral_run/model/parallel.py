@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from mixtral_run.config import LaunchConfig
+from mixtral_run.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
     """Join the job, build its groups for the config's layout, leave at the end. All ranks must call.
 
     Where the process has joined already, only the groups are built and taken down: one job may try several layouts.
+    Raises TrainingError where what is done within needs more memory than there is.
     """
     device = pick_device(config.device)
     if device.type == "cpu":
@@ -107,10 +109,13 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
         )
         seed_everything(config.seed, here.rank)
         yield here
-    except BaseException:
+    except BaseException as error:
         # NCCL's leaving waits for what is under way, and so for the others, who wait for this process: nobody would
         # learn what went wrong. The process's end takes it down.
         leaves = device.type == "cpu" or dist.get_world_size() == 1
+        wanted = _wanted_memory(error)
+        if wanted is not None:
+            raise _out_of_memory(device, wanted) from error
         raise
     finally:
         parallel_state.destroy_model_parallel()
@@ -119,6 +124,32 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
         # What is started later from here is no process of this job.
         for name in set_here:
             del os.environ[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the host's: `processes` tells it."""
+    return _wanted_memory(error) is not None
+
+
+def _wanted_memory(error: BaseException) -> str | None:
+    """What torch asked for in vain, in its words; None where the error is another one."""
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return next((part for part in message.split(". ") if "allocate" in part), message)
+    # Of the CPU's allocator torch says it in a RuntimeError.
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in message:
+        return message[message.index("DefaultCPUAllocator") :].splitlines()[0]
+    return None
+
+
+def _out_of_memory(device: torch.device, wanted: str) -> TrainingError:
+    """Without the rank: processes that run out alike say it once."""
+    return TrainingError(
+        "A GPU's memory is full." if device.type == "cuda" else "This machine's memory is full.",
+        found=wanted,
+        next_command="a smaller --micro-batch-size or --seq-length, --recompute full, or more processes under "
+        "--expert-model-parallel-size; `mixtral-run plan` says what fits",
+    )
 
 
 def _join(config: LaunchConfig, device: torch.device) -> None:

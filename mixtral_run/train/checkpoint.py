@@ -31,8 +31,9 @@ from mixtral_run.checkpoints import (
     sync_folder,
     write_whole,
 )
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import TrainingError, WeightsError
 from mixtral_run.model.build import MixtralModel, is_adapter
+from mixtral_run.model.parallel import is_out_of_memory
 from mixtral_run.train.partial_load import PartialReader
 from mixtral_run.weights.direct import PartSum, Target, read_into, whole_fingerprint
 from mixtral_run.weights.shards import HFWeights
@@ -127,7 +128,7 @@ def _told_as_weights_errors(folder: Path) -> Iterator[None]:
         yield
     # torch's CheckpointException is no Exception: it derives from BaseException.
     except (CheckpointException, CheckpointingException, OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise WeightsError(
             "The checkpoint cannot be loaded into this model.",
@@ -182,9 +183,40 @@ def save_adapter(
     """Write FOLDER/iter_… with adapters and optimizer state, then point LATEST at it. All ranks must call.
 
     `description` goes into the iteration's mixtral_run.json with the architecture. Returns the iteration's folder.
+    Raises TrainingError where it cannot be written; earlier iterations stay as they were.
     """
+    try:
+        return _save_adapter(model, optimizer, folder, iteration, description)
+    # torch's CheckpointException is no Exception: it derives from BaseException.
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        partial = _partial(folder, iteration)
+        if model.processes.is_first:
+            # Its room may be what the disk lacks.
+            shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"The adapter of iteration {iteration} cannot be saved.",
+            where=str(folder),
+            found=_reason(error),
+            next_command=f"df -h {folder}, then the same command with --resume, which goes on from what is there",
+        ) from error
+
+
+def _partial(folder: Path, iteration: int) -> Path:
+    """Where an iteration is written until it is whole."""
+    return folder / f".iter_{iteration:07d}.partial"
+
+
+def _save_adapter(
+    model: MixtralModel,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    iteration: int,
+    description: Mapping[str, Any],
+) -> Path:
     final = folder / f"iter_{iteration:07d}"
-    partial = folder / f".{final.name}.partial"
+    partial = _partial(folder, iteration)
     first = model.processes.is_first
     if first:
         shutil.rmtree(partial, ignore_errors=True)

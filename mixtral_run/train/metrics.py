@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mixtral_run.errors import TrainingError
 from mixtral_run.model.architecture import MixtralArchitecture
 
 
@@ -134,8 +135,7 @@ class Meter:
             eta_seconds=forecast * (self._train_iters - iteration),
         )
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(metrics)) + "\n")
+            _append(self._file, json.dumps(asdict(metrics)) + "\n")
         return metrics
 
     def restart(self) -> None:
@@ -145,6 +145,19 @@ class Meter:
     @property
     def total_seconds(self) -> float:
         return time.perf_counter() - self._started
+
+
+def _append(file: Path, text: str) -> None:
+    try:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(text)
+    except OSError as error:
+        raise TrainingError(
+            "The metrics of an iteration cannot be written.",
+            where=str(file),
+            found=error.strerror,
+            next_command=f"df -h {file.parent}, then the same command with --resume",
+        ) from error
 
 
 @contextmanager

@@ -93,3 +93,15 @@ def docker_engine() -> None:
     reason = why_no_engine()
     if reason is not None:
         missing(reason)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> object:
+    """A small disk of its own at tmp_path/disk, where this user may mount one."""
+    point = tmp_path / "disk"
+    point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(point)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        missing("mounting needs root")
+    yield point
+    subprocess.run(["umount", str(point)], check=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,6 @@ from mixtral_run.weights.convert import convert
 from mixtral_run.weights.record import read_record
 from mixtral_run.weights.verify import verify
 from tests.integration.test_convert import convert_quietly, run_cli
-from tests.needs import missing
 from tests.tiny import write_tiny
 
 
@@ -232,18 +230,6 @@ def test_a_disk_that_fills_up_at_the_very_end(
     monkeypatch.setattr("mixtral_run.weights.copy._Worker.copy", lambda *_: pytest.fail("a job is done again"))
     convert_quietly(tiny, mounted / "out", 2, 4)
     verify(VerifyConfig(load=mounted / "out", against=tiny, proof=True), Report.silent()).check()
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> object:
-    """A small disk of its own at tmp_path/disk, where this user may mount one."""
-    point = tmp_path / "disk"
-    point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(point)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        missing("mounting needs root")
-    yield point
-    subprocess.run(["umount", str(point)], check=True)
 
 
 def test_output_that_is_a_mount_point(tmp_path: Path, tiny: Path, mounted: Path) -> None:
