@@ -60,7 +60,7 @@ class LaunchConfig(ParallelConfig):
     device: str = setting("auto", help="auto takes the GPUs where there are any.", choices=("auto", "cuda", "cpu"))
     dtype: str = setting(
         "auto",
-        help="Precision of weights and activations; auto is bf16 on GPUs and the checkpoint's own on CPU.",
+        help="Precision of weights and activations; auto is the checkpoint's own (float16: bf16 on GPUs, fp32 on CPU).",
         choices=("auto", "bf16", "fp32"),
     )
     distributed_timeout_minutes: int = setting(

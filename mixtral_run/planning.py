@@ -39,6 +39,7 @@ def show_plan(config: PlanConfig) -> None:
 def workload_of(config: PlanConfig) -> Workload:
     """What the plan is asked about. Raises WeightsError when --load is no checkpoint."""
     base = describe_base(config.load) if config.load is not None else None
+    whole = 4 if base is not None and base.dtype == "float32" else 2
     return Workload(
         architecture=base.architecture if base is not None else MIXTRAL_8X7B,
         gpus=config.gpus,
@@ -47,7 +48,8 @@ def workload_of(config: PlanConfig) -> Workload:
         lora_rank=config.lora_rank,
         lora_dropout=config.lora_dropout,
         lora_target_modules=config.lora_target_modules,
-        expert_bytes=EXPERT_BYTES.get(config.base_precision, 2),
+        weight_bytes=whole,
+        expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
     )
 
 

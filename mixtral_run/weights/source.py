@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.sidecars import TOKENIZER_FILES
 from mixtral_run.weights.staging import GIB, free_bytes
@@ -93,7 +94,7 @@ def _download(name: str, report: Report) -> Path:
 
 
 def _check_download(name: str, cache: Path, report: Report) -> None:
-    """Say how much there is to download. Raises WeightsError when it has no weights or does not fit."""
+    """Say how much there is to download. Raises WeightsError when it has no weights, is no Mixtral or does not fit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
@@ -106,6 +107,8 @@ def _check_download(name: str, cache: Path, report: Report) -> None:
         raise WeightsError(
             "The hub's repository holds no safetensors weights.", where=name, expected="model*.safetensors"
         )
+    # 93 GB of another model would be for nothing.
+    MixtralArchitecture.from_hf_directory(Path(snapshot_download(name, allow_patterns="config.json")))
     remaining = sum(file.file_size or 0 for file in files if file.will_download)
     free = free_bytes(cache)
     if remaining > free:

@@ -184,6 +184,15 @@ def test_refusals_in_words(tmp_path: Path, hub: Hub, state: str, environment: di
     assert not (tmp_path / "out").exists()
 
 
+def test_of_another_model_only_its_config_is_downloaded(tmp_path: Path, hub: Hub) -> None:
+    file = hub.folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "llama", "architectures": ["Llama"]}))
+    done = convert_from(hub, tmp_path)
+    assert done.returncode == WeightsError.exit_code
+    assert "llama" in done.stderr
+    assert hub.sent == ["config.json"]
+
+
 def test_neither_a_directory_nor_a_name(tmp_path: Path, hub: Hub) -> None:
     done = convert_from(hub, tmp_path, name="./no/such/folder")
     assert done.returncode == WeightsError.exit_code

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_run.checkpoints import describe_base
+from mixtral_run.config import PlanConfig
+from mixtral_run.planning import workload_of
 from tests.integration.conftest import mixtral_run
 
 TWO = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--nproc-per-node", "2")
@@ -349,3 +352,10 @@ def test_rehearse_leaves_other_peoples_files_alone(tmp_path: Path) -> None:
     done = mixtral_run("rehearse", "--work-path", str(tmp_path))
     assert done.returncode == 2
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_the_plan_counts_a_checkpoint_as_it_will_be_loaded(small_checkpoint: Path) -> None:
+    assert describe_base(small_checkpoint).dtype == "float32"
+    workload = workload_of(PlanConfig(load=small_checkpoint))
+    assert (workload.weight_bytes, workload.expert_bytes) == (4, 4)
+    assert workload_of(PlanConfig(load=small_checkpoint, base_precision="fp8")).expert_bytes == 1
