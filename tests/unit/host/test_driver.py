@@ -1,4 +1,4 @@
-"""A driver that is there and does not answer fails its host in words; only a host without one counts as a CPU host."""
+"""What the driver decides: one that does not answer fails its host in words; only a host without one is a CPU host."""
 
 from pathlib import Path
 
@@ -48,3 +48,23 @@ def test_a_variant_that_is_named_asks_no_driver(programs: Programs, tmp_path: Pa
     programs.put("nvidia-smi", SICK)
     settings = {**MODULES["kit_image"], "host": "gpu-01", "variant": "cu126"}
     assert call_module(load_module("kit_image"), tmp_path / "records", check_mode=True, **settings)["changed"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "variant"),
+    [("580.65.06", "cu130"), ("590.1", "cu130"), ("575.57.08", "cu126"), ("525.60.13", "cu126"), ("515.105.01", None)],
+)
+def test_the_driver_decides_on_the_build_of_torch(
+    programs: Programs,  # noqa: F811
+    tmp_path: Path,
+    driver: str,
+    variant: str | None,
+) -> None:
+    programs.put("docker", "exit 1")
+    programs.put("nvidia-smi", f"echo '0, NVIDIA H100 80GB HBM3, GPU-1, 81559, {driver}, 31, 0'")
+    settings = {**MODULES["kit_image"], "host": "gpu-01"}
+    result = call_module(load_module("kit_image"), tmp_path / "records", check_mode=True, **settings)
+    if variant is None:
+        assert result["failed"] and "525" in result["msg"] and driver in result["msg"]
+    else:
+        assert result["variant"] == variant
