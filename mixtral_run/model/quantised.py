@@ -100,16 +100,22 @@ def scaled_gradient(gradient: Tensor, values: Tensor, scales: Tensor, ends: Tens
     from mixtral_run.model.quantised_triton import quantise_rows, turned
 
     small, row_scales = quantise_rows(gradient, scales, ends)
-    ones = torch.ones(values.shape[0], values.shape[2], device=values.device)
-    return scaled_product(small, turned(values), row_scales, ones, ends)
+    return scaled_product(small, turned(values), row_scales, None, ends)
 
 
-def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
     """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed → bf16 [tokens, n].
 
-    torch takes the second operand column-major, which the transposed view of a contiguous one is; row_scales [tokens],
-    scales [experts, n], both fp32 (test/test_scaled_matmul_cuda.py of torch 2.10).
+    row_scales [tokens], scales [experts, n] or None for ones, both fp32.
     """
+    from mixtral_run.model.quantised_triton import fits_tiles, tiled_product
+
+    if fits_tiles(matrices):
+        return tiled_product(small, matrices, row_scales, scales, ends)
+    if scales is None:
+        scales = torch.ones(matrices.shape[:2], device=matrices.device)
+    # torch takes the second operand column-major, which the transposed view of a contiguous one is
+    # (test/test_scaled_matmul_cuda.py of torch 2.10).
     output: Tensor = torch._scaled_grouped_mm(
         small,
         matrices.transpose(1, 2),

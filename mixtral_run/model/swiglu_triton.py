@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M = 64
+BLOCK_M = 32
 BLOCK_F = 128
+"""Small: what a program holds in registers decides how many run at a time."""
 
 
 @triton.jit
-def _with_adapter(
-    gate,
-    up,
+def _adapter(
     inner_ptr,
     outer_ptr,
     ends_ptr,
@@ -29,12 +28,17 @@ def _with_adapter(
     columns,
     tokens,
     ffn,
-    scale,
     NUM_EXPERTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
-    """gate and up [BLOCK_M, BLOCK_F], fp32, with scale · inner · outerᵀ added."""
+    """inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
+
+    Apart from what the layer gave: added up in the same registers that would wait for it, and change its layout.
+    """
+    gate = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
     ranks = tl.arange(0, RANK)
     inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
     first = tl.program_id(0) * BLOCK_M
@@ -52,8 +56,8 @@ def _with_adapter(
         base = outer_ptr + expert * (2 * ffn * RANK)
         gate_outer = tl.load(base + columns[None, :] * RANK + ranks[:, None])
         up_outer = tl.load(base + (ffn + columns[None, :]) * RANK + ranks[:, None])
-        gate += tl.dot(part, gate_outer) * scale
-        up += tl.dot(part, up_outer) * scale
+        gate = tl.dot(part, gate_outer, gate)
+        up = tl.dot(part, up_outer, up)
     return gate, up
 
 
@@ -76,11 +80,9 @@ def _forward_kernel(
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < tokens
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
-    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0).to(tl.float32)
-    gate, up = _with_adapter(
-        gate,
-        up,
+    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
+    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
+    adapter_gate, adapter_up = _adapter(
         inner_ptr,
         outer_ptr,
         ends_ptr,
@@ -89,11 +91,13 @@ def _forward_kernel(
         columns,
         tokens,
         ffn,
-        scale,
         NUM_EXPERTS,
         RANK,
         BLOCK_M,
+        BLOCK_F,
     )
+    gate = gate.to(tl.float32) + adapter_gate * scale
+    up = up.to(tl.float32) + adapter_up * scale
     output = gate * tl.sigmoid(gate) * up
     target = output_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
     tl.store(target, output.to(output_ptr.dtype.element_ty), mask=row_mask[:, None])
@@ -119,11 +123,11 @@ def _backward_kernel(
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < tokens
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
-    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0).to(tl.float32)
-    gate, up = _with_adapter(
-        gate,
-        up,
+    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
+    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
+    source = gradient_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+    gradient = tl.load(source, mask=row_mask[:, None], other=0.0)
+    adapter_gate, adapter_up = _adapter(
         inner_ptr,
         outer_ptr,
         ends_ptr,
@@ -132,13 +136,14 @@ def _backward_kernel(
         columns,
         tokens,
         ffn,
-        scale,
         NUM_EXPERTS,
         RANK,
         BLOCK_M,
+        BLOCK_F,
     )
-    source = gradient_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
-    gradient = tl.load(source, mask=row_mask[:, None], other=0.0).to(tl.float32)
+    gate = gate.to(tl.float32) + adapter_gate * scale
+    up = up.to(tl.float32) + adapter_up * scale
+    gradient = gradient.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     for_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     for_up = gradient * gate * sigmoid
@@ -171,5 +176,5 @@ def _launch(kernel: Any, tokens: int, ffn: int, outer: Tensor, *arguments: Any) 
         RANK=outer.shape[2],
         BLOCK_M=BLOCK_M,
         BLOCK_F=BLOCK_F,
-        num_warps=8,
+        num_warps=4,
     )

@@ -15,7 +15,7 @@ from mixtral_run.model.rotary import Rotary, rotate
 from mixtral_run.model.shares import row_products
 from mixtral_run.train.data import MockSamples, batches
 from mixtral_run.train.graph import RecordedBackward, can_record
-from mixtral_run.train.step import train_step, trainable
+from mixtral_run.train.step import StepResult, train_step, trainable
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -85,16 +85,19 @@ def test_a_recorded_step_is_the_eager_step() -> None:
 @pytest.mark.parametrize("base_precision", ["bf16", "fp8"])
 def test_a_recorded_step_with_selective_recomputation_is_the_eager_one_without(base_precision: str) -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
-    losses: list[list[float]] = []
+    steps: list[list[StepResult]] = []
     with processes(config) as here:
         for recompute in ("none", "selective"):
             model = small_model(here, recompute, base_precision)
-            optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
+            # Small, and later steps compared less sharply: a token that a rounding sends to another expert changes them.
+            optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
             backward = RecordedBackward(model) if recompute == "selective" else None
-            losses.append([train_step(model, optimizer, next(stream), 1.0, backward).loss for _ in range(6)])
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-    assert abs(losses[0][0] - losses[0][-1]) > 0.01
+            steps.append([train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(6)])
+    for number, (mine, expected) in enumerate(zip(steps[1], steps[0], strict=True)):
+        assert mine.loss == pytest.approx(expected.loss, rel=2e-3 if number < 3 else 1e-2)
+    assert steps[1][0].grad_norm == pytest.approx(steps[0][0].grad_norm, rel=2e-2)
+    assert abs(steps[0][0].loss - steps[0][-1].loss) > 0.01
 
 
 def small_model(here: Processes, recompute: str, base_precision: str) -> MixtralModel:

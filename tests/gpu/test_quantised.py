@@ -41,12 +41,37 @@ def test_turned(shape: tuple[int, int, int]) -> None:
     assert torch.equal(turned(numbers).view(torch.uint8), expected)
 
 
+@pytest.mark.skipif(not ON_HOPPER, reason="products in 8 bit are Hopper's")
+@pytest.mark.parametrize("with_scales", [True, False])
+@pytest.mark.parametrize("routing", [(700, 310, 0, 1, 420, 480, 590, 444), (0, 0, 0, 0, 300, 0, 0, 0)])
+def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_scales: bool) -> None:
+    from mixtral_run.model.quantised_triton import fits_tiles, tiled_product
+
+    rows, row_scales = quantise(torch.randn(sum(routing), 4096, device="cuda"))
+    values, scales = quantise(torch.randn(8, 1024, 4096, device="cuda"))
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    assert fits_tiles(values) and not fits_tiles(values[:, :1000]) and not fits_tiles(values[:3])
+    expected = torch._scaled_grouped_mm(
+        rows,
+        values.transpose(1, 2),
+        row_scales,
+        scales if with_scales else torch.ones_like(scales),
+        offs=ends,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    found = tiled_product(rows, values, row_scales, scales if with_scales else None, ends)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=float(expected.abs().max()) * 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(768, 512), (80, 48)])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_outputs_and_gradients(routing: tuple[int, ...]) -> None:
+def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int]) -> None:
+    outputs, inputs = shape
     generator = torch.Generator("cuda").manual_seed(sum(routing))
-    drawn = torch.randn(sum(routing), 512, device="cuda", generator=generator).bfloat16()
-    sizes = torch.logspace(-3, 1, 768, device="cuda")[torch.randperm(768, device="cuda")]
-    values, scales = quantise(torch.randn(4, 768, 512, device="cuda", generator=generator) * sizes[:, None])
+    drawn = torch.randn(sum(routing), inputs, device="cuda", generator=generator).bfloat16()
+    sizes = torch.logspace(-3, 1, outputs, device="cuda")[torch.randperm(outputs, device="cuda")]
+    values, scales = quantise(torch.randn(4, outputs, inputs, device="cuda", generator=generator) * sizes[:, None])
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     if ON_HOPPER and sum(routing):
         assert has_scaled_product(drawn, values)

@@ -106,6 +106,8 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     kernels = types.ModuleType("quantised_triton")
     kernels.quantise_rows = quantise_rows  # type: ignore[attr-defined]
+    kernels.fits_tiles = lambda _: False  # type: ignore[attr-defined]
+    kernels.tiled_product = None  # type: ignore[attr-defined]
     kernels.turned = lambda values: values.transpose(1, 2).contiguous()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mixtral_run.model.quantised_triton", kernels)
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _checked(torch._scaled_grouped_mm))
