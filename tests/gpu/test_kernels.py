@@ -83,21 +83,23 @@ def test_a_recorded_step_is_the_eager_step() -> None:
 
 
 @pytest.mark.parametrize("base_precision", ["bf16", "fp8"])
-def test_a_recorded_step_with_selective_recomputation_is_the_eager_one_without(base_precision: str) -> None:
+def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_precision: str) -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
     with processes(config) as here:
-        for recompute in ("none", "selective"):
+        for recompute, recorded in (("none", False), ("selective", False), ("selective", True)):
             model = small_model(here, recompute, base_precision)
-            # Small, and later steps compared less sharply: a token that a rounding sends to another expert changes them.
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
-            backward = RecordedBackward(model) if recompute == "selective" else None
+            backward = RecordedBackward(model) if recorded else None
             steps.append([train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(6)])
-    for number, (mine, expected) in enumerate(zip(steps[1], steps[0], strict=True)):
-        assert mine.loss == pytest.approx(expected.loss, rel=2e-3 if number < 3 else 1e-2)
-    assert steps[1][0].grad_norm == pytest.approx(steps[0][0].grad_norm, rel=2e-2)
-    assert abs(steps[0][0].loss - steps[0][-1].loss) > 0.01
+    without, eager, again = steps
+    assert again == eager
+    assert eager[0].loss == without[0].loss
+    assert eager[0].grad_norm == pytest.approx(without[0].grad_norm, rel=2e-3)
+    # AdamW's first step goes by the gradients' signs alone, also of those that a rounding turns.
+    assert [step.loss for step in eager] == pytest.approx([step.loss for step in without], rel=1e-2)
+    assert abs(without[0].loss - without[-1].loss) > 0.01
 
 
 def small_model(here: Processes, recompute: str, base_precision: str) -> MixtralModel:
