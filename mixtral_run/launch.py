@@ -72,8 +72,8 @@ def num_processes(config: LaunchConfig) -> int:
     faults = config.world_size_faults(count)
     if faults:
         tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
-        names = ("tensor_model_parallel_size", "expert_model_parallel_size")
-        smaller = " ".join(f"{flag_of(name)} {min(2, count)}" for name in names)
+        sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep}
+        smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
         least = math.lcm(tp, ep)
         raise ConfigError(
             f"The layout TP{tp}/EP{ep} does not fit {count} process{'es' if count != 1 else ''}.",
@@ -142,7 +142,11 @@ def is_consequence(error: BaseException) -> bool:
     return re.search(_LOST_PEER, str(error)) is not None
 
 
-_LOST_PEER = r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|NCCL communicator was aborted"
+# The last: torch's checkpoint writer, on ranks that only hear that another one could not write.
+_LOST_PEER = (
+    r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|NCCL communicator was aborted"
+    r"|ranks:dict_keys\(\[\]\)"
+)
 
 
 def leave_quietly() -> NoReturn:

@@ -32,6 +32,7 @@ from mixtral_run.checkpoints import (
     write_whole,
 )
 from mixtral_run.errors import TrainingError, WeightsError
+from mixtral_run.launch import is_consequence
 from mixtral_run.model.build import MixtralModel, is_adapter
 from mixtral_run.model.parallel import is_out_of_memory
 from mixtral_run.train.partial_load import PartialReader
@@ -191,6 +192,8 @@ def save_adapter(
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
+        if is_consequence(error):
+            raise RuntimeError(str(error)) from error
         partial = _partial(folder, iteration)
         if model.processes.is_first:
             # Its room may be what the disk lacks.

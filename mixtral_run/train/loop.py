@@ -226,7 +226,9 @@ def _save(
     started = time.perf_counter()
     folder = save_adapter(run.model, optimizer, config.save, iteration, description)
     if run.here.is_first and not (config.save / TOKENIZER_FOLDER).exists():
-        copy_tokenizer(base.tokenizer, config.save / TOKENIZER_FOLDER)
+        partial = config.save / f".{TOKENIZER_FOLDER}.partial"
+        copy_tokenizer(base.tokenizer, partial)
+        partial.rename(config.save / TOKENIZER_FOLDER)
     run.report.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
 
 

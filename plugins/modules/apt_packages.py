@@ -19,8 +19,9 @@ options:
   repository: {description: "URI that has to answer, for the message when it does not.", type: str, default: ""}
   restart_when_busy:
     description:
-      - C(false) says that these are the Docker engine's packages, whose scripts stop and start it. While containers or
-        GPU processes run, a change of what is installed then waits (C(deferred) is true), and a removal is refused.
+      - C(false) says that containers stand on these packages, the engine's, whose scripts stop and start it, or the NVIDIA
+        toolkit's, whose scripts can take the GPUs from containers. While containers or GPU processes run, a change of what
+        is installed then waits (C(deferred) is true), and a removal is refused.
     type: bool
     default: true
   lock_timeout_seconds: {description: How long to wait for another package manager., type: int, default: 300}
@@ -119,15 +120,15 @@ def _present(module, record):
 
 
 def _defer_when_busy(module, touched, installed):
-    """End the module, with nothing done, when `touched` packages are the engine's and somebody works in it."""
+    """End the module, with nothing done, when containers stand on `touched` packages and somebody works there."""
     if not touched or module.params["restart_when_busy"]:
         return
     why = engine_use.why_busy()
     if not why:
         return
     module.warn(
-        "The Docker engine's packages wait to be changed ({}): {}. It is done by a later run when the host is idle, or now "
-        "with docker_restart_when_busy: true".format(", ".join(touched), why)
+        "Packages that containers stand on wait to be changed ({}): {}. It is done by a later run when the host is idle, or "
+        "now with {}_restart_when_busy: true".format(", ".join(touched), why, module.params["section"])
     )
     versions = {name: installed.get(name) for name in module.params["names"]}
     module.exit_json(changed=False, deferred=True, reason=why, installed=[], removed=[], versions=versions)
@@ -141,11 +142,11 @@ def _absent(module, record):
     if why:
         module.fail_json(
             msg=explain(
-                "The Docker engine's packages are not removed: that would stop what runs.",
+                "Packages that containers stand on are not removed: that would stop what runs.",
                 where=", ".join(mine),
                 expected="no containers, and no processes on GPUs",
                 found=why,
-                next_step="end it and run again, or set docker_restart_when_busy: true",
+                next_step="end it and run again, or set {}_restart_when_busy: true".format(params["section"]),
             )
         )
     if not module.check_mode and changed:

@@ -47,6 +47,12 @@ def test_a_disk_that_fills_up_before_a_save(small_checkpoint: Path, mounted: Pat
     assert describe_adapter(save).iteration == 10
     assert not list(save.glob(".iter_*"))
     ballast.unlink()
+    # As if the disk had been full a moment earlier, among the tokenizer's files.
+    (save / "tokenizer").rename(save / ".tokenizer.partial")
+    (save / ".tokenizer.partial" / "tokenizer.json").write_text("{")
     done = subprocess.run([*argv, "--resume"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert describe_adapter(save).iteration == 20
+    whole = (small_checkpoint / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (save / "tokenizer" / "tokenizer.json").read_bytes() == whole
+    assert not (save / ".tokenizer.partial").exists()

@@ -1,15 +1,17 @@
 """What the launcher says of processes that ended, and of layouts that do not fit."""
 
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mixtral_run import launch
 from mixtral_run.config import LaunchConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError
-from mixtral_run.launch import hand_over_error, leave_quietly, num_processes
+from mixtral_run.launch import hand_over_error, is_consequence, leave_quietly, num_processes
 
 
 def ended(rank: int, exit_code: int, second: int) -> ProcessFailure:
@@ -49,9 +51,15 @@ def test_the_same_fault_of_several_processes_is_told_once(tmp_path: Path, monkey
 def test_more_processes_are_proposed_only_where_they_find_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4, device="auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for gpus, proposed in ((2, False), (6, True)):
+    for gpus, proposed, experts in ((2, False, 2), (3, False, 1), (6, True, 2)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         with pytest.raises(ConfigError) as caught:
             num_processes(config)
         assert ("--nproc-per-node 4" in str(caught.value)) == proposed
-        assert "--expert-model-parallel-size 2" in str(caught.value)
+        assert f"--expert-model-parallel-size {experts}" in str(caught.value)
+
+
+def test_ranks_that_only_hear_of_a_failed_write_are_no_cause() -> None:
+    assert is_consequence(CheckpointException("write", {}))
+    cause = (OSError(28, "No space left on device"), StackSummary())
+    assert not is_consequence(CheckpointException("write", {0: cause}))

@@ -93,3 +93,17 @@ def test_what_runs_on_hosts_is_python_3_8() -> None:
     for path in [*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/module_utils").rglob("*.py")]:
         ast.parse(path.read_text(), feature_version=(3, 8))
         assert "removeprefix" not in path.read_text() and "removesuffix" not in path.read_text()
+
+
+def test_packages_that_containers_stand_on_wait_for_jobs() -> None:
+    tasks = [
+        (path.parts[-3], task["apt_packages"])
+        for path in (ROOT / "roles").glob("*/tasks/*.yml")
+        for task in yaml.safe_load(path.read_text())
+        if "apt_packages" in task
+    ]
+    assert len(tasks) >= 4
+    for role, settings in tasks:
+        assert settings["restart_when_busy"] == f"{{{{ {role}_restart_when_busy }}}}"
+        # The message names the variable by the section.
+        assert settings["section"] == role
