@@ -102,7 +102,8 @@ def torchrun(verb: str, config: LaunchConfig) -> None:
     from torch.distributed.launcher.api import elastic_launch
 
     count = num_processes(config)
-    for noisy in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed"):
+    # Each has a level of its own: that of the package alone would not count.
+    for noisy in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))

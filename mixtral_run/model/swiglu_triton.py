@@ -35,7 +35,7 @@ def _adapter(
 ):
     """inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
 
-    Apart from what the layer gave: added up in the same registers that would wait for it, and change its layout.
+    The layer's own output is added by the caller, afterwards: as the sum's start it would have to be there first.
     """
     gate = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)

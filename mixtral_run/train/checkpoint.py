@@ -186,17 +186,48 @@ def save_adapter(
     `description` goes into the iteration's mixtral_run.json with the architecture. Returns the iteration's folder.
     Raises TrainingError where it cannot be written; earlier iterations stay as they were.
     """
+    final = folder / f"iter_{iteration:07d}"
+    partial = folder / f".{final.name}.partial"
+    first = model.processes.is_first
+    with _told_when_unwritable(folder, iteration, partial if first else None):
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        shards: dict[str, Any] = {**_shards(model, adapters=True), **optimizer_shards(model, optimizer)}
+        dist_checkpointing.save({**shards, "checkpoint_version": 3.0, "iteration": iteration}, str(partial))
+        if first:
+            values = {
+                "format": 1,
+                "kind": "adapter",
+                "kit_version": __version__,
+                "architecture": model.architecture.to_mapping(),
+                "iteration": iteration,
+                **description,
+            }
+            write_whole(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+            sync_folder(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            sync_folder(folder)
+            write_whole(folder / LATEST, f"{iteration}\n")
+        dist.barrier()
+    return final
+
+
+@contextmanager
+def _told_when_unwritable(folder: Path, iteration: int, partial: Path | None) -> Iterator[None]:
+    """Tell errors of a save as a TrainingError; `partial`, on the rank that made it, goes: its room may be lacking."""
     try:
-        return _save_adapter(model, optimizer, folder, iteration, description)
+        yield
     # torch's CheckpointException is no Exception: it derives from BaseException.
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         if is_consequence(error):
             raise RuntimeError(str(error)) from error
-        partial = _partial(folder, iteration)
-        if model.processes.is_first:
-            # Its room may be what the disk lacks.
+        if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
             f"The adapter of iteration {iteration} cannot be saved.",
@@ -204,47 +235,6 @@ def save_adapter(
             found=_reason(error),
             next_command=f"df -h {folder}, then the same command with --resume, which goes on from what is there",
         ) from error
-
-
-def _partial(folder: Path, iteration: int) -> Path:
-    """Where an iteration is written until it is whole."""
-    return folder / f".iter_{iteration:07d}.partial"
-
-
-def _save_adapter(
-    model: MixtralModel,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    iteration: int,
-    description: Mapping[str, Any],
-) -> Path:
-    final = folder / f"iter_{iteration:07d}"
-    partial = _partial(folder, iteration)
-    first = model.processes.is_first
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    shards: dict[str, Any] = {**_shards(model, adapters=True), **optimizer_shards(model, optimizer)}
-    dist_checkpointing.save({**shards, "checkpoint_version": 3.0, "iteration": iteration}, str(partial))
-    if first:
-        values = {
-            "format": 1,
-            "kind": "adapter",
-            "kit_version": __version__,
-            "architecture": model.architecture.to_mapping(),
-            "iteration": iteration,
-            **description,
-        }
-        write_whole(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
-        sync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_folder(folder)
-        write_whole(folder / LATEST, f"{iteration}\n")
-    dist.barrier()
-    return final
 
 
 def load_optimizer(model: MixtralModel, optimizer: torch.optim.Optimizer, adapter: AdapterDescription) -> None:

@@ -19,12 +19,12 @@ from mixtral_run.report import Report
 from mixtral_run.weights import mapping, record, sidecars
 from mixtral_run.weights.copy import copy_all, unwritable
 from mixtral_run.weights.journal import JOURNAL_NAME, Journal, identity
+from mixtral_run.weights.metadata_file import write_metadata
 from mixtral_run.weights.plan import Job, Plan, make_plan
 from mixtral_run.weights.proof import write_proof
 from mixtral_run.weights.shards import HFWeights, open_hf_weights, shortened
 from mixtral_run.weights.source import resolve
 from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults, sync_folder
-from mixtral_run.weights.torch_dist import write_metadata
 
 _STEPS = 4
 _SIDECAR_BYTES = 64 * 2**20

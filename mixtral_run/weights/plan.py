@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mixtral_run.weights import mapping
 from mixtral_run.weights.framing import PAGE, Frame, frame
+from mixtral_run.weights.metadata_file import StoredItem
 from mixtral_run.weights.shards import HFWeights
-from mixtral_run.weights.torch_dist import StoredItem
 
 
 @dataclass(frozen=True)

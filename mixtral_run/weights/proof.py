@@ -17,9 +17,10 @@ from mixtral_run import __version__
 from mixtral_run.checkpoints import LATEST, write_whole
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.journal import JOURNAL_NAME, JobSums
+from mixtral_run.weights.metadata_file import StoredItem
 from mixtral_run.weights.plan import Plan
 from mixtral_run.weights.shards import HFWeights
-from mixtral_run.weights.torch_dist import Reader, StoredItem
+from mixtral_run.weights.torch_dist import Reader
 
 PROOF_NAME = "proof.json"
 _BLOCK_BYTES = 2**20

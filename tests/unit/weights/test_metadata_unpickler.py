@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from mixtral_run.weights.torch_dist import _MetadataUnpickler
+from mixtral_run.weights.metadata_file import _MetadataUnpickler
 
 
 class ByGetattr:
