@@ -210,8 +210,7 @@ def _buffers(workload: Workload, layout: Layout) -> float:
         # One linear layer's experts in 16 bit, for the product.
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
     elif workload.expert_bytes == 1:
-        # One linear layer's experts turned for the input gradient (model/quantised.py), and the larger input in 8 bit.
-        layer += shape.num_experts * 2 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
+        # The larger input in 8 bit.
         layer += rows * 2 * shape.ffn_hidden_size
     return max(loss, layer)
 

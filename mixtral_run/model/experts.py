@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixtral_run.model.grouped import grouped_linear
 from mixtral_run.model.lora import LoraSettings, initial_linear_in
-from mixtral_run.model.quantised import quantise_to, quantised_linear
+from mixtral_run.model.quantised import quantise_to, quantised_linear, quantised_with_inner
 from mixtral_run.model.remake import Once, Recipe, drop
 from mixtral_run.model.shares import with_shares
 from mixtral_run.model.sharing import mark
@@ -90,6 +90,13 @@ class ExpertLinear(torch.nn.Module):
         self.values = torch.stack([values for values, _ in parts])
         self.scales = torch.stack([scales for _, scales in parts])
 
+    def with_inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> tuple[Tensor, Tensor]:
+        """The layer without its adapter, and what goes through its lesser half: `forward` and `inner`."""
+        assert self.lora is not None
+        if self.values is None or self.scales is None or (self.lora.dropout and self.training):
+            return self(rows, ends, recipe), self.inner(rows, ends, recipe)
+        return quantised_with_inner(rows, self.values, self.scales, ends, self.linear_in.to(rows.dtype), recipe)
+
     def inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
         """A·x of each row's expert, with dropout on x: [tokens, r]."""
         assert self.lora is not None
@@ -123,20 +130,21 @@ class Experts(MegatronModule):
         if shares is not None and remade is not None:
             again = Once(remade)
             active, remade = with_shares(active, shares, again), again.as_recipe()
-        output: Tensor = second(active, ends, remade)
-        if second.lora is not None:
-            inner = second.inner(active, ends, remade) * second.lora.scale
-            output = output + grouped_linear(inner, second.linear_out.to(rows.dtype), ends)
-        return output
+        if second.lora is None:
+            alone: Tensor = second(active, ends, remade)
+            return alone
+        output, inner = second.with_inner(active, ends, remade)
+        return output + grouped_linear(inner * second.lora.scale, second.linear_out.to(rows.dtype), ends)
 
     def _activate(self, rows: Tensor, ends: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """linear_fc1 and SwiGLU: [tokens, ffn], and how to make it again."""
         first = self.linear_fc1
-        hidden = first(rows, ends, recipe)
         if first.lora is None:
+            hidden = first(rows, ends, recipe)
             return swiglu(hidden), Recipe.of(swiglu, hidden) if recipe is not None else None
         scale = first.lora.scale
-        inner, outer = first.inner(rows, ends, recipe), first.linear_out.to(rows.dtype)
+        hidden, inner = first.with_inner(rows, ends, recipe)
+        outer = first.linear_out.to(rows.dtype)
 
         def activate(hidden: Tensor, inner: Tensor, outer: Tensor, ends: Tensor) -> Tensor:
             return swiglu_with_adapter(hidden, inner, outer, scale, ends)

@@ -1,7 +1,8 @@
 """Linear layers of many experts at once: one call multiplies each expert's rows by its own matrix.
 
 On GPUs that have it, torch's grouped matrix product, which reads the rows' boundaries on the device: the host never
-waits. Elsewhere a loop over the experts, which is also the reference that tests compare with.
+waits; for an adapter's halves kernels of our own (narrow_triton.py). Elsewhere a loop over the experts, which is also
+the reference that tests compare with.
 
 Weights that are frozen get no gradient computed. Shapes: rows [tokens, in], sorted by expert; weight [experts, out,
 in]; ends int32 [experts], the number of rows up to and with each expert's.
@@ -74,6 +75,10 @@ class _GroupedLinear(torch.autograd.Function):
 def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """rows [tokens, k] · matrices [experts, k, n] → [tokens, n]."""
     if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
+        from mixtral_run.model.narrow_triton import WIDTHS, narrow_product
+
+        if matrices.shape[2] in WIDTHS and rows.is_contiguous():
+            return narrow_product(rows, matrices, ends)
         output: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
         return output
     parts = rows.split(row_counts(ends))
@@ -83,6 +88,13 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 def outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """The sum over each expert's rows of leftᵀ · right: left [tokens, m], right [tokens, n] → [experts, m, n]."""
     if has_grouped_product(left, left.shape[1], right.shape[1]):
+        from mixtral_run.model.narrow_triton import WIDTHS, narrow_outer_product
+
+        if left.is_contiguous() and right.is_contiguous():
+            if left.shape[1] in WIDTHS:
+                return narrow_outer_product(right, left, ends, narrow_first=True)
+            if right.shape[1] in WIDTHS:
+                return narrow_outer_product(left, right, ends, narrow_first=False)
         output: Tensor = torch._grouped_mm(left.t(), right, offs=ends)
         return output
     counts = row_counts(ends)

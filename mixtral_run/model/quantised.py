@@ -6,21 +6,28 @@ bf16. Both products read it:
     forward         y  = x̂·Ŵᵀ       x in 8 bit by row; its scales and the weight's multiply the result
     input gradient  dx = ĝ·Ŵ         g first times the weight's scales, which lie along the sum, then in 8 bit by row
 
-Hopper's 8-bit products want both operands contiguous along the sum, so that the gradient needs the weight turned. That
-is done anew each time into memory that the next layer uses again (one linear layer's experts): a second copy would
-cost as much as bf16 and save 0.3 ms a product. Off Hopper, in 4 bit, and as the tests' reference, weights are brought
-back to the rows' precision and multiplied; activations then stay as they are.
+Hopper's 8-bit products want both operands contiguous along the sum, which for the gradient the weight is not. A kernel
+of our own shuffles it on its way (gradient_gluon.py); where that does not run, the weight is turned anew each time into
+memory that the next layer uses again (one linear layer's experts): a second copy would cost as much as bf16. Off
+Hopper, in 4 bit, and as the tests' reference, weights are brought back to the rows' precision and multiplied;
+activations then stay as they are.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixtral_run.model import nf4
-from mixtral_run.model.grouped import has_grouped_product, product, row_counts
+from mixtral_run.model.grouped import has_grouped_product, outer_product, product, row_counts
+from mixtral_run.model.remake import Recipe
+
+log = logging.getLogger(__name__)
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -58,6 +65,21 @@ def quantised_linear(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor)
     return output
 
 
+def quantised_with_inner(
+    rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, linear_in: Tensor, recipe: Recipe | None
+) -> tuple[Tensor, Tensor]:
+    """`quantised_linear` and grouped.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
+
+    linear_in [experts, r, in] in the rows' dtype. As one step of the backward pass, both parts of the rows' gradient
+    are summed where they are computed.
+    """
+    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    outputs: tuple[Tensor, Tensor] = _WithInner.apply(  # type: ignore[no-untyped-call]
+        rows, values, scales, ends, linear_in, make, *kept
+    )
+    return outputs
+
+
 def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
     """Whether torch's 8-bit grouped product runs here: compute capability 9.0 alone, widths in multiples of 16."""
     return (
@@ -72,35 +94,107 @@ class _QuantisedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(values, scales, ends)
-        if has_scaled_product(rows, values):
-            return scaled_forward(rows.contiguous(), values, scales, ends)
-        return plain_product(rows, values, scales, ends, backwards=False)
+        return forward_product(rows, values, scales, ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        values, scales, ends = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        if has_scaled_product(gradient, values):
-            return scaled_gradient(gradient, values, scales, ends), None, None, None
-        return plain_product(gradient, values, scales, ends, backwards=True), None, None, None
+        return rows_gradient(gradients[0].contiguous(), *ctx.saved_tensors), None, None, None
 
 
-def scaled_forward(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
-    """x̂·Ŵᵀ on the GPU, bf16."""
+class _WithInner(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        ends: Tensor,
+        linear_in: Tensor,
+        make: Callable[..., Tensor] | None,
+        *kept: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, scales, ends, linear_in, *kept)
+        ctx.make = make
+        return forward_product(rows, values, scales, ends), product(rows, linear_in.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values, scales, ends, linear_in, *kept = ctx.saved_tensors
+        gradient, inner = (each.contiguous() for each in gradients)
+        for_linear_in = None
+        if ctx.needs_input_grad[4]:
+            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            for_linear_in = outer_product(inner, rows, ends)
+        for_rows = None
+        if ctx.needs_input_grad[0]:
+            for_rows = rows_gradient(gradient, values, scales, ends, inner, linear_in)
+        return (for_rows, None, None, None, for_linear_in, None, *(None for _ in kept))
+
+
+def forward_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+    """rows · matricesᵀ, [tokens, out], by what runs here."""
+    if not has_scaled_product(rows, values):
+        return plain_product(rows, values, scales, ends, backwards=False)
     from mixtral_run.model.quantised_triton import quantise_rows
 
-    small, row_scales = quantise_rows(rows, None, ends)
+    small, row_scales = quantise_rows(rows.contiguous(), None, ends)
     return scaled_product(small, values, row_scales, scales, ends)
 
 
-def scaled_gradient(gradient: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
-    """ĝ·Ŵ on the GPU, bf16."""
+def rows_gradient(
+    gradient: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    inner: Tensor | None = None,
+    linear_in: Tensor | None = None,
+) -> Tensor:
+    """gradient · matrices, [tokens, in], by what runs here; plus inner [tokens, r] · linear_in where given."""
+    if not has_scaled_product(gradient, values):
+        return with_inner(plain_product(gradient, values, scales, ends, backwards=True), inner, linear_in, ends)
     from mixtral_run.model.quantised_triton import quantise_rows, turned
 
     small, row_scales = quantise_rows(gradient, scales, ends)
-    return scaled_product(small, turned(values), row_scales, None, ends)
+    if reads_unturned(gradient.device):
+        from mixtral_run.model.gradient_gluon import fits, unturned_gradient
+
+        if fits(values, linear_in):
+            adapter = linear_in.contiguous() if linear_in is not None else None
+            return unturned_gradient(small, values, row_scales, ends, inner, adapter)
+    return with_inner(scaled_product(small, turned(values), row_scales, None, ends), inner, linear_in, ends)
+
+
+def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None, ends: Tensor) -> Tensor:
+    """gradient plus the part that comes through the adapter."""
+    if inner is None or linear_in is None:
+        return gradient
+    return gradient + product(inner, linear_in, ends)
+
+
+@functools.cache
+def reads_unturned(device: torch.device) -> bool:
+    """Whether gradient_gluon.py is right on this device, by a small product. Gluon changes from version to version."""
+    try:
+        from mixtral_run.model.gradient_gluon import unturned_gradient
+
+        generator = torch.Generator(device).manual_seed(1)
+        small, matrices = (
+            torch.randn(shape, device=device, generator=generator).to(FP8) for shape in ((160, 256), (2, 256, 256))
+        )
+        inner, linear_in = (
+            torch.randn(shape, device=device, generator=generator).bfloat16() for shape in ((160, 16), (2, 16, 256))
+        )
+        ends = torch.tensor([150, 160], device=device, dtype=torch.int32)
+        found = unturned_gradient(small, matrices, torch.ones(160, device=device), ends, inner, linear_in)
+        owner = (torch.arange(160, device=device) >= 150).long()
+        expected = torch.einsum("to,toi->ti", small.float(), matrices.float()[owner])
+        expected += torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
+        return bool((found.float() - expected).norm() < 1e-2 * expected.norm())
+    except Exception as error:
+        log.warning("8-bit gradients go through turned weights, 5 %% slower: %s", str(error).splitlines()[:1])
+        return False
 
 
 def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:

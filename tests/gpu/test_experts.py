@@ -47,3 +47,24 @@ def test_outputs_and_gradients(routing: tuple[int, ...], rank: int) -> None:
         error = (mine.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30)
         assert not torch.isnan(mine).any()
         assert float(error) < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("width", [256, 1000, 4096])
+@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
+def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> None:
+    from mixtral_run.model.narrow_triton import narrow_outer_product, narrow_product
+
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    owner = torch.repeat_interleave(torch.arange(len(routing), device="cuda"), torch.tensor(routing, device="cuda"))
+    rows, inner = (torch.randn(sum(routing), size, device="cuda").bfloat16() for size in (width, rank))
+    half = torch.randn(len(routing), rank, width, device="cuda").bfloat16()
+    for matrices in (half.transpose(1, 2), half.transpose(1, 2).contiguous()):
+        expected = torch.einsum("tk,tkn->tn", rows.double(), matrices.double()[owner])
+        assert float((narrow_product(rows, matrices, ends) - expected).norm()) < 4e-3 * float(expected.norm())
+    shares = torch.nn.functional.one_hot(owner, len(routing)).double()
+    expected = torch.einsum("te,tn,tk->enk", shares, inner.double(), rows.double())
+    found = narrow_outer_product(rows, inner, ends, narrow_first=True)
+    assert float((found - expected).norm()) < 4e-3 * float(expected.norm())
+    assert torch.equal(narrow_outer_product(rows, inner, ends, narrow_first=False), found.transpose(1, 2))

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from mixtral_run.model import nf4
-from mixtral_run.model.quantised import dequantise, has_scaled_product, quantise, quantised_linear
+from mixtral_run.model.grouped import grouped_linear
+from mixtral_run.model.quantised import (
+    dequantise,
+    has_scaled_product,
+    quantise,
+    quantised_linear,
+    quantised_with_inner,
+    reads_unturned,
+    scaled_product,
+)
 from tests.experts_reference import ROUTINGS
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -62,6 +71,59 @@ def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_sca
     )
     found = tiled_product(rows, values, row_scales, scales if with_scales else None, ends)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=float(expected.abs().max()) * 1e-3)
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="products in 8 bit are Hopper's")
+@pytest.mark.parametrize("rank", [0, 16, 32, 64])
+@pytest.mark.parametrize(
+    "routing", [(700, 310, 0, 1, 420, 480, 590, 444), (0, 0, 0, 0, 300, 0, 0, 0), (1,) * 8, (128,) * 8]
+)
+@pytest.mark.parametrize("shape", [(1024, 512), (128, 2816)])
+def test_weights_as_they_lie_give_what_turned_ones_give(
+    shape: tuple[int, int], routing: tuple[int, ...], rank: int
+) -> None:
+    from mixtral_run.model.gradient_gluon import fits, unturned_gradient
+    from mixtral_run.model.quantised_triton import turned
+
+    assert reads_unturned(torch.device("cuda", 0))
+    small, row_scales = quantise(torch.randn(sum(routing), shape[0], device="cuda"))
+    values, _ = quantise(torch.randn(8, *shape, device="cuda"))
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    inner = torch.randn(sum(routing), rank, device="cuda").bfloat16() if rank else None
+    adapter = torch.randn(8, rank, shape[1], device="cuda").bfloat16() if rank else None
+    assert fits(values, adapter)
+    expected = scaled_product(small, turned(values), row_scales, None, ends).float()
+    if inner is not None and adapter is not None:
+        owner = torch.searchsorted(ends, torch.arange(sum(routing), device="cuda"), right=True)
+        expected += torch.einsum("tr,tri->ti", inner.float(), adapter.float()[owner])
+    for _ in range(5):
+        found = unturned_gradient(small, values, row_scales, ends, inner, adapter)
+        if rank:
+            torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=float(expected.abs().max()) * 4e-3)
+        else:
+            assert torch.equal(found.float(), expected)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_with_an_adapters_lesser_half(routing: tuple[int, ...], rank: int) -> None:
+    """Rank 8 goes through turned weights, 16 not."""
+    drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
+    values, scales = quantise(torch.randn(4, 768, 512, device="cuda"))
+    half = torch.randn(4, rank, 512, device="cuda").bfloat16()
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    found = []
+    for together in (False, True):
+        rows, linear_in = drawn.clone().requires_grad_(True), half.clone().requires_grad_(True)
+        if together:
+            output, inner = quantised_with_inner(rows, values, scales, ends, linear_in, None)
+        else:
+            output, inner = quantised_linear(rows, values, scales, ends), grouped_linear(rows, linear_in, ends)
+        (output.float().sin().sum() + inner.float().cos().sum()).backward()
+        found.append((output.detach(), inner.detach(), rows.grad, linear_in.grad))
+    for expected, mine in zip(*found, strict=True):
+        if mine.numel():
+            assert float((mine - expected).float().norm()) <= 6e-3 * float(expected.float().norm())
 
 
 @pytest.mark.parametrize("shape", [(768, 512), (80, 48)])

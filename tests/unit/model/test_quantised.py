@@ -15,9 +15,11 @@ from mixtral_run.config import LORA_TARGET_MODULES, LaunchConfig
 from mixtral_run.model import quantised
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
+from mixtral_run.model.grouped import grouped_linear
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.model.quantised import FP8, dequantise, quantise, quantised_linear
+from mixtral_run.model.quantised import FP8, dequantise, quantise, quantised_linear, quantised_with_inner
+from mixtral_run.model.remake import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data import Samples, batches
 from mixtral_run.train.packed import PackedSamples
@@ -73,6 +75,33 @@ def test_the_plain_product_is_that_of_the_dequantised_weight(routing: tuple[int,
             assert 0 < float((found - near).norm() / near.norm()) < 0.04
 
 
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_with_the_adapters_lesser_half_it_is_the_sum_of_both(routing: tuple[int, ...], remade: bool) -> None:
+    torch.manual_seed(sum(routing))
+    drawn, weight, linear_in = torch.randn(sum(routing), 48), torch.randn(4, 32, 48), torch.randn(4, 3, 48)
+    ends = torch.tensor(routing).cumsum(0).int()
+    values, scales = quantise(weight)
+
+    def apart(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+        return quantised_linear(rows, values, scales, ends), grouped_linear(rows, half, ends)
+
+    def together(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+        recipe = Recipe.of(lambda doubled: doubled / 2, rows * 2) if remade else None
+        return quantised_with_inner(rows, values, scales, ends, half, recipe)
+
+    found = []
+    for compute in (apart, together):
+        rows, half = drawn.clone().requires_grad_(True), linear_in.clone().requires_grad_(True)
+        output, inner = compute(rows, half)
+        (output.sin().sum() + inner.cos().sum()).backward()
+        assert rows.grad is not None and half.grad is not None
+        found.append((output.detach(), inner.detach(), rows.grad, half.grad))
+    for expected, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+    assert not found[0][3].isnan().any()
+
+
 def stand_in_product(
     left: Tensor,
     right: Tensor,
@@ -112,6 +141,7 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mixtral_run.model.quantised_triton", kernels)
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _checked(torch._scaled_grouped_mm))
     monkeypatch.setattr(quantised, "has_scaled_product", lambda *_: True)
+    monkeypatch.setattr(quantised, "reads_unturned", lambda _: False)
 
 
 def _checked(original: object) -> object:

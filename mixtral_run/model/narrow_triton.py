@@ -1,0 +1,167 @@
+"""Triton kernels for grouped.py's products with an adapter's half, where one side is as narrow as the rank.
+
+Both read their wide operand once, and that is their cost: torch's grouped product, made for square tiles, needs twice
+the time. Sums are taken in the same order every time. Imported only where a GPU is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDTHS = (16, 32, 64)
+"""Of the narrow side."""
+ROWS, DEPTH = 32, 256
+"""A program of `narrow_product` takes ROWS rows, DEPTH of the sum at a time."""
+PROGRAMS, MOST_SHARES = 528, 16
+COLUMNS, TOKENS = 128, 64
+"""A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
+
+
+@triton.jit
+def _product_kernel(
+    rows_ptr,
+    matrices_ptr,
+    ends_ptr,
+    output_ptr,
+    tokens,
+    depth,
+    matrix_stride,
+    depth_stride,
+    column_stride,
+    num_experts,
+    share,
+    EXPERTS: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """A share of the sum for each second index of the grid.
+
+    Rows are sorted by expert, and an expert may end within a block: each goes over the experts that it touches.
+    """
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, tokens)
+    rows = first + tl.arange(0, ROWS)
+    narrow = tl.arange(0, NARROW)
+    places = tl.arange(0, DEPTH)
+    numbers = tl.arange(0, EXPERTS)
+    ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    result = tl.zeros([ROWS, NARROW], dtype=tl.float32)
+    for expert in range(first_expert, last_expert + 1):
+        end = tl.load(ends_ptr + expert)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        mine = (rows >= begin) & (rows < end)
+        left = rows_ptr + rows[:, None].to(tl.int64) * depth + places[None, :]
+        right = matrices_ptr + expert.to(tl.int64) * matrix_stride
+        right += places[:, None] * depth_stride + narrow[None, :] * column_stride
+        lowest = tl.program_id(1) * share
+        for start in range(lowest, tl.minimum(lowest + share, depth), DEPTH):
+            inside = places < depth - start
+            row = tl.load(left + start, mask=mine[:, None] & inside[None, :], other=0.0)
+            matrix = tl.load(right + start * depth_stride, mask=inside[:, None], other=0.0)
+            result = tl.dot(row, matrix, result)
+    target = output_ptr + (tl.program_id(1) * tokens + rows[:, None]).to(tl.int64) * NARROW + narrow[None, :]
+    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
+
+
+@triton.jit
+def _sum_kernel(shares_ptr, output_ptr, size, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    result = tl.zeros([BLOCK], dtype=tl.float32)
+    for share in tl.static_range(SHARES):
+        result += tl.load(shares_ptr + share * size + places, mask=places < size, other=0.0)
+    tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
+
+
+@triton.jit
+def _outer_kernel(
+    wide_ptr,
+    narrow_ptr,
+    ends_ptr,
+    output_ptr,
+    width,
+    column_stride,
+    narrow_stride,
+    NARROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    narrow = tl.arange(0, NARROW)
+    inside = columns < width
+    result = tl.zeros([NARROW, COLUMNS], dtype=tl.float32)
+    for start in range(begin, end, TOKENS):
+        tokens = start + tl.arange(0, TOKENS)
+        mine = tokens < end
+        left = tl.load(narrow_ptr + tokens[None, :] * NARROW + narrow[:, None], mask=mine[None, :], other=0.0)
+        places = wide_ptr + tokens[:, None].to(tl.int64) * width + columns[None, :]
+        right = tl.load(places, mask=mine[:, None] & inside[None, :], other=0.0)
+        result = tl.dot(left, right, result)
+    target = output_ptr + expert.to(tl.int64) * width * NARROW
+    target += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
+    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+
+
+def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """rows [tokens, k], contiguous · matrices [experts, k, n] of any strides → [tokens, n]; n one of WIDTHS."""
+    tokens, depth = rows.shape
+    experts, _, narrow = matrices.shape
+    output = torch.empty(tokens, narrow, dtype=rows.dtype, device=rows.device)
+    blocks = triton.cdiv(tokens, ROWS)
+    at_once = DEPTH if narrow < 64 else DEPTH // 2
+    # Few rows make few programs, which cannot keep the memory busy: then several share a sum.
+    shares = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MOST_SHARES), 1)
+    parts = torch.empty(shares, tokens, narrow, dtype=torch.float32, device=rows.device) if shares > 1 else output
+    _product_kernel[(blocks, shares)](
+        rows,
+        matrices,
+        ends,
+        parts,
+        tokens,
+        depth,
+        *matrices.stride(),
+        experts,
+        triton.cdiv(triton.cdiv(depth, shares), at_once) * at_once,
+        EXPERTS=triton.next_power_of_2(experts),
+        NARROW=narrow,
+        ROWS=ROWS,
+        DEPTH=at_once,
+        num_warps=4,
+        num_stages=4,
+    )
+    if shares > 1:
+        size = tokens * narrow
+        _sum_kernel[(triton.cdiv(size, 1024),)](parts, output, size, SHARES=shares, BLOCK=1024)
+    return output
+
+
+def narrow_outer_product(wide: Tensor, narrow: Tensor, ends: Tensor, *, narrow_first: bool) -> Tensor:
+    """The sum over each expert's rows of narrowᵀ · wide, [experts, n, m], or its transpose, [experts, m, n].
+
+    wide [tokens, m], narrow [tokens, n], both contiguous; n one of WIDTHS.
+    """
+    width, rank, experts = wide.shape[1], narrow.shape[1], ends.shape[0]
+    shape = (experts, rank, width) if narrow_first else (experts, width, rank)
+    output = torch.empty(shape, dtype=wide.dtype, device=wide.device)
+    _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
+        wide,
+        narrow,
+        ends,
+        output,
+        width,
+        *((1, width) if narrow_first else (rank, 1)),
+        NARROW=rank,
+        COLUMNS=COLUMNS,
+        TOKENS=TOKENS,
+        num_warps=4,
+        num_stages=4,
+    )
+    return output
