@@ -13,8 +13,12 @@ LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 """How a frozen base is kept: as the rest of the model, or its experts in 8 or 4 bit."""
 
-RECOMPUTE = ("none", "selective", "full")
-"""How much of a layer is computed again in the backward pass, least first."""
+RECOMPUTE = ("none", "selective", "full", "offload")
+"""How much of a layer is computed again in the backward pass, least first; offload: as full, and what is kept for that
+lies in host memory."""
+
+RUNS_AGAIN = ("full", "offload")
+"""Where a whole layer is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,8 @@ class DataConfig(LaunchConfig):
     recompute: str | None = setting(
         None,
         help="What to compute again in the backward pass: selective is norms, activations and permutation, full is "
-        "the whole layer. Default: for LoRA on GPUs the least that fits by the plan, else none.",
+        "the whole layer, offload the same with the layers' inputs in host memory meanwhile. Default: for LoRA on GPUs "
+        "the least that fits by the plan, else none.",
         choices=RECOMPUTE,
     )
     recompute_activations: bool = setting(False, help="The same as --recompute full.")
@@ -158,7 +163,7 @@ class DataConfig(LaunchConfig):
 
     @property
     def recomputation(self) -> str:
-        """none, selective or full; none where nothing was said."""
+        """One of RECOMPUTE; none where nothing was said."""
         return "full" if self.recompute_activations else self.recompute or "none"
 
     def faults(self) -> list[str]:
@@ -238,6 +243,9 @@ class PlanConfig(Config):
         LORA_TARGET_MODULES, help="Layers that get an adapter, with commas between.", choices=LORA_TARGET_MODULES
     )
     base_precision: str = setting("bf16", help="How the frozen experts are kept.", choices=BASE_PRECISIONS)
+    host_memory: float | None = setting(
+        None, help="RAM of one host in GiB, for --recompute offload. Default: not looked at.", above=0
+    )
     all: bool = setting(False, help="Also show the layouts that do not fit.")
     json: bool = setting(False, help="Print the plan as JSON.")
 

@@ -9,8 +9,19 @@ from mixtral_run import launch
 from mixtral_run.checkpoints import BaseDescription, describe_base
 from mixtral_run.config import RECOMPUTE, FinetuneConfig
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.memory import GpuMemory, gpu_memory
-from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE, Choice, Layout, Workload, memory, ranked
+from mixtral_run.memory import GpuMemory, gpu_memory, host_memory
+from mixtral_run.plan import (
+    EXPERT_BYTES,
+    GIB,
+    USABLE,
+    USABLE_OF_HOST,
+    Choice,
+    Layout,
+    Workload,
+    host_bytes,
+    memory,
+    ranked,
+)
 from mixtral_run.report import Report
 
 
@@ -36,11 +47,12 @@ def settled(config: FinetuneConfig) -> FinetuneConfig:
     if not fitting and config.layout == "auto":
         raise _refusal(config, base, world_size, gpu, "auto", candidates)
     # Where the layout is given and nothing fits, `memory_error` says so.
-    chosen = fitting[0].layout if fitting else dataclasses.replace(_given(config), recompute="full")
+    chosen = fitting[0].layout if fitting else dataclasses.replace(_given(config), recompute=RECOMPUTE[-1])
     if fitting and launch.rank() == 0:
+        pinned = fitting[0].host_bytes
         Report().say(
             f"Plan: {chosen}, recompute {chosen.recompute}: {fitting[0].memory.total / GIB:.1f} of "
-            f"{gpu.total / GIB:.1f} GiB a GPU"
+            f"{gpu.total / GIB:.1f} GiB a GPU" + (f", {pinned / GIB:.1f} GiB of host RAM" if pinned else "")
         )
     return dataclasses.replace(config, layout="given", **dataclasses.asdict(chosen))
 
@@ -53,9 +65,9 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     if gpu is None:
         return None
     layout = dataclasses.replace(_given(config), recompute=config.recomputation)
-    needed = memory(workload_of(config, base, world_size), layout)
-    if needed.total <= gpu.free:
-        return None
+    workload = workload_of(config, base, world_size)
+    if memory(workload, layout).total <= gpu.free:
+        return _host_refusal(workload, layout)
     anything = dataclasses.replace(config, layout="auto", recompute=None, recompute_activations=False)
     found = f"{layout}, --recompute {layout.recompute}"
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
@@ -74,6 +86,7 @@ def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) 
         lora_target_modules=config.lora_target_modules,
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
+        gpus_per_host=launch.host_process_count(world_size),
     )
 
 
@@ -105,8 +118,11 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
     """The layouts that this run may take, in the plan's order."""
     recompute = (config.recomputation,) if _recompute_given(config) else RECOMPUTE
     # All processes must come to the same, and what is free may differ from one to the next.
-    available = gpu.total if launch.is_worker() else min(gpu.total, gpu.free / USABLE)
-    choices = ranked(workload_of(config, base, world_size), available)
+    if launch.is_worker():
+        available, host = gpu.total, math.inf
+    else:
+        available, host = min(gpu.total, gpu.free / USABLE), host_memory()
+    choices = ranked(workload_of(config, base, world_size), available, host)
     return [
         each
         for each in choices
@@ -116,6 +132,22 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
         and config.global_batch_size * each.layout.tensor_model_parallel_size % (config.micro_batch_size * world_size)
         == 0
     ]
+
+
+def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
+    """What to tell when the host's RAM does not hold what the run puts there; None when it does."""
+    pinned, free = host_bytes(workload, layout), host_memory()
+    usable = USABLE_OF_HOST * free
+    if pinned <= usable:
+        return None
+    return ConfigError(
+        "The run does not fit into this host's RAM.",
+        where=f"{layout}, --recompute {layout.recompute}, seq {workload.seq_length:,} × {workload.micro_batch_size}",
+        expected=f"at most {usable / GIB:.1f} GiB, {USABLE_OF_HOST:.0%} of the {free / GIB:.1f} that are free",
+        found=f"{pinned / GIB:.1f} GiB for the layers' inputs on {min(workload.gpus, workload.gpus_per_host)} GPUs",
+        next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory … --host-memory {free / GIB:.0f} "
+        f"--seq-length {workload.seq_length} --micro-batch-size {workload.micro_batch_size} --all",
+    )
 
 
 def _refusal(

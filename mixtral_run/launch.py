@@ -66,6 +66,11 @@ def process_count(config: LaunchConfig) -> int:
     return config.nproc_per_node or default_num_processes(config.device)
 
 
+def host_process_count(count: int) -> int:
+    """How many of a job's `count` processes this host has: all, unless another's torchrun spread them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count)) if is_worker() else count
+
+
 def num_processes(config: LaunchConfig) -> int:
     """How many processes the job has. Raises ConfigError when the layout does not fit them."""
     count = process_count(config)

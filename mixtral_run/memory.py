@@ -42,6 +42,13 @@ def logits_fit(config: VerifyConfig) -> bool:
     return False
 
 
+def host_memory() -> float:
+    """Bytes of RAM that are free on this host, within its container's limit."""
+    from mixtral_run.weights.disk import available_bytes
+
+    return available_bytes()
+
+
 @dataclass(frozen=True)
 class GpuMemory:
     """Bytes of one GPU: the least among those that a job uses."""

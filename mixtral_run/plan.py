@@ -7,10 +7,11 @@ Bytes throughout; `GIB` turns them into what nvidia-smi and torch report.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mixtral_run.config import LORA_TARGET_MODULES, RECOMPUTE
+from mixtral_run.config import LORA_TARGET_MODULES, RECOMPUTE, RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 
 GIB = 1024**3
@@ -24,6 +25,9 @@ IMBALANCE = 1.1
 """Rows of the busiest process over the mean, where experts are spread over processes."""
 USABLE = 0.97
 """Of a GPU's memory; the rest is lost between the allocator's blocks."""
+USABLE_OF_HOST = 0.8
+"""Of a host's RAM, for what --recompute offload pins there; the rest is for the processes themselves."""
+GPUS_PER_HOST = 8
 
 
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
@@ -61,6 +65,7 @@ class Workload:
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
     expert_bytes: float = 2
+    gpus_per_host: int = GPUS_PER_HOST
 
     @property
     def tokens(self) -> int:
@@ -92,10 +97,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout judged: relative_speed is against one GPU that holds everything and recomputes nothing."""
+    """A layout judged: relative_speed is against one GPU that holds everything and recomputes nothing.
+
+    host_bytes: of RAM, on each host; see the function of that name.
+    """
 
     layout: Layout
     memory: Memory
+    host_bytes: float
     fits: bool
     relative_speed: float
 
@@ -103,17 +112,30 @@ class Choice:
 def memory(workload: Workload, layout: Layout) -> Memory:
     """What one GPU holds at the peak of a step, which is at the loss or in the backward pass of the last layer."""
     adapters = adapter_parameters(workload, layout)
-    kept = workload.architecture.num_layers * workload.tokens * kept_per_token(workload, layout)
+    layers = workload.architecture.num_layers
+    if layout.recompute == "offload":
+        # The input of the layer that runs again, and that of the next on its way.
+        layers = min(layers, 2)
     return Memory(
         weights=weight_bytes(workload, layout),
         # fp32, and the bf16 copies that the backward pass needs where the layer does not run again.
-        adapters=adapters * (4 if layout.recompute == "full" else 6),
+        adapters=adapters * (4 if layout.recompute in RUNS_AGAIN else 6),
         gradients=adapters * 4,
         optimizer=adapters * 8,
-        activations=kept,
+        activations=layers * workload.tokens * kept_per_token(workload, layout),
         buffers=_buffers(workload, layout),
         context=CONTEXT + (COMMUNICATION if workload.gpus > 1 else 0),
     )
+
+
+def host_bytes(workload: Workload, layout: Layout) -> float:
+    """What the GPUs of one host pin of its RAM: with --recompute offload, the inputs of their layers."""
+    if layout.recompute != "offload":
+        return 0.0
+    shape = workload.architecture
+    # torch pins blocks of powers of two.
+    block = 1 << (math.ceil(workload.tokens * kept_per_token(workload, layout)) - 1).bit_length()
+    return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:
@@ -148,11 +170,12 @@ def kept_per_token(workload: Workload, layout: Layout) -> float:
     """Bytes that a layer keeps for the backward pass, per token of the micro batch.
 
     none: the inputs of both norms; what the adapters of qkv and fc1 read; query, key, value, context; fc1's output, the
-    activation, fc2's output. selective: without what norm, activation and permutation make again. full: its input.
+    activation, fc2's output. selective: without what norm, activation and permutation make again. full and offload: its
+    input.
     """
     tp = layout.tensor_model_parallel_size
     residual = _width(workload, workload.architecture.hidden_size) / tp
-    if layout.recompute == "full":
+    if layout.recompute in RUNS_AGAIN:
         return residual
     return 2 * residual + _attention_per_token(workload, layout) + _experts_per_token(workload, layout)
 
@@ -204,7 +227,7 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     )
     if layout.recompute == "selective":
         layer += rows * _width(workload, shape.ffn_hidden_size + shape.hidden_size)
-    if layout.recompute == "full":
+    if layout.recompute in RUNS_AGAIN:
         layer += tokens * kept_per_token(workload, dataclasses.replace(layout, recompute="none"))
     if workload.expert_bytes < 1:
         # One linear layer's experts in 16 bit, for the product.
@@ -234,25 +257,33 @@ def relative_speed(layout: Layout) -> float:
     """A GPU's rate against one that holds everything and recomputes nothing.
 
     Measured: EP2 runs at 91 %. Counted: running the forward pass again is half as many products on top, a selective
-    recomputation some passes over memory. Assumed, not measured: each doubling of TP costs a fifth.
+    recomputation some passes over memory. Assumed, not measured: each doubling of TP costs a fifth; copies to the host
+    and back, which run beside the products, 3 %.
     """
     tp = layout.tensor_model_parallel_size
     spread = 0.91 if layout.expert_model_parallel_size > 1 else 1.0
-    again = {"none": 1.0, "selective": 0.95, "full": 0.7}[layout.recompute]
+    again = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
     return float(spread * again * 0.8 ** (tp.bit_length() - 1))
 
 
-def ranked(workload: Workload, gpu_memory: float) -> list[Choice]:
+def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf) -> list[Choice]:
     """All layouts, the best that fits first: fast before slow, so EP before TP and little recomputation before much;
-    among equals the one that leaves more free. Those that do not fit come last, the smallest first."""
+    among equals the one that leaves more free. Those that take the host's memory come after all others that fit, those
+    that do not fit last, the smallest first."""
     choices = []
     for layout in layouts(workload):
         needed = memory(workload, layout)
-        fits = needed.total <= USABLE * gpu_memory
-        choices.append(Choice(layout, needed, fits, relative_speed(layout)))
+        pinned = host_bytes(workload, layout)
+        fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
+        choices.append(Choice(layout, needed, pinned, fits, relative_speed(layout)))
     return sorted(
         choices,
-        key=lambda each: (not each.fits, -each.relative_speed if each.fits else 0.0, each.memory.total),
+        key=lambda each: (
+            not each.fits,
+            each.fits and each.layout.recompute == "offload",
+            -each.relative_speed if each.fits else 0.0,
+            each.memory.total,
+        ),
     )
 
 

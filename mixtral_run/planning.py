@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from mixtral_run.checkpoints import describe_base
 from mixtral_run.config import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.plan import EXPERT_BYTES, GIB, Choice, Workload, ranked
+from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE_OF_HOST, Choice, Workload, ranked
 from mixtral_run.report import Report
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "buffers", "context")
@@ -19,18 +20,20 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "buffer
 def show_plan(config: PlanConfig) -> None:
     """Print the table, or JSON. Raises ConfigError when no layout fits, with what would help."""
     workload = workload_of(config)
-    choices = ranked(workload, config.gpu_memory * GIB)
-    shown = choices if config.all else [each for each in choices if each.fits]
+    host = config.host_memory * GIB if config.host_memory is not None else math.inf
+    choices = ranked(workload, config.gpu_memory * GIB, host)
+    shown = choices if config.all else _worth_showing(choices)
     if config.json:
         print(json.dumps(_to_mapping(config, choices), indent=2))
     elif shown:
-        columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "speed")
+        columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "host RAM", "speed")
         Report().table(columns, [_row(each) for each in shown], _title(config, workload))
         _tell_best(choices[0], config.base_precision)
     if not any(each.fits for each in choices):
         raise ConfigError(
             "No layout fits.",
-            expected=f"at most {config.gpu_memory:g} GiB on each of {config.gpus} GPUs",
+            expected=f"at most {config.gpu_memory:g} GiB on each of {config.gpus} GPUs"
+            + (f", {USABLE_OF_HOST:.0%} of {config.host_memory:g} GiB of a host's RAM" if config.host_memory else ""),
             found=_smallest(choices),
             next_command="mixtral-run plan with more --gpus, or a smaller --seq-length or --micro-batch-size",
         )
@@ -56,7 +59,8 @@ def workload_of(config: PlanConfig) -> Workload:
 def _title(config: PlanConfig, workload: Workload) -> str:
     return (
         f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, "
-        f"{config.gpus} × {config.gpu_memory:g} GiB, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU"
+        f"{config.gpus} × {config.gpu_memory:g} GiB, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, "
+        "RAM a host"
     )
 
 
@@ -64,7 +68,8 @@ def _row(choice: Choice) -> tuple[str, ...]:
     parts = [f"{getattr(choice.memory, name) / GIB:.1f}" for name in PARTS]
     total = f"{choice.memory.total / GIB:.1f}"
     fits = "✓" if choice.fits else "✗"
-    return str(choice.layout), choice.layout.recompute, fits, *parts, total, f"{choice.relative_speed:.0%}"
+    pinned = f"{choice.host_bytes / GIB:.1f}" if choice.host_bytes else "–"
+    return str(choice.layout), choice.layout.recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
 
 
 def _tell_best(best: Choice, base_precision: str) -> None:
@@ -75,13 +80,23 @@ def _tell_best(best: Choice, base_precision: str) -> None:
         report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{precision}")
 
 
+def _worth_showing(choices: list[Choice]) -> list[Choice]:
+    """Those that fit, and with offload only where the same layout does not fit without."""
+    without = {str(each.layout) for each in choices if each.fits and each.layout.recompute != "offload"}
+    return [
+        each
+        for each in choices
+        if each.fits and not (each.layout.recompute == "offload" and str(each.layout) in without)
+    ]
+
+
 def _smallest(choices: list[Choice]) -> str:
     if not choices:
         return "no layout that divides the model and the sequence over these GPUs"
     smallest = min(choices, key=lambda each: each.memory.total)
     return (
         f"{smallest.memory.total / GIB:.1f} GiB with {smallest.layout}, --recompute {smallest.layout.recompute}, "
-        "the smallest"
+        f"the smallest, and {smallest.host_bytes / GIB:.1f} GiB of a host's RAM"
     )
 
 
@@ -95,6 +110,7 @@ def _to_mapping(config: PlanConfig, choices: list[Choice]) -> dict[str, Any]:
                 "fits": each.fits,
                 "relative_speed": round(each.relative_speed, 3),
                 "total_gib": round(each.memory.total / GIB, 2),
+                "host_gib": round(each.host_bytes / GIB, 2),
                 "parts_gib": {name: round(getattr(each.memory, name) / GIB, 2) for name in PARTS},
             }
             for each in choices

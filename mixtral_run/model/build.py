@@ -17,6 +17,7 @@ from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.layer import MixtralLayer
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.norm import RMSNorm
+from mixtral_run.model.offload import Offload
 from mixtral_run.model.packing import Packed, has_packed_attention
 from mixtral_run.model.parallel import Processes
 from mixtral_run.model.rotary import Rotary
@@ -50,6 +51,7 @@ class MixtralModel(torch.nn.Module):
             "lora": settings.lora,
             "recompute": settings.recompute,
             "base_precision": settings.base_precision,
+            "offload": Offload(processes.device),
         }
         layer = ModuleSpec(module=MixtralLayer, params=params)
         self.gpt = GPTModel(

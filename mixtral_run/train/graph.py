@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixtral_run.config import RUNS_AGAIN
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.grouped import has_grouped_product
 from mixtral_run.train.data import MicroBatch
@@ -20,14 +21,14 @@ WARM_UP = 2
 
 
 def can_record(model: MixtralModel) -> bool:
-    """Whether this model's pass over a micro batch never waits for the GPU. Full recomputation does: it reads the state
-    of the random numbers."""
+    """Whether this model's pass over a micro batch never waits for the GPU. A layer that runs again does: it reads
+    the state of the random numbers."""
     here = model.processes
     probe = torch.empty(1, dtype=model.settings.dtype, device=here.device)
     rank = model.settings.lora.rank if model.settings.lora is not None else 8
     return (
         here.device.type == "cuda"
-        and model.settings.recompute != "full"
+        and model.settings.recompute not in RUNS_AGAIN
         and here.tensor_size == here.expert_size == 1
         and has_grouped_product(probe, model.architecture.hidden_size, model.architecture.ffn_hidden_size, rank)
     )

@@ -40,10 +40,11 @@ def drop_from_cache(descriptor: int, start: int = 0, num_bytes: int = 0) -> None
 
 def fits_in_memory(num_bytes: int) -> bool:
     """Whether so much can stay in the page cache without pushing others' memory out."""
-    return num_bytes < _available_bytes()
+    return num_bytes < available_bytes()
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Of RAM, by the kernel and by this container's limit; 0 where neither says."""
     found = [_limit(path) for path in _CGROUP_LIMITS]
     if _MEMORY.is_file():
         lines = _MEMORY.read_text().splitlines()

@@ -178,6 +178,8 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         results["full_within"] = pretrain(config, here, within=True)
         results["full_within_recomputed"] = pretrain(recomputed, here, within=True)
         selective = config_of(checkpoint, out, layout, recompute="selective")
+        offloaded = config_of(checkpoint, out, layout, recompute="offload")
+        results["full_within_offload"] = pretrain(offloaded, here, within=True)
         results["full_within_selective"] = pretrain(selective, here, within=True)
         if 8 // here.data_size >= 2:
             results["micro_batch_2"] = train(config_of(checkpoint, out, layout, micro_batch_size=2), here, 0, 2)[

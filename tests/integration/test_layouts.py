@@ -84,6 +84,7 @@ def test_dropout_is_the_same_however_much_is_computed_again(case: str, results: 
     dropped = results[case]["dropout"]
     # Dropout changes the second step's loss: the first has B = 0.
     assert abs(dropped["none"][1][0] - results[case]["figures"][1][0]) > 1e-6
+    assert dropped["offload"] == dropped["full"]
     for mode in ("selective", "full"):
         for (loss, norm), (expected_loss, expected_norm) in zip(dropped[mode], dropped["none"], strict=True):
             assert loss == pytest.approx(expected_loss, abs=1e-6)
@@ -91,7 +92,9 @@ def test_dropout_is_the_same_however_much_is_computed_again(case: str, results: 
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("variant", ["full", "full_within", "full_within_recomputed", "full_within_selective"])
+@pytest.mark.parametrize(
+    "variant", ["full", "full_within", "full_within_recomputed", "full_within_selective", "full_within_offload"]
+)
 def test_full_training_steps_within_the_backward_pass_as_after_it(
     case: str, variant: str, results: dict[str, Any]
 ) -> None:

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mixtral_run import fitting
@@ -27,11 +28,12 @@ def run(**settings: Any) -> FinetuneConfig:
 
 @pytest.fixture
 def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Call it with a number of GPUs, their GiB, and how much of it is free."""
+    """Call it with a number of GPUs, their GiB, how much of it is free, and the GiB of free RAM."""
 
-    def pretend(count: int, gib: float | None, free: float | None = None) -> None:
+    def pretend(count: int, gib: float | None, free: float | None = None, ram: float = 1000) -> None:
         found = None if gib is None else GpuMemory(gib * GIB, (free or gib) * GIB)
         monkeypatch.setattr(fitting, "gpu_memory", lambda *_: found)
+        monkeypatch.setattr(fitting, "host_memory", lambda: ram * GIB)
         monkeypatch.setattr(fitting, "describe_base", lambda _: BASE)
         monkeypatch.setattr(fitting.launch, "process_count", lambda _: count)
 
@@ -68,6 +70,43 @@ def test_recomputation_is_the_least_that_fits(on_gpus: Any) -> None:
         config = settled(run(**layout, seq_length=seq_length))
         assert config.recompute == expected
         assert memory_error(config, BASE, 1) is None
+
+
+def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
+    on_gpus(8, 32)
+    assert settled(run(**layout, seq_length=16384)).recompute == "full"
+    config = settled(run(**layout, seq_length=24576))
+    assert config.recompute == "offload"
+    assert memory_error(config, BASE, 8) is None
+    assert "64.0 GiB of host RAM" in capsys.readouterr().out
+    # Where another layout does without, it is taken.
+    config = settled(run(layout="auto", seq_length=24576))
+    assert (config.tensor_model_parallel_size, config.recompute) == (2, "full")
+
+
+def test_a_host_without_the_ram_is_told(on_gpus: Any) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
+    on_gpus(8, 32, ram=79)
+    error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)
+    assert error is not None
+    text = str(error)
+    assert "at most 63.2 GiB, 80% of the 79.0 that are free" in text
+    assert "64.0 GiB for the layers' inputs on 8 GPUs" in text
+    assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is not None
+    on_gpus(8, 32, ram=81)
+    assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is None
+
+
+def test_the_host_is_asked() -> None:
+    assert 0 < gpus.host_memory() < psutil.virtual_memory().total
+
+
+def test_a_host_keeps_for_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitting.workload_of(run(), BASE, 16).gpus_per_host == 16
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert fitting.workload_of(run(), BASE, 16).gpus_per_host == 4
 
 
 def test_what_was_given_stays(on_gpus: Any) -> None:
