@@ -1,7 +1,7 @@
 """Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
 
     python tests/bench/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
-        [--recompute none|selective|full] [--base-precision bf16|fp8|nf4]
+        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
 and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
@@ -209,7 +209,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", type=Path, help="write the kernels of one of our steps there")
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="of our side")
+    parser.add_argument(
+        "--recompute", default="none", choices=("none", "selective", "full", "offload"), help="of our side"
+    )
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
     parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -39,7 +39,7 @@ def packed_batch(seq: int, vocabulary: int) -> Any:
 def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from mixtral_run.plan import EXPERT_BYTES, GIB, Layout, Workload, memory
+    from mixtral_run.plan import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
     from mixtral_run.train.data import MockSamples, batches
     from mixtral_run.train.graph import RecordedBackward, can_record
     from mixtral_run.train.step import train_step, trainable
@@ -75,11 +75,13 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
         micro_batch_size=micro,
         expert_bytes=EXPERT_BYTES.get(arguments.base_precision, 2),
     )
+    layout = Layout(1, 1, recompute)
     return {
         "tok_s": round(seq * micro / seconds),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 1),
-        "planned_gib": round(memory(workload, Layout(1, 1, recompute)).allocated / GIB, 1),
+        "planned_gib": round(memory(workload, layout).allocated / GIB, 1),
+        "planned_host_gib": round(host_bytes(workload, layout) / GIB, 1),
         "losses": [round(each, 5) for each in (losses[0], losses[-1])],
     }
 

@@ -102,11 +102,13 @@ def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_pre
     assert abs(without[0].loss - without[-1].loss) > 0.01
 
 
-def small_model(here: Processes, recompute: str, base_precision: str) -> MixtralModel:
-    """Two layers with the same random weights each time, wide enough for every kernel."""
+def small_model(
+    here: Processes, recompute: str, base_precision: str, layers: int = 2, dropout: float = 0.0
+) -> MixtralModel:
+    """A few layers with the same random weights each time, wide enough for every kernel."""
     architecture = dataclasses.replace(
         MIXTRAL_8X7B,
-        num_layers=2,
+        num_layers=layers,
         hidden_size=512,
         ffn_hidden_size=1024,
         kv_channels=64,
@@ -114,7 +116,7 @@ def small_model(here: Processes, recompute: str, base_precision: str) -> Mixtral
         num_query_groups=4,
         vocab_size=1024,
     )
-    lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
+    lora = LoraSettings(16, 32.0, dropout, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
     settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
     model = build_model(architecture, settings, here).train()
 

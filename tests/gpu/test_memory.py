@@ -36,8 +36,22 @@ def model() -> Iterator[Any]:
         yield built, [parameter.detach().cpu() for parameter in trainable(built)]
 
 
-@pytest.mark.parametrize("case", ["2048x1:none", "2048x1:selective", "2048x1:full", "512x4:none", "512x4:selective"])
+@pytest.mark.parametrize(
+    "case",
+    ["2048x1:none", "2048x1:selective", "2048x1:full", "512x4:none", "512x4:selective", "8192x1:offload"],
+)
 def test_the_plan_is_within_a_tenth(model: Any, case: str) -> None:
     built, kept = model
     result = run_case(built, kept, case, argparse.Namespace(steps=2, base_precision="bf16"))
     assert result["planned_gib"] == pytest.approx(result["peak_gib"], rel=0.1)
+
+
+def test_offload_takes_all_inputs_but_two_off_the_gpu(model: Any) -> None:
+    built, kept = model
+    arguments = argparse.Namespace(steps=2, base_precision="bf16")
+    full, offload = (run_case(built, kept, f"8192x1:{mode}", arguments) for mode in ("full", "offload"))
+    expected = (LAYERS - 2) * 8192 * 4096 * 2 / GIB
+    # Two figures rounded to a tenth.
+    assert full["allocated_gib"] - offload["allocated_gib"] == pytest.approx(expected, abs=0.15)
+    assert offload["losses"][0] == full["losses"][0]
+    assert offload["losses"][1] == pytest.approx(full["losses"][1], rel=1e-2)
