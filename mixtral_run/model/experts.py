@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mixtral_run.model.grouped import grouped_linear
+from mixtral_run.model.grouped import added_linear, grouped_linear
 from mixtral_run.model.lora import LoraSettings, initial_linear_in
 from mixtral_run.model.quantised import quantise_to, quantised_linear, quantised_with_inner
 from mixtral_run.model.remake import Once, Recipe, drop
@@ -134,7 +134,7 @@ class Experts(MegatronModule):
             alone: Tensor = second(active, ends, remade)
             return alone
         output, inner = second.with_inner(active, ends, remade)
-        return output + grouped_linear(inner * second.lora.scale, second.linear_out.to(rows.dtype), ends)
+        return added_linear(output, inner, second.linear_out.to(rows.dtype), second.lora.scale, ends)
 
     def _activate(self, rows: Tensor, ends: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """linear_fc1 and SwiGLU: [tokens, ffn], and how to make it again."""

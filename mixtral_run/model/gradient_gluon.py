@@ -7,8 +7,8 @@ So the weights are the left operand and the result is the gradient's transpose,
     dxᵀ [in, tokens] = Ŵᵀ [in, out] · ĝᵀ [out, tokens]
 
 and the adapter's part, Aᵀ·(what reaches A·x), is added to it before it is stored. Written in Gluon, Triton's language
-of layouts (triton/experimental/gluon of Triton 3.6; 3.7 takes it too, 3.9 does not), as Triton itself would bring such
-an operand through shared memory twice.
+of layouts (triton/experimental/gluon; Triton 3.6 to 3.8 take this, 3.9 does not), as Triton itself would bring such an
+operand through shared memory twice.
 
 A program takes tile after tile, [2 * HALF, TOKENS] of the result. One warp brings slices of both operands to shared
 memory; two groups of four warps multiply, each its half of the columns: one shuffles while the other's product runs.

@@ -35,6 +35,17 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor, recipe: Recipe | 
     return output
 
 
+def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """base [tokens, out] + scale · inner [tokens, r] · its expert's outer [experts, out, r] transposed."""
+    if has_grouped_product(base, base.shape[1], inner.shape[1]):
+        from mixtral_run.model.narrow_triton import WIDTHS
+
+        if inner.shape[1] in WIDTHS:
+            output: Tensor = _AddedLinear.apply(base, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
+            return output
+    return base + grouped_linear(inner * scale, outer, ends)
+
+
 def has_grouped_product(rows: Tensor, *widths: int) -> bool:
     """Whether torch's kernel runs here on matrices of these widths. It asks for bf16 and compute capability 8.0.
 
@@ -70,6 +81,23 @@ class _GroupedLinear(torch.autograd.Function):
             rows = ctx.make(*kept) if ctx.make is not None else kept[0]
             for_weight = outer_product(gradient, rows, ends)
         return (for_rows, for_weight, None, None, *(None for _ in kept))
+
+
+class _AddedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+        from mixtral_run.model.narrow_triton import narrow_added
+
+        ctx.save_for_backward(inner, outer, ends)
+        ctx.scale = scale
+        return narrow_added(base.contiguous(), inner.contiguous(), outer.contiguous(), scale, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        inner, outer, ends = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        for_inner = product(gradient, outer, ends) * ctx.scale
+        return gradient, for_inner, outer_product(gradient, inner * ctx.scale, ends), None, None
 
 
 def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class MoELayer(MegatronModule):
         weights, experts = self.router(tokens)
         topk = experts.shape[1]
         chosen = experts.flatten()
-        order = chosen.argsort(stable=True)
+        order = _sorted_by(chosen, self.num_experts)
         position = inverse(order)
         rows = to_rows(tokens, order, position, topk)
         # Not bincount, which waits for the GPU to learn the size of its result.
@@ -105,7 +105,7 @@ class MoELayer(MegatronModule):
         arrived = all_to_all(self.expert_group, rows, receive_sizes, send_sizes)
         local = torch.arange(len(received[0]), device=rows.device).repeat(size)
         by_sender = torch.repeat_interleave(local, incoming, output_size=sum(receive_sizes))
-        order = by_sender.argsort(stable=True)
+        order = _sorted_by(by_sender, len(received[0]))
         arrived = to_rows(arrived, order, inverse(order), 1)
         # Gathering them again would mean asking the other processes again.
         recipe = Recipe.kept(arrived) if selective else None
@@ -113,3 +113,9 @@ class MoELayer(MegatronModule):
         outputs = to_rows(outputs, inverse(order), order, 1)
         returned: Tensor = all_to_all(self.expert_group, outputs, send_sizes, receive_sizes)
         return returned
+
+
+def _sorted_by(experts: Tensor, count: int) -> Tensor:
+    """The order that puts rows by expert, equal ones as they were. A GPU's sort goes over all bits of its keys: bytes
+    take a quarter of the time."""
+    return (experts.byte() if count <= 256 else experts).argsort(stable=True)

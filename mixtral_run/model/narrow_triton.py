@@ -1,7 +1,7 @@
 """Triton kernels for grouped.py's products with an adapter's half, where one side is as narrow as the rank.
 
-Both read their wide operand once, and that is their cost: torch's grouped product, made for square tiles, needs twice
-the time. Sums are taken in the same order every time. Imported only where a GPU is.
+They read their wide operand once, and that is their cost: torch's grouped product, made for square tiles, needs up to
+twice the time. Sums are taken in the same order every time. Imported only where a GPU is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)
 """Of the narrow side."""
 ROWS, DEPTH = 32, 256
 """A program of `narrow_product` takes ROWS rows, DEPTH of the sum at a time."""
-PROGRAMS, MOST_SHARES = 528, 16
+PROGRAMS, MOST_SHARES = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
 
@@ -108,6 +108,69 @@ def _outer_kernel(
     target = output_ptr + expert.to(tl.int64) * width * NARROW
     target += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
     tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit
+def _added_kernel(
+    base_ptr,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    output_ptr,
+    tokens,
+    width,
+    scale,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, tokens)
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    narrow = tl.arange(0, NARROW)
+    numbers = tl.arange(0, EXPERTS)
+    ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    inside = (rows < tokens)[:, None] & (columns < width)[None, :]
+    places = rows[:, None].to(tl.int64) * width + columns[None, :]
+    base = tl.load(base_ptr + places, mask=inside, other=0.0)
+    result = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for expert in range(first_expert, last_expert + 1):
+        end = tl.load(ends_ptr + expert)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        mine = (rows >= begin) & (rows < end)
+        inner = tl.load(inner_ptr + rows[:, None] * NARROW + narrow[None, :], mask=mine[:, None], other=0.0)
+        outer = outer_ptr + expert.to(tl.int64) * width * NARROW + columns[None, :] * NARROW + narrow[:, None]
+        result = tl.dot(inner, tl.load(outer, mask=(columns < width)[None, :], other=0.0), result)
+    result = base.to(tl.float32) + result * scale
+    tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def narrow_added(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """base [tokens, m] + scale · inner [tokens, n] · outer [experts, m, n] transposed; all contiguous, n of WIDTHS."""
+    tokens, width = base.shape
+    output = torch.empty_like(base)
+    _added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+        base,
+        inner,
+        outer,
+        ends,
+        output,
+        tokens,
+        width,
+        scale,
+        ends.shape[0],
+        EXPERTS=triton.next_power_of_2(ends.shape[0]),
+        NARROW=inner.shape[1],
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+    )
+    return output
 
 
 def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

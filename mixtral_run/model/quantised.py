@@ -193,7 +193,7 @@ def reads_unturned(device: torch.device) -> bool:
         expected += torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
         return bool((found.float() - expected).norm() < 1e-2 * expected.norm())
     except Exception as error:
-        log.warning("8-bit gradients go through turned weights, 5 %% slower: %s", str(error).splitlines()[:1])
+        log.warning("8-bit gradients go through turned weights, a tenth slower: %s", str(error).splitlines()[:1])
         return False
 
 

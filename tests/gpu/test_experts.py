@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixtral_run.model.grouped import grouped_linear, has_grouped_product
+from mixtral_run.model.grouped import added_linear, grouped_linear, has_grouped_product
 from mixtral_run.model.swiglu import swiglu_with_adapter
 from tests.experts_reference import ROUTINGS, Case, reference
 
@@ -68,3 +68,28 @@ def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> 
     found = narrow_outer_product(rows, inner, ends, narrow_first=True)
     assert float((found - expected).norm()) < 4e-3 * float(expected.norm())
     assert torch.equal(narrow_outer_product(rows, inner, ends, narrow_first=False), found.transpose(1, 2))
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("width", [256, 1000])
+@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
+def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank: int) -> None:
+    """Rank 8 goes through torch's product."""
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    drawn = [
+        torch.randn(shape, device="cuda").bfloat16()
+        for shape in ((sum(routing), width), (sum(routing), rank), (len(routing), width, rank))
+    ]
+    found = []
+    for exact in (False, True):
+        base, inner, outer = ((each.double() if exact else each.clone()).requires_grad_(True) for each in drawn)
+        if exact:
+            owner = torch.repeat_interleave(torch.arange(len(routing)), torch.tensor(routing)).cuda()
+            output = base + 2.0 * torch.einsum("tr,tor->to", inner, outer[owner])
+        else:
+            output = added_linear(base, inner, outer, 2.0, ends)
+        (output * torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output).to(output)).sum().backward()
+        found.append((output.detach(), base.grad, inner.grad, outer.grad))
+    for mine, expected in zip(*found, strict=True):
+        assert float((mine - expected).norm()) <= 1e-2 * float(expected.norm())
