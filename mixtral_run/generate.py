@@ -154,6 +154,7 @@ def continue_rows(
             positions=(positions[None] - padding[:, None]).clamp(min=0),
             mask=_mask(positions, padding) if ragged else None,
             cache=cache,
+            last_only=True,
         )
         chosen = choose(logits[:, -1].float(), sampling, generator)
         if here.world_size > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
@@ -85,17 +87,28 @@ class MixtralModel(torch.nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """tokens: int64 [batch, sequence] → logits [batch, sequence, vocabulary], whole on every rank.
 
         positions: int [batch, sequence], default 0, 1, …; mask: see AttentionInputs; the cache is filled and its length
-        advanced. All ranks of the TP and EP groups must call.
+        advanced. last_only: of the last position alone, [batch, 1, vocabulary]; not under sequence parallelism. All
+        ranks of the TP and EP groups must call.
         """
         inputs = self._inputs(tokens.shape[1], positions, mask, cache)
-        logits: Tensor = self.gpt(tokens, None, inputs, runtime_gather_output=True)
+        with self._output_of_last() if last_only else nullcontext():
+            logits: Tensor = self.gpt(tokens, None, inputs, runtime_gather_output=True)
         if cache is not None:
             cache.length += tokens.shape[1]
         return logits
+
+    def _output_of_last(self) -> RemovableHandle:
+        """While this context lasts, the output layer sees one position. Hidden states: [sequence, batch, hidden]."""
+        assert not self.gpt.config.sequence_parallel, "a rank has a part of the sequence only"
+        hook: RemovableHandle = self.gpt.output_layer.register_forward_pre_hook(
+            lambda _, arguments: (arguments[0][-1:], *arguments[1:])
+        )
+        return hook
 
     def quantise_experts(self, fill: Callable[[], object]) -> None:
         """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantise them."""
