@@ -26,6 +26,7 @@ options:
     default: true
   lock_timeout_seconds: {description: How long to wait for another package manager., type: int, default: 300}
   proxy: {description: Proxy for apt., type: str}
+  no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   state: {description: C(absent) removes what C(present) installed., type: str, choices: [present, absent], default: present}
 """
 
@@ -54,6 +55,7 @@ def main():
             "restart_when_busy": {"type": "bool", "default": True},
             "lock_timeout_seconds": {"type": "int", "default": 300},
             "proxy": {"type": "str"},
+            "no_proxy": {"type": "str", "default": ""},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         supports_check_mode=True,
@@ -164,11 +166,14 @@ def _apt(params, words):
     """Run apt-get, waiting for whoever holds a lock: its own option waits for dpkg's, not for those of lists and archives."""
     argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
     argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
-    if params["proxy"]:
+    direct, environment = [name.strip().lstrip(".") for name in params["no_proxy"].split(",") if name.strip()], {}
+    if params["proxy"] and "*" not in direct:
         argv += ["-o", "Acquire::http::Proxy=" + params["proxy"], "-o", "Acquire::https::Proxy=" + params["proxy"]]
+        # apt asks this variable beside its options, for how a host's name ends, and takes a blank for a part of it.
+        environment["no_proxy"] = ",".join(direct)
     until = time.monotonic() + params["lock_timeout_seconds"]
     while True:
-        answer = run(argv + words, timeout=APT_SECONDS)
+        answer = run(argv + words, timeout=APT_SECONDS, environment=environment)
         locked = answer.code and "Could not get lock" in answer.out + answer.err
         if not locked or time.monotonic() >= until:
             return answer

@@ -1,8 +1,13 @@
 """Programs of a host as small scripts in a folder that stands first in PATH; what they were called with is kept."""
 
+import shlex
 from pathlib import Path
 
+import jinja2
 import pytest
+import yaml
+
+ROLES = Path(__file__).parents[3] / "roles"
 
 
 class Programs:
@@ -25,6 +30,15 @@ class Programs:
         """What was called, in order."""
         text = self._calls.read_text() if self._calls.exists() else ""
         return [line for line in text.splitlines() if line.startswith(beginning)]
+
+
+def preflight_script(proxy: str = "", no_proxy: str = "localhost,127.0.0.1") -> str:
+    """What preflight runs in the shell of a host that may have no Python."""
+    text = yaml.safe_load((ROLES / "preflight/vars/main.yml").read_text())["__preflight_python_script"]
+    environment = jinja2.Environment(trim_blocks=True)
+    environment.filters["quote"] = shlex.quote
+    values = {"ansible_check_mode": False, "preflight_proxy": proxy, "preflight_no_proxy": no_proxy}
+    return environment.from_string(text).render(values)
 
 
 @pytest.fixture

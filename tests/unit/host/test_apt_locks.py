@@ -3,12 +3,10 @@
 import subprocess
 from pathlib import Path
 
-import jinja2
 import pytest
-import yaml
 
-from tests.unit.host.conftest import ROOT, call_module, load_module
-from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
+from tests.unit.host.conftest import call_module, load_module
+from tests.unit.host.programs import Programs, preflight_script, programs  # noqa: F401 - a fixture
 
 PACKAGES = load_module("apt_packages")
 LISTS = "/var/lib/apt/lists/lock"
@@ -55,12 +53,9 @@ def test_a_lock_that_is_never_freed_is_told(programs: Programs, settings: dict) 
 
 
 def _preflight(programs: Programs) -> subprocess.CompletedProcess[str]:  # noqa: F811
-    """Run preflight's script for hosts without Python in the shell that runs it there."""
-    text = yaml.safe_load((ROOT / "roles/preflight/vars/main.yml").read_text())["__preflight_python_script"]
-    script = jinja2.Template(text).render(ansible_check_mode=False)
     programs.put("python3", "exit 1")
     programs.put("sleep")
-    return subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=False)
+    return subprocess.run(["/bin/sh", "-c", preflight_script()], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("verb", "lock"), [("update", LISTS), ("install", ARCHIVES)])

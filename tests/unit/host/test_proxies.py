@@ -1,8 +1,11 @@
 """A proxy is used, but for hosts that no_proxy names; what its address holds reaches its place."""
 
 import http.server
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import jinja2.nativetypes
 import pytest
@@ -10,6 +13,7 @@ import yaml
 from ansible.module_utils.mixtral_run_host.commands import Result
 
 from tests.unit.host.conftest import ROOT, call_module, load_module
+from tests.unit.host.programs import Programs, preflight_script, programs  # noqa: F401 - a fixture
 
 DEAD_PROXY = "http://127.0.0.1:9"
 
@@ -63,6 +67,40 @@ def test_a_hub_is_asked(mirror: str, tmp_path, no_proxy: str, answers: bool) -> 
         endpoint=mirror, uid=0, gid=0, proxy=DEAD_PROXY, no_proxy=no_proxy,
     )  # fmt: skip
     assert ("HTTP 404" in result["msg"]) is answers
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is asked itself")
+@pytest.mark.parametrize(
+    ("no_proxy", "answers"),
+    [("localhost", True), ("other, .localhost", True), ("other,*", True), ("other,host.localhost", False), ("", False)],
+)
+def test_apt_asks_a_mirror(mirror: str, tmp_path: Path, monkeypatch, no_proxy: str, answers: bool) -> None:
+    for name in ("lists/partial", "cache/archives/partial", "parts"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "sources.list").write_text(f"deb [trusted=yes] {mirror.replace('127.0.0.1', 'localhost')} ./\n")
+    (tmp_path / "apt.conf").write_text(
+        f'Dir::Etc::SourceList "{tmp_path}/sources.list"; Dir::Etc::SourceParts "{tmp_path}/parts";\n'
+        f'Dir::State::Lists "{tmp_path}/lists"; Dir::Cache "{tmp_path}/cache"; Acquire::Retries "0";\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    params = {"proxy": DEAD_PROXY, "no_proxy": no_proxy, "lock_timeout_seconds": 0}
+    answer = load_module("apt_packages")._apt(params, ["update"])
+    # The mirror has no index, and says so; the proxy is not there at all.
+    assert ("404  File not found" in answer.out + answer.err) is answers, answer
+
+
+@pytest.mark.parametrize(
+    ("proxy", "no_proxy", "given"),
+    [("", "localhost", "none none "), ("http://p:3128", "*", "none none "),
+     ("http://me:p$s@p:3128", "a, .b", "http://me:p$s@p:3128 http://me:p$s@p:3128 a,.b")],
+)  # fmt: skip
+def test_a_host_without_python_gets_it_by_the_proxy(
+    programs: Programs, tmp_path: Path, proxy: str, no_proxy: str, given: str  # noqa: F811
+) -> None:  # fmt: skip
+    programs.put("python3", "exit 1")
+    programs.put("apt-get", f'echo "${{http_proxy:-none}} ${{https_proxy:-none}} $no_proxy" > {tmp_path}/given')
+    subprocess.run(["/bin/sh", "-c", preflight_script(proxy, no_proxy)], check=True, capture_output=True)
+    assert (tmp_path / "given").read_text() == given + "\n"
 
 
 def test_a_build_of_megatron_bridge_gets_the_proxy(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
