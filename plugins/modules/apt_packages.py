@@ -27,7 +27,7 @@ options:
   lock_timeout_seconds: {description: How long to wait for another package manager., type: int, default: 300}
   proxy: {description: Proxy for apt., type: str}
   no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
-  state: {description: C(absent) removes what C(present) installed., type: str, choices: [present, absent], default: present}
+  state: {description: "C(absent) removes what C(present) installed, and gives the rest the holds that they had.", type: str, choices: [present, absent], default: present}
 """
 
 import fnmatch
@@ -97,12 +97,16 @@ def _present(module, record):
     removed = [name for name in params["conflicting"] if name in installed and name not in params["names"]]
     unheld = [name for name in params["names"] if (name not in held) == params["hold"]]
     mine = record.values.setdefault(params["section"], [])
+    holds = record.values.setdefault(_holds(params), {})
     fresh = [name for name in params["names"] if name not in installed and name not in mine]
     _defer_when_busy(module, [name for name in wrong + removed if name in installed], installed)
     changed = bool(wrong or removed or unheld)
     before = "".join("{} {}\n".format(name, installed[name]) for name in params["names"] + removed if name in installed)
     if changed and not module.check_mode:
         mine += fresh
+        for name in unheld:
+            if name not in mine:
+                holds.setdefault(name, name in held)
         record.save()  # before the work: killed in the middle, `absent` still knows what to take back
         if wrong or removed:
             _install(module, wrong, removed)
@@ -119,6 +123,11 @@ def _present(module, record):
         versions={name: now.get(name) for name in params["names"]},
         diff={"before": before, "after": after, "before_header": "packages", "after_header": "packages"},
     )
+
+
+def _holds(params):
+    """Where it is kept which packages of others were held before the kit changed that."""
+    return params["section"] + "_holds"
 
 
 def _defer_when_busy(module, touched, installed):
@@ -138,7 +147,8 @@ def _defer_when_busy(module, touched, installed):
 
 def _absent(module, record):
     params = module.params
-    mine = [name for name in record.values.get(params["section"], []) if name in _installed()]
+    installed = _installed()
+    mine = [name for name in record.values.get(params["section"], []) if name in installed]
     changed = params["section"] in record.values
     why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
     if why:
@@ -152,6 +162,11 @@ def _absent(module, record):
             )
         )
     if not module.check_mode and changed:
+        holds = record.values.pop(_holds(params), {})
+        for verb, wanted in (("hold", True), ("unhold", False)):
+            names = [name for name in holds if name in installed and holds[name] == wanted]
+            if names:
+                _checked(module, ["apt-mark", verb] + names, "The hold cannot be taken back.")
         if mine:
             run(["apt-mark", "unhold"] + mine)
             answer = _apt(params, ["remove"] + mine)
