@@ -1,6 +1,9 @@
 """Roles say of themselves what they take: argument specs, defaults, README, and what the image is made from."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,22 @@ def test_group_vars_show_the_defaults_that_the_roles_have() -> None:
     block = "\n".join(line[2:] for line in text.splitlines() if re.match(r"# ([a-z_]+:|  - )", line))
     shown = yaml.safe_load(block)
     assert shown and shown == {name: defaults[name] for name in shown}
+
+
+def test_the_example_inventory_needs_other_names_alone() -> None:
+    inventory = ROOT / "inventory/hosts.example.yml"
+    programs = Path(sys.executable).parent
+    words = ["-i", str(inventory)]
+    listed = subprocess.run(
+        [programs / "ansible-inventory", *words, "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    hosts = json.loads(listed.stdout)["_meta"]["hostvars"]
+    assert set(hosts) == {"gpu-01", "gpu-02"}
+    group_vars = _yaml("inventory/group_vars/all.yml")
+    wanted = {**group_vars, "ansible_user": "ubuntu"}
+    assert all(wanted.items() <= host.items() for host in hosts.values())
+    for playbook in (ROOT / "playbooks").glob("*.yml"):
+        subprocess.run([programs / "ansible-playbook", *words, "--syntax-check", playbook], cwd=ROOT, check=True)
 
 
 def test_the_image_holds_what_the_extra_train_asks_for_at_the_pinned_versions() -> None:
