@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,30 @@ def test_index_and_certificates_reach_the_build(tmp_path: Path, monkeypatch: pyt
         "PIP_INDEX_URL=https://index/simple", "PIP_TRUSTED_HOST=index", "TORCH_INDEX_URL=https://torch/cu126",
         "BASE_IMAGE=base:12.6",
     }  # fmt: skip
+
+
+def test_it_is_built_again_when_an_input_changed_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: dict[str, str] = {}
+
+    def run(argv: list[str], **_: object) -> Result:
+        if argv[:2] == ["docker", "build"]:
+            key, _, engine["hash"] = argv[argv.index("--label") + 1].partition("=")
+            assert key == MODULE.LABEL
+        image = [{"Id": "v1", "Config": {"Labels": {MODULE.LABEL: engine.get("hash")}}}]
+        return Result(int(argv[1] == "image" and not engine), json.dumps(image), "")
+
+    monkeypatch.setattr(MODULE, "run", run)
+    monkeypatch.setattr(MODULE, "WORK_FOLDER", str(tmp_path / "build"))
+    tarfile.open(tmp_path / "sent.tar", "w").close()
+    given = {"host": "gpu-01", "source": "build", "name": "kit:local", "inputs": "kit", "variant": "cpu",
+             "sent": str(tmp_path / "sent.tar")}  # fmt: skip
+    changes: list[dict] = [
+        {"inputs": "kit, edited"}, {"base_image": "base:2"}, {"pip_index_url": "https://index"}, {"uid": 1001},
+        {"torch_index_urls": {"cpu": "https://torch"}}, {"apt_packages": ["gcc"]},
+    ]  # fmt: skip
+    for change in [{}, *changes]:
+        given |= change
+        again = [call_module(MODULE, tmp_path / "records", **given)["changed"] for _ in range(2)]
+        assert again == [True, False], change
+    # A proxy is the way to the inputs, not one of them.
+    assert not call_module(MODULE, tmp_path / "records", **given, proxy="http://p:3128")["changed"]
