@@ -35,6 +35,14 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("ssh", "known_hosts", "fingerprint", "reimaged", "changed"),
     ),
     KnownFailure(
+        "jump-host-key",
+        "The SSH key of a jump host has changed, or is not known",
+        r"jump host .{0,160}(another host key than|is not the one that ssh knows)",
+        "The kit looks after the keys of a fleet's hosts; those of jump hosts are ssh's own: ~/.ssh/known_hosts, as a rule.",
+        ("ssh-keygen -R JUMP_HOST    # only if you know that it was reimaged", "ssh HOST    # asks for the new key"),
+        ("bastion", "proxyjump", "jump"),
+    ),
+    KnownFailure(
         "ssh-key",
         "The host refuses the SSH key",
         r"permission denied \((publickey|gssapi|keyboard|password)|refuses the key\.|too many authentication failures",

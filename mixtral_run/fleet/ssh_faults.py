@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
@@ -12,6 +13,10 @@ def connection_error(host: Host, errors: str) -> HostError:
     """ssh's complaint, as what it means and what to do."""
     found = last_line(errors) or "ssh ended without a word"
     if is_changed_key(errors):
+        # After its own complaint ssh ends without another word: one that goes on to lose the connection tells what
+        # the ssh before it has said, that to the jump host.
+        if re.search(_DROPPED, errors, re.I | re.M):
+            return _changed_jump_host(host, errors)
         return HostError(
             f"{host.name} shows another host key than before: it was reimaged, or somebody sits in between.",
             where=host.target,
@@ -27,6 +32,22 @@ def connection_error(host: Host, errors: str) -> HostError:
             )
     return HostError(
         f"{host.name} cannot be reached.", where=host.target, found=found, next_command=f"ssh -v {host.address}"
+    )
+
+
+def _changed_jump_host(host: Host, errors: str) -> HostError:
+    named = re.search(r"host key for (\S+) has changed", errors, re.I)
+    recorded = re.search(r"^Offending .*key in (.+):(\d+)\s*$", errors, re.I | re.M)
+    jump_host = named.group(1) if named else "JUMP_HOST"
+    file = ["-f", recorded.group(1)] if recorded else []
+    return HostError(
+        f"The jump host {jump_host} before {host.name} has another host key than ssh knows: it was reimaged, or "
+        "somebody sits in between.",
+        where=host.target,
+        expected=f"the key in {recorded.group(1)}, line {recorded.group(2)}" if recorded else "the key that ssh knows",
+        found=_fingerprint(errors),
+        next_command=f"if it was reimaged: {shlex.join(['ssh-keygen', *file, '-R', jump_host])}, then "
+        f"ssh {host.address}, which asks for the new one",
     )
 
 

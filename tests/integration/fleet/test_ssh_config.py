@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -120,3 +121,41 @@ def test_hosts_behind_a_jump_host_are_reached(
     jump.stop()
     (status,) = status_of_all()
     assert not status.reachable
+
+
+def test_a_jump_host_with_a_new_key_is_told_from_the_host_behind_it(
+    run: Run, light_hosts: HostMaker, home: Path, key: Path, tmp_path: Path
+) -> None:
+    jump, host = light_hosts(2)
+    for each in (jump, host):
+        takes_only(each, key)
+    known, name = tmp_path / "known hosts", f"[127.0.0.1]:{jump.port}"
+    own = ("GlobalKnownHostsFile none", f'UserKnownHostsFile "{known}"')
+    (home / ".ssh/config").write_text(
+        entry("bastion", jump, key, *own) + entry("gpu-01", host, key, "ProxyJump bastion")
+    )
+
+    def trust_jump_host() -> None:
+        with known.open("a") as file:
+            file.write(f"{name} {(jump.folder / 'host_key.pub').read_text()}")
+
+    trust_jump_host()
+    run("gpu-01")
+    # Behind a jump host that is what it was, it is the host's own key still.
+    host.reimage()
+    assert "--accept-new-host-key gpu-01 gpu-01" in run("gpu-01")[1]
+    jump.reimage()
+    for accepted in ((), ("gpu-01",)):
+        end, text = run("gpu-01", accept_new_host_key=accepted)
+        assert end.progress.bad
+        assert f"The jump host {name} before gpu-01 has another host key" in text
+        assert "--accept-new-host-key" not in text
+        assert f"expected: the key in {known}, line 1" in " ".join(text.split())
+    (status,) = status_of_all()
+    assert status.error is not None and f"jump host {name}" in status.error
+    told = re.search(r"if it was reimaged: (ssh-keygen .*?), then ssh gpu-01", " ".join(text.split()))
+    assert told is not None
+    subprocess.run(shlex.split(told.group(1)), check=True)
+    trust_jump_host()
+    end, _ = run("gpu-01", accept_new_host_key=("gpu-01",))
+    assert not end.progress.bad

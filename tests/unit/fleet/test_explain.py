@@ -11,6 +11,7 @@ from mixtral_run.fleet.known_failures import KNOWN_FAILURES
 # What programs really print.
 SEEN = {
     "host-key": "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!",
+    "jump-host-key": "The jump host bastion before gpu-01 has another host key than ssh knows: it was reimaged, or",
     "ssh-key": "ubuntu@10.0.0.1: Permission denied (publickey).",
     "sudo": "Missing sudo password",
     "unreachable": "ssh: connect to host gpu-01 port 22: No route to host",

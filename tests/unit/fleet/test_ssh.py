@@ -41,6 +41,12 @@ Host key for [127.0.0.1]:2222 has changed and you have requested strict checking
 Host key verification failed."""
 
 
+# Of a jump host the ssh that goes on to the host hears nothing but the end of the connection.
+CHANGED_BEFORE = f"""{CHANGED}
+kex_exchange_identification: Connection closed by remote host
+Connection closed by UNKNOWN port 65535"""
+
+
 @pytest.mark.parametrize(
     ("errors", "again"),
     [
@@ -67,6 +73,7 @@ Host key verification failed."""
         ("Connection to gpu-01 closed by remote host.", False),
         ("Read from remote host gpu-01: Connection reset by peer", False),
         (CHANGED, False),
+        (CHANGED_BEFORE, False),
     ],
 )
 def test_only_what_was_dropped_at_its_start_is_tried_again(errors: str, again: bool) -> None:
@@ -84,6 +91,11 @@ def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
     ("errors", "what", "command"),
     [
         (CHANGED, "shows another host key", "--accept-new-host-key gpu-01:2222 ops@gpu-01:2222"),
+        (
+            CHANGED_BEFORE,
+            "The jump host [127.0.0.1]:2222 before gpu-01:2222 has another host key",
+            "ssh-keygen -R '[127.0.0.1]:2222', then ssh gpu-01",
+        ),
         ("ops@gpu-01: Permission denied (publickey).", "refuses the key", "bootstrap --ask-pass ops@gpu-01:2222"),
         ("ssh: Could not resolve hostname gpu-01: Name or service not known", "is not known", "HostName"),
         ("ssh: connect to host gpu-01 port 2222: Connection refused", "refuses the connection", "port"),
