@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,21 @@ def test_a_table_of_many_hosts_fits_and_shows_failures_first() -> None:
     assert len(lines) <= 22
     assert "gpu-49" in lines[1]
     assert "30 done" in lines[-1]
+
+
+def test_a_line_tells_role_task_time_and_counts() -> None:
+    from rich.console import Console
+
+    progress = FleetProgress(["gpu-01"])
+    for event, role, task in (("ok", "preflight", "Look"), ("ok", "docker", "Add"), ("start", "docker", "Install")):
+        data = {"host": "gpu-01", "role": role, "task": task, "res": {"changed": task == "Add"}}
+        progress.fold({"event": f"runner_on_{event}", "event_data": data})
+    progress.hosts["gpu-01"].task_since = time.time() - 200
+    console = Console(file=io.StringIO(), width=100, height=24)
+    console.print(progress_table(progress, 22))
+    heading, line = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert heading.split() == ["host", "role", "task", "elapsed", "changed/ok"]
+    assert re.fullmatch(r"… gpu-01 +docker +Install +3:2\d +1/2", line.rstrip())
 
 
 def test_secrets_of_no_log_tasks_are_not_in_messages(events: list[dict[str, Any]]) -> None:
