@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.parametrize("fault", ["no program", "no engine"])
 def test_without_an_engine_it_says_so_and_shows_what_bootstrap_would_do(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    if fault == "no program":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nowhere.sock")
     argv = [sys.executable, "-m", "mixtral_run", "rehearse", "--host"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
