@@ -94,3 +94,11 @@ EXIT_CODES: dict[int, type[MixtralRunError]] = {
     error.exit_code: error
     for error in (MixtralRunError, ConfigError, HostError, CheckFailed, WeightsError, TrainingError)
 }
+
+
+def described(error: BaseException) -> dict[str, object]:
+    """An error as JSON values: the parts of its message, and the exit code where it is one of the kit's."""
+    if not isinstance(error, MixtralRunError):
+        return {"what": str(error) or type(error).__name__}
+    parts = ("what", "where", "expected", "found", "next_command", "exit_code")
+    return {name: getattr(error, name) for name in parts} | {"faults": list(error.faults)}

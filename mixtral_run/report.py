@@ -5,13 +5,16 @@ One `Report` is handed down from the command. A process that is not the first of
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
+
+from mixtral_run.errors import described
 
 STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
 QUIET_SECONDS = 5.0
@@ -74,6 +77,22 @@ class _Lines(Progress):
             self._last = now
             amounts = f"{self._done:,} of {self._total:,} {self._unit}"
             print(f"  {self._what}: {self._done / self._total:4.0%} ({amounts})", file=self._stream, flush=True)
+
+
+@contextmanager
+def json_document(enabled: bool) -> Iterator[dict[str, Any]]:
+    """One JSON object on stdout, whatever happens within: what was put into the dict, and the error if there was one,
+    which goes on to who tells it.
+    """
+    document: dict[str, Any] = {}
+    try:
+        yield document
+    except BaseException as error:
+        document |= {"ok": False, "error": described(error)}
+        raise
+    finally:
+        if enabled:
+            print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
 
 
 class Report:

@@ -13,23 +13,31 @@ import click
 
 from mixtral_run.commands.host_options import VERBS as HOST_VERBS
 from mixtral_run.commands.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import ConfigError, described
 from mixtral_run.settings import Config, field_types, flag_of, plain_type
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def config_options(config_class: type[ConfigT]) -> Callable[[Callable[[ConfigT], None]], Callable[..., None]]:
+def config_options(
+    config_class: type[ConfigT], *, errors_as_json: bool = False
+) -> Callable[[Callable[[ConfigT], None]], Callable[..., None]]:
     """Give a command an option for every field of `config_class`, and --config FILE; call it with the checked config.
 
     A flag wins over the file, the file over the default. A required setting may come from either. Verbs that run on
-    hosts also get --on and what belongs to it.
+    hosts also get --on and what belongs to it. errors_as_json: with --json, settings that cannot be used are told on
+    stdout as well.
     """
 
     def decorate(function: Callable[[ConfigT], None]) -> Callable[..., None]:
         def command(**flags: Any) -> None:
             elsewhere = take_host_options(flags)
-            config = merged_config(config_class, flags.pop("config"), flags)
+            try:
+                config = merged_config(config_class, flags.pop("config"), flags)
+            except ConfigError as error:
+                if errors_as_json and flags.get("json"):
+                    _echo_json({"ok": False, "error": described(error)})
+                raise
             if "on" in elsewhere:
                 run_on_hosts(function.__name__, config, elsewhere)
             else:
@@ -66,6 +74,12 @@ def setting_options(config_class: type[Config]) -> Callable[[Callable[..., None]
 def merged_config(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:
     """The checked config of a file and the flags given beside it. Raises ConfigError with all faults."""
     return _merge(config_class, file, flags).check()
+
+
+def _echo_json(values: dict[str, Any]) -> None:
+    import json
+
+    click.echo(json.dumps(values, indent=2, ensure_ascii=False))
 
 
 def _merge(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:

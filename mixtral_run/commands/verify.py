@@ -9,33 +9,32 @@ from mixtral_run.config import VerifyConfig
 
 
 @click.command()
-@config_options(VerifyConfig)
+@config_options(VerifyConfig, errors_as_json=True)
 def verify(config: VerifyConfig) -> None:
     """Say what a checkpoint is; with --against compare it with the HF weights, bit by bit and by logits."""
     from mixtral_run import launch
+    from mixtral_run.report import json_document
 
-    if launch.rank() == 0 and not launch.is_ours():
-        import json
+    is_first = launch.rank() == 0 and not launch.is_ours()
+    with json_document(config.json and is_first) as document:
+        if is_first:
+            from mixtral_run.weights.verify import verify as verify_weights
 
-        from mixtral_run.weights.verify import verify as verify_weights
-
-        result = verify_weights(config)
-        if config.json:
-            click.echo(json.dumps(result.to_mapping(), indent=2, ensure_ascii=False))
-        result.check()
-        if result.kind not in ("base", "hf"):
-            return
-    if config.against is None or not config.logits:
-        return
-    if launch.is_worker():
-        from mixtral_run.parity import compare_logits
-
-        compare_logits(config)
-    elif _fits(config):
-        launch.torchrun("verify", config)
+            result = verify_weights(config)
+            document |= result.to_mapping()
+            result.check()
+            if result.kind not in ("base", "hf"):
+                return
+        if config.against is not None and config.logits:
+            _compare_logits(config)
 
 
-def _fits(config: VerifyConfig) -> bool:
+def _compare_logits(config: VerifyConfig) -> None:
+    from mixtral_run import launch
     from mixtral_run.memory import logits_fit
+    from mixtral_run.parity import compare_logits
 
-    return logits_fit(config)
+    if launch.is_worker():
+        compare_logits(config)
+    elif logits_fit(config):
+        launch.torchrun("verify", config)

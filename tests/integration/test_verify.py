@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtral_run.config import VerifyConfig
-from mixtral_run.errors import CheckFailed, MixtralRunError, WeightsError
+from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights import mapping
 from mixtral_run.weights.torch_dist import Reader
@@ -210,3 +211,53 @@ def test_what_is_not_whole_is_refused(converted: Path, tmp_path: Path) -> None:
         verified(converted)
     with pytest.raises(WeightsError, match="not a whole checkpoint"):
         verified(tmp_path / "nowhere")
+
+
+def damage_small_file(converted: Path) -> None:
+    (converted / "tokenizer" / "config.json").write_text("{}")
+
+
+def damage_metadata(converted: Path) -> None:
+    (converted / "iter_0000001" / ".metadata").write_bytes(b"no pickle")
+
+
+def remove_marker(converted: Path) -> None:
+    (converted / "latest_checkpointed_iteration.txt").unlink()
+
+
+def nothing(converted: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "exit_code", "said"),
+    [
+        (damage_small_file, ("--proof",), CheckFailed.exit_code, "tokenizer/config.json"),
+        (damage_metadata, (), WeightsError.exit_code, ".metadata"),
+        (remove_marker, (), WeightsError.exit_code, "latest_checkpointed_iteration.txt"),
+        (nothing, ("--against", "no/such/model/here"), WeightsError.exit_code, "no/such/model/here"),
+        (nothing, ("--adapter", "a"), ConfigError.exit_code, "--peft-path"),
+    ],
+)
+def test_whatever_comes_out_is_one_json_object(
+    converted: Path, damage: Callable[[Path], None], flags: tuple[str, ...], exit_code: int, said: str
+) -> None:
+    damage(converted)
+    done = run_cli("verify", "--load", converted, *flags, "--json")
+    assert done.returncode == exit_code, done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] is False
+    assert told["error"]["exit_code"] == exit_code
+    assert said in json.dumps(told["error"])
+    assert said in done.stderr
+
+
+def test_logits_that_differ_are_not_ok_in_json(small_checkpoint: Path, small_hf_model: Path) -> None:
+    """Told by processes of their own, after every tensor was found equal."""
+    words = ("--load", small_checkpoint, "--against", small_hf_model, "--device", "cpu", "--logits-tolerance", "1e-30")
+    done = run_cli("verify", *words, "--json")
+    assert done.returncode == CheckFailed.exit_code, done.stderr
+    told = json.loads(done.stdout)
+    assert told["comparison"]["differences"] == []
+    assert told["ok"] is False
+    assert "does not compute what HF does" in told["error"]["what"]
