@@ -19,6 +19,8 @@ from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weigh
 
 LATEST = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "mixtral_run.json"
+UNKNOWN_FINGERPRINT = ""
+"""Of a base whose weights are still on the hub."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
 def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
     """Raise WeightsError when the adapter was trained on another base, as far as the base's fingerprint is known."""
     known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
-    if known != base.fingerprint:
+    if base.fingerprint not in (known, UNKNOWN_FINGERPRINT):
         raise WeightsError(
             "The adapter was trained on another base.",
             where=str(adapter.folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,20 @@ lies in host memory."""
 
 RUNS_AGAIN = ("full", "offload")
 """Where a whole layer is."""
+
+HF_MODEL_SETTINGS = ("load", "against", "hf_model_path")
+"""Settings that take an HF model: a directory, or its name on the hub."""
+
+
+def may_be_hub_name(text: str) -> bool:
+    """Whether a text has the form of a model's name on the hub: ORG/NAME, or ORG/NAME@REVISION."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?", text) is not None
+
+
+def hub_name_and_revision(text: str) -> tuple[str, str | None]:
+    """`ORG/NAME@v1` → ("ORG/NAME", "v1"); a path stays whole."""
+    name, _, revision = text.partition("@") if may_be_hub_name(text) else (text, "", "")
+    return name, revision or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +94,8 @@ class ConvertConfig(ParallelConfig):
 
     hf_model_path: str | None = setting(
         None,
-        help="Directory of the HF model, or its name on the hub. With --from-megatron: the directory to take "
-        "config.json and the tokenizer from, which a checkpoint of Megatron-LM lacks.",
+        help="The HF model: its directory, or its name on the hub (NAME@REVISION for another than main). With "
+        "--from-megatron: what to take config.json and the tokenizer from, which a checkpoint of Megatron-LM lacks.",
     )
     from_megatron: Path | None = setting(
         None,
@@ -111,8 +126,10 @@ class VerifyConfig(LaunchConfig):
     expert_model_parallel_size: int = setting(1, help="EP of the logits comparison.", minimum=1)
     nproc_per_node: int | None = setting(1, help="Processes of the logits comparison.", minimum=1)
     dtype: str = setting("fp32", help="Precision of the logits comparison.", choices=("auto", "bf16", "fp32"))
-    load: Path = setting(help="The torch_dist checkpoint, or an HF model's directory.")
-    against: Path | None = setting(None, help="HF directory to compare every tensor with, bit by bit.")
+    load: Path = setting(help="The torch_dist checkpoint, or an HF model: its directory, or its name on the hub.")
+    against: Path | None = setting(
+        None, help="HF model to compare every tensor with, bit by bit: directory or name on the hub."
+    )
     logits: bool = setting(True, help="With --against: also compare logits with HF's when the model fits in memory.")
     adapter: Path | None = setting(None, help="Compare logits with this adapter on the checkpoint …")
     peft_path: Path | None = setting(None, help="… and this exported PEFT directory on the HF model.")
@@ -136,7 +153,9 @@ class VerifyConfig(LaunchConfig):
 class DataConfig(LaunchConfig):
     """What a training run is fed with, and how much of it."""
 
-    load: Path = setting(help="The base: a converted checkpoint of any TP/EP layout, or the HF model's directory.")
+    load: Path = setting(
+        help="The base: a converted checkpoint of any TP/EP layout, or an HF model's directory or name on the hub."
+    )
     data_path: Path | None = setting(None, help='JSONL file, one {"instruction": …, "response": …} a line.')
     mock_data: bool = setting(False, help="Train on random tokens instead of a file.")
     micro_batch_size: int = setting(1, help="Samples a process takes through the model at once.", minimum=1)
@@ -234,7 +253,7 @@ class PlanConfig(Config):
 
     gpus: int = setting(8, help="GPUs of the job.", minimum=1)
     gpu_memory: float = setting(80.0, help="Memory of one GPU in GiB.", above=0)
-    load: Path | None = setting(None, help="A converted checkpoint to plan for. Default: Mixtral 8x7B.")
+    load: Path | None = setting(None, help="A converted checkpoint or an HF model to plan for. Default: Mixtral 8x7B.")
     seq_length: int = setting(512, help="Tokens of a sample.", minimum=2)
     micro_batch_size: int = setting(1, help="Samples a process takes through the model at once.", minimum=1)
     lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1)
@@ -280,7 +299,9 @@ class PretrainConfig(DataConfig):
 class GenerateConfig(LaunchConfig):
     """Continue prompts."""
 
-    load: Path = setting(help="The base: a converted checkpoint of any TP/EP layout, or the HF model's directory.")
+    load: Path = setting(
+        help="The base: a converted checkpoint of any TP/EP layout, or an HF model's directory or name on the hub."
+    )
     adapter: Path | None = setting(None, help="An adapter checkpoint that finetune saved.")
     prompt: tuple[str, ...] = setting((), help="A prompt, taken as it is; may be given several times.")
     instruction: tuple[str, ...] = setting(
@@ -309,7 +330,9 @@ class ExportConfig(Config):
     """Adapter → PEFT directory, or a merged HF model."""
 
     adapter: Path = setting(help="The adapter checkpoint that finetune saved.")
-    hf_model_path: Path | None = setting(None, help="HF directory of the base; needed by --merge.")
+    hf_model_path: Path | None = setting(
+        None, help="HF model of the base, its directory or name on the hub; needed by --merge."
+    )
     output_path: Path = setting(help="Folder to write; must be empty or new.")
     format: str = setting(
         "peft",

@@ -25,16 +25,19 @@ from mixtral_run.plan import (
 from mixtral_run.report import Report
 
 
-def settled(config: FinetuneConfig) -> FinetuneConfig:
+def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> FinetuneConfig:
     """The config with what was left to the plan: --layout auto, and --recompute where none was given.
+
+    base: what --load is, where it is known already; then nothing is said.
 
     On a CPU: EP over all processes, nothing computed again. Processes that this program started get a settled one.
     Raises ConfigError when --layout auto finds none that fits.
     """
     if launch.is_ours() or (config.layout != "auto" and _recompute_given(config)):
         return config
+    quiet = base is not None
     try:
-        base = describe_base(config.load)
+        base = base or describe_base(config.load)
     except WeightsError:
         # The checks that follow tell this with all else that is wrong.
         return config
@@ -48,7 +51,7 @@ def settled(config: FinetuneConfig) -> FinetuneConfig:
         raise _refusal(config, base, world_size, gpu, "auto", candidates)
     # Where the layout is given and nothing fits, `memory_error` says so.
     chosen = fitting[0].layout if fitting else dataclasses.replace(_given(config), recompute=RECOMPUTE[-1])
-    if fitting and launch.rank() == 0:
+    if fitting and launch.rank() == 0 and not quiet:
         pinned = fitting[0].host_bytes
         Report().say(
             f"Plan: {chosen}, recompute {chosen.recompute}: {fitting[0].memory.total / GIB:.1f} of "

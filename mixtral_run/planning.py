@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
-from mixtral_run.checkpoints import describe_base
+from mixtral_run.checkpoints import BaseDescription, describe_base
 from mixtral_run.config import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE_OF_HOST, Choice, Workload, ranked
 from mixtral_run.report import Report
+from mixtral_run.weights.source import HubModel, ask, is_on_hub, resolve
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "buffers", "context")
 
@@ -41,7 +43,7 @@ def show_plan(config: PlanConfig) -> None:
 
 def workload_of(config: PlanConfig) -> Workload:
     """What the plan is asked about. Raises WeightsError when --load is no checkpoint."""
-    base = describe_base(config.load) if config.load is not None else None
+    base = _base(config.load) if config.load is not None else None
     whole = 4 if base is not None and base.dtype == "float32" else 2
     return Workload(
         architecture=base.architecture if base is not None else MIXTRAL_8X7B,
@@ -54,6 +56,13 @@ def workload_of(config: PlanConfig) -> Workload:
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
     )
+
+
+def _base(load: Path) -> BaseDescription | HubModel:
+    """What a plan needs of the base: of a model on the hub no weights."""
+    if is_on_hub(load):
+        return ask(str(load)) or describe_base(resolve(str(load), Report.silent()))
+    return describe_base(load)
 
 
 def _title(config: PlanConfig, workload: Workload) -> str:

@@ -15,8 +15,9 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune a converted checkpoint with LoRA: attention and experts, one adapter an expert."""
 
     from mixtral_run.fitting import settled
+    from mixtral_run.train.preflight import with_base_here
 
-    config = settled(config)
+    config = settled(with_base_here(config))
 
     def job() -> None:
         from mixtral_run.train.loop import finetune

@@ -14,6 +14,10 @@ from mixtral_run.config import GenerateConfig
 def generate(config: GenerateConfig) -> None:
     """Continue prompts with a converted checkpoint, with or without an adapter."""
 
+    from mixtral_run.train.preflight import with_base_here
+
+    config = with_base_here(config)
+
     def job() -> None:
         from mixtral_run.generate import generate
 

@@ -14,6 +14,10 @@ from mixtral_run.config import PretrainConfig
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
 
+    from mixtral_run.train.preflight import with_base_here
+
+    config = with_base_here(config)
+
     def job() -> None:
         from mixtral_run.train.loop import pretrain
 

@@ -33,7 +33,12 @@ def _compare_logits(config: VerifyConfig) -> None:
     from mixtral_run import launch
     from mixtral_run.memory import logits_fit
     from mixtral_run.parity import compare_logits
+    from mixtral_run.report import Report
+    from mixtral_run.weights.source import with_models_here
 
+    silent = launch.is_ours() or launch.rank() != 0
+    report = Report.silent() if silent else Report.on_stderr() if config.json else Report()
+    config = with_models_here(config, report)
     if launch.is_worker():
         compare_logits(config)
     elif logits_fit(config):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mixtral_run.config import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.errors import ConfigError
 from mixtral_run.settings import Config, field_types, flag_of, plain_type
 
@@ -153,7 +154,7 @@ def make_spec(
         is_path = plain_type(types[item.name])[0] is Path or (
             item.name == "hf_model_path" and str(value).startswith("/")
         )
-        if value is None or not is_path:
+        if value is None or not is_path or (verb != "smoke" and _may_be_on_hub(item.name, value)):
             continue
         if item.name in LOCAL_INPUTS and Path(value).is_file():
             sent = f"{item.name}{Path(value).suffix}"
@@ -170,6 +171,11 @@ def make_spec(
         name=name, verb=verb, config=values, mounts=_outermost(mounts), files=tuple(files), options=options,
         num_hosts=num_hosts, rendezvous=rendezvous,
     )  # fmt: skip
+
+
+def _may_be_on_hub(name: str, value: str) -> bool:
+    """Whether only the job can tell an HF model's name from a folder below its working directory, CHECKPOINTS."""
+    return name in HF_MODEL_SETTINGS and may_be_hub_name(value)
 
 
 def _inside(value: str, flag: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
+from mixtral_run import launch
 from mixtral_run.checkpoints import (
     LATEST,
+    UNKNOWN_FINGERPRINT,
     AdapterDescription,
     BaseDescription,
     check_adapter_fits,
@@ -14,10 +17,14 @@ from mixtral_run.checkpoints import (
 )
 from mixtral_run.config import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
-from mixtral_run.fitting import memory_error
+from mixtral_run.fitting import memory_error, settled
+from mixtral_run.report import Report
 from mixtral_run.train.data import batch_size_faults
 from mixtral_run.train.pairs import read_pairs
+from mixtral_run.weights.source import HubModel, with_models_here
 from mixtral_run.weights.staging import disk_faults
+
+LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
 METRICS = "metrics.jsonl"
 """In the adapter's folder: each iteration's figures, a JSON object a line."""
@@ -28,14 +35,51 @@ PARTIAL = ".iter_*.partial"
 def check_training(config: DataConfig, world_size: int) -> BaseDescription:
     """Check settings, base, layout, data file and output folder. Raises one error with all that is wrong."""
     errors: list[MixtralRunError] = []
-    replicas = max(world_size // config.tensor_model_parallel_size, 1)
-    faults = batch_size_faults(config.global_batch_size, config.micro_batch_size, replicas)
     base = None
     try:
         base = describe_base(config.load)
-        faults += layout_faults(config, base)
     except MixtralRunError as error:
         errors.append(error)
+    errors += _errors(config, world_size, base)
+    if errors:
+        raise joined(errors)
+    assert base is not None
+    return base
+
+
+def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
+    """The config with --load as a directory: where it names a model on the hub, it is downloaded.
+
+    Before that, all that needs no weights is checked: raises as `check_training` and `check_inference` do. Processes
+    that this program started get the directory.
+    """
+    if launch.is_ours():
+        return config
+    report = Report() if launch.rank() == 0 else Report.silent()
+    return with_models_here(config, report, lambda model: _check_before_download(config, model))
+
+
+def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
+    base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
+    if isinstance(config, FinetuneConfig):
+        config = settled(config, base)
+    world_size = launch.num_processes(config)
+    if isinstance(config, DataConfig):
+        errors = _errors(config, world_size, base)
+    else:
+        faults = layout_faults(config, base)
+        errors = [ConfigError("The settings cannot be used as they are.", faults=faults)] if faults else []
+    if errors:
+        raise joined(errors)
+
+
+def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
+    """What is wrong with the settings, the data file and the output folder; without a base what can be told."""
+    errors: list[MixtralRunError] = []
+    replicas = max(world_size // config.tensor_model_parallel_size, 1)
+    faults = batch_size_faults(config.global_batch_size, config.micro_batch_size, replicas)
+    if base is not None:
+        faults += layout_faults(config, base)
     if config.data_path is not None:
         try:
             read_pairs(config.data_path)
@@ -55,10 +99,7 @@ def check_training(config: DataConfig, world_size: int) -> BaseDescription:
             errors += [refusal] if refusal is not None else []
     if faults:
         errors.append(ConfigError("The settings cannot be used as they are.", faults=faults))
-    if errors:
-        raise joined(errors)
-    assert base is not None
-    return base
+    return errors
 
 
 def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:

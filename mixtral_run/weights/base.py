@@ -15,6 +15,7 @@ from mixtral_run.report import Report
 from mixtral_run.weights import mapping, record
 from mixtral_run.weights.proof import PROOF_NAME
 from mixtral_run.weights.shards import shortened
+from mixtral_run.weights.source import resolve_description
 from mixtral_run.weights.torch_dist import Reader
 
 _OF_MODEL = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
@@ -26,12 +27,12 @@ def is_of_model(key: str) -> bool:
     return key.startswith(_OF_MODEL)
 
 
-def open_base(path: Path, hf_model_path: str | None) -> tuple[record.Checkpoint, Path]:
+def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[record.Checkpoint, Path]:
     """The checkpoint, and the folder that config.json and the tokenizer come from.
 
     A checkpoint that carries no record of ours is what the HF model's config.json says. Raises WeightsError.
     """
-    described = None if hf_model_path is None else Path(hf_model_path)
+    described = None if hf_model_path is None else resolve_description(hf_model_path, report)
     architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
     iteration_folder = path if (path / ".metadata").is_file() else newest_iteration(path)
     folder = path.parent if iteration_folder == path else path

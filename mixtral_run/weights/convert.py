@@ -23,8 +23,8 @@ from mixtral_run.weights.metadata_file import write_metadata
 from mixtral_run.weights.plan import Job, Plan, make_plan
 from mixtral_run.weights.proof import write_proof
 from mixtral_run.weights.shards import HFWeights, open_hf_weights, shortened
-from mixtral_run.weights.source import resolve
-from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults, sync_folder
+from mixtral_run.weights.source import HubModel, resolve
+from mixtral_run.weights.staging import GIB, Staging, disk_faults, on_one_disk, output_faults, sync_folder
 
 _STEPS = 4
 _SIDECAR_BYTES = 64 * 2**20
@@ -172,11 +172,8 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     """Everything that can be known before the first byte is written."""
     what = "an earlier checkpoint of this kit"
     faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
-    if faults and not Path(model).is_dir():
-        # Not worth a download.
-        raise ConfigError("The checkpoint cannot be written.", faults=faults)
     try:
-        weights = open_hf_weights(resolve(model, report))
+        weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, faults)))
     except WeightsError as error:
         error.faults = (*error.faults, *_layout_faults(config, model), *faults)
         raise
@@ -189,6 +186,18 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     if faults:
         raise ConfigError("The checkpoint cannot be written.", faults=faults)
     return weights, plan
+
+
+def _check_before_download(config: ConvertConfig, model: HubModel, faults: list[str]) -> None:
+    """Raise ConfigError with all that needs no weights, `faults` of the output folder among it."""
+    a = model.architecture
+    needed = model.num_bytes + _SIDECAR_BYTES
+    if on_one_disk(config.output_path, model.cache):
+        needed += model.missing_bytes
+    found = a.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    found += [*faults, *disk_faults(config.output_path, needed)]
+    if found:
+        raise ConfigError("The model cannot be converted as asked.", where=model.name, faults=found)
 
 
 def _layout_faults(config: ConvertConfig, model: str) -> list[str]:

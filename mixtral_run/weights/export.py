@@ -10,6 +10,7 @@ from typing import Any
 from mixtral_run.checkpoints import DESCRIPTION, LATEST
 from mixtral_run.config import ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights import checksums, record, sidecars
 from mixtral_run.weights.adapter_checkpoint import OpenAdapter, check_tensors, open_adapter
@@ -18,6 +19,7 @@ from mixtral_run.weights.merge import merge_files
 from mixtral_run.weights.peft_directory import PeftDirectory
 from mixtral_run.weights.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
 from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.source import HubModel, hub_name_of, resolve
 from mixtral_run.weights.staging import GIB, Staging, disk_faults, output_faults
 from mixtral_run.weights.torch_dist import Reader
 
@@ -51,7 +53,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         check_tensors(adapter, reader)
         factors = Factors(reader, adapter.lora, adapter.places)
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
-        weights = _check(config, adapter, peft)
+        weights = _check(config, adapter, peft, report)
         _tell(adapter, report)
         with Staging(config.output_path, DESCRIPTION) as staging:
             staging.clear()
@@ -82,7 +84,7 @@ def _is_export(folder: Path) -> bool:
     return record.is_kind(folder, "peft", "hf")
 
 
-def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory) -> HFWeights | None:
+def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, report: Report) -> HFWeights | None:
     """Everything that can be known before the first byte is written."""
     what = "an earlier export of this kit"
     faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
@@ -91,7 +93,9 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory) -> H
     weights = None
     if config.hf_model_path is not None:
         try:
-            weights = open_hf_weights(config.hf_model_path)
+            weights = open_hf_weights(
+                resolve(str(config.hf_model_path), report, lambda found: _check_before_download(adapter, found, faults))
+            )
         except WeightsError as error:
             error.faults = (*error.faults, *faults)
             raise
@@ -107,25 +111,36 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory) -> H
     return weights
 
 
-def _check_base(adapter: OpenAdapter, weights: HFWeights) -> None:
-    if weights.architecture != adapter.checkpoint.architecture:
-        ours, theirs = adapter.checkpoint.architecture.to_mapping(), weights.architecture.to_mapping()
+def _check_before_download(adapter: OpenAdapter, model: HubModel, faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("The adapter cannot be exported as asked.", faults=faults)
+    _check_architecture(adapter, model.architecture, model.name)
+
+
+def _check_architecture(adapter: OpenAdapter, architecture: MixtralArchitecture, where: str) -> None:
+    if architecture != adapter.checkpoint.architecture:
+        ours, theirs = adapter.checkpoint.architecture.to_mapping(), architecture.to_mapping()
         raise _another_base(
             adapter,
-            weights,
+            where,
             ", ".join(f"{name} {ours[name]}" for name in ours if ours[name] != theirs[name]),
             ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]),
         )
+
+
+def _check_base(adapter: OpenAdapter, weights: HFWeights) -> None:
+    where = str(weights.directory)
+    _check_architecture(adapter, weights.architecture, where)
     found = checksums.quick_fingerprint(weights)
     if found != adapter.base_fingerprint.split("-")[0]:
-        raise _another_base(adapter, weights, f"fingerprint {adapter.base_fingerprint}", f"fingerprint {found}-…")
+        raise _another_base(adapter, where, f"fingerprint {adapter.base_fingerprint}", f"fingerprint {found}-…")
 
 
-def _another_base(adapter: OpenAdapter, weights: HFWeights, expected: str, found: str) -> WeightsError:
+def _another_base(adapter: OpenAdapter, where: str, expected: str, found: str) -> WeightsError:
     path = adapter.checkpoint.record.get("base", {}).get("path")
     return WeightsError(
         "The adapter was trained on another base.",
-        where=str(weights.directory),
+        where=where,
         expected=f"{expected} (converted at {path})",
         found=found,
         next_command="give --hf-model-path the model that was converted for the training",
@@ -169,7 +184,8 @@ def _source_of(path: str | None) -> Path | None:
         return None
     base = Path(path)
     if is_hf_directory(base) and not (base / LATEST).exists():
-        return base
+        name = hub_name_of(base)
+        return base if name is None else Path(name)
     try:
         return Path(record.read_record(base)["source"])
     except (WeightsError, KeyError):
@@ -182,7 +198,8 @@ def _merge(adapter: OpenAdapter, weights: HFWeights, factors: Factors, folder: P
         crcs = merge_files(weights, factors, folder, progress.advance)
     found = record.fingerprint(weights.architecture, weights.dtype, crcs)
     if found != adapter.base_fingerprint:
-        raise _another_base(adapter, weights, f"fingerprint {adapter.base_fingerprint}", f"fingerprint {found}")
+        expected = f"fingerprint {adapter.base_fingerprint}"
+        raise _another_base(adapter, str(weights.directory), expected, f"fingerprint {found}")
     sidecars.copy_tokenizer(weights.directory, folder)
     return len(weights.sources), weights.num_bytes
 

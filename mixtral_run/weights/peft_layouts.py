@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mixtral_run.config import hub_name_and_revision
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.adapter import Lora, places
 from mixtral_run.weights.factors import Factors
@@ -106,10 +107,13 @@ def adapter_config(lora: Lora, base_model: str | None, *, fused: bool) -> dict[s
     """PEFT's LoraConfig. Dropout is zero: it belongs to training, and PEFT refuses to load experts with any."""
     modules = [module for module in lora.target_modules if not (fused and module in _PARAMETERS)]
     parameters = [name for module, name in _PARAMETERS.items() if fused and module in lora.target_modules]
+    name, revision = (None, None) if base_model is None else hub_name_and_revision(base_model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": name,
+        # PEFT's own field for the base's.
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,

@@ -5,52 +5,216 @@ The token comes from HF_TOKEN or the file that `hf auth login` wrote; it is neve
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from mixtral_run.config import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
+from mixtral_run.settings import Config
 from mixtral_run.weights.sidecars import TOKENIZER_FILES
 from mixtral_run.weights.staging import GIB, free_bytes
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ConfigT = TypeVar("ConfigT", bound=Config)
+
 # The released repositories hold the weights a second time, as consolidated.*.pt: 93 GB that nobody here reads.
-_WANTED = ["model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+_WANTED = ("model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+_LOOK_EVERY_SECONDS = 1.0
 
 
-def resolve(hf_model_path: str, report: Report) -> Path:
-    """The directory of the model, after downloading it where `hf_model_path` is a hub name.
+@dataclass(frozen=True)
+class HubModel:
+    """What is known of a model on the hub before its weights are here. Bytes: of the files that are wanted."""
 
-    A download that was interrupted goes on with the files that are not there yet. Raises WeightsError: not there,
-    gated, no access, offline, no space for it.
+    name: str
+    architecture: MixtralArchitecture
+    num_bytes: int
+    missing_bytes: int
+    cache: Path
+
+    @property
+    def dtype(self) -> str:
+        """By the size of the weights; fp16 and bf16 are not told apart."""
+        return "float32" if self.num_bytes >= 4 * self.architecture.num_parameters else "bfloat16"
+
+
+BeforeDownload = Callable[[HubModel], object]
+"""Raises what can be found wrong without the weights."""
+
+
+def is_on_hub(path: Path | str) -> bool:
+    """Whether a path names a model on the hub: it has the form of a name, and nothing here has that path."""
+    return may_be_hub_name(str(path)) and not Path(path).expanduser().exists()
+
+
+def with_models_here(config: ConfigT, report: Report, check: BeforeDownload | None = None) -> ConfigT:
+    """The config with the directory of each HF model that it names on the hub. Raises as `resolve` does.
+
+    Other paths stay as they are: what is wrong with them is told by what reads them.
     """
+    named = {name: getattr(config, name, None) for name in HF_MODEL_SETTINGS}
+    found = {
+        name: resolve(str(value), report, check)
+        for name, value in named.items()
+        if value is not None and is_on_hub(value)
+    }
+    return dataclasses.replace(config, **found)
+
+
+def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = None) -> Path:
+    """The directory of the model, after downloading it where `hf_model_path` is a hub name, NAME or NAME@REVISION.
+
+    A download that was interrupted goes on with the files that are not there yet; one that is whole needs no
+    connection. `check` is called before weights are downloaded. Raises WeightsError: not there, gated, no access,
+    offline, no space for it.
+    """
+    directory = _here(hf_model_path)
+    if directory is not None:
+        return directory
+    hub_model = ask(hf_model_path)
+    if hub_model is not None:
+        if check is not None:
+            check(hub_model)
+        _check_space(hub_model)
+    return _download(hf_model_path, _WANTED, report, hub_model)
+
+
+def resolve_description(hf_model_path: str, report: Report) -> Path:
+    """A directory with the model's config.json and tokenizer, no weights; otherwise as `resolve`."""
+    return _here(hf_model_path) or _download(hf_model_path, TOKENIZER_FILES, report)
+
+
+def _here(hf_model_path: str) -> Path | None:
+    """The directory, where it is one; None for a hub name. Raises WeightsError for anything else."""
     directory = Path(hf_model_path).expanduser()
     if directory.is_dir():
         return directory
-    if not _HUB_NAME.fullmatch(hf_model_path):
+    if not is_on_hub(hf_model_path):
         raise WeightsError(
             "The HF model does not exist.",
             where=hf_model_path,
             expected="a directory, or a name on the hub such as mistralai/Mixtral-8x7B-Instruct-v0.1",
         )
-    return _download(hf_model_path, report)
+    return None
 
 
-def _download(name: str, report: Report) -> Path:
+def ask(hf_model_path: str) -> HubModel | None:
+    """What the hub says of the model: of its files only config.json is downloaded. None where it cannot be asked.
+
+    Raises WeightsError when it has no weights or is no Mixtral: 93 GB of another model would be for nothing.
+    """
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    name, revision = hub_name_and_revision(hf_model_path)
+    with _told_in_words(hf_model_path):
+        try:
+            files = snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), dry_run=True)
+        except DryRunError:
+            # Not to be reached: the download itself says why, or finds everything in the cache.
+            return None
+        if not any(file.filename.endswith(".safetensors") for file in files):
+            raise WeightsError(
+                "The hub's repository holds no safetensors weights.", where=hf_model_path, expected="model*.safetensors"
+            )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns="config.json"))
+    return HubModel(
+        name=hf_model_path,
+        architecture=MixtralArchitecture.from_hf_directory(folder),
+        num_bytes=sum(file.file_size or 0 for file in files if file.filename.endswith(".safetensors")),
+        missing_bytes=sum(file.file_size or 0 for file in files if file.will_download),
+        cache=Path(constants.HF_HUB_CACHE),
+    )
+
+
+def hub_name_of(directory: Path) -> str | None:
+    """NAME@COMMIT where the directory is a snapshot in the hub's cache."""
+    repository = directory.parent.parent.name
+    if directory.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return f"{repository.removeprefix('models--').replace('--', '/')}@{directory.name}"
+
+
+def _check_space(hub_model: HubModel) -> None:
+    free = free_bytes(hub_model.cache)
+    if hub_model.missing_bytes > free:
+        raise WeightsError(
+            "There is no space for the download.",
+            where=str(hub_model.cache),
+            expected=f"{hub_model.missing_bytes / GIB:,.2f} GiB free ({hub_model.missing_bytes:,} bytes)",
+            found=f"{free / GIB:,.2f} GiB ({free:,} bytes)",
+            next_command="HF_HOME=/a/larger/disk mixtral-run …",
+        )
+
+
+def _download(hf_model_path: str, patterns: tuple[str, ...], report: Report, hub_model: HubModel | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, revision = hub_name_and_revision(hf_model_path)
+    with _told_in_words(hf_model_path), _watched(hub_model, report):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _watched(hub_model: HubModel | None, report: Report) -> Iterator[None]:
+    """Show how far a download is by what lies in the cache: the client's own bars are one a file."""
+    if hub_model is None or not hub_model.missing_bytes:
+        yield
+        return
+    report.say(f"  downloading {hub_model.missing_bytes:,} bytes of {hub_model.name} into {hub_model.cache}")
+    blobs = hub_model.cache / f"models--{hub_name_and_revision(hub_model.name)[0].replace('/', '--')}" / "blobs"
+    before, over = _size(blobs), threading.Event()
+    with report.progress(hub_model.missing_bytes, "downloaded") as progress:
+
+        def look() -> None:
+            nonlocal before
+            while not over.wait(_LOOK_EVERY_SECONDS):
+                now = _size(blobs)
+                progress.advance(max(0, now - before))
+                before = max(before, now)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _size(folder: Path) -> int:
+    """What the files of a folder take on the disk; they come, go and are renamed meanwhile."""
+    total = 0
+    for file in folder.glob("*"):
+        try:
+            total += file.stat().st_blocks * 512
+        except OSError:
+            continue
+    return total
+
+
+@contextmanager
+def _told_in_words(name: str) -> Iterator[None]:
+    """What the hub's client raises, as WeightsError."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     cache = Path(constants.HF_HUB_CACHE)
     try:
-        _check_download(name, cache, report)
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        yield
     except GatedRepoError as error:
         raise WeightsError(
             "The model's owner asks for your consent before it can be downloaded.",
@@ -63,8 +227,15 @@ def _download(name: str, report: Report) -> Path:
         raise WeightsError(
             "The hub has no such model, or your account may not see it.",
             where=f"{constants.ENDPOINT}/{name}",
-            found=_token_state(),
+            found=f"no folder of that name here; {_token_state()}",
             next_command="check the name; for a private model: hf auth login, or HF_TOKEN in the environment",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(
+            "The hub's model has no such revision.",
+            where=f"{constants.ENDPOINT}/{name}",
+            expected="NAME@REVISION with a branch, tag or commit of the model",
+            found=hub_name_and_revision(name)[1] or "main",
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _unreachable(name, constants.ENDPOINT, cache, error) from error
@@ -93,36 +264,6 @@ def _download(name: str, report: Report) -> Path:
         raise
 
 
-def _check_download(name: str, cache: Path, report: Report) -> None:
-    """Say how much there is to download. Raises WeightsError when it has no weights, is no Mixtral or does not fit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        files = snapshot_download(name, allow_patterns=_WANTED, dry_run=True)
-    except DryRunError:
-        # Not to be reached: the download itself says why, or finds everything in the cache.
-        return
-    if not any(file.filename.endswith(".safetensors") for file in files):
-        raise WeightsError(
-            "The hub's repository holds no safetensors weights.", where=name, expected="model*.safetensors"
-        )
-    # 93 GB of another model would be for nothing.
-    MixtralArchitecture.from_hf_directory(Path(snapshot_download(name, allow_patterns="config.json")))
-    remaining = sum(file.file_size or 0 for file in files if file.will_download)
-    free = free_bytes(cache)
-    if remaining > free:
-        raise WeightsError(
-            "There is no space for the download.",
-            where=str(cache),
-            expected=f"{remaining / GIB:,.2f} GiB free ({remaining:,} bytes)",
-            found=f"{free / GIB:,.2f} GiB ({free:,} bytes)",
-            next_command="HF_HOME=/a/larger/disk mixtral-run …",
-        )
-    if remaining:
-        report.say(f"  downloading {remaining:,} bytes of {name} into {cache}")
-
-
 def _token_state() -> str:
     from huggingface_hub import get_token
 
@@ -133,7 +274,7 @@ def _unreachable(name: str, endpoint: str, cache: Path, error: BaseException) ->
     return WeightsError(
         "The hub cannot be reached, and the model is not whole in the cache.",
         where=f"{endpoint}/{name}",
-        expected=f"a connection, or the model under {cache}",
+        expected=f"a connection, or the model under {cache}, or a folder of that name here",
         found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
-        next_command="check HF_ENDPOINT, HTTPS_PROXY and HF_HUB_OFFLINE; or give --hf-model-path a directory",
+        next_command="check HF_ENDPOINT, HTTPS_PROXY and HF_HUB_OFFLINE; or give the model's directory",
     )

@@ -26,6 +26,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(_nearest(path)).free
 
 
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Whether what is written to both paths, which need not exist yet, takes room on the same disk."""
+    return _nearest(first.absolute()).stat().st_dev == _nearest(second.absolute()).stat().st_dev
+
+
 def _nearest(path: Path) -> Path:
     """The deepest folder of the path that exists."""
     while not path.exists():

@@ -65,7 +65,7 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
         raise ConfigError("There is nothing to convert.", expected="--from-megatron")
     started = time.monotonic()
     report.step(1, _STEPS, f"Read {path}{f' and the adapter {config.adapter}' if config.adapter else ''}")
-    checkpoint, tokenizer = open_base(path, config.hf_model_path)
+    checkpoint, tokenizer = open_base(path, config.hf_model_path, report)
     with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
         files = _check(config, checkpoint, reader, report)
         num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size

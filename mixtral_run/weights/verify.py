@@ -23,6 +23,7 @@ from mixtral_run.weights.adapter import OPTIMIZER_PREFIX, adapter_tensors, lora_
 from mixtral_run.weights.checksums import read_source
 from mixtral_run.weights.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights, shortened
+from mixtral_run.weights.source import is_on_hub, resolve
 from mixtral_run.weights.staging import GIB
 from mixtral_run.weights.torch_dist import Reader
 
@@ -100,6 +101,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     Raises WeightsError when the checkpoint or the HF model cannot be read at all.
     """
     report = report or (Report.on_stderr() if config.json else Report())
+    if is_on_hub(config.load):
+        config = dataclasses.replace(config, load=resolve(str(config.load), report))
     if is_hf_directory(config.load) and not (config.load / LATEST).exists():
         return _verify_hf(config, report)
     if config.proof:
@@ -111,7 +114,7 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         if config.proof and not result.faults:
             result = dataclasses.replace(result, faults=_check_proof(checkpoint, reader, report))
         if config.against is not None and not result.faults:
-            weights = open_hf_weights(config.against)
+            weights = open_hf_weights(resolve(str(config.against), report))
             if checkpoint.kind == "base":
                 comparison, faults = _compare_base(checkpoint, reader, weights, report)
             else:
@@ -167,7 +170,7 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
     _tell(result, report)
     if config.against is not None:
         started = time.monotonic()
-        other = open_hf_weights(config.against)
+        other = open_hf_weights(resolve(str(config.against), report))
         with report.progress(other.num_bytes, "read") as progress:
             theirs = checksums.fingerprint(other, progress.advance)
         seconds = time.monotonic() - started

@@ -1,145 +1,38 @@
-"""`--hf-model-path NAME` against a small server on this machine that speaks the part of the hub's API that is used.
-
-The real hub cannot be reached by a test; paths, headers and error codes are those that huggingface_hub expects.
-"""
+"""`--hf-model-path NAME` of `convert` against a hub on this machine."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
+import shutil
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
-from urllib.parse import urlparse
 
 import pytest
 
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.report import Progress, Report
+from mixtral_run.weights import source
+from tests.integration.hub_server import NAME, Hub, client_environment, serving
 from tests.integration.test_convert import run_cli
 from tests.tiny import write_tiny
-
-NAME = "mistralai/Tiny-Mixtral"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one folder as one model. `state` is what the account may do; `cut` names a file sent by half, once."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.state = "open"
-        self.cut = ""
-        self.sent: list[str] = []
-        self.tokens: set[str | None] = set()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.server.tokens.add(self.headers.get("Authorization"))
-        path = urlparse(self.path).path
-        if self.server.state == "gated" and ("/resolve/" in path or "/tree/" in path):
-            self.refuse(403, "GatedRepo")
-        elif self.server.state == "missing":
-            self.refuse(401 if "Authorization" not in self.headers else 404, "RepoNotFound")
-        elif self.server.state == "broken":
-            self.refuse(500, "Internal")
-        elif re.fullmatch(rf"/api/models/{NAME}(/revision/main)?", path):
-            self.reply({"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in self.files()]})
-        elif path.startswith(f"/api/models/{NAME}/tree/{COMMIT}"):
-            oid = "1" * 40
-            self.reply([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": oid} for f in self.files()])
-        elif path.startswith(f"/{NAME}/resolve/{COMMIT}/"):
-            self.send(self.server.folder / path.rpartition("/")[2])
-        else:
-            self.refuse(404, "EntryNotFound")
-
-    def files(self) -> list[Path]:
-        return sorted(self.server.folder.iterdir())
-
-    def reply(self, value: object) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", "no")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def send(self, file: Path) -> None:
-        content = file.read_bytes()
-        start = 0
-        asked = self.headers.get("Range")
-        if asked and self.command == "GET":
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if self.command != "GET":
-            return
-        self.server.sent.append(file.name)
-        if file.name == self.server.cut:
-            self.server.cut = ""
-            self.wfile.write(content[: len(content) // 2])
-            self.wfile.flush()
-            self.connection.close()
-            return
-        self.wfile.write(content[start:])
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     write_tiny(tmp_path / "served")
     (tmp_path / "served" / "consolidated.00.pt").write_bytes(b"93 GB that nobody here reads")
-    server = Hub(tmp_path / "served")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(tmp_path / "served") as server:
+        yield server
 
 
-def convert_from(hub: Hub, tmp_path: Path, name: str = NAME, **environment: str) -> CompletedProcess[str]:
-    common = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf-home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        "HF_TOKEN": "",
-        "HF_HUB_ETAG_TIMEOUT": "5",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-    }
-    return run_cli("convert", "--hf-model-path", name, "--output-path", tmp_path / "out", **(common | environment))
+def convert_from(hub: Hub, tmp_path: Path, *flags: str, name: str = NAME, **environment: str) -> CompletedProcess[str]:
+    common = client_environment(hub, tmp_path)
+    words = ("convert", "--hf-model-path", name, "--output-path", tmp_path / "out", *flags)
+    return run_cli(*words, **(common | environment))
 
 
 def test_download_that_breaks_off_goes_on_and_the_second_run_needs_none(tmp_path: Path, hub: Hub) -> None:
@@ -198,3 +91,64 @@ def test_neither_a_directory_nor_a_name(tmp_path: Path, hub: Hub) -> None:
     assert done.returncode == WeightsError.exit_code
     assert "The HF model does not exist." in done.stderr
     assert hub.tokens == set()
+
+
+def test_what_needs_no_weights_is_found_before_they_are_downloaded(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("not ours")
+    done = convert_from(hub, tmp_path, "--tensor-model-parallel-size", "3", "--expert-model-parallel-size", "5")
+    assert done.returncode == ConfigError.exit_code, done.stderr
+    for words in ("--tensor-model-parallel-size", "--expert-model-parallel-size", "thesis.txt"):
+        assert words in done.stderr
+    assert hub.sent == ["config.json"]
+
+
+def test_download_and_checkpoint_have_to_fit_together(tmp_path: Path, hub: Hub, mounted: Path) -> None:
+    """On one disk: each alone would fit into what is left."""
+    needed = sum(f.stat().st_size for f in hub.folder.glob("*.safetensors")) + 64 * 2**20
+    free = shutil.disk_usage(mounted).free
+    (mounted / "ballast").write_bytes(b"x" * (free - needed - 100_000))
+    environment = client_environment(hub, mounted)
+    done = run_cli("convert", "--hf-model-path", NAME, "--output-path", mounted / "out", **environment)
+    assert done.returncode == ConfigError.exit_code, done.stderr
+    assert f"no space on the disk of {mounted / 'out'}" in done.stderr
+    assert hub.sent == ["config.json"]
+
+
+def test_a_revision(tmp_path: Path, hub: Hub) -> None:
+    hub.commits["v1"] = "f" * 40
+    done = convert_from(hub, tmp_path, name=f"{NAME}@v1")
+    assert done.returncode == 0, done.stderr
+    proof = json.loads((tmp_path / "out" / "proof.json").read_text())
+    assert proof["source"]["revision"] == "f" * 40
+    none = convert_from(hub, tmp_path, "--overwrite", name=f"{NAME}@v2")
+    assert none.returncode == WeightsError.exit_code
+    assert "no such revision" in none.stderr
+    assert "v2" in none.stderr
+
+
+def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_LOOK_EVERY_SECONDS", 0.01)
+    model = source.HubModel(NAME, MIXTRAL_8X7B, 0, 2**20, tmp_path)
+    blobs = tmp_path / "models--mistralai--Tiny-Mixtral" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "earlier").write_bytes(b"x" * 2**20)
+    told: list[int] = []
+    seen = threading.Event()
+
+    class Counting(Report):
+        @contextmanager
+        def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
+            class Count(Progress):
+                def advance(self, amount: int) -> None:
+                    told.append(amount)
+                    if sum(told) >= total:
+                        seen.set()
+
+            yield Count()
+
+    with source._watched(model, Counting()):
+        (blobs / "now.incomplete").write_bytes(b"x" * 2**19)
+        (blobs / "whole").write_bytes(b"x" * 2**19)
+        assert seen.wait(30)
+    assert sum(told) == 2**20

@@ -158,3 +158,12 @@ def test_facts_are_parsed() -> None:
         docker=("sudo", "-n", "docker"), uid=1, gid=2, folder="/f", num_gpus=8, address="10.0.0.1", interface="eth0"
     )
     assert told["image"] == "1"
+
+
+def test_a_name_on_the_hub_stays_one() -> None:
+    """A folder of that name below the job's working directory comes first there."""
+    spec = make_spec("j", "finetune", finetune(load=Path("mistralai/Mixtral-8x7B-v0.1")), JobOptions(), 1)
+    assert spec.config["load"] == "mistralai/Mixtral-8x7B-v0.1"
+    assert spec.mounts == ("/data/out",)
+    smoke = make_spec("j", "smoke", SmokeConfig(load=Path("runs/smoke"), hf_model_path="a/b"), JobOptions(), 1)
+    assert smoke.config["load"] == "/checkpoints/runs/smoke"
