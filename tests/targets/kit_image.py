@@ -1,4 +1,4 @@
-"""Wheels for building the kit's image without an index, and a finished image to hand to hosts as an archive."""
+"""Wheels and a base image for builds without index and registry; a finished image to hand to hosts as an archive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.targets.engine import CACHE
-from tests.targets.hosts import SHOWN_CACHE, WHEELHOUSE, Host, container_name
+from tests.targets.hosts import SHOWN_CACHE, WHEELHOUSE, Host, container_name, put
 from tests.targets.image import host_image
 from tests.targets.shell import call, pipe
 
@@ -92,3 +92,21 @@ def give_base(host: Host) -> str:
     call("docker", "tag", host_image("bookworm"), BASE)
     pipe(["docker", "save", BASE], ["docker", "exec", "--interactive", container_name(host.name), "docker", "load"])
     return BASE
+
+
+def base_at_first_start(host: Host) -> None:
+    """Have a bare host's engine load the base image of builds once it is installed: no registry is asked for it."""
+    image = host_image("bookworm")
+    archive = CACHE / f"{image.replace(':', '-')}.tar"
+    with (CACHE / "base-archive.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not archive.exists():
+            for old in CACHE.glob("mixtral-run-target-*.tar"):
+                old.unlink()
+            call("docker", "tag", image, BASE)
+            unfinished = archive.with_suffix(".partial")
+            call("docker", "save", "--output", unfinished, BASE)
+            unfinished.rename(archive)
+    load = f"docker image inspect {BASE} >/dev/null 2>&1 || docker load --quiet --input {SHOWN_CACHE}/{archive.name}"
+    host.run("mkdir", "-p", "/etc/systemd/system/docker.service.d")
+    put(host, f"[Service]\nExecStartPost=/bin/sh -c '{load}'\n", "/etc/systemd/system/docker.service.d/base-image.conf")

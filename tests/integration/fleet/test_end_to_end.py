@@ -1,6 +1,6 @@
 """From two bare hosts to an adapter here, by the command line, over real SSH, on throw-away hosts.
 
-Only the GPUs are missing: jobs run on the CPU, at the rehearsal's size, in the image of the whole kit.
+Only the GPUs are missing: jobs run on the CPU, at the rehearsal's size, in an image that each host builds of wheels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import pytest
 
 from mixtral_run.rehearsal_plan import PLAN, tokenizer_texts, write_rehearsal_pairs
 from mixtral_run.weights.random_model import write_random_mixtral
+from tests.integration.fleet.conftest import seen_arguments
 from tests.targets import hosts as targets
 from tests.targets.__main__ import variables
 from tests.targets.image import ssh_key
-from tests.targets.kit_image import ARCHIVE_NAME, ARCHIVE_ON_HOST, image_archive
-from tests.targets.shell import call
+from tests.targets.kit_image import base_at_first_start, fill_wheelhouse
+from tests.targets.shell import call, pipe
 
 # The first test pays for the image and for both hosts.
 pytestmark = pytest.mark.timeout(1800)
 
 NAMES = ("fleet-one", "fleet-two")
+IMAGE = "mixtral-run:local"
 CHECKPOINTS, MODELS = "/srv/checkpoints", "/srv/models"
 TOKEN = "hf_endToEndTokenThatMustNotLeak"
 SETTINGS = ("-e", "@variables.json", "--hf-token-file", "token")
@@ -97,20 +99,20 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     agent.wait()
 
 
+def bare_host(name: str) -> targets.Host:
+    """A host new from its installer."""
+    host = targets.reimage(name)
+    base_at_first_start(host)
+    return host
+
+
 @pytest.fixture(scope="module")
 def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
-    image_archive()
-    settings = {
-        **variables(), "preflight_num_gpus": 0, "image_source": "archive", "image_archive": ARCHIVE_ON_HOST,
-        "image_archive_on_host": True, "image_archive_name": ARCHIVE_NAME,
-        # The kernel's list of swap files is one for all containers of this machine: names must not meet.
-        "swap_path": f"{targets.DATA_FOLDER}/swapfile-{{{{ inventory_hostname }}}}",
-    }  # fmt: skip
-    del settings["image_requirements"]
+    fill_wheelhouse()
+    settings = {**variables(), "preflight_num_gpus": 0, "image_source": "build"}
+    del settings["image_requirements"]  # the whole image: every verb runs in it
     (operator.folder / "variables.json").write_text(json.dumps(settings))
-    for name in NAMES:
-        targets.remove(name)
-    yield Fleet({name: targets.start(name) for name in NAMES})
+    yield Fleet({name: bare_host(name) for name in NAMES})
     for name in NAMES:
         targets.remove(name)
 
@@ -122,8 +124,14 @@ def changed_hosts(output: str) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def up(operator: Operator, fleet: Fleet) -> Callable[..., str]:
-    """Call `up` for the first host with further words; the first call finds it bare but for the model's weights."""
+def bootstrapped(operator: Operator, fleet: Fleet) -> dict[str, int]:
+    """How much one bootstrap of both bare hosts changed on each."""
+    return changed_hosts(operator.run("bootstrap", *map(fleet.target, NAMES), *SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def up(operator: Operator, fleet: Fleet, bootstrapped: dict[str, int]) -> Callable[..., str]:
+    """Call `up` for the first host with further words; the first call finds it set up, with the model's weights."""
     container = targets.container_name(NAMES[0])
     call("docker", "exec", container, "mkdir", "-p", MODELS)
     call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{MODELS}/tiny")
@@ -136,17 +144,13 @@ def up(operator: Operator, fleet: Fleet) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def brought_up(up: Callable[..., str]) -> str:
-    """What `up` said on the bare host."""
+    """What `up` said the first time."""
     return up("--data-path", "my pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
 def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str], str]:
     """Both hosts with a converted model, and an adapter on the first; gives a host's name for --on."""
-    one, other = (fleet.target(name).split("@")[1] for name in NAMES)
-    changed = changed_hosts(operator.run("bootstrap", *map(fleet.target, NAMES), *SETTINGS))
-    assert changed[one] == 0
-    assert changed[other] > 0
     container = targets.container_name(NAMES[1])
     call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{CHECKPOINTS}/hf-model")
     convert = ("--hf-model-path", f"{CHECKPOINTS}/hf-model", "--output-path", "base", *LAYOUT[:4])
@@ -154,8 +158,27 @@ def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str],
     return fleet.target
 
 
-def test_up_makes_an_adapter_of_a_bare_host(operator: Operator, fleet: Fleet, brought_up: str) -> None:
-    assert changed_hosts(brought_up)[fleet.target(NAMES[0]).split("@")[1]] > 0
+def test_check_tells_what_it_would_do_and_leaves_bare_hosts_as_they_are(operator: Operator, fleet: Fleet) -> None:
+    said = operator.run("bootstrap", *map(fleet.target, NAMES), *SETTINGS, "--check", "--diff")
+    assert "would change" in said
+    assert "± " in said and "daemon.json" in said
+    would_change = changed_hosts(said)
+    for name, host in fleet.hosts.items():
+        assert would_change[fleet.target(name).split("@")[1]] > 0
+        assert host.shell("command -v docker; ls /var/lib/mixtral-run", check=False) == ""
+
+
+def test_two_bare_hosts_are_set_up_by_one_command(fleet: Fleet, bootstrapped: dict[str, int]) -> None:
+    assert set(bootstrapped) == {fleet.target(name).split("@")[1] for name in NAMES}
+    assert min(bootstrapped.values()) > 0
+    for host in fleet.hosts.values():
+        # A loaded image or one of a registry has no such label.
+        label = '{{ index .Config.Labels "org.mixtral-run.inputs" }}'
+        assert len(host.run("docker", "image", "inspect", IMAGE, "--format", label).strip()) == 64
+
+
+def test_up_makes_an_adapter(operator: Operator, fleet: Fleet, brought_up: str) -> None:
+    assert changed_hosts(brought_up) == {fleet.target(NAMES[0]).split("@")[1]: 0}
     for word in (f"Convert {MODELS}/tiny → base", "Finetune → adapter", "iteration 4/4", "Export → adapter-peft"):
         assert word in brought_up
     assert (operator.folder / "my adapter/adapter_config.json").is_file()
@@ -216,12 +239,36 @@ def test_a_host_that_dies_stops_the_other(operator: Operator, fleet: Fleet, set_
     assert job not in operator.run("jobs", "--running")
 
 
-def test_the_token_is_on_the_host_in_one_file_and_nowhere_else(
+def answer_prompt(operator: Operator, words: tuple[str, ...], prompt: str, password: str) -> None:
+    """Run mixtral-run in a terminal, answer its prompt, and see that it ends well and shows nothing of the answer."""
+    terminal = pexpect.spawn(
+        sys.executable, ["-m", "mixtral_run", *words],
+        cwd=str(operator.folder), env=operator.environment, encoding="utf-8", timeout=240, dimensions=(40, 120),
+    )  # fmt: skip
+    terminal.expect(prompt)
+    terminal.sendline(password)
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0, terminal.before
+    assert password not in (terminal.before or "")
+
+
+def test_the_token_is_on_the_host_in_one_file_and_nowhere_else_and_nothing_listens(
     operator: Operator, fleet: Fleet, set_up: Callable[[str], str]
 ) -> None:
+    # Another one, typed in: no host has it yet, so it has to go all the way. What is looked for is in both.
+    typed = TOKEN + "Typed"
+    words = ("-e", "@variables.json", "--tags", "hf_cache", "--hf-token-file", "-")
+    with seen_arguments() as seen:
+        answer_prompt(operator, ("bootstrap", *map(set_up, NAMES), *words), "Hugging Face token", typed)
+    (operator.folder / "token").write_text(typed)
+    assert any("ansible-playbook" in each for each in seen)
+    assert any(each.startswith("sudo ") for each in seen)  # on the hosts
+    assert not any(TOKEN in each for each in seen)
     for host in fleet.hosts.values():
         home = "/var/lib/mixtral-run/huggingface/token"
         assert host.run("stat", "-c", "%a", home).strip() == "640"
+        assert host.run("cat", home).strip() == typed
         found = host.shell(
             f"grep -rlF {TOKEN} /etc /home /root /tmp /var/log /run/log /var/lib/mixtral-run /srv 2>/dev/null; "
             f"journalctl --no-pager | grep -cF {TOKEN}; "
@@ -229,6 +276,9 @@ def test_the_token_is_on_the_host_in_one_file_and_nowhere_else(
             check=False,
         )
         assert found.split() == [home, "0", "0"]
+        # Loopback is containerd's own.
+        listening = {line.split()[3] for line in host.run("ss", "-Hltn").splitlines()}
+        assert {each for each in listening if not each.startswith("127.")} == {"0.0.0.0:22", "[::]:22"}
     for file in (operator.folder / "state").rglob("*"):
         if file.is_file():
             assert TOKEN not in file.read_text(errors="replace"), file
@@ -247,29 +297,24 @@ def test_after_a_reimage_one_host_changes_and_the_other_does_not(
     ):
         assert word in page.read_text()
     # The same host name with a new key, an empty disk, and here a new port: the engine gives each container its own.
-    fleet.hosts[second] = targets.reimage(second)
+    fleet.hosts[second] = bare_host(second)
     moved = fleet.target(second)
-    changed = changed_hosts(operator.run("bootstrap", fleet.target(first), moved, *SETTINGS))
+    # Building takes minutes, and both have done it: this time the other host's image is carried over.
+    carried = f"{targets.DATA_FOLDER}/carried.tar"
+    pipe(
+        ["docker", "exec", targets.container_name(first), "docker", "save", IMAGE],
+        ["docker", "exec", "--interactive", targets.container_name(second), "dd", f"of={carried}", "bs=1M"],
+    )
+    source = f"{{{{ 'archive' if ansible_port == {fleet.hosts[second].port} else 'build' }}}}"
+    images = {"image_source": source, "image_archive": carried, "image_archive_on_host": True}
+    words = ("bootstrap", fleet.target(first), moved, *SETTINGS, "-e", json.dumps(images))
+    changed = changed_hosts(operator.run(*words))
     assert changed[fleet.target(first).split("@")[1]] == 0
     assert changed[moved.split("@")[1]] > 0
     statuses = json.loads(operator.run("status", fleet.target(first), moved, "--json"))
     assert [status["reimaged"] for status in statuses] == [False, False]
     assert [bool(status["image"]) for status in statuses] == [True, True]
     assert [bool(status["set_up"]) for status in statuses] == [True, True]
-
-
-def answer_prompt(operator: Operator, words: tuple[str, ...], prompt: str, password: str) -> None:
-    """Run mixtral-run in a terminal, answer its prompt, and see that it ends well and shows nothing of the answer."""
-    terminal = pexpect.spawn(
-        sys.executable, ["-m", "mixtral_run", *words],
-        cwd=str(operator.folder), env=operator.environment, encoding="utf-8", timeout=240, dimensions=(40, 120),
-    )  # fmt: skip
-    terminal.expect(prompt)
-    terminal.sendline(password)
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 0, terminal.before
-    assert password not in (terminal.before or "")
 
 
 def test_a_password_puts_the_key_there_once(operator: Operator, fleet: Fleet) -> None:
