@@ -1,7 +1,4 @@
-"""rehearse --host where no engine answers: it says so and shows the way.
-
-The same steps with an engine (host, bootstrap, job in its container) are what test_end_to_end.py does.
-"""
+"""rehearse --host: a throw-away host where an engine answers; where none does, it says so and shows the way."""
 
 from __future__ import annotations
 
@@ -10,6 +7,32 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from mixtral_run.fleet.hosts import remembered_hosts
+from mixtral_run.fleet.throwaway import NAME
+from tests.targets.engine import CACHE
+from tests.targets.hosts import container_name
+from tests.targets.shell import call
+
+
+def rehearse() -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "mixtral_run", "rehearse", "--host"]
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(1800)  # the first time it builds the image
+def test_a_host_is_started_set_up_and_does_the_whole_job(
+    docker_engine: None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))  # it lies in the real home
+    done = rehearse()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    print(done.stdout, done.stderr)
+    assert "A bare host was set up over SSH, and the whole job ran in its container" in done.stdout
+    # Nothing of it stays: no container, no disk, and no host in the fleet.
+    left = call("docker", "ps", "--all", "--format", "{{.Names}}") + call("docker", "volume", "ls", "--quiet")
+    assert container_name(NAME) not in left
+    assert not remembered_hosts()
 
 
 @pytest.mark.parametrize("fault", ["no program", "no engine"])
@@ -20,8 +43,7 @@ def test_without_an_engine_it_says_so_and_shows_what_bootstrap_would_do(
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nowhere.sock")
-    argv = [sys.executable, "-m", "mixtral_run", "rehearse", "--host"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = rehearse()
     assert done.returncode == 0, done.stderr
     assert "no Docker engine answers here" in done.stdout
     lines = done.stdout.splitlines()
