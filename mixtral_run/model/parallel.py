@@ -131,14 +131,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return _wanted_memory(error) is not None
 
 
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def _wanted_memory(error: BaseException) -> str | None:
     """What torch asked for in vain, in its words; None where the error is another one."""
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return next((part for part in message.split(". ") if "allocate" in part), message)
-    # Of the CPU's allocator torch says it in a RuntimeError.
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in message:
-        return message[message.index("DefaultCPUAllocator") :].splitlines()[0]
+    # What is not asked of torch's GPU allocator ends in a plain RuntimeError: the CPU's, the driver's own, cuBLAS's.
+    if isinstance(error, RuntimeError):
+        for words in _OUT_OF_MEMORY:
+            if words in message:
+                return message[message.index(words) :].splitlines()[0]
     return None
 
 
