@@ -119,12 +119,18 @@ def newest_iteration(folder: Path) -> Path:
     try:
         text = marker.read_text(encoding="utf-8").strip()
     except OSError as error:
+        aside = replaced_folder(folder)
+        command = "mixtral-run convert --hf-model-path … --output-path …"
+        if not folder.exists() and aside.is_dir():
+            command = (
+                f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
+            )
         raise WeightsError(
             "This is not a whole checkpoint.",
             where=str(folder),
             expected=f"a folder with {LATEST}, which is written last; for a base also an HF model's directory",
             found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
-            next_command="mixtral-run convert --hf-model-path … --output-path …",
+            next_command=command,
         ) from error
     except UnicodeDecodeError as error:
         raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error
@@ -139,6 +145,11 @@ def newest_iteration(folder: Path) -> Path:
             found="no such folder",
         )
     return iteration_folder
+
+
+def replaced_folder(folder: Path) -> Path:
+    """Where a folder lies while another takes its place, on file systems that cannot exchange the two."""
+    return folder.parent / f".{folder.name}.replaced"
 
 
 def _read_description(path: Path, kind: str) -> dict[str, Any]:

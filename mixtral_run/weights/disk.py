@@ -13,6 +13,8 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def allocate(descriptor: int, start: int, num_bytes: int, *, keep_size: bool = False) -> None:
@@ -30,6 +32,18 @@ def allocate(descriptor: int, start: int, num_bytes: int, *, keep_size: bool = F
         number = ctypes.get_errno()
         if number in (errno.ENOSPC, errno.EDQUOT):  # others mean that it cannot
             raise OSError(number, os.strerror(number))
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders of one file system take each other's place, so that there is no moment without either.
+
+    False, and nothing done, where system or file system cannot: NFS has no call for it.
+    """
+    renameat2 = getattr(_C_LIBRARY, "renameat2", None)
+    if renameat2 is None:
+        return False
+    done: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return done == 0
 
 
 def drop_from_cache(descriptor: int, start: int = 0, num_bytes: int = 0) -> None:

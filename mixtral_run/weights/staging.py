@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mixtral_run.checkpoints import write_whole
+from mixtral_run.checkpoints import replaced_folder, write_whole
 from mixtral_run.errors import ConfigError
+from mixtral_run.weights.disk import exchange
 
 GIB = 2**30
 _MOVING = ".moving.json"
@@ -169,11 +170,14 @@ class Staging:
         self._lock = -1
 
     def _rename(self) -> None:
-        replaced = self.output.parent / f".{self.output.name}.replaced"
+        replaced = replaced_folder(self.output)
         shutil.rmtree(replaced, ignore_errors=True)
-        if self.output.is_dir():
-            self.output.rename(replaced)
-        self.folder.rename(self.output)
+        if self.output.is_dir() and exchange(self.folder, self.output):
+            replaced = self.folder
+        else:
+            if self.output.is_dir():
+                self.output.rename(replaced)
+            self.folder.rename(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_run.checkpoints import describe_base
 from mixtral_run.config import ConvertConfig, VerifyConfig
+from mixtral_run.errors import WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights import staging
 from mixtral_run.weights.convert import convert
+from mixtral_run.weights.record import read_record
 from mixtral_run.weights.verify import verify
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_convert_faults import content, refused
@@ -29,7 +32,7 @@ def tiny(tmp_path: Path) -> Path:
 
 KILLED = """
 import importlib, os, pathlib, signal, sys
-place, when, moved_up = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
+place, when, how = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
 module, _, path = place.partition(":")
 *owners, name = path.split(".")
 owner = importlib.import_module(module)
@@ -48,16 +51,22 @@ def killed(*arguments, **more):
     return result
 
 setattr(owner, name, killed)
-if moved_up == "True":
-    importlib.import_module("mixtral_run.weights.staging")._stays = lambda _: True
+staging = importlib.import_module("mixtral_run.weights.staging")
+if how == "moved up":
+    staging._stays = lambda _: True
+if how == "without exchange":
+    staging.exchange = lambda *_: False
 from mixtral_run.cli import main
 main()
 """
 CONVERT, STAGING = "mixtral_run.weights.convert:", "mixtral_run.weights.staging:"
 
 
-def killed(place: str, when: str, tiny: Path, output: Path, *flags: str, moved_up: bool = False) -> None:
-    words = [place, when, str(moved_up), "convert", "--hf-model-path", str(tiny), "--output-path", str(output), *flags]
+def killed(
+    place: str, when: str, tiny: Path, output: Path, *flags: str, moved_up: bool = False, without_exchange: bool = False
+) -> None:
+    how = "moved up" if moved_up else "without exchange" if without_exchange else ""
+    words = [place, when, how, "convert", "--hf-model-path", str(tiny), "--output-path", str(output), *flags]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
@@ -98,6 +107,37 @@ def test_killed_once_it_is_in_its_place_it_is_whole(tmp_path: Path, tiny: Path) 
     killed(STAGING + "Staging._rename", "after", tiny, tmp_path / "out")
     verify(VerifyConfig(load=tmp_path / "out", against=tiny, proof=True), Report.silent()).check()
     assert "--overwrite replaces it" in str(refused(tiny, tmp_path / "out"))
+
+
+def test_killed_while_one_takes_anothers_place_there_is_always_one(tmp_path: Path, tiny: Path) -> None:
+    write_tiny(tmp_path / "other", seed=5)
+    output = tmp_path / "out"
+    first = convert_quietly(tmp_path / "other", output, 1, 2)
+    killed(STAGING + "exchange", "before call 1", tiny, output, "--overwrite")
+    assert read_record(output)["fingerprint"] == first
+    killed(STAGING + "exchange", "after", tiny, output, "--overwrite")
+    verify(VerifyConfig(load=output, against=tiny, proof=True), Report.silent()).check()
+    third = convert_quietly(tmp_path / "other", output, 2, 4, overwrite=True)
+    assert third == first
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "other", "out"]
+
+
+def test_killed_where_places_cannot_be_exchanged_the_old_one_is_named(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path / "other", seed=5)
+    output = tmp_path / "out"
+    convert_quietly(tmp_path / "other", output, 1, 2)
+    old = content(output)
+    killed("pathlib:Path.rename", f"before {output}", tiny, output, "--overwrite", without_exchange=True)
+    with pytest.raises(WeightsError, match="cut off") as failure:
+        describe_base(output)
+    assert f"mv {tmp_path / '.out.replaced'} {output}" in str(failure.value)
+    assert content(tmp_path / ".out.replaced") == old
+    monkeypatch.setattr(staging, "exchange", lambda *_: False)
+    convert_quietly(tiny, output, 2, 4, overwrite=True)
+    verify(VerifyConfig(load=output, against=tiny, proof=True), Report.silent()).check()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "other", "out"]
 
 
 @pytest.mark.parametrize("entry", ["iter_0000001", "tokenizer", "latest_checkpointed_iteration.txt"])
