@@ -89,6 +89,8 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None) 
     argv = ["docker", "run", "--detach", "--name", container, "--hostname", name, "--label", LABEL]
     argv += [word for capability in CAPABILITIES for word in ("--cap-add", capability)]
     argv += ["--security-opt", "seccomp=unconfined", "--security-opt", "systempaths=unconfined"]
+    # Loop devices, for filesystems that the machine itself has none of.
+    argv += ["--device-cgroup-rule", "c 10:237 rmw", "--device-cgroup-rule", "b 7:* rmw"]
     argv += ["--tmpfs", "/run:exec", "--tmpfs", "/run/lock", "--stop-signal", "SIGRTMIN+3"]
     argv += ["--volume", f"{volume}:{DATA_FOLDER}", "--publish", "127.0.0.1::22"]
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted([*ROOT.glob("roles/*/molecule/*/*.yml"), *ROOT.glob("tests/molecule/*/*.yml")])
+FILES = sorted([*ROOT.glob("roles/*/molecule/**/*.yml"), *ROOT.glob("tests/molecule/*/*.yml")])
 
 
 def _shells(node: object) -> Iterator[str]:
