@@ -2,7 +2,8 @@
 
     python -m tests.bench.convert                       # 1.6 GB, disk to disk and RAM to RAM
     python -m tests.bench.convert --layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --rounds 3 \\
-        --ways copy stream read direct --processes 4    # Mixtral 8x7B: 187 GB of disk, 187 GB of /dev/shm
+        --ways copy stream read direct --processes 4 --folder /on/the/disk
+                                                        # Mixtral 8x7B: 187 GB of disk, 187 GB of /dev/shm
 
 Each measurement is a process of its own. On the disk it starts with the source out of the page cache and ends with the
 result on the disk (fsync). The clock runs from the call to the last fsync; imports are over by then, in all of them.
@@ -186,8 +187,10 @@ def direct(source: Path, processes: int) -> dict[str, float]:
     command += ["-m", "tests.bench.direct_load", str(source)]
     command += ["--tensor-model-parallel-size", str(tensor_size), "--expert-model-parallel-size", str(processes)]
     started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     whole = time.perf_counter() - started
+    if done.returncode != 0:
+        raise SystemExit(f"direct ended with {done.returncode}:\n{done.stderr[-8000:]}")
     found = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     return {"seconds": found.pop("load_seconds"), **found, "command_seconds": whole}
 

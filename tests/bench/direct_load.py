@@ -54,7 +54,7 @@ def measure(config: FinetuneConfig, here: Processes) -> dict[str, float]:
     base = describe_base(config.load)
     lora = LoraSettings(16, 32.0, 0.0, LORA_TARGET_MODULES, config.seed)
     marks = [_now(here)]
-    model = build_model(base.architecture, ModelSettings(torch.bfloat16, True, lora, recompute=True), here).train()
+    model = build_model(base.architecture, ModelSettings(torch.bfloat16, True, lora, recompute="full"), here).train()
     marks.append(_now(here))
     load_base(model, base)
     marks.append(_now(here))

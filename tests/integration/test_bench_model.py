@@ -1,7 +1,10 @@
-"""The model that the benches make: what it says it is, the same whatever the workers."""
+"""The model that the benches make: what it says it is, the same whatever the workers; and the bench of conversion."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,25 @@ def test_it_is_a_mixtral_of_random_weights(tmp_path: Path, monkeypatch: pytest.M
     assert len(fingerprints) == 2
     with pytest.raises(SystemExit, match="something already"):
         make(tmp_path / "one", architecture, num_shards=3, seed=1, workers=1)
+
+
+def test_the_bench_of_conversion_measures_every_way_it_is_asked_for(tmp_path: Path) -> None:
+    for place in ("disk", "ram"):
+        (tmp_path / place).mkdir()
+    sizes = ("--layers", "1", "--hidden-size", "512", "--ffn-hidden-size", "256", "--vocab-size", "1024")
+    ways = ("copy", "stream", "read", "direct")
+    words = (*sizes, "--rounds", "1", "--ways", *ways, "--folder", tmp_path / "disk", "--ram-folder", tmp_path / "ram")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.convert", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    for place in ("disk", "ram"):
+        assert set(told[place]) == set(ways)
+        assert all(each["gb_s"] > 0 and each["peak_anonymous_mb"] > 0 for each in told[place].values())
+        assert told[place]["direct"]["first_iteration_seconds"] > 0
+    assert not any(any((tmp_path / place).iterdir()) for place in ("disk", "ram"))
