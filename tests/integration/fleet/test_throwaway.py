@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_a_host_is_started_set_up_and_does_the_whole_job(
     monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))  # it lies in the real home
     done = rehearse()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    print(done.stdout, done.stderr)
+    assert re.search(rf"^✓ {NAME} +done +[1-9]", done.stdout, re.MULTILINE)
+    assert "PEFT over HF gives the same logits" in done.stdout
     assert "A bare host was set up over SSH, and the whole job ran in its container" in done.stdout
     # Nothing of it stays: no container, no disk, and no host in the fleet.
     left = call("docker", "ps", "--all", "--format", "{{.Names}}") + call("docker", "volume", "ls", "--quiet")
