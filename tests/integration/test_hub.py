@@ -12,6 +12,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from mixtral_run import __version__
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Progress, Report
@@ -121,6 +122,7 @@ def test_a_revision(tmp_path: Path, hub: Hub) -> None:
     assert done.returncode == 0, done.stderr
     proof = json.loads((tmp_path / "out" / "proof.json").read_text())
     assert proof["source"]["revision"] == "f" * 40
+    assert proof["kit_version"] == __version__
     none = convert_from(hub, tmp_path, "--overwrite", name=f"{NAME}@v2")
     assert none.returncode == WeightsError.exit_code
     assert "no such revision" in none.stderr
