@@ -119,18 +119,12 @@ def newest_iteration(folder: Path) -> Path:
     try:
         text = marker.read_text(encoding="utf-8").strip()
     except OSError as error:
-        aside = replaced_folder(folder)
-        command = "mixtral-run convert --hf-model-path … --output-path …"
-        if not folder.exists() and aside.is_dir():
-            command = (
-                f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
-            )
         raise WeightsError(
             "This is not a whole checkpoint.",
             where=str(folder),
             expected=f"a folder with {LATEST}, which is written last; for a base also an HF model's directory",
             found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
-            next_command=command,
+            next_command=way_back(folder) or "mixtral-run convert --hf-model-path … --output-path …",
         ) from error
     except UnicodeDecodeError as error:
         raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error
@@ -150,6 +144,14 @@ def newest_iteration(folder: Path) -> Path:
 def replaced_folder(folder: Path) -> Path:
     """Where a folder lies while another takes its place, on file systems that cannot exchange the two."""
     return folder.parent / f".{folder.name}.replaced"
+
+
+def way_back(folder: Path) -> str | None:
+    """What brings a folder back that --overwrite had moved aside when it was cut off; None where none was."""
+    aside = replaced_folder(folder)
+    if folder.exists() or not aside.is_dir():
+        return None
+    return f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
 
 
 def _read_description(path: Path, kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -19,6 +19,24 @@ from mixtral_run.errors import described
 STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
 QUIET_SECONDS = 5.0
 """Where no terminal shows a moving bar, a line is printed this often instead."""
+
+
+@contextmanager
+def repeating(every_seconds: float, action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` from a thread of its own every so often while the context lasts."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(every_seconds):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Progress:
@@ -131,20 +149,10 @@ class Report:
     @contextmanager
     def waiting(self, what: str, every_seconds: float = 15.0) -> Iterator[None]:
         """Say what is waited for, and every so often for how long: for work that does not tell how far it is."""
-        started, over = time.monotonic(), threading.Event()
-
-        def tell() -> None:
-            while not over.wait(every_seconds):
-                self.say(f"… {what} ({time.monotonic() - started:.0f} s)")
-
+        started = time.monotonic()
         self.say(f"  {what}")
-        thread = threading.Thread(target=tell, daemon=True)
-        thread.start()
-        try:
+        with repeating(every_seconds, lambda: self.say(f"… {what} ({time.monotonic() - started:.0f} s)")):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     @contextmanager
     def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:

@@ -94,6 +94,11 @@ class MixtralArchitecture:
             faults.append(f"--expert-model-parallel-size {ep}: does not divide the model's {self.num_experts} experts")
         return faults
 
+    def differing(self, other: MixtralArchitecture) -> list[str]:
+        """Names of the fields that another has another value of."""
+        mine, theirs = self.to_mapping(), other.to_mapping()
+        return [name for name in mine if mine[name] != theirs[name]]
+
     def to_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -116,6 +116,5 @@ class MoELayer(MegatronModule):
 
 
 def _sorted_by(experts: Tensor, count: int) -> Tensor:
-    """The order that puts rows by expert, equal ones as they were. A GPU's sort goes over all bits of its keys: bytes
-    take a quarter of the time."""
+    """The order that puts rows by expert, equal ones as they were. A GPU sorts by every bit of a key: so by bytes."""
     return (experts.byte() if count <= 256 else experts).argsort(stable=True)

@@ -118,14 +118,13 @@ def _check_before_download(adapter: OpenAdapter, model: HubModel, faults: list[s
 
 
 def _check_architecture(adapter: OpenAdapter, architecture: MixtralArchitecture, where: str) -> None:
-    if architecture != adapter.checkpoint.architecture:
-        ours, theirs = adapter.checkpoint.architecture.to_mapping(), architecture.to_mapping()
-        raise _another_base(
-            adapter,
-            where,
-            ", ".join(f"{name} {ours[name]}" for name in ours if ours[name] != theirs[name]),
-            ", ".join(f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]),
+    ours = adapter.checkpoint.architecture
+    differing = ours.differing(architecture)
+    if differing:
+        expected, found = (
+            ", ".join(f"{name} {getattr(each, name)}" for name in differing) for each in (ours, architecture)
         )
+        raise _another_base(adapter, where, expected, found)
 
 
 def _check_base(adapter: OpenAdapter, weights: HFWeights) -> None:

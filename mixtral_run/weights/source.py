@@ -6,17 +6,17 @@ The token comes from HF_TOKEN or the file that `hf auth login` wrote; it is neve
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mixtral_run.checkpoints import way_back
 from mixtral_run.config import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.report import Report, repeating
 from mixtral_run.settings import Config
 from mixtral_run.weights.sidecars import TOKENIZER_FILES
 from mixtral_run.weights.staging import GIB, free_bytes
@@ -49,8 +49,9 @@ BeforeDownload = Callable[[HubModel], object]
 
 
 def is_on_hub(path: Path | str) -> bool:
-    """Whether a path names a model on the hub: it has the form of a name, and nothing here has that path."""
-    return may_be_hub_name(str(path)) and not Path(path).expanduser().exists()
+    """Whether a path names a model on the hub: it has the form of a name, and nothing here has, or had, that path."""
+    folder = Path(path).expanduser()
+    return may_be_hub_name(str(path)) and not folder.exists() and way_back(folder) is None
 
 
 def with_models_here(config: ConfigT, report: Report, check: BeforeDownload | None = None) -> ConfigT:
@@ -100,6 +101,7 @@ def _here(hf_model_path: str) -> Path | None:
             "The HF model does not exist.",
             where=hf_model_path,
             expected="a directory, or a name on the hub such as mistralai/Mixtral-8x7B-Instruct-v0.1",
+            next_command=way_back(directory),
         )
     return None
 
@@ -169,23 +171,17 @@ def _watched(hub_model: HubModel | None, report: Report) -> Iterator[None]:
         return
     report.say(f"  downloading {hub_model.missing_bytes:,} bytes of {hub_model.name} into {hub_model.cache}")
     blobs = hub_model.cache / f"models--{hub_name_and_revision(hub_model.name)[0].replace('/', '--')}" / "blobs"
-    before, over = _size(blobs), threading.Event()
+    before = _size(blobs)
     with report.progress(hub_model.missing_bytes, "downloaded") as progress:
 
         def look() -> None:
             nonlocal before
-            while not over.wait(_LOOK_EVERY_SECONDS):
-                now = _size(blobs)
-                progress.advance(max(0, now - before))
-                before = max(before, now)
+            now = _size(blobs)
+            progress.advance(max(0, now - before))
+            before = max(before, now)
 
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
+        with repeating(_LOOK_EVERY_SECONDS, look):
             yield
-        finally:
-            over.set()
-            thread.join()
 
 
 def _size(folder: Path) -> int:

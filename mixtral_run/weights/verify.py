@@ -17,13 +17,14 @@ from isal.isal_zlib import crc32
 from mixtral_run.checkpoints import LATEST, newest_iteration
 from mixtral_run.config import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError
+from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights import checksums, mapping, record
 from mixtral_run.weights.adapter import OPTIMIZER_PREFIX, adapter_tensors, lora_of
 from mixtral_run.weights.checksums import read_source
 from mixtral_run.weights.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights, shortened
-from mixtral_run.weights.source import is_on_hub, resolve
+from mixtral_run.weights.source import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.staging import GIB
 from mixtral_run.weights.torch_dist import Reader
 
@@ -114,7 +115,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         if config.proof and not result.faults:
             result = dataclasses.replace(result, faults=_check_proof(checkpoint, reader, report))
         if config.against is not None and not result.faults:
-            weights = open_hf_weights(resolve(str(config.against), report))
+            check = _before_download(config.load, checkpoint.architecture)
+            weights = open_hf_weights(resolve(str(config.against), report, check))
             if checkpoint.kind == "base":
                 comparison, faults = _compare_base(checkpoint, reader, weights, report)
             else:
@@ -170,7 +172,8 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
     _tell(result, report)
     if config.against is not None:
         started = time.monotonic()
-        other = open_hf_weights(resolve(str(config.against), report))
+        check = _before_download(config.load, weights.architecture)
+        other = open_hf_weights(resolve(str(config.against), report, check))
         with report.progress(other.num_bytes, "read") as progress:
             theirs = checksums.fingerprint(other, progress.advance)
         seconds = time.monotonic() - started
@@ -282,14 +285,30 @@ def _tell_equal(checkpoint: record.Checkpoint, comparison: Comparison, report: R
     )
 
 
+def _before_download(load: Path, architecture: MixtralArchitecture) -> BeforeDownload:
+    """Refuses a model of another shape while only its config.json is here."""
+
+    def check(model: HubModel) -> None:
+        faults = _architecture_faults(architecture, model.architecture)
+        if faults:
+            raise CheckFailed(f"{model.name} is another model.", where=str(load), faults=faults)
+
+    return check
+
+
+def _architecture_faults(ours: MixtralArchitecture, theirs: MixtralArchitecture) -> list[str]:
+    return [
+        f"{name}: the checkpoint has {getattr(ours, name)}, the HF model {getattr(theirs, name)}"
+        for name in ours.differing(theirs)
+    ]
+
+
 def _compare_base(
     checkpoint: record.Checkpoint, reader: Reader, weights: HFWeights, report: Report
 ) -> tuple[Comparison, list[str]]:
     started = time.monotonic()
-    if weights.architecture != checkpoint.architecture:
-        ours, theirs = checkpoint.architecture.to_mapping(), weights.architecture.to_mapping()
-        lines = [f"{name}: the checkpoint has {ours[name]}, the HF model {theirs[name]}" for name in ours]
-        faults = [line for line, name in zip(lines, ours, strict=True) if ours[name] != theirs[name]]
+    faults = _architecture_faults(checkpoint.architecture, weights.architecture)
+    if faults:
         return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), faults
     if reader.tensors[mapping.LINEAR_QKV_KEY].dtype != weights.dtype:
         found = reader.tensors[mapping.LINEAR_QKV_KEY].dtype

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.errors import CheckFailed, ConfigError, WeightsError
 from tests.integration.conftest import mixtral_run
 from tests.integration.hub_server import COMMIT, NAME, Hub, client_environment, serving
 
@@ -79,6 +79,32 @@ def test_verify_takes_a_name_on_both_sides(hub: Hub, call: Call, small_checkpoin
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["kind"] == "hf"
     assert shards(hub) == sorted(file.name for file in hub.folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("against", ["checkpoint", "HF directory"])
+def test_another_model_is_not_downloaded_to_be_compared(
+    hub: Hub, call: Call, small_checkpoint: Path, small_hf_model: Path, against: str
+) -> None:
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    load = small_checkpoint if against == "checkpoint" else small_hf_model
+    told = call("verify", "--load", load, "--against", NAME, "--device", "cpu", "--json")
+    assert told.returncode == CheckFailed.exit_code, told.stderr
+    assert json.loads(told.stdout)["ok"] is False
+    assert "rotary_base: the checkpoint has" in told.stderr and "the HF model 12345.0" in told.stderr
+    assert shards(hub) == []
+
+
+@pytest.mark.parametrize("verb", [("verify", "--load"), ("convert", "--output-path", "new", "--hf-model-path")])
+def test_a_folder_that_was_moved_aside_is_no_name_on_the_hub(
+    hub: Hub, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / ".base.replaced").mkdir(parents=True)
+    told = call(*verb, "runs/base", PYTHONPATH=str(Path(__file__).parents[2]))
+    assert told.returncode == WeightsError.exit_code, told.stderr
+    assert "mv runs/.base.replaced runs/base" in told.stderr
+    assert hub.tokens == set()
 
 
 def test_the_plan_and_the_way_back_need_no_weights(

@@ -144,6 +144,11 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantised, "reads_unturned", lambda _: False)
 
 
+def test_where_the_gradients_kernel_does_not_run_it_is_said_and_done_without(caplog: pytest.LogCaptureFixture) -> None:
+    assert not quantised.reads_unturned.__wrapped__(torch.device("cpu"))
+    assert "go through turned weights" in caplog.text and "Triton" in caplog.text
+
+
 def _checked(original: object) -> object:
     def product(left: Tensor, *rest: Tensor, **words: object) -> Tensor:
         if left.is_meta:
