@@ -169,9 +169,9 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
 def kept_per_token(workload: Workload, layout: Layout) -> float:
     """Bytes that a layer keeps for the backward pass, per token of the micro batch.
 
-    none: the inputs of both norms; what the adapters of qkv and fc1 read; query, key, value, context; fc1's output, the
-    activation, fc2's output. selective: without what norm, activation and permutation make again. full and offload: its
-    input.
+    none: the inputs of both norms; what the adapters of qkv and fc1 read; query, key, value, context; fc1's output;
+    where the experts are not one step backward, the activation and fc2's output too. selective: without what norm,
+    activation and permutation make again. full and offload: its input.
     """
     tp = layout.tensor_model_parallel_size
     residual = _width(workload, workload.architecture.hidden_size) / tp
@@ -201,18 +201,21 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
     shape = workload.architecture
     adapted, dropped = workload.lora_target_modules, workload.lora_dropout > 0
-    alone = layout.expert_model_parallel_size == 1
+    alone, again = layout.expert_model_parallel_size == 1, layout.recompute == "selective"
     hidden, ffn = _width(workload, shape.hidden_size), _width(workload, shape.ffn_hidden_size)
+    # model/adapted_experts.py makes the activation on its way back, reads rows through their tokens, and gives the
+    # router its gradient without outputs.
+    as_one = {"linear_fc1", "linear_fc2"} <= set(adapted) and not dropped
+    once = hidden if as_one and alone and not again else 0.0
     # Rows that came from other processes cannot be gathered again without asking them.
-    rows = hidden if "linear_fc1" in adapted and not (layout.recompute == "selective" and alone) else 0.0
-    active = ffn if "linear_fc2" in adapted and layout.recompute == "none" else 0.0
-    # linear_fc2's output gives the gradient of the router's weights, where they do not get it by model/shares.py.
-    output = 0.0 if layout.recompute == "selective" and alone else hidden
+    rows = hidden if "linear_fc1" in adapted and not (alone and (again or as_one)) else 0.0
+    active = ffn if "linear_fc2" in adapted and not again and not as_one else 0.0
+    output = 0.0 if alone and (again or as_one) else hidden
     kept = rows + 2 * ffn + active + output
     if dropped:
         kept += shape.hidden_size * ("linear_fc1" in adapted) + shape.ffn_hidden_size * ("linear_fc2" in adapted)
     busiest = 1.0 if alone else IMBALANCE
-    return shape.moe_router_topk * kept * busiest / layout.tensor_model_parallel_size
+    return (once + shape.moe_router_topk * kept * busiest) / layout.tensor_model_parallel_size
 
 
 def _buffers(workload: Workload, layout: Layout) -> float:
@@ -225,8 +228,10 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     layer = rows * (
         _width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * (2 if alone else 4)
     )
+    # The activation that is made again.
+    layer += rows * _width(workload, shape.ffn_hidden_size)
     if layout.recompute == "selective":
-        layer += rows * _width(workload, shape.ffn_hidden_size + shape.hidden_size)
+        layer += rows * _width(workload, shape.hidden_size)
     if layout.recompute in RUNS_AGAIN:
         layer += tokens * kept_per_token(workload, dataclasses.replace(layout, recompute="none"))
     if workload.expert_bytes < 1:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mixtral_run.model.lora import ColumnLinear, LoraSettings, RowLinear
 from mixtral_run.model.packing import Packed, packed_attention
 from mixtral_run.model.remake import Recipe
-from mixtral_run.model.rotary import rotate
+from mixtral_run.model.rotary import split_and_turn
 
 
 @dataclass
@@ -106,11 +106,7 @@ class Attention(MegatronModule):
         """
         sequence, batch, _ = mixed.shape
         mixed = mixed.view(sequence, batch, self.groups, self.heads_per_group + 2, self.head_size)
-        mixed = rotate(mixed, inputs.cosine, inputs.sine)
-        query, key, value = mixed.split((self.heads_per_group, 1, 1), dim=3)
-        query = query.reshape(sequence, batch, self.groups * self.heads_per_group, self.head_size)
-        # Each a tensor of its own (the query is one by reshape): attention keeps them, and views would keep `mixed`.
-        key, value = key.squeeze(3).contiguous(), value.squeeze(3).contiguous()
+        query, key, value = split_and_turn(mixed, inputs.cosine, inputs.sine)
         return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
 
 

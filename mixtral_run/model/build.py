@@ -23,6 +23,7 @@ from mixtral_run.model.offload import Offload
 from mixtral_run.model.packing import Packed, has_packed_attention
 from mixtral_run.model.parallel import Processes
 from mixtral_run.model.rotary import Rotary
+from mixtral_run.model.rounded import refresh
 from mixtral_run.model.sharing import mark
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,6 +68,7 @@ class MixtralModel(torch.nn.Module):
         for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
             # Megatron marks its weights only when it also initialises them.
             mark(split, split=True)
+        self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, processes.device)
 
     def losses(
@@ -133,6 +135,8 @@ class MixtralModel(torch.nn.Module):
         if positions is None:
             positions = torch.arange(length, device=self.processes.device)[None]
         cosine, sine = self.rotary.inputs(positions, self.settings.dtype)
+        if self.settings.lora is not None and self.settings.dtype is torch.bfloat16:
+            refresh(self._adapters, self.settings.dtype)
         if packed is not None and not has_packed_attention(cosine):
             # Once for all layers.
             mask, packed = packed.mask(), None

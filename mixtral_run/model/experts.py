@@ -16,9 +16,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mixtral_run.model.grouped import added_linear, grouped_linear
+from mixtral_run.model.adapted_experts import Adapters, Rows, adapted_experts
+from mixtral_run.model.grouped import added_linear, frozen_gradient, frozen_product, grouped_linear
 from mixtral_run.model.lora import LoraSettings, initial_linear_in
-from mixtral_run.model.quantised import quantise_to, quantised_linear, quantised_with_inner
+from mixtral_run.model.quantised import (
+    forward_product,
+    quantise_to,
+    quantised_linear,
+    quantised_with_inner,
+    rows_gradient,
+)
 from mixtral_run.model.remake import Once, Recipe, drop
 from mixtral_run.model.shares import with_shares
 from mixtral_run.model.sharing import mark
@@ -75,6 +82,20 @@ class ExpertLinear(torch.nn.Module):
         assert self.weight is not None
         return grouped_linear(rows, self.weight, ends, recipe)
 
+    def product(self, rows: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+        """`forward` without a gradient; source: as in grouped.product."""
+        if self.values is not None and self.scales is not None:
+            return forward_product(rows, self.values, self.scales, ends, source)
+        assert self.weight is not None
+        return frozen_product(rows, self.weight.detach(), ends, source)
+
+    def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+        """What `forward`'s rows get of its result's gradient [tokens, out]; inner [tokens, r] · linear_in is added."""
+        if self.values is not None and self.scales is not None:
+            return rows_gradient(gradient, self.values, self.scales, ends, inner, linear_in)
+        assert self.weight is not None
+        return frozen_gradient(gradient, self.weight.detach(), ends, inner, linear_in)
+
     def allocate(self) -> None:
         """Give the weight memory, uninitialised."""
         assert self.weight is not None
@@ -118,6 +139,21 @@ class Experts(MegatronModule):
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
         self.linear_fc1 = ExpertLinear(hidden, 2 * ffn, "linear_fc1", config, lora, layer_number, base_precision)
         self.linear_fc2 = ExpertLinear(ffn, hidden, "linear_fc2", config, lora, layer_number, base_precision)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether `adapted_forward` serves: both layers have an adapter, and nothing is dropped on the way."""
+        lora = self.linear_fc1.lora
+        return lora is not None and self.linear_fc2.lora is not None and not (lora.dropout and self.training)
+
+    def adapted_forward(
+        self, tokens: Tensor, rows: Rows, recipe: Recipe | None = None, shares: Tensor | None = None
+    ) -> Tensor:
+        """See adapted_experts.py; where `adapted` says so, what `forward` computes, keeping less."""
+        first, second = self.linear_fc1, self.linear_fc2
+        assert first.lora is not None
+        parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
+        return adapted_experts(tokens, rows, first, second, Adapters(*parts, first.lora.scale), recipe, shares)
 
     def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None, shares: Tensor | None = None) -> Tensor:
         """rows: [tokens, hidden], sorted by local expert; ends: int32 [local experts]. Returns rows' shape.

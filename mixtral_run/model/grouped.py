@@ -10,7 +10,9 @@ in]; ends int32 [experts], the number of rows up to and with each expert's.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.remake import Recipe
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 16
 """What the grouped product asks of every matrix's rows."""
@@ -100,34 +104,138 @@ class _AddedLinear(torch.autograd.Function):
         return gradient, for_inner, outer_product(gradient, inner * ctx.scale, ends), None, None
 
 
-def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """rows [tokens, k] · matrices [experts, k, n] → [tokens, n]."""
+def product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows [tokens, k] · matrices [experts, k, n] → [tokens, n].
+
+    source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
+    """
     if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
         from mixtral_run.model.narrow_triton import WIDTHS, narrow_product
 
         if matrices.shape[2] in WIDTHS and rows.is_contiguous():
-            return narrow_product(rows, matrices, ends)
+            return narrow_product(rows, matrices, ends, source)
+    if source is not None:
+        rows = rows.index_select(0, source)
+    if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
         output: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
         return output
     parts = rows.split(row_counts(ends))
     return torch.cat([part @ matrix for part, matrix in zip(parts, matrices.unbind(0), strict=True)])
 
 
-def outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """The sum over each expert's rows of leftᵀ · right: left [tokens, m], right [tokens, n] → [experts, m, n]."""
+def outer_product(
+    left: Tensor,
+    right: Tensor,
+    ends: Tensor,
+    *,
+    source: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The sum over each expert's rows of leftᵀ · right: left [tokens, m], right [tokens, n] → [experts, m, n].
+
+    source: as in `product`, of right. dtype: of the result, left's by default.
+    """
     if has_grouped_product(left, left.shape[1], right.shape[1]):
         from mixtral_run.model.narrow_triton import WIDTHS, narrow_outer_product
 
         if left.is_contiguous() and right.is_contiguous():
             if left.shape[1] in WIDTHS:
-                return narrow_outer_product(right, left, ends, narrow_first=True)
-            if right.shape[1] in WIDTHS:
-                return narrow_outer_product(left, right, ends, narrow_first=False)
+                return narrow_outer_product(right, left, ends, narrow_first=True, source=source, dtype=dtype)
+            if right.shape[1] in WIDTHS and source is None:
+                return narrow_outer_product(left, right, ends, narrow_first=False, dtype=dtype)
+    if source is not None:
+        right = right.index_select(0, source)
+    if has_grouped_product(left, left.shape[1], right.shape[1]):
         output: Tensor = torch._grouped_mm(left.t(), right, offs=ends)
-        return output
-    counts = row_counts(ends)
-    pairs = zip(left.split(counts), right.split(counts), strict=True)
-    return torch.stack([first.t() @ second for first, second in pairs])
+    else:
+        counts = row_counts(ends)
+        pairs = zip(left.split(counts), right.split(counts), strict=True)
+        output = torch.stack([first.t() @ second for first, second in pairs])
+    return output.to(dtype or left.dtype)
+
+
+def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """base [tokens, n] + scale · inner [tokens, r] · matrices [experts, r, n], which may take base's memory."""
+    if has_grouped_product(base, base.shape[1], inner.shape[1]):
+        from mixtral_run.model.narrow_triton import WIDTHS, narrow_added
+
+        if inner.shape[1] in WIDTHS:
+            return narrow_added(base, inner, matrices.transpose(1, 2), scale, ends, in_place=True)
+    return base + product(inner * scale, matrices, ends)
+
+
+FEW_ROWS = 256
+"""Rows an expert up to which product_gluon.py is the faster one: it reads weights at 2.6 TB/s where torch's product
+reaches 1.9 (H100, 128 rows an expert); at 500 torch's is faster by a tenth, also with the adapter's part to be added."""
+
+
+def frozen_product(rows: Tensor, weight: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`."""
+    experts, outputs, inputs = weight.shape
+    tokens = rows.shape[0] if source is None else source.shape[0]
+    if _own_product_pays(rows, tokens / experts, outputs, inputs, 0):
+        from mixtral_run.model.product_gluon import grouped_product
+
+        rows = rows if source is None else rows.index_select(0, source)
+        return grouped_product(rows.contiguous(), weight, ends, turned=True)
+    return product(rows, weight.transpose(1, 2), ends, source)
+
+
+def frozen_gradient(gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+    """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in]."""
+    experts, outputs, inputs = weight.shape
+    if _own_product_pays(gradient, gradient.shape[0] / experts, inputs, outputs, inner.shape[1]):
+        from mixtral_run.model.product_gluon import grouped_product
+
+        parts = (inner.contiguous(), linear_in.contiguous())
+        return grouped_product(gradient.contiguous(), weight, ends, turned=False, inner=parts[0], adapter=parts[1])
+    return add_product(product(gradient, weight, ends), inner, linear_in, 1.0, ends)
+
+
+def _own_product_pays(rows: Tensor, rows_per_expert: float, width: int, depth: int, rank: int) -> bool:
+    if rows_per_expert > FEW_ROWS or not has_grouped_product(rows, width, depth):
+        return False
+    if torch.cuda.get_device_capability(rows.device) != (9, 0) or not _own_product_runs(rows.device):
+        return False
+    from mixtral_run.model.product_gluon import fits
+
+    return fits(width, depth, rank)
+
+
+@functools.cache
+def _own_product_runs(device: torch.device) -> bool:
+    """Whether product_gluon.py is right on this device."""
+
+    def small() -> tuple[Tensor, Tensor]:
+        from mixtral_run.model.product_gluon import grouped_product
+
+        generator = torch.Generator(device).manual_seed(1)
+        shapes = ((300, 128), (2, 128, 256), (300, 16), (2, 16, 256))
+        rows, weight, inner, half = (
+            torch.randn(shape, device=device, generator=generator).bfloat16() for shape in shapes
+        )
+        ends = torch.tensor([230, 300], device=device, dtype=torch.int32)
+        found = grouped_product(rows, weight, ends, turned=False, inner=inner, adapter=half)
+        owner = (torch.arange(300, device=device) >= 230).long()
+        expected = torch.einsum("tk,tkn->tn", rows.float(), weight.float()[owner])
+        return found, expected + torch.einsum("tr,trn->tn", inner.float(), half.float()[owner])
+
+    why = why_not(small)
+    if why:
+        log.warning("bf16 experts go through torch's products, slower at few tokens (%s).", why)
+    return not why
+
+
+def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
+    """Why a kernel does not run here, "" where it does. small: its result in a small case, and the right one. Triton's
+    language of layouts changes from version to version."""
+    try:
+        found, expected = small()
+        return (
+            "" if bool((found.float() - expected).norm() < 1e-2 * expected.norm()) else "its product is not right here"
+        )
+    except Exception as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def row_counts(ends: Tensor) -> list[int]:

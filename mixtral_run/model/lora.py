@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mixtral_run.model.remake import Recipe, drop, remade_linear
+from mixtral_run.model.rounded import rounded
 from mixtral_run.model.sharing import mark
 
 
@@ -89,6 +91,10 @@ class LinearAdapter(torch.nn.Module):
         """alpha / r · B·(A·x)."""
         return linear(inner * self.lora.scale, self.linear_out.weight.to(inner.dtype))
 
+    def stands_alone(self, tp_group: torch.distributed.ProcessGroup) -> bool:
+        """Whether the layer is whole here and nothing is dropped before A: then `adapted_linear` serves."""
+        return tp_group.size() == 1 and not (self.lora.dropout and self.training)
+
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -103,6 +109,54 @@ class LinearAdapter(torch.nn.Module):
             sharded_offsets,
         )
         return result
+
+
+def adapted_linear(hidden: Tensor, weight: Tensor, adapter: LinearAdapter, recipe: Recipe | None) -> Tensor:
+    """hidden · weightᵀ + alpha / r · (hidden · Aᵀ) · Bᵀ as one step of the backward pass: weight frozen and whole, and
+    nothing dropped. The adapter's part is added by the product that computes it, forward and backward.
+
+    hidden [.., in], weight [out, in]. recipe: of hidden, where it shall not be kept.
+    """
+    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
+    halves = (adapter.linear_in.weight, adapter.linear_out.weight)
+    output: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+        hidden, *halves, weight.detach(), adapter.lora.scale, make, *kept
+    )
+    return output
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        linear_in: Tensor,
+        linear_out: Tensor,
+        weight: Tensor,
+        scale: float,
+        make: Callable[..., Tensor] | None,
+        *kept: Tensor,
+    ) -> Tensor:
+        first, second = rounded(linear_in, hidden.dtype), rounded(linear_out, hidden.dtype)
+        flat = hidden.flatten(0, -2)
+        inner = flat @ first.t()
+        output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)
+        ctx.save_for_backward(inner, first, second, *kept)
+        ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
+        return output.view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inner, first, second, *kept = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        hidden = ctx.make(*kept) if ctx.make is not None else kept[0]
+        for_inner = (gradient @ second).mul_(ctx.scale)
+        for_first = (for_inner.t() @ hidden.flatten(0, -2)).to(ctx.dtype)
+        for_second = (gradient.t() @ inner).mul_(ctx.scale).to(ctx.dtype)
+        for_hidden = None
+        if ctx.needs_input_grad[0]:
+            for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
+        return (for_hidden, for_first, for_second, None, None, None, *(None for _ in kept))
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -126,6 +180,8 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
         """hidden: [sequence (/ TP), batch, in] → [sequence, batch, out / TP]. recipe: of hidden, where it has one."""
+        if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
+            return adapted_linear(hidden, self.weight, self.adapter, recipe)
         output: Tensor = super().forward(hidden)[0]
         if self.adapter is None:
             return output
@@ -171,6 +227,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
         """hidden: [sequence, batch, in / TP] → [sequence (/ TP), batch, out]. recipe: of hidden, where it has one."""
+        if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
+            return adapted_linear(hidden, self.weight, self.adapter, recipe)
         output: Tensor = super().forward(hidden)[0]
         if self.adapter is None:
             return output

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mixtral_run.model.adapted_experts import Rows
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.permute import inverse, to_rows, to_tokens
@@ -44,9 +45,33 @@ class Router(MegatronModule):
 
         In fp32 throughout: in bf16 a near tie sends a token to another expert, which dominates the model's error.
         """
-        logits = torch.nn.functional.linear(tokens.float(), self.weight.float())
+        logits = router_logits(tokens, self.weight)
         weights, experts = logits.softmax(dim=-1).topk(self.topk, dim=-1)
         return weights / weights.sum(dim=-1, keepdim=True), experts
+
+
+def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens [tokens, hidden] · weightᵀ, summed in fp32: [tokens, experts]."""
+    if tokens.is_cuda and tokens.dtype is torch.bfloat16 and not weight.requires_grad and tokens.numel():
+        logits: Tensor = _RouterLogits.apply(tokens, weight)  # type: ignore[no-untyped-call]
+        return logits
+    return torch.nn.functional.linear(tokens.float(), weight.float())
+
+
+class _RouterLogits(torch.autograd.Function):
+    """Without fp32 copies of the tokens: products of bf16 numbers are exact in fp32, which is what is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.mm(tokens, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        from mixtral_run.model.permute_triton import mix_rows
+
+        (weight,) = ctx.saved_tensors
+        return mix_rows(gradients[0].contiguous(), weight.contiguous()), None
 
 
 class MoELayer(MegatronModule):
@@ -77,22 +102,39 @@ class MoELayer(MegatronModule):
         chosen = experts.flatten()
         order = _sorted_by(chosen, self.num_experts)
         position = inverse(order)
-        rows = to_rows(tokens, order, position, topk)
         # Not bincount, which waits for the GPU to learn the size of its result.
         counts = (chosen[:, None] == torch.arange(self.num_experts, device=chosen.device)).sum(0)
-        if self.expert_group.size() == 1:
-            ends = counts.cumsum(0).int()
-            if recipe is not None:
-                width = hidden.shape[-1]
-                recipe = recipe.then(lambda made, by: made.reshape(-1, width).index_select(0, by // topk), order)
-                outputs = self.experts(rows, ends, recipe, weights.flatten().index_select(0, order))
-                # The weights have their gradient by their shares; detached, the outputs need not be kept for it.
-                weights = weights.detach()
-            else:
-                outputs = self.experts(rows, ends)
-        else:
+        if self.expert_group.size() > 1:
+            rows = to_rows(tokens, order, position, topk)
             outputs = self._through_expert_group(rows, counts, selective=recipe is not None)
+        elif self.experts.adapted or recipe is not None:
+            outputs = self._by_shares(tokens, weights, order, position, counts.cumsum(0).int(), recipe)
+            # The weights have their gradient by their shares; detached, the outputs need not be kept for it.
+            weights = weights.detach()
+        else:
+            outputs = self.experts(to_rows(tokens, order, position, topk), counts.cumsum(0).int())
         return to_tokens(outputs, weights, order, position).view_as(hidden)
+
+    def _by_shares(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        position: Tensor,
+        ends: Tensor,
+        recipe: Recipe | None,
+    ) -> Tensor:
+        """The outputs where all experts are here; the router's weights have their gradient by their shares."""
+        topk = weights.shape[1]
+        shares = weights.flatten().index_select(0, order)
+        source = order // topk
+        if self.experts.adapted:
+            return self.experts.adapted_forward(tokens, Rows(ends, source, position, topk), recipe, shares)
+        assert recipe is not None
+        width = tokens.shape[-1]
+        recipe = recipe.then(lambda made, by: made.reshape(-1, width).index_select(0, by), source)
+        outputs: Tensor = self.experts(to_rows(tokens, order, position, topk), ends, recipe, shares)
+        return outputs
 
     def _through_expert_group(self, rows: Tensor, counts: Tensor, *, selective: bool) -> Tensor:
         """Rows sorted by expert → their experts' outputs in the same order. counts: [experts], of this process."""
@@ -107,9 +149,12 @@ class MoELayer(MegatronModule):
         by_sender = torch.repeat_interleave(local, incoming, output_size=sum(receive_sizes))
         order = _sorted_by(by_sender, len(received[0]))
         arrived = to_rows(arrived, order, inverse(order), 1)
-        # Gathering them again would mean asking the other processes again.
-        recipe = Recipe.kept(arrived) if selective else None
-        outputs = self.experts(arrived, incoming.view(size, -1).sum(0).cumsum(0).int(), recipe)
+        ends = incoming.view(size, -1).sum(0).cumsum(0).int()
+        if self.experts.adapted:
+            outputs = self.experts.adapted_forward(arrived, Rows(ends))
+        else:
+            # Gathering them again would mean asking the other processes again.
+            outputs = self.experts(arrived, ends, Recipe.kept(arrived) if selective else None)
         outputs = to_rows(outputs, inverse(order), order, 1)
         returned: Tensor = all_to_all(self.expert_group, outputs, send_sizes, receive_sizes)
         return returned

@@ -23,6 +23,7 @@ COLUMNS, TOKENS = 128, 64
 @triton.jit
 def _product_kernel(
     rows_ptr,
+    source_ptr,
     matrices_ptr,
     ends_ptr,
     output_ptr,
@@ -37,6 +38,7 @@ def _product_kernel(
     NARROW: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
 ):
     """A share of the sum for each second index of the grid.
 
@@ -52,11 +54,14 @@ def _product_kernel(
     first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
     last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
     result = tl.zeros([ROWS, NARROW], dtype=tl.float32)
+    at = rows.to(tl.int64)
+    if HAS_SOURCE:
+        at = tl.load(source_ptr + rows, mask=rows < tokens, other=0)
     for expert in range(first_expert, last_expert + 1):
         end = tl.load(ends_ptr + expert)
         begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         mine = (rows >= begin) & (rows < end)
-        left = rows_ptr + rows[:, None].to(tl.int64) * depth + places[None, :]
+        left = rows_ptr + at[:, None] * depth + places[None, :]
         right = matrices_ptr + expert.to(tl.int64) * matrix_stride
         right += places[:, None] * depth_stride + narrow[None, :] * column_stride
         lowest = tl.program_id(1) * share
@@ -81,6 +86,7 @@ def _sum_kernel(shares_ptr, output_ptr, size, SHARES: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def _outer_kernel(
     wide_ptr,
+    source_ptr,
     narrow_ptr,
     ends_ptr,
     output_ptr,
@@ -90,6 +96,7 @@ def _outer_kernel(
     NARROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
 ):
     expert = tl.program_id(1)
     end = tl.load(ends_ptr + expert)
@@ -102,7 +109,10 @@ def _outer_kernel(
         tokens = start + tl.arange(0, TOKENS)
         mine = tokens < end
         left = tl.load(narrow_ptr + tokens[None, :] * NARROW + narrow[:, None], mask=mine[None, :], other=0.0)
-        places = wide_ptr + tokens[:, None].to(tl.int64) * width + columns[None, :]
+        at = tokens.to(tl.int64)
+        if HAS_SOURCE:
+            at = tl.load(source_ptr + tokens, mask=mine, other=0)
+        places = wide_ptr + at[:, None] * width + columns[None, :]
         right = tl.load(places, mask=mine[:, None] & inside[None, :], other=0.0)
         result = tl.dot(left, right, result)
     target = output_ptr + expert.to(tl.int64) * width * NARROW
@@ -120,6 +130,8 @@ def _added_kernel(
     tokens,
     width,
     scale,
+    column_stride,
+    narrow_stride,
     num_experts,
     EXPERTS: tl.constexpr,
     NARROW: tl.constexpr,
@@ -144,16 +156,22 @@ def _added_kernel(
         begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         mine = (rows >= begin) & (rows < end)
         inner = tl.load(inner_ptr + rows[:, None] * NARROW + narrow[None, :], mask=mine[:, None], other=0.0)
-        outer = outer_ptr + expert.to(tl.int64) * width * NARROW + columns[None, :] * NARROW + narrow[:, None]
+        outer = outer_ptr + expert.to(tl.int64) * width * NARROW
+        outer += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
         result = tl.dot(inner, tl.load(outer, mask=(columns < width)[None, :], other=0.0), result)
     result = base.to(tl.float32) + result * scale
     tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=inside)
 
 
-def narrow_added(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
-    """base [tokens, m] + scale · inner [tokens, n] · outer [experts, m, n] transposed; all contiguous, n of WIDTHS."""
+def narrow_added(
+    base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, *, in_place: bool = False
+) -> Tensor:
+    """base [tokens, m] + scale · inner [tokens, n] · outer [experts, m, n] transposed; n one of WIDTHS.
+
+    base and inner contiguous, each of outer's matrices too or its transpose. in_place: base becomes the result.
+    """
     tokens, width = base.shape
-    output = torch.empty_like(base)
+    output = base if in_place else torch.empty_like(base)
     _added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
         base,
         inner,
@@ -163,6 +181,7 @@ def narrow_added(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends:
         tokens,
         width,
         scale,
+        *outer.stride()[1:],
         ends.shape[0],
         EXPERTS=triton.next_power_of_2(ends.shape[0]),
         NARROW=inner.shape[1],
@@ -173,9 +192,12 @@ def narrow_added(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends:
     return output
 
 
-def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """rows [tokens, k], contiguous · matrices [experts, k, n] of any strides → [tokens, n]; n one of WIDTHS."""
-    tokens, depth = rows.shape
+def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows [tokens, k], contiguous · matrices [experts, k, n] of any strides → [tokens, n]; n one of WIDTHS.
+
+    source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
+    """
+    tokens, depth = rows.shape if source is None else (source.shape[0], rows.shape[1])
     experts, _, narrow = matrices.shape
     output = torch.empty(tokens, narrow, dtype=rows.dtype, device=rows.device)
     blocks = triton.cdiv(tokens, ROWS)
@@ -185,6 +207,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     parts = torch.empty(shares, tokens, narrow, dtype=torch.float32, device=rows.device) if shares > 1 else output
     _product_kernel[(blocks, shares)](
         rows,
+        source if source is not None else ends,
         matrices,
         ends,
         parts,
@@ -197,6 +220,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
         NARROW=narrow,
         ROWS=ROWS,
         DEPTH=at_once,
+        HAS_SOURCE=source is not None,
         num_warps=4,
         num_stages=4,
     )
@@ -206,16 +230,26 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return output
 
 
-def narrow_outer_product(wide: Tensor, narrow: Tensor, ends: Tensor, *, narrow_first: bool) -> Tensor:
+def narrow_outer_product(
+    wide: Tensor,
+    narrow: Tensor,
+    ends: Tensor,
+    *,
+    narrow_first: bool,
+    source: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The sum over each expert's rows of narrowᵀ · wide, [experts, n, m], or its transpose, [experts, m, n].
 
-    wide [tokens, m], narrow [tokens, n], both contiguous; n one of WIDTHS.
+    wide [tokens, m], narrow [tokens, n], both contiguous; n one of WIDTHS. source: as in `narrow_product`, of wide.
+    dtype: of the result, wide's by default; sums are fp32.
     """
     width, rank, experts = wide.shape[1], narrow.shape[1], ends.shape[0]
     shape = (experts, rank, width) if narrow_first else (experts, width, rank)
-    output = torch.empty(shape, dtype=wide.dtype, device=wide.device)
+    output = torch.empty(shape, dtype=dtype or wide.dtype, device=wide.device)
     _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
         wide,
+        source if source is not None else ends,
         narrow,
         ends,
         output,
@@ -224,6 +258,7 @@ def narrow_outer_product(wide: Tensor, narrow: Tensor, ends: Tensor, *, narrow_f
         NARROW=rank,
         COLUMNS=COLUMNS,
         TOKENS=TOKENS,
+        HAS_SOURCE=source is not None,
         num_warps=4,
         num_stages=4,
     )

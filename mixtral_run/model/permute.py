@@ -44,7 +44,7 @@ class _ToRows(torch.autograd.Function):
         (position,) = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         ones = torch.ones(position.numel() // ctx.topk, ctx.topk, device=gradient.device)
-        return _add_rows(gradient, ones, position), None, None, None
+        return add_rows(gradient, ones, position), None, None, None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -52,32 +52,30 @@ class _ToTokens(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
         # The rows are for the gradient of the weights alone.
         ctx.save_for_backward(rows if weights.requires_grad else None, weights, order, position)
-        return _add_rows(rows, weights, position)
+        return add_rows(rows, weights, position)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weights, order, position = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        if rows is None:
-            topk = weights.shape[1]
-            weight = weights.flatten()[order, None].to(gradient.dtype)
-            return gradient.index_select(0, order // topk) * weight, None, None, None
-        if rows.is_cuda and rows.numel():
+        if gradient.is_cuda and position.numel():
             from mixtral_run.model.permute_triton import spread
 
             return *spread(gradient, rows, weights, position), None, None
         topk = weights.shape[1]
         for_rows = gradient.index_select(0, order // topk) * weights.flatten()[order, None].to(gradient.dtype)
+        if rows is None:
+            return for_rows, None, None, None
         picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
         for_weights = (picked * gradient[:, None]).sum(-1, dtype=weights.dtype)
         return for_rows, for_weights, None, None
 
 
-def _add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
+def add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
     """Σ over k of weights[t, k] · rows[position[t·topk + k]]: [tokens, hidden] in rows' dtype, added in fp32."""
     if rows.is_cuda and rows.numel():
-        from mixtral_run.model.permute_triton import add_rows
+        from mixtral_run.model.permute_triton import add_rows as on_gpu
 
-        return add_rows(rows.contiguous(), weights, position)
+        return on_gpu(rows.contiguous(), weights, position)
     picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
     return (picked * weights[..., None].to(rows.dtype)).sum(dim=1)

@@ -34,6 +34,7 @@ def _spread_kernel(
     hidden,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     for choice in tl.static_range(TOPK):
@@ -44,15 +45,17 @@ def _spread_kernel(
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
             gradient = tl.load(gradient_ptr + token * hidden + columns, mask=mask, other=0.0).to(tl.float32)
-            value = tl.load(rows_ptr + row * hidden + columns, mask=mask, other=0.0).to(tl.float32)
             target = for_rows_ptr + row * hidden + columns
             tl.store(target, (gradient * weight).to(for_rows_ptr.dtype.element_ty), mask=mask)
-            total += gradient * value
-        tl.store(for_weights_ptr + token * TOPK + choice, tl.sum(total, axis=0))
+            if HAS_ROWS:
+                value = tl.load(rows_ptr + row * hidden + columns, mask=mask, other=0.0).to(tl.float32)
+                total += gradient * value
+        if HAS_ROWS:
+            tl.store(for_weights_ptr + token * TOPK + choice, tl.sum(total, axis=0))
 
 
 def add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
-    """See permute._add_rows. rows contiguous, weights fp32, position int64."""
+    """See permute.add_rows. rows contiguous, weights fp32, position int64."""
     tokens, topk = weights.shape
     hidden = rows.shape[1]
     output = torch.empty(tokens, hidden, dtype=rows.dtype, device=rows.device)
@@ -61,13 +64,25 @@ def add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
     return output
 
 
-def spread(gradient: Tensor, rows: Tensor, weights: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `add_rows` for its rows and its weights."""
+def spread(gradient: Tensor, rows: Tensor | None, weights: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `add_rows` for its rows and, where the rows are given, its weights."""
     tokens, topk = weights.shape
-    for_rows = torch.empty_like(rows)
-    for_weights = torch.empty(tokens, topk, dtype=torch.float32, device=rows.device)
+    for_rows = torch.empty(position.numel(), gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
+    for_weights = None
+    if rows is not None:
+        for_weights = torch.empty(tokens, topk, dtype=torch.float32, device=gradient.device)
+    unused = for_rows
     _spread_kernel[(tokens,)](
-        gradient, rows, weights.contiguous(), position, for_rows, for_weights, rows.shape[1], TOPK=topk, BLOCK=BLOCK
+        gradient,
+        rows if rows is not None else unused,
+        weights.contiguous(),
+        position,
+        for_rows,
+        for_weights if for_weights is not None else unused,
+        gradient.shape[1],
+        TOPK=topk,
+        BLOCK=BLOCK,
+        HAS_ROWS=rows is not None,
     )
     return for_rows, for_weights
 
@@ -89,4 +104,25 @@ def row_products(first: Tensor, second: Tensor) -> Tensor:
     rows, width = first.shape
     output = torch.empty(rows, dtype=torch.float32, device=first.device)
     _row_products_kernel[(rows,)](first, second, output, width, BLOCK=BLOCK)
+    return output
+
+
+@triton.jit
+def _mix_rows_kernel(shares_ptr, rows_ptr, output_ptr, width, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for number in tl.static_range(COUNT):
+        share = tl.load(shares_ptr + token * COUNT + number)
+        total += share * tl.load(rows_ptr + number * width + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output_ptr + token * width + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+def mix_rows(shares: Tensor, rows: Tensor) -> Tensor:
+    """shares fp32 [tokens, n] · rows [n, width] of few rows, summed in fp32 → [tokens, width] in rows' dtype."""
+    tokens, count = shares.shape
+    width = rows.shape[1]
+    output = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
+    _mix_rows_kernel[(tokens, triton.cdiv(width, BLOCK))](shares, rows, output, width, COUNT=count, BLOCK=BLOCK)
     return output

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model import nf4
-from mixtral_run.model.grouped import has_grouped_product, outer_product, product, row_counts
+from mixtral_run.model.grouped import (
+    add_product,
+    has_grouped_product,
+    outer_product,
+    product,
+    row_counts,
+    why_not,
+)
 from mixtral_run.model.remake import Recipe
 
 log = logging.getLogger(__name__)
@@ -133,13 +140,18 @@ class _WithInner(torch.autograd.Function):
         return (for_rows, None, None, None, for_linear_in, None, *(None for _ in kept))
 
 
-def forward_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
-    """rows · matricesᵀ, [tokens, out], by what runs here."""
+def forward_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows · matricesᵀ, [tokens, out], by what runs here. source: as in grouped.product."""
     if not has_scaled_product(rows, values):
+        rows = rows if source is None else rows.index_select(0, source)
         return plain_product(rows, values, scales, ends, backwards=False)
     from mixtral_run.model.quantised_triton import quantise_rows
 
     small, row_scales = quantise_rows(rows.contiguous(), None, ends)
+    if source is not None:
+        # Once a token and then gathered, at half the bytes.
+        small = small.view(torch.uint8).index_select(0, source).view(FP8)
+        row_scales = row_scales.index_select(0, source)
     return scaled_product(small, values, row_scales, scales, ends)
 
 
@@ -170,34 +182,33 @@ def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None,
     """gradient plus the part that comes through the adapter."""
     if inner is None or linear_in is None:
         return gradient
-    return gradient + product(inner, linear_in, ends)
+    return add_product(gradient, inner, linear_in, 1.0, ends)
 
 
 @functools.cache
 def reads_unturned(device: torch.device) -> bool:
     """Whether gradient_gluon.py is right on this device, by a small product. Gluon changes from version to version."""
-    try:
+
+    def small() -> tuple[Tensor, Tensor]:
         from mixtral_run.model.gradient_gluon import unturned_gradient
 
         generator = torch.Generator(device).manual_seed(1)
-        small, matrices = (
+        rows, matrices = (
             torch.randn(shape, device=device, generator=generator).to(FP8) for shape in ((160, 256), (2, 256, 256))
         )
         inner, linear_in = (
             torch.randn(shape, device=device, generator=generator).bfloat16() for shape in ((160, 16), (2, 16, 256))
         )
         ends = torch.tensor([150, 160], device=device, dtype=torch.int32)
-        found = unturned_gradient(small, matrices, torch.ones(160, device=device), ends, inner, linear_in)
+        found = unturned_gradient(rows, matrices, torch.ones(160, device=device), ends, inner, linear_in)
         owner = (torch.arange(160, device=device) >= 150).long()
-        expected = torch.einsum("to,toi->ti", small.float(), matrices.float()[owner])
-        expected += torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
-        if bool((found.float() - expected).norm() < 1e-2 * expected.norm()):
-            return True
-        why = "its product is not right here"
-    except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-    log.warning("8-bit gradients go through turned weights, a tenth slower (%s); Triton 3.6 to 3.8 need not.", why)
-    return False
+        expected = torch.einsum("to,toi->ti", rows.float(), matrices.float()[owner])
+        return found, expected + torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
+
+    why = why_not(small)
+    if why:
+        log.warning("8-bit gradients go through turned weights, a tenth slower (%s); Triton 3.6 to 3.8 need not.", why)
+    return not why
 
 
 def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:

@@ -22,30 +22,36 @@ class Rotary:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn queries and keys, leave values. mixed: [sequence, batch, groups, heads + 2, head size]; of a group's last
-    axis but one, the last is the value. cosine, sine: [batch or 1, sequence, head size]."""
+def split_and_turn(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned, and values, of the product of linear_qkv.
+
+    mixed: [sequence, batch, groups, heads of a group + 2, head size]; of a group's last axis but one, the last two are
+    key and value. cosine, sine: [batch or 1, sequence, head size]. Returns [sequence, batch, heads, head size] and
+    twice [sequence, batch, groups, head size], each with memory of its own: attention keeps them, and views would keep
+    `mixed`.
+    """
     if mixed.is_cuda:
-        turned: Tensor = _Rotate.apply(mixed, cosine, sine)  # type: ignore[no-untyped-call]
-        return turned
+        parts: tuple[Tensor, Tensor, Tensor] = _SplitAndTurn.apply(mixed, cosine, sine)  # type: ignore[no-untyped-call]
+        return parts
     cosine, sine = (each.transpose(0, 1)[:, :, None, None] for each in (cosine, sine))
-    states, values = mixed[..., :-1, :], mixed[..., -1:, :]
+    states, values = mixed[..., :-1, :], mixed[..., -1, :]
     first, second = states.chunk(2, dim=-1)
-    return torch.cat((states * cosine + torch.cat((-second, first), dim=-1) * sine, values), dim=-2)
+    turned = states * cosine + torch.cat((-second, first), dim=-1) * sine
+    return turned[..., :-1, :].flatten(2, 3).contiguous(), turned[..., -1, :].contiguous(), values.contiguous()
 
 
-class _Rotate(torch.autograd.Function):
+class _SplitAndTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        from mixtral_run.model.rotary_triton import turn
+    def forward(ctx: Any, mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from mixtral_run.model.rotary_triton import split_and_turn as on_gpu
 
         ctx.save_for_backward(cosine, sine)
-        return turn(mixed.contiguous(), cosine, sine, backwards=False)
+        ctx.shape = mixed.shape
+        return on_gpu(mixed.contiguous(), cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        from mixtral_run.model.rotary_triton import turn
+        from mixtral_run.model.rotary_triton import turn_back_and_join
 
-        cosine, sine = ctx.saved_tensors
         # A rotation's gradient is the rotation back.
-        return turn(gradients[0].contiguous(), cosine, sine, backwards=True), None, None
+        return turn_back_and_join([each.contiguous() for each in gradients], ctx.shape, *ctx.saved_tensors), None, None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from mixtral_run.model.grouped import grouped_linear, has_grouped_product, outer_product, product
+from mixtral_run.model.shares import row_products
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -33,6 +34,32 @@ def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: flo
         output: Tensor = _Fused.apply(hidden, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
         return output
     return swiglu(hidden + grouped_linear(inner * scale, outer, ends))
+
+
+def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """As `swiglu_with_adapter`, without a gradient."""
+    if _fused_runs(hidden, inner, outer):
+        from mixtral_run.model.swiglu_triton import forward
+
+        return forward(hidden, inner, outer, scale, ends)
+    return swiglu(hidden + product(inner * scale, outer.transpose(1, 2), ends))
+
+
+def remaking_backward(
+    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `swiglu_of`, given its result's gradient [tokens, ffn]: hidden's gradient; the result made again, bit for bit;
+    and each row's scalar product of the result and its gradient, fp32 or wider [tokens]."""
+    if _fused_runs(hidden, inner, outer):
+        from mixtral_run.model.swiglu_triton import remaking_backward as on_gpu
+
+        return on_gpu(hidden, inner, outer, scale, ends, gradient.contiguous())
+    with torch.enable_grad():
+        whole = (hidden + product(inner * scale, outer.transpose(1, 2), ends)).detach().requires_grad_(True)
+        active = swiglu(whole)
+    (for_hidden,) = torch.autograd.grad(active, whole, gradient)
+    active = active.detach()
+    return for_hidden, active, row_products(active, gradient)
 
 
 def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:

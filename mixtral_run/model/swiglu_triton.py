@@ -111,6 +111,8 @@ def _backward_kernel(
     ends_ptr,
     gradient_ptr,
     for_hidden_ptr,
+    active_ptr,
+    products_ptr,
     tokens,
     ffn,
     scale,
@@ -118,6 +120,7 @@ def _backward_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    REMAKE: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -147,6 +150,12 @@ def _backward_kernel(
     sigmoid = tl.sigmoid(gate)
     for_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     for_up = gradient * gate * sigmoid
+    if REMAKE:
+        active = gate * sigmoid * up
+        target = active_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+        tl.store(target, active.to(active_ptr.dtype.element_ty), mask=row_mask[:, None])
+        products = products_ptr + tl.program_id(1).to(tl.int64) * tokens + rows
+        tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
     kind = for_hidden_ptr.dtype.element_ty
     tl.store(for_hidden_ptr + places, for_gate.to(kind), mask=row_mask[:, None])
     tl.store(for_hidden_ptr + places + ffn, for_up.to(kind), mask=row_mask[:, None])
@@ -162,13 +171,41 @@ def forward(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Te
 
 def backward(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor) -> Tensor:
     """The gradient for hidden, given that of the output [tokens, ffn]."""
-    tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     for_hidden = torch.empty_like(hidden)
-    _launch(_backward_kernel, tokens, ffn, outer, hidden, inner, outer, ends, gradient, for_hidden, tokens, ffn, scale)
+    _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, None, None)
     return for_hidden
 
 
-def _launch(kernel: Any, tokens: int, ffn: int, outer: Tensor, *arguments: Any) -> None:
+def remaking_backward(
+    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient for hidden; the output made again; and each row's scalar product of both, output and gradient."""
+    tokens, ffn = gradient.shape
+    for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
+    products = torch.empty(ffn // BLOCK_F, tokens, dtype=torch.float32, device=hidden.device)
+    _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, active, products)
+    return for_hidden, active, products.sum(0)
+
+
+def _backward(
+    hidden: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    scale: float,
+    ends: Tensor,
+    gradient: Tensor,
+    for_hidden: Tensor,
+    active: Tensor | None,
+    products: Tensor | None,
+) -> None:
+    tokens, ffn = gradient.shape
+    unused = for_hidden
+    results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
+    arguments = (hidden, inner, outer, ends, gradient, *results, tokens, ffn, scale)
+    _launch(_backward_kernel, tokens, ffn, outer, *arguments, REMAKE=active is not None)
+
+
+def _launch(kernel: Any, tokens: int, ffn: int, outer: Tensor, *arguments: Any, **kinds: bool) -> None:
     grid = (triton.cdiv(tokens, BLOCK_M), ffn // BLOCK_F)
     kernel[grid](
         *arguments,
@@ -177,4 +214,5 @@ def _launch(kernel: Any, tokens: int, ffn: int, outer: Tensor, *arguments: Any) 
         BLOCK_M=BLOCK_M,
         BLOCK_F=BLOCK_F,
         num_warps=4,
+        **kinds,
     )

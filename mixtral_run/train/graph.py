@@ -35,48 +35,60 @@ def can_record(model: MixtralModel) -> bool:
 
 
 class RecordedBackward:
-    """As `eager_backward`, recorded at the first call. The trainable parameters' gradients stay where they are."""
+    """As `eager_backward`, recorded: once for a micro batch that finds no gradients and leaves its own, and once, where
+    it comes to that, for one that adds to them. The gradients stay in the same memory, which the recordings share."""
 
     def __init__(self, model: MixtralModel) -> None:
         self._model = model
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._parameters = trainable(model)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._loss: Tensor | None = None
+        self._gradients: list[Tensor | None] = []
+        self._recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         weights = micro.loss_mask / num_loss_tokens
-        if self._graph is None:
-            self._record(micro, weights)
-        assert self._graph is not None and self._inputs is not None and self._loss is not None
+        adds = any(parameter.grad is not None for parameter in self._parameters)
+        if self._inputs is None:
+            device = self._model.processes.device
+            self._inputs = (micro.tokens.to(device), micro.labels.to(device), weights.to(device))
         for held, new in zip(self._inputs, (micro.tokens, micro.labels, weights), strict=True):
             held.copy_(new, non_blocking=True)
-        self._graph.replay()
-        return self._loss
+        assert not adds or self._gradients, "what is added to are the gradients that the first micro batch left"
+        if adds not in self._recorded:
+            self._record(adds)
+        graph, loss = self._recorded[adds]
+        graph.replay()
+        if not adds:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = gradient
+        return loss
 
-    def _record(self, micro: MicroBatch, weights: Tensor) -> None:
-        device = self._model.processes.device
-        self._inputs = (micro.tokens.to(device), micro.labels.to(device), weights.to(device))
-        parameters = trainable(self._model)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        kept = [gradient.clone() for gradient in gradients]
+    def _record(self, adds: bool) -> None:
+        kept = [parameter.grad.clone() if parameter.grad is not None else None for parameter in self._parameters]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._pass()
+                self._pass(adds)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._loss = self._pass()
-        # Warming up and recording left their gradients: back to what was there.
-        torch._foreach_copy_(gradients, kept)
-        self._graph = graph
+        pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._pass(adds)
+        if adds:
+            # Warming up and recording added their gradients: back to what was there.
+            for parameter, gradient in zip(self._parameters, kept, strict=True):
+                if parameter.grad is not None and gradient is not None:
+                    parameter.grad.copy_(gradient)
+        else:
+            self._gradients = [parameter.grad for parameter in self._parameters]
+        self._recorded[adds] = graph, loss
 
-    def _pass(self) -> Tensor:
+    def _pass(self, adds: bool) -> Tensor:
         assert self._inputs is not None
+        if not adds:
+            for parameter in self._parameters:
+                parameter.grad = None
         tokens, labels, weights = self._inputs
         loss = (self._model.losses(tokens, labels) * weights).sum()
         loss.backward()

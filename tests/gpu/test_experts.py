@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.model.grouped import added_linear, grouped_linear, has_grouped_product
 from mixtral_run.model.swiglu import swiglu_with_adapter
-from tests.experts_reference import ROUTINGS, Case, reference
+from tests.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 SCALE = 2.0
 
@@ -93,3 +93,39 @@ def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank:
         found.append((output.detach(), base.grad, inner.grad, outer.grad))
     for mine, expected in zip(*found, strict=True):
         assert float((mine - expected).norm()) <= 1e-2 * float(expected.norm())
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414)])
+def test_both_layers_as_one_step(routing: tuple[int, ...], rank: int, by_token: bool) -> None:
+    """adapted_experts.py in bf16 beside the same written out in float64: outputs, all gradients, those of shares."""
+    case = AdaptedCase.random(routing, hidden=256, ffn=512, rank=rank, by_token=by_token, seed=sum(routing) + rank)
+    found = case.rounded().fast("cuda", torch.bfloat16)
+    for mine, expected in zip(found, case.rounded().exact(), strict=True):
+        assert not torch.isnan(mine).any()
+        assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="made for Hopper")
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414), (193, 64, 65, 192)])
+def test_our_own_product(routing: tuple[int, ...], turned: bool, with_adapter: bool) -> None:
+    from mixtral_run.model.product_gluon import grouped_product
+
+    count, experts, depth, width, rank = sum(routing), len(routing), 192, 512, 16
+    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    owner = torch.repeat_interleave(torch.arange(experts, device="cuda"), torch.tensor(routing, device="cuda"))
+    rows, inner = (torch.randn(count, size, device="cuda").bfloat16() for size in (depth, rank))
+    weight, half = (
+        torch.randn(experts, *((width, size) if turned else (size, width)), device="cuda").bfloat16()
+        for size in (depth, rank)
+    )
+    words = {"inner": inner, "adapter": half} if with_adapter else {}
+    found = grouped_product(rows, weight, ends, turned=turned, **words)
+    letters = "tk,tnk->tn" if turned else "tk,tkn->tn"
+    expected = torch.einsum(letters, rows.double(), weight.double()[owner])
+    if with_adapter:
+        expected += torch.einsum(letters, inner.double(), half.double()[owner])
+    assert float((found - expected).norm()) <= 4e-3 * float(expected.norm())

@@ -9,9 +9,10 @@ from mixtral_run.config import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.moe import router_logits
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.model.permute import inverse, to_rows, to_tokens
-from mixtral_run.model.rotary import Rotary, rotate
+from mixtral_run.model.rotary import Rotary, split_and_turn
 from mixtral_run.model.shares import row_products
 from mixtral_run.train.data import MockSamples, batches
 from mixtral_run.train.graph import RecordedBackward, can_record
@@ -20,15 +21,18 @@ from mixtral_run.train.step import StepResult, train_step, trainable
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("angles_of_each", [False, True])
-def test_rotate(batch: int, angles_of_each: bool) -> None:
+def test_split_and_turn(batch: int, angles_of_each: bool) -> None:
     mixed = torch.randn(37, batch, 3, 6, 32)
     positions = torch.randint(0, 1000, (batch if angles_of_each else 1, 37))
     results = []
     for device in ("cuda", "cpu"):
         states = mixed.to(device).requires_grad_(True)
-        output = rotate(states, *Rotary(32, 1e6, torch.device(device)).inputs(positions.to(device), torch.float32))
-        (output * torch.linspace(-1, 1, output.numel(), device=device).view_as(output)).sum().backward()
-        results.append((output.detach().cpu(), states.grad.cpu()))
+        angles = Rotary(32, 1e6, torch.device(device)).inputs(positions.to(device), torch.float32)
+        parts = split_and_turn(states, *angles)
+        sum(
+            (part * torch.linspace(-1, 1, part.numel(), device=device).view_as(part)).sum() for part in parts
+        ).backward()
+        results.append((*(part.detach().cpu() for part in parts), states.grad.cpu()))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
@@ -129,6 +133,19 @@ def small_model(
     model.quantise_experts(fill)
     assert can_record(model)
     return model
+
+
+def test_router_logits() -> None:
+    tokens, weight = torch.randn(41, 4096).bfloat16(), torch.randn(8, 4096).bfloat16()
+    results = []
+    for device in ("cuda", "cpu"):
+        mine = tokens.to(device).requires_grad_(True)
+        logits = router_logits(mine, weight.to(device))
+        (logits * torch.linspace(-1, 1, logits.numel(), device=device).view_as(logits)).sum().backward()
+        results.append((logits.detach().cpu(), mine.grad.cpu().float()))
+    assert results[0][0].dtype is torch.float32
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("width", [8, 1000, 14336])

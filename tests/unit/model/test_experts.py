@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.model.grouped import grouped_linear, row_counts
 from mixtral_run.model.swiglu import swiglu_with_adapter
-from tests.experts_reference import ROUTINGS, Case, reference
+from tests.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 
 def ours(case: Case, scale: float) -> torch.Tensor:
@@ -43,3 +43,14 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 def test_row_counts() -> None:
     assert row_counts(torch.tensor([3, 3, 10], dtype=torch.int32)) == [3, 0, 7]
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS[:-1])
+def test_both_layers_as_one_step(routing: tuple[int, ...], by_token: bool) -> None:
+    """Outputs and all gradients, those of the router's shares too, beside the same written out."""
+    case = AdaptedCase.random(routing, hidden=24, ffn=16, rank=4, by_token=by_token, seed=sum(routing))
+    found, expected = case.fast("cpu", torch.float64), case.exact()
+    assert len(found) == len(expected) == 7
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
