@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -25,13 +26,17 @@ class GpuMemory:
 
     def __init__(self) -> None:
         self._peaks: dict[int, float] = {}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._terminal = -1
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> GpuMemory:
         if shutil.which("nvidia-smi") is not None:
             query = [*_QUERY[:2], f"{_QUERY[2]}=index,memory.used", f"--loop-ms={INTERVAL_MS}"]
-            self._process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            # A terminal, so that each line comes at once, however the program buffers its output.
+            self._terminal, theirs = os.openpty()
+            self._process = subprocess.Popen(query, stdout=theirs, stderr=subprocess.DEVNULL)
+            os.close(theirs)
             self._thread.start()
         return self
 
@@ -46,9 +51,13 @@ class GpuMemory:
         return [self._peaks[index] for index in sorted(self._peaks)]
 
     def _read(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            self.take(line)
+        with os.fdopen(self._terminal, encoding="ascii", errors="replace") as lines:
+            try:
+                for line in lines:
+                    self.take(line)
+            except OSError:
+                # How Linux tells that nobody holds the other end any more.
+                return
 
     def take(self, line: str) -> None:
         """Count a sample, a line `index, MiB`; lines of another form are no samples."""

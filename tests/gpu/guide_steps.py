@@ -19,6 +19,12 @@ SHOWN_LINES = 30
 SAVE_SECONDS = 45
 """How long a step that ran out of time may take to save what it has."""
 
+GUIDES_GPUS = 8
+MISTRAL_FINETUNE = 2966
+"""Tokens a second and GPU of mistral-finetune on 8 H100, by its README."""
+WANTED_GIB = {"TP2/EP4": 27.0, "TP1/EP8": 18.0}
+"""Of a GPU, of 8, with mock data as the guide has it; by nvidia-smi."""
+
 
 @dataclass
 class Step:
@@ -129,33 +135,52 @@ def training_figures(folder: Path) -> dict[str, Any]:
     return figures | (json.loads(summary) if summary else {})
 
 
+def reached(step: Step, num_gpus: int) -> dict[str, bool]:
+    """Whether a step on the full model came to what is wanted; memory of training only where the guide's GPUs are."""
+    if step.name == "convert":
+        gpu: float = step.figures["gpu_gib_taken"]
+        return {"time": step.seconds < 100, "RAM": step.peak_resident_gb < 4, "GPU": gpu < 0.1}
+    if step.name == "finetune, mock data":
+        found = {"time": step.seconds < 60}
+        if num_gpus == GUIDES_GPUS and step.layout in WANTED_GIB:
+            found["GPU"] = max(step.peak_gpu_gib, default=0.0) <= WANTED_GIB[step.layout]
+        return found
+    if step.name == "finetune, real data":
+        return {"speed": step.figures["tokens_per_second_per_process"] > MISTRAL_FINETUNE}
+    return {}
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def table(steps: list[Step]) -> str:
     """The steps beside the guide's figures and the wanted ones."""
-    head = ["step", "layout", "outcome", "seconds", "RAM GB", "GPU GiB", "tok/s/GPU", "guide", "wanted", "reached"]
-    rows = [head, *(_row(step) for step in steps)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    head = ["step", "layout", "outcome", "seconds", "RAM GB", "GPU GiB", "by torch", "tok/s/GPU", "4P TFLOP/s"]
+    rows = [[*head, "guide", "wanted", "reached"], *(_row(step) for step in steps)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
 def _row(step: Step) -> list[str]:
-    ran = step.outcome != "not run"
-    rate = step.figures.get("tokens_per_second_per_process")
     verdict = ", ".join(f"{name} {'✓' if good else '✗'}" for name, good in step.reached.items())
-    gpu = step.figures.get("gpu_gib_taken", max(step.peak_gpu_gib, default=None))
+    if step.outcome == "not run":
+        return [step.name, step.layout, "not run", *[""] * 6, step.guide, step.wanted, step.reason]
+    found = step.figures
+    gpu = found.get("gpu_gib_taken", max(step.peak_gpu_gib, default=None))
+    share = f" ({found['share_of_product']:.0%})" if "share_of_product" in found else ""
     return [
         step.name,
         step.layout,
-        step.outcome if ran else f"not run: {step.reason}",
-        f"{step.seconds:.1f}" if ran else "",
-        f"{step.peak_resident_gb:.1f}" if ran else "",
-        f"{gpu:.1f}" if ran and gpu is not None else "",
-        f"{rate:,.0f}" if rate else "",
+        step.outcome,
+        f"{step.seconds:.1f}",
+        f"{step.peak_resident_gb:.1f}",
+        f"{gpu:.1f}" if gpu is not None else "",
+        f"{max(found['peak_memory_gib']):.1f}" if "peak_memory_gib" in found else "",
+        f"{found['tokens_per_second_per_process']:,.0f}" if "tokens_per_second_per_process" in found else "",
+        f"{found['tflops_4p']:,.1f}{share}" if "tflops_4p" in found else "",
         step.guide,
         step.wanted,
         verdict,
