@@ -45,11 +45,15 @@ class FamilyMemory:
 
 def _children(pid: int) -> list[int]:
     found: list[int] = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        # The process ended between the listing and the look, as may a thread below.
+        return found
+    for thread in threads:
         try:
-            found += [int(word) for word in file.read_text().split()]
+            found += [int(word) for word in (thread / "children").read_text().split()]
         except OSError:
-            # The thread ended between the listing and the look.
             continue
     return found
 

@@ -38,9 +38,10 @@ from typing import Any
 from mixtral_run.checkpoints import LATEST, write_whole
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
+from mixtral_run.weights.random_model import hf_config
 from tests.bench.gpu_memory import gpus
 from tests.bench.library_pairs import write_library_pairs
-from tests.bench.make_mixtral import scaled
+from tests.bench.make_mixtral import STANDARD_DEVIATION, scaled
 from tests.gpu.guide_options import default_layouts, parsed
 from tests.gpu.guide_steps import MISTRAL_FINETUNE, ROOT, WANTED_GIB, Step, reached, run, table, training_figures
 
@@ -87,6 +88,8 @@ class GuideRun:
 
     def run(self) -> dict[str, Any]:
         """All steps; what they found."""
+        if self.folder.exists() and not (self.is_made() or self.is_converted()):
+            remove(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
         self.check_room()
@@ -166,19 +169,25 @@ class GuideRun:
         """Raise SystemExit where the folder in memory is too small."""
         making = not self.is_made() and not self.is_converted()
         converting = "convert" in self.options.only and not self.is_converted()
-        needed = self.num_bytes * (making + converting) + 4e9 * (self.num_bytes / 93e9)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
+        needed = self.num_bytes * (making + converting) + 8e9 * (self.num_bytes / 93e9)
+        usage = shutil.disk_usage(self.folder)
+        if usage.free < needed:
+            size = math.ceil((usage.used + needed) / GIB)
             raise SystemExit(
-                f"{self.options.ram_folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB free; where RAM "
-                f"allows: mount -o remount,size={math.ceil(needed / GIB) + 8}g {self.options.ram_folder}"
+                f"{self.options.ram_folder}: {needed / 1e9:.0f} GB are needed and {usage.free / 1e9:.0f} GB free; "
+                f"where RAM allows: mount -o remount,size={size}g {self.options.ram_folder}"
             )
 
     def is_made(self) -> bool:
-        return (self.hf / "config.json").exists()
+        return self.is_of_this_size(self.hf)
 
     def is_converted(self) -> bool:
-        return (self.checkpoint / LATEST).exists()
+        return (self.checkpoint / LATEST).exists() and self.is_of_this_size(self.checkpoint / "tokenizer")
+
+    def is_of_this_size(self, folder: Path) -> bool:
+        config = hf_config(self.architecture, dtype="bfloat16", initializer_range=STANDARD_DEVIATION)
+        file = folder / "config.json"
+        return file.exists() and json.loads(file.read_text(encoding="utf-8")) == config
 
     def make_model(self) -> None:
         """The model, and meanwhile the rate of a product on every GPU."""
@@ -186,7 +195,6 @@ class GuideRun:
             print("The model of an earlier run is taken.", flush=True)
             self.tflops = self.measured_tflops()
             return
-        shutil.rmtree(self.hf, ignore_errors=True)
         o = self.options
         words = ["-m", "tests.bench.make_mixtral", str(self.hf), "--layers", str(o.layers), "--seed", str(o.seed)]
         words += ["--hidden-size", str(o.hidden_size), "--ffn-hidden-size", str(o.ffn_hidden_size)]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -74,6 +75,8 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_what_is_kept_is_taken_a
     assert "s are left" in left_out["finetune, mock data"] and "s are left" in left_out["finetune, real data"]
     assert left_out["export"] == "no adapter of mock or real"
     assert [path.name for path in (tmp_path / "mixtral-guide-run").iterdir()] == ["checkpoint"]
+    guide = GuideRun(parsed([*TINY, "--seed", "1", "--layers", "2", "--ram-folder", str(tmp_path)], None))
+    assert not guide.is_converted() and not guide.is_made()
     code, lines, found = guide_run(tmp_path, *SMALL_RUNS, "--only", "convert,smoke")
     assert code == 0 and "The model of an earlier run is taken." in lines
     convert, smoke = found["steps"]
@@ -125,6 +128,16 @@ def test_the_iterations_of_a_run_that_was_cut_off_are_told(tmp_path: Path) -> No
     assert found["seconds_per_iteration"] == 2.0 and found["tokens_per_second_per_process"] == 50.0
     assert (found["first_loss"], found["last_loss"], found["peak_memory_gib"]) == (7.0, 4.0, [5.0])
     assert training_figures(tmp_path / "nothing") == {}
+
+
+def test_too_small_a_folder_is_told_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = SimpleNamespace(total=137e9, used=0, free=137e9)
+    monkeypatch.setattr("tests.gpu.guide_run.shutil.disk_usage", lambda _: room)
+    guide = GuideRun(parsed(["--device", "cpu", "--ram-folder", str(tmp_path)], None))
+    with pytest.raises(SystemExit, match=r"195 GB are needed and 137 GB free; .* mount -o remount,size=182g"):
+        guide.check_room()
+    guide.options.only = ["mock", "real"]
+    guide.check_room()
 
 
 def test_layouts_by_the_number_of_gpus() -> None:
