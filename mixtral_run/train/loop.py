@@ -32,6 +32,7 @@ from mixtral_run.train.prompt import TOKENIZER_FOLDER, load_tokenizer
 from mixtral_run.train.schedule import learning_rate
 from mixtral_run.train.step import Step, optimizer_step, trainable
 from mixtral_run.train.stop import StopRequest, stop_requests
+from mixtral_run.train.summary import summarise
 from mixtral_run.weights.sidecars import copy_tokenizer
 
 ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
@@ -49,6 +50,7 @@ class Run:
     samples: SampleSource
     meter: Meter
     step: Step
+    load_seconds: float
     start: int = 0
 
 
@@ -61,7 +63,7 @@ def finetune(config: FinetuneConfig) -> None:
     with processes(config) as here:
         report = Report() if here.is_first else Report.silent()
         samples = open_samples(config, base, report)
-        model = _load(config, base, here, report, lora)
+        model, seconds = _load(config, base, here, report, lora)
         base = loaded(model, base)
         optimizer = torch.optim.AdamW(
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
@@ -71,7 +73,9 @@ def finetune(config: FinetuneConfig) -> None:
         step = optimizer_step(model, optimizer, config.clip_grad, backward)
         if here.is_first and not config.resume:
             _remove_leftovers(config.save)
-        run = Run(config, here, report, model, samples, _meter(config, base, here, config.save / METRICS), step)
+        run = Run(
+            config, here, report, model, samples, _meter(config, base, here, config.save / METRICS), step, seconds
+        )
         if config.resume:
             run.start = _resume(run, optimizer, config, base)
         _tell_lora(run, config)
@@ -90,9 +94,9 @@ def pretrain(config: PretrainConfig) -> None:
         one_each = config.micro_batch_size * here.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
         samples = open_samples(config, base, report)
-        model = _load(config, base, here, report, None)
+        model, seconds = _load(config, base, here, report, None)
         step, how = _full_step(config, model, steps_in_backward=config.global_batch_size == one_each)
-        run = Run(config, here, report, model, samples, _meter(config, base, here, config.metrics_file), step)
+        run = Run(config, here, report, model, samples, _meter(config, base, here, config.metrics_file), step, seconds)
         report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
         with stop_requests(here) as stop:
             for metrics in _iterations(run, stop):
@@ -133,7 +137,8 @@ def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> S
 
 def _load(
     config: DataConfig, base: BaseDescription, here: Processes, report: Report, lora: LoraSettings | None
-) -> MixtralModel:
+) -> tuple[MixtralModel, float]:
+    """The model, and how many seconds it took to come."""
     started = time.perf_counter()
     report.say(
         f"Loading {config.load} onto {here.world_size} × {here.device.type} as TP{here.tensor_size}/"
@@ -141,8 +146,9 @@ def _load(
     )
     precision = config.base_precision if isinstance(config, FinetuneConfig) else "bf16"
     model = load_for_training(config, base, here, lora, recompute=config.recomputation, base_precision=precision)
-    report.say(f"Loaded in {time.perf_counter() - started:.1f} s")
-    return model
+    seconds = time.perf_counter() - started
+    report.say(f"Loaded in {seconds:.1f} s")
+    return model, seconds
 
 
 def _train_and_save(
@@ -177,6 +183,16 @@ def _train_and_save(
             run.meter.restart()
     if done != saved:
         _save(run, optimizer, config, base, done, description)
+    summary = summarise(
+        run.meter,
+        run.here,
+        iterations=done - run.start,
+        load_seconds=run.load_seconds,
+        recompute=config.recomputation,
+        base_precision=config.base_precision,
+    )
+    if run.here.is_first:
+        summary.write(config.save)
     if done < config.train_iters:
         run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as asked; go on with --resume")
         return
@@ -184,6 +200,7 @@ def _train_and_save(
         f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
         f"adapter in {config.save}"
     )
+    run.report.say(f"  {summary.line(_processor(run.here))}")
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class Meter:
         seconds = (now - self._last) / max(self._pending, 1)
         self._measured.append((self._pending, seconds))
         self._last, self._pending = now, 0
-        rate = self._tokens / seconds
+        rate = self.tokens_per_second(seconds)
         # The first measurement holds the warm-up of kernels and memory: leave it out of the forecast where possible.
         steady = self._measured[1:] or self._measured
         forecast = sum(count * each for count, each in steady) / sum(count for count, _ in steady)
@@ -130,7 +131,7 @@ class Meter:
             seconds=seconds,
             tokens_per_second=rate,
             tokens_per_second_per_process=rate / self._world_size,
-            tflops_per_process=rate * self._flops_per_token / self._world_size / 1e12,
+            tflops_per_process=self.tflops_per_process(seconds),
             peak_memory_gib=peak_memory_gib(self._device),
             eta_seconds=forecast * (self._train_iters - iteration),
         )
@@ -141,6 +142,19 @@ class Meter:
     def restart(self) -> None:
         """Leave out what happened since the last measurement, such as a checkpoint's writing."""
         self._last = time.perf_counter()
+
+    def tokens_per_second(self, seconds: float) -> float:
+        """Of the whole job, where an iteration takes so long."""
+        return self._tokens / seconds
+
+    def tflops_per_process(self, seconds: float) -> float:
+        """10^12 operations a second, where an iteration takes so long."""
+        return self.tokens_per_second(seconds) * self._flops_per_token / self._world_size / 1e12
+
+    @property
+    def steady_seconds(self) -> float:
+        """The median iteration's, without the first, which holds the warm-up, where there are others."""
+        return statistics.median(seconds for _, seconds in self._measured[1:] or self._measured)
 
     @property
     def total_seconds(self) -> float:

@@ -28,6 +28,8 @@ LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
 METRICS = "metrics.jsonl"
 """In the adapter's folder: each iteration's figures, a JSON object a line."""
+SUMMARY = "summary.json"
+"""Beside it: what train/summary.py tells of the run."""
 TENSORBOARD = "tensorboard"
 PARTIAL = ".iter_*.partial"
 
@@ -152,7 +154,7 @@ def output_faults(save: Path, *, resume: bool) -> list[str]:
 
 def leftovers(save: Path) -> list[Path]:
     """What a run leaves behind that ends before its first checkpoint is whole."""
-    return [save / name for name in (METRICS, TENSORBOARD) if (save / name).exists()] + [*save.glob(PARTIAL)]
+    return [save / name for name in (METRICS, SUMMARY, TENSORBOARD) if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
 def joined(errors: list[MixtralRunError]) -> MixtralRunError:

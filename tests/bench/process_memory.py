@@ -17,8 +17,9 @@ class FamilyMemory:
     such as /dev/shm are not anonymous. `peak_resident_bytes`: with what is mapped from files, libraries included.
     """
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], interval_seconds: float = SAMPLE_SECONDS) -> None:
         self._process = process
+        self._interval_seconds = interval_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.peak_anonymous_bytes = 0
@@ -33,7 +34,7 @@ class FamilyMemory:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
+        while not self._stop.wait(self._interval_seconds):
             family = [self._process.pid]
             for pid in family:
                 family += _children(pid)
@@ -44,11 +45,15 @@ class FamilyMemory:
 
 def _children(pid: int) -> list[int]:
     found: list[int] = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        # The process ended between the listing and the look, as may a thread below.
+        return found
+    for thread in threads:
         try:
-            found += [int(word) for word in file.read_text().split()]
+            found += [int(word) for word in (thread / "children").read_text().split()]
         except OSError:
-            # The thread ended between the listing and the look.
             continue
     return found
 

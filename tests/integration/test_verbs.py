@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -104,6 +105,25 @@ def test_finetune_leaves_whole_checkpoints(adapter: Path) -> None:
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert list((adapter / "tensorboard").iterdir())
+
+
+def test_finetune_sums_its_run_up(adapter: Path) -> None:
+    lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((adapter / "summary.json").read_text())
+    # The first iteration pays for warming up.
+    middle = statistics.median(line["seconds"] for line in lines[1:])
+    assert summary["iterations"] == 4
+    assert summary["seconds_per_iteration"] == middle
+    assert summary["tokens_per_second"] == pytest.approx(lines[0]["tokens_per_second"] * lines[0]["seconds"] / middle)
+    assert summary["tokens_per_second"] == pytest.approx(2 * summary["tokens_per_second_per_process"])
+    assert summary["tflops_per_process"] > 0
+    assert summary["seconds"] > sum(line["seconds"] for line in lines)
+    assert summary["load_seconds"] > 0
+    assert len(summary["peak_memory_gib"]) == summary["num_processes"] == 2
+    assert all(0.1 < peak < 10 for peak in summary["peak_memory_gib"])
+    assert (summary["device"], summary["recompute"], summary["base_precision"]) == ("cpu", "full", "bf16")
+    shown = f"{summary['tokens_per_second_per_process']:,.0f} tokens/s/process"
+    assert shown in (adapter / "stdout.txt").read_text()
 
 
 def test_verify_describes_an_adapter(adapter: Path) -> None:

@@ -1,0 +1,79 @@
+"""What a finished run tells of itself: speed, time and the memory of every process, as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mixtral_run.checkpoints import write_whole
+from mixtral_run.model.parallel import Processes
+from mixtral_run.train.metrics import Meter, peak_memory_gib
+from mixtral_run.train.preflight import SUMMARY
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one run, without what came before a --resume.
+
+    seconds: from the first iteration's start to the end, checkpoints included. seconds_per_iteration: the median, the
+    first left out, which pays for warming up; rates are that iteration's. peak_memory_gib: of each process in the order
+    of ranks, on GPUs as torch counts it, without the CUDA context and NCCL.
+    """
+
+    iterations: int
+    load_seconds: float
+    seconds: float
+    seconds_per_iteration: float
+    tokens_per_second: float
+    tokens_per_second_per_process: float
+    tflops_per_process: float
+    peak_memory_gib: tuple[float, ...]
+    device: str
+    num_processes: int
+    tensor_model_parallel_size: int
+    expert_model_parallel_size: int
+    recompute: str
+    base_precision: str
+
+    def line(self, processor: str) -> str:
+        """For a person; processor is 'GPU' or 'process'."""
+        return (
+            f"{self.tokens_per_second_per_process:,.0f} tokens/s/{processor}, "
+            f"{self.tflops_per_process:.1f} TFLOP/s/{processor} in the median iteration; "
+            f"peak {max(self.peak_memory_gib) * 1.073741824:.2f} GB on the fullest {processor}; "
+            f"loaded in {self.load_seconds:.1f} s"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Into the adapter's folder, in place of an earlier run's."""
+        write_whole(folder / SUMMARY, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def summarise(
+    meter: Meter, here: Processes, *, iterations: int, load_seconds: float, recompute: str, base_precision: str
+) -> Summary:
+    """The summary of what the meter measured, the same on every rank. All ranks must call."""
+    peaks: list[float | None] = [None] * here.world_size
+    dist.all_gather_object(peaks, peak_memory_gib(here.device))
+    seconds = meter.steady_seconds
+    on_gpu = here.device.type == "cuda"
+    return Summary(
+        iterations=iterations,
+        load_seconds=load_seconds,
+        seconds=meter.total_seconds,
+        seconds_per_iteration=seconds,
+        tokens_per_second=meter.tokens_per_second(seconds),
+        tokens_per_second_per_process=meter.tokens_per_second(seconds) / here.world_size,
+        tflops_per_process=meter.tflops_per_process(seconds),
+        peak_memory_gib=tuple(peak or 0.0 for peak in peaks),
+        device=torch.cuda.get_device_name(here.device) if on_gpu else "cpu",
+        num_processes=here.world_size,
+        tensor_model_parallel_size=here.tensor_size,
+        expert_model_parallel_size=here.expert_size,
+        recompute=recompute,
+        base_precision=base_precision,
+    )
