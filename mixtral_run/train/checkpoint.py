@@ -35,8 +35,8 @@ from mixtral_run.errors import TrainingError, WeightsError
 from mixtral_run.launch import is_consequence
 from mixtral_run.model.build import MixtralModel, is_adapter
 from mixtral_run.model.parallel import is_out_of_memory
-from mixtral_run.train.partial_load import PartialReader
-from mixtral_run.weights.direct import PartSum, Target, read_into, whole_fingerprint
+from mixtral_run.train.base_reader import BaseReader, target_of
+from mixtral_run.weights.direct import PartSum, read_into, whole_fingerprint
 from mixtral_run.weights.shards import HFWeights
 
 
@@ -50,13 +50,12 @@ def load_base(model: MixtralModel, base: BaseDescription) -> None:
     if base.weights is not None:
         model.base_fingerprint = _read_hf(model, base.weights)
         return
-    folder = newest_iteration(base.folder)
-    _load_into(_shards(model, adapters=False), folder)
-    if model.settings.base_precision != "bf16":
-        with _told_as_weights_errors(folder):
-            reader = PartialReader(folder)
-            # Of the experts, those of the layer that has memory are the ones that have shards.
-            model.quantise_experts(lambda: reader.read(_expert_shards(model).values()))
+    with BaseReader(newest_iteration(base.folder)) as reader:
+        reader.read(_shards(model, adapters=False).values())
+        reader.agree()
+        # Of the experts, those of the layer that has memory are the ones that have shards.
+        model.quantise_experts(lambda: reader.read(_expert_shards(model).values()))
+        reader.agree()
     model.base_fingerprint = base.fingerprint
 
 
@@ -72,12 +71,8 @@ def _read_hf(model: MixtralModel, weights: HFWeights) -> str:
     def read(shards: dict[str, ShardedTensor]) -> None:
         if failed:
             return
-        targets = [
-            Target(shard.key, tuple(shard.global_offset), _global_shape(shard), shard.data.detach())
-            for shard in shards.values()
-        ]
         try:
-            sums.extend(read_into(weights, targets))
+            sums.extend(read_into(weights, map(target_of, shards.values())))
         except WeightsError as error:
             failed.append(error)
 
@@ -90,12 +85,6 @@ def _read_hf(model: MixtralModel, weights: HFWeights) -> str:
         if each and isinstance(each[0], WeightsError):
             raise each[0]
     return whole_fingerprint(weights, (part for parts in outcomes for part in parts))
-
-
-def _global_shape(shard: ShardedTensor) -> tuple[int, ...]:
-    """The shape of a shard's part in the global tensor, whose axes of layers and experts its data has not."""
-    missing = len(shard.global_offset) - shard.data.dim()
-    return (*(1,) * missing, *shard.data.shape)
 
 
 def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:

@@ -7,11 +7,8 @@ the bytes asked for are read. Where they lie is what the `.metadata` file says: 
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-import pickle
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.metadata_file import METADATA_NAME, StoredItem, read_metadata, unreadable
+from mixtral_run.weights.unframing import FileSlice, NotPlainError, payload_start
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -53,7 +51,7 @@ class Reader:
     def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None:
         self.folder = folder
         self._wanted = wanted
-        metadata = read_metadata(folder)
+        self.metadata = metadata = read_metadata(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self.objects: set[str] = set()
         self._chunks: dict[str, list[StoredItem]] = {}
@@ -204,7 +202,7 @@ class Reader:
             wanted = min(block_bytes, num_bytes - first)
             block = os.pread(self._descriptor(item.file), wanted, start + first)
             if len(block) != wanted:
-                raise self._broken(item, "the file ends within the tensor")
+                raise self.broken(item, "the file ends within the tensor")
             yield block
 
     def _elements(self, item: StoredItem, first: int, count: int, item_size: int) -> Bits:
@@ -215,7 +213,7 @@ class Reader:
         while done < len(buffer):
             read = os.preadv(self._descriptor(item.file), [view[done:]], position + done)
             if read == 0:
-                raise self._broken(item, "the file ends within the tensor")
+                raise self.broken(item, "the file ends within the tensor")
             done += read
         return np.frombuffer(buffer, _BIT_TYPES[item_size])
 
@@ -225,32 +223,25 @@ class Reader:
                 self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY)
             return self._descriptors[file]
 
-    def _payload_start(self, item: StoredItem) -> int:
-        """The position in the file of a chunk's first element, from its torch.save framing, which is checked."""
+    def payload_start(self, item: StoredItem) -> int:
+        """The position in its file of a chunk's first element, from its torch.save framing, which is checked.
+
+        Raises NotPlainError where the elements do not lie there one after the other, as they are.
+        """
         if item not in self._payloads:
-            self._payloads[item] = item.start + self._locate_payload(item)
+            assert item.shape is not None
+            view = FileSlice(self._descriptor(item.file), item.start, item.length)
+            self._payloads[item] = item.start + payload_start(view, item.shape, self.tensors[item.key].dtype)
         return self._payloads[item]
 
-    def _locate_payload(self, item: StoredItem) -> int:
-        import torch
-
-        assert item.shape is not None
-        view = _FileSlice(self._descriptor(item.file), item.start, item.length)
+    def _payload_start(self, item: StoredItem) -> int:
         try:
-            with zipfile.ZipFile(view) as archive:
-                (entry,) = [each for each in archive.infolist() if each.filename.endswith("/data/0")]
-            view.seek(0)
-            tensor = torch.load(io.BufferedReader(view), map_location="meta", weights_only=True)
-        except (zipfile.BadZipFile, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise self._broken(item, str(error)) from error
-        if not tensor.is_contiguous() or tensor.storage_offset() or tuple(tensor.shape) != item.shape:
-            raise self._broken(item, f"shape {list(tensor.shape)}, stride {list(tensor.stride())}")
-        view.seek(entry.header_offset + 26)
-        lengths = view.read(4)
-        name_length, extra_length = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-        return entry.header_offset + 30 + name_length + extra_length
+            return self.payload_start(item)
+        except NotPlainError as error:
+            raise self.broken(item, str(error)) from error
 
-    def _broken(self, item: StoredItem, found: str) -> WeightsError:
+    def broken(self, item: StoredItem, found: str) -> WeightsError:
+        """What to say of a chunk that cannot be read."""
         return WeightsError(
             "A tensor of the checkpoint is not stored as it should be.",
             where=f"{self.folder / item.file}, bytes {item.start:,} to {item.start + item.length:,}",
@@ -262,37 +253,3 @@ class Reader:
 def _as_matrices(numbers: tuple[int, ...], num_leading: int, missing: int) -> tuple[int, ...]:
     """Give a vector its row axis."""
     return numbers if len(numbers) - num_leading == 2 else (*numbers[:-1], missing, numbers[-1])
-
-
-class _FileSlice(io.RawIOBase):
-    """A part of an open file as a file of its own, read by position: nothing is shared with other readers."""
-
-    def __init__(self, descriptor: int, start: int, length: int) -> None:
-        self._descriptor_number, self._start, self._length, self._at = descriptor, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        read = os.preadv(self._descriptor_number, [view], self._start + self._at) if len(view) else 0
-        self._at += read
-        return read
-
-    def read(self, size: int | None = -1) -> bytes:
-        remaining = max(0, self._length - self._at)
-        wanted = remaining if size is None or size < 0 else min(size, remaining)
-        data = os.pread(self._descriptor_number, wanted, self._start + self._at) if wanted else b""
-        self._at += len(data)
-        return data

@@ -1,0 +1,83 @@
+"""A base checkpoint read into a model's parts, each rank its own, whenever there is memory for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.weights.base import is_of_model
+from mixtral_run.weights.direct import Target
+from mixtral_run.weights.resharding import fill
+from mixtral_run.weights.torch_dist import Reader
+
+
+class BaseReader:
+    """A checkpoint whose parts are read as they are asked for; what fails is kept until all ranks are told of it.
+
+    folder: that of the iteration.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._checkpoint: Reader | None = None
+        self._failed: WeightsError | None = None
+
+    def __enter__(self) -> BaseReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+
+    def read(self, shards: Iterable[ShardedTensor]) -> None:
+        """Fill the shards' own storage; after a failure nothing. No rank waits for another."""
+        if self._failed is not None:
+            return
+        try:
+            wanted = list(shards)
+            checkpoint = self._opened()
+            for shard in wanted:
+                self._prepare(shard, checkpoint)
+            fill(checkpoint, map(target_of, wanted))
+        except WeightsError as error:
+            self._failed = error
+
+    def agree(self) -> None:
+        """Raise the failure of any rank: the others would wait for it otherwise. All ranks must call."""
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, self._failed)
+        for failed in outcomes:
+            if failed is not None:
+                raise failed
+
+    def _opened(self) -> Reader:
+        if self._checkpoint is None:
+            # The optimizer's state, which Megatron-LM leaves beside the weights, is not looked at.
+            self._checkpoint = Reader(self._folder, is_of_model)
+        return self._checkpoint
+
+    def _prepare(self, shard: ShardedTensor, checkpoint: Reader) -> None:
+        stored = checkpoint.tensors.get(shard.key)
+        if stored is None or stored.shape == tuple(shard.global_shape):
+            return
+        if not shard.allow_shape_mismatch:
+            raise WeightsError(
+                "The checkpoint cannot be loaded into this model.",
+                where=f"{self._folder}, {shard.key}",
+                expected=f"shape {list(shard.global_shape)}",
+                found=f"shape {list(stored.shape)}",
+                next_command=f"mixtral-run verify --load {self._folder.parent}",
+            )
+        # Another padding of the vocabulary: rows that the checkpoint lacks are zeros, as in Megatron's own loading.
+        shard.data.detach().zero_()
+
+
+def target_of(shard: ShardedTensor) -> Target:
+    """The shard's place in the global tensor, whose axes of layers and experts its data has not."""
+    missing = len(shard.global_offset) - shard.data.dim()
+    return Target(shard.key, tuple(shard.global_offset), (*(1,) * missing, *shard.data.shape), shard.data.detach())
