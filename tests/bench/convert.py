@@ -2,7 +2,7 @@
 
     python -m tests.bench.convert                       # 1.6 GB, disk to disk and RAM to RAM
     python -m tests.bench.convert --layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --rounds 3 \\
-        --ways copy stream read direct --processes 4 --folder /on/the/disk
+        --ways copy stream read direct load --processes 4 --folder /on/the/disk
                                                         # Mixtral 8x7B: 187 GB of disk, 187 GB of /dev/shm
 
 Each measurement is a process of its own. On the disk it starts with the source out of the page cache and ends with the
@@ -15,6 +15,7 @@ sampled from outside: anonymous, and resident. The last line printed is one JSON
     usual    transformers' from_pretrained, the state dict under Megatron's keys, torch.distributed.checkpoint.save
     read     every byte of the source read once, into buffers that are thrown away
     direct   the source loaded into a model's parameters by several processes, then one iteration of LoRA
+    load     the same from the checkpoint that `stream` makes of it, before the first round
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any
 from tests.bench.make_mixtral import add_size_options, make, scaled
 from tests.bench.process_memory import FamilyMemory
 
-WAYS = ("copy", "stream", "usual", "read", "direct")
+WAYS = ("copy", "stream", "usual", "read", "direct", "load")
 PLACES = ("disk", "ram")
 BLOCK_BYTES = 2 * 2**20
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--places", nargs="+", default=PLACES, choices=PLACES)
     parser.add_argument("--workers", type=int, help="of stream (default: it measures)")
-    parser.add_argument("--processes", type=int, default=2, help="of direct, as TP2 where even, EP of all")
+    parser.add_argument("--processes", type=int, default=2, help="of direct and load, as TP2 where even, EP of all")
     parser.add_argument("--run", choices=(*WAYS, "model"), help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
@@ -76,10 +77,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             sources[place] = work / "hf"
             # In a process of its own: what is drawn for the model is no memory of what is measured.
             run_again("--run", "model", "--target", str(sources[place]))
+            if "load" in options.ways:
+                run_again("--run", "stream", "--source", str(sources[place]), "--target", str(work / "checkpoint"))
         for number in range(options.rounds):
             for place, source in sources.items():
                 for way in options.ways:
-                    one = measured(place, way, source, source.with_name("out"))
+                    of_way = source.with_name("checkpoint") if way == "load" else source
+                    one = measured(place, way, of_way, source.with_name("out"))
                     found.setdefault((place, way), []).append(one)
                     told = ", ".join(f"{name} {value:,.2f}" for name, value in one.items())
                     print(f"round {number + 1}: {place} {way:<6} {told}", flush=True)
@@ -110,7 +114,7 @@ def measured(place: str, way: str, source: Path, target: Path) -> dict[str, floa
     if process.returncode != 0:
         raise SystemExit(f"{way} ended with {process.returncode}")
     one: dict[str, float] = json.loads(lines[-1])
-    num_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    num_bytes = sum(file.stat().st_size for file in source.rglob("*") if file.suffix in (".safetensors", ".distcp"))
     one = {"gb_s": num_bytes / 1e9 / one["seconds"], **one}
     one["peak_anonymous_mb"] = round(memory.peak_anonymous_bytes / 1e6)
     one["peak_rss_mb"] = round(memory.peak_resident_bytes / 1e6)
@@ -129,7 +133,7 @@ def run_again(*words: str) -> None:
 
 
 def drop_from_cache(folder: Path) -> None:
-    for file in folder.iterdir():
+    for file in (each for each in folder.rglob("*") if each.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -138,7 +142,7 @@ def drop_from_cache(folder: Path) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """What the process of one measurement does."""
-    if options.run == "direct":
+    if options.run in ("direct", "load"):
         return direct(options.source, options.processes)
     if options.run == "stream":
         return stream(options.source, options.target, options.workers)

@@ -1,4 +1,4 @@
-"""Started by torchrun: the time from the HF directory to the first iteration of LoRA, without a conversion.
+"""Started by torchrun: the time from an HF directory, or from a checkpoint, to the first iteration of LoRA.
 
 The last line that rank 0 prints is a JSON object: seconds for building the model, for reading the weights into it (the
 slowest rank's), and for the first iteration.

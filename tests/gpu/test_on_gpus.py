@@ -63,6 +63,9 @@ def test_an_hf_directory_loads_as_its_checkpoint(
     torchrun(size, DIRECT_WORKER, *paths, f"{size}x{size}", dtype)
     for rank in json.loads(out.read_text()):
         assert rank["unequal"] == []
+        # Of the checkpoint, which was saved as TP2, no byte twice and none by torch.
+        read, own = rank["checkpoint_bytes"]
+        assert read == own
         assert rank["fingerprints"][0] == rank["fingerprints"][1]
         # Kernels that sum in no fixed order give losses that differ in the last bits; the parameters did not.
         for (loss, norm), (other_loss, other_norm) in zip(*rank["figures"], strict=True):

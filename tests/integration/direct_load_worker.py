@@ -52,7 +52,8 @@ def main() -> None:
     config = config_of(checkpoint, out, layout, dtype=dtype)
     direct = config_of(hf, out, layout, dtype=dtype)
     with processes(config) as here:
-        models = [load_for_inference(config, describe_base(checkpoint), here, None)]
+        with counted_reads() as from_checkpoint:
+            models = [load_for_inference(config, describe_base(checkpoint), here, None)]
         with counted_reads() as reads:
             models.append(load_for_inference(direct, describe_base(hf), here, None))
         first, second = (dict(model.gpt.named_parameters()) for model in models)
@@ -62,6 +63,7 @@ def main() -> None:
         assert all(parameter.dtype == torch.float32 for parameter in first.values()) == (dtype == "fp32")
         figures = [train(each, here, 0, 2)["figures"] for each in (config, direct)]
         mine = {
+            "checkpoint_bytes": [sum(from_checkpoint), own_bytes(first, open_hf_weights(hf).item_size, 1)],
             "bytes": [sum(reads), own_bytes(second, open_hf_weights(hf).item_size, config.tensor_model_parallel_size)],
             "unequal": unequal,
             "fingerprints": [model.base_fingerprint for model in models],

@@ -50,6 +50,9 @@ def test_every_rank_is_equal(tmp_path: Path, layout: str, stored: torch.dtype, d
     assert len(ranks) == processes
     for rank in ranks:
         assert rank["unequal"] == []
+        # Of the checkpoint, which was saved as TP2, no byte twice and none by torch.
+        read, own = rank["checkpoint_bytes"]
+        assert read == own
         read, own = rank["bytes"]
         assert read == own  # its own slices, each once
         assert rank["fingerprints"] == [expected, expected]
