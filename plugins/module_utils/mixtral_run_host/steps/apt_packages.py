@@ -62,17 +62,19 @@ def main(module):
         _absent(module, record)
 
 
-def _installed():
-    """Installed packages with their versions; also those that dpkg was interrupted in, with version None."""
-    listing = run(["dpkg-query", "--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\\n"]).out
-    found = {}
-    for line in listing.splitlines():
-        name, version, status = (line.split(" ") + ["", ""])[:3]
+def _packages():
+    """Installed packages with their versions, also those that dpkg was interrupted in, with version None; and those held."""
+    fields = "${Package} ${Version} ${db:Status-Status} ${db:Status-Want}\\n"
+    found, held = {}, set()
+    for line in run(["dpkg-query", "--show", "--showformat", fields]).out.splitlines():
+        name, version, status, want = (line.split(" ") + ["", "", ""])[:4]
         if status == "installed":
             found[name] = version
         elif status not in ("config-files", "not-installed"):
             found[name] = None
-    return found
+        if want == "hold":
+            held.add(name)
+    return found, held
 
 
 def _wanted_version(params, name):
@@ -81,8 +83,7 @@ def _wanted_version(params, name):
 
 def _present(module, record):
     params = module.params
-    installed = _installed()
-    held = set(run(["apt-mark", "showhold"]).out.split())
+    installed, held = _packages()
     wrong = [
         name
         for name in params["names"]
@@ -109,7 +110,7 @@ def _present(module, record):
             unheld = params["names"]
         if unheld:
             _checked(module, ["apt-mark", "hold" if params["hold"] else "unhold"] + unheld, "The hold cannot be set.")
-    now = _installed() if not module.check_mode else installed
+    now = _packages()[0] if changed and not module.check_mode else installed
     after = "".join("{} {}\n".format(name, now.get(name) or "(to be installed)") for name in params["names"])
     module.exit_json(
         changed=changed,
@@ -142,7 +143,7 @@ def _defer_when_busy(module, touched, installed):
 
 def _absent(module, record):
     params = module.params
-    installed = _installed()
+    installed, _ = _packages()
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
     changed = params["section"] in record.values
     why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
