@@ -116,19 +116,22 @@ class FleetProgress:
     def _result(self, host: HostProgress, kind: str, data: Mapping[str, Any], event: Mapping[str, Any]) -> list[Notice]:
         result = data.get("res") if isinstance(data.get("res"), Mapping) else {}
         assert isinstance(result, Mapping)
-        label = " · ".join(part for part in (str(data.get("role") or ""), str(data.get("task") or "")) if part)
+        role, task = str(data.get("role") or ""), str(data.get("task") or "")
+        label = _label(role, task)
         notices = []
         for warning in result.get("warnings") or []:
             if warning not in host.warnings:
                 host.warnings.append(str(warning))
                 notices.append(Notice(host.name, "warning", str(warning)))
+        changed = _changed_steps(result)
         if kind == "runner_on_ok":
             host.ok += 1
-            if result.get("changed"):
-                host.changed += 1
-                host.changed_tasks.append(label)
-                notices.append(Notice(host.name, "changed", label))
-        elif kind == "runner_on_skipped":
+            changed = changed or ([task] if result.get("changed") else [])
+        for step in changed:
+            host.changed += 1
+            host.changed_tasks.append(_label(role, step))
+            notices.append(Notice(host.name, "changed", _label(role, step)))
+        if kind == "runner_on_skipped":
             host.skipped += 1
         elif kind == "runner_on_failed":
             if data.get("ignore_errors"):
@@ -136,14 +139,15 @@ class FleetProgress:
                 return notices
             message = failure_message(result)
             told_before = any(failure.message[:200] in message for failure in host.failures)
-            host.failures.append(Failure(str(data.get("role") or ""), str(data.get("task") or ""), message))
+            task = str(result.get("step") or task)
+            host.failures.append(Failure(role, task, message))
             host.phase = Phase.FAILED
             if told_before:
                 return notices
-            notices.append(Notice(host.name, "failed", f"{label}: {message}"))
+            notices.append(Notice(host.name, "failed", f"{_label(role, task)}: {message}"))
         elif kind == "runner_on_unreachable":
             message = failure_message(result)
-            host.failures.append(Failure(str(data.get("role") or ""), str(data.get("task") or ""), message))
+            host.failures.append(Failure(role, task, message))
             host.phase = Phase.UNREACHABLE
             notices.append(Notice(host.name, "unreachable", message))
         elif kind in ("runner_on_file_diff", "runner_item_on_file_diff"):
@@ -169,6 +173,16 @@ class FleetProgress:
     def bad(self) -> list[HostProgress]:
         """Hosts that did not get to the end."""
         return [host for host in self.hosts.values() if host.phase is not Phase.DONE]
+
+
+def _label(role: str, task: str) -> str:
+    return " · ".join(part for part in (role, task) if part)
+
+
+def _changed_steps(result: Mapping[str, Any]) -> list[str]:
+    """Names of the steps that changed something in a task of several (host_steps), also in one that failed later on."""
+    steps = [step for step in result.get("steps") or [] if isinstance(step, Mapping)]
+    return [str(step.get("name")) for step in steps if step.get("changed")]
 
 
 def _unmended(failures: list[Failure], num_rescued: int) -> list[Failure]:

@@ -9,7 +9,7 @@ short_description: Folders with owner, group and mode that a container's user ca
 description:
   - The owner may be a number that no user of the host has. Contents are left alone.
   - C(absent) removes folders that the kit made, as long as they are empty, and a secret that the kit wrote; folders that
-    were there get owner, group and mode back.
+    were there get owner, group and mode back. What C(leftovers) names goes with its content.
 options:
   section: {description: Who asks., type: str, required: true}
   paths: {description: The folders., type: list, elements: path, required: true}
@@ -18,10 +18,12 @@ options:
   mode: {description: "Mode, octal.", type: str, default: "2775"}
   secret_path: {description: "File of mode 0640 for C(secret): jobs run as whoever logs in, in this group.", type: path}
   secret: {description: Its content; empty leaves a file that is there., type: str, default: ""}
+  leftovers: {description: "The section's own files and folders, for C(absent) to remove.", type: list, elements: path, default: []}
   state: {description: C(absent) takes them back., type: str, choices: [present, absent], default: present}
 """
 
 import os
+import shutil
 import stat
 
 from ansible.module_utils.basic import AnsibleModule
@@ -40,6 +42,7 @@ def main():
             "mode": {"type": "str", "default": "2775"},
             "secret_path": {"type": "path"},
             "secret": {"type": "str", "default": "", "no_log": True},
+            "leftovers": {"type": "list", "elements": "path", "default": []},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         supports_check_mode=True,
@@ -103,6 +106,20 @@ def _missing_parents(path):
 
 
 def _absent(module, record):
+    return _take_back(module, record) + _clear(module)
+
+
+def _clear(module):
+    there = [path for path in module.params["leftovers"] if os.path.lexists(path)]
+    for path in there if not module.check_mode else []:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    return ["removed " + path for path in there]
+
+
+def _take_back(module, record):
     mine = record.values.get(module.params["section"])
     if mine is None:
         return []

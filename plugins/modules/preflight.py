@@ -90,7 +90,7 @@ def main():
         )
     release, arch = probe.os_release(), probe.architecture()
     params["mirrors"] = [apt_sources.expand(url, release, arch).replace("$(ARCH)", arch) for url in params["mirrors"]]
-    state = probe.host(params["disks"])
+    state = probe.machine(params["disks"])
     for each in state["disks"]:
         if each["free_gib"] < params["limits"]["free_gib"]:
             each["held_gib"] = probe.held_gib(each["path"], params["own_folders"])

@@ -3,7 +3,9 @@
     python -m tests.bench.provision [--hosts 8]
 
 Starts throw-away hosts on this machine's Docker engine, so numbers of different machines do not compare; the second
-run of one host is made of SSH round trips and module starts on them. The last line is one JSON object.
+run of one host is made of SSH round trips and module starts on them. CPU seconds, which other work on the machine
+changes less than the clock's, are those of Ansible here and of all that ran in the hosts. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,7 @@ from pathlib import Path
 from tests.targets import hosts, kit_image
 from tests.targets.__main__ import inventory
 from tests.targets.engine import why_no_engine
+from tests.targets.shell import call
 
 ROOT = Path(__file__).parents[2]
 TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(?:(?P<role>\w+) : )?.*\] \*+$")
@@ -35,6 +39,10 @@ class Run:
     """One run of the playbook."""
 
     seconds: float
+    here_cpu_seconds: float = 0.0
+    """Of ansible-playbook and its workers."""
+    hosts_cpu_seconds: float | None = None
+    """Of all hosts together; None where the engine keeps its groups elsewhere."""
     tasks: int = 0
     changed: int = 0
     by_role: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -57,9 +65,12 @@ def run_playbook(inventory_file: Path, names: list[str]) -> Run:
     }
     argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory_file)]
     argv += ["--limit", ",".join(names), "--extra-vars", json.dumps(variables), "playbooks/bootstrap.yml"]
-    began = time.perf_counter()
+    files = [_cpu_file(name) for name in names]
+    before, here, began = _cpu_seconds(files), _cpu_here(), time.perf_counter()
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    run = Run(seconds=time.perf_counter() - began)
+    run = Run(seconds=time.perf_counter() - began, here_cpu_seconds=_cpu_here() - here)
+    after = _cpu_seconds(files)
+    run.hosts_cpu_seconds = None if before is None or after is None else after - before
     if done.returncode:
         raise RuntimeError(done.stdout[-5000:] + done.stderr[-2000:])
     recap = re.findall(r"^\S+ +: ok=(\d+) +changed=(\d+)", done.stdout, re.MULTILINE)
@@ -67,6 +78,29 @@ def run_playbook(inventory_file: Path, names: list[str]) -> Run:
     run.changed = sum(int(changed) for _, changed in recap)
     run.by_role = _by_role(done.stdout)
     return run
+
+
+def _cpu_here() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _cpu_file(name: str) -> Path | None:
+    """Where the kernel counts a host's CPU time: the second hierarchy of groups, by either driver, or the first."""
+    container = call("docker", "inspect", "--format", "{{.Id}}", hosts.container_name(name)).strip()
+    places = (f"system.slice/docker-{container}.scope/cpu.stat", f"docker/{container}/cpu.stat",
+              f"cpuacct/docker/{container}/cpuacct.usage")  # fmt: skip
+    return next((file for place in places if (file := Path("/sys/fs/cgroup") / place).exists()), None)
+
+
+def _cpu_seconds(files: list[Path | None]) -> float | None:
+    total = 0.0
+    for file in files:
+        if file is None:
+            return None
+        words = file.read_text().split()
+        total += int(words[1]) / 1e6 if file.name == "cpu.stat" else int(words[0]) / 1e9
+    return total
 
 
 def _by_role(output: str) -> dict[str, tuple[int, float]]:
@@ -86,7 +120,9 @@ def _by_role(output: str) -> dict[str, tuple[int, float]]:
 
 
 def _print(title: str, run: Run) -> None:
+    in_hosts = "unknown" if run.hosts_cpu_seconds is None else f"{run.hosts_cpu_seconds:.1f} s"
     print(f"\n{title}: {run.seconds:.1f} s, {run.tasks} tasks, {run.changed} changed")
+    print(f"  CPU time: {run.here_cpu_seconds:.1f} s here, {in_hosts} in hosts")
     for role, (tasks, seconds) in run.by_role.items():
         print(f"  {role:26} {tasks:3} tasks {seconds:7.1f} s")
     sys.stdout.flush()

@@ -63,7 +63,9 @@ class Record:
         if self._check_mode:
             return
         if self.values:
-            write_text(self.path, json.dumps(self.values, indent=2, sort_keys=True) + "\n", mode=0o600)
+            text = json.dumps(self.values, indent=2, sort_keys=True) + "\n"
+            if text != read_text(self.path):
+                write_text(self.path, text, mode=0o600)
         else:
             remove(self.path)
 

@@ -253,8 +253,8 @@ def records(folder=RECORD_FOLDER):
     return found
 
 
-def host(disks=()):
-    """Everything above at once."""
+def machine(disks=()):
+    """What the host is, apart from what the kit puts there: nothing is asked of an engine."""
     driver = gpus()
     return {
         "os": os_release(),
@@ -267,10 +267,17 @@ def host(disks=()):
         "driver": {"user": driver["driver"], "kernel": kernel_driver(), "error": driver["error"]},
         "fabric_manager": fabric_manager(),
         "clock_synchronized": clock_synchronized(),
-        "engine": engine(),
-        "images": images(),
-        "toolkit": toolkit_version(),
-        "cdi": cdi(),
         "swap": swap_files(),
-        "records": records(),
     }
+
+
+def host(disks=()):
+    """Everything above at once."""
+    return dict(
+        machine(disks),
+        engine=engine(),
+        images=images(),
+        toolkit=toolkit_version(),
+        cdi=cdi(),
+        records=records(),
+    )

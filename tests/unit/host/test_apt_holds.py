@@ -24,11 +24,14 @@ class Host:
             for name in names:
                 (made / name).touch()
         programs.put("dpkg")
-        programs.put("dpkg-query", f'for name in $(ls {installed}); do echo "$name 1 installed"; done')
+        programs.put(
+            "dpkg-query",
+            f"for name in $(ls {installed}); do",
+            f'if [ -e {held}/$name ]; then want=hold; else want=install; fi; echo "$name 1 installed $want"; done',
+        )
         programs.put(
             "apt-mark",
             'verb=$1; shift; case "$verb" in',
-            f"showhold) ls {held} ;;",
             f'hold) cd {held} && touch "$@" ;;',
             f'unhold) cd {held} && rm -f "$@" ;;',
             "esac",

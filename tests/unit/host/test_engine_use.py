@@ -17,9 +17,9 @@ def host(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> Programs:  # no
     programs.put("systemctl", "echo active")
     programs.put("docker")
     programs.put("nvidia-smi", "exit 9")
-    programs.put("dpkg-query", "echo docker-ce 5:1 installed; echo runc 1 installed")
+    programs.put("dpkg-query", "echo docker-ce 5:1 installed hold; echo runc 1 installed install")
     programs.put("dpkg")
-    programs.put("apt-mark", '[ "$1" != showhold ] || echo docker-ce')
+    programs.put("apt-mark")
     programs.put("apt-get")
     monkeypatch.setattr(engine_use.glob, "glob", lambda _: [])
     return programs

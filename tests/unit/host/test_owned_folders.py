@@ -52,3 +52,22 @@ def test_a_folder_that_was_there_gets_its_owner_and_mode_back_and_the_kits_own_g
     assert not Path(settings["paths"][0]).parent.exists()
     assert not call_module(MODULE, **settings, state="absent")["changed"]
     assert not list(settings["record_folder"].iterdir())
+
+
+def test_what_the_section_left_goes_with_it_whether_or_not_folders_were_recorded(
+    settings: dict, tmp_path: Path
+) -> None:
+    folder, file, kept = tmp_path / "serve-model", tmp_path / "models.json", tmp_path / "kept"
+    for made in (folder, kept):
+        made.mkdir()
+        (made / "inside").touch()
+    file.touch()
+    (tmp_path / "link").symlink_to(kept)
+    leftovers = [str(folder), str(file), str(tmp_path / "link"), str(tmp_path / "never")]
+    given = {**settings, "leftovers": leftovers}
+    assert "removed " + leftovers[0] not in call_module(MODULE, **given)["done"] and folder.exists()
+    (tmp_path / "records/folders.json").unlink()
+    assert call_module(MODULE, **given, state="absent", check_mode=True)["changed"] and file.exists()
+    assert call_module(MODULE, **given, state="absent")["done"] == [f"removed {path}" for path in leftovers[:3]]
+    assert (kept / "inside").exists() and not any(Path(path).exists() for path in leftovers)
+    assert not call_module(MODULE, **given, state="absent")["changed"]

@@ -40,7 +40,7 @@ NO_PROXY = pytest.mark.parametrize(("no_proxy", "answers"), [("localhost,127.0.0
 @NO_PROXY
 def test_preflight_asks_a_mirror(mirror: str, tmp_path, monkeypatch, no_proxy: str, answers: bool) -> None:
     module = load_module("preflight")
-    monkeypatch.setattr(module.probe, "host", lambda _: {"disks": []})
+    monkeypatch.setattr(module.probe, "machine", lambda _: {"disks": []})
     monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
     url = mirror + "/{arch}/$(ARCH)"
     result = call_module(module, tmp_path, host="gpu-01", limits={}, mirrors=[url], proxy=DEAD_PROXY, no_proxy=no_proxy)

@@ -9,13 +9,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.unit.host.conftest import load_module
+
 ROOT = Path(__file__).parents[3]
+STEPS = sorted(
+    path for path in (ROOT / "plugins/module_utils/mixtral_run_host/steps").glob("*.py") if path.stem != "__init__"
+)
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
 
 
 def _yaml(path: str) -> dict:
     return yaml.safe_load((ROOT / path).read_text())
+
+
+def _documentation(path: Path) -> dict:
+    return yaml.safe_load(re.search(r'DOCUMENTATION = """\n(.*?)"""', path.read_text(), re.DOTALL).group(1))
 
 
 def _options(role: str) -> dict:
@@ -43,7 +52,7 @@ def test_variables_bear_the_roles_name(role: str) -> None:
     defaults = (ROOT / f"roles/{role}/defaults/main.yml").read_text()
     within = {name for name in _options(role) if len(re.findall(rf"\b{name}\b", defaults)) > 1}
     assert set(_options(role)) - used - within == set(), "declared, and used nowhere"
-    modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
+    modules = {path.stem for path in [*(ROOT / "plugins/modules").glob("*.py"), *STEPS]}
     assert used - set(_options(role)) <= set(ROLES) | modules, "used, and declared nowhere"
 
 
@@ -101,9 +110,32 @@ def test_the_image_holds_what_the_extra_train_asks_for_at_the_pinned_versions() 
 
 def test_every_module_of_the_kit_tells_its_options() -> None:
     for path in (ROOT / "plugins/modules").glob("*.py"):
-        text = path.read_text()
-        documented = yaml.safe_load(re.search(r'DOCUMENTATION = """\n(.*?)"""', text, re.DOTALL).group(1))
+        documented = _documentation(path)
         assert documented["module"] == path.stem and documented["short_description"]
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_every_step_tells_its_options(path: Path) -> None:
+    documented, step = _documentation(path), load_module(path.stem)
+    assert documented["step"] == path.stem and documented["short_description"]
+    fields = ("type", "required", "default", "choices", "elements")
+    for name, option in step.OPTIONS.items():
+        told = documented["options"].pop(name)
+        assert [told.get(field) for field in fields] == [option.get(field) for field in fields]
+    assert not documented["options"]
+
+
+def test_host_steps_takes_every_step() -> None:
+    assert set(load_module("host_steps").KINDS) == {path.stem for path in STEPS}
+
+
+def test_bootstrap_checks_the_variables_of_every_role_that_it_imports() -> None:
+    play = _yaml("playbooks/bootstrap.yml")[0]
+    (block,) = [task["block"] for task in play["tasks"] if "block" in task]
+    imported = [task["ansible.builtin.import_role"] for task in block[1:]]
+    assert block[0]["role_arguments"]["roles"] == [role["name"] for role in imported]
+    assert all(role["rolespec_validate"] is False for role in imported) and block[0]["tags"] == ["always"]
+    assert {role["name"] for role in imported} == set(ROLES)
 
 
 def test_what_runs_on_hosts_is_python_3_8() -> None:
@@ -116,10 +148,12 @@ def test_what_runs_on_hosts_is_python_3_8() -> None:
 
 def test_packages_that_containers_stand_on_wait_for_jobs() -> None:
     tasks = [
-        (path.parts[-3], task["apt_packages"])
+        (path.parts[-3], step["apt_packages"])
         for path in (ROOT / "roles").glob("*/tasks/*.yml")
         for task in yaml.safe_load(path.read_text())
-        if "apt_packages" in task
+        for state in ("present", "absent")
+        for step in task.get("host_steps", {}).get(state, [])
+        if "apt_packages" in step
     ]
     assert len(tasks) >= 4
     for role, settings in tasks:

@@ -1,10 +1,15 @@
-#!/usr/bin/python
 """Put an apt repository in place: key by pinned fingerprint, deb822 source, older sources of the same URL off."""
 
 from __future__ import annotations
 
+import glob
+import os
+
+from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
 DOCUMENTATION = """
-module: apt_source
+step: apt_source
 short_description: Put an apt repository in place, with its key pinned by fingerprint
 description:
   - Downloads the key, refuses any but the pinned one, writes a deb822 source. Source files that name the same
@@ -21,34 +26,23 @@ options:
   no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   state: {description: "C(absent) removes source and key, or puts back those that were there before.", type: str, choices: [present, absent], default: present}
 """
-
-import glob
-import os
-
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-from ansible.module_utils.urls import open_url
+OPTIONS = {
+    "name": {"type": "str", "required": True},
+    "uri": {"type": "str", "required": True},
+    "suite": {"type": "str", "default": "{codename}"},
+    "components": {"type": "str", "default": ""},
+    "key_url": {"type": "str", "required": True, "no_log": False},
+    "key_fingerprint": {"type": "str", "required": True, "no_log": False},
+    "proxy": {"type": "str"},
+    "no_proxy": {"type": "str", "default": ""},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+}
 
 SOURCES = "/etc/apt/sources.list.d"
 KEYRINGS = "/etc/apt/keyrings"
 
 
-def main():
-    module = AnsibleModule(
-        argument_spec={
-            "name": {"type": "str", "required": True},
-            "uri": {"type": "str", "required": True},
-            "suite": {"type": "str", "default": "{codename}"},
-            "components": {"type": "str", "default": ""},
-            "key_url": {"type": "str", "required": True, "no_log": False},
-            "key_fingerprint": {"type": "str", "required": True, "no_log": False},
-            "proxy": {"type": "str"},
-            "no_proxy": {"type": "str", "default": ""},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        supports_check_mode=True,
-    )
+def main(module):
     params = module.params
     source = os.path.join(SOURCES, params["name"] + ".sources")
     key = os.path.join(KEYRINGS, params["name"] + ".asc")
@@ -129,6 +123,9 @@ def _need_repository(module, uri, suite, arch):
 
 
 def _open(module, url):
+    # Here, since its import costs more than all the rest of a run that finds key and source in place.
+    from ansible.module_utils.urls import open_url
+
     proxy = module.params["proxy"]
     if proxy:
         os.environ["http_proxy"] = os.environ["https_proxy"] = proxy
@@ -186,7 +183,3 @@ def _rivals(source, uri):
         if off != text:
             found[path] = off
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,16 @@
-#!/usr/bin/python
 """Install packages at wanted versions, hold them, and remember which of them the kit installed."""
 
 from __future__ import annotations
 
+import fnmatch
+import time
+
+from ansible.module_utils.mixtral_run_host import engine_use
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain
+
 DOCUMENTATION = """
-module: apt_packages
+step: apt_packages
 short_description: Install packages at wanted versions, hold them, remember which the kit installed
 description:
   - One transaction for all; packages that conflict are removed in it. Nothing is asked of the network when nothing is
@@ -29,37 +35,26 @@ options:
   no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   state: {description: "C(absent) removes what C(present) installed, and gives the rest the holds that they had.", type: str, choices: [present, absent], default: present}
 """
-
-import fnmatch
-import time
-
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain
+OPTIONS = {
+    "section": {"type": "str", "required": True},
+    "names": {"type": "list", "elements": "str", "required": True},
+    "version": {"type": "str", "default": ""},
+    "versions": {"type": "dict", "default": {}},
+    "conflicting": {"type": "list", "elements": "str", "default": []},
+    "hold": {"type": "bool", "default": True},
+    "repository": {"type": "str", "default": ""},
+    "restart_when_busy": {"type": "bool", "default": True},
+    "lock_timeout_seconds": {"type": "int", "default": 300},
+    "proxy": {"type": "str"},
+    "no_proxy": {"type": "str", "default": ""},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+}
 
 APT_SECONDS = 1800
 RETRY_SECONDS = 2
 
 
-def main():
-    module = AnsibleModule(
-        argument_spec={
-            "section": {"type": "str", "required": True},
-            "names": {"type": "list", "elements": "str", "required": True},
-            "version": {"type": "str", "default": ""},
-            "versions": {"type": "dict", "default": {}},
-            "conflicting": {"type": "list", "elements": "str", "default": []},
-            "hold": {"type": "bool", "default": True},
-            "repository": {"type": "str", "default": ""},
-            "restart_when_busy": {"type": "bool", "default": True},
-            "lock_timeout_seconds": {"type": "int", "default": 300},
-            "proxy": {"type": "str"},
-            "no_proxy": {"type": "str", "default": ""},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        supports_check_mode=True,
-    )
+def main(module):
     record = Record("packages", check_mode=module.check_mode)
     if module.params["state"] == "present":
         _present(module, record)
@@ -67,17 +62,19 @@ def main():
         _absent(module, record)
 
 
-def _installed():
-    """Installed packages with their versions; also those that dpkg was interrupted in, with version None."""
-    listing = run(["dpkg-query", "--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\\n"]).out
-    found = {}
-    for line in listing.splitlines():
-        name, version, status = (line.split(" ") + ["", ""])[:3]
+def _packages():
+    """Installed packages with their versions, also those that dpkg was interrupted in, with version None; and those held."""
+    fields = "${Package} ${Version} ${db:Status-Status} ${db:Status-Want}\\n"
+    found, held = {}, set()
+    for line in run(["dpkg-query", "--show", "--showformat", fields]).out.splitlines():
+        name, version, status, want = (line.split(" ") + ["", "", ""])[:4]
         if status == "installed":
             found[name] = version
         elif status not in ("config-files", "not-installed"):
             found[name] = None
-    return found
+        if want == "hold":
+            held.add(name)
+    return found, held
 
 
 def _wanted_version(params, name):
@@ -86,8 +83,7 @@ def _wanted_version(params, name):
 
 def _present(module, record):
     params = module.params
-    installed = _installed()
-    held = set(run(["apt-mark", "showhold"]).out.split())
+    installed, held = _packages()
     wrong = [
         name
         for name in params["names"]
@@ -114,7 +110,7 @@ def _present(module, record):
             unheld = params["names"]
         if unheld:
             _checked(module, ["apt-mark", "hold" if params["hold"] else "unhold"] + unheld, "The hold cannot be set.")
-    now = _installed() if not module.check_mode else installed
+    now = _packages()[0] if changed and not module.check_mode else installed
     after = "".join("{} {}\n".format(name, now.get(name) or "(to be installed)") for name in params["names"])
     module.exit_json(
         changed=changed,
@@ -147,7 +143,7 @@ def _defer_when_busy(module, touched, installed):
 
 def _absent(module, record):
     params = module.params
-    installed = _installed()
+    installed, _ = _packages()
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
     changed = params["section"] in record.values
     why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
@@ -249,7 +245,3 @@ def _checked(module, argv, what, timeout=60):
     answer = run(argv, timeout=timeout)
     if answer.code:
         _fail(module, what, answer, [])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,48 @@
+"""The variables of all roles are checked in one task, by host, before a role begins."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PLAY = """
+- hosts: all
+  gather_facts: false
+  tasks:
+    - role_arguments:
+        folder: {root}/roles
+        roles: [swap, docker]
+    - ansible.builtin.import_role: {{name: swap, rolespec_validate: false}}
+      when: false
+    - ansible.builtin.import_role: {{name: docker, rolespec_validate: false}}
+      when: false
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "faults"),
+    [
+        ({}, []),
+        ({"swap_size_gib": "{{ 3 + 1 }}", "docker_users": "{{ ['ops'] }}"}, []),
+        ({"swap_size_gib": "many"}, ["swap: ", "swap_size_gib", "float"]),
+        (
+            {"docker_state": "gone", "swap_state": "{{ 'a' ~ 'way' }}"},
+            ["docker: value of docker_state must be one of: present, absent, got: gone", "swap: ", "got: away"],
+        ),
+    ],
+)
+def test_every_fault_of_a_host_is_told_and_no_other_hosts(tmp_path: Path, variables: dict, faults: list[str]) -> None:
+    (tmp_path / "play.yml").write_text(PLAY.format(root=ROOT))
+    hosts = {"bad": variables, "good": {}}
+    (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": {"ansible_connection": "local"}}}))
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    argv = [Path(sys.executable).parent / "ansible-playbook", "-i", tmp_path / "hosts.json", tmp_path / "play.yml"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert "good                       : ok=1 " in done.stdout, done.stdout + done.stderr
+    assert done.returncode == (2 if faults else 0), done.stdout + done.stderr
+    assert all(words in done.stdout for words in faults)
+    assert ("nothing was changed" in done.stdout) is bool(faults)
