@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from mixtral_run.weights import record
 from mixtral_run.weights.mapping import Shape
 from mixtral_run.weights.pace import num_cores
 from mixtral_run.weights.reading import read_whole
-from mixtral_run.weights.shards import HFWeights
+from mixtral_run.weights.shards import HFWeights, Source
 from mixtral_run.weights.slices import Slice, slice_index
 
 if TYPE_CHECKING:
@@ -59,16 +59,27 @@ class PartSum:
     crc: int
 
 
-class _Stopped(Exception):
-    """Another thread failed or the user interrupted."""
-
-
 @dataclass(frozen=True)
-class _Part:
-    """Rows to read, and the matrix of this rank that they go to."""
+class Part:
+    """Rows to read, and the matrix of this rank that they go to. `place`: where the whole tensor lies; dtype: in it."""
 
     rows: Slice
+    place: Source
+    dtype: torch.dtype
     matrix: Tensor  # [rows, columns] of the target
+
+    @property
+    def row_bytes(self) -> int:
+        return self.rows.columns * self.dtype.itemsize
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+        return self.place.start + self.rows.first_row * self.row_bytes
+
+
+class _Stopped(Exception):
+    """Another thread failed or the user interrupted."""
 
 
 def read_into(
@@ -82,14 +93,21 @@ def read_into(
 
     `advance` is told of bytes read, from several threads. Raises WeightsError when a file cannot be read to its end.
     """
-    remaining = iter(_parts(weights, targets))
+    return read_parts(_parts(weights, targets), workers=workers, advance=advance)
+
+
+def read_parts(
+    parts: Iterable[Part], *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None
+) -> list[PartSum]:
+    """Fill the parts' matrices from their files: otherwise as `read_into`."""
+    remaining = iter(sorted((each for part in parts for each in _cut(part)), key=_place))
     lock, stop = threading.Lock(), threading.Event()
     count = workers or default_workers()
 
     def work() -> list[PartSum]:
         sums: list[PartSum] = []
         try:
-            with _Reader(weights, stop, advance) as reader:
+            with _Reader(stop, advance) as reader:
                 while True:
                     with lock:
                         part = next(remaining, None)
@@ -119,17 +137,22 @@ def default_workers() -> int:
 
 
 def whole_fingerprint(weights: HFWeights, sums: Iterable[PartSum]) -> str:
-    """The weights' fingerprint from the checksums of all ranks.
+    """The weights' fingerprint from the checksums of all ranks. Raises as `checksums_of`."""
+    return record.fingerprint(weights.architecture, weights.dtype, checksums_of(weights.sources, sums))
+
+
+def checksums_of(sources: Mapping[str, Source], sums: Iterable[PartSum]) -> dict[str, int]:
+    """CRC-32 of each tensor that the ranks read, all of it between them.
 
     Raises WeightsError when two of them read other bytes at the same place.
     """
-    found: dict[str, dict[int, PartSum]] = {name: {} for name in weights.sources}
+    found: dict[str, dict[int, PartSum]] = {}
     for each in sums:
-        known = found[each.source].setdefault(each.start, each)
+        known = found.setdefault(each.source, {}).setdefault(each.start, each)
         if known != each:
             raise WeightsError(
                 "The HF weights changed while they were read, or the disk gave different bytes.",
-                where=f"{weights.sources[each.source].file}, {each.source}",
+                where=f"{sources[each.source].file}, {each.source}",
                 expected=f"CRC-32 {known.crc:08x} of {known.num_bytes:,} bytes, as another process read",
                 found=f"CRC-32 {each.crc:08x} of {each.num_bytes:,} bytes",
                 next_command="the same command again; then dmesg, which tells of disk faults",
@@ -141,37 +164,37 @@ def whole_fingerprint(weights: HFWeights, sums: Iterable[PartSum]) -> str:
         for part in ordered:
             assert part.start == reached, f"{name}: bytes {reached} to {part.start} belong to no rank"
             reached += part.num_bytes
-        assert reached == weights.sources[name].num_bytes, f"{name}: bytes from {reached} on belong to no rank"
+        assert reached == sources[name].num_bytes, f"{name}: bytes from {reached} on belong to no rank"
         whole = 0
         for part in ordered:
             whole = crc32_combine(whole, part.crc, part.num_bytes)
         checksums[name] = whole
-    return record.fingerprint(weights.architecture, weights.dtype, checksums)
+    return checksums
 
 
-def _parts(weights: HFWeights, targets: Iterable[Target]) -> list[_Part]:
-    """What this rank has to read, in the order of the files."""
+def _parts(weights: HFWeights, targets: Iterable[Target]) -> Iterator[Part]:
+    """What this rank has to read."""
     index = slice_index(weights.architecture)
-    found = []
+    dtype: torch.dtype = getattr(torch, weights.dtype)
     for target in targets:
         matrix = target.data.view(-1, target.shape[-1])
         for rows in index.slices(target.key, target.offset, target.shape):
-            most = PART_BYTES // (rows.columns * weights.item_size)
-            found += [_Part(part, matrix) for part in rows.parts(most)]
-    return sorted(found, key=lambda part: _place(weights, part.rows))
+            yield Part(rows, weights.sources[rows.source], dtype, matrix)
 
 
-def _place(weights: HFWeights, rows: Slice) -> tuple[str, int]:
-    source = weights.sources[rows.source]
-    return source.file.name, source.start + rows.first_row * rows.columns * weights.item_size
+def _cut(part: Part) -> Iterator[Part]:
+    for rows in part.rows.parts(PART_BYTES // part.row_bytes):
+        yield replace(part, rows=rows)
+
+
+def _place(part: Part) -> tuple[str, int]:
+    return part.place.file.name, part.start
 
 
 class _Reader:
     """One thread's descriptors and buffers."""
 
-    def __init__(self, weights: HFWeights, stop: threading.Event, advance: Callable[[int], None]) -> None:
-        self._weights = weights
-        self._dtype: torch.dtype = getattr(torch, weights.dtype)
+    def __init__(self, stop: threading.Event, advance: Callable[[int], None]) -> None:
         self._stop = stop
         self._advance = advance
         self._descriptors: dict[Path, int] = {}
@@ -187,26 +210,23 @@ class _Reader:
         for upload in self._uploads.values():
             upload.wait()
 
-    def read(self, part: _Part) -> PartSum:
+    def read(self, part: Part) -> PartSum:
         """Fill the part's rows; every byte of them is checksummed, of wanted columns and others."""
-        rows = part.rows
-        row_bytes = rows.columns * self._weights.item_size
-        source = self._weights.sources[rows.source]
-        start = source.start + rows.first_row * row_bytes
-        descriptor = self._open(source.file)
-        os.posix_fadvise(descriptor, start, rows.num_rows * row_bytes, os.POSIX_FADV_WILLNEED)
+        rows, row_bytes = part.rows, part.row_bytes
+        descriptor = self._open(part.place.file)
+        os.posix_fadvise(descriptor, part.start, rows.num_rows * row_bytes, os.POSIX_FADV_WILLNEED)
         crc = 0
         for block in rows.parts(BLOCK_BYTES // row_bytes):
             if self._stop.is_set():
                 raise _Stopped
-            into = part.matrix[block.target_row : block.target_row + block.num_rows]
-            position = source.start + block.first_row * row_bytes
-            crc = self._fill(into, block, source.file, descriptor, position, crc)
+            crc = self._fill(replace(part, rows=block), descriptor, crc)
             self._advance(block.num_rows * row_bytes)
         return PartSum(rows.source, rows.first_row * row_bytes, rows.num_rows * row_bytes, crc)
 
-    def _fill(self, into: Tensor, block: Slice, file: Path, descriptor: int, position: int, crc: int) -> int:
-        num_bytes = block.num_rows * block.columns * self._weights.item_size
+    def _fill(self, part: Part, descriptor: int, crc: int) -> int:
+        block, file, position, dtype = part.rows, part.place.file, part.start, part.dtype
+        into = part.matrix[block.target_row : block.target_row + block.num_rows]
+        num_bytes = block.num_rows * part.row_bytes
         if into.device.type == "cuda":
             if into.device not in self._uploads:
                 self._uploads[into.device] = _Upload(into.device)
@@ -215,9 +235,9 @@ class _Reader:
             view = buffer.numpy().data.cast("B")
             read_whole(descriptor, view, position, file)
             crc = crc32(view, crc)
-            upload.send(buffer.view(self._dtype).view(-1, block.columns), into, block)
+            upload.send(buffer.view(dtype).view(-1, block.columns), into, block)
             return crc
-        if into.dtype == self._dtype and block.is_whole_rows:
+        if into.dtype == dtype and block.is_whole_rows:
             view = into.view(-1).view(torch.uint8).numpy().data.cast("B")
             read_whole(descriptor, view, position, file)
             return crc32(view, crc)
@@ -225,7 +245,7 @@ class _Reader:
             self._staging = bytearray(num_bytes)
         view = memoryview(self._staging)[:num_bytes]
         read_whole(descriptor, view, position, file)
-        matrix = torch.frombuffer(view, dtype=self._dtype).view(-1, block.columns)
+        matrix = torch.frombuffer(view, dtype=dtype).view(-1, block.columns)
         into.copy_(matrix[:, block.first_column : block.first_column + block.num_columns])
         return crc32(view, crc)
 
