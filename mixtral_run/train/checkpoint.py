@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> s
         # Of what was read just now and of what the kept experts were made of: all of it has to be one model.
         now = record.fingerprint(weights.architecture, weights.dtype, {**found.sources, **checksums})
         if now != found.fingerprint:
-            experts.refuse(f"made of a base with fingerprint {found.fingerprint}, not {now}")
+            experts.refuse(found, f"made of a base with fingerprint {found.fingerprint}, not {now}")
         elif experts.load(found):
             return now
     with experts.making() as making:
@@ -163,12 +164,16 @@ def _load_into(shards: dict[str, ShardedTensor], folder: Path) -> None:
                 target.copy_(loaded[name])
 
 
+_BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
+"""What reading a checkpoint with other bytes in it ends in."""
+
+
 @contextmanager
 def _told_as_weights_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     # torch's CheckpointException is no Exception: it derives from BaseException.
-    except (CheckpointException, CheckpointingException, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (CheckpointException, CheckpointingException, *_BROKEN) as error:
         if is_out_of_memory(error):
             raise
         raise WeightsError(

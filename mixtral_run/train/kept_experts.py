@@ -50,6 +50,7 @@ class KeptExperts:
         self._dtype = kept.rounded_to(base.dtype, str(model.settings.dtype).removeprefix("torch."))
         self._files = kept.Files(kept.kept_folder(base.folder, precision), base.architecture, precision)
         self._why = ""
+        self._refused: kept.Kept | None = None
 
     def find(self) -> kept.Kept | None:
         """What is kept and every rank can read. All ranks must call."""
@@ -64,9 +65,9 @@ class KeptExperts:
             self._why = "not the same for all processes"
         return None
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, found: kept.Kept, why: str) -> None:
         """What `find` found is of no use after all. All ranks must call with the same."""
-        self._why = why
+        self._refused, self._why = found, why
 
     def load(self, found: kept.Kept) -> bool:
         """Fill the model's experts from there; False, and they are as before, where its bytes are not what was written.
@@ -74,7 +75,7 @@ class KeptExperts:
         Memory: the experts' own and what read_parts takes. All ranks must call.
         """
         size = self._files.num_bytes / 1e9
-        self._say(f"Experts in {self._files.precision} from {self._files.folder}: {size:,.1f} GB, nothing to quantise")
+        self._say(f"Experts in {self._files.precision}, quantised before, from {self._files.folder}: {size:,.1f} GB")
         linears = [linear for experts in self._model.experts for linear in experts.linears.values()]
         for linear in linears:
             linear.make_room()
@@ -88,7 +89,7 @@ class KeptExperts:
         for linear in linears:
             linear.settle(whole=not damaged)
         if damaged:
-            self._why = f"damaged: {damaged[0]}"
+            self.refuse(found, f"damaged: {damaged[0]}")
         return not damaged
 
     def _parts(self) -> Iterator[Part]:
@@ -128,8 +129,7 @@ class KeptExperts:
         told: list[Any] = [None]
         if here.is_first:
             try:
-                is_there = lambda: self._look().kept is not None  # noqa: E731
-                keeping = begin(self._base.folder, self._files, self._keep.reserve_bytes, is_there)
+                keeping = begin(self._base.folder, self._files, self._keep.reserve_bytes, self._is_there_by_now)
                 told[0] = keeping.files
                 where = f"in {self._files.folder}, {size:,.1f} GB, for the next start"
                 self._say(f"Keeping the experts in {self._files.precision} {where}")
@@ -159,6 +159,10 @@ class KeptExperts:
     def _first_expert(self) -> int:
         here = self._model.processes
         return here.expert_rank * (self._base.architecture.num_experts // here.expert_size)
+
+    def _is_there_by_now(self) -> bool:
+        there = self._look().kept
+        return there is not None and (self._refused is None or there.written != self._refused.written)
 
     def _look(self) -> kept.Look:
         return kept.look(self._base, self._files.precision, self._dtype)

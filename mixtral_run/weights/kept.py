@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.checkpoints import BaseDescription, newest_iteration
+from mixtral_run.checkpoints import DESCRIPTION, BaseDescription, newest_iteration
 from mixtral_run.config import BASE_PRECISIONS
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
@@ -103,7 +103,8 @@ class Kept:
     """A whole folder whose experts are those of the base that was asked for.
 
     fingerprint: the base's, whole. sources: CRC-32 of the experts' HF tensors, where the base is an HF model.
-    checksums: of the folder's own tensors. digest: the same on all ranks that see the same folder.
+    checksums: of the folder's own tensors. digest: the same on all ranks that see the same content. written: inode and
+    time of the record, others once a folder was made again.
     """
 
     files: Files
@@ -111,6 +112,7 @@ class Kept:
     sources: Mapping[str, int]
     checksums: Mapping[str, int]
     digest: int
+    written: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,9 @@ def _kept(content: Mapping[str, Any], files: Files) -> Kept:
             raise ValueError(f"no checksum of {min(missing)}")
     sources = {name: int(crc, 16) for name, crc in content["base"].get("tensors", {}).items()}
     digest = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-    return Kept(files, content["base"]["fingerprint"], sources, checksums, digest)
+    stat = (files.folder / DESCRIPTION).stat()
+    written = (stat.st_ino, stat.st_mtime_ns)
+    return Kept(files, content["base"]["fingerprint"], sources, checksums, digest, written)
 
 
 def beside(base: BaseDescription) -> dict[str, Look]:
