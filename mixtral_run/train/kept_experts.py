@@ -134,14 +134,17 @@ class KeptExperts:
                 where = f"in {self._files.folder}, {size:,.1f} GB, for the next start"
                 self._say(f"Keeping the experts in {self._files.precision} {where}")
             except CannotKeep as error:
-                (self._say if error.expected else self._warn)(self._not_kept(str(error)))
+                if error.expected:
+                    self._say(self._not_kept(str(error)))
+                else:
+                    self._tell_failure(str(error))
         dist.broadcast_object_list(told, src=0)
         if told[0] is None:
             return Making()
         # Of processes that hold the same experts, the first one writes.
         writes = dist.get_rank(here.expert_data_group) == 0
         writer = Writer(told[0], self._first_expert()) if writes else None
-        return Making(keeping, writer, self._record(), lambda why: self._warn(self._not_kept(why)))
+        return Making(keeping, writer, self._record(), self._tell_failure)
 
     def _record(self) -> dict[str, Any]:
         """What the folder's record says beside the base's fingerprint and the checksums."""
@@ -166,6 +169,9 @@ class KeptExperts:
 
     def _look(self) -> kept.Look:
         return kept.look(self._base, self._files.precision, self._dtype)
+
+    def _tell_failure(self, why: str) -> None:
+        self._warn(f"{self._not_kept(why)} (--keep-quantised use does not try)")
 
     def _not_kept(self, why: str) -> str:
         return f"This run does not keep its experts in {self._files.precision} in {self._files.folder}: {why}"
