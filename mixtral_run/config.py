@@ -14,6 +14,9 @@ LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 """How a frozen base is kept: as the rest of the model, or its experts in 8 or 4 bit."""
 
+KEEP_QUANTISED = ("yes", "use", "no")
+"""What is done with a base's experts in 8 or 4 bit that are kept beside it: taken and made, taken, neither."""
+
 RECOMPUTE = ("none", "selective", "full", "offload")
 """How much of a layer is computed again in the backward pass, least first; offload: as full, and what is kept for that
 lies in host memory."""
@@ -223,6 +226,12 @@ class FinetuneConfig(DataConfig):
         help="fp8 keeps the experts' frozen weights in 8 bit and multiplies in 8 bit on H100 and H200; nf4 keeps them "
         "in 4 bit, for 40 GB cards; bf16 keeps them as --dtype says.",
         choices=BASE_PRECISIONS,
+    )
+    keep_quantised: str = setting(
+        "yes",
+        help="Of experts in fp8 or nf4 beside the base, in LOAD/quantised-fp8 or -nf4: yes takes those that are there, "
+        "and else keeps its own for the next start (45 or 24 GB); use takes them and writes none; no does neither.",
+        choices=KEEP_QUANTISED,
     )
     layout: str = setting(
         "given",

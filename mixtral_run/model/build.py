@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.experts import Experts
 from mixtral_run.model.layer import MixtralLayer
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.norm import RMSNorm
@@ -112,17 +113,26 @@ class MixtralModel(torch.nn.Module):
         )
         return hook
 
-    def quantise_experts(self, fill: Callable[[], object]) -> None:
-        """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantise them."""
+    def quantise_experts(
+        self, fill: Callable[[], object], done: Callable[[int, Experts], object] | None = None
+    ) -> None:
+        """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantise them, and
+        call `done` with the layer's number, from 0, and its experts."""
         if self.settings.base_precision == "bf16":
             return
-        for layer in self.gpt.decoder.layers:
-            linears = (layer.mlp.experts.linear_fc1, layer.mlp.experts.linear_fc2)
-            for linear in linears:
+        for number, experts in enumerate(self.experts):
+            for linear in experts.linears.values():
                 linear.allocate()
             fill()
-            for linear in linears:
+            for linear in experts.linears.values():
                 linear.quantise()
+            if done is not None:
+                done(number, experts)
+
+    @property
+    def experts(self) -> list[Experts]:
+        """Those of this rank, layer by layer."""
+        return [layer.mlp.experts for layer in self.gpt.decoder.layers]
 
     def _inputs(
         self,

@@ -22,6 +22,7 @@ from mixtral_run.model.lora import LoraSettings, initial_linear_in
 from mixtral_run.model.quantised import (
     forward_product,
     quantise_to,
+    quantised_layout,
     quantised_linear,
     quantised_with_inner,
     rows_gradient,
@@ -111,6 +112,23 @@ class ExpertLinear(torch.nn.Module):
         self.values = torch.stack([values for values, _ in parts])
         self.scales = torch.stack([scales for _, scales in parts])
 
+    def make_room(self) -> None:
+        """Give values and scales memory, uninitialised: for what was quantised before. The weight stays without."""
+        assert self.weight is not None
+        count, outputs, inputs = self.weight.shape
+        device = torch.cuda.current_device()
+        self.values, self.scales = (
+            torch.empty(count, *shape, dtype=dtype, device=device)
+            for dtype, shape in quantised_layout(outputs, inputs, self.base_precision)
+        )
+
+    def settle(self, *, whole: bool) -> None:
+        """After `make_room`: what is there now is the layer's, or, where it is not whole, nothing is."""
+        if whole:
+            self.weight = None
+        else:
+            self.values = self.scales = None
+
     def with_inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> tuple[Tensor, Tensor]:
         """The layer without its adapter, and what goes through its lesser half: `forward` and `inner`."""
         assert self.lora is not None
@@ -155,6 +173,11 @@ class Experts(MegatronModule):
         parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
         return adapted_experts(tokens, rows, first, second, Adapters(*parts, first.lora.scale), recipe, shares)
 
+    @property
+    def linears(self) -> dict[str, ExpertLinear]:
+        """Both linear layers by name."""
+        return {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
+
     def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None, shares: Tensor | None = None) -> Tensor:
         """rows: [tokens, hidden], sorted by local expert; ends: int32 [local experts]. Returns rows' shape.
 
@@ -194,7 +217,7 @@ class Experts(MegatronModule):
         """One ShardedTensor an expert (two where gate and up lie apart), each a view of the stacked weight."""
         del metadata
         result: dict[str, Any] = {}
-        for name, layer in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+        for name, layer in self.linears.items():
             halves = 2 if name == "linear_fc1" else 1
             key = f"{prefix}experts.{name}"
             # Once quantised there is nothing that a checkpoint has; before, no memory to load into.

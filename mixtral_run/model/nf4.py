@@ -34,16 +34,24 @@ BLOCKS = (64, 32)
 
 
 def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[.., n] → codes uint8 [.., n / 2] and scales bf16 [.., n / block]. Raises ValueError where no block divides n."""
-    size = next((each for each in BLOCKS if tensor.shape[-1] % each == 0), None)
-    if size is None:
-        raise ValueError(f"rows of {tensor.shape[-1]} numbers: expected a multiple of {BLOCKS[-1]}")
-    blocks = tensor.float().unflatten(-1, (-1, size))
+    """[.., n] → codes uint8 [.., n / 2] and scales bf16 [.., n / block]. Raises ValueError where no block divides n.
+
+    The same on every device, bit by bit: files keep it (KEPT_AS of quantised.py).
+    """
+    blocks = tensor.float().unflatten(-1, (-1, block_size(tensor.shape[-1])))
     scales = blocks.abs().amax(-1).bfloat16()
     shares = blocks / scales.float().clamp(min=1e-30)[..., None]
     levels = levels_on(tensor.device)
     codes = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).flatten(-2).to(torch.uint8)
     return codes[..., ::2] | codes[..., 1::2] << 4, scales
+
+
+def block_size(width: int) -> int:
+    """How many numbers of a row share a scale. Raises ValueError where no block divides the row."""
+    size = next((each for each in BLOCKS if width % each == 0), None)
+    if size is None:
+        raise ValueError(f"rows of {width} numbers: expected a multiple of {BLOCKS[-1]}")
+    return size
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

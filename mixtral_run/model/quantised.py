@@ -36,23 +36,40 @@ from mixtral_run.model.remake import Recipe
 
 log = logging.getLogger(__name__)
 
+Stored = tuple[torch.dtype, tuple[int, ...]]
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number that e4m3 holds."""
 TINY = 1e-30
 """In place of the largest of a row of zeros."""
 
+KEPT_AS = {"fp8": 1, "nf4": 1}
+"""Version of the numbers that `quantise_to` makes. Files keep them: other numbers are another version."""
+
 
 def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Along the last dimension: values in 8 bit, and the scales that give them back, fp32, without that dimension."""
+    """Along the last dimension: values in 8 bit, and the scales that give them back, fp32, without that dimension.
+
+    The same on every device, bit by bit.
+    """
     exact = tensor.float()
-    scales = exact.abs().amax(-1).clamp(min=TINY) / LARGEST
+    # Not divided by it: a GPU would multiply by the reciprocal all the same, and a CPU would not.
+    scales = exact.abs().amax(-1).clamp(min=TINY) * (1 / LARGEST)
     return (exact / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
 def quantise_to(weight: Tensor, base_precision: str) -> tuple[Tensor, Tensor]:
     """weight [out, in] in fp8 or nf4: its values and scales."""
     return nf4.quantise(weight) if base_precision == "nf4" else quantise(weight)
+
+
+def quantised_layout(outputs: int, inputs: int, base_precision: str) -> tuple[Stored, Stored]:
+    """Of what `quantise_to` makes of a weight [outputs, inputs], values and scales: dtype and shape of each."""
+    if base_precision == "nf4":
+        blocks = inputs // nf4.block_size(inputs)
+        return (torch.uint8, (outputs, inputs // 2)), (torch.bfloat16, (outputs, blocks))
+    return (FP8, (outputs, inputs)), (torch.float32, (outputs,))
 
 
 def dequantise(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

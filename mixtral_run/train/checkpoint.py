@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,55 +37,96 @@ from mixtral_run.launch import is_consequence
 from mixtral_run.model.build import MixtralModel, is_adapter
 from mixtral_run.model.parallel import is_out_of_memory
 from mixtral_run.train.base_reader import BaseReader, target_of
-from mixtral_run.weights.direct import PartSum, read_into, whole_fingerprint
+from mixtral_run.train.kept_experts import Keep, KeptExperts
+from mixtral_run.weights import record
+from mixtral_run.weights.direct import PartSum, checksums_of, read_into
 from mixtral_run.weights.shards import HFWeights
 
 
-def load_base(model: MixtralModel, base: BaseDescription) -> None:
+def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = None) -> None:
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
-    With a base in 8 or 4 bit the experts are quantised on the way, a layer at a time. Sets the model's
-    `base_fingerprint`. All ranks must call. Raises WeightsError when the checkpoint's tensors are not the model's, or a
-    file cannot be read.
+    With a base in 8 or 4 bit the experts come from where `keep` lets them be kept, or are quantised on the way, a layer
+    at a time. Sets the model's `base_fingerprint`. All ranks must call. Raises WeightsError when the checkpoint's
+    tensors are not the model's, or a file cannot be read.
     """
+    experts = KeptExperts(model, base, keep or Keep())
     if base.weights is not None:
-        model.base_fingerprint = _read_hf(model, base.weights)
+        model.base_fingerprint = _read_hf(model, base.weights, experts)
         return
     with BaseReader(newest_iteration(base.folder)) as reader:
+        # Experts in 8 or 4 bit have no memory yet, and so no shards.
         reader.read(_shards(model, adapters=False).values())
         reader.agree()
-        # Of the experts, those of the layer that has memory are the ones that have shards.
-        model.quantise_experts(lambda: reader.read(_expert_shards(model).values()))
-        reader.agree()
-    model.base_fingerprint = base.fingerprint
+        model.base_fingerprint = base.fingerprint
+        if model.settings.base_precision == "bf16":
+            return
+        found = experts.find()
+        if found is not None and experts.load(found):
+            return
+        with experts.making() as making:
+            # Of the experts, those of the layer that has memory are the ones that have shards.
+            model.quantise_experts(lambda: reader.read(_expert_shards(model).values()), making.add)
+            reader.agree()
+            making.commit(base.fingerprint)
 
 
 def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
     return {name: each for name, each in _shards(model, adapters=False).items() if ".mlp.experts." in name}
 
 
-def _read_hf(model: MixtralModel, weights: HFWeights) -> str:
+def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> str:
     """Fill the model, each rank its own part; the weights' whole fingerprint, of what all ranks read."""
-    sums: list[PartSum] = []
-    failed: list[WeightsError] = []
+    reading = _HfReading(weights)
+    reading.read(_shards(model, adapters=False))
+    checksums = reading.checksums()
+    if model.settings.base_precision == "bf16":
+        return record.fingerprint(weights.architecture, weights.dtype, checksums)
+    found = experts.find()
+    if found is not None:
+        # Of what was read just now and of what the kept experts were made of: all of it has to be one model.
+        now = record.fingerprint(weights.architecture, weights.dtype, {**found.sources, **checksums})
+        if now != found.fingerprint:
+            experts.refuse(found, f"made of a base with fingerprint {found.fingerprint}, not {now}")
+        elif experts.load(found):
+            return now
+    with experts.making() as making:
+        model.quantise_experts(lambda: reading.read(_expert_shards(model)), making.add)
+        of_experts = reading.checksums()
+        fingerprint = record.fingerprint(weights.architecture, weights.dtype, {**checksums, **of_experts})
+        making.commit(fingerprint, of_experts)
+    return fingerprint
 
-    def read(shards: dict[str, ShardedTensor]) -> None:
-        if failed:
+
+class _HfReading:
+    """What one rank reads of an HF directory, and how it tells the others what came of it."""
+
+    def __init__(self, weights: HFWeights) -> None:
+        self._weights = weights
+        self._sums: list[PartSum] = []
+        self._failed: list[WeightsError] = []
+
+    def read(self, shards: dict[str, ShardedTensor]) -> None:
+        """Fill the shards' own storage; after a failure nothing."""
+        if self._failed:
             return
         try:
-            sums.extend(read_into(weights, map(target_of, shards.values())))
+            self._sums.extend(read_into(self._weights, map(target_of, shards.values())))
         except WeightsError as error:
-            failed.append(error)
+            self._failed.append(error)
 
-    read(_shards(model, adapters=False))
-    model.quantise_experts(lambda: read(_expert_shards(model)))
-    # A rank that failed tells the others, which would wait for it otherwise.
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, failed or sums)
-    for each in outcomes:
-        if each and isinstance(each[0], WeightsError):
-            raise each[0]
-    return whole_fingerprint(weights, (part for parts in outcomes for part in parts))
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of the tensors that the ranks read since the last call. All ranks must call.
+
+        Raises the failure of any of them: the others would wait for it otherwise.
+        """
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, self._failed or self._sums)
+        self._sums = []
+        for each in outcomes:
+            if each and isinstance(each[0], WeightsError):
+                raise each[0]
+        return checksums_of(self._weights.sources, (part for parts in outcomes for part in parts))
 
 
 def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
@@ -112,12 +154,16 @@ def _load_into(shards: dict[str, ShardedTensor], folder: Path) -> None:
                 target.copy_(loaded[name])
 
 
+_BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
+"""What reading a checkpoint with other bytes in it ends in."""
+
+
 @contextmanager
 def _told_as_weights_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     # torch's CheckpointException is no Exception: it derives from BaseException.
-    except (CheckpointException, CheckpointingException, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (CheckpointException, CheckpointingException, *_BROKEN) as error:
         if is_out_of_memory(error):
             raise
         raise WeightsError(

@@ -23,11 +23,12 @@ from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adap
 from mixtral_run.train.data import MockSamples, Samples, SampleSource, batches
 from mixtral_run.train.full_step import SgdInBackward
 from mixtral_run.train.graph import RecordedBackward, can_record
+from mixtral_run.train.kept_experts import Keep
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.model import load_for_training, loaded
 from mixtral_run.train.packed import PackedSamples
 from mixtral_run.train.pairs import read_pairs
-from mixtral_run.train.preflight import METRICS, TENSORBOARD, check_resume, leftovers
+from mixtral_run.train.preflight import METRICS, TENSORBOARD, check_resume, leftovers, reserved_bytes
 from mixtral_run.train.prompt import TOKENIZER_FOLDER, load_tokenizer
 from mixtral_run.train.schedule import learning_rate
 from mixtral_run.train.step import Step, optimizer_step, trainable
@@ -144,8 +145,12 @@ def _load(
         f"Loading {config.load} onto {here.world_size} × {here.device.type} as TP{here.tensor_size}/"
         f"EP{here.expert_size}, data-parallel {here.data_size} …"
     )
-    precision = config.base_precision if isinstance(config, FinetuneConfig) else "bf16"
-    model = load_for_training(config, base, here, lora, recompute=config.recomputation, base_precision=precision)
+    precision, keep = "bf16", None
+    if isinstance(config, FinetuneConfig):
+        precision, keep = config.base_precision, Keep(config.keep_quantised, report, reserved_bytes(config, base))
+    model = load_for_training(
+        config, base, here, lora, recompute=config.recomputation, base_precision=precision, keep=keep
+    )
     seconds = time.perf_counter() - started
     report.say(f"Loaded in {seconds:.1f} s")
     return model, seconds

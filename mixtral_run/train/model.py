@@ -13,6 +13,7 @@ from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes
 from mixtral_run.train.checkpoint import load_adapter, load_base
+from mixtral_run.train.kept_experts import Keep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -44,10 +45,11 @@ def load_for_training(
     *,
     recompute: str,
     base_precision: str = "bf16",
+    keep: Keep | None = None,
 ) -> MixtralModel:
-    """Base weights loaded, adapters fresh, training mode. All ranks must call."""
+    """Base weights loaded, adapters fresh, training mode. keep: see `load_base`. All ranks must call."""
     settings = ModelSettings(pick_dtype(config.dtype, base, here.device), True, lora, recompute, base_precision)
-    model = _build(base, settings, here)
+    model = _build(base, settings, here, keep)
     return model.train()
 
 
@@ -70,10 +72,10 @@ def loaded(model: MixtralModel, base: BaseDescription) -> BaseDescription:
     return dataclasses.replace(base, fingerprint=model.base_fingerprint)
 
 
-def _build(base: BaseDescription, settings: ModelSettings, here: Processes) -> MixtralModel:
+def _build(base: BaseDescription, settings: ModelSettings, here: Processes, keep: Keep | None = None) -> MixtralModel:
     try:
         model = build_model(base.architecture, settings, here)
-        load_base(model, base)
+        load_base(model, base, keep)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "The model does not fit on the GPU in this layout.",

@@ -22,7 +22,7 @@ from mixtral_run.report import Report
 from mixtral_run.train.data import batch_size_faults
 from mixtral_run.train.pairs import read_pairs
 from mixtral_run.weights.source import HubModel, with_models_here
-from mixtral_run.weights.staging import disk_faults
+from mixtral_run.weights.staging import disk_faults, on_one_disk
 
 LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
@@ -134,6 +134,14 @@ def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> 
     """What the checkpoints take that are still to come: adapter and AdamW's two moments, in fp32, at each save."""
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
     return 3 * 4 * parameters * (config.train_iters // config.save_interval - start // config.save_interval + 1)
+
+
+def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
+    """What the run's own checkpoints will take of the base's disk."""
+    if not on_one_disk(config.save, base.folder):
+        return 0
+    start = describe_adapter(config.save).iteration if config.resume else 0
+    return adapter_bytes(config, base, start)
 
 
 def layout_faults(config: LaunchConfig, base: BaseDescription) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from isal.isal_zlib import crc32
@@ -30,9 +30,16 @@ def tensor_checksums(
     weights: HFWeights, names: Iterable[str], *, workers: int = 2, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, int]:
     """CRC-32 of the named tensors' bytes; `advance` is told of bytes read, from several threads."""
+    return source_checksums({name: weights.sources[name] for name in names}, workers=workers, advance=advance)
+
+
+def source_checksums(
+    sources: Mapping[str, Source], *, workers: int = 2, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, int]:
+    """The same of tensors by where they lie. Raises OSError where a file is not there, WeightsError where it ends."""
 
     def checksum(name: str) -> tuple[str, int]:
-        source = weights.sources[name]
+        source = sources[name]
         crc = 0
         descriptor = os.open(source.file, os.O_RDONLY)
         try:
@@ -45,7 +52,7 @@ def tensor_checksums(
         return name, crc
 
     with ThreadPoolExecutor(workers, "checksum") as pool:
-        return dict(pool.map(checksum, names))
+        return dict(pool.map(checksum, sources))
 
 
 def quick_fingerprint(weights: HFWeights) -> str:

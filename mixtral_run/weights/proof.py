@@ -52,7 +52,7 @@ def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int,
         },
         "tensors": {name: f"{tensors[name]:08x}" for name in sorted(tensors)},
         "chunks": chunks,
-        "files": {name: f"{_crc_of(folder / name):08x}" for name in _small_files(folder)},
+        "files": {name: f"{crc_of(folder / name):08x}" for name in _small_files(folder)},
     }
     write_whole(folder / PROOF_NAME, json.dumps(content, indent=1) + "\n")
 
@@ -66,7 +66,8 @@ def _small_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST))
 
 
-def _crc_of(file: Path) -> int:
+def crc_of(file: Path) -> int:
+    """CRC-32 of a whole file."""
     crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
@@ -84,7 +85,7 @@ def check_files(folder: Path) -> list[str]:
     for name, written in _read_proof(folder).get("files", {}).items():
         if not (folder / name).is_file():
             faults.append(f"{name}: missing")
-        elif (found := f"{_crc_of(folder / name):08x}") != written:
+        elif (found := f"{crc_of(folder / name):08x}") != written:
             faults.append(f"{name}: expected CRC-32 {written}; found {found}")
     return faults
 

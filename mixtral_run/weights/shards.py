@@ -24,8 +24,9 @@ SINGLE_NAME = "model.safetensors"
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 """Safetensors' word → torch's and HF's word, bytes an element. What a model may be kept in."""
 
-_ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
-_ITEM_SIZES |= {"I64": 8, "U64": 8, "F64": 8} | {word: size for word, (_, size) in DTYPES.items()}
+ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
+ITEM_SIZES |= {"I64": 8, "U64": 8, "F64": 8} | {word: size for word, (_, size) in DTYPES.items()}
+"""Bytes an element, by safetensors' word."""
 _LARGEST_HEADER = 100_000_000  # the limit of the format's own reader
 _LONGEST_LIST = 20
 
@@ -193,11 +194,16 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 def header_of(tensors: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
     """What a safetensors file begins with when it holds these tensors, in this order, all of one dtype."""
-    word, item_size = next((word, size) for word, (name, size) in DTYPES.items() if name == dtype)
+    word = next(word for word, (name, _) in DTYPES.items() if name == dtype)
+    return mixed_header({name: (word, shape) for name, shape in tensors.items()})
+
+
+def mixed_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The same for tensors each with its own dtype, in safetensors' word: name → (word, shape)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in tensors.items():
-        size = prod(shape) * item_size
+    for name, (word, shape) in tensors.items():
+        size = prod(shape) * ITEM_SIZES[word]
         header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     encoded = json.dumps(header).encode()
@@ -217,9 +223,9 @@ def _entry(file: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     numbers = (*shape, begin, end)
     if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
         raise ValueError(f"expected whole numbers in shape and data_offsets; found {str(value)[:100]}")
-    if dtype not in _ITEM_SIZES:
+    if dtype not in ITEM_SIZES:
         raise ValueError(f"unknown dtype {dtype!r}")
-    num_bytes = prod(shape) * _ITEM_SIZES[dtype]
+    num_bytes = prod(shape) * ITEM_SIZES[dtype]
     if end - begin != num_bytes:
         raise ValueError(f"{dtype} {list(shape)} takes {num_bytes:,} bytes; its offsets span {end - begin:,}")
     return TensorEntry(name, dtype, shape, file, data_start + begin, num_bytes)
@@ -276,7 +282,7 @@ def _match(
         if entry.shape != expected and stored not in used:
             faults.append(f"{entry.file.name}: {stored}: expected shape {list(expected)}; found {list(entry.shape)}")
         used[stored] = entry
-        item_size = _ITEM_SIZES[entry.dtype]
+        item_size = ITEM_SIZES[entry.dtype]
         sources[name] = Source(entry.file, entry.start + first * item_size, prod(shape) * item_size)
     faults += [
         f"{entry.file.name}: tensor {name} is not part of a Mixtral model"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from isal.isal_zlib import crc32
 
 from mixtral_run.checkpoints import LATEST, newest_iteration
 from mixtral_run.config import VerifyConfig
@@ -21,33 +18,15 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights import checksums, mapping, record
 from mixtral_run.weights.adapter import OPTIMIZER_PREFIX, adapter_tensors, lora_of
-from mixtral_run.weights.checksums import read_source
+from mixtral_run.weights.comparing import Comparing, Difference
 from mixtral_run.weights.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.shards import HFWeights, is_hf_directory, open_hf_weights, shortened
 from mixtral_run.weights.source import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.staging import GIB
 from mixtral_run.weights.torch_dist import Reader
+from mixtral_run.weights.verify_kept import verify_kept
 
-_BLOCK_BYTES = 8 * 2**20
 _MOST_TOLD = 20
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A tensor that is not what it was made from; `file` is that of the checkpoint."""
-
-    tensor: str
-    key: str
-    file: str
-    first_element: int
-    num_different: int
-    num_elements: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tensor}: {self.num_different:,} of {self.num_elements:,} elements differ, the first at "
-            f"{self.first_element:,} ({self.key} in {self.file})"
-        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +58,12 @@ class VerifyResult:
     record: dict[str, Any]
     comparison: Comparison | None
     faults: tuple[str, ...]
+    kept: dict[str, Any] = field(default_factory=dict)
+    """By precision, the experts in 8 or 4 bit that are kept beside a base."""
+
+    @property
+    def _of_kept_alone(self) -> bool:
+        return all(fault.startswith("quantised-") for fault in self.faults)
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values."""
@@ -91,7 +76,7 @@ class VerifyResult:
                 "The checkpoint does not hold what it should.",
                 where=self.path,
                 faults=shortened(list(self.faults)),
-                next_command="mixtral-run convert --overwrite, to make it anew",
+                next_command=None if self._of_kept_alone else "mixtral-run convert --overwrite, to make it anew",
             )
         return self
 
@@ -114,6 +99,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         _tell(result, report)
         if config.proof and not result.faults:
             result = dataclasses.replace(result, faults=_check_proof(checkpoint, reader, report))
+        if checkpoint.kind == "base" and config.load == checkpoint.folder and not result.faults:
+            result = _with_kept(result, config, str(checkpoint.record.get("fingerprint")), report, proof=config.proof)
         if config.against is not None and not result.faults:
             check = _before_download(config.load, checkpoint.architecture)
             weights = open_hf_weights(resolve(str(config.against), report, check))
@@ -170,7 +157,9 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
         faults=(),
     )
     _tell(result, report)
-    if config.against is not None:
+    # Every byte of the model was read, and so is what belongs to it.
+    result = _with_kept(result, config, fingerprint, report, proof=True)
+    if config.against is not None and not result.faults:
         started = time.monotonic()
         check = _before_download(config.load, weights.architecture)
         other = open_hf_weights(resolve(str(config.against), report, check))
@@ -185,6 +174,13 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
     if not result.faults:
         report.done("Verified.")
     return result
+
+
+def _with_kept(
+    result: VerifyResult, config: VerifyConfig, fingerprint: str, report: Report, *, proof: bool
+) -> VerifyResult:
+    told, faults = verify_kept(config.load, report, proof=proof, fingerprint=fingerprint)
+    return dataclasses.replace(result, kept=told, faults=(*result.faults, *faults))
 
 
 def _check_proof(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
@@ -318,7 +314,7 @@ def _compare_base(
     differences: list[Difference] = []
     crcs: dict[str, int] = {}
     with report.progress(weights.num_bytes, "compared") as progress, ThreadPoolExecutor(2, "compare") as pool:
-        comparing = _Comparing(reader, weights, progress.advance)
+        comparing = Comparing(reader, weights, progress.advance)
         for found_crcs, different in pool.map(comparing.unit, mapping.units(weights.architecture)):
             crcs |= found_crcs
             differences += different
@@ -352,55 +348,3 @@ def _compare_adapter(checkpoint: record.Checkpoint, weights: HFWeights, report: 
     seconds = time.monotonic() - started
     directory = str(weights.directory)
     return Comparison(directory, len(weights.sources), weights.num_bytes, seconds, fingerprint, ()), faults
-
-
-class _Comparing:
-    """Compares units of the mapping, whatever the layout: at TP1/EP1 its pieces are rows of the global tensors."""
-
-    def __init__(self, reader: Reader, weights: HFWeights, advance: Callable[[int], None]) -> None:
-        self._reader = reader
-        self._weights = weights
-        self._advance = advance
-
-    def unit(self, unit: mapping.Unit) -> tuple[dict[str, int], list[Difference]]:
-        """CRC-32 of the unit's HF tensors, and those that differ in the checkpoint."""
-        crcs = dict.fromkeys(unit.sources, 0)
-        found: dict[str, Difference] = {}
-        descriptors = {name: os.open(self._weights.sources[name].file, os.O_RDONLY) for name in unit.sources}
-        try:
-            for piece in unit.pieces:
-                for block, difference in self._piece(unit.chunks[piece.chunk], piece, descriptors[piece.source]):
-                    crcs[piece.source] = crc32(block, crcs[piece.source])
-                    if difference is not None:
-                        found[piece.source] = _joined(found.get(piece.source), difference)
-        finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-        return crcs, list(found.values())
-
-    def _piece(self, chunk: mapping.Chunk, piece: mapping.Piece, descriptor: int) -> Any:
-        source = self._weights.sources[piece.source]
-        item_size, columns = self._weights.item_size, chunk.shape[-1]
-        num_rows = piece.num_elements // columns
-        step = max(1, _BLOCK_BYTES // (columns * item_size))
-        first_row = chunk.first_row + piece.chunk_start // columns
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            element = piece.source_start + start * columns
-            block = read_source(descriptor, source, element * item_size, (stop - start) * columns * item_size)
-            stored = self._reader.rows(chunk.key, chunk.leading, first_row + start, first_row + stop)
-            wanted = np.frombuffer(block, stored.dtype).reshape(stored.shape)
-            difference = None
-            if not np.array_equal(stored, wanted):
-                places = np.flatnonzero(stored != wanted)
-                file = self._reader.file_of(chunk.key, chunk.leading, first_row + start + int(places[0]) // columns)
-                size = source.num_bytes // item_size
-                difference = Difference(piece.source, chunk.key, file, element + int(places[0]), len(places), size)
-            yield block, difference
-            self._advance(len(block))
-
-
-def _joined(before: Difference | None, more: Difference) -> Difference:
-    if before is None:
-        return more
-    return dataclasses.replace(before, num_different=before.num_different + more.num_different)

@@ -164,7 +164,9 @@ def _from_folder(module, cache, params):
     if not os.path.isfile(os.path.join(source, "config.json")):
         raise HubError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
     files, origins = [], {}
-    for parent, _, names in os.walk(source):
+    for parent, folders, names in os.walk(source):
+        # Experts that finetune keeps beside the model; each host makes its own.
+        folders[:] = [each for each in folders if not each.startswith(("quantised-", ".quantised-"))]
         for each in sorted(names):
             path = os.path.relpath(os.path.join(parent, each), source)
             if any(fnmatch.fnmatchcase(path, pattern) for pattern in params["patterns"]):

@@ -1,6 +1,7 @@
 """A tiny Mixtral in the released layout and its converted checkpoint, made once a session."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,20 @@ def small_checkpoint(small_hf_model: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("converted") / "checkpoint"
     convert(ConvertConfig(hf_model_path=str(small_hf_model), output_path=folder), Report.silent())
     return folder
+
+
+@pytest.fixture
+def own_checkpoint(small_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may write into."""
+    shutil.copytree(small_checkpoint, tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def own_hf_model(small_hf_model: Path, tmp_path: Path) -> Path:
+    """A copy that a test may write into."""
+    shutil.copytree(small_hf_model, tmp_path / "base")
+    return tmp_path / "base"
 
 
 def torchrun(num_processes: int, script: Path, *words: str) -> None:

@@ -65,11 +65,16 @@ def config_of(checkpoint: Path, out: Path, layout: str, *, dtype: str = "fp32", 
     ).check()
 
 
-def train(config: FinetuneConfig, here: Processes, start: int, stop: int, resume: Path | None = None) -> dict:
-    """Losses and gradient norms of iterations start…stop; the model and its optimizer for what comes after."""
+def train(
+    config: FinetuneConfig, here: Processes, start: int, stop: int, resume: Path | None = None, **loading: Any
+) -> dict:
+    """Losses and gradient norms of iterations start…stop; the model and its optimizer for what comes after.
+
+    loading: for `load_for_training`.
+    """
     base = describe_base(config.load)
     lora = LoraSettings(4, 8.0, config.lora_dropout, config.lora_target_modules, config.seed)
-    model = load_for_training(config, base, here, lora, recompute=config.recomputation)
+    model = load_for_training(config, base, here, lora, recompute=config.recomputation, **loading)
     optimizer = torch.optim.AdamW(trainable(model), lr=config.lr, fused=True)
     if resume is not None:
         load_adapter(model, describe_adapter(resume))

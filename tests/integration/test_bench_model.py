@@ -60,3 +60,23 @@ def test_the_bench_of_conversion_measures_every_way_it_is_asked_for(tmp_path: Pa
         assert all(each["gb_s"] > 0 and each["peak_anonymous_mb"] > 0 for each in told[place].values())
         assert told[place]["direct"]["first_iteration_seconds"] > 0
     assert not any(any((tmp_path / place).iterdir()) for place in ("disk", "ram"))
+
+
+def test_the_bench_of_starts_reads_less_where_experts_are_kept(tmp_path: Path) -> None:
+    sizes = ("--layers", "2", "--hidden-size", "512", "--ffn-hidden-size", "1024", "--vocab-size", "1024")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.kept_start", *sizes, "--rounds", "1", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert len(told) == 2 * 2 * 3
+    for base in ("checkpoint", "hf"):
+        for precision, least in (("fp8", 1.6), ("nf4", 2.5)):
+            quantised, kept, taken = (told[f"{base} {precision} {way}"] for way in ("quantised", "kept", "taken"))
+            assert quantised["gb_read"] > least * taken["gb_read"] > 0
+            assert kept["gb_written"] > quantised["gb_written"]
+    assert not any(tmp_path.iterdir())

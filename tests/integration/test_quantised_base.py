@@ -46,8 +46,8 @@ def test_every_layer_is_the_bases_quantised(
             assert torch.equal(full.self_attention.linear_qkv.weight, eight.self_attention.linear_qkv.weight)
 
 
-def test_the_verb_trains_packed_on_two_processes_and_resumes(small_checkpoint: Path, tmp_path: Path) -> None:
-    words = ["finetune", "--load", str(small_checkpoint), "--data-path", str(INSTRUCTIONS), "--save"]
+def test_the_verb_trains_packed_on_two_processes_and_resumes(own_checkpoint: Path, tmp_path: Path) -> None:
+    words = ["finetune", "--load", str(own_checkpoint), "--data-path", str(INSTRUCTIONS), "--save"]
     settings = ["--layout", "auto", "--device", "cpu", "--seq-length", "128", "--lr", "3e-3", "--pack"]
     losses = {}
     for precision in ("bf16", "fp8"):

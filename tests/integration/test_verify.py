@@ -48,7 +48,7 @@ def test_equal_in_every_layout(tmp_path: Path, layout: tuple[int, int], fused: b
 def test_small_blocks_give_the_same(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows split over many reads, as at full size.
     monkeypatch.setattr("mixtral_run.weights.copy.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("mixtral_run.weights.verify._BLOCK_BYTES", 777)
+    monkeypatch.setattr("mixtral_run.weights.comparing._BLOCK_BYTES", 777)
     convert_quietly(tmp_path / "hf", tmp_path / "small", 2, 4)
     verified(tmp_path / "small", tmp_path / "hf").check()
     for file in (converted / "iter_0000001").glob("*.distcp"):

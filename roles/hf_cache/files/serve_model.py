@@ -21,7 +21,8 @@ def list_files(folder, revision):
     snapshot = folder / "snapshots" / commit
     if not snapshot.is_dir():
         return f"{folder} has no revision {revision}"
-    links = sorted(each for each in snapshot.rglob("*") if each.is_file())
+    # All that the hub gave is a link into blobs/; experts that finetune keeps beside it are not.
+    links = sorted(each for each in snapshot.rglob("*") if each.is_symlink() and each.is_file())
     files = [[str(each.relative_to(snapshot)), each.stat().st_size, each.resolve().name] for each in links]
     json.dump({"commit": commit, "files": files}, sys.stdout)
     return None

@@ -30,6 +30,8 @@ def share(tmp_path: Path) -> Path:
 def test_links_above_a_folder_and_to_its_files_are_followed(share: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.json").write_text("[]")
     (share / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    (share / "quantised-fp8").mkdir()
+    (share / "quantised-fp8/mixtral_run.json").write_text("experts that finetune keeps there are no part of the model")
     result = _take(tmp_path, share)
     assert not result.get("failed"), result
     snapshot = tmp_path / "home/hub/models--org--model/snapshots" / result["commit"]

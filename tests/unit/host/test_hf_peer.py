@@ -43,6 +43,9 @@ def serve(cache: ModelCache, command: str) -> subprocess.CompletedProcess[bytes]
 
 
 def test_it_lists_and_gives_from_a_byte_on(cache: ModelCache) -> None:
+    beside = Path(cache.folder) / "snapshots" / COMMIT / "quantised-fp8"
+    beside.mkdir()
+    (beside / "layer_00.safetensors").write_bytes(b"experts that finetune keeps")
     listing = json.loads(serve(cache, "list main").stdout)
     assert listing["commit"] == COMMIT
     assert [name for name, _, _ in listing["files"]] == ["config.json", "model.safetensors", "old.bin"]

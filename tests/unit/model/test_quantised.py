@@ -18,7 +18,16 @@ from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.grouped import grouped_linear
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.model.quantised import FP8, dequantise, quantise, quantised_linear, quantised_with_inner
+from mixtral_run.model.quantised import (
+    FP8,
+    KEPT_AS,
+    dequantise,
+    quantise,
+    quantise_to,
+    quantised_layout,
+    quantised_linear,
+    quantised_with_inner,
+)
 from mixtral_run.model.remake import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data import Samples, batches
@@ -27,6 +36,7 @@ from mixtral_run.train.pairs import read_pairs
 from mixtral_run.train.step import train_step, trainable
 from tests.experts_reference import ROUTINGS
 from tests.integration.conftest import SMALL
+from tests.kept import KEPT_NUMBERS, checksums_of, weight_to_keep
 
 
 @pytest.mark.parametrize("size", [1e-6, 0.02, 300.0])
@@ -219,3 +229,16 @@ def test_nothing_of_the_weights_in_full_is_left(here: Processes) -> None:
         assert linear.weight is None
         assert linear.values.dtype is FP8 and linear.scales.shape == linear.values.shape[:-1]
     assert not any("weight" in name for name in experts.sharded_state_dict() if "adapter" not in name)
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp8", (96, 64)), ("nf4", (96, 64)), ("nf4", (64, 96))])
+def test_the_layout_is_told_before(precision: str, size: tuple[int, int]) -> None:
+    made = quantise_to(torch.randn(size), precision)
+    assert quantised_layout(*size, precision) == tuple((each.dtype, tuple(each.shape)) for each in made)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_numbers_that_files_keep(precision: str) -> None:
+    """Where this fails the numbers are others than those that lie on disks: KEPT_AS has to be raised with them."""
+    found = checksums_of(quantise_to(weight_to_keep(), precision))
+    assert (KEPT_AS[precision], found) == KEPT_NUMBERS[precision]
