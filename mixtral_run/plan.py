@@ -23,6 +23,8 @@ LOSS_BYTES = 8
 """A logit's: bf16, fp32 exponentials, and the gradient on its way back."""
 IMBALANCE = 1.1
 """Rows of the busiest process over the mean, where experts are spread over processes."""
+RECORDED = 1.5 * GIB
+"""Lost between the blocks of a recorded pass (train/graph.py); 0.4 to 1.1 were found."""
 USABLE = 0.97
 """Of a GPU's memory; the rest is lost between the allocator's blocks."""
 USABLE_OF_HOST = 0.8
@@ -234,6 +236,8 @@ def _buffers(workload: Workload, layout: Layout) -> float:
         layer += rows * _width(workload, shape.hidden_size)
     if layout.recompute in RUNS_AGAIN:
         layer += tokens * kept_per_token(workload, dataclasses.replace(layout, recompute="none"))
+    elif alone and tp == 1:
+        layer += RECORDED
     if workload.expert_bytes < 1:
         # One linear layer's experts in 16 bit, for the product.
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size

@@ -71,6 +71,9 @@ class RecordedBackward:
             for _ in range(WARM_UP):
                 self._pass(adds)
         torch.cuda.current_stream().wait_stream(side)
+        if not adds:
+            # Before recording frees the allocator's blocks: each would hold on to the large one it was cut from.
+            self._drop_gradients()
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
         with torch.cuda.graph(graph, pool=pool):
@@ -84,11 +87,14 @@ class RecordedBackward:
             self._gradients = [parameter.grad for parameter in self._parameters]
         self._recorded[adds] = graph, loss
 
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def _pass(self, adds: bool) -> Tensor:
         assert self._inputs is not None
         if not adds:
-            for parameter in self._parameters:
-                parameter.grad = None
+            self._drop_gradients()
         tokens, labels, weights = self._inputs
         loss = (self._model.losses(tokens, labels) * weights).sum()
         loss.backward()
