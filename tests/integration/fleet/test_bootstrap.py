@@ -324,7 +324,8 @@ def test_a_host_alone_in_its_turn_keeps_no_later_one_from_its_end(
     assert first.process is not None
     # The playbook as it is, over roles that do nothing but, in the middle, fail or cut the first host off.
     book = tmp_path / "playbooks/bootstrap.yml"
-    shutil.copytree(provisioning_folder() / "playbooks", book.parent)
+    for folder in ("playbooks", "roles"):  # the real roles for the check of their variables alone
+        shutil.copytree(provisioning_folder() / folder, tmp_path / folder)
     break_off = f"pkill -9 -P {first.process.pid}; kill -9 {first.process.pid}" if lost else "exit 1"
     roles = ("preflight", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image", "acceptance")
     for role in roles:
