@@ -7,9 +7,10 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from mixtral_run.checkpoints import describe_base
-from mixtral_run.config import VerifyConfig
+from mixtral_run.config import LaunchConfig, VerifyConfig
 from mixtral_run.launch import is_worker, process_count
 from mixtral_run.plan import CONTEXT
 from mixtral_run.report import Report
@@ -60,9 +61,25 @@ class GpuMemory:
 # In a process of its own: asking makes a CUDA context, which would stay on every GPU as long as the asking process.
 _ASK = """
 import json, sys, torch
-count = min(int(sys.argv[1]), torch.cuda.device_count())
+count = min(int(sys.argv[1]) or sys.maxsize, torch.cuda.device_count())
 print(json.dumps([torch.cuda.mem_get_info(index) for index in range(count)]))
 """
+
+_asked_ahead: list[subprocess.Popen[str]] = []
+
+
+def ask_ahead(config: LaunchConfig) -> None:
+    """Begin to ask the GPUs of the job what `gpu_memory` will tell, where this host has any.
+
+    To be called before torch is imported here: both take seconds, and can take them at the same time.
+    """
+    if config.device != "cpu" and not is_worker() and Path("/dev/nvidiactl").exists():
+        _asked_ahead.append(_ask(config.nproc_per_node or 0))
+
+
+def _ask(num_gpus: int) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", _ASK, str(num_gpus)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @functools.cache
@@ -82,13 +99,12 @@ def gpu_memory(device: str, num_processes: int) -> GpuMemory | None:
         free, total = torch.cuda.mem_get_info(pick_device(device))
         totals = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
         return GpuMemory(min(total, *totals), min(total, free + CONTEXT))
-    asked = subprocess.run(
-        [sys.executable, "-c", _ASK, str(num_processes)], capture_output=True, text=True, check=False
-    )
+    asked = _asked_ahead.pop() if _asked_ahead else _ask(num_processes)
+    answer, _ = asked.communicate()
     # What is wrong with a GPU that cannot say this is told where the job first uses it.
     if asked.returncode != 0:
         return None
-    pairs = json.loads(asked.stdout.splitlines()[-1])
+    pairs = json.loads(answer.splitlines()[-1])[:num_processes]
     # Each figure was taken with the asking process's own context on the GPU.
     total = min(total for _, total in pairs)
     return GpuMemory(total, min(total, min(free for free, _ in pairs) + CONTEXT))

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mixtral_run.model.lora import ColumnLinear, LoraSettings, RowLinear
+from mixtral_run.model.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.packing import Packed, packed_attention
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.rotary import split_and_turn

@@ -7,10 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -19,6 +15,7 @@ from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.layer import MixtralLayer
 from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.offload import Offload
 from mixtral_run.model.packing import Packed, has_packed_attention

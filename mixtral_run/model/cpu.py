@@ -1,7 +1,7 @@
 """Where megatron-core 0.16.1 insists on CUDA, stand in for it: on machines without a GPU, and for nothing else.
 
-Megatron allocates its communication buffers and weights on `torch.cuda.current_device()`
-(tensor_parallel/layers.py, tensor_parallel/mappings.py) and its checkpoint writer calls `torch.cuda.synchronize`
+Megatron allocates its communication buffers and weights on `torch.cuda.current_device()` (tensor_parallel/layers.py,
+tensor_parallel/mappings.py), and its own checkpoint writer, whose files the tests read, calls `torch.cuda.synchronize`
 (dist_checkpointing/strategies/filesystem_async.py:230). Both have an exact meaning on a CPU.
 """
 

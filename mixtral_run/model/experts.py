@@ -10,15 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Adapters, Rows, adapted_experts
 from mixtral_run.model.grouped import added_linear, frozen_gradient, frozen_product, grouped_linear
 from mixtral_run.model.lora import LoraSettings, initial_linear_in
+from mixtral_run.model.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.quantised import (
     forward_product,
     quantise_to,

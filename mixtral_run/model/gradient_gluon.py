@@ -105,7 +105,6 @@ def _bring(
     wide,
     steps,
     EXPERTS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
 ):
     tile = gl.program_id(0)
     expert, row, column, _, total = _place(tile, ends_ptr, wide, EXPERTS)
@@ -122,7 +121,7 @@ def _bring(
             tma.async_copy_global_to_shared(matrices_desc, [below, column], bar, low_smem.index(slot))
             tma.async_copy_global_to_shared(matrices_desc, [below, column + HALF], bar, high_smem.index(slot))
             count += 1
-        tile += PROGRAMS
+        tile += gl.num_programs(0)
         expert, row, column, _, total = _place(tile, ends_ptr, wide, EXPERTS)
 
 
@@ -168,7 +167,6 @@ def _multiply(
     wide,
     steps,
     EXPERTS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
     RANK: gl.constexpr,
 ):
     width = wide * 2 * HALF
@@ -199,7 +197,7 @@ def _multiply(
         columns = column + offset + gl.arange(0, HALF, layout=gl.SliceLayout(0, STORED))
         places = output_ptr + tokens[:, None].to(gl.int64) * width + columns[None, :]
         gl.store(places, stored.to(output_ptr.dtype.element_ty), mask=(tokens < last)[:, None])
-        tile += PROGRAMS
+        tile += gl.num_programs(0)
         expert, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
 
 
@@ -215,7 +213,6 @@ def _gradient_kernel(
     width,
     depth,
     EXPERTS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
     RANK: gl.constexpr,
 ):
     kind: gl.constexpr = rows_desc.dtype
@@ -253,7 +250,6 @@ def _gradient_kernel(
                     wide,
                     steps,
                     EXPERTS,
-                    PROGRAMS,
                     RANK,
                 ),
             ),
@@ -274,7 +270,6 @@ def _gradient_kernel(
                     wide,
                     steps,
                     EXPERTS,
-                    PROGRAMS,
                     RANK,
                 ),
             ),
@@ -292,7 +287,6 @@ def _gradient_kernel(
                     wide,
                     steps,
                     EXPERTS,
-                    PROGRAMS,
                 ),
             ),
         ],
@@ -334,7 +328,6 @@ def unturned_gradient(
         width,
         depth,
         EXPERTS=experts,
-        PROGRAMS=programs,
         RANK=adapter.shape[1] if adapter is not None else 0,
         num_warps=4,
     )

@@ -5,10 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mixtral_run.config import RUNS_AGAIN
 from mixtral_run.model.attention import Attention, AttentionInputs
 from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.megatron import BaseTransformerLayer, MegatronModule, TransformerConfig, apply_prefix_mapping
 from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.offload import Offload

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import all_to_all
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Rows
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
 from mixtral_run.model.permute import inverse, to_rows, to_tokens
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.sharing import mark

@@ -18,9 +18,11 @@ ROWS, DEPTH = 32, 256
 PROGRAMS, MOST_SHARES = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
+VARYING = ("tokens", "shares")
+"""Under EP each step's are others; a kernel made for one value, or for multiples of 16, would be compiled again."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _product_kernel(
     rows_ptr,
     source_ptr,
@@ -74,11 +76,11 @@ def _product_kernel(
     tl.store(target, result.to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
 
 
-@triton.jit
-def _sum_kernel(shares_ptr, output_ptr, size, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def _sum_kernel(shares_ptr, output_ptr, size, shares, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], dtype=tl.float32)
-    for share in tl.static_range(SHARES):
+    for share in range(shares):
         result += tl.load(shares_ptr + share * size + places, mask=places < size, other=0.0)
     tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
 
@@ -120,7 +122,7 @@ def _outer_kernel(
     tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _added_kernel(
     base_ptr,
     inner_ptr,
@@ -226,7 +228,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor 
     )
     if shares > 1:
         size = tokens * narrow
-        _sum_kernel[(triton.cdiv(size, 1024),)](parts, output, size, SHARES=shares, BLOCK=1024)
+        _sum_kernel[(triton.cdiv(size, 1024),)](parts, output, size, shares, BLOCK=1024)
     return output
 
 

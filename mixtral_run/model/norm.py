@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mixtral_run.model.megatron import TransformerConfig
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.sharing import mark
 

@@ -11,11 +11,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from mixtral_run.config import LaunchConfig
 from mixtral_run.errors import TrainingError
+from mixtral_run.model.megatron import initialize_rng_tracker, parallel_state
 
 
 @dataclass(frozen=True)

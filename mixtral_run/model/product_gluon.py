@@ -97,7 +97,6 @@ def _bring(
     steps,
     rank,
     EXPERTS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
     TURNED: gl.constexpr,
     ADAPTER: gl.constexpr,
 ):
@@ -149,7 +148,7 @@ def _bring(
                 right_column,
             )
             count += 1
-        tile += PROGRAMS
+        tile += gl.num_programs(0)
         expert, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
 
 
@@ -165,7 +164,6 @@ def _multiply(
     wide,
     slices,
     EXPERTS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
     TURNED: gl.constexpr,
 ):
     """One group's 64 rows of tile after tile."""
@@ -208,7 +206,7 @@ def _multiply(
                 mbarrier.wait(ready.index(slot), (count // STAGES) & 1)
                 mbarrier.arrive(free.index(slot), count=1)
                 count += 1
-        tile += PROGRAMS
+        tile += gl.num_programs(0)
         _, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
 
 
@@ -224,7 +222,6 @@ def _product_kernel(
     steps,
     rank,
     EXPERTS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
     TURNED: gl.constexpr,
     ADAPTER: gl.constexpr,
 ):
@@ -255,7 +252,6 @@ def _product_kernel(
                     wide,
                     slices,
                     EXPERTS,
-                    PROGRAMS,
                     TURNED,
                 ),
             ),
@@ -272,7 +268,6 @@ def _product_kernel(
                     wide,
                     slices,
                     EXPERTS,
-                    PROGRAMS,
                     TURNED,
                 ),
             ),
@@ -289,7 +284,6 @@ def _product_kernel(
                     wide,
                     slices,
                     EXPERTS,
-                    PROGRAMS,
                     TURNED,
                 ),
             ),
@@ -309,7 +303,6 @@ def _product_kernel(
                     steps,
                     rank,
                     EXPERTS,
-                    PROGRAMS,
                     TURNED,
                     ADAPTER,
                 ),
@@ -366,7 +359,6 @@ def grouped_product(
         depth // DEPTH.value,
         lefts[-1].shape[1],
         EXPERTS=experts,
-        PROGRAMS=programs,
         TURNED=turned,
         ADAPTER=len(lefts) > 1,
         num_warps=4,

@@ -109,7 +109,6 @@ def _product_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     """As many programs as the GPU runs at once take tile after tile, those of an expert one below the other."""
@@ -120,7 +119,7 @@ def _product_kernel(
     wide = width // COLUMNS
     tiles_to = tl.cumsum(high, axis=0) * wide
     total = tl.sum(high, axis=0) * wide
-    for tile in tl.range(tl.program_id(0), total, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
         expert = tl.sum((tiles_to <= tile).to(tl.int32), axis=0)
         mine = numbers == expert
         begin = tl.sum(tl.where(mine, begins, 0), axis=0)
@@ -176,7 +175,6 @@ def tiled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: T
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         DEPTH=DEPTH,
-        PROGRAMS=programs,
         HAS_SCALES=scales is not None,
         num_warps=WARPS,
         num_stages=STAGES,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("sequence", "batch", "angle_batch"))
 def _turn_kernel(
     mixed_ptr,
     query_ptr,

@@ -61,7 +61,7 @@ def _adapter(
     return gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _forward_kernel(
     hidden_ptr,
     inner_ptr,
@@ -103,7 +103,7 @@ def _forward_kernel(
     tl.store(target, output.to(output_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _backward_kernel(
     hidden_ptr,
     inner_ptr,

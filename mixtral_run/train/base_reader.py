@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.megatron import ShardedTensor
 from mixtral_run.weights.base import is_of_model
 from mixtral_run.weights.direct import Target
 from mixtral_run.weights.resharding import fill

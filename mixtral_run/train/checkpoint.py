@@ -16,10 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mixtral_run import __version__
@@ -35,7 +31,9 @@ from mixtral_run.checkpoints import (
 from mixtral_run.errors import TrainingError, WeightsError
 from mixtral_run.launch import is_consequence
 from mixtral_run.model.build import MixtralModel, is_adapter
+from mixtral_run.model.megatron import CheckpointingException, ShardedTensor, StrictHandling, dist_checkpointing
 from mixtral_run.model.parallel import is_out_of_memory
+from mixtral_run.train.adapter_writer import AdapterWriter
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.kept_experts import Keep, KeptExperts
 from mixtral_run.weights import record
@@ -230,7 +228,8 @@ def save_adapter(
             partial.mkdir(parents=True)
         dist.barrier()
         shards: dict[str, Any] = {**_shards(model, adapters=True), **optimizer_shards(model, optimizer)}
-        dist_checkpointing.save({**shards, "checkpoint_version": 3.0, "iteration": iteration}, str(partial))
+        shards |= {"checkpoint_version": 3.0, "iteration": iteration}
+        dist_checkpointing.save(shards, str(partial), AdapterWriter())
         if first:
             values = {
                 "format": 1,

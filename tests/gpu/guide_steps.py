@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.bench.gpu_memory import GpuMemory
 from tests.bench.process_memory import FamilyMemory
@@ -51,7 +54,9 @@ class Step:
 
 
 def run(step: Step, words: list[str], log: Path, limit_seconds: float) -> None:
-    """Run `python words…` as the step, its output at the end of `log`. A failed one's last lines are shown.
+    """Run `python words…` as the step, its output at the end of `log`, each line with the seconds since the step began.
+
+    A failed one's last lines are shown.
 
     After `limit_seconds` it is asked to end, as by Ctrl-C's kin SIGTERM: training then saves. Never raises for what the
     command does.
@@ -64,8 +69,15 @@ def run(step: Step, words: list[str], log: Path, limit_seconds: float) -> None:
         output.flush()
         with (
             subprocess.Popen(
-                [sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
+                [sys.executable, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=environment,
+                cwd=ROOT,
             ) as process,
+            _copied(process, output, started),
             GpuMemory() as gpu,
             # Of dozens of processes with hundreds of threads each look takes a while.
             FamilyMemory(process, interval_seconds=0.1) as memory,
@@ -82,6 +94,24 @@ def run(step: Step, words: list[str], log: Path, limit_seconds: float) -> None:
             lines = file.read().decode(errors="replace").splitlines()
         step.reason = step.reason or f"exit code {process.returncode}"
         print("\n".join(f"  | {line}" for line in lines[-SHOWN_LINES:]), flush=True)
+
+
+@contextmanager
+def _copied(process: subprocess.Popen[str], output: IO[str], started: float) -> Iterator[None]:
+    """Copies what the process prints, line by line, until all that hold its output have ended."""
+
+    def copy() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.write(f"{time.perf_counter() - started:7.2f}  {line}")
+            output.flush()
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(SAVE_SECONDS)
 
 
 def _waited(process: subprocess.Popen[str], limit_seconds: float) -> bool:

@@ -129,3 +129,24 @@ def test_our_own_product(routing: tuple[int, ...], turned: bool, with_adapter: b
     if with_adapter:
         expected += torch.einsum(letters, inner.double(), half.double()[owner])
     assert float((found - expected).norm()) <= 4e-3 * float(expected.norm())
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+def test_other_numbers_of_rows_compile_nothing_again() -> None:
+    """Under EP each step has others; the first iterations would take half a minute."""
+    from triton.runtime.jit import JITFunction
+
+    from mixtral_run.model import narrow_triton, product_gluon, swiglu_triton
+
+    modules = (narrow_triton, product_gluon, swiglu_triton)
+    kernels = [each for module in modules for each in vars(module).values() if isinstance(each, JITFunction)]
+
+    def compiled_after(*routings: tuple[int, ...]) -> int:
+        for routing in routings:
+            AdaptedCase.random(routing, hidden=4096, ffn=512, rank=16, by_token=False, seed=1).rounded().fast(
+                "cuda", torch.bfloat16
+            )
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+    # Many rows and few take different products, and either is compiled once.
+    assert 0 < compiled_after((5, 36), (400, 410)) == compiled_after((1, 0), (16, 16), (37, 0), (90, 3), (700, 333))

@@ -1,8 +1,6 @@
 """What is decided for a run by the plan, on GPUs that these tests make up."""
 
 import dataclasses
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +154,34 @@ def test_the_gpus_are_asked_in_another_process(monkeypatch: pytest.MonkeyPatch) 
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    asked: list[list[str]] = []
-
-    def answer(words: list[str], **_: object) -> object:
-        asked.append(words)
-        return types.SimpleNamespace(returncode=0, stdout="[[10000000000, 80000000000], [30000000000, 70000000000]]\n")
-
-    monkeypatch.setattr(gpus.subprocess, "run", answer)
+    # STAND-IN for the GPUs: the process is real, and says what three of them would.
+    answers = "[10000000000, 80000000000], [30000000000, 70000000000], [5, 5]"
+    monkeypatch.setattr(gpus, "_ASK", f"import sys; print('[{answers}]' if sys.argv[1] in ('0', '2') else '')")
     gpus.gpu_memory.cache_clear()
     assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)
-    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)
-    assert len(asked) == 1
-    assert asked[0][0] == sys.executable and asked[0][-1] == "2"
+    monkeypatch.setattr(gpus, "_ASK", "raise SystemExit(1)")
+    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)  # asked once
     assert gpus.gpu_memory("cpu", 2) is None
+    gpus.gpu_memory.cache_clear()
+    assert gpus.gpu_memory("auto", 2) is None
+    gpus.gpu_memory.cache_clear()
+
+
+@pytest.mark.parametrize(("words", "asked"), [({}, "0"), ({"nproc_per_node": 2}, "2")])
+def test_the_gpus_can_be_asked_ahead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: dict[str, int], asked: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpus, "_ASK", f"import sys; assert sys.argv[1] == '{asked}'; print('[[3, 9], [2, 9]]')")
+    gpus.gpu_memory.cache_clear()
+    config = run(device="cuda", **words)
+    gpus.ask_ahead(config)
+    assert not gpus._asked_ahead  # no GPU here
+    monkeypatch.setattr(gpus, "Path", lambda _: tmp_path)
+    gpus.ask_ahead(config)
+    monkeypatch.setattr(gpus, "_ASK", "raise SystemExit(1)")
+    assert gpus.gpu_memory("cuda", 2) == GpuMemory(9, 9)
+    assert not gpus._asked_ahead
     gpus.gpu_memory.cache_clear()
