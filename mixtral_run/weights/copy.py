@@ -16,10 +16,11 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.disk import allocate, drop_from_cache, fits_in_memory
+from mixtral_run.weights.disk import allocate, drop_from_cache, fits_in_memory, lies_in_memory
 from mixtral_run.weights.journal import JobSums, Journal
+from mixtral_run.weights.mapped import MappedWriter
 from mixtral_run.weights.mapping import Piece
-from mixtral_run.weights.pace import Pace
+from mixtral_run.weights.pace import Pace, num_cores
 from mixtral_run.weights.plan import Job, PlacedChunk, Plan
 from mixtral_run.weights.reading import read_whole
 from mixtral_run.weights.shards import HFWeights
@@ -56,7 +57,8 @@ def copy_all(
     when a file cannot be read or written; what the journal has by then is whole.
     """
     stop = threading.Event()
-    pace = Pace(workers)
+    # With a core for every file at most, nobody waits for another's turn to write.
+    pace = Pace(workers, mappable=lies_in_memory(folder) and num_cores() > len(plan.files))
     # Where both fit, they stay in the cache for what comes next; else they would only push out what others need.
     drop_behind = not fits_in_memory(2 * plan.num_bytes)
     remaining = iter([(number, job) for number, job in enumerate(plan.jobs) if number not in journal.done])
@@ -73,7 +75,7 @@ def copy_all(
             if stop.is_set():
                 raise _Stopped
 
-        with _Worker(weights, folder, checkpoint, copied, drop_behind=drop_behind) as worker:
+        with _Worker(weights, folder, checkpoint, copied, pace, drop_behind=drop_behind) as worker:
             while True:
                 checkpoint()
                 with lock:
@@ -105,7 +107,7 @@ def copy_all(
         flusher.flush()
     for error in sorted(errors, key=lambda each: isinstance(each, _Stopped)):
         raise error
-    return pace.chosen
+    return pace.chosen.workers
 
 
 class _Flusher:
@@ -167,15 +169,21 @@ class _Worker:
         folder: Path,
         checkpoint: Callable[[], None],
         advance: Callable[[int], None],
+        pace: Pace,
         *,
         drop_behind: bool,
     ) -> None:
-        """`checkpoint` is called before every block: it waits for the worker's turn, and raises to end the work."""
+        """`checkpoint` is called before every block: it waits for the worker's turn, and raises to end the work.
+
+        pace: tells how to write.
+        """
         self._weights = weights
         self._folder = folder
         self._checkpoint = checkpoint
         self._advance = advance
         self._drop_behind = drop_behind
+        self._pace = pace
+        self._mapped = MappedWriter()
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
         self._descriptors: dict[tuple[Path, int], int] = {}
 
@@ -195,6 +203,7 @@ class _Worker:
             for name in job.unit.sources:
                 source = self._weights.sources[name]
                 drop_from_cache(self._open(source.file, os.O_RDONLY), source.start, source.num_bytes)
+        self._mapped.release()
         return sums
 
     def _copy_runs(self, job: Job) -> JobSums:
@@ -254,7 +263,7 @@ class _Worker:
     def _allocate(self, chunk: PlacedChunk) -> None:
         file = self._folder / chunk.file
         try:
-            allocate(self._open(file, os.O_WRONLY | os.O_CREAT), chunk.start, chunk.frame.length)
+            allocate(self._open(file, os.O_RDWR | os.O_CREAT), chunk.start, chunk.frame.length)
         except OSError as error:
             raise unwritable(file, error) from error
 
@@ -264,7 +273,11 @@ class _Worker:
         position = (chunk.start if frame else chunk.payload_start) + first
         done = 0
         try:
-            descriptor = self._open(file, os.O_WRONLY | os.O_CREAT)
+            descriptor = self._open(file, os.O_RDWR | os.O_CREAT)
+            if self._pace.now.mapped and not frame:
+                limits = chunk.start, chunk.start + chunk.frame.length
+                self._mapped.write(descriptor, limits, position, block)
+                return
             while done < len(block):
                 done += os.pwrite(descriptor, block[done:], position + done)
         except OSError as error:

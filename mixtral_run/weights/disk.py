@@ -9,6 +9,7 @@ from pathlib import Path
 
 _C_LIBRARY = ctypes.CDLL(None, use_errno=True)
 _MEMORY = Path("/proc/meminfo")
+_MOUNTS = Path("/proc/self/mountinfo")
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -50,6 +51,21 @@ def drop_from_cache(descriptor: int, start: int = 0, num_bytes: int = 0) -> None
     """Let go of a file's pages, but for those that are not on the disk yet. 0 bytes: to the file's end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def lies_in_memory(folder: Path) -> bool:
+    """Whether a folder's files are in RAM alone, as those of /dev/shm are."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    # Fields before " - ": the third is the device. After it: the file system's type. man 5 proc_pid_mountinfo
+    return any(
+        before.split()[2] == number and after.split()[0] == "tmpfs"
+        for before, _, after in (line.partition(" - ") for line in mounts)
+    )
 
 
 def fits_in_memory(num_bytes: int) -> bool:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from mixtral_run.config import ConvertConfig
 from mixtral_run.report import Report
 from mixtral_run.weights.convert import convert
+from mixtral_run.weights.mapped import MappedWriter
+from mixtral_run.weights.pace import Pace
 from tests.tiny import write_tiny
 
 
@@ -28,7 +31,7 @@ def run_cli(*words: object, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def convert_quietly(source: Path, output: Path, tp: int, ep: int, **more: bool) -> str:
+def convert_quietly(source: Path, output: Path, tp: int, ep: int, **more: Any) -> str:
     config = ConvertConfig(
         hf_model_path=str(source),
         output_path=output,
@@ -134,3 +137,37 @@ def test_fingerprint_is_of_the_content(tmp_path: Path, tiny: Path) -> None:
         if not again.exists():
             convert_quietly(tiny, tmp_path / "e", 2, 4)
         assert a.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 4)])
+def test_the_same_bytes_through_mapped_memory(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, tp: int, ep: int
+) -> None:
+    convert_quietly(tiny, tmp_path / "in turns", tp, ep)
+    mapped_bytes = 0
+
+    class Mapping(Pace):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            self.now = self.chosen = self.now._replace(mapped=True)
+            self.settled = True
+
+    def count(*arguments: Any) -> None:
+        nonlocal mapped_bytes
+        mapped_bytes += len(arguments[-1])
+        write(*arguments)
+
+    write = MappedWriter.write
+    monkeypatch.setattr(MappedWriter, "write", count)
+    monkeypatch.setattr("mixtral_run.weights.copy.Pace", Mapping)
+    # Smaller than most tensors: they take several windows.
+    monkeypatch.setattr("mixtral_run.weights.mapped.WINDOW_BYTES", 4096)
+    convert_quietly(tiny, tmp_path / "mapped", tp, ep, workers=1)
+    assert mapped_bytes == sum(file.stat().st_size for file in tiny.glob("*.safetensors")) - headers(tiny)
+    for file in sorted((tmp_path / "in turns/iter_0000001").glob("*.distcp")):
+        assert (tmp_path / "mapped/iter_0000001" / file.name).read_bytes() == file.read_bytes()
+
+
+def headers(folder: Path) -> int:
+    """Bytes of the safetensors files that are not tensors'."""
+    return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors"))

@@ -1,35 +1,47 @@
-"""How the number of workers is chosen, with a clock and speeds of the test's own."""
+"""How the number of workers and their way are chosen, with a clock and speeds of the test's own."""
 
 from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 
-from mixtral_run.weights.pace import WINDOW_SECONDS, Pace, candidates
+from mixtral_run.weights.pace import WINDOW_SECONDS, Pace, Way, candidates
 
 
 class Disk:
-    """Copies at a speed that depends on how many are allowed."""
+    """Copies at a speed that depends on how many are allowed, and how they write."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float], cores: int) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        speeds: dict[Any, float],
+        cores: int,
+        workers: int | None = None,
+        mappable: bool = False,
+    ) -> None:
         monkeypatch.setattr("mixtral_run.weights.pace.num_cores", lambda: cores)
         self.now = 100.0
         self.speeds = speeds
-        self.pace = Pace(None, lambda: self.now)
-        self.tried: list[int] = []
+        self.pace = Pace(workers, lambda: self.now, mappable=mappable)
+        self.tried: list[Any] = []
 
-    def run(self) -> int:
+    def run(self) -> Any:
         for _ in range(10_000):
             if self.pace.settled:
-                return self.pace.chosen
+                return self._told(self.pace.chosen)
             self.pace.step()
-            if self.tried[-1:] != [self.pace.allowed]:
-                self.tried.append(self.pace.allowed)
+            if self.tried[-1:] != [self._told(self.pace.now)]:
+                self.tried.append(self._told(self.pace.now))
             self.now += 0.05
-            self.pace.advance(int(self.speeds[self.pace.allowed] * 0.05))
+            self.pace.advance(int(self.speeds[self._told(self.pace.now)] * 0.05))
         raise AssertionError("never settled")
+
+    @staticmethod
+    def _told(way: Way) -> Any:
+        return f"{way.workers} mapped" if way.mapped else way.workers
 
 
 @pytest.mark.parametrize(
@@ -48,14 +60,45 @@ def test_the_fewest_that_are_as_fast_as_any(
 ) -> None:
     disk = Disk(monkeypatch, speeds, cores)
     assert disk.pace.num_threads == candidates(cores)[-1]
-    assert disk.run() == chosen == disk.pace.allowed
+    assert disk.run() == chosen == disk.pace.now.workers
     assert disk.tried == tried
     assert disk.now - 100.0 <= 5 * (WINDOW_SECONDS + 0.2)
 
 
+@pytest.mark.parametrize(
+    ("workers", "speeds", "chosen", "tried"),
+    [
+        (
+            None,
+            {4: 2e9, 8: 2e9, 16: 2.1e9, 32: 2e9, "4 mapped": 2e9, "8 mapped": 4e9, "16 mapped": 8e9, "32 mapped": 8e9},
+            "16 mapped",
+            [4, 8, 16, 32, "4 mapped", "8 mapped", "16 mapped", "32 mapped", "16 mapped"],
+        ),
+        # More that wait for each other's turn are slower still; more that map may not be.
+        (
+            None,
+            {4: 4e9, 8: 2e9, "4 mapped": 3e9, "8 mapped": 6e9, "16 mapped": 5e9},
+            "8 mapped",
+            [4, 8, "4 mapped", "8 mapped", "16 mapped", "8 mapped"],
+        ),
+        (None, {4: 4e9, 8: 2e9, "4 mapped": 4e9, "8 mapped": 3e9}, 4, [4, 8, "4 mapped", "8 mapped", 4]),
+        (6, {6: 1e9, "6 mapped": 2e9}, "6 mapped", [6, "6 mapped"]),
+        (6, {6: 1e9, "6 mapped": 1e9}, 6, [6, "6 mapped", 6]),
+        (1, {}, 1, []),
+    ],
+)
+def test_mapped_memory_is_tried_where_it_may_be_faster(
+    monkeypatch: pytest.MonkeyPatch, workers: int | None, speeds: dict[Any, float], chosen: Any, tried: list[Any]
+) -> None:
+    disk = Disk(monkeypatch, speeds, 16, workers, mappable=True)
+    assert disk.run() == chosen
+    assert disk.pace.now == disk.pace.chosen
+    assert disk.tried == tried
+
+
 def test_a_number_that_is_told_is_taken() -> None:
     pace = Pace(3)
-    assert (pace.num_threads, pace.chosen, pace.settled) == (3, 3, True)
+    assert (pace.num_threads, pace.chosen, pace.settled) == (3, Way(3), True)
     for worker in range(3):
         pace.wait_for_turn(worker, lambda: False)
 

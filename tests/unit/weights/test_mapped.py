@@ -1,0 +1,70 @@
+"""Bytes that go into a file through mappings lie where they belong, however windows, chunks and pages fall."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.weights import mapped
+from mixtral_run.weights.disk import allocate, lies_in_memory
+from mixtral_run.weights.mapped import MappedWriter
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("populates", [False, True])
+def test_neighbours_write_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool, populates: bool
+) -> None:
+    monkeypatch.setattr(mapped, "WINDOW_BYTES", 64 * 1024)
+    if not populates:
+        monkeypatch.setattr(mapped, "_MADV_POPULATE_WRITE", 9999)  # as a kernel that does not know it
+    file = (Path("/dev/shm") if in_memory else tmp_path) / f"mixtral-run-test-{os.getpid()}"
+    source = random.Random(1).randbytes(1_000_003)
+    ends = [0, 1, 4095, 4097, 200_000, 200_001, 700_000, len(source)]
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        allocate(descriptor, 0, len(source))
+
+        def write(start: int, stop: int) -> None:
+            writer = MappedWriter()
+            for first in range(start, stop, 9_973):
+                writer.write(descriptor, (start, stop), first, memoryview(source)[first : min(first + 9_973, stop)])
+            writer.release()
+
+        threads = [threading.Thread(target=write, args=limits) for limits in itertools.pairwise(ends)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert file.read_bytes() == source
+    finally:
+        os.close(descriptor)
+        file.unlink()
+
+
+def test_little_is_mapped_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    size = 5 * mapped.WINDOW_BYTES
+    with file.open("wb+") as stream:
+        allocate(stream.fileno(), 0, size)
+        writer = MappedWriter()
+        for first in range(0, size, 2**20):
+            writer.write(stream.fileno(), (0, size), first, b"\1" * 2**20)
+            maps = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+            places = [[int(number, 16) for number in each.split("-")] for each in maps]
+            assert sum(end - begin for begin, end in places) == mapped.WINDOW_BYTES
+        writer.release()
+        assert str(file) not in Path("/proc/self/maps").read_text()
+    assert file.read_bytes() == b"\1" * size
+
+
+def test_which_files_lie_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lies_in_memory(Path("/dev/shm"))
+    assert not lies_in_memory(Path("/proc"))
+    monkeypatch.setattr("mixtral_run.weights.disk._MOUNTS", tmp_path / "missing")
+    assert not lies_in_memory(Path("/dev/shm"))
