@@ -16,7 +16,7 @@ from mixtral_run.model.adapted_experts import Rows
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
-from mixtral_run.model.permute import inverse, to_rows, to_tokens
+from mixtral_run.model.permute import inverse, regroup, to_rows, to_tokens
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.sharing import mark
 
@@ -142,17 +142,18 @@ class MoELayer(MegatronModule):
         sent, received = torch.stack((counts, incoming)).view(2, size, -1).tolist()
         send_sizes, receive_sizes = [sum(each) for each in sent], [sum(each) for each in received]
         arrived = all_to_all(self.expert_group, rows, receive_sizes, send_sizes)
-        local = torch.arange(len(received[0]), device=rows.device).repeat(size)
-        by_sender = torch.repeat_interleave(local, incoming, output_size=sum(receive_sizes))
-        order = _sorted_by(by_sender, len(received[0]))
-        arrived = to_rows(arrived, order, inverse(order), 1)
+        blocks, local = [count for each in received for count in each], len(received[0])
+        # As they arrived, by sender and expert; and as the experts take them, by expert and sender.
+        there = [sender * local + expert for expert in range(local) for sender in range(size)]
+        back = [expert * size + sender for sender in range(size) for expert in range(local)]
+        arrived = regroup(arrived, blocks, there)
         ends = incoming.view(size, -1).sum(0).cumsum(0).int()
         if self.experts.adapted:
             outputs = self.experts.adapted_forward(arrived, Rows(ends))
         else:
             # Gathering them again would mean asking the other processes again.
             outputs = self.experts(arrived, ends, Recipe.kept(arrived) if selective else None)
-        outputs = to_rows(outputs, inverse(order), order, 1)
+        outputs = regroup(outputs, [blocks[block] for block in there], back)
         returned: Tensor = all_to_all(self.expert_group, outputs, send_sizes, receive_sizes)
         return returned
 

@@ -74,8 +74,8 @@ class KeptExperts:
 
         Memory: the experts' own and what read_parts takes. All ranks must call.
         """
-        size = self._files.num_bytes / 1e9
-        self._say(f"Experts in {self._files.precision}, quantised before, from {self._files.folder}: {size:,.1f} GB")
+        size = self._files.num_bytes / 1e6
+        self._say(f"Experts in {self._files.precision}, quantised before, from {self._files.folder}: {size:,.0f} MB")
         linears = [linear for experts in self._model.experts for linear in experts.linears.values()]
         for linear in linears:
             linear.make_room()
@@ -124,14 +124,14 @@ class KeptExperts:
     def _begin(self) -> Making:
         """Rank 0 makes the files; the others open them where they write."""
         here = self._model.processes
-        size = self._files.num_bytes / 1e9
+        size = self._files.num_bytes / 1e6
         keeping: Keeping | None = None
         told: list[Any] = [None]
         if here.is_first:
             try:
                 keeping = begin(self._base.folder, self._files, self._keep.reserve_bytes, self._is_there_by_now)
                 told[0] = keeping.files
-                where = f"in {self._files.folder}, {size:,.1f} GB, for the next start"
+                where = f"in {self._files.folder}, {size:,.0f} MB, for the next start"
                 self._say(f"Keeping the experts in {self._files.precision} {where}")
             except CannotKeep as error:
                 if error.expected:

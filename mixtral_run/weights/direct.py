@@ -19,7 +19,6 @@ import torch
 from isal.isal_zlib import crc32, crc32_combine
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights import record
 from mixtral_run.weights.mapping import Shape
 from mixtral_run.weights.pace import num_cores
 from mixtral_run.weights.reading import read_whole
@@ -134,11 +133,6 @@ def default_workers() -> int:
     """Threads of this process: the machine's cores over its processes, at least two as most of the time is waiting."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(2, min(8, num_cores() // processes))
-
-
-def whole_fingerprint(weights: HFWeights, sums: Iterable[PartSum]) -> str:
-    """The weights' fingerprint from the checksums of all ranks. Raises as `checksums_of`."""
-    return record.fingerprint(weights.architecture, weights.dtype, checksums_of(weights.sources, sums))
 
 
 def checksums_of(sources: Mapping[str, Source], sums: Iterable[PartSum]) -> dict[str, int]:

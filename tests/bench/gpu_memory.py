@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import threading
 
-INTERVAL_MS = 100
 _QUERY = ("nvidia-smi", "--format=csv,noheader,nounits", "--query-gpu")
 
 
@@ -22,9 +21,13 @@ def gpus() -> list[tuple[str, float, float]]:
 
 
 class GpuMemory:
-    """`peak_gib`: the most that was in use on each GPU at any sample, by all programs; empty without a GPU."""
+    """`peak_gib`: the most that was in use on each GPU at any sample, by all programs; empty without a GPU.
 
-    def __init__(self) -> None:
+    Each sample holds the driver's locks, for which a program that launches many kernels waits.
+    """
+
+    def __init__(self, interval_ms: int = 100) -> None:
+        self._interval_ms = interval_ms
         self._peaks: dict[int, float] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._terminal = -1
@@ -32,7 +35,7 @@ class GpuMemory:
 
     def __enter__(self) -> GpuMemory:
         if shutil.which("nvidia-smi") is not None:
-            query = [*_QUERY[:2], f"{_QUERY[2]}=index,memory.used", f"--loop-ms={INTERVAL_MS}"]
+            query = [*_QUERY[:2], f"{_QUERY[2]}=index,memory.used", f"--loop-ms={self._interval_ms}"]
             # A terminal, so that each line comes at once, however the program buffers its output.
             self._terminal, theirs = os.openpty()
             self._process = subprocess.Popen(query, stdout=theirs, stderr=subprocess.DEVNULL)

@@ -57,3 +57,12 @@ def default_layouts(count: int) -> list[tuple[int, int]]:
     """TP2 as the guide has it, where the experts go over TP ranks as well, and EP alone."""
     ep = math.gcd(count, 8)
     return [(1, ep)] if count % 2 else [(2, min(ep, 4)), (1, ep)]
+
+
+def name_of(layout: tuple[int, int]) -> str:
+    return f"TP{layout[0]}/EP{layout[1]}"
+
+
+def expected_rate(seq_length: int, layout: tuple[int, int]) -> float:
+    """Tokens a second and GPU to reckon the time with, a little below what is hoped for."""
+    return (1200 if seq_length <= 512 else 6000) * (0.75 if layout[0] > 1 else 1.0)

@@ -42,7 +42,7 @@ from mixtral_run.weights.random_model import hf_config
 from tests.bench.gpu_memory import gpus
 from tests.bench.library_pairs import write_library_pairs
 from tests.bench.make_mixtral import STANDARD_DEVIATION, scaled
-from tests.gpu.guide_options import default_layouts, parsed
+from tests.gpu.guide_options import default_layouts, expected_rate, name_of, parsed
 from tests.gpu.guide_steps import MISTRAL_FINETUNE, ROOT, WANTED_GIB, Step, reached, run, table, training_figures
 
 GUIDES_LAYOUT = (2, 4)
@@ -355,7 +355,7 @@ class GuideRun:
 
     def expected_start(self) -> float:
         """Seconds before the first iteration and after the last, as measured before or by arithmetic."""
-        return self.start_seconds or 25 + self.num_bytes / (self.count * 1.2e9)
+        return self.start_seconds or 40 + self.num_bytes / (self.count * 5e9)
 
     def judge(self, step: Step) -> None:
         """Add what the run's own files say, and whether what was wanted was reached: of the real model only."""
@@ -389,15 +389,6 @@ def remove(folder: Path) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(Path.unlink, [path for path in folder.rglob("*") if path.is_file()]))
     shutil.rmtree(folder)
-
-
-def name_of(layout: tuple[int, int]) -> str:
-    return f"TP{layout[0]}/EP{layout[1]}"
-
-
-def expected_rate(seq_length: int, layout: tuple[int, int]) -> float:
-    """Tokens a second and GPU to reckon the time with, a little below what is hoped for."""
-    return (1200 if seq_length <= 512 else 6000) * (0.75 if layout[0] > 1 else 1.0)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def run(step: Step, words: list[str], log: Path, limit_seconds: float) -> None:
                 cwd=ROOT,
             ) as process,
             _copied(process, output, started),
-            GpuMemory() as gpu,
+            GpuMemory(interval_ms=1000) as gpu,
             # Of dozens of processes with hundreds of threads each look takes a while.
             FamilyMemory(process, interval_seconds=0.1) as memory,
         ):

@@ -16,9 +16,9 @@ from mixtral_run.config import ExportConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
-from mixtral_run.weights import direct, mapping
+from mixtral_run.weights import direct, mapping, record
 from mixtral_run.weights.checksums import fingerprint
-from mixtral_run.weights.direct import PartSum, Target, read_into, whole_fingerprint
+from mixtral_run.weights.direct import PartSum, Target, checksums_of, read_into
 from mixtral_run.weights.export import export
 from mixtral_run.weights.record import read_record
 from mixtral_run.weights.shards import open_hf_weights
@@ -137,7 +137,8 @@ def test_slices_of_all_ranks_are_the_chunks(tmp_path: Path, monkeypatch: pytest.
             data = torch.full(chunk.shape, float("nan"))
             sums += read_into(weights, [Target(chunk.key, chunk.offset, chunk.shape, data)], workers=2)
             assert torch.equal(data.flatten(), values), chunk
-    assert whole_fingerprint(weights, sums) == fingerprint(weights)
+    checksums = checksums_of(weights.sources, sums)
+    assert record.fingerprint(weights.architecture, weights.dtype, checksums) == fingerprint(weights)
 
 
 def test_ranks_that_read_other_bytes_are_told(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_ranks_that_read_other_bytes_are_told(tmp_path: Path) -> None:
     sums = read_into(weights, [Target(mapping.EMBEDDING_KEY, (0, 0), shape, torch.empty(shape))])
     other = PartSum(sums[0].source, sums[0].start, sums[0].num_bytes, sums[0].crc ^ 1)
     with pytest.raises(WeightsError, match="changed while they were read"):
-        whole_fingerprint(weights, [*sums, other])
+        checksums_of(weights.sources, [*sums, other])
 
 
 def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
