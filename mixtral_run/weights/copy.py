@@ -274,9 +274,8 @@ class _Worker:
         done = 0
         try:
             descriptor = self._open(file, os.O_RDWR | os.O_CREAT)
-            if self._pace.now.mapped and not frame:
-                limits = chunk.start, chunk.start + chunk.frame.length
-                self._mapped.write(descriptor, limits, position, block)
+            limits = chunk.start, chunk.start + chunk.frame.length
+            if self._pace.now.mapped and not frame and self._mapped.write(descriptor, limits, position, block):
                 return
             while done < len(block):
                 done += os.pwrite(descriptor, block[done:], position + done)

@@ -35,19 +35,23 @@ class MappedWriter:
     def __init__(self) -> None:
         self._windows: dict[tuple[int, int], _Window] = {}
 
-    def write(self, descriptor: int, limits: tuple[int, int], position: int, block: Any) -> None:
-        """Put a block of bytes at a position of a file opened for reading and writing.
+    def write(self, descriptor: int, limits: tuple[int, int], position: int, block: Any) -> bool:
+        """Put a block of bytes at a position of a file opened for reading and writing; False where it cannot be mapped.
 
         limits: where the allocated stretch of the file begins and ends in which the block lies, the worker's own.
         """
         data = np.frombuffer(block, np.uint8)
         while len(data):
-            window = self._window(descriptor, limits, position)
+            try:
+                window = self._window(descriptor, limits, position)
+            except (OSError, ValueError):  # no room for mappings; or the file is shorter, as nothing could be allocated
+                return False
             target = window.bytes[position - window.first :][: len(data)]
             # numpy lets go of the interpreter's lock meanwhile; a slice assignment of mmap's own would not.
             np.copyto(target, data[: len(target)])
             data = data[len(target) :]
             position += len(target)
+        return True
 
     def release(self) -> None:
         """Unmap all windows."""

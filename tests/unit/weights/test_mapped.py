@@ -33,7 +33,8 @@ def test_neighbours_write_side_by_side(
         def write(start: int, stop: int) -> None:
             writer = MappedWriter()
             for first in range(start, stop, 9_973):
-                writer.write(descriptor, (start, stop), first, memoryview(source)[first : min(first + 9_973, stop)])
+                block = memoryview(source)[first : min(first + 9_973, stop)]
+                assert writer.write(descriptor, (start, stop), first, block)
             writer.release()
 
         threads = [threading.Thread(target=write, args=limits) for limits in itertools.pairwise(ends)]
@@ -61,6 +62,12 @@ def test_little_is_mapped_at_once(tmp_path: Path) -> None:
         writer.release()
         assert str(file) not in Path("/proc/self/maps").read_text()
     assert file.read_bytes() == b"\1" * size
+
+
+def test_what_was_not_allocated_is_left_to_the_caller(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb+") as stream:
+        assert not MappedWriter().write(stream.fileno(), (0, 100), 0, b"\1" * 100)
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_which_files_lie_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
