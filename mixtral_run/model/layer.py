@@ -39,6 +39,7 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number
         self.recompute = recompute
         self.offload = offload
+        self._draws_numbers = lora is not None and lora.dropout > 0
         self.input_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.self_attention = Attention(config, layer_number, lora)
         self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -47,12 +48,19 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
     def forward(self, hidden_states: Tensor, attention_mask: AttentionInputs, **_: Any) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP), batch, hidden]; returns the same shape, and no cross-attention context."""
         if self.recompute in RUNS_AGAIN and self.training:
-            # Within, checkpoint's own hooks take what is saved: the context sees the layer's input alone.
-            with self._kept_elsewhere() if self.recompute == "offload" else nullcontext():
-                hidden = checkpoint(self._compute, hidden_states, attention_mask, use_reentrant=False)
-        else:
-            hidden = self._compute(hidden_states, attention_mask)
-        return hidden, None
+            return self._run_again(hidden_states, attention_mask), None
+        return self._compute(hidden_states, attention_mask), None
+
+    def _run_again(self, hidden: Tensor, inputs: AttentionInputs) -> Tensor:
+        # Not torch's newer way, which takes each tensor of the layer through hooks: that costs the host as much as
+        # another forward pass. This one asks for an input with a gradient, which frozen embeddings do not have.
+        entry = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        # The forward pass saves nothing but the layer's input, which is what the context sees.
+        with self._kept_elsewhere() if self.recompute == "offload" else nullcontext():
+            result: Tensor = checkpoint(
+                self._compute, entry, inputs, use_reentrant=True, preserve_rng_state=self._draws_numbers
+            )
+        return result
 
     def _kept_elsewhere(self) -> saved_tensors_hooks:
         assert self.offload is not None, "a layer that offloads is given where to"
