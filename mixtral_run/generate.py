@@ -145,7 +145,7 @@ def continue_rows(
     cache = KeyValueCache(longest + sampling.max_new_tokens)
     generator = torch.Generator(device=here.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in rows]
-    running = torch.ones(len(rows), dtype=torch.bool, device=here.device)
+    running = [True] * len(rows)
     for _ in range(sampling.max_new_tokens):
         begin = cache.length
         positions = torch.arange(begin, begin + tokens.shape[1], device=here.device)
@@ -163,10 +163,10 @@ def continue_rows(
         for index, token in enumerate(chosen.tolist()):
             if running[index]:
                 outputs[index].append(token)
+                running[index] = token != end_token
         if on_token is not None:
             on_token(1)
-        running &= chosen != end_token
-        if not bool(running.any()):
+        if not any(running):
             break
         tokens = chosen[:, None]
     return outputs
