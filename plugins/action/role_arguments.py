@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -22,11 +23,27 @@ class ActionModule(ActionBase):
             options = _options(Path(self._task.args["folder"]) / role)
             given = self._templar.template({name: task_vars[name] for name in options if name in task_vars})
             checked = ArgumentSpecValidator(options).validate(given, validate_role_argument_spec=True)
-            faults += [f"  {role}: {message}" for message in checked.error_messages]
+            faults += [f"  - {role}: {_plain(message, given, options)}" for message in checked.error_messages]
         if faults:
+            faults.append(
+                "  next: correct them where they are set, in the inventory, group_vars or -e; see the role's README"
+            )
             message = "Variables are not as the roles take them; nothing was changed.\n" + "\n".join(faults)
             return {**result, "failed": True, "msg": message}
         return {**result, "changed": False}
+
+
+_OF_ANOTHER_TYPE = re.compile(r"argument '(\w+)' is of type (\S+) and we were unable to convert to (\w+)")
+
+
+def _plain(message, given, options):
+    """Ansible's own words name its internal classes for a value of the wrong type, and not the value."""
+    other = _OF_ANOTHER_TYPE.match(message)
+    if other is None:
+        return message
+    name, found, expected = other.groups()
+    told = found if options[name].get("no_log") else f"{given[name]!r}"
+    return f"{name}: expected {expected}; found {told}"
 
 
 def _options(role):

@@ -28,7 +28,7 @@ PLAY = """
     [
         ({}, []),
         ({"swap_size_gib": "{{ 3 + 1 }}", "docker_users": "{{ ['ops'] }}"}, []),
-        ({"swap_size_gib": "many"}, ["swap: ", "swap_size_gib", "float"]),
+        ({"swap_size_gib": "many"}, ["- swap: swap_size_gib: expected float; found 'many'\n", "next: correct them"]),
         (
             {"docker_state": "gone", "swap_state": "{{ 'a' ~ 'way' }}"},
             ["docker: value of docker_state must be one of: present, absent, got: gone", "swap: ", "got: away"],
