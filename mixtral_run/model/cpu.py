@@ -1,8 +1,7 @@
 """Where megatron-core 0.16.1 insists on CUDA, stand in for it: on machines without a GPU, and for nothing else.
 
 Megatron allocates its communication buffers and weights on `torch.cuda.current_device()` (tensor_parallel/layers.py,
-tensor_parallel/mappings.py), and its own checkpoint writer, whose files the tests read, calls `torch.cuda.synchronize`
-(dist_checkpointing/strategies/filesystem_async.py:230). Both have an exact meaning on a CPU.
+tensor_parallel/mappings.py), which has an exact meaning on a CPU.
 """
 
 from __future__ import annotations
@@ -15,12 +14,7 @@ def stand_in_for_cuda() -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError("this process already uses a GPU")
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
-    torch.cuda.synchronize = _nothing_to_wait_for
 
 
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
-
-
-def _nothing_to_wait_for(device: object = None) -> None:
-    """CPU kernels have ended when they return."""

@@ -29,6 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mixtral_run.model.tiles_gluon import place
+
 TOKENS = gl.constexpr(128)
 HALF = gl.constexpr(128)
 """Columns of one group."""
@@ -66,33 +68,6 @@ STORED = gl.constexpr(
 
 
 @gluon.jit
-def _place(tile, ends_ptr, wide, EXPERTS: gl.constexpr):
-    """Of a tile: its expert, first row and column, that expert's last row; and how many tiles there are."""
-    expert = 0
-    first = 0
-    last = 0
-    high = 1
-    start = 0
-    before = 0
-    begin = 0
-    for number in gl.static_range(EXPERTS):
-        end = gl.load(ends_ptr + number)
-        count = (end - begin + TOKENS - 1) // TOKENS
-        after = before + count * wide
-        mine = (tile >= before) & (tile < after)
-        expert = gl.where(mine, number, expert)
-        first = gl.where(mine, begin, first)
-        last = gl.where(mine, end, last)
-        high = gl.where(mine, count, high)
-        start = gl.where(mine, before, start)
-        begin = end
-        before = after
-    local = tile - start
-    # Those that read the same weights one after the other.
-    return expert, first + (local % high) * TOKENS, (local // high) * 2 * HALF, last, before
-
-
-@gluon.jit
 def _bring(
     rows_desc,
     matrices_desc,
@@ -107,7 +82,7 @@ def _bring(
     EXPERTS: gl.constexpr,
 ):
     tile = gl.program_id(0)
-    expert, row, column, _, total = _place(tile, ends_ptr, wide, EXPERTS)
+    expert, row, column, _, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
     count = 0
     while tile < total:
         for step in range(steps):
@@ -122,7 +97,7 @@ def _bring(
             tma.async_copy_global_to_shared(matrices_desc, [below, column + HALF], bar, high_smem.index(slot))
             count += 1
         tile += gl.num_programs(0)
-        expert, row, column, _, total = _place(tile, ends_ptr, wide, EXPERTS)
+        expert, row, column, _, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
 
 
 @gluon.jit
@@ -171,7 +146,7 @@ def _multiply(
 ):
     width = wide * 2 * HALF
     tile = gl.program_id(0)
-    expert, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
+    expert, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
     count = 0
     while tile < total:
         result = gl.zeros([HALF, TOKENS], gl.float32, RESULT)
@@ -198,7 +173,7 @@ def _multiply(
         places = output_ptr + tokens[:, None].to(gl.int64) * width + columns[None, :]
         gl.store(places, stored.to(output_ptr.dtype.element_ty), mask=(tokens < last)[:, None])
         tile += gl.num_programs(0)
-        expert, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
+        expert, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """What layers keep for the backward pass, in the host's memory instead of the GPU's.
 
-Copies run on a stream of their own beside the products: a layer's input leaves while the layer runs, and comes back
-while the layer after it runs again. No more than two are on the GPU at a time. `torch.autograd.graph.save_on_cpu`
+Copies run on a stream of their own beside the products: a layer's input leaves while the layer after it runs, and comes
+back while that layer runs again. No more than two are on the GPU at a time. `torch.autograd.graph.save_on_cpu`
 copies on the stream of the products, which wait for it, and into new memory each time.
 """
 
@@ -39,21 +39,15 @@ class Offload:
 
     def hooks(self) -> saved_tensors_hooks:
         """A context in which the tensors that autograd saves go to the host."""
-        return saved_tensors_hooks(self._keep, self._give)
+        return saved_tensors_hooks(self._keep, _Kept.take)
 
-    def _keep(self, tensor: Tensor) -> Tensor | _Kept:
-        if tensor.numel() == 0:
-            # Some versions of torch's checkpoint save a tensor that holds nothing beside the inputs.
-            return tensor.detach()
+    def _keep(self, tensor: Tensor) -> _Kept:
         before = self._last() if self._last is not None else None
         if before is not None:
             before.leave()
         kept = _Kept(self, tensor.detach().contiguous(), before)
         self._last = weakref.ref(kept)
         return kept
-
-    def _give(self, kept: Tensor | _Kept) -> Tensor:
-        return kept.take() if isinstance(kept, _Kept) else kept
 
     def copy(self, source: Tensor, into: Tensor) -> Any:
         """Copy beside what the current stream does from here on; returns the event of its end."""

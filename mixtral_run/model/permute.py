@@ -40,23 +40,6 @@ def regroup(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
     """
     if list(order) == sorted(order):
         return rows
-    regrouped: Tensor = _Regroup.apply(rows, sizes, order)  # type: ignore[no-untyped-call]
-    return regrouped
-
-
-class _Regroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
-        ctx.sizes = [sizes[block] for block in order]
-        ctx.order = sorted(range(len(order)), key=order.__getitem__)
-        return _reordered(rows, sizes, order)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _reordered(gradients[0], ctx.sizes, ctx.order), None, None
-
-
-def _reordered(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
     blocks = rows.split(list(sizes))
     return torch.cat([blocks[block] for block in order])
 

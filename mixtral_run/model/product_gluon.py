@@ -30,6 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mixtral_run.model.tiles_gluon import place
+
 GROUPS = gl.constexpr(3)
 ROWS = gl.constexpr(64)
 """Of one group."""
@@ -40,33 +42,6 @@ DEPTH = gl.constexpr(64)
 STAGES = gl.constexpr(3)
 RESULT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-@gluon.jit
-def _place(tile, ends_ptr, wide, EXPERTS: gl.constexpr):
-    """Of a tile: its expert, first row and column, that expert's last row; and how many tiles there are."""
-    expert = 0
-    first = 0
-    last = 0
-    high = 1
-    start = 0
-    before = 0
-    begin = 0
-    for number in gl.static_range(EXPERTS):
-        end = gl.load(ends_ptr + number)
-        count = (end - begin + GROUPS * ROWS - 1) // (GROUPS * ROWS)
-        after = before + count * wide
-        mine = (tile >= before) & (tile < after)
-        expert = gl.where(mine, number, expert)
-        first = gl.where(mine, begin, first)
-        last = gl.where(mine, end, last)
-        high = gl.where(mine, count, high)
-        start = gl.where(mine, before, start)
-        begin = end
-        before = after
-    local = tile - start
-    # Those that read the same weights one after the other.
-    return expert, first + (local % high) * (GROUPS * ROWS), (local // high) * COLUMNS, last, before
 
 
 @gluon.jit
@@ -101,7 +76,7 @@ def _bring(
     ADAPTER: gl.constexpr,
 ):
     tile = gl.program_id(0)
-    expert, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
+    expert, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, GROUPS * ROWS, COLUMNS)
     count = 0
     while tile < total:
         right_row = expert * wide * COLUMNS + column
@@ -149,7 +124,7 @@ def _bring(
             )
             count += 1
         tile += gl.num_programs(0)
-        expert, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
+        expert, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, GROUPS * ROWS, COLUMNS)
 
 
 @gluon.jit
@@ -169,7 +144,7 @@ def _multiply(
     """One group's 64 rows of tile after tile."""
     width = wide * COLUMNS
     tile = gl.program_id(0)
-    _, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
+    _, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, GROUPS * ROWS, COLUMNS)
     count = 0
     while tile < total:
         row += group * ROWS
@@ -207,7 +182,7 @@ def _multiply(
                 mbarrier.arrive(free.index(slot), count=1)
                 count += 1
         tile += gl.num_programs(0)
-        _, row, column, last, total = _place(tile, ends_ptr, wide, EXPERTS)
+        _, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, GROUPS * ROWS, COLUMNS)
 
 
 @gluon.jit

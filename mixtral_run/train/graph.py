@@ -21,8 +21,8 @@ WARM_UP = 2
 
 
 def can_record(model: MixtralModel) -> bool:
-    """Whether this model's pass over a micro batch never waits for the GPU. A layer that runs again does: it reads
-    the state of the random numbers."""
+    """Whether this model's pass over a micro batch can be recorded: it never waits for the GPU. Layers that run again
+    are not: with dropout they read the state of the random numbers, and without it they have not been tried."""
     here = model.processes
     probe = torch.empty(1, dtype=model.settings.dtype, device=here.device)
     rank = model.settings.lora.rank if model.settings.lora is not None else 8

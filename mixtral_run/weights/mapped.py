@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ class MappedWriter:
     def __init__(self) -> None:
         self._windows: dict[tuple[int, int], _Window] = {}
 
-    def write(self, descriptor: int, limits: tuple[int, int], position: int, block: Any) -> bool:
+    def write(self, descriptor: int, limits: tuple[int, int], position: int, block: memoryview | bytes) -> bool:
         """Put a block of bytes at a position of a file opened for reading and writing; False where it cannot be mapped.
 
         limits: where the allocated stretch of the file begins and ends in which the block lies, the worker's own.

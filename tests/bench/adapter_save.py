@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tests.bench.process_memory import FamilyMemory
+from tests.bench import process_memory
+from tests.megatron_writer import let_it_write_from_a_cpu
 
 WAYS = ("megatron", "kit")
 
@@ -42,6 +42,8 @@ def main() -> None:
     if options.way:
         save_rounds(options)
         return
+    # torchrun would set it as well, and say so.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     result: dict[str, Any] = {}
     for way in WAYS:
         result |= {f"{way}_{name}": value for name, value in run(way, options).items()}
@@ -56,13 +58,7 @@ def run(way: str, options: argparse.Namespace) -> dict[str, Any]:
         argv += [str(options.processes), "-m", "tests.bench.adapter_save", "--way", way, "--folder", folder]
         for name in ("layers", "hidden_size", "ffn_hidden_size", "rank", "rounds"):
             argv += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            with FamilyMemory(process) as memory:
-                output, _ = process.communicate()
-            if process.returncode:
-                raise SystemExit(process.returncode)
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        found, memory = process_memory.measured(argv)
     return found | {"peak_gb": memory.peak_anonymous_bytes / 1e9}
 
 
@@ -77,6 +73,7 @@ def save_rounds(options: argparse.Namespace) -> None:
     from mixtral_run.train.adapter_writer import AdapterWriter
 
     stand_in_for_cuda()
+    let_it_write_from_a_cpu()
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     hidden, ffn, r, experts = options.hidden_size, options.ffn_hidden_size, options.rank, 8

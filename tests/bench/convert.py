@@ -34,8 +34,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tests.bench import process_memory
 from tests.bench.make_mixtral import add_size_options, make, scaled
-from tests.bench.process_memory import FamilyMemory
 
 WAYS = ("copy", "stream", "usual", "read", "direct", "load")
 PLACES = ("disk", "ram")
@@ -108,12 +108,7 @@ def measured(place: str, way: str, source: Path, target: Path) -> dict[str, floa
     if place == "disk":
         drop_from_cache(source)
     command = again("--run", way, "--source", str(source), "--target", str(target))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, FamilyMemory(process) as memory:
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-    if process.returncode != 0:
-        raise SystemExit(f"{way} ended with {process.returncode}")
-    one: dict[str, float] = json.loads(lines[-1])
+    one, memory = process_memory.measured(command)
     num_bytes = sum(file.stat().st_size for file in source.rglob("*") if file.suffix in (".safetensors", ".distcp"))
     one = {"gb_s": num_bytes / 1e9 / one["seconds"], **one}
     one["peak_anonymous_mb"] = round(memory.peak_anonymous_bytes / 1e6)

@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.weights.disk import drop_from_cache
+from tests.bench import process_memory
 from tests.bench.make_mixtral import add_size_options, make, scaled
-from tests.bench.process_memory import FamilyMemory
 
 WAYS = {"quantised": "no", "kept": "yes", "taken": "use"}
 """In the order of a round, and --keep-quantised of each."""
@@ -91,12 +90,7 @@ def measured(base: Path, precision: str, way: str) -> dict[str, float]:
             with file.open("rb") as stream:
                 drop_from_cache(stream.fileno())
     command = [sys.executable, "-m", "tests.bench.kept_start", *sys.argv[1:], "--run", str(base), precision, way]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, FamilyMemory(process) as memory:
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-    if process.returncode != 0:
-        raise SystemExit(f"{way} ended with {process.returncode}")
-    one: dict[str, float] = json.loads(lines[-1])
+    one, memory = process_memory.measured(command)
     return {**one, "peak_anonymous_mb": round(memory.peak_anonymous_bytes / 1e6)}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 SAMPLE_SECONDS = 0.02
 
@@ -41,6 +43,18 @@ class FamilyMemory:
             now = [_memory(pid) for pid in family]
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, sum(one["RssAnon"] for one in now))
             self.peak_resident_bytes = max(self.peak_resident_bytes, sum(one["VmRSS"] for one in now))
+
+
+def measured(command: list[str]) -> tuple[dict[str, Any], FamilyMemory]:
+    """Run a command: the JSON object that its last line is, and the memory of all that it started.
+
+    Raises SystemExit where it fails.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, FamilyMemory(process) as memory:
+        output, _ = process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}")
+    return json.loads(output.splitlines()[-1]), memory
 
 
 def _children(pid: int) -> list[int]:

@@ -56,7 +56,7 @@ def test_copies_keep_their_order_while_the_gpu_is_far_behind() -> None:
             del tensor
         sums = []
         for number in reversed(range(6)):
-            tensor = offload._give(kept.pop())
+            tensor = kept.pop().take()
             sums.append(((tensor - float(10 * turn + number)).abs().max(), number))
             del tensor
         assert [(float(error), number) for error, number in sums if float(error) != 0] == []
@@ -75,7 +75,7 @@ def test_no_more_than_two_stay_on_the_gpu() -> None:
         kept.append(offload._keep(torch.full((8 * mib,), float(number), device="cuda")))
         assert torch.cuda.memory_allocated() - before <= 32 * mib
     while kept:
-        given = offload._give(kept.pop())
+        given = kept.pop().take()
         assert torch.cuda.memory_allocated() - before <= 2 * 32 * mib
         del given
     assert torch.cuda.memory_allocated() == before

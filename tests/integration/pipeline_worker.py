@@ -12,11 +12,13 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
 from mixtral_run.model.cpu import stand_in_for_cuda
 from tests.integration.megatron_load_worker import build
+from tests.megatron_writer import let_it_write_from_a_cpu
 
 
 def main() -> None:
     checkpoint, out = sys.argv[1:3]
     stand_in_for_cuda()
+    let_it_write_from_a_cpu()
     dist.init_process_group("gloo")
     stages = dist.get_world_size()
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,15 +47,7 @@ def test_the_bench_of_conversion_measures_every_way_it_is_asked_for(tmp_path: Pa
     sizes = ("--layers", "1", "--hidden-size", "512", "--ffn-hidden-size", "256", "--vocab-size", "1024")
     ways = ("copy", "stream", "read", "direct")
     words = (*sizes, "--rounds", "1", "--ways", *ways, "--folder", tmp_path / "disk", "--ram-folder", tmp_path / "ram")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.convert", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = told_by("convert", *words)
     for place in ("disk", "ram"):
         assert set(told[place]) == set(ways)
         assert all(each["gb_s"] > 0 and each["peak_anonymous_mb"] > 0 for each in told[place].values())
@@ -64,15 +57,7 @@ def test_the_bench_of_conversion_measures_every_way_it_is_asked_for(tmp_path: Pa
 
 def test_the_bench_of_starts_reads_less_where_experts_are_kept(tmp_path: Path) -> None:
     sizes = ("--layers", "2", "--hidden-size", "512", "--ffn-hidden-size", "1024", "--vocab-size", "1024")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.kept_start", *sizes, "--rounds", "1", "--folder", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = told_by("kept_start", *sizes, "--rounds", "1", "--folder", tmp_path)
     assert len(told) == 2 * 2 * 3
     for base in ("checkpoint", "hf"):
         for precision, least in (("fp8", 1.6), ("nf4", 2.5)):
@@ -80,3 +65,25 @@ def test_the_bench_of_starts_reads_less_where_experts_are_kept(tmp_path: Path) -
             assert quantised["gb_read"] > least * taken["gb_read"] > 0
             assert kept["gb_written"] > quantised["gb_written"]
     assert not any(tmp_path.iterdir())
+
+
+def test_the_bench_of_saving_measures_both_ways(tmp_path: Path) -> None:
+    sizes = ("--layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "512")
+    told = told_by("adapter_save", *sizes, "--rounds", "2", "--folder", tmp_path)
+    for way in ("megatron", "kit"):
+        assert len(told[f"{way}_seconds"]) == 2 and min(told[f"{way}_seconds"]) > 0 and told[f"{way}_peak_gb"] > 0
+    assert not any(tmp_path.iterdir())
+
+
+def told_by(bench: str, *words: object) -> dict[str, Any]:
+    """The JSON object that a bench ends with."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.bench.{bench}", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told

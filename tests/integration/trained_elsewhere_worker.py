@@ -18,11 +18,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from mixtral_run.model.cpu import stand_in_for_cuda
 from tests.integration.megatron_load_worker import build
+from tests.megatron_writer import let_it_write_from_a_cpu
 
 
 def main() -> None:
     checkpoint, out, keys = sys.argv[1:4]
     stand_in_for_cuda()
+    let_it_write_from_a_cpu()
     dist.init_process_group("gloo")
     ep = dist.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep, expert_tensor_parallel_size=1)

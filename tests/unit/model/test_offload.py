@@ -86,14 +86,14 @@ def test_only_two_are_on_the_device(here: Processes) -> None:
     kept = [offload._keep(each * 2) for each in inputs]
     assert [each._here is None for each in kept] == [True] * 5 + [False]
     for number in reversed(range(6)):
-        given = offload._give(kept[number])
+        given = kept[number].take()
         assert given.unique().tolist() == [2.0 * number]
         # The next pass may write into the buffer while this one still reads what it was given.
         assert given.data_ptr() != kept[number]._host.data_ptr()
         # The one that was taken belongs to its layer; the next is on its way.
         assert [index for index, each in enumerate(kept) if each._here is not None] == [number - 1] * (number > 0)
     # Once more, as with retain_graph.
-    assert offload._give(kept[2]).unique().tolist() == [4.0]
+    assert kept[2].take().unique().tolist() == [4.0]
 
 
 def test_is_not_recorded(here: Processes) -> None:

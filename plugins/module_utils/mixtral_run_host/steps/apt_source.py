@@ -108,16 +108,22 @@ def _need_repository(module, uri, suite, arch):
     """Fail while nothing is written where the repository does not answer: apt would, and leave its source behind."""
     place = "InRelease" if suite.endswith("/") else "dists/{}/InRelease".format(suite)
     url = "{}/{}".format(uri.replace("$(ARCH)", arch).rstrip("/"), place)
+    _fetched(module, url, "The package repository does not answer", "the index of suite {}".format(suite),
+             "404: it has no such release; else ")  # fmt: skip
+
+
+def _fetched(module, url, what, expected, before_next=""):
+    """What lies at the URL; fails with what that means where nothing can be had from there."""
     try:
-        _open(module, url)
+        return _open(module, url)
     except (OSError, ValueError) as error:
         module.fail_json(
             msg=explain(
-                "The package repository does not answer; nothing was changed.",
+                "{}; nothing was changed.".format(what),
                 where=url,
-                expected="the index of suite {}".format(suite),
+                expected=expected,
                 found=str(error),
-                next_step="404: it has no such release; else open the way to it, or name a mirror or proxy in group_vars",
+                next_step=before_next + "open the way to it, or name a mirror or proxy in group_vars",
             )
         )
 
@@ -139,18 +145,8 @@ def _pinned_key(module, path, url):
     there = read_text(path)
     if there is not None and _fingerprints(there.encode()) == [pinned]:
         return None
-    try:
-        data = _open(module, url)
-    except (OSError, ValueError) as error:
-        module.fail_json(
-            msg=explain(
-                "The repository's key cannot be fetched; nothing was changed.",
-                where=url,
-                expected="the key with fingerprint {}".format(pinned),
-                found=str(error),
-                next_step="open the way to it, or name a mirror or proxy in group_vars",
-            )
-        )
+    expected = "the key with fingerprint {}".format(pinned)
+    data = _fetched(module, url, "The repository's key cannot be fetched", expected)
     found = _fingerprints(data)
     if found != [pinned]:
         module.fail_json(
