@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -39,11 +40,11 @@ def repeating(every_seconds: float, action: Callable[[], object]) -> Iterator[No
         thread.join()
 
 
-class Progress:
+class Progress(ABC):
     """Counts work done. `advance` may be called from several threads."""
 
-    def advance(self, amount: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def advance(self, amount: int) -> None: ...
 
 
 class _Silent(Progress):

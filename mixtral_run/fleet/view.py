@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,8 +41,8 @@ class PlayView(AbstractContextManager["PlayView"]):
     def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
         self.progress, self.stream, self.diff = progress, stream, diff
 
-    def update(self, notices: Iterable[Notice] = ()) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def update(self, notices: Iterable[Notice] = ()) -> None: ...
 
     def __enter__(self) -> Self:
         return self
