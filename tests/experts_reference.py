@@ -154,17 +154,29 @@ class AdaptedCase:
         output = output + self.SCALE * torch.einsum("tr,tnr->tn", inner, second_out)
         return self._results(shares[:, None] * output, tokens, shares, halves)
 
-    def fast(self, device: str, dtype: torch.dtype) -> list[Tensor]:
-        """The same by adapted_experts.py; shares and halves in fp32 where dtype is less."""
+    def fast(self, device: str, dtype: torch.dtype, strange: int = 0) -> list[Tensor]:
+        """The same by adapted_experts.py; shares and halves in fp32 where dtype is less.
+
+        strange: rows behind the last that no expert has, of NaN, as is their gradient.
+        """
         tokens, shares, *halves = self._leaves(device, dtype)
         ends = self.ends.to(device)
         rows = Rows(ends)
+        given, counted = tokens, shares
+        if strange:
+            given = torch.cat((tokens, tokens.new_full((strange, tokens.shape[1]), torch.nan)))
+            counted = torch.cat((shares, shares.new_zeros(strange)))
         if self.order is not None:
             position = torch.empty_like(self.order)
             position[self.order] = torch.arange(len(position))
             rows = Rows(ends, self.source.to(device), position.to(device), self.topk)
         layers = [FrozenWeight(each.to(device, dtype)) for each in (self.first, self.second)]
-        output = adapted_experts(tokens, rows, *layers, Adapters(*halves, self.SCALE), None, shares)
+        output = adapted_experts(given, rows, *layers, Adapters(*halves, self.SCALE), None, counted)
+        if strange:
+            count = shares.shape[0]
+            places = torch.arange(count, count + strange, device=device)
+            output.register_hook(lambda gradient: gradient.index_fill(0, places, torch.nan))
+            output = output[:count]
         return self._results(shares.detach()[:, None] * output, tokens, shares, halves)
 
     def _leaves(self, device: str, dtype: torch.dtype) -> list[Tensor]:

@@ -39,12 +39,14 @@ class FrozenExperts(Protocol):
 @dataclass(frozen=True)
 class Rows:
     """Which rows the experts take. ends: grouped.py. source, int64 [rows]: of which token each is; position [rows]:
-    permute.py; topk: how many rows a token has. Without them the tokens are the rows."""
+    permute.py; topk: how many rows a token has. Without them the tokens are the rows. partial: position has more than
+    these rows, other processes' behind the last of `ends`."""
 
     ends: Tensor
     source: Tensor | None = None
     position: Tensor | None = None
     topk: int = 1
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _AdaptedExperts(torch.autograd.Function):
             hidden, first_inner, second_inner, shares, ends, rows.source, rows.position, *halves, *kept
         )
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, rows.topk
+        ctx.partial = rows.partial
         ctx.dtypes = [each.dtype for each in parameters]
         return add_product(output, second_inner, halves[3].transpose(1, 2), scale, ends)
 
@@ -138,6 +141,6 @@ class _AdaptedExperts(torch.autograd.Function):
             for_tokens = first.gradient(for_hidden, ends, for_inner, first_in)
             if position is not None:
                 ones = torch.ones(position.numel() // ctx.topk, ctx.topk, device=gradient.device)
-                for_tokens = add_rows(for_tokens, ones, position)
+                for_tokens = add_rows(for_tokens, ones, position, ends[-1:] if ctx.partial else None)
         adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
         return (for_tokens, for_shares, *adapters, None, None, None, None, None, *(None for _ in kept))

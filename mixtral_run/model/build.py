@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.gathered import Room
 from mixtral_run.model.layer import MixtralLayer
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
@@ -125,6 +126,17 @@ class MixtralModel(torch.nn.Module):
                 linear.quantise()
             if done is not None:
                 done(number, experts)
+
+    @contextmanager
+    def gathering(self, room: Room | None) -> Iterator[None]:
+        """While this lasts, tokens reach experts in other processes as gathered.py has it, where room is given."""
+        for layer in self.gpt.decoder.layers:
+            layer.mlp.room = room
+        try:
+            yield
+        finally:
+            for layer in self.gpt.decoder.layers:
+                layer.mlp.room = None
 
     @property
     def experts(self) -> list[Experts]:

@@ -5,7 +5,8 @@ waits; for an adapter's halves kernels of our own (narrow_triton.py). Elsewhere 
 the reference that tests compare with.
 
 Weights that are frozen get no gradient computed. Shapes: rows [tokens, in], sorted by expert; weight [experts, out,
-in]; ends int32 [experts], the number of rows up to and with each expert's.
+in]; ends int32 [experts], the number of rows up to and with each expert's. Rows from the last of them on are no
+expert's, and what is computed for them means nothing (gathered.py).
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None 
     if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
         output: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
         return output
-    parts = rows.split(row_counts(ends))
-    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices.unbind(0), strict=True)])
+    parts = [part @ matrix for part, matrix in zip(each_experts(rows, ends), matrices.unbind(0), strict=True)]
+    return filled_up(parts, rows.shape[0])
 
 
 def outer_product(
@@ -148,8 +149,7 @@ def outer_product(
     if has_grouped_product(left, left.shape[1], right.shape[1]):
         output: Tensor = torch._grouped_mm(left.t(), right, offs=ends)
     else:
-        counts = row_counts(ends)
-        pairs = zip(left.split(counts), right.split(counts), strict=True)
+        pairs = zip(each_experts(left, ends), each_experts(right, ends), strict=True)
         output = torch.stack([first.t() @ second for first, second in pairs])
     return output.to(dtype or left.dtype)
 
@@ -238,7 +238,12 @@ def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
         return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def row_counts(ends: Tensor) -> list[int]:
-    """Rows of each expert, on the host."""
-    numbers = [0, *ends.tolist()]
-    return [after - before for before, after in itertools.pairwise(numbers)]
+def each_experts(rows: Tensor, ends: Tensor) -> list[Tensor]:
+    """Each expert's rows. Waits for the GPU."""
+    return [rows[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
+
+
+def filled_up(parts: list[Tensor], count: int) -> Tensor:
+    """The parts one below the other, and zeros, `count` rows in all."""
+    missing = count - sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])] if missing else parts)

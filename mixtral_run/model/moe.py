@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Rows
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
 from mixtral_run.model.permute import inverse, regroup, to_rows, to_tokens
 from mixtral_run.model.remake import Recipe
+from mixtral_run.model.room import rows_with_room
 from mixtral_run.model.sharing import mark
 
 
@@ -87,6 +89,8 @@ class MoELayer(MegatronModule):
         self.router = Router(config)
         self.experts = Experts(config, layer_number, lora, base_precision)
         self.expert_group = parallel_state.get_expert_model_parallel_group()
+        self.room: Room | None = None
+        """Where given, experts spread over processes get their tokens as gathered.py has it."""
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
         """hidden: [sequence (/ TP), batch, hidden]; returns the same shape. All ranks of the expert group must call.
@@ -95,12 +99,13 @@ class MoELayer(MegatronModule):
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, experts = self.router(tokens)
+        if self.room is not None and self.expert_group.size() > 1:
+            return self._gathered(tokens, weights, experts, self.room).view_as(hidden)
         topk = experts.shape[1]
         chosen = experts.flatten()
         order = _sorted_by(chosen, self.num_experts)
         position = inverse(order)
-        # Not bincount, which waits for the GPU to learn the size of its result.
-        counts = (chosen[:, None] == torch.arange(self.num_experts, device=chosen.device)).sum(0)
+        counts = _counts(chosen, self.num_experts)
         if self.expert_group.size() > 1:
             rows = to_rows(tokens, order, position, topk)
             outputs = self._through_expert_group(rows, counts, selective=recipe is not None)
@@ -133,6 +138,26 @@ class MoELayer(MegatronModule):
         outputs: Tensor = self.experts(to_rows(tokens, order, position, topk), ends, recipe, shares)
         return outputs
 
+    def _gathered(self, tokens: Tensor, weights: Tensor, experts: Tensor, room: Room) -> Tensor:
+        """Each process adds up what its experts say of all tokens; see gathered.py. Of the adapted experts alone."""
+        size, topk = self.expert_group.size(), experts.shape[1]
+        count = self.num_experts // size
+        everyones = gather(tokens, weights, experts, self.expert_group)
+        chosen = everyones.experts.flatten() - self.expert_group.rank() * count
+        # Those of other processes come last.
+        chosen = torch.where((chosen >= 0) & (chosen < count), chosen, count)
+        order = _sorted_by(chosen, count + 1)
+        position = inverse(order)
+        num_rows = rows_with_room(chosen.numel(), size)
+        ends = room.bound(_counts(chosen, count).cumsum(0), num_rows)
+        order, end = order[:num_rows], ends[-1:]
+        here = torch.arange(num_rows, device=order.device) < end
+        shares = everyones.weights.flatten().index_select(0, order).where(here, 0.0)
+        rows = Rows(ends, order // topk, position, topk, partial=True)
+        outputs = self.experts.adapted_forward(everyones.tokens, rows, None, shares)
+        parts = to_tokens(outputs, everyones.weights.detach().contiguous(), order, position, end)
+        return sum_where_they_belong(parts, self.expert_group)
+
     def _through_expert_group(self, rows: Tensor, counts: Tensor, *, selective: bool) -> Tensor:
         """Rows sorted by expert → their experts' outputs in the same order. counts: [experts], of this process."""
         size = self.expert_group.size()
@@ -156,6 +181,11 @@ class MoELayer(MegatronModule):
         outputs = regroup(outputs, [blocks[block] for block in there], back)
         returned: Tensor = all_to_all(self.expert_group, outputs, send_sizes, receive_sizes)
         return returned
+
+
+def _counts(chosen: Tensor, count: int) -> Tensor:
+    """How often each number below `count` is there. Not bincount, which waits for the GPU to learn how long it is."""
+    return (chosen[:, None] == torch.arange(count, device=chosen.device)).sum(0)
 
 
 def _sorted_by(experts: Tensor, count: int) -> Tensor:

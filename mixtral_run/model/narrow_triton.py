@@ -1,7 +1,8 @@
 """Triton kernels for grouped.py's products with an adapter's half, where one side is as narrow as the rank.
 
 They read their wide operand once, and that is their cost: torch's grouped product, made for square tiles, needs up to
-twice the time. Sums are taken in the same order every time. Imported only where a GPU is.
+twice the time. Sums are taken in the same order every time. Rows from the last of `ends` on are no expert's
+(gathered.py): nothing is read for them. Imported only where a GPU is.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def _product_kernel(
     Rows are sorted by expert, and an expert may end within a block: each goes over the experts that it touches.
     """
     first = tl.program_id(0) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
+    limit = tl.minimum(tl.load(ends_ptr + num_experts - 1), tokens)
+    last = tl.minimum(first + ROWS, limit)
     rows = first + tl.arange(0, ROWS)
     narrow = tl.arange(0, NARROW)
     places = tl.arange(0, DEPTH)
@@ -58,7 +60,7 @@ def _product_kernel(
     result = tl.zeros([ROWS, NARROW], dtype=tl.float32)
     at = rows.to(tl.int64)
     if HAS_SOURCE:
-        at = tl.load(source_ptr + rows, mask=rows < tokens, other=0)
+        at = tl.load(source_ptr + rows, mask=rows < limit, other=0)
     for expert in range(first_expert, last_expert + 1):
         end = tl.load(ends_ptr + expert)
         begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
@@ -141,7 +143,8 @@ def _added_kernel(
     COLUMNS: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
+    limit = tl.minimum(tl.load(ends_ptr + num_experts - 1), tokens)
+    last = tl.minimum(first + ROWS, limit)
     rows = first + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     narrow = tl.arange(0, NARROW)
@@ -149,7 +152,7 @@ def _added_kernel(
     ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
     first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
     last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
-    inside = (rows < tokens)[:, None] & (columns < width)[None, :]
+    inside = (rows < limit)[:, None] & (columns < width)[None, :]
     places = rows[:, None].to(tl.int64) * width + columns[None, :]
     base = tl.load(base_ptr + places, mask=inside, other=0.0)
     result = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)

@@ -2,7 +2,8 @@
 
 `order` [tokens·topk] lists the choices (token·topk + which) sorted by expert; `position` is its inverse. Both ways are
 gathers, backward too: a scatter that adds would do so in an order of its own on a GPU, and autograd's gradient of an
-index sorts first.
+index sorts first. Where other processes have rows too (gathered.py), `end`, an integer on the device, says how many are
+here: those whose position is smaller.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ def to_rows(tokens: Tensor, order: Tensor, position: Tensor, topk: int) -> Tenso
     return rows
 
 
-def to_tokens(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
-    """rows [tokens·topk, hidden] → tokens [tokens, hidden]: each token's rows added, times weights [tokens, topk]."""
-    tokens: Tensor = _ToTokens.apply(rows, weights, order, position)  # type: ignore[no-untyped-call]
+def to_tokens(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor, end: Tensor | None = None) -> Tensor:
+    """rows [tokens·topk, hidden] → tokens [tokens, hidden]: each token's rows added, times weights [tokens, topk].
+
+    With `end`, fewer rows will do, and weights get no gradient.
+    """
+    assert end is None or not weights.requires_grad
+    tokens: Tensor = _ToTokens.apply(rows, weights, order, position, end)  # type: ignore[no-untyped-call]
     return tokens
 
 
@@ -61,33 +66,39 @@ class _ToRows(torch.autograd.Function):
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor, end: Tensor | None) -> Tensor:
         # The rows are for the gradient of the weights alone.
-        ctx.save_for_backward(rows if weights.requires_grad else None, weights, order, position)
-        return add_rows(rows, weights, position)
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights, order, position, end)
+        ctx.num_rows = rows.shape[0]
+        return add_rows(rows, weights, position, end)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        rows, weights, order, position = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        rows, weights, order, position, end = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         if gradient.is_cuda and position.numel():
             from mixtral_run.model.permute_triton import spread
 
-            return *spread(gradient, rows, weights, position), None, None
-        topk = weights.shape[1]
+            return *spread(gradient, rows, weights, position, ctx.num_rows, end), None, None, None
+        topk, order = weights.shape[1], order[: ctx.num_rows]
         for_rows = gradient.index_select(0, order // topk) * weights.flatten()[order, None].to(gradient.dtype)
         if rows is None:
-            return for_rows, None, None, None
+            return for_rows, None, None, None, None
         picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
         for_weights = (picked * gradient[:, None]).sum(-1, dtype=weights.dtype)
-        return for_rows, for_weights, None, None
+        return for_rows, for_weights, None, None, None
 
 
-def add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
+def add_rows(rows: Tensor, weights: Tensor, position: Tensor, end: Tensor | None = None) -> Tensor:
     """Σ over k of weights[t, k] · rows[position[t·topk + k]]: [tokens, hidden] in rows' dtype, added in fp32."""
     if rows.is_cuda and rows.numel():
         from mixtral_run.model.permute_triton import add_rows as on_gpu
 
-        return on_gpu(rows.contiguous(), weights, position)
-    picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
+        return on_gpu(rows.contiguous(), weights, position, end)
+    if end is not None:
+        here = position < end
+        picked = rows.index_select(0, position.where(here, 0)).where(here[:, None], 0.0)
+    else:
+        picked = rows.index_select(0, position)
+    picked = picked.view(*weights.shape, rows.shape[1])
     return (picked * weights[..., None].to(rows.dtype)).sum(dim=1)

@@ -11,7 +11,17 @@ BLOCK = 1024
 
 
 @triton.jit
-def _add_rows_kernel(rows_ptr, weights_ptr, position_ptr, output_ptr, hidden, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rows_kernel(
+    rows_ptr,
+    weights_ptr,
+    position_ptr,
+    end_ptr,
+    output_ptr,
+    hidden,
+    TOPK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_END: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < hidden
@@ -19,7 +29,8 @@ def _add_rows_kernel(rows_ptr, weights_ptr, position_ptr, output_ptr, hidden, TO
     for choice in tl.static_range(TOPK):
         row = tl.load(position_ptr + token * TOPK + choice)
         weight = tl.load(weights_ptr + token * TOPK + choice)
-        total += weight * tl.load(rows_ptr + row * hidden + columns, mask=mask, other=0.0).to(tl.float32)
+        here = mask & (row < tl.load(end_ptr)) if HAS_END else mask
+        total += weight * tl.load(rows_ptr + row * hidden + columns, mask=here, other=0.0).to(tl.float32)
     tl.store(output_ptr + token * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -29,12 +40,14 @@ def _spread_kernel(
     rows_ptr,
     weights_ptr,
     position_ptr,
+    end_ptr,
     for_rows_ptr,
     for_weights_ptr,
     hidden,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_END: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     for choice in tl.static_range(TOPK):
@@ -46,28 +59,46 @@ def _spread_kernel(
             mask = columns < hidden
             gradient = tl.load(gradient_ptr + token * hidden + columns, mask=mask, other=0.0).to(tl.float32)
             target = for_rows_ptr + row * hidden + columns
-            tl.store(target, (gradient * weight).to(for_rows_ptr.dtype.element_ty), mask=mask)
+            here = mask & (row < tl.load(end_ptr)) if HAS_END else mask
+            tl.store(target, (gradient * weight).to(for_rows_ptr.dtype.element_ty), mask=here)
             if HAS_ROWS:
-                value = tl.load(rows_ptr + row * hidden + columns, mask=mask, other=0.0).to(tl.float32)
+                value = tl.load(rows_ptr + row * hidden + columns, mask=here, other=0.0).to(tl.float32)
                 total += gradient * value
         if HAS_ROWS:
             tl.store(for_weights_ptr + token * TOPK + choice, tl.sum(total, axis=0))
 
 
-def add_rows(rows: Tensor, weights: Tensor, position: Tensor) -> Tensor:
+def add_rows(rows: Tensor, weights: Tensor, position: Tensor, end: Tensor | None = None) -> Tensor:
     """See permute.add_rows. rows contiguous, weights fp32, position int64."""
     tokens, topk = weights.shape
     hidden = rows.shape[1]
     output = torch.empty(tokens, hidden, dtype=rows.dtype, device=rows.device)
     grid = (tokens, triton.cdiv(hidden, BLOCK))
-    _add_rows_kernel[grid](rows, weights.contiguous(), position, output, hidden, TOPK=topk, BLOCK=BLOCK)
+    _add_rows_kernel[grid](
+        rows,
+        weights.contiguous(),
+        position,
+        end if end is not None else position,
+        output,
+        hidden,
+        TOPK=topk,
+        BLOCK=BLOCK,
+        HAS_END=end is not None,
+    )
     return output
 
 
-def spread(gradient: Tensor, rows: Tensor | None, weights: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `add_rows` for its rows and, where the rows are given, its weights."""
+def spread(
+    gradient: Tensor,
+    rows: Tensor | None,
+    weights: Tensor,
+    position: Tensor,
+    num_rows: int,
+    end: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `add_rows` for its rows, `num_rows` of them, and, where these are given, its weights."""
     tokens, topk = weights.shape
-    for_rows = torch.empty(position.numel(), gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
+    for_rows = torch.empty(num_rows, gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
     for_weights = None
     if rows is not None:
         for_weights = torch.empty(tokens, topk, dtype=torch.float32, device=gradient.device)
@@ -77,12 +108,14 @@ def spread(gradient: Tensor, rows: Tensor | None, weights: Tensor, position: Ten
         rows if rows is not None else unused,
         weights.contiguous(),
         position,
+        end if end is not None else position,
         for_rows,
         for_weights if for_weights is not None else unused,
         gradient.shape[1],
         TOPK=topk,
         BLOCK=BLOCK,
         HAS_ROWS=rows is not None,
+        HAS_END=end is not None,
     )
     return for_rows, for_weights
 

@@ -26,10 +26,11 @@ from torch import Tensor
 from mixtral_run.model import nf4
 from mixtral_run.model.grouped import (
     add_product,
+    each_experts,
+    filled_up,
     has_grouped_product,
     outer_product,
     product,
-    row_counts,
     why_not,
 )
 from mixtral_run.model.remake import Recipe
@@ -259,8 +260,8 @@ def plain_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, *,
         matrices = dequantise(values, scales, rows.dtype)
         return product(rows, matrices if backwards else matrices.transpose(1, 2), ends)
     outputs = []
-    for part, value, scale in zip(rows.split(row_counts(ends)), values.unbind(0), scales.unbind(0), strict=True):
+    for part, value, scale in zip(each_experts(rows, ends), values.unbind(0), scales.unbind(0), strict=True):
         # One expert at a time: all of them would be the memory that 8 bit saves.
         matrix = dequantise(value, scale, rows.dtype)
         outputs.append(part @ (matrix if backwards else matrix.t()))
-    return torch.cat(outputs)
+    return filled_up(outputs, rows.shape[0])

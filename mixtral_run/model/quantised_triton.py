@@ -36,7 +36,8 @@ def _quantise_kernel(
     value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
         ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
-        expert = tl.sum((ends <= row).to(tl.int64), axis=0)
+        # A row from the last end on is no expert's: any will do.
+        expert = tl.minimum(tl.sum((ends <= row).to(tl.int64), axis=0), num_experts - 1)
         value = value * tl.load(columns_ptr + expert * width + columns, mask=inside, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(value), axis=0), TINY) / LARGEST
     tl.store(scales_ptr + row, scale)

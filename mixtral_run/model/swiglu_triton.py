@@ -1,7 +1,8 @@
 """Triton kernels of swiglu.py. Imported only where a GPU is.
 
 A program takes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: each
-block goes over the experts that it touches and adds the adapter's output for that expert's rows only.
+block goes over the experts that it touches and adds the adapter's output for that expert's rows only. Rows from the
+last of `ends` on are no expert's (gathered.py): nothing is read or written there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _adapter(
     rows,
     row_mask,
     columns,
-    tokens,
+    limit,
     ffn,
     NUM_EXPERTS: tl.constexpr,
     RANK: tl.constexpr,
@@ -42,7 +43,7 @@ def _adapter(
     ranks = tl.arange(0, RANK)
     inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
     first = tl.program_id(0) * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, tokens)
+    last = tl.minimum(first + BLOCK_M, limit)
     # The experts of the first and of the last row: most blocks touch one only.
     numbers = tl.arange(0, NUM_EXPERTS)
     ends = tl.load(ends_ptr + numbers)
@@ -78,7 +79,8 @@ def _forward_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    row_mask = rows < tokens
+    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
     up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
@@ -89,7 +91,7 @@ def _forward_kernel(
         rows,
         row_mask,
         columns,
-        tokens,
+        limit,
         ffn,
         NUM_EXPERTS,
         RANK,
@@ -124,7 +126,8 @@ def _backward_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    row_mask = rows < tokens
+    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
     up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
@@ -137,7 +140,7 @@ def _backward_kernel(
         rows,
         row_mask,
         columns,
-        tokens,
+        limit,
         ffn,
         NUM_EXPERTS,
         RANK,

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.parallel import sum_over
 from mixtral_run.train.data import GlobalBatch
-from mixtral_run.train.step import StepResult, eager_backward, norm_of, squared_gradients, sum_gradients, trainable
+from mixtral_run.train.step import EagerBackward, StepResult, norm_of, squared_gradients, sum_gradients, trainable
 
 
 class SgdInBackward:
@@ -36,7 +36,7 @@ class SgdInBackward:
         (micro,) = batch.micro_batches
         here = self._model.processes
         self._rate, self._squares = rate, []
-        loss = eager_backward(self._model)(micro, batch.num_loss_tokens).double()
+        loss = EagerBackward(self._model)(micro, batch.num_loss_tokens).double()
         self._apply(self._rest)
         totals = {kind: torch.stack([each[kind] for each in self._squares]).sum() for kind in self._squares[0]}
         norm = norm_of(totals, here)

@@ -1,8 +1,9 @@
 """Forward and backward of a micro batch as one CUDA graph.
 
 A layer launches some two hundred kernels; at 512 tokens the host needs longer to launch them than the GPU to run them.
-A graph is recorded once and replayed. That needs fixed shapes and no wait for the GPU in between: dispatch over EP
-waits for its counts, so a graph is for layouts in which every process holds all experts and whole layers.
+A graph is recorded once and replayed, exchanges with other processes included. That needs fixed shapes and no wait for
+the GPU in between: where experts are spread over processes, tokens are gathered (model/gathered.py), and where that
+does not pay or does not go, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -10,36 +11,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixtral_run.config import RUNS_AGAIN
+from mixtral_run.model import room
 from mixtral_run.model.build import MixtralModel
+from mixtral_run.model.gathered import Room
 from mixtral_run.model.grouped import has_grouped_product
 from mixtral_run.train.data import MicroBatch
-from mixtral_run.train.step import trainable
+from mixtral_run.train.step import Backward, trainable
 
 WARM_UP = 2
 """Runs before recording: kernels are compiled and libraries set up outside the graph."""
 
 
-def can_record(model: MixtralModel) -> bool:
-    """Whether this model's pass over a micro batch can be recorded: it never waits for the GPU. Layers that run again
-    are not: with dropout they read the state of the random numbers, and without it they have not been tried."""
-    here = model.processes
+def can_record(model: MixtralModel, num_tokens: int) -> bool:
+    """Whether this model's pass over a micro batch of so many tokens can be recorded, and pays: it never waits for the
+    GPU. The same on all ranks."""
+    here, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
     probe = torch.empty(1, dtype=model.settings.dtype, device=here.device)
-    rank = model.settings.lora.rank if model.settings.lora is not None else 8
     return (
         here.device.type == "cuda"
-        and model.settings.recompute not in RUNS_AGAIN
-        and here.tensor_size == here.expert_size == 1
-        and has_grouped_product(probe, model.architecture.hidden_size, model.architecture.ffn_hidden_size, rank)
+        # Layers that run again read the state of the random numbers where there is dropout.
+        and (recompute in ("none", "selective") or (recompute == "full" and (lora is None or lora.dropout == 0)))
+        and (here.expert_size == 1 or _gathers(model, num_tokens))
+        and has_grouped_product(
+            probe,
+            model.architecture.hidden_size,
+            model.architecture.ffn_hidden_size,
+            lora.rank if lora is not None else 8,
+        )
     )
 
 
-class RecordedBackward:
-    """As `eager_backward`, recorded: once for a micro batch that finds no gradients and leaves its own, and once, where
-    it comes to that, for one that adds to them. The gradients stay in the same memory, which the recordings share."""
+def _gathers(model: MixtralModel, num_tokens: int) -> bool:
+    here = model.processes
+    return room.pays(num_tokens // here.tensor_size, here.expert_size) and all(each.adapted for each in model.experts)
+
+
+class RecordedBackward(Backward):
+    """As EagerBackward, recorded: once for a micro batch that finds no gradients and leaves its own, and once, where
+    it comes to that, for one that adds to them. The gradients stay in the same memory, which the recordings share.
+
+    All ranks record at the same time.
+    """
 
     def __init__(self, model: MixtralModel) -> None:
-        self._model = model
+        here = model.processes
+        super().__init__(model, Room.on(here.device) if here.expert_size > 1 else None)
         self._parameters = trainable(model)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._gradients: list[Tensor | None] = []
@@ -49,7 +65,7 @@ class RecordedBackward:
         weights = micro.loss_mask / num_loss_tokens
         adds = any(parameter.grad is not None for parameter in self._parameters)
         if self._inputs is None:
-            device = self._model.processes.device
+            device = self.model.processes.device
             self._inputs = (micro.tokens.to(device), micro.labels.to(device), weights.to(device))
         for held, new in zip(self._inputs, (micro.tokens, micro.labels, weights), strict=True):
             held.copy_(new, non_blocking=True)
@@ -76,7 +92,8 @@ class RecordedBackward:
             self._drop_gradients()
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
-        with torch.cuda.graph(graph, pool=pool):
+        # NCCL has a thread that looks after what is under way; what it does is not to be taken for part of this.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             loss = self._pass(adds)
         if adds:
             # Warming up and recording added their gradients: back to what was there.
@@ -96,6 +113,7 @@ class RecordedBackward:
         if not adds:
             self._drop_gradients()
         tokens, labels, weights = self._inputs
-        loss = (self._model.losses(tokens, labels) * weights).sum()
-        loss.backward()
+        with self.model.gathering(self.room):
+            loss = (self.model.losses(tokens, labels) * weights).sum()
+            loss.backward()
         return loss.detach()

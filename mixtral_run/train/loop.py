@@ -70,7 +70,7 @@ def finetune(config: FinetuneConfig) -> None:
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
         # A graph has fixed shapes; packed rows hold now more samples, now fewer.
-        backward = RecordedBackward(model) if config.cuda_graphs and not config.pack and can_record(model) else None
+        backward = None if config.pack else _recorded(config, model)
         step = optimizer_step(model, optimizer, config.clip_grad, backward)
         if here.is_first and not config.resume:
             _remove_leftovers(config.save)
@@ -119,8 +119,13 @@ def _full_step(config: PretrainConfig, model: MixtralModel, *, steps_in_backward
     else:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         how = "AdamW"
-    backward = RecordedBackward(model) if config.cuda_graphs and can_record(model) else None
+    backward = _recorded(config, model)
     return optimizer_step(model, optimizer, config.clip_grad, backward), how
+
+
+def _recorded(config: DataConfig, model: MixtralModel) -> RecordedBackward | None:
+    num_tokens = config.micro_batch_size * config.seq_length
+    return RecordedBackward(model) if config.cuda_graphs and can_record(model, num_tokens) else None
 
 
 def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> SampleSource:

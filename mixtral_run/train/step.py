@@ -6,6 +6,7 @@ are the same in every layout and with every micro batch size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixtral_run.model.build import MixtralModel
+from mixtral_run.model.gathered import Room
 from mixtral_run.model.packing import Packed
 from mixtral_run.model.parallel import Processes, sum_over
 from mixtral_run.model.sharing import is_expert, is_partial, is_split
@@ -39,25 +41,38 @@ class Step(Protocol):
     def __call__(self, batch: GlobalBatch, rate: float) -> StepResult: ...
 
 
-class Backward(Protocol):
-    """Adds one micro batch's gradients; returns its share of the loss, an fp32 scalar on the device."""
+class Backward(ABC):
+    """How a micro batch goes through the model.
 
-    def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor: ...
+    With room, experts that are spread over processes get their tokens as gathered.py has it; without, row by row.
+    """
+
+    def __init__(self, model: MixtralModel, room: Room | None = None) -> None:
+        self.model = model
+        self.room = room
+
+    @abstractmethod
+    def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
+        """Add one micro batch's gradients; returns its share of the loss, an fp32 scalar on the device."""
+
+    def was_whole(self) -> bool:
+        """Whether the gradients since it was last asked are right: every row had room. All ranks must call."""
+        return self.room is None or self.room.sufficed(self.model.processes)
 
 
-def eager_backward(model: MixtralModel) -> Backward:
+class EagerBackward(Backward):
     """Forward and backward as they come."""
-    device = model.processes.device
 
-    def backward(micro: MicroBatch, num_loss_tokens: int) -> Tensor:
+    def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
+        device = self.model.processes.device
         packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
         positions = micro.position_ids.to(device) if packed is not None else None
-        losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
-        loss = (losses * micro.loss_mask.to(device)).sum() / num_loss_tokens
-        loss.backward()
+        tokens, labels = micro.tokens.to(device), micro.labels.to(device)
+        with self.model.gathering(self.room):
+            losses = self.model.losses(tokens, labels, positions=positions, packed=packed)
+            loss = (losses * micro.loss_mask.to(device)).sum() / num_loss_tokens
+            loss.backward()
         return loss.detach()
-
-    return backward
 
 
 def optimizer_step(
@@ -82,18 +97,15 @@ def train_step(
 ) -> StepResult:
     """Take one step over this rank's share of a global batch. All ranks must call.
 
-    `backward` is how a micro batch goes through the model; without one, `eager_backward`.
+    `backward` is how a micro batch goes through the model; without one, as it comes.
     """
     here = model.processes
     # Those of `trainable`; looking for them in the model takes the host a millisecond that the GPU waits.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    backward = backward or eager_backward(model)
-    # The first micro batch leaves its gradients; zeros to add to would be written and read for nothing.
-    for parameter in parameters:
-        parameter.grad = None
-    total = torch.zeros((), dtype=torch.float64, device=here.device)
-    for micro in batch.micro_batches:
-        total += backward(micro, batch.num_loss_tokens)
+    backward = backward or EagerBackward(model)
+    total = _gradients_of(batch, parameters, backward)
+    if not backward.was_whole():
+        total = _gradients_of(batch, parameters, EagerBackward(model))
     sum_gradients(parameters, here)
     norm = gradient_norm(parameters, here)
     if clip_grad > 0:
@@ -102,6 +114,17 @@ def train_step(
     optimizer.step()
     mean_loss, grad_norm = torch.stack((sum_over(total, here.data_group), norm.double())).tolist()
     return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
+
+
+def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], backward: Backward) -> Tensor:
+    """Leave the gradients of a batch in the parameters; returns its share of the loss, fp64. All ranks must call."""
+    # The first micro batch leaves its gradients; zeros to add to would be written and read for nothing.
+    for parameter in parameters:
+        parameter.grad = None
+    total = torch.zeros((), dtype=torch.float64, device=backward.model.processes.device)
+    for micro in batch.micro_batches:
+        total += backward(micro, batch.num_loss_tokens)
+    return total
 
 
 def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:

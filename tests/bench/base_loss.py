@@ -164,7 +164,8 @@ def tune(
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
     )
-    backward = RecordedBackward(model) if can_record(model) else None
+    recorded = can_record(model, config.micro_batch_size * config.seq_length)
+    backward = RecordedBackward(model) if recorded else None
     step = optimizer_step(model, optimizer, config.clip_grad, backward)
     losses = [step(batch, learning_rate(config, iteration)).loss for iteration, batch in enumerate(chosen)]
     (first,) = chosen[0].micro_batches

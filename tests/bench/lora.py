@@ -1,7 +1,7 @@
 """Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
 
     python tests/bench/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
-        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4]
+        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--eager]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
 and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
@@ -90,7 +90,8 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
             data_parallel_rank=here.data_rank,
             data_parallel_size=here.data_size,
         )
-        backward = RecordedBackward(model) if can_record(model) else None
+        recorded = not arguments.eager and can_record(model, seq * micro)
+        backward = RecordedBackward(model) if recorded else None
 
         def step() -> object:
             return train_step(model, optimizer, next(stream), 1.0, backward)
@@ -185,6 +186,8 @@ def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Na
         "--base-precision",
         arguments.base_precision,
     ]
+    if arguments.eager:
+        words += ["--eager"]
     if arguments.profile:
         words += ["--profile", str(arguments.profile)]
     launcher = [sys.executable]
@@ -213,6 +216,7 @@ def main() -> None:
         "--recompute", default="none", choices=("none", "selective", "full", "offload"), help="of our side"
     )
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
+    parser.add_argument("--eager", action="store_true", help="our side without a recorded pass; over EP row by row")
     parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes.split(",")]

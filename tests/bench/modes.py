@@ -58,7 +58,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     vocabulary = model.architecture.vocab_size
     stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=micro)
     packed = packed_batch(seq, vocabulary) if rest else None
-    backward = RecordedBackward(model) if packed is None and can_record(model) else None
+    backward = RecordedBackward(model) if packed is None and can_record(model, seq * micro) else None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     losses: list[float] = []

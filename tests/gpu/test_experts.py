@@ -107,6 +107,16 @@ def test_both_layers_as_one_step(routing: tuple[int, ...], rank: int, by_token: 
         assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
 
 
+@pytest.mark.parametrize("strange", [1, 40, 1000])
+@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414)])
+def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int) -> None:
+    case = AdaptedCase.random(routing, hidden=256, ffn=512, rank=16, by_token=False, seed=sum(routing))
+    found = case.rounded().fast("cuda", torch.bfloat16, strange)
+    for mine, expected in zip(found, case.rounded().exact(), strict=True):
+        assert not torch.isnan(mine).any()
+        assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
+
+
 @pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="made for Hopper")
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("turned", [False, True])

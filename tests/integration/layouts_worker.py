@@ -10,13 +10,16 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from mixtral_run.checkpoints import describe_adapter, describe_base
 from mixtral_run.config import RECOMPUTE, FinetuneConfig
 from mixtral_run.generate import Sampling, continue_rows
+from mixtral_run.model import room
 from mixtral_run.model.build import MixtralModel, is_adapter
+from mixtral_run.model.gathered import Room
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes, seed_everything
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
@@ -24,7 +27,7 @@ from mixtral_run.train.data import MicroBatch, MockSamples, Row, batches
 from mixtral_run.train.full_step import SgdInBackward
 from mixtral_run.train.model import load_for_inference, load_for_training
 from mixtral_run.train.schedule import learning_rate
-from mixtral_run.train.step import eager_backward, optimizer_step, train_step, trainable
+from mixtral_run.train.step import EagerBackward, optimizer_step, train_step, trainable
 
 ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
 
@@ -66,11 +69,17 @@ def config_of(checkpoint: Path, out: Path, layout: str, *, dtype: str = "fp32", 
 
 
 def train(
-    config: FinetuneConfig, here: Processes, start: int, stop: int, resume: Path | None = None, **loading: Any
+    config: FinetuneConfig,
+    here: Processes,
+    start: int,
+    stop: int,
+    resume: Path | None = None,
+    given: Room | None = None,
+    **loading: Any,
 ) -> dict:
     """Losses and gradient norms of iterations start…stop; the model and its optimizer for what comes after.
 
-    loading: for `load_for_training`.
+    given: tokens are gathered where experts are spread. loading: for `load_for_training`.
     """
     base = describe_base(config.load)
     lora = LoraSettings(4, 8.0, config.lora_dropout, config.lora_target_modules, config.seed)
@@ -89,11 +98,11 @@ def train(
         data_parallel_size=here.data_size,
         consumed_samples=start * config.global_batch_size,
     )
-    figures = []
+    figures, backward = [], EagerBackward(model, given)
     for iteration, batch in zip(range(start, stop), stream, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
-        result = train_step(model, optimizer, batch, config.clip_grad)
+        result = train_step(model, optimizer, batch, config.clip_grad, backward)
         figures.append((result.loss, result.grad_norm))
     after = frozen(model)
     assert all(torch.equal(after[name], weight) for name, weight in before.items()), "a frozen weight changed"
@@ -133,7 +142,7 @@ def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:
 
 def packed_and_alone(model: MixtralModel) -> tuple[float, float]:
     """The loss of three samples in one row, and of the same one by one. All ranks must call."""
-    lengths, backward = (6, 8, 2), eager_backward(model)
+    lengths, backward = (6, 8, 2), EagerBackward(model)
     tokens, labels = (torch.arange(16)[None] * factor % 300 for factor in (7, 11))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ones = torch.ones(1, 16)
@@ -173,6 +182,15 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         recomputed = config_of(checkpoint, out, layout, recompute_activations=True)
         results["recomputed"] = train(recomputed, here, 0, 2)["figures"]
         results["selective"] = train(config_of(checkpoint, out, layout, recompute="selective"), here, 0, 2)["figures"]
+        results["gathered"] = {}
+        for spare in (2.0, 0.5):
+            # With too little room each step is taken again, row by row.
+            for mode in ("none", "selective", "full"):
+                with patch.object(room, "SPARE", spare):
+                    again = train(
+                        config_of(checkpoint, out, layout, recompute=mode), here, 0, 2, given=Room.on(here.device)
+                    )
+                results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["packed"] = packed_and_alone(run["model"])
         results["dropout"] = {}
         for mode in RECOMPUTE:

@@ -74,6 +74,17 @@ def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, r
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results: dict[str, Any]) -> None:
+    """Also where there is too little room, and the step is taken again."""
+    reference = results["1:1x1"]["figures"][:2]
+    assert len(results[case]["gathered"]) == 6
+    for variant, figures in results[case]["gathered"].items():
+        for (loss, norm), (expected_loss, expected_norm) in zip(figures, reference, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=3e-6), variant
+            assert norm == pytest.approx(expected_norm, rel=1e-4), variant
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_packed_samples_have_the_loss_they_have_alone(case: str, results: dict[str, Any]) -> None:
     packed, alone = results[case]["packed"]
     assert packed == pytest.approx(alone, rel=1e-6)

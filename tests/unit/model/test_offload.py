@@ -97,7 +97,7 @@ def test_only_two_are_on_the_device(here: Processes) -> None:
 
 
 def test_is_not_recorded(here: Processes) -> None:
-    assert not can_record(model_of(here, "offload"))
+    assert not can_record(model_of(here, "offload"), 16)
 
 
 def test_host_memory_that_is_not_there_is_told() -> None:

@@ -9,7 +9,7 @@ from mixtral_run.config import LaunchConfig
 from mixtral_run.model.packing import Packed, _causal
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.train.data import MicroBatch
-from mixtral_run.train.step import eager_backward
+from mixtral_run.train.step import EagerBackward
 from tests.integration.conftest import SMALL
 from tests.unit.model.test_recompute import model_of
 
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_samples_alone(here: Processes, reco
     results = []
     for group in ([packed], alone):
         model = model_of(here, recompute)
-        backward = eager_backward(model)
+        backward = EagerBackward(model)
         loss = sum(float(backward(micro, 20)) for micro in group)
         results.append((loss, {name: each.grad for name, each in model.named_parameters() if each.requires_grad}))
     (loss, gradients), (expected, expected_gradients) = results
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_those_of_the_samples_alone(here: Processes, reco
 
 def test_without_packing_the_samples_would_see_each_other(here: Processes) -> None:
     packed, _ = micro_batches()
-    backward = eager_backward(model_of(here, "none"))
+    backward = EagerBackward(model_of(here, "none"))
     open_row = MicroBatch(packed.tokens, packed.labels, packed.loss_mask, packed.position_ids)
     assert abs(float(backward(packed, 20)) - float(backward(open_row, 20))) > 1e-3
 

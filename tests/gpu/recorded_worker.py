@@ -1,0 +1,60 @@
+"""Run under torchrun: steps as they come, rows sent one by one, and recorded ones, in several layouts, as JSON.
+
+torchrun … recorded_worker.py OUT.json TPxEP:RECOMPUTE:PRECISION …
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.train.data import MockSamples, batches
+from mixtral_run.train.graph import RecordedBackward, can_record
+from mixtral_run.train.step import train_step, trainable
+from tests.gpu.test_kernels import SEQ_LENGTH, small_model
+
+STEPS = 6
+
+
+def run(here: Processes, recompute: str, precision: str, *, recorded: bool) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step, two micro batches in each."""
+    model = small_model(here, recompute, precision)
+    assert can_record(model, 2 * SEQ_LENGTH)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
+    stream = batches(
+        MockSamples(1024, SEQ_LENGTH, 1),
+        seed=1,
+        micro_batch_size=2,
+        global_batch_size=8,
+        data_parallel_rank=here.data_rank,
+        data_parallel_size=here.data_size,
+    )
+    backward = RecordedBackward(model) if recorded else None
+    results = [train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(STEPS)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def main() -> None:
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+    found = {}
+    for case in sys.argv[2:]:
+        layout, recompute, precision = case.split(":")
+        tp, ep = (int(number) for number in layout.split("x"))
+        config = LaunchConfig(tensor_model_parallel_size=tp, expert_model_parallel_size=ep, device="cuda")
+        with processes(config) as here:
+            found[case] = [run(here, recompute, precision, recorded=recorded) for recorded in (False, True)]
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    main()

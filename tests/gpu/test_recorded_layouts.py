@@ -1,0 +1,34 @@
+"""Recorded steps of several processes, whose experts are spread, beside steps as they come that send row by row."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.conftest import torchrun
+
+WORKER = Path(__file__).parent / "recorded_worker.py"
+TWO = [
+    "1x2:none:bf16",
+    "1x2:full:bf16",
+    "1x2:selective:fp8",
+    "2x2:none:bf16",
+    "2x2:full:bf16",
+    "2x1:none:bf16",
+]
+FOUR = ["1x4:none:bf16", "2x4:full:bf16"]
+"""Here more rows may come than have room: a step that runs out of it is taken again."""
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def test_a_recorded_step_is_the_eager_step(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    four = torch.cuda.device_count() >= 4
+    torchrun(4 if four else 2, WORKER, str(out), *TWO, *(FOUR if four else []))
+    for case, (eager, recorded) in json.loads(out.read_text()).items():
+        assert abs(eager[0][0] - eager[-1][0]) > 0.01, case
+        assert recorded[0][1] == pytest.approx(eager[0][1], rel=5e-3), case
+        # AdamW's first steps go by the gradients' signs alone, also of those that a rounding turns.
+        assert [loss for loss, _ in recorded] == pytest.approx([loss for loss, _ in eager], rel=1e-2), case
