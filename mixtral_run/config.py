@@ -180,7 +180,7 @@ class DataConfig(LaunchConfig):
     )
     recompute_activations: bool = setting(False, help="The same as --recompute full.")
     cuda_graphs: bool = setting(
-        True, help="Record the pass over a micro batch once and replay it, where the layout allows (TP1/EP1 on a GPU)."
+        True, help="Record the pass over a micro batch once and replay it, where that pays (on GPUs, rows not packed)."
     )
 
     @property

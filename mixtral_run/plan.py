@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mixtral_run.config import LORA_TARGET_MODULES, RECOMPUTE, RUNS_AGAIN
+from mixtral_run.model import room
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 
 GIB = 1024**3
@@ -24,7 +25,7 @@ LOSS_BYTES = 8
 IMBALANCE = 1.1
 """Rows of the busiest process over the mean, where experts are spread over processes."""
 RECORDED = 1.5 * GIB
-"""Lost between the blocks of a recorded pass (train/graph.py); 0.4 to 1.1 were found."""
+"""Lost between the blocks of a recorded pass (train/graph.py) that keeps activations; 0.4 to 1.1 were found."""
 USABLE = 0.97
 """Of a GPU's memory; the rest is lost between the allocator's blocks."""
 USABLE_OF_HOST = 0.8
@@ -56,7 +57,8 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained, and on how many GPUs. weight_bytes: of a base weight; expert_bytes: of an expert's."""
+    """What is trained, and on how many GPUs. weight_bytes: of a base weight; expert_bytes: of an expert's; recorded: as
+    far as the layout allows it (train/graph.py)."""
 
     architecture: MixtralArchitecture = MIXTRAL_8X7B
     gpus: int = 8
@@ -68,6 +70,12 @@ class Workload:
     weight_bytes: int = 2
     expert_bytes: float = 2
     gpus_per_host: int = GPUS_PER_HOST
+    recorded: bool = True
+
+    @property
+    def as_one(self) -> bool:
+        """Whether both layers of the experts are one step backward (model/adapted_experts.py)."""
+        return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
 
     @property
     def tokens(self) -> int:
@@ -109,6 +117,35 @@ class Choice:
     host_bytes: float
     fits: bool
     relative_speed: float
+
+
+def is_recorded(workload: Workload, layout: Layout) -> bool:
+    """Whether the pass over a micro batch is recorded, as far as sizes tell (train/graph.py)."""
+    runs_again = layout.recompute in RUNS_AGAIN
+    return (
+        workload.recorded
+        and workload.weight_bytes == 2
+        and not (runs_again and (layout.recompute == "offload" or workload.lora_dropout > 0))
+        and (layout.expert_model_parallel_size == 1 or _may_gather(workload, layout))
+    )
+
+
+def gathers(workload: Workload, layout: Layout) -> bool:
+    """Whether every process takes all tokens of its expert group (model/gathered.py)."""
+    return layout.expert_model_parallel_size > 1 and is_recorded(workload, layout)
+
+
+def _may_gather(workload: Workload, layout: Layout) -> bool:
+    tokens = workload.tokens // layout.tensor_model_parallel_size
+    return workload.as_one and room.pays(tokens, layout.expert_model_parallel_size)
+
+
+def _rows_over_mean(workload: Workload, layout: Layout) -> float:
+    """Rows that a process has memory for, over those of its tokens."""
+    size = layout.expert_model_parallel_size
+    if size == 1:
+        return 1.0
+    return min(size, room.SPARE) if gathers(workload, layout) else IMBALANCE
 
 
 def memory(workload: Workload, layout: Layout) -> Memory:
@@ -201,14 +238,13 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
 
 
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
-    shape = workload.architecture
-    adapted, dropped = workload.lora_target_modules, workload.lora_dropout > 0
-    alone, again = layout.expert_model_parallel_size == 1, layout.recompute == "selective"
+    shape, size = workload.architecture, layout.expert_model_parallel_size
+    adapted, dropped, as_one = workload.lora_target_modules, workload.lora_dropout > 0, workload.as_one
+    alone, again = size == 1 or gathers(workload, layout), layout.recompute == "selective"
     hidden, ffn = _width(workload, shape.hidden_size), _width(workload, shape.ffn_hidden_size)
     # model/adapted_experts.py makes the activation on its way back, reads rows through their tokens, and gives the
-    # router its gradient without outputs.
-    as_one = {"linear_fc1", "linear_fc2"} <= set(adapted) and not dropped
-    once = hidden if as_one and alone and not again else 0.0
+    # router its gradient without outputs. Tokens that were gathered are not gathered again.
+    once = hidden * size if as_one and alone and not (again and size == 1) else 0.0
     # Rows that came from other processes cannot be gathered again without asking them.
     rows = hidden if "linear_fc1" in adapted and not (alone and (again or as_one)) else 0.0
     active = ffn if "linear_fc2" in adapted and not again and not as_one else 0.0
@@ -216,8 +252,8 @@ def _experts_per_token(workload: Workload, layout: Layout) -> float:
     kept = rows + 2 * ffn + active + output
     if dropped:
         kept += shape.hidden_size * ("linear_fc1" in adapted) + shape.ffn_hidden_size * ("linear_fc2" in adapted)
-    busiest = 1.0 if alone else IMBALANCE
-    return (once + shape.moe_router_topk * kept * busiest) / layout.tensor_model_parallel_size
+    rows_over_mean = _rows_over_mean(workload, layout)
+    return (once + shape.moe_router_topk * kept * rows_over_mean) / layout.tensor_model_parallel_size
 
 
 def _buffers(workload: Workload, layout: Layout) -> float:
@@ -225,7 +261,7 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
     alone = layout.expert_model_parallel_size == 1
     loss = tokens * shape.vocab_size * LOSS_BYTES / tp
-    rows = shape.moe_router_topk * tokens * (1.0 if alone else IMBALANCE) / tp
+    rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
     # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
     layer = rows * (
         _width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * (2 if alone else 4)
@@ -236,7 +272,7 @@ def _buffers(workload: Workload, layout: Layout) -> float:
         layer += rows * _width(workload, shape.hidden_size)
     if layout.recompute in RUNS_AGAIN:
         layer += tokens * kept_per_token(workload, dataclasses.replace(layout, recompute="none"))
-    elif alone and tp == 1:
+    elif is_recorded(workload, layout):
         layer += RECORDED
     if workload.expert_bytes < 1:
         # One linear layer's experts in 16 bit, for the product.

@@ -8,6 +8,9 @@ does not pay or does not go, nothing is recorded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,19 @@ def _gathers(model: MixtralModel, num_tokens: int) -> bool:
     return room.pays(num_tokens // here.tensor_size, here.expert_size) and all(each.adapted for each in model.experts)
 
 
+@contextmanager
+def recorded_backward(
+    model: MixtralModel, num_tokens: int, *, wanted: bool = True
+) -> Iterator[RecordedBackward | None]:
+    """One for as long as this lasts, where it is wanted and goes. To be left before the processes part: NCCL waits for
+    the recordings that its exchanges are in."""
+    backward = RecordedBackward(model) if wanted and can_record(model, num_tokens) else None
+    yield backward
+    # Not after an error: what was started may wait for a process that is no more.
+    if backward is not None:
+        backward.forget()
+
+
 class RecordedBackward(Backward):
     """As EagerBackward, recorded: once for a micro batch that finds no gradients and leaves its own, and once, where
     it comes to that, for one that adds to them. The gradients stay in the same memory, which the recordings share.
@@ -78,6 +94,15 @@ class RecordedBackward(Backward):
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
         return loss
+
+    def forget(self) -> None:
+        """Let go of the recordings and of the gradients in their memory."""
+        torch.cuda.synchronize()
+        for graph, _ in self._recorded.values():
+            graph.reset()
+        self._recorded.clear()
+        self._gradients.clear()
+        self._drop_gradients()
 
     def _record(self, adds: bool) -> None:
         kept = [parameter.grad.clone() if parameter.grad is not None else None for parameter in self._parameters]

@@ -22,7 +22,7 @@ from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.data import MockSamples, Samples, SampleSource, batches
 from mixtral_run.train.full_step import SgdInBackward
-from mixtral_run.train.graph import RecordedBackward, can_record
+from mixtral_run.train.graph import recorded_backward
 from mixtral_run.train.kept_experts import Keep
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.model import load_for_training, loaded
@@ -31,7 +31,7 @@ from mixtral_run.train.pairs import read_pairs
 from mixtral_run.train.preflight import METRICS, TENSORBOARD, check_resume, leftovers, reserved_bytes
 from mixtral_run.train.prompt import TOKENIZER_FOLDER, load_tokenizer
 from mixtral_run.train.schedule import learning_rate
-from mixtral_run.train.step import Step, optimizer_step, trainable
+from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.stop import StopRequest, stop_requests
 from mixtral_run.train.summary import summarise
 from mixtral_run.weights.sidecars import copy_tokenizer
@@ -70,21 +70,19 @@ def finetune(config: FinetuneConfig) -> None:
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
         # A graph has fixed shapes; packed rows hold now more samples, now fewer.
-        backward = None if config.pack else _recorded(config, model)
-        step = optimizer_step(model, optimizer, config.clip_grad, backward)
-        if here.is_first and not config.resume:
-            _remove_leftovers(config.save)
-        run = Run(
-            config, here, report, model, samples, _meter(config, base, here, config.save / METRICS), step, seconds
-        )
-        if config.resume:
-            run.start = _resume(run, optimizer, config, base)
-        _tell_lora(run, config)
-        with (
-            stop_requests(here) as stop,
-            tensorboard_scalars(config.save / TENSORBOARD if config.tensorboard and here.is_first else None) as write,
-        ):
-            _train_and_save(run, optimizer, config, base, stop, write)
+        wanted = config.cuda_graphs and not config.pack
+        with recorded_backward(model, config.micro_batch_size * config.seq_length, wanted=wanted) as backward:
+            step = optimizer_step(model, optimizer, config.clip_grad, backward)
+            if here.is_first and not config.resume:
+                _remove_leftovers(config.save)
+            meter = _meter(config, base, here, config.save / METRICS)
+            run = Run(config, here, report, model, samples, meter, step, seconds)
+            if config.resume:
+                run.start = _resume(run, optimizer, config, base)
+            _tell_lora(run, config)
+            board = config.save / TENSORBOARD if config.tensorboard and here.is_first else None
+            with stop_requests(here) as stop, tensorboard_scalars(board) as write:
+                _train_and_save(run, optimizer, config, base, stop, write)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -96,18 +94,22 @@ def pretrain(config: PretrainConfig) -> None:
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
         samples = open_samples(config, base, report)
         model, seconds = _load(config, base, here, report, None)
-        step, how = _full_step(config, model, steps_in_backward=config.global_batch_size == one_each)
-        run = Run(config, here, report, model, samples, _meter(config, base, here, config.metrics_file), step, seconds)
-        report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
-        with stop_requests(here) as stop:
-            for metrics in _iterations(run, stop):
-                if not here.is_first:
-                    continue
-                report.say(metrics.line(_processor(here)))
+        tokens = config.micro_batch_size * config.seq_length
+        with recorded_backward(model, tokens, wanted=config.cuda_graphs) as backward:
+            step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
+            meter = _meter(config, base, here, config.metrics_file)
+            run = Run(config, here, report, model, samples, meter, step, seconds)
+            report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
+            with stop_requests(here) as stop:
+                for metrics in _iterations(run, stop):
+                    if here.is_first:
+                        report.say(metrics.line(_processor(here)))
         report.done(f"Pretraining complete: {config.train_iters} iterations in {run.meter.total_seconds:.1f} s")
 
 
-def _full_step(config: PretrainConfig, model: MixtralModel, *, steps_in_backward: bool) -> tuple[Step, str]:
+def _full_step(
+    config: PretrainConfig, model: MixtralModel, backward: Backward | None, *, steps_in_backward: bool
+) -> tuple[Step, str]:
     """The step over all weights that needs least memory, and what to call it."""
     if config.optimizer == "sgd" and steps_in_backward and config.clip_grad == 0:
         return SgdInBackward(model, config.weight_decay).step, "SGD within the backward pass"
@@ -119,13 +121,7 @@ def _full_step(config: PretrainConfig, model: MixtralModel, *, steps_in_backward
     else:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         how = "AdamW"
-    backward = _recorded(config, model)
     return optimizer_step(model, optimizer, config.clip_grad, backward), how
-
-
-def _recorded(config: DataConfig, model: MixtralModel) -> RecordedBackward | None:
-    num_tokens = config.micro_batch_size * config.seq_length
-    return RecordedBackward(model) if config.cuda_graphs and can_record(model, num_tokens) else None
 
 
 def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> SampleSource:

@@ -74,7 +74,7 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     from mixtral_run.config import LaunchConfig
     from mixtral_run.model.parallel import processes
     from mixtral_run.train.data import MockSamples, batches
-    from mixtral_run.train.graph import RecordedBackward, can_record
+    from mixtral_run.train.graph import recorded_backward
     from mixtral_run.train.step import train_step, trainable
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,16 +90,18 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
             data_parallel_rank=here.data_rank,
             data_parallel_size=here.data_size,
         )
-        recorded = not arguments.eager and can_record(model, seq * micro)
-        backward = RecordedBackward(model) if recorded else None
 
-        def step() -> object:
-            return train_step(model, optimizer, next(stream), 1.0, backward)
+        def run(backward: Any) -> dict[str, Any]:
+            def step() -> object:
+                return train_step(model, optimizer, next(stream), 1.0, backward)
 
-        seconds = timed_steps(step, 4, arguments.steps)
-        if arguments.profile is not None and here.is_first:
-            write_profile(step, arguments.profile)
-        result = {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+            seconds = timed_steps(step, 4, arguments.steps)
+            if arguments.profile is not None and here.is_first:
+                write_profile(step, arguments.profile)
+            return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+
+        with recorded_backward(model, seq * micro, wanted=not arguments.eager) as backward:
+            result = run(backward)
         return result if here.is_first else {}
 
 

@@ -41,7 +41,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
 
     from mixtral_run.plan import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
     from mixtral_run.train.data import MockSamples, batches
-    from mixtral_run.train.graph import RecordedBackward, can_record
+    from mixtral_run.train.graph import recorded_backward
     from mixtral_run.train.step import train_step, trainable
     from tests.bench.lora import timed_steps
 
@@ -58,16 +58,18 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     vocabulary = model.architecture.vocab_size
     stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=micro)
     packed = packed_batch(seq, vocabulary) if rest else None
-    backward = RecordedBackward(model) if packed is None and can_record(model, seq * micro) else None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     losses: list[float] = []
 
-    def step() -> None:
-        batch = packed if packed is not None else next(stream)
-        losses.append(train_step(model, optimizer, batch, 1.0, backward).loss)
+    wanted = packed is None and not arguments.eager
+    with recorded_backward(model, seq * micro, wanted=wanted) as backward:
 
-    seconds = timed_steps(step, 3, arguments.steps)
+        def step() -> None:
+            batch = packed if packed is not None else next(stream)
+            losses.append(train_step(model, optimizer, batch, 1.0, backward).loss)
+
+        seconds = timed_steps(step, 3, arguments.steps)
     workload = Workload(
         architecture=model.architecture,
         gpus=1,
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="nothing recorded")
     arguments = parser.parse_args()
 
     import torch

@@ -42,16 +42,19 @@ def model() -> Iterator[Any]:
 )
 def test_the_plan_is_within_a_tenth(model: Any, case: str) -> None:
     built, kept = model
-    result = run_case(built, kept, case, argparse.Namespace(steps=2, base_precision="bf16"))
+    result = run_case(built, kept, case, argparse.Namespace(steps=2, base_precision="bf16", eager=False))
     assert result["planned_gib"] == pytest.approx(result["peak_gib"], rel=0.1)
 
 
 def test_offload_takes_all_inputs_but_two_off_the_gpu(model: Any) -> None:
     built, kept = model
-    arguments = argparse.Namespace(steps=2, base_precision="bf16")
+    arguments = argparse.Namespace(steps=2, base_precision="bf16", eager=True)
     full, offload = (run_case(built, kept, f"8192x1:{mode}", arguments) for mode in ("full", "offload"))
-    expected = (LAYERS - 2) * 8192 * 4096 * 2 / GIB
+    # Where inputs lie in the host's memory the peak is at the end, when the adapters' gradients, fp32, are all there.
+    gradients = 4 * sum(each.numel() for each in kept) / LAYERS
+    expected = (LAYERS - 2) * (8192 * 4096 * 2 - gradients) / GIB
+    assert expected > 0.15
     # Two figures rounded to a tenth.
-    assert full["allocated_gib"] - offload["allocated_gib"] == pytest.approx(expected, abs=0.15)
+    assert full["allocated_gib"] - offload["allocated_gib"] == pytest.approx(expected, abs=0.11)
     assert offload["losses"][0] == full["losses"][0]
     assert offload["losses"][1] == pytest.approx(full["losses"][1], rel=1e-2)
