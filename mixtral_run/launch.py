@@ -1,12 +1,16 @@
 """Starting the processes of a job: flag → config → JSON file → torchrun → the same config → one call.
 
-The parent stays to pass on signals and to say once what went wrong. Under somebody else's torchrun nothing is started.
+The parent stays to pass on signals and to say once what went wrong. Processes are forked from one that has imported
+what they need (Python's fork server), begun while the parent still checks: eight of them importing torch and Megatron
+take a GPU host ten seconds and more. Under somebody else's torchrun nothing is started.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -14,6 +18,7 @@ import signal
 import sys
 import tempfile
 import uuid
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +29,9 @@ from mixtral_run.settings import flag_of
 ERROR_DIRECTORY_VARIABLE = "MIXTRAL_RUN_ERROR_DIRECTORY"
 SHUTDOWN_SECONDS = 300
 """How long the processes may take to save after a stop was asked for, before they are killed."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a process of ours that was asked to end, and did. One that ends with 0 waits until torchrun has heard
+of it, which after a signal no longer listens."""
 
 
 def is_worker() -> bool:
@@ -95,6 +103,33 @@ def _can_start(config: LaunchConfig, count: int) -> bool:
     return config.device == "cpu" or not torch.cuda.is_available() or torch.cuda.device_count() >= count
 
 
+_environment_then: dict[str, str] = {}
+"""When the process began that others are forked from."""
+
+
+def _environment_since() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if _environment_then.get(name) != value}
+
+
+def import_ahead() -> None:
+    """Begin to import what the processes of a job need, in the process that they will be forked from; once."""
+    if is_worker() or _environment_then:
+        return
+    # What is imported asks whether there are GPUs. Asked in the usual way, forked processes could not use them.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["mixtral_run.imported_ahead"])
+    _environment_then.update(os.environ)
+    forkserver.ensure_running()
+    atexit.register(_end_importing)
+
+
+def _end_importing() -> None:
+    """The server ends with this process, but not before it has imported: who waits for our output would wait for it."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+
+
 def torchrun(verb: str, config: LaunchConfig) -> None:
     """Run `mixtral-run VERB` with `config` in `num_processes(config)` processes on this machine; wait for them.
 
@@ -111,11 +146,10 @@ def torchrun(verb: str, config: LaunchConfig) -> None:
     for noisy in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    import_ahead()
     with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
         config_file = Path(folder) / "config.json"
         config_file.write_text(config.to_json(), encoding="utf-8")
-        os.environ[ERROR_DIRECTORY_VARIABLE] = folder
         job = TorchrunConfig(
             min_nodes=1,
             max_nodes=1,
@@ -124,15 +158,36 @@ def torchrun(verb: str, config: LaunchConfig) -> None:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
+            start_method="forkserver",
         )
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count))
         try:
-            elastic_launch(job, sys.executable)("-m", "mixtral_run", verb, "--config", str(config_file))
+            elastic_launch(job, _work)(verb, str(config_file), threads, _environment_since())
         except ChildFailedError as failure:
+            if all(each.exitcode == STOPPED for each in failure.failures.values()):
+                return
             raise _worker_error(Path(folder), failure) from None
         except SignalException:
             raise KeyboardInterrupt from None
-        finally:
-            del os.environ[ERROR_DIRECTORY_VARIABLE]
+
+
+def _work(verb: str, config_file: str, threads: int, environment: dict[str, str]) -> None:
+    """In a process of the job: what `mixtral-run VERB --config FILE` does."""
+    import torch
+
+    from mixtral_run.cli import main
+    from mixtral_run.train.stop import StopRequest
+
+    os.environ[ERROR_DIRECTORY_VARIABLE] = str(Path(config_file).parent)
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    sys.argv = ["mixtral-run", verb, "--config", config_file]
+    try:
+        main()
+    except SystemExit as end:
+        if not end.code and StopRequest.ended_a_run:
+            sys.exit(STOPPED)
+        raise
 
 
 def hand_over_error(error: MixtralRunError) -> None:
@@ -153,16 +208,6 @@ _LOST_PEER = (
     r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|NCCL communicator was aborted"
     r"|ranks:dict_keys\(\[\]\)"
 )
-
-
-def leave() -> NoReturn:
-    """In a process whose work is done: end at once.
-
-    Python takes a second and more to take torch apart, piece by piece; the kernel takes back all of it.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def leave_quietly() -> NoReturn:

@@ -14,10 +14,12 @@ from mixtral_run.config import FinetuneConfig
 def finetune(config: FinetuneConfig) -> None:
     """Fine-tune a converted checkpoint with LoRA: attention and experts, one adapter an expert."""
 
+    from mixtral_run.launch import import_ahead
     from mixtral_run.memory import ask_ahead
 
     # Before the imports below, which bring torch.
     ask_ahead(config)
+    import_ahead()
 
     from mixtral_run.fitting import settled
     from mixtral_run.train.preflight import with_base_here

@@ -14,6 +14,11 @@ from mixtral_run.config import GenerateConfig
 def generate(config: GenerateConfig) -> None:
     """Continue prompts with a converted checkpoint, with or without an adapter."""
 
+    from mixtral_run.launch import import_ahead
+
+    # Before the import below, which brings torch.
+    import_ahead()
+
     from mixtral_run.train.preflight import with_base_here
 
     config = with_base_here(config)

@@ -18,7 +18,5 @@ def run_job(verb: str, config: LaunchConfig, job: Callable[[], None], check: Cal
     check(world_size)
     if launch.is_worker():
         job()
-        if launch.is_ours():
-            launch.leave()
     else:
         launch.torchrun(verb, config)

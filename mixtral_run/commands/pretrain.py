@@ -14,6 +14,11 @@ from mixtral_run.config import PretrainConfig
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
 
+    from mixtral_run.launch import import_ahead
+
+    # Before the import below, which brings torch.
+    import_ahead()
+
     from mixtral_run.train.preflight import with_base_here
 
     config = with_base_here(config)

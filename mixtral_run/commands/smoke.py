@@ -12,6 +12,11 @@ from mixtral_run.config import SmokeConfig
 @config_options(SmokeConfig)
 def smoke(config: SmokeConfig) -> None:
     """Convert if not yet done, pretrain, fine-tune and generate on this machine; a table says pass or fail."""
+    from mixtral_run.launch import import_ahead
+
+    # Before the import below, which brings torch.
+    import_ahead()
+
     from mixtral_run.smoke import smoke as job
 
     job(config)

@@ -18,13 +18,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class StopRequest:
     """Whether a stop was asked for, on any rank."""
 
+    ended_a_run = False
+    """Whether one was, as far as this process knows, in any run of it."""
+
     def __init__(self, here: Processes) -> None:
         self._here = here
         self._asked = False
 
     def ask(self, signal_number: int, frame: FrameType | None) -> None:
         del signal_number, frame
-        self._asked = True
+        self._asked = StopRequest.ended_a_run = True
 
     def agreed(self) -> bool:
         """True on all ranks once any was asked. All ranks must call: a signal reaches them at different iterations."""
@@ -32,7 +35,8 @@ class StopRequest:
         if self._here.world_size > 1:
             # Over gloo, on the host: the flag must not wait for the GPU's queue.
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        StopRequest.ended_a_run |= bool(asked)
+        return bool(asked)
 
 
 @contextmanager

@@ -1,0 +1,21 @@
+"""What the processes of a job need, imported once for all of them before they are forked (launch.py).
+
+Nothing here may use a GPU: forked processes could not.
+"""
+
+import os
+
+from mixtral_run.cli import DEBUG_VARIABLE, quiet_libraries
+
+if not os.environ.get(DEBUG_VARIABLE):
+    quiet_libraries()
+
+# torch's optimizers import it when the first of them is made; the kernels' modules want Triton, where there is one.
+import torch._dynamo
+
+import mixtral_run.generate
+import mixtral_run.train.loop  # noqa: F401
+
+if torch.version.cuda is not None:
+    import triton
+    import triton.experimental.gluon  # noqa: F401
