@@ -16,6 +16,7 @@ from mixtral_run.plan import (
     Workload,
     adapter_parameters,
     best,
+    gathers,
     host_bytes,
     layouts,
     memory,
@@ -52,6 +53,22 @@ def test_within_a_tenth_of_measured_peaks(
 @pytest.mark.parametrize(("layout", "limit"), [(Layout(2, 4, "full"), 27.0), (Layout(1, 8, "full"), 18.0)])
 def test_eight_gpus_at_512_tokens(layout: Layout, limit: float) -> None:
     assert memory(Workload(gpus=8), layout).total / GIB <= limit
+
+
+def test_tokens_are_gathered_where_that_is_less_than_asking() -> None:
+    few, many = Workload(gpus=8, seq_length=512), Workload(gpus=8, seq_length=2048)
+    assert gathers(few, Layout(1, 8, "full")) and gathers(few, Layout(2, 4, "none"))
+    # 7 × 2,048 tokens of others for each process: rows that are asked for are less.
+    assert not gathers(many, Layout(1, 8, "none"))
+    assert gathers(many, Layout(1, 2, "none")) and gathers(many, Layout(2, 4, "none"))
+    for each in (
+        dataclasses.replace(few, lora_dropout=0.1),
+        dataclasses.replace(few, lora_target_modules=("linear_qkv",)),
+        dataclasses.replace(few, recorded=False),
+    ):
+        assert not gathers(each, Layout(1, 8, "full"))
+    assert not gathers(few, Layout(1, 8, "offload"))
+    assert not gathers(few, Layout(1, 1, "none"))
 
 
 def test_weights_are_the_known_sums() -> None:
