@@ -13,7 +13,6 @@ if not os.environ.get(DEBUG_VARIABLE):
 # torch's optimizers import it when the first of them is made; the kernels' modules want Triton, where there is one.
 import torch._dynamo
 
-import mixtral_run.generate
 import mixtral_run.train.loop  # noqa: F401
 
 if torch.version.cuda is not None:

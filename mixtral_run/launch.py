@@ -143,7 +143,8 @@ def torchrun(verb: str, config: LaunchConfig) -> None:
 
     count = num_processes(config)
     # Each has a level of its own: that of the package alone would not count.
-    for noisy in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+    noise = ("torch.distributed", "torch.multiprocessing")
+    for noisy in [name for name in logging.root.manager.loggerDict if name.startswith(noise)]:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     import_ahead()
@@ -176,8 +177,10 @@ def _work(verb: str, config_file: str, threads: int, environment: dict[str, str]
     import torch
 
     from mixtral_run.cli import main
+    from mixtral_run.model.parallel import end_with_the_job
     from mixtral_run.train.stop import StopRequest
 
+    end_with_the_job()
     os.environ[ERROR_DIRECTORY_VARIABLE] = str(Path(config_file).parent)
     os.environ.update(environment)
     torch.set_num_threads(threads)

@@ -119,10 +119,29 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
     finally:
         parallel_state.destroy_model_parallel()
         if joined_here and leaves:
-            dist.destroy_process_group()
+            _part(device)
         # What is started later from here is no process of this job.
         for name in set_here:
             del os.environ[name]
+
+
+_ends_with_the_job = False
+
+
+def end_with_the_job() -> None:
+    """To be called in a process that ends, without taking itself apart, when its job is done."""
+    global _ends_with_the_job
+    _ends_with_the_job = True
+
+
+def _part(device: torch.device) -> None:
+    if _ends_with_the_job and device.type == "cuda":
+        # NCCL has threads for each of Megatron's groups, some thirty, and waits a while for each to hear of it. The
+        # system takes back what a process has; but none may go while another's GPU still reads from its own.
+        torch.cuda.synchronize()
+        dist.all_reduce(torch.zeros(1))
+    else:
+        dist.destroy_process_group()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

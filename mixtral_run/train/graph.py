@@ -22,7 +22,8 @@ from mixtral_run.train.data import MicroBatch
 from mixtral_run.train.step import Backward, trainable
 
 WARM_UP = 2
-"""Runs before recording: kernels are compiled and libraries set up outside the graph."""
+"""Runs before the first recording: kernels are compiled and libraries set up outside the graph. Not before the second:
+beside the first one's memory they would need their own, that of all activations."""
 
 
 def can_record(model: MixtralModel, num_tokens: int) -> bool:
@@ -105,29 +106,29 @@ class RecordedBackward(Backward):
         self._drop_gradients()
 
     def _record(self, adds: bool) -> None:
-        kept = [parameter.grad.clone() if parameter.grad is not None else None for parameter in self._parameters]
+        """What runs while it is recorded is only recorded: gradients that are there stay as they are."""
+        pool = None
+        if self._recorded:
+            pool = next(iter(self._recorded.values()))[0].pool()
+        else:
+            self._warm_up()
+        graph = torch.cuda.CUDAGraph()
+        # NCCL has a thread that looks after what is under way; what it does is not to be taken for part of this.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            loss = self._pass(adds)
+        if not adds:
+            self._gradients = [parameter.grad for parameter in self._parameters]
+        self._recorded[adds] = graph, loss
+
+    def _warm_up(self) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._pass(adds)
+                self._pass(adds=False)
         torch.cuda.current_stream().wait_stream(side)
-        if not adds:
-            # Before recording frees the allocator's blocks: each would hold on to the large one it was cut from.
-            self._drop_gradients()
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
-        # NCCL has a thread that looks after what is under way; what it does is not to be taken for part of this.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            loss = self._pass(adds)
-        if adds:
-            # Warming up and recording added their gradients: back to what was there.
-            for parameter, gradient in zip(self._parameters, kept, strict=True):
-                if parameter.grad is not None and gradient is not None:
-                    parameter.grad.copy_(gradient)
-        else:
-            self._gradients = [parameter.grad for parameter in self._parameters]
-        self._recorded[adds] = graph, loss
+        # Before recording frees the allocator's blocks: each would hold on to the large one it was cut from.
+        self._drop_gradients()
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:

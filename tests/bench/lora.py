@@ -96,8 +96,9 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
                 return train_step(model, optimizer, next(stream), 1.0, backward)
 
             seconds = timed_steps(step, 4, arguments.steps)
-            if arguments.profile is not None and here.is_first:
-                write_profile(step, arguments.profile)
+            if arguments.profile is not None:
+                # All of them take the step: they exchange.
+                write_profile(step, arguments.profile if here.is_first else None)
             return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
 
         with recorded_backward(model, seq * micro, wanted=not arguments.eager) as backward:
@@ -152,8 +153,8 @@ def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
 
 
-def write_profile(step: Callable[[], object], path: Path) -> None:
-    """Kernels of one step by time."""
+def write_profile(step: Callable[[], object], path: Path | None) -> None:
+    """Kernels of one step by time; taken and not told where there is no path."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -161,7 +162,8 @@ def write_profile(step: Callable[[], object], path: Path) -> None:
         step()
         torch.cuda.synchronize()
     table = recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
-    path.write_text(table)
+    if path is not None:
+        path.write_text(table)
 
 
 def matmul_tflops() -> float:
