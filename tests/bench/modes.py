@@ -56,7 +56,8 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
             parameter.copy_(start)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     vocabulary = model.architecture.vocab_size
-    stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=micro)
+    whole = micro * arguments.micro_batches
+    stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=whole)
     packed = packed_batch(seq, vocabulary) if rest else None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -79,7 +80,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     )
     layout = Layout(1, 1, recompute)
     return {
-        "tok_s": round(seq * micro / seconds),
+        "tok_s": round(seq * (whole if packed is None else 1) / seconds),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 1),
         "planned_gib": round(memory(workload, layout).allocated / GIB, 1),
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
     parser.add_argument("--eager", action="store_true", help="nothing recorded")
     arguments = parser.parse_args()
 

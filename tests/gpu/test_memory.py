@@ -36,19 +36,30 @@ def model() -> Iterator[Any]:
         yield built, [parameter.detach().cpu() for parameter in trainable(built)]
 
 
+def arguments_of(*, eager: bool = False, micro_batches: int = 1) -> argparse.Namespace:
+    return argparse.Namespace(steps=2, base_precision="bf16", eager=eager, micro_batches=micro_batches)
+
+
 @pytest.mark.parametrize(
     "case",
     ["2048x1:none", "2048x1:selective", "2048x1:full", "512x4:none", "512x4:selective", "8192x1:offload"],
 )
 def test_the_plan_is_within_a_tenth(model: Any, case: str) -> None:
     built, kept = model
-    result = run_case(built, kept, case, argparse.Namespace(steps=2, base_precision="bf16", eager=False))
+    result = run_case(built, kept, case, arguments_of())
     assert result["planned_gib"] == pytest.approx(result["peak_gib"], rel=0.1)
+
+
+def test_several_micro_batches_take_what_one_takes(model: Any) -> None:
+    """They are recorded apart, in the same memory."""
+    built, kept = model
+    one, several = (run_case(built, kept, "2048x1:none", arguments_of(micro_batches=count)) for count in (1, 3))
+    assert several["peak_gib"] == pytest.approx(one["peak_gib"], abs=0.6)
 
 
 def test_offload_takes_all_inputs_but_two_off_the_gpu(model: Any) -> None:
     built, kept = model
-    arguments = argparse.Namespace(steps=2, base_precision="bf16", eager=True)
+    arguments = arguments_of(eager=True)
     full, offload = (run_case(built, kept, f"8192x1:{mode}", arguments) for mode in ("full", "offload"))
     # Where inputs lie in the host's memory the peak is at the end, when the adapters' gradients, fp32, are all there.
     gradients = 4 * sum(each.numel() for each in kept) / LAYERS
