@@ -126,18 +126,15 @@ def is_recorded(workload: Workload, layout: Layout) -> bool:
         workload.recorded
         and workload.weight_bytes == 2
         and not (runs_again and (layout.recompute == "offload" or workload.lora_dropout > 0))
-        and (layout.expert_model_parallel_size == 1 or _may_gather(workload, layout))
+        and (layout.expert_model_parallel_size == 1 or gathers(workload, layout))
     )
 
 
 def gathers(workload: Workload, layout: Layout) -> bool:
-    """Whether every process takes all tokens of its expert group (model/gathered.py)."""
-    return layout.expert_model_parallel_size > 1 and is_recorded(workload, layout)
-
-
-def _may_gather(workload: Workload, layout: Layout) -> bool:
+    """Whether every process takes all tokens of its expert group (model/gathered.py), as far as sizes tell."""
     tokens = workload.tokens // layout.tensor_model_parallel_size
-    return workload.as_one and room.pays(tokens, layout.expert_model_parallel_size)
+    pays = room.pays(tokens, layout.expert_model_parallel_size)
+    return pays and workload.as_one and workload.weight_bytes == 2
 
 
 def _rows_over_mean(workload: Workload, layout: Layout) -> float:

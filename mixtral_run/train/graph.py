@@ -3,7 +3,7 @@
 A layer launches some two hundred kernels; at 512 tokens the host needs longer to launch them than the GPU to run them.
 A graph is recorded once and replayed, exchanges with other processes included. That needs fixed shapes and no wait for
 the GPU in between: where experts are spread over processes, tokens are gathered (model/gathered.py), and where that
-does not pay or does not go, nothing is recorded.
+does not pay or does not go, nothing is recorded. Packed rows are not: they hold now more samples, now fewer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.gathered import Room
 from mixtral_run.model.grouped import has_grouped_product
 from mixtral_run.train.data import MicroBatch
-from mixtral_run.train.step import Backward, trainable
+from mixtral_run.train.step import Backward, EagerBackward, trainable
 
 WARM_UP = 2
 """Runs before the first recording: kernels are compiled and libraries set up outside the graph. Not before the second:
@@ -30,37 +30,44 @@ def can_record(model: MixtralModel, num_tokens: int) -> bool:
     """Whether this model's pass over a micro batch of so many tokens can be recorded, and pays: it never waits for the
     GPU. The same on all ranks."""
     here, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
-    probe = torch.empty(1, dtype=model.settings.dtype, device=here.device)
     return (
-        here.device.type == "cuda"
         # Layers that run again read the state of the random numbers where there is dropout.
-        and (recompute in ("none", "selective") or (recompute == "full" and (lora is None or lora.dropout == 0)))
-        and (here.expert_size == 1 or _gathers(model, num_tokens))
-        and has_grouped_product(
-            probe,
-            model.architecture.hidden_size,
-            model.architecture.ffn_hidden_size,
-            lora.rank if lora is not None else 8,
-        )
+        (recompute in ("none", "selective") or (recompute == "full" and lora is not None and lora.dropout == 0))
+        and (here.expert_size == 1 or can_gather(model, num_tokens))
+        and _never_waits(model)
     )
 
 
-def _gathers(model: MixtralModel, num_tokens: int) -> bool:
+def can_gather(model: MixtralModel, num_tokens: int) -> bool:
+    """Whether experts in other processes can get the tokens of such a micro batch as gathered.py has it, and that
+    pays. The same on all ranks."""
     here = model.processes
-    return room.pays(num_tokens // here.tensor_size, here.expert_size) and all(each.adapted for each in model.experts)
+    pays = room.pays(num_tokens // here.tensor_size, here.expert_size)
+    return pays and all(each.adapted for each in model.experts) and _never_waits(model)
+
+
+def _never_waits(model: MixtralModel) -> bool:
+    """Whether the experts' products read on the GPU how many rows there are."""
+    here, lora = model.processes, model.settings.lora
+    probe = torch.empty(1, dtype=model.settings.dtype, device=here.device)
+    widths = (model.architecture.hidden_size, model.architecture.ffn_hidden_size, lora.rank if lora is not None else 8)
+    return here.device.type == "cuda" and has_grouped_product(probe, *widths)
 
 
 @contextmanager
-def recorded_backward(
-    model: MixtralModel, num_tokens: int, *, wanted: bool = True
-) -> Iterator[RecordedBackward | None]:
-    """One for as long as this lasts, where it is wanted and goes. To be left before the processes part: NCCL waits for
-    the recordings that its exchanges are in."""
-    backward = RecordedBackward(model) if wanted and can_record(model, num_tokens) else None
+def backward_of(model: MixtralModel, num_tokens: int, *, recorded: bool = True) -> Iterator[Backward]:
+    """The fastest way of a micro batch of so many tokens through the model, recorded where that is wanted and goes.
+
+    To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
+    """
+    if not (recorded and can_record(model, num_tokens)):
+        gathers = can_gather(model, num_tokens)
+        yield EagerBackward(model, Room.on(model.processes.device) if gathers else None)
+        return
+    backward = RecordedBackward(model)
     yield backward
     # Not after an error: what was started may wait for a process that is no more.
-    if backward is not None:
-        backward.forget()
+    backward.forget()
 
 
 class RecordedBackward(Backward):

@@ -22,7 +22,7 @@ from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.data import MockSamples, Samples, SampleSource, batches
 from mixtral_run.train.full_step import SgdInBackward
-from mixtral_run.train.graph import recorded_backward
+from mixtral_run.train.graph import backward_of
 from mixtral_run.train.kept_experts import Keep
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.model import load_for_training, loaded
@@ -69,9 +69,8 @@ def finetune(config: FinetuneConfig) -> None:
         optimizer = torch.optim.AdamW(
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
-        # A graph has fixed shapes; packed rows hold now more samples, now fewer.
-        wanted = config.cuda_graphs and not config.pack
-        with recorded_backward(model, config.micro_batch_size * config.seq_length, wanted=wanted) as backward:
+        recorded = config.cuda_graphs and not config.pack
+        with backward_of(model, config.micro_batch_size * config.seq_length, recorded=recorded) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
             if here.is_first and not config.resume:
                 _remove_leftovers(config.save)
@@ -95,7 +94,7 @@ def pretrain(config: PretrainConfig) -> None:
         samples = open_samples(config, base, report)
         model, seconds = _load(config, base, here, report, None)
         tokens = config.micro_batch_size * config.seq_length
-        with recorded_backward(model, tokens, wanted=config.cuda_graphs) as backward:
+        with backward_of(model, tokens, recorded=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
             meter = _meter(config, base, here, config.metrics_file)
             run = Run(config, here, report, model, samples, meter, step, seconds)
@@ -108,7 +107,7 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 def _full_step(
-    config: PretrainConfig, model: MixtralModel, backward: Backward | None, *, steps_in_backward: bool
+    config: PretrainConfig, model: MixtralModel, backward: Backward, *, steps_in_backward: bool
 ) -> tuple[Step, str]:
     """The step over all weights that needs least memory, and what to call it."""
     if config.optimizer == "sgd" and steps_in_backward and config.clip_grad == 0:

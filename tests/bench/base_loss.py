@@ -35,7 +35,7 @@ from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data import GlobalBatch, Row, ShuffledOrder, batches
-from mixtral_run.train.graph import recorded_backward
+from mixtral_run.train.graph import backward_of
 from mixtral_run.train.schedule import learning_rate
 from mixtral_run.train.step import optimizer_step, trainable
 
@@ -164,7 +164,7 @@ def tune(
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
     )
-    with recorded_backward(model, config.micro_batch_size * config.seq_length) as backward:
+    with backward_of(model, config.micro_batch_size * config.seq_length) as backward:
         step = optimizer_step(model, optimizer, config.clip_grad, backward)
         losses = [step(batch, learning_rate(config, iteration)).loss for iteration, batch in enumerate(chosen)]
     (first,) = chosen[0].micro_batches

@@ -74,8 +74,8 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     from mixtral_run.config import LaunchConfig
     from mixtral_run.model.parallel import processes
     from mixtral_run.train.data import MockSamples, batches
-    from mixtral_run.train.graph import recorded_backward
-    from mixtral_run.train.step import train_step, trainable
+    from mixtral_run.train.graph import backward_of
+    from mixtral_run.train.step import EagerBackward, train_step, trainable
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
@@ -101,8 +101,8 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
                 write_profile(step, arguments.profile if here.is_first else None)
             return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
 
-        with recorded_backward(model, seq * micro, wanted=not arguments.eager) as backward:
-            result = run(backward)
+        with backward_of(model, seq * micro) as backward:
+            result = run(EagerBackward(model) if arguments.eager else backward)
         return result if here.is_first else {}
 
 

@@ -41,7 +41,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
 
     from mixtral_run.plan import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
     from mixtral_run.train.data import MockSamples, batches
-    from mixtral_run.train.graph import recorded_backward
+    from mixtral_run.train.graph import backward_of
     from mixtral_run.train.step import train_step, trainable
     from tests.bench.lora import timed_steps
 
@@ -64,7 +64,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     losses: list[float] = []
 
     wanted = packed is None and not arguments.eager
-    with recorded_backward(model, seq * micro, wanted=wanted) as backward:
+    with backward_of(model, seq * micro, recorded=wanted) as backward:
 
         def step() -> None:
             batch = packed if packed is not None else next(stream)

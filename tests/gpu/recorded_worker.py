@@ -14,8 +14,8 @@ import torch
 from mixtral_run.config import LaunchConfig
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.train.data import MockSamples, batches
-from mixtral_run.train.graph import can_record, recorded_backward
-from mixtral_run.train.step import train_step, trainable
+from mixtral_run.train.graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.step import EagerBackward, train_step, trainable
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 
 STEPS = 6
@@ -34,8 +34,10 @@ def run(here: Processes, recompute: str, precision: str, *, recorded: bool) -> l
         data_parallel_rank=here.data_rank,
         data_parallel_size=here.data_size,
     )
-    with recorded_backward(model, 2 * SEQ_LENGTH, wanted=recorded) as backward:
-        assert (backward is not None) == recorded
+    with backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward:
+        assert isinstance(backward, RecordedBackward) == recorded
+        if not recorded:
+            backward = EagerBackward(model)
         results = [train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(STEPS)]
     return [(result.loss, result.grad_norm) for result in results]
 

@@ -140,9 +140,9 @@ def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if not is_adapter(name)}
 
 
-def packed_and_alone(model: MixtralModel) -> tuple[float, float]:
+def packed_and_alone(model: MixtralModel, given: Room | None = None) -> tuple[float, float]:
     """The loss of three samples in one row, and of the same one by one. All ranks must call."""
-    lengths, backward = (6, 8, 2), EagerBackward(model)
+    lengths, backward = (6, 8, 2), EagerBackward(model, given)
     tokens, labels = (torch.arange(16)[None] * factor % 300 for factor in (7, 11))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ones = torch.ones(1, 16)
@@ -192,6 +192,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["packed"] = packed_and_alone(run["model"])
+        results["packed, gathered"] = packed_and_alone(run["model"], Room.on(here.device))
         results["dropout"] = {}
         for mode in RECOMPUTE:
             seed_everything(1, here.rank)

@@ -88,6 +88,7 @@ def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results:
 def test_packed_samples_have_the_loss_they_have_alone(case: str, results: dict[str, Any]) -> None:
     packed, alone = results[case]["packed"]
     assert packed == pytest.approx(alone, rel=1e-6)
+    assert results[case]["packed, gathered"] == pytest.approx((packed, alone), rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

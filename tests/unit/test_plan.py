@@ -18,6 +18,7 @@ from mixtral_run.plan import (
     best,
     gathers,
     host_bytes,
+    is_recorded,
     layouts,
     memory,
     ranked,
@@ -64,11 +65,14 @@ def test_tokens_are_gathered_where_that_is_less_than_asking() -> None:
     for each in (
         dataclasses.replace(few, lora_dropout=0.1),
         dataclasses.replace(few, lora_target_modules=("linear_qkv",)),
-        dataclasses.replace(few, recorded=False),
+        dataclasses.replace(few, weight_bytes=4),
     ):
         assert not gathers(each, Layout(1, 8, "full"))
-    assert not gathers(few, Layout(1, 8, "offload"))
     assert not gathers(few, Layout(1, 1, "none"))
+    assert is_recorded(few, Layout(1, 8, "full")) and not is_recorded(many, Layout(1, 8, "full"))
+    assert not is_recorded(few, Layout(1, 8, "offload"))
+    packed = dataclasses.replace(few, recorded=False)
+    assert gathers(packed, Layout(1, 8, "none")) and not is_recorded(packed, Layout(1, 8, "none"))
 
 
 def test_weights_are_the_known_sums() -> None:
