@@ -8,6 +8,7 @@ take a GPU host ten seconds and more. Under somebody else's torchrun nothing is 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import uuid
 from multiprocessing import forkserver
 from pathlib import Path
@@ -127,7 +129,8 @@ def _end_importing() -> None:
     """The server ends with this process, but not before it has imported: who waits for our output would wait for it."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def torchrun(verb: str, config: LaunchConfig) -> None:
@@ -191,6 +194,10 @@ def _work(verb: str, config_file: str, threads: int, environment: dict[str, str]
         if not end.code and StopRequest.ended_a_run:
             sys.exit(STOPPED)
         raise
+    except Exception:
+        # torch would hand it to the parent and say nothing here.
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def hand_over_error(error: MixtralRunError) -> None:

@@ -22,6 +22,9 @@ from mixtral_run.model.parallel import Processes, sum_over
 from mixtral_run.model.sharing import is_expert, is_partial, is_split
 from mixtral_run.train.data import GlobalBatch, MicroBatch
 
+MOST_SHORT = 3
+"""Steps one after the other that had to be taken twice for want of room, after which it is not tried again."""
+
 BUCKET_BYTES = 256 * 1024**2
 """Gradients are summed over processes in pieces of about this size."""
 
@@ -50,6 +53,7 @@ class Backward(ABC):
     def __init__(self, model: MixtralModel, room: Room | None = None) -> None:
         self.model = model
         self.room = room
+        self.num_short = 0
 
     @abstractmethod
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
@@ -57,7 +61,9 @@ class Backward(ABC):
 
     def was_whole(self) -> bool:
         """Whether the gradients since it was last asked are right: every row had room. All ranks must call."""
-        return self.room is None or self.room.sufficed(self.model.processes)
+        whole = self.room is None or self.room.sufficed(self.model.processes)
+        self.num_short = 0 if whole else self.num_short + 1
+        return whole
 
 
 class EagerBackward(Backward):
@@ -102,7 +108,8 @@ def train_step(
     here = model.processes
     # Those of `trainable`; looking for them in the model takes the host a millisecond that the GPU waits.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    backward = backward or EagerBackward(model)
+    if backward is None or backward.num_short >= MOST_SHORT:
+        backward = EagerBackward(model)
     total = _gradients_of(batch, parameters, backward)
     if not backward.was_whole():
         total = _gradients_of(batch, parameters, EagerBackward(model))
