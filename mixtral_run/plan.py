@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mixtral_run.config import LORA_TARGET_MODULES, RECOMPUTE, RUNS_AGAIN
-from mixtral_run.model import room
+from mixtral_run.model import gather_sizes
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 
 GIB = 1024**3
@@ -133,7 +133,7 @@ def is_recorded(workload: Workload, layout: Layout) -> bool:
 def gathers(workload: Workload, layout: Layout) -> bool:
     """Whether every process takes all tokens of its expert group (model/gathered.py), as far as sizes tell."""
     tokens = workload.tokens // layout.tensor_model_parallel_size
-    pays = room.pays(tokens, layout.expert_model_parallel_size)
+    pays = gather_sizes.pays(tokens, layout.expert_model_parallel_size)
     return pays and workload.as_one and workload.weight_bytes == 2
 
 
@@ -142,7 +142,7 @@ def _rows_over_mean(workload: Workload, layout: Layout) -> float:
     size = layout.expert_model_parallel_size
     if size == 1:
         return 1.0
-    return min(size, room.SPARE) if gathers(workload, layout) else IMBALANCE
+    return min(size, gather_sizes.SPARE) if gathers(workload, layout) else IMBALANCE
 
 
 def memory(workload: Workload, layout: Layout) -> Memory:

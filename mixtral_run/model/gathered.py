@@ -8,8 +8,8 @@ weights, computes the part of those experts that it holds, and the parts are sum
 
 For p = 2 that is as much on the wire as rows sent alone, for more processes more: it is for few tokens, where launching
 takes longer than computing. What is sized by the number of rows here, which only the GPU knows, has room for as many as
-room.py says, and kernels go no further than the last of `ends`. Where that is not all that may come, what did not
-find room is counted in `Room.missing`, and the pass is worth nothing: train/step.py takes it again, row by row.
+gather_sizes.py says, and kernels go no further than the last of `ends`. Where that is not all that may come, what did
+not find room is counted in `Room.missing`, and the pass is worth nothing: train/step.py takes it again, row by row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.model import room as sizes
+from mixtral_run.model import gather_sizes
 from mixtral_run.model.megatron import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
 from mixtral_run.model.parallel import Processes
 
@@ -35,14 +35,14 @@ class Room:
     def on(device: torch.device) -> Room:
         return Room(torch.zeros((), dtype=torch.int64, device=device))
 
-    def bound(self, ends: Tensor, room: int) -> Tensor:
-        """ends where they fit, int32; what does not is counted."""
-        self.missing.copy_(torch.maximum(self.missing, ends[-1] - room))
-        return ends.clamp(max=room).int()
+    def bound(self, ends: Tensor, num_rows: int) -> Tensor:
+        """ends as far as so many rows have room, int32; what does not find it is counted."""
+        self.missing.copy_(torch.maximum(self.missing, ends[-1] - num_rows))
+        return ends.clamp(max=num_rows).int()
 
     def sufficed(self, here: Processes) -> bool:
         """Whether all rows have had room in all processes since this was last asked. All ranks must call."""
-        if not sizes.may_run_out(here.expert_size):
+        if not gather_sizes.may_run_out(here.expert_size):
             return True
         dist.all_reduce(self.missing, dist.ReduceOp.MAX)
         most = int(self.missing)

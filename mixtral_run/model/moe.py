@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Rows
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.gather_sizes import rows_with_room
 from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
 from mixtral_run.model.permute import inverse, regroup, to_rows, to_tokens
 from mixtral_run.model.remake import Recipe
-from mixtral_run.model.room import rows_with_room
 from mixtral_run.model.sharing import mark
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mixtral_run.model import room
+from mixtral_run.model import gather_sizes
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.gathered import Room
 from mixtral_run.model.grouped import has_grouped_product
@@ -42,7 +42,7 @@ def can_gather(model: MixtralModel, num_tokens: int) -> bool:
     """Whether experts in other processes can get the tokens of such a micro batch as gathered.py has it, and that
     pays. The same on all ranks."""
     here = model.processes
-    pays = room.pays(num_tokens // here.tensor_size, here.expert_size)
+    pays = gather_sizes.pays(num_tokens // here.tensor_size, here.expert_size)
     return pays and all(each.adapted for each in model.experts) and _never_waits(model)
 
 

@@ -17,7 +17,7 @@ import torch
 from mixtral_run.checkpoints import describe_adapter, describe_base
 from mixtral_run.config import RECOMPUTE, FinetuneConfig
 from mixtral_run.generate import Sampling, continue_rows
-from mixtral_run.model import room
+from mixtral_run.model import gather_sizes
 from mixtral_run.model.build import MixtralModel, is_adapter
 from mixtral_run.model.gathered import Room
 from mixtral_run.model.lora import LoraSettings
@@ -186,7 +186,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         for spare in (2.0, 0.5):
             # With too little room each step is taken again, row by row.
             for mode in ("none", "selective", "full"):
-                with patch.object(room, "SPARE", spare):
+                with patch.object(gather_sizes, "SPARE", spare):
                     again = train(
                         config_of(checkpoint, out, layout, recompute=mode), here, 0, 2, given=Room.on(here.device)
                     )

@@ -4,31 +4,39 @@ import torch
 from torch import Tensor
 
 from mixtral_run.config import LaunchConfig
-from mixtral_run.model.parallel import processes
+from mixtral_run.model.gathered import Room
+from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.train.data import GlobalBatch, MicroBatch
 from mixtral_run.train.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
 from tests.unit.model.test_packing import micro_batches
 from tests.unit.model.test_recompute import model_of
 
 
-class Short(Backward):
-    """Leaves nonsense, and says so at these of its steps."""
+class TooSmall(Room):
+    """Does not suffice at these of the steps."""
 
-    at: frozenset[int] = frozenset()
-    num_steps = 0
+    def __init__(self, steps: set[int]) -> None:
+        super().__init__(torch.zeros(()))
+        self.steps = steps
+        self.num_steps = 0
+
+    def sufficed(self, here: Processes) -> bool:
+        del here
+        self.num_steps += 1
+        return self.num_steps - 1 not in self.steps
+
+
+class Short(Backward):
+    """Leaves nonsense where the room does not suffice."""
+
+    room: TooSmall
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         loss = EagerBackward(self.model)(micro, num_loss_tokens)
-        if self.num_steps in self.at:
+        if self.room.num_steps in self.room.steps:
             for parameter in trainable(self.model):
                 parameter.grad = torch.full_like(parameter, torch.nan)
         return loss
-
-    def was_whole(self) -> bool:
-        whole = self.num_steps not in self.at
-        self.num_steps += 1
-        self.num_short = 0 if whole else self.num_short + 1
-        return whole
 
 
 def test_short_steps_are_taken_again() -> None:
@@ -37,11 +45,10 @@ def test_short_steps_are_taken_again() -> None:
     results = []
     with processes(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as here:
         # Two on end are followed by one that is whole: it is tried on. Three on end, and never again.
-        for at, tried in ((frozenset(), 9), (frozenset({1, 2, 4}), 9), (frozenset({1, 3, 4, 5}), 3 + MOST_SHORT)):
+        for short, tried in ((set(), 9), ({1, 2, 4}, 9), ({1, 3, 4, 5}, 3 + MOST_SHORT)):
             model = model_of(here, "none")
-            optimizer, backward = torch.optim.AdamW(trainable(model), lr=1e-2), Short(model)
-            backward.at = at
+            optimizer, backward = torch.optim.AdamW(trainable(model), lr=1e-2), Short(model, TooSmall(short))
             results.append([train_step(model, optimizer, batch, 1.0, backward) for _ in range(9)])
-            assert backward.num_steps == tried
+            assert backward.room.num_steps == tried
     assert results[0] == results[1] == results[2]
     assert results[0][0].loss != results[0][-1].loss
