@@ -57,8 +57,11 @@ def copy_all(
     when a file cannot be read or written; what the journal has by then is whole.
     """
     stop = threading.Event()
+    in_memory = lies_in_memory(folder)
+    if in_memory:
+        _lengthen(folder, plan)
     # With a core for every file at most, nobody waits for another's turn to write.
-    pace = Pace(workers, mappable=lies_in_memory(folder) and num_cores() > len(plan.files))
+    pace = Pace(workers, mappable=in_memory and num_cores() > len(plan.files))
     # Where both fit, they stay in the cache for what comes next; else they would only push out what others need.
     drop_behind = not fits_in_memory(2 * plan.num_bytes)
     remaining = iter([(number, job) for number, job in enumerate(plan.jobs) if number not in journal.done])
@@ -75,7 +78,9 @@ def copy_all(
             if stop.is_set():
                 raise _Stopped
 
-        with _Worker(weights, folder, checkpoint, copied, pace, drop_behind=drop_behind) as worker:
+        with _Worker(
+            weights, folder, checkpoint, copied, pace, reserve=not in_memory, drop_behind=drop_behind
+        ) as worker:
             while True:
                 checkpoint()
                 with lock:
@@ -108,6 +113,20 @@ def copy_all(
     for error in sorted(errors, key=lambda each: isinstance(each, _Stopped)):
         raise error
     return pace.chosen.workers
+
+
+def _lengthen(folder: Path, plan: Plan) -> None:
+    """Give the files their final lengths: what is not written yet takes no memory."""
+    for name, length in plan.files.items():
+        try:
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if os.fstat(descriptor).st_size < length:
+                    os.ftruncate(descriptor, length)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unwritable(folder / name, error) from error
 
 
 class _Flusher:
@@ -171,17 +190,20 @@ class _Worker:
         advance: Callable[[int], None],
         pace: Pace,
         *,
+        reserve: bool,
         drop_behind: bool,
     ) -> None:
         """`checkpoint` is called before every block: it waits for the worker's turn, and raises to end the work.
 
-        pace: tells how to write.
+        pace: tells how to write. reserve: room for a chunk before it is written; in memory that would be one worker at
+        a time in a file, and every page written twice.
         """
         self._weights = weights
         self._folder = folder
         self._checkpoint = checkpoint
         self._advance = advance
         self._drop_behind = drop_behind
+        self._reserve = reserve
         self._pace = pace
         self._mapped = MappedWriter()
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -196,7 +218,7 @@ class _Worker:
 
     def copy(self, job: Job) -> JobSums:
         """Fill a job's chunks."""
-        for chunk in job.chunks:
+        for chunk in job.chunks if self._reserve else ():
             self._allocate(chunk)
         sums = self._copy_columns(job) if job.unit.splits_columns else self._copy_runs(job)
         if self._drop_behind:

@@ -7,7 +7,7 @@ import errno
 import os
 from pathlib import Path
 
-_C_LIBRARY = ctypes.CDLL(None, use_errno=True)
+C_LIBRARY = ctypes.CDLL(None, use_errno=True)
 _MEMORY = Path("/proc/meminfo")
 _MOUNTS = Path("/proc/self/mountinfo")
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -26,7 +26,7 @@ def allocate(descriptor: int, start: int, num_bytes: int, *, keep_size: bool = F
     Raises OSError when the disk is full. Not os.posix_fallocate, which writes into every block where the file system
     has no call for it, as over NFS.
     """
-    fallocate = getattr(_C_LIBRARY, "fallocate", None)
+    fallocate = getattr(C_LIBRARY, "fallocate", None)
     if fallocate is None:
         return
     if fallocate(descriptor, _KEEP_SIZE * keep_size, ctypes.c_longlong(start), ctypes.c_longlong(num_bytes)) != 0:
@@ -40,7 +40,7 @@ def exchange(first: Path, second: Path) -> bool:
 
     False, and nothing done, where system or file system cannot: NFS has no call for it.
     """
-    renameat2 = getattr(_C_LIBRARY, "renameat2", None)
+    renameat2 = getattr(C_LIBRARY, "renameat2", None)
     if renameat2 is None:
         return False
     done: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from mixtral_run.report import Report
 from mixtral_run.weights import convert as convert_module
 from mixtral_run.weights import staging
 from mixtral_run.weights.convert import convert
+from mixtral_run.weights.mapped import MappedWriter
 from mixtral_run.weights.record import read_record
 from mixtral_run.weights.verify import verify
 from tests.integration.test_convert import convert_quietly, run_cli
@@ -254,3 +257,12 @@ def test_other_ranks_of_torchrun_return_at_once(tmp_path: Path, tiny: Path) -> N
     done = run_cli("convert", *flags, RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_fills_up_is_an_error_and_no_bus_error(mounted: Path) -> None:
+    """What is mapped into a process ends it where there is no page for what it writes, unless one was asked for."""
+    length = 200 * 2**20
+    with (mounted / "file").open("wb+") as stream:
+        os.ftruncate(stream.fileno(), length)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            MappedWriter().write(stream.fileno(), (0, length), 0, bytes(length))

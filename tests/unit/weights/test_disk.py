@@ -33,7 +33,7 @@ def test_a_full_disk_is_told_and_one_that_cannot_reserve_is_not(
             ctypes.set_errno(number)
             return -1
 
-    monkeypatch.setattr(disk, "_C_LIBRARY", Library)
+    monkeypatch.setattr(disk, "C_LIBRARY", Library)
     with (tmp_path / "file").open("wb") as file:
         if raises:
             with pytest.raises(OSError, match="No space left"):

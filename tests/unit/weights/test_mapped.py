@@ -11,24 +11,19 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.weights import mapped
-from mixtral_run.weights.disk import allocate, lies_in_memory
+from mixtral_run.weights.disk import lies_in_memory
 from mixtral_run.weights.mapped import MappedWriter
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("populates", [False, True])
-def test_neighbours_write_side_by_side(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool, populates: bool
-) -> None:
+def test_neighbours_write_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
     monkeypatch.setattr(mapped, "WINDOW_BYTES", 64 * 1024)
-    if not populates:
-        monkeypatch.setattr(mapped, "_MADV_POPULATE_WRITE", 9999)  # as a kernel that does not know it
     file = (Path("/dev/shm") if in_memory else tmp_path) / f"mixtral-run-test-{os.getpid()}"
     source = random.Random(1).randbytes(1_000_003)
     ends = [0, 1, 4095, 4097, 200_000, 200_001, 700_000, len(source)]
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        allocate(descriptor, 0, len(source))
+        os.ftruncate(descriptor, len(source))
 
         def write(start: int, stop: int) -> None:
             writer = MappedWriter()
@@ -48,26 +43,37 @@ def test_neighbours_write_side_by_side(
         file.unlink()
 
 
-def test_little_is_mapped_at_once(tmp_path: Path) -> None:
+def test_little_is_in_use_at_once(tmp_path: Path) -> None:
     file = tmp_path / "file"
     size = 5 * mapped.WINDOW_BYTES
     with file.open("wb+") as stream:
-        allocate(stream.fileno(), 0, size)
+        os.ftruncate(stream.fileno(), size)
         writer = MappedWriter()
         for first in range(0, size, 2**20):
             writer.write(stream.fileno(), (0, size), first, b"\1" * 2**20)
-            maps = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
-            places = [[int(number, 16) for number in each.split("-")] for each in maps]
-            assert sum(end - begin for begin, end in places) == mapped.WINDOW_BYTES
+            assert resident(file) == mapped.WINDOW_BYTES
         writer.release()
         assert str(file) not in Path("/proc/self/maps").read_text()
     assert file.read_bytes() == b"\1" * size
 
 
-def test_what_was_not_allocated_is_left_to_the_caller(tmp_path: Path) -> None:
+def resident(file: Path) -> int:
+    """Bytes of a file that are in this process's memory."""
+    _, _, behind = Path("/proc/self/smaps").read_text().partition(str(file))
+    return next(1024 * int(line.split()[1]) for line in behind.splitlines() if line.startswith("Rss:"))
+
+
+def test_what_is_shorter_is_left_to_the_caller(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb+") as stream:
         assert not MappedWriter().write(stream.fileno(), (0, 100), 0, b"\1" * 100)
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_kernel_that_makes_no_pages_is_left_to_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "_MADV_POPULATE_WRITE", 9999)
+    with (tmp_path / "file").open("wb+") as stream:
+        os.ftruncate(stream.fileno(), 100)
+        assert not MappedWriter().write(stream.fileno(), (0, 100), 0, b"\1" * 100)
 
 
 def test_which_files_lie_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
