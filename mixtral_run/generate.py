@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from mixtral_run.checkpoints import check_adapter_fits, describe_adapter, describe_base, write_whole
 from mixtral_run.config import GenerateConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.model import gather_sizes
 from mixtral_run.model.attention import KeyValueCache
 from mixtral_run.model.build import MixtralModel
+from mixtral_run.model.gathered import Room
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.report import Report
 from mixtral_run.train.model import load_for_inference
@@ -146,16 +148,18 @@ def continue_rows(
     generator = torch.Generator(device=here.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in rows]
     running = [True] * len(rows)
+    room = Room.on(here.device, unlimited=True)
     for _ in range(sampling.max_new_tokens):
         begin = cache.length
         positions = torch.arange(begin, begin + tokens.shape[1], device=here.device)
-        logits = model.logits(
-            tokens,
-            positions=(positions[None] - padding[:, None]).clamp(min=0),
-            mask=_mask(positions, padding) if ragged else None,
-            cache=cache,
-            last_only=True,
-        )
+        with model.gathering(room if gather_sizes.pays(tokens.numel(), here.expert_size) else None):
+            logits = model.logits(
+                tokens,
+                positions=(positions[None] - padding[:, None]).clamp(min=0),
+                mask=_mask(positions, padding) if ragged else None,
+                cache=cache,
+                last_only=True,
+            )
         chosen = choose(logits[:, -1].float(), sampling, generator)
         if here.world_size > 1:
             # Replicas may round differently; all must go on with the same token.

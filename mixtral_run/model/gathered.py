@@ -27,13 +27,21 @@ from mixtral_run.model.parallel import Processes
 
 @dataclass(frozen=True)
 class Room:
-    """missing: int64 scalar on the device, the most rows that did not find room in a layer since it was set to zero."""
+    """missing: int64 scalar on the device, the most rows that did not find room in a layer since it was set to zero.
+
+    unlimited: there is room for all rows that could come, as where they are few and nearly the same in all processes.
+    """
 
     missing: Tensor
+    unlimited: bool = False
 
     @staticmethod
-    def on(device: torch.device) -> Room:
-        return Room(torch.zeros((), dtype=torch.int64, device=device))
+    def on(device: torch.device, *, unlimited: bool = False) -> Room:
+        return Room(torch.zeros((), dtype=torch.int64, device=device), unlimited)
+
+    def num_rows(self, choices: int, size: int) -> int:
+        """For how many rows a process of an expert group of `size` has room; choices: of all tokens of the group."""
+        return choices if self.unlimited else gather_sizes.rows_with_room(choices, size)
 
     def bound(self, ends: Tensor, num_rows: int) -> Tensor:
         """ends as far as so many rows have room, int32; what does not find it is counted."""

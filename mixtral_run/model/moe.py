@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Rows
 from mixtral_run.model.experts import Experts
-from mixtral_run.model.gather_sizes import rows_with_room
 from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
@@ -139,7 +138,7 @@ class MoELayer(MegatronModule):
         return outputs
 
     def _gathered(self, tokens: Tensor, weights: Tensor, experts: Tensor, room: Room) -> Tensor:
-        """Each process adds up what its experts say of all tokens; see gathered.py. Of the adapted experts alone."""
+        """Each process adds up what its experts say of all tokens; see gathered.py. Trains adapted experts alone."""
         size, topk = self.expert_group.size(), experts.shape[1]
         count = self.num_experts // size
         everyones = gather(tokens, weights, experts, self.expert_group)
@@ -148,13 +147,16 @@ class MoELayer(MegatronModule):
         chosen = torch.where((chosen >= 0) & (chosen < count), chosen, count)
         order = _sorted_by(chosen, count + 1)
         position = inverse(order)
-        num_rows = rows_with_room(chosen.numel(), size)
+        num_rows = room.num_rows(chosen.numel(), size)
         ends = room.bound(_counts(chosen, count).cumsum(0), num_rows)
         order, end = order[:num_rows], ends[-1:]
         here = torch.arange(num_rows, device=order.device) < end
         shares = everyones.weights.flatten().index_select(0, order).where(here, 0.0)
-        rows = Rows(ends, order // topk, position, topk, partial=True)
-        outputs = self.experts.adapted_forward(everyones.tokens, rows, None, shares)
+        if self.experts.adapted:
+            rows = Rows(ends, order // topk, position, topk, partial=True)
+            outputs = self.experts.adapted_forward(everyones.tokens, rows, None, shares)
+        else:
+            outputs = self.experts(everyones.tokens.index_select(0, order // topk), ends)
         parts = to_tokens(outputs, everyones.weights.detach().contiguous(), order, position, end)
         return sum_where_they_belong(parts, self.expert_group)
 
