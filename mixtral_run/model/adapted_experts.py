@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mixtral_run.model.grouped import add_product, outer_product, product
+from mixtral_run.model.grouped import outer_product, product
 from mixtral_run.model.permute import add_rows
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.rounded import rounded
@@ -32,6 +32,8 @@ class FrozenExperts(Protocol):
     """The weight of one linear layer of all experts, [experts, out, in], however it is kept."""
 
     def product(self, rows: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor: ...
+
+    def adapted_product(self, rows: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor: ...
 
     def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
 
@@ -105,7 +107,6 @@ class _AdaptedExperts(torch.autograd.Function):
         hidden = first.product(tokens, ends, rows.source)
         first_inner = product(tokens, halves[0].transpose(1, 2), ends, rows.source)
         active = swiglu_of(hidden, first_inner, halves[1], scale, ends)
-        output = second.product(active, ends)
         second_inner = product(active, halves[2].transpose(1, 2), ends)
         ctx.save_for_backward(
             hidden, first_inner, second_inner, shares, ends, rows.source, rows.position, *halves, *kept
@@ -113,7 +114,7 @@ class _AdaptedExperts(torch.autograd.Function):
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, rows.topk
         ctx.partial = rows.partial
         ctx.dtypes = [each.dtype for each in parameters]
-        return add_product(output, second_inner, halves[3].transpose(1, 2), scale, ends)
+        return second.adapted_product(active, ends, second_inner * scale, halves[3])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -164,61 +164,80 @@ def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, end
     return base + product(inner * scale, matrices, ends)
 
 
-FEW_ROWS = 256
-"""Rows an expert up to which product_gluon.py is the faster one: it reads weights at 2.6 TB/s where torch's product
-reaches 1.9 (H100, 128 rows an expert); at 500 torch's is a tenth faster, even with the adapter's part still to add."""
+GROUPS_BY_ROWS = ((160, 3), (384, 2))
+"""Rows an expert up to which product_gluon.py is the faster one, and with how many groups; beyond that torch's product
+is. At 500 rows the two take the same time alone, but a GPU at its power limit runs slower with ours: it reads more from
+its cache, where torch's programs share what they read (docs/benchmarks.md)."""
 
 
 def frozen_product(rows: Tensor, weight: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
     """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`."""
     experts, outputs, inputs = weight.shape
     tokens = rows.shape[0] if source is None else source.shape[0]
-    if _own_product_pays(rows, tokens / experts, outputs, inputs, 0):
-        from mixtral_run.model.product_gluon import grouped_product
+    groups = _groups(rows, tokens / experts, outputs, inputs, 0)
+    if groups is None:
+        return product(rows, weight.transpose(1, 2), ends, source)
+    from mixtral_run.model.product_gluon import grouped_product
 
-        rows = rows if source is None else rows.index_select(0, source)
-        return grouped_product(rows.contiguous(), weight, ends, turned=True)
-    return product(rows, weight.transpose(1, 2), ends, source)
+    rows = rows if source is None else rows.index_select(0, source)
+    return grouped_product(rows.contiguous(), weight, ends, turned=True, groups=groups)
+
+
+def frozen_adapted_product(rows: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor:
+    """rows · weightᵀ + inner [tokens, r] · linear_outᵀ, both [experts, out, …]: [tokens, out]."""
+    experts, outputs, inputs = weight.shape
+    groups = _groups(rows, rows.shape[0] / experts, outputs, inputs, inner.shape[1])
+    if groups is None:
+        return add_product(product(rows, weight.transpose(1, 2), ends), inner, linear_out.transpose(1, 2), 1.0, ends)
+    from mixtral_run.model.product_gluon import grouped_product
+
+    adapter = (inner.contiguous(), linear_out.contiguous())
+    return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True, groups=groups)
 
 
 def frozen_gradient(gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
     """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in]."""
     experts, outputs, inputs = weight.shape
-    if _own_product_pays(gradient, gradient.shape[0] / experts, inputs, outputs, inner.shape[1]):
-        from mixtral_run.model.product_gluon import grouped_product
+    groups = _groups(gradient, gradient.shape[0] / experts, inputs, outputs, inner.shape[1])
+    if groups is None:
+        return add_product(product(gradient, weight, ends), inner, linear_in, 1.0, ends)
+    from mixtral_run.model.product_gluon import grouped_product
 
-        parts = (inner.contiguous(), linear_in.contiguous())
-        return grouped_product(gradient.contiguous(), weight, ends, turned=False, inner=parts[0], adapter=parts[1])
-    return add_product(product(gradient, weight, ends), inner, linear_in, 1.0, ends)
+    adapter = (inner.contiguous(), linear_in.contiguous())
+    return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False, groups=groups)
 
 
-def _own_product_pays(rows: Tensor, rows_per_expert: float, width: int, depth: int, rank: int) -> bool:
-    if rows_per_expert > FEW_ROWS or not has_grouped_product(rows, width, depth):
-        return False
-    if torch.cuda.get_device_capability(rows.device) != (9, 0) or not _own_product_runs(rows.device):
-        return False
+def _groups(rows: Tensor, rows_per_expert: float, width: int, depth: int, rank: int) -> int | None:
+    """With how many groups product_gluon.py takes a product; None: torch's is the faster one, or ours does not run."""
+    groups = next((groups for most, groups in GROUPS_BY_ROWS if rows_per_expert <= most), None)
+    if groups is None or not has_grouped_product(rows, width, depth):
+        return None
+    if torch.cuda.get_device_capability(rows.device) != (9, 0) or not _own_product_runs(rows.device, groups):
+        return None
     from mixtral_run.model.product_gluon import fits
 
-    return fits(width, depth, rank)
+    return groups if fits(width, depth, rank) else None
 
 
 @functools.cache
-def _own_product_runs(device: torch.device) -> bool:
+def _own_product_runs(device: torch.device, groups: int) -> bool:
     """Whether product_gluon.py is right on this device."""
 
     def small() -> tuple[Tensor, Tensor]:
         from mixtral_run.model.product_gluon import grouped_product
 
+        # More tiles than the GPU has multiprocessors: whole ones, and some that are shared out.
+        width = 16384
         generator = torch.Generator(device).manual_seed(1)
-        shapes = ((300, 128), (2, 128, 256), (300, 16), (2, 16, 256))
+        shapes = ((300, 128), (2, 128, width), (300, 16), (2, 16, width))
         rows, weight, inner, half = (
             torch.randn(shape, device=device, generator=generator).bfloat16() for shape in shapes
         )
         ends = torch.tensor([230, 300], device=device, dtype=torch.int32)
-        found = grouped_product(rows, weight, ends, turned=False, inner=inner, adapter=half)
-        owner = (torch.arange(300, device=device) >= 230).long()
-        expected = torch.einsum("tk,tkn->tn", rows.float(), weight.float()[owner])
-        return found, expected + torch.einsum("tr,trn->tn", inner.float(), half.float()[owner])
+        found = grouped_product(rows, weight, ends, (inner, half), turned=False, groups=groups)
+        lefts = torch.cat((rows, inner), dim=1).float().split((230, 70))
+        rights = torch.cat((weight, half), dim=1).float()
+        return found, torch.cat([left @ right for left, right in zip(lefts, rights, strict=True)])
 
     why = why_not(small)
     if why:

@@ -30,5 +30,7 @@ def place(tile, ends_ptr, wide, EXPERTS: gl.constexpr, HIGH: gl.constexpr, WIDE:
         begin = end
         before = after
     local = tile - start
-    # Those that read the same weights one after the other.
-    return expert, first + (local % high) * HIGH, (local // high) * WIDE, last, before
+    # Those that read the same weights one after the other, beginning with another one each time: an expert's last rows
+    # are less work, and would fall to the same programs round after round.
+    down = (local + local // high) % high
+    return expert, first + down * HIGH, (local // high) * WIDE, last, before
