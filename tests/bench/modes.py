@@ -82,7 +82,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     return {
         "tok_s": round(seq * (whole if packed is None else 1) / seconds),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
-        "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 1),
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
         "planned_gib": round(memory(workload, layout).allocated / GIB, 1),
         "planned_host_gib": round(host_bytes(workload, layout) / GIB, 1),
         "losses": [round(each, 5) for each in (losses[0], losses[-1])],
