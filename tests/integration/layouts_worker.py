@@ -136,6 +136,17 @@ def pretrain(config: FinetuneConfig, here: Processes, *, within: bool) -> list[t
     return [(result.loss, result.grad_norm) for result in results]
 
 
+@torch.inference_mode()
+def apart_where_all_have_room(model: MixtralModel) -> float:
+    """How far logits are from those of rows sent one by one, with the same tokens in all processes, as in generate."""
+    tokens = torch.tensor(ROWS[:1], device=model.processes.device)
+    expected = model.logits(tokens)
+    room = Room.on(model.processes.device, unlimited=True)
+    # What would be too little is not asked for.
+    with patch.object(gather_sizes, "SPARE", 0.5), model.gathering(room):
+        return float((model.logits(tokens) - expected).abs().max())
+
+
 def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if not is_adapter(name)}
 
@@ -191,6 +202,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                         config_of(checkpoint, out, layout, recompute=mode), here, 0, 2, given=Room.on(here.device)
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
+        results["unlimited"] = apart_where_all_have_room(run["model"])
         results["packed"] = packed_and_alone(run["model"])
         results["packed, gathered"] = packed_and_alone(run["model"], Room.on(here.device))
         results["dropout"] = {}

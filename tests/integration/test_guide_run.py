@@ -77,9 +77,10 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_what_is_kept_is_taken_a
     assert [path.name for path in (tmp_path / "mixtral-guide-run").iterdir()] == ["checkpoint"]
     guide = GuideRun(parsed([*TINY, "--seed", "1", "--layers", "2", "--ram-folder", str(tmp_path)], None))
     assert not guide.is_converted() and not guide.is_made()
-    code, lines, found = guide_run(tmp_path, *SMALL_RUNS, "--only", "convert,smoke")
+    code, lines, found = guide_run(tmp_path, *SMALL_RUNS, "--only", "convert,generate,smoke")
     assert code == 0 and "The model of an earlier run is taken." in lines
-    convert, smoke = found["steps"]
+    convert, generate, smoke = found["steps"]
+    assert generate["outcome"] == "passed" and generate["figures"]["tokens"] > 0
     assert convert["reason"] == "kept from an earlier run"
     assert smoke["outcome"] == "passed" and "loss" in smoke["figures"]["pretrain 2"]["result"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.log"]
