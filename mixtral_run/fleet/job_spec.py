@@ -25,6 +25,8 @@ CHECKPOINTS = "/checkpoints"
 HF_HOME = "/huggingface"
 JOB_FOLDER = "/job"
 """Where the container sees the host's checkpoints and HF cache, as the image has them, and the job's own files."""
+KERNELS = "/kernels"
+"""Where it sees the kernels that earlier jobs of the same user compiled: four seconds of a first iteration."""
 
 STOP_SECONDS = 330
 """What a job may take to save after SIGTERM, before the engine kills it."""
@@ -39,8 +41,9 @@ LOCAL_INPUTS = ("data_path", "prompts_file")
 
 
 OF_THE_IMAGE = (
-    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, "/lib", "/lib64", "/opt/mixtral-run", "/proc", "/sbin", "/sys",
-    "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia", "/usr/sbin",
+    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, KERNELS, "/lib", "/lib64", "/opt/mixtral-run", "/proc",
+    "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia",
+    "/usr/sbin",
 )  # fmt: skip
 """What a job needs of its image: a folder of the host that is or holds one of these is not mounted over it."""
 
@@ -105,6 +108,8 @@ class HostFacts:
     group_of_checkpoints: int | None = None
     folder: str = ""
     """Where jobs' files go: in the user's home."""
+    kernels: str = ""
+    """Where compiled kernels are kept, there as well: nobody else can put code into it."""
     num_gpus: int = 0
     cdi: bool = False
     address: str = ""
@@ -232,7 +237,7 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
     if spec.num_hosts > 1:
         argv += ["--network", "host"]
     argv += bind(options.checkpoints_folder, CHECKPOINTS) + bind(options.hf_home, HF_HOME)
-    argv += bind(f"{facts.folder}/{spec.name}", JOB_FOLDER, read_only=True)
+    argv += bind(f"{facts.folder}/{spec.name}", JOB_FOLDER, read_only=True) + bind(facts.kernels, KERNELS)
     for mount in spec.mounts:
         argv += bind(mount, mount)
     argv += ["--workdir", CHECKPOINTS]
@@ -252,7 +257,8 @@ def bind(source: str, target: str, read_only: bool = False) -> list[str]:
 def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
     # torchrun's own patience with its processes is 30 seconds. It gets more than the engine's: a run that does not save
     # in time is then killed by the engine, which tells so (KILLED), and not by a torchrun that ends as if it had saved.
-    found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_SECONDS + 60)}
+    patience = str(STOP_SECONDS + 60)
+    found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience, "TRITON_CACHE_DIR": KERNELS}
     if spec.num_hosts > 1 and facts.interface:
         # gloo would take the address of the host's own name, which Debian's /etc/hosts makes 127.0.1.1.
         found["GLOO_SOCKET_IFNAME"] = facts.interface
@@ -297,11 +303,12 @@ fi
 FACTS_SCRIPT = (
     FIND_ENGINE
     + r"""
-umask 077; mkdir -p "$HOME/.local/state/mixtral-run/jobs" || exit 4
+umask 077; mkdir -p "$HOME/.local/state/mixtral-run/jobs" "$HOME/.cache/mixtral-run/kernels" || exit 4
 echo "docker=$docker"
 echo "uid=$(id -u)"; echo "gid=$(id -g)"
 echo "group=$(stat -c %g "$1" 2>/dev/null)"
 echo "folder=$HOME/.local/state/mixtral-run/jobs"
+echo "kernels=$HOME/.cache/mixtral-run/kernels"
 echo "gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
 if $docker info --format '{{json .}}' 2>/dev/null | grep -q 'nvidia\.com/gpu'; then echo cdi=1; else echo cdi=0; fi
 if $docker image inspect "$2" >/dev/null 2>&1; then echo image=1; else echo image=0; fi
@@ -323,6 +330,7 @@ def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
         gid=int(lines["gid"]),
         group_of_checkpoints=int(lines["group"]) if lines["group"] else None,
         folder=lines["folder"],
+        kernels=lines["kernels"],
         num_gpus=int(lines["gpus"]),
         cdi=lines["cdi"] == "1",
         address=lines["address"],

@@ -9,7 +9,9 @@ from mixtral_run.config import ConvertConfig, FinetuneConfig, GenerateConfig, Sm
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.job_spec import HostFacts, JobOptions, bind, container_argv, host_path, make_spec, parse_facts
 
-FACTS = HostFacts(uid=1001, gid=1002, group_of_checkpoints=1000, folder="/home/ops/jobs", num_gpus=8, cdi=True)
+FACTS = HostFacts(
+    uid=1001, gid=1002, group_of_checkpoints=1000, folder="/home/ops/jobs", kernels="/k,2", num_gpus=8, cdi=True
+)
 
 
 def finetune(**more: object) -> FinetuneConfig:
@@ -28,9 +30,10 @@ def test_the_container_of_a_job() -> None:
         "--mount", "type=bind,source=/var/lib/mixtral-run/checkpoints,target=/checkpoints",
         "--mount", "type=bind,source=/var/lib/mixtral-run/huggingface,target=/huggingface",
         "--mount", "type=bind,source=/home/ops/jobs/finetune-1,target=/job,readonly",
+        "--mount", 'type=bind,"source=/k,2",target=/kernels',
         "--mount", "type=bind,source=/data/out,target=/data/out",
         "--workdir", "/checkpoints", "--env", "PYTHONUNBUFFERED=1", "--env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=390",
-        "--env", "NCCL_DEBUG=INFO", "--env", "A=b c",
+        "--env", "TRITON_CACHE_DIR=/kernels", "--env", "NCCL_DEBUG=INFO", "--env", "A=b c",
         "mixtral-run:local", "mixtral-run", "finetune", "--config", "/job/config.json",
     ]  # fmt: skip
 
@@ -151,11 +154,18 @@ def test_paths_of_the_container_on_the_host() -> None:
 
 
 def test_facts_are_parsed() -> None:
-    lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "gpus=8", "cdi=0", "image=1")
-    text = "\n".join((*lines, "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
+    lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
+    text = "\n".join((*lines, "image=1", "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
     facts, told = parse_facts(text)
     assert facts == HostFacts(
-        docker=("sudo", "-n", "docker"), uid=1, gid=2, folder="/f", num_gpus=8, address="10.0.0.1", interface="eth0"
+        docker=("sudo", "-n", "docker"),
+        uid=1,
+        gid=2,
+        folder="/f",
+        kernels="/k",
+        num_gpus=8,
+        address="10.0.0.1",
+        interface="eth0",
     )
     assert told["image"] == "1"
 
