@@ -57,14 +57,21 @@ def test_several_micro_batches_take_what_one_takes(model: Any) -> None:
     assert several["peak_gib"] == pytest.approx(one["peak_gib"], abs=0.6)
 
 
-def test_offload_takes_all_inputs_but_two_off_the_gpu(model: Any) -> None:
+def test_offload_takes_all_inputs_but_the_last_off_the_gpu(model: Any) -> None:
     built, kept = model
+    tokens = torch.randint(0, 32000, (1, 8192), device="cuda")
+    held = {}
+    for mode in ("full", "offload"):
+        for layer in built.gpt.decoder.layers:
+            layer.recompute = mode
+        before = torch.cuda.memory_allocated()
+        losses = built.losses(tokens, tokens)
+        held[mode] = torch.cuda.memory_allocated() - before
+        del losses
+    assert held["full"] - held["offload"] == (LAYERS - 1) * 8192 * 4096 * 2
     arguments = arguments_of(eager=True)
     full, offload = (run_case(built, kept, f"8192x1:{mode}", arguments) for mode in ("full", "offload"))
-    # Where inputs lie in the host's memory the peak is at the end, when the adapters' gradients, fp32, are all there.
-    gradients = 4 * sum(each.numel() for each in kept) / LAYERS
-    expected = (LAYERS - 2) * (8192 * 4096 * 2 - gradients) / GIB
-    assert expected > 0.15
-    assert full["allocated_gib"] - offload["allocated_gib"] == pytest.approx(expected, abs=0.05)
+    # Less than that in the end: then the adapters' gradients are there.
+    assert offload["allocated_gib"] < full["allocated_gib"]
     assert offload["losses"][0] == full["losses"][0]
     assert offload["losses"][1] == pytest.approx(full["losses"][1], rel=1e-2)
