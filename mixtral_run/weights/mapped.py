@@ -80,8 +80,11 @@ class _Chunk:
         begin = first // WINDOW_BYTES * WINDOW_BYTES
         self._window = slice(begin, min(begin + WINDOW_BYTES, len(self._bytes)))
         number = self._advise(_MADV_POPULATE_WRITE)
-        if number in (0, errno.EINVAL):
-            return number == 0
+        if number == 0:
+            return True
+        self._window = slice(0, 0)
+        if number == errno.EINVAL:
+            return False
         # Writing to the page would be a bus error: a full file system says no more than that here.
         number = errno.ENOSPC if number == errno.EFAULT else number
         raise OSError(number, os.strerror(number))
