@@ -172,9 +172,9 @@ its cache, where torch's programs share what they read (docs/benchmarks.md)."""
 
 def frozen_product(rows: Tensor, weight: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
     """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`."""
-    experts, outputs, inputs = weight.shape
+    _, outputs, inputs = weight.shape
     tokens = rows.shape[0] if source is None else source.shape[0]
-    groups = _groups(rows, tokens / experts, outputs, inputs, 0)
+    groups = _groups(rows, tokens, weight, outputs, inputs, 0)
     if groups is None:
         return product(rows, weight.transpose(1, 2), ends, source)
     from mixtral_run.model.product_gluon import grouped_product
@@ -185,8 +185,8 @@ def frozen_product(rows: Tensor, weight: Tensor, ends: Tensor, source: Tensor | 
 
 def frozen_adapted_product(rows: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor:
     """rows · weightᵀ + inner [tokens, r] · linear_outᵀ, both [experts, out, …]: [tokens, out]."""
-    experts, outputs, inputs = weight.shape
-    groups = _groups(rows, rows.shape[0] / experts, outputs, inputs, inner.shape[1])
+    _, outputs, inputs = weight.shape
+    groups = _groups(rows, rows.shape[0], weight, outputs, inputs, inner.shape[1])
     if groups is None:
         return add_product(product(rows, weight.transpose(1, 2), ends), inner, linear_out.transpose(1, 2), 1.0, ends)
     from mixtral_run.model.product_gluon import grouped_product
@@ -197,8 +197,8 @@ def frozen_adapted_product(rows: Tensor, weight: Tensor, ends: Tensor, inner: Te
 
 def frozen_gradient(gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
     """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in]."""
-    experts, outputs, inputs = weight.shape
-    groups = _groups(gradient, gradient.shape[0] / experts, inputs, outputs, inner.shape[1])
+    _, outputs, inputs = weight.shape
+    groups = _groups(gradient, gradient.shape[0], weight, inputs, outputs, inner.shape[1])
     if groups is None:
         return add_product(product(gradient, weight, ends), inner, linear_in, 1.0, ends)
     from mixtral_run.model.product_gluon import grouped_product
@@ -207,12 +207,13 @@ def frozen_gradient(gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tenso
     return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False, groups=groups)
 
 
-def _groups(rows: Tensor, rows_per_expert: float, width: int, depth: int, rank: int) -> int | None:
+def _groups(rows: Tensor, tokens: int, weight: Tensor, width: int, depth: int, rank: int) -> int | None:
     """With how many groups product_gluon.py takes a product; None: torch's is the faster one, or ours does not run."""
-    groups = next((groups for most, groups in GROUPS_BY_ROWS if rows_per_expert <= most), None)
+    experts = weight.shape[0]
+    groups = next((groups for most, groups in GROUPS_BY_ROWS if tokens <= most * experts), None)
     if groups is None or not has_grouped_product(rows, width, depth):
         return None
-    if torch.cuda.get_device_capability(rows.device) != (9, 0) or not _own_product_runs(rows.device, groups):
+    if torch.cuda.get_device_capability(rows.device) != (9, 0) or not _own_product_runs(rows.device, groups, experts):
         return None
     from mixtral_run.model.product_gluon import fits
 
@@ -220,29 +221,39 @@ def _groups(rows: Tensor, rows_per_expert: float, width: int, depth: int, rank: 
 
 
 @functools.cache
-def _own_product_runs(device: torch.device, groups: int) -> bool:
-    """Whether product_gluon.py is right on this device."""
+def _own_product_runs(device: torch.device, groups: int, experts: int) -> bool:
+    """Whether product_gluon.py is right on this device. What is compiled for so many experts is what is used then."""
 
     def small() -> tuple[Tensor, Tensor]:
-        from mixtral_run.model.product_gluon import grouped_product
-
-        # More tiles than the GPU has multiprocessors: whole ones, and some that are shared out.
-        width = 16384
-        generator = torch.Generator(device).manual_seed(1)
-        shapes = ((300, 128), (2, 128, width), (300, 16), (2, 16, width))
-        rows, weight, inner, half = (
-            torch.randn(shape, device=device, generator=generator).bfloat16() for shape in shapes
-        )
-        ends = torch.tensor([230, 300], device=device, dtype=torch.int32)
-        found = grouped_product(rows, weight, ends, (inner, half), turned=False, groups=groups)
-        lefts = torch.cat((rows, inner), dim=1).float().split((230, 70))
-        rights = torch.cat((weight, half), dim=1).float()
-        return found, torch.cat([left @ right for left, right in zip(lefts, rights, strict=True)])
+        results = [_small_products(device, groups, experts, turned=turned) for turned in (False, True)]
+        return torch.cat([found for found, _ in results]), torch.cat([expected for _, expected in results])
 
     why = why_not(small)
     if why:
         log.warning("bf16 experts go through torch's products, slower at few tokens (%s).", why)
     return not why
+
+
+def _small_products(device: torch.device, groups: int, experts: int, *, turned: bool) -> tuple[Tensor, Tensor]:
+    """A product of product_gluon.py and the right one: all rows are the first two experts', most the first one's."""
+    from mixtral_run.model.product_gluon import grouped_product
+
+    # More tiles than the GPU has multiprocessors: whole ones, and some that are shared out.
+    tokens, depth, width, rank = 300, 128, 16384, 16
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).bfloat16()
+
+    rows, inner = draw(tokens, depth), draw(tokens, rank)
+    weight, half = (draw(experts, *((width, size) if turned else (size, width))) for size in (depth, rank))
+    counts = [230, tokens - 230, *[0] * (experts - 2)] if experts > 1 else [tokens]
+    ends = torch.tensor(counts, device=device).cumsum(0).int()
+    found = grouped_product(rows, weight, ends, (inner, half), turned=turned, groups=groups)
+    lefts = torch.cat((rows, inner), dim=1).float().split(counts)
+    rights = torch.cat((weight, half), dim=2 if turned else 1).float()
+    rights = rights.transpose(1, 2) if turned else rights
+    return found, torch.cat([left @ right for left, right in zip(lefts, rights, strict=True)])
 
 
 def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
