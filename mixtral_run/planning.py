@@ -12,7 +12,7 @@ from mixtral_run.checkpoints import BaseDescription, describe_base
 from mixtral_run.config import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE_OF_HOST, Choice, Workload, ranked
+from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE_OF_HOST, Choice, Workload, faster_micro_batch, ranked
 from mixtral_run.report import Report
 from mixtral_run.weights.source import HubModel, ask, is_on_hub, resolve
 
@@ -26,11 +26,11 @@ def show_plan(config: PlanConfig) -> None:
     choices = ranked(workload, config.gpu_memory * GIB, host)
     shown = choices if config.all else _worth_showing(choices)
     if config.json:
-        print(json.dumps(_to_mapping(config, choices), indent=2))
+        print(json.dumps(_to_mapping(config, workload, choices), indent=2))
     elif shown:
         columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "host RAM", "speed")
         Report().table(columns, [_row(each) for each in shown], _title(config, workload))
-        _tell_best(choices[0], config.base_precision)
+        _tell_best(config, workload, choices[0])
     if not any(each.fits for each in choices):
         raise ConfigError(
             "No layout fits.",
@@ -81,12 +81,19 @@ def _row(choice: Choice) -> tuple[str, ...]:
     return str(choice.layout), choice.layout.recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
 
 
-def _tell_best(best: Choice, base_precision: str) -> None:
+def _tell_best(config: PlanConfig, workload: Workload, best: Choice) -> None:
     if best.fits:
-        precision = "" if base_precision == "bf16" else f" --base-precision {base_precision}"
+        precision = "" if config.base_precision == "bf16" else f" --base-precision {config.base_precision}"
         report = Report()
         report.say("speed: estimated, against one GPU that holds everything and recomputes nothing")
         report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{precision}")
+        faster = faster_micro_batch(workload, best, config.gpu_memory * GIB)
+        if faster is not None:
+            size, choice, rate = faster
+            report.say(
+                f"  or, estimated {rate - 1:.0%} faster: --micro-batch-size {size} {choice.layout.flags()}{precision}, "
+                f"{choice.memory.total / GIB:.1f} GiB a GPU"
+            )
 
 
 def _worth_showing(choices: list[Choice]) -> list[Choice]:
@@ -109,10 +116,20 @@ def _smallest(choices: list[Choice]) -> str:
     )
 
 
-def _to_mapping(config: PlanConfig, choices: list[Choice]) -> dict[str, Any]:
+def _to_mapping(config: PlanConfig, workload: Workload, choices: list[Choice]) -> dict[str, Any]:
+    fits = bool(choices) and choices[0].fits
+    faster = faster_micro_batch(workload, choices[0], config.gpu_memory * GIB) if fits else None
     return {
         "gpus": config.gpus,
         "gpu_memory_gib": config.gpu_memory,
+        "faster_micro_batch": {
+            "micro_batch_size": faster[0],
+            **dataclasses.asdict(faster[1].layout),
+            "rate": round(faster[2], 3),
+            "total_gib": round(faster[1].memory.total / GIB, 2),
+        }
+        if faster is not None
+        else None,
         "layouts": [
             {
                 **dataclasses.asdict(each.layout),
