@@ -221,16 +221,21 @@ class Ssh:
 
     def accept_new_key(self, host: Host) -> None:
         """Forget a host's recorded key and record the one it shows now. Raises HostError where it shows none."""
-        entry = self._known_hosts_entry(host)
-        if self.known_hosts.exists():
-            _call(forget_key_argv(self.known_hosts, entry))
-            # ssh-keygen keeps the old file beside it.
-            self.known_hosts.with_name(self.known_hosts.name + ".old").unlink(missing_ok=True)
+        entry = self.forget_key(host)
         # Without the user's own known_hosts, whose old key would refuse the new one; from then on ours is found first.
         options = connection_options(self.known_hosts, user_known_hosts=False)
         answer = _patiently(lambda: _call(["ssh", *options, *destination(host), "true"]))
         if not self.known_hosts.exists() or entry not in self.known_hosts.read_text(encoding="utf-8"):
             raise connection_error(host, answer.errors)
+
+    def forget_key(self, host: Host) -> str:
+        """Forget a host's recorded key; returns the name that it is recorded under."""
+        entry = self._known_hosts_entry(host)
+        if self.known_hosts.exists():
+            _call(forget_key_argv(self.known_hosts, entry))
+            # ssh-keygen keeps the old file beside it.
+            self.known_hosts.with_name(self.known_hosts.name + ".old").unlink(missing_ok=True)
+        return entry
 
     def _known_hosts_entry(self, host: Host) -> str:
         settings = dict(line.split(" ", 1) for line in _call(resolve_argv(host)).output.splitlines() if " " in line)

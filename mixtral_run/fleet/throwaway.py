@@ -22,7 +22,7 @@ from mixtral_run.fleet.job_spec import JobOptions
 from mixtral_run.fleet.launch import run_on_hosts
 from mixtral_run.fleet.provisioning import playbook, provisioning_folder
 from mixtral_run.fleet.runner import list_tasks
-from mixtral_run.fleet.ssh import program_answers
+from mixtral_run.fleet.ssh import Ssh, program_answers
 from mixtral_run.fleet.state import state_folder, write_private
 from mixtral_run.report import Report
 
@@ -58,15 +58,21 @@ def rehearse_host(config: RehearseConfig, report: Report | None = None) -> bool:
         write_private(variables, json.dumps(found.variables))
         inventory = state_folder("tmp") / "rehearsal-hosts.json"
         write_private(inventory, json.dumps({"mixtral_hosts": {"hosts": {NAME: found.host.ansible_variables()}}}))
-        end = bootstrap(BootstrapRequest(inventory=inventory, extra_vars=(f"@{variables}",)))
-        report.say(end.text)
-        forget_hosts([found.host])
-        end.raise_if_bad()
-        report.step(3, 3, "Rehearse in its container")
-        options = JobOptions(
-            on=(NAME,), inventory=inventory, shm_size="1g", ulimits=("none",), checkpoints_folder=CHECKPOINTS
-        )
-        run_on_hosts("rehearse", RehearseConfig(device=config.device, seed=config.seed), options)
+        try:
+            # The engine gives ports again: an earlier host's key may be recorded for this one's.
+            end = bootstrap(
+                BootstrapRequest(inventory=inventory, extra_vars=(f"@{variables}",), accept_new_host_key=(NAME,))
+            )
+            report.say(end.text)
+            forget_hosts([found.host])
+            end.raise_if_bad()
+            report.step(3, 3, "Rehearse in its container")
+            options = JobOptions(
+                on=(NAME,), inventory=inventory, shm_size="1g", ulimits=("none",), checkpoints_folder=CHECKPOINTS
+            )
+            run_on_hosts("rehearse", RehearseConfig(device=config.device, seed=config.seed), options)
+        finally:
+            Ssh().forget_key(found.host)
     report.done("A bare host was set up over SSH, and the whole job ran in its container")
     return True
 

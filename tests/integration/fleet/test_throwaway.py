@@ -10,10 +10,16 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.fleet.hosts import remembered_hosts
+from mixtral_run.fleet.ssh import known_hosts_file
+from mixtral_run.fleet.state import write_private
 from mixtral_run.fleet.throwaway import NAME
 from tests.targets.engine import CACHE
 from tests.targets.hosts import container_name
 from tests.targets.shell import call
+
+PORTS = range(32768, 61000)
+"""Which the engine gives, time and again."""
+OLD_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f"
 
 
 def rehearse() -> subprocess.CompletedProcess[str]:
@@ -26,6 +32,7 @@ def test_a_host_is_started_set_up_and_does_the_whole_job(
     docker_engine: None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))  # it lies in the real home
+    write_private(known_hosts_file(), "".join(f"[127.0.0.1]:{port} {OLD_KEY}\n" for port in PORTS))
     done = rehearse()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert re.search(rf"^✓ {NAME} +done +[1-9]", done.stdout, re.MULTILINE)
@@ -35,6 +42,8 @@ def test_a_host_is_started_set_up_and_does_the_whole_job(
     left = call("docker", "ps", "--all", "--format", "{{.Names}}") + call("docker", "volume", "ls", "--quiet")
     assert container_name(NAME) not in left
     assert not remembered_hosts()
+    # Nor its key: the old ones stay, but for that of the port that it had.
+    assert len(known_hosts_file().read_text().splitlines()) == len(PORTS) - 1
 
 
 @pytest.mark.parametrize("fault", ["no program", "no engine"])
