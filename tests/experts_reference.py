@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Adapters, Rows, adapted_experts
-from mixtral_run.model.grouped import frozen_adapted_product, frozen_gradient, frozen_product
+from mixtral_run.model.grouped import frozen_gradient, frozen_product
 
 # Rows of each of four experts: even, uneven, an expert with none, all on one, a single row, none before the last.
 ROUTINGS = (
@@ -74,11 +74,14 @@ class FrozenWeight:
 
     weight: Tensor
 
-    def product(self, rows: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
-        return frozen_product(rows, self.weight, ends, source)
-
-    def adapted_product(self, rows: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor:
-        return frozen_adapted_product(rows, self.weight, ends, inner, linear_out)
+    def product(
+        self,
+        rows: Tensor,
+        ends: Tensor,
+        source: Tensor | None = None,
+        adapter: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return frozen_product(rows, self.weight, ends, source, adapter)
 
     def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
         return frozen_gradient(gradient, self.weight, ends, inner, linear_in)

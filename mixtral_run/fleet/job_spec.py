@@ -26,7 +26,7 @@ HF_HOME = "/huggingface"
 JOB_FOLDER = "/job"
 """Where the container sees the host's checkpoints and HF cache, as the image has them, and the job's own files."""
 KERNELS = "/kernels"
-"""Where it sees the kernels that earlier jobs of the same user compiled: four seconds of a first iteration."""
+"""Where it sees the kernels that earlier jobs of the same user compiled there."""
 
 STOP_SECONDS = 330
 """What a job may take to save after SIGTERM, before the engine kills it."""

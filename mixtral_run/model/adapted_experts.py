@@ -31,9 +31,13 @@ from mixtral_run.model.swiglu import remaking_backward, swiglu_of
 class FrozenExperts(Protocol):
     """The weight of one linear layer of all experts, [experts, out, in], however it is kept."""
 
-    def product(self, rows: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor: ...
-
-    def adapted_product(self, rows: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor: ...
+    def product(
+        self,
+        rows: Tensor,
+        ends: Tensor,
+        source: Tensor | None = None,
+        adapter: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
 
     def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
 
@@ -114,7 +118,7 @@ class _AdaptedExperts(torch.autograd.Function):
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, rows.topk
         ctx.partial = rows.partial
         ctx.dtypes = [each.dtype for each in parameters]
-        return second.adapted_product(active, ends, second_inner * scale, halves[3])
+        return second.product(active, ends, adapter=(second_inner * scale, halves[3]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.adapted_experts import Adapters, Rows, adapted_experts
-from mixtral_run.model.grouped import (
-    add_product,
-    added_linear,
-    frozen_adapted_product,
-    frozen_gradient,
-    frozen_product,
-    grouped_linear,
-)
+from mixtral_run.model.grouped import add_product, added_linear, frozen_gradient, frozen_product, grouped_linear
 from mixtral_run.model.lora import LoraSettings, initial_linear_in
 from mixtral_run.model.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.quantised import (
@@ -87,20 +80,19 @@ class ExpertLinear(torch.nn.Module):
         assert self.weight is not None
         return grouped_linear(rows, self.weight, ends, recipe)
 
-    def product(self, rows: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
-        """`forward` without a gradient; source: as in grouped.product."""
+    def product(
+        self,
+        rows: Tensor,
+        ends: Tensor,
+        source: Tensor | None = None,
+        adapter: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """`forward` without a gradient; source: as in grouped.product; adapter: as in grouped.frozen_product."""
         if self.values is not None and self.scales is not None:
-            return forward_product(rows, self.values, self.scales, ends, source)
+            base = forward_product(rows, self.values, self.scales, ends, source)
+            return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, ends)
         assert self.weight is not None
-        return frozen_product(rows, self.weight.detach(), ends, source)
-
-    def adapted_product(self, rows: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor:
-        """`product` + inner [tokens, r] · linear_outᵀ, linear_out [experts, out, r]."""
-        if self.values is not None and self.scales is not None:
-            base = forward_product(rows, self.values, self.scales, ends)
-            return add_product(base, inner, linear_out.transpose(1, 2), 1.0, ends)
-        assert self.weight is not None
-        return frozen_adapted_product(rows, self.weight.detach(), ends, inner, linear_out)
+        return frozen_product(rows, self.weight.detach(), ends, source, adapter)
 
     def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
         """What `forward`'s rows get of its result's gradient [tokens, out]; inner [tokens, r] · linear_in is added."""

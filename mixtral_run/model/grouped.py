@@ -166,32 +166,31 @@ def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, end
 
 GROUPS_BY_ROWS = ((160, 3), (384, 2))
 """Rows an expert up to which product_gluon.py is the faster one, and with how many groups; beyond that torch's product
-is. At 500 rows the two take the same time alone, but a GPU at its power limit runs slower with ours: it reads more from
-its cache, where torch's programs share what they read (docs/benchmarks.md)."""
+is: faster alone up to 2,000 rows, ours does not make the step faster (docs/benchmarks.md)."""
 
 
-def frozen_product(rows: Tensor, weight: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
-    """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`."""
+def frozen_product(
+    rows: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    source: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`.
+
+    adapter: inner [tokens, r] and linear_out [experts, out, r]; inner · linear_outᵀ is added.
+    """
     _, outputs, inputs = weight.shape
     tokens = rows.shape[0] if source is None else source.shape[0]
-    groups = _groups(rows, tokens, weight, outputs, inputs, 0)
+    groups = _groups(rows, tokens, weight, outputs, inputs, 0 if adapter is None else adapter[0].shape[1])
     if groups is None:
-        return product(rows, weight.transpose(1, 2), ends, source)
+        base = product(rows, weight.transpose(1, 2), ends, source)
+        return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, ends)
     from mixtral_run.model.product_gluon import grouped_product
 
     rows = rows if source is None else rows.index_select(0, source)
-    return grouped_product(rows.contiguous(), weight, ends, turned=True, groups=groups)
-
-
-def frozen_adapted_product(rows: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_out: Tensor) -> Tensor:
-    """rows · weightᵀ + inner [tokens, r] · linear_outᵀ, both [experts, out, …]: [tokens, out]."""
-    _, outputs, inputs = weight.shape
-    groups = _groups(rows, rows.shape[0], weight, outputs, inputs, inner.shape[1])
-    if groups is None:
-        return add_product(product(rows, weight.transpose(1, 2), ends), inner, linear_out.transpose(1, 2), 1.0, ends)
-    from mixtral_run.model.product_gluon import grouped_product
-
-    adapter = (inner.contiguous(), linear_out.contiguous())
+    if adapter is not None:
+        adapter = (adapter[0].contiguous(), adapter[1].contiguous())
     return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True, groups=groups)
 
 
