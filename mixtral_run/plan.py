@@ -32,7 +32,7 @@ USABLE = 0.97
 USABLE_OF_HOST = 0.8
 """Of a host's RAM, for what --recompute offload pins there; the rest is for the processes themselves."""
 GPUS_PER_HOST = 8
-RATE_BY_TOKENS = ((512, 0.74), (2048, 1.0), (8192, 1.19))
+RATE_BY_TOKENS = ((512, 0.70), (2048, 1.0), (8192, 1.14))
 """Tokens that all experts share, and the rate against 2,048: the more, the fuller their products. Rows of 2,048 tokens
 and less, one H200, bf16."""
 WORTH_TELLING = 1.05

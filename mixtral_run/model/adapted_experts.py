@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mixtral_run.model.grouped import outer_product, product
+from mixtral_run.model.grouped import outer_product, product, products_of_gradient
 from mixtral_run.model.permute import add_rows
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.rounded import rounded
@@ -136,8 +136,8 @@ class _AdaptedExperts(torch.autograd.Function):
         if shares is not None and ctx.needs_input_grad[1]:
             # A share of nothing sends nothing back; its own gradient is lost, and nothing it could choose would matter.
             for_shares = torch.where(shares > 0, products / shares, 0.0)
-        for_inner = product(for_hidden, first_out, ends) * scale
-        for_first_out = outer_product(for_hidden, first_inner * scale, ends, dtype=ctx.dtypes[1])
+        for_inner, for_first_out = products_of_gradient(for_hidden, first_out, first_inner * scale, ends, ctx.dtypes[1])
+        for_inner = for_inner * scale
         tokens = ctx.make(*kept) if ctx.make is not None else kept[0]
         tokens = tokens.reshape(-1, tokens.shape[-1])
         for_first_in = outer_product(for_inner, tokens, ends, source=source, dtype=ctx.dtypes[0])

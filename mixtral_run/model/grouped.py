@@ -154,6 +154,19 @@ def outer_product(
     return output.to(dtype or left.dtype)
 
 
+def products_of_gradient(
+    gradient: Tensor, matrices: Tensor, inner: Tensor, ends: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What an adapter's halves get of a gradient [tokens, m]: `product` with matrices [experts, m, r], and
+    `outer_product` with inner [tokens, r], [experts, m, r] in dtype."""
+    if has_grouped_product(gradient, gradient.shape[1], inner.shape[1]):
+        from mixtral_run.model.narrow_triton import WIDTHS, both_narrow_products, both_pay
+
+        if inner.shape[1] in WIDTHS and both_pay(gradient):
+            return both_narrow_products(gradient.contiguous(), matrices.contiguous(), inner.contiguous(), ends, dtype)
+    return product(gradient, matrices, ends), outer_product(gradient, inner, ends, dtype=dtype)
+
+
 def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, ends: Tensor) -> Tensor:
     """base [tokens, n] + scale · inner [tokens, r] · matrices [experts, r, n], which may take base's memory."""
     if has_grouped_product(base, base.shape[1], inner.shape[1]):
@@ -162,11 +175,6 @@ def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, end
         if inner.shape[1] in WIDTHS:
             return narrow_added(base, inner, matrices.transpose(1, 2), scale, ends, in_place=True)
     return base + product(inner * scale, matrices, ends)
-
-
-GROUPS_BY_ROWS = ((160, 3), (384, 2))
-"""Rows an expert up to which product_gluon.py is the faster one, and with how many groups; beyond that torch's product
-is: faster alone up to 2,000 rows, ours does not make the step faster (docs/benchmarks.md)."""
 
 
 def frozen_product(
@@ -181,74 +189,69 @@ def frozen_product(
     adapter: inner [tokens, r] and linear_out [experts, out, r]; inner · linear_outᵀ is added.
     """
     _, outputs, inputs = weight.shape
-    tokens = rows.shape[0] if source is None else source.shape[0]
-    groups = _groups(rows, tokens, weight, outputs, inputs, 0 if adapter is None else adapter[0].shape[1])
-    if groups is None:
+    if not _takes_own_product(rows, weight, outputs, inputs, 0 if adapter is None else adapter[0].shape[1]):
         base = product(rows, weight.transpose(1, 2), ends, source)
         return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, ends)
-    from mixtral_run.model.product_gluon import grouped_product
+    from mixtral_run.model.product_cuda import grouped_product
 
     rows = rows if source is None else rows.index_select(0, source)
     if adapter is not None:
         adapter = (adapter[0].contiguous(), adapter[1].contiguous())
-    return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True, groups=groups)
+    return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True)
 
 
 def frozen_gradient(gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
     """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in]."""
     _, outputs, inputs = weight.shape
-    groups = _groups(gradient, gradient.shape[0], weight, inputs, outputs, inner.shape[1])
-    if groups is None:
+    if not _takes_own_product(gradient, weight, inputs, outputs, inner.shape[1]):
         return add_product(product(gradient, weight, ends), inner, linear_in, 1.0, ends)
-    from mixtral_run.model.product_gluon import grouped_product
+    from mixtral_run.model.product_cuda import grouped_product
 
     adapter = (inner.contiguous(), linear_in.contiguous())
-    return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False, groups=groups)
+    return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False)
 
 
-def _groups(rows: Tensor, tokens: int, weight: Tensor, width: int, depth: int, rank: int) -> int | None:
-    """With how many groups product_gluon.py takes a product; None: torch's is the faster one, or ours does not run."""
-    experts = weight.shape[0]
-    groups = next((groups for most, groups in GROUPS_BY_ROWS if tokens <= most * experts), None)
-    if groups is None or not has_grouped_product(rows, width, depth):
-        return None
-    if torch.cuda.get_device_capability(rows.device) != (9, 0) or not _own_product_runs(rows.device, groups, experts):
-        return None
-    from mixtral_run.model.product_gluon import fits
+def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, rank: int) -> bool:
+    """Whether product_cuda.py serves: on Hopper, for Mixtral's sizes and many others, where it is right."""
+    if not has_grouped_product(rows, width, depth) or torch.cuda.get_device_capability(rows.device) != (9, 0):
+        return False
+    if not _own_product_runs(rows.device):
+        return False
+    from mixtral_run.model.product_cuda import fits
 
-    return groups if fits(width, depth, rank) else None
+    return fits(weight.shape[0], width, depth, rank)
 
 
 @functools.cache
-def _own_product_runs(device: torch.device, groups: int, experts: int) -> bool:
-    """Whether product_gluon.py is right on this device. What is compiled for so many experts is what is used then."""
+def _own_product_runs(device: torch.device) -> bool:
+    """Whether product_cuda.py compiles here and is right, by small products."""
 
     def small() -> tuple[Tensor, Tensor]:
-        results = [_small_products(device, groups, experts, turned=turned) for turned in (False, True)]
-        return torch.cat([found for found, _ in results]), torch.cat([expected for _, expected in results])
+        # More tiles than the GPU has pairs of multiprocessors, and few ones that are cut into pieces.
+        cases = itertools.product(((128, 10240), (2048, 768)), (False, True))
+        results = [_small_products(device, *size, turned=turned) for size, turned in cases]
+        return torch.cat([found.view(-1) for found, _ in results]), torch.cat([right.view(-1) for _, right in results])
 
     why = why_not(small)
     if why:
-        log.warning("bf16 experts go through torch's products, slower at few tokens (%s).", why)
+        log.warning("bf16 experts go through torch's products, up to a third slower (%s).", why)
     return not why
 
 
-def _small_products(device: torch.device, groups: int, experts: int, *, turned: bool) -> tuple[Tensor, Tensor]:
-    """A product of product_gluon.py and the right one: all rows are the first two experts', most the first one's."""
-    from mixtral_run.model.product_gluon import grouped_product
+def _small_products(device: torch.device, depth: int, width: int, *, turned: bool) -> tuple[Tensor, Tensor]:
+    """A product of product_cuda.py and the right one."""
+    from mixtral_run.model.product_cuda import grouped_product
 
-    # More tiles than the GPU has multiprocessors: whole ones, and some that are shared out.
-    tokens, depth, width, rank = 300, 128, 16384, 16
+    counts, rank = [230, 70], 16
     generator = torch.Generator(device).manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=generator).bfloat16()
 
-    rows, inner = draw(tokens, depth), draw(tokens, rank)
-    weight, half = (draw(experts, *((width, size) if turned else (size, width))) for size in (depth, rank))
-    counts = [230, tokens - 230, *[0] * (experts - 2)] if experts > 1 else [tokens]
+    rows, inner = draw(sum(counts), depth), draw(sum(counts), rank)
+    weight, half = (draw(2, *((width, size) if turned else (size, width))) for size in (depth, rank))
     ends = torch.tensor(counts, device=device).cumsum(0).int()
-    found = grouped_product(rows, weight, ends, (inner, half), turned=turned, groups=groups)
+    found = grouped_product(rows, weight, ends, (inner, half), turned=turned)
     lefts = torch.cat((rows, inner), dim=1).float().split(counts)
     rights = torch.cat((weight, half), dim=2 if turned else 1).float()
     rights = rights.transpose(1, 2) if turned else rights

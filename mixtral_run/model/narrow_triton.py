@@ -19,6 +19,8 @@ ROWS, DEPTH = 32, 256
 PROGRAMS, MOST_SHARES = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
+BOTH_COLUMNS, BOTH_TOKENS = 512, 64
+"""The same of `both_narrow_products`."""
 VARYING = ("tokens", "shares")
 """Under EP each step's are others; a kernel made for one value, or for multiples of 16, would be compiled again."""
 
@@ -79,11 +81,12 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _sum_kernel(shares_ptr, output_ptr, size, shares, BLOCK: tl.constexpr):
+def _sum_kernel(shares_ptr, ends_ptr, output_ptr, size, shares, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], dtype=tl.float32)
+    there = tl.load(ends_ptr + num_experts - 1) * NARROW
     for share in range(shares):
-        result += tl.load(shares_ptr + share * size + places, mask=places < size, other=0.0)
+        result += tl.load(shares_ptr + share * size + places, mask=places < there, other=0.0)
     tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
 
 
@@ -121,6 +124,42 @@ def _outer_kernel(
         result = tl.dot(left, right, result)
     target = output_ptr + expert.to(tl.int64) * width * NARROW
     target += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
+    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _both_kernel(
+    wide_ptr,
+    narrow_ptr,
+    matrices_ptr,
+    ends_ptr,
+    parts_ptr,
+    output_ptr,
+    tokens,
+    width,
+    NARROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    narrow = tl.arange(0, NARROW)
+    inside = columns < width
+    matrices = (expert.to(tl.int64) * width + columns[:, None]) * NARROW + narrow[None, :]
+    matrix = tl.load(matrices_ptr + matrices, mask=inside[:, None], other=0.0)
+    result = tl.zeros([NARROW, COLUMNS], dtype=tl.float32)
+    for start in range(begin, end, TOKENS):
+        rows = start + tl.arange(0, TOKENS)
+        mine = rows < end
+        left = tl.load(narrow_ptr + rows[None, :] * NARROW + narrow[:, None], mask=mine[None, :], other=0.0)
+        places = wide_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+        right = tl.load(places, mask=mine[:, None] & inside[None, :], other=0.0)
+        result = tl.dot(left, right, result)
+        part = parts_ptr + (tl.program_id(0).to(tl.int64) * tokens + rows[:, None]) * NARROW + narrow[None, :]
+        tl.store(part, tl.dot(right, matrix), mask=mine[:, None])
+    target = output_ptr + (expert.to(tl.int64) * width + columns[None, :]) * NARROW + narrow[:, None]
     tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
 
 
@@ -230,9 +269,16 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor 
         num_stages=4,
     )
     if shares > 1:
-        size = tokens * narrow
-        _sum_kernel[(triton.cdiv(size, 1024),)](parts, output, size, shares, BLOCK=1024)
+        _sum(parts, ends, output)
     return output
+
+
+def _sum(parts: Tensor, ends: Tensor, output: Tensor) -> None:
+    """parts fp32 [shares, tokens, n] → output [tokens, n], zeros where no expert's rows are."""
+    size = output.numel()
+    _sum_kernel[(triton.cdiv(size, 1024),)](
+        parts, ends, output, size, parts.shape[0], ends.shape[0], NARROW=output.shape[1], BLOCK=1024
+    )
 
 
 def narrow_outer_product(
@@ -268,3 +314,42 @@ def narrow_outer_product(
         num_stages=4,
     )
     return output
+
+
+def both_pay(wide: Tensor) -> bool:
+    """Whether `both_narrow_products` of [tokens, m] is faster than two: there is much to read, by many programs."""
+    return wide.shape[0] >= 2048 and wide.shape[1] >= 8192
+
+
+def both_narrow_products(
+    wide: Tensor, matrices: Tensor, narrow: Tensor, ends: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """wide [tokens, m] · matrices [experts, m, n] → [tokens, n], and the sum over each expert's rows of wideᵀ · narrow,
+    [experts, m, n] in dtype: `narrow_product` and `narrow_outer_product`, reading wide once.
+
+    narrow [tokens, n]; all contiguous; n one of WIDTHS; sums are fp32.
+    """
+    tokens, width = wide.shape
+    experts, _, rank = matrices.shape
+    columns = BOTH_COLUMNS if rank < 64 else BOTH_COLUMNS // 2
+    blocks = triton.cdiv(width, columns)
+    product = torch.empty(tokens, rank, dtype=wide.dtype, device=wide.device)
+    outer = torch.empty(experts, width, rank, dtype=dtype, device=wide.device)
+    parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=wide.device)
+    _both_kernel[(blocks, experts)](
+        wide,
+        narrow,
+        matrices,
+        ends,
+        parts,
+        outer,
+        tokens,
+        width,
+        NARROW=rank,
+        COLUMNS=columns,
+        TOKENS=BOTH_TOKENS,
+        num_warps=8,
+        num_stages=3,
+    )
+    _sum(parts, ends, product)
+    return product, outer

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.grouped import add_product
-from mixtral_run.model.product_gluon import grouped_product
+from mixtral_run.model.product_cuda import grouped_product
 
 SHARES = {"evenly": (1,) * 8, "unevenly": (6, 15, 10, 17, 12, 14, 11, 15)}
 SIZES = {"linear_fc1": (28672, 4096), "linear_fc2": (4096, 14336)}
@@ -63,12 +63,10 @@ def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: 
             return torch._grouped_mm(left, weight.transpose(1, 2), offs=ends)
         return add_product(torch._grouped_mm(left, weight, offs=ends), inner, half, 1.0, ends)
 
-    def ours(groups: int) -> Callable[[Tensor], Tensor]:
-        adapter = (inner, half) if gradient else None
-        return lambda weight: grouped_product(left, weight, ends, adapter, turned=not gradient, groups=groups)
+    def ours(weight: Tensor) -> Tensor:
+        return grouped_product(left, weight, ends, (inner, half) if gradient else None, turned=not gradient)
 
-    timers = {"torch": recorded(torchs, weights)}
-    timers |= {f"{groups} groups": recorded(ours(groups), weights) for groups in (2, 3)}
+    timers = {"torch": recorded(torchs, weights), "ours": recorded(ours, weights)}
     found: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():

@@ -161,13 +161,13 @@ def test_the_verb_prints_a_table_and_json() -> None:
 
 
 def test_a_larger_micro_batch_that_is_faster_is_told() -> None:
-    """One H200, bf16: 8,472 tokens a second at 2,048 x 1 without recomputation, 9,584 at 2,048 x 4, selective."""
+    """One H200, bf16: 9,429 tokens a second at 2,048 x 1 without recomputation, 10,185 at 2,048 x 4, selective."""
     words = ["plan", "--gpus", "1", "--gpu-memory", "139.8", "--seq-length", "2048"]
     shown = CliRunner().invoke(root, words, env={"COLUMNS": "200"}).output
-    assert "  or, estimated 13% faster: --micro-batch-size 4 " in shown and "--recompute selective, 131.9 GiB" in shown
+    assert "  or, estimated 8% faster: --micro-batch-size 4 " in shown and "--recompute selective, 131.9 GiB" in shown
     told = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
     assert (told["micro_batch_size"], told["recompute"]) == (4, "selective")
-    assert told["rate"] == pytest.approx(9584 / 8472, abs=0.01)
+    assert told["rate"] == pytest.approx(10185 / 9429, abs=0.01)
     # No room for more; and where experts of eight processes have four rows' tokens at hand, little is to be gained.
     for other in (["--gpu-memory", "110"], ["--gpus", "8", "--gpu-memory", "32", "--seq-length", "512"]):
         again = CliRunner().invoke(root, [*words, *other], env={"COLUMNS": "200"}).output
@@ -177,7 +177,7 @@ def test_a_larger_micro_batch_that_is_faster_is_told() -> None:
 
 def test_rates_between_and_beyond_what_was_measured() -> None:
     rates = [rate_by_tokens(tokens) for tokens in (1, 512, 1024, 2048, 4096, 8192, 10**6)]
-    assert rates == sorted(rates) and rates[:2] == [0.74, 0.74] and rates[3] == 1.0 and rates[5:] == [1.19, 1.19]
+    assert rates == sorted(rates) and rates[:2] == [0.70, 0.70] and rates[3] == 1.0 and rates[5:] == [1.14, 1.14]
 
 
 def test_the_verb_says_when_nothing_fits() -> None:
