@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights import mapping, record, sidecars
 from mixtral_run.weights.copy import copy_all, unwritable
+from mixtral_run.weights.interrupts import Interrupts, interrupts
 from mixtral_run.weights.journal import JOURNAL_NAME, Journal, identity
 from mixtral_run.weights.metadata_file import write_metadata
 from mixtral_run.weights.plan import Job, Plan, make_plan
@@ -54,7 +55,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     """Write the checkpoint, whole or not at all. Only one process may call.
 
     Raises ConfigError (layout, output folder, disk) or WeightsError (the HF model), each with everything that is wrong,
-    before anything is written.
+    before anything is written; KeyboardInterrupt on Ctrl-C and SIGTERM, and what is copied by then is kept.
     """
     report = report or Report()
     model = config.check().hf_model_path
@@ -66,9 +67,13 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     _tell(weights, report)
     report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
-    with Staging(config.output_path, LATEST) as staging, _work(weights, plan, staging, report) as journal:
+    with (
+        interrupts() as signals,
+        Staging(config.output_path, LATEST) as staging,
+        _work(weights, plan, staging, report) as journal,
+    ):
         report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
-        workers = _copy(config, weights, plan, journal, staging, report)
+        workers = _copy(config, weights, plan, journal, staging, signals, report)
         report.step(4, _STEPS, "Write the metadata, wait for the disk")
         checksums = {name: crc for each in journal.done.values() for name, crc in each.sources.items()}
         fingerprint = record.fingerprint(weights.architecture, weights.dtype, checksums)
@@ -110,21 +115,29 @@ def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> I
     except BaseException as error:
         staging.keep = bool(journal.done) and journal.path.is_file()
         if staging.keep:
-            report.warn(
-                f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept in "
-                f"{staging.folder}: the same command goes on from there"
-            )
+            with suppress(BrokenPipeError):
+                report.warn(
+                    f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept "
+                    f"in {staging.folder}: the same command goes on from there"
+                )
         if isinstance(error, OSError):
             raise unwritable(Path(error.filename or staging.folder), error) from error
         raise
 
 
 def _copy(
-    config: ConvertConfig, weights: HFWeights, plan: Plan, journal: Journal, staging: Staging, report: Report
+    config: ConvertConfig,
+    weights: HFWeights,
+    plan: Plan,
+    journal: Journal,
+    staging: Staging,
+    signals: Interrupts,
+    report: Report,
 ) -> int:
     """Bring all chunks to the disk, going on where an earlier run of the same conversion was cut off.
 
-    Returns how many workers copied; the journal has the checksums by job.
+    Returns how many workers copied; the journal has the checksums by job. Raises KeyboardInterrupt on Ctrl-C and
+    SIGTERM once what is whole by then is on the disk and in the journal.
     """
     folder = _iteration_folder(staging)
     folder.mkdir(exist_ok=True)
@@ -136,9 +149,20 @@ def _copy(
     copied = _num_copied(weights, plan, journal)
     if copied:
         report.say(f"  going on after {copied / GIB:,.2f} GiB that an earlier run copied")
-    with report.progress(weights.num_bytes, "copied") as progress:
+    with ExitStack() as shown:
+        progress = shown.enter_context(report.progress(weights.num_bytes, "copied"))
         progress.advance(copied)
-        return copy_all(plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance)
+
+        def stopping() -> None:
+            # Ctrl-C has ended a `| tee` as well. The bar first: it would be drawn over the words, and hides the cursor.
+            with suppress(BrokenPipeError):
+                shown.close()
+                report.say("  Stopping: what is copied is brought to the disk; Ctrl-C again ends at once, without it.")
+
+        return copy_all(
+            plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance,
+            interrupts=signals, stopping=stopping,
+        )  # fmt: skip
 
 
 def _iteration_folder(staging: Staging) -> Path:

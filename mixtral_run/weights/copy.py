@@ -17,6 +17,7 @@ from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.disk import allocate, drop_from_cache, fits_in_memory, lies_in_memory
+from mixtral_run.weights.interrupts import Interrupts
 from mixtral_run.weights.journal import JobSums, Journal
 from mixtral_run.weights.mapped import MappedWriter
 from mixtral_run.weights.mapping import Piece
@@ -36,9 +37,12 @@ FLUSH_SECONDS = 5.0
 _STEP_SECONDS = 0.05
 """How often is looked while the number of workers is being measured."""
 
+PATIENCE_SECONDS = 2.0
+"""How long jobs in hand may take to end after Ctrl-C. What takes longer is left, and is done again by the next run."""
+
 
 class _Stopped(Exception):
-    """Another worker failed or the user interrupted."""
+    """Another worker failed, or the user interrupted and the job in hand takes too long."""
 
 
 def copy_all(
@@ -49,70 +53,108 @@ def copy_all(
     workers: int | None,
     journal: Journal,
     advance: Callable[[int], None],
+    interrupts: Interrupts,
+    stopping: Callable[[], None],
 ) -> int:
     """Write every chunk of the plan that the journal does not have yet into the files of `folder`, which must exist.
 
     Afterwards the journal has them all, and their bytes are on the disk. `workers`: None measures how many are worth
     it; returns how many copied at the end. `advance` is told of bytes copied, from several threads. Raises WeightsError
-    when a file cannot be read or written; what the journal has by then is whole.
+    when a file cannot be read or written, and KeyboardInterrupt when `interrupts` heard a signal, which `stopping` then
+    tells; what the journal has by then is whole, and it has all that was.
     """
-    stop = threading.Event()
-    in_memory = lies_in_memory(folder)
-    if in_memory:
-        _lengthen(folder, plan)
-    # With a core for every file at most, nobody waits for another's turn to write.
-    pace = Pace(workers, mappable=in_memory and num_cores() > len(plan.files))
-    # Where both fit, they stay in the cache for what comes next; else they would only push out what others need.
-    drop_behind = not fits_in_memory(2 * plan.num_bytes)
-    remaining = iter([(number, job) for number, job in enumerate(plan.jobs) if number not in journal.done])
-    lock = threading.Lock()
-    finished: list[tuple[int, JobSums]] = []
+    copying = _Copying(plan, weights, folder, workers, journal, advance, interrupts)
+    # The wait for the disk is one long step: in a thread of its own, so that this one hears a second Ctrl-C.
+    with interrupts.held(stopping), ThreadPoolExecutor(1, "copying") as pool:
+        return pool.submit(copying.run).result()
 
-    def copied(num_bytes: int) -> None:
-        pace.advance(num_bytes)
-        advance(num_bytes)
 
-    def work(me: int) -> None:
+class _Copying:
+    """What the workers of one copy share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: HFWeights,
+        folder: Path,
+        workers: int | None,
+        journal: Journal,
+        advance: Callable[[int], None],
+        interrupts: Interrupts,
+    ) -> None:
+        self._plan = plan
+        self._weights = weights
+        self._folder = folder
+        self._journal = journal
+        self._advance = advance
+        self._interrupts = interrupts
+        self._stop = threading.Event()
+        self._in_memory = lies_in_memory(folder)
+        # With a core for every file at most, nobody waits for another's turn to write.
+        self._pace = Pace(workers, mappable=self._in_memory and num_cores() > len(plan.files))
+        # Where both fit, they stay in the cache for what comes next; else they would only push out what others need.
+        self._drop_behind = not fits_in_memory(2 * plan.num_bytes)
+        self._remaining = iter([(number, job) for number, job in enumerate(plan.jobs) if number not in journal.done])
+        self._lock = threading.Lock()
+        self._finished: list[tuple[int, JobSums]] = []
+
+    def run(self) -> int:
+        """Copy; returns how many workers did at the end."""
+        if self._in_memory:
+            _lengthen(self._folder, self._plan)
+        pace = self._pace
+        files = [self._folder / name for name in self._plan.files]
+        with _Flusher(files, self._journal, self._finished, self._lock, drop_behind=self._drop_behind) as flusher:
+            with ThreadPoolExecutor(pace.num_threads, "copy") as pool:
+                try:
+                    futures = [pool.submit(self._work, number) for number in range(pace.num_threads)]
+                    running = True
+                    while running:
+                        pace.step()
+                        patience = FLUSH_SECONDS if pace.settled else _STEP_SECONDS
+                        done, not_done = wait(futures, patience, FIRST_EXCEPTION)
+                        running = bool(not_done) and not any(future.exception() for future in done)
+                        if running and pace.settled and not self._interrupts.asked:
+                            flusher.flush()
+                finally:
+                    # Leaving the pool waits for its threads; after Ctrl-C they end by themselves.
+                    if not self._interrupts.asked:
+                        self._stop.set()
+            flusher.flush()
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        # Ctrl-C has ended a `| tee` as well: whoever told it how far the copy is failed by that.
+        expected = (_Stopped, BrokenPipeError) if self._interrupts.asked else ()
+        for error in sorted(errors, key=lambda each: isinstance(each, _Stopped)):
+            if not isinstance(error, expected):
+                raise error
+        return pace.chosen.workers
+
+    def _work(self, me: int) -> None:
+        """A worker, from its first job to its last."""
+
         def checkpoint() -> None:
-            pace.wait_for_turn(me, stop.is_set)
-            if stop.is_set():
+            self._pace.wait_for_turn(me, lambda: self._stop.is_set() or self._interrupts.asked)
+            if self._stop.is_set() or self._interrupts.seconds > PATIENCE_SECONDS:
                 raise _Stopped
 
         with _Worker(
-            weights, folder, checkpoint, copied, pace, reserve=not in_memory, drop_behind=drop_behind
-        ) as worker:
+            self._weights, self._folder, checkpoint, self._copied, self._pace,
+            reserve=not self._in_memory, drop_behind=self._drop_behind,
+        ) as worker:  # fmt: skip
             while True:
                 checkpoint()
-                with lock:
-                    number, job = next(remaining, (-1, None))
+                with self._lock:
+                    number, job = (-1, None) if self._interrupts.asked else next(self._remaining, (-1, None))
                 if job is None:
-                    pace.let_all_go()
+                    self._pace.let_all_go()
                     return
                 sums = worker.copy(job)
-                with lock:
-                    finished.append((number, sums))
+                with self._lock:
+                    self._finished.append((number, sums))
 
-    files = [folder / name for name in plan.files]
-    with _Flusher(files, journal, finished, lock, drop_behind=drop_behind) as flusher:
-        with ThreadPoolExecutor(pace.num_threads, "copy") as pool:
-            try:
-                futures = [pool.submit(work, number) for number in range(pace.num_threads)]
-                running = True
-                while running:
-                    pace.step()
-                    patience = FLUSH_SECONDS if pace.settled else _STEP_SECONDS
-                    done, not_done = wait(futures, patience, FIRST_EXCEPTION)
-                    running = bool(not_done) and not any(future.exception() for future in done)
-                    if pace.settled or not running:
-                        flusher.flush()
-            finally:
-                # Also on Ctrl-C: leaving the pool waits for its threads.
-                stop.set()
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        flusher.flush()
-    for error in sorted(errors, key=lambda each: isinstance(each, _Stopped)):
-        raise error
-    return pace.chosen.workers
+    def _copied(self, num_bytes: int) -> None:
+        self._pace.advance(num_bytes)
+        self._advance(num_bytes)
 
 
 def _lengthen(folder: Path, plan: Plan) -> None:

@@ -23,6 +23,7 @@ from mixtral_run.weights import record
 from mixtral_run.weights.adapter_checkpoint import check_tensors, open_adapter
 from mixtral_run.weights.base import check_base, is_as_converted, is_of_model, open_base
 from mixtral_run.weights.factors import Factors, as_bytes, as_tensor
+from mixtral_run.weights.interrupts import interrupts
 from mixtral_run.weights.mapping import LINEAR_QKV_KEY, RowRanges, Shape, hf_tensors, row_ranges
 from mixtral_run.weights.merge import Adding, row_blocks
 from mixtral_run.weights.proof import PROOF_NAME
@@ -69,7 +70,7 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
         files = _check(config, checkpoint, reader, report)
         num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
-        with Staging(config.output_path, DESCRIPTION) as staging:
+        with interrupts(), Staging(config.output_path, DESCRIPTION) as staging:
             staging.clear()
             report.step(2, _STEPS, f"Write {len(files)} files ({num_bytes / GIB:,.2f} GiB)")
             with report.progress(num_bytes, "written") as progress:
