@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mixtral_run.config import RehearseConfig
 from mixtral_run.errors import CheckFailed
 from mixtral_run.fleet.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host, forget_hosts
+from mixtral_run.fleet.job_log import Left
 from mixtral_run.fleet.job_spec import JobOptions
 from mixtral_run.fleet.launch import run_on_hosts
 from mixtral_run.fleet.provisioning import playbook, provisioning_folder
@@ -71,6 +73,9 @@ def rehearse_host(config: RehearseConfig, report: Report | None = None) -> bool:
                 on=(NAME,), inventory=inventory, shm_size="1g", ulimits=("none",), checkpoints_folder=CHECKPOINTS
             )
             run_on_hosts("rehearse", RehearseConfig(device=config.device, seed=config.seed), options)
+        except Left:
+            report.say("The throw-away host is removed, and the job ends with it.")
+            raise
         finally:
             Ssh().forget_key(found.host)
     report.done("A bare host was set up over SSH, and the whole job ran in its container")
@@ -88,34 +93,53 @@ def why_not() -> str | None:
 
 @contextmanager
 def throwaway(name: str, report: Report) -> Iterator[Throwaway]:
-    """A host that is gone afterwards, with an image of the whole kit laid beside its engine."""
+    """A host that is gone afterwards, with an image of the whole kit laid beside its engine.
+
+    So is the package server, unless other hosts of this checkout use it. SIGTERM is KeyboardInterrupt meanwhile.
+    """
     root = str(provisioning_folder())
     if root not in sys.path:
         sys.path.insert(0, root)
     targets = importlib.import_module("tests.targets.hosts")
     kit_image = importlib.import_module("tests.targets.kit_image")
+    repository = importlib.import_module("tests.targets.repository")
     variables_of = importlib.import_module("tests.targets.__main__").variables
     targets.remove(name)
     try:
-        with report.waiting("Building the kit's image: minutes the first time"):
-            kit_image.image_archive()
-        with report.waiting("Starting the host, and the package server beside it"):
-            started = targets.start(name)
-            common = variables_of()
-        variables = {
-            **common,
-            "preflight_num_gpus": 0,
-            "image_source": "archive",
-            "image_archive": kit_image.ARCHIVE_ON_HOST,
-            "image_archive_on_host": True,
-            "image_archive_name": kit_image.ARCHIVE_NAME,
-            # The list of swap files is the machine's, not the container's: names must not meet.
-            "swap_path": f"{targets.DATA_FOLDER}/swapfile-{name}",
-        }
-        del variables["image_requirements"]
-        host = Host(name, "127.0.0.1", started.user, started.port, str(Path(started.key)))
-        yield Throwaway(host, variables)
+        with _on({signal.SIGTERM: signal.default_int_handler}):
+            with report.waiting("Building the kit's image: minutes the first time"):
+                kit_image.image_archive()
+            with report.waiting("Starting the host, and the package server beside it"):
+                started = targets.start(name)
+                common = variables_of()
+            variables = {
+                **common,
+                "preflight_num_gpus": 0,
+                "image_source": "archive",
+                "image_archive": kit_image.ARCHIVE_ON_HOST,
+                "image_archive_on_host": True,
+                "image_archive_name": kit_image.ARCHIVE_NAME,
+                # The list of swap files is the machine's, not the container's: names must not meet.
+                "swap_path": f"{targets.DATA_FOLDER}/swapfile-{name}",
+            }
+            del variables["image_requirements"]
+            host = Host(name, "127.0.0.1", started.user, started.port, str(Path(started.key)))
+            yield Throwaway(host, variables)
     except RuntimeError as error:
         raise CheckFailed("The throw-away host could not be had.", found=str(error)[-600:]) from error
     finally:
-        targets.remove(name)
+        # Who is tired of waiting presses Ctrl-C again, which the engine's client would hear as well.
+        with _on(dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)):
+            targets.remove(name)
+            repository.stop_unless_used()
+
+
+@contextmanager
+def _on(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Handle signals so meanwhile."""
+    kept = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -23,7 +23,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.targets import hosts, kit_image
+from tests.targets import hosts, kit_image, repository
 from tests.targets.__main__ import inventory
 from tests.targets.engine import why_no_engine
 from tests.targets.shell import call
@@ -144,6 +144,7 @@ def main(argv: list[str]) -> int:
     finally:
         for name in names:
             hosts.remove(name)
+        repository.stop_unless_used()
     print(json.dumps(result))
     return 0
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mixtral_run.rehearsal_plan import tokenizer_texts
 from mixtral_run.report import Report
 from mixtral_run.weights.random_model import write_random_mixtral
 from tests.needs import missing
+from tests.targets import repository
 from tests.targets.engine import why_no_engine
 
 SMALL = MixtralArchitecture(
@@ -103,11 +105,13 @@ def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="session")
-def docker_engine() -> None:
-    """An engine that answers."""
+def docker_engine() -> Iterator[None]:
+    """An engine that answers. The hosts' package server goes at the end, unless others of this checkout use it."""
     reason = why_no_engine()
     if reason is not None:
         missing(reason)
+    yield
+    repository.stop_unless_used()
 
 
 @pytest.fixture

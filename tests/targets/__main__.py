@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
     standin = verbs.add_parser("standin", help="change what GPUs a running host claims to have")
     standin.add_argument("names", nargs="+")
     standin.add_argument("--standin", type=json.loads, required=True)
-    down = verbs.add_parser("down", help="remove hosts and their disks")
+    down = verbs.add_parser("down", help="remove hosts and their disks, and after the last one the package server")
     down.add_argument("names", nargs="*")
-    down.add_argument("--all", action="store_true", help="all that this checkout started, and its package server")
+    down.add_argument("--all", action="store_true", help="all that this checkout started")
     listing = verbs.add_parser("inventory", help="print an Ansible inventory of hosts that run, in JSON")
     listing.add_argument("names", nargs="*")
     listing.add_argument("--release", action="append", choices=RELEASES, help="releases the repository holds")
@@ -49,8 +49,7 @@ def _act(words: argparse.Namespace) -> None:
     if words.verb == "down":
         for name in hosts.running() if words.all else words.names:
             hosts.remove(name)
-        if words.all:
-            repository.stop()
+        repository.stop_unless_used()
     elif words.verb == "wheels":
         print(kit_image.fill_wheelhouse())
     elif words.verb == "archive":

@@ -78,6 +78,11 @@ class Host:
         }
 
 
+def volume_name(name: str) -> str:
+    """What the engine calls a host's disk."""
+    return f"mixtral-run-{name}-data"
+
+
 def container_name(name: str) -> str:
     return f"mixtral-run-{name}"
 
@@ -85,7 +90,7 @@ def container_name(name: str) -> str:
 def start(name: str, release: str = "bookworm", standin: StandIn | None = None) -> Host:
     """Start a bare host, wait until SSH answers. `standin` None: a host without GPUs and driver."""
     image = host_image(release)
-    container, volume = container_name(name), f"mixtral-run-{name}-data"
+    container, volume = container_name(name), volume_name(name)
     argv = ["docker", "run", "--detach", "--name", container, "--hostname", name, "--label", LABEL]
     argv += [word for capability in CAPABILITIES for word in ("--cap-add", capability)]
     argv += ["--security-opt", "seccomp=unconfined", "--security-opt", "systempaths=unconfined"]
@@ -182,7 +187,7 @@ def remove(name: str) -> None:
     succeeds("docker", "exec", container, "sh", "-c",
              f"find {DATA_FOLDER} -maxdepth 2 -name '*swap*' -type f -exec swapoff {{}} ';'")  # fmt: skip
     call("docker", "rm", "--force", "--volumes", container, check=False)
-    call("docker", "volume", "rm", "--force", f"mixtral-run-{name}-data", check=False)
+    call("docker", "volume", "rm", "--force", volume_name(name), check=False)
 
 
 def running() -> list[str]:

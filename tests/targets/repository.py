@@ -11,13 +11,15 @@ import hashlib
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.targets.engine import CACHE, install_packages
-from tests.targets.hosts import LABEL
+from tests.targets.hosts import LABEL, running
 from tests.targets.image import FILES, host_image
-from tests.targets.shell import call, succeeds
+from tests.targets.shell import TargetError, call, succeeds
 
 CONTAINER = f"mixtral-run-repository-{LABEL.split('=')[1]}"
 PORT = 8000
@@ -51,10 +53,12 @@ class Repository:
 
 
 def serve(releases: tuple[str, ...] = ("bookworm",)) -> Repository:
-    """Build what is missing and serve it from a container; returns where it is. Calling again changes nothing."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "repository.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Build what is missing and serve it from a container; returns where it is. Calling again changes nothing.
+
+    One server serves all hosts of this checkout. Start the host before: what it is for, or `stop_unless_used` of others
+    ends it.
+    """
+    with _locked():
         folder = CACHE / f"repository-{_recipe()}"
         folder.mkdir(exist_ok=True)
         fingerprint = _key(folder)
@@ -68,7 +72,27 @@ def serve(releases: tuple[str, ...] = ("bookworm",)) -> Repository:
 
 
 def stop() -> None:
+    """Remove the server; what it serves stays in CACHE."""
     call("docker", "rm", "--force", CONTAINER, check=False)
+
+
+def stop_unless_used() -> None:
+    """Remove the server where this checkout has no host left: whoever removes the last one calls this."""
+    with _locked():
+        try:
+            used = bool(running())
+        except TargetError:  # no engine answers any more, and with it the server is gone
+            return
+        if not used:
+            stop()
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "repository.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _recipe() -> str:

@@ -109,10 +109,11 @@ def bare_host(name: str) -> targets.Host:
 @pytest.fixture(scope="module")
 def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
     fill_wheelhouse()
+    fleet = Fleet({name: bare_host(name) for name in NAMES})
     settings = {**variables(), "preflight_num_gpus": 0, "image_source": "build"}
     del settings["image_requirements"]  # the whole image: every verb runs in it
     (operator.folder / "variables.json").write_text(json.dumps(settings))
-    yield Fleet({name: bare_host(name) for name in NAMES})
+    yield fleet
     for name in NAMES:
         targets.remove(name)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ import pytest
 from mixtral_run.fleet.hosts import remembered_hosts
 from mixtral_run.fleet.ssh import known_hosts_file
 from mixtral_run.fleet.state import write_private
-from mixtral_run.fleet.throwaway import NAME
+from mixtral_run.fleet.throwaway import NAME, throwaway
+from mixtral_run.report import Report
 from tests.targets.engine import CACHE
-from tests.targets.hosts import container_name
+from tests.targets.hosts import container_name, volume_name
+from tests.targets.repository import CONTAINER
 from tests.targets.shell import call
 
 PORTS = range(32768, 61000)
@@ -22,9 +26,18 @@ PORTS = range(32768, 61000)
 OLD_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f"
 
 
+REHEARSE = [sys.executable, "-m", "mixtral_run", "rehearse", "--host"]
+
+
 def rehearse() -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "mixtral_run", "rehearse", "--host"]
-    return subprocess.run(argv, capture_output=True, text=True, check=False)
+    return subprocess.run(REHEARSE, capture_output=True, text=True, check=False)
+
+
+def left_of(name: str) -> set[str]:
+    """What the engine still has of a throw-away host: container, disk and package server."""
+    containers = call("docker", "ps", "--all", "--format", "{{.Names}}").split()
+    ours = {container_name(name), volume_name(name), CONTAINER}
+    return ours & {*containers, *call("docker", "volume", "ls", "--quiet").split()}
 
 
 @pytest.mark.timeout(1800)  # the first time it builds the image
@@ -39,11 +52,44 @@ def test_a_host_is_started_set_up_and_does_the_whole_job(
     assert "PEFT over HF gives the same logits" in done.stdout
     assert "A bare host was set up over SSH, and the whole job ran in its container" in done.stdout
     # Nothing of it stays: no container, no disk, and no host in the fleet.
-    left = call("docker", "ps", "--all", "--format", "{{.Names}}") + call("docker", "volume", "ls", "--quiet")
-    assert container_name(NAME) not in left
+    assert not left_of(NAME)
     assert not remembered_hosts()
     # Nor its key: the old ones stay, but for that of the port that it had.
     assert len(known_hosts_file().read_text().splitlines()) == len(PORTS) - 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(
+    docker_engine: None, home: Path, monkeypatch: pytest.MonkeyPatch, how: int
+) -> None:
+    monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))
+    process = subprocess.Popen(REHEARSE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
+    told = ""
+    while "Connecting to" not in told:
+        told += (line := process.stdout.readline())
+        assert line, told
+    assert left_of(NAME) >= {container_name(NAME), CONTAINER}
+    while process.poll() is None:  # however often it is said
+        process.send_signal(how)
+        time.sleep(0.5)
+    assert process.returncode == 130, told + process.stdout.read()
+    assert not left_of(NAME)
+
+
+def test_the_package_server_goes_with_the_last_host_that_uses_it(
+    docker_engine: None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        with throwaway("throwaway-1", Report.silent()):
+            with throwaway("throwaway-2", Report.silent()):
+                assert left_of("throwaway-2") >= {container_name("throwaway-2"), CONTAINER}
+            assert left_of("throwaway-2") == {CONTAINER}
+            raise ValueError("it failed")
+
+    with pytest.raises(ValueError, match="it failed"):
+        fail()
+    assert not left_of("throwaway-1")
 
 
 @pytest.mark.parametrize("fault", ["no program", "no engine"])
