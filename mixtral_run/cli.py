@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import click
@@ -56,6 +57,37 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Also sorts out the words that the verb does not understand; click would tell the first alone.
+
+        A verb with a config file tells them with the faults of its settings.
+        """
+        if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
+            return super().resolve_command(ctx, args)
+        from mixtral_run.usage import FAULTS, close_to, or_words, without_faults
+
+        name = args[0].replace("_", "-")
+        command = self.get_command(ctx, name)
+        if command is None:
+            meant = or_words(close_to(name, VERBS))
+            raise ConfigError(
+                f"There is no verb {args[0]!r}.",
+                expected=f"one of {', '.join(VERBS)}",
+                next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
+            )
+        words, faults = without_faults(command, args[1:])
+        if faults and not any(each.name == "config" for each in command.params):
+            raise ConfigError(
+                "The command line cannot be understood.",
+                where="command line",
+                faults=faults,
+                next_command=f"mixtral-run {name} --help",
+            )
+        ctx.meta[FAULTS] = faults
+        return name, command, words
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
@@ -68,6 +100,7 @@ def _with_dashes(token: str) -> str:
 
 @click.group(
     cls=LazyGroup,
+    subcommand_metavar="VERB [FLAGS]...",
     context_settings={
         "token_normalize_func": _with_dashes,
         "help_option_names": ["-h", "--help"],
@@ -128,7 +161,9 @@ def main() -> NoReturn:
 
 def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:
     if os.environ.get(DEBUG_VARIABLE):
-        raise cause
+        traceback.print_exception(cause)
+        _report_to_launcher(error)
+        sys.exit(error.exit_code)
     _report_to_launcher(error)
     _leave(f"✗ {error}", error.exit_code)
 

@@ -116,6 +116,8 @@ class ConvertConfig(ParallelConfig):
         found = super().faults()
         if self.hf_model_path is None and self.from_megatron is None:
             found.append("--hf-model-path is required, or --from-megatron in its place; found neither")
+        if self.hf_model_path == "":
+            found.append("--hf-model-path: expected a directory, or a name on the hub; found ''")
         if self.adapter is not None and self.from_megatron is None:
             found.append("--adapter: expected --from-megatron CHECKPOINT beside it; found none")
         return found

@@ -95,6 +95,9 @@ class Config:
             except (TypeError, ValueError) as error:
                 faults.append(f"{flag_of(name)}: {error}")
         if faults:
+            # With those of the others' limits: what is mended then is not refused in the next run.
+            for name, value in accepted.items():
+                faults += _limit_faults(fields[name], value) if value is not None else []
             raise ConfigError("The settings cannot be used as they are.", where=where, faults=faults)
         return cls(**accepted)
 
@@ -115,7 +118,7 @@ def _limit_faults(item: dataclasses.Field[Any], value: Any) -> list[str]:
     found = []
     if limits.get("choices"):
         chosen = value if isinstance(value, tuple) else (value,)
-        wrong = [str(each) for each in chosen if each not in limits["choices"]]
+        wrong = [str(each) or "''" for each in chosen if each not in limits["choices"]]
         if wrong:
             found.append(f"{flag}: expected one of {', '.join(limits['choices'])}; found {', '.join(wrong)}")
         if isinstance(value, tuple) and not value:
@@ -151,7 +154,8 @@ def _from_json_value(annotation: Any, value: Any) -> Any:
         inner = typing.get_args(wanted)[0]
         return tuple(_from_json_value(inner, each) for each in value)
     if wanted is Path:
-        if not isinstance(value, (str, Path)):
+        # An empty one would be this folder: it comes of a shell's variable that is not set.
+        if not isinstance(value, (str, Path)) or value == "":
             raise TypeError(f"expected a path; found {value!r}")
         return Path(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):

@@ -15,6 +15,7 @@ from mixtral_run.commands.host_options import VERBS as HOST_VERBS
 from mixtral_run.commands.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.errors import ConfigError, described
 from mixtral_run.settings import Config, field_types, flag_of, plain_type
+from mixtral_run.usage import FAULTS
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -60,7 +61,7 @@ def setting_options(config_class: type[Config]) -> Callable[[Callable[..., None]
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         decorated: Callable[..., None] = click.option(
             "--config",
-            type=click.Path(path_type=Path),
+            type=click.Path(path_type=Path, readable=False),  # what reads it tells all that is wrong
             help="JSON file of settings, named as the flags are; flags given beside it win.",
         )(function)
         annotations = field_types(config_class)
@@ -72,8 +73,22 @@ def setting_options(config_class: type[Config]) -> Callable[[Callable[..., None]
 
 
 def merged_config(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:
-    """The checked config of a file and the flags given beside it. Raises ConfigError with all faults."""
-    return _merge(config_class, file, flags).check()
+    """The checked config of a file and the flags given beside it. Raises ConfigError with all faults.
+
+    With them are told the words that the verb did not understand.
+    """
+    context = click.get_current_context()
+    not_understood = context.meta.get(FAULTS, [])
+    try:
+        config = _merge(config_class, file, flags).check()
+        if not_understood:
+            raise ConfigError("The settings cannot be used as they are.")
+    except ConfigError as error:
+        error.faults = (*not_understood, *error.faults)
+        error.where = error.where or "command line"
+        error.next_command = error.next_command or f"{context.command_path} --help"
+        raise
+    return config
 
 
 def _echo_json(values: dict[str, Any]) -> None:
@@ -128,16 +143,30 @@ def _option(item: dataclasses.Field[Any], annotation: Any) -> Callable[[Callable
         inner = typing.get_args(wanted)[0]
         if limits["choices"]:
             return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", help=help_text)
-        return click.option(flag, item.name, type=_click_type(inner), multiple=True, help=help_text)
+        return click.option(flag, item.name, type=_Value(inner), multiple=True, help=help_text)
     if limits["choices"]:
         return click.option(flag, item.name, metavar="|".join(limits["choices"]), help=help_text)
-    return click.option(flag, item.name, type=_click_type(wanted), help=help_text)
+    return click.option(flag, item.name, type=_Value(wanted), help=help_text)
 
 
-def _click_type(wanted: Any) -> Any:
-    return click.Path(path_type=Path) if wanted is Path else wanted
+class _Value(click.ParamType[Any]):
+    """A value that the config checks: click would tell the first that is wrong, and nothing else.
+
+    Nor does it look at paths: with --on they are another machine's.
+    """
+
+    def __init__(self, wanted: Any) -> None:
+        self.name = {int: "integer", float: "float", Path: "path"}.get(wanted, "text")
+        self._wanted = wanted
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        del param, ctx
+        try:
+            return self._wanted(value) if self._wanted in (int, float) else value
+        except ValueError:
+            return value
 
 
 def _comma_separated(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """`a,b c` → ("a", "b", "c")."""
-    return value if isinstance(value, tuple) else tuple(value.replace(",", " ").split())
+    """`a,b c` → ("a", "b", "c"). Nothing is a value as well, and a wrong one."""
+    return value if isinstance(value, tuple) else tuple(value.replace(",", " ").split()) or ("",)

@@ -15,7 +15,7 @@ from mixtral_run.errors import ConfigError, HostError, MixtralRunError
 from mixtral_run.fleet.events import FleetProgress
 from mixtral_run.fleet.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
-from mixtral_run.fleet.provisioning import playbook
+from mixtral_run.fleet.provisioning import playbook, role_names
 from mixtral_run.fleet.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh import Ssh, connection_options
@@ -157,6 +157,11 @@ def _check_request(request: BootstrapRequest) -> None:
         else:
             if len(words) != 1:
                 faults.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
+    roles = role_names()
+    unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
+    if unknown:
+        # Ansible would go through no role, and tell that all went well.
+        faults.append(f"--tags: expected some of {', '.join(roles)}; found {', '.join(unknown)}")
     if request.serial and not re.fullmatch(r"[1-9]\d*%?", request.serial):
         faults.append(f"--serial: expected a number of hosts, or N%; found {request.serial}")
     if request.forks < 1:

@@ -270,15 +270,14 @@ def _fleet_file() -> Path:
 def find_hosts(words: Sequence[str], known: Sequence[Host] = ()) -> tuple[Host, ...]:
     """Hosts for `--on gpu-01,ops@gpu-02`: one that is known by its name or address, else as it is written."""
     pieces = [piece for word in words for piece in word.split(",") if piece]
-    found: list[Host] = []
-    for piece in pieces:
-        named = [host for host in known if piece in (host.name, host.target)]
-        addressed = [host for host in known if host.address == piece]
-        chosen = named[0] if named else addressed[0] if len(addressed) == 1 else None
-        if len(addressed) > 1 and not named:
-            raise ConfigError(f"{piece!r} names several hosts.", expected="one of them", found=names_of(addressed))
-        if chosen is None:
-            (chosen,) = parse_hosts([piece])
-        if chosen not in found:
-            found.append(chosen)
-    return tuple(found)
+    named = {piece: _known_as(piece, known) for piece in pieces}
+    parse_hosts(piece for piece, host in named.items() if host is None)  # which tells all that is wrong with them
+    return tuple(dict.fromkeys(named[piece] or parse_host(piece) for piece in pieces))
+
+
+def _known_as(piece: str, known: Sequence[Host]) -> Host | None:
+    named = [host for host in known if piece in (host.name, host.target)]
+    addressed = [host for host in known if host.address == piece]
+    if len(addressed) > 1 and not named:
+        raise ConfigError(f"{piece!r} names several hosts.", expected="one of them", found=names_of(addressed))
+    return named[0] if named else addressed[0] if addressed else None

@@ -31,3 +31,8 @@ def playbook(name: str) -> Path:
     if not path.is_file():
         raise MixtralRunError("A playbook is missing.", where=str(path))
     return path
+
+
+def role_names() -> tuple[str, ...]:
+    """The roles, by which a part of `bootstrap` is named."""
+    return tuple(sorted(folder.name for folder in (provisioning_folder() / "roles").iterdir() if folder.is_dir()))

@@ -79,6 +79,62 @@ def test_missing_settings_are_all_named() -> None:
     assert "--save is required" in done.stderr
 
 
+def test_all_that_is_wrong_with_a_command_line_is_told_at_once() -> None:
+    done = mixtral_run(
+        "convert", "--tp", "2", "--hf=model", "stray", "--tensor-model-parallel-size", "two", "--workers", "0",
+        "--expert_model_parallel_size", "four", "--overwrite=yes", "--ouput", "x", "--from-megatron",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "✗ The settings cannot be used as they are.",
+        "  - --tp: there is no such flag; did you mean --tensor-model-parallel-size?",
+        "  - --hf: there is no such flag; did you mean --hf-model-path or --hf-home?",
+        "  - 'stray': expected a flag before it; found none",
+        "  - --overwrite: expected no value; found 'yes'",
+        "  - --ouput: there is no such flag; did you mean --output-path?",
+        "  - --from-megatron: expected a value after it; found none",
+        "  - --tensor-model-parallel-size: expected int; found 'two'",
+        "  - --expert-model-parallel-size: expected int; found 'four'",
+        "  - --output-path is required: Folder to write; must be empty or new.",
+        "  - --workers: expected at least 1; found 0",
+        "  where:    command line",
+        "  next:     mixtral-run convert --help",
+    ]
+
+
+def test_a_verb_without_settings_tells_them_as_well() -> None:
+    done = mixtral_run("bootstrap", "gpu-01", "--chek", "--dif", "-q", "--serial")
+    assert done.returncode == 2
+    for words in ("--chek: there is no such flag; did you mean --check?", "--diff?", "-q:", "--serial: expected a val"):
+        assert words in done.stderr
+
+
+def test_a_wrong_verb_is_answered_with_the_right_one() -> None:
+    done = mixtral_run("convrt", "--hf-model-path", "x")
+    assert done.returncode == 2
+    assert "There is no verb 'convrt'." in done.stderr
+    assert "next:     mixtral-run convert\n" in done.stderr
+    assert "next:     mixtral-run --help" in mixtral_run("qqq").stderr
+
+
+def test_an_empty_value_is_a_wrong_one() -> None:
+    """As of a shell's variable that is not set: it must not become this folder, nor the default."""
+    done = mixtral_run("convert", "--hf-model-path", "model", "--output-path", "")
+    assert (done.returncode, "--output-path: expected a path; found ''" in done.stderr) == (2, True)
+    done = mixtral_run("convert", "--hf-model-path", "", "--output-path", "x")
+    assert (done.returncode, "--hf-model-path: expected a directory" in done.stderr) == (2, True)
+    done = mixtral_run("plan", "--lora-target-modules", "")
+    assert (done.returncode, "--lora-target-modules: expected one of" in done.stderr) == (2, True)
+
+
+def test_what_looks_like_a_flag_may_be_a_value() -> None:
+    done = mixtral_run(
+        "generate", "--load", "nowhere", "--prompt", "--foo", "--prompt=-x", "--expert_model_parallel_size=2"
+    )
+    assert "no such flag" not in done.stderr
+    assert "nowhere" in done.stderr
+
+
 def test_flags_win_over_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
@@ -110,7 +166,9 @@ def test_an_unreadable_config_file_is_named(tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    assert "Traceback" in mixtral_run("--debug", "finetune").stderr
+    with_it = mixtral_run("--debug", "finetune")
+    assert "Traceback" in with_it.stderr
+    assert with_it.returncode == 2
     assert "Traceback" not in mixtral_run("finetune").stderr
 
 
@@ -122,6 +180,13 @@ def test_a_full_disk_is_told_in_a_sentence() -> None:
     assert "cannot be written" in done.stderr
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_shell_completes_verbs_and_flags() -> None:
+    for words, completed in (("mixtral-run convrt --hf", ""), ("mixtral-run convert --hf-m", "plain,--hf-model-path")):
+        environment = {"_MIXTRAL_RUN_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "2"}
+        done = mixtral_run(**environment)
+        assert (done.stdout.strip(), done.stderr) == (completed, "")
 
 
 def test_version() -> None:

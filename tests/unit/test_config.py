@@ -66,6 +66,8 @@ def test_unknown_missing_and_mistyped_are_told_together() -> None:
     assert "--load is required" in text
     assert "--train-iters: expected int; found 'ten'" in text
     assert "--lora-target-modules: expected a list" in text
+    with pytest.raises(ConfigError, match="--lora-rank: expected at least 1; found 0"):
+        FinetuneConfig.from_mapping({"save": "s", "lora_rank": 0})
 
 
 def test_limits_are_told_together() -> None:

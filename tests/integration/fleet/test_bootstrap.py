@@ -275,6 +275,7 @@ def test_the_token_is_in_no_argument_artifact_or_log(
     [
         ({"hf_token_file": Path("/no/such/token")}, "--hf-token-file"),
         ({"serial": "two"}, "--serial: expected a number of hosts"),
+        ({"tags": ("docker", "swop")}, "--tags: expected some of acceptance, docker, .*; found swop"),
         ({"more": ("@/no/such/vars.yml", "broken")}, "no such file"),
         ({"accept_new_host_key": ("gpu-99",)}, "--accept-new-host-key"),
     ],

@@ -131,6 +131,9 @@ def test_the_fleet_is_remembered_and_found_by_short_names(tmp_path: Path, monkey
     assert remembered_hosts() == (first, second)
     assert find_hosts(["gpu-01,gpu-02"], remembered_hosts()) == (first, second)
     assert find_hosts(["root@gpu-01"], remembered_hosts()) == (parse_host("root@gpu-01"),)
+    with pytest.raises(ConfigError) as caught:
+        find_hosts(["gpu-01,gpu:x", "a b", "new-01", "root@new-01"], remembered_hosts())
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["'gpu", "'a b'", "new-01 is named twice"]
     forget_hosts([first])
     assert remembered_hosts() == (second,)
     assert (tmp_path / "mixtral-run").stat().st_mode & 0o777 == 0o700
