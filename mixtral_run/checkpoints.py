@@ -23,6 +23,12 @@ UNKNOWN_FINGERPRINT = ""
 """Of a base whose weights are still on the hub."""
 
 
+_KINDS = {
+    "base": "kind 'base', as `mixtral-run convert` writes",
+    "adapter": "kind 'adapter', as `mixtral-run finetune` writes",
+}
+
+
 @dataclass(frozen=True)
 class BaseDescription:
     """What a base checkpoint says of itself, or what the headers of an HF directory do.
@@ -61,7 +67,11 @@ def describe_base(load: Path) -> BaseDescription:
 
     Raises WeightsError when LOAD is no whole base checkpoint, or with everything that is wrong with the HF model.
     """
-    if is_hf_directory(load) and not (load / LATEST).exists():
+    try:
+        is_hf_model = is_hf_directory(load) and not (load / LATEST).exists()
+    except OSError as error:
+        raise _unreadable(load, error) from error
+    if is_hf_model:
         return _describe_hf(load)
     newest_iteration(load)
     values = _read_description(load / DESCRIPTION, "base")
@@ -118,13 +128,16 @@ def newest_iteration(folder: Path) -> Path:
     marker = folder / LATEST
     try:
         text = marker.read_text(encoding="utf-8").strip()
+    except PermissionError as error:
+        raise _unreadable(folder, error) from error
     except OSError as error:
         raise WeightsError(
             "This is not a whole checkpoint.",
             where=str(folder),
-            expected=f"a folder with {LATEST}, which is written last; for a base also an HF model's directory",
+            expected=f"a folder with {LATEST}, which is written last; as a base to load also an HF model's directory",
             found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
-            next_command=way_back(folder) or "mixtral-run convert --hf-model-path … --output-path …",
+            next_command=way_back(folder)
+            or "mixtral-run convert --hf-model-path … --output-path … makes a base, mixtral-run finetune … an adapter",
         ) from error
     except UnicodeDecodeError as error:
         raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error
@@ -154,21 +167,35 @@ def way_back(folder: Path) -> str | None:
     return f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
 
 
+def _unreadable(folder: Path, error: OSError) -> WeightsError:
+    return WeightsError(
+        "The checkpoint cannot be read.",
+        where=str(folder),
+        expected="a folder that this user may read",
+        found=error.strerror,
+        next_command=f"ls -ld {folder}",
+    )
+
+
 def _read_description(path: Path, kind: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"The checkpoint does not say what it is: {DESCRIPTION} cannot be read.", where=str(path), found=str(error)
+            f"The checkpoint does not say what it is: {DESCRIPTION} cannot be read.",
+            where=str(path),
+            expected=_KINDS[kind],
+            found=getattr(error, "strerror", None) or str(error),
+            next_command=f"mixtral-run verify --load {path.parent}",
         ) from error
     found = values.get("kind") if isinstance(values, dict) else None
     if found != kind:
-        verb = {"base": "convert", "adapter": "finetune"}[kind]
         raise WeightsError(
             "The checkpoint is of another kind.",
             where=str(path),
-            expected=f"kind '{kind}', as `mixtral-run {verb}` writes",
+            expected=_KINDS[kind],
             found=f"kind {found!r}",
+            next_command=f"mixtral-run verify --load {path.parent}",
         )
     assert isinstance(values, dict)
     return values

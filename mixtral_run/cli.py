@@ -41,7 +41,11 @@ MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
 DEBUG_VARIABLE = "MIXTRAL_RUN_DEBUG"
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk answers wherever it is written to; any other error of the system is told where it may happen."""
+"""What a disk answers wherever it is written to."""
+
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What a path that was given may bring about wherever it is used. What is checked before is told in better words; any
+other error of the system is told where it may happen."""
 
 
 class LazyGroup(click.Group):
@@ -144,19 +148,34 @@ def main() -> NoReturn:
     except MixtralRunError as error:
         _fail(error, error)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        told = _in_words(error)
+        if told is None:
             raise
-        told = WeightsError(
-            "A file cannot be written.",
-            where=str(error.filename) if error.filename else None,
-            found=error.strerror,
-            next_command="df -h, then the same command again",
-        )
         _fail(told, error)
     except RuntimeError as error:
         _leave_if_consequence(error)
         raise
     sys.exit(0)
+
+
+def _in_words(error: OSError) -> MixtralRunError | None:
+    """What to tell of an error of the system; None where it is told by what it happened in, or by nobody yet."""
+    if error.errno in DISK_ERRORS:
+        return WeightsError(
+            "A file cannot be written.",
+            where=str(error.filename) if error.filename else None,
+            found=error.strerror,
+            next_command="df -h, then the same command again",
+        )
+    if error.errno in PATH_ERRORS and error.filename:
+        return ConfigError(
+            "A file or folder cannot be used.",
+            where=str(error.filename),
+            expected="one that this user may read, and write to where something is written",
+            found=error.strerror,
+            next_command=f"ls -ld {error.filename}",
+        )
+    return None
 
 
 def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:

@@ -14,8 +14,7 @@ def run_job(verb: str, config: LaunchConfig, job: Callable[[], None], check: Cal
     """
     from mixtral_run import launch
 
-    world_size = launch.num_processes(config)
-    check(world_size)
+    check(launch.process_count(config))
     if launch.is_worker():
         job()
     else:

@@ -24,6 +24,10 @@ _REQUIRED = (
 )
 
 
+EXAMPLE_NAME = "mistralai/Mixtral-8x7B-v0.1"
+"""What messages give as a name on the hub."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixtralArchitecture:
     """Sizes in Megatron's names; the comment gives HF's where it differs."""
@@ -154,7 +158,19 @@ class MixtralArchitecture:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise WeightsError(
-                "The HF model has no config.json.", where=str(path), expected="a directory as downloaded from the hub"
+                "The HF model has no config.json.",
+                where=str(path),
+                expected="a directory as downloaded from the hub",
+                found=_content(directory),
+                next_command=f"a directory that has one, or a name on the hub, such as {EXAMPLE_NAME}",
+            ) from error
+        except OSError as error:
+            raise WeightsError(
+                "The HF model's config.json cannot be read.",
+                where=str(path),
+                expected="a directory as downloaded from the hub, which this user may read",
+                found=error.strerror,
+                next_command=f"ls -ld {directory} {path}",
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise WeightsError(
@@ -163,6 +179,14 @@ class MixtralArchitecture:
         if not isinstance(values, dict):
             raise WeightsError("The HF model's config.json is not a JSON object.", where=str(path))
         return cls.from_hf_config(values, where=str(path))
+
+
+def _content(directory: Path) -> str:
+    """What a directory holds, in a few words."""
+    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else None
+    if names is None:
+        return "no such directory"
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") or "an empty directory"
 
 
 MIXTRAL_8X7B = MixtralArchitecture(

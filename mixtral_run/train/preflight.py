@@ -22,7 +22,7 @@ from mixtral_run.report import Report
 from mixtral_run.train.data import batch_size_faults
 from mixtral_run.train.pairs import read_pairs
 from mixtral_run.weights.source import HubModel, with_models_here
-from mixtral_run.weights.staging import disk_faults, on_one_disk
+from mixtral_run.weights.staging import disk_faults, on_one_disk, writing_faults
 
 LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
@@ -65,21 +65,33 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
     if isinstance(config, FinetuneConfig):
         config = settled(config, base)
-    world_size = launch.num_processes(config)
     if isinstance(config, DataConfig):
-        errors = _errors(config, world_size, base)
+        errors = _errors(config, launch.process_count(config), base)
     else:
+        errors = _start_errors(config)
         faults = layout_faults(config, base)
-        errors = [ConfigError("The settings cannot be used as they are.", faults=faults)] if faults else []
+        errors += [ConfigError("The settings cannot be used as they are.", faults=faults)] if faults else []
     if errors:
         raise joined(errors)
 
 
+def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
+    """What keeps the layout from fitting the processes of the job."""
+    try:
+        launch.num_processes(config)
+    except MixtralRunError as error:
+        return [error]
+    return []
+
+
 def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
     """What is wrong with the settings, the data file and the output folder; without a base what can be told."""
-    errors: list[MixtralRunError] = []
-    replicas = max(world_size // config.tensor_model_parallel_size, 1)
-    faults = batch_size_faults(config.global_batch_size, config.micro_batch_size, replicas)
+    errors = _start_errors(config)
+    faults: list[str] = []
+    if not errors:
+        replicas = world_size // config.tensor_model_parallel_size
+        faults += batch_size_faults(config.global_batch_size, config.micro_batch_size, replicas)
+    fits = not errors
     if base is not None:
         faults += layout_faults(config, base)
     if config.data_path is not None:
@@ -97,7 +109,7 @@ def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -
                 errors.append(error)
         if base is not None:
             faults += disk_faults(config.save, adapter_bytes(config, base, start))
-            refusal = memory_error(config, base, world_size) if not faults else None
+            refusal = memory_error(config, base, world_size) if fits and not faults else None
             errors += [refusal] if refusal is not None else []
     if faults:
         errors.append(ConfigError("The settings cannot be used as they are.", faults=faults))
@@ -151,8 +163,9 @@ def layout_faults(config: LaunchConfig, base: BaseDescription) -> list[str]:
 
 def output_faults(save: Path, *, resume: bool) -> list[str]:
     """What keeps adapters from being written into `save`."""
-    if save.exists() and not save.is_dir():
-        return [f"--save {save}: expected a folder; found a file"]
+    faults = writing_faults(save, f"--save {save}")
+    if faults:
+        return faults
     if resume:
         return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
     if save.is_dir() and {*save.iterdir()} - {*leftovers(save)}:
@@ -175,7 +188,7 @@ def joined(errors: list[MixtralRunError]) -> MixtralRunError:
 
 def check_inference(config: GenerateConfig) -> None:
     """Check base, layout and adapter. Raises one error with all that is wrong."""
-    errors: list[MixtralRunError] = []
+    errors = _start_errors(config)
     try:
         base = describe_base(config.load)
         faults = layout_faults(config, base)

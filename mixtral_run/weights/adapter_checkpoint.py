@@ -34,6 +34,7 @@ def open_adapter(path: Path) -> OpenAdapter:
             where=str(path),
             expected="what mixtral-run finetune saved",
             found=f"a checkpoint of kind {checkpoint.kind}",
+            next_command="mixtral-run finetune … --save FOLDER, and that folder",
         )
     lora = lora_of(checkpoint.record, str(checkpoint.iteration_folder))
     return OpenAdapter(checkpoint, lora, places(checkpoint.architecture, lora))

@@ -120,7 +120,7 @@ def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> I
                     f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept "
                     f"in {staging.folder}: the same command goes on from there"
                 )
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, PermissionError):
             raise unwritable(Path(error.filename or staging.folder), error) from error
         raise
 
@@ -206,6 +206,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     if layout_faults:
         raise ConfigError("The model cannot be converted as asked.", faults=shortened([*layout_faults, *faults]))
     plan = make_plan(weights, tp, ep, len(_empty_object()))
+    faults += sidecars.tokenizer_faults(weights.directory)
     faults += disk_faults(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
     if faults:
         raise ConfigError("The checkpoint cannot be written.", faults=faults)

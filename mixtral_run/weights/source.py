@@ -15,7 +15,7 @@ from typing import TypeVar
 from mixtral_run.checkpoints import way_back
 from mixtral_run.config import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
 from mixtral_run.errors import WeightsError
-from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.architecture import EXAMPLE_NAME, MixtralArchitecture
 from mixtral_run.report import Report, repeating
 from mixtral_run.settings import Config
 from mixtral_run.weights.sidecars import TOKENIZER_FILES
@@ -94,16 +94,23 @@ def resolve_description(hf_model_path: str, report: Report) -> Path:
 def _here(hf_model_path: str) -> Path | None:
     """The directory, where it is one; None for a hub name. Raises WeightsError for anything else."""
     directory = Path(hf_model_path).expanduser()
-    if directory.is_dir():
-        return directory
-    if not is_on_hub(hf_model_path):
-        raise WeightsError(
-            "The HF model does not exist.",
-            where=hf_model_path,
-            expected="a directory, or a name on the hub such as mistralai/Mixtral-8x7B-Instruct-v0.1",
-            next_command=way_back(directory),
-        )
-    return None
+    try:
+        if directory.is_dir():
+            return directory
+        if is_on_hub(hf_model_path):
+            return None
+        is_file = directory.exists()
+        found = "a file" if is_file else "nothing of that name"
+        next_command = way_back(directory) or f"ls {directory.parent}"
+    except OSError as error:
+        is_file, found, next_command = False, str(error.strerror), f"ls -ld {directory.parent}"
+    raise WeightsError(
+        "The HF model is not a directory." if is_file else "The HF model does not exist.",
+        where=hf_model_path,
+        expected=f"a directory, or a name on the hub such as {EXAMPLE_NAME}",
+        found=found,
+        next_command=next_command,
+    )
 
 
 def ask(hf_model_path: str) -> HubModel | None:

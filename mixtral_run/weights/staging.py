@@ -33,22 +33,30 @@ def on_one_disk(first: Path, second: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    """The deepest folder of the path that exists."""
-    while not path.exists():
+    """The deepest folder of the path that exists, as far as this user may look."""
+    while not os.access(path, os.F_OK):
         path = path.parent
     return path
+
+
+def writing_faults(folder: Path, flag: str) -> list[str]:
+    """What keeps this user from making `folder`, or from writing into it."""
+    nearest = _nearest(folder.absolute())
+    if not nearest.is_dir():
+        return [f"{flag}: {nearest} is a file"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"{flag}: {nearest} cannot be written to by this user"]
+    if nearest == folder.absolute() and not os.access(nearest, os.R_OK):
+        return [f"{flag}: {nearest} cannot be read by this user"]
+    return []
 
 
 def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> list[str]:
     """What keeps `output` from being written to. `is_ours` tells whether --overwrite may replace the folder."""
     flag = f"--output-path {output}"
-    if output.exists() and not output.is_dir():
-        return [f"{flag}: is a file"]
-    nearest = _nearest(output.absolute())
-    if not nearest.is_dir():
-        return [f"{flag}: {nearest} is a file"]
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"{flag}: {nearest} cannot be written to by this user"]
+    faults = writing_faults(output, flag)
+    if faults:
+        return faults
     entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
     held = sorted(set(entries) - {work_folder(output).name, "lost+found"} - _being_moved(output))
     if not held:
@@ -63,7 +71,12 @@ def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bo
 
 
 def disk_faults(output: Path, needed: int) -> list[str]:
-    """Whether the result fits on the disk; an earlier result stays until the new one is whole."""
+    """Whether the result fits on the disk; an earlier result stays until the new one is whole.
+
+    Nothing where it cannot be written for other reasons: who cannot look into a folder cannot tell what it holds.
+    """
+    if writing_faults(output, ""):
+        return []
     free = free_bytes(output.absolute()) + _allocated_bytes(work_folder(output))
     free += sum(_allocated_bytes(output / name) for name in _being_moved(output))
     if free >= needed:

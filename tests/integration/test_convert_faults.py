@@ -82,6 +82,20 @@ def test_another_architecture(tmp_path: Path, tiny: Path) -> None:
     assert "tie_word_embeddings" in str(error)
 
 
+def test_what_is_no_directory_of_a_model(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    # Relative, the file has the form of a name on the hub.
+    for source, words in (
+        ("hf/config.json", ("is not a directory", "found:    a file")),
+        ("empty", ("has no config.json", "found:    an empty directory", "next:")),
+        ("nowhere", ("does not exist", "found:    nothing of that name", "next:")),
+    ):
+        error = refused(Path(source), Path("out"), 2, 3)
+        assert isinstance(error, WeightsError)
+        assert all(each in str(error) for each in words), error
+
+
 def test_output_folders_that_are_not_ours_to_replace(tmp_path: Path, tiny: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

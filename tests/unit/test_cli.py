@@ -135,6 +135,24 @@ def test_what_looks_like_a_flag_may_be_a_value() -> None:
     assert "nowhere" in done.stderr
 
 
+def test_layout_base_data_and_folder_are_told_together(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "pairs.jsonl").write_text('{"instruction": 1}\n')
+    done = mixtral_run(
+        "finetune", "--load", "nowhere", "--data-path", str(tmp_path / "pairs.jsonl"), "--save", str(tmp_path),
+        "--device", "cpu", "--nproc-per-node", "3",
+    )  # fmt: skip
+    assert done.returncode == 5
+    for words in (
+        "4 things stand in the way.",
+        "where:    nowhere",
+        "The layout TP2/EP4 does not fit 3 processes.",
+        "line 1: 'instruction': expected text; found a number",
+        f"--save {tmp_path}: expected a new or empty folder",
+    ):
+        assert words in done.stderr
+
+
 def test_flags_win_over_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
