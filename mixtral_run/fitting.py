@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from mixtral_run import launch
 from mixtral_run.checkpoints import BaseDescription, describe_base
@@ -22,6 +23,7 @@ from mixtral_run.plan import (
     memory,
     ranked,
 )
+from mixtral_run.remedies import remedies
 from mixtral_run.report import Report
 
 
@@ -165,6 +167,10 @@ def _refusal(
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
         f"--micro-batch-size {config.micro_batch_size} --all"
     )
+    ways = [
+        re.sub(r" ?--gpus (\d+)", r" on \1 GPUs", flags).strip()
+        for flags in ([] if fitting else remedies(workload_of(config, base, world_size), gpu.free / USABLE))
+    ]
     return ConfigError(
         "The run does not fit on these GPUs.",
         where=f"{asked}, seq {config.seq_length:,} × {config.micro_batch_size}, {world_size} GPUs",
@@ -173,5 +179,5 @@ def _refusal(
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest),
         next_command=f"mixtral-run finetune … {fitting[0].layout.flags()}"
         if fitting
-        else f"{plan}; no layout fits on these GPUs: more of them, or a smaller --seq-length or --micro-batch-size",
+        else f"{plan}; no layout fits on these GPUs" + (f", but {' or '.join(ways)}" if ways else ""),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from mixtral_run.checkpoints import BaseDescription, describe_base
 from mixtral_run.config import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE_OF_HOST, Choice, Workload, faster_micro_batch, ranked
+from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Choice, Workload, faster_micro_batch, ranked
+from mixtral_run.remedies import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.source import HubModel, ask, is_on_hub, resolve
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "buffers", "context")
+SHORT_PARTS = {
+    "weights": ("weights",),
+    "LoRA": ("adapters", "gradients", "optimizer"),
+    "activations": ("activations",),
+    "other": ("buffers", "context"),
+}
+"""The columns of a terminal of 80."""
 
 
 def show_plan(config: PlanConfig) -> None:
@@ -29,15 +38,23 @@ def show_plan(config: PlanConfig) -> None:
         print(json.dumps(_to_mapping(config, workload, choices), indent=2))
     elif shown:
         columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "host RAM", "speed")
-        Report().table(columns, [_row(each) for each in shown], _title(config, workload))
+        short = ("layout", "recompute", "fits", *SHORT_PARTS, "total", "RAM", "speed")
+        Report().table(
+            columns,
+            [_row(each, {name: (name,) for name in PARTS}) for each in shown],
+            _title(config, workload),
+            narrow=(short, [_row(each, SHORT_PARTS) for each in shown]),
+        )
         _tell_best(config, workload, choices[0])
     if not any(each.fits for each in choices):
+        where = "the GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
+        ways = remedies(workload, config.gpu_memory * GIB, host)
         raise ConfigError(
             "No layout fits.",
-            expected=f"at most {config.gpu_memory:g} GiB on each of {config.gpus} GPUs"
+            expected=f"at most {USABLE:.0%} of {config.gpu_memory:g} GiB on {where}"
             + (f", {USABLE_OF_HOST:.0%} of {config.host_memory:g} GiB of a host's RAM" if config.host_memory else ""),
             found=_smallest(choices),
-            next_command="mixtral-run plan with more --gpus, or a smaller --seq-length or --micro-batch-size",
+            next_command=f"the same with {' or '.join(ways)}, which fits" if ways else "GPUs with more memory",
         )
 
 
@@ -73,8 +90,9 @@ def _title(config: PlanConfig, workload: Workload) -> str:
     )
 
 
-def _row(choice: Choice) -> tuple[str, ...]:
-    parts = [f"{getattr(choice.memory, name) / GIB:.1f}" for name in PARTS]
+def _row(choice: Choice, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The parts of memory in columns, each the sum of those that it names."""
+    parts = [f"{sum(getattr(choice.memory, name) for name in names) / GIB:.1f}" for names in columns.values()]
     total = f"{choice.memory.total / GIB:.1f}"
     fits = "✓" if choice.fits else "✗"
     pinned = f"{choice.host_bytes / GIB:.1f}" if choice.host_bytes else "–"
@@ -112,7 +130,7 @@ def _smallest(choices: list[Choice]) -> str:
     smallest = min(choices, key=lambda each: each.memory.total)
     return (
         f"{smallest.memory.total / GIB:.1f} GiB with {smallest.layout}, --recompute {smallest.layout.recompute}, "
-        f"the smallest, and {smallest.host_bytes / GIB:.1f} GiB of a host's RAM"
+        "the smallest" + (f", and {smallest.host_bytes / GIB:.1f} GiB of a host's RAM" if smallest.host_bytes else "")
     )
 
 

@@ -169,15 +169,29 @@ class Report:
         else:
             yield _Lines(total, what, unit, self._stream)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-        """A table with one line a row; as wide as its content where no terminal limits it."""
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        title: str | None = None,
+        narrow: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+    ) -> None:
+        """A table with one line a row; as wide as its content where no terminal limits it.
+
+        narrow: columns and rows for a terminal that has no room for those. No lines are drawn then.
+        """
         if not self.enabled:
             return
         from rich.console import Console
         from rich.table import Table
 
+        width = None if self._stream.isatty() else 140
+        console = Console(file=self._stream, width=width, highlight=False, markup=False)
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
-        width = None if self._stream.isatty() else 140
-        Console(file=self._stream, width=width, highlight=False, markup=False).print(table)
+        if narrow and table.__rich_measure__(console, console.options.update(width=1000)).maximum > console.width:
+            table = Table(*narrow[0], title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+            for row in narrow[1]:
+                table.add_row(*row)
+        console.print(table)

@@ -133,6 +133,14 @@ def test_a_run_that_cannot_fit_is_refused_with_one_that_can(on_gpus: Any) -> Non
     assert "--tensor-model-parallel-size 1 --expert-model-parallel-size 8 --recompute none" in text
 
 
+def test_where_no_layout_fits_it_says_what_would(on_gpus: Any) -> None:
+    on_gpus(1, 79.6)
+    config = run(tensor_model_parallel_size=1, expert_model_parallel_size=1)
+    error = memory_error(settled(config), BASE, 1)
+    assert error is not None and error.next_command is not None
+    assert error.next_command.endswith("no layout fits on these GPUs, but --base-precision fp8 or on 2 GPUs")
+
+
 def test_what_others_hold_counts(on_gpus: Any) -> None:
     config = run(tensor_model_parallel_size=1, expert_model_parallel_size=8, recompute="none")
     on_gpus(8, 80)

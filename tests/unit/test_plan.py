@@ -1,13 +1,15 @@
 """The plan beside what was measured (docs/benchmarks.md) and what was asked of it."""
 
 import dataclasses
+import io
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli import root
-from mixtral_run.config import RECOMPUTE
+from mixtral_run.config import RECOMPUTE, PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.plan import (
     GIB,
@@ -25,6 +27,7 @@ from mixtral_run.plan import (
     rate_by_tokens,
     weight_bytes,
 )
+from mixtral_run.planning import show_plan
 
 H200_GIB = 139.8
 
@@ -184,6 +187,50 @@ def test_the_verb_says_when_nothing_fits() -> None:
     refused = CliRunner().invoke(root, ["plan", "--gpus", "1", "--gpu-memory", "80"])
     assert isinstance(refused.exception, ConfigError)
     assert "GiB with TP1/EP1, --recompute offload, the smallest" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "ways"),
+    [
+        ("--gpus 1 --gpu-memory 24", ["--base-precision nf4 --gpus 2", "--gpus 8"]),
+        ("--gpus 1 --gpu-memory 48", ["--base-precision nf4", "--gpus 4"]),
+        ("--gpus 1 --gpu-memory 80", ["--base-precision fp8", "--gpus 2"]),
+        ("--gpus 1 --gpu-memory 24 --base-precision nf4", ["--gpus 2"]),
+        ("--gpus 8 --gpu-memory 24 --micro-batch-size 512",
+         ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256"]),
+        ("--gpus 1 --gpu-memory 110 --seq-length 32768 --host-memory 8",
+         ["--base-precision fp8", "--seq-length 16384", "--gpus 2"]),
+        ("--gpus 1 --gpu-memory 2", []),
+    ],
+)  # fmt: skip
+def test_what_is_proposed_where_nothing_fits_does_fit(words: str, ways: list[str]) -> None:
+    refused = CliRunner().invoke(root, ["plan", *words.split()])
+    assert isinstance(refused.exception, ConfigError)
+    told = f"the same with {' or '.join(ways)}, which fits" if ways else "GPUs with more memory"
+    assert refused.exception.next_command == told
+    for way in ways:
+        assert CliRunner().invoke(root, ["plan", *words.split(), *way.split()]).exit_code == 0, way
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("width", "column"), [(80, "LoRA"), (139, "LoRA"), (140, "gradients")])
+def test_the_table_can_be_read_on_a_terminal_of_any_width(
+    monkeypatch: pytest.MonkeyPatch, width: int, column: str
+) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    show_plan(PlanConfig(gpus=8, gpu_memory=32, seq_length=24576, all=True))
+    lines = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).partition("speed: ")[0].splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    assert any(column in line for line in lines)
+    assert any(line.replace("│", " ").split()[:3] == ["TP2/EP8", "offload", "✓"] for line in lines)
 
 
 LONG = Workload(gpus=8, seq_length=24576)
