@@ -108,14 +108,14 @@ def grouped_product(
     if tokens == 0:
         return output
     pairs = _pairs(rows.device)
-    parts = torch.empty(pairs * ROOM * PIECE_VALUES, dtype=torch.float32, device=rows.device)
+    parts, counters = _workspace(rows.device)
     parameters = _Parameters(
         base=_operands(rows, matrices, turned),
         adapter=_operands(*(adapter or (rows, matrices)), turned),
         ends=ends.data_ptr(),
         output=output.data_ptr(),
         parts=parts.data_ptr(),
-        counters=_counters(rows.device).data_ptr(),
+        counters=counters.data_ptr(),
         experts=experts,
         wide=width // FEATURES,
         steps=depth // DEPTH,
@@ -179,9 +179,13 @@ def _pairs(device: torch.device) -> int:
 
 
 @functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Of the pieces of each tile that is cut those that are done. Zeros before and after every call."""
-    return torch.zeros(MOST_PAIRS * PROGRAMS * GROUPS, dtype=torch.int32, device=device)
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for pieces of tiles, and of each tile that is cut how many are done, zeros before and after every call.
+
+    Made once: cut out of the allocator's blocks anew each time, it would leave pieces that nothing else fits into.
+    """
+    parts = torch.empty(_pairs(device) * ROOM * PIECE_VALUES, dtype=torch.float32, device=device)
+    return parts, torch.zeros(MOST_PAIRS * PROGRAMS * GROUPS, dtype=torch.int32, device=device)
 
 
 @functools.cache
