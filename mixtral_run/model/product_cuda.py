@@ -38,7 +38,8 @@ import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("product.cu")
+PARTS = ("product_machine.cuh", "product_plan.cuh")
+SOURCE = "product.cu"
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 
 FEATURES = 256
@@ -204,7 +205,9 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
 
 def _compiled() -> bytes:
     """product.cu as machine code: from the folder of kept kernels, or compiled and put there."""
-    source = "".join(map(_multiply_add, range(8, 257, 8))) + SOURCE.read_text()
+    here = Path(__file__).parent
+    instructions = map(_multiply_add, range(8, 257, 8))
+    source = "\n".join((*((here / part).read_text() for part in PARTS), *instructions, (here / SOURCE).read_text()))
     version = _checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
     kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
@@ -224,13 +227,13 @@ def _compiled() -> bytes:
 
 
 def _compile(source: str) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"product.cu", 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.encode(), 0, [], []))
     options = [option.encode() for option in OPTIONS]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{SOURCE.name} does not compile: {log.decode(errors='replace').strip()}")
+        raise RuntimeError(f"{SOURCE} does not compile: {log.decode(errors='replace').strip()}")
     code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))

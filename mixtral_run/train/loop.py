@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,6 +210,13 @@ def _train_and_save(
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
 
 
+def _first_pass(run: Run) -> AbstractContextManager[None]:
+    """What there is to wait for in a run's first iteration."""
+    if run.here.device.type != "cuda":
+        return nullcontext()
+    return run.report.waiting("The first iteration, which compiles the kernels that no earlier run left …")
+
+
 def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
     """Train until the end or until a stop was asked for; one metrics an iteration."""
     config = run.config
@@ -223,7 +231,8 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
     )
     for iteration, batch in zip(range(run.start, config.train_iters), stream, strict=False):
         rate = learning_rate(config, iteration)
-        result = run.step(batch, rate)
+        with _first_pass(run) if iteration == run.start else nullcontext():
+            result = run.step(batch, rate)
         if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
             raise TrainingError(
                 "The loss or its gradient is no longer a number.",
