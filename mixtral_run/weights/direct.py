@@ -134,9 +134,12 @@ def read_parts(
 
 
 def default_workers() -> int:
-    """Threads of this process: the machine's cores over its processes, at least two as most of the time is waiting."""
+    """Threads of this process: the machine's cores over its processes, at least two as most of the time is waiting.
+
+    From memory a thread reads 1.7 GB/s on machines of many cores, whatever the others do (docs/benchmarks.md).
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(8, num_cores() // processes))
+    return max(2, min(16, num_cores() // processes))
 
 
 def checksums_of(sources: Mapping[str, Source], sums: Iterable[PartSum]) -> dict[str, int]:
