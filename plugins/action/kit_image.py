@@ -66,7 +66,8 @@ def _context(local, arguments):
     kit = Path(local["kit_folder"]) if local["kit_folder"] else _running_kit()
     for path in sorted(kit.rglob("*")):
         place = path.relative_to(kit)
-        if path.suffix in (".py", ".typed") and place.parts[0] not in ("ansible", "__pycache__"):
+        # An installed kit has the playbooks and roles within; jobs need none of them.
+        if path.is_file() and not {"provisioning", "__pycache__"} & set(place.parts[:-1]):
             context[f"mixtral_run/{place}"] = path.read_bytes()
     if "mixtral_run/__init__.py" not in context:
         raise AnsibleActionFail(f"image_kit_folder: {kit} is not the package mixtral_run")

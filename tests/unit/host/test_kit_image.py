@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import shutil
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
@@ -54,11 +56,32 @@ def test_a_name_that_came_with_the_archive_goes_with_it(
     assert set(names) == set(before)
 
 
-def test_index_and_certificates_reach_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def action() -> ModuleType:
     spec = importlib.util.spec_from_file_location("kit_action", ROOT / "plugins/action/kit_image.py")
     assert spec is not None and spec.loader is not None
-    action = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(action)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_image_gets_all_of_the_kit_and_nothing_else(tmp_path: Path, action: ModuleType) -> None:
+    kit = tmp_path / "mixtral_run"
+    shutil.copytree(ROOT / "mixtral_run", kit)
+    for name in ("provisioning/roles/docker/tasks/main.yml", "__pycache__/x.pyc", "model/__pycache__/y.pyc"):
+        (kit / name).parent.mkdir(parents=True, exist_ok=True)
+        (kit / name).touch()
+    local = {"files_folder": str(ROOT / "roles/image/files"), "kit_folder": str(kit), "ca_bundle": ""}
+    context = action._context(local | {"requirements": []}, {"wheelhouse": "", "wheelhouse_on_host": False})
+    sent = {name for name in context if name.startswith("mixtral_run/")}
+    assert {"mixtral_run/model/product.cu", "mixtral_run/resources/instructions.jsonl"} < sent
+    own = {str(path.relative_to(ROOT)) for path in (ROOT / "mixtral_run").rglob("*") if path.is_file()}
+    assert sent == {name for name in own if "__pycache__" not in name}
+
+
+def test_index_and_certificates_reach_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: ModuleType
+) -> None:
     (tmp_path / "own.crt").write_text("certificates of our own")
     local = {"files_folder": str(ROOT / "roles/image/files"), "kit_folder": str(ROOT / "mixtral_run")}
     local |= {"ca_bundle": str(tmp_path / "own.crt"), "requirements": ["torch==2.9"]}
