@@ -31,6 +31,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +217,13 @@ def _compiled() -> bytes:
         return kept.read_bytes()
     except OSError:
         code = _compile(source)
-    try:
+    # Else it is compiled anew the next time. The name is nobody else's: containers number their processes alike.
+    with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        made = kept.with_suffix(f".{os.getpid()}")
-        made.write_bytes(code)
-        made.replace(kept)
-    except OSError:
-        # Compiled anew the next time.
-        pass
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder) / kept.name
+            made.write_bytes(code)
+            made.replace(kept)
     return code
 
 
