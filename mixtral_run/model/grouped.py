@@ -234,7 +234,7 @@ def _own_product_runs(device: torch.device) -> bool:
 
     why = why_not(small)
     if why:
-        log.warning("bf16 experts go through torch's products, up to a third slower (%s).", why)
+        log.warning("bf16 experts go through torch's products, slower (%s); ours need cuda-bindings and NVRTC.", why)
     return not why
 
 

@@ -7,7 +7,7 @@
 Rows are ragged. Tiles of 128 of them, as libraries have, leave an expert's last one half empty, an eighth of all work
 at some 500 rows an expert, and the GPU is at its power limit there. Here the weights are the instruction's first
 operand and the tokens its second, whose width may be any multiple of 8: an expert's rows are cut into tiles of at most
-256 that differ by no more than 8, and less than 8 are lost in all.
+256 that differ by no more than 8, and less than 8 are lost in all, of fewer than 128 rows less than 16.
 
 Two programs (one a multiprocessor) are a pair, a cluster. They take the same tokens and 128 features each; each brings
 half of the tokens' rows from the cache to both. In a program one thread brings slices of 64 of the sum to shared memory
@@ -44,8 +44,9 @@ PARTS = ("product_machine.cuh", "product_plan.cuh")
 SOURCE = "product.cu"
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 
-FEATURES = 256
-"""Of a pair's tile."""
+# As product_plan.cuh has them.
+FEATURES = 128
+"""Of a program's tile."""
 DEPTH = 64
 MOST_RANK = 64
 MOST_EXPERTS = 64
@@ -92,7 +93,11 @@ class _Parameters(ctypes.Structure):
 def fits(experts: int, width: int, depth: int, rank: int) -> bool:
     """Whether `grouped_product` takes matrices of this size, n and k, and an adapter of this rank, 0 for none."""
     return (
-        experts <= MOST_EXPERTS and width % FEATURES == 0 and depth % DEPTH == 0 and rank % 8 == 0 and rank <= MOST_RANK
+        experts <= MOST_EXPERTS
+        and width % (PROGRAMS * FEATURES) == 0
+        and depth % DEPTH == 0
+        and rank % 8 == 0
+        and rank <= MOST_RANK
     )
 
 
@@ -120,7 +125,7 @@ def grouped_product(
         parts=parts.data_ptr(),
         counters=counters.data_ptr(),
         experts=experts,
-        wide=width // FEATURES,
+        wide=width // (PROGRAMS * FEATURES),
         steps=depth // DEPTH,
         rank=adapter[0].shape[1] if adapter is not None else 0,
     )
@@ -130,7 +135,7 @@ def grouped_product(
 
 def _operands(rows: Tensor, matrices: Tensor, turned: bool) -> _Operands:
     height = matrices.shape[0] * matrices.shape[1]
-    left = _map(matrices.data_ptr(), height, matrices.shape[2], FEATURES // PROGRAMS if turned else DEPTH)
+    left = _map(matrices.data_ptr(), height, matrices.shape[2], FEATURES if turned else DEPTH)
     right = (_map(rows.data_ptr(), *rows.shape, box) for box in BOXES)
     return _Operands(left, (_Map * len(BOXES))(*right))
 

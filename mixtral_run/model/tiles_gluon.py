@@ -1,4 +1,4 @@
-"""Which tile of a grouped product a program takes, for the kernels in Gluon. Imported only where a GPU is."""
+"""Which tile of a grouped product a program takes, for the kernel in Gluon. Imported only where a GPU is."""
 
 from __future__ import annotations
 
