@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from isal.isal_zlib import crc32, crc32_combine
@@ -34,9 +34,13 @@ PART_BYTES = 32 * 2**20
 BLOCK_BYTES = 2 * 2**20
 """Read and checksummed at once, from the processor's cache."""
 
-UPLOAD_BYTES = 8 * 2**20
-"""Sent to a GPU at once, one of two pinned buffers. Each takes the interpreter, which runs one thread at a time, 0.1
-ms: of smaller ones it is the interpreter that says how fast a model loads."""
+UPLOAD_BYTES = 2 * 2**20
+"""Sent to a GPU at once, one of two pinned buffers, where rows go over as they are: as little as lets all threads'
+buffers stay in the processor's cache until they are sent."""
+
+CUT_BYTES = 8 * 2**20
+"""The same where columns are cut out or numbers rounded. Each takes the interpreter, which runs one thread at a time,
+0.1 ms: of smaller ones it is the interpreter that says how fast a model loads."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,21 @@ class Part:
     def start(self) -> int:
         """Its first byte in the file."""
         return self.place.start + self.rows.first_row * self.row_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows.num_rows * self.row_bytes
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the bytes in the file are those of the target, in the same order."""
+        return self.rows.is_whole_rows and self.matrix.dtype == self.dtype and self.matrix.is_contiguous()
+
+    @property
+    def bytes_of_target(self) -> Tensor:
+        """uint8 [num_bytes], of a part that `is_run`."""
+        first = self.rows.target_row * self.row_bytes
+        return self.matrix.view(-1).view(torch.uint8)[first : first + self.num_bytes]
 
 
 class _Stopped(Exception):
@@ -213,33 +232,54 @@ class _Reader:
 
     def read(self, part: Part) -> PartSum:
         """Fill the part's rows; every byte of them is checksummed, of wanted columns and others."""
-        rows, row_bytes = part.rows, part.row_bytes
+        rows = part.rows
         descriptor = self._open(part.place.file)
-        os.posix_fadvise(descriptor, part.start, rows.num_rows * row_bytes, os.POSIX_FADV_WILLNEED)
-        crc = 0
-        at_once = UPLOAD_BYTES if part.matrix.device.type == "cuda" else BLOCK_BYTES
-        for block in rows.parts(at_once // row_bytes):
-            if self._stop.is_set():
-                raise _Stopped
-            crc = self._fill(replace(part, rows=block), descriptor, crc)
-            self._advance(block.num_rows * row_bytes)
-        return PartSum(rows.source, rows.first_row * row_bytes, rows.num_rows * row_bytes, crc)
+        os.posix_fadvise(descriptor, part.start, part.num_bytes, os.POSIX_FADV_WILLNEED)
+        on_gpu = part.matrix.device.type == "cuda"
+        if on_gpu and part.is_run:
+            crc = self._upload(part, descriptor)
+        else:
+            crc = 0
+            for block in rows.parts((CUT_BYTES if on_gpu else BLOCK_BYTES) // part.row_bytes):
+                cut = replace(part, rows=block)
+                crc = self._fill(cut, descriptor, crc)
+                self._passed(cut.num_bytes)
+        return PartSum(rows.source, rows.first_row * part.row_bytes, part.num_bytes, crc)
+
+    def _passed(self, num_bytes: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        self._advance(num_bytes)
+
+    def _upload(self, part: Part, descriptor: int) -> int:
+        """A run of bytes, in as few of the interpreter's steps as it goes: all threads share it."""
+        file, position, target, crc = part.place.file, part.start, part.bytes_of_target, 0
+        upload = self._upload_to(part.matrix.device)
+        for first in range(0, part.num_bytes, UPLOAD_BYTES):
+            count = min(UPLOAD_BYTES, part.num_bytes - first)
+            buffer, view = upload.next_buffer(count)
+            crc = _read_and_sum(descriptor, view[:count], position + first, file, crc)
+            upload.send_run(buffer[:count], target[first : first + count])
+            self._passed(count)
+        return crc
+
+    def _upload_to(self, device: torch.device) -> _Upload:
+        if device not in self._uploads:
+            self._uploads[device] = _Upload(device)
+        return self._uploads[device]
 
     def _fill(self, part: Part, descriptor: int, crc: int) -> int:
         block, file, position, dtype = part.rows, part.place.file, part.start, part.dtype
         into = part.matrix[block.target_row : block.target_row + block.num_rows]
-        num_bytes = block.num_rows * part.row_bytes
+        num_bytes = part.num_bytes
         if into.device.type == "cuda":
-            if into.device not in self._uploads:
-                self._uploads[into.device] = _Upload(into.device)
-            upload = self._uploads[into.device]
-            buffer = upload.next_buffer(num_bytes)
-            crc = _read_and_sum(descriptor, buffer.numpy().data.cast("B"), position, file, crc)
-            upload.send(buffer.view(dtype).view(-1, block.columns), into, block)
+            upload = self._upload_to(into.device)
+            buffer, view = upload.next_buffer(num_bytes)
+            crc = _read_and_sum(descriptor, view[:num_bytes], position, file, crc)
+            upload.send(buffer[:num_bytes].view(dtype).view(-1, block.columns), into, block)
             return crc
-        if into.dtype == dtype and block.is_whole_rows and into.is_contiguous():
-            view = into.view(-1).view(torch.uint8).numpy().data.cast("B")
-            return _read_and_sum(descriptor, view, position, file, crc)
+        if part.is_run:
+            return _read_and_sum(descriptor, part.bytes_of_target.numpy().data.cast("B"), position, file, crc)
         if len(self._staging) < num_bytes:
             self._staging = bytearray(num_bytes)
         view = memoryview(self._staging)[:num_bytes]
@@ -275,30 +315,37 @@ class _Upload:
         self._stream = torch.cuda.Stream(device)
         # What building the model still writes to the parameters comes first.
         self._stream.wait_stream(torch.cuda.default_stream(device))
-        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
-        self._sent: list[Any] = [None, None]
+        # The thread's own, from here on.
+        torch.cuda.set_stream(self._stream)
+        self._buffers = [_pinned(0)] * 2
+        self._sent = [torch.cuda.Event(blocking=True) for _ in range(2)]
         self._turn = 0
 
-    def next_buffer(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes], pinned; what it held before has arrived."""
+    def next_buffer(self, num_bytes: int) -> tuple[Tensor, memoryview]:
+        """uint8 [num_bytes or more], pinned, and its memory; what it held before has arrived."""
         self._turn = 1 - self._turn
-        if self._sent[self._turn] is not None:
-            self._sent[self._turn].synchronize()
-        if self._buffers[self._turn].numel() < num_bytes:
-            self._buffers[self._turn] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        return self._buffers[self._turn][:num_bytes]
+        self._sent[self._turn].synchronize()
+        if self._buffers[self._turn][0].numel() < num_bytes:
+            self._buffers[self._turn] = _pinned(num_bytes)
+        return self._buffers[self._turn]
+
+    def send_run(self, read: Tensor, into: Tensor) -> None:
+        """Copy bytes to the GPU; returns before they are there."""
+        into.copy_(read, non_blocking=True)
+        self._sent[self._turn].record(self._stream)
 
     def send(self, matrix: Tensor, into: Tensor, block: Slice) -> None:
         """Copy the block's wanted columns to the GPU, in its dtype; returns before they are there."""
-        with torch.cuda.stream(self._stream):
-            if block.is_whole_rows and matrix.dtype == into.dtype and into.is_contiguous():
-                into.copy_(matrix, non_blocking=True)
-            else:
-                # Cut and rounded on the GPU: a copy of other than whole, equal bytes would wait for the CPU.
-                there = matrix.to(self._device, non_blocking=True)
-                into.copy_(there[:, block.first_column : block.first_column + block.num_columns])
-            self._sent[self._turn] = self._stream.record_event()
+        # Cut and rounded on the GPU: a copy of other than whole, equal bytes would wait for the CPU.
+        there = matrix.to(self._device, non_blocking=True)
+        into.copy_(there[:, block.first_column : block.first_column + block.num_columns])
+        self._sent[self._turn].record(self._stream)
 
     def wait(self) -> None:
         """Until everything sent has arrived."""
         self._stream.synchronize()
+
+
+def _pinned(num_bytes: int) -> tuple[Tensor, memoryview]:
+    buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=num_bytes > 0)
+    return buffer, buffer.numpy().data.cast("B")
