@@ -77,9 +77,11 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    if tl.program_id(0) * BLOCK_M >= limit:
+        return
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -124,9 +126,11 @@ def _backward_kernel(
     BLOCK_F: tl.constexpr,
     REMAKE: tl.constexpr,
 ):
+    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    if tl.program_id(0) * BLOCK_M >= limit:
+        return
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
