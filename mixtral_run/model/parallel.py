@@ -51,13 +51,20 @@ class Processes:
     def data_group(self) -> dist.ProcessGroup:
         """Processes with the same attention weights and other samples."""
         group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
-        return group
+        # One of all processes would take the memory of another, for the same.
+        return group if self.data_size < self.world_size else _everyone()
 
     @property
     def expert_data_group(self) -> dist.ProcessGroup:
         """Processes that hold the same experts."""
         group: dist.ProcessGroup = parallel_state.get_expert_data_parallel_group()
         return group
+
+
+def _everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -180,7 +187,8 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
         # Checkpoint planning sends Python objects: these go over gloo, so that NCCL carries tensors only.
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         timeout=timedelta(minutes=config.distributed_timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
+        # No device_id: with it NCCL sets up each of Megatron's thirty groups at once, 5 GiB of each GPU, where two or
+        # three are ever used.
     )
 
 
