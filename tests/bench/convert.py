@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to work on the disk to measure (default: a temporary one)")
     parser.add_argument("--ram-folder", type=Path, default=Path("/dev/shm"), help="a folder in memory")
+    parser.add_argument("--model", type=Path, help="take this one, of an earlier make_mixtral, in place of making it")
     add_size_options(parser, layers=8, hidden_size=1024, ffn_hidden_size=3584)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
@@ -70,20 +71,22 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds, by place and way."""
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     with ExitStack() as stack:
-        sources = {}
+        works = {}
         for place in options.places:
             parent = options.folder if place == "disk" else options.ram_folder
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=parent)))
-            sources[place] = work / "hf"
+            work = works[place] = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=parent)))
             # In a process of its own: what is drawn for the model is no memory of what is measured.
-            run_again("--run", "model", "--target", str(sources[place]))
+            if options.model is not None:
+                (work / "hf").symlink_to(options.model.absolute())
+            else:
+                run_again("--run", "model", "--target", str(work / "hf"))
             if "load" in options.ways:
-                run_again("--run", "stream", "--source", str(sources[place]), "--target", str(work / "checkpoint"))
+                run_again("--run", "stream", "--source", str(work / "hf"), "--target", str(work / "checkpoint"))
         for number in range(options.rounds):
-            for place, source in sources.items():
+            for place, work in works.items():
                 for way in options.ways:
-                    of_way = source.with_name("checkpoint") if way == "load" else source
-                    one = measured(place, way, of_way, source.with_name("out"))
+                    of_way = (work / ("checkpoint" if way == "load" else "hf")).resolve()
+                    one = measured(place, way, of_way, work / "out")
                     found.setdefault((place, way), []).append(one)
                     told = ", ".join(f"{name} {value:,.2f}" for name, value in one.items())
                     print(f"round {number + 1}: {place} {way:<6} {told}", flush=True)
