@@ -22,6 +22,7 @@ from mixtral_run.plan import (
     host_bytes,
     memory,
     ranked,
+    within,
 )
 from mixtral_run.remedies import remedies
 from mixtral_run.report import Report
@@ -71,11 +72,17 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
         return None
     layout = dataclasses.replace(_given(config), recompute=config.recomputation)
     workload = workload_of(config, base, world_size)
-    if memory(workload, layout).total <= gpu.free:
+    if memory(within(workload, layout, gpu.free), layout).total <= gpu.free:
         return _host_refusal(workload, layout)
     anything = dataclasses.replace(config, layout="auto", recompute=None, recompute_activations=False)
     found = f"{layout}, --recompute {layout.recompute}"
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
+
+
+def reads_fit(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu_memory: int) -> bool:
+    """Whether a GPU of so many bytes has the memory that reading rows from other GPUs takes."""
+    layout = dataclasses.replace(_given(config), recompute=config.recomputation)
+    return within(workload_of(config, base, world_size), layout, USABLE * gpu_memory).reads
 
 
 def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) -> Workload:

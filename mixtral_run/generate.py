@@ -152,7 +152,7 @@ def continue_rows(
     for _ in range(sampling.max_new_tokens):
         begin = cache.length
         positions = torch.arange(begin, begin + tokens.shape[1], device=here.device)
-        with model.gathering(room if gather_sizes.pays(tokens.numel(), here.expert_size) else None):
+        with model.gathering(room if gather_sizes.pays(tokens.numel(), here.expert_size, read=False) else None):
             logits = model.logits(
                 tokens,
                 positions=(positions[None] - padding[:, None]).clamp(min=0),

@@ -63,7 +63,8 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is trained, and on how many GPUs. weight_bytes: of a base weight; expert_bytes: of an expert's; recorded: as
-    far as the layout allows it (train/graph.py)."""
+    far as the layout allows it (train/graph.py); reads: GPUs read rows from each other (model/peers.py), for which
+    there is room for twice the mean."""
 
     architecture: MixtralArchitecture = MIXTRAL_8X7B
     gpus: int = 8
@@ -76,6 +77,7 @@ class Workload:
     expert_bytes: float = 2
     gpus_per_host: int = GPUS_PER_HOST
     recorded: bool = True
+    reads: bool = True
 
     @property
     def as_one(self) -> bool:
@@ -136,10 +138,17 @@ def is_recorded(workload: Workload, layout: Layout) -> bool:
 
 
 def gathers(workload: Workload, layout: Layout) -> bool:
-    """Whether every process takes all tokens of its expert group (model/gathered.py), as far as sizes tell."""
+    """Whether experts in several processes get their rows without asking the host (model/peers.py; where GPUs do not
+    read from each other, model/gathered.py, up to fewer tokens), as far as sizes tell."""
     tokens = workload.tokens // layout.tensor_model_parallel_size
-    pays = gather_sizes.pays(tokens, layout.expert_model_parallel_size)
+    pays = gather_sizes.pays(tokens, layout.expert_model_parallel_size, read=workload.reads)
     return pays and workload.as_one and workload.weight_bytes == 2
+
+
+def within(workload: Workload, layout: Layout, most: float) -> Workload:
+    """The workload, without GPUs that read from each other where that alone would take more than `most` bytes."""
+    asking = dataclasses.replace(workload, reads=False)
+    return asking if memory(asking, layout).total <= most < memory(workload, layout).total else workload
 
 
 def _rows_over_mean(workload: Workload, layout: Layout) -> float:
@@ -147,7 +156,7 @@ def _rows_over_mean(workload: Workload, layout: Layout) -> float:
     size = layout.expert_model_parallel_size
     if size == 1:
         return 1.0
-    return min(size, gather_sizes.SPARE) if gathers(workload, layout) else IMBALANCE
+    return min(size, gather_sizes.spare(size)) if gathers(workload, layout) else IMBALANCE
 
 
 def memory(workload: Workload, layout: Layout) -> Memory:
@@ -242,15 +251,15 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
     shape, size = workload.architecture, layout.expert_model_parallel_size
     adapted, dropped, as_one = workload.lora_target_modules, workload.lora_dropout > 0, workload.as_one
-    alone, again = size == 1 or gathers(workload, layout), layout.recompute == "selective"
+    alone, again = size == 1, layout.recompute == "selective"
     hidden, ffn = _width(workload, shape.hidden_size), _width(workload, shape.ffn_hidden_size)
     # model/adapted_experts.py makes the activation on its way back, reads rows through their tokens, and gives the
-    # router its gradient without outputs. Tokens that were gathered are not gathered again.
-    once = hidden * size if as_one and alone and not (again and size == 1) else 0.0
+    # router its gradient without outputs.
+    once = hidden if as_one and alone and not again else 0.0
     # Rows that came from other processes cannot be gathered again without asking them.
     rows = hidden if "linear_fc1" in adapted and not (alone and (again or as_one)) else 0.0
     active = ffn if "linear_fc2" in adapted and not again and not as_one else 0.0
-    output = 0.0 if alone and (again or as_one) else hidden
+    output = 0.0 if (alone and (again or as_one)) or gathers(workload, layout) else hidden
     kept = rows + 2 * ffn + active + output
     if dropped:
         kept += shape.hidden_size * ("linear_fc1" in adapted) + shape.ffn_hidden_size * ("linear_fc2" in adapted)
@@ -268,6 +277,9 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     layer = rows * (
         _width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * (2 if alone else 4)
     )
+    if gathers(workload, layout):
+        # What others read: this process's tokens, and its experts' rows.
+        layer += (tokens / tp + rows) * _width(workload, shape.hidden_size)
     # The activation that is made again.
     layer += rows * _width(workload, shape.ffn_hidden_size)
     if layout.recompute == "selective":
@@ -348,10 +360,11 @@ def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf)
     that do not fit last, the smallest first."""
     choices = []
     for layout in layouts(workload):
-        needed = memory(workload, layout)
+        here = within(workload, layout, USABLE * gpu_memory)
+        needed = memory(here, layout)
         pinned = host_bytes(workload, layout)
         fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
-        choices.append(Choice(layout, needed, pinned, fits, relative_speed(workload, layout)))
+        choices.append(Choice(layout, needed, pinned, fits, relative_speed(here, layout)))
     return sorted(
         choices,
         key=lambda each: (

@@ -130,6 +130,8 @@ class MixtralModel(torch.nn.Module):
     @contextmanager
     def gathering(self, room: Room | None) -> Iterator[None]:
         """While this lasts, tokens reach experts in other processes as gathered.py has it, where room is given."""
+        if room is not None and room.peers is not None:
+            room.peers.begin()
         for layer in self.gpt.decoder.layers:
             layer.mlp.room = room
         try:

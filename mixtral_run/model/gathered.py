@@ -7,7 +7,8 @@ weights, computes the part of those experts that it holds, and the parts are sum
     tokens [t, h] → all-gather [p·t, h] → this process's experts, weighted and added → reduce-scatter [t, h]
 
 For p = 2 that is as much on the wire as rows sent alone, for more processes more: it is for few tokens, where launching
-takes longer than computing. What is sized by the number of rows here, which only the GPU knows, has room for as many as
+takes longer than computing. GPUs that read each other's memory take the rows they need from there (peers.py), with the
+same room. What is sized by the number of rows here, which only the GPU knows, has room for as many as
 gather_sizes.py says, and kernels go no further than the last of `ends`. Where that is not all that may come, what did
 not find room is counted in `Room.missing`, and the pass is worth nothing: train/step.py takes it again, row by row.
 """
@@ -15,6 +16,7 @@ not find room is counted in `Room.missing`, and the pass is worth nothing: train
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,20 +26,25 @@ from mixtral_run.model import gather_sizes
 from mixtral_run.model.megatron import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
 from mixtral_run.model.parallel import Processes
 
+if TYPE_CHECKING:
+    from mixtral_run.model.peers import Peers
+
 
 @dataclass(frozen=True)
 class Room:
     """missing: int64 scalar on the device, the most rows that did not find room in a layer since it was set to zero.
 
     unlimited: there is room for all rows that could come, as where they are few and nearly the same in all processes.
+    peers: where given, rows are read through it instead of gathering tokens.
     """
 
     missing: Tensor
     unlimited: bool = False
+    peers: Peers | None = None
 
     @staticmethod
-    def on(device: torch.device, *, unlimited: bool = False) -> Room:
-        return Room(torch.zeros((), dtype=torch.int64, device=device), unlimited)
+    def on(device: torch.device, *, unlimited: bool = False, peers: Peers | None = None) -> Room:
+        return Room(torch.zeros((), dtype=torch.int64, device=device), unlimited, peers)
 
     def num_rows(self, choices: int, size: int) -> int:
         """For how many rows a process of an expert group of `size` has room; choices: of all tokens of the group."""

@@ -17,7 +17,8 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
-from mixtral_run.model.permute import inverse, regroup, to_rows, to_tokens
+from mixtral_run.model.peers import Peers
+from mixtral_run.model.permute import regroup, sorted_by_expert, to_rows, to_tokens
 from mixtral_run.model.remake import Recipe
 from mixtral_run.model.sharing import mark
 
@@ -99,21 +100,20 @@ class MoELayer(MegatronModule):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, experts = self.router(tokens)
         if self.room is not None and self.expert_group.size() > 1:
+            if self.room.peers is not None:
+                return self._read(tokens, weights, experts, self.room, self.room.peers).view_as(hidden)
             return self._gathered(tokens, weights, experts, self.room).view_as(hidden)
         topk = experts.shape[1]
-        chosen = experts.flatten()
-        order = _sorted_by(chosen, self.num_experts)
-        position = inverse(order)
-        counts = _counts(chosen, self.num_experts)
+        order, position, ends = sorted_by_expert(experts.flatten(), self.num_experts)
         if self.expert_group.size() > 1:
             rows = to_rows(tokens, order, position, topk)
-            outputs = self._through_expert_group(rows, counts, selective=recipe is not None)
+            outputs = self._through_expert_group(rows, ends, selective=recipe is not None)
         elif self.experts.adapted or recipe is not None:
-            outputs = self._by_shares(tokens, weights, order, position, counts.cumsum(0).int(), recipe)
+            outputs = self._by_shares(tokens, weights, order, position, ends, recipe)
             # The weights have their gradient by their shares; detached, the outputs need not be kept for it.
             weights = weights.detach()
         else:
-            outputs = self.experts(to_rows(tokens, order, position, topk), counts.cumsum(0).int())
+            outputs = self.experts(to_rows(tokens, order, position, topk), ends)
         return to_tokens(outputs, weights, order, position).view_as(hidden)
 
     def _by_shares(
@@ -145,10 +145,9 @@ class MoELayer(MegatronModule):
         chosen = everyones.experts.flatten() - self.expert_group.rank() * count
         # Those of other processes come last.
         chosen = torch.where((chosen >= 0) & (chosen < count), chosen, count)
-        order = _sorted_by(chosen, count + 1)
-        position = inverse(order)
+        order, position, ends = sorted_by_expert(chosen, count + 1)
         num_rows = room.num_rows(chosen.numel(), size)
-        ends = room.bound(_counts(chosen, count).cumsum(0), num_rows)
+        ends = room.bound(ends[:count], num_rows)
         order, end = order[:num_rows], ends[-1:]
         here = torch.arange(num_rows, device=order.device) < end
         shares = everyones.weights.flatten().index_select(0, order).where(here, 0.0)
@@ -160,9 +159,19 @@ class MoELayer(MegatronModule):
         parts = to_tokens(outputs, everyones.weights.detach().contiguous(), order, position, end)
         return sum_where_they_belong(parts, self.expert_group)
 
-    def _through_expert_group(self, rows: Tensor, counts: Tensor, *, selective: bool) -> Tensor:
-        """Rows sorted by expert → their experts' outputs in the same order. counts: [experts], of this process."""
+    def _read(self, tokens: Tensor, weights: Tensor, experts: Tensor, room: Room, peers: Peers) -> Tensor:
+        """Each process reads the rows of its experts, and what these say of its tokens; see peers.py. Trains adapted
+        experts alone."""
+        num_rows = room.num_rows(experts.numel() * peers.size, peers.size)
+        routes = peers.route(tokens, weights, experts, num_rows, room.missing)
+        rows, shares = peers.rows(tokens, weights, routes)
+        outputs = self.experts.adapted_forward(rows, Rows(routes.ends), None, shares)
+        return peers.sum_where_they_belong(outputs, weights.detach(), routes)
+
+    def _through_expert_group(self, rows: Tensor, ends: Tensor, *, selective: bool) -> Tensor:
+        """Rows sorted by expert → their experts' outputs in the same order. ends: int32 [experts], of this process."""
         size = self.expert_group.size()
+        counts = torch.diff(ends, prepend=torch.zeros_like(ends[:1]))
         incoming = torch.empty_like(counts)
         dist.all_to_all_single(incoming, counts, group=self.expert_group)
         # [sender or receiver, local expert]; one copy to the host for both.
@@ -183,13 +192,3 @@ class MoELayer(MegatronModule):
         outputs = regroup(outputs, [blocks[block] for block in there], back)
         returned: Tensor = all_to_all(self.expert_group, outputs, send_sizes, receive_sizes)
         return returned
-
-
-def _counts(chosen: Tensor, count: int) -> Tensor:
-    """How often each number below `count` is there. Not bincount, which waits for the GPU to learn how long it is."""
-    return (chosen[:, None] == torch.arange(count, device=chosen.device)).sum(0)
-
-
-def _sorted_by(experts: Tensor, count: int) -> Tensor:
-    """The order that puts rows by expert, equal ones as they were. A GPU sorts by every bit of a key: so by bytes."""
-    return (experts.byte() if count <= 256 else experts).argsort(stable=True)

@@ -15,6 +15,20 @@ import torch
 from torch import Tensor
 
 
+def sorted_by_expert(chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """chosen int64 [choices], numbers below `count` → order and position, int64 [choices], and ends, int32 [count],
+    where each number's choices end. Equal ones stay as they were. Nothing waits for the GPU."""
+    if chosen.is_cuda and chosen.numel():
+        from mixtral_run.model.routing_triton import sort_choices
+
+        return sort_choices(chosen, count)
+    order = chosen.argsort(stable=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=order.device)
+    counts = (chosen[:, None] == torch.arange(count, device=chosen.device)).sum(0)
+    return order, position, counts.cumsum(0).int()
+
+
 def to_rows(tokens: Tensor, order: Tensor, position: Tensor, topk: int) -> Tensor:
     """tokens [tokens, hidden] → rows [tokens·topk, hidden], each token once for each expert it chose."""
     rows: Tensor = _ToRows.apply(tokens, order, position, topk)  # type: ignore[no-untyped-call]
@@ -29,13 +43,6 @@ def to_tokens(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor, en
     assert end is None or not weights.requires_grad
     tokens: Tensor = _ToTokens.apply(rows, weights, order, position, end)  # type: ignore[no-untyped-call]
     return tokens
-
-
-def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel(), device=order.device)
-    return position
 
 
 def regroup(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from mixtral_run.model import gather_sizes
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.gathered import Room
 from mixtral_run.model.grouped import has_grouped_product
+from mixtral_run.model.peers import open_peers
 from mixtral_run.train.data import MicroBatch
 from mixtral_run.train.step import Backward, EagerBackward, trainable
 
@@ -26,23 +27,23 @@ WARM_UP = 2
 beside the first one's memory they would need their own, that of all activations."""
 
 
-def can_record(model: MixtralModel, num_tokens: int) -> bool:
+def can_record(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
     """Whether this model's pass over a micro batch of so many tokens can be recorded, and pays: it never waits for the
-    GPU. The same on all ranks."""
+    GPU. read: GPUs read from each other (model/peers.py). The same on all ranks."""
     here, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
     return (
         # Layers that run again read the state of the random numbers where there is dropout.
         (recompute in ("none", "selective") or (recompute == "full" and lora is not None and lora.dropout == 0))
-        and (here.expert_size == 1 or can_gather(model, num_tokens))
+        and (here.expert_size == 1 or can_gather(model, num_tokens, read=read))
         and _never_waits(model)
     )
 
 
-def can_gather(model: MixtralModel, num_tokens: int) -> bool:
+def can_gather(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
     """Whether experts in other processes can get the tokens of such a micro batch as gathered.py has it, and that
     pays. The same on all ranks."""
     here = model.processes
-    pays = gather_sizes.pays(num_tokens // here.tensor_size, here.expert_size)
+    pays = gather_sizes.pays(num_tokens // here.tensor_size, here.expert_size, read=read)
     return pays and all(each.adapted for each in model.experts) and _never_waits(model)
 
 
@@ -55,19 +56,30 @@ def _never_waits(model: MixtralModel) -> bool:
 
 
 @contextmanager
-def backward_of(model: MixtralModel, num_tokens: int, *, recorded: bool = True) -> Iterator[Backward]:
+def backward_of(
+    model: MixtralModel, num_tokens: int, *, recorded: bool = True, reads: bool = True
+) -> Iterator[Backward]:
     """The fastest way of a micro batch of so many tokens through the model, recorded where that is wanted and goes.
+
+    reads: whether there is memory for what GPUs read from each other (plan.within). All ranks must call.
 
     To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
     """
-    if not (recorded and can_record(model, num_tokens)):
-        gathers = can_gather(model, num_tokens)
-        yield EagerBackward(model, Room.on(model.processes.device) if gathers else None)
-        return
-    backward = RecordedBackward(model)
-    yield backward
-    # Not after an error: what was started may wait for a process that is no more.
-    backward.forget()
+    here = model.processes
+    peers = None
+    if can_gather(model, num_tokens, read=True):
+        peers = open_peers(here, model.architecture, num_tokens // here.tensor_size, model.settings.dtype, wanted=reads)
+    read = peers is not None
+    room = Room.on(here.device, peers=peers) if can_gather(model, num_tokens, read=read) else None
+    if recorded and can_record(model, num_tokens, read=read):
+        backward = RecordedBackward(model, room)
+        yield backward
+        # Not after an error: what was started may wait for a process that is no more.
+        backward.forget()
+    else:
+        yield EagerBackward(model, room)
+    if peers is not None:
+        peers.close()
 
 
 class RecordedBackward(Backward):
@@ -77,9 +89,8 @@ class RecordedBackward(Backward):
     All ranks record at the same time.
     """
 
-    def __init__(self, model: MixtralModel) -> None:
-        here = model.processes
-        super().__init__(model, Room.on(here.device) if here.expert_size > 1 else None)
+    def __init__(self, model: MixtralModel, room: Room | None = None) -> None:
+        super().__init__(model, room)
         self._parameters = trainable(model)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._gradients: list[Tensor | None] = []

@@ -16,6 +16,7 @@ import torch
 from mixtral_run.checkpoints import LATEST, AdapterDescription, BaseDescription, describe_base
 from mixtral_run.config import DataConfig, FinetuneConfig, PretrainConfig
 from mixtral_run.errors import TrainingError
+from mixtral_run.fitting import reads_fit
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes
@@ -71,7 +72,11 @@ def finetune(config: FinetuneConfig) -> None:
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
         recorded = config.cuda_graphs and not config.pack
-        with backward_of(model, config.micro_batch_size * config.seq_length, recorded=recorded) as backward:
+        reads = here.device.type == "cuda" and reads_fit(
+            config, base, here.world_size, torch.cuda.get_device_properties(here.device).total_memory
+        )
+        tokens = config.micro_batch_size * config.seq_length
+        with backward_of(model, tokens, recorded=recorded, reads=reads) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
             if here.is_first and not config.resume:
                 _remove_leftovers(config.save)

@@ -1,7 +1,7 @@
 """Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
 
     python tests/bench/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
-        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--eager]
+        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--eager] [--collectives]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
 and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
@@ -19,9 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 RANK = 16
 MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -101,9 +103,19 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
                 write_profile(step, arguments.profile if here.is_first else None)
             return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
 
-        with backward_of(model, seq * micro) as backward:
+        with exchanged_by(collectives=arguments.collectives), backward_of(model, seq * micro) as backward:
             result = run(EagerBackward(model) if arguments.eager else backward)
         return result if here.is_first else {}
+
+
+@contextmanager
+def exchanged_by(*, collectives: bool) -> Iterator[None]:
+    """While this lasts, `backward_of` takes what exchange it would, or collectives for however many tokens."""
+    with ExitStack() as stack:
+        if collectives:
+            stack.enter_context(patch("mixtral_run.train.graph.open_peers", lambda *_, **__: None))
+            stack.enter_context(patch("mixtral_run.model.gather_sizes.MOST_TOKENS", 2**31))
+        yield
 
 
 def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -190,8 +202,7 @@ def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Na
         "--base-precision",
         arguments.base_precision,
     ]
-    if arguments.eager:
-        words += ["--eager"]
+    words += [f"--{name}" for name in ("eager", "collectives") if getattr(arguments, name)]
     if arguments.profile:
         words += ["--profile", str(arguments.profile)]
     launcher = [sys.executable]
@@ -221,6 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
     parser.add_argument("--eager", action="store_true", help="our side without a recorded pass; over EP row by row")
+    parser.add_argument("--collectives", action="store_true", help="our side with all-gather, not GPU from GPU")
     parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes.split(",")]

@@ -1,4 +1,5 @@
-"""Run under torchrun: steps as they come, rows sent one by one, and recorded ones, in several layouts, as JSON.
+"""Run under torchrun: steps as they come, rows sent one by one, and recorded ones, their tokens read from GPU to GPU
+and gathered by collectives, in several layouts, as JSON.
 
 torchrun … recorded_worker.py OUT.json TPxEP:RECOMPUTE:PRECISION …
 """
@@ -16,12 +17,13 @@ from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.train.data import MockSamples, batches
 from mixtral_run.train.graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.step import EagerBackward, train_step, trainable
+from tests.bench.lora import exchanged_by
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 
 STEPS = 6
 
 
-def run(here: Processes, recompute: str, precision: str, *, recorded: bool) -> list[tuple[float, float]]:
+def run(here: Processes, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, two micro batches in each."""
     model = small_model(here, recompute, precision)
     assert can_record(model, 2 * SEQ_LENGTH)
@@ -34,8 +36,15 @@ def run(here: Processes, recompute: str, precision: str, *, recorded: bool) -> l
         data_parallel_rank=here.data_rank,
         data_parallel_size=here.data_size,
     )
-    with backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward:
+    recorded = way != "rows"
+    with (
+        exchanged_by(collectives=way == "collectives"),
+        backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward,
+    ):
         assert isinstance(backward, RecordedBackward) == recorded
+        if recorded and here.expert_size > 1:
+            assert backward.room is not None
+            assert (backward.room.peers is not None) == (way == "peers")
         if not recorded:
             backward = EagerBackward(model)
         results = [train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(STEPS)]
@@ -50,7 +59,7 @@ def main() -> None:
         tp, ep = (int(number) for number in layout.split("x"))
         config = LaunchConfig(tensor_model_parallel_size=tp, expert_model_parallel_size=ep, device="cuda")
         with processes(config) as here:
-            found[case] = [run(here, recompute, precision, recorded=recorded) for recorded in (False, True)]
+            found[case] = [run(here, recompute, precision, way) for way in ("rows", "peers", "collectives")]
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

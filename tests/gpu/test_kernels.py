@@ -11,7 +11,7 @@ from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.moe import router_logits
 from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.model.permute import inverse, to_rows, to_tokens
+from mixtral_run.model.permute import sorted_by_expert, to_rows, to_tokens
 from mixtral_run.model.rotary import Rotary, split_and_turn
 from mixtral_run.model.shares import row_products
 from mixtral_run.train.data import MockSamples, batches
@@ -45,7 +45,7 @@ def test_permute(hidden: int) -> None:
     for device in ("cuda", "cpu"):
         mine = tokens.to(device).requires_grad_(True)
         share = weights.to(device).requires_grad_(True)
-        there, back = order.to(device), inverse(order.to(device))
+        there, back = order.to(device), order.argsort().to(device)
         rows = to_rows(mine, there, back, 2)
         scaled = rows * torch.linspace(-1, 1, rows.numel(), device=device).view_as(rows)
         output = to_tokens(scaled, share, there, back)
@@ -138,6 +138,15 @@ def small_model(
     model.quantise_experts(fill)
     assert can_record(model, 256)
     return model
+
+
+@pytest.mark.parametrize(("choices", "count"), [(1, 8), (1000, 3), (4096, 8), (40000, 9)])
+def test_sorted_by_expert(choices: int, count: int) -> None:
+    chosen = torch.randint(0, count, (choices,))
+    # One that nobody chose.
+    chosen[chosen == 1] = 0
+    for mine, expected in zip(sorted_by_expert(chosen.cuda(), count), sorted_by_expert(chosen, count), strict=True):
+        assert torch.equal(mine.cpu(), expected)
 
 
 def test_router_logits() -> None:

@@ -27,8 +27,9 @@ def test_a_recorded_step_is_the_eager_step(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     four = torch.cuda.device_count() >= 4
     torchrun(4 if four else 2, WORKER, str(out), *TWO, *(FOUR if four else []))
-    for case, (eager, recorded) in json.loads(out.read_text()).items():
+    for case, (eager, *others) in json.loads(out.read_text()).items():
         assert abs(eager[0][0] - eager[-1][0]) > 0.01, case
-        assert recorded[0][1] == pytest.approx(eager[0][1], rel=5e-3), case
-        # AdamW's first steps go by the gradients' signs alone, also of those that a rounding turns.
-        assert [loss for loss, _ in recorded] == pytest.approx([loss for loss, _ in eager], rel=1e-2), case
+        for recorded in others:
+            assert recorded[0][1] == pytest.approx(eager[0][1], rel=5e-3), case
+            # AdamW's first steps go by the gradients' signs alone, also of those that a rounding turns.
+            assert [loss for loss, _ in recorded] == pytest.approx([loss for loss, _ in eager], rel=1e-2), case

@@ -204,7 +204,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["unlimited"] = apart_where_all_have_room(run["model"])
         results["packed"] = packed_and_alone(run["model"])
-        results["packed, gathered"] = packed_and_alone(run["model"], Room.on(here.device))
+        results["packed, gathered"] = packed_and_alone(run["model"], Room.on(here.device, unlimited=True))
         results["dropout"] = {}
         for mode in RECOMPUTE:
             seed_everything(1, here.rank)

@@ -26,6 +26,7 @@ from mixtral_run.plan import (
     ranked,
     rate_by_tokens,
     weight_bytes,
+    within,
 )
 from mixtral_run.planning import show_plan
 
@@ -60,12 +61,15 @@ def test_eight_gpus_at_512_tokens(layout: Layout, limit: float) -> None:
     assert memory(Workload(gpus=8), layout).total / GIB <= limit
 
 
-def test_tokens_are_gathered_where_that_is_less_than_asking() -> None:
+def test_rows_are_read_or_tokens_gathered_where_that_is_less_than_asking() -> None:
     few, many = Workload(gpus=8, seq_length=512), Workload(gpus=8, seq_length=2048)
     assert gathers(few, Layout(1, 8, "full")) and gathers(few, Layout(2, 4, "none"))
+    assert gathers(many, Layout(1, 8, "none")) and is_recorded(many, Layout(1, 8, "full"))
+    assert not gathers(Workload(gpus=8, seq_length=8192), Layout(1, 8, "none"))
+    apart = dataclasses.replace(many, reads=False)
     # 7 × 2,048 tokens of others for each process: rows that are asked for are less.
-    assert not gathers(many, Layout(1, 8, "none"))
-    assert gathers(many, Layout(1, 2, "none")) and gathers(many, Layout(2, 4, "none"))
+    assert not gathers(apart, Layout(1, 8, "none")) and not is_recorded(apart, Layout(1, 8, "full"))
+    assert gathers(apart, Layout(1, 2, "none")) and gathers(apart, Layout(2, 4, "none"))
     for each in (
         dataclasses.replace(few, lora_dropout=0.1),
         dataclasses.replace(few, lora_target_modules=("linear_qkv",)),
@@ -73,10 +77,24 @@ def test_tokens_are_gathered_where_that_is_less_than_asking() -> None:
     ):
         assert not gathers(each, Layout(1, 8, "full"))
     assert not gathers(few, Layout(1, 1, "none"))
-    assert is_recorded(few, Layout(1, 8, "full")) and not is_recorded(many, Layout(1, 8, "full"))
+    assert is_recorded(few, Layout(1, 8, "full"))
     assert not is_recorded(few, Layout(1, 8, "offload"))
     packed = dataclasses.replace(few, recorded=False)
     assert gathers(packed, Layout(1, 8, "none")) and not is_recorded(packed, Layout(1, 8, "none"))
+
+
+def test_rows_are_not_read_where_there_is_no_memory_for_twice_their_mean() -> None:
+    workload, layout = Workload(gpus=8, seq_length=2048), Layout(1, 8, "none")
+    reading, asking = (memory(dataclasses.replace(workload, reads=each), layout).total for each in (True, False))
+    assert 1.2 * asking < reading
+    assert within(workload, layout, reading) == workload
+    assert within(workload, layout, reading - 1) == dataclasses.replace(workload, reads=False)
+    # Where neither fits nothing is gained.
+    assert within(workload, layout, asking - 1) == workload
+    fits = next(each for each in ranked(workload, asking / 0.96) if each.layout == layout)
+    assert fits.fits and fits.memory.total == asking and fits.relative_speed < 0.9
+    more = next(each for each in ranked(workload, reading / 0.96) if each.layout == layout)
+    assert more.fits and more.memory.total == reading and more.relative_speed > 0.9
 
 
 def test_weights_are_the_known_sums() -> None:
@@ -171,8 +189,8 @@ def test_a_larger_micro_batch_that_is_faster_is_told() -> None:
     told = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
     assert (told["micro_batch_size"], told["recompute"]) == (4, "selective")
     assert told["rate"] == pytest.approx(10185 / 9429, abs=0.01)
-    # No room for more; and where experts of eight processes have four rows' tokens at hand, little is to be gained.
-    for other in (["--gpu-memory", "110"], ["--gpus", "8", "--gpu-memory", "32", "--seq-length", "512"]):
+    # No room for more; and on cards that small of eight, a larger one would compute again.
+    for other in (["--gpu-memory", "110"], ["--gpus", "8", "--gpu-memory", "32"]):
         again = CliRunner().invoke(root, [*words, *other], env={"COLUMNS": "200"}).output
         assert "next: mixtral-run finetune" in again and "faster" not in again
         assert json.loads(CliRunner().invoke(root, [*words, *other, "--json"]).output)["faster_micro_batch"] is None

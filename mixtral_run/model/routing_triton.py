@@ -1,0 +1,202 @@
+"""Which row is which choice's, in two kernels: a sort by expert that keeps the order of equal ones, by counting.
+
+A choice is token·topk + which. A program takes a block of choices: first how often each expert is in it, then, knowing
+that of all blocks, where each of its choices goes. With those of several processes, rows of one process's experts lie
+together, from `starts` of the process on, and of its own it writes down which token each is and what it counts for.
+Imported only where a GPU is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Of the choices of all processes of an expert group, as one process sees them.
+
+    source int32 [rows], shares fp32 [rows]: token (of all) and weight of each row of its experts, as far as `ends`
+    goes, int32 [own experts]; position int32 [p·t, topk]: of every choice in the rows of all; starts int32 [p]: where
+    each process's rows begin there; experts int32 [p·t, topk].
+    """
+
+    source: Tensor
+    shares: Tensor
+    ends: Tensor
+    position: Tensor
+    starts: Tensor
+    experts: Tensor
+
+
+@triton.jit
+def _count_kernel(
+    weights_ptr,
+    experts_ptr,
+    all_weights_ptr,
+    all_experts_ptr,
+    counts_ptr,
+    length,
+    EVERYONES: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    process = tl.program_id(0)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < length
+    if EVERYONES:
+        weights = tl.load(weights_ptr + process).to(tl.pointer_type(tl.float32))
+        experts = tl.load(experts_ptr + process).to(tl.pointer_type(tl.int32))
+        expert = tl.load(experts + places, mask=mask, other=-1)
+        tl.store(all_weights_ptr + process * length + places, tl.load(weights + places, mask=mask), mask=mask)
+        tl.store(all_experts_ptr + process * length + places, expert, mask=mask)
+    else:
+        expert = tl.load(experts_ptr + places, mask=mask, other=-1)
+    numbers = tl.arange(0, NUM_EXPERTS)
+    counts = tl.sum((expert[:, None] == numbers[None, :]).to(tl.int32), axis=0)
+    block = process * tl.num_programs(1) + tl.program_id(1)
+    tl.store(counts_ptr + block * NUM_EXPERTS + numbers, counts)
+
+
+@triton.jit
+def _place_kernel(
+    weights_ptr,
+    experts_ptr,
+    counts_ptr,
+    position_ptr,
+    order_ptr,
+    shares_ptr,
+    ends_ptr,
+    starts_ptr,
+    missing_ptr,
+    length,
+    num_rows,
+    first,
+    num_experts,
+    EVERYONES: tl.constexpr,
+    EACH: tl.constexpr,
+    TOPK: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    numbers = tl.arange(0, NUM_EXPERTS)
+    blocks = tl.arange(0, BLOCKS)
+    there = blocks[:, None] < tl.num_programs(0) * tl.num_programs(1)
+    counts = tl.load(counts_ptr + blocks[:, None] * NUM_EXPERTS + numbers[None, :], mask=there, other=0)
+    totals = tl.sum(counts, axis=0)
+    ends = tl.cumsum(totals, axis=0)
+    begins = ends - totals + tl.sum(tl.where(blocks[:, None] < block, counts, 0), axis=0)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < length
+    choices = tl.program_id(0) * length + places
+    expert = tl.load(experts_ptr + choices, mask=mask, other=-1)
+    chosen = (expert[:, None] == numbers[None, :]).to(tl.int32)
+    position = tl.sum(chosen * (tl.cumsum(chosen, axis=0) - chosen + begins[None, :]), axis=1)
+    tl.store(position_ptr + choices, position, mask=mask)
+    if EVERYONES:
+        start = tl.sum(tl.where(numbers < first, totals, 0), axis=0)
+        row = position - start
+        own = mask & (expert >= first) & (expert < first + EACH) & (row < num_rows)
+        tl.store(order_ptr + row, choices // TOPK, mask=own)
+        tl.store(shares_ptr + row, tl.load(weights_ptr + choices, mask=mask), mask=own)
+        if block == 0:
+            mine = (numbers >= first) & (numbers < first + EACH)
+            tl.store(ends_ptr + numbers - first, tl.minimum(ends - start, num_rows), mask=mine)
+            begin = (numbers % EACH == 0) & (numbers < num_experts)
+            tl.store(starts_ptr + numbers // EACH, ends - totals, mask=begin)
+            rows = tl.sum(tl.where(mine, totals, 0), axis=0)
+            tl.store(missing_ptr, tl.maximum(tl.load(missing_ptr), (rows - num_rows).to(tl.int64)))
+    else:
+        tl.store(order_ptr + position, choices, mask=mask)
+        if block == 0:
+            tl.store(ends_ptr + numbers, ends, mask=numbers < num_experts)
+
+
+def sort_choices(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See permute.sorted_by_expert. experts contiguous."""
+    length, device = experts.numel(), experts.device
+    padded = triton.next_power_of_2(num_experts)
+    grid = (1, triton.cdiv(length, BLOCK))
+    counts = torch.empty(grid[1], padded, dtype=torch.int32, device=device)
+    order, position = torch.empty_like(experts), torch.empty_like(experts)
+    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
+    kinds = {"EVERYONES": False, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
+    _count_kernel[grid](experts, experts, experts, experts, counts, length, **kinds)
+    _place_kernel[grid](
+        experts,
+        experts,
+        counts,
+        position,
+        order,
+        order,
+        ends,
+        ends,
+        ends,
+        length,
+        length,
+        0,
+        num_experts,
+        EACH=num_experts,
+        TOPK=1,
+        BLOCKS=triton.next_power_of_2(grid[1]),
+        **kinds,
+    )
+    return order, position, ends
+
+
+def route(
+    weights: Tensor,
+    experts: Tensor,
+    shape: tuple[int, int],
+    num_experts: int,
+    own: range,
+    num_rows: int,
+    missing: Tensor,
+) -> Routes:
+    """weights, experts int64 [p]: where each process's fp32 and int32 [t, topk] lie, of shape (t, topk).
+
+    own: numbers of this process's experts, as many as every other has. num_rows: for how many rows there is room;
+    missing int64 scalar: the most that did not find it, here or before.
+    """
+    size, (tokens, topk), device = weights.numel(), shape, missing.device
+    length = tokens * topk
+    padded = triton.next_power_of_2(num_experts)
+    grid = (size, triton.cdiv(length, BLOCK))
+    blocks = grid[0] * grid[1]
+    counts = torch.empty(blocks, padded, dtype=torch.int32, device=device)
+    all_weights = torch.empty(size * tokens, topk, dtype=torch.float32, device=device)
+    all_experts, position = (torch.empty(size * tokens, topk, dtype=torch.int32, device=device) for _ in range(2))
+    source = torch.empty(num_rows, dtype=torch.int32, device=device)
+    shares = torch.empty(num_rows, dtype=torch.float32, device=device)
+    ends = torch.empty(len(own), dtype=torch.int32, device=device)
+    starts = torch.empty(num_experts // len(own), dtype=torch.int32, device=device)
+    kinds = {"EVERYONES": True, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
+    _count_kernel[grid](weights, experts, all_weights, all_experts, counts, length, **kinds)
+    _place_kernel[grid](
+        all_weights,
+        all_experts,
+        counts,
+        position,
+        source,
+        shares,
+        ends,
+        starts,
+        missing,
+        length,
+        num_rows,
+        own.start,
+        num_experts,
+        EACH=len(own),
+        TOPK=topk,
+        BLOCKS=triton.next_power_of_2(blocks),
+        **kinds,
+    )
+    return Routes(source, shares, ends, position, starts, all_experts)

@@ -1,0 +1,149 @@
+"""Run under torchrun: exchanges that read from GPU to GPU beside collectives, forward and backward, in many rounds.
+
+Ends with 1 where something differs. Rounds are taken as they come and as a recording that is replayed with other
+numbers, so that what is read too early or overwritten too soon is something else than it should be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
+from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.model.peers import Peers, open_peers
+
+ARCHITECTURE = dataclasses.replace(MIXTRAL_8X7B, hidden_size=1536)
+MOST = 300
+ROUNDS = 40
+TOLD = ("result", "gradient of tokens", "gradient of weights")
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def numbers(tokens: int, routing: str, seed: int) -> Numbers:
+    """Tokens, weights, experts, and a gradient; other ones in every process."""
+    generator = torch.Generator("cuda").manual_seed(1000 * seed + dist.get_rank())
+    hidden, count = ARCHITECTURE.hidden_size, ARCHITECTURE.num_experts
+    values, gradient = (torch.randn(tokens, hidden, device="cuda", generator=generator).bfloat16() for _ in range(2))
+    likes = torch.rand(tokens, count, device="cuda", generator=generator)
+    if routing == "two experts":
+        likes[:, [0, 7]] += 1
+    elif routing == "one process":
+        likes[:, -2:] += 1
+    weights, experts = likes.topk(ARCHITECTURE.moe_router_topk)
+    return values, weights, experts, gradient
+
+
+class Factor(torch.autograd.Function):
+    """Experts that multiply by a number; the shares' gradient as adapted_experts.py has it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shares: Tensor, factors: Tensor) -> Tensor:
+        results = rows * factors[:, None].to(rows.dtype)
+        ctx.save_for_backward(results, shares, factors)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        results, shares, factors = ctx.saved_tensors
+        for_shares = (gradients[0].float() * results.float()).sum(1) / shares
+        return gradients[0] * factors[:, None].to(results.dtype), for_shares, None
+
+
+def through_peers(peers: Peers, room: Room, given: Numbers) -> list[Tensor]:
+    """Results and gradients of a layer whose experts multiply by their number, from 1. All ranks must call."""
+    tokens, weights, experts, gradient = given
+    tokens, weights = tokens.detach().requires_grad_(), weights.detach().requires_grad_()
+    peers.begin()
+    num_rows = room.num_rows(experts.numel() * peers.size, peers.size)
+    routes = peers.route(tokens, weights, experts, num_rows, room.missing)
+    rows, shares = peers.rows(tokens, weights, routes)
+    # Rows behind the last of `ends` are nobody's: whatever is there.
+    number = (torch.arange(num_rows, device="cuda")[:, None] >= routes.ends).sum(1)
+    factors = 1.0 + number + peers.rank * routes.ends.numel()
+    results = Factor.apply(rows, shares, factors)
+    own = peers.sum_where_they_belong(results, weights.detach(), routes)
+    own.backward(gradient)
+    assert tokens.grad is not None
+    assert weights.grad is not None
+    return [own.detach(), tokens.grad, weights.grad]
+
+
+def by_collectives(here: Processes, given: Numbers) -> list[Tensor]:
+    """The same in fp32, every token sent to every process."""
+    tokens, weights, experts, gradient = given
+    tokens, weights = tokens.float().requires_grad_(), weights.detach().requires_grad_()
+    found = gather(tokens, weights, experts, here.expert_group)
+    own = found.experts // (ARCHITECTURE.num_experts // here.expert_size) == here.expert_rank
+    factor = (found.weights * (found.experts + 1)).where(own, 0.0).sum(1, keepdim=True)
+    result = sum_where_they_belong(found.tokens * factor, here.expert_group)
+    result.backward(gradient.float())
+    assert tokens.grad is not None
+    assert weights.grad is not None
+    return [result.detach(), tokens.grad, weights.grad]
+
+
+def check(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
+    # A weight's gradient is a sum of 1,536 numbers of either sign, some 300 in size, each rounded to bf16.
+    for what, one, other, near in zip(TOLD, found, expected, (2e-2, 2e-2, 3.0), strict=True):
+        difference = (one.float() - other).abs() - 2e-2 * other.abs()
+        worst = float(difference.max())
+        assert worst <= near, f"{name}, {what}: {worst} further than it may be"
+
+
+def recorded(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable[[Numbers], list[Tensor]]:
+    held = tuple(each.clone() for each in given)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(held)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = run(held)
+
+    def replay(given: Numbers) -> list[Tensor]:
+        for one, other in zip(held, given, strict=True):
+            one.copy_(other)
+        graph.replay()
+        return results
+
+    return replay
+
+
+def main() -> None:
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+    size = dist.get_world_size()
+    with processes(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as here:
+        peers = open_peers(here, ARCHITECTURE, MOST, torch.bfloat16)
+        assert peers is not None, "these GPUs do not read from each other"
+        room = Room.on(here.device, peers=peers)
+        for tokens, routing in ((MOST, "random"), (MOST, "two experts"), (17, "random"), (1, "two experts")):
+            for seed in range(4):
+                given = numbers(tokens, routing, seed)
+                check(f"{tokens} {routing}", through_peers(peers, room, given), by_collectives(here, given))
+        replay = recorded(lambda given: through_peers(peers, room, given), numbers(MOST, "random", 0))
+        many = [numbers(MOST, "random", seed) for seed in range(ROUNDS)]
+        # One after the other, so that processes run ahead of each other.
+        results = [[each.clone() for each in replay(given)] for given in many]
+        for seed, (given, found) in enumerate(zip(many, results, strict=True)):
+            check(f"replay {seed}", found, by_collectives(here, given))
+        assert room.sufficed(here)
+        # Where nearly all want the experts of one process, rows do not find room there, and that is told.
+        through_peers(peers, room, numbers(MOST, "one process", 0))
+        assert room.sufficed(here) == (size == 2)
+        assert room.sufficed(here)
+        peers.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    main()
