@@ -204,7 +204,10 @@ def open_peers(
 
 
 def _read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether all of the group are on this machine, a GPU each by its rank, and the driver lets them."""
+    """Whether all of the group are on this machine, a GPU each by its rank, and driver and user let them."""
+    # Where reading between GPUs hangs or brings wrong bytes, NCCL is told so by this.
+    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        return False
     if device.type != "cuda" or os.environ.get("LOCAL_WORLD_SIZE") != str(dist.get_world_size()):
         return False
     others = [rank for rank in dist.get_process_group_ranks(group) if rank != device.index]
