@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
         """
         if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
             return super().resolve_command(ctx, args)
-        from mixtral_run.usage import FAULTS, close_to, or_words, without_faults
+        from mixtral_run.usage import FAULTS, close_to, missing_words, or_words, without_faults
 
         name = args[0].replace("_", "-")
         command = self.get_command(ctx, name)
@@ -82,7 +82,9 @@ class LazyGroup(click.Group):
                 next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
             )
         words, faults = without_faults(command, args[1:])
-        if faults and not any(each.name == "config" for each in command.params):
+        missing = missing_words(command, words)
+        faults += missing
+        if missing or (faults and not any(each.name == "config" for each in command.params)):
             raise ConfigError(
                 "The command line cannot be understood.",
                 where="command line",

@@ -42,13 +42,54 @@ def without_faults(command: click.Command, words: Sequence[str]) -> tuple[list[s
                 rest.pop(0)
         elif option.is_flag and "=" in word:
             faults.append(f"{flag}: expected no value; found {word.partition('=')[2]!r}")
-        elif option.is_flag or word.replace("_", "-") != flag:
+        elif option.is_flag:
             kept.append(word)
-        elif not rest:
-            faults.append(f"{flag}: expected a value after it; found none")
         else:
-            kept += [word, rest.pop(0)]
+            # --flag=value, -fvalue, or the word after.
+            alone = word.replace("_", "-") == flag
+            written = [word, *rest[:1]] if alone else [word]
+            del rest[: len(written) - 1]
+            if alone and len(written) == 1:
+                wrong: str | None = "expected a value after it; found none"
+            else:
+                wrong = _wrong_value(option, written[1] if alone else word.partition("=")[2] or word[2:])
+            kept += [] if wrong else written
+            faults += [f"{flag}: {wrong}"] if wrong else []
     return kept, faults
+
+
+def missing_words(command: click.Command, words: Sequence[str]) -> list[str]:
+    """A line for each word that the verb needs and that is not there; words: those that it can parse."""
+    options = _options(command)
+    given, rest = 0, list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            given += len(rest)
+            break
+        if not word.startswith("-") or word == "-":
+            given += 1
+            continue
+        flag, option = _option_of(word, options)
+        if flag in ("-h", "--help"):
+            return []
+        if option is not None and not option.is_flag and word.replace("_", "-") == flag:
+            rest.pop(0)
+    needed = [each for each in command.params if isinstance(each, click.Argument) and each.required and each.nargs == 1]
+    return [f"{each.metavar or each.name.upper()}: expected; found none" for each in needed[given:] if each.name]
+
+
+def _wrong_value(option: click.Option, value: str) -> str | None:
+    """What is expected and was found, where a value is not of the option's kind."""
+    kind = option.type
+    try:
+        kind.convert(value, option, None)
+    except click.BadParameter as error:
+        if not isinstance(kind, (click.IntRange, click.types.IntParamType)):
+            return error.message
+        least = getattr(kind, "min", None)
+        return f"expected a whole number{f', {least} or more' if least is not None else ''}; found {value!r}"
+    return None
 
 
 def close_to(word: str, known: Iterable[str]) -> list[str]:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from mixtral_run.cli import VERBS
+from mixtral_run.cli import VERBS, root
+from mixtral_run.errors import ConfigError
 
 BLOCK = """
 import sys
@@ -107,6 +109,34 @@ def test_a_verb_without_settings_tells_them_as_well() -> None:
     assert done.returncode == 2
     for words in ("--chek: there is no such flag; did you mean --check?", "--diff?", "-q:", "--serial: expected a val"):
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "faults"),
+    [
+        (["logs"], ["JOB: expected; found none"]),
+        (["logs", "--tail", "3"], ["JOB: expected; found none"]),
+        (["logs", "--tail", "3", "j"], []),
+        (
+            ["logs", "--tail=x", "--of"],
+            ["--tail: expected a whole number, 0 or more; found 'x'", "--of: there is", "JOB: expected; found none"],
+        ),
+        (["logs", "j", "--tail"], ["--tail: expected a value after it; found none"]),
+        (["bootstrap", "-f0", "h"], ["-f: expected a whole number, 1 or more; found '0'"]),
+        (["bootstrap", "--for_ks"], ["--for-ks: there is no such flag; did you mean --forks?"]),
+        (["up", "--nccl_timeout", "1h"], ["--nccl-timeout: expected a whole number; found '1h'", "[USER@]HOST"]),
+        (["finetune", "--nccl_timeout"], ["--nccl-timeout: expected a value after it; found none", "--load is req"]),
+    ],
+)
+def test_words_that_are_missing_or_of_the_wrong_kind_are_told_with_all_else(
+    words: list[str], faults: list[str]
+) -> None:
+    error = CliRunner().invoke(root, words).exception
+    found = getattr(error, "faults", ()) if isinstance(error, ConfigError) else ()
+    for fault in faults:
+        assert any(each.startswith(fault) for each in found), found
+    if not faults:
+        assert not any("expected" in each for each in found)
 
 
 def test_a_wrong_verb_is_answered_with_the_right_one() -> None:
