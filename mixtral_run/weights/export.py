@@ -15,6 +15,7 @@ from mixtral_run.report import Report
 from mixtral_run.weights import checksums, record, sidecars
 from mixtral_run.weights.adapter_checkpoint import OpenAdapter, check_tensors, open_adapter
 from mixtral_run.weights.factors import Factors
+from mixtral_run.weights.interrupts import interrupts
 from mixtral_run.weights.merge import merge_files
 from mixtral_run.weights.peft_directory import PeftDirectory
 from mixtral_run.weights.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
@@ -55,7 +56,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
         weights = _check(config, adapter, peft, report)
         _tell(adapter, report)
-        with Staging(config.output_path, DESCRIPTION) as staging:
+        with interrupts(), Staging(config.output_path, DESCRIPTION) as staging:
             staging.clear()
             if config.merge:
                 assert weights is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,21 @@ def test_verify_describes_an_adapter_and_knows_its_base(base: Path, tmp_path: Pa
 
 def tiny_architecture(base: Path) -> MixtralArchitecture:
     return MixtralArchitecture.from_hf_directory(base / "hf")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_stays_of_an_export_that_is_ended(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    write_adapter(base, tmp_path / "adapter", ALL)
+
+    def begin_and_end(_config: Any, _adapter: Any, _peft: Any, folder: Path, _report: Any) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(b"begun")
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("mixtral_run.weights.export._write_peft", begin_and_end)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft"), Report.silent())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    assert signal.getsignal(number) is before
