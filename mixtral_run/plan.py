@@ -315,15 +315,17 @@ def _divisors(number: int) -> list[int]:
 def relative_speed(workload: Workload, layout: Layout) -> float:
     """A GPU's rate against one that holds everything and recomputes nothing, at 2,048 tokens.
 
-    Measured, EP2: 98 % where tokens are gathered and the pass is recorded, 86 to 91 % where rows are sent one by one;
-    TP2 costs a fifth. Counted: running the forward pass again is half as many products on top, a selective
-    recomputation some passes over memory. Assumed, not measured: each further doubling of TP costs another fifth;
-    copies to the host and back, which run beside the products, 3 %.
+    Measured: 98 % (EP2) and 90 % (EP4, a first form) where rows are read or tokens gathered and the pass is recorded,
+    86 to 91 % and 70 to 78 % where rows are sent one by one; TP2 costs a fifth. Counted: running the forward pass again
+    is half as many products on top, a selective recomputation some passes over memory. Assumed, not measured: each
+    further doubling of TP costs another fifth; copies to the host and back, which run beside the products, 3 %.
     """
     tp = layout.tensor_model_parallel_size
     spread = 1.0
-    if layout.expert_model_parallel_size > 1:
+    if layout.expert_model_parallel_size == 2:
         spread = 0.97 if gathers(workload, layout) else 0.88
+    elif layout.expert_model_parallel_size > 2:
+        spread = 0.92 if gathers(workload, layout) else 0.78
     again = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
     return float(spread * again * 0.8 ** (tp.bit_length() - 1))
 

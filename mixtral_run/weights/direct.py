@@ -32,15 +32,12 @@ PART_BYTES = 32 * 2**20
 """What one worker reads at a time: small enough that all of them end together, large enough to read ahead."""
 
 BLOCK_BYTES = 2 * 2**20
-"""Read and checksummed at once, from the processor's cache."""
+"""Read and checksummed at once, from the processor's cache, into memory of the host."""
 
-UPLOAD_BYTES = 2 * 2**20
-"""Sent to a GPU at once, one of two pinned buffers, where rows go over as they are: as little as lets all threads'
-buffers stay in the processor's cache until they are sent."""
-
-CUT_BYTES = 8 * 2**20
-"""The same where columns are cut out or numbers rounded. Each takes the interpreter, which runs one thread at a time,
-0.1 ms: of smaller ones it is the interpreter that says how fast a model loads."""
+UPLOAD_BYTES = 8 * 2**20
+"""Read, checksummed and sent to a GPU at once, one of two pinned buffers. Not by smaller blocks: the interpreter runs
+one thread at a time, and each waits for its turn after every step of its own. What leaves the cache meanwhile costs
+less."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,7 @@ class _Reader:
             crc = self._upload(part, descriptor)
         else:
             crc = 0
-            for block in rows.parts((CUT_BYTES if on_gpu else BLOCK_BYTES) // part.row_bytes):
+            for block in rows.parts((UPLOAD_BYTES if on_gpu else BLOCK_BYTES) // part.row_bytes):
                 cut = replace(part, rows=block)
                 crc = self._fill(cut, descriptor, crc)
                 self._passed(cut.num_bytes)
@@ -258,7 +255,7 @@ class _Reader:
         for first in range(0, part.num_bytes, UPLOAD_BYTES):
             count = min(UPLOAD_BYTES, part.num_bytes - first)
             buffer, view = upload.next_buffer(count)
-            crc = _read_and_sum(descriptor, view[:count], position + first, file, crc)
+            crc = _read_and_sum(descriptor, view[:count], position + first, file, crc, UPLOAD_BYTES)
             upload.send_run(buffer[:count], target[first : first + count])
             self._passed(count)
         return crc
@@ -275,7 +272,7 @@ class _Reader:
         if into.device.type == "cuda":
             upload = self._upload_to(into.device)
             buffer, view = upload.next_buffer(num_bytes)
-            crc = _read_and_sum(descriptor, view[:num_bytes], position, file, crc)
+            crc = _read_and_sum(descriptor, view[:num_bytes], position, file, crc, UPLOAD_BYTES)
             upload.send(buffer[:num_bytes].view(dtype).view(-1, block.columns), into, block)
             return crc
         if part.is_run:
@@ -297,9 +294,12 @@ class _Reader:
         return self._descriptors[file]
 
 
-def _read_and_sum(descriptor: int, view: memoryview, position: int, file: Path, crc: int) -> int:
-    for start in range(0, len(view), BLOCK_BYTES):
-        block = view[start : start + BLOCK_BYTES]
+def _read_and_sum(
+    descriptor: int, view: memoryview, position: int, file: Path, crc: int, at_once: int | None = None
+) -> int:
+    at_once = at_once or BLOCK_BYTES
+    for start in range(0, len(view), at_once):
+        block = view[start : start + at_once]
         read_whole(descriptor, block, position + start, file)
         crc = crc32(block, crc)
     return crc
