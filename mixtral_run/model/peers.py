@@ -224,15 +224,15 @@ def _everywhere(here: bool, device: torch.device) -> bool:
 
 def _try(peers: Peers, architecture: MixtralArchitecture, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether what was put there is read everywhere; and the kernels are there before anything is recorded."""
-    tokens, topk, p = architecture.num_experts, architecture.moe_router_topk, peers.size
+    tokens, topk = architecture.num_experts, architecture.moe_router_topk
     number = torch.arange(tokens, device=device)
     experts = (number[:, None] + torch.arange(topk, device=device)) % architecture.num_experts
     values = torch.full((tokens, architecture.hidden_size), float(peers.rank + 1), dtype=dtype, device=device)
     weights = experts + 1.0
     missing = torch.zeros((), dtype=torch.int64, device=device)
-    # Every expert gets as many rows, so that no room is spared.
     peers.begin()
-    routes = peers.route(values, weights, experts, p * tokens * topk // p, missing)
+    # Every expert gets as many rows, so that no room is spared.
+    routes = peers.route(values, weights, experts, tokens * topk, missing)
     rows, shares = peers.rows(values, weights, routes)
     right = (rows == (routes.source // tokens + 1)[:, None]).all() & (missing == 0)
     total, back = peers.answer(rows, shares, weights, routes)
