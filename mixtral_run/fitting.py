@@ -79,10 +79,11 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
 
 
-def reads_fit(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu_memory: int) -> bool:
-    """Whether a GPU of so many bytes has the memory that reading rows from other GPUs takes."""
+def reads_fit(config: FinetuneConfig, base: BaseDescription, world_size: int, usable: float) -> bool:
+    """Whether so many bytes, beside what the driver and NCCL hold, are enough for reading rows from other GPUs."""
     layout = dataclasses.replace(_given(config), recompute=config.recomputation)
-    return within(workload_of(config, base, world_size), layout, USABLE * gpu_memory).reads
+    workload = workload_of(config, base, world_size)
+    return within(workload, layout, usable + memory(workload, layout).context).reads
 
 
 def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) -> Workload:
@@ -167,7 +168,7 @@ def _refusal(
     config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: GpuMemory, asked: str, choices: list[Choice]
 ) -> ConfigError:
     layout = _given(config)
-    parts = dataclasses.asdict(memory(workload_of(config, base, world_size), layout))
+    parts = dataclasses.asdict(memory(within(workload_of(config, base, world_size), layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
     plan = (

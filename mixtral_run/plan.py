@@ -146,9 +146,11 @@ def gathers(workload: Workload, layout: Layout) -> bool:
 
 
 def within(workload: Workload, layout: Layout, most: float) -> Workload:
-    """The workload, without GPUs that read from each other where that alone would take more than `most` bytes."""
+    """The workload; where it takes more than `most` bytes, without GPUs that read from each other, if that is less."""
+    if memory(workload, layout).total <= most:
+        return workload
     asking = dataclasses.replace(workload, reads=False)
-    return asking if memory(asking, layout).total <= most < memory(workload, layout).total else workload
+    return min(workload, asking, key=lambda each: memory(each, layout).total)
 
 
 def _rows_over_mean(workload: Workload, layout: Layout) -> float:

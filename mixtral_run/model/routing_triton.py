@@ -122,33 +122,13 @@ def _place_kernel(
 
 def sort_choices(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See permute.sorted_by_expert. experts contiguous."""
-    length, device = experts.numel(), experts.device
-    padded = triton.next_power_of_2(num_experts)
-    grid = (1, triton.cdiv(length, BLOCK))
-    counts = torch.empty(grid[1], padded, dtype=torch.int32, device=device)
+    length = experts.numel()
     order, position = torch.empty_like(experts), torch.empty_like(experts)
-    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
-    kinds = {"EVERYONES": False, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
-    _count_kernel[grid](experts, experts, experts, experts, counts, length, **kinds)
-    _place_kernel[grid](
-        experts,
-        experts,
-        counts,
-        position,
-        order,
-        order,
-        ends,
-        ends,
-        ends,
-        length,
-        length,
-        0,
-        num_experts,
-        EACH=num_experts,
-        TOPK=1,
-        BLOCKS=triton.next_power_of_2(grid[1]),
-        **kinds,
-    )
+    ends = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
+    # What is not asked for is not written to.
+    results = (position, order, order, ends, ends, ends)
+    sizes = (length, length)
+    _run(1, (experts, experts), (experts, experts), results, sizes, range(num_experts), num_experts, 1, everyones=False)
     return order, position, ends
 
 
@@ -167,31 +147,42 @@ def route(
     missing int64 scalar: the most that did not find it, here or before.
     """
     size, (tokens, topk), device = weights.numel(), shape, missing.device
-    length = tokens * topk
-    padded = triton.next_power_of_2(num_experts)
-    grid = (size, triton.cdiv(length, BLOCK))
-    blocks = grid[0] * grid[1]
-    counts = torch.empty(blocks, padded, dtype=torch.int32, device=device)
     all_weights = torch.empty(size * tokens, topk, dtype=torch.float32, device=device)
     all_experts, position = (torch.empty(size * tokens, topk, dtype=torch.int32, device=device) for _ in range(2))
-    source = torch.empty(num_rows, dtype=torch.int32, device=device)
     shares = torch.empty(num_rows, dtype=torch.float32, device=device)
-    ends = torch.empty(len(own), dtype=torch.int32, device=device)
-    starts = torch.empty(num_experts // len(own), dtype=torch.int32, device=device)
-    kinds = {"EVERYONES": True, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
-    _count_kernel[grid](weights, experts, all_weights, all_experts, counts, length, **kinds)
+    source, ends, starts = (
+        torch.empty(count, dtype=torch.int32, device=device) for count in (num_rows, len(own), num_experts // len(own))
+    )
+    results = (position, source, shares, ends, starts, missing)
+    read, sizes = (all_weights, all_experts), (tokens * topk, num_rows)
+    _run(size, (weights, experts), read, results, sizes, own, num_experts, topk, everyones=True)
+    return Routes(source, shares, ends, position, starts, all_experts)
+
+
+def _run(
+    size: int,
+    given: tuple[Tensor, Tensor],
+    read: tuple[Tensor, Tensor],
+    results: tuple[Tensor, ...],
+    sizes: tuple[int, int],
+    own: range,
+    num_experts: int,
+    topk: int,
+    *,
+    everyones: bool,
+) -> None:
+    """Both kernels. given: as they get weights and experts; read: as the first leaves them for the second; sizes:
+    choices of a process, and rows."""
+    grid = (size, triton.cdiv(sizes[0], BLOCK))
+    blocks, padded = grid[0] * grid[1], triton.next_power_of_2(num_experts)
+    counts = torch.empty(blocks, padded, dtype=torch.int32, device=results[0].device)
+    kinds = {"EVERYONES": everyones, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
+    _count_kernel[grid](*given, *read, counts, sizes[0], **kinds)
     _place_kernel[grid](
-        all_weights,
-        all_experts,
+        *read,
         counts,
-        position,
-        source,
-        shares,
-        ends,
-        starts,
-        missing,
-        length,
-        num_rows,
+        *results,
+        *sizes,
         own.start,
         num_experts,
         EACH=len(own),
@@ -199,4 +190,3 @@ def route(
         BLOCKS=triton.next_power_of_2(blocks),
         **kinds,
     )
-    return Routes(source, shares, ends, position, starts, all_experts)

@@ -72,8 +72,9 @@ def finetune(config: FinetuneConfig) -> None:
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
         recorded = config.cuda_graphs and not config.pack
+        # Of a GPU: what is free, and what this process has taken by now.
         reads = here.device.type == "cuda" and reads_fit(
-            config, base, here.world_size, torch.cuda.get_device_properties(here.device).total_memory
+            config, base, here.world_size, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         )
         tokens = config.micro_batch_size * config.seq_length
         with backward_of(model, tokens, recorded=recorded, reads=reads) as backward:

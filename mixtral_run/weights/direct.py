@@ -276,11 +276,12 @@ class _Reader:
             upload.send(buffer[:num_bytes].view(dtype).view(-1, block.columns), into, block)
             return crc
         if part.is_run:
-            return _read_and_sum(descriptor, part.bytes_of_target.numpy().data.cast("B"), position, file, crc)
+            view = part.bytes_of_target.numpy().data.cast("B")
+            return _read_and_sum(descriptor, view, position, file, crc, BLOCK_BYTES)
         if len(self._staging) < num_bytes:
             self._staging = bytearray(num_bytes)
         view = memoryview(self._staging)[:num_bytes]
-        crc = _read_and_sum(descriptor, view, position, file, crc)
+        crc = _read_and_sum(descriptor, view, position, file, crc, BLOCK_BYTES)
         matrix = torch.frombuffer(view, dtype=dtype).view(-1, block.columns)
         into.copy_(matrix[:, block.first_column : block.first_column + block.num_columns])
         return crc
@@ -294,10 +295,7 @@ class _Reader:
         return self._descriptors[file]
 
 
-def _read_and_sum(
-    descriptor: int, view: memoryview, position: int, file: Path, crc: int, at_once: int | None = None
-) -> int:
-    at_once = at_once or BLOCK_BYTES
+def _read_and_sum(descriptor: int, view: memoryview, position: int, file: Path, crc: int, at_once: int) -> int:
     for start in range(0, len(view), at_once):
         block = view[start : start + at_once]
         read_whole(descriptor, block, position + start, file)

@@ -89,8 +89,10 @@ def test_rows_are_not_read_where_there_is_no_memory_for_twice_their_mean() -> No
     assert 1.2 * asking < reading
     assert within(workload, layout, reading) == workload
     assert within(workload, layout, reading - 1) == dataclasses.replace(workload, reads=False)
-    # Where neither fits nothing is gained.
-    assert within(workload, layout, asking - 1) == workload
+    # Where neither fits it is the lesser that is told.
+    assert within(workload, layout, asking - 1) == dataclasses.replace(workload, reads=False)
+    alone = Layout(1, 1, "none")
+    assert within(workload, alone, 1.0) == workload
     fits = next(each for each in ranked(workload, asking / 0.96) if each.layout == layout)
     assert fits.fits and fits.memory.total == asking and fits.relative_speed < 0.9
     more = next(each for each in ranked(workload, reading / 0.96) if each.layout == layout)
