@@ -26,6 +26,8 @@ SHOWN_CACHE = "/opt/test-cache"
 STANDIN_FILE = "/etc/mixtral-run-standin.json"
 DATA_FOLDER = "/var/lib/docker"
 """The one folder of a host on a real filesystem (a volume); the rest is an overlay, which takes no swap file."""
+# Swap is the machine's, not the container's: a file left on keeps its disk from being removed.
+SWAP_OFF = ("find", DATA_FOLDER, "-maxdepth", "2", "-name", "*swap*", "-type", "f", "-exec", "swapoff", "{}", ";")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None) 
     """Start a bare host, wait until SSH answers. `standin` None: a host without GPUs and driver."""
     image = host_image(release)
     container, volume = container_name(name), volume_name(name)
+    if not _runs(container):
+        remove(name)  # what a killed run left: its disk is not a bare host's
     argv = ["docker", "run", "--detach", "--name", container, "--hostname", name, "--label", LABEL]
     argv += [word for capability in CAPABILITIES for word in ("--cap-add", capability)]
     argv += ["--security-opt", "seccomp=unconfined", "--security-opt", "systempaths=unconfined"]
@@ -181,13 +185,25 @@ def reimage(name: str, release: str = "bookworm", standin: StandIn | None = None
 
 
 def remove(name: str) -> None:
-    """Remove a host and its disk; nothing happens where there is none."""
+    """Remove a host and its disk; nothing happens where there is none. Raises TargetError where the disk stays."""
     container = container_name(name)
-    # Swap is the machine's, not the container's: a file left on would keep the deleted volume's blocks for ever.
-    succeeds("docker", "exec", container, "sh", "-c",
-             f"find {DATA_FOLDER} -maxdepth 2 -name '*swap*' -type f -exec swapoff {{}} ';'")  # fmt: skip
+    succeeds("docker", "exec", container, *SWAP_OFF)
     call("docker", "rm", "--force", "--volumes", container, check=False)
-    call("docker", "volume", "rm", "--force", volume_name(name), check=False)
+    _remove_disk(name)
+
+
+def _remove_disk(name: str) -> None:
+    discard = ("docker", "volume", "rm", "--force", volume_name(name))
+    if succeeds(*discard):
+        return
+    # The host ended with its engine while its swap was on: whoever sees the disk can switch it off.
+    call("docker", "run", "--rm", "--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=unconfined",
+         "--volume", f"{volume_name(name)}:{DATA_FOLDER}", host_image("bookworm"), *SWAP_OFF)  # fmt: skip
+    call(*discard)
+
+
+def _runs(container: str) -> bool:
+    return call("docker", "inspect", "--format", "{{.State.Running}}", container, check=False).strip() == "true"
 
 
 def running() -> list[str]:
