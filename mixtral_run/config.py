@@ -324,6 +324,9 @@ class GenerateConfig(LaunchConfig):
     top_p: float = setting(
         1.0, help="Draw from the likeliest tokens that together reach this probability.", above=0, maximum=1
     )
+    cuda_graphs: bool = setting(
+        True, help="Record the pass over one token once and replay it, where that pays (on GPUs)."
+    )
     json: bool = setting(False, help="Print the answers as JSON.")
     output_file: Path | None = setting(None, help="Also write the answers there, as JSON.")
 

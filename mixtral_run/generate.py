@@ -1,4 +1,4 @@
-"""Continue prompts: one pass over them, then a token at a time on cached keys and values."""
+"""Continue prompts: one pass over them, then a token at a time (decoding.py)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtral_run.checkpoints import check_adapter_fits, describe_adapter, describe_base, write_whole
 from mixtral_run.config import GenerateConfig
+from mixtral_run.decoding import Decoding, decoding_of
 from mixtral_run.errors import ConfigError
-from mixtral_run.model import gather_sizes
-from mixtral_run.model.attention import KeyValueCache
 from mixtral_run.model.build import MixtralModel
-from mixtral_run.model.gathered import Room
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.report import Report
 from mixtral_run.train.model import load_for_inference
@@ -72,7 +70,8 @@ def generate(config: GenerateConfig) -> None:
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
         started = time.perf_counter()
         with report.progress(config.max_new_tokens, "generating", "tokens") as progress:
-            outputs = continue_rows(model, rows, tokenizer.eos_token_id, sampling, progress.advance)
+            decoding = None if config.cuda_graphs else Decoding
+            outputs = continue_rows(model, rows, tokenizer.eos_token_id, sampling, progress.advance, decoding)
         seconds = time.perf_counter() - started
         answers = [
             Answer(
@@ -131,10 +130,12 @@ def continue_rows(
     end_token: int,
     sampling: Sampling,
     on_token: Callable[[int], None] | None = None,
+    decoding: type[Decoding] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row, up to and with `end_token`. All ranks must call with the same rows.
 
     Rows of different length are padded on the left; padding is masked out of attention and counts as no position.
+    decoding: how, see decoding.py; by itself the fastest that goes.
     """
     here = model.processes
     lengths = torch.tensor([len(row) for row in rows], device=here.device)
@@ -142,25 +143,13 @@ def continue_rows(
     tokens = torch.full((len(rows), longest), end_token, dtype=torch.int64, device=here.device)
     for index, row in enumerate(rows):
         tokens[index, longest - len(row) :] = torch.tensor(row, device=here.device)
-    padding = longest - lengths
-    ragged = bool(padding.any())
-    cache = KeyValueCache(longest + sampling.max_new_tokens)
+    decoding = decoding or decoding_of(model, len(rows), sampling.max_new_tokens)
+    passes = decoding(model, longest - lengths, longest + sampling.max_new_tokens)
     generator = torch.Generator(device=here.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in rows]
     running = [True] * len(rows)
-    room = Room.on(here.device, unlimited=True)
     for _ in range(sampling.max_new_tokens):
-        begin = cache.length
-        positions = torch.arange(begin, begin + tokens.shape[1], device=here.device)
-        with model.gathering(room if gather_sizes.pays(tokens.numel(), here.expert_size, read=False) else None):
-            logits = model.logits(
-                tokens,
-                positions=(positions[None] - padding[:, None]).clamp(min=0),
-                mask=_mask(positions, padding) if ragged else None,
-                cache=cache,
-                last_only=True,
-            )
-        chosen = choose(logits[:, -1].float(), sampling, generator)
+        chosen = choose(passes(tokens).float(), sampling, generator)
         if here.world_size > 1:
             # Replicas may round differently; all must go on with the same token.
             dist.broadcast(chosen, src=0)
@@ -173,16 +162,8 @@ def continue_rows(
         if not any(running):
             break
         tokens = chosen[:, None]
+    passes.end()
     return outputs
-
-
-def _mask(positions: Tensor, padding: Tensor) -> Tensor:
-    """bool [rows, 1, queries, keys]: earlier tokens that are no padding, and always the token itself."""
-    keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
-    causal = keys[None] <= positions[:, None]
-    real = keys[None] >= padding[:, None]
-    itself = keys[None] == positions[:, None]
-    return (causal[None] & real[:, None] | itself[None])[:, None]
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -21,16 +21,22 @@ from mixtral_run.model.rotary import split_and_turn
 class KeyValueCache:
     """Keys and values of the tokens seen so far, of one process's query groups; grows by `forward`.
 
-    `keys[layer]`, `values[layer]`: [batch, groups / TP, max_length, head size], the model's dtype.
+    `keys[layer]`, `values[layer]`: [batch, groups / TP, max_length, head size], the model's dtype. place: int64 [1] on
+    the device; where given, one token is written there and all memory is seen, so that shapes stay.
     """
 
     max_length: int
     length: int = 0
+    place: Tensor | None = None
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens behind the old ones; return all. key, value: [batch, groups, new, head size]."""
+        if self.place is not None:
+            self.keys[layer].index_copy_(2, self.place, key)
+            self.values[layer].index_copy_(2, self.place, value)
+            return self.keys[layer], self.values[layer]
         if layer not in self.keys:
             batch, groups, _, size = key.shape
             self.keys[layer] = key.new_zeros(batch, groups, self.max_length, size)
@@ -84,19 +90,28 @@ class Attention(MegatronModule):
         if inputs.packed is not None:
             context = packed_attention(query, key, value, inputs.packed)
         else:
-            context = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=inputs.mask,
-                is_causal=inputs.mask is None and query.shape[2] > 1,
-                scale=1.0 / math.sqrt(self.head_size),
-                enable_gqa=self.heads_per_group > 1,
-            )
+            context = self._attend(query, key, value, inputs.mask)
         # Attention keeps its result for its own gradient; positions first, it is another copy.
         again = Recipe.of(_positions_first, context) if recipe is not None else None
         projected: Tensor = self.linear_proj(_positions_first(context), again)
         return projected
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query: [batch, heads, queries, head size] → the same shape; key, value: [batch, groups, keys, head size]."""
+        alone, shape = query.shape[2] == 1, query.shape
+        if alone:
+            # The heads of a group are as many queries of one head: with a mask, too, nothing is repeated.
+            query = query.reshape(shape[0], self.groups, self.heads_per_group, self.head_size)
+        context = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and not alone,
+            scale=1.0 / math.sqrt(self.head_size),
+            enable_gqa=self.heads_per_group > 1 and not alone,
+        )
+        return context.reshape(shape)
 
     def _split_heads(self, mixed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Turn by position and part.

@@ -14,6 +14,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.gathered import Room
+from mixtral_run.model.grouped import has_grouped_product
 from mixtral_run.model.layer import MixtralLayer
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
@@ -139,6 +140,15 @@ class MixtralModel(torch.nn.Module):
         finally:
             for layer in self.gpt.decoder.layers:
                 layer.mlp.room = None
+
+    @property
+    def never_waits(self) -> bool:
+        """Whether the experts' products read on the GPU how many rows there are: what never waits can be recorded."""
+        here, lora = self.processes, self.settings.lora
+        probe = torch.empty(1, dtype=self.settings.dtype, device=here.device)
+        widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
+        rank = lora.rank if lora is not None else 8
+        return here.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
 
     @property
     def experts(self) -> list[Experts]:

@@ -211,3 +211,12 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def everywhere(here: bool, device: torch.device) -> bool:
+    """Whether that is so on all ranks, which must call, each with its device."""
+    if dist.get_world_size() == 1:
+        return here
+    flag = torch.tensor(int(here), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)

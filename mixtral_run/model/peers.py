@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from mixtral_run.model import gather_sizes
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.parallel import Processes
+from mixtral_run.model.parallel import Processes, everywhere
 
 if TYPE_CHECKING:
     from mixtral_run.model.routing_triton import Routes
@@ -52,35 +54,50 @@ class Piece:
 
 
 class Peers:
-    """The exchanges of one expert group, for up to `tokens` of each process. All of the group must make one, and then
-    call alike, with as many tokens. `close` before it is let go."""
+    """The exchanges of one expert group, for up to `tokens` of each process.
+
+    All of the group must make one, `allocate`, `share` once all have, and then call alike, with as many tokens. `close`
+    before it is let go.
+    """
 
     def __init__(
         self, group: dist.ProcessGroup, architecture: MixtralArchitecture, tokens: int, dtype: torch.dtype
     ) -> None:
-        # Not asked for, and on machines whose switches are not set up for it an error.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
         self.size, self.rank, self._group = group.size(), group.rank(), group
         self._num_experts = architecture.num_experts
         each = architecture.num_experts // self.size
         self._own = range(self.rank * each, (self.rank + 1) * each)
         hidden, choices = architecture.hidden_size, tokens * architecture.moe_router_topk
         num_rows = gather_sizes.rows_with_room(choices * self.size, self.size)
-        kinds = (dtype, torch.float32, torch.int32, dtype, torch.float32)
+        self._kinds = (dtype, torch.float32, torch.int32, dtype, torch.float32)
         counts = (tokens * hidden, choices, choices, num_rows * hidden, num_rows)
-        sizes = [-(-count * kind.itemsize // BOUNDARY) * BOUNDARY for count, kind in zip(counts, kinds, strict=True)]
+        self._sizes = [
+            -(-count * kind.itemsize // BOUNDARY) * BOUNDARY for count, kind in zip(counts, self._kinds, strict=True)
+        ]
+        self._last: Piece | None = None
+
+    def allocate(self) -> None:
+        """Take the memory that is to be shared. Raises RuntimeError where there is none, ImportError where torch has
+        no such thing."""
+        # Not asked for, and on machines whose switches are not set up for it an error.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
         device = torch.device("cuda", torch.cuda.current_device())
-        memory = symmetric_memory.empty(sum(sizes), dtype=torch.uint8, device=device)
-        self._handle: Any = symmetric_memory.rendezvous(memory, group)
+        self._memory = symmetric_memory.empty(sum(self._sizes), dtype=torch.uint8, device=device)
+
+    def share(self) -> None:
+        """Let the others read it, and find theirs. Raises RuntimeError where the driver does not."""
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        self._handle: Any = symmetric_memory.rendezvous(self._memory, self._group)
         everyones = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64)
         pieces = []
-        for number, (kind, size) in enumerate(zip(kinds, sizes, strict=True)):
-            begin = sum(sizes[:number])
-            pieces.append(Piece(memory[begin : begin + size].view(kind), (everyones + begin).to(device)))
+        for number, (kind, size) in enumerate(zip(self._kinds, self._sizes, strict=True)):
+            begin = sum(self._sizes[:number])
+            own = self._memory[begin : begin + size].view(kind)
+            pieces.append(Piece(own, (everyones + begin).to(self._memory.device)))
         self._tokens, self._weights, self._experts, self._rows, self._shares = pieces
-        self._last: Piece | None = None
 
     def begin(self) -> None:
         """Before each pass through the model: whatever the one before read last."""
@@ -188,19 +205,26 @@ def open_peers(
     """For up to so many tokens of each process, where the GPUs of an expert group can read from each other, and all
     want it; else None. All ranks must call, and get the same."""
     able = wanted and dtype is torch.bfloat16 and _read_each_other(here.expert_group, here.device)
-    if not _everywhere(able, here.device):
+    if not everywhere(able, here.device):
         return None
-    peers, why = None, "they read something else than was there"
+    peers = Peers(here.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
+    # One after the other: what one process cannot, the others would wait for in the next.
+    for step in (peers.allocate, peers.share, partial(_try, peers, architecture, here.device, dtype)):
+        why = _why_not(step)
+        if not everywhere(not why, here.device):
+            if why:
+                log.warning("GPUs do not read from each other, exchanges are slower: %s.", why)
+            return None
+    return peers
+
+
+def _why_not(step: Callable[[], None]) -> str:
+    """Why a step does not go here; "" where it does."""
     try:
-        peers = Peers(here.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
-        works = _try(peers, architecture, here.device, dtype)
+        step()
     except (ImportError, AttributeError, RuntimeError) as error:
-        works, why = False, str(error).splitlines()[0]
-    if _everywhere(works, here.device):
-        return peers
-    if not works:
-        log.warning("GPUs do not read from each other, exchanges are slower: %s.", why)
-    return None
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return ""
 
 
 def _read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -216,14 +240,8 @@ def _read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     )
 
 
-def _everywhere(here: bool, device: torch.device) -> bool:
-    flag = torch.tensor(int(here), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)
-
-
-def _try(peers: Peers, architecture: MixtralArchitecture, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether what was put there is read everywhere; and the kernels are there before anything is recorded."""
+def _try(peers: Peers, architecture: MixtralArchitecture, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RuntimeError where not what was put there is read; and have the kernels before anything is recorded."""
     tokens, topk = architecture.num_experts, architecture.moe_router_topk
     number = torch.arange(tokens, device=device)
     experts = (number[:, None] + torch.arange(topk, device=device)) % architecture.num_experts
@@ -238,4 +256,5 @@ def _try(peers: Peers, architecture: MixtralArchitecture, device: torch.device, 
     total, back = peers.answer(rows, shares, weights, routes)
     assert back is not None
     right &= (total == values * weights.sum(1, keepdim=True)).all() & (back == weights).all()
-    return bool(right)
+    if not right:
+        raise RuntimeError("they read something else than was there")

@@ -17,7 +17,6 @@ from torch import Tensor
 from mixtral_run.model import gather_sizes
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.gathered import Room
-from mixtral_run.model.grouped import has_grouped_product
 from mixtral_run.model.peers import open_peers
 from mixtral_run.train.data import MicroBatch
 from mixtral_run.train.step import Backward, EagerBackward, trainable
@@ -35,7 +34,7 @@ def can_record(model: MixtralModel, num_tokens: int, *, read: bool = False) -> b
         # Layers that run again read the state of the random numbers where there is dropout.
         (recompute in ("none", "selective") or (recompute == "full" and lora is not None and lora.dropout == 0))
         and (here.expert_size == 1 or can_gather(model, num_tokens, read=read))
-        and _never_waits(model)
+        and model.never_waits
     )
 
 
@@ -44,15 +43,7 @@ def can_gather(model: MixtralModel, num_tokens: int, *, read: bool = False) -> b
     pays. The same on all ranks."""
     here = model.processes
     pays = gather_sizes.pays(num_tokens // here.tensor_size, here.expert_size, read=read)
-    return pays and all(each.adapted for each in model.experts) and _never_waits(model)
-
-
-def _never_waits(model: MixtralModel) -> bool:
-    """Whether the experts' products read on the GPU how many rows there are."""
-    here, lora = model.processes, model.settings.lora
-    probe = torch.empty(1, dtype=model.settings.dtype, device=here.device)
-    widths = (model.architecture.hidden_size, model.architecture.ffn_hidden_size, lora.rank if lora is not None else 8)
-    return here.device.type == "cuda" and has_grouped_product(probe, *widths)
+    return pays and all(each.adapted for each in model.experts) and model.never_waits
 
 
 @contextmanager

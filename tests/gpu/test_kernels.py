@@ -7,7 +7,7 @@ import torch
 
 from mixtral_run.config import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
+from mixtral_run.model.build import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.moe import router_logits
 from mixtral_run.model.parallel import Processes, processes
@@ -110,7 +110,13 @@ SEQ_LENGTH = 128
 
 
 def small_model(
-    here: Processes, recompute: str, base_precision: str, layers: int = 2, dropout: float = 0.0
+    here: Processes,
+    recompute: str,
+    base_precision: str,
+    layers: int = 2,
+    dropout: float = 0.0,
+    sequence_parallel: bool = True,
+    adapted: bool = True,
 ) -> MixtralModel:
     """A few layers with the same random weights each time, wide enough for every kernel."""
     architecture = dataclasses.replace(
@@ -124,19 +130,19 @@ def small_model(
         vocab_size=1024,
     )
     lora = LoraSettings(16, 32.0, dropout, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
-    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
+    settings = ModelSettings(torch.bfloat16, sequence_parallel, lora if adapted else None, recompute, base_precision)
     model = build_model(architecture, settings, here).train()
 
     def fill() -> None:
         for name, weight in model.named_parameters():
-            if not (weight.requires_grad or weight.is_meta or "norm" in name):
+            if not (is_adapter(name) or weight.is_meta or "norm" in name):
                 # Every process its own experts; what is not an expert's, the same in all.
                 seed = len(name) + 1000 * here.expert_rank * (".experts." in name)
                 weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(seed))
 
     fill()
     model.quantise_experts(fill)
-    assert can_record(model, 256)
+    assert can_record(model, 256) or not adapted
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 
 from mixtral_run.checkpoints import describe_adapter, describe_base
 from mixtral_run.config import RECOMPUTE, FinetuneConfig
+from mixtral_run.decoding import StayingDecoding
 from mixtral_run.generate import Sampling, continue_rows
 from mixtral_run.model import gather_sizes
 from mixtral_run.model.build import MixtralModel, is_adapter
@@ -177,6 +178,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
             ]
         sampling = Sampling(6, 0.0, 1.0, 0)
         results["greedy"] = continue_rows(model, ROWS, 2, sampling)
+        results["greedy_staying"] = continue_rows(model, ROWS, 2, sampling, decoding=StayingDecoding)
         results["greedy_alone"] = [continue_rows(model, [row], 2, sampling)[0] for row in ROWS]
         results["drawn"] = continue_rows(model, ROWS, 2, Sampling(6, 1.0, 0.9, 7))
         run = train(config, here, 0, 6)

@@ -1,12 +1,15 @@
 """When GPUs read from each other: what is asked before any memory is shared."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mixtral_run.model.peers import _read_each_other
+from mixtral_run.model import peers as module
+from mixtral_run.model.parallel import Processes
+from mixtral_run.model.peers import _read_each_other, open_peers
+from tests.integration.conftest import SMALL
 
 GPU = torch.device("cuda", 1)
 GROUP: Any = object()
@@ -57,3 +60,33 @@ def test_who_turns_it_off_for_nccl_turns_it_off(machine: pytest.MonkeyPatch) -> 
     assert not _read_each_other(GROUP, GPU)
     machine.setenv("NCCL_P2P_DISABLE", "0")
     assert _read_each_other(GROUP, GPU)
+
+
+@pytest.mark.parametrize("fails", ["here", "elsewhere"])
+def test_memory_that_one_process_lacks_is_shared_by_none(
+    fails: str, machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others would wait in the next step for the one that is not there."""
+    asked: list[str] = []
+
+    class Fake:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def allocate(self) -> None:
+            asked.append("allocate")
+            if fails == "here":
+                raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+        def share(self) -> None:
+            asked.append("share")
+
+    class Here:
+        device, expert_group = GPU, GROUP
+
+    machine.setattr(module, "Peers", Fake)
+    machine.setattr(module, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
+    assert open_peers(cast(Processes, Here()), SMALL, 16, torch.bfloat16) is None
+    assert asked == ["allocate"]
+    expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
+    assert [record.message for record in caplog.records] == (expected if fails == "here" else [])
