@@ -6,24 +6,20 @@ torchrun … recorded_worker.py OUT.json TPxEP:RECOMPUTE:PRECISION …
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import torch
 
-from mixtral_run.config import LaunchConfig
-from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.model.parallel import Processes
 from mixtral_run.train.data import MockSamples, batches
 from mixtral_run.train.graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.step import EagerBackward, train_step, trainable
 from tests.bench.lora import exchanged_by
+from tests.gpu.cases import run_cases
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 
 STEPS = 6
 
 
-def run(here: Processes, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
+def train(here: Processes, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, two micro batches in each."""
     model = small_model(here, recompute, precision)
     assert can_record(model, 2 * SEQ_LENGTH)
@@ -51,22 +47,10 @@ def run(here: Processes, recompute: str, precision: str, way: str) -> list[tuple
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def main() -> None:
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
-    found = {}
-    for case in sys.argv[2:]:
-        layout, recompute, precision = case.split(":")
-        tp, ep = (int(number) for number in layout.split("x"))
-        config = LaunchConfig(tensor_model_parallel_size=tp, expert_model_parallel_size=ep, device="cuda")
-        with processes(config) as here:
-            found[case] = [run(here, recompute, precision, way) for way in ("rows", "peers", "collectives")]
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+def run(here: Processes, recompute: str, precision: str) -> list[list[tuple[float, float]]]:
+    """The steps of each way, the eager one first."""
+    return [train(here, recompute, precision, way) for way in ("rows", "peers", "collectives")]
 
 
 if __name__ == "__main__":
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    main()
+    run_cases(run)
