@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -208,7 +210,20 @@ def _leave_if_consequence(error: RuntimeError) -> None:
 
 
 def _leave(message: str, exit_code: int) -> NoReturn:
+    _end_with(exit_code)
     rank = os.environ.get("RANK")
     prefix = f"[rank {rank}] " if rank is not None else ""
     print(prefix + message, file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def _end_with(exit_code: int) -> None:
+    """From here on Ctrl-C and SIGTERM, however often, change neither the exit code nor what is printed."""
+
+    def hear(ignored: bool) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if ignored else lambda *_: os._exit(exit_code))
+
+    hear(ignored=False)
+    # While the interpreter waits for its threads they end the process; later it forgets handlers, but for this one.
+    atexit.register(hear, ignored=True)
