@@ -7,6 +7,7 @@ stay it is recorded once and replayed, exchanges with other processes included, 
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mixtral_run.model import gather_sizes
 from mixtral_run.model.attention import KeyValueCache
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.gathered import Room
-from mixtral_run.model.parallel import everywhere
+from mixtral_run.model.parallel import refused
 
 log = logging.getLogger(__name__)
 
@@ -117,33 +118,35 @@ class RecordedDecoding(StayingDecoding):
 
     def _record(self) -> Tensor:
         """What the pass gives: kernels are compiled and libraries set up by it, outside the recording."""
-        device = self._padding.device
         expected = super()._one_more()
-        graph, recorded, why = torch.cuda.CUDAGraph(), None, "it gives something else"
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                recorded = super()._one_more()
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-        # Alike in all processes: what one replays waits for the others.
-        works = everywhere(recorded is not None, device)
-        if works and recorded is not None:
-            graph.replay()
-            far = (recorded - expected).abs().max() > SAME * expected.abs().max()
-            works = everywhere(not bool(far), device)
-            self._graph, self._recorded = graph, recorded
-        if not works:
-            log.warning("Generation is not recorded, and slower: %s.", why)
-            self.end()
-            self._failed = True
+        for step in (self._capture, partial(self._compare, expected)):
+            why = refused(step, self._padding.device)
+            if why is not None:
+                if why:
+                    log.warning("Generation is not recorded, and slower: %s.", why)
+                self.end()
+                self._failed = True
+                break
         return expected
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            recorded = super()._one_more()
+        self._graph, self._recorded = graph, recorded
+
+    def _compare(self, expected: Tensor) -> None:
+        """Replay; raise RuntimeError where that gives something else."""
+        if not (self._one_more() - expected).abs().max() <= SAME * expected.abs().max():  # no number is not the same
+            raise RuntimeError("it gives something else")
 
 
 def decoding_of(model: MixtralModel, num_rows: int, num_tokens: int) -> type[Decoding]:
     """The fastest way to so many new tokens of each row. The same on all ranks."""
     size = model.processes.expert_size
-    alone = size == 1 or gather_sizes.pays(num_rows, size, read=False)
-    return RecordedDecoding if alone and model.never_waits and num_tokens >= WORTH_RECORDING else Decoding
+    # Else rows are sent one by one, and the host is asked how many.
+    gathers = size == 1 or gather_sizes.pays(num_rows, size, read=False)
+    return RecordedDecoding if gathers and model.never_waits and num_tokens >= WORTH_RECORDING else Decoding
 
 
 def _mask(positions: Tensor, padding: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -220,3 +220,14 @@ def everywhere(here: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(here), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def refused(step: Callable[[], object], device: torch.device) -> str | None:
+    """Take a step that does not go everywhere. None where it went on all ranks, which must call; else why it did not
+    here, or "" where it did: the next step would wait for those that it did not go on."""
+    why = ""
+    try:
+        step()
+    except (ImportError, AttributeError, RuntimeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+    return None if everywhere(not why, device) else why

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from mixtral_run.model import gather_sizes
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.parallel import Processes, everywhere
+from mixtral_run.model.parallel import Processes, everywhere, refused
 
 if TYPE_CHECKING:
     from mixtral_run.model.routing_triton import Routes
@@ -208,23 +207,13 @@ def open_peers(
     if not everywhere(able, here.device):
         return None
     peers = Peers(here.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
-    # One after the other: what one process cannot, the others would wait for in the next.
     for step in (peers.allocate, peers.share, partial(_try, peers, architecture, here.device, dtype)):
-        why = _why_not(step)
-        if not everywhere(not why, here.device):
+        why = refused(step, here.device)
+        if why is not None:
             if why:
                 log.warning("GPUs do not read from each other, exchanges are slower: %s.", why)
             return None
     return peers
-
-
-def _why_not(step: Callable[[], None]) -> str:
-    """Why a step does not go here; "" where it does."""
-    try:
-        step()
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return (str(error) or type(error).__name__).splitlines()[0]
-    return ""
 
 
 def _read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -10,13 +10,6 @@ from tests.targets.shell import TargetError, call
 NAME = "leftover"
 
 
-def left() -> set[str]:
-    names = call("docker", "ps", "--all", "--format", "{{.Names}}").split()
-    return {hosts.container_name(NAME), hosts.volume_name(NAME)} & {
-        *names, *call("docker", "volume", "ls", "--quiet").split()
-    }  # fmt: skip
-
-
 @pytest.mark.timeout(900)  # the first time it builds the image
 @pytest.mark.parametrize("again", ["start", "remove"])
 def test_what_a_host_left_whose_engine_was_killed_is_cleared(docker_engine: None, again: str) -> None:
@@ -32,5 +25,5 @@ def test_what_a_host_left_whose_engine_was_killed_is_cleared(docker_engine: None
                 hosts.start(NAME)  # a host that runs is nobody's to take away
     finally:
         hosts.remove(NAME)
-    assert not left()
+    assert not hosts.left_of(NAME)
     assert NAME not in Path("/proc/swaps").read_text()

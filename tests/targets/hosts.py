@@ -206,6 +206,12 @@ def _runs(container: str) -> bool:
     return call("docker", "inspect", "--format", "{{.State.Running}}", container, check=False).strip() == "true"
 
 
+def left_of(name: str) -> set[str]:
+    """What the engine has of a host, running or not: the names of its container and its disk."""
+    containers = call("docker", "ps", "--all", "--format", "{{.Names}}").split()
+    return {container_name(name), volume_name(name)} & {*containers, *call("docker", "volume", "ls", "--quiet").split()}
+
+
 def running() -> list[str]:
     """Names of all test hosts that this checkout started."""
     names = call("docker", "ps", "--all", "--filter", f"label={LABEL}", "--format", "{{.Names}}").split()

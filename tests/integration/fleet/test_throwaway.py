@@ -16,8 +16,9 @@ from mixtral_run.fleet.ssh import known_hosts_file
 from mixtral_run.fleet.state import write_private
 from mixtral_run.fleet.throwaway import NAME, throwaway
 from mixtral_run.report import Report
+from tests.targets import hosts
 from tests.targets.engine import CACHE
-from tests.targets.hosts import container_name, volume_name
+from tests.targets.hosts import container_name
 from tests.targets.repository import CONTAINER
 from tests.targets.shell import call
 
@@ -35,9 +36,8 @@ def rehearse() -> subprocess.CompletedProcess[str]:
 
 def left_of(name: str) -> set[str]:
     """What the engine still has of a throw-away host: container, disk and package server."""
-    containers = call("docker", "ps", "--all", "--format", "{{.Names}}").split()
-    ours = {container_name(name), volume_name(name), CONTAINER}
-    return ours & {*containers, *call("docker", "volume", "ls", "--quiet").split()}
+    servers = call("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{CONTAINER}$").split()
+    return hosts.left_of(name) | set(servers)
 
 
 @pytest.mark.timeout(1800)  # the first time it builds the image

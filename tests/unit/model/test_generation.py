@@ -88,13 +88,15 @@ def test_where_recording_goes_wrong_generation_goes_on_without(
         yield
         inside = False
         if fault == "cannot be recorded":
-            raise RuntimeError("it cannot be recorded\nand more")
+            raise RuntimeError("it cannot be recorded\nand more")  # as torch does where the recording ends
 
     def logits(*words: Any, **named: Any) -> torch.Tensor:
-        return right(*words, **named) * (0 if inside else 1)
+        return right(*words, **named) * (0 if inside and fault == "gives something else" else 1)
 
     right = MixtralModel.logits
+    replayed: list[FakeGraph] = []
     monkeypatch.setattr(MixtralModel, "logits", logits)
+    monkeypatch.setattr(FakeGraph, "replay", lambda graph: replayed.append(graph))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -102,6 +104,7 @@ def test_where_recording_goes_wrong_generation_goes_on_without(
         rows, sampling = [[1, 5, 9], [1, 2]], Sampling(6, 0.0, 1.0, 0)
         found = continue_rows(model, rows, 0, sampling, decoding=RecordedDecoding)
         assert found == continue_rows(model, rows, 0, sampling, decoding=Decoding)
+    assert len(replayed) == (fault == "gives something else")
     assert [record.message for record in caplog.records] == [f"Generation is not recorded, and slower: it {fault}."]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mixtral_run.model import parallel
 from mixtral_run.model import peers as module
 from mixtral_run.model.parallel import Processes
 from mixtral_run.model.peers import _read_each_other, open_peers
@@ -85,7 +86,8 @@ def test_memory_that_one_process_lacks_is_shared_by_none(
         device, expert_group = GPU, GROUP
 
     machine.setattr(module, "Peers", Fake)
-    machine.setattr(module, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
+    machine.setattr(parallel, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
+    machine.setattr(module, "everywhere", lambda ok, _: ok)
     assert open_peers(cast(Processes, Here()), SMALL, 16, torch.bfloat16) is None
     assert asked == ["allocate"]
     expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
