@@ -204,7 +204,7 @@ class Experts(MegatronModule):
         first = self.linear_fc1
         if first.lora is None:
             hidden = first(rows, ends, recipe)
-            return swiglu(hidden), Recipe.of(swiglu, hidden) if recipe is not None else None
+            return swiglu(hidden, ends), Recipe.of(swiglu, hidden, ends) if recipe is not None else None
         scale = first.lora.scale
         hidden, inner = first.with_inner(rows, ends, recipe)
         outer = first.linear_out.to(rows.dtype)

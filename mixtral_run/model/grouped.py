@@ -74,14 +74,18 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, ends, *kept)
         ctx.make = make
+        if not weight.requires_grad:
+            return frozen_product(rows, weight, ends)
         return product(rows, weight.transpose(1, 2), ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, ends, *kept = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        for_rows = product(gradient, weight, ends) if ctx.needs_input_grad[0] else None
-        for_weight = None
+        for_rows = for_weight = None
+        if ctx.needs_input_grad[0]:
+            back = product if ctx.needs_input_grad[1] else frozen_gradient
+            for_rows = back(gradient, weight, ends)
         if ctx.needs_input_grad[1]:
             rows = ctx.make(*kept) if ctx.make is not None else kept[0]
             for_weight = outer_product(gradient, rows, ends)
@@ -200,14 +204,20 @@ def frozen_product(
     return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True)
 
 
-def frozen_gradient(gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
-    """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in]."""
+def frozen_gradient(
+    gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor | None = None, linear_in: Tensor | None = None
+) -> Tensor:
+    """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in], where both
+    are given."""
     _, outputs, inputs = weight.shape
-    if not _takes_own_product(gradient, weight, inputs, outputs, inner.shape[1]):
-        return add_product(product(gradient, weight, ends), inner, linear_in, 1.0, ends)
+    adapter = None if inner is None or linear_in is None else (inner, linear_in)
+    if not _takes_own_product(gradient, weight, inputs, outputs, 0 if adapter is None else adapter[0].shape[1]):
+        base = product(gradient, weight, ends)
+        return base if adapter is None else add_product(base, *adapter, 1.0, ends)
     from mixtral_run.model.product_cuda import grouped_product
 
-    adapter = (inner.contiguous(), linear_in.contiguous())
+    if adapter is not None:
+        adapter = (adapter[0].contiguous(), adapter[1].contiguous())
     return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False)
 
 

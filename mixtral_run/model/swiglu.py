@@ -18,9 +18,16 @@ from torch.nn.functional import silu
 from mixtral_run.model.grouped import grouped_linear, has_grouped_product, outer_product, product
 from mixtral_run.model.shares import row_products
 
+COLUMNS = 256
+"""Of gate and up together, what the kernels' tiles take."""
 
-def swiglu(hidden: Tensor) -> Tensor:
-    """[tokens, 2·ffn] → [tokens, ffn]; gate columns, then up columns."""
+
+def swiglu(hidden: Tensor, ends: Tensor | None = None) -> Tensor:
+    """[tokens, 2·ffn] → [tokens, ffn]; gate columns, then up columns. With ends int32 [experts] in one kernel on GPUs:
+    rows behind the last of them are no expert's."""
+    if ends is not None and has_grouped_product(hidden, hidden.shape[1]) and hidden.shape[1] % COLUMNS == 0:
+        output: Tensor = _Fused.apply(hidden, None, None, 1.0, ends)  # type: ignore[no-untyped-call]
+        return output
     gate, up = hidden.chunk(2, dim=-1)
     return silu(gate) * up
 
@@ -70,13 +77,15 @@ def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
         and rank in (16, 32, 64)
         # Triton's ranges are powers of two.
         and outer.shape[0].bit_count() == 1
-        and hidden.shape[1] % 256 == 0
+        and hidden.shape[1] % COLUMNS == 0
     )
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor
+    ) -> Tensor:
         from mixtral_run.model.swiglu_triton import forward
 
         ctx.save_for_backward(hidden, inner, outer, ends)
@@ -84,11 +93,13 @@ class _Fused(torch.autograd.Function):
         return forward(hidden, inner, outer, scale, ends)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from mixtral_run.model.swiglu_triton import backward
 
         hidden, inner, outer, ends = ctx.saved_tensors
         for_hidden = backward(hidden, inner, outer, ctx.scale, ends, gradients[0].contiguous())
+        if inner is None:
+            return for_hidden, None, None, None, None
         # The adapter's output has hidden's gradient; both products read it once more.
         for_inner = product(for_hidden, outer, ends) * ctx.scale
         for_outer = outer_product(for_hidden, inner * ctx.scale, ends)

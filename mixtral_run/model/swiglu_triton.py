@@ -86,22 +86,25 @@ def _forward_kernel(
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
     up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
-    adapter_gate, adapter_up = _adapter(
-        inner_ptr,
-        outer_ptr,
-        ends_ptr,
-        rows,
-        row_mask,
-        columns,
-        limit,
-        ffn,
-        NUM_EXPERTS,
-        RANK,
-        BLOCK_M,
-        BLOCK_F,
-    )
-    gate = gate.to(tl.float32) + adapter_gate * scale
-    up = up.to(tl.float32) + adapter_up * scale
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
+    if RANK > 0:
+        adapter_gate, adapter_up = _adapter(
+            inner_ptr,
+            outer_ptr,
+            ends_ptr,
+            rows,
+            row_mask,
+            columns,
+            limit,
+            ffn,
+            NUM_EXPERTS,
+            RANK,
+            BLOCK_M,
+            BLOCK_F,
+        )
+        gate += adapter_gate * scale
+        up += adapter_up * scale
     output = gate * tl.sigmoid(gate) * up
     target = output_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
     tl.store(target, output.to(output_ptr.dtype.element_ty), mask=row_mask[:, None])
@@ -137,22 +140,25 @@ def _backward_kernel(
     up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
     source = gradient_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
     gradient = tl.load(source, mask=row_mask[:, None], other=0.0)
-    adapter_gate, adapter_up = _adapter(
-        inner_ptr,
-        outer_ptr,
-        ends_ptr,
-        rows,
-        row_mask,
-        columns,
-        limit,
-        ffn,
-        NUM_EXPERTS,
-        RANK,
-        BLOCK_M,
-        BLOCK_F,
-    )
-    gate = gate.to(tl.float32) + adapter_gate * scale
-    up = up.to(tl.float32) + adapter_up * scale
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
+    if RANK > 0:
+        adapter_gate, adapter_up = _adapter(
+            inner_ptr,
+            outer_ptr,
+            ends_ptr,
+            rows,
+            row_mask,
+            columns,
+            limit,
+            ffn,
+            NUM_EXPERTS,
+            RANK,
+            BLOCK_M,
+            BLOCK_F,
+        )
+        gate += adapter_gate * scale
+        up += adapter_up * scale
     gradient = gradient.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     for_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
@@ -168,15 +174,17 @@ def _backward_kernel(
     tl.store(for_hidden_ptr + places + ffn, for_up.to(kind), mask=row_mask[:, None])
 
 
-def forward(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
-    """See swiglu.swiglu_with_adapter. hidden, inner and outer contiguous, of one dtype."""
+def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor) -> Tensor:
+    """See swiglu.swiglu_with_adapter, or swiglu without inner and outer. All contiguous, of one dtype."""
     tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
-    _launch(_forward_kernel, tokens, ffn, outer, hidden, inner, outer, ends, output, tokens, ffn, scale)
+    _launch(_forward_kernel, hidden, inner, outer, ends, output, tokens, ffn, scale)
     return output
 
 
-def backward(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor) -> Tensor:
+def backward(
+    hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor, gradient: Tensor
+) -> Tensor:
     """The gradient for hidden, given that of the output [tokens, ffn]."""
     for_hidden = torch.empty_like(hidden)
     _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, None, None)
@@ -196,8 +204,8 @@ def remaking_backward(
 
 def _backward(
     hidden: Tensor,
-    inner: Tensor,
-    outer: Tensor,
+    inner: Tensor | None,
+    outer: Tensor | None,
     scale: float,
     ends: Tensor,
     gradient: Tensor,
@@ -208,16 +216,30 @@ def _backward(
     tokens, ffn = gradient.shape
     unused = for_hidden
     results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
-    arguments = (hidden, inner, outer, ends, gradient, *results, tokens, ffn, scale)
-    _launch(_backward_kernel, tokens, ffn, outer, *arguments, REMAKE=active is not None)
+    arguments = (gradient, *results, tokens, ffn, scale)
+    _launch(_backward_kernel, hidden, inner, outer, ends, *arguments, REMAKE=active is not None)
 
 
-def _launch(kernel: Any, tokens: int, ffn: int, outer: Tensor, *arguments: Any, **kinds: bool) -> None:
-    grid = (triton.cdiv(tokens, BLOCK_M), ffn // BLOCK_F)
+def _launch(
+    kernel: Any,
+    hidden: Tensor,
+    inner: Tensor | None,
+    outer: Tensor | None,
+    ends: Tensor,
+    *arguments: Any,
+    **kinds: bool,
+) -> None:
+    tokens, both = hidden.shape
+    grid = (triton.cdiv(tokens, BLOCK_M), both // 2 // BLOCK_F)
+    unused = hidden
     kernel[grid](
+        hidden,
+        inner if inner is not None else unused,
+        outer if outer is not None else unused,
+        ends,
         *arguments,
-        NUM_EXPERTS=outer.shape[0],
-        RANK=outer.shape[2],
+        NUM_EXPERTS=ends.shape[0],
+        RANK=inner.shape[1] if inner is not None else 0,
         BLOCK_M=BLOCK_M,
         BLOCK_F=BLOCK_F,
         num_warps=4,

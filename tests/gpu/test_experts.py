@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixtral_run.model.grouped import added_linear, grouped_linear, has_grouped_product
-from mixtral_run.model.swiglu import swiglu_with_adapter
+from mixtral_run.model.swiglu import swiglu, swiglu_with_adapter
 from tests.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 SCALE = 2.0
@@ -47,6 +47,23 @@ def test_outputs_and_gradients(routing: tuple[int, ...], rank: int) -> None:
         error = (mine.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30)
         assert not torch.isnan(mine).any()
         assert float(error) < 1e-2
+
+
+@pytest.mark.parametrize("routing", [*ROUTINGS, (0, 1, 1, 0)])
+def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
+    """Those of a base alone, and of adapters on attention: outputs, and the rows' gradient."""
+    exact = rounded(Case.random(routing, hidden=256, ffn=384, rank=16, seed=sum(routing)))
+    results = []
+    for case in (on_gpu(exact), exact):
+        rows = case.rows.requires_grad_(True)
+        hidden = grouped_linear(rows, case.first, case.ends)
+        output = grouped_linear(swiglu(hidden, case.ends), case.second, case.ends)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        (output * weights.to(output)).sum().backward()
+        results.append((output.detach(), rows.grad))
+    for mine, expected in zip(*results, strict=True):
+        assert not torch.isnan(mine).any()
+        assert float((mine.double().cpu() - expected).norm()) <= 1e-2 * float(expected.norm())
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
