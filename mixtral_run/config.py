@@ -182,7 +182,7 @@ class DataConfig(LaunchConfig):
     )
     recompute_activations: bool = setting(False, help="The same as --recompute full.")
     cuda_graphs: bool = setting(
-        True, help="Record the pass over a micro batch once and replay it, where that pays (on GPUs, rows not packed)."
+        True, help="Record the pass over a micro batch once and replay it, where that pays (on GPUs)."
     )
 
     @property

@@ -100,7 +100,7 @@ def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) 
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=launch.host_process_count(world_size),
-        recorded=config.cuda_graphs and not config.pack,
+        recorded=config.cuda_graphs,
     )
 
 

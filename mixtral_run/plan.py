@@ -317,10 +317,11 @@ def _divisors(number: int) -> list[int]:
 def relative_speed(workload: Workload, layout: Layout) -> float:
     """A GPU's rate against one that holds everything and recomputes nothing, at 2,048 tokens.
 
-    Measured: 98 % (EP2) and 90 % (EP4, a first form) where rows are read or tokens gathered and the pass is recorded,
-    86 to 91 % and 70 to 78 % where rows are sent one by one; TP2 costs a fifth. Counted: running the forward pass again
-    is half as many products on top, a selective recomputation some passes over memory. Assumed, not measured: each
-    further doubling of TP costs another fifth; copies to the host and back, which run beside the products, 3 %.
+    Measured: 97 to 98 % (EP2) and 90 % (EP4, a first form) where rows are read or tokens gathered and the pass is
+    recorded, 86 to 91 % and 70 to 78 % where rows are sent one by one; TP2 costs a fifth. Counted: running the forward
+    pass again is half as many products on top, a selective recomputation some passes over memory. Assumed, not
+    measured: each further doubling of TP costs another fifth; copies to the host and back, which run beside the
+    products, 3 %.
     """
     tp = layout.tensor_model_parallel_size
     spread = 1.0

@@ -17,21 +17,38 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class PackedSizes:
+    """What is the most in any row of a run. samples: of a row, its padding as one of them; longest: tokens of one."""
+
+    samples: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Packed:
     """Where the samples of a micro batch lie. boundaries: int32 [samples + 1], in tokens of all rows one after the
-    other; owner: int32 [batch, sequence], the number of each token's sample; longest: tokens of the longest one."""
+    other; owner: int32 [batch, sequence], the number of each token's sample; longest: of no sample are more tokens."""
 
     boundaries: Tensor
     owner: Tensor
     longest: int
 
     @classmethod
-    def of(cls, lengths: Sequence[Sequence[int]], device: torch.device) -> Self:
-        """lengths: of each row's samples, padding as one of them; every row's add up to the same."""
+    def of(cls, lengths: Sequence[Sequence[int]], device: torch.device, most: PackedSizes | None = None) -> Self:
+        """lengths: of each row's samples, padding as one of them; every row's add up to the same.
+
+        most: where given, samples of no tokens come behind the others, so that of all micro batches shapes are alike.
+        """
         flat = torch.tensor([length for row in lengths for length in row], dtype=torch.int32)
+        longest = int(flat.max())
+        if most is not None:
+            missing = len(lengths) * most.samples - len(flat)
+            if missing < 0 or longest > most.longest:
+                raise ValueError(f"{len(flat)} samples in {len(lengths)} rows, of up to {longest} tokens: over {most}")
+            flat, longest = torch.nn.functional.pad(flat, (0, missing)), most.longest
         boundaries = torch.nn.functional.pad(flat.cumsum(0, dtype=torch.int32), (1, 0))
         owner = torch.arange(len(flat), dtype=torch.int32).repeat_interleave(flat).view(len(lengths), -1)
-        return cls(boundaries.to(device), owner.to(device), int(flat.max()))
+        return cls(boundaries.to(device), owner.to(device), longest)
 
     def mask(self) -> Tensor:
         """bool [batch, 1, queries, keys], True where a token may look: back, within its sample."""

@@ -3,7 +3,8 @@
 A layer launches some two hundred kernels; at 512 tokens the host needs longer to launch them than the GPU to run them.
 A graph is recorded once and replayed, exchanges with other processes included. That needs fixed shapes and no wait for
 the GPU in between: where experts are spread over processes, tokens are gathered (model/gathered.py), and where that
-does not pay or does not go, nothing is recorded. Packed rows are not: they hold now more samples, now fewer.
+does not pay or does not go, nothing is recorded. Packed rows hold now more samples, now fewer: as many as the fullest
+of the run has are recorded, most of them with fewer tokens or none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from mixtral_run.model import gather_sizes
 from mixtral_run.model.build import MixtralModel
 from mixtral_run.model.gathered import Room
+from mixtral_run.model.packing import Packed, PackedSizes
 from mixtral_run.model.peers import open_peers
 from mixtral_run.train.data import MicroBatch
 from mixtral_run.train.step import Backward, EagerBackward, trainable
@@ -48,11 +50,17 @@ def can_gather(model: MixtralModel, num_tokens: int, *, read: bool = False) -> b
 
 @contextmanager
 def backward_of(
-    model: MixtralModel, num_tokens: int, *, recorded: bool = True, reads: bool = True
+    model: MixtralModel,
+    num_tokens: int,
+    *,
+    recorded: bool = True,
+    reads: bool = True,
+    most: PackedSizes | None = None,
 ) -> Iterator[Backward]:
     """The fastest way of a micro batch of so many tokens through the model, recorded where that is wanted and goes.
 
-    reads: whether there is memory for what GPUs read from each other (plan.within). All ranks must call.
+    reads: whether there is memory for what GPUs read from each other (plan.within). most: where rows are packed, what
+    they hold. All ranks must call.
 
     To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
     """
@@ -63,7 +71,7 @@ def backward_of(
     read = peers is not None
     room = Room.on(here.device, peers=peers) if can_gather(model, num_tokens, read=read) else None
     if recorded and can_record(model, num_tokens, read=read):
-        backward = RecordedBackward(model, room)
+        backward = RecordedBackward(model, room, most)
         yield backward
         # Not after an error: what was started may wait for a process that is no more.
         backward.forget()
@@ -80,20 +88,20 @@ class RecordedBackward(Backward):
     All ranks record at the same time.
     """
 
-    def __init__(self, model: MixtralModel, room: Room | None = None) -> None:
+    def __init__(self, model: MixtralModel, room: Room | None = None, most: PackedSizes | None = None) -> None:
         super().__init__(model, room)
         self._parameters = trainable(model)
-        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._most = most
+        self._inputs: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
         self._recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        weights = micro.loss_mask / num_loss_tokens
         adds = any(parameter.grad is not None for parameter in self._parameters)
-        if self._inputs is None:
-            device = self.model.processes.device
-            self._inputs = (micro.tokens.to(device), micro.labels.to(device), weights.to(device))
-        for held, new in zip(self._inputs, (micro.tokens, micro.labels, weights), strict=True):
+        given = self._given(micro, num_loss_tokens)
+        if not self._inputs:
+            self._inputs = [new.to(self.model.processes.device) for new in given]
+        for held, new in zip(self._inputs, given, strict=True):
             held.copy_(new, non_blocking=True)
         assert not adds or self._gradients, "what is added to are the gradients that the first micro batch left"
         if adds not in self._recorded:
@@ -113,6 +121,15 @@ class RecordedBackward(Backward):
         self._recorded.clear()
         self._gradients.clear()
         self._drop_gradients()
+
+    def _given(self, micro: MicroBatch, num_loss_tokens: int) -> list[Tensor]:
+        """What a pass takes, on the host."""
+        given = [micro.tokens, micro.labels, micro.loss_mask / num_loss_tokens]
+        if self._most is not None:
+            assert micro.lengths is not None
+            packed = Packed.of(micro.lengths, micro.tokens.device, self._most)
+            given += [micro.position_ids, packed.boundaries, packed.owner]
+        return given
 
     def _record(self, adds: bool) -> None:
         """What runs while it is recorded is only recorded: gradients that are there stay as they are."""
@@ -144,11 +161,14 @@ class RecordedBackward(Backward):
             parameter.grad = None
 
     def _pass(self, adds: bool) -> Tensor:
-        assert self._inputs is not None
         if not adds:
             self._drop_gradients()
-        tokens, labels, weights = self._inputs
+        tokens, labels, weights, *rest = self._inputs
+        positions, packed = None, None
+        if self._most is not None:
+            positions, boundaries, owner = rest
+            packed = Packed(boundaries, owner, self._most.longest)
         with self.model.gathering(self.room):
-            loss = (self.model.losses(tokens, labels) * weights).sum()
+            loss = (self.model.losses(tokens, labels, positions=positions, packed=packed) * weights).sum()
             loss.backward()
         return loss.detach()

@@ -71,13 +71,13 @@ def finetune(config: FinetuneConfig) -> None:
         optimizer = torch.optim.AdamW(
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
-        recorded = config.cuda_graphs and not config.pack
         # Of a GPU: what is free, and what this process has taken by now.
         reads = here.device.type == "cuda" and reads_fit(
             config, base, here.world_size, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         )
         tokens = config.micro_batch_size * config.seq_length
-        with backward_of(model, tokens, recorded=recorded, reads=reads) as backward:
+        most = samples.most if isinstance(samples, PackedSamples) else None
+        with backward_of(model, tokens, recorded=config.cuda_graphs, reads=reads, most=most) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
             if here.is_first and not config.resume:
                 _remove_leftovers(config.save)

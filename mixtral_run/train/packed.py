@@ -1,4 +1,4 @@
-"""Several pairs in one row. numpy only; what keeps them from attending to each other is model/packing.py."""
+"""Several pairs in one row. What keeps them from attending to each other is model/packing.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mixtral_run.model.packing import PackedSizes
 from mixtral_run.train.data import Row, Samples, ShuffledOrder
 
 
@@ -39,8 +40,10 @@ class PackedSamples:
         self._samples = samples
         self._rows = pack_lengths([samples.num_places(index) for index in range(len(samples))], samples.seq_length)
         self._order = ShuffledOrder(len(self._rows))
-        used = sum(samples.num_places(index) for index in range(len(samples)))
-        self.num_padding_tokens = len(self) * samples.seq_length - used
+        lengths = [self._lengths(index) for index in range(len(self))]
+        # The last is padding, or nothing.
+        self.num_padding_tokens = sum(row[-1] for row in lengths)
+        self.most = PackedSizes(max(map(len, lengths)), max(map(max, lengths)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -65,8 +68,7 @@ class PackedSamples:
     def row(self, index: int) -> Row:
         """The pairs one after the other, padding behind them as a sample of its own."""
         parts = [self._samples.row(pair) for pair in self._rows[index]]
-        lengths = [self._samples.num_places(pair) for pair in self._rows[index]]
-        padding = self.seq_length - sum(lengths)
+        *lengths, padding = self._lengths(index)
         cut = list(zip(parts, lengths, strict=True))
         if padding:
             # A pair's own row ends in at least as much padding as is left here.
@@ -78,6 +80,11 @@ class PackedSamples:
             np.concatenate([part.loss_mask[:length] for part, length in cut]),
             tuple(lengths),
         )
+
+    def _lengths(self, index: int) -> list[int]:
+        """Tokens of a row's pairs, and of its padding, which may be none."""
+        lengths = [self._samples.num_places(pair) for pair in self._rows[index]]
+        return [*lengths, self.seq_length - sum(lengths)]
 
     def num_loss_tokens(self, index: int) -> int:
         return sum(self._samples.num_loss_tokens(pair) for pair in self._rows[index])

@@ -10,12 +10,13 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.build import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.moe import router_logits
+from mixtral_run.model.packing import PackedSizes
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.model.permute import sorted_by_expert, to_rows, to_tokens
 from mixtral_run.model.rotary import Rotary, split_and_turn
 from mixtral_run.model.shares import row_products
-from mixtral_run.train.data import MockSamples, batches
-from mixtral_run.train.graph import RecordedBackward, can_record
+from mixtral_run.train.data import GlobalBatch, MicroBatch, MockSamples, batches
+from mixtral_run.train.graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.step import StepResult, train_step, trainable
 
 
@@ -104,6 +105,34 @@ def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_pre
     # AdamW's first step goes by the gradients' signs alone, also of those that a rounding turns.
     assert [step.loss for step in eager] == pytest.approx([step.loss for step in without], rel=1e-2)
     assert abs(without[0].loss - without[-1].loss) > 0.01
+
+
+def test_a_recorded_step_of_packed_rows_is_the_eager_one() -> None:
+    """Rows of few samples and of many, each micro batch other ones; two of them in each step."""
+    rows = [(128,), (40, 1, 60, 27), (5,) * 25 + (3,), (100, 28), (64, 64), (17, 50, 61), (1, 127), (90, 30, 8)]
+    most = PackedSizes(max(map(len, rows)), max(map(max, rows)))
+    draw = torch.Generator().manual_seed(1)
+    micros = []
+    for pair in zip(rows[::2], rows[1::2], strict=True):
+        tokens, labels = (torch.randint(0, 1024, (2, SEQ_LENGTH), generator=draw) for _ in range(2))
+        positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in pair])
+        mask = (torch.rand(2, SEQ_LENGTH, generator=draw) > 0.2).float()
+        micros.append(MicroBatch(tokens, labels, mask, positions, pair))
+    parts = [GlobalBatch(tuple(micros[at : at + 2]), 300, 4) for at in (0, 2)]
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
+    steps: list[list[StepResult]] = []
+    with processes(config) as here:
+        for recorded in (False, True):
+            model = small_model(here, "none", "bf16")
+            optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
+            with backward_of(model, 2 * SEQ_LENGTH, recorded=recorded, most=most) as backward:
+                assert isinstance(backward, RecordedBackward) == recorded
+                steps.append([train_step(model, optimizer, parts[step % 2], 1.0, backward) for step in range(6)])
+    eager, replayed = steps
+    assert replayed[0].loss == pytest.approx(eager[0].loss, rel=1e-6)
+    assert replayed[0].grad_norm == pytest.approx(eager[0].grad_norm, rel=2e-3)
+    assert [step.loss for step in replayed] == pytest.approx([step.loss for step in eager], rel=1e-2)
+    assert abs(eager[0].loss - eager[-1].loss) > 0.01
 
 
 SEQ_LENGTH = 128

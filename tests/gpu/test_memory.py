@@ -42,7 +42,15 @@ def arguments_of(*, eager: bool = False, micro_batches: int = 1) -> argparse.Nam
 
 @pytest.mark.parametrize(
     "case",
-    ["2048x1:none", "2048x1:selective", "2048x1:full", "512x4:none", "512x4:selective", "8192x1:offload"],
+    [
+        "2048x1:none",
+        "2048x1:none:pack",
+        "2048x1:selective",
+        "2048x1:full",
+        "512x4:none",
+        "512x4:selective",
+        "8192x1:offload",
+    ],
 )
 def test_the_plan_is_within_a_tenth(model: Any, case: str) -> None:
     built, kept = model

@@ -4,16 +4,20 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mixtral_run.model.packing import Packed, has_packed_attention, packed_attention
+from mixtral_run.model.packing import Packed, PackedSizes, has_packed_attention, packed_attention
 
 CASES = [((2048,),), ((1, 700, 300, 23), (1024,)), ((16,) * 64,), ((3, 5, 8), (15, 1), (16,))]
 
 
+@pytest.mark.parametrize("most", [None, PackedSizes(70, 2048)])
 @pytest.mark.parametrize("heads", [(32, 8), (4, 4)])
 @pytest.mark.parametrize("lengths", CASES)
-def test_outputs_and_gradients(lengths: tuple[tuple[int, ...], ...], heads: tuple[int, int]) -> None:
+def test_outputs_and_gradients(
+    lengths: tuple[tuple[int, ...], ...], heads: tuple[int, int], most: PackedSizes | None
+) -> None:
+    """most: with samples of no tokens behind the others, as where passes are recorded."""
     batch, sequence = len(lengths), sum(lengths[0])
-    packed = Packed.of(lengths, torch.device("cuda"))
+    packed = Packed.of(lengths, torch.device("cuda"), most)
     # As the layer has them: positions before samples.
     drawn = [torch.randn(sequence, batch, count, 128, device="cuda").bfloat16() for count in (*heads, heads[1])]
     results = []

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mixtral_run.config import LaunchConfig
-from mixtral_run.model.packing import Packed, _causal
+from mixtral_run.model.packing import Packed, PackedSizes, _causal
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.train.data import MicroBatch
+from mixtral_run.train.graph import RecordedBackward
 from mixtral_run.train.step import EagerBackward
 from tests.integration.conftest import SMALL
 from tests.unit.model.test_recompute import model_of
@@ -71,6 +72,35 @@ def test_the_mask_is_blocks_of_triangles() -> None:
     for row, lengths in zip(mask[:, 0], LENGTHS, strict=True):
         expected = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
         assert torch.equal(row, expected)
+
+
+def test_of_all_micro_batches_shapes_are_alike() -> None:
+    most = PackedSizes(samples=5, longest=14)
+    packed = Packed.of(LENGTHS, torch.device("cpu"), most)
+    assert packed.boundaries.tolist() == [0, 7, 8, 17, 20, 32, 40, 40, 40, 40, 40]
+    assert packed.boundaries.dtype is torch.int32 and packed.longest == 14
+    assert torch.equal(packed.mask(), Packed.of(LENGTHS, torch.device("cpu")).mask())
+    for few in (PackedSizes(samples=2, longest=14), PackedSizes(samples=5, longest=11)):
+        with pytest.raises(ValueError, match="over PackedSizes"):
+            Packed.of(LENGTHS, torch.device("cpu"), few)
+
+
+def test_the_pass_that_is_recorded_is_the_eager_one(here: Processes) -> None:
+    """Recording itself is tested on GPUs (tests/gpu/test_kernels.py)."""
+    packed, _ = micro_batches()
+    results = []
+    for recorded in (False, True):
+        model = model_of(here, "none")
+        if recorded:
+            backward = RecordedBackward(model, None, PackedSizes(samples=6, longest=20))
+            backward._inputs = backward._given(packed, 20)
+            loss = float(backward._pass(adds=False))
+        else:
+            loss = float(EagerBackward(model)(packed, 20))
+        results.append((loss, [each.grad for each in model.parameters() if each.requires_grad]))
+    (loss, gradients), (expected, expected_gradients) = results
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(gradients, expected_gradients)
 
 
 def test_torchs_kernel_is_called_as_it_takes_it() -> None:

@@ -70,6 +70,16 @@ def test_padding_is_counted_and_less(samples: Samples) -> None:
     assert f"padding {packed.num_padding_tokens:,} of {len(packed) * SEQ:,}" in text
 
 
+def test_what_rows_hold_at_most(samples: Samples) -> None:
+    packed = PackedSamples(samples)
+    lengths = [row.lengths for row in map(packed.row, range(len(packed))) if row.lengths is not None]
+    assert len({len(row) for row in lengths}) > 1
+    # A full row has no padding, and one place for it is reckoned with all the same.
+    most = max(len(row) for row in lengths)
+    assert packed.most.samples in (most, most + 1)
+    assert packed.most.longest == max(max(row) for row in lengths)
+
+
 def test_positions_begin_anew(samples: Samples) -> None:
     stream = batches(PackedSamples(samples), seed=1, micro_batch_size=2, global_batch_size=4)
     for batch in islice(stream, 3):
