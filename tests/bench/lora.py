@@ -2,6 +2,7 @@
 
     python tests/bench/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
         [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--eager] [--collectives]
+        [--attention-only]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
 and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
@@ -16,7 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,9 @@ from typing import Any
 from unittest.mock import patch
 
 RANK = 16
-MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+ATTENTION = ("linear_qkv", "linear_proj")
+MODULES = (*ATTENTION, "linear_fc1", "linear_fc2")
+FLAGS = ("eager", "collectives", "attention-only")
 
 
 def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
@@ -44,8 +46,8 @@ def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
     return statistics.median(seconds)
 
 
-def build_ours(layers: int, here: Any, recompute: str, base_precision: str) -> Any:
-    """Mixtral's full width with random weights and adapters on everything, in training mode."""
+def build_ours(layers: int, here: Any, recompute: str, base_precision: str, modules: tuple[str, ...] = MODULES) -> Any:
+    """Mixtral's full width with random weights and adapters on the modules, in training mode."""
     import dataclasses
 
     import torch
@@ -55,7 +57,7 @@ def build_ours(layers: int, here: Any, recompute: str, base_precision: str) -> A
     from mixtral_run.model.lora import LoraSettings
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
-    lora = LoraSettings(RANK, 32.0, 0.0, MODULES, 1)
+    lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
     settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
     model = build_model(architecture, settings, here).train()
 
@@ -70,6 +72,10 @@ def build_ours(layers: int, here: Any, recompute: str, base_precision: str) -> A
     return model
 
 
+def modules_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return ATTENTION if arguments.attention_only else MODULES
+
+
 def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
@@ -82,7 +88,7 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
     with processes(config) as here:
-        model = build_ours(layers, here, arguments.recompute, arguments.base_precision)
+        model = build_ours(layers, here, arguments.recompute, arguments.base_precision, modules_of(arguments))
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
         stream = batches(
             MockSamples(model.architecture.vocab_size, seq, 1),
@@ -145,7 +151,7 @@ def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
         r=RANK,
         lora_alpha=32,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_parameters=[] if arguments.attention_only else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
     model = get_peft_model(model, settings).train()
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -187,6 +193,8 @@ def matmul_tflops() -> float:
 
 
 def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench.child import measured
+
     words = [
         __file__,
         "--child",
@@ -202,21 +210,11 @@ def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Na
         "--base-precision",
         arguments.base_precision,
     ]
-    words += [f"--{name}" for name in ("eager", "collectives") if getattr(arguments, name)]
+    words += [f"--{name}" for name in FLAGS if getattr(arguments, name.replace("-", "_"))]
     if arguments.profile:
         words += ["--profile", str(arguments.profile)]
-    launcher = [sys.executable]
-    if side == "ours" and arguments.gpus > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.gpus}"]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(launcher + words, capture_output=True, text=True, env=environment, check=False)
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("{"):
-            result: dict[str, Any] = json.loads(line)
-            return result
-    print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr)
-    return {"tok_s": float("nan"), "peak_gib": float("nan")}
+    found = measured(words, arguments.gpus if side == "ours" else 1)
+    return found or {"tok_s": float("nan"), "peak_gib": float("nan")}
 
 
 def main() -> None:
@@ -232,6 +230,7 @@ def main() -> None:
     )
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
     parser.add_argument("--eager", action="store_true", help="our side without a recorded pass; over EP row by row")
+    parser.add_argument("--attention-only", action="store_true", help="no adapters on the experts, on both sides")
     parser.add_argument("--collectives", action="store_true", help="our side with all-gather, not GPU from GPU")
     parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,19 +22,30 @@ from typing import Any
 CASES = "2048x1:none,2048x1:selective,512x1:none,8192x1:selective,2048x4:selective,2048x1:full,2048x1:none:pack"
 
 
-def packed_batch(seq: int, vocabulary: int) -> Any:
-    """One row of random samples of 64 to 512 tokens."""
+PACKED_ROWS = 8
+"""That one step after the other takes, again and again."""
+
+
+def packed_batches(seq: int, vocabulary: int) -> tuple[Any, Any]:
+    """Rows of random samples of 64 to 512 tokens, a batch each; and what they hold at most."""
     import torch
 
+    from mixtral_run.model.packing import PackedSizes
     from mixtral_run.train.data import GlobalBatch, MicroBatch
 
     generator = torch.Generator().manual_seed(3)
-    lengths: list[int] = []
-    while sum(lengths) < seq:
-        lengths.append(min(int(torch.randint(64, 513, (), generator=generator)), seq - sum(lengths)))
-    tokens, labels = (torch.randint(0, vocabulary, (1, seq), generator=generator) for _ in range(2))
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return GlobalBatch((MicroBatch(tokens, labels, torch.ones(1, seq), positions, (tuple(lengths),)),), seq, 1)
+    found = []
+    most = PackedSizes(0, 0)
+    for _ in range(PACKED_ROWS):
+        lengths: list[int] = []
+        while sum(lengths) < seq:
+            lengths.append(min(int(torch.randint(64, 513, (), generator=generator)), seq - sum(lengths)))
+        tokens, labels = (torch.randint(0, vocabulary, (1, seq), generator=generator) for _ in range(2))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        micro = MicroBatch(tokens, labels, torch.ones(1, seq), positions, (tuple(lengths),))
+        found.append(GlobalBatch((micro,), seq, 1))
+        most = PackedSizes(max(most.samples, len(lengths)), max(most.longest, *lengths))
+    return itertools.cycle(found), most
 
 
 def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -58,17 +70,17 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     vocabulary = model.architecture.vocab_size
     whole = micro * arguments.micro_batches
     stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=whole)
-    packed = packed_batch(seq, vocabulary) if rest else None
+    most = None
+    if rest:
+        stream, most = packed_batches(seq, vocabulary)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     losses: list[float] = []
 
-    wanted = packed is None and not arguments.eager
-    with backward_of(model, seq * micro, recorded=wanted) as backward:
+    with backward_of(model, seq * micro, recorded=not arguments.eager, most=most) as backward:
 
         def step() -> None:
-            batch = packed if packed is not None else next(stream)
-            losses.append(train_step(model, optimizer, batch, 1.0, backward).loss)
+            losses.append(train_step(model, optimizer, next(stream), 1.0, backward).loss)
 
         seconds = timed_steps(step, 3, arguments.steps)
     workload = Workload(
@@ -80,7 +92,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     )
     layout = Layout(1, 1, recompute)
     return {
-        "tok_s": round(seq * (whole if packed is None else 1) / seconds),
+        "tok_s": round(seq * (1 if rest else whole) / seconds),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
         "planned_gib": round(memory(workload, layout).allocated / GIB, 1),
