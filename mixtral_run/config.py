@@ -218,6 +218,10 @@ class DataConfig(LaunchConfig):
 class FinetuneConfig(DataConfig):
     """LoRA on a converted checkpoint."""
 
+    valid_data_path: Path | None = setting(None, help="JSONL file of pairs kept back: their loss is told.")
+    eval_interval: int = setting(
+        100, help="Iterations between looks at --valid-data-path; also before the first, after the last.", minimum=1
+    )
     save: Path = setting(help="Folder for the adapter's checkpoints; must be new or empty unless --resume.")
     resume: bool = setting(False, help="Go on from the newest checkpoint in --save.")
     pack: bool = setting(

@@ -101,6 +101,7 @@ def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) 
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=launch.host_process_count(world_size),
         recorded=config.cuda_graphs,
+        validates=config.valid_data_path is not None,
     )
 
 

@@ -21,6 +21,8 @@ CONTEXT = 0.6 * GIB
 """CUDA context, kernels' code and cuBLAS, outside of torch's own count."""
 COMMUNICATION = 0.8 * GIB
 """NCCL's channels and buffers, where there is more than one process."""
+ANOTHER_GROUP = 0.9 * GIB
+"""The same of each further group of processes that is used."""
 LOSS_BYTES = 8
 """A logit's: bf16, fp32 exponentials, and the gradient on its way back."""
 IMBALANCE = 1.1
@@ -64,7 +66,7 @@ class Layout:
 class Workload:
     """What is trained, and on how many GPUs. weight_bytes: of a base weight; expert_bytes: of an expert's; recorded: as
     far as the layout allows it (train/graph.py); reads: GPUs read rows from each other (model/peers.py), for which
-    there is room for twice the mean."""
+    there is room for twice the mean; validates: pairs kept back are looked at in between (train/validation.py)."""
 
     architecture: MixtralArchitecture = MIXTRAL_8X7B
     gpus: int = 8
@@ -78,6 +80,7 @@ class Workload:
     gpus_per_host: int = GPUS_PER_HOST
     recorded: bool = True
     reads: bool = True
+    validates: bool = False
 
     @property
     def as_one(self) -> bool:
@@ -175,8 +178,8 @@ def memory(workload: Workload, layout: Layout) -> Memory:
         gradients=adapters * 4,
         optimizer=adapters * 8,
         activations=layers * workload.tokens * kept_per_token(workload, layout),
-        buffers=_buffers(workload, layout),
-        context=CONTEXT + (COMMUNICATION if workload.gpus > 1 else 0),
+        buffers=_buffers(workload, layout) + _beside_recorded(workload, layout),
+        context=CONTEXT + _communication(workload, layout),
     )
 
 
@@ -297,6 +300,28 @@ def _buffers(workload: Workload, layout: Layout) -> float:
         # The larger input in 8 bit.
         layer += rows * 2 * shape.ffn_hidden_size
     return max(loss, layer)
+
+
+def _beside_recorded(workload: Workload, layout: Layout) -> float:
+    """What looking at pairs kept back takes: nothing where what training takes is free meanwhile, else a forward pass
+    of its own, rows sent one by one: the loss and a layer's experts, as blocks of one do not fit the other."""
+    if not (workload.validates and is_recorded(workload, layout)):
+        return 0.0
+    shape, tp, ep = workload.architecture, layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+    loss = workload.tokens * shape.vocab_size * LOSS_BYTES / tp
+    rows = shape.moe_router_topk * workload.tokens * (1.0 if ep == 1 else IMBALANCE) / tp
+    layer = rows * (_width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * 4)
+    if workload.expert_bytes < 1:
+        layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / ep
+    return loss + layer
+
+
+def _communication(workload: Workload, layout: Layout) -> float:
+    if workload.gpus == 1:
+        return 0.0
+    # Training reads or gathers what is sent one by one then.
+    further = workload.validates and layout.expert_model_parallel_size > 1 and gathers(workload, layout)
+    return COMMUNICATION + (ANOTHER_GROUP if further else 0)
 
 
 def layouts(workload: Workload) -> Iterator[Layout]:

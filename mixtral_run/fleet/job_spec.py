@@ -36,7 +36,7 @@ OUTPUTS = ("save", "output_path", "work_path")
 """Fields of a config that name what a job writes, first come first."""
 WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
 """All fields of a config that name what a job writes; smoke makes its --load as well."""
-LOCAL_INPUTS = ("data_path", "prompts_file")
+LOCAL_INPUTS = ("data_path", "valid_data_path", "prompts_file")
 """Fields whose file may lie on the operator's machine: it is sent along."""
 
 

@@ -94,11 +94,13 @@ class Samples:
     """All pairs as tokens, padded or truncated to `seq_length`; shuffled anew each epoch.
 
     A row of n tokens gives n − 1 places, so a pair of up to seq_length + 1 tokens fits whole. What was padded and cut
-    is counted in `num_padding_tokens` and `num_truncated`. Raises ConfigError, with their lines, when pairs are so
-    long that nothing of their response is left to learn.
+    is counted in `num_padding_tokens` and `num_truncated`. where: what errors call their file. Raises ConfigError, with
+    their lines, when pairs are so long that nothing of their response is left to learn.
     """
 
-    def __init__(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, seq_length: int, where: str | None = None
+    ) -> None:
         if not pairs:
             raise ValueError("Samples needs at least one pair")
         self._seq_length = seq_length
@@ -110,7 +112,7 @@ class Samples:
         self.longest = 0
         # Padding is masked out of the loss and lies behind everything that could attend to it: any valid id will do.
         self._padding_id = int(tokenizer.eos_token_id)
-        self._encode(pairs, tokenizer)
+        self._encode(pairs, tokenizer, where)
         self._order = ShuffledOrder(len(self._rows))
 
     def __len__(self) -> int:
@@ -150,7 +152,7 @@ class Samples:
         tokens, num_prompt = self._rows[index]
         return len(tokens) - num_prompt
 
-    def _encode(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
+    def _encode(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
         faults = []
         for pair in pairs:
             prompt, response = encode_pair(tokenizer, pair.instruction, pair.response)
@@ -172,6 +174,7 @@ class Samples:
             raise ConfigError(
                 f"{len(faults):,} of {len(pairs):,} pairs are longer than --seq-length {self._seq_length:,} before "
                 "their response begins.",
+                where=where,
                 faults=first_faults(faults),
                 next_command="a larger --seq-length, or shorter instructions",
             )
@@ -245,13 +248,14 @@ def _batches(
         mine = chosen[rank * share : (rank + 1) * share]
         consumed += global_
         yield GlobalBatch(
-            tuple(_stack([source.row(index) for index in mine[i : i + micro]]) for i in range(0, share, micro)),
+            tuple(stacked([source.row(index) for index in mine[i : i + micro]]) for i in range(0, share, micro)),
             sum(source.num_loss_tokens(index) for index in chosen),
             consumed,
         )
 
 
-def _stack(rows: Sequence[Row]) -> MicroBatch:
+def stacked(rows: Sequence[Row]) -> MicroBatch:
+    """Rows of one length as a micro batch."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     whole = tuple(row.lengths or (len(row.tokens),) for row in rows)
     return MicroBatch(

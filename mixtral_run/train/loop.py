@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +22,21 @@ from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
-from mixtral_run.train.data import MockSamples, Samples, SampleSource, batches
+from mixtral_run.train.data import SampleSource, batches
 from mixtral_run.train.full_step import SgdInBackward
 from mixtral_run.train.graph import backward_of
 from mixtral_run.train.kept_experts import Keep
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.model import load_for_training, loaded
 from mixtral_run.train.packed import PackedSamples
-from mixtral_run.train.pairs import read_pairs
-from mixtral_run.train.preflight import METRICS, TENSORBOARD, check_resume, leftovers, reserved_bytes
-from mixtral_run.train.prompt import TOKENIZER_FOLDER, load_tokenizer
+from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_resume, leftovers, reserved_bytes
+from mixtral_run.train.prompt import TOKENIZER_FOLDER
 from mixtral_run.train.schedule import learning_rate
+from mixtral_run.train.sources import open_samples
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.stop import StopRequest, stop_requests
 from mixtral_run.train.summary import summarise
+from mixtral_run.train.validation import Validation
 from mixtral_run.weights.sidecars import copy_tokenizer
 
 ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
@@ -55,6 +56,7 @@ class Run:
     step: Step
     load_seconds: float
     start: int = 0
+    validation: Validation | None = None
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -65,7 +67,7 @@ def finetune(config: FinetuneConfig) -> None:
     )
     with processes(config) as here:
         report = Report() if here.is_first else Report.silent()
-        samples = open_samples(config, base, report)
+        samples, kept_back = open_samples(config, base, report)
         model, seconds = _load(config, base, here, report, lora)
         base = loaded(model, base)
         optimizer = torch.optim.AdamW(
@@ -83,6 +85,9 @@ def finetune(config: FinetuneConfig) -> None:
                 _remove_leftovers(config.save)
             meter = _meter(config, base, here, config.save / METRICS)
             run = Run(config, here, report, model, samples, meter, step, seconds)
+            if kept_back is not None:
+                file = config.save / VALIDATION if here.is_first else None
+                run.validation = Validation(kept_back, config.micro_batch_size, report, file)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _tell_lora(run, config)
@@ -98,7 +103,7 @@ def pretrain(config: PretrainConfig) -> None:
         report = Report() if here.is_first else Report.silent()
         one_each = config.micro_batch_size * here.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
-        samples = open_samples(config, base, report)
+        samples, _ = open_samples(config, base, report)
         model, seconds = _load(config, base, here, report, None)
         tokens = config.micro_batch_size * config.seq_length
         with backward_of(model, tokens, recorded=config.cuda_graphs) as backward:
@@ -130,19 +135,6 @@ def _full_step(
     return optimizer_step(model, optimizer, config.clip_grad, backward), how
 
 
-def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> SampleSource:
-    """The samples of a run: the pairs of --data-path as tokens, or mock data. Raises ConfigError on unusable pairs."""
-    samples: SampleSource
-    if config.data_path is None:
-        samples = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
-    else:
-        tokenizer = load_tokenizer(base.tokenizer)
-        pairs = Samples(read_pairs(config.data_path), tokenizer, config.seq_length)
-        samples = PackedSamples(pairs) if isinstance(config, FinetuneConfig) and config.pack else pairs
-    report.say(f"Data: {samples.describe()}")
-    return samples
-
-
 def _load(
     config: DataConfig, base: BaseDescription, here: Processes, report: Report, lora: LoraSettings | None
 ) -> tuple[MixtralModel, float]:
@@ -169,7 +161,7 @@ def _train_and_save(
     config: FinetuneConfig,
     base: BaseDescription,
     stop: StopRequest,
-    write: Callable[[IterationMetrics], None],
+    write: Callable[[int, Mapping[str, float]], None],
 ) -> None:
     description: dict[str, object] = {
         "dtype": "float32",
@@ -184,11 +176,14 @@ def _train_and_save(
         "data_sha256": None if config.data_path is None else _sha256(config.data_path),
     }
     saved = done = run.start
+    _look(run, done, stop, write)
     for metrics in _iterations(run, stop):
         done = metrics.iteration
         if run.here.is_first and (done % config.log_interval == 0 or done == config.train_iters):
             run.report.say(metrics.line(_processor(run.here)))
-            write(metrics)
+            write(done, metrics.scalars())
+        if done % config.eval_interval == 0 or done == config.train_iters:
+            _look(run, done, stop, write)
         if done % config.save_interval == 0 and done != config.train_iters:
             _save(run, optimizer, config, base, done, description)
             saved = done
@@ -202,6 +197,7 @@ def _train_and_save(
         load_seconds=run.load_seconds,
         recompute=config.recomputation,
         base_precision=config.base_precision,
+        validation=run.validation.found if run.validation is not None else (),
     )
     if run.here.is_first:
         summary.write(config.save)
@@ -213,7 +209,20 @@ def _train_and_save(
         f"adapter in {config.save}"
     )
     run.report.say(f"  {summary.line(_processor(run.here))}")
+    if summary.validation is not None:
+        run.report.say(f"  {summary.validation.line()}")
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
+
+
+def _look(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Mapping[str, float]], None]) -> None:
+    """At the pairs kept back, where there are any; it counts for no iteration's time."""
+    if run.validation is None:
+        return
+    found = run.validation.look(run.model, iteration, stop.agreed)
+    if found is not None and run.here.is_first:
+        run.report.say(found.line(run.config.train_iters))
+        write(iteration, {"validation_loss": found.loss})
+    run.meter.restart()
 
 
 def _first_pass(run: Run) -> AbstractContextManager[None]:

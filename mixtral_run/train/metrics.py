@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,11 @@ class IterationMetrics:
     tflops_per_process: float
     peak_memory_gib: float
     eta_seconds: float
+
+    def scalars(self) -> dict[str, float]:
+        """What TensorBoard shows."""
+        names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib")
+        return {name: getattr(self, name) for name in names}
 
     def line(self, processor: str) -> str:
         """`iteration 10/10 | … | lm loss: 1.234567E+00 | …`; processor is 'GPU' or 'process'."""
@@ -136,7 +141,7 @@ class Meter:
             eta_seconds=forecast * (self._train_iters - iteration),
         )
         if self._file is not None:
-            _append(self._file, json.dumps(asdict(metrics)) + "\n")
+            append(self._file, json.dumps(asdict(metrics)) + "\n")
         return metrics
 
     def restart(self) -> None:
@@ -161,7 +166,8 @@ class Meter:
         return time.perf_counter() - self._started
 
 
-def _append(file: Path, text: str) -> None:
+def append(file: Path, text: str) -> None:
+    """Add a line. Raises TrainingError where that does not go."""
     try:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(text)
@@ -175,18 +181,18 @@ def _append(file: Path, text: str) -> None:
 
 
 @contextmanager
-def tensorboard_scalars(folder: Path | None) -> Iterator[Callable[[IterationMetrics], None]]:
-    """A function that writes one iteration's scalars to TensorBoard; one that does nothing without a folder."""
+def tensorboard_scalars(folder: Path | None) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A function that writes an iteration's scalars to TensorBoard; one that does nothing without a folder."""
     if folder is None:
-        yield lambda _: None
+        yield lambda *_: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
 
-        def write(metrics: IterationMetrics) -> None:
-            for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib"):
-                writer.add_scalar(name, getattr(metrics, name), metrics.iteration)
+        def write(iteration: int, scalars: Mapping[str, float]) -> None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
 
         yield write
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.errors import ConfigError
+from mixtral_run.settings import flag_of
 
 NUM_FAULTS_SHOWN = 10
 KEYS = ("instruction", "response")
@@ -23,27 +24,28 @@ class Pair:
     line: int
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path, setting: str = "data_path") -> list[Pair]:
     """All pairs of a JSONL file, in its order; keys other than `instruction` and `response` are ignored.
+
+    setting: the config's that names the file, for errors.
 
     Blank lines are skipped. Raises ConfigError naming every line that is not a pair (the first ten, then their
     number), or that the file is missing, not UTF-8 or without any pair.
     """
+    where, what = where_of(setting, path), "validation" if setting == "valid_data_path" else "training"
     expected = f"a JSON object a line: {EXAMPLE}"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            "The training data cannot be read.", where=f"--data-path {path}", found=error.strerror
-        ) from error
+        raise ConfigError(f"The {what} data cannot be read.", where=where, found=error.strerror) from error
     try:
         # Some editors put a byte order mark first.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         broken = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            "The training data are not UTF-8.",
-            where=f"--data-path {path}",
+            f"The {what} data are not UTF-8.",
+            where=where,
             found=f"line {broken}: byte 0x{content[error.start]:02x}",
             next_command=f"iconv -f latin1 -t utf-8 {path}, if that is how it was saved",
         ) from error
@@ -60,16 +62,19 @@ def read_pairs(path: Path) -> list[Pair]:
             pairs.append(Pair(values["instruction"].strip(), values["response"].strip(), number))
     if faults:
         raise ConfigError(
-            "The training data cannot be used as they are.",
-            where=f"--data-path {path}",
+            f"The {what} data cannot be used as they are.",
+            where=where,
             faults=first_faults(faults),
             expected=expected,
         )
     if not pairs:
-        raise ConfigError(
-            "The training data hold no pair.", where=f"--data-path {path}", expected=expected, found="an empty file"
-        )
+        raise ConfigError(f"The {what} data hold no pair.", where=where, expected=expected, found="an empty file")
     return pairs
+
+
+def where_of(setting: str, path: Path) -> str:
+    """`--data-path FILE`, as errors have it."""
+    return f"{flag_of(setting)} {path}"
 
 
 def first_faults(faults: list[str]) -> list[str]:

@@ -28,10 +28,15 @@ LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
 METRICS = "metrics.jsonl"
 """In the adapter's folder: each iteration's figures, a JSON object a line."""
+VALIDATION = "validation.jsonl"
+"""Beside it: what was found of the pairs kept back, a JSON object a look."""
 SUMMARY = "summary.json"
 """Beside it: what train/summary.py tells of the run."""
 TENSORBOARD = "tensorboard"
+OF_A_RUN = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
+PAIRS = ("data_path", "valid_data_path")
+"""Settings that name files of pairs."""
 
 
 def check_training(config: DataConfig, world_size: int) -> BaseDescription:
@@ -94,11 +99,13 @@ def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -
     fits = not errors
     if base is not None:
         faults += layout_faults(config, base)
-    if config.data_path is not None:
-        try:
-            read_pairs(config.data_path)
-        except MixtralRunError as error:
-            errors.append(error)
+    for setting in PAIRS:
+        path = getattr(config, setting, None)
+        if path is not None:
+            try:
+                read_pairs(path, setting)
+            except MixtralRunError as error:
+                errors.append(error)
     if isinstance(config, FinetuneConfig):
         begun, start = output_faults(config.save, resume=config.resume), 0
         faults += begun
@@ -175,7 +182,7 @@ def output_faults(save: Path, *, resume: bool) -> list[str]:
 
 def leftovers(save: Path) -> list[Path]:
     """What a run leaves behind that ends before its first checkpoint is whole."""
-    return [save / name for name in (METRICS, SUMMARY, TENSORBOARD) if (save / name).exists()] + [*save.glob(PARTIAL)]
+    return [save / name for name in OF_A_RUN if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
 def joined(errors: list[MixtralRunError]) -> MixtralRunError:

@@ -70,15 +70,19 @@ class EagerBackward(Backward):
     """Forward and backward as they come."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        device = self.model.processes.device
-        packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
-        positions = micro.position_ids.to(device) if packed is not None else None
-        tokens, labels = micro.tokens.to(device), micro.labels.to(device)
         with self.model.gathering(self.room):
-            losses = self.model.losses(tokens, labels, positions=positions, packed=packed)
-            loss = (losses * micro.loss_mask.to(device)).sum() / num_loss_tokens
+            loss = losses_of(self.model, micro) / num_loss_tokens
             loss.backward()
         return loss.detach()
+
+
+def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
+    """The sum of a micro batch's losses that count, an fp32 scalar on the device. All ranks must call."""
+    device = model.processes.device
+    packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
+    positions = micro.position_ids.to(device) if packed is not None else None
+    losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
+    return (losses * micro.loss_mask.to(device)).sum()
 
 
 def optimizer_step(

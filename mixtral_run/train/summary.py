@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,30 @@ from mixtral_run.checkpoints import write_whole
 from mixtral_run.model.parallel import Processes
 from mixtral_run.train.metrics import Meter, peak_memory_gib
 from mixtral_run.train.preflight import SUMMARY
+from mixtral_run.train.validation import ValidationMetrics
+
+
+@dataclass(frozen=True)
+class ValidationSummary:
+    """Of pairs kept back: the mean loss before this run's first iteration, at its end, and where it was least."""
+
+    first_loss: float
+    last_loss: float
+    lowest_loss: float
+    lowest_iteration: int
+
+    @classmethod
+    def of(cls, found: Sequence[ValidationMetrics]) -> Self | None:
+        """None where nothing was looked at."""
+        if not found:
+            return None
+        lowest = min(found, key=lambda each: each.loss)
+        return cls(found[0].loss, found[-1].loss, lowest.loss, lowest.iteration)
+
+    def line(self) -> str:
+        """For a person."""
+        told = f"validation loss {self.first_loss:.4f} before, {self.last_loss:.4f} at the end"
+        return told + f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +64,7 @@ class Summary:
     expert_model_parallel_size: int
     recompute: str
     base_precision: str
+    validation: ValidationSummary | None
 
     def line(self, processor: str) -> str:
         """For a person; processor is 'GPU' or 'process'."""
@@ -54,7 +81,14 @@ class Summary:
 
 
 def summarise(
-    meter: Meter, here: Processes, *, iterations: int, load_seconds: float, recompute: str, base_precision: str
+    meter: Meter,
+    here: Processes,
+    *,
+    iterations: int,
+    load_seconds: float,
+    recompute: str,
+    base_precision: str,
+    validation: Sequence[ValidationMetrics] = (),
 ) -> Summary:
     """The summary of what the meter measured, the same on every rank. All ranks must call."""
     peaks: list[float | None] = [None] * here.world_size
@@ -76,4 +110,5 @@ def summarise(
         expert_model_parallel_size=here.expert_size,
         recompute=recompute,
         base_precision=base_precision,
+        validation=ValidationSummary.of(validation),
     )

@@ -23,7 +23,7 @@ from mixtral_run.model.parallel import Processes, processes
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.data import batches
-from mixtral_run.train.loop import open_samples
+from mixtral_run.train.sources import open_samples
 from mixtral_run.train.step import train_step, trainable
 
 
@@ -60,7 +60,7 @@ def measure(config: FinetuneConfig, here: Processes) -> dict[str, float]:
     marks.append(_now(here))
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
     stream = batches(
-        open_samples(config, base, Report.silent()),
+        open_samples(config, base, Report.silent())[0],
         seed=config.seed,
         micro_batch_size=1,
         global_batch_size=here.data_size,

@@ -23,12 +23,14 @@ from mixtral_run.model.build import MixtralModel, is_adapter
 from mixtral_run.model.gathered import Room
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes, seed_everything
+from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
-from mixtral_run.train.data import MicroBatch, MockSamples, Row, batches
+from mixtral_run.train.data import MicroBatch, MockSamples, Row, batches, stacked
 from mixtral_run.train.full_step import SgdInBackward
 from mixtral_run.train.model import load_for_inference, load_for_training
 from mixtral_run.train.schedule import learning_rate
-from mixtral_run.train.step import EagerBackward, optimizer_step, train_step, trainable
+from mixtral_run.train.step import EagerBackward, losses_of, optimizer_step, train_step, trainable
+from mixtral_run.train.validation import Validation
 
 ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
 
@@ -152,6 +154,24 @@ def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if not is_adapter(name)}
 
 
+class FewSamples(UnevenSamples):
+    """As many as no number of processes and of rows at once shares out evenly."""
+
+    def __len__(self) -> int:
+        return 7
+
+
+def kept_back(config: FinetuneConfig, model: MixtralModel, micro_batch_size: int) -> list[float]:
+    """The loss of seven samples, and by one pass over each of them. All ranks must call."""
+    samples = FewSamples(model.architecture.vocab_size, config.seq_length, 99)
+    found = Validation(samples, micro_batch_size, Report.silent(), None).look(model, 0, lambda: False)
+    assert found is not None and model.training
+    with torch.no_grad():
+        total = sum(float(losses_of(model, stacked([samples.row(index)]))) for index in range(7))
+    assert found.num_tokens == sum(samples.num_loss_tokens(index) for index in range(7))
+    return [found.loss, total / found.num_tokens]
+
+
 def packed_and_alone(model: MixtralModel, given: Room | None = None) -> tuple[float, float]:
     """The loss of three samples in one row, and of the same one by one. All ranks must call."""
     lengths, backward = (6, 8, 2), EagerBackward(model, given)
@@ -205,6 +225,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["unlimited"] = apart_where_all_have_room(run["model"])
+        results["validation"] = kept_back(config, run["model"], 1), kept_back(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])
         results["packed, gathered"] = packed_and_alone(run["model"], Room.on(here.device, unlimited=True))
         results["dropout"] = {}

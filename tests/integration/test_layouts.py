@@ -91,6 +91,16 @@ def test_gathered_tokens_all_have_room_where_they_are_to(case: str, results: dic
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_loss_of_pairs_kept_back_is_theirs_in_every_layout(case: str, results: dict[str, Any]) -> None:
+    """Seven rows, one and three at once: some processes have none to look at in the last pass."""
+    reference = results["1:1x1"]["validation"][0][1]
+    assert reference > 1
+    for loss, one_by_one in results[case]["validation"]:
+        assert loss == pytest.approx(reference, abs=3e-6)
+        assert one_by_one == pytest.approx(reference, abs=3e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_packed_samples_have_the_loss_they_have_alone(case: str, results: dict[str, Any]) -> None:
     packed, alone = results[case]["packed"]
     assert packed == pytest.approx(alone, rel=1e-6)

@@ -61,6 +61,19 @@ def test_eight_gpus_at_512_tokens(layout: Layout, limit: float) -> None:
     assert memory(Workload(gpus=8), layout).total / GIB <= limit
 
 
+@pytest.mark.parametrize("layout", [Layout(1, 8, "none"), Layout(2, 4, "full"), Layout(1, 4, "offload")])
+def test_pairs_kept_back_are_looked_at_beside_what_is_recorded(layout: Layout) -> None:
+    """What is not recorded is free meanwhile."""
+    without = Workload(gpus=8, seq_length=2048)
+    beside = dataclasses.replace(without, validates=True)
+    more = (memory(beside, layout).total - memory(without, layout).total) / GIB
+    if is_recorded(without, layout):
+        # Logits in bf16 and fp32, or a layer's rows; and a group of processes of NCCL's.
+        assert 1.0 < more < 2.5
+    else:
+        assert more == pytest.approx(0.9 if gathers(without, layout) else 0.0)
+
+
 def test_rows_are_read_or_tokens_gathered_where_that_is_less_than_asking() -> None:
     few, many = Workload(gpus=8, seq_length=512), Workload(gpus=8, seq_length=2048)
     assert gathers(few, Layout(1, 8, "full")) and gathers(few, Layout(2, 4, "none"))

@@ -73,9 +73,10 @@ def test_several_hosts_meet_at_the_first() -> None:
 def test_paths_are_the_hosts_and_files_that_lie_here_are_sent(tmp_path: Path) -> None:
     data = tmp_path / "my data.jsonl"
     data.write_text("{}")
-    spec = make_spec("j", "finetune", finetune(mock_data=False, data_path=data), JobOptions(), 1)
+    spec = make_spec("j", "finetune", finetune(mock_data=False, data_path=data, valid_data_path=data), JobOptions(), 1)
     assert spec.config["data_path"] == "/job/data_path.jsonl"
-    assert spec.files == ((data, "data_path.jsonl"),)
+    assert spec.config["valid_data_path"] == "/job/valid_data_path.jsonl"
+    assert spec.files == ((data, "data_path.jsonl"), (data, "valid_data_path.jsonl"))
     assert spec.config["load"] == "/checkpoints/mixtral"
     there = make_spec("j", "finetune", finetune(mock_data=False, data_path=Path("/data/set.jsonl")), JobOptions(), 1)
     assert there.config["data_path"] == "/data/set.jsonl"

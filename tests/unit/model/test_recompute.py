@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mixtral_run.config import LORA_TARGET_MODULES, LaunchConfig
+from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.build import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel import Processes, processes, seed_everything
@@ -24,10 +25,14 @@ def here() -> Iterator[Processes]:
 
 
 def model_of(
-    here: Processes, recompute: str, dropout: float = 0.0, modules: tuple[str, ...] = LORA_TARGET_MODULES
+    here: Processes,
+    recompute: str,
+    dropout: float = 0.0,
+    modules: tuple[str, ...] = LORA_TARGET_MODULES,
+    architecture: MixtralArchitecture = SMALL,
 ) -> MixtralModel:
     lora = LoraSettings(4, 8.0, dropout, modules, 1)
-    model = build_model(SMALL, ModelSettings(torch.float32, True, lora, recompute), here).train()
+    model = build_model(architecture, ModelSettings(torch.float32, True, lora, recompute), here).train()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -18,6 +18,13 @@ def refused(path: Path) -> ConfigError:
     return caught.value
 
 
+def test_errors_name_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_pairs(tmp_path / "missing.jsonl", "valid_data_path")
+    assert caught.value.what == "The validation data cannot be read."
+    assert caught.value.where == f"--valid-data-path {tmp_path / 'missing.jsonl'}"
+
+
 def test_pairs_are_stripped_and_know_their_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"instruction": " Größe?\n", "response": "\t12 ", "source": "x"}, {"instruction": "b", "response": "c\nd"}]

@@ -1,0 +1,114 @@
+"""Pairs kept back: which process looks at which, without dropout and gradients, and until it is told to stop."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from mixtral_run.config import LaunchConfig
+from mixtral_run.errors import TrainingError
+from mixtral_run.model.build import MixtralModel
+from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.report import Report
+from mixtral_run.resources import INSTRUCTIONS
+from mixtral_run.train.data import Samples
+from mixtral_run.train.packed import PackedSamples
+from mixtral_run.train.pairs import read_pairs
+from mixtral_run.train.validation import Validation, ValidationMetrics, shares
+from tests.integration.conftest import SMALL
+from tests.unit.model.test_recompute import model_of
+
+VOCABULARY = 2048
+"""More than the tokenizer's."""
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Processes]:
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+    with processes(config) as joined:
+        yield joined
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_tokenizer: Any) -> Samples:
+    return Samples(read_pairs(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
+
+
+def model(here: Processes, recompute: str = "none", dropout: float = 0.0) -> MixtralModel:
+    return model_of(here, recompute, dropout, architecture=dataclasses.replace(SMALL, vocab_size=VOCABULARY))
+
+
+def never() -> bool:
+    return False
+
+
+def looked(trained: MixtralModel, samples: Samples | PackedSamples, micro_batch_size: int) -> ValidationMetrics:
+    found = Validation(samples, micro_batch_size, Report.silent(), None).look(trained, 0, never)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 6, 7, 24])
+def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: int, micro: int) -> None:
+    ranks = [SimpleNamespace(data_rank=rank, data_size=size) for rank in range(size)]
+    found = [list(shares(count, micro, cast(Processes, rank))) for rank in ranks]
+    assert len({len(passes) for passes in found}) == 1
+    assert len(found[0]) == -(-count // (micro * size))
+    assert all(len(rows) == micro for passes in found for rows in passes)
+    rows = [row for passes in found for each in passes for row in each if row is not None]
+    assert sorted(rows) == list(range(count))
+
+
+def test_the_loss_is_that_of_all_response_tokens_packed_or_not(here: Processes, samples: Samples) -> None:
+    trained = model(here)
+    alone = looked(trained, samples, 1)
+    assert alone.num_tokens == samples.num_loss_tokens_total
+    for others, micro in ((samples, 2), (PackedSamples(samples), 1), (PackedSamples(samples), 2)):
+        found = looked(trained, others, micro)
+        assert found.num_tokens == alone.num_tokens
+        assert found.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_nothing_is_dropped_kept_or_changed(here: Processes, samples: Samples) -> None:
+    """Before and after it the model trains, layers that run again among them."""
+    expected = looked(model(here), samples, 2).loss
+    for recompute in ("none", "full"):
+        trained = model(here, recompute, 0.5)
+        before = [parameter.detach().clone() for parameter in trained.parameters()]
+        assert looked(trained, samples, 2).loss == pytest.approx(expected, rel=1e-6)
+        assert trained.training and all(layer.training for layer in trained.gpt.decoder.layers)
+        assert all(each.grad is None for each in trained.parameters())
+        assert all(torch.equal(*pair) for pair in zip(before, trained.parameters(), strict=True))
+
+
+def test_a_stop_ends_it(here: Processes, samples: Samples, tmp_path: Path) -> None:
+    answers = iter((False, False, True))
+    validation = Validation(samples, 1, Report.silent(), tmp_path / "validation.jsonl")
+    assert validation.look(model(here), 3, lambda: next(answers)) is None
+    assert not validation.found and not list(tmp_path.iterdir())
+
+
+def test_what_was_found_is_written(here: Processes, samples: Samples, tmp_path: Path) -> None:
+    file = tmp_path / "validation.jsonl"
+    validation = Validation(samples, 2, Report.silent(), file)
+    for iteration in (0, 5):
+        validation.look(model(here), iteration, never)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 5]
+    assert lines[0]["loss"] == validation.found[0].loss == lines[1]["loss"]
+    assert f"lm loss: {lines[1]['loss']:.6E}" in validation.found[1].line(10)
+    assert validation.found[1].line(10).startswith("validation  5/10 | ")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(here: Processes, samples: Samples) -> None:
+    broken = model(here)
+    broken.gpt.output_layer.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="kept back is no number"):
+        looked(broken, samples, 1)
