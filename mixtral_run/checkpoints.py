@@ -92,8 +92,9 @@ def _describe_hf(directory: Path) -> BaseDescription:
 
 
 def describe_adapter(folder: Path) -> AdapterDescription:
-    """Read the newest iteration's description. Raises WeightsError when FOLDER holds no whole adapter."""
-    iteration_folder = newest_iteration(folder)
+    """Read the newest iteration's description, or that of the iteration whose folder it is. Raises WeightsError when
+    FOLDER holds no whole adapter."""
+    iteration_folder = iteration_folder_of(folder)
     values = _read_description(iteration_folder / DESCRIPTION, "adapter")
     try:
         return AdapterDescription(
@@ -121,6 +122,15 @@ def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> No
             found=f"{base.folder}, fingerprint {base.fingerprint}",
             next_command="give --load the checkpoint that the adapter was trained on",
         )
+
+
+def iteration_folder_of(path: Path) -> Path:
+    """The path itself where it is the folder of an iteration, else that of the newest one. Raises WeightsError where
+    there is none."""
+    try:
+        return path if (path / ".metadata").is_file() else newest_iteration(path)
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
 
 
 def newest_iteration(folder: Path) -> Path:

@@ -210,7 +210,7 @@ def _train_and_save(
     )
     run.report.say(f"  {summary.line(_processor(run.here))}")
     if summary.validation is not None:
-        run.report.say(f"  {summary.validation.line()}")
+        run.report.say(f"  {summary.validation.line(config.save)}")
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
 
 

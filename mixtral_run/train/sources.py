@@ -25,6 +25,9 @@ def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> t
     samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
     kept_back = found.get("valid_data_path")
     report.say(f"Data: {samples.describe()}")
+    if "data_path" in found:
+        epochs = config.train_iters * config.global_batch_size / len(found["data_path"])
+        report.say(f"  {config.train_iters:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
     if kept_back is not None:
         report.say(f"Kept back: {kept_back.describe()}")
     return samples, kept_back

@@ -35,10 +35,14 @@ class ValidationSummary:
         lowest = min(found, key=lambda each: each.loss)
         return cls(found[0].loss, found[-1].loss, lowest.loss, lowest.iteration)
 
-    def line(self) -> str:
-        """For a person."""
+    def line(self, save: Path) -> str:
+        """For a person; where an earlier checkpoint in `save` was better, what takes it."""
         told = f"validation loss {self.first_loss:.4f} before, {self.last_loss:.4f} at the end"
-        return told + f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
+        if self.lowest_loss == self.last_loss:
+            return told
+        told += f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
+        folder = save / f"iter_{self.lowest_iteration:07d}"
+        return f"{told}, which --adapter {folder} takes" if folder.is_dir() else told
 
 
 @dataclass(frozen=True)

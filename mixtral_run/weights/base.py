@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixtral_run.checkpoints import DESCRIPTION, newest_iteration
+from mixtral_run.checkpoints import DESCRIPTION, iteration_folder_of
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
@@ -34,7 +34,7 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[re
     """
     described = None if hf_model_path is None else resolve_description(hf_model_path, report)
     architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
-    iteration_folder = path if (path / ".metadata").is_file() else newest_iteration(path)
+    iteration_folder = iteration_folder_of(path)
     folder = path.parent if iteration_folder == path else path
     if any((each / DESCRIPTION).is_file() for each in (folder, iteration_folder)):
         checkpoint = record.open_checkpoint(path)

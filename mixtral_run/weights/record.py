@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run import __version__
-from mixtral_run.checkpoints import DESCRIPTION, newest_iteration, write_whole
+from mixtral_run.checkpoints import DESCRIPTION, iteration_folder_of, write_whole
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.mapping import hf_tensors
@@ -73,10 +73,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises WeightsError when the folder is not a checkpoint of ours, or not a whole one.
     """
-    if (path / ".metadata").is_file():
-        folder, iteration_folder = path.parent, path
-    else:
-        folder, iteration_folder = path, newest_iteration(path)
+    iteration_folder = iteration_folder_of(path)
+    folder = path.parent if iteration_folder == path else path
     # A base's record lies beside the iteration, an adapter's within it: an adapter has a record for every iteration.
     home = iteration_folder if (iteration_folder / DESCRIPTION).is_file() else folder
     record = read_record(home)

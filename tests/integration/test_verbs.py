@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -89,6 +90,7 @@ def adapter(small_checkpoint: Path, pairs: Path, tmp_path_factory: pytest.TempPa
 def test_finetune_prints_what_people_know(adapter: Path) -> None:
     out = (adapter / "stdout.txt").read_text()
     assert "4 pairs" in out
+    assert "4 iterations of 4 are 4.0 epochs" in out
     assert "target modules: linear_qkv, linear_proj, linear_fc1, linear_fc2 (one adapter an expert)" in out
     assert re.search(r"trainable parameters: [\d,]+ of [\d,]+ \(\d+\.\d+%\)", out)
     line = next(line for line in out.splitlines() if line.startswith("iteration 4/4 | "))
@@ -155,6 +157,22 @@ def test_generate_with_an_adapter_as_json(small_checkpoint: Path, adapter: Path)
     answers = json.loads(done.stdout)
     assert [answer["prompt"] for answer in answers] == ["Once", "Say one."]
     assert all(1 <= answer["num_tokens"] <= 3 for answer in answers)
+
+
+def test_an_earlier_iteration_is_taken_by_its_folder(small_checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    words = ("generate", "--load", str(small_checkpoint), *TWO, "--device", "cpu", "--max-new-tokens", "3")
+    earlier = adapter / "iter_0000002"
+    done = mixtral_run(*words, "--adapter", str(earlier), "--prompt", "Once", "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"with {earlier}" in done.stderr
+    for verb in (("verify", "--load", str(earlier)), ("export", "--adapter", str(earlier), "--output-path")):
+        done = mixtral_run(*verb, *([str(tmp_path / "exported")] if verb[0] == "export" else []))
+        assert done.returncode == 0 and re.search(r"iteration\W+2\b", done.stdout), done.stdout + done.stderr
+    # What is cut off has no record, which is written last.
+    broken = tmp_path / "iter_0000002"
+    shutil.copytree(earlier, broken, ignore=shutil.ignore_patterns("mixtral_run.json"))
+    done = mixtral_run(*words, "--adapter", str(broken), "--prompt", "Once")
+    assert done.returncode == 5 and "does not say what it is" in done.stderr
 
 
 def test_smoke(small_hf_model: Path, tmp_path: Path) -> None:

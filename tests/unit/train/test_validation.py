@@ -19,6 +19,7 @@ from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data import Samples
 from mixtral_run.train.packed import PackedSamples
 from mixtral_run.train.pairs import read_pairs
+from mixtral_run.train.summary import ValidationSummary
 from mixtral_run.train.validation import Validation, ValidationMetrics, shares
 from tests.integration.conftest import SMALL
 from tests.unit.model.test_recompute import model_of
@@ -105,6 +106,18 @@ def test_what_was_found_is_written(here: Processes, samples: Samples, tmp_path: 
     assert lines[0]["loss"] == validation.found[0].loss == lines[1]["loss"]
     assert f"lm loss: {lines[1]['loss']:.6E}" in validation.found[1].line(10)
     assert validation.found[1].line(10).startswith("validation  5/10 | ")
+
+
+def test_an_earlier_checkpoint_that_was_better_is_named(tmp_path: Path) -> None:
+    found = [ValidationMetrics(iteration, loss, 9, 1.0) for iteration, loss in ((0, 3.0), (10, 1.5), (20, 1.75))]
+    summary = ValidationSummary.of(found)
+    assert summary == ValidationSummary(3.0, 1.75, 1.5, 10)
+    assert summary.line(tmp_path).endswith("lowest 1.5000 at iteration 10")
+    (tmp_path / "iter_0000010").mkdir()
+    assert summary.line(tmp_path).endswith(f", which --adapter {tmp_path / 'iter_0000010'} takes")
+    growing = ValidationSummary.of(found[:2])
+    assert growing is not None and growing.line(tmp_path) == "validation loss 3.0000 before, 1.5000 at the end"
+    assert ValidationSummary.of([]) is None
 
 
 def test_a_loss_that_is_no_number_ends_the_run(here: Processes, samples: Samples) -> None:
