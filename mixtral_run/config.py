@@ -161,7 +161,10 @@ class DataConfig(LaunchConfig):
     load: Path = setting(
         help="The base: a converted checkpoint of any TP/EP layout, or an HF model's directory or name on the hub."
     )
-    data_path: Path | None = setting(None, help='JSONL file, one {"instruction": …, "response": …} a line.')
+    data_path: Path | None = setting(
+        None,
+        help='JSONL file of {"instruction": …, "response": …} or {"messages": […]}.',
+    )
     mock_data: bool = setting(False, help="Train on random tokens instead of a file.")
     micro_batch_size: int = setting(1, help="Samples a process takes through the model at once.", minimum=1)
     global_batch_size: int = setting(8, help="Samples of one iteration, over all processes.", minimum=1)

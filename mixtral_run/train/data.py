@@ -15,7 +15,7 @@ import torch
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.pairs import Pair, first_faults
-from mixtral_run.train.prompt import encode_pair
+from mixtral_run.train.prompt import encode_turns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,7 +104,8 @@ class Samples:
         if not pairs:
             raise ValueError("Samples needs at least one pair")
         self._seq_length = seq_length
-        self._rows: list[tuple[NDArray[np.int64], int]] = []  # the tokens, and how many of them are prompt
+        # The tokens, and where among them responses begin and end.
+        self._rows: list[tuple[NDArray[np.int64], list[tuple[int, int]]]] = []
         self.num_tokens = 0
         self.num_loss_tokens_total = 0
         self.num_padding_tokens = 0
@@ -139,35 +140,36 @@ class Samples:
         return len(self._rows[index][0]) - 1
 
     def row(self, index: int) -> Row:
-        tokens, num_prompt = self._rows[index]
+        tokens, responses = self._rows[index]
         length = self._seq_length
         padded = np.full(length + 1, self._padding_id, dtype=np.int64)
         padded[: len(tokens)] = tokens
         mask = np.zeros(length, dtype=np.float32)
-        # Place i is asked for token i + 1: the response begins to count at the prompt's last token.
-        mask[num_prompt - 1 : len(tokens) - 1] = 1.0
+        # Place i is asked for token i + 1: a response begins to count at its prompt's last token.
+        for begin, end in responses:
+            mask[begin - 1 : end - 1] = 1.0
         return Row(padded[:-1], padded[1:], mask)
 
     def num_loss_tokens(self, index: int) -> int:
-        tokens, num_prompt = self._rows[index]
-        return len(tokens) - num_prompt
+        return sum(end - begin for begin, end in self._rows[index][1])
 
     def _encode(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
         faults = []
         for pair in pairs:
-            prompt, response = encode_pair(tokenizer, pair.instruction, pair.response)
-            length = len(prompt) + len(response)
-            if len(prompt) > self._seq_length:
+            row, responses = _row_of(encode_turns(tokenizer, pair.turns))
+            length, num_prompt = len(row), responses[0][0]
+            if num_prompt > self._seq_length:
                 faults.append(
-                    f"line {pair.line}: {length:,} tokens, of which the instruction takes {len(prompt):,}; "
+                    f"line {pair.line}: {length:,} tokens, of which the instruction takes {num_prompt:,}; "
                     "nothing of the response is left"
                 )
                 continue
-            tokens = np.asarray((prompt + response)[: self._seq_length + 1], dtype=np.int64)
-            self._rows.append((tokens, len(prompt)))
+            tokens = np.asarray(row[: self._seq_length + 1], dtype=np.int64)
+            responses = [(begin, min(end, len(tokens))) for begin, end in responses if begin < len(tokens)]
+            self._rows.append((tokens, responses))
             self.num_truncated += length > len(tokens)
             self.num_tokens += len(tokens)
-            self.num_loss_tokens_total += len(tokens) - len(prompt)
+            self.num_loss_tokens_total += sum(end - begin for begin, end in responses)
             self.num_padding_tokens += self._seq_length - (len(tokens) - 1)
             self.longest = max(self.longest, length)
         if faults:
@@ -178,6 +180,17 @@ class Samples:
                 faults=first_faults(faults),
                 next_command="a larger --seq-length, or shorter instructions",
             )
+
+
+def _row_of(turns: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
+    """A conversation's tokens, and where among them its responses begin and end."""
+    row: list[int] = []
+    responses = []
+    for prompt, answer in turns:
+        begin = len(row) + len(prompt)
+        row += prompt + answer
+        responses.append((begin, len(row)))
+    return row, responses
 
 
 class MockSamples:

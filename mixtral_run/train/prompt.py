@@ -1,4 +1,5 @@
-"""Text → tokens in the form that Mixtral-Instruct was trained on: `<s>[INST] instruction [/INST] response</s>`.
+"""Text → tokens in the form that Mixtral-Instruct was trained on: `<s>[INST] instruction [/INST] response</s>`, and
+`[INST] …` again for each further turn.
 
 Training and generation share this, so that what is asked is tokenised as it was learned.
 Source of the form: the chat template in tokenizer_config.json of mistralai/Mixtral-8x7B-Instruct-v0.1.
@@ -6,6 +7,7 @@ Source of the form: the chat template in tokenizer_config.json of mistralai/Mixt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, instruction: str, response: 
     # response is encoded by itself. Neither Mixtral's nor ours does.
     answer = row[len(prompt) :] if row[: len(prompt)] == prompt else _encode(tokenizer, response.strip())
     return [_special(tokenizer, "bos_token_id"), *prompt], [*answer, _special(tokenizer, "eos_token_id")]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """`encode_pair` of each turn of a conversation; one after the other they are the whole row, with one <s>."""
+    encoded = [encode_pair(tokenizer, instruction, response) for instruction, response in turns]
+    return [(prompt[1:] if number else prompt, answer) for number, (prompt, answer) in enumerate(encoded)]
 
 
 def prompt_text(instruction: str) -> str:

@@ -10,7 +10,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data import GlobalBatch, MockSamples, Samples, SampleSource, batches
 from mixtral_run.train.pairs import Pair, read_pairs
-from mixtral_run.train.prompt import encode_pair
+from mixtral_run.train.prompt import encode_pair, encode_turns
 
 BOS, EOS = 1, 2
 PAIRS = read_pairs(INSTRUCTIONS)
@@ -102,6 +102,25 @@ def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(t
     assert row.labels[row.loss_mask == 1].tolist() == answer[:1]
     with pytest.raises(ConfigError, match="line 7: "):
         Samples([pair], tiny_tokenizer, len(prompt) - 1)
+
+
+def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
+    turns = (("Say it.", "Gladly, and more than once."), ("Again.", "No."), ("Why?", "Once is enough."))
+    pair = Pair(*turns[-1], 1, turns[:2])
+    parts = encode_turns(tiny_tokenizer, turns)
+    whole = [token for part in parts for token in (*part[0], *part[1])]
+    samples = Samples([pair], tiny_tokenizer, len(whole) + 3)
+    row = samples.row(0)
+    assert row.tokens[: len(whole)].tolist() == whole
+    assert row.labels[row.loss_mask == 1].tolist() == [token for _, answer in parts for token in answer]
+    assert samples.num_loss_tokens(0) == samples.num_loss_tokens_total == sum(len(answer) for _, answer in parts)
+    # Cut within the second answer, and before it.
+    cut = len(parts[0][0]) + len(parts[0][1]) + len(parts[1][0])
+    for length, answers in ((cut, [*parts[0][1], parts[1][1][0]]), (cut - 1, parts[0][1])):
+        shorter = Samples([pair], tiny_tokenizer, length)
+        row = shorter.row(0)
+        assert row.labels[row.loss_mask == 1].tolist() == answers
+        assert shorter.num_loss_tokens(0) == len(answers) and shorter.num_truncated == 1
 
 
 def test_pairs_without_room_for_their_response_are_all_named(tiny_tokenizer: Any) -> None:

@@ -38,6 +38,52 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) ->
     assert read_pairs(path) == [Pair("a\u2028b\x85c", "d", 1)]
 
 
+IN_TURN = "'messages': expected the user and the assistant in turn, the assistant last; found "
+
+
+def conversation(*roles: str) -> str:
+    return json.dumps({"messages": [{"role": role, "content": f" {role} {at} "} for at, role in enumerate(roles)]})
+
+
+def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    roles = ("user", "assistant", "user", "assistant")
+    path.write_text("\n".join([conversation(*roles), GOOD, conversation("system", *roles[:2])]), "utf-8")
+    assert read_pairs(path) == [
+        Pair("user 2", "assistant 3", 1, (("user 0", "assistant 1"),)),
+        Pair("a", "b", 2),
+        Pair("system 0\n\nuser 1", "assistant 2", 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [
+        ('{"messages": 3}', ["'messages': expected a list; found a number"]),
+        ('{"messages": []}', [IN_TURN + "none"]),
+        ('{"messages": ["a"]}', ["message 1: expected a JSON object; found text"]),
+        (conversation("user"), [IN_TURN + "user"]),
+        (conversation("assistant", "user"), [IN_TURN + "assistant, user"]),
+        (conversation("user", "user", "assistant", "assistant"), [IN_TURN]),
+        (conversation("user", "system", "assistant"), [IN_TURN]),
+        (conversation("system"), [IN_TURN]),
+        (conversation("user", "tool"), ["message 2: 'role': expected system, user, assistant; found \"tool\""]),
+        ('{"messages": [{"role": "user", "content": ""}, {"content": 3}]}', [
+            "message 1: 'content' is empty",
+            "message 2: 'role': expected system, user, assistant; found null",
+            "message 2: 'content': expected text; found a number",
+        ]),
+        (GOOD[:-1] + ", " + conversation("user", "assistant")[1:], ["expected 'messages', or 'instruction' and"]),
+    ],
+)  # fmt: skip
+def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, faults: list[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n", "utf-8")
+    found = refused(path).faults
+    assert len(found) == len(faults)
+    assert all(mine.startswith(f"line 2: {fault}") for mine, fault in zip(found, faults, strict=True)), found
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [

@@ -9,7 +9,7 @@ import pytest
 from mixtral_run.errors import WeightsError
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.pairs import read_pairs
-from mixtral_run.train.prompt import encode_pair, load_tokenizer, prompt_tokens
+from mixtral_run.train.prompt import encode_pair, encode_turns, load_tokenizer, prompt_tokens
 
 BOS, EOS = 1, 2
 TEXTS = [(pair.instruction, pair.response) for pair in read_pairs(INSTRUCTIONS)] + [
@@ -54,6 +54,16 @@ def test_the_row_is_the_tokenization_of_the_whole_text(tokenizer: Any) -> None:
         prompt, answer = encode_pair(tokenizer, instruction, response)
         whole = tokenizer(f"[INST] {instruction} [/INST] {response}", add_special_tokens=False)["input_ids"]
         assert prompt[1:] + answer[:-1] == whole
+
+
+def test_a_conversation_is_its_turns_behind_one_beginning(tokenizer: Any) -> None:
+    turns = TEXTS[:3]
+    parts = encode_turns(tokenizer, turns)
+    row = [token for prompt, answer in parts for token in (*prompt, *answer)]
+    assert row.count(BOS) == 1 and row[0] == BOS and row.count(EOS) == 3
+    for number, ((prompt, answer), turn) in enumerate(zip(parts, turns, strict=True)):
+        alone, expected = encode_pair(tokenizer, *turn)
+        assert answer == expected and prompt == (alone if number == 0 else alone[1:])
 
 
 def test_a_tokenizer_that_merges_across_the_boundary_still_keeps_the_prompt_whole() -> None:
