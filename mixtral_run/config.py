@@ -289,7 +289,7 @@ class PlanConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class UpConfig(FinetuneConfig):
-    """A bare host to an adapter here. Relative paths but `data_path` and `output_path` are the host's."""
+    """A bare host to an adapter here. Relative paths but those of data and `output_path` are the host's."""
 
     hf_model_path: str = setting(
         "mistralai/Mixtral-8x7B-v0.1", help="HF model to convert: its name on the hub, or its folder on the host."

@@ -114,8 +114,8 @@ def _line_faults(line: str) -> Iterator[str]:
     if not isinstance(values, dict):
         yield f"expected a JSON object; found {_json_type(values)}"
         return
-    if MESSAGES in values:
-        yield from _conversation_faults(values)
+    if _is_conversation(values):
+        yield from _conversation_faults(values[MESSAGES])
         return
     for key in KEYS:
         if key not in values:
@@ -125,10 +125,12 @@ def _line_faults(line: str) -> Iterator[str]:
             yield from _text_faults(f"'{key}'", values[key])
 
 
-def _conversation_faults(values: dict[str, Any]) -> Iterator[str]:
-    messages = values[MESSAGES]
-    if any(key in values for key in KEYS):
-        yield "expected 'messages', or 'instruction' and 'response'; found both"
+def _is_conversation(values: dict[str, Any]) -> bool:
+    """What is said as a pair is taken as one; the rest of its keys are ignored."""
+    return MESSAGES in values and not any(key in values for key in KEYS)
+
+
+def _conversation_faults(messages: object) -> Iterator[str]:
     if not isinstance(messages, list):
         yield f"'messages': expected a list; found {_json_type(messages)}"
         return
@@ -157,7 +159,7 @@ def _text_faults(name: str, text: object) -> Iterator[str]:
 
 def _turns(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Instruction and response of each turn of a line without faults."""
-    if MESSAGES not in values:
+    if not _is_conversation(values):
         return [(values["instruction"].strip(), values["response"].strip())]
     texts = [message["content"].strip() for message in values[MESSAGES]]
     if values[MESSAGES][0]["role"] == "system":

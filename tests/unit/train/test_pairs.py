@@ -48,11 +48,13 @@ def conversation(*roles: str) -> str:
 def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     roles = ("user", "assistant", "user", "assistant")
-    path.write_text("\n".join([conversation(*roles), GOOD, conversation("system", *roles[:2])]), "utf-8")
+    both = GOOD[:-1] + ", " + conversation("user", "assistant")[1:]
+    path.write_text("\n".join([conversation(*roles), GOOD, conversation("system", *roles[:2]), both]), "utf-8")
     assert read_pairs(path) == [
         Pair("user 2", "assistant 3", 1, (("user 0", "assistant 1"),)),
         Pair("a", "b", 2),
         Pair("system 0\n\nuser 1", "assistant 2", 3),
+        Pair("a", "b", 4),
     ]
 
 
@@ -73,7 +75,7 @@ def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
             "message 2: 'role': expected system, user, assistant; found null",
             "message 2: 'content': expected text; found a number",
         ]),
-        (GOOD[:-1] + ", " + conversation("user", "assistant")[1:], ["expected 'messages', or 'instruction' and"]),
+        ('{"instruction": "a", ' + conversation("user", "assistant")[1:], ["'response' is missing; the keys are"]),
     ],
 )  # fmt: skip
 def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, faults: list[str]) -> None:
