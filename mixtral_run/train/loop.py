@@ -79,7 +79,8 @@ def finetune(config: FinetuneConfig) -> None:
         )
         tokens = config.micro_batch_size * config.seq_length
         most = samples.most if isinstance(samples, PackedSamples) else None
-        with backward_of(model, tokens, recorded=config.cuda_graphs, reads=reads, most=most) as backward:
+        recorded = config.cuda_graphs and (most is None or most.pay(config.seq_length))
+        with backward_of(model, tokens, recorded=recorded, reads=reads, most=most) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
             if here.is_first and not config.resume:
                 _remove_leftovers(config.save)

@@ -85,6 +85,22 @@ def test_of_all_micro_batches_shapes_are_alike() -> None:
             Packed.of(LENGTHS, torch.device("cpu"), few)
 
 
+@pytest.mark.parametrize(
+    ("samples", "longest", "seq_length", "pay"),
+    [
+        (24, 512, 2048, True),
+        (40, 1500, 2048, True),
+        (2, 2048, 2048, True),
+        (400, 8000, 8192, False),
+        (600, 50, 8192, True),
+    ],
+)
+def test_many_short_samples_beside_a_long_one_are_not_worth_shapes_that_stay(
+    samples: int, longest: int, seq_length: int, pay: bool
+) -> None:
+    assert PackedSizes(samples, longest).pay(seq_length) == pay
+
+
 def test_the_pass_that_is_recorded_is_the_eager_one(here: Processes) -> None:
     """Recording itself is tested on GPUs (tests/gpu/test_kernels.py)."""
     packed, _ = micro_batches()
