@@ -3,11 +3,14 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from mixtral_run.cli import VERBS, root
+from mixtral_run.train.pairs import read_pairs
+from mixtral_run.train.prompt import encode_turns
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/fleet.md", "docs/formats.md", "docs/benchmarks.md")
@@ -36,6 +39,28 @@ def test_the_command_line_takes_it(command: str) -> None:
     assert verb is not None, words[0]
     # Parsing alone: nothing is run. Raises on an unknown flag or a value of the wrong kind.
     verb.make_context(words[0], words[1:], parent=click.Context(root, **root.context_settings))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/formats.md"])
+def test_training_data_are_taken_as_they_are_shown(document: str, tmp_path: Path, llama_like_tokenizer: Any) -> None:
+    """And become the rows that stand below them."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    lines = re.findall(r'^    (\{"(?:instruction|messages)".*\})$', text, re.MULTILINE)
+    whole = [line for line in lines if "…" not in line]
+    data = tmp_path / "shown.jsonl"
+    data.write_text("\n".join(whole), encoding="utf-8")
+    pairs = read_pairs(data)
+    assert len(pairs) == len(whole) == (1 if document == "README.md" else 2)
+    if document == "README.md":
+        return
+    shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
+    for pair in pairs:
+        turns = encode_turns(llama_like_tokenizer, pair.turns)
+        row = "".join(
+            f"{llama_like_tokenizer.decode(prompt).strip()} {llama_like_tokenizer.decode(answer).strip()}"
+            for prompt, answer in turns
+        )
+        assert re.sub(r"<s> *", "<s>", row) in shown, row
 
 
 def test_the_readme_names_every_verb() -> None:
