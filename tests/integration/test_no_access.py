@@ -45,7 +45,7 @@ def folder(tmp_path: Path, small_hf_model: Path, small_checkpoint: Path) -> Iter
          ["hf-tokenizer/tokenizer.json: cannot be read", "--output-path read-only/o:", "read-only cannot be written"]),
         (("convert", "--hf-model-path", "hf", "--output-path", "closed/o"), 2, ["--output-path closed/o:", "closed c"]),
         (("convert", "--hf-model-path", "hf", "--output-path", "closed"), 2, ["--output-path closed: "]),
-        (("convert", "--from-megatron", "closed", "--output-path", "o"), 2, ["closed/.metadata", "Permission denied"]),
+        (("convert", "--from-megatron", "closed", "--output-path", "o"), 5, ["where:    closed", "ls -ld closed"]),
         (("plan", "--load", "closed"), 5, ["where:    closed", "ls -ld closed"]),
         (("plan", "--config", "hf-config/config.json", "--gpus", "x"), 2, ["The config file cannot be read."]),
         (("finetune", "--load", "closed", "--save", "read-only/a", *LAYOUT), 5,
