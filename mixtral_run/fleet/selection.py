@@ -23,7 +23,7 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
     Raises ConfigError where it means none.
     """
     if inventory is not None:
-        from mixtral_run.fleet.runner import read_inventory  # only here: it loads ansible_runner
+        from mixtral_run.fleet.plays.runner import read_inventory  # only here: it loads ansible_runner
 
         if not inventory.exists():
             raise ConfigError(

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config import ConvertConfig, ExportConfig, FinetuneConfig, UpConfig
+from mixtral_run.config.fields import flag_of
+from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig, UpConfig
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet.bootstrap import BootstrapRequest, bootstrap
+from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.job_log import JobFollower
-from mixtral_run.fleet.job_spec import CHECKPOINTS, JobOptions, host_path
-from mixtral_run.fleet.jobs import RunningJob, fetch, list_jobs, start
+from mixtral_run.fleet.jobs.job_log import JobFollower
+from mixtral_run.fleet.jobs.job_spec import CHECKPOINTS, JobOptions, host_path
+from mixtral_run.fleet.jobs.jobs import RunningJob, fetch, list_jobs, start
 from mixtral_run.fleet.selection import hosts_of
-from mixtral_run.fleet.ssh import Ssh
+from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.report import Report
-from mixtral_run.settings import flag_of
 
 STEPS = 5
 MARKER = "latest_checkpointed_iteration.txt"

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mixtral_run.model.lora import ColumnLinear, LoraSettings, RowLinear
-from mixtral_run.model.megatron import MegatronModule, TransformerConfig
-from mixtral_run.model.packing import Packed, packed_attention
-from mixtral_run.model.remake import Recipe
+from mixtral_run.model.packed_attention import Packed, packed_attention
+from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
+from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.model.rotary import split_and_turn
 
 

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral_run.model.adapted_experts import Adapters, Rows, adapted_experts
-from mixtral_run.model.grouped import add_product, added_linear, frozen_gradient, frozen_product, grouped_linear
-from mixtral_run.model.lora import LoraSettings, initial_linear_in
-from mixtral_run.model.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
-from mixtral_run.model.quantised import (
+from mixtral_run.model.kernels.grouped_mm import (
+    add_product,
+    added_linear,
+    frozen_gradient,
+    frozen_product,
+    grouped_linear,
+)
+from mixtral_run.model.kernels.quantized.quantized_mm import (
     forward_product,
     quantise_to,
     quantised_layout,
@@ -24,17 +27,20 @@ from mixtral_run.model.quantised import (
     quantised_with_inner,
     rows_gradient,
 )
-from mixtral_run.model.remake import Once, Recipe, drop
-from mixtral_run.model.shares import with_shares
-from mixtral_run.model.sharing import mark
-from mixtral_run.model.swiglu import swiglu, swiglu_with_adapter
+from mixtral_run.model.kernels.router_probs import with_shares
+from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
+from mixtral_run.model.lora import LoraSettings, initial_linear_in
+from mixtral_run.model.lora_experts import Adapters, Rows, adapted_experts
+from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
+from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.recompute.recipe import Once, Recipe, drop
 
 
 class ExpertLinear(torch.nn.Module):
     """One linear layer of all local experts. weight: [experts / EP, out, in]; adapters [.., r, in] and [.., out, r].
 
     With a base precision of fp8 or nf4 the weight has no memory until `allocate`, and becomes `values` and `scales`
-    (quantised.py) with `quantise`: a layer at a time, the whole model is never there in 16 bit.
+    (quantized_mm.py) with `quantise`: a layer at a time, the whole model is never there in 16 bit.
     """
 
     values: Tensor | None
@@ -74,7 +80,8 @@ class ExpertLinear(torch.nn.Module):
             mark(self.linear_out, expert=True)
 
     def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
-        """The layer without its adapter. rows [tokens, in], sorted by expert; ends: see grouped.py. [tokens, out]."""
+        """The layer without its adapter. rows [tokens, in], sorted by expert; ends: see grouped_mm.py. [tokens,
+        out]."""
         if self.values is not None and self.scales is not None:
             return quantised_linear(rows, self.values, self.scales, ends)
         assert self.weight is not None
@@ -171,7 +178,7 @@ class Experts(MegatronModule):
     def adapted_forward(
         self, tokens: Tensor, rows: Rows, recipe: Recipe | None = None, shares: Tensor | None = None
     ) -> Tensor:
-        """See adapted_experts.py; where `adapted` says so, what `forward` computes, keeping less."""
+        """See lora_experts.py; where `adapted` says so, what `forward` computes, keeping less."""
         first, second = self.linear_fc1, self.linear_fc2
         assert first.lora is not None
         parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
@@ -186,7 +193,7 @@ class Experts(MegatronModule):
         """rows: [tokens, hidden], sorted by local expert; ends: int32 [local experts]. Returns rows' shape.
 
         With a recipe for the rows neither they nor the activation are kept for the backward pass. shares [tokens]: what
-        each row will count for in its token, so that their gradient needs no outputs (shares.py).
+        each row will count for in its token, so that their gradient needs no outputs (router_probs.py).
         """
         second = self.linear_fc2
         active, remade = self._activate(rows, ends, recipe)

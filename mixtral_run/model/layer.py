@@ -9,19 +9,24 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from mixtral_run.config import RUNS_AGAIN
+from mixtral_run.config.verbs import RUNS_AGAIN
 from mixtral_run.model.attention import Attention, AttentionInputs
 from mixtral_run.model.lora import LoraSettings
-from mixtral_run.model.megatron import BaseTransformerLayer, MegatronModule, TransformerConfig, apply_prefix_mapping
 from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
-from mixtral_run.model.offload import Offload
+from mixtral_run.model.parallel.megatron import (
+    BaseTransformerLayer,
+    MegatronModule,
+    TransformerConfig,
+    apply_prefix_mapping,
+)
+from mixtral_run.model.recompute.offload import Offload
 
 
 class MixtralLayer(MegatronModule, BaseTransformerLayer):
     """A layer as Megatron's TransformerBlock calls it; `attention_mask` carries AttentionInputs.
 
-    recompute: `none`; `selective` makes norms, activations and permutations again in the backward pass (remake.py);
+    recompute: `none`; `selective` makes norms, activations and permutations again in the backward pass (recipe.py);
     with `full` the layer keeps only its input and runs again there; with `offload` that input lies in host memory.
     """
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mixtral_run.model.megatron import (
+from mixtral_run.model.cast_adapters import rounded
+from mixtral_run.model.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     TransformerConfig,
@@ -31,9 +32,8 @@ from mixtral_run.model.megatron import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from mixtral_run.model.remake import Recipe, drop, remade_linear
-from mixtral_run.model.rounded import rounded
-from mixtral_run.model.sharing import mark
+from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.recompute.recipe import Recipe, drop, remade_linear
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.model.adapted_experts import Rows
+from mixtral_run.model.dispatch.all_gather import Room, gather, sum_where_they_belong
+from mixtral_run.model.dispatch.permute import regroup, sorted_by_expert, to_rows, to_tokens
+from mixtral_run.model.dispatch.symmetric_memory import Peers
 from mixtral_run.model.experts import Experts
-from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
 from mixtral_run.model.lora import LoraSettings
-from mixtral_run.model.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
-from mixtral_run.model.peers import Peers
-from mixtral_run.model.permute import regroup, sorted_by_expert, to_rows, to_tokens
-from mixtral_run.model.remake import Recipe
-from mixtral_run.model.sharing import mark
+from mixtral_run.model.lora_experts import Rows
+from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
+from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.recompute.recipe import Recipe
 
 
 class Router(MegatronModule):
@@ -67,7 +67,7 @@ class _RouterLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        from mixtral_run.model.permute_triton import mix_rows
+        from mixtral_run.model.kernels.permute_triton import mix_rows
 
         (weight,) = ctx.saved_tensors
         return mix_rows(gradients[0].contiguous(), weight.contiguous()), None
@@ -90,7 +90,7 @@ class MoELayer(MegatronModule):
         self.experts = Experts(config, layer_number, lora, base_precision)
         self.expert_group = parallel_state.get_expert_model_parallel_group()
         self.room: Room | None = None
-        """Where given, experts spread over processes get their tokens as gathered.py has it."""
+        """Where given, experts spread over processes get their tokens as all_gather.py has it."""
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
         """hidden: [sequence (/ TP), batch, hidden]; returns the same shape. All ranks of the expert group must call.
@@ -138,7 +138,7 @@ class MoELayer(MegatronModule):
         return outputs
 
     def _gathered(self, tokens: Tensor, weights: Tensor, experts: Tensor, room: Room) -> Tensor:
-        """Each process adds up what its experts say of all tokens; see gathered.py. Trains adapted experts alone."""
+        """Each process adds up what its experts say of all tokens; see all_gather.py. Trains adapted experts alone."""
         size, topk = self.expert_group.size(), experts.shape[1]
         count = self.num_experts // size
         everyones = gather(tokens, weights, experts, self.expert_group)
@@ -160,7 +160,8 @@ class MoELayer(MegatronModule):
         return sum_where_they_belong(parts, self.expert_group)
 
     def _read(self, tokens: Tensor, weights: Tensor, experts: Tensor, room: Room, peers: Peers) -> Tensor:
-        """Each process reads the rows of its experts, and what these say of its tokens; see peers.py. Trains adapted
+        """Each process reads the rows of its experts, and what these say of its tokens; see symmetric_memory.py.
+        Trains adapted
         experts alone."""
         num_rows = room.num_rows(experts.numel() * peers.size, peers.size)
         routes = peers.route(tokens, weights, experts, num_rows, room.missing)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral_run.model.megatron import TransformerConfig
-from mixtral_run.model.remake import Recipe
-from mixtral_run.model.sharing import mark
+from mixtral_run.model.parallel.megatron import TransformerConfig
+from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.recompute.recipe import Recipe
 
 
 class RMSNorm(torch.nn.Module):

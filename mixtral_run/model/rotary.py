@@ -43,7 +43,7 @@ def split_and_turn(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor,
 class _SplitAndTurn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from mixtral_run.model.rotary_triton import split_and_turn as on_gpu
+        from mixtral_run.model.kernels.rotary_triton import split_and_turn as on_gpu
 
         ctx.save_for_backward(cosine, sine)
         ctx.shape = mixed.shape
@@ -51,7 +51,7 @@ class _SplitAndTurn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        from mixtral_run.model.rotary_triton import turn_back_and_join
+        from mixtral_run.model.kernels.rotary_triton import turn_back_and_join
 
         # A rotation's gradient is the rotation back.
         return turn_back_and_join([each.contiguous() for each in gradients], ctx.shape, *ctx.saved_tensors), None, None

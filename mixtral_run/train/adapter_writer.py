@@ -2,7 +2,7 @@
 
 Megatron's own strategy hands tensors to two further processes a rank and hears from them through a third, which has to
 import torch first: made for saving while training goes on. From within the process, a few MB ahead of the file, the
-first save takes less than half the time, and no second copy of the adapter (tests/bench/adapter_save.py).
+first save takes less than half the time, and no second copy of the adapter (benchmarks/adapter_save.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mixtral_run.model.megatron import (
+from mixtral_run.model.parallel.megatron import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     mcore_to_pyt_state_dict,

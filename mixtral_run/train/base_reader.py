@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.model.megatron import ShardedTensor
-from mixtral_run.weights.base import is_of_model
-from mixtral_run.weights.direct import Target
-from mixtral_run.weights.resharding import fill
-from mixtral_run.weights.torch_dist import Reader
+from mixtral_run.model.parallel.megatron import ShardedTensor
+from mixtral_run.weights.load.read_parts import Target
+from mixtral_run.weights.load.reshard import fill
+from mixtral_run.weights.manifest.base_checkpoint import is_of_model
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 
 class BaseReader:

@@ -19,7 +19,23 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mixtral_run import __version__
-from mixtral_run.checkpoints import (
+from mixtral_run.errors import TrainingError, WeightsError
+from mixtral_run.launch.processes import is_consequence
+from mixtral_run.model.mixtral import MixtralModel, is_adapter
+from mixtral_run.model.parallel.megatron import (
+    CheckpointingException,
+    ShardedTensor,
+    StrictHandling,
+    dist_checkpointing,
+)
+from mixtral_run.model.parallel.mesh import is_out_of_memory
+from mixtral_run.train.adapter_writer import AdapterWriter
+from mixtral_run.train.base_reader import BaseReader, target_of
+from mixtral_run.train.quantized_experts import Keep, KeptExperts
+from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.describe import (
     DESCRIPTION,
     LATEST,
     AdapterDescription,
@@ -28,17 +44,6 @@ from mixtral_run.checkpoints import (
     sync_folder,
     write_whole,
 )
-from mixtral_run.errors import TrainingError, WeightsError
-from mixtral_run.launch import is_consequence
-from mixtral_run.model.build import MixtralModel, is_adapter
-from mixtral_run.model.megatron import CheckpointingException, ShardedTensor, StrictHandling, dist_checkpointing
-from mixtral_run.model.parallel import is_out_of_memory
-from mixtral_run.train.adapter_writer import AdapterWriter
-from mixtral_run.train.base_reader import BaseReader, target_of
-from mixtral_run.train.kept_experts import Keep, KeptExperts
-from mixtral_run.weights import record
-from mixtral_run.weights.direct import PartSum, checksums_of, read_into
-from mixtral_run.weights.shards import HFWeights
 
 
 def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = None) -> None:

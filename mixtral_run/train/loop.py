@@ -13,31 +13,31 @@ from pathlib import Path
 
 import torch
 
-from mixtral_run.checkpoints import LATEST, AdapterDescription, BaseDescription, describe_base
-from mixtral_run.config import DataConfig, FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs import DataConfig, FinetuneConfig, PretrainConfig
 from mixtral_run.errors import TrainingError
-from mixtral_run.fitting import reads_fit
-from mixtral_run.model.build import MixtralModel
+from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora import LoraSettings
-from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.planner.choose import reads_fit
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
-from mixtral_run.train.data import SampleSource, batches
-from mixtral_run.train.full_step import SgdInBackward
-from mixtral_run.train.graph import backward_of
-from mixtral_run.train.kept_experts import Keep
+from mixtral_run.train.cuda_graph import backward_of
+from mixtral_run.train.data.packing import PackedSamples
+from mixtral_run.train.data.prompt import TOKENIZER_FOLDER
+from mixtral_run.train.data.samples import SampleSource, batches
+from mixtral_run.train.data.sources import open_samples
+from mixtral_run.train.load_model import load_for_training, loaded
+from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.model import load_for_training, loaded
-from mixtral_run.train.packed import PackedSamples
 from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_resume, leftovers, reserved_bytes
-from mixtral_run.train.prompt import TOKENIZER_FOLDER
-from mixtral_run.train.schedule import learning_rate
-from mixtral_run.train.sources import open_samples
+from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
-from mixtral_run.train.stop import StopRequest, stop_requests
 from mixtral_run.train.summary import summarise
 from mixtral_run.train.validation import Validation
-from mixtral_run.weights.sidecars import copy_tokenizer
+from mixtral_run.weights.manifest.describe import LATEST, AdapterDescription, BaseDescription, describe_base
+from mixtral_run.weights.torch_dist.megatron_files import copy_tokenizer
 
 ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
 """A run goes on where it stopped as long as these stay as they were."""

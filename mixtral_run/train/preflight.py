@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from mixtral_run import launch
-from mixtral_run.checkpoints import (
+from mixtral_run.config.verbs import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
+from mixtral_run.errors import ConfigError, MixtralRunError
+from mixtral_run.launch import processes
+from mixtral_run.planner.choose import memory_error, settled
+from mixtral_run.report import Report
+from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.samples import batch_size_faults
+from mixtral_run.weights.hf.hub import HubModel, with_models_here
+from mixtral_run.weights.io.atomic_folder import disk_faults, on_one_disk, writing_faults
+from mixtral_run.weights.manifest.describe import (
     LATEST,
     UNKNOWN_FINGERPRINT,
     AdapterDescription,
@@ -15,14 +23,6 @@ from mixtral_run.checkpoints import (
     describe_adapter,
     describe_base,
 )
-from mixtral_run.config import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
-from mixtral_run.errors import ConfigError, MixtralRunError
-from mixtral_run.fitting import memory_error, settled
-from mixtral_run.report import Report
-from mixtral_run.train.data import batch_size_faults
-from mixtral_run.train.pairs import read_pairs
-from mixtral_run.weights.source import HubModel, with_models_here
-from mixtral_run.weights.staging import disk_faults, on_one_disk, writing_faults
 
 LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
@@ -60,9 +60,9 @@ def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
     Before that, all that needs no weights is checked: raises as `check_training` and `check_inference` do. Processes
     that this program started get the directory.
     """
-    if launch.is_ours():
+    if processes.is_ours():
         return config
-    report = Report() if launch.rank() == 0 else Report.silent()
+    report = Report() if processes.rank() == 0 else Report.silent()
     return with_models_here(config, report, lambda model: _check_before_download(config, model))
 
 
@@ -71,7 +71,7 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
     if isinstance(config, FinetuneConfig):
         config = settled(config, base)
     if isinstance(config, DataConfig):
-        errors = _errors(config, launch.process_count(config), base)
+        errors = _errors(config, processes.process_count(config), base)
     else:
         errors = _start_errors(config)
         faults = layout_faults(config, base)
@@ -83,7 +83,7 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
 def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
     """What keeps the layout from fitting the processes of the job."""
     try:
-        launch.num_processes(config)
+        processes.num_processes(config)
     except MixtralRunError as error:
         return [error]
     return []

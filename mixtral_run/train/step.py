@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.model.build import MixtralModel
-from mixtral_run.model.gathered import Room
-from mixtral_run.model.packing import Packed
-from mixtral_run.model.parallel import Processes, sum_over
-from mixtral_run.model.sharing import is_expert, is_partial, is_split
-from mixtral_run.train.data import GlobalBatch, MicroBatch
+from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.packed_attention import Packed
+from mixtral_run.model.parallel.mesh import Processes, sum_over
+from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_split
+from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
 MOST_SHORT = 3
 """Steps one after the other that had to be taken twice for want of room, after which it is not tried again."""
@@ -47,7 +47,7 @@ class Step(Protocol):
 class Backward(ABC):
     """How a micro batch goes through the model.
 
-    With room, experts that are spread over processes get their tokens as gathered.py has it; without, row by row.
+    With room, experts that are spread over processes get their tokens as all_gather.py has it; without, row by row.
     """
 
     def __init__(self, model: MixtralModel, room: Room | None = None) -> None:

@@ -11,11 +11,11 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from mixtral_run.checkpoints import write_whole
-from mixtral_run.model.parallel import Processes
+from mixtral_run.model.parallel.mesh import Processes
 from mixtral_run.train.metrics import Meter, peak_memory_gib
 from mixtral_run.train.preflight import SUMMARY
 from mixtral_run.train.validation import ValidationMetrics
+from mixtral_run.weights.manifest.describe import write_whole
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import TrainingError
-from mixtral_run.model.build import MixtralModel
-from mixtral_run.model.parallel import Processes, sum_over
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Processes, sum_over
 from mixtral_run.report import Report
-from mixtral_run.train.data import MicroBatch, Samples, stacked
+from mixtral_run.train.data.packing import PackedSamples
+from mixtral_run.train.data.samples import MicroBatch, Samples, stacked
 from mixtral_run.train.metrics import append, format_seconds
-from mixtral_run.train.packed import PackedSamples
 from mixtral_run.train.step import losses_of
 
 

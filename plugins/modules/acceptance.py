@@ -134,7 +134,15 @@ def _container_argv(params, has_gpus):
     argv += ["--gpus", "all"] if has_gpus else []
     argv += ["--user", "{}:{}".format(params["uid"], params["gid"])]
     argv += ["--mount", "type=bind,source={},target=/checkpoints".format(params["checkpoint_folder"])]
-    argv += [params["image"], "python", "-m", "mixtral_run.acceptance", "--json", "--size-mib", str(params["size_mib"])]
+    argv += [
+        params["image"],
+        "python",
+        "-m",
+        "mixtral_run.trial.acceptance",
+        "--json",
+        "--size-mib",
+        str(params["size_mib"]),
+    ]
     return argv + ["--floors", json.dumps(params["floors"])]
 
 

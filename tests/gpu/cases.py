@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mixtral_run.config import LaunchConfig
-from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.model.parallel.mesh import Processes, processes
 
 
 def run_cases(run: Callable[[Processes, str, str], Any]) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from mixtral_run.decoding import Decoding, RecordedDecoding, decoding_of
-from mixtral_run.model.build import is_adapter
-from mixtral_run.model.parallel import Processes
+from mixtral_run.inference.decode import Decoding, RecordedDecoding, decoding_of
+from mixtral_run.model.mixtral import is_adapter
+from mixtral_run.model.parallel.mesh import Processes
 from tests.gpu.cases import run_cases
 from tests.gpu.test_kernels import small_model
 

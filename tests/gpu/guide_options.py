@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtral_run.config import BASE_PRECISIONS, RECOMPUTE
-from tests.bench.make_mixtral import add_size_options
+from benchmarks.make_mixtral import add_size_options
+from mixtral_run.config.verbs import BASE_PRECISIONS, RECOMPUTE
 
 STEPS = ("convert", "mock", "real", "generate", "export", "smoke")
 

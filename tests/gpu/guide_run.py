@@ -35,13 +35,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.checkpoints import LATEST, write_whole
+from benchmarks.gpu_memory import gpus
+from benchmarks.library_pairs import write_library_pairs
+from benchmarks.make_mixtral import STANDARD_DEVIATION, scaled
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
-from mixtral_run.plan import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
-from mixtral_run.weights.random_model import hf_config
-from tests.bench.gpu_memory import gpus
-from tests.bench.library_pairs import write_library_pairs
-from tests.bench.make_mixtral import STANDARD_DEVIATION, scaled
+from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
+from mixtral_run.trial.random_mixtral import hf_config
+from mixtral_run.weights.manifest.describe import LATEST, write_whole
 from tests.gpu.guide_options import default_layouts, expected_rate, name_of, parsed
 from tests.gpu.guide_steps import MISTRAL_FINETUNE, ROOT, WANTED_GIB, Step, reached, run, table, training_figures
 
@@ -196,7 +196,7 @@ class GuideRun:
             self.tflops = self.measured_tflops()
             return
         o = self.options
-        words = ["-m", "tests.bench.make_mixtral", str(self.hf), "--layers", str(o.layers), "--seed", str(o.seed)]
+        words = ["-m", "benchmarks.make_mixtral", str(self.hf), "--layers", str(o.layers), "--seed", str(o.seed)]
         words += ["--hidden-size", str(o.hidden_size), "--ffn-hidden-size", str(o.ffn_hidden_size)]
         with ThreadPoolExecutor(1) as pool:
             product = pool.submit(self.measured_tflops)
@@ -210,7 +210,7 @@ class GuideRun:
         """Of an 8,192³ bf16 product on all GPUs at once, each GPU's."""
         started = [
             subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/bench/lora.py"), "--child", "matmul", "--sizes", "1x1"],
+                [sys.executable, str(ROOT / "benchmarks/lora.py"), "--child", "matmul", "--sizes", "1x1"],
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": str(number)},

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.config import LaunchConfig
+from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.gathered import Room, gather, sum_where_they_belong
-from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.model.peers import Peers, open_peers
+from mixtral_run.model.dispatch.all_gather import Room, gather, sum_where_they_belong
+from mixtral_run.model.dispatch.symmetric_memory import Peers, open_peers
+from mixtral_run.model.parallel.mesh import Processes, processes
 
 ARCHITECTURE = dataclasses.replace(MIXTRAL_8X7B, hidden_size=1536)
 MOST = 300

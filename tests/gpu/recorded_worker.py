@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from mixtral_run.model.parallel import Processes
-from mixtral_run.train.data import MockSamples, batches
-from mixtral_run.train.graph import RecordedBackward, backward_of, can_record
+from benchmarks.lora import exchanged_by
+from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import EagerBackward, train_step, trainable
-from tests.bench.lora import exchanged_by
 from tests.gpu.cases import run_cases
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral_run.acceptance import Floors, measure
+from mixtral_run.trial.acceptance import Floors, measure
 
 
 def test_this_machines_gpus_are_measured_and_accepted(tmp_path: Path) -> None:

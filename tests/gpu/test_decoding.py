@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.decoding import SAME
+from mixtral_run.inference.decode import SAME
 from tests.integration.conftest import torchrun
 
 WORKER = Path(__file__).parent / "decoding_worker.py"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mixtral_run.model.grouped import added_linear, grouped_linear, has_grouped_product
-from mixtral_run.model.swiglu import swiglu, swiglu_with_adapter
-from tests.experts_reference import ROUTINGS, AdaptedCase, Case, reference
+from mixtral_run.model.kernels.grouped_mm import added_linear, grouped_linear, has_grouped_product
+from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
+from tests.support.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 SCALE = 2.0
 
@@ -71,7 +71,7 @@ def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("width", [256, 1000, 4096])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
 def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> None:
-    from mixtral_run.model.narrow_triton import narrow_outer_product, narrow_product
+    from mixtral_run.model.kernels.narrow_mm_triton import narrow_outer_product, narrow_product
 
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     owner = torch.repeat_interleave(torch.arange(len(routing), device="cuda"), torch.tensor(routing, device="cuda"))
@@ -93,8 +93,8 @@ def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> 
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
 def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int, rank: int) -> None:
     """Reading it once is what reading it twice is; rows of no expert have zeros."""
-    from mixtral_run.model.grouped import outer_product, product
-    from mixtral_run.model.narrow_triton import both_narrow_products
+    from mixtral_run.model.kernels.grouped_mm import outer_product, product
+    from mixtral_run.model.kernels.narrow_mm_triton import both_narrow_products
 
     count, experts = sum(routing), len(routing)
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
@@ -165,7 +165,7 @@ def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int
 )
 def test_our_own_product(routing: tuple[int, ...], turned: bool, with_adapter: bool, depth: int, width: int) -> None:
     """With rows of no expert behind the last one's. The same twice: pieces are added up in one order."""
-    from mixtral_run.model.product_cuda import grouped_product
+    from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
     count, experts, rank = sum(routing), len(routing), 16
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
@@ -192,9 +192,9 @@ def test_other_numbers_of_rows_compile_nothing_again() -> None:
     """Under EP each step has others; the first iterations would take half a minute."""
     from triton.runtime.jit import JITFunction
 
-    from mixtral_run.model import narrow_triton, swiglu_triton
+    from mixtral_run.model.kernels import narrow_mm_triton, swiglu_triton
 
-    modules = (narrow_triton, swiglu_triton)
+    modules = (narrow_mm_triton, swiglu_triton)
     kernels = [each for module in modules for each in vars(module).values() if isinstance(each, JITFunction)]
 
     def compiled_after(*routings: tuple[int, ...]) -> int:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from isal.isal_zlib import crc32
 
-from mixtral_run.model.quantised import KEPT_AS, quantise_to
-from tests.kept import KEPT_NUMBERS, checksums_of, same, start, took, weight_to_keep, wipe_experts
-from tests.tiny import write_tiny
+from mixtral_run.model.kernels.quantized.quantized_mm import KEPT_AS, quantise_to
+from tests.support.quantized_cache import KEPT_NUMBERS, checksums_of, same, start, took, weight_to_keep, wipe_experts
+from tests.support.tiny import write_tiny
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])

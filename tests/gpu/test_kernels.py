@@ -5,18 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from mixtral_run.config import LaunchConfig
+from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.build import MixtralModel, ModelSettings, build_model, is_adapter
+from mixtral_run.model.dispatch.permute import sorted_by_expert, to_rows, to_tokens
+from mixtral_run.model.kernels.router_probs import row_products
 from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import router_logits
-from mixtral_run.model.packing import PackedSizes
-from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.model.permute import sorted_by_expert, to_rows, to_tokens
+from mixtral_run.model.packed_attention import PackedSizes
+from mixtral_run.model.parallel.mesh import Processes, processes
 from mixtral_run.model.rotary import Rotary, split_and_turn
-from mixtral_run.model.shares import row_products
-from mixtral_run.train.data import GlobalBatch, MicroBatch, MockSamples, batches
-from mixtral_run.train.graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
 from mixtral_run.train.step import StepResult, train_step, trainable
 
 

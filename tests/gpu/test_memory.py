@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config import LaunchConfig
-from mixtral_run.memory import gpu_memory
-from mixtral_run.model.parallel import processes
-from mixtral_run.plan import GIB
+from benchmarks.lora import build_ours
+from benchmarks.modes import run_case
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.planner.available import gpu_memory
+from mixtral_run.planner.memory_model import GIB
 from mixtral_run.train.step import trainable
-from tests.bench.lora import build_ours
-from tests.bench.modes import run_case
 
 LAYERS = 8
 NEEDED_GIB = 36

@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 
-from mixtral_run.config import LaunchConfig
-from mixtral_run.model.offload import Offload
-from mixtral_run.model.parallel import processes, seed_everything
-from mixtral_run.train.data import MockSamples, batches
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.model.parallel.mesh import processes, seed_everything
+from mixtral_run.model.recompute.offload import Offload
+from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import StepResult, train_step, trainable
 from tests.gpu.test_kernels import small_model
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_run.model.peers_triton import fetch, pick, put, sum_rows
-from mixtral_run.model.routing_triton import Routes, route
+from mixtral_run.model.kernels.sort_triton import Routes, route
+from mixtral_run.model.kernels.symmetric_memory_triton import fetch, pick, put, sum_rows
 
 
 def pointers(parts: list[Tensor]) -> Tensor:

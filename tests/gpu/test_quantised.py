@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mixtral_run.model import nf4
-from mixtral_run.model.grouped import grouped_linear
-from mixtral_run.model.quantised import (
+from mixtral_run.model.kernels.grouped_mm import grouped_linear
+from mixtral_run.model.kernels.quantized import nf4
+from mixtral_run.model.kernels.quantized.quantized_mm import (
     dequantise,
     has_scaled_product,
     quantise,
@@ -14,7 +14,7 @@ from mixtral_run.model.quantised import (
     reads_unturned,
     scaled_product,
 )
-from tests.experts_reference import ROUTINGS
+from tests.support.experts_reference import ROUTINGS
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -22,7 +22,7 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 @pytest.mark.parametrize("width", [64, 4096, 28672])
 @pytest.mark.parametrize("with_columns", [False, True])
 def test_rows_are_quantised_as_in_torch(width: int, with_columns: bool) -> None:
-    from mixtral_run.model.quantised_triton import quantise_rows
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantise_rows
 
     routing = (3, 0, 40, 21)
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
@@ -43,7 +43,7 @@ def test_rows_are_quantised_as_in_torch(width: int, with_columns: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 128, 256), (8, 200, 72), (2, 4096, 14336)])
 def test_turned(shape: tuple[int, int, int]) -> None:
-    from mixtral_run.model.quantised_triton import turned
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import turned
 
     numbers = torch.randint(0, 120, shape, device="cuda", dtype=torch.uint8).view(torch.float8_e4m3fn)
     expected = numbers.view(torch.uint8).transpose(1, 2).contiguous()
@@ -54,7 +54,7 @@ def test_turned(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("with_scales", [True, False])
 @pytest.mark.parametrize("routing", [(700, 310, 0, 1, 420, 480, 590, 444), (0, 0, 0, 0, 300, 0, 0, 0)])
 def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_scales: bool) -> None:
-    from mixtral_run.model.quantised_triton import fits_tiles, tiled_product
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
 
     rows, row_scales = quantise(torch.randn(sum(routing), 4096, device="cuda"))
     values, scales = quantise(torch.randn(8, 1024, 4096, device="cuda"))
@@ -82,8 +82,8 @@ def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_sca
 def test_weights_as_they_lie_give_what_turned_ones_give(
     shape: tuple[int, int], routing: tuple[int, ...], rank: int
 ) -> None:
-    from mixtral_run.model.gradient_gluon import fits, unturned_gradient
-    from mixtral_run.model.quantised_triton import turned
+    from mixtral_run.model.kernels.quantized.gradient_gluon import fits, unturned_gradient
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import turned
 
     assert reads_unturned(torch.device("cuda", 0))
     small, row_scales = quantise(torch.randn(sum(routing), shape[0], device="cuda"))

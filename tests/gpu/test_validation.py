@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mixtral_run.config import LaunchConfig
-from mixtral_run.model.parallel import processes
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.report import Report
-from mixtral_run.train.data import MockSamples, batches, stacked
-from mixtral_run.train.graph import RecordedBackward, backward_of
+from mixtral_run.train.cuda_graph import RecordedBackward, backward_of
+from mixtral_run.train.data.samples import MockSamples, batches, stacked
 from mixtral_run.train.step import losses_of, train_step, trainable
 from mixtral_run.train.validation import Validation
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config import ConvertConfig
+from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.fleet.testhosts import repository
+from mixtral_run.fleet.testhosts.engine import why_no_engine
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.rehearsal_plan import tokenizer_texts
 from mixtral_run.report import Report
-from mixtral_run.weights.random_model import write_random_mixtral
-from tests.needs import missing
-from tests.targets import repository
-from tests.targets.engine import why_no_engine
+from mixtral_run.trial.random_mixtral import write_random_mixtral
+from mixtral_run.trial.sizes import tokenizer_texts
+from tests.support.needs import missing
 
 SMALL = MixtralArchitecture(
     num_layers=2,
@@ -52,7 +52,7 @@ def small_hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_checkpoint(small_hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted for TP2/EP4: every other layout reshards it at load."""
-    from mixtral_run.weights.convert import convert
+    from mixtral_run.weights.convert.to_megatron import convert
 
     folder = tmp_path_factory.mktemp("converted") / "checkpoint"
     convert(ConvertConfig(hf_model_path=str(small_hf_model), output_path=folder), Report.silent())

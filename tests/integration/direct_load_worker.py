@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mixtral_run.checkpoints import describe_base
-from mixtral_run.model.parallel import processes
-from mixtral_run.train.model import load_for_inference
-from mixtral_run.weights import direct as direct_load
-from mixtral_run.weights.shards import open_hf_weights
+from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.train.load_model import load_for_inference
+from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.load import read_parts as direct_load
+from mixtral_run.weights.manifest.describe import describe_base
 from tests.integration.layouts_worker import config_of, train
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from isal.isal_zlib import crc32
 
-from mixtral_run.model.build import MixtralModel
-from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.train.kept_experts import Keep
-from mixtral_run.weights.kept import kept_folder
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.weights.quantized_cache.layout import kept_folder
 from tests.integration.direct_load_worker import counted_reads
 from tests.integration.layouts_worker import config_of, train
 

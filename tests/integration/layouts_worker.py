@@ -14,23 +14,23 @@ from unittest.mock import patch
 
 import torch
 
-from mixtral_run.checkpoints import describe_adapter, describe_base
-from mixtral_run.config import RECOMPUTE, FinetuneConfig
-from mixtral_run.decoding import StayingDecoding
-from mixtral_run.generate import Sampling, continue_rows
-from mixtral_run.model import gather_sizes
-from mixtral_run.model.build import MixtralModel, is_adapter
-from mixtral_run.model.gathered import Room
+from mixtral_run.config.verbs import RECOMPUTE, FinetuneConfig
+from mixtral_run.inference.decode import StayingDecoding
+from mixtral_run.inference.generate import Sampling, continue_rows
+from mixtral_run.model.dispatch import capacity
+from mixtral_run.model.dispatch.all_gather import Room
 from mixtral_run.model.lora import LoraSettings
-from mixtral_run.model.parallel import Processes, processes, seed_everything
+from mixtral_run.model.mixtral import MixtralModel, is_adapter
+from mixtral_run.model.parallel.mesh import Processes, processes, seed_everything
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
-from mixtral_run.train.data import MicroBatch, MockSamples, Row, batches, stacked
-from mixtral_run.train.full_step import SgdInBackward
-from mixtral_run.train.model import load_for_inference, load_for_training
-from mixtral_run.train.schedule import learning_rate
+from mixtral_run.train.data.samples import MicroBatch, MockSamples, Row, batches, stacked
+from mixtral_run.train.load_model import load_for_inference, load_for_training
+from mixtral_run.train.lr_schedule import learning_rate
+from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import EagerBackward, losses_of, optimizer_step, train_step, trainable
 from mixtral_run.train.validation import Validation
+from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 
 ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
 
@@ -146,7 +146,7 @@ def apart_where_all_have_room(model: MixtralModel) -> float:
     expected = model.logits(tokens)
     room = Room.on(model.processes.device, unlimited=True)
     # What would be too little is not asked for.
-    with patch.object(gather_sizes, "SPARE", 0.5), model.gathering(room):
+    with patch.object(capacity, "SPARE", 0.5), model.gathering(room):
         return float((model.logits(tokens) - expected).abs().max())
 
 
@@ -219,7 +219,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         for spare in (2.0, 0.5):
             # With too little room each step is taken again, row by row.
             for mode in ("none", "selective", "full"):
-                with patch.object(gather_sizes, "SPARE", spare):
+                with patch.object(capacity, "SPARE", spare):
                     again = train(
                         config_of(checkpoint, out, layout, recompute=mode), here, 0, 2, given=Room.on(here.device)
                     )

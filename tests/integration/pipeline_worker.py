@@ -10,9 +10,9 @@ import sys
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-from mixtral_run.model.cpu import stand_in_for_cuda
+from mixtral_run.model.parallel.cpu import stand_in_for_cuda
 from tests.integration.megatron_load_worker import build
-from tests.megatron_writer import let_it_write_from_a_cpu
+from tests.support.megatron_writer import let_it_write_from_a_cpu
 
 
 def main() -> None:

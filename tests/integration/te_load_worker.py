@@ -126,7 +126,7 @@ def main() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-    from mixtral_run.model.cpu import stand_in_for_cuda
+    from mixtral_run.model.parallel.cpu import stand_in_for_cuda
     from tests.integration.megatron_load_worker import config_from, expected
 
     hf_directory, checkpoint, experts = Path(sys.argv[1]), *sys.argv[2:4]

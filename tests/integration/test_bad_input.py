@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.targets import hosts
-from tests.targets.__main__ import inventory
+from mixtral_run.fleet.testhosts import hosts
+from mixtral_run.fleet.testhosts.__main__ import inventory
 
 ROOT = Path(__file__).parents[2]
 NAME = "bad-input"

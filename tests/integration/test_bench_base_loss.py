@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mixtral_run.config import BASE_PRECISIONS
-from tests.bench.base_loss import compared, main
+from benchmarks.base_loss import compared, main
+from mixtral_run.config.verbs import BASE_PRECISIONS
 
 
 def test_base_and_adapters_learn_at_every_precision(capsys: pytest.CaptureFixture[str]) -> None:

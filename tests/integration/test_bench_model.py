@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench.make_mixtral import make, scaled
+from benchmarks.make_mixtral import make, scaled
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_export import hf_tensors_of
 
 
 def test_it_is_a_mixtral_of_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.bench.make_mixtral.PART_BYTES", 100_000)
-    monkeypatch.setattr("tests.bench.make_mixtral.POOL_NUMBERS", 2**19 + 1)
+    monkeypatch.setattr("benchmarks.make_mixtral.PART_BYTES", 100_000)
+    monkeypatch.setattr("benchmarks.make_mixtral.POOL_NUMBERS", 2**19 + 1)
     architecture = scaled(1, 512, 256, 1024)
     for name, seed, workers in (("one", 1, 1), ("five", 1, 5), ("other", 2, 5)):
         num_bytes = make(tmp_path / name, architecture, num_shards=3, seed=seed, workers=workers)
@@ -78,7 +78,7 @@ def test_the_bench_of_saving_measures_both_ways(tmp_path: Path) -> None:
 def told_by(bench: str, *words: object) -> dict[str, Any]:
     """The JSON object that a bench ends with."""
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.bench.{bench}", *map(str, words)],
+        [sys.executable, "-m", f"benchmarks.{bench}", *map(str, words)],
         capture_output=True,
         text=True,
         check=False,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config import ConvertConfig
+from mixtral_run.config.verbs import ConvertConfig
 from mixtral_run.report import Report
-from mixtral_run.weights.convert import convert
-from mixtral_run.weights.mapped import MappedWriter
-from mixtral_run.weights.pace import Pace
-from tests.tiny import write_tiny
+from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.io.mmap_writer import MappedWriter
+from mixtral_run.weights.io.pace import Pace
+from tests.support.tiny import write_tiny
 
 
 def run_cli(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -160,9 +160,9 @@ def test_the_same_bytes_through_mapped_memory(
 
     write = MappedWriter.write
     monkeypatch.setattr(MappedWriter, "write", count)
-    monkeypatch.setattr("mixtral_run.weights.copy.Pace", Mapping)
+    monkeypatch.setattr("mixtral_run.weights.convert.copy.Pace", Mapping)
     # Smaller than most tensors: they take several windows.
-    monkeypatch.setattr("mixtral_run.weights.mapped.WINDOW_BYTES", 4096)
+    monkeypatch.setattr("mixtral_run.weights.io.mmap_writer.WINDOW_BYTES", 4096)
     convert_quietly(tiny, tmp_path / "mapped", tp, ep, workers=1)
     assert mapped_bytes == sum(file.stat().st_size for file in tiny.glob("*.safetensors")) - headers(tiny)
     for file in sorted((tmp_path / "in turns/iter_0000001").glob("*.distcp")):

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config import ConvertConfig, VerifyConfig
+from mixtral_run.config.verbs import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.report import Report
-from mixtral_run.weights import convert as convert_module
-from mixtral_run.weights import staging
-from mixtral_run.weights.convert import convert
-from mixtral_run.weights.mapped import MappedWriter
-from mixtral_run.weights.record import read_record
-from mixtral_run.weights.verify import verify
+from mixtral_run.weights.convert import to_megatron as convert_module
+from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.io import atomic_folder
+from mixtral_run.weights.io.mmap_writer import MappedWriter
+from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.verify.verify import verify
 from tests.integration.test_convert import convert_quietly, run_cli
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_an_empty_folder_is_used(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_no_space_is_told_before_work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(atomic_folder, "free_bytes", lambda _: 1_000_000)
     error = refused(tiny, tmp_path / "out")
     assert isinstance(error, ConfigError)
     assert "no space on the disk" in str(error)
@@ -135,12 +135,12 @@ def test_no_space_is_told_before_work(tmp_path: Path, tiny: Path, monkeypatch: p
 
 
 SLOW = """
-import itertools, time, mixtral_run.weights.copy as copy
+import itertools, time, mixtral_run.weights.convert.copy as copy
 read, numbers = copy._Worker._read, itertools.count()
 copy.FLUSH_SECONDS = 0.2
 # Some go through, then each takes long: it cannot be done before it is cut off, however slow this machine is just now.
 copy._Worker._read = lambda *arguments: (time.sleep(0.05 if next(numbers) < 32 else 5), read(*arguments))
-from mixtral_run.cli import main
+from mixtral_run.cli.main import main
 main()
 """
 
@@ -187,10 +187,10 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path, tiny: Path, monk
     one = converted("one", "--workers", "1")
     assert converted("seven", "--workers", "7") == one
     # Also while numbers are being tried, and with the cache dropped behind.
-    monkeypatch.setattr("mixtral_run.weights.pace.WINDOW_SECONDS", 0.0)
-    monkeypatch.setattr("mixtral_run.weights.copy._STEP_SECONDS", 0.0)
-    monkeypatch.setattr("mixtral_run.weights.copy.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("mixtral_run.weights.copy.fits_in_memory", lambda _: False)
+    monkeypatch.setattr("mixtral_run.weights.io.pace.WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr("mixtral_run.weights.convert.copy._STEP_SECONDS", 0.0)
+    monkeypatch.setattr("mixtral_run.weights.convert.copy.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("mixtral_run.weights.convert.copy.fits_in_memory", lambda _: False)
     convert_quietly(tiny, tmp_path / "measured", 2, 4)
     assert content(tmp_path / "measured") == one
     refusal = run_cli("convert", "--hf-model-path", tiny, "--output-path", tmp_path / "none", "--workers", "0")
@@ -240,11 +240,11 @@ def test_a_disk_that_fills_up_at_the_very_end(
         write(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mixtral_run.weights.convert.write_proof", full)
+        patched.setattr("mixtral_run.weights.convert.to_megatron.write_proof", full)
         with pytest.raises(WeightsError, match="No space left on device"):
             convert_quietly(tiny, mounted / "out", 2, 4)
     (mounted / "ballast").unlink()
-    monkeypatch.setattr("mixtral_run.weights.copy._Worker.copy", lambda *_: pytest.fail("a job is done again"))
+    monkeypatch.setattr("mixtral_run.weights.convert.copy._Worker.copy", lambda *_: pytest.fail("a job is done again"))
     convert_quietly(tiny, mounted / "out", 2, 4)
     verify(VerifyConfig(load=mounted / "out", against=tiny, proof=True), Report.silent()).check()
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.checkpoints import describe_base
-from mixtral_run.config import ConvertConfig, VerifyConfig
+from mixtral_run.config.verbs import ConvertConfig, VerifyConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.report import Report
-from mixtral_run.weights import staging
-from mixtral_run.weights.convert import convert
-from mixtral_run.weights.record import read_record
-from mixtral_run.weights.verify import verify
+from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.io import atomic_folder
+from mixtral_run.weights.manifest.describe import describe_base
+from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.verify.verify import verify
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_convert_faults import content, refused
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 @pytest.fixture
@@ -51,15 +51,15 @@ def killed(*arguments, **more):
     return result
 
 setattr(owner, name, killed)
-staging = importlib.import_module("mixtral_run.weights.staging")
+staging = importlib.import_module("mixtral_run.weights.io.atomic_folder")
 if how == "moved up":
     staging._stays = lambda _: True
 if how == "without exchange":
     staging.exchange = lambda *_: False
-from mixtral_run.cli import main
+from mixtral_run.cli.main import main
 main()
 """
-CONVERT, STAGING = "mixtral_run.weights.convert:", "mixtral_run.weights.staging:"
+CONVERT, STAGING = "mixtral_run.weights.convert.to_megatron:", "mixtral_run.weights.io.atomic_folder:"
 
 
 def killed(
@@ -76,7 +76,7 @@ def no_copying(monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(*_: object) -> None:
         raise AssertionError("a job is done again")
 
-    monkeypatch.setattr("mixtral_run.weights.copy._Worker.copy", copy)
+    monkeypatch.setattr("mixtral_run.weights.convert.copy._Worker.copy", copy)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_killed_where_places_cannot_be_exchanged_the_old_one_is_named(
         describe_base(output)
     assert f"mv {tmp_path / '.out.replaced'} {output}" in str(failure.value)
     assert content(tmp_path / ".out.replaced") == old
-    monkeypatch.setattr(staging, "exchange", lambda *_: False)
+    monkeypatch.setattr(atomic_folder, "exchange", lambda *_: False)
     convert_quietly(tiny, output, 2, 4, overwrite=True)
     verify(VerifyConfig(load=output, against=tiny, proof=True), Report.silent()).check()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "other", "out"]
@@ -146,7 +146,7 @@ def test_killed_while_it_is_moved_into_a_mount_point(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool, entry: str
 ) -> None:
     """Some of it is in its place, the marker is not; what was there before is gone or going."""
-    monkeypatch.setattr(staging, "_stays", lambda _: True)
+    monkeypatch.setattr(atomic_folder, "_stays", lambda _: True)
     expected = convert_quietly(tiny, tmp_path / "whole", 2, 4)
     output = tmp_path / "out"
     output.mkdir()
@@ -157,7 +157,7 @@ def test_killed_while_it_is_moved_into_a_mount_point(
     killed("pathlib:Path.rename", f"before {output / entry}", tiny, output, *["--overwrite"] * earlier, moved_up=True)
     assert not (output / "latest_checkpointed_iteration.txt").exists()
     assert (output / ".mixtral-run-unfinished" / "latest_checkpointed_iteration.txt").exists()
-    monkeypatch.setattr("mixtral_run.weights.copy._Worker.copy", lambda *_: pytest.fail("a job is done again"))
+    monkeypatch.setattr("mixtral_run.weights.convert.copy._Worker.copy", lambda *_: pytest.fail("a job is done again"))
     assert convert_quietly(tiny, output, 2, 4, **flags) == expected
     assert content(output) == content(tmp_path / "whole")
 
@@ -165,7 +165,7 @@ def test_killed_while_it_is_moved_into_a_mount_point(
 def test_killed_when_all_is_moved_into_a_mount_point(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "_stays", lambda _: True)
+    monkeypatch.setattr(atomic_folder, "_stays", lambda _: True)
     output = tmp_path / "out"
     killed(STAGING + "shutil.rmtree", "before call 2", tiny, output, moved_up=True)
     verify(VerifyConfig(load=output, against=tiny, proof=True), Report.silent()).check()
@@ -186,7 +186,9 @@ def test_a_torn_end_of_the_journal_is_left_out(
     output = tmp_path / "out"
     journal = tmp_path / ".out.unfinished" / "journal.jsonl"
     with monkeypatch.context() as patched:
-        patched.setattr("mixtral_run.weights.convert.write_proof", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            "mixtral_run.weights.convert.to_megatron.write_proof", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             convert_quietly(tiny, output, 2, 4)
     lines = journal.read_bytes().splitlines(keepends=True)

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.weights.copy import _Worker
-from mixtral_run.weights.interrupts import SAME_SECONDS
+from mixtral_run.weights.convert.copy import _Worker
+from mixtral_run.weights.io.interrupts import SAME_SECONDS
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_convert_faults import content
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 NUM_QUICK = 32
 """Reads before the moment at which the tests send their signals."""
 
 SLOWED = """
 import itertools, os, pathlib, sys, time
-import mixtral_run.weights.copy as copy
+import mixtral_run.weights.convert.copy as copy
 reached, num_quick, seconds = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1)), float(sys.argv.pop(1))
 # Nothing is noted but by the stop itself, as in the first five seconds.
 copy.FLUSH_SECONDS = 1e6
@@ -36,7 +36,7 @@ def slow(*arguments):
 copy._Worker._read = slow
 """
 MAIN = """
-from mixtral_run.cli import main
+from mixtral_run.cli.main import main
 main()
 """
 SMALL_BLOCKS = """
@@ -151,7 +151,7 @@ def test_sigterm_on_the_way_back_leaves_nothing(tmp_path: Path, tiny: Path) -> N
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     slowed = """
 import pathlib, sys, time
-import mixtral_run.weights.to_hf as to_hf
+import mixtral_run.weights.convert.to_hf as to_hf
 reached = pathlib.Path(sys.argv.pop(1))
 to_hf._Writer.write = lambda self, file, tensors: (file.touch(), reached.touch(), time.sleep(600))
 """

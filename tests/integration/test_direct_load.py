@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.checkpoints import describe_base
-from mixtral_run.config import ExportConfig
+from mixtral_run.config.verbs import ExportConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
-from mixtral_run.weights import direct, mapping, record
-from mixtral_run.weights.checksums import fingerprint
-from mixtral_run.weights.direct import PartSum, Target, checksums_of, read_into
-from mixtral_run.weights.export import export
-from mixtral_run.weights.record import read_record
-from mixtral_run.weights.shards import open_hf_weights
+from mixtral_run.weights.adapter.export import export
+from mixtral_run.weights.hf.fingerprint import fingerprint
+from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.load import read_parts as direct
+from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.describe import describe_base
+from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.mapping import hf_to_megatron
 from tests.integration.conftest import mixtral_run, torchrun
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_export import hf_tensors_of, write_adapter
-from tests.tiny import write_shards, write_tiny
+from tests.support.tiny import write_shards, write_tiny
 
 WORKER = Path(__file__).parent / "direct_load_worker.py"
 
@@ -66,7 +68,7 @@ import sys, threading
 from pathlib import Path
 import torch
 from mixtral_run.weights import direct, mapping
-from mixtral_run.weights.shards import open_hf_weights
+from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 
 hf, dtype, workers = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 weights = open_hf_weights(hf)
@@ -125,7 +127,7 @@ def test_slices_of_all_ranks_are_the_chunks(tmp_path: Path, monkeypatch: pytest.
     tensors = write_tiny(tmp_path / "hf")
     weights = open_hf_weights(tmp_path / "hf")
     sums: list[PartSum] = []
-    for unit in mapping.units(weights.architecture, tp, ep):
+    for unit in hf_to_megatron.units(weights.architecture, tp, ep):
         expected = [torch.zeros(chunk.num_elements) for chunk in unit.chunks]
         for piece in unit.pieces:
             flat = tensors[piece.source].flatten()
@@ -145,7 +147,7 @@ def test_ranks_that_read_other_bytes_are_told(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf")
     weights = open_hf_weights(tmp_path / "hf")
     shape = (weights.architecture.vocab_size, weights.architecture.hidden_size)
-    sums = read_into(weights, [Target(mapping.EMBEDDING_KEY, (0, 0), shape, torch.empty(shape))])
+    sums = read_into(weights, [Target(hf_to_megatron.EMBEDDING_KEY, (0, 0), shape, torch.empty(shape))])
     other = PartSum(sums[0].source, sums[0].start, sums[0].num_bytes, sums[0].crc ^ 1)
     with pytest.raises(WeightsError, match="changed while they were read"):
         checksums_of(weights.sources, [*sums, other])
@@ -158,7 +160,8 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
         os.truncate(file, 5000)
     shape = (weights.architecture.vocab_size, weights.architecture.hidden_size)
     targets = [
-        Target(key, (0, 0), shape, torch.empty(shape)) for key in (mapping.EMBEDDING_KEY, mapping.OUTPUT_LAYER_KEY)
+        Target(key, (0, 0), shape, torch.empty(shape))
+        for key in (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
     ]
     with pytest.raises(WeightsError, match="became shorter"):
         read_into(weights, targets)
@@ -210,7 +213,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     near = write_tiny(tmp_path / "near")
     near["model.layers.1.block_sparse_moe.experts.3.w2.weight"][0, 0] += 1
     write_shards(tmp_path / "near", near, 3)
-    from mixtral_run.checkpoints import check_adapter_fits, describe_adapter
+    from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter
 
     adapter = describe_adapter(tmp_path / "adapter")
     check_adapter_fits(adapter, describe_base(tmp_path / "hf"))
@@ -218,9 +221,9 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     check_adapter_fits(adapter, describe_base(tmp_path / "near"))
     with pytest.raises(WeightsError, match="another base"):
         check_adapter_fits(adapter, describe_base(tmp_path / "other"))
-    from mixtral_run.config import VerifyConfig
-    from mixtral_run.model.parallel import processes
-    from mixtral_run.train.model import load_for_inference
+    from mixtral_run.config.verbs import VerifyConfig
+    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.train.load_model import load_for_inference
 
     config = VerifyConfig(load=tmp_path / "near", device="cpu")
     with processes(config) as here, pytest.raises(WeightsError, match="another base"):
@@ -241,8 +244,8 @@ def bad_hf_directories(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_a_bad_hf_directory_is_told_as_convert_tells_it(tmp_path: Path) -> None:
-    from mixtral_run.config import ConvertConfig
-    from mixtral_run.weights.convert import convert
+    from mixtral_run.config.verbs import ConvertConfig
+    from mixtral_run.weights.convert.to_megatron import convert
 
     for name, folder in bad_hf_directories(tmp_path).items():
         with pytest.raises(MixtralRunError) as converting:

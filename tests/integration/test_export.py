@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_run.config import ExportConfig
+from mixtral_run.config.verbs import ExportConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
-from mixtral_run.weights.export import export
-from mixtral_run.weights.record import read_record, write_record
+from mixtral_run.weights.adapter.export import export
+from mixtral_run.weights.manifest.record import read_record, write_record
 from tests.integration.test_convert import convert_quietly, run_cli
-from tests.tiny import write_shards, write_tiny
+from tests.support.tiny import write_shards, write_tiny
 
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 RANK, ALPHA = 4, 10.0
@@ -157,7 +157,7 @@ def test_the_axis_order_is_named_and_heeded(base: Path, tmp_path: Path, monkeypa
     """The other order has the same shapes: PEFT loads it and computes something else."""
     import peft
 
-    from mixtral_run.parity import reference_logits
+    from mixtral_run.trial.logits_parity import reference_logits
 
     write_adapter(base, tmp_path / "adapter", ALL)
     folder = tmp_path / "peft"
@@ -316,7 +316,7 @@ def test_nothing_stays_of_an_export_that_is_ended(
         (folder / "adapter_model.safetensors").write_bytes(b"begun")
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("mixtral_run.weights.export._write_peft", begin_and_end)
+    monkeypatch.setattr("mixtral_run.weights.adapter.export._write_peft", begin_and_end)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft"), Report.silent())

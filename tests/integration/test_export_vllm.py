@@ -1,4 +1,5 @@
-"""`export --format vllm`, read by a loader written from vLLM's key scheme (tests/vllm_lora_loader.py, not vLLM)."""
+"""`export --format vllm`, read by a loader written from vLLM's key scheme (tests/support/vllm_lora_loader.py, not
+vLLM)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config import ExportConfig
+from mixtral_run.config.verbs import ExportConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
-from mixtral_run.weights.export import export
-from mixtral_run.weights.peft_layouts import max_lora_rank
-from tests import vllm_lora_loader
+from mixtral_run.weights.adapter.export import export
+from mixtral_run.weights.adapter.peft_layouts import max_lora_rank
 from tests.integration.test_convert import convert_quietly, run_cli
 from tests.integration.test_export import (
     ALL,
@@ -26,7 +26,8 @@ from tests.integration.test_export import (
     merged_by_hand,
     write_adapter,
 )
-from tests.tiny import write_shards, write_tiny
+from tests.support import vllm_lora_loader
+from tests.support.tiny import write_shards, write_tiny
 
 
 @pytest.fixture(scope="module")

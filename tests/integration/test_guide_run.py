@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.bench.gpu_memory import GpuMemory, gpus
+from benchmarks.gpu_memory import GpuMemory, gpus
 from tests.gpu.guide_options import default_layouts, parsed
 from tests.gpu.guide_run import GuideRun
 from tests.gpu.guide_steps import Step, reached, run, table, training_figures

@@ -16,10 +16,10 @@ from mixtral_run import __version__
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Progress, Report
-from mixtral_run.weights import source
+from mixtral_run.weights.hf import hub as source
 from tests.integration.hub_server import NAME, Hub, client_environment, serving
 from tests.integration.test_convert import run_cli
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 @pytest.fixture

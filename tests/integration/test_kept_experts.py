@@ -17,17 +17,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.checkpoints import LATEST, describe_base
-from mixtral_run.config import ConvertConfig
+from mixtral_run.config.verbs import ConvertConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Report
-from mixtral_run.weights import keeping, kept
-from mixtral_run.weights.convert import convert
-from mixtral_run.weights.direct import BLOCK_BYTES, default_workers
-from mixtral_run.weights.shards import open_hf_weights
-from tests.kept import RECORD, STALE, Start, edit_record, flip, folder_of, leftovers, same, start, took, wipe_experts
-from tests.tiny import write_tiny
+from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.load.read_parts import BLOCK_BYTES, default_workers
+from mixtral_run.weights.manifest.describe import LATEST, describe_base
+from mixtral_run.weights.quantized_cache import layout, writer
+from tests.support.quantized_cache import (
+    RECORD,
+    STALE,
+    Start,
+    edit_record,
+    flip,
+    folder_of,
+    leftovers,
+    same,
+    start,
+    took,
+    wipe_experts,
+)
+from tests.support.tiny import write_tiny
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
@@ -211,7 +223,7 @@ def test_a_disk_that_fails_meanwhile(own_checkpoint: Path, monkeypatch: pytest.M
             raise OSError(errno.EIO, "Input/output error")
         return write(descriptor, data, position)
 
-    monkeypatch.setattr(keeping.os, "pwrite", failing)
+    monkeypatch.setattr(writer.os, "pwrite", failing)
     done = start(own_checkpoint)
     assert len(calls) == 21
     assert done.said.count("!") == 1
@@ -223,14 +235,14 @@ def test_a_disk_that_fails_meanwhile(own_checkpoint: Path, monkeypatch: pytest.M
 
 def test_a_base_that_cannot_be_read_leaves_nothing(own_hf_model: Path) -> None:
     source = open_hf_weights(own_hf_model).sources["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
-    add = keeping.Writer.add
+    add = writer.Writer.add
 
-    def then_cut(self: keeping.Writer, layer: int, tensors: dict) -> None:
+    def then_cut(self: writer.Writer, layer: int, tensors: dict) -> None:
         add(self, layer, tensors)
         os.truncate(source.file, source.start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeping.Writer, "add", then_cut)
+        patch.setattr(writer.Writer, "add", then_cut)
         with pytest.raises(WeightsError, match="shorter"):
             start(own_hf_model)
     assert not folder_of(own_hf_model).exists()
@@ -241,7 +253,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mixtral_run.weights import keeping
-from tests.kept import start
+from tests.support.quantized_cache import start
 
 stage, base = sys.argv[1], Path(sys.argv[2])
 
@@ -279,7 +291,7 @@ def test_a_run_that_is_killed(own_checkpoint: Path, stage: str) -> None:
 AT_ONCE = """
 import sys, time
 from pathlib import Path
-from tests.kept import start
+from tests.support.quantized_cache import start
 import torch
 base, out, go = map(Path, sys.argv[1:])
 while not go.exists():
@@ -326,7 +338,7 @@ def test_converting_again_takes_it_away(own_checkpoint: Path, small_hf_model: Pa
 def test_files_of_mixtral_8x7b() -> None:
     """45 GB in 8 bit, 24 in 4, every tensor aligned to its numbers."""
     for precision, expected in (("fp8", 45.1e9), ("nf4", 24.0e9)):
-        files = kept.Files(Path("x"), MIXTRAL_8X7B, precision)
+        files = layout.Files(Path("x"), MIXTRAL_8X7B, precision)
         assert files.num_bytes == pytest.approx(expected, rel=0.01)
         for entry in files.entries(31).values():
             assert entry.start % {"F32": 4, "BF16": 2}.get(entry.dtype, 1) == 0
@@ -336,13 +348,13 @@ MEMORY = """
 import sys, threading
 from pathlib import Path
 import torch
-from mixtral_run.checkpoints import describe_base
-from mixtral_run.config import VerifyConfig
-from mixtral_run.model.build import ModelSettings, build_model
+from mixtral_run.weights.manifest.describe import describe_base
+from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.lora import LoraSettings
-from mixtral_run.model.parallel import processes
+from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train.checkpoint import load_base
-from mixtral_run.train.kept_experts import Keep
+from mixtral_run.train.quantized_experts import Keep
 
 base = describe_base(Path(sys.argv[1]))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mixtral_run.train.metrics import read_metrics
 from tests.integration.conftest import mixtral_run
-from tests.kept import STALE, edit_record, flip, folder_of, start, wipe_experts
+from tests.support.quantized_cache import STALE, edit_record, flip, folder_of, start, wipe_experts
 
 
 def test_the_verb_keeps_reads_and_does_without(own_checkpoint: Path, tmp_path: Path) -> None:

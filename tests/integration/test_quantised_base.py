@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.checkpoints import describe_adapter, describe_base
-from mixtral_run.config import FinetuneConfig
+from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.model.kernels.quantized.quantized_mm import quantise_to
 from mixtral_run.model.lora import LoraSettings
-from mixtral_run.model.parallel import processes
-from mixtral_run.model.quantised import quantise_to
+from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.resources import INSTRUCTIONS
+from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.metrics import read_metrics
-from mixtral_run.train.model import load_for_training
+from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from tests.integration.conftest import mixtral_run
 
 

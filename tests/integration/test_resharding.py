@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights import direct, mapping
-from mixtral_run.weights.direct import Target
-from mixtral_run.weights.framing import PAGE
-from mixtral_run.weights.metadata_file import METADATA_NAME, StoredItem, write_metadata
-from mixtral_run.weights.resharding import fill
-from mixtral_run.weights.shards import open_hf_weights
-from mixtral_run.weights.torch_dist import Reader
+from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.load import read_parts
+from mixtral_run.weights.load.read_parts import Target
+from mixtral_run.weights.load.reshard import fill
+from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+from mixtral_run.weights.torch_dist.item_writer import PAGE
+from mixtral_run.weights.torch_dist.metadata import METADATA_NAME, StoredItem, write_metadata
 from tests.integration.conftest import mixtral_run, torchrun
 from tests.integration.test_convert import convert_quietly
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 INTEGRATION = Path(__file__).parent
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 4), (4, 8))
@@ -33,14 +34,14 @@ FC1_KEY = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 
 def parts_of(hf: Path, tp: int, ep: int, dtype: torch.dtype) -> list[Target]:
     """What all ranks of a layout hold, not filled."""
-    units = mapping.units(open_hf_weights(hf).architecture, tp, ep)
+    units = hf_to_megatron.units(open_hf_weights(hf).architecture, tp, ep)
     chunks = [chunk for unit in units for chunk in unit.chunks]
     return [Target(c.key, c.offset, c.shape, torch.full(c.shape, float("nan"), dtype=dtype)) for c in chunks]
 
 
 def from_hf(hf: Path, tp: int, ep: int, dtype: torch.dtype = torch.float32) -> list[Target]:
     targets = parts_of(hf, tp, ep, dtype)
-    direct.read_into(open_hf_weights(hf), targets, workers=2)
+    read_parts.read_into(open_hf_weights(hf), targets, workers=2)
     return targets
 
 
@@ -69,8 +70,8 @@ def test_any_layout_into_any_other(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: tuple[int, int]
 ) -> None:
     """In small blocks, so that every matrix takes several."""
-    monkeypatch.setattr(direct, "PART_BYTES", 3000)
-    monkeypatch.setattr(direct, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(read_parts, "PART_BYTES", 3000)
+    monkeypatch.setattr(read_parts, "BLOCK_BYTES", 700)
     convert_quietly(hf, tmp_path / "base", *stored)
     num_bytes = open_hf_weights(hf).num_bytes
     for layout in LAYOUTS:
@@ -174,10 +175,10 @@ def test_a_part_that_reaches_beyond_the_stored_tensor(hf: Path, tmp_path: Path) 
     """A vocabulary padded in the model and not in the checkpoint."""
     convert_quietly(hf, tmp_path / "base", 2, 4)
     with Reader(tmp_path / "base" / "iter_0000001") as reader:
-        rows, columns = reader.tensors[mapping.EMBEDDING_KEY].shape
-        target = Target(mapping.EMBEDDING_KEY, (rows - 4, 0), (10, columns), torch.zeros(10, columns))
+        rows, columns = reader.tensors[hf_to_megatron.EMBEDDING_KEY].shape
+        target = Target(hf_to_megatron.EMBEDDING_KEY, (rows - 4, 0), (10, columns), torch.zeros(10, columns))
         fill(reader, [target])
-        whole = Target(mapping.EMBEDDING_KEY, (0, 0), (rows, columns), torch.zeros(rows, columns))
+        whole = Target(hf_to_megatron.EMBEDDING_KEY, (0, 0), (rows, columns), torch.zeros(rows, columns))
         fill(reader, [whole])
     assert torch.equal(target.data[:4], whole.data[-4:])
     assert not target.data[4:].any()
@@ -187,12 +188,12 @@ def test_all_tensors_that_the_checkpoint_lacks_are_told(hf: Path, tmp_path: Path
     convert_quietly(hf, tmp_path / "base", 2, 4)
     targets = [
         Target("decoder.layers.mlp.shared_experts.weight", (0, 0), (2, 2), torch.zeros(2, 2)),
-        Target(mapping.EMBEDDING_KEY, (0, 0, 0), (1, 2, 2), torch.zeros(1, 2, 2)),
+        Target(hf_to_megatron.EMBEDDING_KEY, (0, 0, 0), (1, 2, 2), torch.zeros(1, 2, 2)),
     ]
     with pytest.raises(WeightsError) as caught:
         filled(tmp_path / "base" / "iter_0000001", targets)
     assert "decoder.layers.mlp.shared_experts.weight: missing" in str(caught.value)
-    assert f"{mapping.EMBEDDING_KEY}: expected 3 axes" in str(caught.value)
+    assert f"{hf_to_megatron.EMBEDDING_KEY}: expected 3 axes" in str(caught.value)
 
 
 def item_at(folder: Path, key: str, offset: tuple[int, ...]) -> StoredItem:
@@ -252,10 +253,10 @@ import sys, threading
 from pathlib import Path
 import torch
 from mixtral_run.weights import mapping
-from mixtral_run.weights.resharding import fill
-from mixtral_run.weights.direct import Target
-from mixtral_run.weights.shards import open_hf_weights
-from mixtral_run.weights.torch_dist import Reader
+from mixtral_run.weights.load.reshard import fill
+from mixtral_run.weights.load.read_parts import Target
+from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 architecture, dtype = open_hf_weights(Path(sys.argv[1])).architecture, getattr(torch, sys.argv[3])
 
@@ -294,6 +295,6 @@ def test_memory_is_the_parameters_and_a_bounded_buffer(tmp_path: Path, dtype: st
     assert done.returncode == 0, done.stderr
     read, taken = map(int, done.stdout.split())
     assert read == num_bytes
-    allowed = 2 * 3 * direct.BLOCK_BYTES + 8 * 2**20
+    allowed = 2 * 3 * read_parts.BLOCK_BYTES + 8 * 2**20
     assert taken < allowed < num_bytes / 4
     shutil.rmtree(tmp_path / "base")

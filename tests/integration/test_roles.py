@@ -37,7 +37,16 @@ def test_scenario(scenario: str, docker_engine: None, tmp_path: Path) -> None:
         "ANSIBLE_NOCOLOR": "1",
         "NO_COLOR": "1",
     }
-    argv = [sys.executable, "-m", "molecule", "--base-config", "tests/targets/molecule/base.yml", "test", "-s", name]
+    argv = [
+        sys.executable,
+        "-m",
+        "molecule",
+        "--base-config",
+        "mixtral_run/fleet/testhosts/molecule/base.yml",
+        "test",
+        "-s",
+        name,
+    ]
     log = tmp_path / "molecule.log"
     with log.open("w") as stream:
         done = subprocess.run(argv, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)

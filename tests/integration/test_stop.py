@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixtral_run.config import FinetuneConfig
-from mixtral_run.fleet.job_spec import HostFacts, JobOptions, container_argv, make_spec
-from mixtral_run.fleet.jobs import SIGNALLED
+from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, container_argv, make_spec
+from mixtral_run.fleet.jobs.jobs import SIGNALLED
 from tests.integration.conftest import mixtral_run
 
 PATIENCE_SECONDS = 300

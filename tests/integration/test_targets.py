@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.targets import hosts
-from tests.targets.shell import TargetError, call
+from mixtral_run.fleet.testhosts import hosts
+from mixtral_run.fleet.testhosts.shell import TargetError, call
 
 NAME = "leftover"
 

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config import ConvertConfig, ExportConfig
+from mixtral_run.config.verbs import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
-from mixtral_run.weights import mapping
-from mixtral_run.weights.export import export
-from mixtral_run.weights.record import read_record
-from mixtral_run.weights.to_hf import to_hf
-from mixtral_run.weights.torch_dist import Reader
+from mixtral_run.weights.adapter.export import export
+from mixtral_run.weights.convert.to_hf import to_hf
+from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from tests.integration.conftest import torchrun
 from tests.integration.test_convert import convert_quietly, run_cli
 from tests.integration.test_export import ALL, hf_tensors_of, write_adapter
 from tests.integration.test_verify import flip_bit
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 4), (4, 8)])
@@ -28,8 +28,8 @@ from tests.tiny import write_tiny
 def test_round_trip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr("mixtral_run.weights.to_hf.SHARD_BYTES", 300_000)
-    monkeypatch.setattr("mixtral_run.weights.to_hf._BLOCK_BYTES", 3000)
+    monkeypatch.setattr("mixtral_run.weights.convert.to_hf.SHARD_BYTES", 300_000)
+    monkeypatch.setattr("mixtral_run.weights.convert.to_hf._BLOCK_BYTES", 3000)
     tensors = write_tiny(tmp_path / "hf", dtype=dtype)
     fingerprint = convert_quietly(tmp_path / "hf", tmp_path / "megatron", *layout)
     config = ConvertConfig(from_megatron=tmp_path / "megatron", output_path=tmp_path / "again")
@@ -52,7 +52,7 @@ def test_with_an_adapter_it_is_the_merged_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Bit by bit what `export --merge` makes of the HF model, in blocks that cut through query groups."""
-    monkeypatch.setattr("mixtral_run.weights.merge.BLOCK_BYTES", 3000)
+    monkeypatch.setattr("mixtral_run.weights.adapter.merge.BLOCK_BYTES", 3000)
     tensors = write_tiny(tmp_path / "hf", dtype=dtype)
     convert_quietly(tmp_path / "hf", tmp_path / "base", *layout)
     write_adapter(tmp_path, tmp_path / "adapter", ALL)
@@ -104,7 +104,7 @@ def test_written_in_a_pipeline(tmp_path: Path) -> None:
     torchrun(2, worker, str(tmp_path / "base" / "iter_0000001"), str(written))
     with Reader(written) as reader:
         # A stage writes its own layers: no file has both.
-        files = {item.offset[0]: item.file for item in reader.chunks(mapping.LINEAR_QKV_KEY) if item.offset}
+        files = {item.offset[0]: item.file for item in reader.chunks(hf_to_megatron.LINEAR_QKV_KEY) if item.offset}
         assert len(set(files.values())) == len(files) == 2
     to_hf(ConvertConfig(from_megatron=tmp_path / "pipeline", output_path=tmp_path / "again"), Report.silent())
     found = hf_tensors_of(tmp_path / "again")
@@ -168,10 +168,10 @@ def test_what_an_hf_model_cannot_hold_is_refused(tmp_path: Path) -> None:
     convert_quietly(tmp_path / "hf", tmp_path / "base", 1, 1)
     with Reader(tmp_path / "base" / "iter_0000001") as reader:
         state = {key: torch.zeros(info.shape, dtype=torch.bfloat16) for key, info in reader.tensors.items()}
-    vocabulary, hidden = state[mapping.EMBEDDING_KEY].shape
-    state[mapping.EMBEDDING_KEY] = torch.zeros(vocabulary + 64, hidden, dtype=torch.bfloat16)
-    state[mapping.LINEAR_QKV_KEY.replace("weight", "bias")] = torch.zeros(2, 5)
-    state[mapping.ROUTER_KEY] = torch.zeros(2, 4, hidden)
+    vocabulary, hidden = state[hf_to_megatron.EMBEDDING_KEY].shape
+    state[hf_to_megatron.EMBEDDING_KEY] = torch.zeros(vocabulary + 64, hidden, dtype=torch.bfloat16)
+    state[hf_to_megatron.LINEAR_QKV_KEY.replace("weight", "bias")] = torch.zeros(2, 5)
+    state[hf_to_megatron.ROUTER_KEY] = torch.zeros(2, 4, hidden)
     iteration = tmp_path / "other" / "iter_0000007"
     dcp.save(state, checkpoint_id=iteration, no_dist=True)
     config = ConvertConfig(from_megatron=iteration, hf_model_path=str(tmp_path / "hf"), output_path=tmp_path / "again")
@@ -179,9 +179,9 @@ def test_what_an_hf_model_cannot_hold_is_refused(tmp_path: Path) -> None:
         to_hf(config, Report.silent())
     assert len(caught.value.faults) == 2  # the vocabulary's padding is no fault
     assert "linear_qkv.bias: a Mixtral model has no such weights" in str(caught.value)
-    assert f"{mapping.ROUTER_KEY}: expected shape [2, 8, {hidden}]; found [2, 4, {hidden}]" in str(caught.value)
-    state.pop(mapping.LINEAR_QKV_KEY.replace("weight", "bias"))
-    state[mapping.ROUTER_KEY] = torch.zeros(2, 8, hidden)  # fp32, as some runs keep it
+    assert f"{hf_to_megatron.ROUTER_KEY}: expected shape [2, 8, {hidden}]; found [2, 4, {hidden}]" in str(caught.value)
+    state.pop(hf_to_megatron.LINEAR_QKV_KEY.replace("weight", "bias"))
+    state[hf_to_megatron.ROUTER_KEY] = torch.zeros(2, 8, hidden)  # fp32, as some runs keep it
     shutil.rmtree(iteration)
     dcp.save(state, checkpoint_id=iteration, no_dist=True)
     to_hf(config, Report.silent())
@@ -211,7 +211,7 @@ def test_through_the_command_line(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_not_what_was_converted(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf", dtype=torch.bfloat16)
     convert_quietly(tmp_path / "hf", tmp_path / "megatron", 2, 4)
-    flip_bit(tmp_path / "megatron", mapping.LINEAR_PROJ_KEY, (1,), 3, 7)
+    flip_bit(tmp_path / "megatron", hf_to_megatron.LINEAR_PROJ_KEY, (1,), 3, 7)
     config = ConvertConfig(from_megatron=tmp_path / "megatron", output_path=tmp_path / "again")
     with pytest.raises(WeightsError, match="not those that were converted"):
         to_hf(config, Report.silent())

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mixtral_run.checkpoints import describe_adapter
+from mixtral_run.weights.manifest.describe import describe_adapter
 
 RUN = (sys.executable, "-m", "mixtral_run", "finetune", "--device", "cpu", "--nproc-per-node", "2", "--mock-data")
 TP2_EP2 = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.checkpoints import describe_base
-from mixtral_run.config import PlanConfig
-from mixtral_run.planning import workload_of
+from mixtral_run.config.verbs import PlanConfig
+from mixtral_run.planner.table import workload_of
+from mixtral_run.weights.manifest.describe import describe_base
 from tests.integration.conftest import mixtral_run
 
 TWO = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--nproc-per-node", "2")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_run.config import VerifyConfig
+from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.report import Report
-from mixtral_run.weights import mapping
-from mixtral_run.weights.torch_dist import Reader
-from mixtral_run.weights.verify import VerifyResult, verify
+from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+from mixtral_run.weights.verify.verify import VerifyResult, verify
 from tests.integration.test_convert import convert_quietly, run_cli
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_equal_in_every_layout(tmp_path: Path, layout: tuple[int, int], fused: b
 
 def test_small_blocks_give_the_same(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows split over many reads, as at full size.
-    monkeypatch.setattr("mixtral_run.weights.copy.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("mixtral_run.weights.comparing._BLOCK_BYTES", 777)
+    monkeypatch.setattr("mixtral_run.weights.convert.copy.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("mixtral_run.weights.verify.compare_tensors._BLOCK_BYTES", 777)
     convert_quietly(tmp_path / "hf", tmp_path / "small", 2, 4)
     verified(tmp_path / "small", tmp_path / "hf").check()
     for file in (converted / "iter_0000001").glob("*.distcp"):
@@ -84,7 +84,7 @@ def flip_bit(checkpoint: Path, key: str, leading: tuple[int, ...], row: int, col
 
 
 def test_a_flipped_bit_is_found_and_named_with_exit_code_4(converted: Path, tmp_path: Path) -> None:
-    file = flip_bit(converted, mapping.LINEAR_FC1_KEY, (1, 5), 96 + 7, 3)  # row 7 of expert 5's up projection
+    file = flip_bit(converted, hf_to_megatron.LINEAR_FC1_KEY, (1, 5), 96 + 7, 3)  # row 7 of expert 5's up projection
     done = run_cli("verify", "--load", converted, "--against", tmp_path / "hf", "--json", "--no-logits")
     assert done.returncode == CheckFailed.exit_code
     name = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
@@ -95,7 +95,7 @@ def test_a_flipped_bit_is_found_and_named_with_exit_code_4(converted: Path, tmp_
     assert told["comparison"]["differences"] == [
         {
             "tensor": name,
-            "key": mapping.LINEAR_FC1_KEY,
+            "key": hf_to_megatron.LINEAR_FC1_KEY,
             "file": file,
             "first_element": 7 * 64 + 3,
             "num_different": 1,
@@ -110,8 +110,8 @@ def test_proof_names_the_tensors_and_the_file_of_a_flipped_bit(converted: Path) 
 
     assert checked().faults == ()
     files = [
-        flip_bit(converted, mapping.LINEAR_FC2_KEY, (0, 7), 5, 5),
-        flip_bit(converted, mapping.LINEAR_QKV_KEY, (1,), 200, 0),
+        flip_bit(converted, hf_to_megatron.LINEAR_FC2_KEY, (0, 7), 5, 5),
+        flip_bit(converted, hf_to_megatron.LINEAR_QKV_KEY, (1,), 200, 0),
     ]
     first, second = sorted(checked().faults, reverse=True)
     assert first.startswith("model.layers.1.self_attn.q_proj.weight, model.layers.1.self_attn.k_proj.weight")

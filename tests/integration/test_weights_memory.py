@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 # Each step is done with a small model first: what libraries take once is there when the large one comes.
 STEPS = """
 import sys, threading
 from pathlib import Path
-from mixtral_run.config import ConvertConfig, VerifyConfig
+from mixtral_run.config.verbs import ConvertConfig, VerifyConfig
 from mixtral_run.report import Report
-from mixtral_run.weights.convert import convert
-from mixtral_run.weights.to_hf import to_hf
-from mixtral_run.weights.verify import verify
+from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.convert.to_hf import to_hf
+from mixtral_run.weights.verify.verify import verify
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.rehearsal_plan import tokenizer_texts
-from mixtral_run.weights.tiny_tokenizer import write_tokenizer
+from mixtral_run.trial.sizes import tokenizer_texts
+from mixtral_run.trial.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_tokenizer_folder: Path) -> Any:
-    from mixtral_run.train.prompt import load_tokenizer
+    from mixtral_run.train.data.prompt import load_tokenizer
 
     return load_tokenizer(tiny_tokenizer_folder)
 

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import pytest
 
-from mixtral_run.cli import VERBS, root
-from mixtral_run.train.pairs import read_pairs
-from mixtral_run.train.prompt import encode_turns
+from mixtral_run.cli.main import VERBS, root
+from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.prompt import encode_turns
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/fleet.md", "docs/formats.md", "docs/benchmarks.md")

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.fleet import bootstrap as module
-from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, bootstrap
+from mixtral_run.fleet.bootstrap import bootstrap as module
+from mixtral_run.fleet.bootstrap.bootstrap import BootstrapEnd, BootstrapRequest, bootstrap
+from mixtral_run.fleet.testhosts.engine import install_packages
 from tests.integration.fleet.light_hosts import SSHD, LightHost, make_hosts
-from tests.needs import missing
-from tests.targets.engine import install_packages
+from tests.support.needs import missing
 
 PLAYBOOKS = Path(__file__).parent / "playbooks"
 HostMaker = Callable[[int], list[LightHost]]

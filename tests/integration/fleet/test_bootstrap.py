@@ -19,32 +19,32 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mixtral_run.commands.bootstrap import bootstrap as command
-from mixtral_run.config import FinetuneConfig
+from mixtral_run.cli.commands.bootstrap import bootstrap as command
+from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet import bootstrap as module
-from mixtral_run.fleet.bootstrap import BootstrapEnd, BootstrapRequest, last_request
-from mixtral_run.fleet.events import Phase
+from mixtral_run.fleet.bootstrap import bootstrap as module
+from mixtral_run.fleet.bootstrap.bootstrap import BootstrapEnd, BootstrapRequest, last_request
+from mixtral_run.fleet.bootstrap.progress import Phase
 from mixtral_run.fleet.hosts import remembered_hosts
-from mixtral_run.fleet.job_spec import JobOptions
-from mixtral_run.fleet.jobs import start
-from mixtral_run.fleet.provisioning import provisioning_folder
+from mixtral_run.fleet.jobs.job_spec import JobOptions
+from mixtral_run.fleet.jobs.jobs import start
+from mixtral_run.fleet.plays.provisioning import provisioning_folder
 from mixtral_run.fleet.secrets import token_file
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.state import state_folder, write_json
-from mixtral_run.fleet.status import read_fleet
+from mixtral_run.fleet.status.read_fleet import read_fleet
 from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker, Run, inventory_name, seen_arguments
 from tests.integration.fleet.engine import StandInEngine
 from tests.integration.fleet.light_hosts import free_ports
-from tests.screen import on_terminal
+from tests.support.screen import on_terminal
 
 
 def command_line(playbook: Path) -> str:
     """A program that is mixtral-run with another playbook for bootstrap."""
     return (
-        "from pathlib import Path\nimport sys, mixtral_run.fleet.bootstrap as module\n"
+        "from pathlib import Path\nimport sys, mixtral_run.fleet.bootstrap.bootstrap as module\n"
         f"module.playbook = lambda name: Path({str(playbook)!r})\n"
-        "from mixtral_run.cli import main\n"
+        "from mixtral_run.cli.main import main\n"
         "sys.argv = ['mixtral-run', *sys.argv[1:]]\nmain()\n"
     )
 

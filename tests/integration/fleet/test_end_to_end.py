@@ -18,14 +18,14 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mixtral_run.rehearsal_plan import PLAN, tokenizer_texts, write_rehearsal_pairs
-from mixtral_run.weights.random_model import write_random_mixtral
+from mixtral_run.fleet.testhosts import hosts as targets
+from mixtral_run.fleet.testhosts.__main__ import variables
+from mixtral_run.fleet.testhosts.image import ssh_key
+from mixtral_run.fleet.testhosts.kit_image import base_at_first_start, fill_wheelhouse
+from mixtral_run.fleet.testhosts.shell import call, pipe
+from mixtral_run.trial.random_mixtral import write_random_mixtral
+from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_pairs
 from tests.integration.fleet.conftest import seen_arguments
-from tests.targets import hosts as targets
-from tests.targets.__main__ import variables
-from tests.targets.image import ssh_key
-from tests.targets.kit_image import base_at_first_start, fill_wheelhouse
-from tests.targets.shell import call, pipe
 
 # The first test pays for the image and for both hosts.
 pytestmark = pytest.mark.timeout(1800)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet.fetching import fetch_job
-from mixtral_run.fleet.job_spec import JobOptions
+from mixtral_run.fleet.jobs.fetch import fetch_job
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 from tests.integration.fleet.conftest import HostMaker
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mixtral_run.commands import fleet_jobs
-from mixtral_run.config import FinetuneConfig
+from mixtral_run.cli.commands import fleet_jobs
+from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.job_spec import JobOptions
-from mixtral_run.fleet.jobs import list_jobs, start
-from mixtral_run.fleet.status import read_fleet
+from mixtral_run.fleet.jobs.job_spec import JobOptions
+from mixtral_run.fleet.jobs.jobs import list_jobs, start
+from mixtral_run.fleet.status.read_fleet import read_fleet
 from tests.integration.fleet.conftest import HostMaker
 from tests.integration.fleet.engine import StandInEngine
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixtral_run.config import ConvertConfig, FinetuneConfig
+from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError, TrainingError
-from mixtral_run.fleet.fetching import fetch_job
-from mixtral_run.fleet.job_log import JobFollower, Left, show_logs
-from mixtral_run.fleet.job_spec import JobOptions
-from mixtral_run.fleet.jobs import RunningJob, engine, fetch, find_job, list_jobs, start, stop
-from mixtral_run.fleet.ssh import Ssh
+from mixtral_run.fleet.jobs.fetch import fetch_job
+from mixtral_run.fleet.jobs.job_log import JobFollower, Left, show_logs
+from mixtral_run.fleet.jobs.job_spec import JobOptions
+from mixtral_run.fleet.jobs.jobs import RunningJob, engine, fetch, find_job, list_jobs, start, stop
+from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.testhosts.image import host_image
+from mixtral_run.fleet.testhosts.shell import call
 from tests.integration.fleet.conftest import HostMaker, seen_arguments
-from tests.targets.image import host_image
-from tests.targets.shell import call
 
 FILES = Path(__file__).parent / "files"
 IMAGE = "mixtral-run-test-job:latest"

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from mixtral_run.fleet.events import FleetProgress, Phase
+from mixtral_run.fleet.bootstrap.progress import FleetProgress, Phase
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.runner import Play, PlayEnd, RunningPlay
-from mixtral_run.fleet.ssh import Ssh, connection_options
+from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay
+from mixtral_run.fleet.ssh.connection import Ssh, connection_options
 from tests.integration.fleet.conftest import PLAYBOOKS, HostMaker
 
 

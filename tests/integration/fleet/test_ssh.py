@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.fleet import ssh as module
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.ssh import Ssh
-from mixtral_run.fleet.status import read_fleet
+from mixtral_run.fleet.ssh import connection as module
+from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.status.read_fleet import read_fleet
 from tests.integration.fleet.conftest import HostMaker
 from tests.integration.fleet.light_hosts import SSHD, LightHost
 

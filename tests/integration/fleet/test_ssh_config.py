@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mixtral_run.commands import finetune, fleet_jobs
+from mixtral_run.cli.commands import finetune, fleet_jobs
 from mixtral_run.fleet.hosts import remembered_hosts
-from mixtral_run.fleet.status import HostStatus, read_fleet
+from mixtral_run.fleet.status.read_fleet import HostStatus, read_fleet
 from tests.integration.fleet.conftest import HostMaker, Run
 from tests.integration.fleet.engine import StandInEngine
 from tests.integration.fleet.light_hosts import LightHost

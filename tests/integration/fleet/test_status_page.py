@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.fleet.status import HostStatus, with_differences
-from mixtral_run.fleet.status_page import page, write_page
-from tests.needs import missing
-from tests.targets.engine import install_packages
+from mixtral_run.fleet.status.page import page, write_page
+from mixtral_run.fleet.status.read_fleet import HostStatus, with_differences
+from mixtral_run.fleet.testhosts.engine import install_packages
+from tests.support.needs import missing
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.fleet import bootstrap as module
-from mixtral_run.fleet.bootstrap import BootstrapRequest, bootstrap
+from mixtral_run.fleet.bootstrap import bootstrap as module
+from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from tests.integration.fleet.conftest import HostMaker
 
 

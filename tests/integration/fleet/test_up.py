@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config import FinetuneConfig, UpConfig
+from mixtral_run.config.verbs import FinetuneConfig, UpConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.job_spec import JobOptions, make_spec
-from mixtral_run.fleet.ssh import Ssh
+from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec
+from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.up import Done, _check_same_training, _settings_of, _what_is_done
 from tests.integration.fleet.conftest import HostMaker
 

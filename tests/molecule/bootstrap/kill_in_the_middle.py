@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.targets.hosts import find
+from mixtral_run.fleet.testhosts.hosts import find
 
 LIMIT_SECONDS = 120
 

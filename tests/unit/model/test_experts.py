@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mixtral_run.model.grouped import each_experts, grouped_linear
-from mixtral_run.model.swiglu import swiglu_with_adapter
-from tests.experts_reference import ROUTINGS, AdaptedCase, Case, reference
+from mixtral_run.model.kernels.grouped_mm import each_experts, grouped_linear
+from mixtral_run.model.kernels.swiglu import swiglu_with_adapter
+from tests.support.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 
 def ours(case: Case, scale: float) -> torch.Tensor:

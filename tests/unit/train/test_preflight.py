@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.checkpoints import AdapterDescription
-from mixtral_run.config import FinetuneConfig
+from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.model.parallel import processes
+from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
+from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train import preflight
 from mixtral_run.train.loop import _changed_order, _remove_leftovers
 from mixtral_run.train.preflight import adapter_bytes, check_resume, output_faults
-from mixtral_run.train.stop import STOP_SIGNALS, stop_requests
+from mixtral_run.weights.manifest.describe import AdapterDescription
 
 
 def config(save: Path, **more: object) -> FinetuneConfig:

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from mixtral_run.config import LaunchConfig
-from mixtral_run.model.gathered import Room
-from mixtral_run.model.parallel import Processes, processes
-from mixtral_run.train.data import GlobalBatch, MicroBatch
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
-from tests.unit.model.test_packing import micro_batches
-from tests.unit.model.test_recompute import model_of
+from tests.unit.model.recompute.test_recompute import model_of
+from tests.unit.model.test_packed_attention import micro_batches
 
 
 class TooSmall(Room):

@@ -10,19 +10,19 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mixtral_run.config import LaunchConfig
+from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import TrainingError
-from mixtral_run.model.build import MixtralModel
-from mixtral_run.model.parallel import Processes, processes
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Processes, processes
 from mixtral_run.report import Report
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data import Samples
-from mixtral_run.train.packed import PackedSamples
-from mixtral_run.train.pairs import read_pairs
+from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.packing import PackedSamples
+from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.summary import ValidationSummary
 from mixtral_run.train.validation import Validation, ValidationMetrics, shares
 from tests.integration.conftest import SMALL
-from tests.unit.model.test_recompute import model_of
+from tests.unit.model.recompute.test_recompute import model_of
 
 VOCABULARY = 2048
 """More than the tokenizer's."""

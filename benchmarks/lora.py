@@ -1,0 +1,276 @@
+"""Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
+
+    python benchmarks/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
+        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--eager] [--collectives]
+        [--attention-only]
+
+Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
+and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
+linear layers and experts, grouped_mm, gradient checkpointing. Medians of the steps after warming up. With more than
+one GPU our side runs EP over them, tokens a second are a GPU's. The last line printed is one JSON object, for the last
+size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+RANK = 16
+ATTENTION = ("linear_qkv", "linear_proj")
+MODULES = (*ATTENTION, "linear_fc1", "linear_fc2")
+FLAGS = ("eager", "collectives", "attention-only")
+
+
+def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
+    """Median seconds of a step that ends with its results on the host."""
+    import torch
+
+    seconds = []
+    for index in range(warm_up + count):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if index >= warm_up:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def build_ours(layers: int, here: Any, recompute: str, base_precision: str, modules: tuple[str, ...] = MODULES) -> Any:
+    """Mixtral's full width with random weights and adapters on the modules, in training mode."""
+    import dataclasses
+
+    import torch
+
+    from mixtral_run.model.architecture import MIXTRAL_8X7B
+    from mixtral_run.model.lora import LoraSettings
+    from mixtral_run.model.mixtral import ModelSettings, build_model
+
+    architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
+    lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
+    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
+    model = build_model(architecture, settings, here).train()
+
+    def fill(part: str) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if part in name and "norm" not in name and ".linear_in" not in name and not parameter.is_meta:
+                    parameter.normal_(0.0, 0.02)
+
+    fill("")
+    model.quantise_experts(lambda: fill(".experts."))
+    return model
+
+
+def modules_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return ATTENTION if arguments.attention_only else MODULES
+
+
+def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from mixtral_run.config.verbs import LaunchConfig
+    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.train.cuda_graph import backward_of
+    from mixtral_run.train.data.samples import MockSamples, batches
+    from mixtral_run.train.step import EagerBackward, train_step, trainable
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
+    with processes(config) as here:
+        model = build_ours(layers, here, arguments.recompute, arguments.base_precision, modules_of(arguments))
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+        stream = batches(
+            MockSamples(model.architecture.vocab_size, seq, 1),
+            seed=1,
+            micro_batch_size=micro,
+            global_batch_size=micro * here.data_size,
+            data_parallel_rank=here.data_rank,
+            data_parallel_size=here.data_size,
+        )
+
+        def run(backward: Any) -> dict[str, Any]:
+            def step() -> object:
+                return train_step(model, optimizer, next(stream), 1.0, backward)
+
+            seconds = timed_steps(step, 4, arguments.steps)
+            if arguments.profile is not None:
+                # All of them take the step: they exchange.
+                write_profile(step, arguments.profile if here.is_first else None)
+            return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+
+        with exchanged_by(collectives=arguments.collectives), backward_of(model, seq * micro) as backward:
+            result = run(EagerBackward(model) if arguments.eager else backward)
+        return result if here.is_first else {}
+
+
+@contextmanager
+def exchanged_by(*, collectives: bool) -> Iterator[None]:
+    """While this lasts, `backward_of` takes what exchange it would, or collectives for however many tokens."""
+    with ExitStack() as stack:
+        if collectives:
+            stack.enter_context(patch("mixtral_run.train.cuda_graph.open_peers", lambda *_, **__: None))
+            stack.enter_context(patch("mixtral_run.model.dispatch.capacity.MOST_TOKENS", 2**31))
+        yield
+
+
+def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        num_hidden_layers=layers,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        use_cache=False,
+    )
+    config._experts_implementation = "grouped_mm"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = MixtralForCausalLM._from_config(config, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    settings = LoraConfig(
+        r=RANK,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=[] if arguments.attention_only else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model = get_peft_model(model, settings).train()
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True)
+
+    def step() -> float:
+        tokens = torch.randint(0, 32000, (micro, seq), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    seconds = timed_steps(step, 2, max(arguments.steps // 2, 3))
+    return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+
+
+def write_profile(step: Callable[[], object], path: Path | None) -> None:
+    """Kernels of one step by time; taken and not told where there is no path."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    table = recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    if path is not None:
+        path.write_text(table)
+
+
+def matmul_tflops() -> float:
+    """bf16 rate of an 8,192³ product on random numbers: the ceiling that shares are given of."""
+    import torch
+
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / timed_steps(lambda: left @ right, 5, 20) / 1e12
+
+
+def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.child import measured
+
+    words = [
+        __file__,
+        "--child",
+        side,
+        "--layers",
+        str(layers),
+        "--sizes",
+        f"{seq}x{micro}",
+        "--steps",
+        str(arguments.steps),
+        "--recompute",
+        arguments.recompute,
+        "--base-precision",
+        arguments.base_precision,
+    ]
+    words += [f"--{name}" for name in FLAGS if getattr(arguments, name.replace("-", "_"))]
+    if arguments.profile:
+        words += ["--profile", str(arguments.profile)]
+    found = measured(words, arguments.gpus if side == "ours" else 1)
+    return found or {"tok_s": float("nan"), "peak_gib": float("nan")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--sizes", default="512x1,2048x1,8192x1,2048x4", help="sequence length x micro batch, …")
+    parser.add_argument("--sides", default="ours,peer")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", type=Path, help="write the kernels of one of our steps there")
+    parser.add_argument(
+        "--recompute", default="none", choices=("none", "selective", "full", "offload"), help="of our side"
+    )
+    parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
+    parser.add_argument("--eager", action="store_true", help="our side without a recorded pass; over EP row by row")
+    parser.add_argument("--attention-only", action="store_true", help="no adapters on the experts, on both sides")
+    parser.add_argument("--collectives", action="store_true", help="our side with all-gather, not GPU from GPU")
+    parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes.split(",")]
+    if arguments.child:
+        run = {"ours": run_ours, "peer": run_peer, "matmul": lambda *_: {"tflops": matmul_tflops()}}[arguments.child]
+        result = run(arguments.layers, *sizes[0], arguments)
+        if result:
+            print(json.dumps(result), flush=True)
+        return
+    report(arguments, sizes)
+
+
+def report(arguments: argparse.Namespace, sizes: list[tuple[int, ...]]) -> None:
+    import dataclasses
+
+    from mixtral_run.model.architecture import MIXTRAL_8X7B
+
+    ceiling = measure("matmul", 1, 1, 1, arguments).get("tflops", float("nan"))
+    active = dataclasses.replace(MIXTRAL_8X7B, num_layers=arguments.layers).num_active_parameters
+    print(f"{arguments.layers} layers, {arguments.gpus} GPU(s), 8,192³ bf16 product {ceiling:.0f} TFLOP/s")
+    print(f"{'size':>8} {'side':>5} {'tok/s/GPU':>10} {'peak GiB':>9} {'TFLOP/s 4P':>10} {'6P':>6} {'of product':>10}")
+    summary: dict[str, float] = {}
+    for seq, micro in sizes:
+        found = {}
+        for side in arguments.sides.split(","):
+            found[side] = result = measure(side, arguments.layers, seq, micro, arguments)
+            rate = result["tok_s"] * active / 1e12
+            print(
+                f"{seq:>6}x{micro} {side:>5} {result['tok_s']:>10,.0f} {result['peak_gib']:>9.1f} {4 * rate:>10.0f} "
+                f"{6 * rate:>6.0f} {4 * rate / ceiling:>10.0%}",
+                flush=True,
+            )
+        summary = {f"{side}_{name}": result[name] for side, result in found.items() for name in ("tok_s", "peak_gib")}
+        if len(found) == 2:
+            summary["ratio"] = found["ours"]["tok_s"] / found["peer"]["tok_s"]
+            print(f"{'':>8} ratio {summary['ratio']:.2f}", flush=True)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()

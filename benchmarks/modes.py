@@ -1,0 +1,140 @@
+"""Our side alone, many cases from one built model: recomputation, length and packing, at one precision of the base.
+
+    python -m benchmarks.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--cases 2048x1:none,8192x1:selective,…]
+
+A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens. Building at
+full size takes longer than a case, so that this is the way to look at many in little device time; benchmarks/lora.py
+measures each in a process of its own. Each case tells the losses of its first and last step: the adapters are set back
+and the tokens are the same, so that ways of computing the same can be compared. One JSON object a case; a case that
+does not fit says so and the next one runs. Beside each peak stands what the plan counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CASES = "2048x1:none,2048x1:selective,512x1:none,8192x1:selective,2048x4:selective,2048x1:full,2048x1:none:pack"
+
+
+PACKED_ROWS = 8
+"""That one step after the other takes, again and again."""
+
+
+def packed_batches(seq: int, vocabulary: int) -> tuple[Any, Any]:
+    """Rows of random samples of 64 to 512 tokens, a batch each; and what they hold at most."""
+    import torch
+
+    from mixtral_run.model.packed_attention import PackedSizes
+    from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
+
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    most = PackedSizes(0, 0)
+    for _ in range(PACKED_ROWS):
+        lengths: list[int] = []
+        while sum(lengths) < seq:
+            lengths.append(min(int(torch.randint(64, 513, (), generator=generator)), seq - sum(lengths)))
+        tokens, labels = (torch.randint(0, vocabulary, (1, seq), generator=generator) for _ in range(2))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        micro = MicroBatch(tokens, labels, torch.ones(1, seq), positions, (tuple(lengths),))
+        found.append(GlobalBatch((micro,), seq, 1))
+        most = PackedSizes(max(most.samples, len(lengths)), max(most.longest, *lengths))
+    return itertools.cycle(found), most
+
+
+def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.lora import timed_steps
+    from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
+    from mixtral_run.train.cuda_graph import backward_of
+    from mixtral_run.train.data.samples import MockSamples, batches
+    from mixtral_run.train.step import train_step, trainable
+
+    size, recompute, *rest = case.split(":")
+    seq, micro = (int(number) for number in size.split("x"))
+    model.settings = model.settings.__class__(**{**vars(model.settings), "recompute": recompute})
+    for layer in model.gpt.decoder.layers:
+        layer.recompute = recompute
+    parameters = trainable(model)
+    with torch.no_grad():
+        for parameter, start in zip(parameters, kept, strict=True):
+            parameter.copy_(start)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    vocabulary = model.architecture.vocab_size
+    whole = micro * arguments.micro_batches
+    stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=whole)
+    most = None
+    if rest:
+        stream, most = packed_batches(seq, vocabulary)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    losses: list[float] = []
+
+    with backward_of(model, seq * micro, recorded=not arguments.eager, most=most) as backward:
+
+        def step() -> None:
+            losses.append(train_step(model, optimizer, next(stream), 1.0, backward).loss)
+
+        seconds = timed_steps(step, 3, arguments.steps)
+    workload = Workload(
+        architecture=model.architecture,
+        gpus=1,
+        seq_length=seq,
+        micro_batch_size=micro,
+        expert_bytes=EXPERT_BYTES.get(arguments.base_precision, 2),
+    )
+    layout = Layout(1, 1, recompute)
+    return {
+        "tok_s": round(seq * (1 if rest else whole) / seconds),
+        "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "planned_gib": round(memory(workload, layout).allocated / GIB, 1),
+        "planned_host_gib": round(host_bytes(workload, layout) / GIB, 1),
+        "losses": [round(each, 5) for each in (losses[0], losses[-1])],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
+    parser.add_argument("--eager", action="store_true", help="nothing recorded")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from benchmarks.lora import build_ours
+    from mixtral_run.config.verbs import LaunchConfig
+    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.train.step import trainable
+
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
+    with processes(config) as here:
+        model = build_ours(arguments.layers, here, "none", arguments.base_precision)
+        # On the host: the peaks are those of a run.
+        kept = [parameter.detach().cpu() for parameter in trainable(model)]
+        for case in arguments.cases.split(","):
+            try:
+                result = run_case(model, kept, case, arguments)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                result = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            for parameter in trainable(model):
+                parameter.grad = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(json.dumps({"case": case, "base": arguments.base_precision, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()

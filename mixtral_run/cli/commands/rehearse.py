@@ -1,0 +1,25 @@
+"""`mixtral-run rehearse`."""
+
+from __future__ import annotations
+
+import click
+
+from mixtral_run.cli.options import config_options
+from mixtral_run.config.verbs import RehearseConfig
+
+
+@click.command()
+@config_options(RehearseConfig)
+def rehearse(config: RehearseConfig) -> None:
+    """Run the whole job at small size on this machine and prove every step: needs no download and no GPU.
+
+    With --host the provisioning is rehearsed, too: on a throw-away host, where a Docker engine answers.
+    """
+    if config.host:
+        from mixtral_run.fleet.testhosts.rehearse_host import rehearse_host
+
+        rehearse_host(config)
+        return
+    from mixtral_run.trial.rehearse import rehearse as job
+
+    job(config)

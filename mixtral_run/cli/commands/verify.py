@@ -1,0 +1,45 @@
+"""`mixtral-run verify`."""
+
+from __future__ import annotations
+
+import click
+
+from mixtral_run.cli.options import config_options
+from mixtral_run.config.verbs import VerifyConfig
+
+
+@click.command()
+@config_options(VerifyConfig, errors_as_json=True)
+def verify(config: VerifyConfig) -> None:
+    """Say what a checkpoint is; with --against compare it with the HF weights, bit by bit and by logits."""
+    from mixtral_run.launch import processes
+    from mixtral_run.report import json_document
+
+    is_first = processes.rank() == 0 and not processes.is_ours()
+    with json_document(config.json and is_first) as document:
+        if is_first:
+            from mixtral_run.weights.verify.verify import verify as verify_weights
+
+            result = verify_weights(config)
+            document |= result.to_mapping()
+            result.check()
+            if result.kind not in ("base", "hf"):
+                return
+        if config.against is not None and config.logits:
+            _compare_logits(config)
+
+
+def _compare_logits(config: VerifyConfig) -> None:
+    from mixtral_run.launch import processes
+    from mixtral_run.planner.available import logits_fit
+    from mixtral_run.report import Report
+    from mixtral_run.trial.logits_parity import compare_logits
+    from mixtral_run.weights.hf.hub import with_models_here
+
+    silent = processes.is_ours() or processes.rank() != 0
+    report = Report.silent() if silent else Report.on_stderr() if config.json else Report()
+    config = with_models_here(config, report)
+    if processes.is_worker():
+        compare_logits(config)
+    elif logits_fit(config):
+        processes.torchrun("verify", config)

@@ -1,0 +1,229 @@
+"""The click root. Verbs are loaded when they are called; this is the only place that prints an error or exits."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from mixtral_run import __version__
+from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
+
+VERBS: dict[str, str] = {
+    "bootstrap": "Bare hosts → Docker, NVIDIA toolkit, swap, HF cache, image, proof; over SSH.",
+    "status": "What every host has, and what differs; as a table, JSON or a page.",
+    "explain": "Why something fails, and what to do.",
+    "up": "From a bare host to your adapter, here: bootstrap, convert, finetune, export, fetch.",
+    "jobs": "The jobs that --on started.",
+    "logs": "What a job printed; -f follows it.",
+    "stop": "Ask a job to save and end.",
+    "fetch": "Bring here what a job wrote.",
+    "convert": "HF weights → a Megatron torch_dist checkpoint, streamed.",
+    "verify": "Say what a checkpoint is; compare it with its source bit by bit.",
+    "plan": "GiB a GPU by part for each layout of a LoRA run, the best that fits first.",
+    "finetune": "LoRA on a converted checkpoint, one adapter an expert.",
+    "pretrain": "A few iterations of full training, to prove that a layout trains.",
+    "generate": "Continue prompts with a checkpoint, with or without an adapter.",
+    "export": "Adapter → PEFT directory, or a merged HF model.",
+    "smoke": "Convert, train, fine-tune and generate on this machine; pass or fail.",
+    "rehearse": "The whole job at small size, every step proved.",
+}
+"""Verb → the line `mixtral-run --help` shows. Each is a function of that name in `commands/VERB.py`, or where MODULES
+says."""
+
+MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
+
+DEBUG_VARIABLE = "MIXTRAL_RUN_DEBUG"
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk answers wherever it is written to."""
+
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What a path that was given may bring about wherever it is used. What is checked before is told in better words; any
+other error of the system is told where it may happen."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module only when the verb is called, so that --help stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"mixtral_run.cli.commands.{MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Also sorts out the words that the verb does not understand; click would tell the first alone.
+
+        A verb with a config file tells them with the faults of its settings.
+        """
+        if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
+            return super().resolve_command(ctx, args)
+        from mixtral_run.cli.usage import FAULTS, close_to, missing_words, or_words, without_faults
+
+        name = args[0].replace("_", "-")
+        command = self.get_command(ctx, name)
+        if command is None:
+            meant = or_words(close_to(name, VERBS))
+            raise ConfigError(
+                f"There is no verb {args[0]!r}.",
+                expected=f"one of {', '.join(VERBS)}",
+                next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
+            )
+        words, faults = without_faults(command, args[1:])
+        missing = missing_words(command, words)
+        faults += missing
+        if missing or (faults and not any(each.name == "config" for each in command.params)):
+            raise ConfigError(
+                "The command line cannot be understood.",
+                where="command line",
+                faults=faults,
+                next_command=f"mixtral-run {name} --help",
+            )
+        ctx.meta[FAULTS] = faults
+        return name, command, words
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def _with_dashes(token: str) -> str:
+    """Flags take underscores and dashes alike: `--hf_model_path` is `--hf-model-path`."""
+    return token.replace("_", "-")
+
+
+@click.group(
+    cls=LazyGroup,
+    subcommand_metavar="VERB [FLAGS]...",
+    context_settings={
+        "token_normalize_func": _with_dashes,
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
+)
+@click.version_option(__version__, prog_name="mixtral-run")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def root(debug: bool) -> None:
+    """Convert and LoRA-fine-tune Mixtral 8x7B with Megatron.
+
+    Each verb starts its own processes where it needs several; under torchrun it uses those that were started.
+    """
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    if not os.environ.get(DEBUG_VARIABLE):
+        quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' advice to their own developers off the user's screen; --debug shows it."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    # transformers and the hub client read these when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0, 2 settings, 3 host, 4 check, 5 weights, 6 training, 130 interrupted."""
+    try:
+        root.main(standalone_mode=False, prog_name="mixtral-run")
+    except click.exceptions.Abort:
+        _leave("Interrupted.", 130)
+    except KeyboardInterrupt:
+        _leave("Interrupted.", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ConfigError.exit_code)
+    except MixtralRunError as error:
+        _fail(error, error)
+    except OSError as error:
+        told = _in_words(error)
+        if told is None:
+            raise
+        _fail(told, error)
+    except RuntimeError as error:
+        _leave_if_consequence(error)
+        raise
+    sys.exit(0)
+
+
+def _in_words(error: OSError) -> MixtralRunError | None:
+    """What to tell of an error of the system; None where it is told by what it happened in, or by nobody yet."""
+    if error.errno in DISK_ERRORS:
+        return WeightsError(
+            "A file cannot be written.",
+            where=str(error.filename) if error.filename else None,
+            found=error.strerror,
+            next_command="df -h, then the same command again",
+        )
+    if error.errno in PATH_ERRORS and error.filename:
+        return ConfigError(
+            "A file or folder cannot be used.",
+            where=str(error.filename),
+            expected="one that this user may read, and write to where something is written",
+            found=error.strerror,
+            next_command=f"ls -ld {error.filename}",
+        )
+    return None
+
+
+def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(cause)
+        _report_to_launcher(error)
+        sys.exit(error.exit_code)
+    _report_to_launcher(error)
+    _leave(f"✗ {error}", error.exit_code)
+
+
+def _report_to_launcher(error: MixtralRunError) -> None:
+    """Inside a job that this program launched, hand the error to the launcher, which prints each one once."""
+    if os.environ.get("MIXTRAL_RUN_ERROR_DIRECTORY"):
+        from mixtral_run.launch.processes import hand_over_error
+
+        hand_over_error(error)
+        sys.exit(error.exit_code)
+
+
+def _leave_if_consequence(error: RuntimeError) -> None:
+    """Of several processes those that only lost another one print nothing."""
+    if os.environ.get("MIXTRAL_RUN_ERROR_DIRECTORY") and not os.environ.get(DEBUG_VARIABLE):
+        from mixtral_run.launch.processes import is_consequence, leave_quietly
+
+        if is_consequence(error):
+            leave_quietly()
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+    _end_with(exit_code)
+    rank = os.environ.get("RANK")
+    prefix = f"[rank {rank}] " if rank is not None else ""
+    print(prefix + message, file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def _end_with(exit_code: int) -> None:
+    """From here on Ctrl-C and SIGTERM, however often, change neither the exit code nor what is printed."""
+
+    def hear(ignored: bool) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if ignored else lambda *_: os._exit(exit_code))
+
+    hear(ignored=False)
+    # While the interpreter waits for its threads they end the process; later it forgets handlers, but for this one.
+    atexit.register(hear, ignored=True)

@@ -1,0 +1,165 @@
+"""What a setting is: declared once, checked, and carried to JSON and back. Standard library only.
+
+A field is declared with `setting(...)`: its type, default, help text and limits. The command line
+(`cli/options.py`), the JSON file that travels to the container, and the check before any work all read that one
+declaration. `check()` tells every fault of a config at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from mixtral_run.errors import ConfigError
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    help: str,  # noqa: A002 - the word that click and argparse use
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare a field. `minimum` and `maximum` are inclusive, `above` is exclusive; no default makes it required."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    return field(default=default, metadata=metadata)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: `lora_rank` → `--lora-rank`."""
+    return "--" + name.replace("_", "-")
+
+
+def plain_type(annotation: Any) -> tuple[Any, bool]:
+    """Split an annotation into its type without None and whether None is allowed."""
+    if isinstance(annotation, types.UnionType):
+        inner = [part for part in typing.get_args(annotation) if part is not type(None)]
+        return inner[0], True
+    return annotation, False
+
+
+def field_types(config_class: type) -> dict[str, Any]:
+    """Resolved annotations of a config class by field name."""
+    return typing.get_type_hints(config_class)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every verb's config can do."""
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the values, as lines for a person; empty when all is well."""
+        found = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                found += _limit_faults(item, value)
+        return found
+
+    def check(self) -> Self:
+        """Return self, or raise ConfigError with all faults."""
+        faults = self.faults()
+        if faults:
+            raise ConfigError("The settings cannot be used as they are.", faults=faults)
+        return self
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The fields as JSON values; paths become text."""
+        return {item.name: _to_json_value(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_mapping(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str = "config") -> Self:
+        """Build from JSON values. Raises ConfigError naming every unknown key, missing key and wrong type."""
+        annotations = field_types(cls)
+        fields = {item.name: item for item in dataclasses.fields(cls)}
+        faults = [f"unknown setting '{name}'" for name in values if name not in fields]
+        accepted: dict[str, Any] = {}
+        for name, item in fields.items():
+            if name not in values:
+                if item.default is MISSING and item.default_factory is MISSING:
+                    faults.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
+                continue
+            try:
+                accepted[name] = _from_json_value(annotations[name], values[name])
+            except (TypeError, ValueError) as error:
+                faults.append(f"{flag_of(name)}: {error}")
+        if faults:
+            # With those of the others' limits: what is mended then is not refused in the next run.
+            for name, value in accepted.items():
+                faults += _limit_faults(fields[name], value) if value is not None else []
+            raise ConfigError("The settings cannot be used as they are.", where=where, faults=faults)
+        return cls(**accepted)
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "config") -> Self:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError("The config is not valid JSON.", where=where, found=str(error)) from error
+        if not isinstance(values, dict):
+            raise ConfigError("The config must be a JSON object.", where=where, found=type(values).__name__)
+        return cls.from_mapping(values, where=where)
+
+
+def _limit_faults(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    limits = item.metadata
+    flag = flag_of(item.name)
+    found = []
+    if limits.get("choices"):
+        chosen = value if isinstance(value, tuple) else (value,)
+        wrong = [str(each) or "''" for each in chosen if each not in limits["choices"]]
+        if wrong:
+            found.append(f"{flag}: expected one of {', '.join(limits['choices'])}; found {', '.join(wrong)}")
+        if isinstance(value, tuple) and not value:
+            found.append(f"{flag}: expected at least one of {', '.join(limits['choices'])}; found none")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # Written so that NaN fails every limit.
+        if limits.get("minimum") is not None and not value >= limits["minimum"]:
+            found.append(f"{flag}: expected at least {limits['minimum']}; found {value}")
+        if limits.get("maximum") is not None and not value <= limits["maximum"]:
+            found.append(f"{flag}: expected at most {limits['maximum']}; found {value}")
+        if limits.get("above") is not None and not value > limits["above"]:
+            found.append(f"{flag}: expected more than {limits['above']}; found {value}")
+    return found
+
+
+def _to_json_value(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_to_json_value(each) for each in value]
+    return value
+
+
+def _from_json_value(annotation: Any, value: Any) -> Any:
+    wanted, optional = plain_type(annotation)
+    if value is None:
+        if optional:
+            return None
+        raise TypeError("expected a value; found null")
+    if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"expected a list; found {value!r}")
+        inner = typing.get_args(wanted)[0]
+        return tuple(_from_json_value(inner, each) for each in value)
+    if wanted is Path:
+        # An empty one would be this folder: it comes of a shell's variable that is not set.
+        if not isinstance(value, (str, Path)) or value == "":
+            raise TypeError(f"expected a path; found {value!r}")
+        return Path(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted in (int, float) and isinstance(value, bool)):
+        raise TypeError(f"expected {wanted.__name__}; found {value!r}")
+    return value

@@ -1,0 +1,286 @@
+"""Setting hosts up: first contact with each, then the playbook over those that answer, shown as it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from mixtral_run.errors import ConfigError, HostError, MixtralRunError
+from mixtral_run.fleet.bootstrap.progress import FleetProgress
+from mixtral_run.fleet.bootstrap.view import make_view, summary
+from mixtral_run.fleet.explain.explain import record_failures
+from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
+from mixtral_run.fleet.plays.provisioning import playbook, role_names
+from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
+from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
+from mixtral_run.fleet.ssh.connection import Ssh, connection_options
+from mixtral_run.fleet.ssh.problems import connection_error
+from mixtral_run.fleet.state import read_json, state_folder, write_json
+
+CANCEL_SECONDS = 1.0
+DEFAULT_FORKS = 50
+KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o", "ServerAliveCountMax=8")
+"""As ansible.cfg has it for plays that are run by hand. First, since ssh takes an option's first value."""
+RETRY_COMMAND = "mixtral-run bootstrap --retry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapRequest:
+    """What a person asked for. Everything but the password is kept for --retry."""
+
+    hosts: tuple[str, ...] = ()
+    inventory: Path | None = None
+    limit: str | None = None
+    check: bool = False
+    diff: bool = False
+    tags: tuple[str, ...] = ()
+    extra_vars: tuple[str, ...] = ()
+    forks: int = DEFAULT_FORKS
+    serial: str | None = None
+    hf_token_file: Path | None = None
+    ask_become_pass: bool = False
+    accept_new_host_key: tuple[str, ...] = ()
+    become_password: str | None = field(default=None, repr=False)
+    login_password: str | None = field(default=None, repr=False)
+
+    def again_with(self, given: Mapping[str, Any]) -> BootstrapRequest:
+        """The same with what is given besides; variables are added to those that there were."""
+        more = {name: value for name, value in given.items() if value}
+        more["extra_vars"] = (*self.extra_vars, *given.get("extra_vars", ()))
+        return dataclasses.replace(self, **more)
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON values for --retry; passwords and once-only options are left out."""
+        values = dataclasses.asdict(self)
+        for name in ("become_password", "login_password", "accept_new_host_key"):
+            del values[name]
+        # --retry may be called from another folder.
+        if self.hf_token_file is not None and self.hf_token_file.parent == state_folder("tmp"):
+            del values["hf_token_file"]  # typed in, and gone by then
+        values["extra_vars"] = [f"@{_absolute(word[1:])}" if word.startswith("@") else word for word in self.extra_vars]
+        return {name: _absolute(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any]) -> BootstrapRequest:
+        known = {item.name for item in dataclasses.fields(cls)} & values.keys()
+        found: dict[str, Any] = {}
+        for name in known:
+            value = values[name]
+            found[name] = tuple(value) if isinstance(value, list) else value
+            if name in ("inventory", "hf_token_file") and value:
+                found[name] = Path(value)
+        return cls(**found)
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+@dataclass(frozen=True)
+class BootstrapEnd:
+    """What came of it; `text` is the summary for a person."""
+
+    progress: FleetProgress
+    interrupted: bool
+    text: str
+
+    def raise_if_bad(self) -> None:
+        """Raise HostError where a host did not get to its end, KeyboardInterrupt where the person stopped it."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        bad = self.progress.bad
+        if bad:
+            count = f"{len(bad)} of {len(self.progress.hosts)} hosts" if len(self.progress.hosts) > 1 else bad[0].name
+            raise HostError(f"{count} could not be set up; the table and the lines above it tell what to do.")
+
+
+def bootstrap(
+    request: BootstrapRequest, stream: TextIO | None = None, starter: Callable[[Play], RunningPlay] = RunningPlay
+) -> BootstrapEnd:
+    """Set hosts up and show how it goes on. Hosts that fail do not keep the others from their end.
+
+    Raises ConfigError for what is wrong before anything starts, MixtralRunError where Ansible cannot even begin.
+    """
+    stream = stream or sys.stdout
+    began = time.monotonic()
+    _check_request(request)
+    request = _with_own_inventory(request)
+    hosts = hosts_of(request.hosts, request.inventory, request.limit)
+    accepted = _accepted(request, hosts)
+    ssh = Ssh()
+    progress = FleetProgress({host.inventory_name: host.name for host in hosts})
+    print(f"Connecting to {len(hosts)} host{'s' if len(hosts) != 1 else ''} …", file=stream, flush=True)
+    faults = dict(
+        zip(hosts, ssh.each(hosts, lambda host: _first_contact(ssh, host, request, host in accepted)), strict=True)
+    )
+    notices = [progress.unreachable(host.inventory_name, str(fault)) for host, fault in faults.items() if fault]
+    reachable = tuple(host for host in hosts if faults[host] is None)
+    remember_hosts(host for host in reachable)
+    end, interrupted = None, False
+    if reachable:
+        running = starter(_play(request, reachable, ssh))
+        end, interrupted = _show(running, progress, stream, request.diff, notices)
+    elif notices:
+        with make_view(progress, stream) as view:
+            view.update(notices)
+    forget_old_plays()
+    text = _tell(request, progress, end, time.monotonic() - began, interrupted)
+    return BootstrapEnd(progress, interrupted, text)
+
+
+def _with_own_inventory(request: BootstrapRequest) -> BootstrapRequest:
+    """Hosts remembered from an inventory are set up with it again: it holds their variables and their way in."""
+    if request.inventory is not None:
+        return request
+    hosts = hosts_of(request.hosts, None, request.limit)
+    refuse_lost_variables(hosts)
+    names = tuple(host.name for host in hosts)
+    inventory = inventory_of(hosts)
+    return request if inventory is None else dataclasses.replace(request, hosts=names, inventory=inventory, limit=None)
+
+
+def _check_request(request: BootstrapRequest) -> None:
+    faults = []
+    parse_extra_vars(request.extra_vars)
+    token = request.hf_token_file
+    if token is not None:
+        try:
+            words = token.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            faults.append(f"--hf-token-file {token}: {getattr(error, 'strerror', None) or 'not a text file'}")
+        else:
+            if len(words) != 1:
+                faults.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
+    roles = role_names()
+    unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
+    if unknown:
+        # Ansible would go through no role, and tell that all went well.
+        faults.append(f"--tags: expected some of {', '.join(roles)}; found {', '.join(unknown)}")
+    if request.serial and not re.fullmatch(r"[1-9]\d*%?", request.serial):
+        faults.append(f"--serial: expected a number of hosts, or N%; found {request.serial}")
+    if request.forks < 1:
+        faults.append(f"--forks: expected at least 1; found {request.forks}")
+    if faults:
+        raise ConfigError("The settings cannot be used as they are.", faults=faults)
+
+
+def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host, ...]:
+    named = find_hosts(request.accept_new_host_key, hosts)
+    strangers = [host.name for host in named if host not in hosts]
+    if strangers:
+        raise ConfigError(
+            "--accept-new-host-key names hosts that are not to be set up.",
+            expected=f"some of {', '.join(host.name for host in hosts)}",
+            found=", ".join(strangers),
+        )
+    return named
+
+
+def _first_contact(ssh: Ssh, host: Host, request: BootstrapRequest, accept_new_key: bool) -> HostError | None:
+    """Why a host cannot be used, or None. Records its key; puts the user's key there where a password was given."""
+    try:
+        if accept_new_key:
+            ssh.accept_new_key(host)
+        answer = ssh.run(host, ["true"], timeout_seconds=45)
+        if answer.exit_code == 0:
+            return None
+        error = connection_error(host, answer.errors)
+        if request.login_password is not None and "refuses the key" in error.what:
+            ssh.install_key(host, request.login_password)
+            ssh.check(host, ["true"])
+            return None
+    except HostError as fault:
+        return fault
+    return error
+
+
+def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
+    variables: dict[str, Any] = {}
+    if request.hf_token_file is not None:
+        variables["hf_cache_token_file"] = str(request.hf_token_file.resolve())
+    forks = min(request.forks, len(hosts))
+    if request.serial:
+        # Not Ansible's serial, which begins no further wave once all hosts of one have failed.
+        variables["mixtral_strategy"] = "host_pinned"
+        forks = min(forks, _hosts_at_once(request.serial, len(hosts)))
+    return Play(
+        playbook=playbook("bootstrap"),
+        hosts=hosts,
+        inventory=request.inventory,
+        variables=variables,
+        extra_vars=request.extra_vars,
+        tags=request.tags,
+        check=request.check,
+        diff=request.diff,
+        forks=forks,
+        ssh_args=(*KEEP_CONNECTION, *connection_options(ssh.known_hosts)),
+        become_password=request.become_password,
+    )
+
+
+def _hosts_at_once(serial: str, num_hosts: int) -> int:
+    return max(1, num_hosts * int(serial[:-1]) // 100) if serial.endswith("%") else int(serial)
+
+
+def _show(
+    running: RunningPlay, progress: FleetProgress, stream: TextIO, diff: bool, notices: list[Any]
+) -> tuple[PlayEnd, bool]:
+    interrupted = False
+    with make_view(progress, stream, diff) as view:
+        view.update(notices)
+        try:
+            for event in running.events():
+                view.update(progress.fold(event) if event is not None else ())
+        except KeyboardInterrupt:
+            interrupted = True
+            running.cancel()
+            progress.stop()
+    end = running.wait(CANCEL_SECONDS if interrupted else None)
+    if progress.play_error or (not progress.finished and not interrupted):
+        raise MixtralRunError(
+            "Ansible could not run the playbook to its end.",
+            found=(progress.play_error or end.output or f"exit code {end.exit_code}").strip()[-1500:],
+            where=str(end.artifacts / "stdout"),
+        )
+    return end, interrupted
+
+
+def _tell(
+    request: BootstrapRequest, progress: FleetProgress, end: PlayEnd | None, seconds: float, interrupted: bool
+) -> str:
+    bad = [host.name for host in progress.bad]
+    record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
+    # A check changes nothing: what is left to do stays what it was.
+    if bad and not request.check:
+        record = dataclasses.replace(request, limit=",".join(bad)).to_record()
+        write_json(_retry_file(), record)
+    elif not request.check:
+        _retry_file().unlink(missing_ok=True)
+    text = summary(
+        progress,
+        seconds=seconds,
+        log=end.artifacts / "stdout" if end else None,
+        retry=RETRY_COMMAND if bad and not request.check else None,
+        check=request.check,
+    )
+    if interrupted:
+        text += "\nStopped. What a host had begun may go on there for a moment; running it again takes up from there."
+    return text
+
+
+def _retry_file() -> Path:
+    return state_folder() / "retry.json"
+
+
+def last_request() -> BootstrapRequest:
+    """The last bootstrap's settings, limited to the hosts that failed. Raises ConfigError where none did."""
+    record = read_json(_retry_file(), None)
+    if not isinstance(record, dict):
+        raise ConfigError("There is nothing to retry: the last bootstrap left no host behind.")
+    return BootstrapRequest.from_record(record)

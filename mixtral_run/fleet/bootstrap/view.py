@@ -1,0 +1,263 @@
+"""Showing a play: a line a host that moves on a terminal, plain lines elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
+from mixtral_run.fleet.explain.explain import recognise
+from mixtral_run.fleet.hosts import shortened
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+MARKS = {
+    Phase.WAITING: "·",
+    Phase.RUNNING: "…",
+    Phase.DONE: "✓",
+    Phase.FAILED: "✗",
+    Phase.UNREACHABLE: "✗",
+    Phase.STOPPED: "!",
+}
+_COLOURS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.UNREACHABLE: "red", Phase.STOPPED: "yellow"}
+# What a person looks for first stands first where not every host fits on the screen.
+_ORDER = (Phase.FAILED, Phase.UNREACHABLE, Phase.STOPPED, Phase.RUNNING, Phase.WAITING, Phase.DONE)
+QUIET_SECONDS = 30.0
+"""Where nothing else is told for so long, plain lines say what still runs."""
+
+
+class PlayView(AbstractContextManager["PlayView"]):
+    """Shows a play as it goes on. Call `update` after each event and whenever time has passed."""
+
+    def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
+        self.progress, self.stream, self.diff = progress, stream, diff
+
+    @abstractmethod
+    def update(self, notices: Iterable[Notice] = ()) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class PlainView(PlayView):
+    """A line for each change and failure."""
+
+    def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
+        super().__init__(progress, stream, diff)
+        self._last = time.monotonic()
+        self._ended: set[str] = set()
+
+    def update(self, notices: Iterable[Notice] = ()) -> None:
+        lines = [line for notice in notices for line in self._lines(notice)]
+        for host in self.progress.hosts.values():
+            if host.phase is Phase.DONE and host.name not in self._ended:
+                self._ended.add(host.name)
+                lines.append(f"{MARKS[Phase.DONE]} {host.name}: done, {counts(host)}")
+        if not lines and time.monotonic() - self._last > QUIET_SECONDS:
+            running = [host for host in self.progress.hosts.values() if host.phase is Phase.RUNNING]
+            lines = [f"… {host.name}: {where(host)} ({elapsed(host)})" for host in running]
+        if lines:
+            self._last = time.monotonic()
+            print("\n".join(lines), file=self.stream, flush=True)
+
+    def _lines(self, notice: Notice) -> list[str]:
+        if notice.kind == "diff":
+            return [f"± {notice.host}: {notice.text}"] if self.diff else []
+        mark = {"changed": "~", "warning": "!"}.get(notice.kind, "✗")
+        return [f"{mark} {notice.host}: {notice.kind} · {first_line(notice.text)}"]
+
+
+class LiveView(PlayView):
+    """One line a host, redrawn in place; only differences, where they are asked for, scroll by above it.
+
+    Warnings wait for the summary: fifty hosts give the same one fifty times.
+    """
+
+    def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
+        super().__init__(progress, stream, diff)
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console: Console = Console(file=stream, highlight=False, markup=False)
+        self._live: Live = Live(
+            console=self.console,
+            get_renderable=self._table,
+            refresh_per_second=5,
+            transient=True,
+            redirect_stdout=False,
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def update(self, notices: Iterable[Notice] = ()) -> None:
+        for notice in notices:
+            if notice.kind == "diff" and self.diff:
+                self.console.print(f"± {notice.host}: {notice.text}")
+
+    def _table(self) -> Table:
+        return progress_table(self.progress, self.console.size.height - 2)
+
+
+def progress_table(progress: FleetProgress, height: int) -> Table:
+    """The moving table, cut to `height` lines."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, expand=True)
+    table.add_column("host", no_wrap=True)
+    table.add_column("role", no_wrap=True)
+    table.add_column("task", no_wrap=True, ratio=1, overflow="ellipsis")
+    table.add_column("elapsed", justify="right", no_wrap=True)
+    table.add_column("changed/ok", justify="right", no_wrap=True)
+    hosts = list(progress.hosts.values())
+    room = max(height - 1, 3)
+    shown = hosts
+    if len(hosts) > room:
+        shown = sorted(hosts, key=lambda host: _ORDER.index(host.phase))[: room - 1]
+    for host in shown:
+        style = _COLOURS.get(host.phase, "")
+        task = host.failure.task if host.failure else host.task if host.phase is Phase.RUNNING else host.phase.value
+        if host.failure:
+            task += ": " + first_line(host.failure.message)
+        running = host.phase is Phase.RUNNING
+        table.add_row(
+            Text(f"{MARKS[host.phase]} {host.name}", style=style),
+            host.role,
+            Text(task, style=style),
+            elapsed(host) if running else "",
+            f"{host.changed}/{host.ok}",
+        )
+    if len(hosts) > len(shown):
+        table.caption = f"  and {len(hosts) - len(shown)} more: {phase_counts(progress.hosts.values())} in all"
+        table.caption_justify = "left"
+    return table
+
+
+def make_view(progress: FleetProgress, stream: TextIO, diff: bool = False) -> PlayView:
+    """Live on a terminal, plain lines elsewhere."""
+    return LiveView(progress, stream, diff) if stream.isatty() else PlainView(progress, stream, diff)
+
+
+def where(host: HostProgress) -> str:
+    return " · ".join(part for part in (host.role, host.task) if part) or "connecting"
+
+
+def counts(host: HostProgress) -> str:
+    return f"{host.changed} changed, {host.ok} ok"
+
+
+def phase_counts(hosts: Iterable[HostProgress]) -> str:
+    """`3 done, 1 failed`."""
+    phases = [host.phase for host in hosts]
+    return ", ".join(f"{phases.count(phase)} {phase.value}" for phase in reversed(_ORDER) if phase in phases)
+
+
+def elapsed(host: HostProgress, now: float | None = None) -> str:
+    """How long the host's task runs, as `4 s` or `3:20`."""
+    if host.task_since is None:
+        return ""
+    return duration((now or time.time()) - host.task_since)
+
+
+def duration(seconds: float) -> str:
+    seconds = max(0, int(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def summary(
+    progress: FleetProgress, *, seconds: float, log: Path | None, retry: str | None, check: bool, width: int = 110
+) -> str:
+    """The end of a play as text: a table, each bad host's first error with its remedy, the log, the retry command."""
+    lines = ["", *_result_table(list(progress.hosts.values()), check)]
+    for host in progress.bad:
+        if host.phase is not Phase.WAITING:
+            lines += ["", *_error_lines(host, width)]
+    waiting = [host.name for host in progress.bad if host.phase is Phase.WAITING]
+    if waiting:
+        lines += ["", f"{MARKS[Phase.WAITING]} not begun: {', '.join(waiting)}"]
+    warned: dict[str, list[str]] = {}
+    for host in progress.hosts.values():
+        for warning in host.warnings:
+            warned.setdefault(warning, []).append(host.name)
+    if warned:
+        lines += ["", *(f"! {shortened(names)}: {warning}" for warning, names in warned.items())]
+    lines += ["", f"{phase_counts(progress.hosts.values())} in {duration(seconds)}"]
+    if log is not None:
+        lines.append(f"log:   {log}")
+    if retry:
+        lines.append(f"retry: {retry}")
+    return "\n".join(lines)
+
+
+def _result_table(hosts: Sequence[HostProgress], check: bool) -> list[str]:
+    changed = "would change" if check else "changed"
+    header = ("host", "result", changed, "ok", "where")
+    rows = [
+        (
+            f"{MARKS[host.phase]} {host.name}",
+            host.phase.value,
+            str(host.changed),
+            str(host.ok),
+            "" if host.phase is Phase.DONE else _place(host),
+        )
+        for host in hosts
+    ]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    marked = [(f"  {header[0]}", *header[1:]), *rows]
+    widths[0] = max(widths[0], len(marked[0][0]))
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in marked]
+
+
+def _place(host: HostProgress) -> str:
+    if host.failure and host.phase is not Phase.STOPPED:
+        return " · ".join(part for part in (host.failure.role, host.failure.task) if part)
+    return where(host) if host.phase is Phase.STOPPED and host.task else ""
+
+
+def _error_lines(host: HostProgress, width: int) -> list[str]:
+    if host.phase is Phase.STOPPED:
+        return [f"{MARKS[host.phase]} {host.name}: stopped while it was at {where(host)}"]
+    if host.failure is None:
+        return [f"{MARKS[host.phase]} {host.name}: ended at {where(host)} without a word"]
+    place = _place(host)
+    lines = [f"✗ {host.name}: {place}"]
+    for line in host.failure.message.strip().splitlines()[:30]:
+        # A command stays on one line, to be copied.
+        room = width if "next:" not in line else len(line) + 4
+        lines += textwrap.wrap(line, room, initial_indent="    ", subsequent_indent="      ", break_long_words=False)
+    if "next:" in host.failure.message:
+        return lines
+    known = recognise(host.failure.message)
+    if known is None:
+        return [*lines, "    next:  the log says more"]
+    lines += textwrap.wrap(f"cause: {known.cause}", width, initial_indent="    ", subsequent_indent="           ")
+    lines += [f"    next:  {command}" for command in known.commands_for(host.name)]
+    return lines

@@ -1,0 +1,88 @@
+"""Recognising known failures in output, and answering with cause and command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES, KnownFailure
+from mixtral_run.fleet.state import read_json, state_folder, write_json
+
+
+def recognise_all(text: str) -> tuple[KnownFailure, ...]:
+    """The known failures whose pattern stands in `text`, in the order in which they appear there."""
+    found = []
+    for failure in KNOWN_FAILURES:
+        match = re.search(failure.pattern, text, re.IGNORECASE | re.DOTALL)
+        if match:
+            found.append((match.start(), failure))
+    return tuple(failure for _, failure in sorted(found, key=lambda pair: pair[0]))
+
+
+def recognise(text: str) -> KnownFailure | None:
+    """The known failure that `text` tells of first; None where it tells of none."""
+    return next(iter(recognise_all(text)), None)
+
+
+def find(words: str) -> tuple[KnownFailure, ...]:
+    """Known failures for what a person typed: a handle, a pasted error message, or words about it; best first."""
+    for failure in KNOWN_FAILURES:
+        if failure.name == words.strip().lower():
+            return (failure,)
+    pasted = recognise_all(words)
+    asked = set(re.findall(r"[a-z0-9_]{2,}", words.lower()))
+    scored = []
+    for failure in KNOWN_FAILURES:
+        handle = set(failure.name.split("-")) | {word for each in failure.words for word in each.split()}
+        telling = set(re.findall(r"[a-z0-9_]{3,}", f"{failure.title} {failure.cause}".lower()))
+        score = 3 * len(asked & handle) + len((asked & telling) - _COMMON)
+        if failure in pasted:
+            score += 100
+        if score >= 3:
+            scored.append((-score, KNOWN_FAILURES.index(failure), failure))
+    return tuple(failure for _, _, failure in sorted(scored)[:5])
+
+
+_COMMON = {"the", "and", "not", "for", "that", "with", "host", "may", "its", "are", "was", "has", "one", "does", "into"}
+
+
+def render(failure: KnownFailure) -> str:
+    """A known failure as text for a person."""
+    lines = [f"{failure.title}  ({failure.name})", f"  cause: {failure.cause}"]
+    lines += [f"  next:  {command}" for command in failure.commands]
+    return "\n".join(lines)
+
+
+def failures_file() -> Path:
+    return state_folder() / "failures.json"
+
+
+def record_failures(messages: dict[str, str]) -> None:
+    """Keep each host's or job's last error for `explain HOST`."""
+    write_json(failures_file(), messages)
+
+
+def explain(words: str) -> str:
+    """The answer to `mixtral-run explain WORDS`. Raises ConfigError where nothing fits."""
+    recorded: dict[str, str] = read_json(failures_file(), {})
+    if words in recorded:
+        return _explain_recorded(words, recorded[words])
+    if not words:
+        told = [_explain_recorded(name, message) for name, message in recorded.items()]
+        listed = [f"  {failure.name:<18} {failure.title}" for failure in KNOWN_FAILURES]
+        return "\n\n".join([*told, "Known failures (mixtral-run explain NAME):\n" + "\n".join(listed)])
+    found = find(words)
+    if not found:
+        raise ConfigError(
+            f"Nothing that is known fits {words[:80]!r}.",
+            next_command="mixtral-run explain    # the whole list; or paste the error message itself",
+        )
+    return "\n\n".join(render(failure) for failure in found)
+
+
+def _explain_recorded(name: str, message: str) -> str:
+    known = recognise_all(message)
+    if not known:
+        return f"{name}: {message}\n  This failure is not among the known ones."
+    return "\n".join([f"{name}: {message.splitlines()[0]}", *(render(failure) for failure in known)])

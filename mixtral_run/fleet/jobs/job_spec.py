@@ -1,0 +1,350 @@
+"""A job as it is sent to a host: where its files lie, and the container's argument list. Pure; tested by equality."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
+from mixtral_run.config.verbs import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.errors import ConfigError
+
+LABEL_JOB = "org.mixtral-run.job"
+LABEL_VERB = "org.mixtral-run.verb"
+LABEL_OUTPUT = "org.mixtral-run.output"
+LABEL_NUM_HOSTS = "org.mixtral-run.num_hosts"
+
+CHECKPOINTS = "/checkpoints"
+HF_HOME = "/huggingface"
+JOB_FOLDER = "/job"
+"""Where the container sees the host's checkpoints and HF cache, as the image has them, and the job's own files."""
+KERNELS = "/kernels"
+"""Where it sees the kernels that earlier jobs of the same user compiled there."""
+
+STOP_SECONDS = 330
+"""What a job may take to save after SIGTERM, before the engine kills it."""
+RENDEZVOUS_PORT = 29400
+SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
+OUTPUTS = ("save", "output_path", "work_path")
+"""Fields of a config that name what a job writes, first come first."""
+WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
+"""All fields of a config that name what a job writes; smoke makes its --load as well."""
+LOCAL_INPUTS = ("data_path", "valid_data_path", "prompts_file")
+"""Fields whose file may lie on the operator's machine: it is sent along."""
+
+
+OF_THE_IMAGE = (
+    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, KERNELS, "/lib", "/lib64", "/opt/mixtral-run", "/proc",
+    "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia",
+    "/usr/sbin",
+)  # fmt: skip
+"""What a job needs of its image: a folder of the host that is or holds one of these is not mounted over it."""
+
+DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
+"""Pinned memory for NCCL, stacks of threads, and open files, of which Docker 29 gives 1,024."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What a person says of a job besides the verb's own settings."""
+
+    on: tuple[str, ...] = ()
+    inventory: Path | None = None
+    image: str = "mixtral-run:local"
+    shm_size: str = "32g"
+    environment: tuple[str, ...] = ()
+    ulimits: tuple[str, ...] = DEFAULT_ULIMITS
+    """As `docker run --ulimit` takes them; "none" leaves the engine's own."""
+    checkpoints_folder: str = "/var/lib/mixtral-run/checkpoints"
+    hf_home: str = "/var/lib/mixtral-run/huggingface"
+    nccl_debug: str | None = None
+    nccl_timeout: int | None = None
+    rendezvous_address: str | None = None
+    rendezvous_port: int = RENDEZVOUS_PORT
+    detach: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError with everything that is wrong."""
+        faults = []
+        if not re.fullmatch(r"[1-9]\d*[kmgKMG]?b?", self.shm_size):
+            faults.append(f"--shm-size: expected a size such as 64g; found {self.shm_size!r}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", self.image):
+            faults.append(f"--image: expected an image's name; found {self.image!r}")
+        for pair in self.environment:
+            name, equals, _ = pair.partition("=")
+            if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+                faults.append(f"--env: expected NAME=VALUE; found {pair!r}")
+            elif SECRET_VARIABLES.search(name):
+                faults.append(
+                    f"--env {name}: `docker inspect` would show it; a token goes by bootstrap --hf-token-file"
+                )
+        for limit in self.ulimits if self.ulimits != ("none",) else ():
+            if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
+                faults.append(f"--ulimit: expected NAME=SOFT:HARD, or none; found {limit!r}")
+        for flag, folder in (("--checkpoints-folder", self.checkpoints_folder), ("--hf-home", self.hf_home)):
+            if not folder.startswith("/"):
+                faults.append(f"{flag}: expected an absolute path on the host; found {folder!r}")
+        if self.nccl_timeout is not None and self.nccl_timeout < 60:
+            faults.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
+        if faults:
+            raise ConfigError("The settings of the job cannot be used as they are.", faults=faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFacts:
+    """What a host is asked before a job starts there."""
+
+    docker: tuple[str, ...] = ("docker",)
+    """The words that reach the engine: with sudo where the user is not in its group."""
+    uid: int = 1000
+    gid: int = 1000
+    group_of_checkpoints: int | None = None
+    folder: str = ""
+    """Where jobs' files go: in the user's home."""
+    kernels: str = ""
+    """Where compiled kernels are kept, there as well: nobody else can put code into it."""
+    num_gpus: int = 0
+    cdi: bool = False
+    address: str = ""
+    interface: str = ""
+    """Those of the default route; an engine's own bridge is none that another host reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """One job, the same for all its hosts."""
+
+    name: str
+    verb: str
+    config: Mapping[str, Any]
+    """As the container reads it: paths inside the container."""
+    mounts: tuple[str, ...] = ()
+    """Absolute folders of the host that the container sees at the same place."""
+    files: tuple[tuple[Path, str], ...] = ()
+    """(file here, name in the job's folder)."""
+    options: JobOptions
+    num_hosts: int = 1
+    rendezvous: str = ""
+
+    @property
+    def output(self) -> str | None:
+        """What the job writes, as a path in the container."""
+        return next((str(self.config[name]) for name in OUTPUTS if self.config.get(name)), None)
+
+    def config_json(self) -> str:
+        return json.dumps(dict(self.config), indent=2, ensure_ascii=False) + "\n"
+
+
+def make_spec(
+    name: str, verb: str, config: Config, options: JobOptions, num_hosts: int, rendezvous: str = ""
+) -> JobSpec:
+    """Turn a verb's config into a job: files that lie here are sent, other paths are the host's.
+
+    A relative path is one under the host's checkpoints folder. Raises ConfigError for a file that is nowhere.
+    """
+    options.check()
+    values = config.to_mapping()
+    types = field_types(type(config))
+    files: list[tuple[Path, str]] = []
+    mounts: dict[str, None] = {}
+    for item in dataclasses.fields(config):
+        value = values[item.name]
+        is_path = plain_type(types[item.name])[0] is Path or (
+            item.name == "hf_model_path" and str(value).startswith("/")
+        )
+        if value is None or not is_path or (verb != "smoke" and _may_be_on_hub(item.name, value)):
+            continue
+        if item.name in LOCAL_INPUTS and Path(value).is_file():
+            sent = f"{item.name}{Path(value).suffix}"
+            files.append((Path(value), sent))
+            values[item.name] = f"{JOB_FOLDER}/{sent}"
+            continue
+        values[item.name] = path = _inside(value, flag_of(item.name))
+        mount = _mount_for(path, item.name in WRITTEN or (verb, item.name) == ("smoke", "load"), flag_of(item.name))
+        if mount:
+            mounts[mount] = None
+    if options.nccl_timeout and "distributed_timeout_minutes" in values:
+        values["distributed_timeout_minutes"] = -(-options.nccl_timeout // 60)
+    return JobSpec(
+        name=name, verb=verb, config=values, mounts=_outermost(mounts), files=tuple(files), options=options,
+        num_hosts=num_hosts, rendezvous=rendezvous,
+    )  # fmt: skip
+
+
+def _may_be_on_hub(name: str, value: str) -> bool:
+    """Whether only the job can tell an HF model's name from a folder below its working directory, CHECKPOINTS."""
+    return name in HF_MODEL_SETTINGS and may_be_hub_name(value)
+
+
+def _inside(value: str, flag: str) -> str:
+    path = PurePosixPath(value)
+    if ".." in path.parts:
+        raise ConfigError(f"{flag}: a path on a host is given without '..'.", found=value)
+    return str(path if path.is_absolute() else PurePosixPath(CHECKPOINTS) / path)
+
+
+def _mount_for(path: str, is_written: bool, flag: str) -> str | None:
+    """The host's folder that has to be mounted for a path: its parent, which is there before a job writes into it.
+
+    An input whose parent would hide a part of the image is mounted alone. Raises ConfigError where that is no way out.
+    """
+    if any(path == each or path.startswith(each + "/") for each in (CHECKPOINTS, HF_HOME)):
+        return None
+    parent = str(PurePosixPath(path).parent)
+    mount = path if parent == "/" or (not is_written and _hides_image(parent)) else parent
+    if _hides_image(mount):
+        raise ConfigError(
+            f"{flag}: a job cannot have the host's {mount}: it would hide the container's own.",
+            expected="a path below the host's checkpoints folder, such as NAME, or elsewhere, such as /data/NAME",
+            found=path,
+        )
+    return mount
+
+
+def _hides_image(folder: str) -> bool:
+    return any(each == folder or each.startswith(folder.rstrip("/") + "/") for each in OF_THE_IMAGE)
+
+
+def _outermost(folders: Mapping[str, None]) -> tuple[str, ...]:
+    return tuple(
+        folder for folder in folders if not any(folder != other and folder.startswith(other + "/") for other in folders)
+    )
+
+
+def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
+    """`docker run …` for one host. Detached: the job goes on when the connection ends."""
+    options = spec.options
+    argv = [*facts.docker, "run", "--detach", "--init", "--name", spec.name]
+    argv += ["--label", f"{LABEL_JOB}={spec.name}", "--label", f"{LABEL_VERB}={spec.verb}"]
+    argv += ["--label", f"{LABEL_NUM_HOSTS}={spec.num_hosts}"]
+    if spec.output:
+        argv += ["--label", f"{LABEL_OUTPUT}={host_path(spec.output, options)}"]
+    if facts.num_gpus:
+        argv += ["--device", "nvidia.com/gpu=all"] if facts.cdi else ["--gpus", "all"]
+    argv += ["--shm-size", options.shm_size, "--stop-timeout", str(STOP_SECONDS)]
+    if options.ulimits != ("none",):
+        argv += [word for limit in options.ulimits for word in ("--ulimit", limit)]
+    argv += ["--user", f"{facts.uid}:{facts.gid}"]
+    if facts.group_of_checkpoints not in (None, facts.gid):
+        argv += ["--group-add", str(facts.group_of_checkpoints)]
+    if spec.num_hosts > 1:
+        argv += ["--network", "host"]
+    argv += bind(options.checkpoints_folder, CHECKPOINTS) + bind(options.hf_home, HF_HOME)
+    argv += bind(f"{facts.folder}/{spec.name}", JOB_FOLDER, read_only=True) + bind(facts.kernels, KERNELS)
+    for mount in spec.mounts:
+        argv += bind(mount, mount)
+    argv += ["--workdir", CHECKPOINTS]
+    for name, value in _environment(spec, facts).items():
+        argv += ["--env", f"{name}={value}"]
+    return [*argv, options.image, *_program(spec, facts)]
+
+
+def bind(source: str, target: str, read_only: bool = False) -> list[str]:
+    """`--mount` for a folder of the host. Unlike --volume it takes colons, and refuses a folder that is not there."""
+    text = io.StringIO()
+    fields = ["type=bind", f"source={source}", f"target={target}", *(["readonly"] if read_only else [])]
+    csv.writer(text, lineterminator="").writerow(fields)
+    return ["--mount", text.getvalue()]
+
+
+def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
+    # torchrun's own patience with its processes is 30 seconds. It gets more than the engine's: a run that does not save
+    # in time is then killed by the engine, which tells so (KILLED), and not by a torchrun that ends as if it had saved.
+    patience = str(STOP_SECONDS + 60)
+    found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience, "TRITON_CACHE_DIR": KERNELS}
+    if spec.num_hosts > 1 and facts.interface:
+        # gloo would take the address of the host's own name, which Debian's /etc/hosts makes 127.0.1.1.
+        found["GLOO_SOCKET_IFNAME"] = facts.interface
+    if spec.options.nccl_debug:
+        found["NCCL_DEBUG"] = spec.options.nccl_debug
+    found |= dict(pair.split("=", 1) for pair in spec.options.environment)
+    return found
+
+
+def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
+    config = ["--config", f"{JOB_FOLDER}/config.json"]
+    if spec.num_hosts == 1:
+        return ["mixtral-run", spec.verb, *config]
+    processes = spec.config.get("nproc_per_node") or facts.num_gpus or 2
+    # Without an address of its own a host tells the others its name, which they may not be able to resolve.
+    own = ["--local-addr", facts.address] if facts.address else []
+    return [
+        "python", "-m", "mixtral_run.launch.torchrun",
+        "--nnodes", str(spec.num_hosts), "--nproc-per-node", str(processes),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", spec.rendezvous, "--rdzv-id", spec.name,
+        *own, "--max-restarts", "0", "-m", "mixtral_run", spec.verb, *config,
+    ]  # fmt: skip
+
+
+def host_path(path: str, options: JobOptions) -> str:
+    """Where a path of the container lies on the host."""
+    for inside, outside in ((CHECKPOINTS, options.checkpoints_folder), (HF_HOME, options.hf_home)):
+        if path == inside or path.startswith(inside + "/"):
+            return outside + path[len(inside) :]
+    return path
+
+
+FIND_ENGINE = """
+if docker version >/dev/null 2>&1; then docker=docker
+elif sudo -n docker version >/dev/null 2>&1; then docker='sudo -n docker'
+else
+  if sudo -n true 2>/dev/null; then docker='sudo -n docker'; else docker=docker; fi
+  echo "$(id -un): $($docker version 2>&1 >/dev/null | tail -n 1)" >&2; exit 3
+fi
+"""
+"""Sets $docker to the words that reach the engine, found out each time; else tells user and reason, exit code 3."""
+
+FACTS_SCRIPT = (
+    FIND_ENGINE
+    + r"""
+umask 077; mkdir -p "$HOME/.local/state/mixtral-run/jobs" "$HOME/.cache/mixtral-run/kernels" || exit 4
+echo "docker=$docker"
+echo "uid=$(id -u)"; echo "gid=$(id -g)"
+echo "group=$(stat -c %g "$1" 2>/dev/null)"
+echo "folder=$HOME/.local/state/mixtral-run/jobs"
+echo "kernels=$HOME/.cache/mixtral-run/kernels"
+echo "gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
+if $docker info --format '{{json .}}' 2>/dev/null | grep -q 'nvidia\.com/gpu'; then echo cdi=1; else echo cdi=0; fi
+if $docker image inspect "$2" >/dev/null 2>&1; then echo image=1; else echo image=0; fi
+if [ -d "$1" ]; then echo checkpoints=1; else echo checkpoints=0; fi
+route=$(ip -4 route get 192.0.2.1 2>/dev/null)
+echo "address=$(echo "$route" | sed -n 's/.* src \([^ ]*\).*/\1/p')"
+echo "interface=$(echo "$route" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
+"""
+)
+"""Asked of a host in one go; arguments: the checkpoints folder, the image."""
+
+
+def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
+    """The facts of FACTS_SCRIPT's lines, and the lines themselves by name. Raises KeyError or ValueError for others."""
+    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    facts = HostFacts(
+        docker=tuple(lines["docker"].split()),
+        uid=int(lines["uid"]),
+        gid=int(lines["gid"]),
+        group_of_checkpoints=int(lines["group"]) if lines["group"] else None,
+        folder=lines["folder"],
+        kernels=lines["kernels"],
+        num_gpus=int(lines["gpus"]),
+        cdi=lines["cdi"] == "1",
+        address=lines["address"],
+        interface=lines["interface"],
+    )
+    return facts, lines
+
+
+def check_same_gpus(facts: Sequence[HostFacts], names: Sequence[str]) -> None:
+    """Raise ConfigError where the hosts of one job have different numbers of GPUs."""
+    if len({each.num_gpus for each in facts}) > 1:
+        raise ConfigError(
+            "The hosts of one job need the same number of GPUs.",
+            faults=[f"{name}: {each.num_gpus} GPUs" for name, each in zip(names, facts, strict=True)],
+            next_command="--nproc-per-node N, to use N on each",
+        )

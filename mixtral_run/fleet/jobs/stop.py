@@ -1,0 +1,47 @@
+"""`mixtral-run stop`: ask a job to save and end, and tell whether it could."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mixtral_run.errors import HostError
+from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs.jobs import KILLED, SIGNALLED, JobRow, find_whole_job, stop
+from mixtral_run.fleet.ssh.connection import Ssh
+
+
+def stop_job(name: str, hosts: Sequence[Host], say: Callable[[str], None], ssh: Ssh | None = None) -> None:
+    """Stop a job on all its hosts and say how it ended on each.
+
+    Raises HostError where it was killed, failed while it ended, or runs on a host that could not be asked.
+    """
+    rows, unasked = find_whole_job(name, hosts, ssh, prefer_running=True)
+    job, faults = rows[0].job, []
+    if any(row.running for row in rows):
+        say(f"Asking {job} to save and end …")
+        for row in stop(rows, ssh):
+            fault = _fault(row)
+            if fault:
+                faults.append(fault)
+            else:
+                say(f"✓ {job} has ended on {row.host.name} (exit code {row.exit_code})")
+    elif not unasked:
+        say(f"{job} is over already.")
+    if unasked:
+        raise HostError(
+            f"{job} may go on: not all its hosts could be asked.",
+            expected=f"{rows[0].num_hosts} hosts",
+            found=f"{len(rows)}",
+            faults=[*faults, *map(str, unasked)],
+            next_command=f"mixtral-run stop {job}",
+        )
+    if faults:
+        raise HostError(f"{job} has ended, but not well.", faults=faults, next_command=f"mixtral-run logs {job}")
+
+
+def _fault(row: JobRow) -> str | None:
+    if row.exit_code in (0, *SIGNALLED):
+        return None
+    if row.exit_code == KILLED:
+        return f"{row.host.name}: it did not end by itself and was killed; what was not saved by then is lost"
+    return f"{row.host.name}: exit code {row.exit_code}; its output tells whether it could save"

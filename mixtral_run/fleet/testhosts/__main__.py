@@ -1,0 +1,116 @@
+"""Test hosts by hand: python -m mixtral_run.fleet.testhosts up gpu-01 gpu-02; … inventory; … down --all."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from mixtral_run.fleet.testhosts import hosts, kit_image, repository
+from mixtral_run.fleet.testhosts.engine import why_no_engine
+from mixtral_run.fleet.testhosts.image import RELEASES
+from mixtral_run.fleet.testhosts.shell import TargetError
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mixtral_run.fleet.testhosts", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, words in (("up", "start bare hosts"), ("reimage", "give hosts a new key and an empty disk")):
+        each = verbs.add_parser(verb, help=words)
+        each.add_argument("names", nargs="+")
+        each.add_argument("--release", choices=RELEASES, default="bookworm")
+        each.add_argument("--standin", type=json.loads, help="JSON of StandIn's fields; absent: a host without GPUs")
+    standin = verbs.add_parser("standin", help="change what GPUs a running host claims to have")
+    standin.add_argument("names", nargs="+")
+    standin.add_argument("--standin", type=json.loads, required=True)
+    down = verbs.add_parser("down", help="remove hosts and their disks, and after the last one the package server")
+    down.add_argument("names", nargs="*")
+    down.add_argument("--all", action="store_true", help="all that this checkout started")
+    listing = verbs.add_parser("inventory", help="print an Ansible inventory of hosts that run, in JSON")
+    listing.add_argument("names", nargs="*")
+    listing.add_argument("--release", action="append", choices=RELEASES, help="releases the repository holds")
+    verbs.add_parser("give-base", help="load the base image of builds into hosts").add_argument("names", nargs="+")
+    verbs.add_parser("archive", help="build the finished image that hosts see, where it is missing")
+    verbs.add_parser("wheels", help="fill the wheelhouse that hosts see")
+    arguments = parser.parse_args(argv)
+    try:
+        reason = why_no_engine()
+        if reason:
+            raise TargetError(reason)
+        _act(arguments)
+    except TargetError as error:
+        print(f"✗ {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def _act(words: argparse.Namespace) -> None:
+    if words.verb == "down":
+        for name in hosts.running() if words.all else words.names:
+            hosts.remove(name)
+        repository.stop_unless_used()
+    elif words.verb == "wheels":
+        print(kit_image.fill_wheelhouse())
+    elif words.verb == "archive":
+        print(kit_image.image_archive())
+    elif words.verb == "give-base":
+        for name in words.names:
+            print(kit_image.give_base(hosts.find(name)))
+    elif words.verb == "inventory":
+        print(json.dumps(inventory(words.names or hosts.running(), tuple(words.release or ["bookworm"])), indent=2))
+    else:
+        for name in words.names:
+            gpus = hosts.StandIn(**words.standin) if words.standin is not None else None
+            if words.verb == "standin":
+                hosts.set_standin(hosts.find(name), gpus)
+                continue
+            start = hosts.start if words.verb == "up" else hosts.reimage
+            print(json.dumps(dataclasses.asdict(start(name, words.release, gpus)), default=str))
+
+
+def inventory(names: list[str], releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
+    """An Ansible inventory of hosts that run, with the roles' mirror variables pointing at the test repository."""
+    return {
+        "mixtral_hosts": {
+            "hosts": {name: hosts.find(name).inventory_entry() for name in names},
+            "vars": variables(releases),
+        }
+    }
+
+
+def variables(releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
+    """What a fleet's group_vars would say of these hosts: the mirror, and sizes that fit a container."""
+    mirror = repository.serve(releases)
+    checkpoints = "/srv/checkpoints"
+    return {
+        **mirror.variables(),
+        "preflight_ram_gib": 1,
+        "preflight_free_gib": 1,
+        "preflight_disk_paths": [checkpoints],
+        "preflight_mirrors": [f"{mirror.url}/linux/debian/gpg"],
+        # A container is not allowed to raise its limits, as a host is.
+        "docker_default_ulimits": {"nofile": {"Name": "nofile", "Soft": 4096, "Hard": 4096}},
+        "docker_users": ["ops"],
+        # /proc/swaps is the machine's: hosts beside each other must not have files of one name.
+        "swap_path": f"{hosts.DATA_FOLDER}/swapfile-{{{{ inventory_hostname }}}}",
+        "swap_size_gib": 0.03125,
+        # The machine's, not the container's: only the swap role's own scenario sets it.
+        "swap_swappiness": -1,
+        "hf_cache_checkpoint_folder": checkpoints,
+        "image_base_image": kit_image.BASE,
+        "image_apt_packages": [],
+        "image_requirements": kit_image.pinned(),
+        "image_wheelhouse": f"{hosts.SHOWN_CACHE}/wheelhouse",
+        "image_wheelhouse_on_host": True,
+        "acceptance_checkpoint_folder": checkpoints,
+        "acceptance_ulimits": [],
+        "acceptance_shared_memory": "1g",
+        "acceptance_size_mib": 16,
+        # The GPUs are stand-ins: no container sees one.
+        "acceptance_floors": {"num_gpus": 0, "shared_memory_gib": 0.5},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""Continue prompts: one pass over them, then a token at a time (decode.py)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mixtral_run.config.verbs import GenerateConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.inference.decode import Decoding, decoding_of
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.report import Report
+from mixtral_run.train.data.prompt import load_tokenizer, prompt_tokens
+from mixtral_run.train.load_model import load_for_inference
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base, write_whole
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and what came after it. finished: ended by itself, with the end-of-sequence token."""
+
+    prompt: str
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest; top_p: the nucleus of Holtzman et al. 2019."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def generate(config: GenerateConfig) -> None:
+    """Load, answer all prompts, print. All ranks must call."""
+    base = describe_base(config.load)
+    adapter = describe_adapter(config.adapter) if config.adapter is not None else None
+    if adapter is not None:
+        check_adapter_fits(adapter, base)
+    tokenizer = load_tokenizer(base.tokenizer)
+    texts, rows = _prompts(config, tokenizer)
+    longest = max(len(row) for row in rows) + config.max_new_tokens
+    if longest > base.architecture.max_position_embeddings:
+        raise ConfigError(
+            "A prompt and its answer are longer than the model's positions.",
+            expected=f"at most {base.architecture.max_position_embeddings} tokens",
+            found=f"{longest} tokens",
+            next_command="a smaller --max-new-tokens, or a shorter prompt",
+        )
+    with processes(config) as here:
+        report = _report(config, here)
+        started = time.perf_counter()
+        model = load_for_inference(config, base, here, adapter)
+        report.say(
+            f"Loaded {config.load}{' with ' + str(config.adapter) if adapter else ''} "
+            f"in {time.perf_counter() - started:.1f} s"
+        )
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+        started = time.perf_counter()
+        with report.progress(config.max_new_tokens, "generating", "tokens") as progress:
+            decoding = None if config.cuda_graphs else Decoding
+            outputs = continue_rows(model, rows, tokenizer.eos_token_id, sampling, progress.advance, decoding)
+        seconds = time.perf_counter() - started
+        answers = [
+            Answer(
+                prompt=text,
+                text=str(tokenizer.decode(output, skip_special_tokens=True)).strip(),
+                num_tokens=len(output),
+                finished=bool(output) and output[-1] == tokenizer.eos_token_id,
+            )
+            for text, output in zip(texts, outputs, strict=True)
+        ]
+        if here.is_first:
+            _tell(config, report, answers, seconds)
+
+
+def _report(config: GenerateConfig, here: Processes) -> Report:
+    if not here.is_first:
+        return Report.silent()
+    return Report.on_stderr() if config.json else Report()
+
+
+def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[list[int]]]:
+    instructions = list(config.instruction)
+    if config.prompts_file is not None:
+        try:
+            lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "The prompts cannot be read.", where=str(config.prompts_file), found=str(error)
+            ) from error
+        instructions += [line for line in lines if line.strip()]
+    rows = [tokenizer.encode(text) for text in config.prompt]
+    rows += [prompt_tokens(tokenizer, text) for text in instructions]
+    if not rows:
+        raise ConfigError("There is no prompt.", where=str(config.prompts_file), found="an empty file")
+    return [*config.prompt, *instructions], rows
+
+
+def _tell(config: GenerateConfig, report: Report, answers: Sequence[Answer], seconds: float) -> None:
+    document = json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False) + "\n"
+    if config.output_file is not None:
+        write_whole(config.output_file, document)
+    if config.json:
+        print(document, end="", flush=True)
+    else:
+        for answer in answers:
+            report.say(f"\n> {answer.prompt}\n{answer.text}")
+        report.say()
+    count = sum(answer.num_tokens for answer in answers)
+    report.done(f"Generated {count} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):,.1f} tokens/s)")
+
+
+@torch.inference_mode()
+def continue_rows(
+    model: MixtralModel,
+    rows: Sequence[Sequence[int]],
+    end_token: int,
+    sampling: Sampling,
+    on_token: Callable[[int], None] | None = None,
+    decoding: type[Decoding] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each row, up to and with `end_token`. All ranks must call with the same rows.
+
+    Rows of different length are padded on the left; padding is masked out of attention and counts as no position.
+    decoding: how, see decode.py; by itself the fastest that goes.
+    """
+    here = model.processes
+    lengths = torch.tensor([len(row) for row in rows], device=here.device)
+    longest = int(lengths.max())
+    tokens = torch.full((len(rows), longest), end_token, dtype=torch.int64, device=here.device)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = torch.tensor(row, device=here.device)
+    decoding = decoding or decoding_of(model, len(rows), sampling.max_new_tokens)
+    passes = decoding(model, longest - lengths, longest + sampling.max_new_tokens)
+    generator = torch.Generator(device=here.device).manual_seed(sampling.seed)
+    outputs: list[list[int]] = [[] for _ in rows]
+    running = [True] * len(rows)
+    for _ in range(sampling.max_new_tokens):
+        chosen = choose(passes(tokens).float(), sampling, generator)
+        if here.world_size > 1:
+            # Replicas may round differently; all must go on with the same token.
+            dist.broadcast(chosen, src=0)
+        for index, token in enumerate(chosen.tolist()):
+            if running[index]:
+                outputs[index].append(token)
+                running[index] = token != end_token
+        if on_token is not None:
+            on_token(1)
+        if not any(running):
+            break
+        tokens = chosen[:, None]
+    passes.end()
+    return outputs
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Next tokens, int64 [rows], from fp32 logits [rows, vocabulary]."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / sampling.temperature).softmax(dim=-1)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    # The likeliest token is always kept: nothing comes before it.
+    ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+    drawn = torch.multinomial(ordered, 1, generator=generator)
+    return tokens.gather(-1, drawn).squeeze(-1)

@@ -1,0 +1,292 @@
+"""Linear layers of many experts at once: one call multiplies each expert's rows by its own matrix.
+
+On GPUs that have it, torch's grouped matrix product, which reads the rows' boundaries on the device: the host never
+waits; for an adapter's halves kernels of our own (narrow_mm_triton.py). Elsewhere a loop over the experts, which is
+also
+the reference that tests compare with.
+
+Weights that are frozen get no gradient computed. Shapes: rows [tokens, in], sorted by expert; weight [experts, out,
+in]; ends int32 [experts], the number of rows up to and with each expert's. Rows from the last of them on are no
+expert's, and what is computed for them means nothing (all_gather.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral_run.model.recompute.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT_BYTES = 16
+"""What the grouped product asks of every matrix's rows."""
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+    """Each row times the transpose of its expert's matrix: [tokens, out].
+
+    For the weight's gradient the rows are kept, or made again by `recipe`.
+    """
+    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    if not weight.requires_grad:
+        kept = ()
+    output: Tensor = _GroupedLinear.apply(rows, weight, ends, make, *kept)  # type: ignore[no-untyped-call]
+    return output
+
+
+def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """base [tokens, out] + scale · inner [tokens, r] · its expert's outer [experts, out, r] transposed."""
+    if has_grouped_product(base, base.shape[1], inner.shape[1]):
+        from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS
+
+        if inner.shape[1] in WIDTHS:
+            output: Tensor = _AddedLinear.apply(base, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
+            return output
+    return base + grouped_linear(inner * scale, outer, ends)
+
+
+def has_grouped_product(rows: Tensor, *widths: int) -> bool:
+    """Whether torch's kernel runs here on matrices of these widths. It asks for bf16 and compute capability 8.0.
+
+    Capability 9.0 and 10.0 have kernels of their own; on 8.x torch falls back to a loop of its own over the experts,
+    which waits for the boundaries (ATen/native/cuda/GroupedBlas.cpp).
+    """
+    return (
+        rows.is_cuda
+        # A process of an expert group may get no token at all.
+        and rows.shape[0] > 0
+        and rows.dtype is torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+        and all(width * rows.element_size() % ALIGNMENT_BYTES == 0 for width in widths)
+    )
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, make: Callable[..., Tensor] | None, *kept: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, ends, *kept)
+        ctx.make = make
+        if not weight.requires_grad:
+            return frozen_product(rows, weight, ends)
+        return product(rows, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, ends, *kept = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        for_rows = for_weight = None
+        if ctx.needs_input_grad[0]:
+            back = product if ctx.needs_input_grad[1] else frozen_gradient
+            for_rows = back(gradient, weight, ends)
+        if ctx.needs_input_grad[1]:
+            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            for_weight = outer_product(gradient, rows, ends)
+        return (for_rows, for_weight, None, None, *(None for _ in kept))
+
+
+class _AddedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+        from mixtral_run.model.kernels.narrow_mm_triton import narrow_added
+
+        ctx.save_for_backward(inner, outer, ends)
+        ctx.scale = scale
+        return narrow_added(base.contiguous(), inner.contiguous(), outer.contiguous(), scale, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        inner, outer, ends = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        for_inner = product(gradient, outer, ends) * ctx.scale
+        return gradient, for_inner, outer_product(gradient, inner * ctx.scale, ends), None, None
+
+
+def product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows [tokens, k] · matrices [experts, k, n] → [tokens, n].
+
+    source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
+    """
+    if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
+        from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_product
+
+        if matrices.shape[2] in WIDTHS and rows.is_contiguous():
+            return narrow_product(rows, matrices, ends, source)
+    if source is not None:
+        rows = rows.index_select(0, source)
+    if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
+        output: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
+        return output
+    parts = [part @ matrix for part, matrix in zip(each_experts(rows, ends), matrices.unbind(0), strict=True)]
+    return filled_up(parts, rows.shape[0])
+
+
+def outer_product(
+    left: Tensor,
+    right: Tensor,
+    ends: Tensor,
+    *,
+    source: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The sum over each expert's rows of leftᵀ · right: left [tokens, m], right [tokens, n] → [experts, m, n].
+
+    source: as in `product`, of right. dtype: of the result, left's by default.
+    """
+    if has_grouped_product(left, left.shape[1], right.shape[1]):
+        from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_outer_product
+
+        if left.is_contiguous() and right.is_contiguous():
+            if left.shape[1] in WIDTHS:
+                return narrow_outer_product(right, left, ends, narrow_first=True, source=source, dtype=dtype)
+            if right.shape[1] in WIDTHS and source is None:
+                return narrow_outer_product(left, right, ends, narrow_first=False, dtype=dtype)
+    if source is not None:
+        right = right.index_select(0, source)
+    if has_grouped_product(left, left.shape[1], right.shape[1]):
+        output: Tensor = torch._grouped_mm(left.t(), right, offs=ends)
+    else:
+        pairs = zip(each_experts(left, ends), each_experts(right, ends), strict=True)
+        output = torch.stack([first.t() @ second for first, second in pairs])
+    return output.to(dtype or left.dtype)
+
+
+def products_of_gradient(
+    gradient: Tensor, matrices: Tensor, inner: Tensor, ends: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What an adapter's halves get of a gradient [tokens, m]: `product` with matrices [experts, m, r], and
+    `outer_product` with inner [tokens, r], [experts, m, r] in dtype."""
+    if has_grouped_product(gradient, gradient.shape[1], inner.shape[1]):
+        from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, both_narrow_products, both_pay
+
+        if inner.shape[1] in WIDTHS and both_pay(gradient):
+            return both_narrow_products(gradient.contiguous(), matrices.contiguous(), inner.contiguous(), ends, dtype)
+    return product(gradient, matrices, ends), outer_product(gradient, inner, ends, dtype=dtype)
+
+
+def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """base [tokens, n] + scale · inner [tokens, r] · matrices [experts, r, n], which may take base's memory."""
+    if has_grouped_product(base, base.shape[1], inner.shape[1]):
+        from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_added
+
+        if inner.shape[1] in WIDTHS:
+            return narrow_added(base, inner, matrices.transpose(1, 2), scale, ends, in_place=True)
+    return base + product(inner * scale, matrices, ends)
+
+
+def frozen_product(
+    rows: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    source: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`.
+
+    adapter: inner [tokens, r] and linear_out [experts, out, r]; inner · linear_outᵀ is added.
+    """
+    _, outputs, inputs = weight.shape
+    if not _takes_own_product(rows, weight, outputs, inputs, 0 if adapter is None else adapter[0].shape[1]):
+        base = product(rows, weight.transpose(1, 2), ends, source)
+        return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, ends)
+    from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
+
+    rows = rows if source is None else rows.index_select(0, source)
+    if adapter is not None:
+        adapter = (adapter[0].contiguous(), adapter[1].contiguous())
+    return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True)
+
+
+def frozen_gradient(
+    gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor | None = None, linear_in: Tensor | None = None
+) -> Tensor:
+    """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in], where both
+    are given."""
+    _, outputs, inputs = weight.shape
+    adapter = None if inner is None or linear_in is None else (inner, linear_in)
+    if not _takes_own_product(gradient, weight, inputs, outputs, 0 if adapter is None else adapter[0].shape[1]):
+        base = product(gradient, weight, ends)
+        return base if adapter is None else add_product(base, *adapter, 1.0, ends)
+    from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
+
+    if adapter is not None:
+        adapter = (adapter[0].contiguous(), adapter[1].contiguous())
+    return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False)
+
+
+def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, rank: int) -> bool:
+    """Whether hopper_grouped_mm.py serves: on Hopper, for Mixtral's sizes and many others, where it is right."""
+    if not has_grouped_product(rows, width, depth) or torch.cuda.get_device_capability(rows.device) != (9, 0):
+        return False
+    if not _own_product_runs(rows.device):
+        return False
+    from mixtral_run.model.kernels.hopper_grouped_mm import fits
+
+    return fits(weight.shape[0], width, depth, rank)
+
+
+@functools.cache
+def _own_product_runs(device: torch.device) -> bool:
+    """Whether hopper_grouped_mm.py compiles here and is right, by small products."""
+
+    def small() -> tuple[Tensor, Tensor]:
+        # More tiles than the GPU has pairs of multiprocessors, and few ones that are cut into pieces.
+        cases = itertools.product(((128, 10240), (2048, 768)), (False, True))
+        results = [_small_products(device, *size, turned=turned) for size, turned in cases]
+        return torch.cat([found.view(-1) for found, _ in results]), torch.cat([right.view(-1) for _, right in results])
+
+    why = why_not(small)
+    if why:
+        log.warning("bf16 experts go through torch's products, slower (%s); ours need cuda-bindings and NVRTC.", why)
+    return not why
+
+
+def _small_products(device: torch.device, depth: int, width: int, *, turned: bool) -> tuple[Tensor, Tensor]:
+    """A product of hopper_grouped_mm.py and the right one."""
+    from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
+
+    counts, rank = [230, 70], 16
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).bfloat16()
+
+    rows, inner = draw(sum(counts), depth), draw(sum(counts), rank)
+    weight, half = (draw(2, *((width, size) if turned else (size, width))) for size in (depth, rank))
+    ends = torch.tensor(counts, device=device).cumsum(0).int()
+    found = grouped_product(rows, weight, ends, (inner, half), turned=turned)
+    lefts = torch.cat((rows, inner), dim=1).float().split(counts)
+    rights = torch.cat((weight, half), dim=2 if turned else 1).float()
+    rights = rights.transpose(1, 2) if turned else rights
+    return found, torch.cat([left @ right for left, right in zip(lefts, rights, strict=True)])
+
+
+def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
+    """Why a kernel does not run here, "" where it does. small: its result in a small case, and the right one. Triton's
+    language of layouts changes from version to version."""
+    try:
+        found, expected = small()
+        return (
+            "" if bool((found.float() - expected).norm() < 1e-2 * expected.norm()) else "its product is not right here"
+        )
+    except Exception as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def each_experts(rows: Tensor, ends: Tensor) -> list[Tensor]:
+    """Each expert's rows. Waits for the GPU."""
+    return [rows[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
+
+
+def filled_up(parts: list[Tensor], count: int) -> Tensor:
+    """The parts one below the other, and zeros, `count` rows in all."""
+    missing = count - sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])] if missing else parts)

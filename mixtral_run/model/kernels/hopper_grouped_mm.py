@@ -1,0 +1,269 @@
+"""Grouped products in bf16 for Hopper, with an adapter's part in the same sum. Imported only where a GPU is.
+
+    output [tokens, n] = rows [tokens, k] · Wᵀ, W [experts, n, k]       forward
+    output [tokens, n] = rows [tokens, k] · W,  W [experts, k, n]       gradient of the rows
+    … + inner [tokens, r] · the adapter's other half of each expert
+
+Rows are ragged. Tiles of 128 of them, as libraries have, leave an expert's last one half empty, an eighth of all work
+at some 500 rows an expert, and the GPU is at its power limit there. Here the weights are the instruction's first
+operand and the tokens its second, whose width may be any multiple of 8: an expert's rows are cut into tiles of at most
+256 that differ by no more than 8, and less than 8 are lost in all, of fewer than 128 rows less than 16.
+
+Two programs (one a multiprocessor) are a pair, a cluster. They take the same tokens and 128 features each; each brings
+half of the tokens' rows from the cache to both. In a program one thread brings slices of 64 of the sum to shared memory
+by TMA, and two groups of four warps multiply 64 features each by all tokens.
+
+Tiles rarely come out even with the pairs. Whole ones are dealt in rounds, those of one size together, so that those who
+read the same weights and rows stay side by side and find them in the cache. What is left is cut along the sum where
+that pays, and whoever is done last with a tile adds up its pieces, always in the same order.
+
+The adapter's part is one more slice: what TMA reads beyond `inner`'s r columns is zero, and so adds nothing whatever
+stands in the other operand there.
+
+CUDA C++ (product.cu), since neither Triton nor its language of layouts has instructions of such widths, or pairs that
+share what they read. Compiled by NVRTC, which comes with torch, and kept where Triton keeps its kernels. Calls on
+several streams at once would add up each other's pieces; the kit has one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+from torch import Tensor
+
+PARTS = ("product_machine.cuh", "product_plan.cuh")
+SOURCE = "product.cu"
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
+
+# As product_plan.cuh has them.
+FEATURES = 128
+"""Of a program's tile."""
+DEPTH = 64
+MOST_RANK = 64
+MOST_EXPERTS = 64
+MOST_PAIRS = 128
+BOXES = (64, 32, 16, 8)
+"""Rows that TMA brings at once."""
+THREADS = 384
+SHARED_BYTES = 227 * 1024
+"""All that a program may have: slices, results on their way out, barriers and the plan (product.cu)."""
+PROGRAMS, GROUPS = 2, 2
+"""Of a pair, and of a program."""
+ROOM = 4
+"""For pieces of tiles, a pair."""
+PIECE_VALUES = PROGRAMS * GROUPS * 128 * 128
+"""Of a tile's piece, fp32: what each of a group's 128 threads has in registers."""
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+class _Operands(ctypes.Structure):
+    _fields_ = (("left", _Map), ("right", _Map * len(BOXES)))
+
+
+class _Parameters(ctypes.Structure):
+    """As product.cu has them."""
+
+    _fields_ = (
+        ("base", _Operands),
+        ("adapter", _Operands),
+        ("ends", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+        ("experts", ctypes.c_int),
+        ("wide", ctypes.c_int),
+        ("steps", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("filling", ctypes.c_char * 16),
+    )
+
+
+def fits(experts: int, width: int, depth: int, rank: int) -> bool:
+    """Whether `grouped_product` takes matrices of this size, n and k, and an adapter of this rank, 0 for none."""
+    return (
+        experts <= MOST_EXPERTS
+        and width % (PROGRAMS * FEATURES) == 0
+        and depth % DEPTH == 0
+        and rank % 8 == 0
+        and rank <= MOST_RANK
+    )
+
+
+def grouped_product(
+    rows: Tensor, matrices: Tensor, ends: Tensor, adapter: tuple[Tensor, Tensor] | None = None, *, turned: bool
+) -> Tensor:
+    """rows [tokens, k] · matrices, [experts, n, k] turned or [experts, k, n] as they are → [tokens, n], all bf16.
+
+    Plus the adapter's part where given: inner [tokens, r] times [experts, n, r] turned or [experts, r, n]; sums are
+    fp32. Sizes as `fits` says, all contiguous; ends: grouped_mm.py.
+    """
+    tokens, depth = rows.shape
+    experts = matrices.shape[0]
+    width = matrices.shape[1] if turned else matrices.shape[2]
+    output = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
+    if tokens == 0:
+        return output
+    pairs = _pairs(rows.device)
+    parts, counters = _workspace(rows.device)
+    parameters = _Parameters(
+        base=_operands(rows, matrices, turned),
+        adapter=_operands(*(adapter or (rows, matrices)), turned),
+        ends=ends.data_ptr(),
+        output=output.data_ptr(),
+        parts=parts.data_ptr(),
+        counters=counters.data_ptr(),
+        experts=experts,
+        wide=width // (PROGRAMS * FEATURES),
+        steps=depth // DEPTH,
+        rank=adapter[0].shape[1] if adapter is not None else 0,
+    )
+    _launch(_kernels(rows.device)[turned], pairs * PROGRAMS, parameters)
+    return output
+
+
+def _operands(rows: Tensor, matrices: Tensor, turned: bool) -> _Operands:
+    height = matrices.shape[0] * matrices.shape[1]
+    left = _map(matrices.data_ptr(), height, matrices.shape[2], FEATURES if turned else DEPTH)
+    right = (_map(rows.data_ptr(), *rows.shape, box) for box in BOXES)
+    return _Operands(left, (_Map * len(BOXES))(*right))
+
+
+@functools.lru_cache(maxsize=4096)
+def _map(address: int, height: int, width: int, box: int) -> _Map:
+    """How TMA reads a bf16 matrix [height, width], `box` rows and 64 columns at a time; beyond its ends are zeros."""
+    made = _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            address,
+            [driver.cuuint64_t(width), driver.cuuint64_t(height)],
+            [driver.cuuint64_t(width * 2)],
+            [driver.cuuint32_t(64), driver.cuuint32_t(box)],
+            [driver.cuuint32_t(1)] * 2,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return _Map.from_buffer_copy(ctypes.string_at(made.getPtr(), ctypes.sizeof(_Map)))
+
+
+def _launch(kernel: Any, programs: int, parameters: _Parameters) -> None:
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+    stream = torch.cuda.current_stream().cuda_stream
+    _checked(
+        driver.cuLaunchKernel(
+            kernel, programs, 1, 1, THREADS, 1, 1, SHARED_BYTES, stream, ctypes.addressof(pointers), 0
+        )
+    )
+
+
+@functools.cache
+def _pairs(device: torch.device) -> int:
+    """How many run at once."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = PROGRAMS * MOST_PAIRS, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+    config.sharedMemBytes = SHARED_BYTES
+    pair = driver.CUlaunchAttribute()
+    pair.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    pair.value.clusterDim.x, pair.value.clusterDim.y, pair.value.clusterDim.z = PROGRAMS, 1, 1
+    config.attrs, config.numAttrs = [pair], 1
+    found = [_checked(driver.cuOccupancyMaxActiveClusters(kernel, config)) for kernel in _kernels(device)]
+    return int(min(*found, MOST_PAIRS))
+
+
+@functools.cache
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for pieces of tiles, and of each tile that is cut how many are done, zeros before and after every call.
+
+    Made once: cut out of the allocator's blocks anew each time, it would leave pieces that nothing else fits into.
+    """
+    parts = torch.empty(_pairs(device) * ROOM * PIECE_VALUES, dtype=torch.float32, device=device)
+    return parts, torch.zeros(MOST_PAIRS * PROGRAMS * GROUPS, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _kernels(device: torch.device) -> tuple[Any, Any]:
+    """For this device: for matrices as they are, and for turned ones."""
+    with torch.cuda.device(device):
+        # torch makes the device's context with its first work there.
+        torch.cuda.current_stream().synchronize()
+        module = _checked(driver.cuModuleLoadData(_compiled()))
+        kernels = [_checked(driver.cuModuleGetFunction(module, name)) for name in (b"as_they_are", b"turned")]
+        for kernel in kernels:
+            what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(kernel, what, SHARED_BYTES))
+    return kernels[0], kernels[1]
+
+
+def _compiled() -> bytes:
+    """product.cu as machine code: from the folder of kept kernels, or compiled and put there."""
+    here = Path(__file__).parent / "csrc"
+    instructions = map(_multiply_add, range(8, 257, 8))
+    source = "\n".join((*((here / part).read_text() for part in PARTS), *instructions, (here / SOURCE).read_text()))
+    version = _checked(nvrtc.nvrtcVersion())
+    digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
+    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
+    try:
+        return kept.read_bytes()
+    except OSError:
+        code = _compile(source)
+    # Else it is compiled anew the next time. The name is nobody else's: containers number their processes alike.
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder) / kept.name
+            made.write_bytes(code)
+            made.replace(kept)
+    return code
+
+
+def _compile(source: str) -> bytes:
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.encode(), 0, [], []))
+    options = [option.encode() for option in OPTIONS]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{SOURCE} does not compile: {log.decode(errors='replace').strip()}")
+    code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+def _multiply_add(tokens: int) -> str:
+    """The instruction for so many tokens: 64 features of 16 of the sum, from shared memory to a thread's registers."""
+    count = tokens // 2
+    registers = ", ".join(f"%{each}" for each in range(count))
+    results = ", ".join(f'"+f"(d[{each}])' for each in range(count))
+    name = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16"
+    operands = f"%{count}, %{count + 1}, 1, 1, 1, %{count + 2}, 0"
+    return (
+        "template <bool TURNED> __device__ __forceinline__ void multiply_add("
+        f"float (&d)[{count}], unsigned long long left, unsigned long long right) {{\n"
+        f'  asm volatile("{name} {{{registers}}}, {operands};"\n'
+        f'      : {results} : "l"(left), "l"(right), "n"(TURNED ? 0 : 1));\n}}\n'
+    )
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a call of the driver or of NVRTC gave beside its status."""
+    status, *rest = result
+    if int(status) != 0:
+        raise RuntimeError(f"{type(status).__name__}: {status.name}")
+    return rest[0] if len(rest) == 1 else tuple(rest)

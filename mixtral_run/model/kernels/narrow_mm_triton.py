@@ -1,0 +1,355 @@
+"""Triton kernels for grouped_mm.py's products with an adapter's half, where one side is as narrow as the rank.
+
+They read their wide operand once, and that is their cost: torch's grouped product, made for square tiles, needs up to
+twice the time. Sums are taken in the same order every time. Rows from the last of `ends` on are no expert's
+(all_gather.py): nothing is read for them. Imported only where a GPU is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDTHS = (16, 32, 64)
+"""Of the narrow side."""
+ROWS, DEPTH = 32, 256
+"""A program of `narrow_product` takes ROWS rows, DEPTH of the sum at a time."""
+PROGRAMS, MOST_SHARES = 1056, 16
+COLUMNS, TOKENS = 128, 64
+"""A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
+BOTH_COLUMNS, BOTH_TOKENS = 512, 64
+"""The same of `both_narrow_products`."""
+VARYING = ("tokens", "shares")
+"""Under EP each step's are others; a kernel made for one value, or for multiples of 16, would be compiled again."""
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _product_kernel(
+    rows_ptr,
+    source_ptr,
+    matrices_ptr,
+    ends_ptr,
+    output_ptr,
+    tokens,
+    depth,
+    matrix_stride,
+    depth_stride,
+    column_stride,
+    num_experts,
+    share,
+    EXPERTS: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+):
+    """A share of the sum for each second index of the grid.
+
+    Rows are sorted by expert, and an expert may end within a block: each goes over the experts that it touches.
+    """
+    first = tl.program_id(0) * ROWS
+    limit = tl.minimum(tl.load(ends_ptr + num_experts - 1), tokens)
+    last = tl.minimum(first + ROWS, limit)
+    rows = first + tl.arange(0, ROWS)
+    narrow = tl.arange(0, NARROW)
+    places = tl.arange(0, DEPTH)
+    numbers = tl.arange(0, EXPERTS)
+    ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    result = tl.zeros([ROWS, NARROW], dtype=tl.float32)
+    at = rows.to(tl.int64)
+    if HAS_SOURCE:
+        at = tl.load(source_ptr + rows, mask=rows < limit, other=0)
+    for expert in range(first_expert, last_expert + 1):
+        end = tl.load(ends_ptr + expert)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        mine = (rows >= begin) & (rows < end)
+        left = rows_ptr + at[:, None] * depth + places[None, :]
+        right = matrices_ptr + expert.to(tl.int64) * matrix_stride
+        right += places[:, None] * depth_stride + narrow[None, :] * column_stride
+        lowest = tl.program_id(1) * share
+        for start in range(lowest, tl.minimum(lowest + share, depth), DEPTH):
+            inside = places < depth - start
+            row = tl.load(left + start, mask=mine[:, None] & inside[None, :], other=0.0)
+            matrix = tl.load(right + start * depth_stride, mask=inside[:, None], other=0.0)
+            result = tl.dot(row, matrix, result)
+    target = output_ptr + (tl.program_id(1) * tokens + rows[:, None]).to(tl.int64) * NARROW + narrow[None, :]
+    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _sum_kernel(shares_ptr, ends_ptr, output_ptr, size, shares, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    result = tl.zeros([BLOCK], dtype=tl.float32)
+    there = tl.load(ends_ptr + num_experts - 1) * NARROW
+    for share in range(shares):
+        result += tl.load(shares_ptr + share * size + places, mask=places < there, other=0.0)
+    tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
+
+
+@triton.jit
+def _outer_kernel(
+    wide_ptr,
+    source_ptr,
+    narrow_ptr,
+    ends_ptr,
+    output_ptr,
+    width,
+    column_stride,
+    narrow_stride,
+    NARROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    narrow = tl.arange(0, NARROW)
+    inside = columns < width
+    result = tl.zeros([NARROW, COLUMNS], dtype=tl.float32)
+    for start in range(begin, end, TOKENS):
+        tokens = start + tl.arange(0, TOKENS)
+        mine = tokens < end
+        left = tl.load(narrow_ptr + tokens[None, :] * NARROW + narrow[:, None], mask=mine[None, :], other=0.0)
+        at = tokens.to(tl.int64)
+        if HAS_SOURCE:
+            at = tl.load(source_ptr + tokens, mask=mine, other=0)
+        places = wide_ptr + at[:, None] * width + columns[None, :]
+        right = tl.load(places, mask=mine[:, None] & inside[None, :], other=0.0)
+        result = tl.dot(left, right, result)
+    target = output_ptr + expert.to(tl.int64) * width * NARROW
+    target += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
+    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _both_kernel(
+    wide_ptr,
+    narrow_ptr,
+    matrices_ptr,
+    ends_ptr,
+    parts_ptr,
+    output_ptr,
+    tokens,
+    width,
+    NARROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    narrow = tl.arange(0, NARROW)
+    inside = columns < width
+    matrices = (expert.to(tl.int64) * width + columns[:, None]) * NARROW + narrow[None, :]
+    matrix = tl.load(matrices_ptr + matrices, mask=inside[:, None], other=0.0)
+    result = tl.zeros([NARROW, COLUMNS], dtype=tl.float32)
+    for start in range(begin, end, TOKENS):
+        rows = start + tl.arange(0, TOKENS)
+        mine = rows < end
+        left = tl.load(narrow_ptr + rows[None, :] * NARROW + narrow[:, None], mask=mine[None, :], other=0.0)
+        places = wide_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+        right = tl.load(places, mask=mine[:, None] & inside[None, :], other=0.0)
+        result = tl.dot(left, right, result)
+        part = parts_ptr + (tl.program_id(0).to(tl.int64) * tokens + rows[:, None]) * NARROW + narrow[None, :]
+        tl.store(part, tl.dot(right, matrix), mask=mine[:, None])
+    target = output_ptr + (expert.to(tl.int64) * width + columns[None, :]) * NARROW + narrow[:, None]
+    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _added_kernel(
+    base_ptr,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    output_ptr,
+    tokens,
+    width,
+    scale,
+    column_stride,
+    narrow_stride,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    limit = tl.minimum(tl.load(ends_ptr + num_experts - 1), tokens)
+    last = tl.minimum(first + ROWS, limit)
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    narrow = tl.arange(0, NARROW)
+    numbers = tl.arange(0, EXPERTS)
+    ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    inside = (rows < limit)[:, None] & (columns < width)[None, :]
+    places = rows[:, None].to(tl.int64) * width + columns[None, :]
+    base = tl.load(base_ptr + places, mask=inside, other=0.0)
+    result = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for expert in range(first_expert, last_expert + 1):
+        end = tl.load(ends_ptr + expert)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        mine = (rows >= begin) & (rows < end)
+        inner = tl.load(inner_ptr + rows[:, None] * NARROW + narrow[None, :], mask=mine[:, None], other=0.0)
+        outer = outer_ptr + expert.to(tl.int64) * width * NARROW
+        outer += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
+        result = tl.dot(inner, tl.load(outer, mask=(columns < width)[None, :], other=0.0), result)
+    result = base.to(tl.float32) + result * scale
+    tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def narrow_added(
+    base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, *, in_place: bool = False
+) -> Tensor:
+    """base [tokens, m] + scale · inner [tokens, n] · outer [experts, m, n] transposed; n one of WIDTHS.
+
+    base and inner contiguous, each of outer's matrices too or its transpose. in_place: base becomes the result.
+    """
+    tokens, width = base.shape
+    output = base if in_place else torch.empty_like(base)
+    _added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+        base,
+        inner,
+        outer,
+        ends,
+        output,
+        tokens,
+        width,
+        scale,
+        *outer.stride()[1:],
+        ends.shape[0],
+        EXPERTS=triton.next_power_of_2(ends.shape[0]),
+        NARROW=inner.shape[1],
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+    )
+    return output
+
+
+def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows [tokens, k], contiguous · matrices [experts, k, n] of any strides → [tokens, n]; n one of WIDTHS.
+
+    source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
+    """
+    tokens, depth = rows.shape if source is None else (source.shape[0], rows.shape[1])
+    experts, _, narrow = matrices.shape
+    output = torch.empty(tokens, narrow, dtype=rows.dtype, device=rows.device)
+    blocks = triton.cdiv(tokens, ROWS)
+    at_once = DEPTH if narrow < 64 else DEPTH // 2
+    # Few rows make few programs, which cannot keep the memory busy: then several share a sum.
+    shares = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MOST_SHARES), 1)
+    parts = torch.empty(shares, tokens, narrow, dtype=torch.float32, device=rows.device) if shares > 1 else output
+    _product_kernel[(blocks, shares)](
+        rows,
+        source if source is not None else ends,
+        matrices,
+        ends,
+        parts,
+        tokens,
+        depth,
+        *matrices.stride(),
+        experts,
+        triton.cdiv(triton.cdiv(depth, shares), at_once) * at_once,
+        EXPERTS=triton.next_power_of_2(experts),
+        NARROW=narrow,
+        ROWS=ROWS,
+        DEPTH=at_once,
+        HAS_SOURCE=source is not None,
+        num_warps=4,
+        num_stages=4,
+    )
+    if shares > 1:
+        _sum(parts, ends, output)
+    return output
+
+
+def _sum(parts: Tensor, ends: Tensor, output: Tensor) -> None:
+    """parts fp32 [shares, tokens, n] → output [tokens, n], zeros where no expert's rows are."""
+    size = output.numel()
+    _sum_kernel[(triton.cdiv(size, 1024),)](
+        parts, ends, output, size, parts.shape[0], ends.shape[0], NARROW=output.shape[1], BLOCK=1024
+    )
+
+
+def narrow_outer_product(
+    wide: Tensor,
+    narrow: Tensor,
+    ends: Tensor,
+    *,
+    narrow_first: bool,
+    source: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The sum over each expert's rows of narrowᵀ · wide, [experts, n, m], or its transpose, [experts, m, n].
+
+    wide [tokens, m], narrow [tokens, n], both contiguous; n one of WIDTHS. source: as in `narrow_product`, of wide.
+    dtype: of the result, wide's by default; sums are fp32.
+    """
+    width, rank, experts = wide.shape[1], narrow.shape[1], ends.shape[0]
+    shape = (experts, rank, width) if narrow_first else (experts, width, rank)
+    output = torch.empty(shape, dtype=dtype or wide.dtype, device=wide.device)
+    _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
+        wide,
+        source if source is not None else ends,
+        narrow,
+        ends,
+        output,
+        width,
+        *((1, width) if narrow_first else (rank, 1)),
+        NARROW=rank,
+        COLUMNS=COLUMNS,
+        TOKENS=TOKENS,
+        HAS_SOURCE=source is not None,
+        num_warps=4,
+        num_stages=4,
+    )
+    return output
+
+
+def both_pay(wide: Tensor) -> bool:
+    """Whether `both_narrow_products` of [tokens, m] is faster than two: there is much to read, by many programs."""
+    return wide.shape[0] >= 2048 and wide.shape[1] >= 8192
+
+
+def both_narrow_products(
+    wide: Tensor, matrices: Tensor, narrow: Tensor, ends: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """wide [tokens, m] · matrices [experts, m, n] → [tokens, n], and the sum over each expert's rows of wideᵀ · narrow,
+    [experts, m, n] in dtype: `narrow_product` and `narrow_outer_product`, reading wide once.
+
+    narrow [tokens, n]; all contiguous; n one of WIDTHS; sums are fp32.
+    """
+    tokens, width = wide.shape
+    experts, _, rank = matrices.shape
+    columns = BOTH_COLUMNS if rank < 64 else BOTH_COLUMNS // 2
+    blocks = triton.cdiv(width, columns)
+    product = torch.empty(tokens, rank, dtype=wide.dtype, device=wide.device)
+    outer = torch.empty(experts, width, rank, dtype=dtype, device=wide.device)
+    parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=wide.device)
+    _both_kernel[(blocks, experts)](
+        wide,
+        narrow,
+        matrices,
+        ends,
+        parts,
+        outer,
+        tokens,
+        width,
+        NARROW=rank,
+        COLUMNS=columns,
+        TOKENS=BOTH_TOKENS,
+        num_warps=8,
+        num_stages=3,
+    )
+    _sum(parts, ends, product)
+    return product, outer

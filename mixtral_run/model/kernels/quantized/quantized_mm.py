@@ -1,0 +1,267 @@
+"""Frozen expert weights in 8 or 4 bit. In 8: float8 e4m3 with one fp32 scale for each output channel. In 4: nf4.py.
+
+One copy is kept, [experts, out, in], half of bf16's bytes: 47 GB for all of Mixtral with attention and embeddings in
+bf16. Both products read it:
+
+    forward         y  = x̂·Ŵᵀ       x in 8 bit by row; its scales and the weight's multiply the result
+    input gradient  dx = ĝ·Ŵ         g first times the weight's scales, which lie along the sum, then in 8 bit by row
+
+Hopper's 8-bit products want both operands contiguous along the sum, which for the gradient the weight is not. A kernel
+of our own shuffles it on its way (gradient_gluon.py); where that does not run, the weight is turned anew each time into
+memory that the next layer uses again (one linear layer's experts): a second copy would cost as much as bf16. Off
+Hopper, in 4 bit, and as the tests' reference, weights are brought back to the rows' precision and multiplied;
+activations then stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral_run.model.kernels.grouped_mm import (
+    add_product,
+    each_experts,
+    filled_up,
+    has_grouped_product,
+    outer_product,
+    product,
+    why_not,
+)
+from mixtral_run.model.kernels.quantized import nf4
+from mixtral_run.model.recompute.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+Stored = tuple[torch.dtype, tuple[int, ...]]
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number that e4m3 holds."""
+TINY = 1e-30
+"""In place of the largest of a row of zeros."""
+
+KEPT_AS = {"fp8": 1, "nf4": 1}
+"""Version of the numbers that `quantise_to` makes. Files keep them: other numbers are another version."""
+
+
+def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Along the last dimension: values in 8 bit, and the scales that give them back, fp32, without that dimension.
+
+    The same on every device, bit by bit.
+    """
+    exact = tensor.float()
+    # Not divided by it: a GPU would multiply by the reciprocal all the same, and a CPU would not.
+    scales = exact.abs().amax(-1).clamp(min=TINY) * (1 / LARGEST)
+    return (exact / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
+
+
+def quantise_to(weight: Tensor, base_precision: str) -> tuple[Tensor, Tensor]:
+    """weight [out, in] in fp8 or nf4: its values and scales."""
+    return nf4.quantise(weight) if base_precision == "nf4" else quantise(weight)
+
+
+def quantised_layout(outputs: int, inputs: int, base_precision: str) -> tuple[Stored, Stored]:
+    """Of what `quantise_to` makes of a weight [outputs, inputs], values and scales: dtype and shape of each."""
+    if base_precision == "nf4":
+        blocks = inputs // nf4.block_size(inputs)
+        return (torch.uint8, (outputs, inputs // 2)), (torch.bfloat16, (outputs, blocks))
+    return (FP8, (outputs, inputs)), (torch.float32, (outputs,))
+
+
+def dequantise(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of either kind."""
+    if values.dtype is torch.uint8:
+        return nf4.dequantise(values, scales, dtype)
+    return (values.float() * scales[..., None]).to(dtype)
+
+
+def quantised_linear(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+    """Each row times the transpose of its expert's matrix: [tokens, out]. The matrices get no gradient.
+
+    rows [tokens, in], sorted by expert; values 8 bit [experts, out, in], scales fp32 [experts, out], or both as
+    nf4.quantise gives them; ends: grouped_mm.py.
+    """
+    output: Tensor = _QuantisedLinear.apply(rows, values, scales, ends)  # type: ignore[no-untyped-call]
+    return output
+
+
+def quantised_with_inner(
+    rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, linear_in: Tensor, recipe: Recipe | None
+) -> tuple[Tensor, Tensor]:
+    """`quantised_linear` and grouped.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
+
+    linear_in [experts, r, in] in the rows' dtype. As one step of the backward pass, both parts of the rows' gradient
+    are summed where they are computed.
+    """
+    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    outputs: tuple[Tensor, Tensor] = _WithInner.apply(  # type: ignore[no-untyped-call]
+        rows, values, scales, ends, linear_in, make, *kept
+    )
+    return outputs
+
+
+def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
+    """Whether torch's 8-bit grouped product runs here: compute capability 9.0 alone, widths in multiples of 16."""
+    return (
+        values.dtype is FP8
+        and has_grouped_product(rows, *values.shape[1:])
+        and torch.cuda.get_device_capability(rows.device) == (9, 0)
+        and values.shape[1] % 16 == values.shape[2] % 16 == 0
+    )
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(values, scales, ends)
+        return forward_product(rows, values, scales, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return rows_gradient(gradients[0].contiguous(), *ctx.saved_tensors), None, None, None
+
+
+class _WithInner(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        ends: Tensor,
+        linear_in: Tensor,
+        make: Callable[..., Tensor] | None,
+        *kept: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, scales, ends, linear_in, *kept)
+        ctx.make = make
+        return forward_product(rows, values, scales, ends), product(rows, linear_in.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values, scales, ends, linear_in, *kept = ctx.saved_tensors
+        gradient, inner = (each.contiguous() for each in gradients)
+        for_linear_in = None
+        if ctx.needs_input_grad[4]:
+            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            for_linear_in = outer_product(inner, rows, ends)
+        for_rows = None
+        if ctx.needs_input_grad[0]:
+            for_rows = rows_gradient(gradient, values, scales, ends, inner, linear_in)
+        return (for_rows, None, None, None, for_linear_in, None, *(None for _ in kept))
+
+
+def forward_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+    """rows · matricesᵀ, [tokens, out], by what runs here. source: as in grouped.product."""
+    if not has_scaled_product(rows, values):
+        rows = rows if source is None else rows.index_select(0, source)
+        return plain_product(rows, values, scales, ends, backwards=False)
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantise_rows
+
+    small, row_scales = quantise_rows(rows.contiguous(), None, ends)
+    if source is not None:
+        # Once a token and then gathered, at half the bytes.
+        small = small.view(torch.uint8).index_select(0, source).view(FP8)
+        row_scales = row_scales.index_select(0, source)
+    return scaled_product(small, values, row_scales, scales, ends)
+
+
+def rows_gradient(
+    gradient: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    inner: Tensor | None = None,
+    linear_in: Tensor | None = None,
+) -> Tensor:
+    """gradient · matrices, [tokens, in], by what runs here; plus inner [tokens, r] · linear_in where given."""
+    if not has_scaled_product(gradient, values):
+        return with_inner(plain_product(gradient, values, scales, ends, backwards=True), inner, linear_in, ends)
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantise_rows, turned
+
+    small, row_scales = quantise_rows(gradient, scales, ends)
+    if reads_unturned(gradient.device):
+        from mixtral_run.model.kernels.quantized.gradient_gluon import fits, unturned_gradient
+
+        if fits(values, linear_in):
+            adapter = linear_in.contiguous() if linear_in is not None else None
+            return unturned_gradient(small, values, row_scales, ends, inner, adapter)
+    return with_inner(scaled_product(small, turned(values), row_scales, None, ends), inner, linear_in, ends)
+
+
+def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None, ends: Tensor) -> Tensor:
+    """gradient plus the part that comes through the adapter."""
+    if inner is None or linear_in is None:
+        return gradient
+    return add_product(gradient, inner, linear_in, 1.0, ends)
+
+
+@functools.cache
+def reads_unturned(device: torch.device) -> bool:
+    """Whether gradient_gluon.py is right on this device, by a small product. Gluon changes from version to version."""
+
+    def small() -> tuple[Tensor, Tensor]:
+        from mixtral_run.model.kernels.quantized.gradient_gluon import unturned_gradient
+
+        generator = torch.Generator(device).manual_seed(1)
+        rows, matrices = (
+            torch.randn(shape, device=device, generator=generator).to(FP8) for shape in ((160, 256), (2, 256, 256))
+        )
+        inner, linear_in = (
+            torch.randn(shape, device=device, generator=generator).bfloat16() for shape in ((160, 16), (2, 16, 256))
+        )
+        ends = torch.tensor([150, 160], device=device, dtype=torch.int32)
+        found = unturned_gradient(rows, matrices, torch.ones(160, device=device), ends, inner, linear_in)
+        owner = (torch.arange(160, device=device) >= 150).long()
+        expected = torch.einsum("to,toi->ti", rows.float(), matrices.float()[owner])
+        return found, expected + torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
+
+    why = why_not(small)
+    if why:
+        log.warning("8-bit gradients go through turned weights, a tenth slower (%s); Triton 3.6 to 3.8 need not.", why)
+    return not why
+
+
+def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
+    """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed → bf16 [tokens, n].
+
+    row_scales [tokens], scales [experts, n] or None for ones, both fp32.
+    """
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
+
+    if fits_tiles(matrices):
+        return tiled_product(small, matrices, row_scales, scales, ends)
+    if scales is None:
+        scales = torch.ones(matrices.shape[:2], device=matrices.device)
+    # torch takes the second operand column-major, which the transposed view of a contiguous one is
+    # (test/test_scaled_matmul_cuda.py of torch 2.10).
+    output: Tensor = torch._scaled_grouped_mm(
+        small,
+        matrices.transpose(1, 2),
+        row_scales,
+        scales,
+        offs=ends,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return output
+
+
+def plain_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, *, backwards: bool) -> Tensor:
+    """The same from dequantised weights: [tokens, out], or backwards [tokens, in]."""
+    if has_grouped_product(rows, values.shape[1], values.shape[2] * (2 if values.dtype is torch.uint8 else 1)):
+        matrices = dequantise(values, scales, rows.dtype)
+        return product(rows, matrices if backwards else matrices.transpose(1, 2), ends)
+    outputs = []
+    for part, value, scale in zip(each_experts(rows, ends), values.unbind(0), scales.unbind(0), strict=True):
+        # One expert at a time: all of them would be the memory that 8 bit saves.
+        matrix = dequantise(value, scale, rows.dtype)
+        outputs.append(part @ (matrix if backwards else matrix.t()))
+    return filled_up(outputs, rows.shape[0])

@@ -1,0 +1,183 @@
+"""Triton kernels of quantized_mm.py. Imported only where a GPU is."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mixtral_run.model.kernels.quantized.quantized_mm import FP8, LARGEST, TINY
+
+TILE = 128
+
+
+@triton.jit
+def _quantise_kernel(
+    rows_ptr,
+    columns_ptr,
+    ends_ptr,
+    output_ptr,
+    scales_ptr,
+    width,
+    num_experts,
+    LARGEST: tl.constexpr,
+    TINY: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes a row, once: all of it is in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    numbers = tl.arange(0, EXPERTS)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_COLUMNS:
+        ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+        # A row from the last end on is no expert's: any will do.
+        expert = tl.minimum(tl.sum((ends <= row).to(tl.int64), axis=0), num_experts - 1)
+        value = value * tl.load(columns_ptr + expert * width + columns, mask=inside, other=0.0)
+    scale = tl.maximum(tl.max(tl.abs(value), axis=0), TINY) / LARGEST
+    tl.store(scales_ptr + row, scale)
+    value = tl.minimum(tl.maximum(value * (1.0 / scale), -LARGEST), LARGEST)
+    tl.store(output_ptr + row * width + columns, value.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    first = tl.program_id(2).to(tl.int64) * height * width
+    inside = (rows[:, None] < height) & (columns[None, :] < width)
+    tile = tl.load(source_ptr + first + rows[:, None] * width + columns[None, :], mask=inside, other=0)
+    inside = (columns[:, None] < width) & (rows[None, :] < height)
+    tl.store(target_ptr + first + columns[:, None] * height + rows[None, :], tl.trans(tile), mask=inside)
+
+
+def quantise_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [tokens, width], contiguous, times their expert's columns [experts, width] where given, in 8 bit by row.
+
+    Returns values [tokens, width] and scales fp32 [tokens], as quantised.quantise.
+    """
+    tokens, width = rows.shape
+    values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
+    block = triton.next_power_of_2(width)
+    _quantise_kernel[(tokens,)](
+        rows,
+        columns if columns is not None else scales,
+        ends,
+        values,
+        scales,
+        width,
+        ends.shape[0],
+        LARGEST=LARGEST,
+        TINY=TINY,
+        HAS_COLUMNS=columns is not None,
+        EXPERTS=triton.next_power_of_2(ends.shape[0]),
+        BLOCK=block,
+        num_warps=min(max(block // 1024, 4), 32),
+    )
+    return values, scales
+
+
+def turned(values: Tensor) -> Tensor:
+    """[experts, out, in] → [experts, in, out], contiguous, of one-byte numbers."""
+    experts, height, width = values.shape
+    target = torch.empty(experts, width, height, dtype=values.dtype, device=values.device)
+    grid = (triton.cdiv(height, TILE), triton.cdiv(width, TILE), experts)
+    _turn_kernel[grid](values.view(torch.uint8), target.view(torch.uint8), height, width, TILE=TILE, num_warps=8)
+    return target
+
+
+# Of the shapes tried on an H200, uneven rows: 1,130 TFLOP/s, where torch's product reaches 800 to 980.
+ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 128, 3, 8
+
+
+@triton.jit
+def _product_kernel(
+    rows_desc,
+    matrices_desc,
+    row_scales_ptr,
+    scales_ptr,
+    ends_ptr,
+    output_ptr,
+    width,
+    depth,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):
+    """As many programs as the GPU runs at once take tile after tile, those of an expert one below the other."""
+    numbers = tl.arange(0, EXPERTS)
+    ends = tl.load(ends_ptr + numbers)
+    begins = tl.load(ends_ptr + numbers - 1, mask=numbers > 0, other=0)
+    high = (ends - begins + ROWS - 1) // ROWS
+    wide = width // COLUMNS
+    tiles_to = tl.cumsum(high, axis=0) * wide
+    total = tl.sum(high, axis=0) * wide
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=True):
+        expert = tl.sum((tiles_to <= tile).to(tl.int32), axis=0)
+        mine = numbers == expert
+        begin = tl.sum(tl.where(mine, begins, 0), axis=0)
+        end = tl.sum(tl.where(mine, ends, 0), axis=0)
+        count = tl.sum(tl.where(mine, high, 0), axis=0)
+        local = tile - tl.sum(tl.where(mine, tiles_to - high * wide, 0), axis=0)
+        first_row = begin + (local % count) * ROWS
+        first_column = (local // count) * COLUMNS
+        result = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            # Rows of the next expert may come along: they are not stored.
+            left = rows_desc.load([first_row, start])
+            right = matrices_desc.load([expert * width + first_column, start])
+            result = tl.dot(left, right.T, result)
+        rows = first_row + tl.arange(0, ROWS)
+        columns = first_column + tl.arange(0, COLUMNS)
+        inside = rows < end
+        result *= tl.load(row_scales_ptr + rows, mask=inside, other=0.0)[:, None]
+        if HAS_SCALES:
+            result *= tl.load(scales_ptr + expert * width + columns)[None, :]
+        places = output_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]
+        tl.store(places, result.to(output_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def fits_tiles(matrices: Tensor) -> bool:
+    """Whether `tiled_product` takes matrices of this shape, [experts, n, k]."""
+    experts, width, depth = matrices.shape
+    return experts & (experts - 1) == 0 and width % COLUMNS == 0 and depth % DEPTH == 0
+
+
+def tiled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
+    """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed, times both scales → bf16 [tokens, n].
+
+    As quantised.scaled_product; matrices as `fits_tiles` says, all contiguous; scales [experts, n], or None for ones.
+    """
+    experts, width, depth = matrices.shape
+    tokens = small.shape[0]
+    output = torch.empty(tokens, width, dtype=torch.bfloat16, device=small.device)
+    if tokens == 0:
+        return output
+    most = (triton.cdiv(tokens, ROWS) + experts - 1) * (width // COLUMNS)
+    programs = min(torch.cuda.get_device_properties(small.device).multi_processor_count, most)
+    _product_kernel[(programs,)](
+        TensorDescriptor.from_tensor(small, [ROWS, DEPTH]),
+        TensorDescriptor.from_tensor(matrices.view(experts * width, depth), [COLUMNS, DEPTH]),
+        row_scales,
+        scales if scales is not None else row_scales,
+        ends,
+        output,
+        width,
+        depth,
+        EXPERTS=experts,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
+        HAS_SCALES=scales is not None,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return output

@@ -1,0 +1,106 @@
+"""SwiGLU of the experts' first layer, with the adapter's output added on the way.
+
+    output = silu(g + s·a·Bgᵀ) · (u + s·a·Buᵀ),   g and u the halves of the layer's output, a = A·x, s = alpha / r
+
+The adapter's result is as wide as the layer's (28,672 columns in Mixtral): written and added by itself it would cost as
+much as the activation. On a GPU one Triton kernel forms it where it is used. Elsewhere, and as the tests' reference,
+the same in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from mixtral_run.model.kernels.grouped_mm import grouped_linear, has_grouped_product, outer_product, product
+from mixtral_run.model.kernels.router_probs import row_products
+
+COLUMNS = 256
+"""Of gate and up together, what the kernels' tiles take."""
+
+
+def swiglu(hidden: Tensor, ends: Tensor | None = None) -> Tensor:
+    """[tokens, 2·ffn] → [tokens, ffn]; gate columns, then up columns. With ends int32 [experts] in one kernel on GPUs:
+    rows behind the last of them are no expert's."""
+    if ends is not None and has_grouped_product(hidden, hidden.shape[1]) and hidden.shape[1] % COLUMNS == 0:
+        output: Tensor = _Fused.apply(hidden, None, None, 1.0, ends)  # type: ignore[no-untyped-call]
+        return output
+    gate, up = hidden.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """hidden [tokens, 2·ffn], inner = A·x [tokens, r], outer = B [experts, 2·ffn, r], ends int32 [experts].
+
+    Gradients reach hidden, inner and outer. Returns [tokens, ffn] in hidden's dtype.
+    """
+    if _fused_runs(hidden, inner, outer):
+        output: Tensor = _Fused.apply(hidden, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
+        return output
+    return swiglu(hidden + grouped_linear(inner * scale, outer, ends))
+
+
+def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """As `swiglu_with_adapter`, without a gradient."""
+    if _fused_runs(hidden, inner, outer):
+        from mixtral_run.model.kernels.swiglu_triton import forward
+
+        return forward(hidden, inner, outer, scale, ends)
+    return swiglu(hidden + product(inner * scale, outer.transpose(1, 2), ends))
+
+
+def remaking_backward(
+    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `swiglu_of`, given its result's gradient [tokens, ffn]: hidden's gradient; the result made again, bit for bit;
+    and each row's scalar product of the result and its gradient, fp32 or wider [tokens]."""
+    if _fused_runs(hidden, inner, outer):
+        from mixtral_run.model.kernels.swiglu_triton import remaking_backward as on_gpu
+
+        return on_gpu(hidden, inner, outer, scale, ends, gradient.contiguous())
+    with torch.enable_grad():
+        whole = (hidden + product(inner * scale, outer.transpose(1, 2), ends)).detach().requires_grad_(True)
+        active = swiglu(whole)
+    (for_hidden,) = torch.autograd.grad(active, whole, gradient)
+    active = active.detach()
+    return for_hidden, active, row_products(active, gradient)
+
+
+def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
+    """bf16 on a GPU with the grouped product, and widths that the kernel's tiles take."""
+    rank = inner.shape[1]
+    return (
+        has_grouped_product(hidden, hidden.shape[1], rank)
+        and rank in (16, 32, 64)
+        # Triton's ranges are powers of two.
+        and outer.shape[0].bit_count() == 1
+        and hidden.shape[1] % COLUMNS == 0
+    )
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor
+    ) -> Tensor:
+        from mixtral_run.model.kernels.swiglu_triton import forward
+
+        ctx.save_for_backward(hidden, inner, outer, ends)
+        ctx.scale = scale
+        return forward(hidden, inner, outer, scale, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from mixtral_run.model.kernels.swiglu_triton import backward
+
+        hidden, inner, outer, ends = ctx.saved_tensors
+        for_hidden = backward(hidden, inner, outer, ctx.scale, ends, gradients[0].contiguous())
+        if inner is None:
+            return for_hidden, None, None, None, None
+        # The adapter's output has hidden's gradient; both products read it once more.
+        for_inner = product(for_hidden, outer, ends) * ctx.scale
+        for_outer = outer_product(for_hidden, inner * ctx.scale, ends)
+        return for_hidden, for_inner, for_outer, None, None

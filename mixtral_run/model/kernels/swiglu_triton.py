@@ -1,0 +1,247 @@
+"""Triton kernels of swiglu.py. Imported only where a GPU is.
+
+A program takes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: each
+block goes over the experts that it touches and adds the adapter's output for that expert's rows only. Rows from the
+last of `ends` on are no expert's (all_gather.py): nothing is read or written there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_M = 32
+BLOCK_F = 128
+"""Small: what a program holds in registers decides how many run at a time."""
+
+
+@triton.jit
+def _adapter(
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    rows,
+    row_mask,
+    columns,
+    limit,
+    ffn,
+    NUM_EXPERTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
+
+    The layer's own output is added by the caller, afterwards: as the sum's start it would have to be there first.
+    """
+    gate = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
+    ranks = tl.arange(0, RANK)
+    inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
+    first = tl.program_id(0) * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, limit)
+    # The experts of the first and of the last row: most blocks touch one only.
+    numbers = tl.arange(0, NUM_EXPERTS)
+    ends = tl.load(ends_ptr + numbers)
+    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    for expert in range(first_expert, last_expert + 1):
+        end = tl.load(ends_ptr + expert)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        mine = (rows >= begin) & (rows < end)
+        part = tl.where(mine[:, None], inner, 0.0).to(inner.dtype)
+        base = outer_ptr + expert * (2 * ffn * RANK)
+        gate_outer = tl.load(base + columns[None, :] * RANK + ranks[:, None])
+        up_outer = tl.load(base + (ffn + columns[None, :]) * RANK + ranks[:, None])
+        gate = tl.dot(part, gate_outer, gate)
+        up = tl.dot(part, up_outer, up)
+    return gate, up
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _forward_kernel(
+    hidden_ptr,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    output_ptr,
+    tokens,
+    ffn,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    if tl.program_id(0) * BLOCK_M >= limit:
+        return
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    row_mask = rows < limit
+    places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
+    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
+    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
+    if RANK > 0:
+        adapter_gate, adapter_up = _adapter(
+            inner_ptr,
+            outer_ptr,
+            ends_ptr,
+            rows,
+            row_mask,
+            columns,
+            limit,
+            ffn,
+            NUM_EXPERTS,
+            RANK,
+            BLOCK_M,
+            BLOCK_F,
+        )
+        gate += adapter_gate * scale
+        up += adapter_up * scale
+    output = gate * tl.sigmoid(gate) * up
+    target = output_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+    tl.store(target, output.to(output_ptr.dtype.element_ty), mask=row_mask[:, None])
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _backward_kernel(
+    hidden_ptr,
+    inner_ptr,
+    outer_ptr,
+    ends_ptr,
+    gradient_ptr,
+    for_hidden_ptr,
+    active_ptr,
+    products_ptr,
+    tokens,
+    ffn,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    REMAKE: tl.constexpr,
+):
+    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    if tl.program_id(0) * BLOCK_M >= limit:
+        return
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    row_mask = rows < limit
+    places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
+    gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
+    up = tl.load(hidden_ptr + places + ffn, mask=row_mask[:, None], other=0.0)
+    source = gradient_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+    gradient = tl.load(source, mask=row_mask[:, None], other=0.0)
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
+    if RANK > 0:
+        adapter_gate, adapter_up = _adapter(
+            inner_ptr,
+            outer_ptr,
+            ends_ptr,
+            rows,
+            row_mask,
+            columns,
+            limit,
+            ffn,
+            NUM_EXPERTS,
+            RANK,
+            BLOCK_M,
+            BLOCK_F,
+        )
+        gate += adapter_gate * scale
+        up += adapter_up * scale
+    gradient = gradient.to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    for_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    for_up = gradient * gate * sigmoid
+    if REMAKE:
+        active = gate * sigmoid * up
+        target = active_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
+        tl.store(target, active.to(active_ptr.dtype.element_ty), mask=row_mask[:, None])
+        products = products_ptr + tl.program_id(1).to(tl.int64) * tokens + rows
+        tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
+    kind = for_hidden_ptr.dtype.element_ty
+    tl.store(for_hidden_ptr + places, for_gate.to(kind), mask=row_mask[:, None])
+    tl.store(for_hidden_ptr + places + ffn, for_up.to(kind), mask=row_mask[:, None])
+
+
+def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor) -> Tensor:
+    """See swiglu.swiglu_with_adapter, or swiglu without inner and outer. All contiguous, of one dtype."""
+    tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
+    output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
+    _launch(_forward_kernel, hidden, inner, outer, ends, output, tokens, ffn, scale)
+    return output
+
+
+def backward(
+    hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor, gradient: Tensor
+) -> Tensor:
+    """The gradient for hidden, given that of the output [tokens, ffn]."""
+    for_hidden = torch.empty_like(hidden)
+    _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, None, None)
+    return for_hidden
+
+
+def remaking_backward(
+    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient for hidden; the output made again; and each row's scalar product of both, output and gradient."""
+    tokens, ffn = gradient.shape
+    for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
+    products = torch.empty(ffn // BLOCK_F, tokens, dtype=torch.float32, device=hidden.device)
+    _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, active, products)
+    return for_hidden, active, products.sum(0)
+
+
+def _backward(
+    hidden: Tensor,
+    inner: Tensor | None,
+    outer: Tensor | None,
+    scale: float,
+    ends: Tensor,
+    gradient: Tensor,
+    for_hidden: Tensor,
+    active: Tensor | None,
+    products: Tensor | None,
+) -> None:
+    tokens, ffn = gradient.shape
+    unused = for_hidden
+    results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
+    arguments = (gradient, *results, tokens, ffn, scale)
+    _launch(_backward_kernel, hidden, inner, outer, ends, *arguments, REMAKE=active is not None)
+
+
+def _launch(
+    kernel: Any,
+    hidden: Tensor,
+    inner: Tensor | None,
+    outer: Tensor | None,
+    ends: Tensor,
+    *arguments: Any,
+    **kinds: bool,
+) -> None:
+    tokens, both = hidden.shape
+    grid = (triton.cdiv(tokens, BLOCK_M), both // 2 // BLOCK_F)
+    unused = hidden
+    kernel[grid](
+        hidden,
+        inner if inner is not None else unused,
+        outer if outer is not None else unused,
+        ends,
+        *arguments,
+        NUM_EXPERTS=ends.shape[0],
+        RANK=inner.shape[1] if inner is not None else 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_F=BLOCK_F,
+        num_warps=4,
+        **kinds,
+    )

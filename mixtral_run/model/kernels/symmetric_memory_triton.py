@@ -1,0 +1,173 @@
+"""Triton kernels of symmetric_memory.py: rows read from, and put where they are read by, the other GPUs of a group.
+
+`pointers`, int64 [p] on the device, is where in each process's memory the same thing lies. Imported only where a GPU
+is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixtral_run.model.kernels.sort_triton import Routes
+
+BLOCK = 1024
+
+
+@triton.jit
+def _fetch_kernel(
+    pointers_ptr,
+    source_ptr,
+    shares_ptr,
+    end_ptr,
+    output_ptr,
+    tokens,
+    hidden,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(end_ptr):
+        token = tl.load(source_ptr + row)
+        kind = output_ptr.dtype.element_ty
+        source = tl.load(pointers_ptr + token // tokens).to(tl.pointer_type(kind))
+        # Of memory that starts on a boundary; loaded pointers do not say so.
+        source = tl.multiple_of(source, 16) + (token % tokens).to(tl.int64) * hidden
+        for start in range(0, hidden, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < hidden
+            values = tl.load(source + columns, mask=mask)
+            if WEIGHTED:
+                values = (values.to(tl.float32) * tl.load(shares_ptr + row)).to(kind)
+            tl.store(output_ptr + row * hidden + columns, values, mask=mask)
+
+
+@triton.jit
+def _put_kernel(rows_ptr, end_ptr, target_ptr, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(end_ptr):
+        for start in range(0, hidden, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < hidden
+            tl.store(
+                target_ptr + row * hidden + columns, tl.load(rows_ptr + row * hidden + columns, mask=mask), mask=mask
+            )
+
+
+@triton.jit
+def _sum_kernel(
+    pointers_ptr,
+    experts_ptr,
+    position_ptr,
+    starts_ptr,
+    weights_ptr,
+    output_ptr,
+    hidden,
+    num_rows,
+    EACH: tl.constexpr,
+    TOPK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < hidden
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for choice in tl.static_range(TOPK):
+        owner = tl.load(experts_ptr + token * TOPK + choice) // EACH
+        row = tl.load(position_ptr + token * TOPK + choice) - tl.load(starts_ptr + owner)
+        source = tl.load(pointers_ptr + owner).to(tl.pointer_type(output_ptr.dtype.element_ty))
+        source = tl.multiple_of(source, 16) + row.to(tl.int64) * hidden
+        value = tl.load(source + columns, mask=mask & (row < num_rows), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights_ptr + token * TOPK + choice)
+        total += value
+    tl.store(output_ptr + token * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pick_kernel(
+    pointers_ptr,
+    experts_ptr,
+    position_ptr,
+    starts_ptr,
+    output_ptr,
+    length,
+    num_rows,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < length
+    owner = tl.load(experts_ptr + places, mask=mask, other=0) // EACH
+    row = tl.load(position_ptr + places, mask=mask, other=0) - tl.load(starts_ptr + owner)
+    source = tl.load(pointers_ptr + owner).to(tl.pointer_type(tl.float32)) + row
+    tl.store(output_ptr + places, tl.load(source, mask=mask & (row < num_rows), other=0.0), mask=mask)
+
+
+def fetch(pointers: Tensor, routes: Routes, tokens: int, like: Tensor, *, weighted: bool) -> Tensor:
+    """The rows of this process's experts from everyone's tokens [t, h]: [rows, h] as far as `routes.ends` goes, in the
+    dtype and width of `like`; weighted: times their shares. tokens: t."""
+    num_rows, hidden = routes.source.numel(), like.shape[1]
+    output = torch.empty(num_rows, hidden, dtype=like.dtype, device=like.device)
+    _fetch_kernel[(num_rows,)](
+        pointers,
+        routes.source,
+        routes.shares,
+        routes.ends[-1:],
+        output,
+        tokens,
+        hidden,
+        WEIGHTED=weighted,
+        BLOCK=BLOCK,
+    )
+    return output
+
+
+def put(rows: Tensor, routes: Routes, target: Tensor) -> None:
+    """Copy rows [rows, h] to target, as far as `routes.ends` goes."""
+    _put_kernel[(rows.shape[0],)](rows, routes.ends[-1:], target, rows.shape[1], BLOCK=BLOCK)
+
+
+def sum_rows(pointers: Tensor, routes: Routes, own: slice, weights: Tensor | None, like: Tensor) -> Tensor:
+    """[t, h]: for each token of this process the sum, in fp32, of its rows [rows, h] in whatever process they are,
+    times weights fp32 [t, topk] where given. own: this process's among all tokens."""
+    experts, position = routes.experts[own], routes.position[own]
+    (tokens, topk), (num_rows, hidden) = experts.shape, like.shape
+    output = torch.empty(tokens, hidden, dtype=like.dtype, device=like.device)
+    _sum_kernel[(tokens, triton.cdiv(hidden, BLOCK))](
+        pointers,
+        experts,
+        position,
+        routes.starts,
+        weights if weights is not None else routes.shares,
+        output,
+        hidden,
+        num_rows,
+        EACH=routes.ends.numel(),
+        TOPK=topk,
+        WEIGHTED=weights is not None,
+        BLOCK=BLOCK,
+    )
+    return output
+
+
+def pick(pointers: Tensor, routes: Routes, own: slice) -> Tensor:
+    """fp32 [t, topk]: of fp32 [rows] in each process, that of each choice of this process's tokens."""
+    experts, position = routes.experts[own], routes.position[own]
+    output = torch.empty(experts.shape, dtype=torch.float32, device=experts.device)
+    length = experts.numel()
+    _pick_kernel[(triton.cdiv(length, BLOCK),)](
+        pointers,
+        experts,
+        position,
+        routes.starts,
+        output,
+        length,
+        routes.source.numel(),
+        EACH=routes.ends.numel(),
+        BLOCK=BLOCK,
+    )
+    return output

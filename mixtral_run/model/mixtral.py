@@ -1,0 +1,227 @@
+"""Mixtral as a Megatron GPTModel: its embedding, block, output layer and loss, with the kit's own layer inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.cast_adapters import refresh
+from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.experts import Experts
+from mixtral_run.model.kernels.grouped_mm import has_grouped_product
+from mixtral_run.model.layer import MixtralLayer
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.norm import RMSNorm
+from mixtral_run.model.packed_attention import Packed, has_packed_attention
+from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
+from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.recompute.offload import Offload
+from mixtral_run.model.rotary import Rotary
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How the model is built, beside its architecture and the processes it is split over."""
+
+    dtype: torch.dtype
+    sequence_parallel: bool
+    lora: LoraSettings | None = None
+    recompute: str = "none"
+    base_precision: str = "bf16"  # fp8, nf4: the experts' frozen weights in 8 or 4 bit; else as dtype
+
+
+class MixtralModel(torch.nn.Module):
+    """GPTModel and the rotary positions that all its layers share. Attention is causal."""
+
+    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, processes: Processes) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.settings = settings
+        self.processes = processes
+        self.base_fingerprint = ""  # of the base weights, once they are loaded
+        config = transformer_config(architecture, settings, processes)
+        params = {
+            "lora": settings.lora,
+            "recompute": settings.recompute,
+            "base_precision": settings.base_precision,
+            "offload": Offload(processes.device),
+        }
+        layer = ModuleSpec(module=MixtralLayer, params=params)
+        self.gpt = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=RMSNorm),
+            vocab_size=architecture.vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            # The layers turn queries and keys themselves: positions may be those of a cache or of packed samples.
+            position_embedding_type="none",
+        )
+        for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
+            # Megatron marks its weights only when it also initialises them.
+            mark(split, split=True)
+        self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
+        self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, processes.device)
+
+    def losses(
+        self, tokens: Tensor, labels: Tensor, *, positions: Tensor | None = None, packed: Packed | None = None
+    ) -> Tensor:
+        """tokens, labels: int64 [batch, sequence] → cross entropy of each label, fp32 [batch, sequence].
+
+        packed: where rows hold several samples, with positions [batch, sequence] that begin anew in each.
+        """
+        inputs = self._inputs(tokens.shape[1], positions, None, None, packed)
+        losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
+        return losses
+
+    def logits(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """tokens: int64 [batch, sequence] → logits [batch, sequence, vocabulary], whole on every rank.
+
+        positions: int [batch, sequence], default 0, 1, …; mask: see AttentionInputs; the cache is filled and its length
+        advanced. last_only: of the last position alone, [batch, 1, vocabulary]; not under sequence parallelism. All
+        ranks of the TP and EP groups must call.
+        """
+        inputs = self._inputs(tokens.shape[1], positions, mask, cache)
+        with self._output_of_last() if last_only else nullcontext():
+            logits: Tensor = self.gpt(tokens, None, inputs, runtime_gather_output=True)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return logits
+
+    def _output_of_last(self) -> RemovableHandle:
+        """While this context lasts, the output layer sees one position. Hidden states: [sequence, batch, hidden]."""
+        assert not self.gpt.config.sequence_parallel, "a rank has a part of the sequence only"
+        hook: RemovableHandle = self.gpt.output_layer.register_forward_pre_hook(
+            lambda _, arguments: (arguments[0][-1:], *arguments[1:])
+        )
+        return hook
+
+    def quantise_experts(
+        self, fill: Callable[[], object], done: Callable[[int, Experts], object] | None = None
+    ) -> None:
+        """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantise them, and
+        call `done` with the layer's number, from 0, and its experts."""
+        if self.settings.base_precision == "bf16":
+            return
+        for number, experts in enumerate(self.experts):
+            for linear in experts.linears.values():
+                linear.allocate()
+            fill()
+            for linear in experts.linears.values():
+                linear.quantise()
+            if done is not None:
+                done(number, experts)
+
+    @contextmanager
+    def gathering(self, room: Room | None) -> Iterator[None]:
+        """While this lasts, tokens reach experts in other processes as all_gather.py has it, where room is given."""
+        if room is not None and room.peers is not None:
+            room.peers.begin()
+        for layer in self.gpt.decoder.layers:
+            layer.mlp.room = room
+        try:
+            yield
+        finally:
+            for layer in self.gpt.decoder.layers:
+                layer.mlp.room = None
+
+    @property
+    def never_waits(self) -> bool:
+        """Whether the experts' products read on the GPU how many rows there are: what never waits can be recorded."""
+        here, lora = self.processes, self.settings.lora
+        probe = torch.empty(1, dtype=self.settings.dtype, device=here.device)
+        widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
+        rank = lora.rank if lora is not None else 8
+        return here.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
+
+    @property
+    def experts(self) -> list[Experts]:
+        """Those of this rank, layer by layer."""
+        return [layer.mlp.experts for layer in self.gpt.decoder.layers]
+
+    def _inputs(
+        self,
+        length: int,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        packed: Packed | None = None,
+    ) -> AttentionInputs:
+        if positions is None:
+            positions = torch.arange(length, device=self.processes.device)[None]
+        cosine, sine = self.rotary.inputs(positions, self.settings.dtype)
+        if self.settings.lora is not None and self.settings.dtype is torch.bfloat16:
+            refresh(self._adapters, self.settings.dtype)
+        if packed is not None and not has_packed_attention(cosine):
+            # Once for all layers.
+            mask, packed = packed.mask(), None
+        return AttentionInputs(cosine, sine, mask, cache, packed)
+
+
+def transformer_config(
+    architecture: MixtralArchitecture, settings: ModelSettings, processes: Processes
+) -> TransformerConfig:
+    """Megatron's description of the same model."""
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        moe_ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        num_moe_experts=architecture.num_experts,
+        moe_router_topk=architecture.moe_router_topk,
+        moe_router_load_balancing_type="none",
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=settings.dtype,
+        bf16=settings.dtype is torch.bfloat16,
+        pipeline_dtype=settings.dtype,
+        # Weights always come from a checkpoint, or from `initialise_weights`.
+        perform_initialization=False,
+        tensor_model_parallel_size=processes.tensor_size,
+        expert_model_parallel_size=processes.expert_size,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=settings.sequence_parallel and processes.tensor_size > 1,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(architecture: MixtralArchitecture, settings: ModelSettings, processes: Processes) -> MixtralModel:
+    """The model with uninitialised base weights, adapters at their start (B = 0), on the process's device.
+
+    With adapters everything else is frozen. All ranks must call.
+    """
+    model = MixtralModel(architecture, settings, processes)
+    if settings.lora is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_adapter(name))
+    return model
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a parameter belongs to an adapter, by its name in the model or in a checkpoint."""
+    return ".linear_in" in parameter_name or ".linear_out" in parameter_name

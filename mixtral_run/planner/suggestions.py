@@ -1,0 +1,65 @@
+"""What would make a LoRA run fit that does not. The plan itself is asked: nothing is proposed that is no help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from mixtral_run.planner.memory_model import EXPERT_BYTES, Workload, ranked
+
+MOST_GPUS = 64
+LEAST_TOKENS = 64
+"""Of a sample: less is no training."""
+
+
+def remedies(workload: Workload, gpu_memory: float, host_memory: float = math.inf) -> list[str]:
+    """Flags of `plan`, any of which makes the run fit: experts in fewer bits, fewer tokens at once, more GPUs.
+
+    Of each kind the least that does. Where nothing does on these GPUs, experts in the fewest bits are tried with the
+    others.
+    """
+    alone = _fitting(workload, gpu_memory, host_memory)
+    smallest = min(EXPERT_BYTES, key=EXPERT_BYTES.__getitem__)
+    if workload.expert_bytes <= EXPERT_BYTES[smallest] or any("--gpus" not in flags for flags in alone):
+        return alone
+    narrow = dataclasses.replace(workload, expert_bytes=EXPERT_BYTES[smallest])
+    together = [flags for flags in _fitting(narrow, gpu_memory, host_memory) if flags not in alone]
+    return [*(f"--base-precision {smallest} {flags}" for flags in together), *alone]
+
+
+def _fitting(workload: Workload, gpu_memory: float, host_memory: float) -> list[str]:
+    found = []
+    for ways in (_precisions(workload), _micro_batches(workload), _lengths(workload), _more_gpus(workload)):
+        fitting = (flags for flags, each in ways if _fits(each, gpu_memory, host_memory))
+        found += [flags for flags in [next(fitting, None)] if flags is not None]
+    return found
+
+
+def _fits(workload: Workload, gpu_memory: float, host_memory: float) -> bool:
+    return any(each.fits for each in ranked(workload, gpu_memory, host_memory)[:1])
+
+
+def _precisions(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    for name, size in sorted(EXPERT_BYTES.items(), key=lambda item: -item[1]):
+        if size < workload.expert_bytes:
+            yield f"--base-precision {name}", dataclasses.replace(workload, expert_bytes=size)
+
+
+def _micro_batches(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    size = workload.micro_batch_size
+    while (size := size // 2) >= 1:
+        yield f"--micro-batch-size {size}", dataclasses.replace(workload, micro_batch_size=size)
+
+
+def _lengths(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    length = workload.seq_length
+    while (length := length // 2) >= LEAST_TOKENS:
+        yield f"--seq-length {length}", dataclasses.replace(workload, seq_length=length)
+
+
+def _more_gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    gpus = 1
+    while (gpus := 2 * gpus) <= MOST_GPUS:
+        if gpus > workload.gpus:
+            yield f"--gpus {gpus}", dataclasses.replace(workload, gpus=gpus)

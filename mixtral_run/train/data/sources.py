@@ -1,0 +1,49 @@
+"""What a training run is fed with: pairs of a file or mock data; and the pairs kept back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixtral_run.config.verbs import DataConfig, FinetuneConfig
+from mixtral_run.errors import MixtralRunError
+from mixtral_run.report import Report
+from mixtral_run.train.data.examples import read_pairs, where_of
+from mixtral_run.train.data.packing import PackedSamples
+from mixtral_run.train.data.prompt import load_tokenizer
+from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
+from mixtral_run.train.preflight import PAIRS, joined
+from mixtral_run.weights.manifest.describe import BaseDescription
+
+Pairs = Samples | PackedSamples
+
+
+def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> tuple[SampleSource, Pairs | None]:
+    """The samples to train on, and those of --valid-data-path, each told of. Raises one error on all unusable pairs."""
+    files = {name: path for name in PAIRS if (path := getattr(config, name, None)) is not None}
+    found = _open_pairs(config, base, files) if files else {}
+    samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
+    kept_back = found.get("valid_data_path")
+    report.say(f"Data: {samples.describe()}")
+    if "data_path" in found:
+        epochs = config.train_iters * config.global_batch_size / len(found["data_path"])
+        report.say(f"  {config.train_iters:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
+    if kept_back is not None:
+        report.say(f"Kept back: {kept_back.describe()}")
+    return samples, kept_back
+
+
+def _open_pairs(config: DataConfig, base: BaseDescription, files: Mapping[str, Path]) -> dict[str, Pairs]:
+    tokenizer = load_tokenizer(base.tokenizer)
+    found: dict[str, Pairs] = {}
+    errors: list[MixtralRunError] = []
+    for name, path in files.items():
+        try:
+            pairs = Samples(read_pairs(path, name), tokenizer, config.seq_length, where_of(name, path))
+        except MixtralRunError as error:
+            errors.append(error)
+            continue
+        found[name] = PackedSamples(pairs) if isinstance(config, FinetuneConfig) and config.pack else pairs
+    if errors:
+        raise joined(errors)
+    return found

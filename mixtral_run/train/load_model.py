@@ -1,0 +1,86 @@
+"""The model a verb works on: the base loaded, the adapter on top, in the precision asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
+from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.train.checkpoint import load_adapter, load_base
+from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKPOINT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def pick_dtype(wanted: str, base: BaseDescription, device: torch.device) -> torch.dtype:
+    """auto: the checkpoint's own, float16 as bf16 on GPUs and fp32 on a CPU, where it lacks range or speed."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    fallback = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return CHECKPOINT_DTYPES.get(base.dtype, fallback)
+
+
+def lora_settings(adapter: AdapterDescription) -> LoraSettings:
+    """The adapter's shape, for use after training: no dropout."""
+    return LoraSettings(
+        rank=adapter.lora["lora_rank"],
+        alpha=adapter.lora["lora_alpha"],
+        dropout=0.0,
+        target_modules=tuple(adapter.lora["lora_target_modules"]),
+    )
+
+
+def load_for_training(
+    config: LaunchConfig,
+    base: BaseDescription,
+    here: Processes,
+    lora: LoraSettings | None,
+    *,
+    recompute: str,
+    base_precision: str = "bf16",
+    keep: Keep | None = None,
+) -> MixtralModel:
+    """Base weights loaded, adapters fresh, training mode. keep: see `load_base`. All ranks must call."""
+    settings = ModelSettings(pick_dtype(config.dtype, base, here.device), True, lora, recompute, base_precision)
+    model = _build(base, settings, here, keep)
+    return model.train()
+
+
+def load_for_inference(
+    config: LaunchConfig, base: BaseDescription, here: Processes, adapter: AdapterDescription | None
+) -> MixtralModel:
+    """Base and adapter loaded, evaluation mode, no sequence parallelism. All ranks must call."""
+    lora = lora_settings(adapter) if adapter is not None else None
+    # One token at a time has no sequence to split.
+    settings = ModelSettings(pick_dtype(config.dtype, base, here.device), False, lora)
+    model = _build(base, settings, here)
+    if adapter is not None:
+        check_adapter_fits(adapter, loaded(model, base))
+        load_adapter(model, adapter)
+    return model.eval().requires_grad_(False)
+
+
+def loaded(model: MixtralModel, base: BaseDescription) -> BaseDescription:
+    """The description with the whole fingerprint of what was loaded."""
+    return dataclasses.replace(base, fingerprint=model.base_fingerprint)
+
+
+def _build(base: BaseDescription, settings: ModelSettings, here: Processes, keep: Keep | None = None) -> MixtralModel:
+    try:
+        model = build_model(base.architecture, settings, here)
+        load_base(model, base, keep)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "The model does not fit on the GPU in this layout.",
+            where=f"rank {here.rank}, {here.device}",
+            found=str(error).splitlines()[0],
+            next_command="a larger --expert-model-parallel-size or --tensor-model-parallel-size, on more GPUs",
+        ) from error
+    return model

@@ -1,0 +1,16 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+
+from mixtral_run.config.verbs import DataConfig
+
+
+def learning_rate(config: DataConfig, iteration: int) -> float:
+    """Rate of an iteration, counted from 0: a linear rise to `lr`, then a cosine to `min_lr` at the last iteration."""
+    if iteration < config.lr_warmup_iters:
+        return config.lr * (iteration + 1) / config.lr_warmup_iters
+    steps = config.train_iters - 1 - config.lr_warmup_iters
+    done = (iteration - config.lr_warmup_iters) / steps if steps > 0 else 0.0
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

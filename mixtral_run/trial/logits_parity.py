@@ -1,0 +1,131 @@
+"""Logits of a converted checkpoint beside HF's own: the proof that the two are one model.
+
+With an adapter, the other side is the exported adapter loaded by PEFT over the HF model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.errors import CheckFailed
+from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.report import Report
+from mixtral_run.train.data.prompt import load_tokenizer
+from mixtral_run.train.load_model import load_for_inference, pick_dtype
+from mixtral_run.weights.adapter.peft_directory import check_peft
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base, write_whole
+
+PROMPTS = (
+    "The three states of matter that people meet every day are",
+    "[INST] Write one line of Python that reverses a string. [/INST]",
+    "In 1969, two people walked on the Moon; the third, who stayed in orbit,",
+)
+LARGEST_EXACT_BYTES = 8 * 1024**3
+"""Up to this size in float64 a model's reference is computed so."""
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """Largest differences over all positions and the whole vocabulary, next to what was allowed."""
+
+    largest_difference: float
+    largest_logit: float
+    tolerance: float
+    same_choices: float
+    """Share of positions at which both sides find the same token likeliest."""
+    num_tokens: int
+    dtype: str
+    layout: str
+
+    @property
+    def passed(self) -> bool:
+        return self.largest_difference <= self.tolerance
+
+
+def compare_logits(config: VerifyConfig) -> None:
+    """Compare, print, write `logits_file`. All ranks must call. Raises CheckFailed when they differ too much."""
+    assert config.against is not None
+    base = describe_base(config.load)
+    adapter = describe_adapter(config.adapter) if config.adapter is not None else None
+    if adapter is not None:
+        check_adapter_fits(adapter, base)
+    tokenizer = load_tokenizer(base.tokenizer)
+    rows = [list(tokenizer.encode(text)) for text in PROMPTS]
+    with processes(config) as here:
+        model = load_for_inference(config, base, here, adapter)
+        with torch.inference_mode():
+            ours = [model.logits(torch.tensor([row], device=here.device)).double().cpu()[0] for row in rows]
+        if not here.is_first:
+            return
+        dtype = pick_dtype(config.dtype, base, here.device)
+        # In float64 HF's own rounding, as large as ours, is no part of the difference; it takes twice the memory.
+        exact = dtype is torch.float32 and base.architecture.num_parameters * 8 <= LARGEST_EXACT_BYTES
+        theirs = reference_logits(config.against, config.peft_path, rows, torch.float64 if exact else dtype)
+        comparison = _compare(ours, theirs, config, str(dtype).removeprefix("torch."))
+    report = Report.on_stderr() if config.json else Report()
+    _tell(comparison, config, report)
+
+
+def reference_logits(
+    hf_model_path: Path, peft_path: Path | None, rows: Sequence[Sequence[int]], dtype: torch.dtype
+) -> list[Tensor]:
+    """HF's logits on the CPU, fp64 [tokens, vocabulary] a row, computed in `dtype`; with PEFT's adapter where given."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        # HF's grouped product of experts knows no float64.
+        str(hf_model_path), dtype=dtype, local_files_only=True,
+        **({"experts_implementation": "eager"} if dtype is torch.float64 else {}),
+    )  # fmt: skip
+    if peft_path is not None:
+        from peft import PeftModel, __version__
+
+        check_peft(peft_path, __version__)
+        model = PeftModel.from_pretrained(model, str(peft_path))
+    if dtype is torch.float64:
+        model.double()  # PEFT keeps adapters in float32.
+    model.requires_grad_(False).train(False)
+    with torch.inference_mode():
+        return [model(torch.tensor([row])).logits[0].double() for row in rows]
+
+
+def _compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], config: VerifyConfig, dtype: str) -> LogitsComparison:
+    mine, reference = torch.cat(list(ours)), torch.cat(list(theirs))
+    return LogitsComparison(
+        largest_difference=float((mine - reference).abs().max()),
+        largest_logit=float(reference.abs().max()),
+        tolerance=config.logits_tolerance,
+        same_choices=float((mine.argmax(-1) == reference.argmax(-1)).float().mean()),
+        num_tokens=reference.shape[0],
+        dtype=dtype,
+        layout=f"TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}",
+    )
+
+
+def _tell(comparison: LogitsComparison, config: VerifyConfig, report: Report) -> None:
+    if config.logits_file is not None:
+        write_whole(
+            config.logits_file, json.dumps({**asdict(comparison), "passed": comparison.passed}, indent=2) + "\n"
+        )
+    other = "HF with the exported adapter" if config.peft_path is not None else "HF"
+    text = (
+        f"logits against {other} ({comparison.dtype}, {comparison.layout}, {comparison.num_tokens} tokens): "
+        f"largest difference {comparison.largest_difference:.2e}, allowed {comparison.tolerance:.0e}"
+    )
+    # Written so that NaN fails.
+    if not comparison.passed:
+        raise CheckFailed(
+            f"The converted model does not compute what {other} does.",
+            where=str(config.load),
+            expected=f"logits within {comparison.tolerance:.0e}",
+            found=f"a difference of {comparison.largest_difference:.3e}; logits reach {comparison.largest_logit:.3g}",
+            next_command=f"mixtral-run verify --load {config.load} --against {config.against} --no-logits",
+        )
+    report.done(text)

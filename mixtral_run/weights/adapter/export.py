@@ -1,0 +1,219 @@
+"""An adapter checkpoint → a PEFT directory, or a full HF model with the adapter merged in. Both by streaming."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral_run.config.verbs import ExportConfig
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.report import Report
+from mixtral_run.weights.adapter.checkpoint import OpenAdapter, check_tensors, open_adapter
+from mixtral_run.weights.adapter.lora_factors import Factors
+from mixtral_run.weights.adapter.merge import merge_files
+from mixtral_run.weights.adapter.peft_directory import PeftDirectory
+from mixtral_run.weights.adapter.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
+from mixtral_run.weights.hf import fingerprint
+from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
+from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.io.interrupts import interrupts
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.describe import DESCRIPTION, LATEST
+from mixtral_run.weights.torch_dist import megatron_files
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+
+_STEPS = 3
+_SIDECAR_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written. Bytes of tensors, seconds."""
+
+    output_path: Path
+    kind: str
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+
+
+def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
+    """Write the directory, whole or not at all. Only one process may call.
+
+    Raises ConfigError or WeightsError before anything is written; an adapter of another base is refused by the norms
+    and routers of --hf-model-path at the start, and by all its tensors, read while merging, before the result is put
+    in its place.
+    """
+    report = report or Report()
+    started = time.monotonic()
+    report.step(1, _STEPS, f"Read the adapter {config.adapter}")
+    adapter = open_adapter(config.adapter)
+    with Reader(adapter.checkpoint.iteration_folder) as reader:
+        check_tensors(adapter, reader)
+        factors = Factors(reader, adapter.lora, adapter.places)
+        peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
+        weights = _check(config, adapter, peft, report)
+        _tell(adapter, report)
+        with interrupts(), Staging(config.output_path, DESCRIPTION) as staging:
+            staging.clear()
+            if config.merge:
+                assert weights is not None
+                count, size = _merge(adapter, weights, factors, staging.folder, report)
+            else:
+                _write_peft(config, adapter, peft, staging.folder, report)
+                count, size = len(peft.entries), peft.num_bytes
+            report.step(3, _STEPS, "Wait for the disk")
+            _write_record(config, adapter, staging.folder)
+            staging.publish()
+    kind = "hf" if config.merge else "peft"
+    result = ExportResult(config.output_path, kind, count, size, time.monotonic() - started)
+    report.done("Export complete!")
+    report.say(f"  {count:,} tensors, {size / 1e6:,.1f} MB in {result.seconds:,.1f} s, in {config.output_path}")
+    if config.format == "vllm" and not config.merge:
+        report.say(
+            f"  next: vllm serve HF_MODEL --enable-lora --max-lora-rank {max_lora_rank(adapter.lora.rank)} "
+            f"--lora-modules adapter={config.output_path}"
+        )
+    elif not config.merge:
+        report.say(f"  next: PeftModel.from_pretrained(model, '{config.output_path}')")
+    return result
+
+
+def _is_export(folder: Path) -> bool:
+    return record.is_kind(folder, "peft", "hf")
+
+
+def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, report: Report) -> HFWeights | None:
+    """Everything that can be known before the first byte is written."""
+    what = "an earlier export of this kit"
+    faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
+    if config.merge and config.hf_model_path is None:
+        faults.append("--merge: needs --hf-model-path, the HF directory of the adapter's base")
+    weights = None
+    if config.hf_model_path is not None:
+        try:
+            weights = open_hf_weights(
+                resolve(str(config.hf_model_path), report, lambda found: _check_before_download(adapter, found, faults))
+            )
+        except WeightsError as error:
+            error.faults = (*error.faults, *faults)
+            raise
+    if config.merge and weights is not None:
+        needed = sum(file.stat().st_size for file in weights.files)
+    else:
+        needed = peft.num_bytes
+    faults += disk_faults(config.output_path, needed + _SIDECAR_BYTES)
+    if faults:
+        raise ConfigError("The adapter cannot be exported as asked.", faults=faults)
+    if weights is not None:
+        _check_base(adapter, weights)
+    return weights
+
+
+def _check_before_download(adapter: OpenAdapter, model: HubModel, faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("The adapter cannot be exported as asked.", faults=faults)
+    _check_architecture(adapter, model.architecture, model.name)
+
+
+def _check_architecture(adapter: OpenAdapter, architecture: MixtralArchitecture, where: str) -> None:
+    ours = adapter.checkpoint.architecture
+    differing = ours.differing(architecture)
+    if differing:
+        expected, found = (
+            ", ".join(f"{name} {getattr(each, name)}" for name in differing) for each in (ours, architecture)
+        )
+        raise _another_base(adapter, where, expected, found)
+
+
+def _check_base(adapter: OpenAdapter, weights: HFWeights) -> None:
+    where = str(weights.directory)
+    _check_architecture(adapter, weights.architecture, where)
+    found = fingerprint.quick_fingerprint(weights)
+    if found != adapter.base_fingerprint.split("-")[0]:
+        raise _another_base(adapter, where, f"fingerprint {adapter.base_fingerprint}", f"fingerprint {found}-…")
+
+
+def _another_base(adapter: OpenAdapter, where: str, expected: str, found: str) -> WeightsError:
+    path = adapter.checkpoint.record.get("base", {}).get("path")
+    return WeightsError(
+        "The adapter was trained on another base.",
+        where=where,
+        expected=f"{expected} (converted at {path})",
+        found=found,
+        next_command="give --hf-model-path the model that was converted for the training",
+    )
+
+
+def _tell(adapter: OpenAdapter, report: Report) -> None:
+    lora = adapter.lora
+    report.say(
+        f"  iteration {adapter.checkpoint.iteration}, rank {lora.rank}, alpha {lora.alpha:g}, "
+        f"{', '.join(lora.target_modules)}: {len(adapter.places):,} HF tensors"
+    )
+
+
+def _write_peft(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, folder: Path, report: Report) -> None:
+    report.step(2, _STEPS, f"Write adapter_model.safetensors in the layout {config.format}")
+    added = [module for module in peft.lora.target_modules if module not in adapter.lora.target_modules]
+    if added:
+        why = (
+            "vLLM wants w1, w2 and w3 of every expert"
+            if config.format == "vllm"
+            else "without it PEFT leaves out linear_fc1"
+        )
+        report.say(f"  {', '.join(added)} was not trained and is written as zeros: {why}")
+    with report.progress(peft.num_bytes, "written") as progress:
+        peft.write(folder, _base_name(config, adapter), progress.advance)
+
+
+def _base_name(config: ExportConfig, adapter: OpenAdapter) -> str | None:
+    """The HF model that PEFT's config names: as given, or as the base checkpoint tells, where it is still there."""
+    name = config.hf_model_path or _source_of(adapter.checkpoint.record.get("base", {}).get("path"))
+    if name is None:
+        return None
+    # A relative path would be taken for a name on the hub.
+    return str(name.resolve() if name.is_dir() else name)
+
+
+def _source_of(path: str | None) -> Path | None:
+    """The HF model behind the base that an adapter was trained on: itself, or what it was converted from."""
+    if path is None:
+        return None
+    base = Path(path)
+    if is_hf_directory(base) and not (base / LATEST).exists():
+        name = hub_name_of(base)
+        return base if name is None else Path(name)
+    try:
+        return Path(record.read_record(base)["source"])
+    except (WeightsError, KeyError):
+        return None
+
+
+def _merge(adapter: OpenAdapter, weights: HFWeights, factors: Factors, folder: Path, report: Report) -> tuple[int, int]:
+    report.step(2, _STEPS, f"Merge into {len(weights.files)} files ({weights.num_bytes / GIB:,.2f} GiB)")
+    with report.progress(weights.num_bytes, "merged") as progress:
+        crcs = merge_files(weights, factors, folder, progress.advance)
+    found = record.fingerprint(weights.architecture, weights.dtype, crcs)
+    if found != adapter.base_fingerprint:
+        expected = f"fingerprint {adapter.base_fingerprint}"
+        raise _another_base(adapter, str(weights.directory), expected, f"fingerprint {found}")
+    megatron_files.copy_tokenizer(weights.directory, folder)
+    return len(weights.sources), weights.num_bytes
+
+
+def _write_record(config: ExportConfig, adapter: OpenAdapter, folder: Path) -> None:
+    values: dict[str, Any] = {
+        "adapter": str(config.adapter),
+        "iteration": adapter.checkpoint.iteration,
+        "layout": None if config.merge else config.format,
+        "lora": adapter.checkpoint.record["lora"],
+        "base": adapter.checkpoint.record.get("base"),
+    }
+    if config.format == "peft-fused" and not config.merge:
+        values["peft"] = {"version": f">={FUSED_PEFT_VERSION}", "axis_order": FUSED_AXIS_ORDER}
+    record.write_record(folder, "hf" if config.merge else "peft", **values)

@@ -1,0 +1,134 @@
+"""An adapter's tensors as PEFT's users keep them: key, shape and how to read each, in three layouts.
+
+`peft`: one pair of 2-D factors an HF tensor of the released layout, each expert apart. PEFT 0.21 turns it into its own
+form when it loads; readers that keep experts apart take it as it is.
+
+`peft-fused`: PEFT's own form for transformers' stacked experts (0.21, lora/layer.py, ParamWrapper): A's rows go expert
+by expert, B's columns rank by rank with the experts within. Gate and up have one adapter in Megatron's linear_fc1, and
+so they have here: rank r, where PEFT's conversion of the other layout makes 2r of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mixtral_run.config.verbs import hub_name_and_revision
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.weights.adapter.lora_factors import Factors
+from mixtral_run.weights.adapter.schema import Lora, places
+from mixtral_run.weights.mapping.hf_to_megatron import Shape, hf_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_TARGETS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("w1", "w3"),
+    "linear_fc2": ("w2",),
+}
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks; v0.14 and later
+FUSED_PEFT_VERSION = "0.21.0"
+"""The PEFT that the axis order of `peft-fused` is of; it changed in 2026-04, with no shape to tell by."""
+FUSED_AXIS_ORDER = {"lora_A": "[experts * r, in]", "lora_B": "[out, r * experts]"}
+_PARAMETERS = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of adapter_model.safetensors."""
+
+    key: str
+    shape: Shape
+    read: Callable[[], torch.Tensor]
+
+
+def completed(lora: Lora, layout: str) -> Lora:
+    """The adapter with what the layout needs beside what was trained; it is written with zeros, which change nothing.
+
+    PEFT 0.21 finds the factors of w1 and w3 only where those of w2 are wrapped around them: alone they are left out
+    without a word. vLLM fails on an expert that has some of its three and not all.
+    """
+    trained = lora.target_modules
+    needed = {"linear_fc1": ("linear_fc2",), "linear_fc2": ("linear_fc1",) if layout == "vllm" else ()}
+    missing = [each for module in trained for each in needed.get(module, ()) if each not in trained]
+    return dataclasses.replace(lora, target_modules=(*trained, *missing)) if missing else lora
+
+
+def per_expert_entries(architecture: MixtralArchitecture, factors: Factors, layout: str) -> list[Entry]:
+    """The `peft` and the `vllm` layout."""
+    return _apart(architecture, factors, completed(factors.lora, layout))
+
+
+def fused_entries(architecture: MixtralArchitecture, factors: Factors) -> list[Entry]:
+    """The `peft-fused` layout."""
+    lora = factors.lora
+    attention = tuple(module for module in lora.target_modules if module not in _PARAMETERS)
+    entries = _apart(architecture, factors, dataclasses.replace(lora, target_modules=attention))
+    stacked = [module for module in ("linear_fc1", "linear_fc2") if module in lora.target_modules]
+    a = architecture
+    sizes = {"linear_fc1": (2 * a.ffn_hidden_size, a.hidden_size), "linear_fc2": (a.hidden_size, a.ffn_hidden_size)}
+    for layer in range(a.num_layers):
+        for module in stacked:
+            # PEFT wraps the parameters of one module one around the other: the last stands outside.
+            inner = "base_layer." if module != stacked[-1] else ""
+            prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{inner}"
+            rows, columns = sizes[module]
+            width = a.num_experts * lora.rank
+            entries += [
+                Entry(f"{prefix}lora_A.weight", (width, columns), _bound(factors.stacked_a, module, layer)),
+                Entry(f"{prefix}lora_B.weight", (rows, width), _bound(factors.stacked_b, module, layer)),
+            ]
+    return entries
+
+
+def _apart(architecture: MixtralArchitecture, factors: Factors, lora: Lora) -> list[Entry]:
+    shapes = hf_tensors(architecture)
+    entries = []
+    for name in places(architecture, lora):
+        rows, columns = shapes[name]
+        prefix = f"base_model.model.{name.removesuffix('.weight')}."
+        a, b = (lora.rank, columns), (rows, lora.rank)
+        trained = name in factors.places
+        read_a = _bound(factors.a, name) if trained else _bound(factors.zeros, a)
+        read_b = _bound(factors.b, name) if trained else _bound(factors.zeros, b)
+        entries += [Entry(f"{prefix}lora_A.weight", a, read_a), Entry(f"{prefix}lora_B.weight", b, read_b)]
+    return entries
+
+
+def _bound(read: Callable[..., torch.Tensor], *arguments: Any) -> Callable[[], torch.Tensor]:
+    return lambda: read(*arguments)
+
+
+def adapter_config(lora: Lora, base_model: str | None, *, fused: bool) -> dict[str, Any]:
+    """PEFT's LoraConfig. Dropout is zero: it belongs to training, and PEFT refuses to load experts with any."""
+    modules = [module for module in lora.target_modules if not (fused and module in _PARAMETERS)]
+    parameters = [name for module, name in _PARAMETERS.items() if fused and module in lora.target_modules]
+    name, revision = (None, None) if base_model is None else hub_name_and_revision(base_model)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        # PEFT's own field for the base's.
+        "revision": revision,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [target for module in modules for target in _TARGETS[module]],
+        "target_parameters": parameters or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        # PEFT's own field for the version that a directory is of.
+        **({"peft_version": FUSED_PEFT_VERSION} if fused else {}),
+    }
+
+
+def max_lora_rank(rank: int) -> int:
+    """What `vllm serve --max-lora-rank` has to be at least, among the values that it takes."""
+    return next((each for each in _VLLM_RANKS if each >= rank), rank)

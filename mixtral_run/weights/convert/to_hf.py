@@ -1,0 +1,260 @@
+"""Megatron torch_dist → HF safetensors in the released layout: the conversion the other way round, as a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from isal.isal_zlib import crc32
+
+from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.report import Report
+from mixtral_run.weights.adapter.checkpoint import check_tensors, open_adapter
+from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes, as_tensor
+from mixtral_run.weights.adapter.merge import Adding, row_blocks
+from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, header_of
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.io.interrupts import interrupts
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.base_checkpoint import check_base, is_as_converted, is_of_model, open_base
+from mixtral_run.weights.manifest.describe import DESCRIPTION, write_whole
+from mixtral_run.weights.manifest.proof import PROOF_NAME
+from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_QKV_KEY, RowRanges, Shape, hf_tensors, row_ranges
+from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
+from mixtral_run.weights.torch_dist.megatron_files import copy_tokenizer
+
+SHARD_BYTES = 5 * 10**9
+"""The largest file, as the released shards have it."""
+
+_BLOCK_BYTES = 8 * 2**20
+_SIDECAR_BYTES = 16 * 2**20
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class ToHFResult:
+    """What was written. Bytes of tensors, seconds."""
+
+    output_path: Path
+    num_tensors: int
+    num_files: int
+    num_bytes: int
+    fingerprint: str
+    seconds: float
+
+
+def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
+    """Write the HF model that a base checkpoint holds, whole or not at all. Only one process may call.
+
+    Every tensor is equal bit by bit to the one that was converted; the checkpoint's fingerprint is computed from what
+    is read and has to be the recorded one, unless the weights were trained on since: that is told. With
+    `config.adapter` every tensor that it changes is `W + alpha / r · B·A`, bit by bit what `export --merge` writes.
+    Raises ConfigError or WeightsError.
+    """
+    report = report or Report()
+    path = config.check().from_megatron
+    if path is None:
+        raise ConfigError("There is nothing to convert.", expected="--from-megatron")
+    started = time.monotonic()
+    report.step(1, _STEPS, f"Read {path}{f' and the adapter {config.adapter}' if config.adapter else ''}")
+    checkpoint, tokenizer = open_base(path, config.hf_model_path, report)
+    with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
+        files = _check(config, checkpoint, reader, report)
+        num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
+        with interrupts(), Staging(config.output_path, DESCRIPTION) as staging:
+            staging.clear()
+            report.step(2, _STEPS, f"Write {len(files)} files ({num_bytes / GIB:,.2f} GiB)")
+            with report.progress(num_bytes, "written") as progress:
+                writer = _Writer(checkpoint, reader, factors, progress.advance)
+                for name, tensors in files.items():
+                    writer.write(staging.folder / name, tensors)
+            report.step(3, _STEPS, "Check the fingerprint, wait for the disk")
+            fingerprint = _check_fingerprint(config, checkpoint, writer, report)
+            _write_sidecars(config, checkpoint, files, num_bytes, staging.folder, fingerprint)
+            copy_tokenizer(tokenizer, staging.folder)
+            staging.publish()
+    num_tensors = sum(len(tensors) for tensors in files.values())
+    result = ToHFResult(config.output_path, num_tensors, len(files), num_bytes, fingerprint, time.monotonic() - started)
+    report.done("Conversion complete!")
+    report.say(f"  {num_tensors:,} tensors, {num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s")
+    return result
+
+
+@contextmanager
+def _open_adapter(config: ConvertConfig, checkpoint: record.Checkpoint) -> Iterator[Factors | None]:
+    if config.adapter is None:
+        yield None
+        return
+    adapter = open_adapter(config.adapter)
+    if adapter.base_fingerprint != checkpoint.record.get("fingerprint"):
+        raise WeightsError(
+            "The adapter was trained on another base.",
+            where=str(config.adapter),
+            expected=f"the base with fingerprint {adapter.base_fingerprint}",
+            found=f"{checkpoint.folder}, fingerprint {checkpoint.record.get('fingerprint')}",
+            next_command="give --from-megatron the checkpoint that the adapter was trained on",
+        )
+    with Reader(adapter.checkpoint.iteration_folder) as reader:
+        check_tensors(adapter, reader)
+        yield Factors(reader, adapter.lora, adapter.places)
+
+
+def _check(
+    config: ConvertConfig, checkpoint: record.Checkpoint, reader: Reader, report: Report
+) -> dict[str, dict[str, Shape]]:
+    """Everything that can be known before the first byte is written; the files to write."""
+    check_base(checkpoint, reader, report)
+    faults = output_faults(
+        config.output_path,
+        overwrite=config.overwrite,
+        is_ours=lambda folder: record.is_kind(folder, "hf"),
+        what="an earlier HF model of this kit",
+    )
+    faults += disk_faults(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
+    if faults:
+        raise ConfigError("The HF model cannot be written.", faults=faults)
+    return _files(checkpoint, reader.tensors[LINEAR_QKV_KEY].item_size)
+
+
+def _files(checkpoint: record.Checkpoint, item_size: int) -> dict[str, dict[str, Shape]]:
+    """The tensors of each file, filled one after another."""
+    groups: list[dict[str, Shape]] = [{}]
+    filled = 0
+    for name, shape in hf_tensors(checkpoint.architecture).items():
+        size = prod(shape) * item_size
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled += size
+    count = len(groups)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+class _Writer:
+    """Writes HF files; `checksums` are those of the checkpoint's tensors, before an adapter is added."""
+
+    def __init__(
+        self,
+        checkpoint: record.Checkpoint,
+        reader: Reader,
+        factors: Factors | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._reader = reader
+        self._factors = factors
+        self._advance = advance
+        self._ranges: dict[str, RowRanges] = row_ranges(checkpoint.architecture)
+        self.dtype = reader.tensors[LINEAR_QKV_KEY].dtype
+        self.checksums: dict[str, int] = {}
+
+    def write(self, file: Path, tensors: dict[str, Shape]) -> None:
+        """One file, on the disk when this returns."""
+        try:
+            with file.open("wb") as stream:
+                stream.write(header_of(tensors, self.dtype))
+                for name in tensors:
+                    blocks = self._merged if self._factors and name in self._factors.places else self._blocks
+                    for block in blocks(name):
+                        stream.write(block)
+                        self._advance(len(block))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise WeightsError("The HF model cannot be written.", where=str(file), found=error.strerror) from error
+
+    def _blocks(self, name: str) -> Iterator[memoryview]:
+        ranges, crc = self._ranges[name], 0
+        step = max(1, _BLOCK_BYTES // (ranges.columns * self._reader.tensors[ranges.key].item_size))
+        for start, stop in ranges.rows:
+            for first in range(start, stop, step):
+                rows = self._rows(ranges, first, min(first + step, stop))
+                block = rows.data.cast("B")
+                crc = crc32(block, crc)
+                yield block
+        self.checksums[name] = crc
+
+    def _rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
+        """Rows of the checkpoint's tensor, in the model's dtype: local layers keep norms in fp32."""
+        rows = self._reader.rows(ranges.key, ranges.leading, start, stop)
+        dtype = self._reader.tensors[ranges.key].dtype
+        if dtype == self.dtype:
+            return rows
+        rounded = as_tensor(rows, dtype).to(getattr(torch, self.dtype)).contiguous()
+        bits: Bits = rounded.view(torch.uint8).numpy().view(f"u{rounded.element_size()}")
+        return bits
+
+    def _merged(self, name: str) -> Iterator[memoryview]:
+        assert self._factors is not None
+        ranges, crc = self._ranges[name], 0
+        adding = Adding(self._factors, name, getattr(torch, self.dtype))
+        item_size = self._reader.tensors[ranges.key].item_size
+        for start, stop in row_blocks(sum(last - first for first, last in ranges.rows), ranges.columns * item_size):
+            rows = self._hf_rows(ranges, start, stop)
+            crc = crc32(rows.data.cast("B"), crc)
+            yield as_bytes(adding.to_rows(as_tensor(rows, self.dtype), start, stop))
+        self.checksums[name] = crc
+
+    def _hf_rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
+        """Rows start…stop of the HF tensor, which may lie apart in the checkpoint."""
+        parts, row = [], 0
+        for first, last in ranges.rows:
+            begin, end = max(start, row), min(stop, row + last - first)
+            if begin < end:
+                parts.append(self._rows(ranges, first + begin - row, first + end - row))
+            row += last - first
+        return np.ascontiguousarray(np.concatenate(parts))
+
+
+def _check_fingerprint(config: ConvertConfig, checkpoint: record.Checkpoint, writer: _Writer, report: Report) -> str:
+    recorded = checkpoint.record.get("fingerprint")
+    found = record.fingerprint(checkpoint.architecture, writer.dtype, writer.checksums)
+    if found == recorded:
+        return found
+    if is_as_converted(checkpoint) or config.adapter is not None:
+        raise WeightsError(
+            "The checkpoint's weights are not those that were converted.",
+            where=str(checkpoint.folder),
+            expected=f"fingerprint {recorded}",
+            found=f"fingerprint {found}",
+            next_command=f"mixtral-run verify --load {checkpoint.folder} --proof, which names what differs",
+        )
+    report.warn(
+        f"{checkpoint.iteration_folder} has no {PROOF_NAME}: that its bytes are those that were saved is not checked"
+    )
+    if recorded is not None:
+        report.warn(f"the weights are not those that were converted ({recorded}) but {found}: trained on since")
+    return found
+
+
+def _write_sidecars(
+    config: ConvertConfig,
+    checkpoint: record.Checkpoint,
+    files: dict[str, dict[str, Shape]],
+    num_bytes: int,
+    folder: Path,
+    fingerprint: str,
+) -> None:
+    index = {
+        "metadata": {"total_size": num_bytes},
+        "weight_map": {tensor: file for file, tensors in files.items() for tensor in tensors},
+    }
+    write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    # With an adapter these are other weights than those that the fingerprint is of.
+    what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
+    record.write_record(
+        folder,
+        "hf",
+        architecture=checkpoint.architecture.to_mapping(),
+        source=str(checkpoint.folder),
+        **({"fingerprint": fingerprint} if config.adapter is None else what),
+    )

@@ -1,0 +1,300 @@
+"""HF safetensors → Megatron torch_dist, as a stream of byte ranges: no model is built, memory does not grow with it."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.report import Report
+from mixtral_run.weights.convert.copy import copy_all, unwritable
+from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
+from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity
+from mixtral_run.weights.hf.hub import HubModel, resolve
+from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights, shortened
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, on_one_disk, output_faults, sync_folder
+from mixtral_run.weights.io.interrupts import Interrupts, interrupts
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.describe import LATEST, write_whole
+from mixtral_run.weights.manifest.proof import write_proof
+from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.torch_dist import megatron_files
+from mixtral_run.weights.torch_dist.metadata import write_metadata
+
+_STEPS = 4
+_SIDECAR_BYTES = 64 * 2**20
+"""Room for everything beside the weights: the metadata of a full-size model is 1 MB, a tokenizer a few."""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written, and what it took. Bytes and seconds; `peak_rss_bytes` is the process's own."""
+
+    output_path: Path
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtype: str
+    fingerprint: str
+    seconds: float
+    peak_rss_bytes: int
+    num_workers: int
+
+    @property
+    def megabytes_per_second(self) -> float:
+        return self.num_bytes / 1e6 / max(self.seconds, 1e-9)
+
+
+def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResult:
+    """Write the checkpoint, whole or not at all. Only one process may call.
+
+    Raises ConfigError (layout, output folder, disk) or WeightsError (the HF model), each with everything that is wrong,
+    before anything is written; KeyboardInterrupt on Ctrl-C and SIGTERM, and what is copied by then is kept.
+    """
+    report = report or Report()
+    model = config.check().hf_model_path
+    if model is None:
+        raise ConfigError("There is nothing to convert.", expected="--hf-model-path")
+    started = time.monotonic()
+    report.step(1, _STEPS, f"Read the headers of {model}")
+    weights, plan = _check(config, model, report)
+    _tell(weights, report)
+    report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
+    report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
+    with (
+        interrupts() as signals,
+        Staging(config.output_path, LATEST) as staging,
+        _work(weights, plan, staging, report) as journal,
+    ):
+        report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
+        workers = _copy(config, weights, plan, journal, staging, signals, report)
+        report.step(4, _STEPS, "Write the metadata, wait for the disk")
+        checksums = {name: crc for each in journal.done.values() for name, crc in each.sources.items()}
+        fingerprint = record.fingerprint(weights.architecture, weights.dtype, checksums)
+        _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
+        write_proof(staging.folder, weights, plan, journal.done)
+        write_whole(staging.folder / LATEST, f"{record.CONVERTED_ITERATION}\n")
+        # The journal goes last: until the result is in its place, it is what a run that is cut off goes on from.
+        staging.publish(spent=(JOURNAL_NAME,))
+    result = ConvertResult(
+        output_path=config.output_path,
+        num_tensors=len(weights.sources),
+        num_parameters=weights.architecture.num_parameters,
+        num_bytes=weights.num_bytes,
+        dtype=weights.dtype,
+        fingerprint=fingerprint,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        num_workers=workers,
+    )
+    report.done("Conversion complete!")
+    report.say(
+        f"  {result.num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s, {result.megabytes_per_second:,.0f} MB/s, "
+        f"peak RSS {result.peak_rss_bytes / 1e6:,.0f} MB, {result.num_workers} workers"
+    )
+    report.say(f"  next: mixtral-run verify --load {config.output_path} --against {weights.directory}")
+    return result
+
+
+@contextmanager
+def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> Iterator[Journal]:
+    """The journal of this conversion; what it names stays for the same command when the work within ends early."""
+    journal = Journal(staging.folder, identity(weights, plan))
+    folder = _iteration_folder(staging)
+    if journal.is_new or not all((folder / name).is_file() for name in plan.files):
+        staging.clear()
+        journal.done.clear()
+    try:
+        yield journal
+    except BaseException as error:
+        staging.keep = bool(journal.done) and journal.path.is_file()
+        if staging.keep:
+            with suppress(BrokenPipeError):
+                report.warn(
+                    f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept "
+                    f"in {staging.folder}: the same command goes on from there"
+                )
+        if isinstance(error, OSError) and not isinstance(error, PermissionError):
+            raise unwritable(Path(error.filename or staging.folder), error) from error
+        raise
+
+
+def _copy(
+    config: ConvertConfig,
+    weights: HFWeights,
+    plan: Plan,
+    journal: Journal,
+    staging: Staging,
+    signals: Interrupts,
+    report: Report,
+) -> int:
+    """Bring all chunks to the disk, going on where an earlier run of the same conversion was cut off.
+
+    Returns how many workers copied; the journal has the checksums by job. Raises KeyboardInterrupt on Ctrl-C and
+    SIGTERM once what is whole by then is on the disk and in the journal.
+    """
+    folder = _iteration_folder(staging)
+    folder.mkdir(exist_ok=True)
+    _write_objects(plan, folder)
+    # What the journal names has to be found after a power failure: the files' entries in their folders as well.
+    for each in (folder, staging.folder, staging.folder.parent):
+        sync_folder(each)
+    journal.start(plan.jobs)
+    copied = _num_copied(weights, plan, journal)
+    if copied:
+        report.say(f"  going on after {copied / GIB:,.2f} GiB that an earlier run copied")
+    with ExitStack() as shown:
+        progress = shown.enter_context(report.progress(weights.num_bytes, "copied"))
+        progress.advance(copied)
+
+        def stopping() -> None:
+            # Ctrl-C has ended a `| tee` as well. The bar first: it would be drawn over the words, and hides the cursor.
+            with suppress(BrokenPipeError):
+                shown.close()
+                report.say("  Stopping: what is copied is brought to the disk; Ctrl-C again ends at once, without it.")
+
+        return copy_all(
+            plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance,
+            interrupts=signals, stopping=stopping,
+        )  # fmt: skip
+
+
+def _iteration_folder(staging: Staging) -> Path:
+    return staging.folder / f"iter_{record.CONVERTED_ITERATION:07d}"
+
+
+def _num_copied(weights: HFWeights, plan: Plan, journal: Journal) -> int:
+    return sum(_num_bytes(weights, plan.jobs[number]) for number in journal.done)
+
+
+def _num_bytes(weights: HFWeights, job: Job) -> int:
+    return sum(weights.sources[name].num_bytes for name in job.unit.sources)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    # getrusage would begin with the parent's size; the kernel's own count begins with the program.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_base(folder: Path) -> bool:
+    return record.is_kind(folder, "base")
+
+
+def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights, Plan]:
+    """Everything that can be known before the first byte is written."""
+    what = "an earlier checkpoint of this kit"
+    faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
+    try:
+        weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, faults)))
+    except WeightsError as error:
+        error.faults = (*error.faults, *_layout_faults(config, model), *faults)
+        raise
+    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    layout_faults = weights.architecture.layout_faults(tp, ep)
+    if layout_faults:
+        raise ConfigError("The model cannot be converted as asked.", faults=shortened([*layout_faults, *faults]))
+    plan = make_plan(weights, tp, ep, len(_empty_object()))
+    faults += megatron_files.tokenizer_faults(weights.directory)
+    faults += disk_faults(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
+    if faults:
+        raise ConfigError("The checkpoint cannot be written.", faults=faults)
+    return weights, plan
+
+
+def _check_before_download(config: ConvertConfig, model: HubModel, faults: list[str]) -> None:
+    """Raise ConfigError with all that needs no weights, `faults` of the output folder among it."""
+    a = model.architecture
+    needed = model.num_bytes + _SIDECAR_BYTES
+    if on_one_disk(config.output_path, model.cache):
+        needed += model.missing_bytes
+    found = a.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    found += [*faults, *disk_faults(config.output_path, needed)]
+    if found:
+        raise ConfigError("The model cannot be converted as asked.", where=model.name, faults=found)
+
+
+def _layout_faults(config: ConvertConfig, model: str) -> list[str]:
+    """The layout's faults where the weights themselves cannot be used but their config.json can."""
+    from mixtral_run.model.architecture import MixtralArchitecture
+
+    try:
+        architecture = MixtralArchitecture.from_hf_directory(Path(model))
+    except WeightsError:
+        return []
+    return architecture.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+
+
+def _tell(weights: HFWeights, report: Report) -> None:
+    a = weights.architecture
+    report.say(
+        f"  {len(weights.files)} files, {len(weights.sources):,} tensors, {a.num_parameters:,} parameters, "
+        f"{weights.dtype}, {weights.num_bytes / GIB:,.2f} GiB"
+    )
+    report.say(
+        f"  {a.num_layers} layers, hidden {a.hidden_size}, {a.num_attention_heads} heads in {a.num_query_groups} "
+        f"groups, {a.num_experts} experts of {a.ffn_hidden_size}, top-{a.moe_router_topk}"
+    )
+
+
+def _empty_object() -> bytes:
+    """An `_extra_state` object as Megatron stores it where there is nothing to store: the list [None]."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save([None], stream)
+    return stream.getvalue()
+
+
+def _write_objects(plan: Plan, folder: Path) -> None:
+    content = _empty_object()
+    for name in plan.files:
+        # Not truncated: an earlier run's chunks may be in it.
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            for item in plan.objects:
+                if item.file == name:
+                    os.pwrite(descriptor, content, item.start)
+        except OSError as error:
+            raise unwritable(folder / name, error) from error
+        finally:
+            os.close(descriptor)
+
+
+def _write_sidecars(
+    config: ConvertConfig, model: str, weights: HFWeights, plan: Plan, folder: Path, fingerprint: str
+) -> None:
+    """What lies beside the weights, but for their proof and the tracker file, which makes it a checkpoint."""
+    iteration_folder = folder / f"iter_{record.CONVERTED_ITERATION:07d}"
+    tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    a, dtype = weights.architecture, weights.dtype
+    # An earlier run may have copied files that the source has no more.
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    megatron_files.copy_tokenizer(weights.directory, folder / "tokenizer")
+    megatron_files.write_common(iteration_folder, a, dtype, tp, ep, record.CONVERTED_ITERATION)
+    megatron_files.write_run_config(iteration_folder, a, dtype, tp, ep)
+    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a), dtype, plan.stored_items())
+    megatron_files.write_metadata_json(iteration_folder)
+    record.write_record(
+        folder,
+        "base",
+        architecture=a.to_mapping(),
+        dtype=dtype,
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        source=model,
+        fingerprint=fingerprint,
+    )

@@ -1,0 +1,67 @@
+"""CRC-32 of HF tensors where nothing else has to be read for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from isal.isal_zlib import crc32
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.weights.hf.safetensors_files import HFWeights, Source
+from mixtral_run.weights.manifest import record
+
+BLOCK_BYTES = 8 * 2**20
+
+
+def read_source(descriptor: int, source: Source, first: int, count: int) -> bytes:
+    """`count` bytes of a tensor from its byte `first`. Raises WeightsError where the file ends before."""
+    data = os.pread(descriptor, count, source.start + first)
+    while len(data) < count:
+        more = os.pread(descriptor, count - len(data), source.start + first + len(data))
+        if not more:
+            raise WeightsError("A weights file became shorter while it was read.", where=str(source.file))
+        data += more
+    return data
+
+
+def tensor_checksums(
+    weights: HFWeights, names: Iterable[str], *, workers: int = 2, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, int]:
+    """CRC-32 of the named tensors' bytes; `advance` is told of bytes read, from several threads."""
+    return source_checksums({name: weights.sources[name] for name in names}, workers=workers, advance=advance)
+
+
+def source_checksums(
+    sources: Mapping[str, Source], *, workers: int = 2, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, int]:
+    """The same of tensors by where they lie. Raises OSError where a file is not there, WeightsError where it ends."""
+
+    def checksum(name: str) -> tuple[str, int]:
+        source = sources[name]
+        crc = 0
+        descriptor = os.open(source.file, os.O_RDONLY)
+        try:
+            for first in range(0, source.num_bytes, BLOCK_BYTES):
+                block = read_source(descriptor, source, first, min(BLOCK_BYTES, source.num_bytes - first))
+                crc = crc32(block, crc)
+                advance(len(block))
+        finally:
+            os.close(descriptor)
+        return name, crc
+
+    with ThreadPoolExecutor(workers, "checksum") as pool:
+        return dict(pool.map(checksum, sources))
+
+
+def quick_fingerprint(weights: HFWeights) -> str:
+    """The QUICK half of the weights' fingerprint; reads the norms and routers alone."""
+    checksums = tensor_checksums(weights, record.quick_names(weights.architecture))
+    return record.quick_fingerprint(weights.architecture, weights.dtype, checksums)
+
+
+def fingerprint(weights: HFWeights, advance: Callable[[int], None] = lambda _: None) -> str:
+    """The weights' whole fingerprint; reads every byte."""
+    checksums = tensor_checksums(weights, weights.sources, advance=advance)
+    return record.fingerprint(weights.architecture, weights.dtype, checksums)

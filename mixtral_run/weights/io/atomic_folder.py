@@ -1,0 +1,243 @@
+"""Writing a folder so that it is either whole or not there: into a folder beside it, renamed at the end.
+
+Where the output folder is a mount point, which cannot be replaced, the work goes into a folder within it, and its
+content is moved up at the end, the marker that makes it a whole one last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.weights.io.disk import exchange
+from mixtral_run.weights.manifest.describe import replaced_folder, write_whole
+
+GIB = 2**30
+_MOVING = ".moving.json"
+"""Within the work folder while its content is moved up: what is moved, and what it takes the place of."""
+
+
+def free_bytes(path: Path) -> int:
+    """What can still be written on the disk that holds `path`, which need not exist yet."""
+    return shutil.disk_usage(_nearest(path)).free
+
+
+def on_one_disk(first: Path, second: Path) -> bool:
+    """Whether what is written to both paths, which need not exist yet, takes room on the same disk."""
+    return _nearest(first.absolute()).stat().st_dev == _nearest(second.absolute()).stat().st_dev
+
+
+def _nearest(path: Path) -> Path:
+    """The deepest folder of the path that exists, as far as this user may look."""
+    while not os.access(path, os.F_OK):
+        path = path.parent
+    return path
+
+
+def writing_faults(folder: Path, flag: str) -> list[str]:
+    """What keeps this user from making `folder`, or from writing into it."""
+    nearest = _nearest(folder.absolute())
+    if not nearest.is_dir():
+        return [f"{flag}: {nearest} is a file"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"{flag}: {nearest} cannot be written to by this user"]
+    if nearest == folder.absolute() and not os.access(nearest, os.R_OK):
+        return [f"{flag}: {nearest} cannot be read by this user"]
+    return []
+
+
+def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> list[str]:
+    """What keeps `output` from being written to. `is_ours` tells whether --overwrite may replace the folder."""
+    flag = f"--output-path {output}"
+    faults = writing_faults(output, flag)
+    if faults:
+        return faults
+    entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    held = sorted(set(entries) - {work_folder(output).name, "lost+found"} - _being_moved(output))
+    if not held:
+        return []
+    shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
+    if not is_ours(output):
+        also = "; --overwrite replaces nothing else" if overwrite else ""
+        return [f"{flag}: expected an empty or new folder{f' or {what}' if overwrite else ''}; found {shown}{also}"]
+    if not overwrite:
+        return [f"{flag}: expected an empty or new folder; found {what} (--overwrite replaces it)"]
+    return []
+
+
+def disk_faults(output: Path, needed: int) -> list[str]:
+    """Whether the result fits on the disk; an earlier result stays until the new one is whole.
+
+    Nothing where it cannot be written for other reasons: who cannot look into a folder cannot tell what it holds.
+    """
+    if writing_faults(output, ""):
+        return []
+    free = free_bytes(output.absolute()) + _allocated_bytes(work_folder(output))
+    free += sum(_allocated_bytes(output / name) for name in _being_moved(output))
+    if free >= needed:
+        return []
+    return [
+        f"no space on the disk of {output}: expected {needed / GIB:,.2f} GiB free ({needed:,} bytes); "
+        f"found {free / GIB:,.2f} GiB ({free:,} bytes)"
+    ]
+
+
+def _allocated_bytes(folder: Path) -> int:
+    """What a folder takes on the disk: the work of a run that was cut off is used or removed."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def _being_moved(output: Path) -> frozenset[str]:
+    """What an earlier process was moving into the folder, or removing from it, when it was cut off.
+
+    Nothing when the folder is a whole one: not begun, or all but done.
+    """
+    try:
+        note = json.loads((work_folder(output) / _MOVING).read_text(encoding="utf-8"))
+        return frozenset() if (output / note["marker"]).exists() else frozenset([*note["old"], *note["new"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def work_folder(output: Path) -> Path:
+    """Where a folder is made before it is whole."""
+    resolved = output.resolve()
+    if _stays(resolved):
+        return resolved / ".mixtral-run-unfinished"
+    return resolved.parent / f".{resolved.name}.unfinished"
+
+
+def _stays(output: Path) -> bool:
+    """Whether the folder itself cannot be renamed over."""
+    if output.is_mount() or (output.is_dir() and not os.access(output.parent, os.W_OK | os.X_OK)):
+        return True
+    # A bind mount within one file system looks like a plain folder to stat.
+    mounts = Path("/proc/self/mountinfo")
+    points = (line.split()[4] for line in mounts.read_text().splitlines()) if mounts.is_file() else ()
+    return str(output) in points
+
+
+class Staging:
+    """The folder in the making, held by one process at a time.
+
+    Use as a context: what is not published is removed, unless `keep` is set. What an earlier process left is found in
+    `folder`; `clear` removes it.
+    """
+
+    def __init__(self, output: Path, marker: str) -> None:
+        self.output = output.resolve()
+        self.folder = work_folder(output)
+        self.marker = marker
+        self.keep = False
+        self._lock = -1
+
+    def __enter__(self) -> Staging:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = -1
+            raise ConfigError(
+                "Another process is writing to the output folder.",
+                where=str(self.folder),
+                next_command="wait for it to end",
+            ) from None
+        except OSError:
+            # Some network file systems have no locks; the work is the same without.
+            pass
+        self._take_back()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock >= 0:
+            self._take_back()
+            if not self.keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def clear(self) -> None:
+        """Remove what is in the folder."""
+        for entry in self.folder.iterdir():
+            _remove(entry)
+
+    def publish(self, spent: tuple[str, ...] = ()) -> None:
+        """Put the whole folder in its place; what was there before is removed after that, and `spent`, its own files
+        that only the work needed, at the very end.
+        """
+        sync_tree(self.folder)
+        if _stays(self.output):
+            self._move_up(spent)
+        else:
+            self._rename()
+            for name in spent:
+                (self.output / name).unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = -1
+
+    def _rename(self) -> None:
+        replaced = replaced_folder(self.output)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.output.is_dir() and exchange(self.folder, self.output):
+            replaced = self.folder
+        else:
+            if self.output.is_dir():
+                self.output.rename(replaced)
+            self.folder.rename(self.output)
+        sync_folder(self.output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _move_up(self, spent: tuple[str, ...]) -> None:
+        old = [entry for entry in self.output.iterdir() if entry.name not in (self.folder.name, "lost+found")]
+        new = [entry for entry in self.folder.iterdir() if entry.name not in spent]
+        note = {"marker": self.marker, "old": [entry.name for entry in old], "new": [entry.name for entry in new]}
+        write_whole(self.folder / _MOVING, json.dumps(note))
+        sync_folder(self.folder)
+        # The marker of the old folder goes first: from here on it is not a whole one.
+        for entry in sorted(old, key=lambda entry: entry.name != self.marker):
+            _remove(entry)
+        for entry in sorted(new, key=lambda entry: entry.name == self.marker):
+            sync_folder(self.output)
+            entry.rename(self.output / entry.name)
+        sync_folder(self.output)
+        shutil.rmtree(self.folder)
+
+    def _take_back(self) -> None:
+        """Undo a move that was cut off: what is in the output folder already was made here and is whole."""
+        note = self.folder / _MOVING
+        if not note.is_file():
+            return
+        moved = json.loads(note.read_text(encoding="utf-8"))["new"]
+        if not (self.output / self.marker).exists():
+            for name in moved:
+                if not (self.folder / name).exists() and (self.output / name).exists():
+                    (self.output / name).rename(self.folder / name)
+        elif not (self.folder / self.marker).exists():
+            self.clear()  # all of it was moved
+        note.unlink(missing_ok=True)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file and folder below is on the disk."""
+    for path in folder.rglob("*"):
+        sync_folder(path)
+    sync_folder(folder)

@@ -1,0 +1,99 @@
+"""Writing into files that lie in memory, where several workers write into one.
+
+Linux lets one writer at a time into a file, whatever part of it is written or reserved. On a disk that costs nothing;
+in memory (tmpfs) it is the limit: 0.6 GB/s a file, in memory that the machine had not touched before. What is mapped
+into the process needs no such turn: each worker has pages of its own made, and fills them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtral_run.weights.io.disk import C_LIBRARY
+
+WINDOW_BYTES = 8 * 2**20
+"""In use at once of each chunk that a worker writes: as much counts as the process's memory meanwhile."""
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+
+
+class MappedWriter:
+    """One worker's chunks, mapped into the process. The files must have their final lengths."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[tuple[int, int], _Chunk] = {}
+
+    def write(self, descriptor: int, limits: tuple[int, int], position: int, block: memoryview | bytes) -> bool:
+        """Put a block of bytes at a position of a file opened for reading and writing; False where it cannot be mapped.
+
+        limits: where the stretch of the file begins and ends in which the block lies, the worker's own. Raises OSError
+        where there is no memory left.
+        """
+        chunk = self._chunks.get((descriptor, limits[0]))
+        if chunk is None:
+            try:
+                chunk = _Chunk(descriptor, limits)
+            except (OSError, ValueError):  # no room for mappings; or the file is shorter
+                return False
+            self._chunks[descriptor, limits[0]] = chunk
+        return chunk.write(position, np.frombuffer(block, np.uint8))
+
+    def release(self) -> None:
+        """Unmap all chunks."""
+        self._chunks.clear()
+
+
+class _Chunk:
+    """A stretch of a file, mapped, of which one window at a time has pages in the process."""
+
+    def __init__(self, descriptor: int, limits: tuple[int, int]) -> None:
+        self._first = limits[0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(descriptor, limits[1] - self._first, offset=self._first)
+        self._bytes: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
+        self._window = slice(0, 0)
+
+    def write(self, position: int, data: NDArray[np.uint8]) -> bool:
+        """Copy data to a position of the file; False where the kernel cannot have pages made."""
+        first = position - self._first
+        while len(data):
+            if not self._window.start <= first < self._window.stop and not self._move(first):
+                return False
+            target = self._bytes[first : self._window.stop][: len(data)]
+            # numpy lets go of the interpreter's lock meanwhile; a slice assignment of mmap's own would not.
+            np.copyto(target, data[: len(target)])
+            data = data[len(target) :]
+            first += len(target)
+        return True
+
+    def _move(self, first: int) -> bool:
+        """Have the pages around a byte made, and leave the others to the file.
+
+        Were they made when they are touched, the process would be killed where there is no memory for one.
+        """
+        self._advise(mmap.MADV_DONTNEED)
+        begin = first // WINDOW_BYTES * WINDOW_BYTES
+        self._window = slice(begin, min(begin + WINDOW_BYTES, len(self._bytes)))
+        number = self._advise(_MADV_POPULATE_WRITE)
+        if number == 0:
+            return True
+        self._window = slice(0, 0)
+        if number == errno.EINVAL:
+            return False
+        # Writing to the page would be a bus error: a full file system says no more than that here.
+        number = errno.ENOSPC if number == errno.EFAULT else number
+        raise OSError(number, os.strerror(number))
+
+    def _advise(self, advice: int) -> int:
+        """The error's number, 0 if there is none. mmap's own madvise would keep the interpreter's lock meanwhile."""
+        part = self._bytes[self._window]
+        madvise = getattr(C_LIBRARY, "madvise", None)
+        if madvise is None:
+            return errno.EINVAL
+        address, length = ctypes.c_void_p(part.ctypes.data), ctypes.c_size_t(part.nbytes)
+        return 0 if not part.nbytes or madvise(address, length, advice) == 0 else ctypes.get_errno()

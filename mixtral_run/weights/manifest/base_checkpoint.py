@@ -1,0 +1,108 @@
+"""A base checkpoint to make an HF model of: what `convert` wrote, or what Megatron-LM or Megatron-Bridge saved since.
+
+Theirs have optimizer and other state beside the weights, other chunks, and nothing of the kit's own files unless they
+were saved into the folder of the conversion. What decides is whether the weights are the model's, and all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.report import Report
+from mixtral_run.weights.hf.hub import resolve_description
+from mixtral_run.weights.hf.safetensors_files import shortened
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.describe import DESCRIPTION, iteration_folder_of
+from mixtral_run.weights.manifest.proof import PROOF_NAME
+from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+
+_OF_MODEL = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
+_OF_VOCABULARY = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
+
+
+def is_of_model(key: str) -> bool:
+    """Whether a key is one of the model's own: not optimizer, random numbers or the state of a run."""
+    return key.startswith(_OF_MODEL)
+
+
+def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[record.Checkpoint, Path]:
+    """The checkpoint, and the folder that config.json and the tokenizer come from.
+
+    A checkpoint that carries no record of ours is what the HF model's config.json says. Raises WeightsError.
+    """
+    described = None if hf_model_path is None else resolve_description(hf_model_path, report)
+    architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
+    iteration_folder = iteration_folder_of(path)
+    folder = path.parent if iteration_folder == path else path
+    if any((each / DESCRIPTION).is_file() for each in (folder, iteration_folder)):
+        checkpoint = record.open_checkpoint(path)
+        if architecture is not None and architecture != checkpoint.architecture:
+            raise WeightsError(
+                "The HF model is another one.",
+                where=str(described),
+                expected=str(checkpoint.architecture.to_mapping()),
+                found=str(architecture.to_mapping()),
+            )
+    elif architecture is not None:
+        values = {"kind": "base", "architecture": architecture.to_mapping()}
+        checkpoint = record.Checkpoint(folder, record.iteration_of(iteration_folder), iteration_folder, values)
+    else:
+        raise WeightsError(
+            "The checkpoint does not say which model it is of.",
+            where=str(folder),
+            expected=f"{DESCRIPTION}, as mixtral-run convert writes; Megatron-LM and Megatron-Bridge do not",
+            next_command="the same with --hf-model-path HF_DIR, to take config.json and the tokenizer from",
+        )
+    tokenizer = described or folder / "tokenizer"
+    if not (tokenizer / "config.json").is_file():
+        raise WeightsError(
+            "The HF model's config.json is not at hand.",
+            where=str(tokenizer),
+            expected="config.json and the tokenizer's files",
+            next_command="the same with --hf-model-path HF_DIR, to take them from",
+        )
+    return checkpoint, tokenizer
+
+
+def is_as_converted(checkpoint: record.Checkpoint) -> bool:
+    """Whether the iteration is the one that `convert` wrote: its weights have to have the recorded fingerprint."""
+    return checkpoint.iteration == record.CONVERTED_ITERATION and (checkpoint.folder / PROOF_NAME).is_file()
+
+
+def check_base(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> None:
+    """Raise WeightsError unless the weights of the model are there, whole, and nothing that an HF model cannot hold.
+
+    Afterwards every tensor of the reader has the name that `convert` gives it.
+    """
+    if checkpoint.kind != "base":
+        raise WeightsError(
+            "This is not a base checkpoint.",
+            where=str(checkpoint.folder),
+            expected="what mixtral-run convert wrote; for an adapter: --adapter beside its base",
+            found=f"a checkpoint of kind {checkpoint.kind}",
+        )
+    if (
+        hf_to_megatron.LOCAL_PRE_MLP_LAYERNORM_KEY in reader.tensors
+        and hf_to_megatron.PRE_MLP_LAYERNORM_KEY not in reader.tensors
+    ):
+        reader.rename(hf_to_megatron.LOCAL_PRE_MLP_LAYERNORM_KEY, hf_to_megatron.PRE_MLP_LAYERNORM_KEY)
+    expected = hf_to_megatron.megatron_tensors(checkpoint.architecture)
+    found = {key: info.shape for key, info in reader.tensors.items()}
+    wrong = []
+    for key, shape in expected.items():
+        if key in _OF_VOCABULARY and key in found and found[key][0] > shape[0] and found[key][1:] == shape[1:]:
+            report.say(f"  {key}: {found[key][0] - shape[0]:,} rows of padding are left out")
+        elif found.get(key) != shape:
+            wrong.append(
+                f"{key}: expected shape {list(shape)}; found {list(found[key]) if key in found else 'nothing'}"
+            )
+    wrong += [f"{key}: a Mixtral model has no such weights" for key in found if key not in expected]
+    if wrong:
+        raise WeightsError(
+            "The checkpoint does not hold the weights of this model.",
+            where=str(checkpoint.iteration_folder),
+            faults=shortened(wrong),
+        )

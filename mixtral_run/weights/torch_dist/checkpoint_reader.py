@@ -1,0 +1,255 @@
+"""Reading and describing a torch_dist checkpoint folder without a process group, a model or Megatron.
+
+`Reader` gives any rows of any global tensor, however it was cut into chunks when it was saved (any TP, EP or PP). Only
+the bytes asked for are read. Where they lie is what the `.metadata` file says: metadata.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.weights.torch_dist.item_reader import FileSlice, NotPlainError, payload_start
+from mixtral_run.weights.torch_dist.metadata import METADATA_NAME, StoredItem, read_metadata, unreadable
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+Bits = NDArray[np.unsignedinteger[Any]]
+"""Elements as unsigned integers of their size: compared and moved, never computed with."""
+
+_BIT_TYPES: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: str
+    item_size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.item_size
+
+
+class Reader:
+    """A checkpoint's folder (`iter_…`), opened. Raises WeightsError with all that is missing from it.
+
+    `wanted` tells which tensors are looked at, by their keys. Reading is safe from several threads.
+    """
+
+    def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None:
+        self.folder = folder
+        self._wanted = wanted
+        self.metadata = metadata = read_metadata(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.objects: set[str] = set()
+        self._chunks: dict[str, list[StoredItem]] = {}
+        self._payloads: dict[StoredItem, int] = {}
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.num_chunks = 0
+        self.files: set[str] = set()
+        try:
+            faults = self._read_items(metadata)
+        except (AttributeError, TypeError, ValueError) as error:  # it was damaged, and still is a pickle
+            raise unreadable(folder / METADATA_NAME, error) from error
+        if faults:
+            from mixtral_run.weights.hf.safetensors_files import shortened
+
+            raise WeightsError(
+                "The checkpoint cannot be used.",
+                where=str(folder),
+                faults=shortened(faults),
+                next_command="copy it again from where it was made, or run mixtral-run convert again",
+            )
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _read_items(self, metadata: Metadata) -> list[str]:
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        infos = {}
+        for index, info in metadata.storage_data.items():
+            offset = None if index.offset is None else tuple(index.offset)
+            infos[(index.fqn, offset)] = info
+        reached: dict[str, int] = {}
+        faults = []
+        for info in infos.values():
+            reached[info.relative_path] = max(reached.get(info.relative_path, 0), info.offset + info.length)
+        self.files = set(reached)
+        for file, expected in sorted(reached.items()):
+            path = self.folder / file
+            if not path.is_file():
+                faults.append(f"{file}: missing ({expected:,} bytes)")
+            elif path.stat().st_size < expected:
+                faults.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, BytesStorageMetadata):
+                self.objects.add(key)
+                if (key, None) not in infos:
+                    faults.append(f"{METADATA_NAME}: {key} has no place in a file")
+                continue
+            if self._wanted(key):
+                faults += self._read_tensor(key, stored, infos)
+        return faults
+
+    def _read_tensor(self, key: str, stored: TensorStorageMetadata, infos: dict[Any, Any]) -> list[str]:
+        dtype = str(stored.properties.dtype).removeprefix("torch.")
+        self.tensors[key] = TensorInfo(tuple(stored.size), dtype, stored.properties.dtype.itemsize)
+        items = []
+        for chunk in stored.chunks:
+            info = infos.get((key, tuple(chunk.offsets)))
+            if info is None:
+                return [f"{METADATA_NAME}: {key} at {list(chunk.offsets)} has no place in a file"]
+            place = (info.relative_path, info.offset, info.length)
+            items.append(StoredItem(key, tuple(chunk.offsets), tuple(chunk.sizes), *place))
+        covered = sum(prod(item.shape or ()) for item in items)
+        if covered != prod(stored.size):
+            return [f"{METADATA_NAME}: {key}: chunks hold {covered:,} of {prod(stored.size):,} elements"]
+        self._chunks[key] = sorted(items, key=lambda item: item.offset or ())
+        self.num_chunks += len(items)
+        return []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors; files hold a little more."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def rename(self, key: str, name: str) -> None:
+        """Give a tensor another name."""
+        self.tensors[name] = self.tensors.pop(key)
+        self._chunks[name] = [dataclasses.replace(item, key=name) for item in self._chunks.pop(key)]
+
+    def layout_of(self, key: str, axis: int) -> int:
+        """Into how many parts a tensor was cut along an axis."""
+        return len({item.offset[axis] for item in self._chunks[key] if item.offset is not None})
+
+    def chunks(self, key: str) -> Sequence[StoredItem]:
+        return self._chunks[key]
+
+    def rows(self, key: str, leading: tuple[int, ...], start: int, stop: int) -> Bits:
+        """Rows start…stop of the matrix at `leading` (layer, expert) → bits [stop - start, columns].
+
+        A tensor without a row axis under `leading`, such as a norm, is one row.
+        """
+        info = self.tensors[key]
+        out = np.empty((stop - start, info.shape[-1]), _BIT_TYPES[info.item_size])
+        filled = 0
+        for item in self._chunks[key]:
+            assert item.offset is not None and item.shape is not None
+            offset, size = _as_matrices(item.offset, len(leading), 0), _as_matrices(item.shape, len(leading), 1)
+            within = [index - first for index, first in zip(leading, offset, strict=False)]
+            if any(not 0 <= index < length for index, length in zip(within, size, strict=False)):
+                continue
+            first, last = max(start, offset[-2]), min(stop, offset[-2] + size[-2])
+            if first >= last:
+                continue
+            matrix = 0
+            for index, length in zip(within, size, strict=False):
+                matrix = matrix * length + index
+            begin = (matrix * size[-2] + first - offset[-2]) * size[-1]
+            count = (last - first) * size[-1]
+            block = self._elements(item, begin, count, info.item_size).reshape(last - first, size[-1])
+            out[first - start : last - start, offset[-1] : offset[-1] + size[-1]] = block
+            filled += count
+        if filled != out.size:
+            raise WeightsError(
+                "The checkpoint's chunks do not cover a tensor.", where=str(self.folder), found=f"{key} {leading}"
+            )
+        return out
+
+    def matrix(self, key: str, leading: tuple[int, ...] = ()) -> Bits:
+        """The whole matrix (or vector, as one row) at `leading`."""
+        shape = self.tensors[key].shape[len(leading) :]
+        return self.rows(key, leading, 0, shape[0] if len(shape) == 2 else 1)
+
+    def file_of(self, key: str, leading: tuple[int, ...], row: int) -> str:
+        """The name of the first file that holds a part of this row."""
+        for item in self._chunks[key]:
+            assert item.offset is not None and item.shape is not None
+            offset, size = _as_matrices(item.offset, len(leading), 0), _as_matrices(item.shape, len(leading), 1)
+            place = (*leading, row)
+            if all(o <= p < o + s for p, o, s in zip(place, offset, size, strict=False)):
+                return item.file
+        return "?"
+
+    def payload(self, item: StoredItem, block_bytes: int) -> Iterator[bytes]:
+        """A chunk's bytes, block by block."""
+        assert item.shape is not None
+        start = self._payload_start(item)
+        num_bytes = prod(item.shape) * self.tensors[item.key].item_size
+        for first in range(0, num_bytes, block_bytes):
+            wanted = min(block_bytes, num_bytes - first)
+            block = os.pread(self._descriptor(item.file), wanted, start + first)
+            if len(block) != wanted:
+                raise self.broken(item, "the file ends within the tensor")
+            yield block
+
+    def _elements(self, item: StoredItem, first: int, count: int, item_size: int) -> Bits:
+        buffer = bytearray(count * item_size)
+        position = self._payload_start(item) + first * item_size
+        view = memoryview(buffer)
+        done = 0
+        while done < len(buffer):
+            read = os.preadv(self._descriptor(item.file), [view[done:]], position + done)
+            if read == 0:
+                raise self.broken(item, "the file ends within the tensor")
+            done += read
+        return np.frombuffer(buffer, _BIT_TYPES[item_size])
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def payload_start(self, item: StoredItem) -> int:
+        """The position in its file of a chunk's first element, from its torch.save framing, which is checked.
+
+        Raises NotPlainError where the elements do not lie there one after the other, as they are.
+        """
+        if item not in self._payloads:
+            assert item.shape is not None
+            view = FileSlice(self._descriptor(item.file), item.start, item.length)
+            self._payloads[item] = item.start + payload_start(view, item.shape, self.tensors[item.key].dtype)
+        return self._payloads[item]
+
+    def _payload_start(self, item: StoredItem) -> int:
+        try:
+            return self.payload_start(item)
+        except NotPlainError as error:
+            raise self.broken(item, str(error)) from error
+
+    def broken(self, item: StoredItem, found: str) -> WeightsError:
+        """What to say of a chunk that cannot be read."""
+        return WeightsError(
+            "A tensor of the checkpoint is not stored as it should be.",
+            where=f"{self.folder / item.file}, bytes {item.start:,} to {item.start + item.length:,}",
+            expected=f"{item.key} {item.shape}, contiguous, as torch.save writes it",
+            found=found,
+        )
+
+
+def _as_matrices(numbers: tuple[int, ...], num_leading: int, missing: int) -> tuple[int, ...]:
+    """Give a vector its row axis."""
+    return numbers if len(numbers) - num_leading == 2 else (*numbers[:-1], missing, numbers[-1])

@@ -1,0 +1,352 @@
+"""What a checkpoint is, and whether it holds the HF weights bit by bit. Reads in blocks: no GPU, little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.errors import CheckFailed, ConfigError
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.report import Report
+from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX, adapter_tensors, lora_of
+from mixtral_run.weights.hf import fingerprint as checksums
+from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
+from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights, shortened
+from mixtral_run.weights.io.atomic_folder import GIB
+from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.describe import LATEST, newest_iteration
+from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
+from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+from mixtral_run.weights.verify.compare_tensors import Comparing, Difference
+from mixtral_run.weights.verify.quantized_cache import verify_kept
+
+_MOST_TOLD = 20
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of --against."""
+
+    directory: str
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    fingerprint: str
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a checkpoint is. `faults` are lines that say what is wrong with it; empty when all is well."""
+
+    path: str
+    kind: str
+    iteration: int
+    dtype: str
+    layout: str
+    num_parameters: int
+    num_bytes: int
+    num_tensors: int
+    num_chunks: int
+    num_files: int
+    record: dict[str, Any]
+    comparison: Comparison | None
+    faults: tuple[str, ...]
+    kept: dict[str, Any] = field(default_factory=dict)
+    """By precision, the experts in 8 or 4 bit that are kept beside a base."""
+
+    @property
+    def _of_kept_alone(self) -> bool:
+        return all(fault.startswith("quantised-") for fault in self.faults)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self) | {"ok": not self.faults}
+
+    def check(self) -> VerifyResult:
+        """Return self, or raise CheckFailed with the faults."""
+        if self.faults:
+            raise CheckFailed(
+                "The checkpoint does not hold what it should.",
+                where=self.path,
+                faults=shortened(list(self.faults)),
+                next_command=None if self._of_kept_alone else "mixtral-run convert --overwrite, to make it anew",
+            )
+        return self
+
+
+def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
+    """Describe the checkpoint and compare it with --against; the caller decides on the result's `faults`.
+
+    Raises WeightsError when the checkpoint or the HF model cannot be read at all.
+    """
+    report = report or (Report.on_stderr() if config.json else Report())
+    if is_on_hub(config.load):
+        config = dataclasses.replace(config, load=resolve(str(config.load), report))
+    if is_hf_directory(config.load) and not (config.load / LATEST).exists():
+        return _verify_hf(config, report)
+    if config.proof:
+        _check_files(config.load)
+    checkpoint = record.open_checkpoint(config.load)
+    with Reader(checkpoint.iteration_folder) as reader:
+        result = _describe(checkpoint, reader)
+        _tell(result, report)
+        if config.proof and not result.faults:
+            result = dataclasses.replace(result, faults=_check_proof(checkpoint, reader, report))
+        if checkpoint.kind == "base" and config.load == checkpoint.folder and not result.faults:
+            result = _with_kept(result, config, str(checkpoint.record.get("fingerprint")), report, proof=config.proof)
+        if config.against is not None and not result.faults:
+            check = _before_download(config.load, checkpoint.architecture)
+            weights = open_hf_weights(resolve(str(config.against), report, check))
+            if checkpoint.kind == "base":
+                comparison, faults = _compare_base(checkpoint, reader, weights, report)
+            else:
+                comparison, faults = _compare_adapter(checkpoint, weights, report)
+            result = dataclasses.replace(result, comparison=comparison, faults=(*result.faults, *faults))
+            if not faults:
+                _tell_equal(checkpoint, comparison, report)
+    if not result.faults:
+        report.done("Verified.")
+    return result
+
+
+def _check_files(load: Path) -> None:
+    """Raise CheckFailed naming each small file that is not what was written, before any of them is trusted."""
+    folder = load.parent if (load / ".metadata").is_file() else load
+    newest_iteration(folder)
+    faults = check_files(folder)
+    if faults:
+        raise CheckFailed(
+            "The checkpoint's files are not what was written.",
+            where=str(folder),
+            faults=shortened(faults),
+            next_command="copy them again from where the checkpoint was made, or mixtral-run convert --overwrite",
+        )
+
+
+def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
+    """An HF directory, which training starts from as well: its fingerprint, and whether --against has the same."""
+    weights = open_hf_weights(config.load)
+    if config.proof:
+        raise ConfigError(
+            "An HF directory has no proof.json.",
+            where=str(config.load),
+            expected="a checkpoint that mixtral-run convert wrote, or --against another HF directory",
+        )
+    with report.progress(weights.num_bytes, "read") as progress:
+        fingerprint = checksums.fingerprint(weights, progress.advance)
+    result = VerifyResult(
+        path=str(config.load),
+        kind="hf",
+        iteration=0,
+        dtype=weights.dtype,
+        layout="–",
+        num_parameters=weights.architecture.num_parameters,
+        num_bytes=weights.num_bytes,
+        num_tensors=len(weights.sources),
+        num_chunks=len(weights.sources),
+        num_files=len(weights.files),
+        record={"kind": "hf", "architecture": weights.architecture.to_mapping(), "fingerprint": fingerprint},
+        comparison=None,
+        faults=(),
+    )
+    _tell(result, report)
+    # Every byte of the model was read, and so is what belongs to it.
+    result = _with_kept(result, config, fingerprint, report, proof=True)
+    if config.against is not None and not result.faults:
+        started = time.monotonic()
+        check = _before_download(config.load, weights.architecture)
+        other = open_hf_weights(resolve(str(config.against), report, check))
+        with report.progress(other.num_bytes, "read") as progress:
+            theirs = checksums.fingerprint(other, progress.advance)
+        seconds = time.monotonic() - started
+        comparison = Comparison(str(other.directory), len(other.sources), other.num_bytes, seconds, theirs, ())
+        faults = [] if theirs == fingerprint else [f"fingerprint: {fingerprint}; {other.directory} has {theirs}"]
+        result = dataclasses.replace(result, comparison=comparison, faults=tuple(faults))
+        if not faults:
+            report.done(f"{other.directory}: the same weights, bit by bit ({len(other.sources):,} tensors)")
+    if not result.faults:
+        report.done("Verified.")
+    return result
+
+
+def _with_kept(
+    result: VerifyResult, config: VerifyConfig, fingerprint: str, report: Report, *, proof: bool
+) -> VerifyResult:
+    told, faults = verify_kept(config.load, report, proof=proof, fingerprint=fingerprint)
+    return dataclasses.replace(result, kept=told, faults=(*result.faults, *faults))
+
+
+def _check_proof(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
+    started = time.monotonic()
+    with report.progress(reader.num_bytes, "read") as progress:
+        faults = check_proof(checkpoint.folder, reader, progress.advance)
+    if not faults:
+        seconds = time.monotonic() - started
+        report.done(
+            f"{PROOF_NAME}: every byte is what was written ({reader.num_bytes / 1e6:,.0f} MB in {seconds:,.1f} s)"
+        )
+    return tuple(faults)
+
+
+def compare_with_source(load: Path, against: Path, report: Report) -> int:
+    """Compare every tensor of a base checkpoint with its HF model, bit by bit; return how many were compared.
+
+    Raises CheckFailed naming those that differ, WeightsError when either cannot be read.
+    """
+    result = verify(VerifyConfig(load=load, against=against), report).check()
+    assert result.comparison is not None
+    return result.comparison.num_tensors
+
+
+def _expected_tensors(checkpoint: record.Checkpoint) -> dict[str, hf_to_megatron.Shape]:
+    if checkpoint.kind == "base":
+        return hf_to_megatron.megatron_tensors(checkpoint.architecture)
+    lora = lora_of(checkpoint.record, str(checkpoint.iteration_folder))
+    return adapter_tensors(checkpoint.architecture, lora)
+
+
+def _describe(checkpoint: record.Checkpoint, reader: Reader) -> VerifyResult:
+    expected = _expected_tensors(checkpoint)
+    found = {key: info for key, info in reader.tensors.items() if not key.startswith(OPTIMIZER_PREFIX)}
+    faults = [f"{key}: missing" for key in expected if key not in found]
+    faults += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
+    for key, info in found.items():
+        if key in expected and info.shape != expected[key]:
+            faults.append(f"{key}: expected shape {list(expected[key])}; found {list(info.shape)}")
+    dtypes = sorted({info.dtype for info in found.values()})
+    if checkpoint.kind == "base" and dtypes != [checkpoint.record.get("dtype")]:
+        faults.append(f"dtype: expected {checkpoint.record.get('dtype')}; found {', '.join(dtypes)}")
+    return VerifyResult(
+        path=str(checkpoint.folder),
+        kind=checkpoint.kind,
+        iteration=checkpoint.iteration,
+        dtype=", ".join(dtypes),
+        layout=_layout(reader, found),
+        num_parameters=sum(int(np.prod(info.shape)) for info in found.values()),
+        num_bytes=sum(info.num_bytes for info in found.values()),
+        num_tensors=len(found),
+        num_chunks=sum(len(reader.chunks(key)) for key in found),
+        num_files=len(reader.files),
+        record=dict(checkpoint.record),
+        comparison=None,
+        faults=tuple(faults),
+    )
+
+
+def _layout(reader: Reader, found: dict[str, Any]) -> str:
+    """The layout that the chunks were written in, as far as they show it."""
+    if hf_to_megatron.LINEAR_QKV_KEY not in found:
+        return "–"
+    tp = reader.layout_of(hf_to_megatron.LINEAR_QKV_KEY, 1)
+    files: dict[str, set[int]] = {}
+    for item in reader.chunks(hf_to_megatron.LINEAR_FC1_KEY) if hf_to_megatron.LINEAR_FC1_KEY in found else ():
+        # __RANK_NUMBER.distcp
+        files.setdefault(item.file.split("_")[2], set()).add((item.offset or (0, 0))[1])
+    return f"TP{tp}/EP{max(len(files), 1)}"
+
+
+def _tell(result: VerifyResult, report: Report) -> None:
+    rows = [
+        ("kind", result.kind),
+        ("iteration", str(result.iteration)),
+        ("layout", result.layout),
+        ("parameters", f"{result.num_parameters:,}"),
+        ("dtype", result.dtype),
+        ("bytes", f"{result.num_bytes:,} ({result.num_bytes / GIB:,.2f} GiB)"),
+        ("tensors", f"{result.num_tensors} in {result.num_chunks:,} chunks in {result.num_files} files"),
+    ]
+    values = result.record
+    rows += [(name, str(values[name])) for name in ("source", "fingerprint") if name in values]
+    if "lora" in values:
+        lora = values["lora"]
+        rows.append(("LoRA", f"rank {lora['lora_rank']}, alpha {lora['lora_alpha']:g}"))
+        rows.append(("targets", ", ".join(lora["lora_target_modules"])))
+    if "base" in values:
+        rows += [(f"base {name}", str(value)) for name, value in values["base"].items()]
+    report.table(("", result.path), rows)
+
+
+def _tell_equal(checkpoint: record.Checkpoint, comparison: Comparison, report: Report) -> None:
+    what = "every tensor is equal, bit by bit" if checkpoint.kind == "base" else "this is the adapter's base"
+    report.done(
+        f"{comparison.directory}: {what} ({comparison.num_tensors:,} tensors, {comparison.num_bytes / 1e6:,.0f} MB in "
+        f"{comparison.seconds:,.1f} s)"
+    )
+
+
+def _before_download(load: Path, architecture: MixtralArchitecture) -> BeforeDownload:
+    """Refuses a model of another shape while only its config.json is here."""
+
+    def check(model: HubModel) -> None:
+        faults = _architecture_faults(architecture, model.architecture)
+        if faults:
+            raise CheckFailed(f"{model.name} is another model.", where=str(load), faults=faults)
+
+    return check
+
+
+def _architecture_faults(ours: MixtralArchitecture, theirs: MixtralArchitecture) -> list[str]:
+    return [
+        f"{name}: the checkpoint has {getattr(ours, name)}, the HF model {getattr(theirs, name)}"
+        for name in ours.differing(theirs)
+    ]
+
+
+def _compare_base(
+    checkpoint: record.Checkpoint, reader: Reader, weights: HFWeights, report: Report
+) -> tuple[Comparison, list[str]]:
+    started = time.monotonic()
+    faults = _architecture_faults(checkpoint.architecture, weights.architecture)
+    if faults:
+        return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), faults
+    if reader.tensors[hf_to_megatron.LINEAR_QKV_KEY].dtype != weights.dtype:
+        found = reader.tensors[hf_to_megatron.LINEAR_QKV_KEY].dtype
+        return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), [
+            f"dtype: the checkpoint has {found}, the HF model {weights.dtype}"
+        ]
+    differences: list[Difference] = []
+    crcs: dict[str, int] = {}
+    with report.progress(weights.num_bytes, "compared") as progress, ThreadPoolExecutor(2, "compare") as pool:
+        comparing = Comparing(reader, weights, progress.advance)
+        for found_crcs, different in pool.map(comparing.unit, hf_to_megatron.units(weights.architecture)):
+            crcs |= found_crcs
+            differences += different
+    fingerprint = record.fingerprint(weights.architecture, weights.dtype, crcs)
+    faults = [str(difference) for difference in differences]
+    recorded = checkpoint.record.get("fingerprint")
+    if not faults and fingerprint != recorded:
+        faults.append(f"fingerprint: the record says {recorded}, the weights have {fingerprint}")
+    return (
+        Comparison(
+            str(weights.directory),
+            len(weights.sources),
+            weights.num_bytes,
+            time.monotonic() - started,
+            fingerprint,
+            tuple(differences[:_MOST_TOLD]),
+        ),
+        faults,
+    )
+
+
+def _compare_adapter(checkpoint: record.Checkpoint, weights: HFWeights, report: Report) -> tuple[Comparison, list[str]]:
+    """An adapter holds nothing of the base but its fingerprint: tell whether these weights have it."""
+    started = time.monotonic()
+    with report.progress(weights.num_bytes, "read") as progress:
+        fingerprint = checksums.fingerprint(weights, progress.advance)
+    recorded = checkpoint.record.get("base", {}).get("fingerprint")
+    faults = []
+    if fingerprint != recorded:
+        faults.append(f"base: the adapter was trained on {recorded}, these weights are {fingerprint}")
+    seconds = time.monotonic() - started
+    directory = str(weights.directory)
+    return Comparison(directory, len(weights.sources), weights.num_bytes, seconds, fingerprint, ()), faults

@@ -1,0 +1,199 @@
+"""The experts' arithmetic written out an expert at a time, in float64: what the fast paths are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mixtral_run.model.kernels.grouped_mm import frozen_gradient, frozen_product
+from mixtral_run.model.lora_experts import Adapters, Rows, adapted_experts
+
+# Rows of each of four experts: even, uneven, an expert with none, all on one, a single row, none before the last.
+ROUTINGS = (
+    (16, 16, 16, 16),
+    (3, 40, 1, 20),
+    (0, 30, 0, 34),
+    (0, 0, 64, 0),
+    (1, 0, 0, 0),
+    (0, 0, 0, 5),
+    (63, 65, 1, 127),
+    (0, 0, 0, 0),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one layer with an adapter. ends: int32 [experts]."""
+
+    rows: Tensor
+    first: Tensor
+    inner_first: Tensor
+    outer_first: Tensor
+    second: Tensor
+    ends: Tensor
+
+    @classmethod
+    def random(cls, routing: tuple[int, ...], hidden: int, ffn: int, rank: int, seed: int) -> Case:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+
+        experts = len(routing)
+        return cls(
+            rows=torch.randn(sum(routing), hidden, generator=generator, dtype=torch.float64),
+            first=draw(experts, 2 * ffn, hidden),
+            inner_first=draw(experts, rank, hidden),
+            outer_first=draw(experts, 2 * ffn, rank),
+            second=draw(experts, hidden, ffn),
+            ends=torch.tensor(routing).cumsum(0).int(),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.rows, self.first, self.inner_first, self.outer_first, self.second
+
+
+def reference(case: Case, scale: float) -> Tensor:
+    """second · (silu(g) · u) with g, u the halves of first·x + scale · outer·inner·x, an expert at a time."""
+    outputs = []
+    start = 0
+    for expert, end in enumerate(case.ends.tolist()):
+        rows = case.rows[start:end]
+        hidden = rows @ case.first[expert].T + scale * (rows @ case.inner_first[expert].T) @ case.outer_first[expert].T
+        gate, up = hidden.chunk(2, dim=-1)
+        outputs.append((gate * torch.sigmoid(gate) * up) @ case.second[expert].T)
+        start = end
+    return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class FrozenWeight:
+    """A stacked weight, as experts.ExpertLinear keeps it."""
+
+    weight: Tensor
+
+    def product(
+        self,
+        rows: Tensor,
+        ends: Tensor,
+        source: Tensor | None = None,
+        adapter: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return frozen_product(rows, self.weight, ends, source, adapter)
+
+    def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+        return frozen_gradient(gradient, self.weight, ends, inner, linear_in)
+
+
+@dataclass(frozen=True)
+class AdaptedCase:
+    """Inputs of both layers with their adapters, in float64. shares [rows]: what each row counts for in what follows.
+
+    source [rows]: of which token each row is; order: permute.py's, where rows are given by their tokens, else None.
+    """
+
+    tokens: Tensor
+    shares: Tensor
+    halves: tuple[Tensor, Tensor, Tensor, Tensor]
+    first: Tensor
+    second: Tensor
+    ends: Tensor
+    source: Tensor
+    order: Tensor | None
+    topk: int
+
+    SCALE = 2.0
+
+    @classmethod
+    def random(
+        cls, routing: tuple[int, ...], hidden: int, ffn: int, rank: int, *, by_token: bool, seed: int
+    ) -> AdaptedCase:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+
+        count, experts = sum(routing), len(routing)
+        topk = 2 if by_token and count % 2 == 0 else 1
+        order = torch.randperm(count, generator=generator)
+        return cls(
+            tokens=draw(count // topk, hidden) * hidden**0.5,
+            shares=torch.rand(count, generator=generator, dtype=torch.float64) + 0.5,
+            halves=(
+                draw(experts, rank, hidden),
+                draw(experts, 2 * ffn, rank),
+                draw(experts, rank, ffn),
+                draw(experts, hidden, rank),
+            ),
+            first=draw(experts, 2 * ffn, hidden),
+            second=draw(experts, hidden, ffn),
+            ends=torch.tensor(routing).cumsum(0).int(),
+            source=order // topk if by_token else torch.arange(count),
+            order=order if by_token else None,
+            topk=topk,
+        )
+
+    def rounded(self) -> AdaptedCase:
+        """The same numbers as bf16 has them."""
+
+        def round_all(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(each.bfloat16().double() for each in tensors)
+
+        tokens, first, second = round_all((self.tokens, self.first, self.second))
+        return replace(self, tokens=tokens, halves=round_all(self.halves), first=first, second=second)
+
+    def exact(self) -> list[Tensor]:
+        """The shares of the outputs, and the gradients of tokens, shares and halves."""
+        tokens, shares, *halves = self._leaves("cpu", torch.float64)
+        counts = torch.diff(self.ends, prepend=torch.zeros(1))
+        owner = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+        first_in, first_out, second_in, second_out = (half[owner] for half in halves)
+        rows = tokens[self.source]
+        hidden = torch.einsum("tk,tnk->tn", rows, self.first[owner])
+        inner = torch.einsum("tk,trk->tr", rows, first_in)
+        gate, up = (hidden + self.SCALE * torch.einsum("tr,tnr->tn", inner, first_out)).chunk(2, dim=-1)
+        active = gate * torch.sigmoid(gate) * up
+        output = torch.einsum("tk,tnk->tn", active, self.second[owner])
+        inner = torch.einsum("tk,trk->tr", active, second_in)
+        output = output + self.SCALE * torch.einsum("tr,tnr->tn", inner, second_out)
+        return self._results(shares[:, None] * output, tokens, shares, halves)
+
+    def fast(self, device: str, dtype: torch.dtype, strange: int = 0) -> list[Tensor]:
+        """The same by adapted_experts.py; shares and halves in fp32 where dtype is less.
+
+        strange: rows behind the last that no expert has, of NaN, as is their gradient.
+        """
+        tokens, shares, *halves = self._leaves(device, dtype)
+        ends = self.ends.to(device)
+        rows = Rows(ends)
+        given, counted = tokens, shares
+        if strange:
+            given = torch.cat((tokens, tokens.new_full((strange, tokens.shape[1]), torch.nan)))
+            counted = torch.cat((shares, shares.new_zeros(strange)))
+        if self.order is not None:
+            position = torch.empty_like(self.order)
+            position[self.order] = torch.arange(len(position))
+            rows = Rows(ends, self.source.to(device), position.to(device), self.topk)
+        layers = [FrozenWeight(each.to(device, dtype)) for each in (self.first, self.second)]
+        output = adapted_experts(given, rows, *layers, Adapters(*halves, self.SCALE), None, counted)
+        if strange:
+            count = shares.shape[0]
+            places = torch.arange(count, count + strange, device=device)
+            output.register_hook(lambda gradient: gradient.index_fill(0, places, torch.nan))
+            output = output[:count]
+        return self._results(shares.detach()[:, None] * output, tokens, shares, halves)
+
+    def _leaves(self, device: str, dtype: torch.dtype) -> list[Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        kinds = (dtype, *(wide,) * (1 + len(self.halves)))
+        drawn = (self.tokens, self.shares, *self.halves)
+        return [each.to(device, kind, copy=True).requires_grad_(True) for each, kind in zip(drawn, kinds, strict=True)]
+
+    @staticmethod
+    def _results(output: Tensor, tokens: Tensor, shares: Tensor, halves: list[Tensor]) -> list[Tensor]:
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        (output * weights.to(output)).sum().backward()
+        gradients = [each.grad for each in (tokens, shares, *halves)]
+        return [output.detach(), *(each for each in gradients if each is not None)]

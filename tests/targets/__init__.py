@@ -1,5 +1,0 @@
-"""Throw-away hosts for tests: systemd as PID 1, a real sshd, a Docker engine inside, and the packages they install.
-
-Each host is a container of the Docker engine that runs here, made from a debootstrap root filesystem, so no registry is
-needed. `python -m tests.targets --help` starts, reimages and removes them by hand.
-"""

@@ -1,0 +1,125 @@
+"""Configs: the way to JSON and back, limits, all faults at once."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.config import verbs as configs
+from mixtral_run.config.fields import Config
+from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, GenerateConfig, LaunchConfig
+from mixtral_run.errors import ConfigError
+
+ALL = [
+    value
+    for value in vars(configs).values()
+    if isinstance(value, type) and issubclass(value, Config) and value is not Config
+]
+REQUIRED: dict[str, Any] = {
+    "hf_model_path": "model",
+    "output_path": Path("out"),
+    "load": Path("checkpoint"),
+    "save": Path("adapter"),
+    "adapter": Path("adapter"),
+}
+
+
+def filled(config_class: type[Config]) -> Config:
+    """A config with its required fields set."""
+    names = [item.name for item in dataclasses.fields(config_class) if item.default is dataclasses.MISSING]
+    return config_class(**{name: REQUIRED[name] for name in names})
+
+
+@pytest.mark.parametrize("config_class", ALL)
+def test_json_round_trip(config_class: type[Config]) -> None:
+    config = filled(config_class)
+    assert config_class.from_json(config.to_json()) == config
+
+
+def test_round_trip_keeps_every_kind_of_value() -> None:
+    config = FinetuneConfig(
+        load=Path("a b"),
+        save=Path("ü"),
+        data_path=Path("x.jsonl"),
+        lora_target_modules=("linear_qkv",),
+        lr=3e-4,
+        nproc_per_node=4,
+        resume=True,
+    )
+    assert FinetuneConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("config_class", ALL)
+def test_every_field_says_what_it_is(config_class: type[Config]) -> None:
+    for item in dataclasses.fields(config_class):
+        assert item.metadata["help"].strip().endswith((".", "…")), item.name
+
+
+def test_unknown_missing_and_mistyped_are_told_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        FinetuneConfig.from_mapping(
+            {"lod": "x", "train_iters": "ten", "save": "s", "lora_target_modules": "linear_qkv"}
+        )
+    text = str(caught.value)
+    assert "unknown setting 'lod'" in text
+    assert "--load is required" in text
+    assert "--train-iters: expected int; found 'ten'" in text
+    assert "--lora-target-modules: expected a list" in text
+    with pytest.raises(ConfigError, match="--lora-rank: expected at least 1; found 0"):
+        FinetuneConfig.from_mapping({"save": "s", "lora_rank": 0})
+
+
+def test_limits_are_told_together() -> None:
+    config = FinetuneConfig(
+        load=Path("a"),
+        save=Path("b"),
+        expert_tensor_parallel_size=2,
+        lora_rank=0,
+        lora_dropout=1.5,
+        lr=1e-5,
+        min_lr=1e-4,
+        lora_target_modules=("linear_kv",),
+        lr_warmup_iters=10,
+        seq_length=33,
+    )
+    faults = "\n".join(config.faults())
+    for flag in (
+        "--expert-tensor-parallel-size: expected 1",
+        "--lora-rank: expected at least 1",
+        "--lora-dropout: expected at most 0.99",
+        "--min-lr: expected at most --lr",
+        "--lora-target-modules: expected one of",
+        "--lr-warmup-iters: expected fewer",
+        "--seq-length: expected a multiple",
+        "--data-path FILE or --mock-data",
+    ):
+        assert flag in faults
+    with pytest.raises(ConfigError):
+        config.check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
+def test_a_learning_rate_that_is_no_rate_is_refused(value: float) -> None:
+    config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, lr=value)
+    assert any(fault.startswith("--lr:") for fault in config.faults())
+
+
+def test_world_size_faults() -> None:
+    layout = LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4)
+    assert layout.world_size_faults(4) == []
+    assert layout.world_size_faults(8) == []
+    assert len(layout.world_size_faults(2)) == 1
+    assert len(layout.world_size_faults(3)) == 2
+
+
+def test_a_prompt_is_needed() -> None:
+    assert GenerateConfig(load=Path("x")).faults()
+    assert not GenerateConfig(load=Path("x"), prompt=("a",)).faults()
+    assert GenerateConfig(load=Path("x"), prompt=("",)).faults()
+
+
+def test_the_guides_defaults() -> None:
+    config = ConvertConfig(hf_model_path="m", output_path=Path("o"))
+    assert (config.tensor_model_parallel_size, config.expert_model_parallel_size) == (2, 4)
+    assert config.expert_tensor_parallel_size == 1

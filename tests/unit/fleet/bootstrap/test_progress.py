@@ -1,0 +1,177 @@
+"""The state machine over events that a real play made (see tests/integration/fleet/playbooks/small.yml)."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice, Phase
+from mixtral_run.fleet.bootstrap.view import PlainView, duration, progress_table, summary
+
+RECORDED = Path(__file__).with_name("recorded_events.jsonl")
+
+
+@pytest.fixture
+def events() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORDED.read_text().splitlines()]
+
+
+def folded(events: list[dict[str, Any]]) -> tuple[FleetProgress, list[Notice]]:
+    progress = FleetProgress(["gpu-01", "gpu-02"])
+    return progress, [notice for event in events for notice in progress.fold(event)]
+
+
+def test_the_end_of_a_play(events: list[dict[str, Any]]) -> None:
+    progress, notices = folded(events)
+    good, bad = progress.hosts["gpu-01"], progress.hosts["gpu-02"]
+    assert (good.phase, good.changed, good.skipped, good.failure) == (Phase.DONE, 1, 2, None)
+    assert bad.phase is Phase.FAILED
+    assert bad.failure is not None
+    assert bad.failure.task == "Fail in the middle"
+    assert bad.failure.message == "E: Could not get lock /var/lib/dpkg/lock-frontend"
+    assert progress.bad == [bad]
+    assert sorted(notice.host for notice in notices if notice.kind == "changed") == ["gpu-01", "gpu-02"]
+    assert any(notice.kind == "diff" and "+host gpu-01" in notice.text for notice in notices)
+
+
+def test_before_the_end_a_host_shows_its_task(events: list[dict[str, Any]]) -> None:
+    start = next(i for i, each in enumerate(events) if each["event_data"].get("task") == "Take a while")
+    progress, _ = folded(events[: start + 2])
+    host = progress.hosts["gpu-01"]
+    assert (host.phase, host.task) == (Phase.RUNNING, "Take a while")
+    progress.stop()
+    assert host.phase is Phase.STOPPED
+
+
+def test_what_a_rescue_mends_is_no_failure(events: list[dict[str, Any]]) -> None:
+    progress, notices = folded(events)
+    assert any("Fail inside a block" in notice.text for notice in notices)
+    assert progress.hosts["gpu-01"].failures == []
+
+
+def test_an_ignored_failure_is_none(events: list[dict[str, Any]]) -> None:
+    _, notices = folded(events)
+    assert not any("Ignore a failure" in notice.text for notice in notices if notice.kind == "failed")
+
+
+def test_a_host_that_no_play_reached_is_not_done() -> None:
+    progress = FleetProgress(["gpu-01", "gpu-02"])
+    progress.fold({"event": "playbook_on_stats", "event_data": {"processed": {"gpu-01": 1}, "ok": {"gpu-01": 3}}})
+    assert [host.phase for host in progress.hosts.values()] == [Phase.DONE, Phase.WAITING]
+
+
+def test_the_summary_names_error_remedy_log_and_retry(events: list[dict[str, Any]]) -> None:
+    progress, _ = folded(events)
+    text = summary(progress, seconds=75, log=Path("/state/log"), retry="mixtral-run bootstrap --retry", check=False)
+    assert "✗ gpu-02: Fail in the middle" in text
+    assert "unattended-upgrades" in text
+    assert "1 failed, 1 done in 1:15" in text or "1 done, 1 failed in 1:15" in text
+    assert "log:   /state/log" in text
+    assert text.rstrip().endswith("retry: mixtral-run bootstrap --retry")
+
+
+def test_a_warning_of_many_hosts_is_told_once() -> None:
+    progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
+    for name in progress.hosts:
+        data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow"]}}
+        progress.fold({"event": "runner_on_ok", "event_data": data})
+    text = summary(progress, seconds=1, log=None, retry=None, check=False)
+    (told,) = (line for line in text.splitlines() if line.startswith("! "))
+    assert told.startswith("! gpu-00, gpu-01, ")
+    assert told.endswith(" and 42 more: the clock is slow")
+
+
+def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
+    stream, progress = io.StringIO(), FleetProgress(["gpu-01", "gpu-02"])
+    view = PlainView(progress, stream)
+    for event in events:
+        view.update(progress.fold(event))
+    lines = stream.getvalue().splitlines()
+    assert "~ gpu-01: changed · Write a file" in lines
+    assert any(line.startswith("✗ gpu-02: failed · Fail in the middle: E: Could not get lock") for line in lines)
+    assert any(line.startswith("✓ gpu-01: done, 1 changed") for line in lines)
+    assert not any("+host" in line for line in lines)
+
+
+def test_a_table_of_many_hosts_fits_and_shows_failures_first() -> None:
+    from rich.console import Console
+
+    progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
+    progress.unreachable("gpu-49", "does not answer")
+    for number in range(30):
+        progress.hosts[f"gpu-{number:02}"].phase = Phase.DONE
+    console = Console(file=io.StringIO(), width=100, height=24)
+    console.print(progress_table(progress, 22))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) <= 22
+    assert "gpu-49" in lines[1]
+    assert "30 done" in lines[-1]
+
+
+def test_a_line_tells_role_task_time_and_counts() -> None:
+    from rich.console import Console
+
+    progress = FleetProgress(["gpu-01"])
+    for event, role, task in (("ok", "preflight", "Look"), ("ok", "docker", "Add"), ("start", "docker", "Install")):
+        data = {"host": "gpu-01", "role": role, "task": task, "res": {"changed": task == "Add"}}
+        progress.fold({"event": f"runner_on_{event}", "event_data": data})
+    progress.hosts["gpu-01"].task_since = time.time() - 200
+    console = Console(file=io.StringIO(), width=100, height=24)
+    console.print(progress_table(progress, 22))
+    heading, line = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert heading.split() == ["host", "role", "task", "elapsed", "changed/ok"]
+    assert re.fullmatch(r"… gpu-01 +docker +Install +3:2\d +1/2", line.rstrip())
+
+
+def test_secrets_of_no_log_tasks_are_not_in_messages(events: list[dict[str, Any]]) -> None:
+    progress = FleetProgress(["gpu-01"])
+    progress.fold(
+        {
+            "event": "runner_on_failed",
+            "event_data": {"host": "gpu-01", "task": "Token", "res": {"censored": "the output has been hidden"}},
+        }
+    )
+    failure = progress.hosts["gpu-01"].failure
+    assert failure is not None
+    assert "kept back" in failure.message
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (75, "1:15"), (3723, "1:02:03")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_failure_that_a_play_tells_again_at_its_end_is_the_first_one() -> None:
+    progress = FleetProgress({"gpu-01-2222": "gpu-01:2222"})
+    rows = (("docker", "Install the engine", "E: broken"), ("", "Fail the hosts", "Install the engine: E: broken"))
+    told = []
+    for role, task, message in rows:
+        data = {"host": "gpu-01-2222", "role": role, "task": task, "res": {"msg": message}}
+        told += progress.fold({"event": "runner_on_failed", "event_data": data})
+    end = {"failures": {"gpu-01-2222": 1}, "rescued": {"gpu-01-2222": 1}, "processed": {"gpu-01-2222": 1}}
+    progress.fold({"event": "playbook_on_stats", "event_data": end})
+    (host,) = progress.hosts.values()
+    assert host.phase is Phase.FAILED
+    assert host.failure is not None
+    assert (host.failure.role, host.failure.task) == ("docker", "Install the engine")
+    assert [notice.host for notice in told] == ["gpu-01:2222"]
+
+
+def test_steps_of_one_task_are_told_by_their_names() -> None:
+    progress = FleetProgress(["gpu-01"])
+    steps = [{"name": "Know the repository", "changed": False}, {"name": "Install", "changed": True}]
+    data = {"host": "gpu-01", "role": "docker", "task": "Keep the engine", "res": {"changed": True, "steps": steps}}
+    told = progress.fold({"event": "runner_on_ok", "event_data": data})
+    data["res"] = {"msg": "E: broken", "step": "Merge", "steps": steps}
+    told += progress.fold({"event": "runner_on_failed", "event_data": data})
+    assert [(notice.kind, notice.text) for notice in told] == [
+        ("changed", "docker · Install"), ("changed", "docker · Install"), ("failed", "docker · Merge: E: broken"),
+    ]  # fmt: skip
+    (host,) = progress.hosts.values()
+    assert host.ok == 1 and host.changed == 2 and host.failure is not None and host.failure.task == "Merge"

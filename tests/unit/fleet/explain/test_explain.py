@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.explain.explain import explain, find, recognise, record_failures
+from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES
+
+# What programs really print.
+SEEN = {
+    "host-key": "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!",
+    "jump-host-key": "The jump host bastion before gpu-01 has another host key than ssh knows: it was reimaged, or",
+    "ssh-key": "ubuntu@10.0.0.1: Permission denied (publickey).",
+    "sudo": "Missing sudo password",
+    "unreachable": "ssh: connect to host gpu-01 port 22: No route to host",
+    "apt-lock": "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 1234 (unattended-upgr)",
+    "apt-signed-by": "E: Conflicting values set for option Signed-By regarding source https://download.docker.com/",
+    "driver-mismatch": "Failed to initialize NVML: Driver/library version mismatch",
+    "fabric-manager": "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+    "nvml-unknown": "Failed to initialize NVML: Unknown Error",
+    "no-gpu-runtime": 'could not select device driver "" with capabilities: [[gpu]].',
+    "no-driver": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+    "cuda-memory": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0",
+    "host-memory": "rank 3: killed (SIGKILL), which the kernel does when memory runs out: see dmesg",
+    "shared-memory": "RuntimeError: DataLoader worker (pid 123) is killed by signal: Bus error. shared memory (shm)",
+    "nccl-timeout": "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, OpType=ALLREDUCE)",
+    "nccl-error": "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1331, ncclSystemError",
+    "gated-model": "huggingface_hub.errors.GatedRepoError: 401 Client Error.",
+    "hub-unreachable": "ConnectionError: HTTPSConnectionPool(host='huggingface.co', port=443): Max retries exceeded",
+    "pull-limit": "toomanyrequests: You have reached your unauthenticated pull rate limit.",
+    "disk-full": "OSError: [Errno 28] No space left on device",
+    "mount-permission": "PermissionError: [Errno 13] Permission denied: '/checkpoints/x'",
+    "docker-permission": "permission denied while trying to connect to the Docker daemon socket at unix:///run/x",
+    "engine-down": "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+    "no-image": "Unable to find image 'mixtral-run:local' locally",
+    "swap-holes": "swapon: /swapfile: swapon failed: Invalid argument",
+    "no-python": "/bin/sh: 1: /usr/bin/python3: not found",
+    "clock": "E: Release file for http://deb.debian.org/debian/dists/bookworm/InRelease is not valid yet",
+    "proxy-certificate": "SSLError: certificate verify failed: self-signed certificate in certificate chain",
+    "xid": "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
+}
+
+# Of each, the part of a job's or a play's output that the failure stands in.
+LOGS = sorted(Path(__file__).with_name("logs").glob("*/*.txt"))
+
+
+@pytest.mark.parametrize(("name", "text"), SEEN.items())
+def test_a_real_message_is_recognised(name: str, text: str) -> None:
+    known = recognise(f"some line before\n{text}\nsome line after")
+    assert known is not None
+    assert known.name == name
+
+
+@pytest.mark.parametrize("log", LOGS, ids=lambda log: f"{log.parent.name}-{log.stem}")
+def test_a_failure_is_recognised_in_what_else_is_printed_around_it(log: Path) -> None:
+    known = recognise(log.read_text())
+    assert known is not None
+    assert known.name == log.parent.name
+
+
+def test_every_failure_that_the_guide_names_has_a_log() -> None:
+    assert {log.parent.name for log in LOGS} >= {
+        "host-memory", "nccl-timeout", "hub-unreachable", "gated-model", "shared-memory", "mount-permission",
+        "nvml-unknown", "driver-mismatch", "fabric-manager", "apt-lock", "host-key",
+    }  # fmt: skip
+
+
+def test_every_known_failure_has_a_message_here_and_an_answer() -> None:
+    assert {failure.name for failure in KNOWN_FAILURES} == set(SEEN)
+    for failure in KNOWN_FAILURES:
+        assert failure.cause.endswith(".")
+        assert failure.commands
+
+
+@pytest.mark.parametrize("text", ["", "iteration 10/10 | loss 1.2", "all went well", "Saved to /checkpoints/a"])
+def test_an_ordinary_line_is_none_of_them(text: str) -> None:
+    assert recognise(text) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("nccl timeout", "nccl-timeout"), ("shm", "shared-memory"),
+        ("gated model 401", "gated-model"), ("802", "fabric-manager"),
+        ("out of memory while converting", "host-memory"), ("reimaged", "host-key"), ("apt-lock", "apt-lock"),
+    ],
+)  # fmt: skip
+def test_words_find_it(words: str, name: str) -> None:
+    assert find(words)[0].name == name
+
+
+def test_a_recorded_failure_is_explained_by_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    record_failures({"gpu-01": SEEN["apt-lock"], "gpu-02": "something new"})
+    assert "unattended-upgrades" in explain("gpu-01")
+    assert "not among the known" in explain("gpu-02")
+    assert "gpu-01" in explain("")
+    with pytest.raises(ConfigError):
+        explain("zzz qqq")

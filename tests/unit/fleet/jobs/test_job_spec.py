@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, GenerateConfig, SmokeConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.jobs.job_spec import (
+    HostFacts,
+    JobOptions,
+    bind,
+    container_argv,
+    host_path,
+    make_spec,
+    parse_facts,
+)
+
+FACTS = HostFacts(
+    uid=1001, gid=1002, group_of_checkpoints=1000, folder="/home/ops/jobs", kernels="/k,2", num_gpus=8, cdi=True
+)
+
+
+def finetune(**more: object) -> FinetuneConfig:
+    return FinetuneConfig(**{"load": Path("mixtral"), "save": Path("/data/out/my adapter"), "mock_data": True, **more})
+
+
+def test_the_container_of_a_job() -> None:
+    spec = make_spec("finetune-1", "finetune", finetune(), JobOptions(nccl_debug="INFO", environment=("A=b c",)), 1)
+    assert container_argv(spec, FACTS) == [
+        "docker", "run", "--detach", "--init", "--name", "finetune-1",
+        "--label", "org.mixtral-run.job=finetune-1", "--label", "org.mixtral-run.verb=finetune",
+        "--label", "org.mixtral-run.num_hosts=1", "--label", "org.mixtral-run.output=/data/out/my adapter",
+        "--device", "nvidia.com/gpu=all", "--shm-size", "32g", "--stop-timeout", "330",
+        "--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--ulimit", "nofile=1048576:1048576",
+        "--user", "1001:1002", "--group-add", "1000",
+        "--mount", "type=bind,source=/var/lib/mixtral-run/checkpoints,target=/checkpoints",
+        "--mount", "type=bind,source=/var/lib/mixtral-run/huggingface,target=/huggingface",
+        "--mount", "type=bind,source=/home/ops/jobs/finetune-1,target=/job,readonly",
+        "--mount", 'type=bind,"source=/k,2",target=/kernels',
+        "--mount", "type=bind,source=/data/out,target=/data/out",
+        "--workdir", "/checkpoints", "--env", "PYTHONUNBUFFERED=1", "--env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=390",
+        "--env", "TRITON_CACHE_DIR=/kernels", "--env", "NCCL_DEBUG=INFO", "--env", "A=b c",
+        "mixtral-run:local", "mixtral-run", "finetune", "--config", "/job/config.json",
+    ]  # fmt: skip
+
+
+def test_without_gpus_none_are_asked_for_and_without_cdi_all_by_the_runtime() -> None:
+    spec = make_spec("j", "finetune", finetune(), JobOptions(), 1)
+    none = container_argv(spec, dataclasses.replace(FACTS, num_gpus=0))
+    assert "--gpus" not in none
+    assert "--device" not in none
+    runtime = container_argv(spec, dataclasses.replace(FACTS, cdi=False))
+    assert runtime[runtime.index("--gpus") + 1] == "all"
+
+
+def test_sudo_stands_before_docker_where_it_is_needed() -> None:
+    spec = make_spec("j", "finetune", finetune(), JobOptions(), 1)
+    assert container_argv(spec, dataclasses.replace(FACTS, docker=("sudo", "-n", "docker")))[:4] == [
+        "sudo",
+        "-n",
+        "docker",
+        "run",
+    ]
+
+
+def test_several_hosts_meet_at_the_first() -> None:
+    spec = make_spec("j", "finetune", finetune(), JobOptions(nccl_timeout=3600), 2, "10.0.0.1:29400")
+    argv = container_argv(spec, dataclasses.replace(FACTS, address="10.0.0.2", interface="eth1"))
+    assert "GLOO_SOCKET_IFNAME=eth1" in argv
+    assert argv[argv.index("--network") + 1] == "host"
+    assert argv[argv.index("python") :] == [
+        "python", "-m", "mixtral_run.launch.torchrun",
+        "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "10.0.0.1:29400", "--rdzv-id", "j", "--local-addr", "10.0.0.2",
+        "--max-restarts", "0", "-m", "mixtral_run", "finetune", "--config", "/job/config.json",
+    ]  # fmt: skip
+    assert spec.config["distributed_timeout_minutes"] == 60
+
+
+def test_paths_are_the_hosts_and_files_that_lie_here_are_sent(tmp_path: Path) -> None:
+    data = tmp_path / "my data.jsonl"
+    data.write_text("{}")
+    spec = make_spec("j", "finetune", finetune(mock_data=False, data_path=data, valid_data_path=data), JobOptions(), 1)
+    assert spec.config["data_path"] == "/job/data_path.jsonl"
+    assert spec.config["valid_data_path"] == "/job/valid_data_path.jsonl"
+    assert spec.files == ((data, "data_path.jsonl"), (data, "valid_data_path.jsonl"))
+    assert spec.config["load"] == "/checkpoints/mixtral"
+    there = make_spec("j", "finetune", finetune(mock_data=False, data_path=Path("/data/set.jsonl")), JobOptions(), 1)
+    assert there.config["data_path"] == "/data/set.jsonl"
+    assert there.mounts == ("/data",)
+
+
+def test_a_model_by_name_is_left_alone_and_one_by_folder_is_mounted() -> None:
+    named = ConvertConfig(hf_model_path="mistralai/Mixtral-8x7B-v0.1", output_path=Path("/checkpoints/x"))
+    assert make_spec("j", "convert", named, JobOptions(), 1).config["hf_model_path"] == "mistralai/Mixtral-8x7B-v0.1"
+    folder = ConvertConfig(hf_model_path="/models/hf/mixtral", output_path=Path("x"))
+    assert make_spec("j", "convert", folder, JobOptions(), 1).mounts == ("/models/hf",)
+
+
+@pytest.mark.parametrize(("path", "mount"), [("/opt/models", "/opt/models"), ("/home/base", "/home/base")])
+def test_an_input_does_not_hide_the_image(path: str, mount: str) -> None:
+    config = ConvertConfig(hf_model_path=path, output_path=Path("x"))
+    assert make_spec("j", "convert", config, JobOptions(), 1).mounts == (mount,)
+    assert make_spec("j", "finetune", finetune(load=Path(path), save=Path("x")), JobOptions(), 1).mounts == (mount,)
+
+
+@pytest.mark.parametrize(
+    "path", ["/opt/out", "/opt", "/opt/mixtral-run/out", "/home/out", "/usr/local/out", "/etc/out", "/job"]
+)
+def test_an_output_whose_folder_would_hide_the_image_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"--save(.|\n)*/data/NAME"):
+        make_spec("j", "finetune", finetune(save=Path(path)), JobOptions(), 1)
+    config = SmokeConfig(load=Path(path), work_path=Path("x"))
+    with pytest.raises(ConfigError, match="--load"):
+        make_spec("j", "smoke", config, JobOptions(), 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "mount"), [("/out", "/out"), ("/home/ubuntu/out", "/home/ubuntu"), ("/opt/a/b", "/opt/a")]
+)
+def test_an_output_elsewhere_has_its_folder(path: str, mount: str) -> None:
+    assert make_spec("j", "finetune", finetune(save=Path(path)), JobOptions(), 1).mounts == (mount,)
+
+
+def test_a_path_that_climbs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--load"):
+        make_spec("j", "finetune", finetune(load=Path("../../etc")), JobOptions(), 1)
+
+
+def test_words_of_prompts_stay_in_the_file() -> None:
+    config = GenerateConfig(load=Path("m"), prompt=("'; rm -rf / #", "$(id)"))
+    spec = make_spec("j", "generate", config, JobOptions(), 1)
+    assert not any("rm -rf" in word or "$(id)" in word for word in container_argv(spec, FACTS))
+    assert "rm -rf" in spec.config_json()
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "my_password"])
+def test_a_secret_does_not_go_by_environment(name: str) -> None:
+    with pytest.raises(ConfigError, match="docker inspect"):
+        JobOptions(environment=(f"{name}=x",)).check()
+
+
+def test_all_faults_of_the_options_at_once() -> None:
+    options = JobOptions(
+        shm_size="much", image="-v", environment=("x",), ulimits=("a b",), hf_home="rel", nccl_timeout=1
+    )
+    with pytest.raises(ConfigError) as caught:
+        options.check()
+    assert len(caught.value.faults) == 6
+
+
+def test_a_mount_takes_colons_commas_and_quotes() -> None:
+    assert bind("/a:b", "/a:b") == ["--mount", "type=bind,source=/a:b,target=/a:b"]
+    assert bind('/a,"b', "/c") == ["--mount", 'type=bind,"source=/a,""b",target=/c']
+
+
+def test_paths_of_the_container_on_the_host() -> None:
+    options = JobOptions(checkpoints_folder="/srv/ckpt")
+    assert host_path("/checkpoints/a", options) == "/srv/ckpt/a"
+    assert host_path("/checkpoints", options) == "/srv/ckpt"
+    assert host_path("/checkpoints2/a", options) == "/checkpoints2/a"
+
+
+def test_facts_are_parsed() -> None:
+    lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
+    text = "\n".join((*lines, "image=1", "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
+    facts, told = parse_facts(text)
+    assert facts == HostFacts(
+        docker=("sudo", "-n", "docker"),
+        uid=1,
+        gid=2,
+        folder="/f",
+        kernels="/k",
+        num_gpus=8,
+        address="10.0.0.1",
+        interface="eth0",
+    )
+    assert told["image"] == "1"
+
+
+def test_a_name_on_the_hub_stays_one() -> None:
+    """A folder of that name below the job's working directory comes first there."""
+    spec = make_spec("j", "finetune", finetune(load=Path("mistralai/Mixtral-8x7B-v0.1")), JobOptions(), 1)
+    assert spec.config["load"] == "mistralai/Mixtral-8x7B-v0.1"
+    assert spec.mounts == ("/data/out",)
+    smoke = make_spec("j", "smoke", SmokeConfig(load=Path("runs/smoke"), hf_model_path="a/b"), JobOptions(), 1)
+    assert smoke.config["load"] == "/checkpoints/runs/smoke"

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.fleet.hosts import Host, parse_host
+from mixtral_run.fleet.ssh.connection import connection_options, destination, ssh_argv
+from mixtral_run.fleet.ssh.problems import connection_error, is_dropped
+
+KNOWN = Path("/state/known hosts")
+
+
+def test_the_words_of_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert connection_options(KNOWN) == [
+        "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
+        "-o", 'UserKnownHostsFile="/state/known hosts" "/home/me/.ssh/known_hosts"',
+        "-o", "HashKnownHosts=no", "-o", "UpdateHostKeys=no", "-o", "ConnectTimeout=10",
+        "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4", "-o", "LogLevel=ERROR",
+    ]  # fmt: skip
+
+
+def test_a_destination_comes_after_the_options_and_never_is_one() -> None:
+    host = Host("gpu-01", "10.0.0.1", "ops", 2222, "/keys/a b", ("-J", "bastion"))
+    assert destination(host) == ["-J", "bastion", "-p", "2222", "-l", "ops", "-i", "/keys/a b", "--", "10.0.0.1"]
+    assert destination(parse_host("gpu-01")) == ["--", "gpu-01"]
+
+
+def test_every_word_of_a_command_is_quoted() -> None:
+    argv = ssh_argv(parse_host("gpu-01"), ["touch", "a b", "$(reboot)", "it's", ";id", "--x=`y`"], KNOWN)
+    assert argv[-1] == "touch 'a b' '$(reboot)' 'it'\"'\"'s' ';id' '--x=`y`'"
+    assert argv[-3:-1] == ["--", "gpu-01"]
+
+
+CHANGED = """@@@@@@@@@@@@@
+@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @
+The fingerprint for the ED25519 key sent by the remote host is
+SHA256:9T8Wx/zX1r3W.
+Host key for [127.0.0.1]:2222 has changed and you have requested strict checking.
+Host key verification failed."""
+
+
+# Of a jump host the ssh that goes on to the host hears nothing but the end of the connection.
+CHANGED_BEFORE = f"""{CHANGED}
+kex_exchange_identification: Connection closed by remote host
+Connection closed by UNKNOWN port 65535"""
+
+
+@pytest.mark.parametrize(
+    ("errors", "again"),
+    [
+        (
+            "kex_exchange_identification: read: Connection reset by peer\r\nConnection reset by 10.0.0.1 port 22\r\n",
+            True,
+        ),
+        (
+            "kex_exchange_identification: Connection closed by remote host\r\n"
+            "Connection closed by UNKNOWN port 65535\r\n",
+            True,
+        ),
+        ("ssh_exchange_identification: Connection closed by remote host", True),
+        ("Connection reset by 10.0.0.1 port 22", True),
+        # A jump host's refusal, and what it says of a host behind it, will be the same again.
+        ("ops@bastion: Permission denied (publickey).\r\nConnection closed by UNKNOWN port 65535\r\n", False),
+        (
+            "channel 0: open failed: administratively prohibited: open failed\nstdio forwarding failed\n"
+            "kex_exchange_identification: Connection closed by remote host",
+            False,
+        ),
+        ("channel 0: open failed: connect failed: Connection refused\nConnection closed by UNKNOWN port 65535", False),
+        # The command may have run already.
+        ("Connection to gpu-01 closed by remote host.", False),
+        ("Read from remote host gpu-01: Connection reset by peer", False),
+        (CHANGED, False),
+        (CHANGED_BEFORE, False),
+    ],
+)
+def test_only_what_was_dropped_at_its_start_is_tried_again(errors: str, again: bool) -> None:
+    assert is_dropped(errors) is again
+
+
+def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
+    host = Host("gpu-01", "10.0.0.1", "ops", inventory="/racks/hosts.yml")
+    for errors, flag in ((CHANGED, "--accept-new-host-key gpu-01"), ("Permission denied (publickey).", "--ask-pass")):
+        told = connection_error(host, errors).next_command or ""
+        assert f"mixtral-run bootstrap {flag} -i /racks/hosts.yml --limit gpu-01" in told
+
+
+@pytest.mark.parametrize(
+    ("errors", "what", "command"),
+    [
+        (CHANGED, "shows another host key", "--accept-new-host-key gpu-01:2222 ops@gpu-01:2222"),
+        (
+            CHANGED_BEFORE,
+            "The jump host [127.0.0.1]:2222 before gpu-01:2222 has another host key",
+            "ssh-keygen -R '[127.0.0.1]:2222', then ssh gpu-01",
+        ),
+        ("ops@gpu-01: Permission denied (publickey).", "refuses the key", "bootstrap --ask-pass ops@gpu-01:2222"),
+        ("ssh: Could not resolve hostname gpu-01: Name or service not known", "is not known", "HostName"),
+        ("ssh: connect to host gpu-01 port 2222: Connection refused", "refuses the connection", "port"),
+        ("ssh: connect to host gpu-01 port 2222: Connection timed out", "does not answer", "ping gpu-01"),
+        ("kex_exchange_identification: read: Connection reset", "cannot be reached", "ssh -v"),
+    ],
+)
+def test_what_ssh_says_becomes_what_to_do(errors: str, what: str, command: str) -> None:
+    error = connection_error(parse_host("ops@gpu-01:2222"), errors)
+    assert what in error.what
+    assert command in (error.next_command or "")
+    assert error.exit_code == 3

@@ -1,0 +1,72 @@
+"""What `status` makes of a host's own reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mixtral_run.fleet.hosts import parse_host
+from mixtral_run.fleet.jobs.jobs import _engine_fault
+from mixtral_run.fleet.ssh.connection import Answer
+from mixtral_run.fleet.status.page import page
+from mixtral_run.fleet.status.read_fleet import HostStatus, status_from
+
+IDENTITY = {"machine_id": "0" * 32, "ssh_host_key": "ssh-ed25519 AAAA"}
+
+
+def read(**more: Any) -> HostStatus:
+    gpu = {"index": 0, "name": "H100", "memory_gib": 80.0, "temperature_celsius": 40.0, "ecc_errors": 0}
+    found = {
+        "os": {"name": "Ubuntu 24.04"}, "kernel": "6.8", "driver": {"user": "580.1", "kernel": "580.1", "error": None},
+        "gpus": [gpu], "engine": {"version": "28", "error": None, "cdi_devices": [], "runtimes": []},
+        "fabric_manager": {"nvswitch": True, "active": True, "version": "580.1"}, "toolkit": "1.18",
+        "cdi": {"gpus": 1}, "image": {"digests": [], "inputs": "ab", "id": "cd"}, "swap": [],
+        "memory": {"ram_gib": 128}, "disks": [{"path": "/", "free_gib": 900}], "models": [], "checkpoints": [],
+        "adapters": [], "jobs": [], "records": {"acceptance": {"stamp": {"identity": IDENTITY}, "at": "now"}},
+        "identity": IDENTITY, "xid_errors": [],
+    }  # fmt: skip
+    return status_from("gpu-01", {**found, **more})
+
+
+def test_a_sound_host_warns_of_nothing() -> None:
+    status = read()
+    assert status.warnings == () and status.reimaged is False
+
+
+@pytest.mark.parametrize(
+    ("reading", "warning"),
+    [
+        ({"xid_errors": ["NVRM: Xid (PCI:0000:3b:00): 79"]}, "1 Xid errors"),
+        ({"xid_errors": None}, "Xid errors cannot be read"),
+        ({"fabric_manager": {"nvswitch": True, "active": False, "version": "580.1"}}, "CUDA will fail"),
+        ({"fabric_manager": {"nvswitch": True, "active": True, "version": "570.2"}}, "CUDA will fail"),
+        ({"driver": {"user": "580.1", "kernel": "570.2", "error": None}}, "reboot"),
+        ({"image": None}, "image is missing"),
+        ({"disks": [{"path": "/", "free_gib": 1}]}, "1 GiB free"),
+    ],
+)
+def test_each_fault_is_told(reading: dict[str, Any], warning: str) -> None:
+    (told,) = read(**reading).warnings
+    assert warning in told
+
+
+def test_what_could_not_be_read_is_not_shown_as_none() -> None:
+    assert "0 / ?" in page([read(xid_errors=None)])
+    assert "0 / 0" in page([read()])
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_a_stamp_of_another_installation_tells_of_a_reimage(key: str) -> None:
+    assert read(identity={**IDENTITY, key: "another"}).reimaged is True
+
+
+def test_a_user_who_may_not_use_the_engine_is_told_what_helps() -> None:
+    words = "ops: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock"
+    told = str(_engine_fault(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
+    assert "may not talk to the engine" in told
+    assert '"docker_users": ["ops"]' in told and "--ask-become-pass" in told and "bootstrap gpu-01" in told
+    down = str(
+        _engine_fault(parse_host("ops@gpu-01"), Answer(3, "", "Cannot connect to the Docker daemon"), "cannot run jobs")
+    )
+    assert "next:     mixtral-run bootstrap ops@gpu-01" in down

@@ -1,0 +1,113 @@
+"""What generation asks of the model beside training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.inference.decode import Decoding, RecordedDecoding, StayingDecoding, decoding_of
+from mixtral_run.inference.generate import Sampling, continue_rows
+from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
+from mixtral_run.model.parallel.mesh import processes
+from tests.integration.conftest import SMALL
+
+
+@contextmanager
+def random_model() -> Iterator[MixtralModel]:
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+    with processes(config) as here, torch.inference_mode():
+        model = build_model(SMALL, ModelSettings(torch.float32, False), here).eval()
+        for index, weight in enumerate(model.parameters()):
+            weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(index))
+        yield model
+
+
+def test_logits_of_the_last_position_alone() -> None:
+    with random_model() as model:
+        tokens = torch.tensor([[1, 5, 9, 200], [1, 2, 3, 4]])
+        last = model.logits(tokens, last_only=True)
+        every = model.logits(tokens)
+    assert last.shape == (2, 1, SMALL.vocab_size)
+    assert every.shape == (2, 4, SMALL.vocab_size)
+    torch.testing.assert_close(last, every[:, -1:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (2, 4), (1, 1)])
+@pytest.mark.parametrize("kind", [Decoding, StayingDecoding])
+def test_a_token_at_a_time_gives_what_the_whole_rows_give(kind: type[Decoding], lengths: tuple[int, ...]) -> None:
+    """Also where a row is padded, and where the memory has room for more than comes."""
+    longest, new = max(lengths), 5
+    whole = torch.randint(1, SMALL.vocab_size, (len(lengths), longest + new))
+    padding = torch.tensor([longest - length for length in lengths])
+    with random_model() as model:
+        passes = kind(model, padding, longest + new + 3)
+        found = [passes(whole[:, :longest]), *(passes(whole[:, [at]]) for at in range(longest, longest + new))]
+        for row, begin in enumerate(padding.tolist()):
+            expected = model.logits(whole[row : row + 1, begin:])[0]
+            for number, logits in enumerate(found):
+                torch.testing.assert_close(
+                    logits[row], expected[longest - begin - 1 + number], rtol=1e-4, atol=1e-5, msg=f"{row}, {number}"
+                )
+
+
+def test_a_row_that_has_ended_changes_nothing_of_the_others() -> None:
+    rows, sampling = [[1, 5, 9], [1, 2], [7]], Sampling(12, 0.0, 1.0, 0)
+    with random_model() as model:
+        free = [continue_rows(model, [row], -1, sampling)[0] for row in rows]
+        ends = free[0][1]
+        for kind in (Decoding, StayingDecoding):
+            found = continue_rows(model, rows, ends, sampling, decoding=kind)
+            for mine, alone in zip(found, free, strict=True):
+                count = alone.index(ends) + 1 if ends in alone else len(alone)
+                assert mine == alone[:count]
+
+
+class FakeGraph:
+    """STAND-IN: CPUs have no recordings. What is not asserted here, that they give the same, is in tests/gpu."""
+
+    def replay(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fault", ["cannot be recorded", "gives something else"])
+def test_where_recording_goes_wrong_generation_goes_on_without(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inside = False
+
+    @contextmanager
+    def graph(_: FakeGraph, **__: object) -> Iterator[None]:
+        nonlocal inside
+        inside = True
+        yield
+        inside = False
+        if fault == "cannot be recorded":
+            raise RuntimeError("it cannot be recorded\nand more")  # as torch does where the recording ends
+
+    def logits(*words: Any, **named: Any) -> torch.Tensor:
+        return right(*words, **named) * (0 if inside and fault == "gives something else" else 1)
+
+    right = MixtralModel.logits
+    replayed: list[FakeGraph] = []
+    monkeypatch.setattr(MixtralModel, "logits", logits)
+    monkeypatch.setattr(FakeGraph, "replay", lambda graph: replayed.append(graph))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with random_model() as model:
+        rows, sampling = [[1, 5, 9], [1, 2]], Sampling(6, 0.0, 1.0, 0)
+        found = continue_rows(model, rows, 0, sampling, decoding=RecordedDecoding)
+        assert found == continue_rows(model, rows, 0, sampling, decoding=Decoding)
+    assert len(replayed) == (fault == "gives something else")
+    assert [record.message for record in caplog.records] == [f"Generation is not recorded, and slower: it {fault}."]
+
+
+def test_nothing_is_recorded_on_cpus() -> None:
+    with random_model() as model:
+        assert decoding_of(model, 1, 1000) is Decoding

@@ -1,0 +1,94 @@
+"""When GPUs read from each other: what is asked before any memory is shared."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mixtral_run.model.dispatch import symmetric_memory as module
+from mixtral_run.model.dispatch.symmetric_memory import _read_each_other, open_peers
+from mixtral_run.model.parallel import mesh
+from mixtral_run.model.parallel.mesh import Processes
+from tests.integration.conftest import SMALL
+
+GPU = torch.device("cuda", 1)
+GROUP: Any = object()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Four processes on a machine of four GPUs, which read from each other; the group is of GPUs 0 and 1."""
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda _: [0, 1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    return monkeypatch
+
+
+def test_gpus_of_one_machine_do(machine: pytest.MonkeyPatch) -> None:
+    assert _read_each_other(GROUP, GPU)
+    asked: list[Any] = []
+    machine.setattr(torch.cuda, "can_device_access_peer", lambda *gpus: asked.append(gpus) or True)
+    assert _read_each_other(GROUP, GPU)
+    assert asked == [(GPU, 0)]
+
+
+def test_cpus_do_not(machine: pytest.MonkeyPatch) -> None:
+    assert not _read_each_other(GROUP, torch.device("cpu"))
+
+
+def test_gpus_of_several_machines_do_not(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not _read_each_other(GROUP, GPU)
+
+
+def test_gpus_that_the_driver_keeps_apart_do_not(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.cuda, "can_device_access_peer", lambda *_: False)
+    assert not _read_each_other(GROUP, GPU)
+
+
+def test_gpus_that_a_process_does_not_see_are_not_asked(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.cuda, "device_count", lambda: 1)
+    machine.setattr(dist, "get_process_group_ranks", lambda _: [0, 1, 2])
+    assert not _read_each_other(GROUP, GPU)
+
+
+def test_who_turns_it_off_for_nccl_turns_it_off(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("NCCL_P2P_DISABLE", "1")
+    assert not _read_each_other(GROUP, GPU)
+    machine.setenv("NCCL_P2P_DISABLE", "0")
+    assert _read_each_other(GROUP, GPU)
+
+
+@pytest.mark.parametrize("fails", ["here", "elsewhere"])
+def test_memory_that_one_process_lacks_is_shared_by_none(
+    fails: str, machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others would wait in the next step for the one that is not there."""
+    asked: list[str] = []
+
+    class Fake:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def allocate(self) -> None:
+            asked.append("allocate")
+            if fails == "here":
+                raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+        def share(self) -> None:
+            asked.append("share")
+
+    class Here:
+        device, expert_group = GPU, GROUP
+
+    machine.setattr(module, "Peers", Fake)
+    machine.setattr(mesh, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
+    machine.setattr(module, "everywhere", lambda ok, _: ok)
+    assert open_peers(cast(Processes, Here()), SMALL, 16, torch.bfloat16) is None
+    assert asked == ["allocate"]
+    expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
+    assert [record.message for record in caplog.records] == (expected if fails == "here" else [])

@@ -1,0 +1,105 @@
+"""Inputs of layers in host memory: training is the same bit by bit, every copy is made, every buffer used again."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.errors import TrainingError
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Processes, processes, seed_everything
+from mixtral_run.model.recompute.offload import Offload
+from mixtral_run.train.cuda_graph import can_record
+from mixtral_run.train.data.samples import GlobalBatch
+from mixtral_run.train.step import StepResult, train_step, trainable
+from tests.integration.conftest import SMALL
+from tests.unit.model.recompute.test_recompute import loss_of, model_of
+from tests.unit.model.test_packed_attention import micro_batches
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Processes]:
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+    with processes(config) as joined:
+        yield joined
+
+
+def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], list[torch.Tensor]]:
+    """Three steps' results, the adapters after them and their last gradients."""
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    seed_everything(3, 0)
+    results = [train_step(model, optimizer, batch, 1.0) for _ in range(STEPS)]
+    gradients = [each.grad for each in trainable(model) if each.grad is not None]
+    return results, [each.detach() for each in trainable(model)] + gradients
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_is_the_same_bit_by_bit(here: Processes, dropout: float, packed: bool) -> None:
+    row, alone = micro_batches()
+    # Of several sizes where they are alone, so that no buffer fits the next.
+    micros = (row, row) if packed else tuple(alone)
+    batch = GlobalBatch(micros, 20, len(micros))
+    results, tensors = trained(model_of(here, "offload", dropout), batch)
+    assert results[0].loss != results[-1].loss
+    for other in ("full", "none"):
+        expected_results, expected = trained(model_of(here, other, dropout), batch)
+        assert results == expected_results
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(tensors, expected, strict=True))
+
+
+def test_every_layer_keeps_its_input_and_every_buffer_serves_again(here: Processes) -> None:
+    model = model_of(here, "offload")
+    offload = model.gpt.decoder.layers[0].offload
+    assert all(layer.offload is offload for layer in model.gpt.decoder.layers)
+    pointers = []
+    for _ in range(3):
+        loss = loss_of(model)
+        assert offload.num_spare == 0
+        loss.backward()
+        del loss
+        gc.collect()
+        assert offload.num_spare == SMALL.num_layers
+        pointers.append({buffer.data_ptr() for buffer in offload._spare})
+    assert pointers[0] == pointers[1] == pointers[2]
+
+
+def test_evaluation_copies_nothing_and_a_pass_without_a_way_back_leaves_nothing(here: Processes) -> None:
+    model = model_of(here, "offload")
+    offload = model.gpt.decoder.layers[0].offload
+    with torch.no_grad():
+        expected = loss_of(model)
+    loss_of(model.eval())
+    assert offload.num_spare == 0 and offload._last is None
+    assert torch.equal(loss_of(model.train()).detach(), expected)
+    gc.collect()
+    assert offload.num_spare == SMALL.num_layers
+
+
+def test_only_two_are_on_the_device(here: Processes) -> None:
+    offload = Offload(torch.device("cpu"))
+    inputs = [torch.full((3, 5), float(number), requires_grad=True) for number in range(6)]
+    kept = [offload._keep(each * 2) for each in inputs]
+    assert [each._here is None for each in kept] == [True] * 5 + [False]
+    for number in reversed(range(6)):
+        given = kept[number].take()
+        assert given.unique().tolist() == [2.0 * number]
+        # The next pass may write into the buffer while this one still reads what it was given.
+        assert given.data_ptr() != kept[number]._host.data_ptr()
+        # The one that was taken belongs to its layer; the next is on its way.
+        assert [index for index, each in enumerate(kept) if each._here is not None] == [number - 1] * (number > 0)
+    # Once more, as with retain_graph.
+    assert kept[2].take().unique().tolist() == [4.0]
+
+
+def test_is_not_recorded(here: Processes) -> None:
+    assert not can_record(model_of(here, "offload"), 16)
+
+
+def test_host_memory_that_is_not_there_is_told() -> None:
+    with pytest.raises(TrainingError, match="--recompute offload"):
+        Offload(torch.device("cpu")).buffer((2**52,), torch.float32)

@@ -1,0 +1,111 @@
+"""Recomputation changes what is kept, nothing else: losses and gradients, with the same dropout."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
+from mixtral_run.model.parallel.mesh import Processes, processes, seed_everything
+from mixtral_run.planner.memory_model import Layout, Workload, kept_per_token
+from tests.integration.conftest import SMALL
+
+BATCH, SEQUENCE = 2, 24
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Processes]:
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+    with processes(config) as joined:
+        yield joined
+
+
+def model_of(
+    here: Processes,
+    recompute: str,
+    dropout: float = 0.0,
+    modules: tuple[str, ...] = LORA_TARGET_MODULES,
+    architecture: MixtralArchitecture = SMALL,
+) -> MixtralModel:
+    lora = LoraSettings(4, 8.0, dropout, modules, 1)
+    model = build_model(architecture, ModelSettings(torch.float32, True, lora, recompute), here).train()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and ".linear_in" not in name:
+                parameter.normal_(0.0, 0.1, generator=generator)
+    return model
+
+
+def loss_of(model: MixtralModel) -> torch.Tensor:
+    tokens = torch.randint(0, SMALL.vocab_size, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(9))
+    seed_everything(3, 0)
+    return model.losses(tokens[:, :-1], tokens[:, 1:]).mean()
+
+
+@pytest.mark.parametrize("modules", [LORA_TARGET_MODULES, ("linear_fc2",), ("linear_qkv", "linear_proj")])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_losses_and_gradients_stay(here: Processes, recompute: str, dropout: float, modules: tuple[str, ...]) -> None:
+    results = []
+    for mode in ("none", recompute):
+        model = model_of(here, mode, dropout, modules)
+        loss = loss_of(model)
+        loss.backward()
+        results.append(
+            (loss.detach(), {name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+        )
+    (loss, gradients), (other_loss, other_gradients) = results
+    assert torch.equal(loss, other_loss)
+    assert gradients.keys() == other_gradients.keys() and gradients
+    for name, gradient in gradients.items():
+        assert float(gradient.abs().max()) > 0, name
+        # The router's weights get their gradient from other sums (test_shares.py): rounding of the largest, no more.
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=2e-6 * largest)
+
+
+def test_dropout_drops(here: Processes) -> None:
+    assert not torch.equal(loss_of(model_of(here, "selective", 0.3)), loss_of(model_of(here, "selective")))
+
+
+def kept(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
+    """Shapes and bytes of what autograd keeps of one pass, each storage once; weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage, tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of(model)
+    return Counter((shape, storage.nbytes()) for storage, shape in found.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_selective_keeps_as_much_less_as_the_plan_says(here: Processes, dropout: float) -> None:
+    workload = Workload(
+        architecture=SMALL,
+        gpus=1,
+        seq_length=SEQUENCE,
+        micro_batch_size=BATCH,
+        lora_rank=4,
+        lora_dropout=dropout,
+        weight_bytes=4,
+    )
+    none, selective = (kept_per_token(workload, Layout(1, 1, mode)) for mode in ("none", "selective"))
+    expected = (none - selective) * SMALL.num_layers * BATCH * SEQUENCE
+    if not dropout:
+        # The first layer's input, which nothing else keeps, is kept to make its norm again: of what is gone, of the
+        # same shape, one less is counted.
+        expected -= BATCH * SEQUENCE * SMALL.hidden_size * 4
+    # What is no longer kept. The CPU's kernels keep other forms of what it is made of than the GPU's do, hence no sum.
+    gone = kept(model_of(here, "none", dropout)) - kept(model_of(here, "selective", dropout))
+    assert sum(size * count for (_, size), count in gone.items()) == expected

@@ -1,0 +1,195 @@
+"""What is decided for a run by the plan, on GPUs that these tests make up."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.planner import available as gpus
+from mixtral_run.planner import choose
+from mixtral_run.planner.available import GpuMemory
+from mixtral_run.planner.choose import memory_error, settled
+from mixtral_run.planner.memory_model import CONTEXT, GIB
+from mixtral_run.weights.manifest.describe import BaseDescription
+
+BASE = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "f")
+
+
+def run(**settings: Any) -> FinetuneConfig:
+    return FinetuneConfig(load=Path("base"), save=Path("s"), mock_data=True, **settings).check()
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it with a number of GPUs, their GiB, how much of it is free, and the GiB of free RAM."""
+
+    def pretend(count: int, gib: float | None, free: float | None = None, ram: float = 1000) -> None:
+        found = None if gib is None else GpuMemory(gib * GIB, (free or gib) * GIB)
+        monkeypatch.setattr(choose, "gpu_memory", lambda *_: found)
+        monkeypatch.setattr(choose, "host_memory", lambda: ram * GIB)
+        monkeypatch.setattr(choose, "describe_base", lambda _: BASE)
+        monkeypatch.setattr(choose.processes, "process_count", lambda _: count)
+
+    return pretend
+
+
+def test_auto_takes_experts_before_attention(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpus(8, 32)
+    config = settled(run(layout="auto"))
+    assert (config.tensor_model_parallel_size, config.expert_model_parallel_size) == (1, 8)
+    assert (config.recompute, config.layout) == ("none", "given")
+    assert "Plan: TP1/EP8, recompute none" in capsys.readouterr().out
+    on_gpus(8, 139.8)
+    assert settled(run(layout="auto")).expert_model_parallel_size == 1
+
+
+def test_auto_keeps_to_what_the_batch_allows(on_gpus: Any) -> None:
+    on_gpus(8, 32)
+    # Four samples cannot be shared out over eight replicas; over the four of TP2 they can.
+    assert settled(run(layout="auto", global_batch_size=4)).tensor_model_parallel_size == 2
+
+
+def test_auto_says_when_nothing_fits(on_gpus: Any) -> None:
+    on_gpus(1, 80)
+    with pytest.raises(ConfigError) as caught:
+        settled(run(layout="auto"))
+    assert "mixtral-run plan --gpus 1 --gpu-memory 80 --seq-length 512" in str(caught.value)
+
+
+def test_recomputation_is_the_least_that_fits(on_gpus: Any) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    for seq_length, expected in ((2048, "none"), (8192, "selective"), (16384, "full")):
+        on_gpus(1, 139.8)
+        config = settled(run(**layout, seq_length=seq_length))
+        assert config.recompute == expected
+        assert memory_error(config, BASE, 1) is None
+
+
+def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
+    on_gpus(8, 32)
+    assert settled(run(**layout, seq_length=16384)).recompute == "full"
+    config = settled(run(**layout, seq_length=24576))
+    assert config.recompute == "offload"
+    assert memory_error(config, BASE, 8) is None
+    assert "64.0 GiB of host RAM" in capsys.readouterr().out
+    # Where another layout does without, it is taken.
+    config = settled(run(layout="auto", seq_length=24576))
+    assert (config.tensor_model_parallel_size, config.recompute) == (2, "full")
+
+
+def test_a_host_without_the_ram_is_told(on_gpus: Any) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
+    on_gpus(8, 32, ram=79)
+    error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)
+    assert error is not None
+    text = str(error)
+    assert "at most 63.2 GiB, 80% of the 79.0 that are free" in text
+    assert "64.0 GiB for the layers' inputs on 8 GPUs" in text
+    assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is not None
+    on_gpus(8, 32, ram=81)
+    assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is None
+
+
+def test_the_host_is_asked() -> None:
+    assert 0 < gpus.host_memory() < psutil.virtual_memory().total
+
+
+def test_a_host_keeps_for_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose.workload_of(run(), BASE, 16).gpus_per_host == 16
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert choose.workload_of(run(), BASE, 16).gpus_per_host == 4
+
+
+def test_what_was_given_stays(on_gpus: Any) -> None:
+    on_gpus(8, 139.8)
+    for given in ({"recompute": "full"}, {"recompute_activations": True}, {"recompute": "none"}):
+        config = run(**given)
+        assert settled(config) == config
+    kept = settled(run(layout="auto", recompute_activations=True))
+    assert kept.recomputation == "full"
+
+
+def test_on_a_cpu_nothing_is_refused(on_gpus: Any) -> None:
+    on_gpus(2, None)
+    config = settled(run(layout="auto"))
+    assert (config.tensor_model_parallel_size, config.expert_model_parallel_size, config.recompute) == (1, 2, "none")
+    assert memory_error(config, BASE, 2) is None
+
+
+def test_a_run_that_cannot_fit_is_refused_with_one_that_can(on_gpus: Any) -> None:
+    on_gpus(8, 31.7)
+    config = run(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    error = memory_error(settled(config), BASE, 8)
+    assert error is not None
+    text = str(error)
+    assert "at most 31.7 GiB a GPU" in text and "weights 43" in text
+    assert "--tensor-model-parallel-size 1 --expert-model-parallel-size 8 --recompute none" in text
+
+
+def test_where_no_layout_fits_it_says_what_would(on_gpus: Any) -> None:
+    on_gpus(1, 79.6)
+    config = run(tensor_model_parallel_size=1, expert_model_parallel_size=1)
+    error = memory_error(settled(config), BASE, 1)
+    assert error is not None and error.next_command is not None
+    assert error.next_command.endswith("no layout fits on these GPUs, but --base-precision fp8 or on 2 GPUs")
+
+
+def test_what_others_hold_counts(on_gpus: Any) -> None:
+    config = run(tensor_model_parallel_size=1, expert_model_parallel_size=8, recompute="none")
+    on_gpus(8, 80)
+    assert memory_error(config, BASE, 8) is None
+    on_gpus(8, 80, free=10)
+    error = memory_error(config, BASE, 8)
+    assert error is not None
+    assert "which are free of 80.0" in str(error)
+
+
+def test_fp32_takes_twice_the_weights() -> None:
+    workload = choose.workload_of(run(dtype="fp32"), BASE, 8)
+    assert (workload.weight_bytes, workload.expert_bytes) == (4, 4)
+    assert choose.workload_of(run(), dataclasses.replace(BASE, dtype="float32"), 8).weight_bytes == 4
+    assert choose.workload_of(run(), BASE, 8).weight_bytes == 2
+
+
+def test_the_gpus_are_asked_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # STAND-IN for the GPUs: the process is real, and says what three of them would.
+    answers = "[10000000000, 80000000000], [30000000000, 70000000000], [5, 5]"
+    monkeypatch.setattr(gpus, "_ASK", f"import sys; print('[{answers}]' if sys.argv[1] in ('0', '2') else '')")
+    gpus.gpu_memory.cache_clear()
+    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)
+    monkeypatch.setattr(gpus, "_ASK", "raise SystemExit(1)")
+    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)  # asked once
+    assert gpus.gpu_memory("cpu", 2) is None
+    gpus.gpu_memory.cache_clear()
+    assert gpus.gpu_memory("auto", 2) is None
+    gpus.gpu_memory.cache_clear()
+
+
+@pytest.mark.parametrize(("words", "asked"), [({}, "0"), ({"nproc_per_node": 2}, "2")])
+def test_the_gpus_can_be_asked_ahead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: dict[str, int], asked: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpus, "_ASK", f"import sys; assert sys.argv[1] == '{asked}'; print('[[3, 9], [2, 9]]')")
+    gpus.gpu_memory.cache_clear()
+    config = run(device="cuda", **words)
+    gpus.ask_ahead(config)
+    assert not gpus._asked_ahead  # no GPU here
+    monkeypatch.setattr(gpus, "Path", lambda _: tmp_path)
+    gpus.ask_ahead(config)
+    monkeypatch.setattr(gpus, "_ASK", "raise SystemExit(1)")
+    assert gpus.gpu_memory("cuda", 2) == GpuMemory(9, 9)
+    assert not gpus._asked_ahead
+    gpus.gpu_memory.cache_clear()

@@ -1,0 +1,152 @@
+"""The check of a JSONL file: all faults at once, with their lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.train.data.examples import Pair, read_pairs
+
+GOOD = '{"instruction": "a", "response": "b"}'
+
+
+def refused(path: Path) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        read_pairs(path)
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+def test_errors_name_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_pairs(tmp_path / "missing.jsonl", "valid_data_path")
+    assert caught.value.what == "The validation data cannot be read."
+    assert caught.value.where == f"--valid-data-path {tmp_path / 'missing.jsonl'}"
+
+
+def test_pairs_are_stripped_and_know_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{"instruction": " Größe?\n", "response": "\t12 ", "source": "x"}, {"instruction": "b", "response": "c\nd"}]
+    path.write_text("\ufeff" + json.dumps(rows[0], ensure_ascii=False) + "\r\n\n  \n" + json.dumps(rows[1]), "utf-8")
+    assert read_pairs(path) == [Pair("Größe?", "12", 1), Pair("b", "c\nd", 4)]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"instruction": "a\u2028b\x85c", "response": "d"}\n', "utf-8")
+    assert read_pairs(path) == [Pair("a\u2028b\x85c", "d", 1)]
+
+
+IN_TURN = "'messages': expected the user and the assistant in turn, the assistant last; found "
+
+
+def conversation(*roles: str) -> str:
+    return json.dumps({"messages": [{"role": role, "content": f" {role} {at} "} for at, role in enumerate(roles)]})
+
+
+def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    roles = ("user", "assistant", "user", "assistant")
+    both = GOOD[:-1] + ", " + conversation("user", "assistant")[1:]
+    path.write_text("\n".join([conversation(*roles), GOOD, conversation("system", *roles[:2]), both]), "utf-8")
+    assert read_pairs(path) == [
+        Pair("user 2", "assistant 3", 1, (("user 0", "assistant 1"),)),
+        Pair("a", "b", 2),
+        Pair("system 0\n\nuser 1", "assistant 2", 3),
+        Pair("a", "b", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [
+        ('{"messages": 3}', ["'messages': expected a list; found a number"]),
+        ('{"messages": []}', [IN_TURN + "none"]),
+        ('{"messages": ["a"]}', ["message 1: expected a JSON object; found text"]),
+        (conversation("user"), [IN_TURN + "user"]),
+        (conversation("assistant", "user"), [IN_TURN + "assistant, user"]),
+        (conversation("user", "user", "assistant", "assistant"), [IN_TURN]),
+        (conversation("user", "system", "assistant"), [IN_TURN]),
+        (conversation("system"), [IN_TURN]),
+        (conversation("user", "tool"), ["message 2: 'role': expected system, user, assistant; found \"tool\""]),
+        ('{"messages": [{"role": "user", "content": ""}, {"content": 3}]}', [
+            "message 1: 'content' is empty",
+            "message 2: 'role': expected system, user, assistant; found null",
+            "message 2: 'content': expected text; found a number",
+        ]),
+        ('{"instruction": "a", ' + conversation("user", "assistant")[1:], ["'response' is missing; the keys are"]),
+    ],
+)  # fmt: skip
+def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, faults: list[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n", "utf-8")
+    found = refused(path).faults
+    assert len(found) == len(faults)
+    assert all(mine.startswith(f"line 2: {fault}") for mine, fault in zip(found, faults, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"instruction": "a", "response": "b"', "broken JSON: Expecting ',' delimiter at column"),
+        ('["a", "b"]', "expected a JSON object; found a list"),
+        ("null", "expected a JSON object; found null"),
+        ('{"response": "b"}', "'instruction' is missing; the keys are 'response'"),
+        ('{"instruction": "a", "output": "b"}', "'response' is missing; the keys are 'instruction', 'output'"),
+        ('{"instruction": "a", "response": 3}', "'response': expected text; found a number"),
+        ('{"instruction": ["a"], "response": "b"}', "'instruction': expected text; found a list"),
+        ('{"instruction": "a", "response": true}', "'response': expected text; found true or false"),
+        ('{"instruction": "a", "response": " \\n"}', "'response' is empty"),
+        ('{"instruction": "", "response": "b"}', "'instruction' is empty"),
+    ],
+)
+def test_a_faulty_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", "utf-8")
+    faults = refused(path).faults
+    assert len(faults) == 1
+    assert faults[0].startswith(f"line 3: {fault}")
+
+
+def test_both_faults_of_a_line_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"instruction": 1, "response": ""}', "utf-8")
+    assert refused(path).faults == (
+        "line 1: 'instruction': expected text; found a number",
+        "line 1: 'response' is empty",
+    )
+
+
+def test_ten_faults_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("{\n" * 10, "utf-8")
+    assert len(refused(path).faults) == 10
+    path.write_text("{\n" * 1500, "utf-8")
+    faults = refused(path).faults
+    assert [fault.split(":")[0] for fault in faults[:10]] == [f"line {number}" for number in range(1, 11)]
+    assert faults[10:] == ("and 1,490 more",)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
+def test_a_file_without_pairs_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    assert "hold no pair" in str(refused(path))
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + '{"instruction": "Größe", "response": "b"}'.encode("latin1"))
+    assert "line 2: byte 0xf6" in str(refused(path))
+
+
+def test_deep_nesting_is_a_fault_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("[" * 200_000, "utf-8")
+    assert refused(path).faults[0].startswith("line 1: broken JSON")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    assert "No such file" in str(refused(tmp_path / "none.jsonl"))
+    assert "directory" in str(refused(tmp_path))

@@ -1,0 +1,44 @@
+"""The acceptance program on a CPU: figures of real collectives over gloo, floors, and faults told together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.trial.acceptance import Floors, Report, _compare, measure
+
+
+def test_a_cpu_is_measured_and_accepted(tmp_path: Path) -> None:
+    report = measure(tmp_path, Floors(shared_memory_gib=0.001, matrix_tflops=1e9), size_mib=2)
+    assert report.accepted and report.device == "cpu"
+    assert {"all_reduce_gb_per_second", "all_to_all_gb_per_second", "checkpoint_read_gb_per_second"} <= set(
+        report.figures
+    )
+    assert all(value > 0 for value in report.figures.values())
+    assert "collectives over NCCL" in report.not_run
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_fault_is_told_and_the_exit_code_is_4(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "mixtral_run.trial.acceptance", "--json", "--size-mib", "1"]
+    argv += ["--checkpoint-folder", str(tmp_path / "none"), "--floors", '{"num_gpus": 8, "shared_memory_gib": 1e6}']
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    report = json.loads(done.stdout)
+    assert done.returncode == 4 and not report["accepted"]
+    assert [fault.split(":")[0] for fault in report["faults"]] == ["checkpoint folder", "num_gpus", "shared_memory_gib"]
+    assert report["figures"]["all_reduce_gb_per_second"] > 0
+
+
+def test_an_unknown_floor_is_refused() -> None:
+    argv = [sys.executable, "-m", "mixtral_run.trial.acceptance", "--floors", '{"matrix_tflop": 1}']
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "matrix_tflop;" in done.stderr and "matrix_tflops" in done.stderr
+
+
+@pytest.mark.parametrize(("device", "num_faults"), [("cuda", 2), ("cpu", 0)])
+def test_floors_of_gpus_are_asked_of_gpus_alone(device: str, num_faults: int) -> None:
+    report = Report(device=device, num_gpus=8, torch_version="x", cuda_version=None, figures={"matrix_tflops": 10.0})
+    _compare(report, Floors(num_gpus=8, matrix_tflops=60, all_reduce_gb_per_second=40))
+    assert len(report.faults) == num_faults
