@@ -102,3 +102,21 @@ def described(error: BaseException) -> dict[str, object]:
         return {"what": str(error) or type(error).__name__}
     parts = ("what", "where", "expected", "found", "next_command", "exit_code")
     return {name: getattr(error, name) for name in parts} | {"faults": list(error.faults)}
+
+
+_LONGEST_LIST = 20
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are: a missing shard makes hundreds."""
+    if len(lines) <= _LONGEST_LIST:
+        return lines
+    return [*lines[:_LONGEST_LIST], f"… and {len(lines) - _LONGEST_LIST} more"]
+
+
+def joined(errors: list[MixtralRunError]) -> MixtralRunError:
+    """One error that tells all of them; of the first one's class, so that its exit code stands."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [str(error).replace("\n", "\n    ") for error in errors]
+    return type(errors[0])(f"{len(errors)} things stand in the way.", faults=lines)

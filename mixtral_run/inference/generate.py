@@ -20,7 +20,8 @@ from mixtral_run.model.parallel.mesh import Processes, processes
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
-from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base, write_whole
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 def _tell(config: GenerateConfig, report: Report, answers: Sequence[Answer], seconds: float) -> None:
     document = json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False) + "\n"
     if config.output_file is not None:
-        write_whole(config.output_file, document)
+        write_atomically(config.output_file, document)
     if config.json:
         print(document, end="", flush=True)
     else:

@@ -32,17 +32,16 @@ from mixtral_run.model.parallel.mesh import is_out_of_memory
 from mixtral_run.train.adapter_writer import AdapterWriter
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.quantized_experts import Keep, KeptExperts
+from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
 from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
-from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import (
     DESCRIPTION,
     LATEST,
     AdapterDescription,
     BaseDescription,
     newest_iteration,
-    sync_folder,
-    write_whole,
 )
 
 
@@ -84,11 +83,11 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> s
     reading.read(_shards(model, adapters=False))
     checksums = reading.checksums()
     if model.settings.base_precision == "bf16":
-        return record.fingerprint(weights.architecture, weights.dtype, checksums)
+        return fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
     found = experts.find()
     if found is not None:
         # Of what was read just now and of what the kept experts were made of: all of it has to be one model.
-        now = record.fingerprint(weights.architecture, weights.dtype, {**found.sources, **checksums})
+        now = fingerprint_of_checksums(weights.architecture, weights.dtype, {**found.sources, **checksums})
         if now != found.fingerprint:
             experts.refuse(found, f"made of a base with fingerprint {found.fingerprint}, not {now}")
         elif experts.load(found):
@@ -96,7 +95,7 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> s
     with experts.making() as making:
         model.quantise_experts(lambda: reading.read(_expert_shards(model)), making.add)
         of_experts = reading.checksums()
-        fingerprint = record.fingerprint(weights.architecture, weights.dtype, {**checksums, **of_experts})
+        fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, {**checksums, **of_experts})
         making.commit(fingerprint, of_experts)
     return fingerprint
 
@@ -244,13 +243,13 @@ def save_adapter(
                 "iteration": iteration,
                 **description,
             }
-            write_whole(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
-            sync_folder(partial)
+            write_atomically(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+            sync_folder_and_files(partial)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            sync_folder(folder)
-            write_whole(folder / LATEST, f"{iteration}\n")
+            sync_folder_and_files(folder)
+            write_atomically(folder / LATEST, f"{iteration}\n")
         dist.barrier()
     return final
 

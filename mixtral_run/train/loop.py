@@ -36,8 +36,8 @@ from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarise
 from mixtral_run.train.validation import Validation
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.describe import LATEST, AdapterDescription, BaseDescription, describe_base
-from mixtral_run.weights.torch_dist.megatron_files import copy_tokenizer
 
 ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
 """A run goes on where it stopped as long as these stay as they were."""

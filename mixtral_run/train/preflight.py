@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.verbs import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
-from mixtral_run.errors import ConfigError, MixtralRunError
+from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import PAIRS, read_pairs
 from mixtral_run.train.data.samples import batch_size_faults
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_faults, on_one_disk, writing_faults
@@ -35,8 +35,6 @@ SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
 OF_A_RUN = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
-PAIRS = ("data_path", "valid_data_path")
-"""Settings that name files of pairs."""
 
 
 def check_training(config: DataConfig, world_size: int) -> BaseDescription:
@@ -183,14 +181,6 @@ def output_faults(save: Path, *, resume: bool) -> list[str]:
 def leftovers(save: Path) -> list[Path]:
     """What a run leaves behind that ends before its first checkpoint is whole."""
     return [save / name for name in OF_A_RUN if (save / name).exists()] + [*save.glob(PARTIAL)]
-
-
-def joined(errors: list[MixtralRunError]) -> MixtralRunError:
-    """One error that tells all of them; of the first one's class, so that its exit code stands."""
-    if len(errors) == 1:
-        return errors[0]
-    lines = [str(error).replace("\n", "\n    ") for error in errors]
-    return type(errors[0])(f"{len(errors)} things stand in the way.", faults=lines)
 
 
 def check_inference(config: GenerateConfig) -> None:

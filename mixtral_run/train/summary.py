@@ -15,7 +15,7 @@ from mixtral_run.model.parallel.mesh import Processes
 from mixtral_run.train.metrics import Meter, peak_memory_gib
 from mixtral_run.train.preflight import SUMMARY
 from mixtral_run.train.validation import ValidationMetrics
-from mixtral_run.weights.manifest.describe import write_whole
+from mixtral_run.weights.io.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Summary:
 
     def write(self, folder: Path) -> None:
         """Into the adapter's folder, in place of an earlier run's."""
-        write_whole(folder / SUMMARY, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(folder / SUMMARY, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def summarise(

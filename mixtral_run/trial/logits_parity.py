@@ -20,7 +20,8 @@ from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.load_model import load_for_inference, pick_dtype
 from mixtral_run.weights.adapter.peft_directory import check_peft
-from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base, write_whole
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
 
 PROMPTS = (
     "The three states of matter that people meet every day are",
@@ -111,7 +112,7 @@ def _compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], config: VerifyCon
 
 def _tell(comparison: LogitsComparison, config: VerifyConfig, report: Report) -> None:
     if config.logits_file is not None:
-        write_whole(
+        write_atomically(
             config.logits_file, json.dumps({**asdict(comparison), "passed": comparison.passed}, indent=2) + "\n"
         )
     other = "HF with the exported adapter" if config.peft_path is not None else "HF"

@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtral_run.errors import CheckFailed, MixtralRunError
 from mixtral_run.report import Report
-from mixtral_run.weights.manifest.describe import write_whole
+from mixtral_run.weights.io.files import write_atomically
 
 SAMPLE_SECONDS = 0.1
 
@@ -82,7 +82,7 @@ class Steps:
         """Write the outcomes as JSON; returns the document."""
         steps = [asdict(outcome) for outcome in self.outcomes]
         document = json.dumps({"passed": self.passed, "steps": steps, **more}, indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, document)
+        write_atomically(path, document)
         return document
 
     def raise_if_failed(self, what: str, next_command: str | None = None) -> None:

@@ -41,7 +41,8 @@ from benchmarks.make_mixtral import STANDARD_DEVIATION, scaled
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
 from mixtral_run.trial.random_mixtral import hf_config
-from mixtral_run.weights.manifest.describe import LATEST, write_whole
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.describe import LATEST
 from tests.gpu.guide_options import default_layouts, expected_rate, name_of, parsed
 from tests.gpu.guide_steps import MISTRAL_FINETUNE, ROOT, WANTED_GIB, Step, reached, run, table, training_figures
 
@@ -131,7 +132,7 @@ class GuideRun:
             "seconds": round(time.monotonic() - self.began, 1),
             "steps": [step.to_mapping() for step in self.steps],
         }
-        write_whole(self.options.output, json.dumps(found, indent=2) + "\n")
+        write_atomically(self.options.output, json.dumps(found, indent=2) + "\n")
         return found
 
     def take(self, step: Step, words: list[str], expected_seconds: float) -> bool:

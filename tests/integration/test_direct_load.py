@@ -16,11 +16,10 @@ from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export
-from mixtral_run.weights.hf.fingerprint import fingerprint
+from mixtral_run.weights.hf.fingerprint import fingerprint, fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct
 from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
-from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.manifest.record import read_record
 from mixtral_run.weights.mapping import hf_to_megatron
@@ -140,7 +139,7 @@ def test_slices_of_all_ranks_are_the_chunks(tmp_path: Path, monkeypatch: pytest.
             sums += read_into(weights, [Target(chunk.key, chunk.offset, chunk.shape, data)], workers=2)
             assert torch.equal(data.flatten(), values), chunk
     checksums = checksums_of(weights.sources, sums)
-    assert record.fingerprint(weights.architecture, weights.dtype, checksums) == fingerprint(weights)
+    assert fingerprint_of_checksums(weights.architecture, weights.dtype, checksums) == fingerprint(weights)
 
 
 def test_ranks_that_read_other_bytes_are_told(tmp_path: Path) -> None:

@@ -171,3 +171,7 @@ def _turns(values: dict[str, Any]) -> list[tuple[str, str]]:
 def _json_type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+PAIRS = ("data_path", "valid_data_path")
+"""Settings that name files of pairs."""

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mixtral_run.config.verbs import DataConfig, FinetuneConfig
-from mixtral_run.errors import MixtralRunError
+from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import read_pairs, where_of
+from mixtral_run.train.data.examples import PAIRS, read_pairs, where_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
-from mixtral_run.train.preflight import PAIRS, joined
 from mixtral_run.weights.manifest.describe import BaseDescription
 
 Pairs = Samples | PackedSamples

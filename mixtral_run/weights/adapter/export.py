@@ -17,13 +17,14 @@ from mixtral_run.weights.adapter.merge import merge_files
 from mixtral_run.weights.adapter.peft_directory import PeftDirectory
 from mixtral_run.weights.adapter.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
 from mixtral_run.weights.hf import fingerprint
+from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
 from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, output_faults
 from mixtral_run.weights.io.interrupts import interrupts
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import DESCRIPTION, LATEST
-from mixtral_run.weights.torch_dist import megatron_files
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 _STEPS = 3
@@ -198,11 +199,11 @@ def _merge(adapter: OpenAdapter, weights: HFWeights, factors: Factors, folder: P
     report.step(2, _STEPS, f"Merge into {len(weights.files)} files ({weights.num_bytes / GIB:,.2f} GiB)")
     with report.progress(weights.num_bytes, "merged") as progress:
         crcs = merge_files(weights, factors, folder, progress.advance)
-    found = record.fingerprint(weights.architecture, weights.dtype, crcs)
+    found = fingerprint_of_checksums(weights.architecture, weights.dtype, crcs)
     if found != adapter.base_fingerprint:
         expected = f"fingerprint {adapter.base_fingerprint}"
         raise _another_base(adapter, str(weights.directory), expected, f"fingerprint {found}")
-    megatron_files.copy_tokenizer(weights.directory, folder)
+    copy_tokenizer(weights.directory, folder)
     return len(weights.sources), weights.num_bytes
 
 

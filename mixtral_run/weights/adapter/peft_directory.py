@@ -13,7 +13,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes
 from mixtral_run.weights.adapter.peft_layouts import adapter_config, completed, fused_entries, per_expert_entries
 from mixtral_run.weights.hf.safetensors_files import header_of
-from mixtral_run.weights.manifest.describe import write_whole
+from mixtral_run.weights.io.files import write_atomically
 
 
 def check_peft(folder: Path, installed: str) -> None:
@@ -64,4 +64,4 @@ class PeftDirectory:
             stream.flush()
             os.fsync(stream.fileno())
         config = adapter_config(self.lora, base_model, fused=self.fused)
-        write_whole(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

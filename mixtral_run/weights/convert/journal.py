@@ -17,8 +17,8 @@ from typing import Any, TextIO
 from mixtral_run import __version__
 from mixtral_run.weights.convert.copy_plan import Job, Plan
 from mixtral_run.weights.hf.safetensors_files import HFWeights
-from mixtral_run.weights.io.atomic_folder import sync_folder
 from mixtral_run.weights.io.disk import allocate
+from mixtral_run.weights.io.files import sync_path
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -65,7 +65,7 @@ class Journal:
             allocate(stream.fileno(), 0, _most_bytes(lines[0], jobs), keep_size=True)
             _write(stream, lines)
         partial.rename(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
 
     def add(self, finished: Iterable[tuple[int, JobSums]]) -> None:
         """Note jobs whose bytes are on the disk; on the disk itself when this returns."""

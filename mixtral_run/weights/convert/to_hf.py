@@ -21,16 +21,18 @@ from mixtral_run.report import Report
 from mixtral_run.weights.adapter.checkpoint import check_tensors, open_adapter
 from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes, as_tensor
 from mixtral_run.weights.adapter.merge import Adding, row_blocks
+from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, header_of
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.io.interrupts import interrupts
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.base_checkpoint import check_base, is_as_converted, is_of_model, open_base
-from mixtral_run.weights.manifest.describe import DESCRIPTION, write_whole
+from mixtral_run.weights.manifest.describe import DESCRIPTION
 from mixtral_run.weights.manifest.proof import PROOF_NAME
 from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_QKV_KEY, RowRanges, Shape, hf_tensors, row_ranges
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
-from mixtral_run.weights.torch_dist.megatron_files import copy_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 """The largest file, as the released shards have it."""
@@ -217,7 +219,7 @@ class _Writer:
 
 def _check_fingerprint(config: ConvertConfig, checkpoint: record.Checkpoint, writer: _Writer, report: Report) -> str:
     recorded = checkpoint.record.get("fingerprint")
-    found = record.fingerprint(checkpoint.architecture, writer.dtype, writer.checksums)
+    found = fingerprint_of_checksums(checkpoint.architecture, writer.dtype, writer.checksums)
     if found == recorded:
         return found
     if is_as_converted(checkpoint) or config.adapter is not None:
@@ -248,7 +250,7 @@ def _write_sidecars(
         "metadata": {"total_size": num_bytes},
         "weight_map": {tensor: file for file, tensors in files.items() for tensor in tensors},
     }
-    write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     # With an adapter these are other weights than those that the fingerprint is of.
     what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
     record.write_record(

@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.verbs import ConvertConfig
-from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.errors import ConfigError, WeightsError, shortened
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.copy import copy_all, unwritable
 from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
 from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity
+from mixtral_run.weights.convert.write_proof import write_proof
+from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import HubModel, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights, shortened
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, on_one_disk, output_faults, sync_folder
+from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_faults
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, on_one_disk, output_faults
+from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
 from mixtral_run.weights.manifest import record
-from mixtral_run.weights.manifest.describe import LATEST, write_whole
-from mixtral_run.weights.manifest.proof import write_proof
+from mixtral_run.weights.manifest.describe import LATEST
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist import megatron_files
 from mixtral_run.weights.torch_dist.metadata import write_metadata
@@ -78,10 +81,10 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         workers = _copy(config, weights, plan, journal, staging, signals, report)
         report.step(4, _STEPS, "Write the metadata, wait for the disk")
         checksums = {name: crc for each in journal.done.values() for name, crc in each.sources.items()}
-        fingerprint = record.fingerprint(weights.architecture, weights.dtype, checksums)
+        fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
         _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
         write_proof(staging.folder, weights, plan, journal.done)
-        write_whole(staging.folder / LATEST, f"{record.CONVERTED_ITERATION}\n")
+        write_atomically(staging.folder / LATEST, f"{record.CONVERTED_ITERATION}\n")
         # The journal goes last: until the result is in its place, it is what a run that is cut off goes on from.
         staging.publish(spent=(JOURNAL_NAME,))
     result = ConvertResult(
@@ -146,7 +149,7 @@ def _copy(
     _write_objects(plan, folder)
     # What the journal names has to be found after a power failure: the files' entries in their folders as well.
     for each in (folder, staging.folder, staging.folder.parent):
-        sync_folder(each)
+        sync_path(each)
     journal.start(plan.jobs)
     copied = _num_copied(weights, plan, journal)
     if copied:
@@ -208,7 +211,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     if layout_faults:
         raise ConfigError("The model cannot be converted as asked.", faults=shortened([*layout_faults, *faults]))
     plan = make_plan(weights, tp, ep, len(_empty_object()))
-    faults += megatron_files.tokenizer_faults(weights.directory)
+    faults += tokenizer_faults(weights.directory)
     faults += disk_faults(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
     if faults:
         raise ConfigError("The checkpoint cannot be written.", faults=faults)
@@ -283,7 +286,7 @@ def _write_sidecars(
     a, dtype = weights.architecture, weights.dtype
     # An earlier run may have copied files that the source has no more.
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    megatron_files.copy_tokenizer(weights.directory, folder / "tokenizer")
+    copy_tokenizer(weights.directory, folder / "tokenizer")
     megatron_files.write_common(iteration_folder, a, dtype, tp, ep, record.CONVERTED_ITERATION)
     megatron_files.write_run_config(iteration_folder, a, dtype, tp, ep)
     write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a), dtype, plan.stored_items())

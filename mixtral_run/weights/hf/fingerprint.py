@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.hf.safetensors_files import HFWeights, Source
-from mixtral_run.weights.manifest import record
+from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors
 
 BLOCK_BYTES = 8 * 2**20
 
@@ -57,11 +60,42 @@ def source_checksums(
 
 def quick_fingerprint(weights: HFWeights) -> str:
     """The QUICK half of the weights' fingerprint; reads the norms and routers alone."""
-    checksums = tensor_checksums(weights, record.quick_names(weights.architecture))
-    return record.quick_fingerprint(weights.architecture, weights.dtype, checksums)
+    checksums = tensor_checksums(weights, quick_names(weights.architecture))
+    return quick_fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
 
 
 def fingerprint(weights: HFWeights, advance: Callable[[int], None] = lambda _: None) -> str:
     """The weights' whole fingerprint; reads every byte."""
     checksums = tensor_checksums(weights, weights.sources, advance=advance)
-    return record.fingerprint(weights.architecture, weights.dtype, checksums)
+    return fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
+
+
+def fingerprint_of_checksums(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:
+    """Tells HF weights apart by content: `QUICK-WHOLE`, from the CRC-32 of every tensor of the released layout.
+
+    QUICK needs the norms and routers alone, a few megabytes even at full size: enough to refuse another model before
+    any work. WHOLE covers every tensor. Neither depends on shards, on the layout, or on how the experts were stored.
+    """
+    shapes = hf_tensors(architecture)
+    lines = {name: f"{name} {dtype} {list(shape)} {checksums[name]:08x}\n" for name, shape in shapes.items()}
+    return f"{_digest(lines[name] for name in quick_names(architecture))[:16]}-{_digest(lines.values())[:48]}"
+
+
+def quick_fingerprint_of_checksums(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:
+    """The QUICK half of `fingerprint`, from the checksums of `quick_names` alone."""
+    shapes = hf_tensors(architecture)
+    names = quick_names(architecture)
+    return _digest(f"{name} {dtype} {list(shapes[name])} {checksums[name]:08x}\n" for name in names)[:16]
+
+
+def quick_names(architecture: MixtralArchitecture) -> list[str]:
+    return [
+        name for name, shape in hf_tensors(architecture).items() if len(shape) == 1 or name.endswith(".gate.weight")
+    ]
+
+
+def _digest(lines: Any) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode())
+    return digest.hexdigest()

@@ -17,9 +17,9 @@ from mixtral_run.config.verbs import HF_MODEL_SETTINGS, hub_name_and_revision, m
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import EXAMPLE_NAME, MixtralArchitecture
 from mixtral_run.report import Report, repeating
+from mixtral_run.weights.hf.tokenizer_files import TOKENIZER_FILES
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
-from mixtral_run.weights.manifest.describe import way_back
-from mixtral_run.weights.torch_dist.megatron_files import TOKENIZER_FILES
+from mixtral_run.weights.io.files import how_to_restore
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -51,7 +51,7 @@ BeforeDownload = Callable[[HubModel], object]
 def is_on_hub(path: Path | str) -> bool:
     """Whether a path names a model on the hub: it has the form of a name, and nothing here has, or had, that path."""
     folder = Path(path).expanduser()
-    return may_be_hub_name(str(path)) and not folder.exists() and way_back(folder) is None
+    return may_be_hub_name(str(path)) and not folder.exists() and how_to_restore(folder) is None
 
 
 def with_models_here(config: ConfigT, report: Report, check: BeforeDownload | None = None) -> ConfigT:
@@ -101,7 +101,7 @@ def _here(hf_model_path: str) -> Path | None:
             return None
         is_file = directory.exists()
         found = "a file" if is_file else "nothing of that name"
-        next_command = way_back(directory) or f"ls {directory.parent}"
+        next_command = how_to_restore(directory) or f"ls {directory.parent}"
     except OSError as error:
         is_file, found, next_command = False, str(error.strerror), f"ls -ld {directory.parent}"
     raise WeightsError(

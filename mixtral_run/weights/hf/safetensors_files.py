@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.mapping import hf_to_megatron
 
@@ -28,7 +28,6 @@ ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2,
 ITEM_SIZES |= {"I64": 8, "U64": 8, "F64": 8} | {word: size for word, (_, size) in DTYPES.items()}
 """Bytes an element, by safetensors' word."""
 _LARGEST_HEADER = 100_000_000  # the limit of the format's own reader
-_LONGEST_LIST = 20
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,6 @@ def open_hf_weights(directory: Path) -> HFWeights:
         )
     name, item_size = DTYPES[dtype]
     return HFWeights(directory, architecture, name, item_size, sources, headers.files)
-
-
-def shortened(lines: list[str]) -> list[str]:
-    """The first lines, and how many more there are: a missing shard makes hundreds."""
-    if len(lines) <= _LONGEST_LIST:
-        return lines
-    return [*lines[:_LONGEST_LIST], f"… and {len(lines) - _LONGEST_LIST} more"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.weights.io.disk import exchange
-from mixtral_run.weights.manifest.describe import replaced_folder, write_whole
+from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomically
 
 GIB = 2**30
 _MOVING = ".moving.json"
@@ -191,22 +191,22 @@ class Staging:
             if self.output.is_dir():
                 self.output.rename(replaced)
             self.folder.rename(self.output)
-        sync_folder(self.output.parent)
+        sync_path(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _move_up(self, spent: tuple[str, ...]) -> None:
         old = [entry for entry in self.output.iterdir() if entry.name not in (self.folder.name, "lost+found")]
         new = [entry for entry in self.folder.iterdir() if entry.name not in spent]
         note = {"marker": self.marker, "old": [entry.name for entry in old], "new": [entry.name for entry in new]}
-        write_whole(self.folder / _MOVING, json.dumps(note))
-        sync_folder(self.folder)
+        write_atomically(self.folder / _MOVING, json.dumps(note))
+        sync_path(self.folder)
         # The marker of the old folder goes first: from here on it is not a whole one.
         for entry in sorted(old, key=lambda entry: entry.name != self.marker):
             _remove(entry)
         for entry in sorted(new, key=lambda entry: entry.name == self.marker):
-            sync_folder(self.output)
+            sync_path(self.output)
             entry.rename(self.output / entry.name)
-        sync_folder(self.output)
+        sync_path(self.output)
         shutil.rmtree(self.folder)
 
     def _take_back(self) -> None:
@@ -228,16 +228,8 @@ def _remove(entry: Path) -> None:
     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sync_tree(folder: Path) -> None:
     """Wait until every file and folder below is on the disk."""
     for path in folder.rglob("*"):
-        sync_folder(path)
-    sync_folder(folder)
+        sync_path(path)
+    sync_path(folder)

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from mixtral_run.errors import WeightsError
-from mixtral_run.weights.hf.safetensors_files import Source, shortened
+from mixtral_run.errors import WeightsError, shortened
+from mixtral_run.weights.hf.safetensors_files import Source
 from mixtral_run.weights.load.read_parts import Part, Target, default_workers, read_parts
 from mixtral_run.weights.mapping.hf_to_megatron import Shape
 from mixtral_run.weights.mapping.row_index import Slice

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.hf.hub import resolve_description
-from mixtral_run.weights.hf.safetensors_files import shortened
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import DESCRIPTION, iteration_folder_of
 from mixtral_run.weights.manifest.proof import PROOF_NAME

@@ -7,7 +7,6 @@ The files are described in docs/formats.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.io.files import how_to_restore
 
 LATEST = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "mixtral_run.json"
@@ -146,7 +146,7 @@ def newest_iteration(folder: Path) -> Path:
             where=str(folder),
             expected=f"a folder with {LATEST}, which is written last; as a base to load also an HF model's directory",
             found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
-            next_command=way_back(folder)
+            next_command=how_to_restore(folder)
             or "mixtral-run convert --hf-model-path … --output-path … makes a base, mixtral-run finetune … an adapter",
         ) from error
     except UnicodeDecodeError as error:
@@ -162,19 +162,6 @@ def newest_iteration(folder: Path) -> Path:
             found="no such folder",
         )
     return iteration_folder
-
-
-def replaced_folder(folder: Path) -> Path:
-    """Where a folder lies while another takes its place, on file systems that cannot exchange the two."""
-    return folder.parent / f".{folder.name}.replaced"
-
-
-def way_back(folder: Path) -> str | None:
-    """What brings a folder back that --overwrite had moved aside when it was cut off; None where none was."""
-    aside = replaced_folder(folder)
-    if folder.exists() or not aside.is_dir():
-        return None
-    return f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
 
 
 def _unreadable(folder: Path, error: OSError) -> WeightsError:
@@ -209,25 +196,3 @@ def _read_description(path: Path, kind: str) -> dict[str, Any]:
         )
     assert isinstance(values, dict)
     return values
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name, fsync, rename: a reader sees the old or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder and the files in it."""
-    for path in [*folder.iterdir(), folder]:
-        if path.is_dir() and path != folder:
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 from mixtral_run import __version__
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.manifest.describe import DESCRIPTION, iteration_folder_of, write_whole
-from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.describe import DESCRIPTION, iteration_folder_of
 
 FORMAT = 1
 CONVERTED_ITERATION = 1
@@ -23,7 +22,7 @@ CONVERTED_ITERATION = 1
 def write_record(folder: Path, kind: str, **values: Any) -> None:
     """Write the record of a folder; the file is on the disk when this returns."""
     content = {"format": FORMAT, "kind": kind, "kit_version": __version__, **values}
-    write_whole(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -88,34 +87,3 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def iteration_of(folder: Path) -> int:
     """The number of an `iter_…` folder; 0 for `release`."""
     return int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
-
-
-def fingerprint(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:
-    """Tells HF weights apart by content: `QUICK-WHOLE`, from the CRC-32 of every tensor of the released layout.
-
-    QUICK needs the norms and routers alone, a few megabytes even at full size: enough to refuse another model before
-    any work. WHOLE covers every tensor. Neither depends on shards, on the layout, or on how the experts were stored.
-    """
-    shapes = hf_tensors(architecture)
-    lines = {name: f"{name} {dtype} {list(shape)} {checksums[name]:08x}\n" for name, shape in shapes.items()}
-    return f"{_digest(lines[name] for name in quick_names(architecture))[:16]}-{_digest(lines.values())[:48]}"
-
-
-def quick_fingerprint(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:
-    """The QUICK half of `fingerprint`, from the checksums of `quick_names` alone."""
-    shapes = hf_tensors(architecture)
-    names = quick_names(architecture)
-    return _digest(f"{name} {dtype} {list(shapes[name])} {checksums[name]:08x}\n" for name in names)[:16]
-
-
-def quick_names(architecture: MixtralArchitecture) -> list[str]:
-    return [
-        name for name, shape in hf_tensors(architecture).items() if len(shape) == 1 or name.endswith(".gate.weight")
-    ]
-
-
-def _digest(lines: Any) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode())
-    return digest.hexdigest()

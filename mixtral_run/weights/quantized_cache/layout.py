@@ -20,9 +20,9 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.hf.fingerprint import source_checksums
 from mixtral_run.weights.hf.safetensors_files import ITEM_SIZES, Source, TensorEntry, mixed_header
+from mixtral_run.weights.io.crc import crc_of
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import DESCRIPTION, BaseDescription, newest_iteration
-from mixtral_run.weights.manifest.proof import crc_of
 from mixtral_run.weights.torch_dist.metadata import METADATA_NAME
 
 KIND = "quantised"

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from isal.isal_zlib import crc32
 
 from mixtral_run.weights.hf.safetensors_files import TensorEntry
-from mixtral_run.weights.io.atomic_folder import GIB, free_bytes, sync_folder
+from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.disk import allocate
+from mixtral_run.weights.io.files import sync_path
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.quantized_cache.layout import KIND, Files, kept_folder, tensor_name
 
@@ -55,9 +56,9 @@ class Keeping:
         record.write_record(
             self.files.folder, KIND, **values, tensors={name: f"{crc:08x}" for name, crc in checksums.items()}
         )
-        sync_folder(self.files.folder)
+        sync_path(self.files.folder)
         self.files.folder.rename(self.final)
-        sync_folder(self.final.parent)
+        sync_path(self.final.parent)
         self._release()
 
     def abandon(self) -> None:

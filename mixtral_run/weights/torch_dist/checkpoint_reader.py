@@ -65,7 +65,7 @@ class Reader:
         except (AttributeError, TypeError, ValueError) as error:  # it was damaged, and still is a pickle
             raise unreadable(folder / METADATA_NAME, error) from error
         if faults:
-            from mixtral_run.weights.hf.safetensors_files import shortened
+            from mixtral_run.errors import shortened
 
             raise WeightsError(
                 "The checkpoint cannot be used.",

@@ -8,49 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.manifest.describe import write_whole
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "vocab.json",
-    "config.json",
-    "generation_config.json",
-)
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files and the two configs, those that are there; return their names."""
-    target.mkdir(parents=True, exist_ok=True)
-    found = _tokenizer_files(source)
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
-
-
-def tokenizer_faults(source: Path) -> list[str]:
-    """What of them this user may not read: found out before the weights are copied, which come first."""
-    return [
-        f"{source / name}: cannot be read by this user"
-        for name in _tokenizer_files(source)
-        if not os.access(source / name, os.R_OK)
-    ]
-
-
-def _tokenizer_files(source: Path) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (source / name).is_file()]
+from mixtral_run.weights.io.files import write_atomically
 
 
 def write_metadata_json(folder: Path) -> None:
@@ -61,7 +24,7 @@ def write_metadata_json(folder: Path) -> None:
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    write_whole(folder / "metadata.json", json.dumps(content))
+    write_atomically(folder / "metadata.json", json.dumps(content))
 
 
 def write_common(
@@ -203,4 +166,4 @@ def write_run_config(
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": tensor_parallel_size > 1,
     }
-    write_whole(folder / "run_config.yaml", yaml.safe_dump({"model": model}, sort_keys=False))
+    write_atomically(folder / "run_config.yaml", yaml.safe_dump({"model": model}, sort_keys=False))

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from mixtral_run.config.verbs import VerifyConfig
-from mixtral_run.errors import CheckFailed, ConfigError
+from mixtral_run.errors import CheckFailed, ConfigError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX, adapter_tensors, lora_of
 from mixtral_run.weights.hf import fingerprint as checksums
+from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights, shortened
+from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import LATEST, newest_iteration
@@ -320,7 +321,7 @@ def _compare_base(
         for found_crcs, different in pool.map(comparing.unit, hf_to_megatron.units(weights.architecture)):
             crcs |= found_crcs
             differences += different
-    fingerprint = record.fingerprint(weights.architecture, weights.dtype, crcs)
+    fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, crcs)
     faults = [str(difference) for difference in differences]
     recorded = checkpoint.record.get("fingerprint")
     if not faults and fingerprint != recorded:

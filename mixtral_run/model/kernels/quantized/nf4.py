@@ -6,29 +6,11 @@ level; two to a byte, the first in the low half. 4.25 bits a number with blocks 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from mixtral_run.model.kernels.quantized.formats import levels_on
+
 BLOCKS = (64, 32)
 """Numbers that share a scale: the first of these that divides the row."""
 
@@ -69,9 +51,3 @@ def plain_dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     numbers = levels_on(codes.device)[both.int()].unflatten(-1, (-1, size)) * scales.float()[..., None]
     result: Tensor = numbers.flatten(-2).to(dtype)
     return result
-
-
-@functools.cache
-def levels_on(device: torch.device) -> Tensor:
-    """LEVELS there, fp32."""
-    return torch.tensor(LEVELS, device=device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtral_run.model.kernels.quantized.nf4 import levels_on
+from mixtral_run.model.kernels.quantized.formats import levels_on
 
 BLOCK = 1024
 

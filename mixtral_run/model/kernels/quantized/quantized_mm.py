@@ -33,17 +33,13 @@ from mixtral_run.model.kernels.grouped_mm import (
     why_not,
 )
 from mixtral_run.model.kernels.quantized import nf4
+from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
 from mixtral_run.model.recompute.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 Stored = tuple[torch.dtype, tuple[int, ...]]
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest number that e4m3 holds."""
-TINY = 1e-30
-"""In place of the largest of a row of zeros."""
 
 KEPT_AS = {"fp8": 1, "nf4": 1}
 """Version of the numbers that `quantise_to` makes. Files keep them: other numbers are another version."""

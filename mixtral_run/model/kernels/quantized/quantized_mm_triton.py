@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_run.model.kernels.quantized.quantized_mm import FP8, LARGEST, TINY
+from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
 
 TILE = 128
 

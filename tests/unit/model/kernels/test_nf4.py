@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixtral_run.model.kernels.quantized import nf4
+from mixtral_run.model.kernels.quantized.formats import LEVELS
 from mixtral_run.model.kernels.quantized.quantized_mm import quantised_linear
 from tests.support.experts_reference import ROUTINGS
 from tests.unit.model.kernels.test_quantized_mm import results, written_out
@@ -19,7 +20,7 @@ def test_the_levels_are_at_equal_shares_of_a_normal_distribution() -> None:
         return [quantile(end + (0.5 - end) * step / count) / quantile(end) for step in range(count)]
 
     expected = sorted([*shares(8), 0.0, *(-each for each in shares(7))])
-    torch.testing.assert_close(torch.tensor(nf4.LEVELS), torch.tensor(expected), rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.tensor(LEVELS), torch.tensor(expected), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("width", [64, 96, 4096])
@@ -31,7 +32,7 @@ def test_each_number_is_at_its_nearest_level(width: int) -> None:
     assert (codes.dtype, codes.shape) == (torch.uint8, (3, 20, width // 2))
     assert (scales.dtype, scales.shape) == (torch.bfloat16, (3, 20, width // block))
     back = nf4.dequantise(codes, scales, torch.float32)
-    places = torch.tensor(nf4.LEVELS) * scales.float().repeat_interleave(block, -1)[..., None]
+    places = torch.tensor(LEVELS) * scales.float().repeat_interleave(block, -1)[..., None]
     nearest = (places - weight[..., None]).abs().amin(-1)
     torch.testing.assert_close((back - weight).abs(), nearest, rtol=1e-5, atol=1e-7)
     # The paper's figure for normal numbers is about 0.09 of their size.

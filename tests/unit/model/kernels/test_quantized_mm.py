@@ -15,8 +15,8 @@ from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
 from mixtral_run.model.kernels.quantized import quantized_mm
+from mixtral_run.model.kernels.quantized.formats import FP8
 from mixtral_run.model.kernels.quantized.quantized_mm import (
-    FP8,
     KEPT_AS,
     dequantise,
     quantise,

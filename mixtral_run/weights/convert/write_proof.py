@@ -1,0 +1,62 @@
+"""Write `proof.json`: the checksum of everything that a conversion read and wrote. `manifest/proof.py` checks it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixtral_run import __version__
+from mixtral_run.weights.convert.copy_plan import Plan
+from mixtral_run.weights.convert.journal import JOURNAL_NAME, JobSums
+from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.io.crc import crc_of
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.describe import LATEST
+from mixtral_run.weights.manifest.proof import PROOF_NAME
+
+
+def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int, JobSums]) -> None:
+    """Write FOLDER/proof.json: the source's files and revision, CRC-32 of every HF tensor, of every chunk, and of the
+    small files that are in the folder by now.
+    """
+    tensors = {name: crc for each in sums.values() for name, crc in each.sources.items()}
+    chunks = [
+        {
+            "key": placed.chunk.key,
+            "offset": list(placed.chunk.offset),
+            "file": placed.file,
+            "tensors": list(job.unit.sources),
+            "crc32": f"{crc:08x}",
+        }
+        for number, job in enumerate(plan.jobs)
+        for placed, crc in zip(job.chunks, sums[number].chunks, strict=True)
+    ]
+    content = {
+        "format": 1,
+        "kit_version": __version__,
+        "source": {
+            "revision": _revision(weights.directory),
+            "dtype": weights.dtype,
+            "files": {file.name: file.stat().st_size for file in weights.files},
+        },
+        "tensors": {name: f"{tensors[name]:08x}" for name in sorted(tensors)},
+        "chunks": chunks,
+        "files": {name: f"{crc_of(folder / name):08x}" for name in _small_files(folder)},
+    }
+    write_atomically(folder / PROOF_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _small_files(folder: Path) -> list[str]:
+    """What lies beside the weights, by its path within the folder."""
+    # A part of a file is what an earlier run left when it was cut off: its place is taken.
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".distcp", ".partial"))
+    names = (path.relative_to(folder).as_posix() for path in files)
+    # The journal goes; the marker is Megatron's to change when it saves a later iteration beside this one.
+    return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST))
+
+
+def _revision(directory: Path) -> str | None:
+    """The hub's commit, where the directory is a snapshot of its cache."""
+    resolved = directory.resolve()
+    return resolved.name if resolved.parent.name == "snapshots" else None

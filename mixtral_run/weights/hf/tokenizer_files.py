@@ -1,0 +1,43 @@
+"""The files of a tokenizer beside the weights: which they are, and copying them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "vocab.json",
+    "config.json",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer's files and the two configs, those that are there; return their names."""
+    target.mkdir(parents=True, exist_ok=True)
+    found = _tokenizer_files(source)
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
+
+
+def tokenizer_faults(source: Path) -> list[str]:
+    """What of them this user may not read: found out before the weights are copied, which come first."""
+    return [
+        f"{source / name}: cannot be read by this user"
+        for name in _tokenizer_files(source)
+        if not os.access(source / name, os.R_OK)
+    ]
+
+
+def _tokenizer_files(source: Path) -> list[str]:
+    return [name for name in TOKENIZER_FILES if (source / name).is_file()]

@@ -1,0 +1,46 @@
+"""Write single files atomically, wait until they are on the disk, and find what an interrupted replacement left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replaced_folder(folder: Path) -> Path:
+    """Where a folder lies while another takes its place, on file systems that cannot exchange the two."""
+    return folder.parent / f".{folder.name}.replaced"
+
+
+def how_to_restore(folder: Path) -> str | None:
+    """What brings a folder back that --overwrite had moved aside when it was cut off; None where none was."""
+    aside = replaced_folder(folder)
+    if folder.exists() or not aside.is_dir():
+        return None
+    return f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, fsync, rename: a reader sees the old or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync_folder_and_files(folder: Path) -> None:
+    """fsync a folder and the files in it."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_dir() and path != folder:
+            continue
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """fsync one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
