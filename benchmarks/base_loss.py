@@ -32,7 +32,7 @@ from mixtral_run.config.verbs import BASE_PRECISIONS, FinetuneConfig, PretrainCo
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.samples import GlobalBatch, Row, ShuffledOrder, batches
@@ -131,10 +131,10 @@ def configs(arguments: argparse.Namespace) -> tuple[PretrainConfig, FinetuneConf
 
 
 def train_base(
-    config: PretrainConfig, architecture: MixtralArchitecture, here: Processes, text: bytes
+    config: PretrainConfig, architecture: MixtralArchitecture, mesh: Mesh, text: bytes
 ) -> tuple[dict[str, Tensor], list[float]]:
     """A base's weights by their names in the model, and its losses."""
-    model = build_model(architecture, ModelSettings(dtype_on(here), True), here).train()
+    model = build_model(architecture, ModelSettings(dtype_on(mesh), True), mesh).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -155,12 +155,12 @@ def train_base(
 def tune(
     config: FinetuneConfig,
     architecture: MixtralArchitecture,
-    here: Processes,
+    mesh: Mesh,
     weights: dict[str, Tensor],
     chosen: Sequence[GlobalBatch],
 ) -> tuple[list[float], float]:
     """Losses of adapters on these weights at the config's base precision, and the first batch's after training."""
-    model = build_on(config, architecture, here, weights)
+    model = build_on(config, architecture, mesh, weights)
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
     )
@@ -169,19 +169,19 @@ def tune(
         losses = [step(batch, learning_rate(config, iteration)).loss for iteration, batch in enumerate(chosen)]
     (first,) = chosen[0].micro_batches
     with torch.no_grad():
-        again = model.losses(first.tokens.to(here.device), first.labels.to(here.device)).mean().item()
+        again = model.losses(first.tokens.to(mesh.device), first.labels.to(mesh.device)).mean().item()
     return losses, again
 
 
 def build_on(
-    config: FinetuneConfig, architecture: MixtralArchitecture, here: Processes, weights: dict[str, Tensor]
+    config: FinetuneConfig, architecture: MixtralArchitecture, mesh: Mesh, weights: dict[str, Tensor]
 ) -> MixtralModel:
     """The model on these weights with adapters at their start, in training mode."""
     lora = LoraSettings(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
     )
-    settings = ModelSettings(dtype_on(here), True, lora, "none", config.base_precision)
-    model = build_model(architecture, settings, here).train()
+    settings = ModelSettings(dtype_on(mesh), True, lora, "none", config.base_precision)
+    model = build_model(architecture, settings, mesh).train()
     missing = set(weights)
 
     def fill() -> None:
@@ -192,7 +192,7 @@ def build_on(
                     missing.discard(name)
 
     fill()
-    model.quantise_experts(fill)
+    model.quantize_experts(fill)
     assert not missing, f"weights without a place in the model: {sorted(missing)}"
     return model
 
@@ -209,8 +209,8 @@ def chosen_batches(config: PretrainConfig | FinetuneConfig, text: bytes) -> list
     return [next(stream) for _ in range(config.train_iters)]
 
 
-def dtype_on(here: Processes) -> torch.dtype:
-    return torch.bfloat16 if here.device.type == "cuda" else torch.float32
+def dtype_on(mesh: Mesh) -> torch.dtype:
+    return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
 
 
 def compared(losses: Sequence[float], with_: Sequence[float]) -> dict[str, float]:
@@ -229,9 +229,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     learnt, other = texts()
     base_config, lora_config = configs(arguments)
     architecture = TINY if arguments.tiny else SMALL
-    with processes(base_config) as here:
+    with processes(base_config) as mesh:
         started = time.perf_counter()
-        weights, base_losses = train_base(base_config, architecture, here, learnt)
+        weights, base_losses = train_base(base_config, architecture, mesh, learnt)
         seconds = time.perf_counter() - started
         print(
             f"base: {architecture.num_parameters:,} parameters, {len(learnt):,} bytes of text; loss of "
@@ -246,7 +246,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             gc.collect()
             started = time.perf_counter()
             config = dataclasses.replace(lora_config, base_precision=precision)
-            losses, again = tune(config, architecture, here, weights, chosen)
+            losses, again = tune(config, architecture, mesh, weights, chosen)
             bf16 = bf16 or losses
             at = {str(step): losses[step - 1] for step in shown_steps(len(losses))}
             found[precision] = {"losses": at, "first_again": again, **compared(losses, bf16)}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mixtral_run.config.verbs import LORA_TARGET_MODULES, FinetuneConfig
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.data.samples import batches
@@ -43,40 +43,40 @@ def main() -> None:
         seq_length=options.seq_length,
         dtype="bf16",
     )
-    with processes(config) as here:
-        seconds = measure(config, here)
-        if here.is_first:
+    with processes(config) as mesh:
+        seconds = measure(config, mesh)
+        if mesh.is_first:
             print(json.dumps(seconds), flush=True)
 
 
-def measure(config: FinetuneConfig, here: Processes) -> dict[str, float]:
+def measure(config: FinetuneConfig, mesh: Mesh) -> dict[str, float]:
     """Seconds of each part, every one of them from when all ranks had ended the one before. All ranks must call."""
     base = describe_base(config.load)
     lora = LoraSettings(16, 32.0, 0.0, LORA_TARGET_MODULES, config.seed)
-    marks = [_now(here)]
-    model = build_model(base.architecture, ModelSettings(torch.bfloat16, True, lora, recompute="full"), here).train()
-    marks.append(_now(here))
+    marks = [_now(mesh)]
+    model = build_model(base.architecture, ModelSettings(torch.bfloat16, True, lora, recompute="full"), mesh).train()
+    marks.append(_now(mesh))
     load_base(model, base)
-    marks.append(_now(here))
+    marks.append(_now(mesh))
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
     stream = batches(
         open_samples(config, base, Report.silent())[0],
         seed=config.seed,
         micro_batch_size=1,
-        global_batch_size=here.data_size,
-        data_parallel_rank=here.data_rank,
-        data_parallel_size=here.data_size,
+        global_batch_size=mesh.data_size,
+        data_parallel_rank=mesh.data_rank,
+        data_parallel_size=mesh.data_size,
         consumed_samples=0,
     )
     result = train_step(model, optimizer, next(iter(stream)), 1.0)
     assert result.loss == result.loss, "the first loss is no number"
-    marks.append(_now(here))
+    marks.append(_now(mesh))
     names = ("build_seconds", "load_seconds", "first_iteration_seconds")
     return {name: end - begin for name, begin, end in zip(names, marks[:-1], marks[1:], strict=True)}
 
 
-def _now(here: Processes) -> float:
-    if here.device.type == "cuda":
+def _now(mesh: Mesh) -> float:
+    if mesh.device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
     return time.perf_counter()

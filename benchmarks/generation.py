@@ -53,9 +53,9 @@ def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
-    with processes(config) as here:
+    with processes(config) as mesh:
         modules = MODULES if arguments.adapted else ()
-        model = build_ours(arguments.layers, here, "none", arguments.base_precision, modules)
+        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision, modules)
         model.eval().requires_grad_(False)
         prompts = random_prompts(rows)
         kind = Decoding if arguments.child == "launched" else None
@@ -68,9 +68,9 @@ def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
         generated(arguments.tokens, gaps.put)
         if arguments.profile is not None:
             # All of them take the steps: they exchange.
-            path = arguments.profile.with_stem(f"{arguments.profile.stem}-{rows}") if here.is_first else None
+            path = arguments.profile.with_stem(f"{arguments.profile.stem}-{rows}") if mesh.is_first else None
             write_profile(lambda: generated(32), path)
-        return gaps.found(rows, 2) if here.is_first else {}
+        return gaps.found(rows, 2) if mesh.is_first else {}
 
 
 def run_peer(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How long a start with a base in 8 or 4 bit takes, and what it reads: quantised, quantised and kept, taken from there.
+"""How long a start with a base in 8 or 4 bit takes, and what it reads: quantized, quantized and kept, taken from there.
 
     python -m benchmarks.kept_start                    # 1.6 GB in bf16, on the CPU
     python -m benchmarks.kept_start --layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --device cuda \\
@@ -108,13 +108,13 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
 
     description = describe_base(base)
     lora = LoraSettings(16, 32.0, 0.0, LORA_TARGET_MODULES, 1)
-    with processes(VerifyConfig(load=base, device=device)) as here:
+    with processes(VerifyConfig(load=base, device=device)) as mesh:
         model = build_model(
-            description.architecture, ModelSettings(torch.bfloat16, True, lora, "none", precision), here
+            description.architecture, ModelSettings(torch.bfloat16, True, lora, "none", precision), mesh
         )
         before, started, cpu = counts(), time.perf_counter(), time.process_time()
         load_base(model, description, Keep(mode))
-        if here.device.type == "cuda":
+        if mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, cpu_seconds, after = time.perf_counter() - started, time.process_time() - cpu, counts()
     return {

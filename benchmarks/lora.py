@@ -46,7 +46,7 @@ def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
     return statistics.median(seconds)
 
 
-def build_ours(layers: int, here: Any, recompute: str, base_precision: str, modules: tuple[str, ...] = MODULES) -> Any:
+def build_ours(layers: int, mesh: Any, recompute: str, base_precision: str, modules: tuple[str, ...] = MODULES) -> Any:
     """Mixtral's full width with random weights and adapters on the modules, in training mode."""
     import dataclasses
 
@@ -59,7 +59,7 @@ def build_ours(layers: int, here: Any, recompute: str, base_precision: str, modu
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
     lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
     settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
-    model = build_model(architecture, settings, here).train()
+    model = build_model(architecture, settings, mesh).train()
 
     def fill(part: str) -> None:
         with torch.no_grad():
@@ -68,7 +68,7 @@ def build_ours(layers: int, here: Any, recompute: str, base_precision: str, modu
                     parameter.normal_(0.0, 0.02)
 
     fill("")
-    model.quantise_experts(lambda: fill(".experts."))
+    model.quantize_experts(lambda: fill(".experts."))
     return model
 
 
@@ -87,16 +87,16 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
-    with processes(config) as here:
-        model = build_ours(layers, here, arguments.recompute, arguments.base_precision, modules_of(arguments))
+    with processes(config) as mesh:
+        model = build_ours(layers, mesh, arguments.recompute, arguments.base_precision, modules_of(arguments))
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
         stream = batches(
             MockSamples(model.architecture.vocab_size, seq, 1),
             seed=1,
             micro_batch_size=micro,
-            global_batch_size=micro * here.data_size,
-            data_parallel_rank=here.data_rank,
-            data_parallel_size=here.data_size,
+            global_batch_size=micro * mesh.data_size,
+            data_parallel_rank=mesh.data_rank,
+            data_parallel_size=mesh.data_size,
         )
 
         def run(backward: Any) -> dict[str, Any]:
@@ -106,12 +106,12 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
             seconds = timed_steps(step, 4, arguments.steps)
             if arguments.profile is not None:
                 # All of them take the step: they exchange.
-                write_profile(step, arguments.profile if here.is_first else None)
+                write_profile(step, arguments.profile if mesh.is_first else None)
             return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
 
         with exchanged_by(collectives=arguments.collectives), backward_of(model, seq * micro) as backward:
             result = run(EagerBackward(model) if arguments.eager else backward)
-        return result if here.is_first else {}
+        return result if mesh.is_first else {}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from mixtral_run.trial.random_mixtral import INDEX_NAME, hf_config, split_into_s
 from mixtral_run.trial.sizes import tokenizer_texts
 from mixtral_run.trial.tiny_tokenizer import write_tokenizer
 from mixtral_run.weights.hf.safetensors_files import header_of
-from mixtral_run.weights.io.atomic_folder import disk_faults
+from mixtral_run.weights.io.atomic_folder import disk_problems
 from mixtral_run.weights.io.disk import allocate
 
 POOL_NUMBERS = 32 * 2**20
@@ -80,9 +80,9 @@ def make(folder: Path, architecture: MixtralArchitecture, *, num_shards: int, se
     if any(folder.iterdir()):
         raise SystemExit(f"{folder} holds something already")
     total = architecture.num_parameters * _ITEM_SIZE
-    faults = disk_faults(folder, total)
-    if faults:
-        raise SystemExit(faults[0])
+    problems = disk_problems(folder, total)
+    if problems:
+        raise SystemExit(problems[0])
     pool, ones = _pool(seed), _ones()
     shards = split_into_shards(architecture, num_shards)
     names = [f"model-{number:05d}-of-{num_shards:05d}.safetensors" for number in range(1, num_shards + 1)]
@@ -96,7 +96,7 @@ def make(folder: Path, architecture: MixtralArchitecture, *, num_shards: int, se
         os.pwrite(descriptors[file], header, 0)
         sizes.append(len(header) + sum(prod(shape) for _, shape in shard) * _ITEM_SIZE)
         runs_by_file.append(list(_runs(file, len(header), shard)))
-    # The kernel lets one writer at a time into a file: neighbours in the order go to different ones.
+    # The kernel lets one writer at a time into a file: neighbors in the order go to different ones.
     runs = [run for column in zip_longest(*runs_by_file) for run in column if run is not None]
 
     def write(run: Run) -> None:

@@ -119,8 +119,8 @@ def main() -> None:
     from mixtral_run.train.step import trainable
 
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
-    with processes(config) as here:
-        model = build_ours(arguments.layers, here, "none", arguments.base_precision)
+    with processes(config) as mesh:
+        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision)
         # On the host: the peaks are those of a run.
         kept = [parameter.detach().cpu() for parameter in trainable(model)]
         for case in arguments.cases.split(","):

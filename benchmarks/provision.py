@@ -66,9 +66,9 @@ def run_playbook(inventory_file: Path, names: list[str]) -> Run:
     argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory_file)]
     argv += ["--limit", ",".join(names), "--extra-vars", json.dumps(variables), "playbooks/bootstrap.yml"]
     files = [_cpu_file(name) for name in names]
-    before, here, began = _cpu_seconds(files), _cpu_here(), time.perf_counter()
+    before, mesh, began = _cpu_seconds(files), _cpu_here(), time.perf_counter()
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    run = Run(seconds=time.perf_counter() - began, here_cpu_seconds=_cpu_here() - here)
+    run = Run(seconds=time.perf_counter() - began, here_cpu_seconds=_cpu_here() - mesh)
     after = _cpu_seconds(files)
     run.hosts_cpu_seconds = None if before is None or after is None else after - before
     if done.returncode:

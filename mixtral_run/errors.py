@@ -22,7 +22,7 @@ class MixtralRunError(Exception):
         expected: str | None = None,
         found: str | None = None,
         next_command: str | None = None,
-        faults: Sequence[str] = (),
+        problems: Sequence[str] = (),
     ) -> None:
         super().__init__(what)
         self.what = what
@@ -30,18 +30,18 @@ class MixtralRunError(Exception):
         self.expected = expected
         self.found = found
         self.next_command = next_command
-        self.faults = tuple(faults)
+        self.problems = tuple(problems)
 
     def __str__(self) -> str:
         lines = [self.what]
-        lines += [f"  - {fault}" for fault in self.faults]
-        labelled = (
+        lines += [f"  - {problem}" for problem in self.problems]
+        labeled = (
             ("where", self.where),
             ("expected", self.expected),
             ("found", self.found),
             ("next", self.next_command),
         )
-        lines += [f"  {label + ':':<9} {value}" for label, value in labelled if value is not None]
+        lines += [f"  {label + ':':<9} {value}" for label, value in labeled if value is not None]
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -101,7 +101,7 @@ def described(error: BaseException) -> dict[str, object]:
     if not isinstance(error, MixtralRunError):
         return {"what": str(error) or type(error).__name__}
     parts = ("what", "where", "expected", "found", "next_command", "exit_code")
-    return {name: getattr(error, name) for name in parts} | {"faults": list(error.faults)}
+    return {name: getattr(error, name) for name in parts} | {"problems": list(error.problems)}
 
 
 _LONGEST_LIST = 20
@@ -119,4 +119,4 @@ def joined(errors: list[MixtralRunError]) -> MixtralRunError:
     if len(errors) == 1:
         return errors[0]
     lines = [str(error).replace("\n", "\n    ") for error in errors]
-    return type(errors[0])(f"{len(errors)} things stand in the way.", faults=lines)
+    return type(errors[0])(f"{len(errors)} things stand in the way.", problems=lines)

@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
         """
         if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
             return super().resolve_command(ctx, args)
-        from mixtral_run.cli.usage import FAULTS, close_to, missing_words, or_words, without_faults
+        from mixtral_run.cli.usage import PROBLEMS, close_to, missing_words, or_words, without_problems
 
         name = args[0].replace("_", "-")
         command = self.get_command(ctx, name)
@@ -83,17 +83,17 @@ class LazyGroup(click.Group):
                 expected=f"one of {', '.join(VERBS)}",
                 next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
             )
-        words, faults = without_faults(command, args[1:])
+        words, problems = without_problems(command, args[1:])
         missing = missing_words(command, words)
-        faults += missing
-        if missing or (faults and not any(each.name == "config" for each in command.params)):
+        problems += missing
+        if missing or (problems and not any(each.name == "config" for each in command.params)):
             raise ConfigError(
                 "The command line cannot be understood.",
                 where="command line",
-                faults=faults,
+                problems=problems,
                 next_command=f"mixtral-run {name} --help",
             )
-        ctx.meta[FAULTS] = faults
+        ctx.meta[PROBLEMS] = problems
         return name, command, words
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

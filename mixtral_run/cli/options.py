@@ -13,7 +13,7 @@ import click
 
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
-from mixtral_run.cli.usage import FAULTS
+from mixtral_run.cli.usage import PROBLEMS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.errors import ConfigError, described
 
@@ -78,13 +78,13 @@ def merged_config(config_class: type[ConfigT], file: Path | None, flags: dict[st
     With them are told the words that the verb did not understand.
     """
     context = click.get_current_context()
-    not_understood = context.meta.get(FAULTS, [])
+    not_understood = context.meta.get(PROBLEMS, [])
     try:
         config = _merge(config_class, file, flags).check()
         if not_understood:
             raise ConfigError("The settings cannot be used as they are.")
     except ConfigError as error:
-        error.faults = (*not_understood, *error.faults)
+        error.problems = (*not_understood, *error.problems)
         error.where = error.where or "command line"
         error.next_command = error.next_command or f"{context.command_path} --help"
         raise

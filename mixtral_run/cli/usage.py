@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-FAULTS = "mixtral_run.usage_faults"
+PROBLEMS = "mixtral_run.usage_faults"
 """Where in a click context's `meta` they wait for the verb's settings, whose faults are told with them."""
 
 _MOST_SHOWN = 3
 
 
-def without_faults(command: click.Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
+def without_problems(command: click.Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that the verb can parse, and a line for each of the others.
 
     The word after an unknown flag counts as its value where the verb takes no plain words.
@@ -23,25 +23,25 @@ def without_faults(command: click.Command, words: Sequence[str]) -> tuple[list[s
         return list(words), []
     takes_words = any(isinstance(each, click.Argument) for each in command.params)
     kept: list[str] = []
-    faults: list[str] = []
+    problems: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            return [*kept, word, *rest], faults
+            return [*kept, word, *rest], problems
         if not word.startswith("-") or word == "-":
             if takes_words:
                 kept.append(word)
             else:
-                faults.append(f"{word!r}: expected a flag before it; found none")
+                problems.append(f"{word!r}: expected a flag before it; found none")
             continue
         flag, option = _option_of(word, options)
         if option is None:
-            faults.append(f"{flag}: there is no such flag{_meant(flag, options)}")
+            problems.append(f"{flag}: there is no such flag{_meant(flag, options)}")
             if not takes_words and "=" not in word and rest and not rest[0].startswith("-"):
                 rest.pop(0)
         elif option.is_flag and "=" in word:
-            faults.append(f"{flag}: expected no value; found {word.partition('=')[2]!r}")
+            problems.append(f"{flag}: expected no value; found {word.partition('=')[2]!r}")
         elif option.is_flag:
             kept.append(word)
         else:
@@ -54,8 +54,8 @@ def without_faults(command: click.Command, words: Sequence[str]) -> tuple[list[s
             else:
                 wrong = _wrong_value(option, written[1] if alone else word.partition("=")[2] or word[2:])
             kept += [] if wrong else written
-            faults += [f"{flag}: {wrong}"] if wrong else []
-    return kept, faults
+            problems += [f"{flag}: {wrong}"] if wrong else []
+    return kept, problems
 
 
 def missing_words(command: click.Command, words: Sequence[str]) -> list[str]:

@@ -55,20 +55,20 @@ def field_types(config_class: type) -> dict[str, Any]:
 class Config:
     """What every verb's config can do."""
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Everything that is wrong with the values, as lines for a person; empty when all is well."""
         found = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is not None:
-                found += _limit_faults(item, value)
+                found += _limit_problems(item, value)
         return found
 
     def check(self) -> Self:
         """Return self, or raise ConfigError with all faults."""
-        faults = self.faults()
-        if faults:
-            raise ConfigError("The settings cannot be used as they are.", faults=faults)
+        problems = self.problems()
+        if problems:
+            raise ConfigError("The settings cannot be used as they are.", problems=problems)
         return self
 
     def to_mapping(self) -> dict[str, Any]:
@@ -83,22 +83,22 @@ class Config:
         """Build from JSON values. Raises ConfigError naming every unknown key, missing key and wrong type."""
         annotations = field_types(cls)
         fields = {item.name: item for item in dataclasses.fields(cls)}
-        faults = [f"unknown setting '{name}'" for name in values if name not in fields]
+        problems = [f"unknown setting '{name}'" for name in values if name not in fields]
         accepted: dict[str, Any] = {}
         for name, item in fields.items():
             if name not in values:
                 if item.default is MISSING and item.default_factory is MISSING:
-                    faults.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
+                    problems.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
                 continue
             try:
                 accepted[name] = _from_json_value(annotations[name], values[name])
             except (TypeError, ValueError) as error:
-                faults.append(f"{flag_of(name)}: {error}")
-        if faults:
+                problems.append(f"{flag_of(name)}: {error}")
+        if problems:
             # With those of the others' limits: what is mended then is not refused in the next run.
             for name, value in accepted.items():
-                faults += _limit_faults(fields[name], value) if value is not None else []
-            raise ConfigError("The settings cannot be used as they are.", where=where, faults=faults)
+                problems += _limit_problems(fields[name], value) if value is not None else []
+            raise ConfigError("The settings cannot be used as they are.", where=where, problems=problems)
         return cls(**accepted)
 
     @classmethod
@@ -112,7 +112,7 @@ class Config:
         return cls.from_mapping(values, where=where)
 
 
-def _limit_faults(item: dataclasses.Field[Any], value: Any) -> list[str]:
+def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
     limits = item.metadata
     flag = flag_of(item.name)
     found = []

@@ -51,8 +51,8 @@ class ParallelConfig(Config):
         minimum=1,
     )
 
-    def faults(self) -> list[str]:
-        found = super().faults()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if self.expert_tensor_parallel_size != 1:
             found.append(
                 "--expert-tensor-parallel-size: expected 1 (adapters are kept one an expert, which splitting an "
@@ -60,7 +60,7 @@ class ParallelConfig(Config):
             )
         return found
 
-    def world_size_faults(self, world_size: int) -> list[str]:
+    def world_size_problems(self, world_size: int) -> list[str]:
         """What keeps this layout from fitting `world_size` processes."""
         return [
             f"{flag_of(name)}: expected a divisor of the {world_size} processes started; found {size}"
@@ -112,8 +112,8 @@ class ConvertConfig(ParallelConfig):
     )
     overwrite: bool = setting(False, help="Replace what an earlier conversion left in the output folder.")
 
-    def faults(self) -> list[str]:
-        found = super().faults()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if self.hf_model_path is None and self.from_megatron is None:
             found.append("--hf-model-path is required, or --from-megatron in its place; found neither")
         if self.hf_model_path == "":
@@ -145,8 +145,8 @@ class VerifyConfig(LaunchConfig):
     proof: bool = setting(False, help="Read every byte once and check it by the checkpoint's own proof.json.")
     json: bool = setting(False, help="Print the report as JSON.")
 
-    def faults(self) -> list[str]:
-        found = super().faults()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if (self.adapter is None) != (self.peft_path is None):
             found.append("--adapter and --peft-path: expected both or neither; found one")
         if self.adapter is not None and self.against is None:
@@ -193,8 +193,8 @@ class DataConfig(LaunchConfig):
         """One of RECOMPUTE; none where nothing was said."""
         return "full" if self.recompute_activations else self.recompute or "none"
 
-    def faults(self) -> list[str]:
-        found = super().faults()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if self.recompute_activations and self.recompute not in (None, "full"):
             found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
         if self.mock_data and self.data_path is not None:
@@ -258,8 +258,8 @@ class FinetuneConfig(DataConfig):
     )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.")
 
-    def faults(self) -> list[str]:
-        found = super().faults()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path beside it; found --mock-data, whose samples fill their rows")
         return found
@@ -337,8 +337,8 @@ class GenerateConfig(LaunchConfig):
     json: bool = setting(False, help="Print the answers as JSON.")
     output_file: Path | None = setting(None, help="Also write the answers there, as JSON.")
 
-    def faults(self) -> list[str]:
-        found = super().faults()
+    def problems(self) -> list[str]:
+        found = super().problems()
         if not (self.prompt or self.instruction or self.prompts_file):
             found.append("--prompt, --instruction or --prompts-file: expected at least one; found none")
         found += ["--prompt: expected text; found an empty one" for each in self.prompt if not each]

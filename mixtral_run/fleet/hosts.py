@@ -102,21 +102,21 @@ def _is_port(text: str) -> bool:
 def parse_hosts(texts: Iterable[str]) -> tuple[Host, ...]:
     """Hosts in the order given; the same one twice counts once. Raises ConfigError with all faults at once."""
     found: dict[str, Host] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for text in texts:
         try:
             host = parse_host(text)
         except ConfigError as error:
-            faults.append(f"{text!r}: {error.found}")
+            problems.append(f"{text!r}: {error.found}")
             continue
         earlier = found.setdefault(host.name, host)
         if earlier != host:
-            faults.append(f"{host.name} is named twice: {earlier.target} and {host.target}")
-    if faults:
+            problems.append(f"{host.name} is named twice: {earlier.target} and {host.target}")
+    if problems:
         raise ConfigError(
             "Not every host can be understood.",
             expected="[user@]name[:port], such as ubuntu@gpu-01 or ubuntu@gpu-02:2222",
-            faults=faults,
+            problems=problems,
         )
     return tuple(found.values())
 

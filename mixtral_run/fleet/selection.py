@@ -33,7 +33,7 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
         named = find_hosts(words, listed)
         unknown = [host.name for host in named if host not in listed]
         if unknown:
-            raise ConfigError("The inventory does not have these hosts.", where=str(inventory), faults=unknown)
+            raise ConfigError("The inventory does not have these hosts.", where=str(inventory), problems=unknown)
         found = named or listed
     else:
         known = remembered_hosts()
@@ -58,7 +58,7 @@ def inventory_of(hosts: Sequence[Host]) -> Path | None:
     if len(groups) > 1:
         raise ConfigError(
             "The hosts do not come from one inventory: set them up one after the other.",
-            faults=[
+            problems=[
                 "mixtral-run bootstrap "
                 + (shlex.join(["-i", inventory, "--limit", ",".join(names)]) if inventory else " ".join(names))
                 for inventory, names in groups.items()
@@ -79,5 +79,5 @@ def refuse_lost_variables(hosts: Sequence[Host]) -> None:
         raise ConfigError(
             "These hosts were set up with an inventory, whose variables would not count any more.",
             expected="the inventory, with another user in its ansible_user; or -i ANOTHER, to leave it",
-            faults=[f"{target}: mixtral-run bootstrap {told.bootstrap_words}" for target, told in before.items()],
+            problems=[f"{target}: mixtral-run bootstrap {told.bootstrap_words}" for target, told in before.items()],
         )

@@ -152,7 +152,7 @@ def _check_same_base(host: Host, config: UpConfig, done: Done) -> None:
 def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None:
     """Raise ConfigError when the adapter that is there came of other data or settings: it is not what is asked for."""
     began, asked = done.adapter.get("training", {}), config.to_mapping()
-    faults = [
+    problems = [
         f"{flag_of(name)}: the adapter was trained with {began[name]}; found {asked[name]}"
         for name in SETTINGS_OF_A_RUN
         if began.get(name, asked[name]) != asked[name]
@@ -162,15 +162,15 @@ def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None
     if known and config.data_path is not None and config.data_path.is_file():
         found = hashlib.sha256(config.data_path.read_bytes()).hexdigest()
         if found != known:
-            faults.append(f"--data-path: the adapter was trained on another file than {config.data_path}")
+            problems.append(f"--data-path: the adapter was trained on another file than {config.data_path}")
     below, base = done.adapter.get("base", {}).get("fingerprint"), done.base.get("fingerprint")
     if below and base and any(one != other for one, other in zip(below.split("-"), base.split("-"), strict=False)):
-        faults.append(f"--load: the adapter was trained on another base than {config.load}")
-    if faults:
+        problems.append(f"--load: the adapter was trained on another base than {config.load}")
+    if problems:
         raise ConfigError(
             "The adapter on the host is another one than you ask for.",
             where=f"{host.name}: {_inside(config.save)}, iteration {done.trained_iteration}",
-            faults=faults,
+            problems=problems,
             next_command="--save NEW --output-path NEW for an adapter beside it; or what it was trained with",
         )
 

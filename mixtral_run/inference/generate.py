@@ -16,7 +16,7 @@ from mixtral_run.config.verbs import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.decode import Decoding, decoding_of
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
@@ -60,10 +60,10 @@ def generate(config: GenerateConfig) -> None:
             found=f"{longest} tokens",
             next_command="a smaller --max-new-tokens, or a shorter prompt",
         )
-    with processes(config) as here:
-        report = _report(config, here)
+    with processes(config) as mesh:
+        report = _report(config, mesh)
         started = time.perf_counter()
-        model = load_for_inference(config, base, here, adapter)
+        model = load_for_inference(config, base, mesh, adapter)
         report.say(
             f"Loaded {config.load}{' with ' + str(config.adapter) if adapter else ''} "
             f"in {time.perf_counter() - started:.1f} s"
@@ -83,12 +83,12 @@ def generate(config: GenerateConfig) -> None:
             )
             for text, output in zip(texts, outputs, strict=True)
         ]
-        if here.is_first:
+        if mesh.is_first:
             _tell(config, report, answers, seconds)
 
 
-def _report(config: GenerateConfig, here: Processes) -> Report:
-    if not here.is_first:
+def _report(config: GenerateConfig, mesh: Mesh) -> Report:
+    if not mesh.is_first:
         return Report.silent()
     return Report.on_stderr() if config.json else Report()
 
@@ -138,20 +138,20 @@ def continue_rows(
     Rows of different length are padded on the left; padding is masked out of attention and counts as no position.
     decoding: how, see decode.py; by itself the fastest that goes.
     """
-    here = model.processes
-    lengths = torch.tensor([len(row) for row in rows], device=here.device)
+    mesh = model.processes
+    lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
     longest = int(lengths.max())
-    tokens = torch.full((len(rows), longest), end_token, dtype=torch.int64, device=here.device)
+    tokens = torch.full((len(rows), longest), end_token, dtype=torch.int64, device=mesh.device)
     for index, row in enumerate(rows):
-        tokens[index, longest - len(row) :] = torch.tensor(row, device=here.device)
+        tokens[index, longest - len(row) :] = torch.tensor(row, device=mesh.device)
     decoding = decoding or decoding_of(model, len(rows), sampling.max_new_tokens)
     passes = decoding(model, longest - lengths, longest + sampling.max_new_tokens)
-    generator = torch.Generator(device=here.device).manual_seed(sampling.seed)
+    generator = torch.Generator(device=mesh.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in rows]
     running = [True] * len(rows)
     for _ in range(sampling.max_new_tokens):
         chosen = choose(passes(tokens).float(), sampling, generator)
-        if here.world_size > 1:
+        if mesh.world_size > 1:
             # Replicas may round differently; all must go on with the same token.
             dist.broadcast(chosen, src=0)
         for index, token in enumerate(chosen.tolist()):

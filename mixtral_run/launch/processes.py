@@ -84,15 +84,15 @@ def host_process_count(count: int) -> int:
 def num_processes(config: LaunchConfig) -> int:
     """How many processes the job has. Raises ConfigError when the layout does not fit them."""
     count = process_count(config)
-    faults = config.world_size_faults(count)
-    if faults:
+    problems = config.world_size_problems(count)
+    if problems:
         tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
         sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep}
         smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
         least = math.lcm(tp, ep)
         raise ConfigError(
             f"The layout TP{tp}/EP{ep} does not fit {count} process{'es' if count != 1 else ''}.",
-            faults=faults,
+            problems=problems,
             next_command=f"{flag_of('nproc_per_node')} {least}, or {smaller}" if _can_start(config, least) else smaller,
         )
     return count
@@ -232,18 +232,18 @@ def _worker_error(folder: Path, failure: object) -> MixtralRunError:
         # Written by our own process into a folder that only this user can open.
         error = pickle.loads(file.read_bytes())
         # What each found may differ by a number.
-        errors.setdefault((type(error), error.what, error.where, error.faults, error.next_command), error)
+        errors.setdefault((type(error), error.what, error.where, error.problems, error.next_command), error)
     found = list(errors.values())
     if len(found) == 1:
         return found[0]
     if found:
         worst = EXIT_CODES.get(found[0].exit_code, TrainingError)
-        return worst("Several processes failed.", faults=[str(error) for error in found])
+        return worst("Several processes failed.", problems=[str(error) for error in found])
     silent = {int(file.stem.removeprefix("rank-")) for file in folder.glob("rank-*.consequence")}
     lines = [_describe_end(process) for process in _first_to_end(failure, silent)]
     return TrainingError(
         "A process of the job ended before its work was done.",
-        faults=lines,
+        problems=lines,
         next_command="the lines above this one say more; --debug shows tracebacks",
     )
 

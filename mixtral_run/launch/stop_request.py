@@ -10,7 +10,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -21,8 +21,8 @@ class StopRequest:
     ended_a_run = False
     """Whether one was, as far as this process knows, in any run of it."""
 
-    def __init__(self, here: Processes) -> None:
-        self._here = here
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
         self._asked = False
 
     def ask(self, signal_number: int, frame: FrameType | None) -> None:
@@ -32,7 +32,7 @@ class StopRequest:
     def agreed(self) -> bool:
         """True on all ranks once any was asked. All ranks must call: a signal reaches them at different iterations."""
         asked = torch.tensor(float(self._asked))
-        if self._here.world_size > 1:
+        if self._mesh.world_size > 1:
             # Over gloo, on the host: the flag must not wait for the GPU's queue.
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         StopRequest.ended_a_run |= bool(asked)
@@ -40,9 +40,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(here: Processes) -> Iterator[StopRequest]:
+def stop_requests(mesh: Mesh) -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGINT and SIGHUP into a request while the block runs."""
-    request = StopRequest(here)
+    request = StopRequest(mesh)
     kept = {number: signal.signal(number, request.ask) for number in STOP_SIGNALS}
     try:
         yield request

@@ -82,10 +82,10 @@ class MixtralArchitecture:
         }
         return self.num_layers * rank * sum(sizes[name] for name in target_modules)
 
-    def layout_faults(self, tensor_model_parallel_size: int, expert_model_parallel_size: int) -> list[str]:
+    def layout_problems(self, tensor_model_parallel_size: int, expert_model_parallel_size: int) -> list[str]:
         """What keeps the model from being split over TP and EP; empty when nothing does."""
         tp, ep = tensor_model_parallel_size, expert_model_parallel_size
-        faults = [
+        problems = [
             f"--tensor-model-parallel-size {tp}: does not divide the model's {count} {what}"
             for what, count in (
                 ("attention heads", self.num_attention_heads),
@@ -95,8 +95,10 @@ class MixtralArchitecture:
             if count % tp
         ]
         if self.num_experts % ep:
-            faults.append(f"--expert-model-parallel-size {ep}: does not divide the model's {self.num_experts} experts")
-        return faults
+            problems.append(
+                f"--expert-model-parallel-size {ep}: does not divide the model's {self.num_experts} experts"
+            )
+        return problems
 
     def differing(self, other: MixtralArchitecture) -> list[str]:
         """Names of the fields that another has another value of."""
@@ -114,26 +116,26 @@ class MixtralArchitecture:
     @classmethod
     def from_hf_config(cls, values: Mapping[str, Any], *, where: str) -> Self:
         """From the content of config.json. Raises WeightsError naming everything that is not Mixtral's."""
-        faults = []
+        problems = []
         if values.get("model_type") != "mixtral":
-            faults.append(f"model_type: expected 'mixtral'; found {values.get('model_type')!r}")
-        faults += [
+            problems.append(f"model_type: expected 'mixtral'; found {values.get('model_type')!r}")
+        problems += [
             f"{name}: expected a whole number above 0; found {values.get(name)!r}"
             for name in _REQUIRED
             if not isinstance(values.get(name), int) or isinstance(values.get(name), bool) or values[name] < 1
         ]
         if values.get("tie_word_embeddings"):
-            faults.append("tie_word_embeddings: expected false; found true")
+            problems.append("tie_word_embeddings: expected false; found true")
         if values.get("sliding_window") is not None:
-            faults.append(f"sliding_window: expected null; found {values['sliding_window']!r}")
+            problems.append(f"sliding_window: expected null; found {values['sliding_window']!r}")
         if values.get("hidden_act", "silu") != "silu":
-            faults.append(f"hidden_act: expected 'silu'; found {values['hidden_act']!r}")
+            problems.append(f"hidden_act: expected 'silu'; found {values['hidden_act']!r}")
         rope = values.get("rope_parameters") or {}
         rope_type = rope.get("rope_type") or (values.get("rope_scaling") or {}).get("rope_type") or "default"
         if rope_type != "default":
-            faults.append(f"rope_type: expected 'default'; found {rope_type!r}")
-        if faults:
-            raise WeightsError("This is not a Mixtral model that can be converted.", where=where, faults=faults)
+            problems.append(f"rope_type: expected 'default'; found {rope_type!r}")
+        if problems:
+            raise WeightsError("This is not a Mixtral model that can be converted.", where=where, problems=problems)
         heads = values["num_attention_heads"]
         return cls(
             num_layers=values["num_hidden_layers"],

@@ -21,10 +21,10 @@ from mixtral_run.model.kernels.grouped_mm import (
 )
 from mixtral_run.model.kernels.quantized.quantized_mm import (
     forward_product,
-    quantise_to,
-    quantised_layout,
-    quantised_linear,
-    quantised_with_inner,
+    quantize_to,
+    quantized_layout,
+    quantized_linear,
+    quantized_with_inner,
     rows_gradient,
 )
 from mixtral_run.model.kernels.router_probs import with_shares
@@ -40,7 +40,7 @@ class ExpertLinear(torch.nn.Module):
     """One linear layer of all local experts. weight: [experts / EP, out, in]; adapters [.., r, in] and [.., out, r].
 
     With a base precision of fp8 or nf4 the weight has no memory until `allocate`, and becomes `values` and `scales`
-    (quantized_mm.py) with `quantise`: a layer at a time, the whole model is never there in 16 bit.
+    (quantized_mm.py) with `quantize`: a layer at a time, the whole model is never there in 16 bit.
     """
 
     values: Tensor | None
@@ -83,7 +83,7 @@ class ExpertLinear(torch.nn.Module):
         """The layer without its adapter. rows [tokens, in], sorted by expert; ends: see grouped_mm.py. [tokens,
         out]."""
         if self.values is not None and self.scales is not None:
-            return quantised_linear(rows, self.values, self.scales, ends)
+            return quantized_linear(rows, self.values, self.scales, ends)
         assert self.weight is not None
         return grouped_linear(rows, self.weight, ends, recipe)
 
@@ -109,28 +109,28 @@ class ExpertLinear(torch.nn.Module):
         return frozen_gradient(gradient, self.weight.detach(), ends, inner, linear_in)
 
     def allocate(self) -> None:
-        """Give the weight memory, uninitialised."""
+        """Give the weight memory, uninitialized."""
         assert self.weight is not None
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty_like(self.weight, device=device), requires_grad=False)
         mark(self.weight, expert=True)
 
-    def quantise(self) -> None:
+    def quantize(self) -> None:
         """Put smaller values and their scales in the weight's place, an expert at a time."""
         assert self.weight is not None
-        parts = [quantise_to(expert, self.base_precision) for expert in self.weight.detach().unbind(0)]
+        parts = [quantize_to(expert, self.base_precision) for expert in self.weight.detach().unbind(0)]
         self.weight = None
         self.values = torch.stack([values for values, _ in parts])
         self.scales = torch.stack([scales for _, scales in parts])
 
     def make_room(self) -> None:
-        """Give values and scales memory, uninitialised: for what was quantised before. The weight stays without."""
+        """Give values and scales memory, uninitialized: for what was quantized before. The weight stays without."""
         assert self.weight is not None
         count, outputs, inputs = self.weight.shape
         device = torch.cuda.current_device()
         self.values, self.scales = (
             torch.empty(count, *shape, dtype=dtype, device=device)
-            for dtype, shape in quantised_layout(outputs, inputs, self.base_precision)
+            for dtype, shape in quantized_layout(outputs, inputs, self.base_precision)
         )
 
     def settle(self, *, whole: bool) -> None:
@@ -145,7 +145,7 @@ class ExpertLinear(torch.nn.Module):
         assert self.lora is not None
         if self.values is None or self.scales is None or (self.lora.dropout and self.training):
             return self(rows, ends, recipe), self.inner(rows, ends, recipe)
-        return quantised_with_inner(rows, self.values, self.scales, ends, self.linear_in.to(rows.dtype), recipe)
+        return quantized_with_inner(rows, self.values, self.scales, ends, self.linear_in.to(rows.dtype), recipe)
 
     def inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
         """A·x of each row's expert, with dropout on x: [tokens, r]."""
@@ -231,7 +231,7 @@ class Experts(MegatronModule):
         for name, layer in self.linears.items():
             halves = 2 if name == "linear_fc1" else 1
             key = f"{prefix}experts.{name}"
-            # Once quantised there is nothing that a checkpoint has; before, no memory to load into.
+            # Once quantized there is nothing that a checkpoint has; before, no memory to load into.
             if layer.weight is not None and not layer.weight.is_meta:
                 result |= self._shards(f"{key}.weight", layer.weight, halves, sharded_offsets)
             if layer.lora is not None:

@@ -169,7 +169,7 @@ class ColumnLinear(ColumnParallelLinear):
         super().__init__(
             inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False
         )
-        # Megatron marks its weights only when it also initialises them.
+        # Megatron marks its weights only when it also initializes them.
         mark(self.weight, split=True)
         self.adapter: LinearAdapter | None = None
         if lora is not None and name in lora.target_modules:

@@ -21,7 +21,7 @@ from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.packed_attention import Packed, has_packed_attention
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.rotary import Rotary
@@ -43,7 +43,7 @@ class ModelSettings:
 class MixtralModel(torch.nn.Module):
     """GPTModel and the rotary positions that all its layers share. Attention is causal."""
 
-    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, processes: Processes) -> None:
+    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh) -> None:
         super().__init__()
         self.architecture = architecture
         self.settings = settings
@@ -66,7 +66,7 @@ class MixtralModel(torch.nn.Module):
             position_embedding_type="none",
         )
         for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
-            # Megatron marks its weights only when it also initialises them.
+            # Megatron marks its weights only when it also initializes them.
             mark(split, split=True)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, processes.device)
@@ -112,10 +112,10 @@ class MixtralModel(torch.nn.Module):
         )
         return hook
 
-    def quantise_experts(
+    def quantize_experts(
         self, fill: Callable[[], object], done: Callable[[int, Experts], object] | None = None
     ) -> None:
-        """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantise them, and
+        """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantize them, and
         call `done` with the layer's number, from 0, and its experts."""
         if self.settings.base_precision == "bf16":
             return
@@ -124,7 +124,7 @@ class MixtralModel(torch.nn.Module):
                 linear.allocate()
             fill()
             for linear in experts.linears.values():
-                linear.quantise()
+                linear.quantize()
             if done is not None:
                 done(number, experts)
 
@@ -144,11 +144,11 @@ class MixtralModel(torch.nn.Module):
     @property
     def never_waits(self) -> bool:
         """Whether the experts' products read on the GPU how many rows there are: what never waits can be recorded."""
-        here, lora = self.processes, self.settings.lora
-        probe = torch.empty(1, dtype=self.settings.dtype, device=here.device)
+        mesh, lora = self.processes, self.settings.lora
+        probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
         rank = lora.rank if lora is not None else 8
-        return here.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
+        return mesh.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
 
     @property
     def experts(self) -> list[Experts]:
@@ -175,7 +175,7 @@ class MixtralModel(torch.nn.Module):
 
 
 def transformer_config(
-    architecture: MixtralArchitecture, settings: ModelSettings, processes: Processes
+    architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh
 ) -> TransformerConfig:
     """Megatron's description of the same model."""
     return TransformerConfig(
@@ -200,7 +200,7 @@ def transformer_config(
         params_dtype=settings.dtype,
         bf16=settings.dtype is torch.bfloat16,
         pipeline_dtype=settings.dtype,
-        # Weights always come from a checkpoint, or from `initialise_weights`.
+        # Weights always come from a checkpoint, or from `initialize_weights`.
         perform_initialization=False,
         tensor_model_parallel_size=processes.tensor_size,
         expert_model_parallel_size=processes.expert_size,
@@ -210,8 +210,8 @@ def transformer_config(
     )
 
 
-def build_model(architecture: MixtralArchitecture, settings: ModelSettings, processes: Processes) -> MixtralModel:
-    """The model with uninitialised base weights, adapters at their start (B = 0), on the process's device.
+def build_model(architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh) -> MixtralModel:
+    """The model with uninitialized base weights, adapters at their start (B = 0), on the process's device.
 
     With adapters everything else is frozen. All ranks must call.
     """

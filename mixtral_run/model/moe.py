@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: route, send tokens to their experts' processes, compute, bring them back.
 
-As in HF's Mixtral: softmax over all experts in fp32, the top k kept and renormalised. With sequence parallelism each TP
+As in HF's Mixtral: softmax over all experts in fp32, the top k kept and renormalized. With sequence parallelism each TP
 rank routes its own part of the sequence; experts are whole (ETP 1) and spread over EP.
 """
 
@@ -149,8 +149,8 @@ class MoELayer(MegatronModule):
         num_rows = room.num_rows(chosen.numel(), size)
         ends = room.bound(ends[:count], num_rows)
         order, end = order[:num_rows], ends[-1:]
-        here = torch.arange(num_rows, device=order.device) < end
-        shares = everyones.weights.flatten().index_select(0, order).where(here, 0.0)
+        mesh = torch.arange(num_rows, device=order.device) < end
+        shares = everyones.weights.flatten().index_select(0, order).where(mesh, 0.0)
         if self.experts.adapted:
             rows = Rows(ends, order // topk, position, topk, partial=True)
             outputs = self.experts.adapted_forward(everyones.tokens, rows, None, shares)

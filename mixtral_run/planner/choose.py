@@ -65,7 +65,7 @@ def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> Fine
 
 def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int) -> ConfigError | None:
     """What to tell when the run cannot fit on these GPUs, with the best that can; None when it can, or on a CPU."""
-    if processes.is_ours() or base.architecture.layout_faults(*_sizes(config)):
+    if processes.is_ours() or base.architecture.layout_problems(*_sizes(config)):
         return None
     gpu = gpu_memory(config.device, world_size)
     if gpu is None:

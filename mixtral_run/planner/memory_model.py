@@ -331,7 +331,7 @@ def layouts(workload: Workload) -> Iterator[Layout]:
     shape, gpus = workload.architecture, workload.gpus
     for tp in _divisors(gpus):
         for ep in _divisors(gpus):
-            if shape.layout_faults(tp, ep) or workload.seq_length % tp:
+            if shape.layout_problems(tp, ep) or workload.seq_length % tp:
                 continue
             for recompute in RECOMPUTE:
                 yield Layout(tp, ep, recompute)
@@ -392,11 +392,11 @@ def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf)
     that do not fit last, the smallest first."""
     choices = []
     for layout in layouts(workload):
-        here = within(workload, layout, USABLE * gpu_memory)
-        needed = memory(here, layout)
+        mesh = within(workload, layout, USABLE * gpu_memory)
+        needed = memory(mesh, layout)
         pinned = host_bytes(workload, layout)
         fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
-        choices.append(Choice(layout, needed, pinned, fits, relative_speed(here, layout)))
+        choices.append(Choice(layout, needed, pinned, fits, relative_speed(mesh, layout)))
     return sorted(
         choices,
         key=lambda each: (

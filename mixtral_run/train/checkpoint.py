@@ -48,7 +48,7 @@ from mixtral_run.weights.manifest.describe import (
 def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = None) -> None:
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
-    With a base in 8 or 4 bit the experts come from where `keep` lets them be kept, or are quantised on the way, a layer
+    With a base in 8 or 4 bit the experts come from where `keep` lets them be kept, or are quantized on the way, a layer
     at a time. Sets the model's `base_fingerprint`. All ranks must call. Raises WeightsError when the checkpoint's
     tensors are not the model's, or a file cannot be read.
     """
@@ -68,7 +68,7 @@ def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = No
             return
         with experts.making() as making:
             # Of the experts, those of the layer that has memory are the ones that have shards.
-            model.quantise_experts(lambda: reader.read(_expert_shards(model).values()), making.add)
+            model.quantize_experts(lambda: reader.read(_expert_shards(model).values()), making.add)
             reader.agree()
             making.commit(base.fingerprint)
 
@@ -93,7 +93,7 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> s
         elif experts.load(found):
             return now
     with experts.making() as making:
-        model.quantise_experts(lambda: reading.read(_expert_shards(model)), making.add)
+        model.quantize_experts(lambda: reading.read(_expert_shards(model)), making.add)
         of_experts = reading.checksums()
         fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, {**checksums, **of_experts})
         making.commit(fingerprint, of_experts)

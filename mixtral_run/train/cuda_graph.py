@@ -32,11 +32,11 @@ beside the first one's memory they would need their own, that of all activations
 def can_record(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
     """Whether this model's pass over a micro batch of so many tokens can be recorded, and pays: it never waits for the
     GPU. read: GPUs read from each other (model/dispatch/symmetric_memory.py). The same on all ranks."""
-    here, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
+    mesh, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
     return (
         # Layers that run again read the state of the random numbers where there is dropout.
         (recompute in ("none", "selective") or (recompute == "full" and lora is not None and lora.dropout == 0))
-        and (here.expert_size == 1 or can_gather(model, num_tokens, read=read))
+        and (mesh.expert_size == 1 or can_gather(model, num_tokens, read=read))
         and model.never_waits
     )
 
@@ -44,8 +44,8 @@ def can_record(model: MixtralModel, num_tokens: int, *, read: bool = False) -> b
 def can_gather(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
     """Whether experts in other processes can get the tokens of such a micro batch as all_gather.py has it, and that
     pays. The same on all ranks."""
-    here = model.processes
-    pays = capacity.pays(num_tokens // here.tensor_size, here.expert_size, read=read)
+    mesh = model.processes
+    pays = capacity.pays(num_tokens // mesh.tensor_size, mesh.expert_size, read=read)
     return pays and all(each.adapted for each in model.experts) and model.never_waits
 
 
@@ -65,12 +65,12 @@ def backward_of(
 
     To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
     """
-    here = model.processes
+    mesh = model.processes
     peers = None
     if can_gather(model, num_tokens, read=True):
-        peers = open_peers(here, model.architecture, num_tokens // here.tensor_size, model.settings.dtype, wanted=reads)
+        peers = open_peers(mesh, model.architecture, num_tokens // mesh.tensor_size, model.settings.dtype, wanted=reads)
     read = peers is not None
-    room = Room.on(here.device, peers=peers) if can_gather(model, num_tokens, read=read) else None
+    room = Room.on(mesh.device, peers=peers) if can_gather(model, num_tokens, read=read) else None
     if recorded and can_record(model, num_tokens, read=read):
         backward = RecordedBackward(model, room, most)
         yield backward

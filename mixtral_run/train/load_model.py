@@ -10,7 +10,7 @@ from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.checkpoint import load_adapter, load_base
 from mixtral_run.train.quantized_experts import Keep
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits
@@ -40,7 +40,7 @@ def lora_settings(adapter: AdapterDescription) -> LoraSettings:
 def load_for_training(
     config: LaunchConfig,
     base: BaseDescription,
-    here: Processes,
+    mesh: Mesh,
     lora: LoraSettings | None,
     *,
     recompute: str,
@@ -48,19 +48,19 @@ def load_for_training(
     keep: Keep | None = None,
 ) -> MixtralModel:
     """Base weights loaded, adapters fresh, training mode. keep: see `load_base`. All ranks must call."""
-    settings = ModelSettings(pick_dtype(config.dtype, base, here.device), True, lora, recompute, base_precision)
-    model = _build(base, settings, here, keep)
+    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), True, lora, recompute, base_precision)
+    model = _build(base, settings, mesh, keep)
     return model.train()
 
 
 def load_for_inference(
-    config: LaunchConfig, base: BaseDescription, here: Processes, adapter: AdapterDescription | None
+    config: LaunchConfig, base: BaseDescription, mesh: Mesh, adapter: AdapterDescription | None
 ) -> MixtralModel:
     """Base and adapter loaded, evaluation mode, no sequence parallelism. All ranks must call."""
     lora = lora_settings(adapter) if adapter is not None else None
     # One token at a time has no sequence to split.
-    settings = ModelSettings(pick_dtype(config.dtype, base, here.device), False, lora)
-    model = _build(base, settings, here)
+    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora)
+    model = _build(base, settings, mesh)
     if adapter is not None:
         check_adapter_fits(adapter, loaded(model, base))
         load_adapter(model, adapter)
@@ -72,14 +72,14 @@ def loaded(model: MixtralModel, base: BaseDescription) -> BaseDescription:
     return dataclasses.replace(base, fingerprint=model.base_fingerprint)
 
 
-def _build(base: BaseDescription, settings: ModelSettings, here: Processes, keep: Keep | None = None) -> MixtralModel:
+def _build(base: BaseDescription, settings: ModelSettings, mesh: Mesh, keep: Keep | None = None) -> MixtralModel:
     try:
-        model = build_model(base.architecture, settings, here)
+        model = build_model(base.architecture, settings, mesh)
         load_base(model, base, keep)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "The model does not fit on the GPU in this layout.",
-            where=f"rank {here.rank}, {here.device}",
+            where=f"rank {mesh.rank}, {mesh.device}",
             found=str(error).splitlines()[0],
             next_command="a larger --expert-model-parallel-size or --tensor-model-parallel-size, on more GPUs",
         ) from error

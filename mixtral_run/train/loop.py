@@ -18,7 +18,7 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.planner.choose import reads_fit
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
@@ -34,7 +34,7 @@ from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_
 from mixtral_run.train.quantized_experts import Keep
 from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
-from mixtral_run.train.summary import summarise
+from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.describe import LATEST, AdapterDescription, BaseDescription, describe_base
@@ -48,7 +48,7 @@ class Run:
     """What a training run works with; the same on every rank."""
 
     config: DataConfig
-    here: Processes
+    mesh: Mesh
     report: Report
     model: MixtralModel
     samples: SampleSource
@@ -65,57 +65,57 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
     )
-    with processes(config) as here:
-        report = Report() if here.is_first else Report.silent()
+    with processes(config) as mesh:
+        report = Report() if mesh.is_first else Report.silent()
         samples, kept_back = open_samples(config, base, report)
-        model, seconds = _load(config, base, here, report, lora)
+        model, seconds = _load(config, base, mesh, report, lora)
         base = loaded(model, base)
         optimizer = torch.optim.AdamW(
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
         # Of a GPU: what is free, and what this process has taken by now.
-        reads = here.device.type == "cuda" and reads_fit(
-            config, base, here.world_size, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        reads = mesh.device.type == "cuda" and reads_fit(
+            config, base, mesh.world_size, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         )
         tokens = config.micro_batch_size * config.seq_length
         most = samples.most if isinstance(samples, PackedSamples) else None
         recorded = config.cuda_graphs and (most is None or most.pay(config.seq_length))
         with backward_of(model, tokens, recorded=recorded, reads=reads, most=most) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
-            if here.is_first and not config.resume:
+            if mesh.is_first and not config.resume:
                 _remove_leftovers(config.save)
-            meter = _meter(config, base, here, config.save / METRICS)
-            run = Run(config, here, report, model, samples, meter, step, seconds)
+            meter = _meter(config, base, mesh, config.save / METRICS)
+            run = Run(config, mesh, report, model, samples, meter, step, seconds)
             if kept_back is not None:
-                file = config.save / VALIDATION if here.is_first else None
+                file = config.save / VALIDATION if mesh.is_first else None
                 run.validation = Validation(kept_back, config.micro_batch_size, report, file)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _tell_lora(run, config)
-            board = config.save / TENSORBOARD if config.tensorboard and here.is_first else None
-            with stop_requests(here) as stop, tensorboard_scalars(board) as write:
+            board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
+            with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
                 _train_and_save(run, optimizer, config, base, stop, write)
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations; nothing is saved. All ranks must call."""
     base = describe_base(config.load)
-    with processes(config) as here:
-        report = Report() if here.is_first else Report.silent()
-        one_each = config.micro_batch_size * here.data_size
+    with processes(config) as mesh:
+        report = Report() if mesh.is_first else Report.silent()
+        one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
         samples, _ = open_samples(config, base, report)
-        model, seconds = _load(config, base, here, report, None)
+        model, seconds = _load(config, base, mesh, report, None)
         tokens = config.micro_batch_size * config.seq_length
         with backward_of(model, tokens, recorded=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
-            meter = _meter(config, base, here, config.metrics_file)
-            run = Run(config, here, report, model, samples, meter, step, seconds)
+            meter = _meter(config, base, mesh, config.metrics_file)
+            run = Run(config, mesh, report, model, samples, meter, step, seconds)
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
-            with stop_requests(here) as stop:
+            with stop_requests(mesh) as stop:
                 for metrics in _iterations(run, stop):
-                    if here.is_first:
-                        report.say(metrics.line(_processor(here)))
+                    if mesh.is_first:
+                        report.say(metrics.line(_processor(mesh)))
         report.done(f"Pretraining complete: {config.train_iters} iterations in {run.meter.total_seconds:.1f} s")
 
 
@@ -137,19 +137,19 @@ def _full_step(
 
 
 def _load(
-    config: DataConfig, base: BaseDescription, here: Processes, report: Report, lora: LoraSettings | None
+    config: DataConfig, base: BaseDescription, mesh: Mesh, report: Report, lora: LoraSettings | None
 ) -> tuple[MixtralModel, float]:
     """The model, and how many seconds it took to come."""
     started = time.perf_counter()
     report.say(
-        f"Loading {config.load} onto {here.world_size} × {here.device.type} as TP{here.tensor_size}/"
-        f"EP{here.expert_size}, data-parallel {here.data_size} …"
+        f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as TP{mesh.tensor_size}/"
+        f"EP{mesh.expert_size}, data-parallel {mesh.data_size} …"
     )
     precision, keep = "bf16", None
     if isinstance(config, FinetuneConfig):
         precision, keep = config.base_precision, Keep(config.keep_quantised, report, reserved_bytes(config, base))
     model = load_for_training(
-        config, base, here, lora, recompute=config.recomputation, base_precision=precision, keep=keep
+        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, keep=keep
     )
     seconds = time.perf_counter() - started
     report.say(f"Loaded in {seconds:.1f} s")
@@ -180,8 +180,8 @@ def _train_and_save(
     _look(run, done, stop, write)
     for metrics in _iterations(run, stop):
         done = metrics.iteration
-        if run.here.is_first and (done % config.log_interval == 0 or done == config.train_iters):
-            run.report.say(metrics.line(_processor(run.here)))
+        if run.mesh.is_first and (done % config.log_interval == 0 or done == config.train_iters):
+            run.report.say(metrics.line(_processor(run.mesh)))
             write(done, metrics.scalars())
         if done % config.eval_interval == 0 or done == config.train_iters:
             _look(run, done, stop, write)
@@ -191,16 +191,16 @@ def _train_and_save(
             run.meter.restart()
     if done != saved:
         _save(run, optimizer, config, base, done, description)
-    summary = summarise(
+    summary = summarize(
         run.meter,
-        run.here,
+        run.mesh,
         iterations=done - run.start,
         load_seconds=run.load_seconds,
         recompute=config.recomputation,
         base_precision=config.base_precision,
         validation=run.validation.found if run.validation is not None else (),
     )
-    if run.here.is_first:
+    if run.mesh.is_first:
         summary.write(config.save)
     if done < config.train_iters:
         run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as asked; go on with --resume")
@@ -209,7 +209,7 @@ def _train_and_save(
         f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
         f"adapter in {config.save}"
     )
-    run.report.say(f"  {summary.line(_processor(run.here))}")
+    run.report.say(f"  {summary.line(_processor(run.mesh))}")
     if summary.validation is not None:
         run.report.say(f"  {summary.validation.line(config.save)}")
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
@@ -220,7 +220,7 @@ def _look(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Map
     if run.validation is None:
         return
     found = run.validation.look(run.model, iteration, stop.agreed)
-    if found is not None and run.here.is_first:
+    if found is not None and run.mesh.is_first:
         run.report.say(found.line(run.config.train_iters))
         write(iteration, {"validation_loss": found.loss})
     run.meter.restart()
@@ -228,7 +228,7 @@ def _look(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Map
 
 def _first_pass(run: Run) -> AbstractContextManager[None]:
     """What there is to wait for in a run's first iteration."""
-    if run.here.device.type != "cuda":
+    if run.mesh.device.type != "cuda":
         return nullcontext()
     return run.report.waiting("The first iteration, which compiles the kernels that no earlier run left …")
 
@@ -241,8 +241,8 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
-        data_parallel_rank=run.here.data_rank,
-        data_parallel_size=run.here.data_size,
+        data_parallel_rank=run.mesh.data_rank,
+        data_parallel_size=run.mesh.data_size,
         consumed_samples=run.start * config.global_batch_size,
     )
     for iteration, batch in zip(range(run.start, config.train_iters), stream, strict=False):
@@ -272,7 +272,7 @@ def _save(
 ) -> None:
     started = time.perf_counter()
     folder = save_adapter(run.model, optimizer, config.save, iteration, description)
-    if run.here.is_first and not (config.save / TOKENIZER_FOLDER).exists():
+    if run.mesh.is_first and not (config.save / TOKENIZER_FOLDER).exists():
         partial = config.save / f".{TOKENIZER_FOLDER}.partial"
         copy_tokenizer(base.tokenizer, partial)
         partial.rename(config.save / TOKENIZER_FOLDER)
@@ -328,21 +328,21 @@ def _tell_lora(run: Run, config: FinetuneConfig) -> None:
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 
 
-def _meter(config: DataConfig, base: BaseDescription, here: Processes, file: Path | None) -> Meter:
-    if file is not None and here.is_first:
+def _meter(config: DataConfig, base: BaseDescription, mesh: Mesh, file: Path | None) -> Meter:
+    if file is not None and mesh.is_first:
         file.parent.mkdir(parents=True, exist_ok=True)
     return Meter(
         train_iters=config.train_iters,
         global_batch_size=config.global_batch_size,
         seq_length=config.seq_length,
-        world_size=here.world_size,
+        world_size=mesh.world_size,
         flops_per_token=flops_per_token(
             base.architecture, config.seq_length, trains_weights=isinstance(config, PretrainConfig)
         ),
-        device=here.device,
-        file=file if here.is_first else None,
+        device=mesh.device,
+        file=file if mesh.is_first else None,
     )
 
 
-def _processor(here: Processes) -> str:
-    return "GPU" if here.device.type == "cuda" else "process"
+def _processor(mesh: Mesh) -> str:
+    return "GPU" if mesh.device.type == "cuda" else "process"

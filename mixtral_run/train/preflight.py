@@ -11,9 +11,9 @@ from mixtral_run.launch import processes
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import PAIRS, read_pairs
-from mixtral_run.train.data.samples import batch_size_faults
+from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
-from mixtral_run.weights.io.atomic_folder import disk_faults, on_one_disk, writing_faults
+from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
 from mixtral_run.weights.manifest.describe import (
     LATEST,
     UNKNOWN_FINGERPRINT,
@@ -72,8 +72,8 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
         errors = _errors(config, processes.process_count(config), base)
     else:
         errors = _start_errors(config)
-        faults = layout_faults(config, base)
-        errors += [ConfigError("The settings cannot be used as they are.", faults=faults)] if faults else []
+        problems = layout_problems(config, base)
+        errors += [ConfigError("The settings cannot be used as they are.", problems=problems)] if problems else []
     if errors:
         raise joined(errors)
 
@@ -90,13 +90,13 @@ def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
 def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
     """What is wrong with the settings, the data file and the output folder; without a base what can be told."""
     errors = _start_errors(config)
-    faults: list[str] = []
+    problems: list[str] = []
     if not errors:
         replicas = world_size // config.tensor_model_parallel_size
-        faults += batch_size_faults(config.global_batch_size, config.micro_batch_size, replicas)
+        problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:
-        faults += layout_faults(config, base)
+        problems += layout_problems(config, base)
     for setting in PAIRS:
         path = getattr(config, setting, None)
         if path is not None:
@@ -105,19 +105,19 @@ def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -
             except MixtralRunError as error:
                 errors.append(error)
     if isinstance(config, FinetuneConfig):
-        begun, start = output_faults(config.save, resume=config.resume), 0
-        faults += begun
+        begun, start = output_problems(config.save, resume=config.resume), 0
+        problems += begun
         if base is not None and config.resume and not begun:
             try:
                 start = check_resume(config, base).iteration
             except MixtralRunError as error:
                 errors.append(error)
         if base is not None:
-            faults += disk_faults(config.save, adapter_bytes(config, base, start))
-            refusal = memory_error(config, base, world_size) if fits and not faults else None
+            problems += disk_problems(config.save, adapter_bytes(config, base, start))
+            refusal = memory_error(config, base, world_size) if fits and not problems else None
             errors += [refusal] if refusal is not None else []
-    if faults:
-        errors.append(ConfigError("The settings cannot be used as they are.", faults=faults))
+    if problems:
+        errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
     return errors
 
 
@@ -130,13 +130,13 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
         "lora_alpha": config.lora_alpha,
         "lora_target_modules": list(config.lora_target_modules),
     }
-    faults = [
+    problems = [
         f"--{name.replace('_', '-')}: the checkpoint has {adapter.lora[name]}; found {value}"
         for name, value in asked.items()
         if adapter.lora[name] != value
     ]
-    if faults:
-        raise ConfigError("--resume needs the settings that the adapter was begun with.", faults=faults)
+    if problems:
+        raise ConfigError("--resume needs the settings that the adapter was begun with.", problems=problems)
     if adapter.iteration >= config.train_iters:
         raise ConfigError(
             "There is nothing left to train.",
@@ -161,16 +161,16 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
     return adapter_bytes(config, base, start)
 
 
-def layout_faults(config: LaunchConfig, base: BaseDescription) -> list[str]:
+def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     """What keeps the base from being split as the config says."""
-    return base.architecture.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    return base.architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
 
 
-def output_faults(save: Path, *, resume: bool) -> list[str]:
+def output_problems(save: Path, *, resume: bool) -> list[str]:
     """What keeps adapters from being written into `save`."""
-    faults = writing_faults(save, f"--save {save}")
-    if faults:
-        return faults
+    problems = writing_problems(save, f"--save {save}")
+    if problems:
+        return problems
     if resume:
         return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
     if save.is_dir() and {*save.iterdir()} - {*leftovers(save)}:
@@ -188,9 +188,9 @@ def check_inference(config: GenerateConfig) -> None:
     errors = _start_errors(config)
     try:
         base = describe_base(config.load)
-        faults = layout_faults(config, base)
-        if faults:
-            errors.append(ConfigError("The settings cannot be used as they are.", faults=faults))
+        problems = layout_problems(config, base)
+        if problems:
+            errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
         if config.adapter is not None:
             check_adapter_fits(describe_adapter(config.adapter), base)
     except MixtralRunError as error:

@@ -76,17 +76,17 @@ class KeptExperts:
         Memory: the experts' own and what read_parts takes. All ranks must call.
         """
         size = self._files.num_bytes / 1e6
-        self._say(f"Experts in {self._files.precision}, quantised before, from {self._files.folder}: {size:,.0f} MB")
+        self._say(f"Experts in {self._files.precision}, quantized before, from {self._files.folder}: {size:,.0f} MB")
         linears = [linear for experts in self._model.experts for linear in experts.linears.values()]
         for linear in linears:
             linear.make_room()
         parts = list(self._parts())
         places = {part.rows.source: part.place for part in parts}
         try:
-            faults = layout.differing(found, places, checksums_of(places, read_parts(parts)))
+            problems = layout.differing(found, places, checksums_of(places, read_parts(parts)))
         except WeightsError as error:
-            faults = [f"{error.where}: {error.found or error.what}"]
-        damaged = [each[0] for each in _of_all_ranks(faults) if each]
+            problems = [f"{error.where}: {error.found or error.what}"]
+        damaged = [each[0] for each in _of_all_ranks(problems) if each]
         for linear in linears:
             linear.settle(whole=not damaged)
         if damaged:
@@ -108,13 +108,13 @@ class KeptExperts:
 
     @contextmanager
     def making(self) -> Iterator[Making]:
-        """For quantising: takes each layer's experts, and puts the folder in its place on `commit`.
+        """For quantizing: takes each layer's experts, and puts the folder in its place on `commit`.
 
-        Says why experts are quantised though some are there. Leaves nothing where the work within fails. All ranks must
+        Says why experts are quantized though some are there. Leaves nothing where the work within fails. All ranks must
         call.
         """
         if self._why:
-            self._warn(f"{self._files.folder} is not used: {self._why}. The experts are quantised again")
+            self._warn(f"{self._files.folder} is not used: {self._why}. The experts are quantized again")
         making = self._begin() if self._keep.mode == "yes" and self._files.precision != "bf16" else Making()
         try:
             yield making
@@ -124,11 +124,11 @@ class KeptExperts:
 
     def _begin(self) -> Making:
         """Rank 0 makes the files; the others open them where they write."""
-        here = self._model.processes
+        mesh = self._model.processes
         size = self._files.num_bytes / 1e6
         keeping: Keeping | None = None
         told: list[Any] = [None]
-        if here.is_first:
+        if mesh.is_first:
             try:
                 keeping = begin(self._base.folder, self._files, self._keep.reserve_bytes, self._is_there_by_now)
                 told[0] = keeping.files
@@ -143,7 +143,7 @@ class KeptExperts:
         if told[0] is None:
             return Making()
         # Of processes that hold the same experts, the first one writes.
-        writes = dist.get_rank(here.expert_data_group) == 0
+        writes = dist.get_rank(mesh.expert_data_group) == 0
         writer = Writer(told[0], self._first_expert()) if writes else None
         return Making(keeping, writer, self._record(), self._tell_failure)
 
@@ -161,8 +161,8 @@ class KeptExperts:
         }
 
     def _first_expert(self) -> int:
-        here = self._model.processes
-        return here.expert_rank * (self._base.architecture.num_experts // here.expert_size)
+        mesh = self._model.processes
+        return mesh.expert_rank * (self._base.architecture.num_experts // mesh.expert_size)
 
     def _is_there_by_now(self) -> bool:
         there = self._look().kept
@@ -202,7 +202,7 @@ class Making:
         self._tell = tell
 
     def add(self, layer: int, experts: Experts) -> None:
-        """Take the quantised experts of a layer, which stay as they are."""
+        """Take the quantized experts of a layer, which stay as they are."""
         if self._writer is not None:
             self._writer.add(layer, stored_tensors(experts))
 
@@ -243,7 +243,7 @@ class Making:
 
 
 def stored_tensors(experts: Experts) -> dict[tuple[str, str], Tensor]:
-    """What is kept of a layer's quantised experts: (linear, part) → [local experts, …]."""
+    """What is kept of a layer's quantized experts: (linear, part) → [local experts, …]."""
     found: dict[tuple[str, str], Tensor] = {}
     for name, linear in experts.linears.items():
         assert linear.values is not None

@@ -34,13 +34,13 @@ class SgdInBackward:
     def step(self, batch: GlobalBatch, rate: float) -> StepResult:
         """Take one step over this rank's share of a global batch: one micro batch. All ranks must call."""
         (micro,) = batch.micro_batches
-        here = self._model.processes
+        mesh = self._model.processes
         self._rate, self._squares = rate, []
         loss = EagerBackward(self._model)(micro, batch.num_loss_tokens).double()
         self._apply(self._rest)
         totals = {kind: torch.stack([each[kind] for each in self._squares]).sum() for kind in self._squares[0]}
-        norm = norm_of(totals, here)
-        mean_loss, grad_norm = torch.stack((sum_over(loss, here.data_group), norm.double())).tolist()
+        norm = norm_of(totals, mesh)
+        mean_loss, grad_norm = torch.stack((sum_over(loss, mesh.data_group), norm.double())).tolist()
         return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
 
     def _watch(self) -> None:
@@ -63,12 +63,12 @@ class SgdInBackward:
 
     @torch.no_grad()
     def _apply(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        here = self._model.processes
-        sum_gradients(parameters, here)
+        mesh = self._model.processes
+        sum_gradients(parameters, mesh)
         gradients = [each.grad for each in parameters if each.grad is not None]
         size = sum(each.numel() * each.element_size() for each in gradients)
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, size)
-        self._squares.append(squared_gradients(parameters, here.device))
+        self._squares.append(squared_gradients(parameters, mesh.device))
         weights = [each.data for each in parameters]
         torch._foreach_mul_(weights, 1 - self._rate * self._weight_decay)
         torch._foreach_add_(weights, gradients, alpha=-self._rate)

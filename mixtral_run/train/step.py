@@ -18,7 +18,7 @@ from torch import Tensor
 from mixtral_run.model.dispatch.all_gather import Room
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
-from mixtral_run.model.parallel.mesh import Processes, sum_over
+from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_split
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
@@ -109,7 +109,7 @@ def train_step(
 
     `backward` is how a micro batch goes through the model; without one, as it comes.
     """
-    here = model.processes
+    mesh = model.processes
     # Those of `trainable`; looking for them in the model takes the host a millisecond that the GPU waits.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
@@ -117,13 +117,13 @@ def train_step(
     total = _gradients_of(batch, parameters, backward)
     if not backward.was_whole():
         total = _gradients_of(batch, parameters, EagerBackward(model))
-    sum_gradients(parameters, here)
-    norm = gradient_norm(parameters, here)
+    sum_gradients(parameters, mesh)
+    norm = gradient_norm(parameters, mesh)
     if clip_grad > 0:
         factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
     optimizer.step()
-    mean_loss, grad_norm = torch.stack((sum_over(total, here.data_group), norm.double())).tolist()
+    mean_loss, grad_norm = torch.stack((sum_over(total, mesh.data_group), norm.double())).tolist()
     return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
 
 
@@ -142,7 +142,7 @@ def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def sum_gradients(parameters: Sequence[torch.nn.Parameter], here: Processes) -> None:
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
     """Sum every gradient over the processes that share its parameter. All ranks must call.
 
     Experts: over the processes that hold the same experts. Else: over data-parallel replicas, and over TP too where a
@@ -154,14 +154,14 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], here: Processes) -> 
     experts = [_gradient(each) for each in parameters if is_expert(each)]
     partial = [_gradient(each) for each in parameters if is_partial(each)]
     dense = [_gradient(each) for each in parameters if not is_expert(each)]
-    _sum_all(experts, here.expert_data_group)
-    _sum_all(partial, here.tensor_group)
-    _sum_all(dense, here.data_group)
+    _sum_all(experts, mesh.expert_data_group)
+    _sum_all(partial, mesh.tensor_group)
+    _sum_all(dense, mesh.data_group)
 
 
-def gradient_norm(parameters: Sequence[torch.nn.Parameter], here: Processes) -> Tensor:
+def gradient_norm(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> Tensor:
     """L2 norm of the whole model's gradient, fp32 scalar, each parameter counted once. All ranks must call."""
-    return norm_of(squared_gradients(parameters, here.device), here)
+    return norm_of(squared_gradients(parameters, mesh.device), mesh)
 
 
 def squared_gradients(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> dict[str, Tensor]:
@@ -178,10 +178,10 @@ def squared_gradients(parameters: Sequence[torch.nn.Parameter], device: torch.de
     }
 
 
-def norm_of(squares: dict[str, Tensor], here: Processes) -> Tensor:
+def norm_of(squares: dict[str, Tensor], mesh: Mesh) -> Tensor:
     """The norm that squared_gradients' sums of all ranks make, fp32 scalar. Changes them. All ranks must call."""
-    sum_over(squares["experts"], here.expert_group)
-    sum_over(squares["split"], here.tensor_group)
+    sum_over(squares["experts"], mesh.expert_group)
+    sum_over(squares["split"], mesh.tensor_group)
     return torch.stack(tuple(squares.values())).sum().sqrt()
 
 

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.metrics import Meter, peak_memory_gib
 from mixtral_run.train.preflight import SUMMARY
 from mixtral_run.train.validation import ValidationMetrics
@@ -84,9 +84,9 @@ class Summary:
         write_atomically(folder / SUMMARY, json.dumps(asdict(self), indent=2) + "\n")
 
 
-def summarise(
+def summarize(
     meter: Meter,
-    here: Processes,
+    mesh: Mesh,
     *,
     iterations: int,
     load_seconds: float,
@@ -95,23 +95,23 @@ def summarise(
     validation: Sequence[ValidationMetrics] = (),
 ) -> Summary:
     """The summary of what the meter measured, the same on every rank. All ranks must call."""
-    peaks: list[float | None] = [None] * here.world_size
-    dist.all_gather_object(peaks, peak_memory_gib(here.device))
+    peaks: list[float | None] = [None] * mesh.world_size
+    dist.all_gather_object(peaks, peak_memory_gib(mesh.device))
     seconds = meter.steady_seconds
-    on_gpu = here.device.type == "cuda"
+    on_gpu = mesh.device.type == "cuda"
     return Summary(
         iterations=iterations,
         load_seconds=load_seconds,
         seconds=meter.total_seconds,
         seconds_per_iteration=seconds,
         tokens_per_second=meter.tokens_per_second(seconds),
-        tokens_per_second_per_process=meter.tokens_per_second(seconds) / here.world_size,
+        tokens_per_second_per_process=meter.tokens_per_second(seconds) / mesh.world_size,
         tflops_per_process=meter.tflops_per_process(seconds),
         peak_memory_gib=tuple(peak or 0.0 for peak in peaks),
-        device=torch.cuda.get_device_name(here.device) if on_gpu else "cpu",
-        num_processes=here.world_size,
-        tensor_model_parallel_size=here.tensor_size,
-        expert_model_parallel_size=here.expert_size,
+        device=torch.cuda.get_device_name(mesh.device) if on_gpu else "cpu",
+        num_processes=mesh.world_size,
+        tensor_model_parallel_size=mesh.tensor_size,
+        expert_model_parallel_size=mesh.expert_size,
         recompute=recompute,
         base_precision=base_precision,
         validation=ValidationSummary.of(validation),

@@ -16,7 +16,7 @@ import torch
 
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Processes, sum_over
+from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.report import Report
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import MicroBatch, Samples, stacked
@@ -65,9 +65,9 @@ class Validation:
 
         stopped: to be asked on all ranks at once. Raises TrainingError where the file takes no more lines.
         """
-        here, started = model.processes, time.perf_counter()
-        passes = list(shares(len(self._samples), self._micro_batch_size, here))
-        total = torch.zeros((), dtype=torch.float64, device=here.device)
+        mesh, started = model.processes, time.perf_counter()
+        passes = list(shares(len(self._samples), self._micro_batch_size, mesh))
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         with evaluating(model), self._report.progress(len(passes), "validating", "passes") as progress:
             for rows in passes:
                 if stopped():
@@ -75,7 +75,7 @@ class Validation:
                 total += losses_of(model, micro_batch(self._samples, rows)).double()
                 progress.advance(1)
         num_tokens = sum(self._samples.num_loss_tokens(index) for index in range(len(self._samples)))
-        loss = float(sum_over(total, here.data_group)) / num_tokens
+        loss = float(sum_over(total, mesh.data_group)) / num_tokens
         if not math.isfinite(loss):
             raise TrainingError(
                 "The loss of the pairs kept back is no number.",
@@ -90,10 +90,10 @@ class Validation:
         return metrics
 
 
-def shares(num_rows: int, micro_batch_size: int, here: Processes) -> Iterator[tuple[int | None, ...]]:
+def shares(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[tuple[int | None, ...]]:
     """The rows of this data-parallel rank, pass by pass; as many passes on every rank, where None stands for no row."""
-    step = micro_batch_size * here.data_size
-    for first in range(here.data_rank * micro_batch_size, math.ceil(num_rows / step) * step, step):
+    step = micro_batch_size * mesh.data_size
+    for first in range(mesh.data_rank * micro_batch_size, math.ceil(num_rows / step) * step, step):
         yield tuple(row if row < num_rows else None for row in range(first, first + micro_batch_size))
 
 

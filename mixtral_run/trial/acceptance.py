@@ -51,11 +51,11 @@ class Report:
     cuda_version: str | None
     figures: dict[str, Any] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def accepted(self) -> bool:
-        return not self.faults
+        return not self.problems
 
 
 def measure(checkpoint_folder: Path, floors: Floors, *, size_mib: int = 256) -> Report:
@@ -84,7 +84,7 @@ def _part(report: Report, name: str, run: Callable[[], dict[str, Any]]) -> None:
     try:
         report.figures.update(run())
     except Exception as error:
-        report.faults.append(f"{name}: {type(error).__name__}: {error}")
+        report.problems.append(f"{name}: {type(error).__name__}: {error}")
 
 
 def _compare(report: Report, floors: Floors) -> None:
@@ -94,7 +94,7 @@ def _compare(report: Report, floors: Floors) -> None:
             continue
         found = figures.get(name)
         if found is None or found < floor:
-            report.faults.append(f"{name}: expected at least {floor:g}; found {found}")
+            report.problems.append(f"{name}: expected at least {floor:g}; found {found}")
 
 
 _CPU_FLOORS = ("num_gpus", "shared_memory_gib", "checkpoint_write_gb_per_second", "checkpoint_read_gb_per_second")
@@ -284,7 +284,9 @@ def main(argv: list[str]) -> int:
     else:
         for name, value in report.figures.items():
             print(f"{name:34} {value}")
-        print("\n".join([f"not run: {part}" for part in report.not_run] + [f"✗ {fault}" for fault in report.faults]))
+        print(
+            "\n".join([f"not run: {part}" for part in report.not_run] + [f"✗ {problem}" for problem in report.problems])
+        )
         print("✓ accepted" if report.accepted else "✗ not accepted")
     return 0 if report.accepted else 4
 

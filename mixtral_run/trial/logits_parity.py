@@ -59,13 +59,13 @@ def compare_logits(config: VerifyConfig) -> None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
     rows = [list(tokenizer.encode(text)) for text in PROMPTS]
-    with processes(config) as here:
-        model = load_for_inference(config, base, here, adapter)
+    with processes(config) as mesh:
+        model = load_for_inference(config, base, mesh, adapter)
         with torch.inference_mode():
-            ours = [model.logits(torch.tensor([row], device=here.device)).double().cpu()[0] for row in rows]
-        if not here.is_first:
+            ours = [model.logits(torch.tensor([row], device=mesh.device)).double().cpu()[0] for row in rows]
+        if not mesh.is_first:
             return
-        dtype = pick_dtype(config.dtype, base, here.device)
+        dtype = pick_dtype(config.dtype, base, mesh.device)
         # In float64 HF's own rounding, as large as ours, is no part of the difference; it takes twice the memory.
         exact = dtype is torch.float32 and base.architecture.num_parameters * 8 <= LARGEST_EXACT_BYTES
         theirs = reference_logits(config.against, config.peft_path, rows, torch.float64 if exact else dtype)

@@ -52,11 +52,11 @@ def smoke(config: SmokeConfig) -> None:
 def check_smoke(config: SmokeConfig) -> None:
     """Raise ConfigError when there is nothing to start from."""
     if _converted(config):
-        faults = describe_base(config.load).architecture.layout_faults(
+        problems = describe_base(config.load).architecture.layout_problems(
             config.tensor_model_parallel_size, config.expert_model_parallel_size
         )
-        if faults:
-            raise ConfigError("The settings cannot be used as they are.", faults=faults)
+        if problems:
+            raise ConfigError("The settings cannot be used as they are.", problems=problems)
     elif (config.hf_model_path is None) == (config.random_layers is None):
         raise ConfigError(
             "There is no checkpoint yet, and one source for it is needed.",

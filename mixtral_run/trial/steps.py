@@ -91,7 +91,7 @@ class Steps:
             return
         failed: Sequence[StepOutcome] = [outcome for outcome in self.outcomes if not outcome.passed]
         raise CheckFailed(
-            what, faults=[f"{outcome.name}: {outcome.result}" for outcome in failed], next_command=next_command
+            what, problems=[f"{outcome.name}: {outcome.result}" for outcome in failed], next_command=next_command
         )
 
 

@@ -82,7 +82,7 @@ def main():
     )
     record.save()
     if not report["accepted"]:
-        _fail(module, "every part runs and reaches its floor", "; ".join(report["faults"]),
+        _fail(module, "every part runs and reaches its floor", "; ".join(report["problems"]),
               "see the figures in {}; floors are acceptance_floors".format(record.path), report=report)  # fmt: skip
     if report["not_run"]:
         module.warn("{}: accepted on its CPU alone; not run: {}".format(params["host"], ", ".join(report["not_run"])))

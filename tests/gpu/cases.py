@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 
 
-def run_cases(run: Callable[[Processes, str, str], Any]) -> None:
+def run_cases(run: Callable[[Mesh, str, str], Any]) -> None:
     """Write what each case of the command line gives, by case. All ranks must call."""
     warnings.filterwarnings("ignore")
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
@@ -24,8 +24,8 @@ def run_cases(run: Callable[[Processes, str, str], Any]) -> None:
         layout, first, second = case.split(":")
         tp, ep = (int(number) for number in layout.split("x"))
         config = LaunchConfig(tensor_model_parallel_size=tp, expert_model_parallel_size=ep, device="cuda")
-        with processes(config) as here:
-            found[case] = run(here, first, second)
+        with processes(config) as mesh:
+            found[case] = run(mesh, first, second)
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 
 from mixtral_run.inference.decode import Decoding, RecordedDecoding, decoding_of
 from mixtral_run.model.mixtral import is_adapter
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 from tests.gpu.cases import run_cases
 from tests.gpu.test_kernels import small_model
 
@@ -17,17 +17,17 @@ LENGTHS = (7, 5, 7)
 NEW = 24
 
 
-def run(here: Processes, precision: str, which: str) -> list[list[float]]:
+def run(mesh: Mesh, precision: str, which: str) -> list[list[float]]:
     """Of each pass the largest difference of the two ways' logits, and the largest logit."""
-    model = small_model(here, "none", precision, sequence_parallel=False, adapted=which == "adapted").eval()
+    model = small_model(mesh, "none", precision, sequence_parallel=False, adapted=which == "adapted").eval()
     for name, weight in model.named_parameters():
         if is_adapter(name):  # whose second halves begin with zeros
             weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(len(name)))
     assert decoding_of(model, len(LENGTHS), NEW) is RecordedDecoding
     longest = max(LENGTHS)
     draw = torch.Generator("cuda").manual_seed(1)
-    rows = torch.randint(1, 1024, (len(LENGTHS), longest + NEW), generator=draw, device=here.device)
-    padding = longest - torch.tensor(LENGTHS, device=here.device)
+    rows = torch.randint(1, 1024, (len(LENGTHS), longest + NEW), generator=draw, device=mesh.device)
+    padding = longest - torch.tensor(LENGTHS, device=mesh.device)
     found = []
     for kind in (Decoding, RecordedDecoding):
         with torch.inference_mode():

@@ -19,7 +19,7 @@ from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.all_gather import Room, gather, sum_where_they_belong
 from mixtral_run.model.dispatch.symmetric_memory import Peers, open_peers
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 
 ARCHITECTURE = dataclasses.replace(MIXTRAL_8X7B, hidden_size=1536)
 MOST = 300
@@ -77,14 +77,14 @@ def through_peers(peers: Peers, room: Room, given: Numbers) -> list[Tensor]:
     return [own.detach(), tokens.grad, weights.grad]
 
 
-def by_collectives(here: Processes, given: Numbers) -> list[Tensor]:
+def by_collectives(mesh: Mesh, given: Numbers) -> list[Tensor]:
     """The same in fp32, every token sent to every process."""
     tokens, weights, experts, gradient = given
     tokens, weights = tokens.float().requires_grad_(), weights.detach().requires_grad_()
-    found = gather(tokens, weights, experts, here.expert_group)
-    own = found.experts // (ARCHITECTURE.num_experts // here.expert_size) == here.expert_rank
+    found = gather(tokens, weights, experts, mesh.expert_group)
+    own = found.experts // (ARCHITECTURE.num_experts // mesh.expert_size) == mesh.expert_rank
     factor = (found.weights * (found.experts + 1)).where(own, 0.0).sum(1, keepdim=True)
-    result = sum_where_they_belong(found.tokens * factor, here.expert_group)
+    result = sum_where_they_belong(found.tokens * factor, mesh.expert_group)
     result.backward(gradient.float())
     assert tokens.grad is not None
     assert weights.grad is not None
@@ -121,25 +121,25 @@ def recorded(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable
 def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
-    with processes(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as here:
-        peers = open_peers(here, ARCHITECTURE, MOST, torch.bfloat16)
+    with processes(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
+        peers = open_peers(mesh, ARCHITECTURE, MOST, torch.bfloat16)
         assert peers is not None, "these GPUs do not read from each other"
-        room = Room.on(here.device, peers=peers)
+        room = Room.on(mesh.device, peers=peers)
         for tokens, routing in ((MOST, "random"), (MOST, "two experts"), (17, "random"), (1, "two experts")):
             for seed in range(4):
                 given = numbers(tokens, routing, seed)
-                check(f"{tokens} {routing}", through_peers(peers, room, given), by_collectives(here, given))
+                check(f"{tokens} {routing}", through_peers(peers, room, given), by_collectives(mesh, given))
         replay = recorded(lambda given: through_peers(peers, room, given), numbers(MOST, "random", 0))
         many = [numbers(MOST, "random", seed) for seed in range(ROUNDS)]
         # One after the other, so that processes run ahead of each other.
         results = [[each.clone() for each in replay(given)] for given in many]
         for seed, (given, found) in enumerate(zip(many, results, strict=True)):
-            check(f"replay {seed}", found, by_collectives(here, given))
-        assert room.sufficed(here)
+            check(f"replay {seed}", found, by_collectives(mesh, given))
+        assert room.sufficed(mesh)
         # Where nearly all want the experts of one process, rows do not find room there, and that is told.
         through_peers(peers, room, numbers(MOST, "one process", 0))
-        assert room.sufficed(here) == (size == 2)
-        assert room.sufficed(here)
+        assert room.sufficed(mesh) == (size == 2)
+        assert room.sufficed(mesh)
         peers.close()
     dist.destroy_process_group()
 

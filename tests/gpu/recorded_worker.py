@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.lora import exchanged_by
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import EagerBackward, train_step, trainable
@@ -19,9 +19,9 @@ from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 STEPS = 6
 
 
-def train(here: Processes, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
+def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, two micro batches in each."""
-    model = small_model(here, recompute, precision)
+    model = small_model(mesh, recompute, precision)
     assert can_record(model, 2 * SEQ_LENGTH)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
     stream = batches(
@@ -29,8 +29,8 @@ def train(here: Processes, recompute: str, precision: str, way: str) -> list[tup
         seed=1,
         micro_batch_size=2,
         global_batch_size=8,
-        data_parallel_rank=here.data_rank,
-        data_parallel_size=here.data_size,
+        data_parallel_rank=mesh.data_rank,
+        data_parallel_size=mesh.data_size,
     )
     recorded = way != "rows"
     with (
@@ -38,7 +38,7 @@ def train(here: Processes, recompute: str, precision: str, way: str) -> list[tup
         backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward,
     ):
         assert isinstance(backward, RecordedBackward) == recorded
-        if recorded and here.expert_size > 1:
+        if recorded and mesh.expert_size > 1:
             assert backward.room is not None
             assert (backward.room.peers is not None) == (way == "peers")
         if not recorded:
@@ -47,9 +47,9 @@ def train(here: Processes, recompute: str, precision: str, way: str) -> list[tup
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def run(here: Processes, recompute: str, precision: str) -> list[list[tuple[float, float]]]:
+def run(mesh: Mesh, recompute: str, precision: str) -> list[list[tuple[float, float]]]:
     """The steps of each way, the eager one first."""
-    return [train(here, recompute, precision, way) for way in ("rows", "peers", "collectives")]
+    return [train(mesh, recompute, precision, way) for way in ("rows", "peers", "collectives")]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import router_logits
 from mixtral_run.model.packed_attention import PackedSizes
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.model.rotary import Rotary, split_and_turn
 from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
@@ -69,10 +69,10 @@ def test_a_recorded_step_is_the_eager_step() -> None:
     )
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     losses: list[list[float]] = []
-    with processes(config) as here:
+    with processes(config) as mesh:
         for recorded in (False, True):
             lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
-            model = build_model(architecture, ModelSettings(torch.bfloat16, True, lora), here).train()
+            model = build_model(architecture, ModelSettings(torch.bfloat16, True, lora), mesh).train()
             generator = torch.Generator("cuda").manual_seed(3)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -91,9 +91,9 @@ def test_a_recorded_step_is_the_eager_step() -> None:
 def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_precision: str) -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
-    with processes(config) as here:
+    with processes(config) as mesh:
         for recompute, recorded in (("none", False), ("selective", False), ("selective", True)):
-            model = small_model(here, recompute, base_precision)
+            model = small_model(mesh, recompute, base_precision)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
             backward = RecordedBackward(model) if recorded else None
@@ -121,9 +121,9 @@ def test_a_recorded_step_of_packed_rows_is_the_eager_one() -> None:
     parts = [GlobalBatch(tuple(micros[at : at + 2]), 300, 4) for at in (0, 2)]
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
-    with processes(config) as here:
+    with processes(config) as mesh:
         for recorded in (False, True):
-            model = small_model(here, "none", "bf16")
+            model = small_model(mesh, "none", "bf16")
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             with backward_of(model, 2 * SEQ_LENGTH, recorded=recorded, most=most) as backward:
                 assert isinstance(backward, RecordedBackward) == recorded
@@ -139,7 +139,7 @@ SEQ_LENGTH = 128
 
 
 def small_model(
-    here: Processes,
+    mesh: Mesh,
     recompute: str,
     base_precision: str,
     layers: int = 2,
@@ -160,17 +160,17 @@ def small_model(
     )
     lora = LoraSettings(16, 32.0, dropout, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
     settings = ModelSettings(torch.bfloat16, sequence_parallel, lora if adapted else None, recompute, base_precision)
-    model = build_model(architecture, settings, here).train()
+    model = build_model(architecture, settings, mesh).train()
 
     def fill() -> None:
         for name, weight in model.named_parameters():
             if not (is_adapter(name) or weight.is_meta or "norm" in name):
                 # Every process its own experts; what is not an expert's, the same in all.
-                seed = len(name) + 1000 * here.expert_rank * (".experts." in name)
+                seed = len(name) + 1000 * mesh.expert_rank * (".experts." in name)
                 weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(seed))
 
     fill()
-    model.quantise_experts(fill)
+    model.quantize_experts(fill)
     assert can_record(model, 256) or not adapted
     return model
 

@@ -31,8 +31,8 @@ def model() -> Iterator[Any]:
     if torch.cuda.get_device_properties(0).total_memory < NEEDED_GIB * GIB:
         pytest.skip(f"needs {NEEDED_GIB} GiB")
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
-    with processes(config) as here:
-        built = build_ours(LAYERS, here, "none", "bf16")
+    with processes(config) as mesh:
+        built = build_ours(LAYERS, mesh, "none", "bf16")
         yield built, [parameter.detach().cpu() for parameter in trainable(built)]
 
 

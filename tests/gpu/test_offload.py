@@ -21,9 +21,9 @@ def test_steps_are_those_of_full_recomputation(base_precision: str, dropout: flo
     """Four micro batches a step: nothing waits for the GPU between them, and buffers are written to again."""
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     runs: list[tuple[list[StepResult], list[torch.Tensor]]] = []
-    with processes(config) as here:
+    with processes(config) as mesh:
         for recompute in ("full", "offload"):
-            model = small_model(here, "none", base_precision, LAYERS, dropout)
+            model = small_model(mesh, "none", base_precision, LAYERS, dropout)
             for layer in model.gpt.decoder.layers:
                 layer.recompute = recompute
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)

@@ -22,9 +22,9 @@ def test_a_look_between_recorded_steps_changes_nothing() -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     kept_back = FewSamples(1024, SEQ_LENGTH, 9)
     losses: list[list[float]] = []
-    with processes(config) as here:
+    with processes(config) as mesh:
         for looks in (False, True):
-            model = small_model(here, "none", "bf16")
+            model = small_model(mesh, "none", "bf16")
             validation = Validation(kept_back, 2, Report.silent(), None)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             stream = batches(MockSamples(1024, SEQ_LENGTH, 1), seed=1, micro_batch_size=2, global_batch_size=4)

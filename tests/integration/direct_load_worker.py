@@ -51,17 +51,17 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     config = config_of(checkpoint, out, layout, dtype=dtype)
     direct = config_of(hf, out, layout, dtype=dtype)
-    with processes(config) as here:
+    with processes(config) as mesh:
         with counted_reads() as from_checkpoint:
-            models = [load_for_inference(config, describe_base(checkpoint), here, None)]
+            models = [load_for_inference(config, describe_base(checkpoint), mesh, None)]
         with counted_reads() as reads:
-            models.append(load_for_inference(direct, describe_base(hf), here, None))
+            models.append(load_for_inference(direct, describe_base(hf), mesh, None))
         first, second = (dict(model.gpt.named_parameters()) for model in models)
         unequal = [name for name in first if not torch.equal(first[name], second[name])]
         assert first.keys() == second.keys()
         assert len(first) > 10
         assert all(parameter.dtype == torch.float32 for parameter in first.values()) == (dtype == "fp32")
-        figures = [train(each, here, 0, 2)["figures"] for each in (config, direct)]
+        figures = [train(each, mesh, 0, 2)["figures"] for each in (config, direct)]
         mine = {
             "checkpoint_bytes": [sum(from_checkpoint), own_bytes(first, open_hf_weights(hf).item_size, 1)],
             "bytes": [sum(reads), own_bytes(second, open_hf_weights(hf).item_size, config.tensor_model_parallel_size)],

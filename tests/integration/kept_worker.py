@@ -1,4 +1,4 @@
-"""Run under torchrun: every rank's experts quantised, kept, and read again, in several layouts, written as JSON.
+"""Run under torchrun: every rank's experts quantized, kept, and read again, in several layouts, written as JSON.
 
 torchrun … kept_worker.py BASE OUT.json PRECISION DTYPE TPxEP [TPxEP …]
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from isal.isal_zlib import crc32
 
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.train.quantized_experts import Keep
 from mixtral_run.weights.quantized_cache.layout import kept_folder
 from tests.integration.direct_load_worker import counted_reads
@@ -45,17 +45,17 @@ def expert_bytes(model: MixtralModel) -> int:
     )
 
 
-def try_layout(here: Processes, base: Path, out: Path, precision: str, dtype: str, layout: str) -> dict[str, Any]:
-    """Sums and losses of a run that quantises, of one that keeps what it quantised, and of one that reads it."""
+def try_layout(mesh: Mesh, base: Path, out: Path, precision: str, dtype: str, layout: str) -> dict[str, Any]:
+    """Sums and losses of a run that quantizes, of one that keeps what it quantized, and of one that reads it."""
     config = config_of(base, out, layout, dtype=dtype)
     folder = kept_folder(base, precision)
-    if here.is_first:
+    if mesh.is_first:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     runs: dict[str, Any] = {}
     for name, mode in (("quantised", "no"), ("kept", "yes"), ("read", "use")):
         with counted_reads() as reads:
-            done = train(config, here, 0, 2, base_precision=precision, keep=Keep(mode))
+            done = train(config, mesh, 0, 2, base_precision=precision, keep=Keep(mode))
         model = done["model"]
         runs[name] = {
             "sums": sums_of(model),
@@ -77,8 +77,8 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     outcomes = {}
     for layout in layouts:
-        with processes(config_of(Path(base), Path(out), layout, dtype=dtype)) as here:
-            mine = try_layout(here, Path(base), Path(out), precision, dtype, layout)
+        with processes(config_of(Path(base), Path(out), layout, dtype=dtype)) as mesh:
+            mine = try_layout(mesh, Path(base), Path(out), precision, dtype, layout)
             everyones: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyones, mine)
             outcomes[layout] = everyones

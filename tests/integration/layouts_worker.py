@@ -21,7 +21,7 @@ from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import Room
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
-from mixtral_run.model.parallel.mesh import Processes, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.data.samples import MicroBatch, MockSamples, Row, batches, stacked
@@ -73,7 +73,7 @@ def config_of(checkpoint: Path, out: Path, layout: str, *, dtype: str = "fp32", 
 
 def train(
     config: FinetuneConfig,
-    here: Processes,
+    mesh: Mesh,
     start: int,
     stop: int,
     resume: Path | None = None,
@@ -86,7 +86,7 @@ def train(
     """
     base = describe_base(config.load)
     lora = LoraSettings(4, 8.0, config.lora_dropout, config.lora_target_modules, config.seed)
-    model = load_for_training(config, base, here, lora, recompute=config.recomputation, **loading)
+    model = load_for_training(config, base, mesh, lora, recompute=config.recomputation, **loading)
     optimizer = torch.optim.AdamW(trainable(model), lr=config.lr, fused=True)
     if resume is not None:
         load_adapter(model, describe_adapter(resume))
@@ -97,8 +97,8 @@ def train(
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
-        data_parallel_rank=here.data_rank,
-        data_parallel_size=here.data_size,
+        data_parallel_rank=mesh.data_rank,
+        data_parallel_size=mesh.data_size,
         consumed_samples=start * config.global_batch_size,
     )
     figures, backward = [], EagerBackward(model, given)
@@ -112,10 +112,10 @@ def train(
     return {"figures": figures, "model": model, "optimizer": optimizer}
 
 
-def pretrain(config: FinetuneConfig, here: Processes, *, within: bool) -> list[tuple[float, float]]:
+def pretrain(config: FinetuneConfig, mesh: Mesh, *, within: bool) -> list[tuple[float, float]]:
     """Losses and gradient norms of three iterations of SGD over all weights, within the backward pass or after it."""
     base = describe_base(config.load)
-    model = load_for_training(config, base, here, None, recompute=config.recomputation)
+    model = load_for_training(config, base, mesh, None, recompute=config.recomputation)
     if within:
         stepper = SgdInBackward(model, 0.01)
         step = stepper.step
@@ -124,10 +124,10 @@ def pretrain(config: FinetuneConfig, here: Processes, *, within: bool) -> list[t
     stream = batches(
         samples_of(config),
         seed=config.seed,
-        micro_batch_size=config.global_batch_size // here.data_size,
+        micro_batch_size=config.global_batch_size // mesh.data_size,
         global_batch_size=config.global_batch_size,
-        data_parallel_rank=here.data_rank,
-        data_parallel_size=here.data_size,
+        data_parallel_rank=mesh.data_rank,
+        data_parallel_size=mesh.data_size,
         consumed_samples=0,
     )
     results = [step(batch, 0.5) for _, batch in zip(range(3), stream, strict=False)]
@@ -190,58 +190,58 @@ def packed_and_alone(model: MixtralModel, given: Room | None = None) -> tuple[fl
 def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path | None) -> dict[str, object]:
     config = config_of(checkpoint, out, layout)
     results: dict[str, Any] = {}
-    with processes(config) as here:
-        model = load_for_inference(config, describe_base(checkpoint), here, None)
+    with processes(config) as mesh:
+        model = load_for_inference(config, describe_base(checkpoint), mesh, None)
         with torch.inference_mode():
             results["logits"] = [
-                model.logits(torch.tensor([row], device=here.device))[0].double().cpu().tolist() for row in ROWS
+                model.logits(torch.tensor([row], device=mesh.device))[0].double().cpu().tolist() for row in ROWS
             ]
         sampling = Sampling(6, 0.0, 1.0, 0)
         results["greedy"] = continue_rows(model, ROWS, 2, sampling)
         results["greedy_staying"] = continue_rows(model, ROWS, 2, sampling, decoding=StayingDecoding)
         results["greedy_alone"] = [continue_rows(model, [row], 2, sampling)[0] for row in ROWS]
         results["drawn"] = continue_rows(model, ROWS, 2, Sampling(6, 1.0, 0.9, 7))
-        run = train(config, here, 0, 6)
+        run = train(config, mesh, 0, 6)
         results["figures"] = run["figures"]
         if saved_elsewhere is None:
-            half = train(config, here, 0, 3)
+            half = train(config, mesh, 0, 3)
             description = {
                 "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": list(config.lora_target_modules)},
                 "base": {"fingerprint": describe_base(checkpoint).fingerprint},
             }
             save_adapter(half["model"], half["optimizer"], out, 3, description)
         else:
-            results["resumed"] = train(config, here, 3, 6, resume=saved_elsewhere)["figures"]
+            results["resumed"] = train(config, mesh, 3, 6, resume=saved_elsewhere)["figures"]
         recomputed = config_of(checkpoint, out, layout, recompute_activations=True)
-        results["recomputed"] = train(recomputed, here, 0, 2)["figures"]
-        results["selective"] = train(config_of(checkpoint, out, layout, recompute="selective"), here, 0, 2)["figures"]
+        results["recomputed"] = train(recomputed, mesh, 0, 2)["figures"]
+        results["selective"] = train(config_of(checkpoint, out, layout, recompute="selective"), mesh, 0, 2)["figures"]
         results["gathered"] = {}
         for spare in (2.0, 0.5):
             # With too little room each step is taken again, row by row.
             for mode in ("none", "selective", "full"):
                 with patch.object(capacity, "SPARE", spare):
                     again = train(
-                        config_of(checkpoint, out, layout, recompute=mode), here, 0, 2, given=Room.on(here.device)
+                        config_of(checkpoint, out, layout, recompute=mode), mesh, 0, 2, given=Room.on(mesh.device)
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["unlimited"] = apart_where_all_have_room(run["model"])
         results["validation"] = kept_back(config, run["model"], 1), kept_back(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])
-        results["packed, gathered"] = packed_and_alone(run["model"], Room.on(here.device, unlimited=True))
+        results["packed, gathered"] = packed_and_alone(run["model"], Room.on(mesh.device, unlimited=True))
         results["dropout"] = {}
         for mode in RECOMPUTE:
-            seed_everything(1, here.rank)
+            seed_everything(1, mesh.rank)
             dropped = config_of(checkpoint, out, layout, recompute=mode, lora_dropout=0.3)
-            results["dropout"][mode] = train(dropped, here, 0, 2)["figures"]
-        results["full"] = pretrain(config, here, within=False)
-        results["full_within"] = pretrain(config, here, within=True)
-        results["full_within_recomputed"] = pretrain(recomputed, here, within=True)
+            results["dropout"][mode] = train(dropped, mesh, 0, 2)["figures"]
+        results["full"] = pretrain(config, mesh, within=False)
+        results["full_within"] = pretrain(config, mesh, within=True)
+        results["full_within_recomputed"] = pretrain(recomputed, mesh, within=True)
         selective = config_of(checkpoint, out, layout, recompute="selective")
         offloaded = config_of(checkpoint, out, layout, recompute="offload")
-        results["full_within_offload"] = pretrain(offloaded, here, within=True)
-        results["full_within_selective"] = pretrain(selective, here, within=True)
-        if 8 // here.data_size >= 2:
-            results["micro_batch_2"] = train(config_of(checkpoint, out, layout, micro_batch_size=2), here, 0, 2)[
+        results["full_within_offload"] = pretrain(offloaded, mesh, within=True)
+        results["full_within_selective"] = pretrain(selective, mesh, within=True)
+        if 8 // mesh.data_size >= 2:
+            results["micro_batch_2"] = train(config_of(checkpoint, out, layout, micro_batch_size=2), mesh, 0, 2)[
                 "figures"
             ]
     return results

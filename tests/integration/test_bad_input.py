@@ -58,7 +58,7 @@ def inventory_file(docker_engine: None, tmp_path_factory: pytest.TempPathFactory
                 "expected NVIDIA driver 525 or newer; found driver 470.82.01",
                 "expected 90000 GiB free under /srv/checkpoints",
                 f"expected {NOWHERE} answers",
-                "no time service has synchronised it",
+                "no time service has synchronized it",
             ],
         ),
         ("image", {"image_source": "registry", "image_registry_reference": "a:latest"}, ["names no digest", "next:"]),

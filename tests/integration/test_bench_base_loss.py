@@ -1,4 +1,4 @@
-"""The bench of a quantised base's loss, at toy size: it runs, learns and compares."""
+"""The bench of a quantized base's loss, at toy size: it runs, learns and compares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_base_and_adapters_learn_at_every_precision(capsys: pytest.CaptureFixtur
         assert list(run["losses"]) == ["1", "5", "10", "20"]
         assert run["first_again"] < run["losses"]["1"]
     apart = {precision: run["mean"] for precision, run in found["lora"].items()}
-    # Above nothing: the base was quantised. Below: it is the same base still.
+    # Above nothing: the base was quantized. Below: it is the same base still.
     assert apart["bf16"] == 0
     assert all(0 < apart[precision] < 0.1 for precision in ("fp8", "nf4"))
 

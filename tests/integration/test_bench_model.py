@@ -61,9 +61,9 @@ def test_the_bench_of_starts_reads_less_where_experts_are_kept(tmp_path: Path) -
     assert len(told) == 2 * 2 * 3
     for base in ("checkpoint", "hf"):
         for precision, least in (("fp8", 1.6), ("nf4", 2.5)):
-            quantised, kept, taken = (told[f"{base} {precision} {way}"] for way in ("quantised", "kept", "taken"))
-            assert quantised["gb_read"] > least * taken["gb_read"] > 0
-            assert kept["gb_written"] > quantised["gb_written"]
+            quantized, kept, taken = (told[f"{base} {precision} {way}"] for way in ("quantised", "kept", "taken"))
+            assert quantized["gb_read"] > least * taken["gb_read"] > 0
+            assert kept["gb_written"] > quantized["gb_written"]
     assert not any(tmp_path.iterdir())
 
 

@@ -43,7 +43,7 @@ def refused(source: Path, output: Path, tp: int = 2, ep: int = 4, **more: bool) 
     return caught.value
 
 
-def test_all_faults_of_weights_layout_and_folder_at_once_through_the_command_line(tmp_path: Path, tiny: Path) -> None:
+def test_all_problems_of_weights_layout_and_folder_at_once_through_the_command_line(tmp_path: Path, tiny: Path) -> None:
     (tiny / "model-00001-of-00003.safetensors").unlink()
     file = tiny / "model-00003-of-00003.safetensors"
     size = file.stat().st_size
@@ -67,7 +67,7 @@ def test_all_faults_of_weights_layout_and_folder_at_once_through_the_command_lin
 def test_layout_that_does_not_fit(tmp_path: Path, tiny: Path) -> None:
     error = refused(tiny, tmp_path / "out", 3, 5)
     assert isinstance(error, ConfigError)
-    assert len(error.faults) == 4  # heads, groups, vocabulary, experts
+    assert len(error.problems) == 4  # heads, groups, vocabulary, experts
     config = ConvertConfig(hf_model_path=str(tiny), output_path=tmp_path / "out", expert_tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="expert-tensor-parallel-size"):
         convert(config, Report.silent())

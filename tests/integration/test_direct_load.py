@@ -225,8 +225,8 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     from mixtral_run.train.load_model import load_for_inference
 
     config = VerifyConfig(load=tmp_path / "near", device="cpu")
-    with processes(config) as here, pytest.raises(WeightsError, match="another base"):
-        load_for_inference(config, describe_base(tmp_path / "near"), here, adapter)
+    with processes(config) as mesh, pytest.raises(WeightsError, match="another base"):
+        load_for_inference(config, describe_base(tmp_path / "near"), mesh, adapter)
 
 
 def bad_hf_directories(tmp_path: Path) -> dict[str, Path]:

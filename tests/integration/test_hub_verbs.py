@@ -147,8 +147,8 @@ def test_a_folder_of_that_name_comes_first_and_one_that_is_not_there_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_hf_model, tmp_path / NAME)
-    here = call("verify", "--load", NAME, "--json", PYTHONPATH=str(Path(__file__).parents[2]))
-    assert here.returncode == 0, here.stderr
+    mesh = call("verify", "--load", NAME, "--json", PYTHONPATH=str(Path(__file__).parents[2]))
+    assert mesh.returncode == 0, mesh.stderr
     assert hub.tokens == set()
     hub.state = "missing"
     gone = call("generate", "--load", "runs/mixtral", "--prompt", "a", PYTHONPATH=str(Path(__file__).parents[2]))

@@ -46,19 +46,19 @@ from tests.support.tiny import write_tiny
 @pytest.mark.parametrize("of", ["own_checkpoint", "own_hf_model"])
 def test_the_next_start_reads_no_expert_of_the_base(of: str, precision: str, request: pytest.FixtureRequest) -> None:
     base = request.getfixturevalue(of)
-    quantised = start(base, "no", precision)
-    assert quantised.said == ""
+    quantized = start(base, "no", precision)
+    assert quantized.said == ""
     made = start(base, "yes", precision)
     assert "Keeping the experts in" in made.said
-    assert same(made, quantised)
+    assert same(made, quantized)
     wipe_experts(base)
     for mode in ("yes", "use"):
         again = start(base, mode, precision)
         assert took(again)
-        assert same(again, quantised)
+        assert same(again, quantized)
     with pytest.raises((AssertionError, WeightsError)):
         # What was wiped is what a start without the folder reads.
-        assert same(start(base, "no", precision), quantised)
+        assert same(start(base, "no", precision), quantized)
 
 
 def test_files_are_plain_safetensors(own_checkpoint: Path) -> None:
@@ -177,9 +177,9 @@ def test_another_run_is_keeping_them(own_checkpoint: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         other = own_checkpoint / ".quantised-fp8.unfinished-0123456789ab"
         other.mkdir()
-        here = start(own_checkpoint)
-        assert "another run is keeping them" in here.said
-        assert "!" not in here.said
+        mesh = start(own_checkpoint)
+        assert "another run is keeping them" in mesh.said
+        assert "!" not in mesh.said
         assert other.is_dir()
         assert not folder_of(own_checkpoint).exists()
     assert "Keeping" in start(own_checkpoint).said
@@ -214,7 +214,7 @@ def test_a_disk_that_cannot_be_written_to(mounted: Path, small_checkpoint: Path)
 
 
 def test_a_disk_that_fails_meanwhile(own_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantised = start(own_checkpoint, "no")
+    quantized = start(own_checkpoint, "no")
     write, calls = os.pwrite, []
 
     def failing(descriptor: int, data: memoryview, position: int) -> int:
@@ -228,7 +228,7 @@ def test_a_disk_that_fails_meanwhile(own_checkpoint: Path, monkeypatch: pytest.M
     assert len(calls) == 21
     assert done.said.count("!") == 1
     assert "Input/output error" in done.said
-    assert same(done, quantised)
+    assert same(done, quantized)
     assert not folder_of(own_checkpoint).exists()
     assert leftovers(own_checkpoint) == []
 
@@ -302,7 +302,7 @@ torch.save((done.experts, done.fingerprint, done.said), out)
 
 
 def test_runs_that_start_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
-    quantised = start(own_checkpoint, "no")
+    quantized = start(own_checkpoint, "no")
     go, outs = tmp_path / "go", [tmp_path / f"out{number}.pt" for number in range(4)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [
@@ -315,14 +315,14 @@ def test_runs_that_start_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
     said = []
     for out in outs:
         experts, fingerprint, words = torch.load(out)
-        assert same(Start(experts, fingerprint, words), quantised)
+        assert same(Start(experts, fingerprint, words), quantized)
         said.append(words)
     assert sum("Keeping" in words for words in said) == 1
     assert not any("!" in words for words in said)
     assert leftovers(own_checkpoint) == []
     after = start(own_checkpoint)
     assert took(after)
-    assert same(after, quantised)
+    assert same(after, quantized)
 
 
 def test_converting_again_takes_it_away(own_checkpoint: Path, small_hf_model: Path, mounted: Path) -> None:

@@ -1,4 +1,4 @@
-"""Experts kept beside the base, in several layouts: bit by bit what a run that quantises has, and the same losses."""
+"""Experts kept beside the base, in several layouts: bit by bit what a run that quantizes has, and the same losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORKER = Path(__file__).parent / "kept_worker.py"
         ("hf_model", "nf4", "fp32", 4, ["2x2", "1x1", "2x4"]),
     ],
 )
-def test_all_layouts_read_what_they_would_quantise(
+def test_all_layouts_read_what_they_would_quantize(
     small_checkpoint: Path,
     small_hf_model: Path,
     tmp_path: Path,
@@ -41,18 +41,18 @@ def test_all_layouts_read_what_they_would_quantise(
         ranks = outcomes[layout]
         assert len(ranks) == num_processes
         for rank in ranks:
-            quantised, kept, read = (rank[name] for name in ("quantised", "kept", "read"))
-            assert (quantised["folder"], kept["folder"]) == (False, True)
+            quantized, kept, read = (rank[name] for name in ("quantised", "kept", "read"))
+            assert (quantized["folder"], kept["folder"]) == (False, True)
             for run in (kept, read):
-                assert run["sums"] == quantised["sums"]
-                assert run["figures"] == quantised["figures"]
-                assert run["fingerprint"] == quantised["fingerprint"] != ""
-            assert len(quantised["figures"]) == 2
-            assert any(name.endswith("experts.linear_fc1.values") for name in quantised["sums"])
+                assert run["sums"] == quantized["sums"]
+                assert run["figures"] == quantized["figures"]
+                assert run["fingerprint"] == quantized["fingerprint"] != ""
+            assert len(quantized["figures"]) == 2
+            assert any(name.endswith("experts.linear_fc1.values") for name in quantized["sums"])
             # Whatever the layout that made them, the same bytes: a folder of one layout is one of any other.
             assert rank["files"] == files
             assert rank["left"] == []
             # From there its own experts, each once; of the base what is no expert's.
             own = read["expert_bytes"]
             in_full = read["num_experts"] * 3 * SMALL.hidden_size * SMALL.ffn_hidden_size * 4
-            assert quantised["read"] - in_full == read["read"] - own > 0
+            assert quantized["read"] - in_full == read["read"] - own > 0

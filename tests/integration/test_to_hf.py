@@ -177,7 +177,7 @@ def test_what_an_hf_model_cannot_hold_is_refused(tmp_path: Path) -> None:
     config = ConvertConfig(from_megatron=iteration, hf_model_path=str(tmp_path / "hf"), output_path=tmp_path / "again")
     with pytest.raises(WeightsError) as caught:
         to_hf(config, Report.silent())
-    assert len(caught.value.faults) == 2  # the vocabulary's padding is no fault
+    assert len(caught.value.problems) == 2  # the vocabulary's padding is no fault
     assert "linear_qkv.bias: a Mixtral model has no such weights" in str(caught.value)
     assert f"{hf_to_megatron.ROUTER_KEY}: expected shape [2, 8, {hidden}]; found [2, 4, {hidden}]" in str(caught.value)
     state.pop(hf_to_megatron.LINEAR_QKV_KEY.replace("weight", "bias"))

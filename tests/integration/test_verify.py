@@ -108,12 +108,12 @@ def test_proof_names_the_tensors_and_the_file_of_a_flipped_bit(converted: Path) 
     def checked() -> VerifyResult:
         return verify(VerifyConfig(load=converted, proof=True), Report.silent())
 
-    assert checked().faults == ()
+    assert checked().problems == ()
     files = [
         flip_bit(converted, hf_to_megatron.LINEAR_FC2_KEY, (0, 7), 5, 5),
         flip_bit(converted, hf_to_megatron.LINEAR_QKV_KEY, (1,), 200, 0),
     ]
-    first, second = sorted(checked().faults, reverse=True)
+    first, second = sorted(checked().problems, reverse=True)
     assert first.startswith("model.layers.1.self_attn.q_proj.weight, model.layers.1.self_attn.k_proj.weight")
     assert second.startswith("model.layers.0.block_sparse_moe.experts.7.w2.weight: expected CRC-32")
     assert files[1] in first
@@ -152,7 +152,7 @@ def test_a_proof_of_an_earlier_version_names_no_files(converted: Path) -> None:
     content = json.loads(path.read_text())
     content.pop("files")
     path.write_text(json.dumps(content))
-    assert verify(VerifyConfig(load=converted, proof=True), Report.silent()).faults == ()
+    assert verify(VerifyConfig(load=converted, proof=True), Report.silent()).problems == ()
 
 
 def test_damaged_metadata_is_told_whatever_the_byte(converted: Path) -> None:
@@ -182,9 +182,9 @@ def test_another_hf_model_differs_in_its_tensors(converted: Path, tmp_path: Path
 
 def test_another_size_or_dtype_is_told_in_words(converted: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path / "wide", dtype=torch.bfloat16, intermediate_size=128)
-    assert "ffn_hidden_size: the checkpoint has 96, the HF model 128" in verified(converted, tmp_path / "wide").faults
+    assert "ffn_hidden_size: the checkpoint has 96, the HF model 128" in verified(converted, tmp_path / "wide").problems
     write_tiny(tmp_path / "fp32")
-    assert verified(converted, tmp_path / "fp32").faults == (
+    assert verified(converted, tmp_path / "fp32").problems == (
         "dtype: the checkpoint has bfloat16, the HF model float32",
     )
 

@@ -26,7 +26,7 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 RECORD = "mixtral_run.json"
 
 KEPT_NUMBERS = {"fp8": (1, (2956774260, 624785096)), "nf4": (1, (1562107598, 4143949998))}
-"""What quantising `weight_to_keep` has to give on every device: the version, CRC-32 of values and scales."""
+"""What quantizing `weight_to_keep` has to give on every device: the version, CRC-32 of values and scales."""
 
 
 def weight_to_keep() -> torch.Tensor:
@@ -69,11 +69,11 @@ def start(
         expert_model_parallel_size=1,
     ).check()
     stream = io.StringIO()
-    with processes(config) as here:
+    with processes(config) as mesh:
         lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
         keep = Keep(mode, Report(stream), reserve)
         model = load_for_training(
-            config, describe_base(base), here, lora, recompute="none", base_precision=precision, keep=keep
+            config, describe_base(base), mesh, lora, recompute="none", base_precision=precision, keep=keep
         )
         assert all(linear.weight is None for each in model.experts for linear in each.linears.values())
         buffers = {name: each.clone() for name, each in model.gpt.named_buffers() if ".experts." in name}
@@ -91,7 +91,7 @@ def same(first: Start, second: Start) -> bool:
 
 def took(run: Start) -> bool:
     """Whether it took what was kept, and had nothing to complain of."""
-    return "quantised before" in run.said and "!" not in run.said and "Keeping" not in run.said
+    return "quantized before" in run.said and "!" not in run.said and "Keeping" not in run.said
 
 
 def folder_of(base: Path) -> Path:
@@ -99,7 +99,7 @@ def folder_of(base: Path) -> Path:
 
 
 def leftovers(base: Path) -> list[str]:
-    return [path.name for path in base.iterdir() if path.name.startswith(".quantised")]
+    return [path.name for path in base.iterdir() if path.name.startswith(".quantized")]
 
 
 def edit_record(base: Path, change: Callable[[dict], object]) -> None:

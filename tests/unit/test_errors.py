@@ -19,7 +19,7 @@ def test_exit_codes_are_the_designs() -> None:
 
 
 def test_message_tells_everything_in_order() -> None:
-    error = ConfigError("What.", where="here", expected="a", found="b", next_command="c", faults=["one", "two"])
+    error = ConfigError("What.", where="here", expected="a", found="b", next_command="c", problems=["one", "two"])
     assert str(error).splitlines() == [
         "What.",
         "  - one",
@@ -33,13 +33,13 @@ def test_message_tells_everything_in_order() -> None:
 
 @pytest.mark.parametrize("error_class", EXIT_CODES.values())
 def test_errors_survive_pickling(error_class: type[MixtralRunError]) -> None:
-    error = error_class("What.", where="here", faults=["one"])
+    error = error_class("What.", where="here", problems=["one"])
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is error_class
     assert str(again) == str(error)
 
 
-def test_faults_added_later_survive_too() -> None:
+def test_problems_added_later_survive_too() -> None:
     error = WeightsError("What.")
-    error.faults = ("late",)
+    error.problems = ("late",)
     assert "late" in str(pickle.loads(pickle.dumps(error)))

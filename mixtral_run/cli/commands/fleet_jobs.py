@@ -32,7 +32,7 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
     elif not errors:
         report.say("No jobs.")
     if errors:
-        raise HostError("Not every host tells of its jobs.", faults=[str(error) for error in errors])
+        raise HostError("Not every host tells of its jobs.", problems=[str(error) for error in errors])
 
 
 @click.command()

@@ -116,11 +116,11 @@ def bootstrap(
     ssh = Ssh()
     progress = FleetProgress({host.inventory_name: host.name for host in hosts})
     print(f"Connecting to {len(hosts)} host{'s' if len(hosts) != 1 else ''} …", file=stream, flush=True)
-    faults = dict(
+    problems = dict(
         zip(hosts, ssh.each(hosts, lambda host: _first_contact(ssh, host, request, host in accepted)), strict=True)
     )
-    notices = [progress.unreachable(host.inventory_name, str(fault)) for host, fault in faults.items() if fault]
-    reachable = tuple(host for host in hosts if faults[host] is None)
+    notices = [progress.unreachable(host.inventory_name, str(problem)) for host, problem in problems.items() if problem]
+    reachable = tuple(host for host in hosts if problems[host] is None)
     remember_hosts(host for host in reachable)
     end, interrupted = None, False
     if reachable:
@@ -146,28 +146,28 @@ def _with_own_inventory(request: BootstrapRequest) -> BootstrapRequest:
 
 
 def _check_request(request: BootstrapRequest) -> None:
-    faults = []
+    problems = []
     parse_extra_vars(request.extra_vars)
     token = request.hf_token_file
     if token is not None:
         try:
             words = token.read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
-            faults.append(f"--hf-token-file {token}: {getattr(error, 'strerror', None) or 'not a text file'}")
+            problems.append(f"--hf-token-file {token}: {getattr(error, 'strerror', None) or 'not a text file'}")
         else:
             if len(words) != 1:
-                faults.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
+                problems.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
     roles = role_names()
     unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
     if unknown:
         # Ansible would go through no role, and tell that all went well.
-        faults.append(f"--tags: expected some of {', '.join(roles)}; found {', '.join(unknown)}")
+        problems.append(f"--tags: expected some of {', '.join(roles)}; found {', '.join(unknown)}")
     if request.serial and not re.fullmatch(r"[1-9]\d*%?", request.serial):
-        faults.append(f"--serial: expected a number of hosts, or N%; found {request.serial}")
+        problems.append(f"--serial: expected a number of hosts, or N%; found {request.serial}")
     if request.forks < 1:
-        faults.append(f"--forks: expected at least 1; found {request.forks}")
-    if faults:
-        raise ConfigError("The settings cannot be used as they are.", faults=faults)
+        problems.append(f"--forks: expected at least 1; found {request.forks}")
+    if problems:
+        raise ConfigError("The settings cannot be used as they are.", problems=problems)
 
 
 def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host, ...]:
@@ -195,8 +195,8 @@ def _first_contact(ssh: Ssh, host: Host, request: BootstrapRequest, accept_new_k
             ssh.install_key(host, request.login_password)
             ssh.check(host, ["true"])
             return None
-    except HostError as fault:
-        return fault
+    except HostError as problem:
+        return problem
     return error
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
-from mixtral_run.fleet.explain.explain import recognise
+from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import shortened
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MARKS = {
     Phase.UNREACHABLE: "✗",
     Phase.STOPPED: "!",
 }
-_COLOURS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.UNREACHABLE: "red", Phase.STOPPED: "yellow"}
+_COLORS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.UNREACHABLE: "red", Phase.STOPPED: "yellow"}
 # What a person looks for first stands first where not every host fits on the screen.
 _ORDER = (Phase.FAILED, Phase.UNREACHABLE, Phase.STOPPED, Phase.RUNNING, Phase.WAITING, Phase.DONE)
 QUIET_SECONDS = 30.0
@@ -136,7 +136,7 @@ def progress_table(progress: FleetProgress, height: int) -> Table:
     if len(hosts) > room:
         shown = sorted(hosts, key=lambda host: _ORDER.index(host.phase))[: room - 1]
     for host in shown:
-        style = _COLOURS.get(host.phase, "")
+        style = _COLORS.get(host.phase, "")
         task = host.failure.task if host.failure else host.task if host.phase is Phase.RUNNING else host.phase.value
         if host.failure:
             task += ": " + first_line(host.failure.message)
@@ -255,7 +255,7 @@ def _error_lines(host: HostProgress, width: int) -> list[str]:
         lines += textwrap.wrap(line, room, initial_indent="    ", subsequent_indent="      ", break_long_words=False)
     if "next:" in host.failure.message:
         return lines
-    known = recognise(host.failure.message)
+    known = recognize(host.failure.message)
     if known is None:
         return [*lines, "    next:  the log says more"]
     lines += textwrap.wrap(f"cause: {known.cause}", width, initial_indent="    ", subsequent_indent="           ")

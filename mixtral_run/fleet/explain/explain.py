@@ -1,4 +1,4 @@
-"""Recognising known failures in output, and answering with cause and command."""
+"""Recognizing known failures in output, and answering with cause and command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES, KnownFailur
 from mixtral_run.fleet.state import read_json, state_folder, write_json
 
 
-def recognise_all(text: str) -> tuple[KnownFailure, ...]:
+def recognize_all(text: str) -> tuple[KnownFailure, ...]:
     """The known failures whose pattern stands in `text`, in the order in which they appear there."""
     found = []
     for failure in KNOWN_FAILURES:
@@ -20,9 +20,9 @@ def recognise_all(text: str) -> tuple[KnownFailure, ...]:
     return tuple(failure for _, failure in sorted(found, key=lambda pair: pair[0]))
 
 
-def recognise(text: str) -> KnownFailure | None:
+def recognize(text: str) -> KnownFailure | None:
     """The known failure that `text` tells of first; None where it tells of none."""
-    return next(iter(recognise_all(text)), None)
+    return next(iter(recognize_all(text)), None)
 
 
 def find(words: str) -> tuple[KnownFailure, ...]:
@@ -30,7 +30,7 @@ def find(words: str) -> tuple[KnownFailure, ...]:
     for failure in KNOWN_FAILURES:
         if failure.name == words.strip().lower():
             return (failure,)
-    pasted = recognise_all(words)
+    pasted = recognize_all(words)
     asked = set(re.findall(r"[a-z0-9_]{2,}", words.lower()))
     scored = []
     for failure in KNOWN_FAILURES:
@@ -82,7 +82,7 @@ def explain(words: str) -> str:
 
 
 def _explain_recorded(name: str, message: str) -> str:
-    known = recognise_all(message)
+    known = recognize_all(message)
     if not known:
         return f"{name}: {message}\n  This failure is not among the known ones."
     return "\n".join([f"{name}: {message.splitlines()[0]}", *(render(failure) for failure in known)])

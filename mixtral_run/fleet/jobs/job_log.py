@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from mixtral_run.errors import EXIT_CODES, HostError, MixtralRunError, Stopped, TrainingError
-from mixtral_run.fleet.explain.explain import recognise, record_failures
+from mixtral_run.fleet.explain.explain import recognize, record_failures
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.jobs import ENGINE_SCRIPT, SIGNALLED, JobRow, RunningJob, engine, list_jobs
 from mixtral_run.fleet.ssh.connection import Ssh
@@ -43,7 +43,7 @@ class _HostLog:
     """It has not answered for too long."""
     removed: bool = False
     """Somebody removed the container."""
-    fault: BaseException | None = None
+    problem: BaseException | None = None
     """What ended the following itself: nobody reads any more, or a fault of ours."""
     ended: float = 0.0
 
@@ -117,9 +117,9 @@ class JobFollower:
     def _follow_or_tell(self, log: _HostLog, new_only: bool) -> None:
         try:
             self._follow_host(log, new_only)
-        except BaseException as fault:
+        except BaseException as problem:
             # A thread's own end is nobody's business: `follow` raises it.
-            log.fault = fault
+            log.problem = problem
             self._leave.set()
 
     def _follow_host(self, log: _HostLog, new_only: bool) -> None:
@@ -213,8 +213,8 @@ class JobFollower:
 
     def _raise_if_bad(self) -> None:
         for log in self._logs:
-            if log.fault is not None:
-                raise log.fault
+            if log.problem is not None:
+                raise log.problem
         bad = [log for log in self._logs if log.bad]
         if not bad:
             return
@@ -265,9 +265,9 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
     if row is not None and row.out_of_memory:
         # A program that the kernel kills prints nothing of it.
         told.append("killed (SIGKILL): the memory was full")
-    known = recognise("\n".join(told))
+    known = recognize("\n".join(told))
     record_failures({job.name: "\n".join(told[-60:]), host.name: "\n".join(told[-60:])})
-    faults = [f"{known.title}: {known.cause}"] if known else []
+    problems = [f"{known.title}: {known.cause}"] if known else []
     commands = known.commands_for(host.name)[0].replace("JOB", job.name) if known else f"mixtral-run logs {job.name}"
     if row is None:
         return HostError(
@@ -281,7 +281,7 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
     if row.out_of_memory or row.exit_code == 137:
         found += ": killed, by somebody or because memory ran out"
     return kind(
-        f"{job.name} failed on {host.name}.", where=host.target, found=found, faults=faults, next_command=commands
+        f"{job.name} failed on {host.name}.", where=host.target, found=found, problems=problems, next_command=commands
     )
 
 

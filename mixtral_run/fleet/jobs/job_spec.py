@@ -72,29 +72,29 @@ class JobOptions:
 
     def check(self) -> None:
         """Raise ConfigError with everything that is wrong."""
-        faults = []
+        problems = []
         if not re.fullmatch(r"[1-9]\d*[kmgKMG]?b?", self.shm_size):
-            faults.append(f"--shm-size: expected a size such as 64g; found {self.shm_size!r}")
+            problems.append(f"--shm-size: expected a size such as 64g; found {self.shm_size!r}")
         if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", self.image):
-            faults.append(f"--image: expected an image's name; found {self.image!r}")
+            problems.append(f"--image: expected an image's name; found {self.image!r}")
         for pair in self.environment:
             name, equals, _ = pair.partition("=")
             if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
-                faults.append(f"--env: expected NAME=VALUE; found {pair!r}")
+                problems.append(f"--env: expected NAME=VALUE; found {pair!r}")
             elif SECRET_VARIABLES.search(name):
-                faults.append(
+                problems.append(
                     f"--env {name}: `docker inspect` would show it; a token goes by bootstrap --hf-token-file"
                 )
         for limit in self.ulimits if self.ulimits != ("none",) else ():
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
-                faults.append(f"--ulimit: expected NAME=SOFT:HARD, or none; found {limit!r}")
+                problems.append(f"--ulimit: expected NAME=SOFT:HARD, or none; found {limit!r}")
         for flag, folder in (("--checkpoints-folder", self.checkpoints_folder), ("--hf-home", self.hf_home)):
             if not folder.startswith("/"):
-                faults.append(f"{flag}: expected an absolute path on the host; found {folder!r}")
+                problems.append(f"{flag}: expected an absolute path on the host; found {folder!r}")
         if self.nccl_timeout is not None and self.nccl_timeout < 60:
-            faults.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
-        if faults:
-            raise ConfigError("The settings of the job cannot be used as they are.", faults=faults)
+            problems.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
+        if problems:
+            raise ConfigError("The settings of the job cannot be used as they are.", problems=problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +345,6 @@ def check_same_gpus(facts: Sequence[HostFacts], names: Sequence[str]) -> None:
     if len({each.num_gpus for each in facts}) > 1:
         raise ConfigError(
             "The hosts of one job need the same number of GPUs.",
-            faults=[f"{name}: {each.num_gpus} GPUs" for name, each in zip(names, facts, strict=True)],
+            problems=[f"{name}: {each.num_gpus} GPUs" for name, each in zip(names, facts, strict=True)],
             next_command="--nproc-per-node N, to use N on each",
         )

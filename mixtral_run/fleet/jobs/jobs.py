@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet.explain.explain import recognise
+from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, names_of, remember_hosts, remembered_hosts, told_by_inventory
 from mixtral_run.fleet.jobs.job_spec import (
     FACTS_SCRIPT,
@@ -92,7 +92,7 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     hosts = hosts_of(options.on, options.inventory, None)
     name = f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
     make_spec(name, verb, config, options, len(hosts))
-    found = ssh.each(hosts, lambda host: _facts_or_fault(ssh, host, options))
+    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options))
     refused = [item for item in found if isinstance(item, HostError)]
     _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
     facts = [item for item in found if isinstance(item, HostFacts)]
@@ -113,7 +113,7 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     return job
 
 
-def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | HostError:
+def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | HostError:
     arguments = ["sh", "-c", FACTS_SCRIPT, "facts", options.checkpoints_folder, options.image]
     answer = ssh.run(host, arguments)
     if answer.exit_code == 255:
@@ -121,7 +121,7 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
     try:
         facts, lines = parse_facts(answer.output)
     except (KeyError, ValueError):
-        return _engine_fault(host, answer, "cannot run jobs")
+        return _engine_problem(host, answer, "cannot run jobs")
     if lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
@@ -140,10 +140,10 @@ def _facts_or_fault(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | Ho
     return facts
 
 
-def _engine_fault(host: Host, answer: Answer, what: str) -> HostError:
+def _engine_problem(host: Host, answer: Answer, what: str) -> HostError:
     """A host's engine does not answer, or not to this user, whom setting the host up again would not help."""
     found = last_line(answer.errors) or f"exit code {answer.exit_code}"
-    known = recognise(answer.errors)
+    known = recognize(answer.errors)
     command = f"mixtral-run bootstrap {host.bootstrap_words}"
     if known and known.name == "docker-permission":
         # FIND_ENGINE says whom the engine refused: the user may stand in ~/.ssh/config alone.
@@ -160,7 +160,7 @@ def _raise_all(errors: Sequence[HostError], what: str) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise HostError(what, faults=[str(error) for error in errors])
+        raise HostError(what, problems=[str(error) for error in errors])
 
 
 def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
@@ -232,7 +232,7 @@ def _rows_of(ssh: Ssh, host: Host) -> list[JobRow] | HostError:
         return connection_error(host, answer.errors)
     # A container that was removed between the two questions is none.
     if answer.exit_code and "no such object" not in answer.errors.lower():
-        return _engine_fault(host, answer, "does not tell of its jobs")
+        return _engine_problem(host, answer, "does not tell of its jobs")
     rows = [line.split("\t") for line in answer.output.splitlines()]
     return [_row(host, cells) for cells in rows if len(cells) == 8]
 
@@ -280,13 +280,13 @@ def stop(rows: Sequence[JobRow], ssh: Ssh | None = None) -> list[JobRow]:
     job, hosts = rows[0].job, [row.host for row in rows]
     words = ("stop", "--time", str(STOP_SECONDS), job)
     answers = ssh.each(hosts, lambda host: engine(ssh, host, *words, timeout_seconds=STOP_SECONDS + 60))
-    faults = [
+    problems = [
         f"{host.name}: {last_line(answer.errors)}"
         for host, answer in zip(hosts, answers, strict=True)
         if answer.exit_code
     ]
-    if faults:
-        raise HostError(f"{job} could not be stopped everywhere.", faults=faults)
+    if problems:
+        raise HostError(f"{job} could not be stopped everywhere.", problems=problems)
     ended, errors = list_jobs(hosts, ssh)
     _raise_all(errors, f"{job} was asked to end; how it ended cannot be told.")
     return [row for row in ended if row.job == job]

@@ -16,13 +16,13 @@ def stop_job(name: str, hosts: Sequence[Host], say: Callable[[str], None], ssh: 
     Raises HostError where it was killed, failed while it ended, or runs on a host that could not be asked.
     """
     rows, unasked = find_whole_job(name, hosts, ssh, prefer_running=True)
-    job, faults = rows[0].job, []
+    job, problems = rows[0].job, []
     if any(row.running for row in rows):
         say(f"Asking {job} to save and end …")
         for row in stop(rows, ssh):
-            fault = _fault(row)
-            if fault:
-                faults.append(fault)
+            problem = _problem(row)
+            if problem:
+                problems.append(problem)
             else:
                 say(f"✓ {job} has ended on {row.host.name} (exit code {row.exit_code})")
     elif not unasked:
@@ -32,14 +32,14 @@ def stop_job(name: str, hosts: Sequence[Host], say: Callable[[str], None], ssh: 
             f"{job} may go on: not all its hosts could be asked.",
             expected=f"{rows[0].num_hosts} hosts",
             found=f"{len(rows)}",
-            faults=[*faults, *map(str, unasked)],
+            problems=[*problems, *map(str, unasked)],
             next_command=f"mixtral-run stop {job}",
         )
-    if faults:
-        raise HostError(f"{job} has ended, but not well.", faults=faults, next_command=f"mixtral-run logs {job}")
+    if problems:
+        raise HostError(f"{job} has ended, but not well.", problems=problems, next_command=f"mixtral-run logs {job}")
 
 
-def _fault(row: JobRow) -> str | None:
+def _problem(row: JobRow) -> str | None:
     if row.exit_code in (0, *SIGNALLED):
         return None
     if row.exit_code == KILLED:

@@ -115,32 +115,32 @@ def parse_extra_vars(words: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
 
     files: list[Path] = []
     values: dict[str, Any] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for word in words:
         if word.startswith("@"):
             file = Path(word[1:]).expanduser().resolve()
             files.append(file)
-            faults += [] if file.is_file() else [f"{word}: there is no such file"]
+            problems += [] if file.is_file() else [f"{word}: there is no such file"]
         elif word.lstrip().startswith(("{", "[")):
             try:
                 found = yaml.safe_load(word)
             except yaml.YAMLError as error:
-                faults.append(f"{word}: {str(error).splitlines()[0]}")
+                problems.append(f"{word}: {str(error).splitlines()[0]}")
                 continue
             if isinstance(found, dict):
                 values |= found
             else:
-                faults.append(f"{word}: expected an object")
+                problems.append(f"{word}: expected an object")
         else:
             try:
                 pairs = [piece.partition("=") for piece in shlex.split(word)]
             except ValueError as error:
-                faults.append(f"{word}: {error}")
+                problems.append(f"{word}: {error}")
                 continue
-            faults += [f"{name}: expected name=value" for name, equals, _ in pairs if not equals or not name]
+            problems += [f"{name}: expected name=value" for name, equals, _ in pairs if not equals or not name]
             values |= {name: value for name, equals, value in pairs if equals}
-    if faults:
-        raise ConfigError("--extra-vars cannot be understood.", expected="name=value, {…} or @FILE", faults=faults)
+    if problems:
+        raise ConfigError("--extra-vars cannot be understood.", expected="name=value, {…} or @FILE", problems=problems)
     return files, values
 
 
@@ -179,15 +179,15 @@ def _resolve_variables(path: Path, listing: dict[str, Any]) -> None:
     alike: dict[tuple[str, ...], list[str]] = {}
     for host, names in unresolved_variables(listing).items():
         alike.setdefault(names, []).append(host)
-    faults: list[str] = []
+    problems: list[str] = []
     for names, hosts in alike.items():
         for host, found in _resolved(path, hosts, names).items():
             if isinstance(found, str):
-                faults.append(f"{host}: {', '.join(names)}: {found}")
+                problems.append(f"{host}: {', '.join(names)}: {found}")
             else:
                 listing["_meta"]["hostvars"][host].update(found)
-    if faults:
-        raise ConfigError("The inventory does not say how to get to its hosts.", where=str(path), faults=faults)
+    if problems:
+        raise ConfigError("The inventory does not say how to get to its hosts.", where=str(path), problems=problems)
 
 
 def _resolved(path: Path, hosts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any] | str]:
@@ -252,7 +252,7 @@ def _own_folder(name: str) -> Iterator[Path]:
 
 
 def plain(text: str) -> str:
-    """A terminal's text without its colours."""
+    """A terminal's text without its colors."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
@@ -268,7 +268,7 @@ class RunningPlay:
         state_folder("plays", self.ident, "artifacts")  # ansible-runner would make it readable for everybody
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._fault: BaseException | None = None
+        self._problem: BaseException | None = None
         self._runner = ansible_runner.interface.init_runner(
             private_data_dir=str(self.folder),
             ident="run",
@@ -311,10 +311,10 @@ class RunningPlay:
 
     def wait(self, seconds: float | None = None) -> PlayEnd:
         self._thread.join(seconds)
-        if self._fault is not None:
+        if self._problem is not None:
             raise MixtralRunError(
-                "Ansible could not be run.", found=str(self._fault), where=str(self.artifacts)
-            ) from self._fault
+                "Ansible could not be run.", found=str(self._problem), where=str(self.artifacts)
+            ) from self._problem
         output = self.artifacts / "stdout"
         return PlayEnd(
             status="canceled" if self._cancelled.is_set() else str(self._runner.status),
@@ -336,7 +336,7 @@ class RunningPlay:
                 self._runner.config.command = [*words, *self._runner.config.command]
             self._runner.run()
         except BaseException as error:
-            self._fault = error
+            self._problem = error
         finally:
             rest.unlink(missing_ok=True)
             self._events.put(None)

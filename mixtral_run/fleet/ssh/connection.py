@@ -163,11 +163,11 @@ class Ssh:
         process = _start(ssh_argv(host, command, self.known_hosts))
         assert process.stdout is not None
         assert process.stderr is not None
-        fault: BaseException | None = None
+        problem: BaseException | None = None
         try:
             yield process.stdout
         except HostError as error:
-            fault = error
+            problem = error
         except BaseException:
             process.kill()
             raise
@@ -175,9 +175,9 @@ class Ssh:
             pass
         errors = process.stderr.read().decode(errors="replace")
         if process.wait():
-            raise HostError(f"{host.name} did not send what was asked for.", found=last_line(errors)) from fault
-        if fault is not None:
-            raise fault
+            raise HostError(f"{host.name} did not send what was asked for.", found=last_line(errors)) from problem
+        if problem is not None:
+            raise problem
 
     def stream(
         self,

@@ -25,7 +25,7 @@ def connection_error(host: Host, errors: str) -> HostError:
             next_command="if it was reimaged: "
             f"mixtral-run bootstrap --accept-new-host-key {host.name} {host.bootstrap_words}",
         )
-    for pattern, what, command in _CONNECTION_FAULTS:
+    for pattern, what, command in _CONNECTION_PROBLEMS:
         if re.search(pattern, errors, re.IGNORECASE):
             return HostError(
                 what.format(host=host), where=host.target, found=found, next_command=command.format(host=host)
@@ -51,7 +51,7 @@ def _changed_jump_host(host: Host, errors: str) -> HostError:
     )
 
 
-_CONNECTION_FAULTS = (
+_CONNECTION_PROBLEMS = (
     (
         # The host's own key is accepted at first contact; ~/.ssh/config says how ssh looks at that of a jump host.
         r"host key verification failed",
@@ -80,7 +80,7 @@ _CONNECTION_FAULTS = (
 def is_dropped(errors: str) -> bool:
     """Whether sshd closed a connection before anything ran over it, and another try may get through."""
     # Behind a jump host, whatever keeps that from going on looks so at the end: then another line says why.
-    lasting = is_changed_key(errors) or any(re.search(fault[0], errors, re.I) for fault in _CONNECTION_FAULTS)
+    lasting = is_changed_key(errors) or any(re.search(problem[0], errors, re.I) for problem in _CONNECTION_PROBLEMS)
     return not lasting and bool(re.search(_DROPPED, errors, re.I | re.M)) and "open failed" not in errors
 
 

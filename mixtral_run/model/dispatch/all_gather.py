@@ -28,7 +28,7 @@ from mixtral_run.model.parallel.megatron import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from mixtral_run.model.dispatch.symmetric_memory import Peers
@@ -59,9 +59,9 @@ class Room:
         self.missing.copy_(torch.maximum(self.missing, ends[-1] - num_rows))
         return ends.clamp(max=num_rows).int()
 
-    def sufficed(self, here: Processes) -> bool:
+    def sufficed(self, mesh: Mesh) -> bool:
         """Whether all rows have had room in all processes since this was last asked. All ranks must call."""
-        if not capacity.may_run_out(here.expert_size):
+        if not capacity.may_run_out(mesh.expert_size):
             return True
         dist.all_reduce(self.missing, dist.ReduceOp.MAX)
         most = int(self.missing)

@@ -104,8 +104,8 @@ def add_rows(rows: Tensor, weights: Tensor, position: Tensor, end: Tensor | None
 
         return on_gpu(rows.contiguous(), weights, position, end)
     if end is not None:
-        here = position < end
-        picked = rows.index_select(0, position.where(here, 0)).where(here[:, None], 0.0)
+        mesh = position < end
+        picked = rows.index_select(0, position.where(mesh, 0)).where(mesh[:, None], 0.0)
     else:
         picked = rows.index_select(0, position)
     picked = picked.view(*weights.shape, rows.shape[1])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
-from mixtral_run.model.parallel.mesh import Processes, everywhere, refused
+from mixtral_run.model.parallel.mesh import Mesh, everywhere, refused
 
 if TYPE_CHECKING:
     from mixtral_run.model.kernels.sort_triton import Routes
@@ -199,16 +199,16 @@ class _SumRows(torch.autograd.Function):
 
 
 def open_peers(
-    here: Processes, architecture: MixtralArchitecture, tokens: int, dtype: torch.dtype, *, wanted: bool = True
+    mesh: Mesh, architecture: MixtralArchitecture, tokens: int, dtype: torch.dtype, *, wanted: bool = True
 ) -> Peers | None:
     """For up to so many tokens of each process, where the GPUs of an expert group can read from each other, and all
     want it; else None. All ranks must call, and get the same."""
-    able = wanted and dtype is torch.bfloat16 and _read_each_other(here.expert_group, here.device)
-    if not everywhere(able, here.device):
+    able = wanted and dtype is torch.bfloat16 and _read_each_other(mesh.expert_group, mesh.device)
+    if not everywhere(able, mesh.device):
         return None
-    peers = Peers(here.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
-    for step in (peers.allocate, peers.share, partial(_try, peers, architecture, here.device, dtype)):
-        why = refused(step, here.device)
+    peers = Peers(mesh.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
+    for step in (peers.allocate, peers.share, partial(_try, peers, architecture, mesh.device, dtype)):
+        why = refused(step, mesh.device)
         if why is not None:
             if why:
                 log.warning("GPUs do not read from each other, exchanges are slower: %s.", why)

@@ -212,9 +212,9 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
 
 def _compiled() -> bytes:
     """product.cu as machine code: from the folder of kept kernels, or compiled and put there."""
-    here = Path(__file__).parent / "csrc"
+    mesh = Path(__file__).parent / "csrc"
     instructions = map(_multiply_add, range(8, 257, 8))
-    source = "\n".join((*((here / part).read_text() for part in PARTS), *instructions, (here / SOURCE).read_text()))
+    source = "\n".join((*((mesh / part).read_text() for part in PARTS), *instructions, (mesh / SOURCE).read_text()))
     version = _checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
     kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"

@@ -29,8 +29,8 @@ def _add_rows_kernel(
     for choice in tl.static_range(TOPK):
         row = tl.load(position_ptr + token * TOPK + choice)
         weight = tl.load(weights_ptr + token * TOPK + choice)
-        here = mask & (row < tl.load(end_ptr)) if HAS_END else mask
-        total += weight * tl.load(rows_ptr + row * hidden + columns, mask=here, other=0.0).to(tl.float32)
+        mesh = mask & (row < tl.load(end_ptr)) if HAS_END else mask
+        total += weight * tl.load(rows_ptr + row * hidden + columns, mask=mesh, other=0.0).to(tl.float32)
     tl.store(output_ptr + token * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -59,10 +59,10 @@ def _spread_kernel(
             mask = columns < hidden
             gradient = tl.load(gradient_ptr + token * hidden + columns, mask=mask, other=0.0).to(tl.float32)
             target = for_rows_ptr + row * hidden + columns
-            here = mask & (row < tl.load(end_ptr)) if HAS_END else mask
-            tl.store(target, (gradient * weight).to(for_rows_ptr.dtype.element_ty), mask=here)
+            mesh = mask & (row < tl.load(end_ptr)) if HAS_END else mask
+            tl.store(target, (gradient * weight).to(for_rows_ptr.dtype.element_ty), mask=mesh)
             if HAS_ROWS:
-                value = tl.load(rows_ptr + row * hidden + columns, mask=here, other=0.0).to(tl.float32)
+                value = tl.load(rows_ptr + row * hidden + columns, mask=mesh, other=0.0).to(tl.float32)
                 total += gradient * value
         if HAS_ROWS:
             tl.store(for_weights_ptr + token * TOPK + choice, tl.sum(total, axis=0))

@@ -18,7 +18,7 @@ from mixtral_run.model.parallel.megatron import initialize_rng_tracker, parallel
 
 
 @dataclass(frozen=True)
-class Processes:
+class Mesh:
     """This process's place in the job. Sizes and ranks are of Megatron's groups; ETP is always 1."""
 
     device: torch.device
@@ -75,7 +75,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def processes(config: LaunchConfig) -> Iterator[Processes]:
+def processes(config: LaunchConfig) -> Iterator[Mesh]:
     """Join the job, build its groups for the config's layout, leave at the end. All ranks must call.
 
     Where the process has joined already, only the groups are built and taken down: one job may try several layouts.
@@ -102,7 +102,7 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
         )
         # Megatron's own tracker needs CUDA generators; ours are per process (`seed_everything`), so its fork is empty.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-        here = Processes(
+        mesh = Mesh(
             device=device,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -113,8 +113,8 @@ def processes(config: LaunchConfig) -> Iterator[Processes]:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
         )
-        seed_everything(config.seed, here.rank)
-        yield here
+        seed_everything(config.seed, mesh.rank)
+        yield mesh
     except BaseException as error:
         # NCCL's leaving waits for what is under way, and so for the others, who wait for this process: nobody would
         # learn what went wrong. The process's end takes it down.
@@ -213,11 +213,11 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return tensor
 
 
-def everywhere(here: bool, device: torch.device) -> bool:
+def everywhere(mesh: bool, device: torch.device) -> bool:
     """Whether that is so on all ranks, which must call, each with its device."""
     if dist.get_world_size() == 1:
-        return here
-    flag = torch.tensor(int(here), device=device)
+        return mesh
+    flag = torch.tensor(int(mesh), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
 

@@ -16,7 +16,7 @@ from typing import Any
 from mixtral_run.config.fields import flag_of
 from mixtral_run.errors import ConfigError
 
-NUM_FAULTS_SHOWN = 10
+NUM_PROBLEMS_SHOWN = 10
 KEYS = ("instruction", "response")
 MESSAGES = "messages"
 ROLES = ("system", "user", "assistant")
@@ -68,21 +68,21 @@ def read_pairs(path: Path, setting: str = "data_path") -> list[Pair]:
             next_command=f"iconv -f latin1 -t utf-8 {path}, if that is how it was saved",
         ) from error
     pairs: list[Pair] = []
-    faults: list[str] = []
+    problems: list[str] = []
     # Not splitlines(): that also splits at separators that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        found = list(_line_faults(line))
-        faults += [f"line {number}: {fault}" for fault in found]
+        found = list(_line_problems(line))
+        problems += [f"line {number}: {problem}" for problem in found]
         if not found:
             *earlier, last = _turns(json.loads(line))
             pairs.append(Pair(*last, number, tuple(earlier)))
-    if faults:
+    if problems:
         raise ConfigError(
             f"The {what} data cannot be used as they are.",
             where=where,
-            faults=first_faults(faults),
+            problems=first_problems(problems),
             expected=expected,
         )
     if not pairs:
@@ -95,14 +95,14 @@ def where_of(setting: str, path: Path) -> str:
     return f"{flag_of(setting)} {path}"
 
 
-def first_faults(faults: list[str]) -> list[str]:
+def first_problems(problems: list[str]) -> list[str]:
     """The first ten faults and, where there are more, how many."""
-    shown = faults[:NUM_FAULTS_SHOWN]
-    more = len(faults) - len(shown)
+    shown = problems[:NUM_PROBLEMS_SHOWN]
+    more = len(problems) - len(shown)
     return [*shown, f"and {more:,} more"] if more else shown
 
 
-def _line_faults(line: str) -> Iterator[str]:
+def _line_problems(line: str) -> Iterator[str]:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
@@ -115,14 +115,14 @@ def _line_faults(line: str) -> Iterator[str]:
         yield f"expected a JSON object; found {_json_type(values)}"
         return
     if _is_conversation(values):
-        yield from _conversation_faults(values[MESSAGES])
+        yield from _conversation_problems(values[MESSAGES])
         return
     for key in KEYS:
         if key not in values:
             present = ", ".join(sorted(map(repr, values))) or "none"
             yield f"'{key}' is missing; the keys are {present[:80]}"
         else:
-            yield from _text_faults(f"'{key}'", values[key])
+            yield from _text_problems(f"'{key}'", values[key])
 
 
 def _is_conversation(values: dict[str, Any]) -> bool:
@@ -130,7 +130,7 @@ def _is_conversation(values: dict[str, Any]) -> bool:
     return MESSAGES in values and not any(key in values for key in KEYS)
 
 
-def _conversation_faults(messages: object) -> Iterator[str]:
+def _conversation_problems(messages: object) -> Iterator[str]:
     if not isinstance(messages, list):
         yield f"'messages': expected a list; found {_json_type(messages)}"
         return
@@ -142,7 +142,7 @@ def _conversation_faults(messages: object) -> Iterator[str]:
         roles.append(message.get("role"))
         if roles[-1] not in ROLES:
             yield f"message {number}: 'role': expected {', '.join(ROLES)}; found {json.dumps(roles[-1])[:40]}"
-        yield from _text_faults(f"message {number}: 'content'", message.get("content"))
+        yield from _text_problems(f"message {number}: 'content'", message.get("content"))
     asked = roles[1:] if roles[:1] == ["system"] else roles
     in_turn = ["user", "assistant"] * max(1, len(asked) // 2)
     if all(role in ROLES for role in roles) and asked != in_turn:
@@ -150,7 +150,7 @@ def _conversation_faults(messages: object) -> Iterator[str]:
         yield f"'messages': expected the user and the assistant in turn, the assistant last; found {found[:80]}"
 
 
-def _text_faults(name: str, text: object) -> Iterator[str]:
+def _text_problems(name: str, text: object) -> Iterator[str]:
     if not isinstance(text, str):
         yield f"{name}: expected text; found {_json_type(text)}"
     elif not text.strip():

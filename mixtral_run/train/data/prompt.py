@@ -1,7 +1,7 @@
 """Text → tokens in the form that Mixtral-Instruct was trained on: `<s>[INST] instruction [/INST] response</s>`, and
 `[INST] …` again for each further turn.
 
-Training and generation share this, so that what is asked is tokenised as it was learned.
+Training and generation share this, so that what is asked is tokenized as it was learned.
 Source of the form: the chat template in tokenizer_config.json of mistralai/Mixtral-8x7B-Instruct-v0.1.
 """
 

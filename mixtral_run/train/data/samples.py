@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.examples import Pair, first_faults
+from mixtral_run.train.data.examples import Pair, first_problems
 from mixtral_run.train.data.prompt import encode_turns
 
 if TYPE_CHECKING:
@@ -154,12 +154,12 @@ class Samples:
         return sum(end - begin for begin, end in self._rows[index][1])
 
     def _encode(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
-        faults = []
+        problems = []
         for pair in pairs:
             row, responses = _row_of(encode_turns(tokenizer, pair.turns))
             length, num_prompt = len(row), responses[0][0]
             if num_prompt > self._seq_length:
-                faults.append(
+                problems.append(
                     f"line {pair.line}: {length:,} tokens, of which the instruction takes {num_prompt:,}; "
                     "nothing of the response is left"
                 )
@@ -172,12 +172,12 @@ class Samples:
             self.num_loss_tokens_total += sum(end - begin for begin, end in responses)
             self.num_padding_tokens += self._seq_length - (len(tokens) - 1)
             self.longest = max(self.longest, length)
-        if faults:
+        if problems:
             raise ConfigError(
-                f"{len(faults):,} of {len(pairs):,} pairs are longer than --seq-length {self._seq_length:,} before "
+                f"{len(problems):,} of {len(pairs):,} pairs are longer than --seq-length {self._seq_length:,} before "
                 "their response begins.",
                 where=where,
-                faults=first_faults(faults),
+                problems=first_problems(problems),
                 next_command="a larger --seq-length, or shorter instructions",
             )
 
@@ -218,7 +218,7 @@ class MockSamples:
         return self._seq_length
 
 
-def batch_size_faults(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> list[str]:
+def batch_size_problems(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> list[str]:
     """What keeps a global batch from being shared out evenly; empty when nothing does."""
     step = micro_batch_size * data_parallel_size
     if global_batch_size % step == 0:
@@ -244,9 +244,9 @@ def batches(
     Rank r of n takes the r-th n-th of every global batch, in runs of `micro_batch_size`. No communication: every rank
     works out the same order. Raises ConfigError when the batch cannot be shared out evenly.
     """
-    faults = batch_size_faults(global_batch_size, micro_batch_size, data_parallel_size)
-    if faults:
-        raise ConfigError("The batch cannot be shared out.", faults=faults)
+    problems = batch_size_problems(global_batch_size, micro_batch_size, data_parallel_size)
+    if problems:
+        raise ConfigError("The batch cannot be shared out.", problems=problems)
     return _batches(
         source, seed, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size, consumed_samples
     )

@@ -43,15 +43,15 @@ def open_adapter(path: Path) -> OpenAdapter:
 def check_tensors(adapter: OpenAdapter, reader: Reader) -> None:
     """Raise WeightsError unless every tensor that the record promises is there, in its shape."""
     expected = adapter_tensors(adapter.checkpoint.architecture, adapter.lora)
-    faults = [f"{key}: missing" for key in expected if key not in reader.tensors]
-    faults += [
+    problems = [f"{key}: missing" for key in expected if key not in reader.tensors]
+    problems += [
         f"{key}: expected shape {list(shape)}; found {list(reader.tensors[key].shape)}"
         for key, shape in expected.items()
         if key in reader.tensors and reader.tensors[key].shape != shape
     ]
     dtypes = {reader.tensors[key].dtype for key in expected if key in reader.tensors}
     if len(dtypes) > 1:
-        faults.append(f"dtype: expected one for all tensors; found {', '.join(sorted(dtypes))}")
-    if faults:
+        problems.append(f"dtype: expected one for all tensors; found {', '.join(sorted(dtypes))}")
+    if problems:
         where = str(adapter.checkpoint.iteration_folder)
-        raise WeightsError("The adapter's tensors are not what its record says.", where=where, faults=faults)
+        raise WeightsError("The adapter's tensors are not what its record says.", where=where, problems=problems)

@@ -21,7 +21,7 @@ from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
 from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
 from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.describe import DESCRIPTION, LATEST
@@ -91,33 +91,35 @@ def _is_export(folder: Path) -> bool:
 def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, report: Report) -> HFWeights | None:
     """Everything that can be known before the first byte is written."""
     what = "an earlier export of this kit"
-    faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
+    problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
     if config.merge and config.hf_model_path is None:
-        faults.append("--merge: needs --hf-model-path, the HF directory of the adapter's base")
+        problems.append("--merge: needs --hf-model-path, the HF directory of the adapter's base")
     weights = None
     if config.hf_model_path is not None:
         try:
             weights = open_hf_weights(
-                resolve(str(config.hf_model_path), report, lambda found: _check_before_download(adapter, found, faults))
+                resolve(
+                    str(config.hf_model_path), report, lambda found: _check_before_download(adapter, found, problems)
+                )
             )
         except WeightsError as error:
-            error.faults = (*error.faults, *faults)
+            error.problems = (*error.problems, *problems)
             raise
     if config.merge and weights is not None:
         needed = sum(file.stat().st_size for file in weights.files)
     else:
         needed = peft.num_bytes
-    faults += disk_faults(config.output_path, needed + _SIDECAR_BYTES)
-    if faults:
-        raise ConfigError("The adapter cannot be exported as asked.", faults=faults)
+    problems += disk_problems(config.output_path, needed + _SIDECAR_BYTES)
+    if problems:
+        raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
     if weights is not None:
         _check_base(adapter, weights)
     return weights
 
 
-def _check_before_download(adapter: OpenAdapter, model: HubModel, faults: list[str]) -> None:
-    if faults:
-        raise ConfigError("The adapter cannot be exported as asked.", faults=faults)
+def _check_before_download(adapter: OpenAdapter, model: HubModel, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
     _check_architecture(adapter, model.architecture, model.name)
 
 

@@ -24,7 +24,7 @@ from mixtral_run.weights.adapter.merge import Adding, row_blocks
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, header_of
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, output_faults
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.io.interrupts import interrupts
 from mixtral_run.weights.manifest import record
@@ -115,15 +115,15 @@ def _check(
 ) -> dict[str, dict[str, Shape]]:
     """Everything that can be known before the first byte is written; the files to write."""
     check_base(checkpoint, reader, report)
-    faults = output_faults(
+    problems = output_problems(
         config.output_path,
         overwrite=config.overwrite,
         is_ours=lambda folder: record.is_kind(folder, "hf"),
         what="an earlier HF model of this kit",
     )
-    faults += disk_faults(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
-    if faults:
-        raise ConfigError("The HF model cannot be written.", faults=faults)
+    problems += disk_problems(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
+    if problems:
+        raise ConfigError("The HF model cannot be written.", problems=problems)
     return _files(checkpoint, reader.tensors[LINEAR_QKV_KEY].item_size)
 
 

@@ -22,8 +22,8 @@ from mixtral_run.weights.convert.write_proof import write_proof
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import HubModel, resolve
 from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights
-from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_faults
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_faults, on_one_disk, output_faults
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_problems
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on_one_disk, output_problems
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
 from mixtral_run.weights.manifest import record
@@ -200,37 +200,37 @@ def _is_base(folder: Path) -> bool:
 def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights, Plan]:
     """Everything that can be known before the first byte is written."""
     what = "an earlier checkpoint of this kit"
-    faults = output_faults(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
+    problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
     try:
-        weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, faults)))
+        weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, problems)))
     except WeightsError as error:
-        error.faults = (*error.faults, *_layout_faults(config, model), *faults)
+        error.problems = (*error.problems, *_layout_problems(config, model), *problems)
         raise
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
-    layout_faults = weights.architecture.layout_faults(tp, ep)
-    if layout_faults:
-        raise ConfigError("The model cannot be converted as asked.", faults=shortened([*layout_faults, *faults]))
+    layout_problems = weights.architecture.layout_problems(tp, ep)
+    if layout_problems:
+        raise ConfigError("The model cannot be converted as asked.", problems=shortened([*layout_problems, *problems]))
     plan = make_plan(weights, tp, ep, len(_empty_object()))
-    faults += tokenizer_faults(weights.directory)
-    faults += disk_faults(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
-    if faults:
-        raise ConfigError("The checkpoint cannot be written.", faults=faults)
+    problems += tokenizer_problems(weights.directory)
+    problems += disk_problems(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
+    if problems:
+        raise ConfigError("The checkpoint cannot be written.", problems=problems)
     return weights, plan
 
 
-def _check_before_download(config: ConvertConfig, model: HubModel, faults: list[str]) -> None:
+def _check_before_download(config: ConvertConfig, model: HubModel, problems: list[str]) -> None:
     """Raise ConfigError with all that needs no weights, `faults` of the output folder among it."""
     a = model.architecture
     needed = model.num_bytes + _SIDECAR_BYTES
     if on_one_disk(config.output_path, model.cache):
         needed += model.missing_bytes
-    found = a.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
-    found += [*faults, *disk_faults(config.output_path, needed)]
+    found = a.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    found += [*problems, *disk_problems(config.output_path, needed)]
     if found:
-        raise ConfigError("The model cannot be converted as asked.", where=model.name, faults=found)
+        raise ConfigError("The model cannot be converted as asked.", where=model.name, problems=found)
 
 
-def _layout_faults(config: ConvertConfig, model: str) -> list[str]:
+def _layout_problems(config: ConvertConfig, model: str) -> list[str]:
     """The layout's faults where the weights themselves cannot be used but their config.json can."""
     from mixtral_run.model.architecture import MixtralArchitecture
 
@@ -238,7 +238,7 @@ def _layout_faults(config: ConvertConfig, model: str) -> list[str]:
         architecture = MixtralArchitecture.from_hf_directory(Path(model))
     except WeightsError:
         return []
-    return architecture.layout_faults(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    return architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
 
 
 def _tell(weights: HFWeights, report: Report) -> None:

@@ -75,7 +75,7 @@ def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = N
     connection. `check` is called before weights are downloaded. Raises WeightsError: not there, gated, no access,
     offline, no space for it.
     """
-    directory = _here(hf_model_path)
+    directory = _mesh(hf_model_path)
     if directory is not None:
         return directory
     hub_model = ask(hf_model_path)
@@ -88,10 +88,10 @@ def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = N
 
 def resolve_description(hf_model_path: str, report: Report) -> Path:
     """A directory with the model's config.json and tokenizer, no weights; otherwise as `resolve`."""
-    return _here(hf_model_path) or _download(hf_model_path, TOKENIZER_FILES, report)
+    return _mesh(hf_model_path) or _download(hf_model_path, TOKENIZER_FILES, report)
 
 
-def _here(hf_model_path: str) -> Path | None:
+def _mesh(hf_model_path: str) -> Path | None:
     """The directory, where it is one; None for a hub name. Raises WeightsError for anything else."""
     directory = Path(hf_model_path).expanduser()
     try:

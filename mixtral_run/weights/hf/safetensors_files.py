@@ -83,15 +83,15 @@ def open_hf_weights(directory: Path) -> HFWeights:
     architecture = MixtralArchitecture.from_hf_directory(directory)
     headers = read_headers(directory)
     sources: dict[str, Source] = {}
-    dtype, faults = "BF16", list(headers.faults)
+    dtype, problems = "BF16", list(headers.problems)
     if headers.entries:
         sources, dtype, more = _match(architecture, headers.entries, headers.unread)
-        faults += more
-    if faults:
+        problems += more
+    if problems:
         raise WeightsError(
             "The HF weights cannot be used.",
             where=str(directory),
-            faults=shortened(faults),
+            problems=shortened(problems),
             next_command="download the named files again; a finished download is checked by `hf cache verify`",
         )
     name, item_size = DTYPES[dtype]
@@ -104,7 +104,7 @@ class Headers:
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...] = ()
-    faults: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     unread: frozenset[str] = frozenset()  # tensors that the index places in files that cannot be used
 
 
@@ -117,34 +117,34 @@ def read_headers(directory: Path) -> Headers:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             wanted = {str(name): str(file) for name, file in weight_map.items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            return Headers({}, faults=(f"{INDEX_NAME}: not a safetensors index ({type(error).__name__}: {error})",))
+            return Headers({}, problems=(f"{INDEX_NAME}: not a safetensors index ({type(error).__name__}: {error})",))
     elif single.is_file():
         wanted = {}
     else:
         found = sorted(path.name for path in directory.glob("*.bin"))
         also = f"; found {', '.join(found[:3])}, which is the old pickled format" if found else ""
-        return Headers({}, faults=(f"neither {INDEX_NAME} nor {SINGLE_NAME} is there{also}",))
+        return Headers({}, problems=(f"neither {INDEX_NAME} nor {SINGLE_NAME} is there{also}",))
     names = sorted(set(wanted.values())) or [SINGLE_NAME]
     entries: dict[str, TensorEntry] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     unreadable = set()
     for name in names:
         try:
             found_entries = read_header(directory / name)
         except WeightsError as error:
-            faults += error.faults
+            problems += error.problems
             unreadable.add(name)
             continue
         for entry in found_entries:
             if wanted.get(entry.name, name) == name:
                 entries[entry.name] = entry
-    faults += [
+    problems += [
         f"{file}: tensor {tensor} is missing, which {INDEX_NAME} says is there"
         for tensor, file in wanted.items()
         if file not in unreadable and tensor not in entries
     ]
     unread = frozenset(tensor for tensor, file in wanted.items() if file in unreadable)
-    return Headers(entries, tuple(directory / name for name in names), tuple(faults), unread)
+    return Headers(entries, tuple(directory / name for name in names), tuple(problems), unread)
 
 
 def read_header(file: Path) -> list[TensorEntry]:
@@ -170,17 +170,17 @@ def read_header(file: Path) -> list[TensorEntry]:
         raise _unusable(f"{name}: corrupt header: a JSON {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
     entries = []
-    faults = []
+    problems = []
     for tensor, value in header.items():
         try:
             entries.append(_entry(file, 8 + length, tensor, value))
         except ValueError as error:
-            faults.append(f"{name}: tensor {tensor}: {error}")
-    if not faults:
+            problems.append(f"{name}: tensor {tensor}: {error}")
+    if not problems:
         entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
-        faults = _extent_faults(entries, 8 + length, size)
-    if faults:
-        raise _unusable(*faults)
+        problems = _extent_problems(entries, 8 + length, size)
+    if problems:
+        raise _unusable(*problems)
     return entries
 
 
@@ -203,8 +203,8 @@ def mixed_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _unusable(*faults: str) -> WeightsError:
-    return WeightsError("A safetensors file cannot be used.", faults=faults)
+def _unusable(*problems: str) -> WeightsError:
+    return WeightsError("A safetensors file cannot be used.", problems=problems)
 
 
 def _entry(file: Path, data_start: int, name: str, value: Any) -> TensorEntry:
@@ -223,30 +223,30 @@ def _entry(file: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     return TensorEntry(name, dtype, shape, file, data_start + begin, num_bytes)
 
 
-def _extent_faults(entries: list[TensorEntry], data_start: int, size: int) -> list[str]:
+def _extent_problems(entries: list[TensorEntry], data_start: int, size: int) -> list[str]:
     """Overlaps, gaps and an end of the data that is not the end of the file."""
-    faults = []
+    problems = []
     reached = data_start
     before = "the header"
     for entry in entries:
         if entry.start != reached:
             how = "overlaps" if entry.start < reached else "leaves a gap after"
-            faults.append(
+            problems.append(
                 f"{entry.file.name}: tensor {entry.name} {how} {before}: starts at byte {entry.start:,}, "
                 f"expected {reached:,}"
             )
         reached = max(reached, entry.start + entry.num_bytes)
         before = entry.name
     if reached > size:
-        faults.append(
+        problems.append(
             f"{entries[-1].file.name}: truncated: expected {reached:,} bytes; found {size:,} "
             f"({reached - size:,} bytes missing)"
         )
     elif entries and reached < size:
-        faults.append(
+        problems.append(
             f"{entries[-1].file.name}: expected {reached:,} bytes; found {size:,} ({size - reached:,} too many)"
         )
-    return faults
+    return problems
 
 
 def _match(
@@ -256,7 +256,7 @@ def _match(
 
     `unread`: tensors of files whose own faults are told already.
     """
-    faults: list[str] = []
+    problems: list[str] = []
     sources: dict[str, Source] = {}
     used: dict[str, TensorEntry] = {}
     fused = hf_to_megatron.fused_tensors(architecture)
@@ -268,22 +268,22 @@ def _match(
         entry = entries.get(stored)
         if entry is None:
             if name not in unread and (place is None or place[0] not in unread):
-                faults.append(f"tensor {name} is missing")
+                problems.append(f"tensor {name} is missing")
             continue
         expected = shape if stored == name else fused[stored]
         if entry.shape != expected and stored not in used:
-            faults.append(f"{entry.file.name}: {stored}: expected shape {list(expected)}; found {list(entry.shape)}")
+            problems.append(f"{entry.file.name}: {stored}: expected shape {list(expected)}; found {list(entry.shape)}")
         used[stored] = entry
         item_size = ITEM_SIZES[entry.dtype]
         sources[name] = Source(entry.file, entry.start + first * item_size, prod(shape) * item_size)
-    faults += [
+    problems += [
         f"{entry.file.name}: tensor {name} is not part of a Mixtral model"
         for name, entry in entries.items()
         # Positions that older conversions stored; they follow from config.json.
         if name not in used and not name.endswith(".rotary_emb.inv_freq")
     ]
-    dtype, dtype_faults = _one_dtype(used)
-    return sources, dtype, faults + dtype_faults
+    dtype, dtype_problems = _one_dtype(used)
+    return sources, dtype, problems + dtype_problems
 
 
 def _one_dtype(used: Mapping[str, TensorEntry]) -> tuple[str, list[str]]:

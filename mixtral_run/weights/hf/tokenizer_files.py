@@ -30,7 +30,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     return found
 
 
-def tokenizer_faults(source: Path) -> list[str]:
+def tokenizer_problems(source: Path) -> list[str]:
     """What of them this user may not read: found out before the weights are copied, which come first."""
     return [
         f"{source / name}: cannot be read by this user"

@@ -39,7 +39,7 @@ def _nearest(path: Path) -> Path:
     return path
 
 
-def writing_faults(folder: Path, flag: str) -> list[str]:
+def writing_problems(folder: Path, flag: str) -> list[str]:
     """What keeps this user from making `folder`, or from writing into it."""
     nearest = _nearest(folder.absolute())
     if not nearest.is_dir():
@@ -51,12 +51,12 @@ def writing_faults(folder: Path, flag: str) -> list[str]:
     return []
 
 
-def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> list[str]:
+def output_problems(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> list[str]:
     """What keeps `output` from being written to. `is_ours` tells whether --overwrite may replace the folder."""
     flag = f"--output-path {output}"
-    faults = writing_faults(output, flag)
-    if faults:
-        return faults
+    problems = writing_problems(output, flag)
+    if problems:
+        return problems
     entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
     held = sorted(set(entries) - {work_folder(output).name, "lost+found"} - _being_moved(output))
     if not held:
@@ -70,12 +70,12 @@ def output_faults(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bo
     return []
 
 
-def disk_faults(output: Path, needed: int) -> list[str]:
+def disk_problems(output: Path, needed: int) -> list[str]:
     """Whether the result fits on the disk; an earlier result stays until the new one is whole.
 
     Nothing where it cannot be written for other reasons: who cannot look into a folder cannot tell what it holds.
     """
-    if writing_faults(output, ""):
+    if writing_problems(output, ""):
         return []
     free = free_bytes(output.absolute()) + _allocated_bytes(work_folder(output))
     free += sum(_allocated_bytes(output / name) for name in _being_moved(output))

@@ -65,16 +65,16 @@ class Interrupts:
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
     """Listen while the block runs. A signal that is ignored stays so, as Ctrl-C in a shell's background jobs."""
-    here = Interrupts()
+    mesh = Interrupts()
     # Python lets only the main thread listen; None is a handler that is not Python's.
     found = {number: signal.getsignal(number) for number in SIGNALS}
     kept = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     if threading.current_thread() is not threading.main_thread():
         kept = {}
     for number in kept:
-        signal.signal(number, here.hear)
+        signal.signal(number, mesh.hear)
     try:
-        yield here
+        yield mesh
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

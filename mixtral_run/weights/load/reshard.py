@@ -119,15 +119,15 @@ def _located(checkpoint: Reader, item: StoredItem) -> int | None:
 
 def _overlaps(checkpoint: Reader, targets: Iterable[Target]) -> list[Overlap]:
     found: list[Overlap] = []
-    faults: list[str] = []
+    problems: list[str] = []
     chunks: dict[str, dict[int, list[StoredItem]]] = {}
     for target in targets:
         info = checkpoint.tensors.get(target.key)
         if info is None:
-            faults.append(f"{target.key}: missing")
+            problems.append(f"{target.key}: missing")
             continue
         if len(info.shape) != len(target.shape):
-            faults.append(f"{target.key}: expected {len(target.shape)} axes; found shape {list(info.shape)}")
+            problems.append(f"{target.key}: expected {len(target.shape)} axes; found shape {list(info.shape)}")
             continue
         if target.key not in chunks:
             chunks[target.key] = _by_layer(checkpoint.chunks(target.key))
@@ -136,15 +136,15 @@ def _overlaps(checkpoint: Reader, targets: Iterable[Target]) -> list[Overlap]:
         within = [min(o + s, end) - o for o, s, end in zip(target.offset, target.shape, info.shape, strict=True)]
         covered = sum(prod(each.shape) for each in mine)
         if covered != prod(max(0, each) for each in within):
-            faults.append(
+            problems.append(
                 f"{target.key} at {list(target.offset)}: chunks hold {covered:,} of {prod(within):,} elements"
             )
         found += mine
-    if faults:
+    if problems:
         raise WeightsError(
             "The checkpoint cannot be loaded into this model.",
             where=str(checkpoint.folder),
-            faults=shortened(list(dict.fromkeys(faults))),
+            problems=shortened(list(dict.fromkeys(problems))),
             next_command=f"mixtral-run verify --load {checkpoint.folder.parent}",
         )
     return found

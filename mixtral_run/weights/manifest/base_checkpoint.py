@@ -103,5 +103,5 @@ def check_base(checkpoint: record.Checkpoint, reader: Reader, report: Report) ->
         raise WeightsError(
             "The checkpoint does not hold the weights of this model.",
             where=str(checkpoint.iteration_folder),
-            faults=shortened(wrong),
+            problems=shortened(wrong),
         )

@@ -27,14 +27,14 @@ def check_files(folder: Path) -> list[str]:
 
     Needs nothing of the checkpoint but its proof: asked first, it names what would keep the rest from being read.
     """
-    faults = []
+    problems = []
     # Proofs of earlier versions of the kit name no files.
     for name, written in _read_proof(folder).get("files", {}).items():
         if not (folder / name).is_file():
-            faults.append(f"{name}: missing")
+            problems.append(f"{name}: missing")
         elif (found := f"{crc_of(folder / name):08x}") != written:
-            faults.append(f"{name}: expected CRC-32 {written}; found {found}")
-    return faults
+            problems.append(f"{name}: expected CRC-32 {written}; found {found}")
+    return problems
 
 
 def _read_proof(folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) ->
         raise _unreadable(folder / PROOF_NAME, error) from error
     items = [item for key in reader.tensors for item in reader.chunks(key)]
     held = {(item.key, item.offset) for item in items}
-    faults = [f"{key} at {list(offset)}: missing" for key, offset in wanted if (key, offset) not in held]
+    problems = [f"{key} at {list(offset)}: missing" for key, offset in wanted if (key, offset) not in held]
 
     def check(item: StoredItem) -> str | None:
         expected: tuple[int | None, list[Any]] = wanted.get((item.key, item.offset or ()), (None, []))
@@ -85,5 +85,5 @@ def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) ->
         return f"{names}: expected CRC-32 {expected[0]:08x}; found {crc:08x} ({item.key} in {item.file})"
 
     with ThreadPoolExecutor(2, "proof") as pool:
-        faults += [fault for fault in pool.map(check, items) if fault is not None]
-    return faults
+        problems += [problem for problem in pool.map(check, items) if problem is not None]
+    return problems

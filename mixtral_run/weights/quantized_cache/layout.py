@@ -86,13 +86,13 @@ class Files:
     def _stored(self) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
         import torch
 
-        from mixtral_run.model.kernels.quantized.quantized_mm import quantised_layout
+        from mixtral_run.model.kernels.quantized.quantized_mm import quantized_layout
 
         words = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
         hidden, ffn = self.architecture.hidden_size, self.architecture.ffn_hidden_size
         stored = {}
         for linear, size in (("linear_fc1", (2 * ffn, hidden)), ("linear_fc2", (hidden, ffn))):
-            values, scales = quantised_layout(*size, self.precision)
+            values, scales = quantized_layout(*size, self.precision)
             for part, (dtype, shape) in (("values", values), ("scales", scales)):
                 stored[linear, part] = (words[dtype], shape)
         return stored
@@ -139,7 +139,7 @@ def identity(base: BaseDescription) -> dict[str, Any]:
 
 
 def rounded_to(stored: str, model: str) -> str:
-    """The dtype that experts have when they are quantised: the stored one, unless the model's holds less of it."""
+    """The dtype that experts have when they are quantized: the stored one, unless the model's holds less of it."""
     return stored if model in (stored, "float32") else model
 
 
@@ -151,7 +151,7 @@ def look(base: BaseDescription, precision: str, dtype: str) -> Look:
     try:
         content = record.read_record(folder)
         files = Files(folder, base.architecture, precision)
-        why = _of_another(content, base, files, dtype) or next(iter(file_faults(files)), None)
+        why = _of_another(content, base, files, dtype) or next(iter(file_problems(files)), None)
         if why is None:
             return Look(_kept(content, files))
     except WeightsError as error:
@@ -185,9 +185,9 @@ def _of_another(content: Mapping[str, Any], base: BaseDescription, files: Files,
     return None
 
 
-def file_faults(files: Files) -> list[str]:
+def file_problems(files: Files) -> list[str]:
     """A line for each file that cannot be the folder's, by size and header."""
-    faults = []
+    problems = []
     for layer in range(files.architecture.num_layers):
         file, header = files.file(layer), files.header(layer)
         try:
@@ -195,13 +195,13 @@ def file_faults(files: Files) -> list[str]:
             with file.open("rb") as stream:
                 begins = stream.read(len(header))
         except OSError as error:
-            faults.append(f"{file.name}: {error.strerror}")
+            problems.append(f"{file.name}: {error.strerror}")
             continue
         if size != expected:
-            faults.append(f"{file.name}: expected {expected:,} bytes; found {size:,}")
+            problems.append(f"{file.name}: expected {expected:,} bytes; found {size:,}")
         elif begins != header:
-            faults.append(f"{file.name}: its header is another")
-    return faults
+            problems.append(f"{file.name}: its header is another")
+    return problems
 
 
 def _kept(content: Mapping[str, Any], files: Files) -> Kept:
@@ -229,11 +229,11 @@ def beside(base: BaseDescription) -> dict[str, Look]:
 
 def check(kept: Kept, advance: Callable[[int], None] = lambda _: None) -> list[str]:
     """Read every byte once; a line for each tensor that is not what was written."""
-    faults = []
+    problems = []
     for layer in range(kept.files.architecture.num_layers):
         sources = {name: source_of(entry) for name, entry in kept.files.entries(layer).items()}
-        faults += differing(kept, sources, source_checksums(sources, advance=advance))
-    return faults
+        problems += differing(kept, sources, source_checksums(sources, advance=advance))
+    return problems
 
 
 def differing(kept: Kept, sources: Mapping[str, Source], found: Mapping[str, int]) -> list[str]:

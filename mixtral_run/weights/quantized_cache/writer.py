@@ -186,10 +186,10 @@ class Writer:
 
         Returns once the layer before is written.
         """
-        here = {key: tensor.cpu() for key, tensor in tensors.items()} if self.failure is None else {}
+        mesh = {key: tensor.cpu() for key, tensor in tensors.items()} if self.failure is None else {}
         self._wait()
         if self.failure is None:
-            self._pending = self._pool.submit(self._write, layer, here)
+            self._pending = self._pool.submit(self._write, layer, mesh)
 
     def finish(self) -> None:
         """Until everything added is on the disk, or has failed."""

@@ -61,16 +61,16 @@ class Reader:
         self.num_chunks = 0
         self.files: set[str] = set()
         try:
-            faults = self._read_items(metadata)
+            problems = self._read_items(metadata)
         except (AttributeError, TypeError, ValueError) as error:  # it was damaged, and still is a pickle
             raise unreadable(folder / METADATA_NAME, error) from error
-        if faults:
+        if problems:
             from mixtral_run.errors import shortened
 
             raise WeightsError(
                 "The checkpoint cannot be used.",
                 where=str(folder),
-                faults=shortened(faults),
+                problems=shortened(problems),
                 next_command="copy it again from where it was made, or run mixtral-run convert again",
             )
 
@@ -93,25 +93,25 @@ class Reader:
             offset = None if index.offset is None else tuple(index.offset)
             infos[(index.fqn, offset)] = info
         reached: dict[str, int] = {}
-        faults = []
+        problems = []
         for info in infos.values():
             reached[info.relative_path] = max(reached.get(info.relative_path, 0), info.offset + info.length)
         self.files = set(reached)
         for file, expected in sorted(reached.items()):
             path = self.folder / file
             if not path.is_file():
-                faults.append(f"{file}: missing ({expected:,} bytes)")
+                problems.append(f"{file}: missing ({expected:,} bytes)")
             elif path.stat().st_size < expected:
-                faults.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
+                problems.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
         for key, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, BytesStorageMetadata):
                 self.objects.add(key)
                 if (key, None) not in infos:
-                    faults.append(f"{METADATA_NAME}: {key} has no place in a file")
+                    problems.append(f"{METADATA_NAME}: {key} has no place in a file")
                 continue
             if self._wanted(key):
-                faults += self._read_tensor(key, stored, infos)
-        return faults
+                problems += self._read_tensor(key, stored, infos)
+        return problems
 
     def _read_tensor(self, key: str, stored: TensorStorageMetadata, infos: dict[Any, Any]) -> list[str]:
         dtype = str(stored.properties.dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """Finding a tensor's bytes within an item of a .distcp file, and whether they can be read without torch.
 
-What item_writer.py writes is recognised by its head, a page; what torch.save wrote is looked at as a zip and as a
+What item_writer.py writes is recognized by its head, a page; what torch.save wrote is looked at as a zip and as a
 pickle.
 """
 

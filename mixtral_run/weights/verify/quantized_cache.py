@@ -17,7 +17,7 @@ def verify_kept(load: Path, report: Report, *, proof: bool, fingerprint: str) ->
     and faults.
     """
     told: dict[str, Any] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for precision, look in layout.beside(describe_base(load)).items():
         folder = layout.kept_folder(load, precision)
         told[precision] = {"path": str(folder), "used": look.kept is not None, "why_not": look.why or None}
@@ -29,15 +29,15 @@ def verify_kept(load: Path, report: Report, *, proof: bool, fingerprint: str) ->
         size = look.kept.files.num_bytes
         told[precision]["num_bytes"] = size
         if look.kept.fingerprint != fingerprint:
-            faults.append(
+            problems.append(
                 f"{folder.name}: made of a base with fingerprint {look.kept.fingerprint}, not {fingerprint}: remove it"
             )
         elif proof:
             with report.progress(size, "read") as progress:
                 found = layout.check(look.kept, progress.advance)
-            faults += [f"{folder.name}/{fault}: remove the folder, runs make it again" for fault in found]
+            problems += [f"{folder.name}/{problem}: remove the folder, runs make it again" for problem in found]
             if not found:
                 report.done(f"{folder.name}: every byte is what was written ({size / 1e6:,.0f} MB)")
         else:
             report.say(f"  experts in {precision} are kept in {folder.name}: {size / 1e6:,.0f} MB")
-    return told, faults
+    return told, problems

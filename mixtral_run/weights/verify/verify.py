@@ -60,25 +60,25 @@ class VerifyResult:
     num_files: int
     record: dict[str, Any]
     comparison: Comparison | None
-    faults: tuple[str, ...]
+    problems: tuple[str, ...]
     kept: dict[str, Any] = field(default_factory=dict)
     """By precision, the experts in 8 or 4 bit that are kept beside a base."""
 
     @property
     def _of_kept_alone(self) -> bool:
-        return all(fault.startswith("quantised-") for fault in self.faults)
+        return all(problem.startswith("quantised-") for problem in self.problems)
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values."""
-        return dataclasses.asdict(self) | {"ok": not self.faults}
+        return dataclasses.asdict(self) | {"ok": not self.problems}
 
     def check(self) -> VerifyResult:
         """Return self, or raise CheckFailed with the faults."""
-        if self.faults:
+        if self.problems:
             raise CheckFailed(
                 "The checkpoint does not hold what it should.",
                 where=self.path,
-                faults=shortened(list(self.faults)),
+                problems=shortened(list(self.problems)),
                 next_command=None if self._of_kept_alone else "mixtral-run convert --overwrite, to make it anew",
             )
         return self
@@ -100,21 +100,21 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
         _tell(result, report)
-        if config.proof and not result.faults:
-            result = dataclasses.replace(result, faults=_check_proof(checkpoint, reader, report))
-        if checkpoint.kind == "base" and config.load == checkpoint.folder and not result.faults:
+        if config.proof and not result.problems:
+            result = dataclasses.replace(result, problems=_check_proof(checkpoint, reader, report))
+        if checkpoint.kind == "base" and config.load == checkpoint.folder and not result.problems:
             result = _with_kept(result, config, str(checkpoint.record.get("fingerprint")), report, proof=config.proof)
-        if config.against is not None and not result.faults:
+        if config.against is not None and not result.problems:
             check = _before_download(config.load, checkpoint.architecture)
             weights = open_hf_weights(resolve(str(config.against), report, check))
             if checkpoint.kind == "base":
-                comparison, faults = _compare_base(checkpoint, reader, weights, report)
+                comparison, problems = _compare_base(checkpoint, reader, weights, report)
             else:
-                comparison, faults = _compare_adapter(checkpoint, weights, report)
-            result = dataclasses.replace(result, comparison=comparison, faults=(*result.faults, *faults))
-            if not faults:
+                comparison, problems = _compare_adapter(checkpoint, weights, report)
+            result = dataclasses.replace(result, comparison=comparison, problems=(*result.problems, *problems))
+            if not problems:
                 _tell_equal(checkpoint, comparison, report)
-    if not result.faults:
+    if not result.problems:
         report.done("Verified.")
     return result
 
@@ -123,12 +123,12 @@ def _check_files(load: Path) -> None:
     """Raise CheckFailed naming each small file that is not what was written, before any of them is trusted."""
     folder = load.parent if (load / ".metadata").is_file() else load
     newest_iteration(folder)
-    faults = check_files(folder)
-    if faults:
+    problems = check_files(folder)
+    if problems:
         raise CheckFailed(
             "The checkpoint's files are not what was written.",
             where=str(folder),
-            faults=shortened(faults),
+            problems=shortened(problems),
             next_command="copy them again from where the checkpoint was made, or mixtral-run convert --overwrite",
         )
 
@@ -157,12 +157,12 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
         num_files=len(weights.files),
         record={"kind": "hf", "architecture": weights.architecture.to_mapping(), "fingerprint": fingerprint},
         comparison=None,
-        faults=(),
+        problems=(),
     )
     _tell(result, report)
     # Every byte of the model was read, and so is what belongs to it.
     result = _with_kept(result, config, fingerprint, report, proof=True)
-    if config.against is not None and not result.faults:
+    if config.against is not None and not result.problems:
         started = time.monotonic()
         check = _before_download(config.load, weights.architecture)
         other = open_hf_weights(resolve(str(config.against), report, check))
@@ -170,11 +170,11 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
             theirs = checksums.fingerprint(other, progress.advance)
         seconds = time.monotonic() - started
         comparison = Comparison(str(other.directory), len(other.sources), other.num_bytes, seconds, theirs, ())
-        faults = [] if theirs == fingerprint else [f"fingerprint: {fingerprint}; {other.directory} has {theirs}"]
-        result = dataclasses.replace(result, comparison=comparison, faults=tuple(faults))
-        if not faults:
+        problems = [] if theirs == fingerprint else [f"fingerprint: {fingerprint}; {other.directory} has {theirs}"]
+        result = dataclasses.replace(result, comparison=comparison, problems=tuple(problems))
+        if not problems:
             report.done(f"{other.directory}: the same weights, bit by bit ({len(other.sources):,} tensors)")
-    if not result.faults:
+    if not result.problems:
         report.done("Verified.")
     return result
 
@@ -182,20 +182,20 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
 def _with_kept(
     result: VerifyResult, config: VerifyConfig, fingerprint: str, report: Report, *, proof: bool
 ) -> VerifyResult:
-    told, faults = verify_kept(config.load, report, proof=proof, fingerprint=fingerprint)
-    return dataclasses.replace(result, kept=told, faults=(*result.faults, *faults))
+    told, problems = verify_kept(config.load, report, proof=proof, fingerprint=fingerprint)
+    return dataclasses.replace(result, kept=told, problems=(*result.problems, *problems))
 
 
 def _check_proof(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
     started = time.monotonic()
     with report.progress(reader.num_bytes, "read") as progress:
-        faults = check_proof(checkpoint.folder, reader, progress.advance)
-    if not faults:
+        problems = check_proof(checkpoint.folder, reader, progress.advance)
+    if not problems:
         seconds = time.monotonic() - started
         report.done(
             f"{PROOF_NAME}: every byte is what was written ({reader.num_bytes / 1e6:,.0f} MB in {seconds:,.1f} s)"
         )
-    return tuple(faults)
+    return tuple(problems)
 
 
 def compare_with_source(load: Path, against: Path, report: Report) -> int:
@@ -218,14 +218,14 @@ def _expected_tensors(checkpoint: record.Checkpoint) -> dict[str, hf_to_megatron
 def _describe(checkpoint: record.Checkpoint, reader: Reader) -> VerifyResult:
     expected = _expected_tensors(checkpoint)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith(OPTIMIZER_PREFIX)}
-    faults = [f"{key}: missing" for key in expected if key not in found]
-    faults += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
+    problems = [f"{key}: missing" for key in expected if key not in found]
+    problems += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
     for key, info in found.items():
         if key in expected and info.shape != expected[key]:
-            faults.append(f"{key}: expected shape {list(expected[key])}; found {list(info.shape)}")
+            problems.append(f"{key}: expected shape {list(expected[key])}; found {list(info.shape)}")
     dtypes = sorted({info.dtype for info in found.values()})
     if checkpoint.kind == "base" and dtypes != [checkpoint.record.get("dtype")]:
-        faults.append(f"dtype: expected {checkpoint.record.get('dtype')}; found {', '.join(dtypes)}")
+        problems.append(f"dtype: expected {checkpoint.record.get('dtype')}; found {', '.join(dtypes)}")
     return VerifyResult(
         path=str(checkpoint.folder),
         kind=checkpoint.kind,
@@ -239,7 +239,7 @@ def _describe(checkpoint: record.Checkpoint, reader: Reader) -> VerifyResult:
         num_files=len(reader.files),
         record=dict(checkpoint.record),
         comparison=None,
-        faults=tuple(faults),
+        problems=tuple(problems),
     )
 
 
@@ -288,14 +288,14 @@ def _before_download(load: Path, architecture: MixtralArchitecture) -> BeforeDow
     """Refuses a model of another shape while only its config.json is here."""
 
     def check(model: HubModel) -> None:
-        faults = _architecture_faults(architecture, model.architecture)
-        if faults:
-            raise CheckFailed(f"{model.name} is another model.", where=str(load), faults=faults)
+        problems = _architecture_problems(architecture, model.architecture)
+        if problems:
+            raise CheckFailed(f"{model.name} is another model.", where=str(load), problems=problems)
 
     return check
 
 
-def _architecture_faults(ours: MixtralArchitecture, theirs: MixtralArchitecture) -> list[str]:
+def _architecture_problems(ours: MixtralArchitecture, theirs: MixtralArchitecture) -> list[str]:
     return [
         f"{name}: the checkpoint has {getattr(ours, name)}, the HF model {getattr(theirs, name)}"
         for name in ours.differing(theirs)
@@ -306,9 +306,9 @@ def _compare_base(
     checkpoint: record.Checkpoint, reader: Reader, weights: HFWeights, report: Report
 ) -> tuple[Comparison, list[str]]:
     started = time.monotonic()
-    faults = _architecture_faults(checkpoint.architecture, weights.architecture)
-    if faults:
-        return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), faults
+    problems = _architecture_problems(checkpoint.architecture, weights.architecture)
+    if problems:
+        return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), problems
     if reader.tensors[hf_to_megatron.LINEAR_QKV_KEY].dtype != weights.dtype:
         found = reader.tensors[hf_to_megatron.LINEAR_QKV_KEY].dtype
         return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), [
@@ -322,10 +322,10 @@ def _compare_base(
             crcs |= found_crcs
             differences += different
     fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, crcs)
-    faults = [str(difference) for difference in differences]
+    problems = [str(difference) for difference in differences]
     recorded = checkpoint.record.get("fingerprint")
-    if not faults and fingerprint != recorded:
-        faults.append(f"fingerprint: the record says {recorded}, the weights have {fingerprint}")
+    if not problems and fingerprint != recorded:
+        problems.append(f"fingerprint: the record says {recorded}, the weights have {fingerprint}")
     return (
         Comparison(
             str(weights.directory),
@@ -335,7 +335,7 @@ def _compare_base(
             fingerprint,
             tuple(differences[:_MOST_TOLD]),
         ),
-        faults,
+        problems,
     )
 
 
@@ -345,9 +345,9 @@ def _compare_adapter(checkpoint: record.Checkpoint, weights: HFWeights, report: 
     with report.progress(weights.num_bytes, "read") as progress:
         fingerprint = checksums.fingerprint(weights, progress.advance)
     recorded = checkpoint.record.get("base", {}).get("fingerprint")
-    faults = []
+    problems = []
     if fingerprint != recorded:
-        faults.append(f"base: the adapter was trained on {recorded}, these weights are {fingerprint}")
+        problems.append(f"base: the adapter was trained on {recorded}, these weights are {fingerprint}")
     seconds = time.monotonic() - started
     directory = str(weights.directory)
-    return Comparison(directory, len(weights.sources), weights.num_bytes, seconds, fingerprint, ()), faults
+    return Comparison(directory, len(weights.sources), weights.num_bytes, seconds, fingerprint, ()), problems

@@ -118,7 +118,7 @@ def _json_of(answer, url):
 def _remedy(code, model):
     if code in (401, 403):
         return (
-            "{0} is gated: accept its licence at https://huggingface.co/{0} with your account, and give a token of that "
+            "{0} is gated: accept its license at https://huggingface.co/{0} with your account, and give a token of that "
             "account by hf_cache_token_file".format(model)
         )
     if code == 404:

@@ -194,7 +194,7 @@ def _clock(state, limits):
     if offset is not None and abs(offset) > limit:
         yield wanted, "{:+.0f} s against a mirror's".format(offset), remedy
     elif offset is None and not state["clock_synchronized"]:
-        yield wanted, "no time service has synchronised it", remedy
+        yield wanted, "no time service has synchronized it", remedy
 
 
 _CHECKERS = {

@@ -104,7 +104,7 @@ def test_a_screenshot_has_the_schemes_background(chromium: str, tmp_path: Path, 
 
 
 def corner(png: Path) -> tuple[int, int, int]:
-    """Colour of the first pixel: of the first row all PNG filters but Paeth leave it as it is, and that does, too."""
+    """Color of the first pixel: of the first row all PNG filters but Paeth leave it as it is, and that does, too."""
     import zlib
 
     data, place, compressed = png.read_bytes(), 8, b""

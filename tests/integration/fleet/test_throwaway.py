@@ -94,9 +94,9 @@ def test_the_package_server_goes_with_the_last_host_that_uses_it(
 
 @pytest.mark.parametrize("fault", ["no program", "no engine"])
 def test_without_an_engine_it_says_so_and_shows_what_bootstrap_would_do(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
-    if fault == "no program":
+    if problem == "no program":
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nowhere.sock")

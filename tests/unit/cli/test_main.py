@@ -112,7 +112,7 @@ def test_a_verb_without_settings_tells_them_as_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "faults"),
+    ("words", "problems"),
     [
         (["logs"], ["JOB: expected; found none"]),
         (["logs", "--tail", "3"], ["JOB: expected; found none"]),
@@ -129,13 +129,13 @@ def test_a_verb_without_settings_tells_them_as_well() -> None:
     ],
 )
 def test_words_that_are_missing_or_of_the_wrong_kind_are_told_with_all_else(
-    words: list[str], faults: list[str]
+    words: list[str], problems: list[str]
 ) -> None:
     error = CliRunner().invoke(root, words).exception
-    found = getattr(error, "faults", ()) if isinstance(error, ConfigError) else ()
-    for fault in faults:
-        assert any(each.startswith(fault) for each in found), found
-    if not faults:
+    found = getattr(error, "problems", ()) if isinstance(error, ConfigError) else ()
+    for problem in problems:
+        assert any(each.startswith(problem) for each in found), found
+    if not problems:
         assert not any("expected" in each for each in found)
 
 

@@ -83,7 +83,7 @@ def test_limits_are_told_together() -> None:
         lr_warmup_iters=10,
         seq_length=33,
     )
-    faults = "\n".join(config.faults())
+    problems = "\n".join(config.problems())
     for flag in (
         "--expert-tensor-parallel-size: expected 1",
         "--lora-rank: expected at least 1",
@@ -94,7 +94,7 @@ def test_limits_are_told_together() -> None:
         "--seq-length: expected a multiple",
         "--data-path FILE or --mock-data",
     ):
-        assert flag in faults
+        assert flag in problems
     with pytest.raises(ConfigError):
         config.check()
 
@@ -102,21 +102,21 @@ def test_limits_are_told_together() -> None:
 @pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
 def test_a_learning_rate_that_is_no_rate_is_refused(value: float) -> None:
     config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, lr=value)
-    assert any(fault.startswith("--lr:") for fault in config.faults())
+    assert any(problem.startswith("--lr:") for problem in config.problems())
 
 
-def test_world_size_faults() -> None:
+def test_world_size_problems() -> None:
     layout = LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4)
-    assert layout.world_size_faults(4) == []
-    assert layout.world_size_faults(8) == []
-    assert len(layout.world_size_faults(2)) == 1
-    assert len(layout.world_size_faults(3)) == 2
+    assert layout.world_size_problems(4) == []
+    assert layout.world_size_problems(8) == []
+    assert len(layout.world_size_problems(2)) == 1
+    assert len(layout.world_size_problems(3)) == 2
 
 
 def test_a_prompt_is_needed() -> None:
-    assert GenerateConfig(load=Path("x")).faults()
-    assert not GenerateConfig(load=Path("x"), prompt=("a",)).faults()
-    assert GenerateConfig(load=Path("x"), prompt=("",)).faults()
+    assert GenerateConfig(load=Path("x")).problems()
+    assert not GenerateConfig(load=Path("x"), prompt=("a",)).problems()
+    assert GenerateConfig(load=Path("x"), prompt=("",)).problems()
 
 
 def test_the_guides_defaults() -> None:

@@ -51,10 +51,10 @@ def test_what_is_no_host_is_refused(text: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_all_faults_of_a_command_line_are_told_at_once() -> None:
+def test_all_problems_of_a_command_line_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_hosts(["gpu-01", "gpu:x", "a b", "root@gpu-01"])
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.problems) == 3
     assert "named twice" in str(caught.value)
 
 
@@ -106,7 +106,7 @@ def test_hosts_of_several_inventories_are_told_apart() -> None:
     assert inventory_of([parse_host("gpu-03")]) is None
     with pytest.raises(ConfigError) as caught:
         inventory_of([first, parse_host("gpu-03:2222"), second])
-    assert caught.value.faults == (
+    assert caught.value.problems == (
         "mixtral-run bootstrap -i '/racks/a b.yml' --limit gpu-01,gpu-02",
         "mixtral-run bootstrap gpu-03:2222",
     )
@@ -133,7 +133,7 @@ def test_the_fleet_is_remembered_and_found_by_short_names(tmp_path: Path, monkey
     assert find_hosts(["root@gpu-01"], remembered_hosts()) == (parse_host("root@gpu-01"),)
     with pytest.raises(ConfigError) as caught:
         find_hosts(["gpu-01,gpu:x", "a b", "new-01", "root@new-01"], remembered_hosts())
-    assert [fault.split(":")[0] for fault in caught.value.faults] == ["'gpu", "'a b'", "new-01 is named twice"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["'gpu", "'a b'", "new-01 is named twice"]
     forget_hosts([first])
     assert remembered_hosts() == (second,)
     assert (tmp_path / "mixtral-run").stat().st_mode & 0o777 == 0o700

@@ -8,7 +8,7 @@ from tests.unit.host.conftest import call_module, load_module
 from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
 
 MODULE = load_module("acceptance")
-REPORT = '{"accepted": true, "faults": [], "not_run": [], "figures": {}}'
+REPORT = '{"accepted": true, "problems": [], "not_run": [], "figures": {}}'
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_a_sick_driver_is_told(programs: Programs, tmp_path: Path, name: str, ch
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_driver_is_no_fault(
+def test_no_driver_is_no_problem(
     programs: Programs,  # noqa: F811
     tmp_path: Path,
     name: str,

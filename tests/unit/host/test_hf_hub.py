@@ -216,7 +216,7 @@ def test_a_gated_model_says_what_to_do(hub: FakeHub, tmp_path: Path) -> None:
     hub.token = "hf_secret"
     with pytest.raises(HubError, match="401") as failure:
         _fetch(hub, tmp_path)
-    assert "licence" in failure.value.remedy and "hf_cache_token_file" in failure.value.remedy
+    assert "license" in failure.value.remedy and "hf_cache_token_file" in failure.value.remedy
     _fetch(hub, tmp_path, token="hf_secret")
 
 

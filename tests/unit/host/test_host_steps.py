@@ -103,7 +103,7 @@ def test_a_steps_options_are_checked_as_a_modules_are(call, options: dict, words
     assert result["failed"] and result["step"] == "n" and words in result["msg"]
 
 
-def test_a_step_without_an_end_is_a_fault_of_the_kit() -> None:
+def test_a_step_without_an_end_is_a_problem_of_the_kit() -> None:
     code = types.SimpleNamespace(OPTIONS={}, main=lambda _module: None, __name__="nothing")
     with pytest.raises(AssertionError, match="nothing ended without a result"):
         step.run(code, {}, False, print)

@@ -24,7 +24,7 @@ PLAY = """
 
 
 @pytest.mark.parametrize(
-    ("variables", "faults"),
+    ("variables", "problems"),
     [
         ({}, []),
         ({"swap_size_gib": "{{ 3 + 1 }}", "docker_users": "{{ ['ops'] }}"}, []),
@@ -35,7 +35,9 @@ PLAY = """
         ),
     ],
 )
-def test_every_fault_of_a_host_is_told_and_no_other_hosts(tmp_path: Path, variables: dict, faults: list[str]) -> None:
+def test_every_problem_of_a_host_is_told_and_no_other_hosts(
+    tmp_path: Path, variables: dict, problems: list[str]
+) -> None:
     (tmp_path / "play.yml").write_text(PLAY.format(root=ROOT))
     hosts = {"bad": variables, "good": {}}
     (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": {"ansible_connection": "local"}}}))
@@ -43,6 +45,6 @@ def test_every_fault_of_a_host_is_told_and_no_other_hosts(tmp_path: Path, variab
     argv = [Path(sys.executable).parent / "ansible-playbook", "-i", tmp_path / "hosts.json", tmp_path / "play.yml"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     assert "good                       : ok=1 " in done.stdout, done.stdout + done.stderr
-    assert done.returncode == (2 if faults else 0), done.stdout + done.stderr
-    assert all(words in done.stdout for words in faults)
-    assert ("nothing was changed" in done.stdout) is bool(faults)
+    assert done.returncode == (2 if problems else 0), done.stdout + done.stderr
+    assert all(words in done.stdout for words in problems)
+    assert ("nothing was changed" in done.stdout) is bool(problems)

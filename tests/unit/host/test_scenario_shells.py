@@ -22,7 +22,7 @@ def _shells(node: object) -> Iterator[str]:
             yield from _shells(each)
 
 
-def faults(script: str) -> list[str]:
+def problems(script: str) -> list[str]:
     """Lines of a shell script that let a failure pass."""
     lines = script.strip().splitlines()
     found = [f"set -e forgives it, say `if …; then exit 1; fi`: {line}" for line in lines if line.strip()[:2] == "! "]
@@ -32,10 +32,10 @@ def faults(script: str) -> list[str]:
 
 
 def test_the_shell_forgives_what_is_looked_for_here() -> None:
-    assert faults("set -e\n! true\ntrue") and faults("false\ntrue") and faults("! false")
-    assert not faults("set -e\nif true; then exit 1; fi\ntrue") and not faults("false")
+    assert problems("set -e\n! true\ntrue") and problems("false\ntrue") and problems("! false")
+    assert not problems("set -e\nif true; then exit 1; fi\ntrue") and not problems("false")
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 def test_a_failing_line_fails_its_task(path: Path) -> None:
-    assert [fault for script in _shells(yaml.safe_load(path.read_text())) for fault in faults(script)] == []
+    assert [problem for script in _shells(yaml.safe_load(path.read_text())) for problem in problems(script)] == []

@@ -18,8 +18,8 @@ from tests.integration.conftest import SMALL
 @contextmanager
 def random_model() -> Iterator[MixtralModel]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as here, torch.inference_mode():
-        model = build_model(SMALL, ModelSettings(torch.float32, False), here).eval()
+    with processes(config) as mesh, torch.inference_mode():
+        model = build_model(SMALL, ModelSettings(torch.float32, False), mesh).eval()
         for index, weight in enumerate(model.parameters()):
             weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(index))
         yield model
@@ -77,7 +77,7 @@ class FakeGraph:
 
 @pytest.mark.parametrize("fault", ["cannot be recorded", "gives something else"])
 def test_where_recording_goes_wrong_generation_goes_on_without(
-    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    problem: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     inside = False
 
@@ -87,11 +87,11 @@ def test_where_recording_goes_wrong_generation_goes_on_without(
         inside = True
         yield
         inside = False
-        if fault == "cannot be recorded":
+        if problem == "cannot be recorded":
             raise RuntimeError("it cannot be recorded\nand more")  # as torch does where the recording ends
 
     def logits(*words: Any, **named: Any) -> torch.Tensor:
-        return right(*words, **named) * (0 if inside and fault == "gives something else" else 1)
+        return right(*words, **named) * (0 if inside and problem == "gives something else" else 1)
 
     right = MixtralModel.logits
     replayed: list[FakeGraph] = []
@@ -104,8 +104,8 @@ def test_where_recording_goes_wrong_generation_goes_on_without(
         rows, sampling = [[1, 5, 9], [1, 2]], Sampling(6, 0.0, 1.0, 0)
         found = continue_rows(model, rows, 0, sampling, decoding=RecordedDecoding)
         assert found == continue_rows(model, rows, 0, sampling, decoding=Decoding)
-    assert len(replayed) == (fault == "gives something else")
-    assert [record.message for record in caplog.records] == [f"Generation is not recorded, and slower: it {fault}."]
+    assert len(replayed) == (problem == "gives something else")
+    assert [record.message for record in caplog.records] == [f"Generation is not recorded, and slower: it {problem}."]
 
 
 def test_nothing_is_recorded_on_cpus() -> None:

@@ -31,15 +31,15 @@ def test_only_the_process_that_ended_first_is_blamed(tmp_path: Path, monkeypatch
         leave_quietly()
     # Rank 1 was killed; 2 lost it, 0 was asked to end by torchrun, 3 did not and was killed after five minutes.
     error = told(tmp_path, ended(0, -15, 1000), ended(1, -9, 1000), ended(2, 1, 1000), ended(3, -9, 1300))
-    assert [fault.split(":")[0] for fault in error.faults] == ["rank 1"]
-    assert "memory" in error.faults[0]
+    assert [problem.split(":")[0] for problem in error.problems] == ["rank 1"]
+    assert "memory" in error.problems[0]
 
 
 def test_a_process_that_only_was_asked_to_end_is_named_where_no_other_is(tmp_path: Path) -> None:
     assert "rank 0: ended by signal 15" in str(told(tmp_path, ended(0, -15, 1000)))
 
 
-def test_the_same_fault_of_several_processes_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_problem_of_several_processes_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(processes.ERROR_DIRECTORY_VARIABLE, str(tmp_path))
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))

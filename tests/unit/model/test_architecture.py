@@ -60,10 +60,10 @@ def test_everything_that_is_not_mixtral_is_named() -> None:
             },
             where="config.json",
         )
-    assert len(caught.value.faults) == 4
+    assert len(caught.value.problems) == 4
 
 
-def test_layout_faults() -> None:
-    assert MIXTRAL_8X7B.layout_faults(2, 4) == []
-    assert len(MIXTRAL_8X7B.layout_faults(3, 3)) == 4
-    assert any("query groups" in fault for fault in MIXTRAL_8X7B.layout_faults(16, 8))
+def test_layout_problems() -> None:
+    assert MIXTRAL_8X7B.layout_problems(2, 4) == []
+    assert len(MIXTRAL_8X7B.layout_problems(3, 3)) == 4
+    assert any("query groups" in problem for problem in MIXTRAL_8X7B.layout_problems(16, 8))

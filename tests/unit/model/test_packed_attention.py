@@ -7,7 +7,7 @@ import torch
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.train.cuda_graph import RecordedBackward
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.step import EagerBackward
@@ -18,7 +18,7 @@ LENGTHS = ((7, 1, 9, 3), (12, 8))
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Processes]:
+def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
     with processes(config) as joined:
         yield joined
@@ -42,11 +42,11 @@ def micro_batches() -> tuple[MicroBatch, list[MicroBatch]]:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_loss_and_gradients_are_those_of_the_samples_alone(here: Processes, recompute: str) -> None:
+def test_loss_and_gradients_are_those_of_the_samples_alone(mesh: Mesh, recompute: str) -> None:
     packed, alone = micro_batches()
     results = []
     for group in ([packed], alone):
-        model = model_of(here, recompute)
+        model = model_of(mesh, recompute)
         backward = EagerBackward(model)
         loss = sum(float(backward(micro, 20)) for micro in group)
         results.append((loss, {name: each.grad for name, each in model.named_parameters() if each.requires_grad}))
@@ -57,9 +57,9 @@ def test_loss_and_gradients_are_those_of_the_samples_alone(here: Processes, reco
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_without_packing_the_samples_would_see_each_other(here: Processes) -> None:
+def test_without_packing_the_samples_would_see_each_other(mesh: Mesh) -> None:
     packed, _ = micro_batches()
-    backward = EagerBackward(model_of(here, "none"))
+    backward = EagerBackward(model_of(mesh, "none"))
     open_row = MicroBatch(packed.tokens, packed.labels, packed.loss_mask, packed.position_ids)
     assert abs(float(backward(packed, 20)) - float(backward(open_row, 20))) > 1e-3
 
@@ -101,12 +101,12 @@ def test_many_short_samples_beside_a_long_one_are_not_worth_shapes_that_stay(
     assert PackedSizes(samples, longest).pay(seq_length) == pay
 
 
-def test_the_pass_that_is_recorded_is_the_eager_one(here: Processes) -> None:
+def test_the_pass_that_is_recorded_is_the_eager_one(mesh: Mesh) -> None:
     """Recording itself is tested on GPUs (tests/gpu/test_kernels.py)."""
     packed, _ = micro_batches()
     results = []
     for recorded in (False, True):
-        model = model_of(here, "none")
+        model = model_of(mesh, "none")
         if recorded:
             backward = RecordedBackward(model, None, PackedSizes(samples=6, longest=20))
             backward._inputs = backward._given(packed, 20)

@@ -14,7 +14,7 @@ from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train import preflight
 from mixtral_run.train.loop import _changed_order, _remove_leftovers
-from mixtral_run.train.preflight import adapter_bytes, check_resume, output_faults
+from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems
 from mixtral_run.weights.manifest.describe import AdapterDescription
 
 
@@ -26,11 +26,11 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_begun_again(tmp_pa
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / ".iter_0000005.partial/shard").mkdir(parents=True)
-    assert output_faults(tmp_path, resume=False) == []
+    assert output_problems(tmp_path, resume=False) == []
     _remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("")
-    assert output_faults(tmp_path, resume=False)
+    assert output_problems(tmp_path, resume=False)
     _remove_leftovers(tmp_path)
     assert (tmp_path / "mine").exists()
 
@@ -80,7 +80,7 @@ def test_only_checkpoints_still_to_come_need_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_of_a_stop_is_a_request(tmp_path: Path, number: signal.Signals) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
-    with processes(config(tmp_path, **layout)) as here, stop_requests(here) as stop:
+    with processes(config(tmp_path, **layout)) as mesh, stop_requests(mesh) as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), number)
         assert stop.agreed()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.dispatch.all_gather import Room
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
 from tests.unit.model.recompute.test_recompute import model_of
@@ -20,8 +20,8 @@ class TooSmall(Room):
         self.steps = steps
         self.num_steps = 0
 
-    def sufficed(self, here: Processes) -> bool:
-        del here
+    def sufficed(self, mesh: Mesh) -> bool:
+        del mesh
         self.num_steps += 1
         return self.num_steps - 1 not in self.steps
 
@@ -43,10 +43,10 @@ def test_short_steps_are_taken_again() -> None:
     row, _ = micro_batches()
     batch = GlobalBatch((row, row), 20, 2)
     results = []
-    with processes(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as here:
+    with processes(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as mesh:
         # Two on end are followed by one that is whole: it is tried on. Three on end, and never again.
         for short, tried in ((set(), 9), ({1, 2, 4}, 9), ({1, 3, 4, 5}, 3 + MOST_SHORT)):
-            model = model_of(here, "none")
+            model = model_of(mesh, "none")
             optimizer, backward = torch.optim.AdamW(trainable(model), lr=1e-2), Short(model, TooSmall(short))
             results.append([train_step(model, optimizer, batch, 1.0, backward) for _ in range(9)])
             assert backward.room.num_steps == tried

@@ -13,7 +13,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.report import Report
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.examples import read_pairs
@@ -29,7 +29,7 @@ VOCABULARY = 2048
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Processes]:
+def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
     with processes(config) as joined:
         yield joined
@@ -40,8 +40,8 @@ def samples(tiny_tokenizer: Any) -> Samples:
     return Samples(read_pairs(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
 
 
-def model(here: Processes, recompute: str = "none", dropout: float = 0.0) -> MixtralModel:
-    return model_of(here, recompute, dropout, architecture=dataclasses.replace(SMALL, vocab_size=VOCABULARY))
+def model(mesh: Mesh, recompute: str = "none", dropout: float = 0.0) -> MixtralModel:
+    return model_of(mesh, recompute, dropout, architecture=dataclasses.replace(SMALL, vocab_size=VOCABULARY))
 
 
 def never() -> bool:
@@ -59,7 +59,7 @@ def looked(trained: MixtralModel, samples: Samples | PackedSamples, micro_batch_
 @pytest.mark.parametrize("count", [1, 6, 7, 24])
 def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: int, micro: int) -> None:
     ranks = [SimpleNamespace(data_rank=rank, data_size=size) for rank in range(size)]
-    found = [list(shares(count, micro, cast(Processes, rank))) for rank in ranks]
+    found = [list(shares(count, micro, cast(Mesh, rank))) for rank in ranks]
     assert len({len(passes) for passes in found}) == 1
     assert len(found[0]) == -(-count // (micro * size))
     assert all(len(rows) == micro for passes in found for rows in passes)
@@ -67,8 +67,8 @@ def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: 
     assert sorted(rows) == list(range(count))
 
 
-def test_the_loss_is_that_of_all_response_tokens_packed_or_not(here: Processes, samples: Samples) -> None:
-    trained = model(here)
+def test_the_loss_is_that_of_all_response_tokens_packed_or_not(mesh: Mesh, samples: Samples) -> None:
+    trained = model(mesh)
     alone = looked(trained, samples, 1)
     assert alone.num_tokens == samples.num_loss_tokens_total
     for others, micro in ((samples, 2), (PackedSamples(samples), 1), (PackedSamples(samples), 2)):
@@ -77,11 +77,11 @@ def test_the_loss_is_that_of_all_response_tokens_packed_or_not(here: Processes, 
         assert found.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-def test_nothing_is_dropped_kept_or_changed(here: Processes, samples: Samples) -> None:
+def test_nothing_is_dropped_kept_or_changed(mesh: Mesh, samples: Samples) -> None:
     """Before and after it the model trains, layers that run again among them."""
-    expected = looked(model(here), samples, 2).loss
+    expected = looked(model(mesh), samples, 2).loss
     for recompute in ("none", "full"):
-        trained = model(here, recompute, 0.5)
+        trained = model(mesh, recompute, 0.5)
         before = [parameter.detach().clone() for parameter in trained.parameters()]
         assert looked(trained, samples, 2).loss == pytest.approx(expected, rel=1e-6)
         assert trained.training and all(layer.training for layer in trained.gpt.decoder.layers)
@@ -89,18 +89,18 @@ def test_nothing_is_dropped_kept_or_changed(here: Processes, samples: Samples) -
         assert all(torch.equal(*pair) for pair in zip(before, trained.parameters(), strict=True))
 
 
-def test_a_stop_ends_it(here: Processes, samples: Samples, tmp_path: Path) -> None:
+def test_a_stop_ends_it(mesh: Mesh, samples: Samples, tmp_path: Path) -> None:
     answers = iter((False, False, True))
     validation = Validation(samples, 1, Report.silent(), tmp_path / "validation.jsonl")
-    assert validation.look(model(here), 3, lambda: next(answers)) is None
+    assert validation.look(model(mesh), 3, lambda: next(answers)) is None
     assert not validation.found and not list(tmp_path.iterdir())
 
 
-def test_what_was_found_is_written(here: Processes, samples: Samples, tmp_path: Path) -> None:
+def test_what_was_found_is_written(mesh: Mesh, samples: Samples, tmp_path: Path) -> None:
     file = tmp_path / "validation.jsonl"
     validation = Validation(samples, 2, Report.silent(), file)
     for iteration in (0, 5):
-        validation.look(model(here), iteration, never)
+        validation.look(model(mesh), iteration, never)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 5]
     assert lines[0]["loss"] == validation.found[0].loss == lines[1]["loss"]
@@ -120,8 +120,8 @@ def test_an_earlier_checkpoint_that_was_better_is_named(tmp_path: Path) -> None:
     assert ValidationSummary.of([]) is None
 
 
-def test_a_loss_that_is_no_number_ends_the_run(here: Processes, samples: Samples) -> None:
-    broken = model(here)
+def test_a_loss_that_is_no_number_ends_the_run(mesh: Mesh, samples: Samples) -> None:
+    broken = model(mesh)
     broken.gpt.output_layer.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="kept back is no number"):
         looked(broken, samples, 1)

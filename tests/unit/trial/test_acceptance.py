@@ -21,13 +21,17 @@ def test_a_cpu_is_measured_and_accepted(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_every_fault_is_told_and_the_exit_code_is_4(tmp_path: Path) -> None:
+def test_every_problem_is_told_and_the_exit_code_is_4(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "mixtral_run.trial.acceptance", "--json", "--size-mib", "1"]
     argv += ["--checkpoint-folder", str(tmp_path / "none"), "--floors", '{"num_gpus": 8, "shared_memory_gib": 1e6}']
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
     report = json.loads(done.stdout)
     assert done.returncode == 4 and not report["accepted"]
-    assert [fault.split(":")[0] for fault in report["faults"]] == ["checkpoint folder", "num_gpus", "shared_memory_gib"]
+    assert [problem.split(":")[0] for problem in report["problems"]] == [
+        "checkpoint folder",
+        "num_gpus",
+        "shared_memory_gib",
+    ]
     assert report["figures"]["all_reduce_gb_per_second"] > 0
 
 
@@ -38,7 +42,7 @@ def test_an_unknown_floor_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("device", "num_faults"), [("cuda", 2), ("cpu", 0)])
-def test_floors_of_gpus_are_asked_of_gpus_alone(device: str, num_faults: int) -> None:
+def test_floors_of_gpus_are_asked_of_gpus_alone(device: str, num_problems: int) -> None:
     report = Report(device=device, num_gpus=8, torch_version="x", cuda_version=None, figures={"matrix_tflops": 10.0})
     _compare(report, Floors(num_gpus=8, matrix_tflops=60, all_reduce_gb_per_second=40))
-    assert len(report.faults) == num_faults
+    assert len(report.problems) == num_problems

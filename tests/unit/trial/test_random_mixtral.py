@@ -172,7 +172,7 @@ def test_the_tokenizer_gives_back_any_text(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("tensor_model_parallel_size", [1, 2, 4])
 def test_the_tiny_model_can_be_split(tensor_model_parallel_size: int) -> None:
-    assert TINY.layout_faults(tensor_model_parallel_size, 8) == []
+    assert TINY.layout_problems(tensor_model_parallel_size, 8) == []
     assert TINY.vocab_size % (128 * 8) == 0
 
 

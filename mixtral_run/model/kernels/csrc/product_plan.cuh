@@ -1,7 +1,7 @@
 // Which tiles of product.cu's there are, and who does them.
 
 constexpr int DEPTH = 64;      // of the sum at a time, a slice: 128 bytes of a row, which is what TMA swizzles
-constexpr int FEATURES = 128;  // of a program's tile; the two programs of a pair have neighbouring ones
+constexpr int FEATURES = 128;  // of a program's tile; the two programs of a pair have neighboring ones
 constexpr int GROUPS = 2;      // of four warps, 64 features each
 constexpr int ATOM = 8;        // tokens; a tile has 1 to 32 of them
 constexpr int MOST_ATOMS = 32;
@@ -117,7 +117,7 @@ __device__ __forceinline__ int pieces_of(int rest, int pairs, int slices) {
 }
 
 // What a pair does, one after the other: a tile of every round, then pieces of what is left. Those who had the least
-// to do begin with these. Neighbours take the same piece of neighbouring tiles, which read the same rows and weights.
+// to do begin with these. Neighbors take the same piece of neighboring tiles, which read the same rows and weights.
 struct Work {
   int number, pairs, whole, rest, pieces, slices, piece;
   // of now:

@@ -46,7 +46,7 @@ RESULT_16 = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta
 LEFT_16 = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=RESULT_16.value, k_width=2))
 FETCHED = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
 
-# A thread reads four neighbouring columns at a time, a word, and of every 16 rows the four that its place in LEFT asks
+# A thread reads four neighboring columns at a time, a word, and of every 16 rows the four that its place in LEFT asks
 # for. Which column is which row of the product is then free: those four become rows m, m + 8, m + 64 and m + 72.
 _PLACES = {
     "lane_bases": [[4, 0], [8, 0], [0, 4], [0, 8], [0, 16]],

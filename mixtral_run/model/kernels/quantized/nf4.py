@@ -15,7 +15,7 @@ BLOCKS = (64, 32)
 """Numbers that share a scale: the first of these that divides the row."""
 
 
-def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """[.., n] → codes uint8 [.., n / 2] and scales bf16 [.., n / block]. Raises ValueError where no block divides n.
 
     The same on every device, bit by bit: files keep it (KEPT_AS of quantized_mm.py).
@@ -36,16 +36,16 @@ def block_size(width: int) -> int:
     return size
 
 
-def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantise` made, back: [.., n]. On a GPU one kernel; elsewhere the same in torch, which is its reference."""
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantize` made, back: [.., n]. On a GPU one kernel; elsewhere the same in torch, which is its reference."""
     if codes.is_cuda and dtype is torch.bfloat16:
         from mixtral_run.model.kernels.quantized.nf4_triton import expand
 
         return expand(codes, scales)
-    return plain_dequantise(codes, scales, dtype)
+    return plain_dequantize(codes, scales, dtype)
 
 
-def plain_dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def plain_dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     size = both.shape[-1] // scales.shape[-1]
     numbers = levels_on(codes.device)[both.int()].unflatten(-1, (-1, size)) * scales.float()[..., None]

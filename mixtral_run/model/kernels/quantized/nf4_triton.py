@@ -27,7 +27,7 @@ def _expand_kernel(codes_ptr, scales_ptr, levels_ptr, output_ptr, count, half_bl
 
 
 def expand(codes: Tensor, scales: Tensor) -> Tensor:
-    """See nf4.dequantise; bf16. Both contiguous."""
+    """See nf4.dequantize; bf16. Both contiguous."""
     output = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=torch.bfloat16, device=codes.device)
     half_block = codes.shape[-1] // scales.shape[-1]
     grid = (triton.cdiv(codes.numel(), BLOCK),)

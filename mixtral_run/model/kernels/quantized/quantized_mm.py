@@ -42,10 +42,10 @@ Stored = tuple[torch.dtype, tuple[int, ...]]
 
 
 KEPT_AS = {"fp8": 1, "nf4": 1}
-"""Version of the numbers that `quantise_to` makes. Files keep them: other numbers are another version."""
+"""Version of the numbers that `quantize_to` makes. Files keep them: other numbers are another version."""
 
 
-def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Along the last dimension: values in 8 bit, and the scales that give them back, fp32, without that dimension.
 
     The same on every device, bit by bit.
@@ -56,40 +56,40 @@ def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (exact / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
-def quantise_to(weight: Tensor, base_precision: str) -> tuple[Tensor, Tensor]:
+def quantize_to(weight: Tensor, base_precision: str) -> tuple[Tensor, Tensor]:
     """weight [out, in] in fp8 or nf4: its values and scales."""
-    return nf4.quantise(weight) if base_precision == "nf4" else quantise(weight)
+    return nf4.quantize(weight) if base_precision == "nf4" else quantize(weight)
 
 
-def quantised_layout(outputs: int, inputs: int, base_precision: str) -> tuple[Stored, Stored]:
-    """Of what `quantise_to` makes of a weight [outputs, inputs], values and scales: dtype and shape of each."""
+def quantized_layout(outputs: int, inputs: int, base_precision: str) -> tuple[Stored, Stored]:
+    """Of what `quantize_to` makes of a weight [outputs, inputs], values and scales: dtype and shape of each."""
     if base_precision == "nf4":
         blocks = inputs // nf4.block_size(inputs)
         return (torch.uint8, (outputs, inputs // 2)), (torch.bfloat16, (outputs, blocks))
     return (FP8, (outputs, inputs)), (torch.float32, (outputs,))
 
 
-def dequantise(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Of either kind."""
     if values.dtype is torch.uint8:
-        return nf4.dequantise(values, scales, dtype)
+        return nf4.dequantize(values, scales, dtype)
     return (values.float() * scales[..., None]).to(dtype)
 
 
-def quantised_linear(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+def quantized_linear(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
     """Each row times the transpose of its expert's matrix: [tokens, out]. The matrices get no gradient.
 
     rows [tokens, in], sorted by expert; values 8 bit [experts, out, in], scales fp32 [experts, out], or both as
-    nf4.quantise gives them; ends: grouped_mm.py.
+    nf4.quantize gives them; ends: grouped_mm.py.
     """
-    output: Tensor = _QuantisedLinear.apply(rows, values, scales, ends)  # type: ignore[no-untyped-call]
+    output: Tensor = _QuantizedLinear.apply(rows, values, scales, ends)  # type: ignore[no-untyped-call]
     return output
 
 
-def quantised_with_inner(
+def quantized_with_inner(
     rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, linear_in: Tensor, recipe: Recipe | None
 ) -> tuple[Tensor, Tensor]:
-    """`quantised_linear` and grouped.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
+    """`quantized_linear` and grouped.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
 
     linear_in [experts, r, in] in the rows' dtype. As one step of the backward pass, both parts of the rows' gradient
     are summed where they are computed.
@@ -111,7 +111,7 @@ def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
     )
 
 
-class _QuantisedLinear(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(values, scales, ends)
@@ -159,9 +159,9 @@ def forward_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, 
     if not has_scaled_product(rows, values):
         rows = rows if source is None else rows.index_select(0, source)
         return plain_product(rows, values, scales, ends, backwards=False)
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantise_rows
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
-    small, row_scales = quantise_rows(rows.contiguous(), None, ends)
+    small, row_scales = quantize_rows(rows.contiguous(), None, ends)
     if source is not None:
         # Once a token and then gathered, at half the bytes.
         small = small.view(torch.uint8).index_select(0, source).view(FP8)
@@ -180,9 +180,9 @@ def rows_gradient(
     """gradient · matrices, [tokens, in], by what runs here; plus inner [tokens, r] · linear_in where given."""
     if not has_scaled_product(gradient, values):
         return with_inner(plain_product(gradient, values, scales, ends, backwards=True), inner, linear_in, ends)
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantise_rows, turned
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, turned
 
-    small, row_scales = quantise_rows(gradient, scales, ends)
+    small, row_scales = quantize_rows(gradient, scales, ends)
     if reads_unturned(gradient.device):
         from mixtral_run.model.kernels.quantized.gradient_gluon import fits, unturned_gradient
 
@@ -251,13 +251,13 @@ def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: 
 
 
 def plain_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, *, backwards: bool) -> Tensor:
-    """The same from dequantised weights: [tokens, out], or backwards [tokens, in]."""
+    """The same from dequantized weights: [tokens, out], or backwards [tokens, in]."""
     if has_grouped_product(rows, values.shape[1], values.shape[2] * (2 if values.dtype is torch.uint8 else 1)):
-        matrices = dequantise(values, scales, rows.dtype)
+        matrices = dequantize(values, scales, rows.dtype)
         return product(rows, matrices if backwards else matrices.transpose(1, 2), ends)
     outputs = []
     for part, value, scale in zip(each_experts(rows, ends), values.unbind(0), scales.unbind(0), strict=True):
         # One expert at a time: all of them would be the memory that 8 bit saves.
-        matrix = dequantise(value, scale, rows.dtype)
+        matrix = dequantize(value, scale, rows.dtype)
         outputs.append(part @ (matrix if backwards else matrix.t()))
     return filled_up(outputs, rows.shape[0])

@@ -14,7 +14,7 @@ TILE = 128
 
 
 @triton.jit
-def _quantise_kernel(
+def _quantize_kernel(
     rows_ptr,
     columns_ptr,
     ends_ptr,
@@ -56,16 +56,16 @@ def _turn_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr):
     tl.store(target_ptr + first + columns[:, None] * height + rows[None, :], tl.trans(tile), mask=inside)
 
 
-def quantise_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
     """rows [tokens, width], contiguous, times their expert's columns [experts, width] where given, in 8 bit by row.
 
-    Returns values [tokens, width] and scales fp32 [tokens], as quantised.quantise.
+    Returns values [tokens, width] and scales fp32 [tokens], as quantized.quantize.
     """
     tokens, width = rows.shape
     values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(width)
-    _quantise_kernel[(tokens,)](
+    _quantize_kernel[(tokens,)](
         rows,
         columns if columns is not None else scales,
         ends,
@@ -154,7 +154,7 @@ def fits_tiles(matrices: Tensor) -> bool:
 def tiled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
     """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed, times both scales → bf16 [tokens, n].
 
-    As quantised.scaled_product; matrices as `fits_tiles` says, all contiguous; scales [experts, n], or None for ones.
+    As quantized.scaled_product; matrices as `fits_tiles` says, all contiguous; scales [experts, n], or None for ones.
     """
     experts, width, depth = matrices.shape
     tokens = small.shape[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.fleet.explain.explain import explain, find, recognise, record_failures
+from mixtral_run.fleet.explain.explain import explain, find, recognize, record_failures
 from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES
 
 # What programs really print.
@@ -47,15 +47,15 @@ LOGS = sorted(Path(__file__).with_name("logs").glob("*/*.txt"))
 
 
 @pytest.mark.parametrize(("name", "text"), SEEN.items())
-def test_a_real_message_is_recognised(name: str, text: str) -> None:
-    known = recognise(f"some line before\n{text}\nsome line after")
+def test_a_real_message_is_recognized(name: str, text: str) -> None:
+    known = recognize(f"some line before\n{text}\nsome line after")
     assert known is not None
     assert known.name == name
 
 
 @pytest.mark.parametrize("log", LOGS, ids=lambda log: f"{log.parent.name}-{log.stem}")
-def test_a_failure_is_recognised_in_what_else_is_printed_around_it(log: Path) -> None:
-    known = recognise(log.read_text())
+def test_a_failure_is_recognized_in_what_else_is_printed_around_it(log: Path) -> None:
+    known = recognize(log.read_text())
     assert known is not None
     assert known.name == log.parent.name
 
@@ -76,7 +76,7 @@ def test_every_known_failure_has_a_message_here_and_an_answer() -> None:
 
 @pytest.mark.parametrize("text", ["", "iteration 10/10 | loss 1.2", "all went well", "Saved to /checkpoints/a"])
 def test_an_ordinary_line_is_none_of_them(text: str) -> None:
-    assert recognise(text) is None
+    assert recognize(text) is None
 
 
 @pytest.mark.parametrize(

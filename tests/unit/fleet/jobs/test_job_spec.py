@@ -142,13 +142,13 @@ def test_a_secret_does_not_go_by_environment(name: str) -> None:
         JobOptions(environment=(f"{name}=x",)).check()
 
 
-def test_all_faults_of_the_options_at_once() -> None:
+def test_all_problems_of_the_options_at_once() -> None:
     options = JobOptions(
         shm_size="much", image="-v", environment=("x",), ulimits=("a b",), hf_home="rel", nccl_timeout=1
     )
     with pytest.raises(ConfigError) as caught:
         options.check()
-    assert len(caught.value.faults) == 6
+    assert len(caught.value.problems) == 6
 
 
 def test_a_mount_takes_colons_commas_and_quotes() -> None:

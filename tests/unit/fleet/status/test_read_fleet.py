@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.jobs.jobs import _engine_fault
+from mixtral_run.fleet.jobs.jobs import _engine_problem
 from mixtral_run.fleet.ssh.connection import Answer
 from mixtral_run.fleet.status.page import page
 from mixtral_run.fleet.status.read_fleet import HostStatus, status_from
@@ -46,7 +46,7 @@ def test_a_sound_host_warns_of_nothing() -> None:
         ({"disks": [{"path": "/", "free_gib": 1}]}, "1 GiB free"),
     ],
 )
-def test_each_fault_is_told(reading: dict[str, Any], warning: str) -> None:
+def test_each_problem_is_told(reading: dict[str, Any], warning: str) -> None:
     (told,) = read(**reading).warnings
     assert warning in told
 
@@ -63,10 +63,12 @@ def test_a_stamp_of_another_installation_tells_of_a_reimage(key: str) -> None:
 
 def test_a_user_who_may_not_use_the_engine_is_told_what_helps() -> None:
     words = "ops: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock"
-    told = str(_engine_fault(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
+    told = str(_engine_problem(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
     assert "may not talk to the engine" in told
     assert '"docker_users": ["ops"]' in told and "--ask-become-pass" in told and "bootstrap gpu-01" in told
     down = str(
-        _engine_fault(parse_host("ops@gpu-01"), Answer(3, "", "Cannot connect to the Docker daemon"), "cannot run jobs")
+        _engine_problem(
+            parse_host("ops@gpu-01"), Answer(3, "", "Cannot connect to the Docker daemon"), "cannot run jobs"
+        )
     )
     assert "next:     mixtral-run bootstrap ops@gpu-01" in down

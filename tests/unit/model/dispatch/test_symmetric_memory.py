@@ -9,7 +9,7 @@ import torch.distributed as dist
 from mixtral_run.model.dispatch import symmetric_memory as module
 from mixtral_run.model.dispatch.symmetric_memory import _read_each_other, open_peers
 from mixtral_run.model.parallel import mesh
-from mixtral_run.model.parallel.mesh import Processes
+from mixtral_run.model.parallel.mesh import Mesh
 from tests.integration.conftest import SMALL
 
 GPU = torch.device("cuda", 1)
@@ -88,7 +88,7 @@ def test_memory_that_one_process_lacks_is_shared_by_none(
     machine.setattr(module, "Peers", Fake)
     machine.setattr(mesh, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
     machine.setattr(module, "everywhere", lambda ok, _: ok)
-    assert open_peers(cast(Processes, Here()), SMALL, 16, torch.bfloat16) is None
+    assert open_peers(cast(Mesh, Here()), SMALL, 16, torch.bfloat16) is None
     assert asked == ["allocate"]
     expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
     assert [record.message for record in caplog.records] == (expected if fails == "here" else [])

@@ -18,16 +18,16 @@ from mixtral_run.model.kernels.quantized import quantized_mm
 from mixtral_run.model.kernels.quantized.formats import FP8
 from mixtral_run.model.kernels.quantized.quantized_mm import (
     KEPT_AS,
-    dequantise,
-    quantise,
-    quantise_to,
-    quantised_layout,
-    quantised_linear,
-    quantised_with_inner,
+    dequantize,
+    quantize,
+    quantize_to,
+    quantized_layout,
+    quantized_linear,
+    quantized_with_inner,
 )
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Processes, processes
+from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.examples import read_pairs
@@ -42,10 +42,10 @@ from tests.support.quantized_cache import KEPT_NUMBERS, checksums_of, weight_to_
 @pytest.mark.parametrize("size", [1e-6, 0.02, 300.0])
 def test_each_number_is_within_half_a_step(size: float) -> None:
     weight = torch.randn(4, 64, 256) * size * torch.logspace(-2, 2, 64)[:, None]
-    values, scales = quantise(weight)
+    values, scales = quantize(weight)
     assert (values.dtype, values.shape, scales.shape) == (FP8, weight.shape, weight.shape[:-1])
     # Three bits behind the point: half of 2⁻³ of the number, or below 2⁻⁶ half of the smallest step.
-    error = (dequantise(values, scales, torch.float32) - weight).abs()
+    error = (dequantize(values, scales, torch.float32) - weight).abs()
     assert bool((error <= weight.abs() * 2**-4 * 1.001 + scales[..., None] * 2**-10 * 1.001).all())
     # Normal numbers: a uniform error within half a step is 2.6 % of them on the average square.
     assert float(error.norm() / weight.norm()) < 0.03
@@ -53,8 +53,8 @@ def test_each_number_is_within_half_a_step(size: float) -> None:
 
 def test_the_largest_is_exact_and_zeros_stay() -> None:
     weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, 0.25], [-7.0, 7.0, 0.0]])
-    values, scales = quantise(weight)
-    torch.testing.assert_close(dequantise(values, scales, torch.float32), weight, rtol=1e-6, atol=0)
+    values, scales = quantize(weight)
+    torch.testing.assert_close(dequantize(values, scales, torch.float32), weight, rtol=1e-6, atol=0)
 
 
 def written_out(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ def results(compute: object, rows: Tensor, *rest: Tensor) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_plain_product_is_that_of_the_dequantised_weight(routing: tuple[int, ...]) -> None:
+def test_the_plain_product_is_that_of_the_dequantized_weight(routing: tuple[int, ...]) -> None:
     torch.manual_seed(sum(routing))
     rows, weight = torch.randn(sum(routing), 48).double(), torch.randn(4, 32, 48)
     ends = torch.tensor(routing).cumsum(0).int()
-    values, scales = quantise(weight)
-    mine = results(quantised_linear, rows, values, scales, ends)
-    expected = results(written_out, rows, dequantise(values, scales, torch.float64), ends)
+    values, scales = quantize(weight)
+    mine = results(quantized_linear, rows, values, scales, ends)
+    expected = results(written_out, rows, dequantize(values, scales, torch.float64), ends)
     exact = results(written_out, rows, weight.double(), ends)
     for found, same, near in zip(mine, expected, exact, strict=True):
         torch.testing.assert_close(found, same, rtol=1e-10, atol=1e-10)
@@ -91,14 +91,14 @@ def test_with_the_adapters_lesser_half_it_is_the_sum_of_both(routing: tuple[int,
     torch.manual_seed(sum(routing))
     drawn, weight, linear_in = torch.randn(sum(routing), 48), torch.randn(4, 32, 48), torch.randn(4, 3, 48)
     ends = torch.tensor(routing).cumsum(0).int()
-    values, scales = quantise(weight)
+    values, scales = quantize(weight)
 
     def apart(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        return quantised_linear(rows, values, scales, ends), grouped_linear(rows, half, ends)
+        return quantized_linear(rows, values, scales, ends), grouped_linear(rows, half, ends)
 
     def together(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
         recipe = Recipe.of(lambda doubled: doubled / 2, rows * 2) if remade else None
-        return quantised_with_inner(rows, values, scales, ends, half, recipe)
+        return quantized_with_inner(rows, values, scales, ends, half, recipe)
 
     found = []
     for compute in (apart, together):
@@ -137,14 +137,14 @@ def stand_in_product(
 def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of the 8-bit products, with their kernels written in torch."""
 
-    def quantise_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
         if columns is not None:
             owner = torch.searchsorted(ends, torch.arange(len(rows), dtype=torch.int32), right=True)
             rows = rows.float() * columns[owner]
-        return quantise(rows)
+        return quantize(rows)
 
-    kernels = types.ModuleType("quantised_triton")
-    kernels.quantise_rows = quantise_rows  # type: ignore[attr-defined]
+    kernels = types.ModuleType("quantized_triton")
+    kernels.quantize_rows = quantize_rows  # type: ignore[attr-defined]
     kernels.fits_tiles = lambda _: False  # type: ignore[attr-defined]
     kernels.tiled_product = None  # type: ignore[attr-defined]
     kernels.turned = lambda values: values.transpose(1, 2).contiguous()  # type: ignore[attr-defined]
@@ -175,9 +175,9 @@ def test_the_products_in_8_bit_are_near(as_if_on_hopper: None, routing: tuple[in
     # Channels of very different size: the gradient has to carry their scales.
     weight = torch.randn(4, 96, 64) * torch.logspace(-3, 1, 96)[torch.randperm(96), None]
     ends = torch.tensor(routing).cumsum(0).int()
-    values, scales = quantise(weight)
-    mine = results(quantised_linear, rows, values, scales, ends)
-    expected = results(written_out, rows.double(), dequantise(values, scales, torch.float64), ends)
+    values, scales = quantize(weight)
+    mine = results(quantized_linear, rows, values, scales, ends)
+    expected = results(written_out, rows.double(), dequantize(values, scales, torch.float64), ends)
     for found, near in zip(mine, expected, strict=True):
         assert found.dtype is torch.bfloat16
         # Of the activations' own rounding to 8 bit.
@@ -185,16 +185,16 @@ def test_the_products_in_8_bit_are_near(as_if_on_hopper: None, routing: tuple[in
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Processes]:
+def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
     with processes(config) as joined:
         yield joined
 
 
-def model_in(here: Processes, base_precision: str, architecture: MixtralArchitecture = SMALL) -> MixtralModel:
+def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture = SMALL) -> MixtralModel:
     """The same base weights in either precision."""
     lora = LoraSettings(4, 8.0, 0.0, LORA_TARGET_MODULES, 1)
-    model = build_model(architecture, ModelSettings(torch.float32, True, lora, "none", base_precision), here).train()
+    model = build_model(architecture, ModelSettings(torch.float32, True, lora, "none", base_precision), mesh).train()
 
     def fill() -> None:
         for name, weight in model.named_parameters():
@@ -203,16 +203,16 @@ def model_in(here: Processes, base_precision: str, architecture: MixtralArchitec
                 weight.data.normal_(0.0, 0.1, generator=generator)
 
     fill()
-    model.quantise_experts(fill)
+    model.quantize_experts(fill)
     return model
 
 
-def test_training_on_text_goes_as_with_the_base_in_full(here: Processes, tiny_tokenizer: Any) -> None:
+def test_training_on_text_goes_as_with_the_base_in_full(mesh: Mesh, tiny_tokenizer: Any) -> None:
     architecture = dataclasses.replace(SMALL, vocab_size=1024)
     samples = PackedSamples(Samples(read_pairs(INSTRUCTIONS), tiny_tokenizer, 128))
     runs = {}
     for precision in ("bf16", "fp8", "nf4"):
-        model = model_in(here, precision, architecture)
+        model = model_in(mesh, precision, architecture)
         optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
         stream = batches(samples, seed=1, micro_batch_size=4, global_batch_size=4)
         runs[precision] = [train_step(model, optimizer, next(stream), 1.0).loss for _ in range(40)]
@@ -223,8 +223,8 @@ def test_training_on_text_goes_as_with_the_base_in_full(here: Processes, tiny_to
         assert runs[precision] == pytest.approx(runs["bf16"], rel=0.01)
 
 
-def test_nothing_of_the_weights_in_full_is_left(here: Processes) -> None:
-    experts = model_in(here, "fp8").gpt.decoder.layers[0].mlp.experts
+def test_nothing_of_the_weights_in_full_is_left(mesh: Mesh) -> None:
+    experts = model_in(mesh, "fp8").gpt.decoder.layers[0].mlp.experts
     for linear in (experts.linear_fc1, experts.linear_fc2):
         assert linear.weight is None
         assert linear.values.dtype is FP8 and linear.scales.shape == linear.values.shape[:-1]
@@ -233,12 +233,12 @@ def test_nothing_of_the_weights_in_full_is_left(here: Processes) -> None:
 
 @pytest.mark.parametrize(("precision", "size"), [("fp8", (96, 64)), ("nf4", (96, 64)), ("nf4", (64, 96))])
 def test_the_layout_is_told_before(precision: str, size: tuple[int, int]) -> None:
-    made = quantise_to(torch.randn(size), precision)
-    assert quantised_layout(*size, precision) == tuple((each.dtype, tuple(each.shape)) for each in made)
+    made = quantize_to(torch.randn(size), precision)
+    assert quantized_layout(*size, precision) == tuple((each.dtype, tuple(each.shape)) for each in made)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
 def test_numbers_that_files_keep(precision: str) -> None:
     """Where this fails the numbers are others than those that lie on disks: KEPT_AS has to be raised with them."""
-    found = checksums_of(quantise_to(weight_to_keep(), precision))
+    found = checksums_of(quantize_to(weight_to_keep(), precision))
     assert (KEPT_AS[precision], found) == KEPT_NUMBERS[precision]

@@ -9,7 +9,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Processes, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.cuda_graph import can_record
 from mixtral_run.train.data.samples import GlobalBatch
@@ -22,7 +22,7 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Processes]:
+def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
     with processes(config) as joined:
         yield joined
@@ -39,21 +39,21 @@ def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_is_the_same_bit_by_bit(here: Processes, dropout: float, packed: bool) -> None:
+def test_training_is_the_same_bit_by_bit(mesh: Mesh, dropout: float, packed: bool) -> None:
     row, alone = micro_batches()
     # Of several sizes where they are alone, so that no buffer fits the next.
     micros = (row, row) if packed else tuple(alone)
     batch = GlobalBatch(micros, 20, len(micros))
-    results, tensors = trained(model_of(here, "offload", dropout), batch)
+    results, tensors = trained(model_of(mesh, "offload", dropout), batch)
     assert results[0].loss != results[-1].loss
     for other in ("full", "none"):
-        expected_results, expected = trained(model_of(here, other, dropout), batch)
+        expected_results, expected = trained(model_of(mesh, other, dropout), batch)
         assert results == expected_results
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(tensors, expected, strict=True))
 
 
-def test_every_layer_keeps_its_input_and_every_buffer_serves_again(here: Processes) -> None:
-    model = model_of(here, "offload")
+def test_every_layer_keeps_its_input_and_every_buffer_serves_again(mesh: Mesh) -> None:
+    model = model_of(mesh, "offload")
     offload = model.gpt.decoder.layers[0].offload
     assert all(layer.offload is offload for layer in model.gpt.decoder.layers)
     pointers = []
@@ -68,8 +68,8 @@ def test_every_layer_keeps_its_input_and_every_buffer_serves_again(here: Process
     assert pointers[0] == pointers[1] == pointers[2]
 
 
-def test_evaluation_copies_nothing_and_a_pass_without_a_way_back_leaves_nothing(here: Processes) -> None:
-    model = model_of(here, "offload")
+def test_evaluation_copies_nothing_and_a_pass_without_a_way_back_leaves_nothing(mesh: Mesh) -> None:
+    model = model_of(mesh, "offload")
     offload = model.gpt.decoder.layers[0].offload
     with torch.no_grad():
         expected = loss_of(model)
@@ -80,24 +80,24 @@ def test_evaluation_copies_nothing_and_a_pass_without_a_way_back_leaves_nothing(
     assert offload.num_spare == SMALL.num_layers
 
 
-def test_only_two_are_on_the_device(here: Processes) -> None:
+def test_only_two_are_on_the_device(mesh: Mesh) -> None:
     offload = Offload(torch.device("cpu"))
     inputs = [torch.full((3, 5), float(number), requires_grad=True) for number in range(6)]
     kept = [offload._keep(each * 2) for each in inputs]
-    assert [each._here is None for each in kept] == [True] * 5 + [False]
+    assert [each._mesh is None for each in kept] == [True] * 5 + [False]
     for number in reversed(range(6)):
         given = kept[number].take()
         assert given.unique().tolist() == [2.0 * number]
         # The next pass may write into the buffer while this one still reads what it was given.
         assert given.data_ptr() != kept[number]._host.data_ptr()
         # The one that was taken belongs to its layer; the next is on its way.
-        assert [index for index, each in enumerate(kept) if each._here is not None] == [number - 1] * (number > 0)
+        assert [index for index, each in enumerate(kept) if each._mesh is not None] == [number - 1] * (number > 0)
     # Once more, as with retain_graph.
     assert kept[2].take().unique().tolist() == [4.0]
 
 
-def test_is_not_recorded(here: Processes) -> None:
-    assert not can_record(model_of(here, "offload"), 16)
+def test_is_not_recorded(mesh: Mesh) -> None:
+    assert not can_record(model_of(mesh, "offload"), 16)
 
 
 def test_host_memory_that_is_not_there_is_told() -> None:

@@ -10,7 +10,7 @@ from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Processes, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
 from mixtral_run.planner.memory_model import Layout, Workload, kept_per_token
 from tests.integration.conftest import SMALL
 
@@ -18,21 +18,21 @@ BATCH, SEQUENCE = 2, 24
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Processes]:
+def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
     with processes(config) as joined:
         yield joined
 
 
 def model_of(
-    here: Processes,
+    mesh: Mesh,
     recompute: str,
     dropout: float = 0.0,
     modules: tuple[str, ...] = LORA_TARGET_MODULES,
     architecture: MixtralArchitecture = SMALL,
 ) -> MixtralModel:
     lora = LoraSettings(4, 8.0, dropout, modules, 1)
-    model = build_model(architecture, ModelSettings(torch.float32, True, lora, recompute), here).train()
+    model = build_model(architecture, ModelSettings(torch.float32, True, lora, recompute), mesh).train()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,10 +50,10 @@ def loss_of(model: MixtralModel) -> torch.Tensor:
 @pytest.mark.parametrize("modules", [LORA_TARGET_MODULES, ("linear_fc2",), ("linear_qkv", "linear_proj")])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_losses_and_gradients_stay(here: Processes, recompute: str, dropout: float, modules: tuple[str, ...]) -> None:
+def test_losses_and_gradients_stay(mesh: Mesh, recompute: str, dropout: float, modules: tuple[str, ...]) -> None:
     results = []
     for mode in ("none", recompute):
-        model = model_of(here, mode, dropout, modules)
+        model = model_of(mesh, mode, dropout, modules)
         loss = loss_of(model)
         loss.backward()
         results.append(
@@ -69,8 +69,8 @@ def test_losses_and_gradients_stay(here: Processes, recompute: str, dropout: flo
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=2e-6 * largest)
 
 
-def test_dropout_drops(here: Processes) -> None:
-    assert not torch.equal(loss_of(model_of(here, "selective", 0.3)), loss_of(model_of(here, "selective")))
+def test_dropout_drops(mesh: Mesh) -> None:
+    assert not torch.equal(loss_of(model_of(mesh, "selective", 0.3)), loss_of(model_of(mesh, "selective")))
 
 
 def kept(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
@@ -90,7 +90,7 @@ def kept(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_selective_keeps_as_much_less_as_the_plan_says(here: Processes, dropout: float) -> None:
+def test_selective_keeps_as_much_less_as_the_plan_says(mesh: Mesh, dropout: float) -> None:
     workload = Workload(
         architecture=SMALL,
         gpus=1,
@@ -107,5 +107,5 @@ def test_selective_keeps_as_much_less_as_the_plan_says(here: Processes, dropout:
         # same shape, one less is counted.
         expected -= BATCH * SEQUENCE * SMALL.hidden_size * 4
     # What is no longer kept. The CPU's kernels keep other forms of what it is made of than the GPU's do, hence no sum.
-    gone = kept(model_of(here, "none", dropout)) - kept(model_of(here, "selective", dropout))
+    gone = kept(model_of(mesh, "none", dropout)) - kept(model_of(mesh, "selective", dropout))
     assert sum(size * count for (_, size), count in gone.items()) == expected

@@ -59,7 +59,7 @@ def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "faults"),
+    ("line", "problems"),
     [
         ('{"messages": 3}', ["'messages': expected a list; found a number"]),
         ('{"messages": []}', [IN_TURN + "none"]),
@@ -78,12 +78,12 @@ def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
         ('{"instruction": "a", ' + conversation("user", "assistant")[1:], ["'response' is missing; the keys are"]),
     ],
 )  # fmt: skip
-def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, faults: list[str]) -> None:
+def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, problems: list[str]) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n{line}\n", "utf-8")
-    found = refused(path).faults
-    assert len(found) == len(faults)
-    assert all(mine.startswith(f"line 2: {fault}") for mine, fault in zip(found, faults, strict=True)), found
+    found = refused(path).problems
+    assert len(found) == len(problems)
+    assert all(mine.startswith(f"line 2: {problem}") for mine, problem in zip(found, problems, strict=True)), found
 
 
 @pytest.mark.parametrize(
@@ -101,31 +101,31 @@ def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, faults: list[
         ('{"instruction": "", "response": "b"}', "'instruction' is empty"),
     ],
 )
-def test_a_faulty_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
+def test_a_faulty_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", "utf-8")
-    faults = refused(path).faults
-    assert len(faults) == 1
-    assert faults[0].startswith(f"line 3: {fault}")
+    problems = refused(path).problems
+    assert len(problems) == 1
+    assert problems[0].startswith(f"line 3: {problem}")
 
 
-def test_both_faults_of_a_line_are_told(tmp_path: Path) -> None:
+def test_both_problems_of_a_line_are_told(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": 1, "response": ""}', "utf-8")
-    assert refused(path).faults == (
+    assert refused(path).problems == (
         "line 1: 'instruction': expected text; found a number",
         "line 1: 'response' is empty",
     )
 
 
-def test_ten_faults_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+def test_ten_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("{\n" * 10, "utf-8")
-    assert len(refused(path).faults) == 10
+    assert len(refused(path).problems) == 10
     path.write_text("{\n" * 1500, "utf-8")
-    faults = refused(path).faults
-    assert [fault.split(":")[0] for fault in faults[:10]] == [f"line {number}" for number in range(1, 11)]
-    assert faults[10:] == ("and 1,490 more",)
+    problems = refused(path).problems
+    assert [problem.split(":")[0] for problem in problems[:10]] == [f"line {number}" for number in range(1, 11)]
+    assert problems[10:] == ("and 1,490 more",)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
@@ -141,10 +141,10 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     assert "line 2: byte 0xf6" in str(refused(path))
 
 
-def test_deep_nesting_is_a_fault_not_a_crash(tmp_path: Path) -> None:
+def test_deep_nesting_is_a_problem_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("[" * 200_000, "utf-8")
-    assert refused(path).faults[0].startswith("line 1: broken JSON")
+    assert refused(path).problems[0].startswith("line 1: broken JSON")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -128,8 +128,10 @@ def test_pairs_without_room_for_their_response_are_all_named(tiny_tokenizer: Any
     with pytest.raises(ConfigError) as caught:
         Samples(pairs, tiny_tokenizer, 32)
     assert "13 of 14 pairs are longer than --seq-length 32" in str(caught.value)
-    assert [fault.split(":")[0] for fault in caught.value.faults[:10]] == [f"line {line}" for line in range(2, 12)]
-    assert caught.value.faults[10:] == ("and 3 more",)
+    assert [problem.split(":")[0] for problem in caught.value.problems[:10]] == [
+        f"line {line}" for line in range(2, 12)
+    ]
+    assert caught.value.problems[10:] == ("and 3 more",)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "mock"])

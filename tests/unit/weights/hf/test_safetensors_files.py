@@ -17,7 +17,7 @@ from tests.support.tiny import write_tiny
 SHARD_2 = "model-00002-of-00003.safetensors"
 
 
-def faults_of(directory: Path) -> str:
+def problems_of(directory: Path) -> str:
     with pytest.raises(WeightsError) as caught:
         open_hf_weights(directory)
     return str(caught.value)
@@ -44,7 +44,7 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
     assert set(open_hf_weights(tmp_path).sources) == set(tensors)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     write_tiny(tmp_path, num_shards=4)
     files = sorted(tmp_path.glob("*.safetensors"))
     files[0].unlink()
@@ -54,7 +54,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     with files[2].open("r+b") as stream:
         stream.write((10**12).to_bytes(8, "little"))
     files[3].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    told = faults_of(tmp_path)
+    told = problems_of(tmp_path)
     assert f"{files[0].name}: missing" in told
     assert f"{files[1].name}: truncated: expected {size:,} bytes; found {size - 1000:,} (1,000 bytes missing)" in told
     assert f"{files[2].name}: corrupt header: it says 1,000,000,000,000 bytes long" in told
@@ -80,13 +80,15 @@ def test_offsets_that_overlap_or_do_not_fit_the_shape(tmp_path: Path) -> None:
     rewrite_header(file, {"b": {"data_offsets": [0, 16]}})
     with pytest.raises(WeightsError) as caught:
         read_header(file)
-    assert any("tensor b overlaps a" in fault or "tensor a overlaps b" in fault for fault in caught.value.faults)
-    assert any("tensor c leaves a gap" in fault for fault in caught.value.faults)
+    assert any(
+        "tensor b overlaps a" in problem or "tensor a overlaps b" in problem for problem in caught.value.problems
+    )
+    assert any("tensor c leaves a gap" in problem for problem in caught.value.problems)
     save_file(tensors, file)
     rewrite_header(file, {"a": {"shape": [5]}, "c": {"dtype": "X9"}})
     with pytest.raises(WeightsError) as caught:
         read_header(file)
-    assert caught.value.faults == (
+    assert caught.value.problems == (
         "model.safetensors: tensor a: F32 [5] takes 20 bytes; its offsets span 16",
         "model.safetensors: tensor c: unknown dtype 'X9'",
     )
@@ -125,7 +127,7 @@ def test_missing_foreign_misshapen_and_mixed_tensors(tmp_path: Path) -> None:
     index = json.loads(index_file.read_text())
     index["weight_map"]["vision.weight"] = SHARD_2
     index_file.write_text(json.dumps(index))
-    told = faults_of(tmp_path)
+    told = problems_of(tmp_path)
     assert f"{SHARD_2}: tensor {gone} is missing" in told
     assert f"{SHARD_2}: tensor vision.weight is missing" in told
     assert f"{odd}: expected shape" in told
@@ -139,23 +141,23 @@ def test_tensor_of_another_model(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / SHARD_2)
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(8)
     save_file(tensors, tmp_path / SHARD_2)
-    assert "q_proj.bias is not part of a Mixtral model" in faults_of(tmp_path)
+    assert "q_proj.bias is not part of a Mixtral model" in problems_of(tmp_path)
 
 
 def test_no_weights_or_pickled_ones(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     for file in tmp_path.glob("model*"):
         file.unlink()
-    assert "neither model.safetensors.index.json nor model.safetensors" in faults_of(tmp_path)
+    assert "neither model.safetensors.index.json nor model.safetensors" in problems_of(tmp_path)
     (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
-    assert "pytorch_model-00001-of-00002.bin, which is the old pickled format" in faults_of(tmp_path)
-    assert "does not exist" in faults_of(tmp_path / "nowhere")
+    assert "pytorch_model-00001-of-00002.bin, which is the old pickled format" in problems_of(tmp_path)
+    assert "does not exist" in problems_of(tmp_path / "nowhere")
 
 
 def test_an_index_that_is_not_one(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    assert "not a safetensors index" in faults_of(tmp_path)
+    assert "not a safetensors index" in problems_of(tmp_path)
 
 
 def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:

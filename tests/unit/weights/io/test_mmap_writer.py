@@ -16,7 +16,7 @@ from mixtral_run.weights.io.mmap_writer import MappedWriter
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_neighbours_write_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
+def test_neighbors_write_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
     monkeypatch.setattr(mmap_writer, "WINDOW_BYTES", 64 * 1024)
     file = (Path("/dev/shm") if in_memory else tmp_path) / f"mixtral-run-test-{os.getpid()}"
     source = random.Random(1).randbytes(1_000_003)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtral_run.config.verbs import FinetuneConfig
-from mixtral_run.model.kernels.quantized.quantized_mm import quantise_to
+from mixtral_run.model.kernels.quantized.quantized_mm import quantize_to
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.resources import INSTRUCTIONS
@@ -17,7 +17,7 @@ from tests.integration.conftest import mixtral_run
 
 
 @pytest.mark.parametrize(("precision", "start"), [("fp8", "checkpoint"), ("nf4", "checkpoint"), ("nf4", "hf_model")])
-def test_every_layer_is_the_bases_quantised(
+def test_every_layer_is_the_bases_quantized(
     small_checkpoint: Path, small_hf_model: Path, tmp_path: Path, precision: str, start: str
 ) -> None:
     config = FinetuneConfig(
@@ -31,14 +31,14 @@ def test_every_layer_is_the_bases_quantised(
     ).check()
     base, whole_base = describe_base(config.load), describe_base(small_checkpoint)
     lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
-    with processes(config) as here:
-        whole = load_for_training(config, whole_base, here, lora, recompute="none")
-        small = load_for_training(config, base, here, lora, recompute="none", base_precision=precision)
+    with processes(config) as mesh:
+        whole = load_for_training(config, whole_base, mesh, lora, recompute="none")
+        small = load_for_training(config, base, mesh, lora, recompute="none", base_precision=precision)
         pairs = list(zip(whole.gpt.decoder.layers, small.gpt.decoder.layers, strict=True))
         assert len(pairs) == 2
         for full, eight in pairs:
             for name in ("linear_fc1", "linear_fc2"):
-                values, scales = quantise_to(getattr(full.mlp.experts, name).weight, precision)
+                values, scales = quantize_to(getattr(full.mlp.experts, name).weight, precision)
                 linear = getattr(eight.mlp.experts, name)
                 assert linear.weight is None
                 assert torch.equal(linear.values.view(torch.uint8), values.view(torch.uint8))

@@ -6,11 +6,11 @@ import torch
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
 from mixtral_run.model.kernels.quantized import nf4
 from mixtral_run.model.kernels.quantized.quantized_mm import (
-    dequantise,
+    dequantize,
     has_scaled_product,
-    quantise,
-    quantised_linear,
-    quantised_with_inner,
+    quantize,
+    quantized_linear,
+    quantized_with_inner,
     reads_unturned,
     scaled_product,
 )
@@ -21,23 +21,23 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 
 @pytest.mark.parametrize("width", [64, 4096, 28672])
 @pytest.mark.parametrize("with_columns", [False, True])
-def test_rows_are_quantised_as_in_torch(width: int, with_columns: bool) -> None:
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantise_rows
+def test_rows_are_quantized_as_in_torch(width: int, with_columns: bool) -> None:
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
     routing = (3, 0, 40, 21)
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     rows = (torch.randn(64, width, device="cuda") * torch.logspace(-8, 8, 64, device="cuda")[:, None]).bfloat16()
     rows[5] = 0
     columns = torch.rand(4, width, device="cuda") if with_columns else None
-    values, scales = quantise_rows(rows, columns, ends)
+    values, scales = quantize_rows(rows, columns, ends)
     owner = torch.repeat_interleave(torch.arange(4, device="cuda"), torch.tensor(routing, device="cuda"))
     exact = rows.float() * columns[owner] if columns is not None else rows.float()
-    expected, expected_scales = quantise(exact)
+    expected, expected_scales = quantize(exact)
     torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
     # A division rounded otherwise may fall on the other side of a tie, and then by one step.
     unequal = values.view(torch.uint8) != expected.view(torch.uint8)
     assert float(unequal.float().mean()) < 1e-3
-    again = dequantise(values, scales, torch.float32)
+    again = dequantize(values, scales, torch.float32)
     assert bool(((again - exact).abs() <= exact.abs() * 2**-4 * 1.01 + scales[:, None] * 2**-10 * 1.01).all())
 
 
@@ -56,8 +56,8 @@ def test_turned(shape: tuple[int, int, int]) -> None:
 def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_scales: bool) -> None:
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
 
-    rows, row_scales = quantise(torch.randn(sum(routing), 4096, device="cuda"))
-    values, scales = quantise(torch.randn(8, 1024, 4096, device="cuda"))
+    rows, row_scales = quantize(torch.randn(sum(routing), 4096, device="cuda"))
+    values, scales = quantize(torch.randn(8, 1024, 4096, device="cuda"))
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     assert fits_tiles(values) and not fits_tiles(values[:, :1000]) and not fits_tiles(values[:3])
     expected = torch._scaled_grouped_mm(
@@ -86,8 +86,8 @@ def test_weights_as_they_lie_give_what_turned_ones_give(
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import turned
 
     assert reads_unturned(torch.device("cuda", 0))
-    small, row_scales = quantise(torch.randn(sum(routing), shape[0], device="cuda"))
-    values, _ = quantise(torch.randn(8, *shape, device="cuda"))
+    small, row_scales = quantize(torch.randn(sum(routing), shape[0], device="cuda"))
+    values, _ = quantize(torch.randn(8, *shape, device="cuda"))
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     inner = torch.randn(sum(routing), rank, device="cuda").bfloat16() if rank else None
     adapter = torch.randn(8, rank, shape[1], device="cuda").bfloat16() if rank else None
@@ -109,16 +109,16 @@ def test_weights_as_they_lie_give_what_turned_ones_give(
 def test_with_an_adapters_lesser_half(routing: tuple[int, ...], rank: int) -> None:
     """Rank 8 goes through turned weights, 16 not."""
     drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
-    values, scales = quantise(torch.randn(4, 768, 512, device="cuda"))
+    values, scales = quantize(torch.randn(4, 768, 512, device="cuda"))
     half = torch.randn(4, rank, 512, device="cuda").bfloat16()
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     found = []
     for together in (False, True):
         rows, linear_in = drawn.clone().requires_grad_(True), half.clone().requires_grad_(True)
         if together:
-            output, inner = quantised_with_inner(rows, values, scales, ends, linear_in, None)
+            output, inner = quantized_with_inner(rows, values, scales, ends, linear_in, None)
         else:
-            output, inner = quantised_linear(rows, values, scales, ends), grouped_linear(rows, linear_in, ends)
+            output, inner = quantized_linear(rows, values, scales, ends), grouped_linear(rows, linear_in, ends)
         (output.float().sin().sum() + inner.float().cos().sum()).backward()
         found.append((output.detach(), inner.detach(), rows.grad, linear_in.grad))
     for expected, mine in zip(*found, strict=True):
@@ -133,7 +133,7 @@ def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int])
     generator = torch.Generator("cuda").manual_seed(sum(routing))
     drawn = torch.randn(sum(routing), inputs, device="cuda", generator=generator).bfloat16()
     sizes = torch.logspace(-3, 1, outputs, device="cuda")[torch.randperm(outputs, device="cuda")]
-    values, scales = quantise(torch.randn(4, outputs, inputs, device="cuda", generator=generator) * sizes[:, None])
+    values, scales = quantize(torch.randn(4, outputs, inputs, device="cuda", generator=generator) * sizes[:, None])
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     if ON_HOPPER and sum(routing):
         assert has_scaled_product(drawn, values)
@@ -141,11 +141,11 @@ def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int])
     for exact in (False, True):
         rows = (drawn.double() if exact else drawn.clone()).requires_grad_(True)
         if exact:
-            matrices = dequantise(values, scales, torch.float64)
+            matrices = dequantize(values, scales, torch.float64)
             starts = [0, *ends.tolist()]
             output = torch.cat([rows[s : starts[e + 1]] @ matrices[e].t() for e, s in enumerate(starts[:-1])])
         else:
-            output = quantised_linear(rows, values, scales, ends)
+            output = quantized_linear(rows, values, scales, ends)
         weights = torch.linspace(-1, 1, output.numel(), device="cuda", dtype=torch.float64).view_as(output)
         (output * weights.to(output)).sum().backward()
         results.append((output.detach(), rows.grad))
@@ -158,20 +158,20 @@ def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int])
 
 @pytest.mark.parametrize("shape", [(3, 8, 96), (2, 100, 4096), (8, 64, 14336)])
 def test_four_bits_come_back_as_in_torch(shape: tuple[int, int, int]) -> None:
-    codes, scales = nf4.quantise(torch.randn(shape, device="cuda"))
-    expected = nf4.plain_dequantise(codes, scales, torch.bfloat16)
-    assert torch.equal(nf4.dequantise(codes, scales, torch.bfloat16), expected)
+    codes, scales = nf4.quantize(torch.randn(shape, device="cuda"))
+    expected = nf4.plain_dequantize(codes, scales, torch.bfloat16)
+    assert torch.equal(nf4.dequantize(codes, scales, torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_products_in_four_bits(routing: tuple[int, ...]) -> None:
     weight = torch.randn(4, 768, 512, device="cuda")
-    codes, scales = nf4.quantise(weight)
-    matrices = nf4.plain_dequantise(codes, scales, torch.float64)
+    codes, scales = nf4.quantize(weight)
+    matrices = nf4.plain_dequantize(codes, scales, torch.float64)
     ends = torch.tensor(routing, device="cuda").cumsum(0).int()
     drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
     rows = drawn.clone().requires_grad_(True)
-    output = quantised_linear(rows, codes, scales, ends)
+    output = quantized_linear(rows, codes, scales, ends)
     output.backward(torch.ones_like(output))
     starts = [0, *ends.tolist()]
     owner = torch.repeat_interleave(torch.arange(4, device="cuda"), torch.tensor(routing, device="cuda"))
