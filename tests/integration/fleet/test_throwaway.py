@@ -92,7 +92,7 @@ def test_the_package_server_goes_with_the_last_host_that_uses_it(
     assert not left_of("throwaway-1")
 
 
-@pytest.mark.parametrize("fault", ["no program", "no engine"])
+@pytest.mark.parametrize("problem", ["no program", "no engine"])
 def test_without_an_engine_it_says_so_and_shows_what_bootstrap_would_do(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:

@@ -75,7 +75,7 @@ class FakeGraph:
         pass
 
 
-@pytest.mark.parametrize("fault", ["cannot be recorded", "gives something else"])
+@pytest.mark.parametrize("problem", ["cannot be recorded", "gives something else"])
 def test_where_recording_goes_wrong_generation_goes_on_without(
     problem: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

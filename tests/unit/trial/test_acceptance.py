@@ -41,7 +41,7 @@ def test_an_unknown_floor_is_refused() -> None:
     assert done.returncode == 2 and "matrix_tflop;" in done.stderr and "matrix_tflops" in done.stderr
 
 
-@pytest.mark.parametrize(("device", "num_faults"), [("cuda", 2), ("cpu", 0)])
+@pytest.mark.parametrize(("device", "num_problems"), [("cuda", 2), ("cpu", 0)])
 def test_floors_of_gpus_are_asked_of_gpus_alone(device: str, num_problems: int) -> None:
     report = Report(device=device, num_gpus=8, torch_version="x", cuda_version=None, figures={"matrix_tflops": 10.0})
     _compare(report, Floors(num_gpus=8, matrix_tflops=60, all_reduce_gb_per_second=40))

@@ -87,7 +87,7 @@ def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, problems: lis
 
 
 @pytest.mark.parametrize(
-    ("line", "fault"),
+    ("line", "problem"),
     [
         ('{"instruction": "a", "response": "b"', "broken JSON: Expecting ',' delimiter at column"),
         ('["a", "b"]', "expected a JSON object; found a list"),
