@@ -30,6 +30,62 @@ class HubError(Exception):
         self.what, self.remedy = what, remedy
 
 
+def checked_files(listed, source):
+    """Return the files that another machine lists, as RemoteFile. Raises HubError for names that would leave the cache.
+
+    listed: what the machine answered, [path, size, hash] each. Root writes by these values, so that the machine is not
+    trusted: paths are relative, without `..`, links and control characters; a hash is hexadecimal digits; a size is a
+    count of bytes.
+    """
+    if not isinstance(listed, list):
+        raise HubError("{}: the answer is no list of files".format(source), _UNTRUSTED)
+    files = []
+    for each in listed:
+        path, size, digest = each if isinstance(each, list) and len(each) == 3 else (None, None, None)
+        if not (_is_relative(path) and isinstance(size, int) and size >= 0 and _is_digest(digest)):
+            raise HubError("{}: it lists {!a:.200}".format(source, each), _UNTRUSTED)
+        files.append(RemoteFile(path, size, digest))
+    folders = {path for file in files for path in _parents(file.path)}
+    inside = sorted(folders & {file.path for file in files})
+    if inside:
+        raise HubError("{}: it lists {!a} as a file and as a folder".format(source, inside[0]), _UNTRUSTED)
+    return files
+
+
+def checked_commit(value, source):
+    """Return a commit that another machine names; it becomes a folder's name. Raises HubError for anything but a hash."""
+    if not _is_digest(value):
+        raise HubError("{}: it names the commit {!a:.200}".format(source, value), _UNTRUSTED)
+    return value
+
+
+def matching(files, patterns):
+    """Return the files whose path matches one of the patterns."""
+    return [file for file in files if any(fnmatch.fnmatchcase(file.path, pattern) for pattern in patterns)]
+
+
+_UNTRUSTED = "nothing was written; this machine is not what it should be: check hf_cache_endpoint or hf_cache_peer"
+
+
+def _is_relative(path):
+    if not isinstance(path, str) or len(path) > 1000:
+        return False
+    return re.match(r"[^\x00-\x1f\x7f\\]+\Z", path) is not None and not {"", ".", ".."} & set(path.split("/"))
+
+
+def _is_digest(value):
+    return isinstance(value, str) and re.match(r"(?:[0-9a-f]{40}|[0-9a-f]{64})\Z", value) is not None
+
+
+def _parents(path):
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _oid(lfs):
+    return lfs.get("oid") if isinstance(lfs, dict) else None
+
+
 class _TokenStaysHome(HTTPRedirectHandler):
     """Files are served from other hosts by signed addresses: the token must not follow there."""
 
@@ -73,7 +129,8 @@ class Hub:
         """The commit that a branch, tag or commit names."""
         url = "{}/api/models/{}/revision/{}".format(self.endpoint, self.model, quote(revision, safe=""))
         with self.open(url) as answer:
-            return _json_of(answer, url)["sha"]
+            value = _json_of(answer, url)
+        return checked_commit(value.get("sha") if isinstance(value, dict) else None, self.endpoint)
 
     def files(self, commit, patterns):
         """Files of the model whose path matches one of `patterns`."""
@@ -81,14 +138,14 @@ class Hub:
         found = []
         while url:
             with self.open(url) as answer:
-                found += [each for each in _json_of(answer, url) if each["type"] == "file"]
+                listed = _json_of(answer, url)
+                if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+                    raise HubError("{}: the answer is no list of files".format(url), "check hf_cache_endpoint")
+                found += [each for each in listed if each.get("type") == "file"]
                 following = re.search(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
             url = following.group(1) if following else None
-        return [
-            RemoteFile(each["path"], each["size"], (each.get("lfs") or {}).get("oid") or each["oid"])
-            for each in found
-            if any(fnmatch.fnmatchcase(each["path"], pattern) for pattern in patterns)
-        ]
+        files = [[each.get("path"), each.get("size"), _oid(each.get("lfs")) or each.get("oid")] for each in found]
+        return matching(checked_files(files, self.endpoint), patterns)
 
 
 def _chunks(stream, what):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import subprocess
 
 from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.hf_hub import HubError, RemoteFile
+from ansible.module_utils.mixtral_run_host.hf_hub import HubError, checked_commit, checked_files, matching
 
 
 class Peer:
@@ -43,14 +42,18 @@ class Peer:
                 "hf_cache_peer names a host that has {} and that this host reaches by SSH at hf_cache_peer_address, "
                 "hf_cache_peer_port".format(self._model),
             )
-        self._listing = json.loads(answer.out)
-        return self._listing["commit"]
+        try:
+            listing = json.loads(answer.out)
+            commit, files = listing["commit"], listing["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise HubError("{}: it does not list the model: {!r}".format(self.target, error), "run again") from error
+        self._listing = checked_commit(commit, self.target), checked_files(files, self.target)
+        return commit
 
     def files(self, commit, patterns):
         """Files of the model whose path matches one of `patterns`."""
-        assert self._listing is not None and self._listing["commit"] == commit
-        found = [RemoteFile(*each) for each in self._listing["files"]]
-        return [each for each in found if any(fnmatch.fnmatchcase(each.path, pattern) for pattern in patterns)]
+        assert self._listing is not None and self._listing[0] == commit
+        return matching(self._listing[1], patterns)
 
     @contextlib.contextmanager
     def open_file(self, _commit, file, start):

@@ -11,7 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host.hf_hub import Hub, HubError, ModelCache, RemoteFile, digest_of
+from ansible.module_utils.mixtral_run_host.hf_hub import (
+    Hub,
+    HubError,
+    ModelCache,
+    RemoteFile,
+    checked_commit,
+    checked_files,
+    digest_of,
+)
 
 COMMIT = "c" * 40
 MODEL = "org/model"
@@ -240,3 +248,54 @@ def test_hashes_are_gits_and_sha256(tmp_path: Path) -> None:
 def test_an_unreachable_hub_is_told(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"127\.0\.0\.1:9"):
         Hub("http://127.0.0.1:9", MODEL, timeout=2).commit("main")
+
+
+HOSTILE_FILES = [
+    ["../../../etc/cron.d/x.json", 4, "a" * 64],
+    ["/etc/x.json", 4, "a" * 64],
+    ["a//x.json", 4, "a" * 64],
+    ["./x.json", 4, "a" * 64],
+    ["a/../../x.json", 4, "a" * 64],
+    ["x\nroot.json", 4, "a" * 64],
+    ["x\x1b[2J.json", 4, "a" * 64],
+    ["..\\x.json", 4, "a" * 64],
+    ["", 4, "a" * 64],
+    ["x" * 2000 + ".json", 4, "a" * 64],
+    ["x.json", 4, "../../../../root/.ssh/authorized_keys"],
+    ["x.json", 4, "a" * 64 + "\n"],
+    ["x.json", 4, ["a"]],
+    ["x.json", -1, "a" * 64],
+    ["x.json", "4", "a" * 64],
+    [["x.json"], 4, "a" * 64],
+    ["x.json", 4],
+    "x.json",
+    None,
+]
+
+
+@pytest.mark.parametrize("listed", HOSTILE_FILES, ids=lambda each: ascii(each)[:40])
+def test_names_that_would_leave_the_cache_are_refused(listed: object) -> None:
+    good = ["config.json", 4, "b" * 40]
+    assert checked_files([good], "hub")[0].path == "config.json"
+    with pytest.raises(HubError, match="hub: it lists") as caught:
+        checked_files([good, listed], "hub")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+def test_a_file_that_is_a_folder_of_another_is_refused() -> None:
+    """The first would be a link into blobs/, through which the second would be written."""
+    with pytest.raises(HubError, match="'a/b' as a file and as a folder"):
+        checked_files([["a/b", 1, "a" * 40], ["a/b/c", 1, "b" * 40]], "hub")
+
+
+@pytest.mark.parametrize("commit", ["../../x", "main", "A" * 40, "a" * 40 + "\n", None, 7, ["a" * 40]])
+def test_a_commit_is_a_hash(commit: object) -> None:
+    with pytest.raises(HubError, match="it names the commit"):
+        checked_commit(commit, "hub")
+
+
+def test_what_a_hostile_hub_lists_ends_the_fetch(hub: FakeHub) -> None:
+    hub.files = {"../../../../escaped.json": b"{}"}
+    source = Hub(hub.url, MODEL)
+    with pytest.raises(HubError, match="it lists"):
+        source.files(source.commit("main"), ["*"])

@@ -139,3 +139,23 @@ def test_the_words_of_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
         Peer("10.0.0.1", 2222, "ops", "org/model", "/k", "/h").commit("main")
     assert seen[0][-3:] == ["--", "ops@10.0.0.1", "list main"]
     assert "StrictHostKeyChecking=yes" in seen[0] and "UserKnownHostsFile=/h" in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ({"commit": COMMIT, "files": [["../../etc/x", 1, "a" * 64]]}, "it lists"),
+        ({"commit": COMMIT, "files": [["x", 1, "../x"]]}, "it lists"),
+        ({"commit": "../x", "files": []}, "it names the commit"),
+        ({"commit": COMMIT, "files": {"x": 1}}, "no list of files"),
+        ({"files": []}, "does not list the model"),
+        ([1], "does not list the model"),
+        ("text", "does not list the model"),
+    ],
+    ids=lambda each: ascii(each)[:40],
+)
+def test_a_hostile_host_is_refused(monkeypatch: pytest.MonkeyPatch, answer: object, found: str) -> None:
+    monkeypatch.setattr(hf_peer, "run", lambda *_, **__: Result(0, json.dumps(answer), ""))
+    peer = Peer("10.0.0.1", 22, "ops", "org/model", "/key", "/known")
+    with pytest.raises(HubError, match=found):
+        peer.files(peer.commit("main"), ["*"])
