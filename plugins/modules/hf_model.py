@@ -17,10 +17,10 @@ options:
   model: {description: "Name on the hub, ORG/NAME.", type: str, required: true}
   revision: {description: "Branch, tag or commit.", type: str, default: main}
   patterns: {description: Files to take., type: list, elements: str, required: true}
+  image: {description: "Image whose C(hf) downloads from the hub; the token is HOME/token.", type: str, default: "mixtral-run:local"}
   endpoint: {description: The hub., type: str, default: https://huggingface.co}
-  token_path: {description: File on the host with the token., type: path}
   source_path: {description: Local folder instead of the hub., type: str, default: ""}
-  proxy: {description: Proxy for the hub., type: str}
+  proxy: {description: Proxy for the hub., type: str, default: ""}
   no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   peer: {description: Name of another host that has the model., type: str, default: ""}
   peer_address: {description: Where this host reaches it., type: str}
@@ -42,9 +42,10 @@ import shutil
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, write_text
-from ansible.module_utils.mixtral_run_host.hf_hub import Hub, HubError, ModelCache, RemoteFile, digest_of
+from ansible.module_utils.mixtral_run_host.files import Record, explain, write_text
+from ansible.module_utils.mixtral_run_host.hf_download import HubDownload
 from ansible.module_utils.mixtral_run_host.hf_peer import Peer
+from ansible.module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
 
 SPARE_GIB = 5
 
@@ -57,10 +58,10 @@ def main():
             "model": {"type": "str", "required": True},
             "revision": {"type": "str", "default": "main"},
             "patterns": {"type": "list", "elements": "str", "required": True},
+            "image": {"type": "str", "default": "mixtral-run:local"},
             "endpoint": {"type": "str", "default": "https://huggingface.co"},
-            "token_path": {"type": "path"},
             "source_path": {"type": "str", "default": ""},
-            "proxy": {"type": "str"},
+            "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
             "peer": {"type": "str", "default": ""},
             "peer_address": {"type": "str"},
@@ -76,7 +77,6 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
-    os.environ["no_proxy"] = params["no_proxy"]  # urllib asks it, also beside a proxy of the caller's
     record = Record("hf_models", check_mode=module.check_mode)
     cache = ModelCache(params["home"], params["model"], params["uid"], params["gid"])
     name = "{}@{}".format(params["model"], params["revision"])
@@ -84,7 +84,7 @@ def main():
         known = _recorded(record, name, cache, params)
         if known is None:
             if params["peer_fault"]:
-                raise HubError(
+                raise ModelError(
                     "{}: {}".format(params["peer"], params["peer_fault"]),
                     "hf_cache_peer names a host whose bootstrap has fetched the model",
                 )
@@ -98,7 +98,7 @@ def main():
             record.values[name] = known
             record.save()
             module.exit_json(changed=changed, commit=known["commit"], files=len(known["files"]))
-    except HubError as error:
+    except ModelError as error:
         module.fail_json(
             msg=explain(
                 "The model cannot be put into the cache.",
@@ -127,8 +127,35 @@ def _recorded(record, name, cache, params):
 
 
 def _from_hub(module, cache, params):
-    token = (read_text(params["token_path"]) or "").strip() if params["token_path"] else None
-    return _fetch(Hub(params["endpoint"], params["model"], token or None, params["proxy"]), module, cache, params)
+    names = ("image", "home", "model", "revision", "patterns", "endpoint", "proxy", "no_proxy", "uid", "gid")
+    download = HubDownload(**{name: params[name] for name in names})
+    reason = download.missing_image()
+    if reason and module.check_mode:
+        return None  # a bare host: the image would be there by now
+    if reason:
+        raise ModelError(
+            "the image {}, which downloads the model, is not on the host: {}".format(params["image"], reason),
+            "run the docker and image roles first, as bootstrap does; or name a local copy (hf_cache_model_path)",
+        )
+    _need_space(cache, download.missing_bytes() or 0)
+    if module.check_mode:
+        return None
+    before = _blobs(cache)
+    commit, files = download.fetch()
+    fresh = [file for file in files if file.digest not in before]
+    for file in fresh:
+        cache.check(file)
+    return {
+        "commit": commit,
+        "files": [list(file) for file in files],
+        "patterns": params["patterns"],
+        "fetched": bool(fresh),
+    }
+
+
+def _blobs(cache):
+    folder = os.path.dirname(cache.blob("x"))
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
 def _from_peer(module, cache, params):
@@ -146,9 +173,9 @@ def _fetch(source, module, cache, params):
     commit = source.commit(params["revision"])
     files = source.files(commit, params["patterns"])
     if not files:
-        raise HubError("no file of the model matches {}".format(params["patterns"]), "see hf_cache_model_patterns")
+        raise ModelError("no file of the model matches {}".format(params["patterns"]), "see hf_cache_model_patterns")
     missing = [file for file in files if not cache.has(file)]
-    _need_space(cache, missing)
+    _need_space(cache, sum(file.size for file in missing))
     if module.check_mode:
         return None
     for file in missing:
@@ -162,7 +189,7 @@ def _from_folder(module, cache, params):
     if os.path.isdir(snapshots):  # a cache folder: take its newest snapshot
         source = max((os.path.join(snapshots, each) for each in os.listdir(snapshots)), key=os.path.getmtime)
     if not os.path.isfile(os.path.join(source, "config.json")):
-        raise HubError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
+        raise ModelError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
     files, origins = [], {}
     for parent, folders, names in os.walk(source):
         # Experts that finetune keeps beside the model; each host makes its own.
@@ -176,13 +203,13 @@ def _from_folder(module, cache, params):
                 # A blob of a cache, whose name is its hash.
                 is_blob = re.match(r"(?:[0-9a-f]{40}|[0-9a-f]{64})$", claimed)
                 if is_blob and claimed not in (digest, digest_of(origin, "0" * 40)):
-                    raise HubError(
+                    raise ModelError(
                         "{} is damaged: its hash is {}, not {}".format(origin, digest, claimed), "copy it anew"
                     )
                 files.append(RemoteFile(path, os.path.getsize(origin), digest))
                 origins[path] = origin
     missing = [file for file in files if not cache.has(file)]
-    _need_space(cache, missing)
+    _need_space(cache, sum(file.size for file in missing))
     if module.check_mode:
         return None
     for file in missing:
@@ -204,15 +231,15 @@ def _publish(cache, params, commit, files, missing):
     }
 
 
-def _need_space(cache, missing):
+def _need_space(cache, num_bytes):
     folder = cache.folder
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     figures = os.statvfs(folder)
     free = figures.f_bavail * figures.f_frsize / 2**30
-    needed = sum(file.size for file in missing) / 2**30
-    if missing and free < needed + SPARE_GIB:
-        raise HubError(
+    needed = num_bytes / 2**30
+    if num_bytes and free < needed + SPARE_GIB:
+        raise ModelError(
             "{:.1f} GiB free under {}; {:.1f} GiB are still to come".format(free, folder, needed),
             "put hf_cache_home on a larger disk",
         )

@@ -26,8 +26,8 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, folder: Path, address: str) -> None:
+        super().__init__((address, 0), Handler)
         self.folder = folder
         self.state = "open"
         self.commits = {"main": COMMIT}
@@ -121,8 +121,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Hub]:
-    server = Hub(folder)
+def serving(folder: Path, address: str = "127.0.0.1") -> Iterator[Hub]:
+    server = Hub(folder, address)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -8,11 +8,11 @@ import os
 import subprocess
 
 from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.hf_hub import HubError, checked_commit, checked_files, matching
+from ansible.module_utils.mixtral_run_host.model_cache import ModelError, checked_commit, checked_files, matching
 
 
 class Peer:
-    """What `serve_model.py` on another host answers; asked like a `Hub`."""
+    """What `serve_model.py` on another host answers."""
 
     def __init__(self, address, port, user, model, key_path, known_hosts_path):
         self.target, self._model = "{}@{}:{}".format(user, address, port), model
@@ -37,7 +37,7 @@ class Peer:
         """The commit that a revision names there, and with it what `files` tells."""
         answer = run(self._argv + ["list " + revision], timeout=120)
         if answer.code:
-            raise HubError(
+            raise ModelError(
                 "{}: {}".format(self.target, last_lines(answer, 3) or "ssh ended with {}".format(answer.code)),
                 "hf_cache_peer names a host that has {} and that this host reaches by SSH at hf_cache_peer_address, "
                 "hf_cache_peer_port".format(self._model),
@@ -46,7 +46,7 @@ class Peer:
             listing = json.loads(answer.out)
             commit, files = listing["commit"], listing["files"]
         except (ValueError, KeyError, TypeError) as error:
-            raise HubError("{}: it does not list the model: {!r}".format(self.target, error), "run again") from error
+            raise ModelError("{}: it does not list the model: {!r}".format(self.target, error), "run again") from error
         self._listing = checked_commit(commit, self.target), checked_files(files, self.target)
         return commit
 
@@ -73,4 +73,4 @@ class Peer:
             error = process.stderr.read().decode("utf-8", "replace").strip()
             process.stderr.close()
             if process.wait() and error:
-                raise HubError("{}: {}".format(self.target, error), "run again: it goes on there")
+                raise ModelError("{}: {}".format(self.target, error), "run again: it goes on there")

@@ -26,6 +26,7 @@ from mixtral_run.fleet.testhosts.shell import call, pipe
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_pairs
 from tests.integration.fleet.conftest import seen_arguments
+from tests.integration.hub_server import COMMIT, NAME, serving
 
 # The first test pays for the image and for both hosts.
 pytestmark = pytest.mark.timeout(1800)
@@ -227,6 +228,22 @@ def test_two_hosts_train_one_job(operator: Operator, set_up: Callable[[str], str
     output = operator.run("pretrain", "--on", both, *JOB, *words)
     assert re.search(r"127\.0\.0\.1:\d+ \| .*iteration 4/4", output)
     assert "2 × cpu" in output
+
+
+def test_the_images_hf_downloads_the_model(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:
+    host = fleet.hosts[NAMES[0]]
+    gateway = host.shell("ip route show default").split()[2]  # this machine, as the host sees it
+    with serving(operator.folder / "hf-model", "0.0.0.0") as hub:
+        model = {"hf_cache_model": NAME, "hf_cache_endpoint": f"http://{gateway}:{hub.server_address[1]}"}
+        words = ("bootstrap", set_up(NAMES[0]), *SETTINGS, "--tags", "hf_cache", "-e", json.dumps(model))
+        assert min(changed_hosts(operator.run(*words)).values()) > 0
+        sent = list(hub.sent)
+        assert "config.json" in sent and f"Bearer {TOKEN}" in hub.tokens
+        assert changed_hosts(operator.run(*words)) == {set_up(NAMES[0]).split("@")[1]: 0}
+        assert hub.sent == sent
+    snapshot = f"/var/lib/mixtral-run/huggingface/hub/models--{NAME.replace('/', '--')}/snapshots/{COMMIT}"
+    found = json.loads(host.run("cat", f"{snapshot}/config.json"))
+    assert found == json.loads((operator.folder / "hf-model/config.json").read_text())
 
 
 def test_a_host_that_dies_stops_the_other(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:

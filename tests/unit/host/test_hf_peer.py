@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from ansible.module_utils.mixtral_run_host import hf_peer
 from ansible.module_utils.mixtral_run_host.commands import Result
-from ansible.module_utils.mixtral_run_host.hf_hub import HubError, ModelCache, RemoteFile
 from ansible.module_utils.mixtral_run_host.hf_peer import Peer
+from ansible.module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile
 
 from tests.unit.host.conftest import ROOT
 
@@ -116,13 +116,13 @@ def test_a_model_is_taken_over_and_resumed(peer: Peer, tmp_path: Path) -> None:
 
 def test_a_damaged_blob_of_the_other_host_is_refused(peer: Peer, cache: ModelCache, tmp_path: Path) -> None:
     Path(cache.blob(hashlib.sha256(WEIGHTS).hexdigest())).write_bytes(b"?" + WEIGHTS[1:])
-    with pytest.raises(HubError, match="with hash"):
+    with pytest.raises(ModelError, match="with hash"):
         fetch(peer, tmp_path / "mine")
     assert not (Path(ModelCache(str(tmp_path / "mine"), "org/model").folder) / "refs/main").exists()
 
 
 def test_a_host_without_the_revision_is_named(peer: Peer) -> None:
-    with pytest.raises(HubError, match=r"ops@gpu-01:22: .*has no revision v2") as failure:
+    with pytest.raises(ModelError, match=r"ops@gpu-01:22: .*has no revision v2") as failure:
         peer.commit("v2")
     assert "hf_cache_peer" in failure.value.remedy
 
@@ -135,7 +135,7 @@ def test_the_words_of_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
         return Result(255, "", "Permission denied (publickey).")
 
     monkeypatch.setattr(hf_peer, "run", refused)
-    with pytest.raises(HubError, match=r"ops@10\.0\.0\.1:2222: Permission denied"):
+    with pytest.raises(ModelError, match=r"ops@10\.0\.0\.1:2222: Permission denied"):
         Peer("10.0.0.1", 2222, "ops", "org/model", "/k", "/h").commit("main")
     assert seen[0][-3:] == ["--", "ops@10.0.0.1", "list main"]
     assert "StrictHostKeyChecking=yes" in seen[0] and "UserKnownHostsFile=/h" in seen[0]
@@ -157,5 +157,5 @@ def test_the_words_of_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hostile_host_is_refused(monkeypatch: pytest.MonkeyPatch, answer: object, found: str) -> None:
     monkeypatch.setattr(hf_peer, "run", lambda *_, **__: Result(0, json.dumps(answer), ""))
     peer = Peer("10.0.0.1", 22, "ops", "org/model", "/key", "/known")
-    with pytest.raises(HubError, match=found):
+    with pytest.raises(ModelError, match=found):
         peer.files(peer.commit("main"), ["*"])
