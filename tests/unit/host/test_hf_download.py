@@ -157,6 +157,12 @@ def test_a_full_disk_is_found_before_the_download(host: Host, monkeypatch: pytes
     assert found["failed"] and "GiB free" in found["msg"] and host.hub.sent == []
 
 
+@pytest.mark.parametrize(("no_proxy", "answers"), [("localhost,127.0.0.1", True), ("localhost", False)])
+def test_a_proxy_is_used_but_for_hosts_that_no_proxy_names(host: Host, no_proxy: str, answers: bool) -> None:
+    found = host.take(proxy="http://127.0.0.1:9", no_proxy=no_proxy)
+    assert bool(found.get("failed")) is not answers and bool(host.hub.sent) is answers
+
+
 def test_the_proxy_is_no_word_of_the_command_line() -> None:
     download = HubDownload(
         "image", "/hf", "org/model", "main", ["*.json"], "https://hub", "http://me:secret@proxy", "localhost", 1, 2

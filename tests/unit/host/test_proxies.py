@@ -60,15 +60,6 @@ def test_a_repositorys_key_is_fetched(mirror: str, tmp_path, no_proxy: str, answ
     assert ("cannot be fetched" in result["msg"]) is not answers
 
 
-@NO_PROXY
-def test_a_hub_is_asked(mirror: str, tmp_path, no_proxy: str, answers: bool) -> None:
-    result = call_module(
-        load_module("hf_model"), tmp_path, host="gpu-01", home=str(tmp_path), model="org/model", patterns=["*"],
-        endpoint=mirror, uid=0, gid=0, proxy=DEAD_PROXY, no_proxy=no_proxy,
-    )  # fmt: skip
-    assert ("HTTP 404" in result["msg"]) is answers
-
-
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is asked itself")
 @pytest.mark.parametrize(
     ("no_proxy", "answers"),
