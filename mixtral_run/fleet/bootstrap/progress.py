@@ -123,14 +123,12 @@ class FleetProgress:
             if warning not in host.warnings:
                 host.warnings.append(str(warning))
                 notices.append(Notice(host.name, "warning", str(warning)))
-        changed = _changed_steps(result)
         if kind == "runner_on_ok":
             host.ok += 1
-            changed = changed or ([task] if result.get("changed") else [])
-        for step in changed:
+        if kind == "runner_on_ok" and result.get("changed"):
             host.changed += 1
-            host.changed_tasks.append(_label(role, step))
-            notices.append(Notice(host.name, "changed", _label(role, step)))
+            host.changed_tasks.append(label)
+            notices.append(Notice(host.name, "changed", label))
         if kind == "runner_on_skipped":
             host.skipped += 1
         elif kind == "runner_on_failed":
@@ -139,12 +137,11 @@ class FleetProgress:
                 return notices
             message = failure_message(result)
             told_before = any(failure.message[:200] in message for failure in host.failures)
-            task = str(result.get("step") or task)
             host.failures.append(Failure(role, task, message))
             host.phase = Phase.FAILED
             if told_before:
                 return notices
-            notices.append(Notice(host.name, "failed", f"{_label(role, task)}: {message}"))
+            notices.append(Notice(host.name, "failed", f"{label}: {message}"))
         elif kind == "runner_on_unreachable":
             message = failure_message(result)
             host.failures.append(Failure(role, task, message))
@@ -177,12 +174,6 @@ class FleetProgress:
 
 def _label(role: str, task: str) -> str:
     return " · ".join(part for part in (role, task) if part)
-
-
-def _changed_steps(result: Mapping[str, Any]) -> list[str]:
-    """Names of the steps that changed something in a task of several (host_steps), also in one that failed later on."""
-    steps = [step for step in result.get("steps") or [] if isinstance(step, Mapping)]
-    return [str(step.get("name")) for step in steps if step.get("changed")]
 
 
 def _unmended(failures: list[Failure], num_rescued: int) -> list[Failure]:

@@ -19,14 +19,12 @@ sys.intern = intern
 ROOT = Path(__file__).parents[3]
 ansible.module_utils.__path__.append(str(ROOT / "plugins/module_utils"))
 
-from ansible.module_utils.mixtral_run_host import step  # noqa: E402 - found on the path above
-from ansible.module_utils.mixtral_run_host.files import Record  # noqa: E402
+from ansible.module_utils.mixtral_run_host.files import Record  # noqa: E402 - found on the path above
 
 
 def load_module(name: str):
-    """An Ansible module of the kit, or a step of its module host_steps, as a Python module."""
-    step_file = ROOT / f"plugins/module_utils/mixtral_run_host/steps/{name}.py"
-    file = step_file if step_file.exists() else ROOT / f"plugins/modules/{name}.py"
+    """An Ansible module of the kit as a Python module."""
+    file = ROOT / f"plugins/modules/{name}.py"
     spec = importlib.util.spec_from_file_location(f"kit_module_{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,10 +36,7 @@ class _Ended(Exception):
 
 
 def call_module(module, record_folder, check_mode=False, **params):
-    """Run an Ansible module or a step in this process, its records in a folder of their own; returns its result."""
-    if hasattr(module, "OPTIONS"):
-        with mock.patch.object(module, "Record", functools.partial(Record, folder=str(record_folder))):
-            return step.run(module, params, check_mode, lambda _words: None)
+    """Run an Ansible module in this process, its records in a folder of their own; returns its result."""
 
     def end(_self, **result):
         raise _Ended(result)

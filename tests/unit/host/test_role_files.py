@@ -12,9 +12,7 @@ import yaml
 from tests.unit.host.conftest import load_module
 
 ROOT = Path(__file__).parents[3]
-STEPS = sorted(
-    path for path in (ROOT / "plugins/module_utils/mixtral_run_host/steps").glob("*.py") if path.stem != "__init__"
-)
+MODULES = sorted((ROOT / "plugins/modules").glob("*.py"))
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
 
@@ -52,7 +50,7 @@ def test_variables_bear_the_roles_name(role: str) -> None:
     defaults = (ROOT / f"roles/{role}/defaults/main.yml").read_text()
     within = {name for name in _options(role) if len(re.findall(rf"\b{name}\b", defaults)) > 1}
     assert set(_options(role)) - used - within == set(), "declared, and used nowhere"
-    modules = {path.stem for path in [*(ROOT / "plugins/modules").glob("*.py"), *STEPS]}
+    modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
     assert used - set(_options(role)) <= set(ROLES) | modules, "used, and declared nowhere"
 
 
@@ -114,19 +112,14 @@ def test_every_module_of_the_kit_tells_its_options() -> None:
         assert documented["module"] == path.stem and documented["short_description"]
 
 
-@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
-def test_every_step_tells_its_options(path: Path) -> None:
-    documented, step = _documentation(path), load_module(path.stem)
-    assert documented["step"] == path.stem and documented["short_description"]
+@pytest.mark.parametrize("name", [path.stem for path in MODULES if "\nOPTIONS = {" in path.read_text()])
+def test_a_modules_documentation_equals_its_options(name: str) -> None:
+    documented, module = _documentation(ROOT / f"plugins/modules/{name}.py"), load_module(name)
     fields = ("type", "required", "default", "choices", "elements")
-    for name, option in step.OPTIONS.items():
-        told = documented["options"].pop(name)
-        assert [told.get(field) for field in fields] == [option.get(field) for field in fields]
+    for option, values in module.OPTIONS.items():
+        described = documented["options"].pop(option)
+        assert [described.get(field) for field in fields] == [values.get(field) for field in fields]
     assert not documented["options"]
-
-
-def test_host_steps_takes_every_step() -> None:
-    assert set(load_module("host_steps").KINDS) == {path.stem for path in STEPS}
 
 
 def test_bootstrap_checks_the_variables_of_every_role_that_it_imports() -> None:
@@ -148,15 +141,21 @@ def test_what_runs_on_hosts_is_python_3_8() -> None:
 
 def test_packages_that_containers_stand_on_wait_for_jobs() -> None:
     tasks = [
-        (path.parts[-3], step["apt_packages"])
+        (path.parts[-3], task["apt_packages"])
         for path in (ROOT / "roles").glob("*/tasks/*.yml")
         for task in yaml.safe_load(path.read_text())
-        for state in ("present", "absent")
-        for step in task.get("host_steps", {}).get(state, [])
-        if "apt_packages" in step
+        if "apt_packages" in task
     ]
     assert len(tasks) >= 4
     for role, settings in tasks:
         assert settings["restart_when_busy"] == f"{{{{ {role}_restart_when_busy }}}}"
         # The message names the variable by the section.
         assert settings["section"] == role
+
+
+def test_every_task_of_a_role_says_what_it_is_for() -> None:
+    """--tags role_install, role_configure and role_run choose within every role; included files inherit no tags."""
+    for path in (ROOT / "roles").glob("*/tasks/*.yml"):
+        for task in yaml.safe_load(path.read_text()):
+            if "ansible.builtin.import_tasks" not in task and path.stem != "model":
+                assert set(task.get("tags", [])) & {"role_install", "role_configure", "role_run"}, (path, task["name"])

@@ -161,17 +161,3 @@ def test_a_failure_that_a_play_tells_again_at_its_end_is_the_first_one() -> None
     assert host.failure is not None
     assert (host.failure.role, host.failure.task) == ("docker", "Install the engine")
     assert [notice.host for notice in told] == ["gpu-01:2222"]
-
-
-def test_steps_of_one_task_are_told_by_their_names() -> None:
-    progress = FleetProgress(["gpu-01"])
-    steps = [{"name": "Know the repository", "changed": False}, {"name": "Install", "changed": True}]
-    data = {"host": "gpu-01", "role": "docker", "task": "Keep the engine", "res": {"changed": True, "steps": steps}}
-    told = progress.fold({"event": "runner_on_ok", "event_data": data})
-    data["res"] = {"msg": "E: broken", "step": "Merge", "steps": steps}
-    told += progress.fold({"event": "runner_on_failed", "event_data": data})
-    assert [(notice.kind, notice.text) for notice in told] == [
-        ("changed", "docker · Install"), ("changed", "docker · Install"), ("failed", "docker · Merge: E: broken"),
-    ]  # fmt: skip
-    (host,) = progress.hosts.values()
-    assert host.ok == 1 and host.changed == 2 and host.failure is not None and host.failure.task == "Merge"

@@ -1,17 +1,10 @@
+#!/usr/bin/python
 """Merge settings into Docker's daemon.json and remember which are the kit's."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-
-from ansible.module_utils.mixtral_run_host import daemon_settings
-from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-
 DOCUMENTATION = """
-step: daemon_json
+module: daemon_json
 short_description: Merge settings into Docker's daemon.json and remember which are the kit's
 description:
   - Merges recursively; what the host already has stays. Written only on change, with a backup, after the engine found
@@ -45,6 +38,16 @@ keys:
   type: list
   returned: always
 """
+
+import json
+import os
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import daemon_settings
+from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
 OPTIONS = {
     "section": {"type": "str", "required": True},
     "settings": {"type": "dict", "default": {}},
@@ -53,7 +56,11 @@ OPTIONS = {
 }
 
 
-def main(module):
+def main():
+    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+
+
+def act(module):
     params = module.params
     text = read_text(params["path"])
     current = _parse(module, params["path"], text)
@@ -153,3 +160,7 @@ def _write(path, text, settings, gone):
 
 def _dump(settings):
     return json.dumps(settings, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    main()

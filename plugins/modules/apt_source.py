@@ -1,15 +1,10 @@
+#!/usr/bin/python
 """Put an apt repository in place: key by pinned fingerprint, deb822 source, older sources of the same URL off."""
 
 from __future__ import annotations
 
-import glob
-import os
-
-from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-
 DOCUMENTATION = """
-step: apt_source
+module: apt_source
 short_description: Put an apt repository in place, with its key pinned by fingerprint
 description:
   - Downloads the key, refuses any but the pinned one, writes a deb822 source. Source files that name the same
@@ -26,6 +21,14 @@ options:
   no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   state: {description: "C(absent) removes source and key, or puts back those that were there before.", type: str, choices: [present, absent], default: present}
 """
+
+import glob
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
 OPTIONS = {
     "name": {"type": "str", "required": True},
     "uri": {"type": "str", "required": True},
@@ -42,7 +45,11 @@ SOURCES = "/etc/apt/sources.list.d"
 KEYRINGS = "/etc/apt/keyrings"
 
 
-def main(module):
+def main():
+    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+
+
+def act(module):
     params = module.params
     source = os.path.join(SOURCES, params["name"] + ".sources")
     key = os.path.join(KEYRINGS, params["name"] + ".asc")
@@ -179,3 +186,7 @@ def _rivals(source, uri):
         if off != text:
             found[path] = off
     return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,10 @@
+#!/usr/bin/python
 """Keep the Docker engine enabled, running and on its current settings; never restart it under running containers."""
 
 from __future__ import annotations
 
-import grp
-import os
-import pwd
-import shutil
-import time
-
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-
 DOCUMENTATION = """
-step: docker_engine
+module: docker_engine
 short_description: Keep the Docker engine running and on its current settings, without stopping anybody's work
 description:
   - Starts and enables the engine, puts users in the docker group, writes the service's proxy and containerd's root.
@@ -27,6 +18,18 @@ options:
   reload_only: {description: "Only do what is due; leave users and files alone.", type: bool, default: false}
   state: {description: C(absent) takes users and files back., type: str, choices: [present, absent], default: present}
 """
+
+import grp
+import os
+import pwd
+import shutil
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import engine_use
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
 OPTIONS = {
     "users": {"type": "list", "elements": "str", "default": []},
     "environment": {"type": "dict", "default": {}},
@@ -42,7 +45,11 @@ START_SECONDS = 90
 NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
 
-def main(module):
+def main():
+    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+
+
+def act(module):
     engine = Engine(module)
     if module.params["state"] == "absent":
         engine.leave()
@@ -234,3 +241,7 @@ def _exists(user):
     except KeyError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,10 @@
+#!/usr/bin/python
 """Install packages at wanted versions, hold them, and remember which of them the kit installed."""
 
 from __future__ import annotations
 
-import fnmatch
-import time
-
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain
-
 DOCUMENTATION = """
-step: apt_packages
+module: apt_packages
 short_description: Install packages at wanted versions, hold them, remember which the kit installed
 description:
   - One transaction for all; packages that conflict are removed in it. Nothing is asked of the network when nothing is
@@ -35,6 +29,15 @@ options:
   no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
   state: {description: "C(absent) removes what C(present) installed, and gives the rest the holds that they had.", type: str, choices: [present, absent], default: present}
 """
+
+import fnmatch
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import engine_use
+from ansible.module_utils.mixtral_run_host.commands import last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain
+
 OPTIONS = {
     "section": {"type": "str", "required": True},
     "names": {"type": "list", "elements": "str", "required": True},
@@ -54,7 +57,11 @@ APT_SECONDS = 1800
 RETRY_SECONDS = 2
 
 
-def main(module):
+def main():
+    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+
+
+def act(module):
     record = Record("packages", check_mode=module.check_mode)
     if module.params["state"] == "present":
         _present(module, record)
@@ -245,3 +252,7 @@ def _checked(module, argv, what, timeout=60):
     answer = run(argv, timeout=timeout)
     if answer.code:
         _fail(module, what, answer, [])
+
+
+if __name__ == "__main__":
+    main()

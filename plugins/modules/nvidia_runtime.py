@@ -1,16 +1,10 @@
+#!/usr/bin/python
 """Keep the CDI spec fresh, check that the engine knows the runtime, and prove GPU access in a container."""
 
 from __future__ import annotations
 
-import json
-import os
-
-from ansible.module_utils.mixtral_run_host import probe
-from ansible.module_utils.mixtral_run_host.commands import Result, last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-
 DOCUMENTATION = """
-step: nvidia_runtime
+module: nvidia_runtime
 short_description: Keep the CDI spec fresh and prove that containers reach the GPUs
 description:
   - Writes the CDI spec when it is missing or tells of another driver or number of GPUs than the host has. Where a systemd
@@ -24,6 +18,15 @@ options:
   cdi_path: {description: Where the spec goes where no systemd unit of the toolkit writes it., type: path, default: /etc/cdi/nvidia.yaml}
   state: {description: C(absent) removes the spec that the kit wrote., type: str, choices: [present, absent], default: present}
 """
+
+import json
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.mixtral_run_host import probe
+from ansible.module_utils.mixtral_run_host.commands import Result, last_lines, run
+from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
 OPTIONS = {
     "host": {"type": "str", "required": True},
     "image": {"type": "str", "default": ""},
@@ -45,7 +48,11 @@ print(count.value)
 """
 
 
-def main(module):
+def main():
+    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+
+
+def act(module):
     record = Record("nvidia_runtime", check_mode=module.check_mode)
     if module.params["state"] == "absent":
         path = record.values.get("cdi_path")
@@ -168,3 +175,7 @@ def _refuse(module, expected, found, next_step):
             next_step=next_step,
         )
     )
+
+
+if __name__ == "__main__":
+    main()
