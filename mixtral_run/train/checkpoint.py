@@ -6,7 +6,6 @@ The files are described in docs/formats.md. A checkpoint is written under a temp
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mixtral_run import __version__
 from mixtral_run.errors import TrainingError, WeightsError
 from mixtral_run.launch.processes import is_consequence
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
@@ -36,13 +34,9 @@ from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import HFWeights
 from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
 from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
-from mixtral_run.weights.manifest.describe import (
-    DESCRIPTION,
-    LATEST,
-    AdapterDescription,
-    BaseDescription,
-    newest_iteration,
-)
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, newest_iteration
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
+from mixtral_run.weights.manifest.manifest import write_manifest
 
 
 def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = None) -> None:
@@ -235,15 +229,8 @@ def save_adapter(
         shards |= {"checkpoint_version": 3.0, "iteration": iteration}
         dist_checkpointing.save(shards, str(partial), AdapterWriter())
         if first:
-            values = {
-                "format": 1,
-                "kind": "adapter",
-                "kit_version": __version__,
-                "architecture": model.architecture.to_mapping(),
-                "iteration": iteration,
-                **description,
-            }
-            write_atomically(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+            architecture = model.architecture.to_mapping()
+            write_manifest(partial, "adapter", architecture=architecture, iteration=iteration, **description)
             sync_folder_and_files(partial)
             if final.exists():
                 shutil.rmtree(final)
