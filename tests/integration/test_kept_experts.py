@@ -352,7 +352,7 @@ import torch
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.quantized_experts import Keep

@@ -22,7 +22,12 @@ LINEAR_KEYS = {
     "linear_fc2": LINEAR_FC2_KEY,
 }
 OPTIMIZER_PREFIX = "optimizer."
-"""Training state that lies beside an adapter; no part of it."""
+"""Prefix of the optimizer state in an adapter's folder, which is not part of the adapter."""
+
+
+def is_of_optimizer(key: str) -> bool:
+    """Return True for the key of a tensor that belongs to the optimizer."""
+    return key.startswith(OPTIMIZER_PREFIX)
 
 
 def linear_in_key(module: str) -> str:

@@ -29,7 +29,7 @@ _OF_VOCABULARY = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
 
 
 def is_of_model(key: str) -> bool:
-    """Whether a key is one of the model's own: not optimizer, random numbers or the state of a run."""
+    """Return True for the key of a tensor of the model, adapters included; False for optimizer and random state."""
     return key.startswith(_OF_MODEL)
 
 

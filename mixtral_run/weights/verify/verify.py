@@ -15,7 +15,7 @@ from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
-from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX, adapter_tensors
+from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
@@ -218,7 +218,7 @@ def _expected_tensors(checkpoint: Checkpoint) -> dict[str, hf_to_megatron.Shape]
 
 def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
     expected = _expected_tensors(checkpoint)
-    found = {key: info for key, info in reader.tensors.items() if not key.startswith(OPTIMIZER_PREFIX)}
+    found = {key: info for key, info in reader.tensors.items() if not is_of_optimizer(key)}
     problems = [f"{key}: missing" for key in expected if key not in found]
     problems += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
     for key, info in found.items():
