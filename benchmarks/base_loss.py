@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mixtral_run.config.verbs import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.resources import INSTRUCTIONS

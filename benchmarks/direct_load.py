@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.config.verbs import LORA_TARGET_MODULES, FinetuneConfig
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.report import Report

@@ -99,7 +99,7 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
     import torch
 
     from mixtral_run.config.verbs import LORA_TARGET_MODULES, VerifyConfig
-    from mixtral_run.model.lora import LoraSettings
+    from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
     from mixtral_run.model.parallel.mesh import processes
     from mixtral_run.train.checkpoint import load_base

@@ -53,7 +53,7 @@ def build_ours(layers: int, mesh: Any, recompute: str, base_precision: str, modu
     import torch
 
     from mixtral_run.model.architecture import MIXTRAL_8X7B
-    from mixtral_run.model.lora import LoraSettings
+    from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)

@@ -29,8 +29,9 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
 )
 from mixtral_run.model.kernels.router_probs import with_shares
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
-from mixtral_run.model.lora import LoraSettings, initial_linear_in
+from mixtral_run.model.lora import initial_linear_in
 from mixtral_run.model.lora_experts import Adapters, Rows, adapted_experts
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Once, Recipe, drop

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixtral_run.config.verbs import RUNS_AGAIN
 from mixtral_run.model.attention import Attention, AttentionInputs
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.megatron import (

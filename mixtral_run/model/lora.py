@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mixtral_run.model.cast_adapters import rounded
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -34,21 +34,6 @@ from mixtral_run.model.parallel.megatron import (
 )
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe, drop, remade_linear
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Which layers carry an adapter, and its shape."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: tuple[str, ...]
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *place: int) -> Tensor:

@@ -17,7 +17,7 @@ from mixtral_run.model.dispatch.all_gather import Room
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.layer import MixtralLayer
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.packed_attention import Packed, has_packed_attention
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig

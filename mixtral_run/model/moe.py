@@ -16,8 +16,8 @@ from mixtral_run.model.dispatch.all_gather import Room, gather, sum_where_they_b
 from mixtral_run.model.dispatch.permute import regroup, sorted_by_expert, to_rows, to_tokens
 from mixtral_run.model.dispatch.symmetric_memory import Peers
 from mixtral_run.model.experts import Experts
-from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.lora_experts import Rows
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig, all_to_all, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe

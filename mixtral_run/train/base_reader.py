@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 class BaseReader:
     """A checkpoint whose parts are read as they are asked for; what fails is kept until all ranks are told of it.
 
-    folder: that of the iteration.
+    folder: that of the iteration. wanted: selects the tensors by their keys; state of others, such as the optimizer's,
+    is not looked at.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: Callable[[str], bool] = is_of_model) -> None:
         self._folder = folder
+        self._wanted = wanted
         self._checkpoint: Reader | None = None
         self._failed: WeightsError | None = None
 
@@ -57,8 +59,7 @@ class BaseReader:
 
     def _opened(self) -> Reader:
         if self._checkpoint is None:
-            # The optimizer's state, which Megatron-LM leaves beside the weights, is not looked at.
-            self._checkpoint = Reader(self._folder, is_of_model)
+            self._checkpoint = Reader(self._folder, self._wanted)
         return self._checkpoint
 
     def _prepare(self, shard: ShardedTensor, checkpoint: Reader) -> None:

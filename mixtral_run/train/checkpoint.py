@@ -6,10 +6,8 @@ The files are described in docs/formats.md. A checkpoint is written under a temp
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,31 +16,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mixtral_run import __version__
 from mixtral_run.errors import TrainingError, WeightsError
 from mixtral_run.launch.processes import is_consequence
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import (
     CheckpointingException,
     ShardedTensor,
-    StrictHandling,
     dist_checkpointing,
 )
 from mixtral_run.model.parallel.mesh import is_out_of_memory
 from mixtral_run.train.adapter_writer import AdapterWriter
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.quantized_experts import Keep, KeptExperts
+from mixtral_run.weights.adapter.schema import is_of_optimizer
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import HFWeights
 from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
 from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
-from mixtral_run.weights.manifest.describe import (
-    DESCRIPTION,
-    LATEST,
-    AdapterDescription,
-    BaseDescription,
-    newest_iteration,
-)
+from mixtral_run.weights.manifest.base_checkpoint import is_of_model
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, newest_iteration
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
+from mixtral_run.weights.manifest.manifest import write_manifest
 
 
 def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = None) -> None:
@@ -133,7 +127,7 @@ class _HfReading:
 
 def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
     """Fill the model's adapters. All ranks must call."""
-    _load_into(_shards(model, adapters=True), adapter.folder)
+    _load_into(_shards(model, adapters=True), adapter.folder, is_of_model)
 
 
 def _shards(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:
@@ -145,35 +139,15 @@ def _shards(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:
     }
 
 
-def _load_into(shards: dict[str, ShardedTensor], folder: Path) -> None:
-    """Copy the checkpoint's tensors into the shards' own storage."""
-    targets = {name: shard.data for name, shard in shards.items()}
-    with _told_as_weights_errors(folder):
-        loaded = dist_checkpointing.load(dict(shards), str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    with torch.no_grad():
-        for name, target in targets.items():
-            if loaded[name].data_ptr() != target.data_ptr():
-                target.copy_(loaded[name])
+def _load_into(shards: dict[str, ShardedTensor], folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Copy the tensors of an iteration's folder into the shards' own storage. All ranks must call.
 
-
-_BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
-"""What reading a checkpoint with other bytes in it ends in."""
-
-
-@contextmanager
-def _told_as_weights_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    # torch's CheckpointException is no Exception: it derives from BaseException.
-    except (CheckpointException, CheckpointingException, *_BROKEN) as error:
-        if is_out_of_memory(error):
-            raise
-        raise WeightsError(
-            "The checkpoint cannot be loaded into this model.",
-            where=str(folder),
-            found=_reason(error),
-            next_command=f"mixtral-run verify --load {folder.parent}",
-        ) from error
+    Not by dist_checkpointing.load, which unpickles `.metadata` and common.pt without restrictions: an adapter from
+    someone else could run anything. wanted: selects the checkpoint's tensors by their keys.
+    """
+    with BaseReader(folder, wanted) as reader:
+        reader.read(shards.values())
+        reader.agree()
 
 
 def _reason(error: BaseException) -> str:
@@ -235,15 +209,8 @@ def save_adapter(
         shards |= {"checkpoint_version": 3.0, "iteration": iteration}
         dist_checkpointing.save(shards, str(partial), AdapterWriter())
         if first:
-            values = {
-                "format": 1,
-                "kind": "adapter",
-                "kit_version": __version__,
-                "architecture": model.architecture.to_mapping(),
-                "iteration": iteration,
-                **description,
-            }
-            write_atomically(partial / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+            architecture = model.architecture.to_mapping()
+            write_manifest(partial, "adapter", architecture=architecture, iteration=iteration, **description)
             sync_folder_and_files(partial)
             if final.exists():
                 shutil.rmtree(final)
@@ -284,4 +251,4 @@ def load_optimizer(model: MixtralModel, optimizer: torch.optim.Optimizer, adapte
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    _load_into(optimizer_shards(model, optimizer), adapter.folder)
+    _load_into(optimizer_shards(model, optimizer), adapter.folder, is_of_optimizer)

@@ -8,7 +8,7 @@ import torch
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.checkpoint import load_adapter, load_base
@@ -29,12 +29,7 @@ def pick_dtype(wanted: str, base: BaseDescription, device: torch.device) -> torc
 
 def lora_settings(adapter: AdapterDescription) -> LoraSettings:
     """The adapter's shape, for use after training: no dropout."""
-    return LoraSettings(
-        rank=adapter.lora["lora_rank"],
-        alpha=adapter.lora["lora_alpha"],
-        dropout=0.0,
-        target_modules=tuple(adapter.lora["lora_target_modules"]),
-    )
+    return dataclasses.replace(adapter.lora, dropout=0.0)
 
 
 def load_for_training(

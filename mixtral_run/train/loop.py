@@ -16,7 +16,7 @@ import torch
 from mixtral_run.config.verbs import DataConfig, FinetuneConfig, PretrainConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.planner.choose import reads_fit
@@ -37,7 +37,8 @@ from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
-from mixtral_run.weights.manifest.describe import LATEST, AdapterDescription, BaseDescription, describe_base
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
 
 ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
 """A run goes on where it stopped as long as these stay as they were."""
@@ -62,9 +63,7 @@ class Run:
 def finetune(config: FinetuneConfig) -> None:
     """Fine-tune with LoRA, saving adapters. All ranks must call."""
     base = describe_base(config.load)
-    lora = LoraSettings(
-        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
-    )
+    lora = LoraSettings.from_config(config)
     with processes(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         samples, kept_back = open_samples(config, base, report)
@@ -166,12 +165,7 @@ def _train_and_save(
 ) -> None:
     description: dict[str, object] = {
         "dtype": "float32",
-        "lora": {
-            "lora_rank": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "lora_target_modules": list(config.lora_target_modules),
-        },
+        "lora": LoraSettings.from_config(config).to_mapping(),
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
         "data_sha256": None if config.data_path is None else _sha256(config.data_path),

@@ -8,21 +8,22 @@ from typing import TypeVar
 from mixtral_run.config.verbs import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import PAIRS, read_pairs
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import (
-    LATEST,
-    UNKNOWN_FINGERPRINT,
     AdapterDescription,
     BaseDescription,
     check_adapter_fits,
     describe_adapter,
     describe_base,
 )
+from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
 LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
@@ -125,15 +126,11 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     """What --resume goes on from. Raises ConfigError or WeightsError where it cannot."""
     adapter = describe_adapter(config.save)
     check_adapter_fits(adapter, base)
-    asked = {
-        "lora_rank": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_target_modules": list(config.lora_target_modules),
-    }
+    saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
     problems = [
-        f"--{name.replace('_', '-')}: the checkpoint has {adapter.lora[name]}; found {value}"
-        for name, value in asked.items()
-        if adapter.lora[name] != value
+        f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
+        for name in ("lora_rank", "lora_alpha", "lora_target_modules")
+        if saved[name] != asked[name]
     ]
     if problems:
         raise ConfigError("--resume needs the settings that the adapter was begun with.", problems=problems)

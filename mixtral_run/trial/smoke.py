@@ -16,7 +16,8 @@ from mixtral_run.report import Report
 from mixtral_run.train.metrics import read_metrics
 from mixtral_run.trial.sizes import tokenizer_texts
 from mixtral_run.trial.steps import Steps
-from mixtral_run.weights.manifest.describe import LATEST, describe_base
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
+from mixtral_run.weights.manifest.describe import describe_base
 
 PROMPT = "The three states of matter that people meet every day are"
 LAUNCH_SETTINGS = (

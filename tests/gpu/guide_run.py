@@ -42,7 +42,7 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
 from mixtral_run.trial.random_mixtral import hf_config
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.describe import LATEST
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from tests.gpu.guide_options import default_layouts, expected_rate, name_of, parsed
 from tests.gpu.guide_steps import MISTRAL_FINETUNE, ROOT, WANTED_GIB, Step, reached, run, table, training_figures
 

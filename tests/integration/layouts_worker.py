@@ -19,7 +19,7 @@ from mixtral_run.inference.decode import StayingDecoding
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import Room
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
 from mixtral_run.report import Report

@@ -23,7 +23,7 @@ from mixtral_run.weights.convert import to_megatron as convert_module
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.io import atomic_folder
 from mixtral_run.weights.io.mmap_writer import MappedWriter
-from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.verify.verify import verify
 from tests.integration.test_convert import convert_quietly, run_cli
 from tests.support.tiny import write_tiny
@@ -115,7 +115,7 @@ def test_overwrite_replaces_an_earlier_checkpoint_only_when_asked(tmp_path: Path
     write_tiny(tmp_path / "other", seed=5)
     second = convert_quietly(tmp_path / "other", output, 1, 2, overwrite=True)
     assert second != first
-    assert read_record(output)["fingerprint"] == second
+    assert read_values(output)["fingerprint"] == second
     assert len(list(output.glob("iter_0000001/*.distcp"))) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "other", "out"]
 
@@ -123,7 +123,7 @@ def test_overwrite_replaces_an_earlier_checkpoint_only_when_asked(tmp_path: Path
 def test_an_empty_folder_is_used(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "out").mkdir()
     convert_quietly(tiny, tmp_path / "out", 2, 4)
-    assert read_record(tmp_path / "out")["kind"] == "base"
+    assert read_values(tmp_path / "out")["kind"] == "base"
 
 
 def test_no_space_is_told_before_work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,10 +251,10 @@ def test_a_disk_that_fills_up_at_the_very_end(
 
 def test_output_that_is_a_mount_point(tmp_path: Path, tiny: Path, mounted: Path) -> None:
     first = convert_quietly(tiny, mounted, 2, 4)
-    assert read_record(mounted)["fingerprint"] == first
+    assert read_values(mounted)["fingerprint"] == first
     write_tiny(tmp_path / "other", seed=5)
     convert_quietly(tmp_path / "other", mounted, 2, 4, overwrite=True)
-    assert read_record(mounted)["fingerprint"] != first
+    assert read_values(mounted)["fingerprint"] != first
     assert sorted(entry.name for entry in mounted.iterdir()) == [
         "iter_0000001",
         "latest_checkpointed_iteration.txt",

@@ -17,7 +17,7 @@ from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.io import atomic_folder
 from mixtral_run.weights.manifest.describe import describe_base
-from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.verify.verify import verify
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_convert_problems import content, refused
@@ -85,7 +85,7 @@ def no_copying(monkeypatch: pytest.MonkeyPatch) -> None:
         (CONVERT + "write_proof", "before call 1"),
         (CONVERT + "write_proof", "after"),
         (CONVERT + "write_metadata", "before call 1"),
-        (CONVERT + "record.write_record", "after"),
+        (CONVERT + "write_manifest", "after"),
         (STAGING + "sync_tree", "before call 1"),
         (STAGING + "Staging._rename", "before call 1"),
     ],
@@ -114,7 +114,7 @@ def test_killed_while_one_takes_anothers_place_there_is_always_one(tmp_path: Pat
     output = tmp_path / "out"
     first = convert_quietly(tmp_path / "other", output, 1, 2)
     killed(STAGING + "exchange", "before call 1", tiny, output, "--overwrite")
-    assert read_record(output)["fingerprint"] == first
+    assert read_values(output)["fingerprint"] == first
     killed(STAGING + "exchange", "after", tiny, output, "--overwrite")
     verify(VerifyConfig(load=output, against=tiny, proof=True), Report.silent()).check()
     third = convert_quietly(tmp_path / "other", output, 2, 4, overwrite=True)

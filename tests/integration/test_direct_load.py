@@ -21,7 +21,7 @@ from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct
 from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
 from mixtral_run.weights.manifest.describe import describe_base
-from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.mapping import hf_to_megatron
 from tests.integration.conftest import mixtral_run, torchrun
 from tests.integration.test_convert import convert_quietly
@@ -192,8 +192,8 @@ def test_an_adapter_fits_both(small_hf_model: Path, small_checkpoint: Path, tmp_
         )
         export(merged, Report.silent())
     assert all(answer == answers[0] for answer in answers)
-    first, second = (read_record(tmp_path / name / "iter_0000001") for name in ("direct", "converted"))
-    assert first["base"]["fingerprint"] == second["base"]["fingerprint"] == read_record(small_checkpoint)["fingerprint"]
+    first, second = (read_values(tmp_path / name / "iter_0000001") for name in ("direct", "converted"))
+    assert first["base"]["fingerprint"] == second["base"]["fingerprint"] == read_values(small_checkpoint)["fingerprint"]
     left, right = (hf_tensors_of(tmp_path / f"{name}-merged") for name in ("direct", "converted"))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -282,7 +282,7 @@ def test_verify_of_an_hf_directory(small_hf_model: Path, small_checkpoint: Path,
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["kind"], told["ok"]) == ("hf", True)
-    assert told["record"]["fingerprint"] == read_record(small_checkpoint)["fingerprint"]
+    assert told["record"]["fingerprint"] == read_values(small_checkpoint)["fingerprint"]
     assert told["num_parameters"] == MixtralArchitecture.from_hf_directory(small_hf_model).num_parameters
     assert json.loads((tmp_path / "logits.json").read_text())["largest_difference"] <= 1e-5
     write_tiny(tmp_path / "other")

@@ -18,7 +18,7 @@ from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, Weight
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export
-from mixtral_run.weights.manifest.record import read_record, write_record
+from mixtral_run.weights.manifest.manifest import read_values, write_manifest
 from tests.integration.test_convert import convert_quietly, run_cli
 from tests.support.tiny import write_shards, write_tiny
 
@@ -65,14 +65,14 @@ def write_adapter(base: Path, folder: Path, targets: tuple[str, ...], **lora: An
         warnings.simplefilter("ignore")
         dcp.save({**tensors, **state}, checkpoint_id=iteration, no_dist=True)
     values = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.1, "lora_target_modules": list(targets)}
-    write_record(
+    write_manifest(
         iteration,
         "adapter",
         architecture=architecture.to_mapping(),
         dtype="float32",
         iteration=10,
         lora=values | lora,
-        base={"fingerprint": read_record(base / "base")["fingerprint"], "path": str(base / "base")},
+        base={"fingerprint": read_values(base / "base")["fingerprint"], "path": str(base / "base")},
     )
     (folder / "latest_checkpointed_iteration.txt").write_text("10\n")
     return tensors
@@ -163,7 +163,7 @@ def test_the_axis_order_is_named_and_heeded(base: Path, tmp_path: Path, monkeypa
     folder = tmp_path / "peft"
     export(ExportConfig(adapter=tmp_path / "adapter", output_path=folder, format="peft-fused"), Report.silent())
     assert peft.PeftConfig.from_pretrained(str(folder)).peft_version == "0.21.0"
-    assert read_record(folder)["peft"] == {
+    assert read_values(folder)["peft"] == {
         "version": ">=0.21.0",
         "axis_order": {"lora_A": "[experts * r, in]", "lora_B": "[out, r * experts]"},
     }
@@ -193,7 +193,7 @@ def test_targets_not_chosen_are_absent(base: Path, tmp_path: Path, target: str) 
     names |= {"linear_fc1": ["w1", "w3", "w2"], "linear_fc2": ["w2"]}
     assert config["target_modules"] == names[target]
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (RANK, 10, 0.0)
-    assert read_record(tmp_path / "peft")["lora"]["lora_dropout"] == 0.1
+    assert read_values(tmp_path / "peft")["lora"]["lora_dropout"] == 0.1
     assert config["base_model_name_or_path"] == str(base / "hf")
     keys = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert {key.split(".")[-3] for key in keys} == set(names[target])
@@ -270,7 +270,7 @@ def test_another_base_is_refused_at_the_start_and_at_the_end(base: Path, tmp_pat
     tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][0, 0] += 1
     write_shards(tmp_path / "near", tensors, 3)
     error = refused(**common, hf_model_path=tmp_path / "near")
-    assert read_record(base / "base")["fingerprint"] in str(error)
+    assert read_values(base / "base")["fingerprint"] in str(error)
 
 
 def test_what_is_no_adapter_or_not_a_whole_one(base: Path, tmp_path: Path) -> None:

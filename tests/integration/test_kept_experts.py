@@ -24,7 +24,8 @@ from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 from mixtral_run.weights.load.read_parts import BLOCK_BYTES, default_workers
-from mixtral_run.weights.manifest.describe import LATEST, describe_base
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
+from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.quantized_cache import layout, writer
 from tests.support.quantized_cache import (
     RECORD,
@@ -268,7 +269,7 @@ if stage == "writing":
         return write(*arguments) if len(calls) < 20 else die()
     keeping._write_tensor = some
 elif stage == "record":
-    keeping.record.write_record = die
+    keeping.write_manifest = die
 else:
     keeping.sync_folder = die
 start(base)
@@ -351,7 +352,7 @@ import torch
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.quantized_experts import Keep

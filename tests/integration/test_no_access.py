@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.weights.manifest.describe import LATEST
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 
 # Root reads everything, but for what these two are taken from.
 AS_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []

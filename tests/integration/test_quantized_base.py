@@ -7,7 +7,7 @@ import torch
 
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.model.kernels.quantized.quantized_mm import quantize_to
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.load_model import load_for_training

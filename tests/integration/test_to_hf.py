@@ -13,7 +13,7 @@ from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.convert.to_hf import to_hf
-from mixtral_run.weights.manifest.record import read_record
+from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from tests.integration.conftest import torchrun
@@ -69,10 +69,10 @@ def test_with_an_adapter_it_is_the_merged_model(
     for name, tensor in expected.items():
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
     assert sum(not torch.equal(found[name], tensors[name]) for name in tensors) == 2 * (4 + 3 * 8)
-    assert "fingerprint" not in read_record(tmp_path / "again")
+    assert "fingerprint" not in read_values(tmp_path / "again")
     # It is a model like any other: another conversion takes it, with a fingerprint of its own.
     assert (
-        convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) != read_record(tmp_path / "base")["fingerprint"]
+        convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) != read_values(tmp_path / "base")["fingerprint"]
     )
 
 
@@ -148,7 +148,7 @@ def test_trained_on_by_megatron(tmp_path: Path, keys: str) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     # It is a model like any other, and known by what it holds.
     assert (
-        convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) == read_record(tmp_path / "again")["fingerprint"]
+        convert_quietly(tmp_path / "again", tmp_path / "third", 2, 2) == read_values(tmp_path / "again")["fingerprint"]
     )
     # Saved into the folder of the conversion, which says what it is.
     shutil.copytree(trained, tmp_path / "base", dirs_exist_ok=True)

@@ -13,13 +13,14 @@ import torch
 from isal.isal_zlib import crc32
 
 from mixtral_run.config.verbs import FinetuneConfig
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.report import Report
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.quantized_experts import Keep
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights
-from mixtral_run.weights.manifest.describe import LATEST, describe_base
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
+from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_FC1_KEY, LINEAR_FC2_KEY
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 

@@ -1,4 +1,4 @@
-"""An adapter checkpoint opened, and checked to hold what its record says."""
+"""Open an adapter checkpoint and check its tensors against its manifest."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.adapter.schema import Lora, Place, adapter_tensors, lora_of, places
-from mixtral_run.weights.manifest import record
+from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.weights.adapter.schema import Place, adapter_tensors, places
+from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint, adapter_manifest_of, open_checkpoint
+from mixtral_run.weights.manifest.manifest import AdapterManifest
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 
 @dataclass(frozen=True)
 class OpenAdapter:
-    """An adapter's newest iteration, its settings, and what it changes by HF tensor."""
+    """An adapter's newest iteration, its manifest, and the parts of it that change each HF tensor."""
 
-    checkpoint: record.Checkpoint
-    lora: Lora
+    checkpoint: Checkpoint
+    manifest: AdapterManifest
     places: Mapping[str, Place]
 
     @property
+    def lora(self) -> LoraSettings:
+        """Return the settings that the adapter was trained with."""
+        return self.manifest.lora
+
+    @property
     def base_fingerprint(self) -> str:
-        return str(self.checkpoint.record.get("base", {}).get("fingerprint"))
+        """Return the fingerprint of the base that the adapter was trained on."""
+        return self.manifest.base.fingerprint
 
 
 def open_adapter(path: Path) -> OpenAdapter:
-    """Read the record. Raises WeightsError when `path` is no whole adapter checkpoint."""
-    checkpoint = record.open_checkpoint(path)
-    if checkpoint.kind != "adapter":
-        raise WeightsError(
-            "This is not an adapter.",
-            where=str(path),
-            expected="what mixtral-run finetune saved",
-            found=f"a checkpoint of kind {checkpoint.kind}",
-            next_command="mixtral-run finetune … --save FOLDER, and that folder",
-        )
-    lora = lora_of(checkpoint.record, str(checkpoint.iteration_folder))
-    return OpenAdapter(checkpoint, lora, places(checkpoint.architecture, lora))
+    """Read the manifest. Raises WeightsError if `path` is not a complete adapter checkpoint."""
+    checkpoint = open_checkpoint(path)
+    manifest = adapter_manifest_of(checkpoint)
+    return OpenAdapter(checkpoint, manifest, places(manifest.architecture, manifest.lora))
 
 
 def check_tensors(adapter: OpenAdapter, reader: Reader) -> None:
-    """Raise WeightsError unless every tensor that the record promises is there, in its shape."""
+    """Raise WeightsError unless the checkpoint has every tensor of the adapter, in its shape."""
     expected = adapter_tensors(adapter.checkpoint.architecture, adapter.lora)
     problems = [f"{key}: missing" for key in expected if key not in reader.tensors]
     problems += [
@@ -54,4 +54,4 @@ def check_tensors(adapter: OpenAdapter, reader: Reader) -> None:
         problems.append(f"dtype: expected one for all tensors; found {', '.join(sorted(dtypes))}")
     if problems:
         where = str(adapter.checkpoint.iteration_folder)
-        raise WeightsError("The adapter's tensors are not what its record says.", where=where, problems=problems)
+        raise WeightsError("The adapter's tensors do not match its mixtral_run.json.", where=where, problems=problems)

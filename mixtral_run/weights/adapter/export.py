@@ -23,8 +23,8 @@ from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory,
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
-from mixtral_run.weights.manifest import record
-from mixtral_run.weights.manifest.describe import DESCRIPTION, LATEST
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
+from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, BaseManifest, is_kind, read_manifest, write_manifest
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 _STEPS = 3
@@ -59,7 +59,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
         weights = _check(config, adapter, peft, report)
         _tell(adapter, report)
-        with interrupts(), Staging(config.output_path, DESCRIPTION) as staging:
+        with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
             staging.clear()
             if config.merge:
                 assert weights is not None
@@ -85,7 +85,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
 
 
 def _is_export(folder: Path) -> bool:
-    return record.is_kind(folder, "peft", "hf")
+    return is_kind(folder, "peft", "hf")
 
 
 def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, report: Report) -> HFWeights | None:
@@ -142,7 +142,7 @@ def _check_base(adapter: OpenAdapter, weights: HFWeights) -> None:
 
 
 def _another_base(adapter: OpenAdapter, where: str, expected: str, found: str) -> WeightsError:
-    path = adapter.checkpoint.record.get("base", {}).get("path")
+    path = adapter.manifest.base.path
     return WeightsError(
         "The adapter was trained on another base.",
         where=where,
@@ -176,7 +176,7 @@ def _write_peft(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory,
 
 def _base_name(config: ExportConfig, adapter: OpenAdapter) -> str | None:
     """The HF model that PEFT's config names: as given, or as the base checkpoint tells, where it is still there."""
-    name = config.hf_model_path or _source_of(adapter.checkpoint.record.get("base", {}).get("path"))
+    name = config.hf_model_path or _source_of(adapter.manifest.base.path)
     if name is None:
         return None
     # A relative path would be taken for a name on the hub.
@@ -192,9 +192,10 @@ def _source_of(path: str | None) -> Path | None:
         name = hub_name_of(base)
         return base if name is None else Path(name)
     try:
-        return Path(record.read_record(base)["source"])
-    except (WeightsError, KeyError):
+        source = read_manifest(base, BaseManifest).source
+    except WeightsError:
         return None
+    return None if source is None else Path(source)
 
 
 def _merge(adapter: OpenAdapter, weights: HFWeights, factors: Factors, folder: Path, report: Report) -> tuple[int, int]:
@@ -214,9 +215,9 @@ def _write_record(config: ExportConfig, adapter: OpenAdapter, folder: Path) -> N
         "adapter": str(config.adapter),
         "iteration": adapter.checkpoint.iteration,
         "layout": None if config.merge else config.format,
-        "lora": adapter.checkpoint.record["lora"],
-        "base": adapter.checkpoint.record.get("base"),
+        "lora": adapter.manifest.values["lora"],
+        "base": adapter.manifest.values["base"],
     }
     if config.format == "peft-fused" and not config.merge:
         values["peft"] = {"version": f">={FUSED_PEFT_VERSION}", "axis_order": FUSED_AXIS_ORDER}
-    record.write_record(folder, "hf" if config.merge else "peft", **values)
+    write_manifest(folder, "hf" if config.merge else "peft", **values)

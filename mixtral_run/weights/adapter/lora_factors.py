@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mixtral_run.weights.adapter.schema import Lora, Place, linear_in_key, linear_out_key
+from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.weights.adapter.schema import Place, linear_in_key, linear_out_key
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -27,7 +28,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 class Factors:
     """A and B by HF tensor, in the dtype they were saved in. q, k and v share their A, and so do w1 and w3."""
 
-    def __init__(self, reader: Reader, lora: Lora, places: Mapping[str, Place]) -> None:
+    def __init__(self, reader: Reader, lora: LoraSettings, places: Mapping[str, Place]) -> None:
         self._reader = reader
         self.lora = lora
         self.places = places

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from mixtral_run.config.verbs import hub_name_and_revision
 from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.lora_factors import Factors
-from mixtral_run.weights.adapter.schema import Lora, places
+from mixtral_run.weights.adapter.schema import places
 from mixtral_run.weights.mapping.hf_to_megatron import Shape, hf_tensors
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Entry:
     read: Callable[[], torch.Tensor]
 
 
-def completed(lora: Lora, layout: str) -> Lora:
+def completed(lora: LoraSettings, layout: str) -> LoraSettings:
     """The adapter with what the layout needs beside what was trained; it is written with zeros, which change nothing.
 
     PEFT 0.21 finds the factors of w1 and w3 only where those of w2 are wrapped around them: alone they are left out
@@ -85,7 +86,7 @@ def fused_entries(architecture: MixtralArchitecture, factors: Factors) -> list[E
     return entries
 
 
-def _apart(architecture: MixtralArchitecture, factors: Factors, lora: Lora) -> list[Entry]:
+def _apart(architecture: MixtralArchitecture, factors: Factors, lora: LoraSettings) -> list[Entry]:
     shapes = hf_tensors(architecture)
     entries = []
     for name in places(architecture, lora):
@@ -103,7 +104,7 @@ def _bound(read: Callable[..., torch.Tensor], *arguments: Any) -> Callable[[], t
     return lambda: read(*arguments)
 
 
-def adapter_config(lora: Lora, base_model: str | None, *, fused: bool) -> dict[str, Any]:
+def adapter_config(lora: LoraSettings, base_model: str | None, *, fused: bool) -> dict[str, Any]:
     """PEFT's LoraConfig. Dropout is zero: it belongs to training, and PEFT refuses to load experts with any."""
     modules = [module for module in lora.target_modules if not (fused and module in _PARAMETERS)]
     parameters = [name for module, name in _PARAMETERS.items() if fused and module in lora.target_modules]

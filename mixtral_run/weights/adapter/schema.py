@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.mapping.hf_to_megatron import (
     LINEAR_FC1_KEY,
     LINEAR_FC2_KEY,
@@ -24,45 +22,12 @@ LINEAR_KEYS = {
     "linear_fc2": LINEAR_FC2_KEY,
 }
 OPTIMIZER_PREFIX = "optimizer."
-"""Training state that lies beside an adapter; no part of it."""
+"""Prefix of the optimizer state in an adapter's folder, which is not part of the adapter."""
 
 
-@dataclass(frozen=True)
-class Lora:
-    """What an adapter's record says of it."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        """`W·x + scale · B·A·x`."""
-        return self.alpha / self.rank
-
-
-def lora_of(record: Mapping[str, Any], where: str) -> Lora:
-    """Read an adapter's record. Raises WeightsError naming what is missing or unknown."""
-    try:
-        values = record["lora"]
-        lora = Lora(
-            int(values["lora_rank"]),
-            float(values["lora_alpha"]),
-            float(values.get("lora_dropout", 0.0)),
-            tuple(values["lora_target_modules"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError("The adapter's record is not complete.", where=where, found=repr(error)) from error
-    unknown = [name for name in lora.target_modules if name not in LINEAR_KEYS]
-    if unknown or lora.rank < 1:
-        raise WeightsError(
-            "The adapter's record cannot be used.",
-            where=where,
-            expected=f"lora_rank above 0, lora_target_modules among {', '.join(LINEAR_KEYS)}",
-            found=f"lora_rank {lora.rank}, lora_target_modules {', '.join(lora.target_modules)}",
-        )
-    return lora
+def is_of_optimizer(key: str) -> bool:
+    """Return True for the key of a tensor that belongs to the optimizer."""
+    return key.startswith(OPTIMIZER_PREFIX)
 
 
 def linear_in_key(module: str) -> str:
@@ -75,7 +40,7 @@ def linear_out_key(module: str) -> str:
     return LINEAR_KEYS[module].removesuffix(".weight") + ".adapter.linear_out.weight"
 
 
-def adapter_tensors(architecture: MixtralArchitecture, lora: Lora) -> dict[str, Shape]:
+def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Shape]:
     """Every tensor of the adapter with its global shape."""
     a, r = architecture, lora.rank
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
@@ -104,7 +69,7 @@ class Place:
         return sum(stop - start for start, stop in self.rows)
 
 
-def places(architecture: MixtralArchitecture, lora: Lora) -> dict[str, Place]:
+def places(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Place]:
     """HF tensor → the part of the adapter that changes it, in the order of the layers.
 
     B's rows are the layer's own rows, so they go where the weight mapping sends the weight's.

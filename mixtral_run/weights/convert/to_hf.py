@@ -27,9 +27,15 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.io.interrupts import interrupts
-from mixtral_run.weights.manifest import record
 from mixtral_run.weights.manifest.base_checkpoint import check_base, is_as_converted, is_of_model, open_base
-from mixtral_run.weights.manifest.describe import DESCRIPTION
+from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint
+from mixtral_run.weights.manifest.manifest import (
+    MANIFEST_NAME,
+    UNKNOWN_FINGERPRINT,
+    BaseManifest,
+    is_kind,
+    write_manifest,
+)
 from mixtral_run.weights.manifest.proof import PROOF_NAME
 from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_QKV_KEY, RowRanges, Shape, hf_tensors, row_ranges
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
@@ -72,7 +78,7 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
         files = _check(config, checkpoint, reader, report)
         num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
-        with interrupts(), Staging(config.output_path, DESCRIPTION) as staging:
+        with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
             staging.clear()
             report.step(2, _STEPS, f"Write {len(files)} files ({num_bytes / GIB:,.2f} GiB)")
             with report.progress(num_bytes, "written") as progress:
@@ -92,17 +98,18 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
 
 
 @contextmanager
-def _open_adapter(config: ConvertConfig, checkpoint: record.Checkpoint) -> Iterator[Factors | None]:
+def _open_adapter(config: ConvertConfig, checkpoint: Checkpoint) -> Iterator[Factors | None]:
     if config.adapter is None:
         yield None
         return
     adapter = open_adapter(config.adapter)
-    if adapter.base_fingerprint != checkpoint.record.get("fingerprint"):
+    fingerprint = _recorded_fingerprint(checkpoint)
+    if adapter.base_fingerprint != fingerprint:
         raise WeightsError(
             "The adapter was trained on another base.",
             where=str(config.adapter),
             expected=f"the base with fingerprint {adapter.base_fingerprint}",
-            found=f"{checkpoint.folder}, fingerprint {checkpoint.record.get('fingerprint')}",
+            found=f"{checkpoint.folder}, fingerprint {fingerprint or 'not recorded'}",
             next_command="give --from-megatron the checkpoint that the adapter was trained on",
         )
     with Reader(adapter.checkpoint.iteration_folder) as reader:
@@ -111,14 +118,14 @@ def _open_adapter(config: ConvertConfig, checkpoint: record.Checkpoint) -> Itera
 
 
 def _check(
-    config: ConvertConfig, checkpoint: record.Checkpoint, reader: Reader, report: Report
+    config: ConvertConfig, checkpoint: Checkpoint, reader: Reader, report: Report
 ) -> dict[str, dict[str, Shape]]:
     """Everything that can be known before the first byte is written; the files to write."""
     check_base(checkpoint, reader, report)
     problems = output_problems(
         config.output_path,
         overwrite=config.overwrite,
-        is_ours=lambda folder: record.is_kind(folder, "hf"),
+        is_ours=lambda folder: is_kind(folder, "hf"),
         what="an earlier HF model of this kit",
     )
     problems += disk_problems(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
@@ -127,7 +134,7 @@ def _check(
     return _files(checkpoint, reader.tensors[LINEAR_QKV_KEY].item_size)
 
 
-def _files(checkpoint: record.Checkpoint, item_size: int) -> dict[str, dict[str, Shape]]:
+def _files(checkpoint: Checkpoint, item_size: int) -> dict[str, dict[str, Shape]]:
     """The tensors of each file, filled one after another."""
     groups: list[dict[str, Shape]] = [{}]
     filled = 0
@@ -147,7 +154,7 @@ class _Writer:
 
     def __init__(
         self,
-        checkpoint: record.Checkpoint,
+        checkpoint: Checkpoint,
         reader: Reader,
         factors: Factors | None,
         advance: Callable[[int], None],
@@ -217,8 +224,14 @@ class _Writer:
         return np.ascontiguousarray(np.concatenate(parts))
 
 
-def _check_fingerprint(config: ConvertConfig, checkpoint: record.Checkpoint, writer: _Writer, report: Report) -> str:
-    recorded = checkpoint.record.get("fingerprint")
+def _recorded_fingerprint(checkpoint: Checkpoint) -> str:
+    """Return the fingerprint of the conversion, UNKNOWN_FINGERPRINT if another program wrote the checkpoint."""
+    manifest = checkpoint.manifest
+    return manifest.fingerprint if isinstance(manifest, BaseManifest) else UNKNOWN_FINGERPRINT
+
+
+def _check_fingerprint(config: ConvertConfig, checkpoint: Checkpoint, writer: _Writer, report: Report) -> str:
+    recorded = _recorded_fingerprint(checkpoint)
     found = fingerprint_of_checksums(checkpoint.architecture, writer.dtype, writer.checksums)
     if found == recorded:
         return found
@@ -226,21 +239,21 @@ def _check_fingerprint(config: ConvertConfig, checkpoint: record.Checkpoint, wri
         raise WeightsError(
             "The checkpoint's weights are not those that were converted.",
             where=str(checkpoint.folder),
-            expected=f"fingerprint {recorded}",
+            expected=f"fingerprint {recorded or 'not recorded'}",
             found=f"fingerprint {found}",
             next_command=f"mixtral-run verify --load {checkpoint.folder} --proof, which names what differs",
         )
     report.warn(
         f"{checkpoint.iteration_folder} has no {PROOF_NAME}: that its bytes are those that were saved is not checked"
     )
-    if recorded is not None:
+    if recorded != UNKNOWN_FINGERPRINT:
         report.warn(f"the weights are not those that were converted ({recorded}) but {found}: trained on since")
     return found
 
 
 def _write_sidecars(
     config: ConvertConfig,
-    checkpoint: record.Checkpoint,
+    checkpoint: Checkpoint,
     files: dict[str, dict[str, Shape]],
     num_bytes: int,
     folder: Path,
@@ -253,7 +266,7 @@ def _write_sidecars(
     write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     # With an adapter these are other weights than those that the fingerprint is of.
     what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
-    record.write_record(
+    write_manifest(
         folder,
         "hf",
         architecture=checkpoint.architecture.to_mapping(),

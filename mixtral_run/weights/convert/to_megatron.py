@@ -26,8 +26,8 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_pro
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on_one_disk, output_problems
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
-from mixtral_run.weights.manifest import record
-from mixtral_run.weights.manifest.describe import LATEST
+from mixtral_run.weights.manifest.checkpoint_folder import CONVERTED_ITERATION, LATEST
+from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist import megatron_files
 from mixtral_run.weights.torch_dist.metadata import write_metadata
@@ -84,7 +84,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
         _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
         write_proof(staging.folder, weights, plan, journal.done)
-        write_atomically(staging.folder / LATEST, f"{record.CONVERTED_ITERATION}\n")
+        write_atomically(staging.folder / LATEST, f"{CONVERTED_ITERATION}\n")
         # The journal goes last: until the result is in its place, it is what a run that is cut off goes on from.
         staging.publish(spent=(JOURNAL_NAME,))
     result = ConvertResult(
@@ -171,7 +171,7 @@ def _copy(
 
 
 def _iteration_folder(staging: Staging) -> Path:
-    return staging.folder / f"iter_{record.CONVERTED_ITERATION:07d}"
+    return staging.folder / f"iter_{CONVERTED_ITERATION:07d}"
 
 
 def _num_copied(weights: HFWeights, plan: Plan, journal: Journal) -> int:
@@ -194,7 +194,7 @@ def peak_rss_bytes() -> int:
 
 
 def _is_base(folder: Path) -> bool:
-    return record.is_kind(folder, "base")
+    return is_kind(folder, "base")
 
 
 def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights, Plan]:
@@ -281,17 +281,17 @@ def _write_sidecars(
     config: ConvertConfig, model: str, weights: HFWeights, plan: Plan, folder: Path, fingerprint: str
 ) -> None:
     """What lies beside the weights, but for their proof and the tracker file, which makes it a checkpoint."""
-    iteration_folder = folder / f"iter_{record.CONVERTED_ITERATION:07d}"
+    iteration_folder = folder / f"iter_{CONVERTED_ITERATION:07d}"
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     a, dtype = weights.architecture, weights.dtype
     # An earlier run may have copied files that the source has no more.
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     copy_tokenizer(weights.directory, folder / "tokenizer")
-    megatron_files.write_common(iteration_folder, a, dtype, tp, ep, record.CONVERTED_ITERATION)
+    megatron_files.write_common(iteration_folder, a, dtype, tp, ep, CONVERTED_ITERATION)
     megatron_files.write_run_config(iteration_folder, a, dtype, tp, ep)
     write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a), dtype, plan.stored_items())
     megatron_files.write_metadata_json(iteration_folder)
-    record.write_record(
+    write_manifest(
         folder,
         "base",
         architecture=a.to_mapping(),

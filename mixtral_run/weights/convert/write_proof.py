@@ -12,7 +12,7 @@ from mixtral_run.weights.convert.journal import JOURNAL_NAME, JobSums
 from mixtral_run.weights.hf.safetensors_files import HFWeights
 from mixtral_run.weights.io.crc import crc_of
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.describe import LATEST
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.proof import PROOF_NAME
 
 

@@ -198,7 +198,7 @@ def _read_by_torch(checkpoint: Reader, overlaps: Iterable[Overlap]) -> None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a damaged zip or pickle raises anything, AssertionError among it
-            raise checkpoint.broken(each.item, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            raise checkpoint.refused(each.item, error) from None
 
 
 class _Into(LoadPlanner):

@@ -12,8 +12,14 @@ from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.hf.hub import resolve_description
-from mixtral_run.weights.manifest import record
-from mixtral_run.weights.manifest.describe import DESCRIPTION, iteration_folder_of
+from mixtral_run.weights.manifest.checkpoint_folder import (
+    CONVERTED_ITERATION,
+    Checkpoint,
+    iteration_folder_of,
+    iteration_of,
+    open_checkpoint,
+)
+from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, UNKNOWN_FINGERPRINT, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
@@ -23,11 +29,11 @@ _OF_VOCABULARY = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
 
 
 def is_of_model(key: str) -> bool:
-    """Whether a key is one of the model's own: not optimizer, random numbers or the state of a run."""
+    """Return True for the key of a tensor of the model, adapters included; False for optimizer and random state."""
     return key.startswith(_OF_MODEL)
 
 
-def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[record.Checkpoint, Path]:
+def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Checkpoint, Path]:
     """The checkpoint, and the folder that config.json and the tokenizer come from.
 
     A checkpoint that carries no record of ours is what the HF model's config.json says. Raises WeightsError.
@@ -36,8 +42,8 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[re
     architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
     iteration_folder = iteration_folder_of(path)
     folder = path.parent if iteration_folder == path else path
-    if any((each / DESCRIPTION).is_file() for each in (folder, iteration_folder)):
-        checkpoint = record.open_checkpoint(path)
+    if any((each / MANIFEST_NAME).is_file() for each in (folder, iteration_folder)):
+        checkpoint = open_checkpoint(path)
         if architecture is not None and architecture != checkpoint.architecture:
             raise WeightsError(
                 "The HF model is another one.",
@@ -46,13 +52,18 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[re
                 found=str(architecture.to_mapping()),
             )
     elif architecture is not None:
-        values = {"kind": "base", "architecture": architecture.to_mapping()}
-        checkpoint = record.Checkpoint(folder, record.iteration_of(iteration_folder), iteration_folder, values)
+        manifest = BaseManifest(
+            values={"kind": "base", "architecture": architecture.to_mapping()},
+            architecture=architecture,
+            dtype="",
+            fingerprint=UNKNOWN_FINGERPRINT,
+        )
+        checkpoint = Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, manifest)
     else:
         raise WeightsError(
             "The checkpoint does not say which model it is of.",
             where=str(folder),
-            expected=f"{DESCRIPTION}, as mixtral-run convert writes; Megatron-LM and Megatron-Bridge do not",
+            expected=f"{MANIFEST_NAME}, as mixtral-run convert writes; Megatron-LM and Megatron-Bridge do not",
             next_command="the same with --hf-model-path HF_DIR, to take config.json and the tokenizer from",
         )
     tokenizer = described or folder / "tokenizer"
@@ -66,12 +77,12 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[re
     return checkpoint, tokenizer
 
 
-def is_as_converted(checkpoint: record.Checkpoint) -> bool:
+def is_as_converted(checkpoint: Checkpoint) -> bool:
     """Whether the iteration is the one that `convert` wrote: its weights have to have the recorded fingerprint."""
-    return checkpoint.iteration == record.CONVERTED_ITERATION and (checkpoint.folder / PROOF_NAME).is_file()
+    return checkpoint.iteration == CONVERTED_ITERATION and (checkpoint.folder / PROOF_NAME).is_file()
 
 
-def check_base(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> None:
+def check_base(checkpoint: Checkpoint, reader: Reader, report: Report) -> None:
     """Raise WeightsError unless the weights of the model are there, whole, and nothing that an HF model cannot hold.
 
     Afterwards every tensor of the reader has the name that `convert` gives it.

@@ -21,8 +21,15 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.hf.fingerprint import source_checksums
 from mixtral_run.weights.hf.safetensors_files import ITEM_SIZES, Source, TensorEntry, mixed_header
 from mixtral_run.weights.io.crc import crc_of
-from mixtral_run.weights.manifest import record
-from mixtral_run.weights.manifest.describe import DESCRIPTION, BaseDescription, newest_iteration
+from mixtral_run.weights.manifest.checkpoint_folder import newest_iteration
+from mixtral_run.weights.manifest.describe import BaseDescription
+from mixtral_run.weights.manifest.manifest import (
+    MANIFEST_NAME,
+    QuantizedCacheManifest,
+    is_kind,
+    read_manifest,
+    read_values,
+)
 from mixtral_run.weights.torch_dist.metadata import METADATA_NAME
 
 KIND = "quantised"
@@ -149,24 +156,23 @@ def look(base: BaseDescription, precision: str, dtype: str) -> Look:
     if not folder.exists():
         return Look(None)
     try:
-        content = record.read_record(folder)
+        manifest = read_manifest(folder, QuantizedCacheManifest)
         files = Files(folder, base.architecture, precision)
-        why = _of_another(content, base, files, dtype) or next(iter(file_problems(files)), None)
+        why = _of_another(manifest, base, files, dtype) or next(iter(file_problems(files)), None)
         if why is None:
-            return Look(_kept(content, files))
+            return Look(_kept(manifest, files))
     except WeightsError as error:
-        why = error.found or error.what
+        why = error.found or "; ".join(error.problems) or error.what
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
     return Look(None, why)
 
 
-def _of_another(content: Mapping[str, Any], base: BaseDescription, files: Files, dtype: str) -> str | None:
+def _of_another(manifest: QuantizedCacheManifest, base: BaseDescription, files: Files, dtype: str) -> str | None:
     """How the record differs from what is wanted."""
     from mixtral_run.model.kernels.quantized.quantized_mm import KEPT_AS
 
     wanted = {
-        "kind": KIND,
         "layout": LAYOUT,
         "precision": files.precision,
         "method": KEPT_AS[files.precision],
@@ -174,13 +180,12 @@ def _of_another(content: Mapping[str, Any], base: BaseDescription, files: Files,
         "dtype": dtype,
     }
     for name, value in wanted.items():
-        if content.get(name) != value:
-            return f"made as {name} {content.get(name)}, not {value}"
-    ours = content["base"]
-    if not ours["fingerprint"].startswith(base.fingerprint):
-        return f"made of a base with fingerprint {ours['fingerprint']}, not {base.fingerprint}"
+        if manifest.values.get(name) != value:
+            return f"made as {name} {manifest.values.get(name)}, not {value}"
+    if not manifest.base.fingerprint.startswith(base.fingerprint):
+        return f"made of a base with fingerprint {manifest.base.fingerprint}, not {base.fingerprint}"
     for name, value in identity(base).items():
-        if ours.get(name) != value:
+        if manifest.values["base"].get(name) != value:
             return f"the base's {name.replace('_crc32', '')} changed since"
     return None
 
@@ -204,17 +209,16 @@ def file_problems(files: Files) -> list[str]:
     return problems
 
 
-def _kept(content: Mapping[str, Any], files: Files) -> Kept:
-    checksums = {name: int(crc, 16) for name, crc in content["tensors"].items()}
+def _kept(manifest: QuantizedCacheManifest, files: Files) -> Kept:
+    checksums = manifest.checksums
     for layer in range(files.architecture.num_layers):
         missing = files.entries(layer).keys() - checksums.keys()
         if missing:
             raise ValueError(f"no checksum of {min(missing)}")
-    sources = {name: int(crc, 16) for name, crc in content["base"].get("tensors", {}).items()}
-    digest = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-    stat = (files.folder / DESCRIPTION).stat()
+    digest = zlib.crc32(json.dumps(manifest.values, sort_keys=True).encode())
+    stat = (files.folder / MANIFEST_NAME).stat()
     written = (stat.st_ino, stat.st_mtime_ns)
-    return Kept(files, content["base"]["fingerprint"], sources, checksums, digest, written)
+    return Kept(files, manifest.base.fingerprint, manifest.source_checksums, checksums, digest, written)
 
 
 def beside(base: BaseDescription) -> dict[str, Look]:
@@ -222,8 +226,8 @@ def beside(base: BaseDescription) -> dict[str, Look]:
     found = {}
     for precision in BASE_PRECISIONS:
         folder = kept_folder(base.folder, precision)
-        if record.is_kind(folder, KIND):
-            found[precision] = look(base, precision, str(record.read_record(folder).get("dtype")))
+        if is_kind(folder, KIND):
+            found[precision] = look(base, precision, str(read_values(folder).get("dtype")))
     return found
 
 

@@ -21,7 +21,7 @@ from mixtral_run.weights.hf.safetensors_files import TensorEntry
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.disk import allocate
 from mixtral_run.weights.io.files import sync_path
-from mixtral_run.weights.manifest import record
+from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
 from mixtral_run.weights.quantized_cache.layout import KIND, Files, kept_folder, tensor_name
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Keeping:
     def commit(self, checksums: Mapping[str, int], **values: Any) -> None:
         """Write the record and put the folder in its place. Raises OSError; then `abandon`."""
         # What is of no use any more went when this began: the place is free, unless someone else's folder took it.
-        record.write_record(
+        write_manifest(
             self.files.folder, KIND, **values, tensors={name: f"{crc:08x}" for name, crc in checksums.items()}
         )
         sync_path(self.files.folder)
@@ -112,7 +112,7 @@ def _clear(final: Path) -> None:
     """Make the place free: a folder of ours was found to be of no use."""
     if not final.exists():
         return
-    if not record.is_kind(final, KIND):
+    if not is_kind(final, KIND):
         raise CannotKeep(f"{final} is none of this kit's, or damaged: it can be removed by hand")
     shutil.rmtree(final)
 

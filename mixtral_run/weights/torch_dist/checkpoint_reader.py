@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.torch_dist.item_reader import FileSlice, NotPlainError, payload_start
-from mixtral_run.weights.torch_dist.metadata import METADATA_NAME, StoredItem, read_metadata, unreadable
+from mixtral_run.weights.torch_dist.metadata import METADATA_NAME, StoredItem, hostile, read_metadata, unreadable
+from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, in_own_words
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -99,7 +100,9 @@ class Reader:
         self.files = set(reached)
         for file, expected in sorted(reached.items()):
             path = self.folder / file
-            if not path.is_file():
+            if Path(file).name != file:
+                problems.append(f"{METADATA_NAME}: {file!r} is not a file of this folder")
+            elif not path.is_file():
                 problems.append(f"{file}: missing ({expected:,} bytes)")
             elif path.stat().st_size < expected:
                 problems.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
@@ -231,7 +234,11 @@ class Reader:
         if item not in self._payloads:
             assert item.shape is not None
             view = FileSlice(self._descriptor(item.file), item.start, item.length)
-            self._payloads[item] = item.start + payload_start(view, item.shape, self.tensors[item.key].dtype)
+            try:
+                start = payload_start(view, item.shape, self.tensors[item.key].dtype)
+            except DisallowedGlobalError as error:
+                raise hostile(self._place_of(item), error) from error
+            self._payloads[item] = item.start + start
         return self._payloads[item]
 
     def _payload_start(self, item: StoredItem) -> int:
@@ -240,11 +247,21 @@ class Reader:
         except NotPlainError as error:
             raise self.broken(item, str(error)) from error
 
+    def _place_of(self, item: StoredItem) -> str:
+        return f"{self.folder / item.file}, bytes {item.start:,} to {item.start + item.length:,}"
+
+    def refused(self, item: StoredItem, error: Exception) -> WeightsError:
+        """Return the error for a chunk that torch could not read or refused to."""
+        error = in_own_words(error)
+        if isinstance(error, DisallowedGlobalError):
+            return hostile(self._place_of(item), error)
+        return self.broken(item, f"{type(error).__name__}: {error}".splitlines()[0])
+
     def broken(self, item: StoredItem, found: str) -> WeightsError:
         """What to say of a chunk that cannot be read."""
         return WeightsError(
             "A tensor of the checkpoint is not stored as it should be.",
-            where=f"{self.folder / item.file}, bytes {item.start:,} to {item.start + item.length:,}",
+            where=self._place_of(item),
             expected=f"{item.key} {item.shape}, contiguous, as torch.save writes it",
             found=found,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import struct
 import zipfile
 from functools import lru_cache
@@ -16,9 +15,10 @@ from math import prod
 from typing import Any
 
 from mixtral_run.weights.torch_dist import item_writer
+from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, UnpicklingError, load_tensor
 
 _HEADER_BYTES = 30
-_MISREAD = (zipfile.BadZipFile, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, struct.error)
+_MISREAD = (zipfile.BadZipFile, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError, struct.error)
 """What a zip or a pickle with other bytes in it ends in."""
 
 
@@ -63,12 +63,15 @@ class FileSlice(io.RawIOBase):
 def payload_start(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
     """Where in an item the first element of a contiguous tensor of this shape and dtype lies, in bytes.
 
-    Raises NotPlainError for anything else that the item may hold, OSError where it cannot be read.
+    Raises NotPlainError for anything else that the item may hold, DisallowedGlobalError for a pickle that would run
+    something, OSError where it cannot be read.
     """
     if _is_of_this_kit(item, shape, dtype):
         return item_writer.PAGE
     try:
         return _start_in_zip(item, shape, dtype)
+    except DisallowedGlobalError:
+        raise
     except _MISREAD as error:
         raise NotPlainError(str(error)) from error
 
@@ -104,11 +107,14 @@ def _expected(shape: tuple[int, ...], dtype: str) -> tuple[bytes, int, int] | No
 def _start_in_zip(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
     import torch
 
+    # First of all, so that what would run something is refused as such, whatever else is wrong with it.
+    item.seek(0)
+    stream = io.BufferedReader(item)
+    tensor = load_tensor(stream, "meta")
+    stream.detach()
     with zipfile.ZipFile(item) as archive:
         (entry,) = [each for each in archive.infolist() if each.filename.endswith("/data/0")]
         orders = [archive.read(each) for each in archive.infolist() if each.filename.endswith("/byteorder")]
-    item.seek(0)
-    tensor = torch.load(io.BufferedReader(item), map_location="meta", weights_only=True)
     if not isinstance(tensor, torch.Tensor):
         raise NotPlainError(f"a {type(tensor).__name__}")
     if not tensor.is_contiguous() or tensor.storage_offset() or tuple(tensor.shape) != shape:

@@ -1,6 +1,6 @@
-"""The `.metadata` file of a torch_dist checkpoint: which tensors there are, and where their chunks lie.
+"""The `.metadata` file of a torch_dist checkpoint: its tensors, and the file and position of each of their chunks.
 
-torch pickles it. It is read without trusting it, since a pickle from elsewhere could run anything.
+torch pickles the file; restricted_pickle.py reads it without trusting it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, UnpicklingError, load_metadata
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -23,7 +23,7 @@ METADATA_NAME = ".metadata"
 
 @dataclass(frozen=True)
 class StoredItem:
-    """A chunk of a tensor, or an object (no shape), at its place in a file."""
+    """A chunk of a tensor, or an object (without a shape), with its file, position and length in bytes."""
 
     key: str
     offset: tuple[int, ...] | None
@@ -33,60 +33,17 @@ class StoredItem:
     length: int
 
 
-_SAFE = {
-    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int64", "int32", "uint8", "bool", "float8_e4m3fn"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
-    "builtins": {"set", "frozenset"},
-}
-
-
-class _Ignored:
-    """Takes the place of classes that only Megatron's own caching needs."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    """What Python 3.11.0 to 3.11.3 pickle an enum member as: getattr(CLASS, NAME). No other attribute is handed out."""
-    if owner is _Ignored:
-        return _Ignored()
-    if isinstance(owner, type) and issubclass(owner, Enum):
-        return owner[name]
-    raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) has no place in a checkpoint's metadata")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds what a `.metadata` file holds and nothing else: a pickle from elsewhere could otherwise run anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("megatron."):
-            return _Ignored
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if name in _SAFE.get(module, ()):
-            return super().find_class(module, name)
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"):
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
 def read_metadata(folder: Path) -> Metadata:
-    """The Metadata of a checkpoint's folder (`iter_…`). Raises WeightsError when there is none, or it is damaged."""
+    """Read the Metadata of an iteration's folder (`iter_…`).
+
+    Raises WeightsError if there is none, if it is damaged, or if it would run something when it is unpickled.
+    """
     path = folder / METADATA_NAME
     try:
         with path.open("rb") as stream:
-            metadata: Metadata = _MetadataUnpickler(stream).load()
+            metadata = load_metadata(stream)
             if not metadata.storage_data:
-                raise pickle.UnpicklingError("it names no files")
+                raise UnpicklingError("it names no files")
             return metadata
     except FileNotFoundError:
         raise WeightsError(
@@ -97,14 +54,27 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def unreadable(path: Path, error: Exception) -> WeightsError:
-    """What to say of a metadata file that does not hold what it should."""
+    """Return the error for a metadata file that cannot be used."""
+    if isinstance(error, DisallowedGlobalError):
+        return hostile(str(path), error)
     return WeightsError(
         "The checkpoint's metadata cannot be read.", where=str(path), found=f"{type(error).__name__}: {error}"
     )
 
 
+def hostile(where: str, error: DisallowedGlobalError) -> WeightsError:
+    """Return the error for a file of a checkpoint whose pickle names something that it must not call."""
+    return WeightsError(
+        "A file of the checkpoint would run code when it is loaded; it is refused.",
+        where=where,
+        expected="a pickle of tensors and their places, as torch and Megatron write it",
+        found=f"a pickle that calls {error.name}",
+        next_command="ask whoever made the checkpoint; do not load it with other tools",
+    )
+
+
 def write_metadata(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, items: Iterable[StoredItem]) -> None:
-    """Pickle the Metadata of items that lie in files of the same folder. The same items give the same bytes."""
+    """Pickle the Metadata of items in files of the same folder. The same items give the same bytes."""
     import torch
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
     from torch.distributed.checkpoint.metadata import (

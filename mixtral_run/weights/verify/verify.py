@@ -15,14 +15,14 @@ from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
-from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX, adapter_tensors, lora_of
+from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.io.atomic_folder import GIB
-from mixtral_run.weights.manifest import record
-from mixtral_run.weights.manifest.describe import LATEST, newest_iteration
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
@@ -96,21 +96,22 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         return _verify_hf(config, report)
     if config.proof:
         _check_files(config.load)
-    checkpoint = record.open_checkpoint(config.load)
+    checkpoint = open_checkpoint(config.load)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
         _tell(result, report)
         if config.proof and not result.problems:
             result = dataclasses.replace(result, problems=_check_proof(checkpoint, reader, report))
-        if checkpoint.kind == "base" and config.load == checkpoint.folder and not result.problems:
-            result = _with_kept(result, config, str(checkpoint.record.get("fingerprint")), report, proof=config.proof)
+        manifest = checkpoint.manifest
+        if isinstance(manifest, BaseManifest) and config.load == checkpoint.folder and not result.problems:
+            result = _with_kept(result, config, manifest.fingerprint, report, proof=config.proof)
         if config.against is not None and not result.problems:
             check = _before_download(config.load, checkpoint.architecture)
             weights = open_hf_weights(resolve(str(config.against), report, check))
-            if checkpoint.kind == "base":
-                comparison, problems = _compare_base(checkpoint, reader, weights, report)
+            if isinstance(manifest, BaseManifest):
+                comparison, problems = _compare_base(manifest, reader, weights, report)
             else:
-                comparison, problems = _compare_adapter(checkpoint, weights, report)
+                comparison, problems = _compare_adapter(manifest, weights, report)
             result = dataclasses.replace(result, comparison=comparison, problems=(*result.problems, *problems))
             if not problems:
                 _tell_equal(checkpoint, comparison, report)
@@ -186,7 +187,7 @@ def _with_kept(
     return dataclasses.replace(result, kept=told, problems=(*result.problems, *problems))
 
 
-def _check_proof(checkpoint: record.Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
+def _check_proof(checkpoint: Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
     started = time.monotonic()
     with report.progress(reader.num_bytes, "read") as progress:
         problems = check_proof(checkpoint.folder, reader, progress.advance)
@@ -208,24 +209,25 @@ def compare_with_source(load: Path, against: Path, report: Report) -> int:
     return result.comparison.num_tensors
 
 
-def _expected_tensors(checkpoint: record.Checkpoint) -> dict[str, hf_to_megatron.Shape]:
-    if checkpoint.kind == "base":
-        return hf_to_megatron.megatron_tensors(checkpoint.architecture)
-    lora = lora_of(checkpoint.record, str(checkpoint.iteration_folder))
-    return adapter_tensors(checkpoint.architecture, lora)
+def _expected_tensors(checkpoint: Checkpoint) -> dict[str, hf_to_megatron.Shape]:
+    manifest = checkpoint.manifest
+    if isinstance(manifest, BaseManifest):
+        return hf_to_megatron.megatron_tensors(manifest.architecture)
+    return adapter_tensors(manifest.architecture, manifest.lora)
 
 
-def _describe(checkpoint: record.Checkpoint, reader: Reader) -> VerifyResult:
+def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
     expected = _expected_tensors(checkpoint)
-    found = {key: info for key, info in reader.tensors.items() if not key.startswith(OPTIMIZER_PREFIX)}
+    found = {key: info for key, info in reader.tensors.items() if not is_of_optimizer(key)}
     problems = [f"{key}: missing" for key in expected if key not in found]
     problems += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
     for key, info in found.items():
         if key in expected and info.shape != expected[key]:
             problems.append(f"{key}: expected shape {list(expected[key])}; found {list(info.shape)}")
     dtypes = sorted({info.dtype for info in found.values()})
-    if checkpoint.kind == "base" and dtypes != [checkpoint.record.get("dtype")]:
-        problems.append(f"dtype: expected {checkpoint.record.get('dtype')}; found {', '.join(dtypes)}")
+    manifest = checkpoint.manifest
+    if isinstance(manifest, BaseManifest) and dtypes != [manifest.dtype]:
+        problems.append(f"dtype: expected {manifest.dtype}; found {', '.join(dtypes)}")
     return VerifyResult(
         path=str(checkpoint.folder),
         kind=checkpoint.kind,
@@ -237,7 +239,7 @@ def _describe(checkpoint: record.Checkpoint, reader: Reader) -> VerifyResult:
         num_tensors=len(found),
         num_chunks=sum(len(reader.chunks(key)) for key in found),
         num_files=len(reader.files),
-        record=dict(checkpoint.record),
+        record=dict(manifest.values),
         comparison=None,
         problems=tuple(problems),
     )
@@ -276,7 +278,7 @@ def _tell(result: VerifyResult, report: Report) -> None:
     report.table(("", result.path), rows)
 
 
-def _tell_equal(checkpoint: record.Checkpoint, comparison: Comparison, report: Report) -> None:
+def _tell_equal(checkpoint: Checkpoint, comparison: Comparison, report: Report) -> None:
     what = "every tensor is equal, bit by bit" if checkpoint.kind == "base" else "this is the adapter's base"
     report.done(
         f"{comparison.directory}: {what} ({comparison.num_tensors:,} tensors, {comparison.num_bytes / 1e6:,.0f} MB in "
@@ -303,10 +305,10 @@ def _architecture_problems(ours: MixtralArchitecture, theirs: MixtralArchitectur
 
 
 def _compare_base(
-    checkpoint: record.Checkpoint, reader: Reader, weights: HFWeights, report: Report
+    manifest: BaseManifest, reader: Reader, weights: HFWeights, report: Report
 ) -> tuple[Comparison, list[str]]:
     started = time.monotonic()
-    problems = _architecture_problems(checkpoint.architecture, weights.architecture)
+    problems = _architecture_problems(manifest.architecture, weights.architecture)
     if problems:
         return Comparison(str(weights.directory), 0, 0, 0.0, "", ()), problems
     if reader.tensors[hf_to_megatron.LINEAR_QKV_KEY].dtype != weights.dtype:
@@ -323,9 +325,8 @@ def _compare_base(
             differences += different
     fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, crcs)
     problems = [str(difference) for difference in differences]
-    recorded = checkpoint.record.get("fingerprint")
-    if not problems and fingerprint != recorded:
-        problems.append(f"fingerprint: the record says {recorded}, the weights have {fingerprint}")
+    if not problems and fingerprint != manifest.fingerprint:
+        problems.append(f"fingerprint: the record says {manifest.fingerprint}, the weights have {fingerprint}")
     return (
         Comparison(
             str(weights.directory),
@@ -339,12 +340,12 @@ def _compare_base(
     )
 
 
-def _compare_adapter(checkpoint: record.Checkpoint, weights: HFWeights, report: Report) -> tuple[Comparison, list[str]]:
+def _compare_adapter(manifest: AdapterManifest, weights: HFWeights, report: Report) -> tuple[Comparison, list[str]]:
     """An adapter holds nothing of the base but its fingerprint: tell whether these weights have it."""
     started = time.monotonic()
     with report.progress(weights.num_bytes, "read") as progress:
         fingerprint = checksums.fingerprint(weights, progress.advance)
-    recorded = checkpoint.record.get("base", {}).get("fingerprint")
+    recorded = manifest.base.fingerprint
     problems = []
     if fingerprint != recorded:
         problems.append(f"base: the adapter was trained on {recorded}, these weights are {fingerprint}")

@@ -11,6 +11,7 @@ import pytest
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train import preflight
 from mixtral_run.train.loop import _changed_order, _remove_leftovers
@@ -44,7 +45,7 @@ def test_nothing_of_a_whole_adapter_is_taken_away(tmp_path: Path) -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescription:
-    lora = {"lora_rank": 16, "lora_alpha": 32.0, "lora_target_modules": list(config(tmp_path).lora_target_modules)}
+    lora = LoraSettings.from_config(config(tmp_path))
     found = AdapterDescription(tmp_path, 500, lora, "", {}, None)
     monkeypatch.setattr(preflight, "describe_adapter", lambda _: found)
     monkeypatch.setattr(preflight, "check_adapter_fits", lambda *_: None)
@@ -63,9 +64,10 @@ def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:
     data = tmp_path / "my.jsonl"
     data.write_text("one")
     now = config(tmp_path, mock_data=False, data_path=data)
-    known = AdapterDescription(tmp_path, 5, {}, "", now.to_mapping(), "of other content")
+    lora = LoraSettings.from_config(now)
+    known = AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), "of other content")
     assert _changed_order(now, known) == [f"--data-path {data} (its content was another)"]
-    assert _changed_order(now, AdapterDescription(tmp_path, 5, {}, "", now.to_mapping(), None)) == []
+    assert _changed_order(now, AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), None)) == []
 
 
 def test_only_checkpoints_still_to_come_need_room(tmp_path: Path) -> None:

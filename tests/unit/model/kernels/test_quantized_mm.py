@@ -25,7 +25,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantized_linear,
     quantized_with_inner,
 )
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.model.recompute.recipe import Recipe

@@ -8,7 +8,7 @@ import torch
 
 from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora import LoraSettings
+from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
 from mixtral_run.planner.memory_model import Layout, Workload, kept_per_token

@@ -1,0 +1,123 @@
+"""A checkpoint's folder: its iterations, the marker that names the newest one, and its manifest.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.weights.io.files import how_to_restore
+from mixtral_run.weights.manifest.manifest import (
+    MANIFEST_NAME,
+    AdapterManifest,
+    BaseManifest,
+    read_checkpoint_manifest,
+    wrong_kind,
+)
+
+LATEST = "latest_checkpointed_iteration.txt"
+CONVERTED_ITERATION = 1
+"""The iteration that `convert` writes; training in the same folder continues from it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base or adapter checkpoint: its folder, one iteration with its folder, and the manifest."""
+
+    folder: Path
+    iteration: int
+    iteration_folder: Path
+    manifest: BaseManifest | AdapterManifest
+
+    @property
+    def kind(self) -> str:
+        """Return base or adapter."""
+        return self.manifest.kind
+
+    @property
+    def architecture(self) -> MixtralArchitecture:
+        """Return the sizes of the model that the checkpoint belongs to."""
+        return self.manifest.architecture
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Find the newest complete iteration of a checkpoint; `path` may also name the iteration's folder itself.
+
+    Raises WeightsError if the folder is not a complete checkpoint that the kit wrote.
+    """
+    iteration_folder = iteration_folder_of(path)
+    folder = path.parent if iteration_folder == path else path
+    # A base has one manifest next to its iterations; an adapter has one in each iteration.
+    home = iteration_folder if (iteration_folder / MANIFEST_NAME).is_file() else folder
+    manifest = read_checkpoint_manifest(home)
+    return Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, manifest)
+
+
+def adapter_manifest_of(checkpoint: Checkpoint) -> AdapterManifest:
+    """Return the manifest of an adapter. Raises WeightsError if the checkpoint is not an adapter."""
+    if not isinstance(checkpoint.manifest, AdapterManifest):
+        label, how_to_make = AdapterManifest.LABEL, AdapterManifest.HOW_TO_MAKE
+        raise wrong_kind(checkpoint.folder, checkpoint.kind, label, how_to_make)
+    return checkpoint.manifest
+
+
+def iteration_of(folder: Path) -> int:
+    """Return the number of an `iter_…` folder; 0 for `release`."""
+    return int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
+
+
+def iteration_folder_of(path: Path) -> Path:
+    """Return `path` if it is an iteration's folder, else the folder of the newest iteration in it.
+
+    Raises WeightsError if there is none.
+    """
+    try:
+        return path if (path / ".metadata").is_file() else newest_iteration(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+
+
+def newest_iteration(folder: Path) -> Path:
+    """Return the iteration's folder that LATEST names. Raises WeightsError if FOLDER is not a complete checkpoint."""
+    marker = folder / LATEST
+    try:
+        text = marker.read_text(encoding="utf-8").strip()
+    except PermissionError as error:
+        raise unreadable(folder, error) from error
+    except OSError as error:
+        raise WeightsError(
+            "This is not a whole checkpoint.",
+            where=str(folder),
+            expected=f"a folder with {LATEST}, which is written last; as a base to load also an HF model's directory",
+            found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
+            next_command=how_to_restore(folder)
+            or "mixtral-run convert --hf-model-path … --output-path … makes a base, mixtral-run finetune … an adapter",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error
+    iteration_folder = folder / (
+        "release" if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text
+    )
+    if not iteration_folder.is_dir():
+        raise WeightsError(
+            "The checkpoint's newest iteration is missing.",
+            where=str(folder),
+            expected=f"the folder {iteration_folder.name}, which {LATEST} names",
+            found="no such folder",
+        )
+    return iteration_folder
+
+
+def unreadable(folder: Path, error: OSError) -> WeightsError:
+    """Return the error for a checkpoint's folder that this user may not read."""
+    return WeightsError(
+        "The checkpoint cannot be read.",
+        where=str(folder),
+        expected="a folder that this user may read",
+        found=error.strerror,
+        next_command=f"ls -ld {folder}",
+    )

@@ -1,0 +1,367 @@
+"""The only reader and writer of mixtral_run.json, the manifest of every folder that the kit writes.
+
+Standard library only. docs/formats.md describes the file. The readers accept one format and check kind and fields, so
+that a folder is either understood by every verb or refused by every verb with the same error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from mixtral_run import __version__
+from mixtral_run.config.verbs import LORA_TARGET_MODULES
+from mixtral_run.errors import WeightsError, shortened
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.weights.io.files import write_atomically
+
+MANIFEST_NAME = "mixtral_run.json"
+FORMAT = 1
+"""The format that this version writes, and the only one that it reads."""
+
+UNKNOWN_FINGERPRINT = ""
+"""Fingerprint of a base whose weights are still on the hub, or that another program saved."""
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base of an adapter or of a quantized cache. path: its folder on the machine that wrote the manifest."""
+
+    fingerprint: str
+    path: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The part that all kinds share. values: the whole JSON object, as `verify --json` prints it."""
+
+    KINDS: ClassVar[tuple[str, ...]]
+    LABEL: ClassVar[str]
+    HOW_TO_MAKE: ClassVar[str]
+
+    values: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Return the kind under which the folder is recorded."""
+        return str(self.values["kind"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseManifest(Manifest):
+    """Manifest of a base checkpoint. dtype: of the weights on disk. source: the HF model that was converted."""
+
+    KINDS = ("base",)
+    LABEL = "a base checkpoint"
+    HOW_TO_MAKE = "mixtral-run convert --hf-model-path … --output-path …, which writes one"
+
+    architecture: MixtralArchitecture
+    dtype: str
+    fingerprint: str
+    source: str | None = None
+
+    @classmethod
+    def parse(cls, fields: Fields) -> BaseManifest:
+        """Return the manifest; problems are collected in `fields`."""
+        return cls(
+            values=fields.values,
+            architecture=fields.architecture(),
+            dtype=fields.text("dtype"),
+            fingerprint=fields.text("fingerprint"),
+            source=fields.optional_text("source"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterManifest(Manifest):
+    """Manifest of one iteration of an adapter checkpoint.
+
+    training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
+    """
+
+    KINDS = ("adapter",)
+    LABEL = "an adapter"
+    HOW_TO_MAKE = "mixtral-run finetune … --save FOLDER, which writes one"
+
+    architecture: MixtralArchitecture
+    iteration: int
+    lora: LoraSettings
+    base: BaseReference
+    training: Mapping[str, Any]
+    data_sha256: str | None
+
+    @classmethod
+    def parse(cls, fields: Fields) -> AdapterManifest:
+        """Return the manifest; problems are collected in `fields`."""
+        return cls(
+            values=fields.values,
+            architecture=fields.architecture(),
+            iteration=fields.whole_number("iteration", at_least=0),
+            lora=fields.lora(),
+            base=fields.base(),
+            training=fields.mapping("training", default={}).values,
+            data_sha256=fields.optional_text("data_sha256"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedCacheManifest(Manifest):
+    """Manifest of the quantized experts next to a base; quantized_cache/layout.py compares the other values.
+
+    checksums: CRC-32 of the cache's tensors. source_checksums: CRC-32 of the experts' HF tensors if the base is an HF
+    model, else empty.
+    """
+
+    KINDS = ("quantised",)
+    LABEL = "a cache of quantized experts"
+    HOW_TO_MAKE = "mixtral-run finetune … --base-precision fp8, which writes one"
+
+    base: BaseReference
+    checksums: Mapping[str, int]
+    source_checksums: Mapping[str, int]
+
+    @classmethod
+    def parse(cls, fields: Fields) -> QuantizedCacheManifest:
+        """Return the manifest; problems are collected in `fields`."""
+        return cls(
+            values=fields.values,
+            base=fields.base(),
+            checksums=fields.mapping("tensors").checksums(),
+            source_checksums=fields.mapping("base").mapping("tensors", default={}).checksums(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportManifest(Manifest):
+    """Manifest of a PEFT directory (kind peft) or of an HF model that the kit wrote (kind hf).
+
+    layout: of a PEFT directory: peft, peft-fused or vllm. adapter: the checkpoint that was exported or merged.
+    """
+
+    KINDS = ("peft", "hf")
+    LABEL = "an export"
+    HOW_TO_MAKE = "mixtral-run export --adapter … --output-path …, which writes one"
+
+    layout: str | None
+    adapter: str | None
+
+    @classmethod
+    def parse(cls, fields: Fields) -> ExportManifest:
+        """Return the manifest; problems are collected in `fields`."""
+        return cls(values=fields.values, layout=fields.optional_text("layout"), adapter=fields.optional_text("adapter"))
+
+
+_CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
+T = TypeVar("T")
+M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
+
+
+def write_manifest(folder: Path, kind: str, **values: Any) -> None:
+    """Write the manifest of a folder; the file is on the disk when this returns."""
+    content = {"format": FORMAT, "kind": kind, "kit_version": __version__, **values}
+    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(folder: Path, expected: type[M]) -> M:
+    """Read a folder's manifest of one kind. Raises WeightsError if it is missing, damaged or of another kind."""
+    values = read_values(folder, expected.HOW_TO_MAKE)
+    if values["kind"] not in expected.KINDS:
+        raise wrong_kind(folder, values["kind"], expected.LABEL, expected.HOW_TO_MAKE)
+    return _parse(folder, values, expected.parse)
+
+
+def read_checkpoint_manifest(folder: Path) -> BaseManifest | AdapterManifest:
+    """Read the manifest of a base or of an adapter's iteration. Raises WeightsError as `read_manifest` does."""
+    how_to_make = "mixtral-run convert …, which writes a base, or mixtral-run finetune …, which writes an adapter"
+    values = read_values(folder, how_to_make)
+    if values["kind"] in BaseManifest.KINDS:
+        return _parse(folder, values, BaseManifest.parse)
+    if values["kind"] in AdapterManifest.KINDS:
+        return _parse(folder, values, AdapterManifest.parse)
+    raise wrong_kind(folder, values["kind"], "a checkpoint", how_to_make)
+
+
+def is_kind(folder: Path, *kinds: str) -> bool:
+    """Return True if the kit wrote the folder, in the format of this version, as one of these kinds.
+
+    Other fields are not looked at: an export that was damaged since may still be overwritten.
+    """
+    try:
+        return read_values(folder)["kind"] in kinds
+    except WeightsError:
+        return False
+
+
+def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
+    """Read the JSON object and check its format and that it has a kind; other fields are as they are.
+
+    how_to_make: the command to name if the folder has no manifest. Raises WeightsError.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WeightsError(
+            f"The folder does not say what it is: it has no {MANIFEST_NAME}.",
+            where=str(folder),
+            expected=f"{MANIFEST_NAME}, which mixtral-run writes last",
+            next_command=how_to_make,
+        ) from error
+    except OSError as error:
+        raise WeightsError(
+            f"{MANIFEST_NAME} cannot be read.", where=str(path), found=error.strerror, next_command=f"ls -l {path}"
+        ) from error
+    # RecursionError: the JSON is nested thousands deep.
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, [f"not valid JSON: {error}"]) from error
+    if not isinstance(values, dict):
+        raise _damaged(path, [f"expected a JSON object; found {_shown(values)}"])
+    found = values.get("format")
+    if type(found) is not int:
+        raise _damaged(path, [f"format: expected {FORMAT}; found {_shown(found)}"])
+    if found != FORMAT:
+        raise WeightsError(
+            f"{MANIFEST_NAME} has a format that this version of mixtral-run does not understand.",
+            where=str(path),
+            expected=f"format {FORMAT}, which mixtral-run {__version__} reads",
+            found=f"format {found}, written by mixtral-run {values.get('kit_version', 'of unknown version')}",
+            next_command="pip install --upgrade mixtral-run" if found > FORMAT else how_to_make,
+        )
+    if not isinstance(values.get("kind"), str):
+        raise _damaged(path, [f"kind: expected a text; found {_shown(values.get('kind'))}"])
+    return values
+
+
+_MISSING = object()
+_INTEGER_SIZES = tuple(field.name for field in dataclass_fields(MixtralArchitecture) if field.type in ("int", int))
+
+
+class Fields:
+    """Typed access to a JSON object. Problems are collected, so that one error can name all of them."""
+
+    def __init__(self, values: Mapping[str, Any], problems: list[str], prefix: str = "") -> None:
+        self.values = values
+        self.problems = problems
+        self._prefix = prefix
+
+    def text(self, name: str) -> str:
+        """Return a text that has to be there."""
+        found = self.values.get(name, _MISSING)
+        return found if isinstance(found, str) else self._refuse(name, "a text", found, "")
+
+    def optional_text(self, name: str) -> str | None:
+        """Return a text, or None if it is missing or null."""
+        found = self.values.get(name)
+        return found if found is None or isinstance(found, str) else self._refuse(name, "a text or null", found, None)
+
+    def whole_number(self, name: str, *, at_least: int) -> int:
+        """Return an integer that is not below `at_least`."""
+        found = self.values.get(name, _MISSING)
+        if isinstance(found, int) and not isinstance(found, bool) and found >= at_least:
+            return found
+        return self._refuse(name, f"a whole number, {at_least} or more", found, at_least)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a finite number; without a default it has to be there."""
+        found: Any = self.values.get(name, _MISSING if default is None else default)
+        if type(found) in (int, float):
+            try:
+                if math.isfinite(found):
+                    return float(found)
+            except OverflowError:  # an integer of hundreds of digits
+                pass
+        return self._refuse(name, "a number", found, 1.0)
+
+    def mapping(self, name: str, default: Mapping[str, Any] | None = None) -> Fields:
+        """Return the fields of an inner object; without a default it has to be there."""
+        found = self.values.get(name, _MISSING if default is None else default)
+        if not isinstance(found, Mapping):
+            # An empty object would be reported field by field as well: those problems go to a list of their own.
+            self._refuse(name, "an object", found, None)
+            return Fields({}, [], f"{self._prefix}{name}.")
+        return Fields(found, self.problems, f"{self._prefix}{name}.")
+
+    def architecture(self) -> MixtralArchitecture:
+        """Return the model's sizes, all of which have to be there."""
+        inner = self.mapping("architecture")
+        names = [field.name for field in dataclass_fields(MixtralArchitecture)]
+        sizes: dict[str, Any] = {
+            name: inner.whole_number(name, at_least=1) if name in _INTEGER_SIZES else inner.number(name)
+            for name in names
+        }
+        inner.problems += [f"{inner._prefix}{name}: unknown" for name in inner.values if name not in names]
+        return MixtralArchitecture(**sizes)
+
+    def lora(self) -> LoraSettings:
+        """Return an adapter's settings."""
+        inner = self.mapping("lora")
+        rank, alpha = inner.whole_number("lora_rank", at_least=1), inner.number("lora_alpha")
+        dropout = inner.number("lora_dropout", default=0.0)
+        targets = inner.values.get("lora_target_modules", _MISSING)
+        if not isinstance(targets, list) or not targets or any(each not in LORA_TARGET_MODULES for each in targets):
+            targets = inner._refuse("lora_target_modules", f"some of {', '.join(LORA_TARGET_MODULES)}", targets, [])
+        return LoraSettings(rank, alpha, dropout, tuple(targets))
+
+    def base(self) -> BaseReference:
+        """Return the reference to the base."""
+        inner = self.mapping("base")
+        return BaseReference(inner.text("fingerprint"), inner.optional_text("path"))
+
+    def checksums(self) -> dict[str, int]:
+        """Return all fields of this object as CRC-32, which are stored as hexadecimal text."""
+        found = {}
+        for name, text in self.values.items():
+            try:
+                found[name] = int(text, 16)
+            except (TypeError, ValueError):
+                self._refuse(name, "a CRC-32 in hexadecimal", text, None)
+        return found
+
+    def _refuse(self, name: str, expected: str, found: object, stand_in: T) -> T:
+        self.problems.append(f"{self._prefix}{name}: expected {expected}; found {_shown(found)}")
+        return stand_in
+
+
+def _parse(folder: Path, values: dict[str, Any], parse: Callable[[Fields], M]) -> M:
+    fields = Fields(values, [])
+    manifest = parse(fields)
+    if fields.problems:
+        raise _damaged(folder / MANIFEST_NAME, fields.problems)
+    return manifest
+
+
+def _damaged(path: Path, problems: list[str]) -> WeightsError:
+    return WeightsError(
+        f"{MANIFEST_NAME} is damaged, or was not written by mixtral-run.",
+        where=str(path),
+        problems=shortened(problems),
+        next_command="copy the folder again from where it was made, or run the command again that wrote it",
+    )
+
+
+def wrong_kind(folder: Path, kind: str, label: str, how_to_make: str) -> WeightsError:
+    """Return the error for a folder of this kind where another one is needed."""
+    known = {kind: each.LABEL for each in _CLASSES for kind in each.KINDS}
+    return WeightsError(
+        f"This is not {label}.",
+        where=str(folder / MANIFEST_NAME),
+        expected=label,
+        found=f"{known[kind]}, kind {kind!r}" if kind in known else f"unknown kind {_shown(kind)}",
+        next_command=how_to_make,
+    )
+
+
+def _shown(value: object) -> str:
+    """Return a short text of a value for a message."""
+    if value is _MISSING or value is None:
+        return "nothing"
+    if isinstance(value, (Mapping, list)):
+        return "an object" if isinstance(value, Mapping) else "a list"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,258 @@
+"""mixtral_run.json: one reader with one set of rules, whichever verb asks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run import __version__
+from mixtral_run.config.verbs import (
+    ConvertConfig,
+    ExportConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PlanConfig,
+    VerifyConfig,
+)
+from mixtral_run.errors import MixtralRunError, WeightsError
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.report import Report
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, open_checkpoint
+from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
+from mixtral_run.weights.manifest.manifest import (
+    MANIFEST_NAME,
+    AdapterManifest,
+    BaseManifest,
+    ExportManifest,
+    QuantizedCacheManifest,
+    is_kind,
+    read_manifest,
+    read_values,
+    write_manifest,
+)
+
+ONE_PROCESS: dict[str, Any] = {
+    "device": "cpu",
+    "tensor_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "nproc_per_node": 1,
+}
+LORA = LoraSettings(16, 32.0, 0.1, ("linear_qkv", "linear_fc1"))
+BASE: dict[str, Any] = {
+    "architecture": MIXTRAL_8X7B.to_mapping(),
+    "dtype": "bfloat16",
+    "tensor_model_parallel_size": 2,
+    "expert_model_parallel_size": 4,
+    "source": "mistralai/Mixtral-8x7B-v0.1",
+    "fingerprint": "abc-def",
+}
+ADAPTER: dict[str, Any] = {
+    "architecture": MIXTRAL_8X7B.to_mapping(),
+    "iteration": 10,
+    "dtype": "float32",
+    "lora": LORA.to_mapping(),
+    "base": {"fingerprint": "abc-def", "path": "/base"},
+    "training": {"seed": 1},
+    "data_sha256": None,
+}
+
+
+def write_base(folder: Path, **changes: Any) -> Path:
+    """Write everything of a base checkpoint but its weights."""
+    (folder / "iter_0000001").mkdir(parents=True)
+    (folder / "iter_0000001" / ".metadata").write_bytes(b"never read")
+    (folder / LATEST).write_text("1\n")
+    write_manifest(folder, "base", **BASE | changes)
+    return folder
+
+
+def write_adapter(folder: Path, **changes: Any) -> Path:
+    """Write everything of an adapter checkpoint but its weights."""
+    iteration = folder / "iter_0000010"
+    iteration.mkdir(parents=True)
+    (iteration / ".metadata").write_bytes(b"never read")
+    (folder / LATEST).write_text("10\n")
+    write_manifest(iteration, "adapter", **ADAPTER | changes)
+    return folder
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Change fields of the manifest of a base, or of an adapter's iteration."""
+    path = next(iter([*folder.glob(f"iter_*/{MANIFEST_NAME}"), folder / MANIFEST_NAME]))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_file_is_written_as_documented(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    text = (tmp_path / "base" / MANIFEST_NAME).read_text()
+    expected = {"format": 1, "kind": "base", "kit_version": __version__, **BASE}
+    assert text == json.dumps(expected, indent=2) + "\n"
+    assert read_values(tmp_path / "base") == expected
+
+
+def test_a_base_and_an_adapter_are_read_back(tmp_path: Path) -> None:
+    base = open_checkpoint(write_base(tmp_path / "base"))
+    assert isinstance(base.manifest, BaseManifest)
+    assert (base.kind, base.iteration, base.architecture) == ("base", 1, MIXTRAL_8X7B)
+    assert (base.manifest.dtype, base.manifest.source) == ("bfloat16", BASE["source"])
+    adapter = open_checkpoint(write_adapter(tmp_path / "adapter"))
+    assert isinstance(adapter.manifest, AdapterManifest)
+    assert (adapter.kind, adapter.iteration, adapter.manifest.lora) == ("adapter", 10, LORA)
+    assert adapter.manifest.base.path == "/base"
+    assert describe_adapter(tmp_path / "adapter" / "iter_0000010").training == {"seed": 1}
+    assert describe_base(tmp_path / "base").fingerprint == "abc-def"
+
+
+def test_a_quantized_cache_and_exports_are_read_back(tmp_path: Path) -> None:
+    base = {"fingerprint": "abc-def", "tensors": {"a": "0000000f"}}
+    write_manifest(tmp_path, "quantised", base=base, tensors={"b": "000000ff"})
+    cache = read_manifest(tmp_path, QuantizedCacheManifest)
+    assert (cache.base.fingerprint, cache.source_checksums, cache.checksums) == ("abc-def", {"a": 15}, {"b": 255})
+    write_manifest(tmp_path, "quantised", base=base, tensors={"b": "no number"})
+    with pytest.raises(WeightsError, match=r"tensors\.b: expected a CRC-32"):
+        read_manifest(tmp_path, QuantizedCacheManifest)
+    for kind in ("peft", "hf"):
+        write_manifest(tmp_path, kind, adapter="/adapter", layout="peft")
+        assert read_manifest(tmp_path, ExportManifest).adapter == "/adapter"
+        assert is_kind(tmp_path, "peft", "hf") and not is_kind(tmp_path, "base")
+
+
+def verify_it(load: Path, _: Path) -> None:
+    from mixtral_run.weights.verify.verify import verify
+
+    verify(VerifyConfig(load=load), Report.silent())
+
+
+def plan_it(load: Path, _: Path) -> None:
+    from mixtral_run.planner.table import workload_of
+
+    workload_of(PlanConfig(load=load))
+
+
+def finetune_it(load: Path, other: Path) -> None:
+    from mixtral_run.train.preflight import check_training
+
+    config = FinetuneConfig(load=load, save=other / "save", mock_data=True, **ONE_PROCESS)
+    check_training(config, 1)
+
+
+def convert_it_back(load: Path, other: Path) -> None:
+    from mixtral_run.weights.convert.to_hf import to_hf
+
+    to_hf(ConvertConfig(from_megatron=load, output_path=other / "out"), Report.silent())
+
+
+def resume_it(adapter: Path, other: Path) -> None:
+    from mixtral_run.train.preflight import check_training
+
+    base = other / "base"
+    config = FinetuneConfig(load=base, save=adapter, resume=True, mock_data=True, **ONE_PROCESS)
+    check_training(config, 1)
+
+
+def generate_with_it(adapter: Path, other: Path) -> None:
+    from mixtral_run.train.preflight import check_inference
+
+    check_inference(GenerateConfig(load=other / "base", adapter=adapter, prompt=("a",), **ONE_PROCESS))
+
+
+def export_it(adapter: Path, other: Path) -> None:
+    from mixtral_run.weights.adapter.export import export
+
+    export(ExportConfig(adapter=adapter, output_path=other / "out"), Report.silent())
+
+
+OF_A_BASE = (verify_it, plan_it, finetune_it, convert_it_back)
+OF_AN_ADAPTER = (verify_it, resume_it, generate_with_it, export_it)
+WAYS = [(write_base, each) for each in OF_A_BASE] + [(write_adapter, each) for each in OF_AN_ADAPTER]
+
+
+@pytest.mark.parametrize(("write", "use"), WAYS, ids=[f"{a.__name__}-{b.__name__}" for a, b in WAYS])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"format": 2, "kit_version": "9.9"},
+            ("does not understand", "format 1,", "format 2, written by mixtral-run 9.9", "pip install --upgrade"),
+        ),
+        ({"format": "1"}, ("format: expected 1; found '1'",)),
+        ({"kind": "of the future"}, ("This is not", "unknown kind 'of the future'")),
+        ({"kind": ["base"]}, ("kind: expected a text; found a list",)),
+        ({"architecture": {"num_layers": True}}, ("architecture.num_layers: expected a whole number", "hidden_size")),
+        ({"architecture": None}, ("architecture: expected an object; found nothing",)),
+    ],
+)
+def test_every_verb_refuses_the_same(
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    use: Callable[[Path, Path], None],
+    changes: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    write_base(tmp_path / "base")
+    folder = write(tmp_path / "given")
+    change(folder, **changes)
+    with pytest.raises(MixtralRunError) as caught:
+        use(folder, tmp_path)
+    assert caught.value.exit_code == WeightsError.exit_code
+    for word in (*words, MANIFEST_NAME):
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("write", "use"), [(write_base, describe_base), (write_adapter, describe_adapter)])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[" * 6000 + "]" * 6000, "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object; found a list"),
+        ("\udcff", "not valid JSON"),
+    ],
+)
+def test_what_is_no_json_object(
+    tmp_path: Path, write: Callable[[Path], Path], use: Callable[[Path], object], text: str, word: str
+) -> None:
+    folder = write(tmp_path / "given")
+    change(folder)
+    path = next(folder.rglob(MANIFEST_NAME))
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(WeightsError, match=word):
+        use(folder)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    lora = {"lora_rank": 0, "lora_alpha": 10**400, "lora_target_modules": ["linear_qkv", "q_proj"]}
+    write_adapter(tmp_path / "adapter", lora=lora, iteration=-1, base={"path": 1}, training=[])
+    with pytest.raises(WeightsError) as caught:
+        describe_adapter(tmp_path / "adapter")
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "iteration",
+        "lora.lora_rank",
+        "lora.lora_alpha",
+        "lora.lora_target_modules",
+        "base.fingerprint",
+        "base.path",
+        "training",
+    ]
+
+
+def test_a_folder_of_another_kind(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(WeightsError, match=r"This is not an adapter\.(.|\n)*a base checkpoint, kind 'base'"):
+        describe_adapter(tmp_path / "base")
+    (tmp_path / "adapter" / MANIFEST_NAME).write_text((next((tmp_path / "adapter").rglob(MANIFEST_NAME))).read_text())
+    with pytest.raises(WeightsError, match=r"This is not a base checkpoint\.(.|\n)*an adapter, kind 'adapter'"):
+        describe_base(tmp_path / "adapter")
+
+
+def test_only_format_and_kind_decide_what_may_be_overwritten(tmp_path: Path) -> None:
+    assert not is_kind(tmp_path, "base")
+    write_manifest(tmp_path, "base")
+    assert is_kind(tmp_path, "base")
+    change(tmp_path, format=2)
+    assert not is_kind(tmp_path, "base")
