@@ -12,10 +12,10 @@ from mixtral_run.config.verbs import SmokeConfig
 @config_options(SmokeConfig)
 def smoke(config: SmokeConfig) -> None:
     """Convert if not yet done, pretrain, fine-tune and generate on this machine; a table says pass or fail."""
-    from mixtral_run.launch.processes import import_ahead
+    from mixtral_run.train.jobs import FINETUNE
 
-    # Before the import below, which brings torch.
-    import_ahead()
+    # The fork server imports while this process imports torch.
+    FINETUNE.import_ahead()
 
     from mixtral_run.trial.smoke import smoke as job
 
