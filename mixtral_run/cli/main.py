@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from mixtral_run import __version__
+from mixtral_run.cli.command import close_to, or_words
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
 from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
@@ -56,35 +57,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Also sorts out the words that the verb does not understand; click would tell the first alone.
-
-        A verb with a config file tells them with the faults of its settings.
-        """
-        if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
-            return super().resolve_command(ctx, args)
-        from mixtral_run.cli.usage import PROBLEMS, close_to, missing_words, or_words, without_problems
-
-        name = args[0].replace("_", "-")
-        command = self.get_command(ctx, name)
-        if command is None:
-            meant = or_words(close_to(name, VERBS))
+        if not ctx.resilient_parsing and self.get_command(ctx, _with_dashes(args[0])) is None:
+            meant = or_words(close_to(_with_dashes(args[0]), VERBS))
             raise ConfigError(
                 f"There is no verb {args[0]!r}.",
                 expected=f"one of {', '.join(VERBS)}",
                 next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
             )
-        words, problems = without_problems(command, args[1:])
-        missing = missing_words(command, words)
-        problems += missing
-        if missing or (problems and not any(each.name == "config" for each in command.params)):
-            raise ConfigError(
-                "The command line cannot be understood.",
-                where="command line",
-                problems=problems,
-                next_command=f"mixtral-run {name} --help",
-            )
-        ctx.meta[PROBLEMS] = problems
-        return name, command, words
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):

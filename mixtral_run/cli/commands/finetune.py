@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.train.jobs import FINETUNE
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "finetune --load mixtral --data-path pairs.jsonl --save adapter --layout auto",
+        "finetune --on gpu-01 --load mixtral --data-path pairs.jsonl --save adapter --base-precision fp8",
+    ),
+)
 @config_options(FinetuneConfig)
 def finetune(config: FinetuneConfig) -> None:
-    """Fine-tune a converted checkpoint with LoRA: attention and experts, with a separate adapter for each expert."""
+    """Fine-tune a base model with LoRA: attention and experts, with one adapter per expert."""
     from mixtral_run.planner.available import ask_ahead
 
     # Both start processes that work while this one imports torch.

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import GenerateConfig
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.train.jobs import GENERATE
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        'generate --load mixtral --adapter adapter --instruction "Name the three states of matter."',
+        "generate --load mixtral --prompts-file questions.txt --temperature 0.7 --top-p 0.9 --json",
+    ),
+)
 @config_options(GenerateConfig)
 def generate(config: GenerateConfig) -> None:
-    """Continue prompts with a converted checkpoint, with or without an adapter."""
+    """Continue prompts with a base model, with or without an adapter."""
     # The fork server imports while this process imports torch.
     GENERATE.import_ahead()
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import VerifyConfig
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "verify --load mixtral --proof",
+        "verify --load mixtral --against mistralai/Mixtral-8x7B-v0.1 --no-logits --json",
+    ),
+)
 @config_options(VerifyConfig, errors_as_json=True)
 def verify(config: VerifyConfig) -> None:
-    """Say what a checkpoint is; with --against compare it with the HF weights, bit by bit and by logits."""
+    """Describe a checkpoint. With --against compare it with the HF weights, bit by bit and by logits."""
     from mixtral_run.launch import processes
     from mixtral_run.report import json_document
 
+    # Under the user's torchrun only the first process reads the checkpoint and prints.
     is_first = processes.rank() == 0
     with json_document(config.json and is_first) as document:
         if is_first:
