@@ -27,7 +27,7 @@ from benchmarks.make_mixtral import add_size_options, make, scaled
 from mixtral_run.weights.io.disk import drop_from_cache
 
 WAYS = {"quantised": "no", "kept": "yes", "taken": "use"}
-"""In the order of a round, and --keep-quantised of each."""
+"""In the order of a round, and --quantized-cache of each."""
 
 
 def main() -> None:

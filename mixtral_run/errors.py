@@ -1,15 +1,15 @@
-"""The exception tree. Each class is one exit code; each message says what, where, expected, found and what next."""
+"""The exception tree. Each class has one exit code; a message says what failed, where, and what to do next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
 
 
 class MixtralRunError(Exception):
-    """Any failure that a person can act on. Printed by `cli.main` without a traceback.
+    """A failure that the user can act on. `cli.main` prints it without a traceback.
 
-    `faults` holds one line for each thing that is wrong, so that all of them are told at once. Instances survive
-    pickling: they cross process boundaries.
+    `problems` holds one line for each thing that is wrong, so that the user sees all of them at once.
     """
 
     exit_code = 1
@@ -44,15 +44,6 @@ class MixtralRunError(Exception):
         lines += [f"  {label + ':':<9} {value}" for label, value in labeled if value is not None]
         return "\n".join(lines)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.__dict__))
-
-
-def _rebuild(error_class: type[MixtralRunError], state: dict[str, object]) -> MixtralRunError:
-    error = error_class(str(state["what"]))
-    error.__dict__.update(state)
-    return error
-
 
 class ConfigError(MixtralRunError):
     """A flag, a config file or an input file is wrong; nothing was started."""
@@ -61,31 +52,31 @@ class ConfigError(MixtralRunError):
 
 
 class HostError(MixtralRunError):
-    """A host could not be reached, refused, or failed while it was being set up."""
+    """A host could not be reached, refused the login, or failed during provisioning."""
 
     exit_code = 3
 
 
 class CheckFailed(MixtralRunError):
-    """A check ran to its end and the answer is no (smoke, rehearse, verify)."""
+    """A check (smoke, rehearse, verify) ran to its end and did not pass."""
 
     exit_code = 4
 
 
 class WeightsError(MixtralRunError):
-    """A weights file or checkpoint is missing, truncated, corrupt or of another model."""
+    """A weights file or checkpoint is missing, truncated, corrupt or belongs to another model."""
 
     exit_code = 5
 
 
 class TrainingError(MixtralRunError):
-    """A process of a training or generating job failed."""
+    """A process of a training or generation job failed."""
 
     exit_code = 6
 
 
 class Stopped(MixtralRunError):
-    """A job was asked to end, and did."""
+    """A job was asked to stop, and stopped."""
 
     exit_code = 130
 
@@ -95,27 +86,82 @@ EXIT_CODES: dict[int, type[MixtralRunError]] = {
     for error in (MixtralRunError, ConfigError, HostError, CheckFailed, WeightsError, TrainingError)
 }
 
+_CLASSES: dict[str, type[MixtralRunError]] = {each.__name__: each for each in (*EXIT_CODES.values(), Stopped)}
+_TEXTS = ("what", "where", "expected", "found", "next_command")
+
 
 def described(error: BaseException) -> dict[str, object]:
-    """An error as JSON values: the parts of its message, and the exit code where it is one of the kit's."""
+    """Return an error as JSON values: the parts of its message, and the exit code of a MixtralRunError."""
     if not isinstance(error, MixtralRunError):
         return {"what": str(error) or type(error).__name__}
-    parts = ("what", "where", "expected", "found", "next_command", "exit_code")
-    return {name: getattr(error, name) for name in parts} | {"problems": list(error.problems)}
+    return {name: getattr(error, name) for name in (*_TEXTS, "exit_code")} | {"problems": list(error.problems)}
+
+
+def to_mapping(error: MixtralRunError) -> dict[str, object]:
+    """Return an error as JSON values from which `from_mapping` rebuilds it in another process."""
+    return {"class": type(error).__name__, **described(error)}
+
+
+def from_mapping(values: Mapping[str, object]) -> MixtralRunError:
+    """Rebuild an error from `to_mapping`'s values: by its class's name, or by its exit code if the name is unknown.
+
+    Only the classes of this module are built, whatever the values say.
+    """
+    exit_code = values.get("exit_code")
+    by_code = EXIT_CODES.get(exit_code) if isinstance(exit_code, int) else None
+    error_class = _CLASSES.get(str(values.get("class")), by_code or MixtralRunError)
+    problems = values.get("problems")
+    error = error_class(str(values.get("what")), problems=[str(each) for each in _list(problems)])
+    for name in _TEXTS[1:]:
+        value = values.get(name)
+        setattr(error, name, None if value is None else str(value))
+    return error
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Error numbers that a disk gives wherever it is written to."""
+
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""Error numbers that a path of the user's may cause wherever it is used. Checks before the work report them in better
+words, and code that expects another error number reports that one itself."""
+
+
+def from_os_error(error: OSError) -> MixtralRunError | None:
+    """Translate an OSError into a MixtralRunError. Return None if its number is in neither list above."""
+    if error.errno in DISK_ERRORS:
+        return WeightsError(
+            "A file cannot be written.",
+            where=str(error.filename) if error.filename else None,
+            found=error.strerror,
+            next_command="df -h, then the same command again",
+        )
+    if error.errno in PATH_ERRORS and error.filename:
+        return ConfigError(
+            "A file or folder cannot be used.",
+            where=str(error.filename),
+            expected="a path that this user may read, and may write to if the command writes there",
+            found=error.strerror,
+            next_command=f"ls -ld {error.filename}",
+        )
+    return None
 
 
 _LONGEST_LIST = 20
 
 
 def shortened(lines: list[str]) -> list[str]:
-    """The first lines, and how many more there are: a missing shard makes hundreds."""
+    """Return the first lines and a count of the others: one missing shard causes hundreds of lines."""
     if len(lines) <= _LONGEST_LIST:
         return lines
     return [*lines[:_LONGEST_LIST], f"… and {len(lines) - _LONGEST_LIST} more"]
 
 
 def joined(errors: list[MixtralRunError]) -> MixtralRunError:
-    """One error that tells all of them; of the first one's class, so that its exit code stands."""
+    """Return one error that reports all of them. It has the class, and so the exit code, of the first."""
     if len(errors) == 1:
         return errors[0]
     lines = [str(error).replace("\n", "\n    ") for error in errors]

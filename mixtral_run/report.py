@@ -1,6 +1,6 @@
-"""What a verb tells while it works: steps, progress, tables. Results are values elsewhere; this only renders them.
+"""Output of a verb while it works: steps, progress, tables. This module only renders; results are values elsewhere.
 
-One `Report` is handed down from the command. A process that is not the first of its job gets a silent one.
+The command creates one `Report` and passes it down. Every rank but the first gets a silent one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,33 @@ from typing import Any, TextIO
 from mixtral_run.errors import described
 
 STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
+"""Environment variable: `stderr` sends the reports of this process and of its child processes to standard error."""
+DEBUG_VARIABLE = "MIXTRAL_RUN_DEBUG"
+"""Environment variable that --debug sets: errors show their traceback, and libraries print their warnings."""
 QUIET_SECONDS = 5.0
-"""Where no terminal shows a moving bar, a line is printed this often instead."""
+"""Interval of the progress lines that replace the progress bar if the output is not a terminal."""
+
+
+def debugging() -> bool:
+    """Return True if this process or the one that started it was called with --debug."""
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def quiet_libraries() -> None:
+    """Hide the warnings of libraries, which address their developers. Do nothing with --debug."""
+    if debugging():
+        return
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    # transformers and huggingface_hub read these variables when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager
 def repeating(every_seconds: float, action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` from a thread of its own every so often while the context lasts."""
+    """Call `action` every `every_seconds` seconds in a background thread while the context is open."""
     over = threading.Event()
 
     def run() -> None:
@@ -41,7 +61,7 @@ def repeating(every_seconds: float, action: Callable[[], object]) -> Iterator[No
 
 
 class Progress(ABC):
-    """Counts work done. `advance` may be called from several threads."""
+    """Counter of finished work. Several threads may call `advance`."""
 
     @abstractmethod
     def advance(self, amount: int) -> None: ...
@@ -100,8 +120,9 @@ class _Lines(Progress):
 
 @contextmanager
 def json_document(enabled: bool) -> Iterator[dict[str, Any]]:
-    """One JSON object on stdout, whatever happens within: what was put into the dict, and the error if there was one,
-    which goes on to who tells it.
+    """Print one JSON object to stdout when the context ends: the entries of the dict, and the error if one was raised.
+
+    The error is raised again, so that the caller reports it and sets the exit code.
     """
     document: dict[str, Any] = {}
     try:
@@ -115,7 +136,7 @@ def json_document(enabled: bool) -> Iterator[dict[str, Any]]:
 
 
 class Report:
-    """Prints what a verb does. `Report.silent()` prints nothing."""
+    """Printer of a verb's progress. `Report.silent()` returns one that prints nothing."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or (sys.stderr if os.environ.get(STREAM_VARIABLE) == "stderr" else sys.stdout)
@@ -129,7 +150,10 @@ class Report:
 
     @classmethod
     def on_stderr(cls) -> Report:
-        """For verbs whose standard output is a JSON document: of this process and of those that it will start."""
+        """Return a report on standard error, for verbs whose standard output is a JSON document.
+
+        Processes that this process starts later report to standard error as well.
+        """
         os.environ[STREAM_VARIABLE] = "stderr"
         return cls(sys.stderr)
 
@@ -138,7 +162,7 @@ class Report:
             print(text, file=self._stream, flush=True)
 
     def step(self, number: int, total: int, text: str) -> None:
-        """A numbered step: `[2/5] Plan …`."""
+        """Print a numbered step: `[2/5] Plan …`."""
         self.say(f"[{number}/{total}] {text}")
 
     def done(self, text: str) -> None:
@@ -149,7 +173,7 @@ class Report:
 
     @contextmanager
     def waiting(self, what: str, every_seconds: float = 15.0) -> Iterator[None]:
-        """Say what is waited for, and every so often for how long: for work that does not tell how far it is."""
+        """Print a line, and every `every_seconds` seconds the time elapsed, for work whose progress is unknown."""
         started = time.monotonic()
         self.say(f"  {what}")
         with repeating(every_seconds, lambda: self.say(f"… {what} ({time.monotonic() - started:.0f} s)")):
@@ -157,7 +181,7 @@ class Report:
 
     @contextmanager
     def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
-        """A moving bar on a terminal, a line every few seconds elsewhere."""
+        """Show a progress bar on a terminal, and a line every QUIET_SECONDS elsewhere."""
         if not self.enabled:
             yield _Silent()
         elif self._stream.isatty():
@@ -176,9 +200,10 @@ class Report:
         title: str | None = None,
         narrow: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
     ) -> None:
-        """A table with one line a row; as wide as its content where no terminal limits it.
+        """Print a table with one line per row; up to 140 columns wide if the output is not a terminal.
 
-        narrow: columns and rows for a terminal that has no room for those. No lines are drawn then.
+        Args:
+            narrow: Columns and rows to print instead, without borders, if the terminal is too narrow for `rows`.
         """
         if not self.enabled:
             return

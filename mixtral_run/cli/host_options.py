@@ -1,12 +1,15 @@
-"""The options that send a verb to hosts: --on HOST and what belongs to it, the same for every verb that can."""
+"""Options that run a verb on hosts: --on HOST and the options of its container. All verbs that have them share them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mixtral_run.cli.command import Option, WholeNumber
 
 if TYPE_CHECKING:
     from mixtral_run.config.fields import Config
@@ -14,32 +17,55 @@ if TYPE_CHECKING:
 VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "export", "smoke", "rehearse")
 """Verbs that run on hosts."""
 
-_WHERE: tuple[Callable[..., Any], ...] = (
-    click.option(
-        "--on", multiple=True, metavar="HOST,…", help="Run there, in the kit's container; paths are that host's."
+_option = partial(click.option, cls=Option, section="On hosts")
+
+_TARGET: tuple[Callable[..., Any], ...] = (
+    _option(
+        "--on",
+        multiple=True,
+        metavar="HOST,…",
+        help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host.",
     ),
-    click.option(
-        "-i", "--inventory", type=click.Path(path_type=Path), help="With --on: the inventory that names HOST."
-    ),
-    click.option("--detach", is_flag=True, help="With --on: start it and come back at once."),
+    _option("-i", "--inventory", type=click.Path(path_type=Path), help="With --on: Ansible inventory that names HOST."),
+    _option("--detach", is_flag=True, help="With --on: start the job and return at once."),
 )
 _JOB: tuple[Callable[..., Any], ...] = (
-    click.option("--shm-size", metavar="SIZE", help="With --on: shared memory of the container.  [default: 32g]"),
-    click.option("--image", metavar="NAME", help="With --on: the image.  [default: mixtral-run:local]"),
-    click.option(
-        "--env", "environment", multiple=True, metavar="NAME=VALUE", help="With --on: environment, no secrets."
+    _option("--shm-size", metavar="SIZE", help="With --on: shared memory of the container.  [default: 32g]"),
+    _option("--image", metavar="NAME", help="With --on: container image.  [default: mixtral-run:local]"),
+    _option(
+        "--env",
+        "environment",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="With --on: environment variable of the container. Not for secrets.",
     ),
-    click.option(
-        "--ulimit", "ulimits", multiple=True, metavar="NAME=N", help="With --on: instead of the kit's; or none."
+    _option(
+        "--ulimit",
+        "ulimits",
+        multiple=True,
+        metavar="NAME=N",
+        help="With --on: limit of the container in place of the default ones. none: those of the Docker engine.",
     ),
-    click.option("--checkpoints-folder", metavar="FOLDER", help="With --on: the host's /checkpoints."),
-    click.option("--hf-home", metavar="FOLDER", help="With --on: the host's HF cache."),
-    click.option("--nccl-debug", metavar="LEVEL", help="With --on: NCCL_DEBUG, such as INFO."),
-    click.option("--nccl-timeout", type=int, metavar="SECONDS", help="With --on: longest wait for other processes."),
-    click.option(
-        "--rendezvous-address", metavar="ADDRESS", help="With several hosts: the first one's, as they see it."
+    _option("--checkpoints-folder", metavar="FOLDER", help="With --on: folder of the host that is /checkpoints."),
+    _option("--hf-home", metavar="FOLDER", help="With --on: Hugging Face cache of the host."),
+    _option("--nccl-debug", metavar="LEVEL", help="With --on: value of NCCL_DEBUG, such as INFO."),
+    _option(
+        "--nccl-timeout",
+        type=WholeNumber(),
+        metavar="SECONDS",
+        help="With --on: longest time that a process waits for the others.",
     ),
-    click.option("--rendezvous-port", type=int, metavar="PORT", help="With several hosts.  [default: 29400]"),
+    _option(
+        "--rendezvous-address",
+        metavar="ADDRESS",
+        help="With several hosts: address of the first host, as the other hosts reach it.",
+    ),
+    _option(
+        "--rendezvous-port",
+        type=WholeNumber(),
+        metavar="PORT",
+        help="With several hosts: port of the first host.  [default: 29400]",
+    ),
 )
 _NAMES = (
     "on", "inventory", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder", "hf_home",
@@ -48,28 +74,28 @@ _NAMES = (
 
 
 def host_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options."""
+    """Give a command all options of this module."""
     command = job_options(command)
-    for option in reversed(_WHERE):
+    for option in reversed(_TARGET):
         command = option(command)
     return command
 
 
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command only those of a job's container."""
+    """Give a command the options of a job's container only."""
     for option in reversed(_JOB):
         command = option(command)
     return command
 
 
 def take_host_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """Take the options out of a command's flags; those that were not given are left out."""
+    """Remove the options of this module from a command's flags, and return those that were given."""
     taken = {name: flags.pop(name) for name in _NAMES if name in flags}
     return {name: value for name, value in taken.items() if value not in (None, (), False)}
 
 
 def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
-    """Run a verb on the hosts that --on names. Raises ConfigError for more hosts than the verb can use."""
+    """Run a verb on the hosts of --on. Raise ConfigError if they are more than the verb can use."""
     from mixtral_run.config.verbs import LaunchConfig
     from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.jobs.job_spec import JobOptions
@@ -83,7 +109,7 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
 
 
 def refuse_without_on(given: dict[str, Any]) -> None:
-    """Raise ConfigError where options of --on stand without it."""
+    """Raise ConfigError if options of --on were given without it."""
     from mixtral_run.errors import ConfigError
 
     if given:

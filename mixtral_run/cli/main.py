@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import errno
 import importlib
 import os
-import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -14,7 +11,10 @@ from typing import NoReturn
 import click
 
 from mixtral_run import __version__
-from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
+from mixtral_run.cli.command import close_to, or_words
+from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
+from mixtral_run.launch.process_exit import exit_with
+from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
 
 VERBS: dict[str, str] = {
     "bootstrap": "Bare hosts → Docker, NVIDIA toolkit, swap, HF cache, image, proof; over SSH.",
@@ -40,15 +40,6 @@ says."""
 
 MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
 
-DEBUG_VARIABLE = "MIXTRAL_RUN_DEBUG"
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk answers wherever it is written to."""
-
-PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""What a path that was given may bring about wherever it is used. What is checked before is told in better words; any
-other error of the system is told where it may happen."""
-
 
 class LazyGroup(click.Group):
     """A group that imports a verb's module only when the verb is called, so that --help stays fast."""
@@ -66,35 +57,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Also sorts out the words that the verb does not understand; click would tell the first alone.
-
-        A verb with a config file tells them with the faults of its settings.
-        """
-        if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
-            return super().resolve_command(ctx, args)
-        from mixtral_run.cli.usage import PROBLEMS, close_to, missing_words, or_words, without_problems
-
-        name = args[0].replace("_", "-")
-        command = self.get_command(ctx, name)
-        if command is None:
-            meant = or_words(close_to(name, VERBS))
+        if not ctx.resilient_parsing and self.get_command(ctx, _with_dashes(args[0])) is None:
+            meant = or_words(close_to(_with_dashes(args[0]), VERBS))
             raise ConfigError(
                 f"There is no verb {args[0]!r}.",
                 expected=f"one of {', '.join(VERBS)}",
                 next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
             )
-        words, problems = without_problems(command, args[1:])
-        missing = missing_words(command, words)
-        problems += missing
-        if missing or (problems and not any(each.name == "config" for each in command.params)):
-            raise ConfigError(
-                "The command line cannot be understood.",
-                where="command line",
-                problems=problems,
-                next_command=f"mixtral-run {name} --help",
-            )
-        ctx.meta[PROBLEMS] = problems
-        return name, command, words
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):
@@ -124,106 +94,31 @@ def root(debug: bool) -> None:
     """
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
-    if not os.environ.get(DEBUG_VARIABLE):
-        quiet_libraries()
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' advice to their own developers off the user's screen; --debug shows it."""
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    # transformers and the hub client read these when they are imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries()
 
 
 def main() -> NoReturn:
     """Run the command line. Exit codes: 0, 2 settings, 3 host, 4 check, 5 weights, 6 training, 130 interrupted."""
     try:
         root.main(standalone_mode=False, prog_name="mixtral-run")
-    except click.exceptions.Abort:
-        _leave("Interrupted.", 130)
-    except KeyboardInterrupt:
-        _leave("Interrupted.", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        exit_with("Interrupted.", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)
     except MixtralRunError as error:
         _fail(error, error)
     except OSError as error:
-        told = _in_words(error)
-        if told is None:
+        known = from_os_error(error)
+        if known is None:
             raise
-        _fail(told, error)
-    except RuntimeError as error:
-        _leave_if_consequence(error)
-        raise
+        _fail(known, error)
     sys.exit(0)
 
 
-def _in_words(error: OSError) -> MixtralRunError | None:
-    """What to tell of an error of the system; None where it is told by what it happened in, or by nobody yet."""
-    if error.errno in DISK_ERRORS:
-        return WeightsError(
-            "A file cannot be written.",
-            where=str(error.filename) if error.filename else None,
-            found=error.strerror,
-            next_command="df -h, then the same command again",
-        )
-    if error.errno in PATH_ERRORS and error.filename:
-        return ConfigError(
-            "A file or folder cannot be used.",
-            where=str(error.filename),
-            expected="one that this user may read, and write to where something is written",
-            found=error.strerror,
-            next_command=f"ls -ld {error.filename}",
-        )
-    return None
-
-
 def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:
-    if os.environ.get(DEBUG_VARIABLE):
+    """Print the error, or with --debug the traceback of its cause, and exit with its code."""
+    if debugging():
         traceback.print_exception(cause)
-        _report_to_launcher(error)
         sys.exit(error.exit_code)
-    _report_to_launcher(error)
-    _leave(f"✗ {error}", error.exit_code)
-
-
-def _report_to_launcher(error: MixtralRunError) -> None:
-    """Inside a job that this program launched, hand the error to the launcher, which prints each one once."""
-    if os.environ.get("MIXTRAL_RUN_ERROR_DIRECTORY"):
-        from mixtral_run.launch.processes import hand_over_error
-
-        hand_over_error(error)
-        sys.exit(error.exit_code)
-
-
-def _leave_if_consequence(error: RuntimeError) -> None:
-    """Of several processes those that only lost another one print nothing."""
-    if os.environ.get("MIXTRAL_RUN_ERROR_DIRECTORY") and not os.environ.get(DEBUG_VARIABLE):
-        from mixtral_run.launch.processes import is_consequence, leave_quietly
-
-        if is_consequence(error):
-            leave_quietly()
-
-
-def _leave(message: str, exit_code: int) -> NoReturn:
-    _end_with(exit_code)
-    rank = os.environ.get("RANK")
-    prefix = f"[rank {rank}] " if rank is not None else ""
-    print(prefix + message, file=sys.stderr, flush=True)
-    sys.exit(exit_code)
-
-
-def _end_with(exit_code: int) -> None:
-    """From here on Ctrl-C and SIGTERM, however often, change neither the exit code nor what is printed."""
-
-    def hear(ignored: bool) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN if ignored else lambda *_: os._exit(exit_code))
-
-    hear(ignored=False)
-    # While the interpreter waits for its threads they end the process; later it forgets handlers, but for this one.
-    atexit.register(hear, ignored=True)
+    exit_with(f"✗ {error}", error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING
@@ -11,38 +12,42 @@ from typing import Any, TypeVar
 
 import click
 
+from mixtral_run.cli.command import PROBLEMS, Option
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
-from mixtral_run.cli.usage import PROBLEMS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.errors import ConfigError, described
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def config_options(
     config_class: type[ConfigT], *, errors_as_json: bool = False
 ) -> Callable[[Callable[[ConfigT], None]], Callable[..., None]]:
-    """Give a command an option for every field of `config_class`, and --config FILE; call it with the checked config.
+    """Give a command --config FILE and an option for every field of `config_class`; call it with the checked config.
 
-    A flag wins over the file, the file over the default. A required setting may come from either. Verbs that run on
-    hosts also get --on and what belongs to it. errors_as_json: with --json, settings that cannot be used are told on
-    stdout as well.
+    A flag takes precedence over the file, and the file over the default. A required setting may come from either. Verbs
+    that run on hosts also get --on and the options that belong to it.
+
+    Args:
+        errors_as_json: With --json, print a ConfigError of the settings to stdout as well.
     """
 
     def decorate(function: Callable[[ConfigT], None]) -> Callable[..., None]:
         def command(**flags: Any) -> None:
-            elsewhere = take_host_options(flags)
+            given = take_host_options(flags)
             try:
                 config = merged_config(config_class, flags.pop("config"), flags)
             except ConfigError as error:
                 if errors_as_json and flags.get("json"):
-                    _echo_json({"ok": False, "error": described(error)})
+                    document = {"ok": False, "error": described(error)}
+                    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
                 raise
-            if "on" in elsewhere:
-                run_on_hosts(function.__name__, config, elsewhere)
+            if "on" in given:
+                run_on_hosts(function.__name__, config, given)
             else:
-                refuse_without_on(elsewhere)
+                refuse_without_on(given)
                 function(config)
 
         command.__doc__ = function.__doc__
@@ -55,27 +60,30 @@ def config_options(
     return decorate
 
 
-def setting_options(config_class: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for every field of `config_class`, and --config FILE."""
+def setting_options(config_class: type[Config]) -> Decorator:
+    """Give a command --config FILE, an option for every field of `config_class`, and hidden options for its aliases."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         decorated: Callable[..., None] = click.option(
             "--config",
-            type=click.Path(path_type=Path, readable=False),  # what reads it tells all that is wrong
-            help="JSON file of settings, named as the flags are; flags given beside it win.",
+            type=click.Path(path_type=Path, readable=False),  # `_read_mapping` reports an unreadable file
+            help="JSON file of settings, with the names of the flags. Flags on the command line take precedence.",
         )(function)
         annotations = field_types(config_class)
         for item in reversed(dataclasses.fields(config_class)):
-            decorated = _option(item, annotations[item.name])(decorated)
+            for alias in item.metadata["aliases"]:
+                decorated = _option(item, annotations[item.name], alias, hidden=True)(decorated)
+            decorated = _option(item, annotations[item.name], item.name)(decorated)
         return decorated
 
     return decorate
 
 
 def merged_config(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:
-    """The checked config of a file and the flags given beside it. Raises ConfigError with all faults.
+    """Return the checked config of a file and of the flags given with it.
 
-    With them are told the words that the verb did not understand.
+    Raises ConfigError with all problems of the settings, and with the words of the command line that the verb does not
+    understand.
     """
     context = click.get_current_context()
     not_understood = context.meta.get(PROBLEMS, [])
@@ -91,19 +99,13 @@ def merged_config(config_class: type[ConfigT], file: Path | None, flags: dict[st
     return config
 
 
-def _echo_json(values: dict[str, Any]) -> None:
-    import json
-
-    click.echo(json.dumps(values, indent=2, ensure_ascii=False))
-
-
 def _merge(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:
     values: dict[str, Any] = {}
     where = "command line"
     if file is not None:
         where = str(file)
         try:
-            values = _read_mapping(file)
+            values = config_class.with_current_names(_read_mapping(file))
         except OSError as error:
             raise ConfigError("The config file cannot be read.", where=where, found=error.strerror) from error
     values |= {name: value for name, value in flags.items() if value is not None and value != ()}
@@ -111,8 +113,6 @@ def _merge(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
-    import json
-
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -122,37 +122,44 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     return values
 
 
-def _option(item: dataclasses.Field[Any], annotation: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden: bool = False) -> Decorator:
+    """Return the click option of a field. name: the field's own name, or one of its aliases."""
     wanted, _ = plain_type(annotation)
-    limits = item.metadata
-    help_text = limits["help"]
-    required = item.default is MISSING and item.default_factory is MISSING
-    if required:
-        help_text += "  [required]"
-    elif item.default not in (None, False, ()) and wanted is not bool:
-        default = item.default
-        shown = ", ".join(default) if isinstance(default, tuple) else f"{default:g}" if wanted is float else default
-        help_text += f"  [default: {shown}]"
-    flag = flag_of(item.name)
+    choices = item.metadata["choices"]
+    flag = flag_of(name)
+    settings = {
+        "cls": Option, "section": item.metadata["section"], "help": _help_text(item, wanted), "hidden": hidden
+    }  # fmt: skip
     if wanted is bool:
-        # None, not False, when the flag is absent: the config file may say otherwise.
+        # The default is None instead of False: the config file may set True.
         if item.default is True:
-            return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=help_text)
-        return click.option(flag, item.name, is_flag=True, flag_value=True, default=None, help=help_text)
+            return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, **settings)
+        return click.option(flag, item.name, is_flag=True, flag_value=True, default=None, **settings)
     if typing.get_origin(wanted) is tuple:
-        inner = typing.get_args(wanted)[0]
-        if limits["choices"]:
-            return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", help=help_text)
-        return click.option(flag, item.name, type=_Value(inner), multiple=True, help=help_text)
-    if limits["choices"]:
-        return click.option(flag, item.name, metavar="|".join(limits["choices"]), help=help_text)
-    return click.option(flag, item.name, type=_Value(wanted), help=help_text)
+        if choices:
+            return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", **settings)
+        return click.option(flag, item.name, type=_Value(typing.get_args(wanted)[0]), multiple=True, **settings)
+    if choices:
+        return click.option(flag, item.name, metavar="|".join(choices), **settings)
+    return click.option(flag, item.name, type=_Value(wanted), **settings)
+
+
+def _help_text(item: dataclasses.Field[Any], wanted: Any) -> str:
+    """Return the field's help with its default, or with a mark that it is required."""
+    text: str = item.metadata["help"]
+    if item.default is MISSING and item.default_factory is MISSING:
+        return text + "  [required]"
+    if item.default in (None, False, ()) or wanted is bool:
+        return text
+    default = item.default
+    shown = ", ".join(default) if isinstance(default, tuple) else f"{default:g}" if wanted is float else default
+    return f"{text}  [default: {shown}]"
 
 
 class _Value(click.ParamType[Any]):
-    """A value that the config checks: click would tell the first that is wrong, and nothing else.
+    """A value that the config checks instead of click, which would report only the first wrong value.
 
-    Nor does it look at paths: with --on they are another machine's.
+    Paths are not looked at either: with --on they belong to another machine.
     """
 
     def __init__(self, wanted: Any) -> None:
@@ -168,5 +175,5 @@ class _Value(click.ParamType[Any]):
 
 
 def _comma_separated(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """`a,b c` → ("a", "b", "c"). Nothing is a value as well, and a wrong one."""
+    """Split `a,b c` into ("a", "b", "c"). An empty text becomes ("",), which the config refuses."""
     return value if isinstance(value, tuple) else tuple(value.replace(",", " ").split()) or ("",)

@@ -1,8 +1,7 @@
-"""What a setting is: declared once, checked, and carried to JSON and back. Standard library only.
+"""Declaration of a setting: type, default, limits, JSON form. Standard library only.
 
-A field is declared with `setting(...)`: its type, default, help text and limits. The command line
-(`cli/options.py`), the JSON file that travels to the container, and the check before any work all read that one
-declaration. `check()` tells every fault of a config at once.
+`setting(...)` declares a field once. The command line (`cli/options.py`), the JSON file that travels to the container
+and the check before any work all read that declaration. `check()` reports all problems of a config at once.
 """
 
 from __future__ import annotations
@@ -23,23 +22,35 @@ def setting(
     default: Any = MISSING,
     *,
     help: str,  # noqa: A002 - the word that click and argparse use
+    section: str = "Options",
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a field. `minimum` and `maximum` are inclusive, `above` is exclusive; no default makes it required."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata=metadata)
+    """Declare a field. Without a default it is required.
+
+    Args:
+        help: Text of --help, in full sentences.
+        section: Section of --help.
+        choices: Allowed values.
+        minimum: Inclusive lower limit.
+        maximum: Inclusive upper limit.
+        above: Exclusive lower limit.
+        aliases: Former names of the field. They remain valid as hidden flags and as keys of a JSON file.
+    """
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    return field(default=default, metadata={"help": help, "section": section, "aliases": aliases, **limits})
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field: `lora_rank` → `--lora-rank`."""
+    """Return the flag of a field: `lora_rank` → `--lora-rank`."""
     return "--" + name.replace("_", "-")
 
 
 def plain_type(annotation: Any) -> tuple[Any, bool]:
-    """Split an annotation into its type without None and whether None is allowed."""
+    """Split an annotation into its type without None, and True if None is allowed."""
     if isinstance(annotation, types.UnionType):
         inner = [part for part in typing.get_args(annotation) if part is not type(None)]
         return inner[0], True
@@ -47,16 +58,16 @@ def plain_type(annotation: Any) -> tuple[Any, bool]:
 
 
 def field_types(config_class: type) -> dict[str, Any]:
-    """Resolved annotations of a config class by field name."""
+    """Return the resolved annotations of a config class by field name."""
     return typing.get_type_hints(config_class)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every verb's config can do."""
+    """Base of the configs: limits, and the way to JSON and back."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the values, as lines for a person; empty when all is well."""
+        """Return a line for each value that is wrong; an empty list if all values are valid."""
         found = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -65,25 +76,39 @@ class Config:
         return found
 
     def check(self) -> Self:
-        """Return self, or raise ConfigError with all faults."""
+        """Return self. Raise ConfigError with all problems if there are any."""
         problems = self.problems()
         if problems:
             raise ConfigError("The settings cannot be used as they are.", problems=problems)
         return self
 
     def to_mapping(self) -> dict[str, Any]:
-        """The fields as JSON values; paths become text."""
+        """Return the fields as JSON values. Paths become text."""
         return {item.name: _to_json_value(getattr(self, item.name)) for item in dataclasses.fields(self)}
 
     def to_json(self) -> str:
+        """Return the fields as the text of a JSON object."""
         return json.dumps(self.to_mapping(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
+    def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `values` with the current name of each field in place of an alias.
+
+        An alias stays if its field is set as well; `from_mapping` then refuses both.
+        """
+        current = {alias: item.name for item in dataclasses.fields(cls) for alias in _aliases(item)}
+        return {
+            name if current.get(name, name) in values else current.get(name, name): value
+            for name, value in values.items()
+        }
+
+    @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, where: str = "config") -> Self:
-        """Build from JSON values. Raises ConfigError naming every unknown key, missing key and wrong type."""
+        """Build a config from JSON values. Raise ConfigError with all unknown keys, missing keys and wrong types."""
         annotations = field_types(cls)
         fields = {item.name: item for item in dataclasses.fields(cls)}
-        problems = [f"unknown setting '{name}'" for name in values if name not in fields]
+        values = cls.with_current_names(values)
+        problems = [_unknown(name, fields) for name in values if name not in fields]
         accepted: dict[str, Any] = {}
         for name, item in fields.items():
             if name not in values:
@@ -95,7 +120,7 @@ class Config:
             except (TypeError, ValueError) as error:
                 problems.append(f"{flag_of(name)}: {error}")
         if problems:
-            # With those of the others' limits: what is mended then is not refused in the next run.
+            # The limits of the other fields belong to the same error: otherwise the next run would fail on them.
             for name, value in accepted.items():
                 problems += _limit_problems(fields[name], value) if value is not None else []
             raise ConfigError("The settings cannot be used as they are.", where=where, problems=problems)
@@ -103,6 +128,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "config") -> Self:
+        """Build a config from the text of a JSON object. Raise ConfigError as `from_mapping` does."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -112,7 +138,20 @@ class Config:
         return cls.from_mapping(values, where=where)
 
 
+def _aliases(item: dataclasses.Field[Any]) -> tuple[str, ...]:
+    aliases: tuple[str, ...] = item.metadata.get("aliases", ())
+    return aliases
+
+
+def _unknown(name: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
+    for item in fields.values():
+        if name in _aliases(item):
+            return f"'{name}' is the former name of '{item.name}': expected one of them; found both"
+    return f"unknown setting '{name}'"
+
+
 def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    """Return a line for each limit of the field that `value` breaks."""
     limits = item.metadata
     flag = flag_of(item.name)
     found = []
@@ -124,7 +163,7 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         if isinstance(value, tuple) and not value:
             found.append(f"{flag}: expected at least one of {', '.join(limits['choices'])}; found none")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # Written so that NaN fails every limit.
+        # `not value >= limit` instead of `value < limit`, so that NaN breaks every limit.
         if limits.get("minimum") is not None and not value >= limits["minimum"]:
             found.append(f"{flag}: expected at least {limits['minimum']}; found {value}")
         if limits.get("maximum") is not None and not value <= limits["maximum"]:
@@ -143,6 +182,7 @@ def _to_json_value(value: Any) -> Any:
 
 
 def _from_json_value(annotation: Any, value: Any) -> Any:
+    """Convert a JSON value to the type of a field. Raise TypeError if it is of another type."""
     wanted, optional = plain_type(annotation)
     if value is None:
         if optional:
@@ -154,7 +194,7 @@ def _from_json_value(annotation: Any, value: Any) -> Any:
         inner = typing.get_args(wanted)[0]
         return tuple(_from_json_value(inner, each) for each in value)
     if wanted is Path:
-        # An empty one would be this folder: it comes of a shell's variable that is not set.
+        # An empty path means the current folder to Path. It usually comes from an unset shell variable.
         if not isinstance(value, (str, Path)) or value == "":
             raise TypeError(f"expected a path; found {value!r}")
         return Path(value)

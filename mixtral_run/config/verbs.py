@@ -1,4 +1,4 @@
-"""What each verb is to do: frozen dataclasses of settings, which go to JSON and back. Standard library only."""
+"""Settings of each verb: frozen dataclasses, which travel as JSON. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,59 +9,68 @@ from pathlib import Path
 from mixtral_run.config.fields import Config, flag_of, setting
 
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""The linear layers that can carry an adapter, in Megatron's names."""
+"""The linear layers that can have an adapter, by Megatron's names."""
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
-"""How a frozen base is kept: as the rest of the model, or its experts in 8 or 4 bit."""
+"""Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
 
-KEEP_QUANTISED = ("yes", "use", "no")
-"""What is done with a base's experts in 8 or 4 bit that are kept beside it: taken and made, taken, neither."""
+QUANTIZED_CACHE_MODES = ("yes", "use", "no")
+"""Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
 RECOMPUTE = ("none", "selective", "full", "offload")
-"""How much of a layer is computed again in the backward pass, least first; offload: as full, and what is kept for that
-lies in host memory."""
+"""How much of a layer the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
+the inputs of the layers in host memory."""
 
 RUNS_AGAIN = ("full", "offload")
-"""Where a whole layer is."""
+"""The values of RECOMPUTE that recompute a whole layer."""
 
 HF_MODEL_SETTINGS = ("load", "against", "hf_model_path")
-"""Settings that take an HF model: a directory, or its name on the hub."""
+"""Settings that take an HF model: its directory, or its name on the hub."""
+
+LAYOUT, DATA, PROMPTS, OPTIMIZER = "Model and layout", "Data", "Prompts and sampling", "Optimizer"
+LORA, MEMORY, PROCESSES, COMPARISON, OUTPUT = "LoRA", "Memory and precision", "Processes", "Comparison", "Output"
+"""Sections of --help."""
 
 
 def may_be_hub_name(text: str) -> bool:
-    """Whether a text has the form of a model's name on the hub: ORG/NAME, or ORG/NAME@REVISION."""
+    """Return True if a text has the form of a model's name on the hub: ORG/NAME, or ORG/NAME@REVISION."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?", text) is not None
 
 
 def hub_name_and_revision(text: str) -> tuple[str, str | None]:
-    """`ORG/NAME@v1` → ("ORG/NAME", "v1"); a path stays whole."""
+    """Split `ORG/NAME@v1` into ("ORG/NAME", "v1"). Return a path unchanged, with None."""
     name, _, revision = text.partition("@") if may_be_hub_name(text) else (text, "", "")
     return name, revision or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
-    """How a model is laid out over processes."""
+    """Layout of a model over processes."""
 
-    tensor_model_parallel_size: int = setting(2, help="Processes that share each attention layer (TP).", minimum=1)
-    expert_model_parallel_size: int = setting(4, help="Processes that share the experts of a layer (EP).", minimum=1)
+    tensor_model_parallel_size: int = setting(
+        2, help="Processes that share each attention layer (TP).", minimum=1, section=LAYOUT
+    )
+    expert_model_parallel_size: int = setting(
+        4, help="Processes that share the experts of a layer (EP).", minimum=1, section=LAYOUT
+    )
     expert_tensor_parallel_size: int = setting(
         1,
-        help="Processes that share one expert (ETP). Only 1: one adapter an expert needs the expert whole.",
+        help="Processes that share one expert (ETP). Only 1 is possible: each adapter needs its whole expert.",
         minimum=1,
+        section=LAYOUT,
     )
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.expert_tensor_parallel_size != 1:
             found.append(
-                "--expert-tensor-parallel-size: expected 1 (adapters are kept one an expert, which splitting an "
-                f"expert would break); found {self.expert_tensor_parallel_size}"
+                "--expert-tensor-parallel-size: expected 1 (each expert has one adapter, which needs the whole "
+                f"expert); found {self.expert_tensor_parallel_size}"
             )
         return found
 
     def world_size_problems(self, world_size: int) -> list[str]:
-        """What keeps this layout from fitting `world_size` processes."""
+        """Return a line for each size of the layout that does not divide `world_size`."""
         return [
             f"{flag_of(name)}: expected a divisor of the {world_size} processes started; found {size}"
             for name, size in (
@@ -74,43 +83,63 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig(ParallelConfig):
-    """How the processes of a job are started."""
+    """Start of the processes of a job."""
 
     nproc_per_node: int | None = setting(
-        None, help="Processes to start here. Default: the number of GPUs, else 2 on CPU.", minimum=1
+        None,
+        help="Processes to start on this machine. Default: one per GPU, or 2 on CPU.",
+        minimum=1,
+        section=PROCESSES,
     )
-    device: str = setting("auto", help="auto takes the GPUs where there are any.", choices=("auto", "cuda", "cpu"))
+    device: str = setting(
+        "auto",
+        help="Device to run on. auto takes the GPUs if there are any.",
+        choices=("auto", "cuda", "cpu"),
+        section=PROCESSES,
+    )
     dtype: str = setting(
         "auto",
-        help="Precision of weights and activations; auto is the checkpoint's own (float16: bf16 on GPUs, fp32 on CPU).",
+        help="Precision of weights and activations. auto keeps the checkpoint's own; float16 becomes bf16 on GPUs and "
+        "fp32 on CPU.",
         choices=("auto", "bf16", "fp32"),
+        section=MEMORY,
     )
     distributed_timeout_minutes: int = setting(
-        10, help="How long a process waits for the others before the job is given up.", minimum=1
+        10, help="Minutes that a process waits for the others before the job fails.", minimum=1, section=PROCESSES
     )
-    seed: int = setting(1234, help="Seed of weights, data order, dropout and sampling.", minimum=0)
+    seed: int = setting(
+        1234, help="Random seed of weights, data order, dropout and sampling.", minimum=0, section=PROCESSES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(ParallelConfig):
-    """HF weights → Megatron torch_dist, or the way back."""
+    """Conversion of HF weights to Megatron torch_dist, and back."""
 
     hf_model_path: str | None = setting(
         None,
-        help="The HF model: its directory, or its name on the hub (NAME@REVISION for another than main). With "
-        "--from-megatron: what to take config.json and the tokenizer from, which a checkpoint of Megatron-LM lacks.",
+        help="HF model to convert: its directory, or its name on the hub (NAME@REVISION for a revision other than "
+        "main). With --from-megatron: the source of config.json and the tokenizer, which a checkpoint that "
+        "Megatron-LM saved lacks.",
+        section=LAYOUT,
     )
     from_megatron: Path | None = setting(
         None,
-        help="The way back: a checkpoint of any layout, also one trained on with Megatron-LM or Megatron-Bridge, from "
-        "which --output-path becomes an HF model.",
+        help="Checkpoint to convert back to an HF model, in any layout. Checkpoints that Megatron-LM or "
+        "Megatron-Bridge trained and saved work as well.",
+        section=LAYOUT,
     )
-    adapter: Path | None = setting(None, help="With --from-megatron: merge this adapter of that checkpoint in.")
-    output_path: Path = setting(help="Folder to write; must be empty or new.")
+    adapter: Path | None = setting(
+        None, help="With --from-megatron: adapter of that checkpoint to merge into the HF model.", section=LAYOUT
+    )
+    output_path: Path = setting(help="Folder to write; must be empty or new.", section=OUTPUT)
     workers: int | None = setting(
-        None, help="Threads that copy. Default: as many as the first seconds show to be worth it.", minimum=1
+        None,
+        help="Threads that copy. Default: the number that the first seconds show to be fastest.",
+        minimum=1,
+        section=PROCESSES,
     )
-    overwrite: bool = setting(False, help="Replace what an earlier conversion left in the output folder.")
+    overwrite: bool = setting(False, help="Replace an earlier conversion in the output folder.", section=OUTPUT)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -119,78 +148,108 @@ class ConvertConfig(ParallelConfig):
         if self.hf_model_path == "":
             found.append("--hf-model-path: expected a directory, or a name on the hub; found ''")
         if self.adapter is not None and self.from_megatron is None:
-            found.append("--adapter: expected --from-megatron CHECKPOINT beside it; found none")
+            found.append("--adapter: expected --from-megatron CHECKPOINT with it; found none")
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(LaunchConfig):
-    """What a checkpoint is, and whether it holds what it was made from."""
+    """Description of a checkpoint, and its comparison with the HF model that it was made from."""
 
-    tensor_model_parallel_size: int = setting(1, help="TP of the logits comparison.", minimum=1)
-    expert_model_parallel_size: int = setting(1, help="EP of the logits comparison.", minimum=1)
-    nproc_per_node: int | None = setting(1, help="Processes of the logits comparison.", minimum=1)
-    dtype: str = setting("fp32", help="Precision of the logits comparison.", choices=("auto", "bf16", "fp32"))
-    load: Path = setting(help="The torch_dist checkpoint, or an HF model: its directory, or its name on the hub.")
+    tensor_model_parallel_size: int = setting(1, help="TP of the logits comparison.", minimum=1, section=COMPARISON)
+    expert_model_parallel_size: int = setting(1, help="EP of the logits comparison.", minimum=1, section=COMPARISON)
+    nproc_per_node: int | None = setting(
+        1, help="Processes of the logits comparison on this machine.", minimum=1, section=PROCESSES
+    )
+    dtype: str = setting(
+        "fp32", help="Precision of the logits comparison.", choices=("auto", "bf16", "fp32"), section=COMPARISON
+    )
+    load: Path = setting(
+        help="torch_dist checkpoint, adapter, or HF model (its directory, or its name on the hub).", section=LAYOUT
+    )
     against: Path | None = setting(
-        None, help="HF model to compare every tensor with, bit by bit: directory or name on the hub."
+        None,
+        help="HF model to compare every tensor with, bit by bit: its directory, or its name on the hub.",
+        section=COMPARISON,
     )
-    logits: bool = setting(True, help="With --against: also compare logits with HF's when the model fits in memory.")
-    adapter: Path | None = setting(None, help="Compare logits with this adapter on the checkpoint …")
-    peft_path: Path | None = setting(None, help="… and this exported PEFT directory on the HF model.")
+    logits: bool = setting(
+        True,
+        help="With --against: also compare the logits with those of the HF model, if both models fit into memory.",
+        section=COMPARISON,
+    )
+    adapter: Path | None = setting(
+        None, help="Adapter on the checkpoint for the logits comparison. Needs --peft-path.", section=COMPARISON
+    )
+    peft_path: Path | None = setting(
+        None,
+        help="PEFT directory of the same adapter on the HF model for the logits comparison. Needs --adapter.",
+        section=COMPARISON,
+    )
     logits_tolerance: float = setting(
-        1e-3, help="Largest difference of two logits that still counts as equal.", above=0
+        1e-3, help="Largest difference of two logits that counts as equal.", above=0, section=COMPARISON
     )
-    logits_file: Path | None = setting(None, help="Also write the logits comparison there, as JSON.")
-    proof: bool = setting(False, help="Read every byte once and check it by the checkpoint's own proof.json.")
-    json: bool = setting(False, help="Print the report as JSON.")
+    logits_file: Path | None = setting(
+        None, help="JSON file to write the logits comparison to as well.", section=OUTPUT
+    )
+    proof: bool = setting(
+        False, help="Read every byte and check it against the checkpoint's own proof.json.", section=COMPARISON
+    )
+    json: bool = setting(False, help="Print the report as JSON.", section=OUTPUT)
 
     def problems(self) -> list[str]:
         found = super().problems()
         if (self.adapter is None) != (self.peft_path is None):
             found.append("--adapter and --peft-path: expected both or neither; found one")
         if self.adapter is not None and self.against is None:
-            found.append("--adapter: expected --against HF_DIR beside it; found none")
+            found.append("--adapter: expected --against HF_DIR with it; found none")
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(LaunchConfig):
-    """What a training run is fed with, and how much of it."""
+    """Data and optimizer of a training run."""
 
     load: Path = setting(
-        help="The base: a converted checkpoint of any TP/EP layout, or an HF model's directory or name on the hub."
+        help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
+        "the hub).",
+        section=LAYOUT,
     )
     data_path: Path | None = setting(
-        None,
-        help='JSONL file of {"instruction": …, "response": …} or {"messages": […]}.',
+        None, help='JSONL file of {"instruction": …, "response": …} or {"messages": […]}.', section=DATA
     )
-    mock_data: bool = setting(False, help="Train on random tokens instead of a file.")
-    micro_batch_size: int = setting(1, help="Samples a process takes through the model at once.", minimum=1)
-    global_batch_size: int = setting(8, help="Samples of one iteration, over all processes.", minimum=1)
-    train_iters: int = setting(10, help="Iterations to train.", minimum=1)
-    seq_length: int = setting(512, help="Tokens of a sample; shorter ones are padded, longer ones cut.", minimum=2)
-    log_interval: int = setting(1, help="Iterations between log lines.", minimum=1)
-    lr: float = setting(1e-4, help="Highest learning rate, after the warm-up.", above=0)
-    min_lr: float = setting(1e-5, help="Learning rate at the end of the cosine decay.", minimum=0)
-    lr_warmup_iters: int = setting(0, help="Iterations over which the learning rate rises linearly.", minimum=0)
-    weight_decay: float = setting(0.01, help="AdamW's decoupled weight decay.", minimum=0)
-    clip_grad: float = setting(1.0, help="Largest norm of the gradient; 0 switches clipping off.", minimum=0)
+    mock_data: bool = setting(False, help="Train on random tokens instead of a file.", section=DATA)
+    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
+    global_batch_size: int = setting(8, help="Samples per iteration over all processes.", minimum=1, section=DATA)
+    train_iters: int = setting(10, help="Iterations to train.", minimum=1, section=OPTIMIZER)
+    seq_length: int = setting(
+        512, help="Tokens per sample. Shorter samples are padded, longer ones are cut.", minimum=2, section=DATA
+    )
+    log_interval: int = setting(1, help="Iterations between log lines.", minimum=1, section=OUTPUT)
+    lr: float = setting(1e-4, help="Peak learning rate, reached after the warmup.", above=0, section=OPTIMIZER)
+    min_lr: float = setting(1e-5, help="Learning rate at the end of the cosine decay.", minimum=0, section=OPTIMIZER)
+    lr_warmup_iters: int = setting(0, help="Iterations of linear warmup.", minimum=0, section=OPTIMIZER)
+    weight_decay: float = setting(0.01, help="Decoupled weight decay.", minimum=0, section=OPTIMIZER)
+    clip_grad: float = setting(
+        1.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
+    )
     recompute: str | None = setting(
         None,
-        help="What to compute again in the backward pass: selective is norms, activations and permutation, full is "
-        "the whole layer, offload the same with the layers' inputs in host memory meanwhile. Default: for LoRA on GPUs "
-        "the least that fits by the plan, else none.",
+        help="Activations that the backward pass recomputes. selective: those of norms, SwiGLU and permutation. full: "
+        "all of a layer. offload: as full, with the inputs of the layers in host memory. Default: for LoRA on GPUs the "
+        "least that fits by the plan, else none.",
         choices=RECOMPUTE,
+        section=MEMORY,
     )
-    recompute_activations: bool = setting(False, help="The same as --recompute full.")
+    recompute_activations: bool = setting(False, help="The same as --recompute full.", section=MEMORY)
     cuda_graphs: bool = setting(
-        True, help="Record the pass over a micro batch once and replay it, where that pays (on GPUs)."
+        True,
+        help="On GPUs: capture the forward and backward pass of a micro batch as a CUDA graph if that is faster.",
+        section=MEMORY,
     )
 
     @property
     def recomputation(self) -> str:
-        """One of RECOMPUTE; none where nothing was said."""
+        """One of RECOMPUTE; none if neither setting was given."""
         return "full" if self.recompute_activations else self.recompute or "none"
 
     def problems(self) -> list[str]:
@@ -219,84 +278,125 @@ class DataConfig(LaunchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(DataConfig):
-    """LoRA on a converted checkpoint."""
+    """LoRA fine-tuning of a base model."""
 
-    valid_data_path: Path | None = setting(None, help="JSONL file of pairs kept back: their loss is told.")
-    eval_interval: int = setting(
-        100, help="Iterations between looks at --valid-data-path; also before the first, after the last.", minimum=1
+    valid_data_path: Path | None = setting(
+        None, help="JSONL validation set. Its loss is reported every --eval-interval iterations.", section=DATA
     )
-    save: Path = setting(help="Folder for the adapter's checkpoints; must be new or empty unless --resume.")
-    resume: bool = setting(False, help="Go on from the newest checkpoint in --save.")
+    eval_interval: int = setting(
+        100,
+        help="Iterations between evaluations of --valid-data-path. One runs before the first iteration and one after "
+        "the last.",
+        minimum=1,
+        section=DATA,
+    )
+    save: Path = setting(
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
+    )
+    resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
     pack: bool = setting(
-        False, help="Put several pairs into one row of --seq-length, none seeing another; batch sizes count rows."
+        False,
+        help="Pack several samples into one row of --seq-length tokens, without attention between them. Batch sizes "
+        "then count rows.",
+        section=DATA,
     )
     base_precision: str = setting(
         "bf16",
-        help="fp8 keeps the experts' frozen weights in 8 bit and multiplies in 8 bit on H100 and H200; nf4 keeps them "
-        "in 4 bit, for 40 GB cards; bf16 keeps them as --dtype says.",
+        help="Storage of the frozen experts. bf16: as --dtype. fp8: 8 bit, multiplied in 8 bit on H100 and H200. nf4: "
+        "4 bit, for GPUs of 40 GB.",
         choices=BASE_PRECISIONS,
+        section=MEMORY,
     )
-    keep_quantised: str = setting(
+    quantized_cache: str = setting(
         "yes",
-        help="Of experts in fp8 or nf4 beside the base, in LOAD/quantised-fp8 or -nf4: yes takes those that are there, "
-        "and else keeps its own for the next start (45 or 24 GB); use takes them and writes none; no does neither.",
-        choices=KEEP_QUANTISED,
+        help="Cache of the fp8 or nf4 experts, in LOAD/quantised-fp8 (45 GB) or LOAD/quantised-nf4 (24 GB). yes: read "
+        "it, or create it if it is missing. use: only read it. no: ignore it.",
+        choices=QUANTIZED_CACHE_MODES,
+        aliases=("keep_quantised",),
+        section=MEMORY,
     )
     layout: str = setting(
         "given",
-        help="auto: instead of the TP and EP given, the fastest layout that fits by the plan, EP before TP.",
+        help="auto: replace the given TP and EP by the fastest layout that fits by the plan, with EP before TP.",
         choices=("given", "auto"),
+        section=LAYOUT,
     )
     save_interval: int = setting(
-        500, help="Iterations between checkpoints; one is always written at the end.", minimum=1
+        500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
     )
-    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1)
-    lora_alpha: float = setting(32.0, help="Adapters are scaled by alpha / rank.", above=0)
-    lora_dropout: float = setting(0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99)
+    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
+    lora_alpha: float = setting(32.0, help="Adapters are scaled by alpha / rank.", above=0, section=LORA)
+    lora_dropout: float = setting(
+        0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
+    )
     lora_target_modules: tuple[str, ...] = setting(
-        LORA_TARGET_MODULES, help="Layers that get an adapter, with commas between.", choices=LORA_TARGET_MODULES
+        LORA_TARGET_MODULES,
+        help="Layers that get an adapter, separated by commas.",
+        choices=LORA_TARGET_MODULES,
+        section=LORA,
     )
-    tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.")
+    tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.pack and self.mock_data:
-            found.append("--pack: expected --data-path beside it; found --mock-data, whose samples fill their rows")
+            found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Config):
-    """Memory of each layout, before anything runs."""
+    """Memory of each layout, computed before anything runs."""
 
-    gpus: int = setting(8, help="GPUs of the job.", minimum=1)
-    gpu_memory: float = setting(80.0, help="Memory of one GPU in GiB.", above=0)
-    load: Path | None = setting(None, help="A converted checkpoint or an HF model to plan for. Default: Mixtral 8x7B.")
-    seq_length: int = setting(512, help="Tokens of a sample.", minimum=2)
-    micro_batch_size: int = setting(1, help="Samples a process takes through the model at once.", minimum=1)
-    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1)
-    lora_dropout: float = setting(0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99)
+    gpus: int = setting(8, help="GPUs of the job.", minimum=1, section=LAYOUT)
+    gpu_memory: float = setting(80.0, help="Memory of one GPU in GiB.", above=0, section=MEMORY)
+    load: Path | None = setting(
+        None, help="Converted checkpoint or HF model to plan for. Default: Mixtral 8x7B.", section=LAYOUT
+    )
+    seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
+    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
+    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
+    lora_dropout: float = setting(
+        0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
+    )
     lora_target_modules: tuple[str, ...] = setting(
-        LORA_TARGET_MODULES, help="Layers that get an adapter, with commas between.", choices=LORA_TARGET_MODULES
+        LORA_TARGET_MODULES,
+        help="Layers that get an adapter, separated by commas.",
+        choices=LORA_TARGET_MODULES,
+        section=LORA,
     )
-    base_precision: str = setting("bf16", help="How the frozen experts are kept.", choices=BASE_PRECISIONS)
+    base_precision: str = setting(
+        "bf16", help="Storage of the frozen experts.", choices=BASE_PRECISIONS, section=MEMORY
+    )
     host_memory: float | None = setting(
-        None, help="RAM of one host in GiB, for --recompute offload. Default: not looked at.", above=0
+        None,
+        help="RAM of one host in GiB, as the limit of --recompute offload. Default: no limit.",
+        above=0,
+        section=MEMORY,
     )
-    all: bool = setting(False, help="Also show the layouts that do not fit.")
-    json: bool = setting(False, help="Print the plan as JSON.")
+    all: bool = setting(False, help="Also show the layouts that do not fit.", section=OUTPUT)
+    json: bool = setting(False, help="Print the plan as JSON.", section=OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpConfig(FinetuneConfig):
-    """A bare host to an adapter here. Relative paths but those of data and `output_path` are the host's."""
+    """All steps from a bare host to an adapter on this machine.
+
+    Relative paths are paths on the host, except those of data and `output_path`.
+    """
 
     hf_model_path: str = setting(
-        "mistralai/Mixtral-8x7B-v0.1", help="HF model to convert: its name on the hub, or its folder on the host."
+        "mistralai/Mixtral-8x7B-v0.1",
+        help="HF model to convert: its name on the hub, or its folder on the host.",
+        section=LAYOUT,
     )
-    load: Path = setting(Path("mixtral"), help="The converted checkpoint on the host; made when it is not there.")
-    save: Path = setting(Path("adapter"), help="Folder on the host for the adapter's checkpoints.")
-    output_path: Path = setting(Path("adapter"), help="Folder on this machine for the exported adapter.")
+    load: Path = setting(
+        Path("mixtral"), help="Converted checkpoint on the host; created if it is missing.", section=LAYOUT
+    )
+    save: Path = setting(Path("adapter"), help="Folder on the host for the checkpoints of the adapter.", section=OUTPUT)
+    output_path: Path = setting(
+        Path("adapter"), help="Folder on this machine for the exported adapter.", section=OUTPUT
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,38 +404,59 @@ class PretrainConfig(DataConfig):
     """Training of all weights for a few iterations; nothing is saved."""
 
     optimizer: str = setting(
-        "sgd", help="sgd keeps no state; adamw keeps two numbers a weight.", choices=("sgd", "adamw")
+        "sgd",
+        help="sgd keeps no state. adamw keeps two numbers per weight.",
+        choices=("sgd", "adamw"),
+        section=OPTIMIZER,
     )
     global_batch_size: int = setting(
-        0, help="Samples of one iteration, over all processes; 0: one micro batch a process.", minimum=0
+        0, help="Samples per iteration over all processes. 0: one micro batch per process.", minimum=0, section=DATA
     )
-    clip_grad: float = setting(0.0, help="Largest norm of the gradient; 0 switches clipping off.", minimum=0)
-    metrics_file: Path | None = setting(None, help="Also write each iteration's figures there, as JSON lines.")
+    clip_grad: float = setting(
+        0.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
+    )
+    metrics_file: Path | None = setting(
+        None, help="JSONL file to write the metrics of each iteration to as well.", section=OUTPUT
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(LaunchConfig):
-    """Continue prompts."""
+    """Generation of text after prompts."""
 
     load: Path = setting(
-        help="The base: a converted checkpoint of any TP/EP layout, or an HF model's directory or name on the hub."
+        help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
+        "the hub).",
+        section=LAYOUT,
     )
-    adapter: Path | None = setting(None, help="An adapter checkpoint that finetune saved.")
-    prompt: tuple[str, ...] = setting((), help="A prompt, taken as it is; may be given several times.")
+    adapter: Path | None = setting(None, help="Adapter checkpoint that finetune saved.", section=LAYOUT)
+    prompt: tuple[str, ...] = setting(
+        (), help="Prompt, used without a template; may be given several times.", section=PROMPTS
+    )
     instruction: tuple[str, ...] = setting(
-        (), help="An instruction, put into the template that finetune trains with; may be given several times."
+        (),
+        help="Instruction, put into the template that finetune trains with; may be given several times.",
+        section=PROMPTS,
     )
-    prompts_file: Path | None = setting(None, help="Text file with one instruction a line.")
-    max_new_tokens: int = setting(128, help="Most tokens to add to each prompt.", minimum=1)
-    temperature: float = setting(0.0, help="0 takes the likeliest token; above, tokens are drawn.", minimum=0)
+    prompts_file: Path | None = setting(None, help="Text file with one instruction per line.", section=PROMPTS)
+    max_new_tokens: int = setting(
+        128, help="Largest number of tokens to add to each prompt.", minimum=1, section=PROMPTS
+    )
+    temperature: float = setting(
+        0.0, help="0: always take the most likely token. Above 0: sample.", minimum=0, section=PROMPTS
+    )
     top_p: float = setting(
-        1.0, help="Draw from the likeliest tokens that together reach this probability.", above=0, maximum=1
+        1.0,
+        help="Sample from the most likely tokens whose probabilities sum up to this.",
+        above=0,
+        maximum=1,
+        section=PROMPTS,
     )
     cuda_graphs: bool = setting(
-        True, help="Record the pass over one token once and replay it, where that pays (on GPUs)."
+        True, help="On GPUs: capture the forward pass of one token as a CUDA graph if that is faster.", section=MEMORY
     )
-    json: bool = setting(False, help="Print the answers as JSON.")
-    output_file: Path | None = setting(None, help="Also write the answers there, as JSON.")
+    json: bool = setting(False, help="Print the answers as JSON.", section=OUTPUT)
+    output_file: Path | None = setting(None, help="JSON file to write the answers to as well.", section=OUTPUT)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -348,43 +469,53 @@ class GenerateConfig(LaunchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Config):
-    """Adapter → PEFT directory, or a merged HF model."""
+    """Export of an adapter as a PEFT directory, or merged into an HF model."""
 
-    adapter: Path = setting(help="The adapter checkpoint that finetune saved.")
+    adapter: Path = setting(help="Adapter checkpoint that finetune saved.", section=LAYOUT)
     hf_model_path: Path | None = setting(
-        None, help="HF model of the base, its directory or name on the hub; needed by --merge."
+        None, help="HF model of the base: its directory, or its name on the hub. --merge needs it.", section=LAYOUT
     )
-    output_path: Path = setting(help="Folder to write; must be empty or new.")
+    output_path: Path = setting(help="Folder to write; must be empty or new.", section=OUTPUT)
     format: str = setting(
         "peft",
-        help="peft keeps each expert apart (PEFT converts it when it loads); peft-fused is PEFT's own stacked form; "
-        "vllm has all three matrices of every expert.",
+        help="peft: one pair of matrices per expert, which PEFT converts when it loads them. peft-fused: PEFT's own "
+        "stacked form. vllm: all three matrices of every expert.",
         choices=("peft", "peft-fused", "vllm"),
+        section=OUTPUT,
     )
-    merge: bool = setting(False, help="Write a full HF model with the adapter merged in, by streaming.")
-    overwrite: bool = setting(False, help="Replace what an earlier export left in the output folder.")
+    merge: bool = setting(False, help="Write a full HF model with the adapter merged in, streamed.", section=OUTPUT)
+    overwrite: bool = setting(False, help="Replace an earlier export in the output folder.", section=OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig(LaunchConfig):
-    """Convert, train, fine-tune and generate on this machine."""
+    """Test of conversion, training, fine-tuning and generation on this machine."""
 
-    hf_model_path: str | None = setting(None, help="HF model to convert when --load holds no checkpoint yet.")
+    hf_model_path: str | None = setting(
+        None, help="HF model to convert if --load holds no checkpoint yet.", section=LAYOUT
+    )
     random_layers: int | None = setting(
         None,
-        help="Make a random Mixtral of full width with this many layers instead: nothing is downloaded.",
+        help="Create a random Mixtral of full width with this many layers instead. Nothing is downloaded.",
         minimum=1,
+        section=LAYOUT,
     )
-    load: Path = setting(Path("smoke/checkpoint"), help="The converted checkpoint; made when it is not there.")
+    load: Path = setting(
+        Path("smoke/checkpoint"), help="Converted checkpoint; created if it is missing.", section=LAYOUT
+    )
     work_path: Path = setting(
-        Path("smoke"), help="Folder for the adapter and the report; earlier smoke's are replaced."
+        Path("smoke"),
+        help="Folder for the adapter and the report. Those of an earlier smoke test are replaced.",
+        section=OUTPUT,
     )
-    seq_length: int = setting(512, help="Tokens of a sample.", minimum=2)
-    micro_batch_size: int = setting(1, help="Samples a process takes at once.", minimum=1)
-    global_batch_size: int = setting(8, help="Samples of one iteration.", minimum=1)
-    train_iters: int = setting(10, help="Iterations of each training.", minimum=1)
-    recompute_activations: bool = setting(True, help="Recompute activations in the backward pass.")
-    json: bool = setting(False, help="Print the report as JSON.")
+    seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
+    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
+    global_batch_size: int = setting(8, help="Samples per iteration.", minimum=1, section=DATA)
+    train_iters: int = setting(10, help="Iterations of each training.", minimum=1, section=DATA)
+    recompute_activations: bool = setting(
+        True, help="Recompute all activations of a layer in the backward pass.", section=MEMORY
+    )
+    json: bool = setting(False, help="Print the report as JSON.", section=OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,9 +523,16 @@ class RehearseConfig(Config):
     """The whole job at small size."""
 
     work_path: Path = setting(
-        Path("rehearsal"), help="Folder for everything it makes; an earlier rehearsal's is replaced."
+        Path("rehearsal"), help="Folder for all files. That of an earlier rehearsal is replaced.", section=OUTPUT
     )
-    device: str = setting("auto", help="auto takes the GPUs where there are any.", choices=("auto", "cuda", "cpu"))
-    seed: int = setting(1234, help="Seed of the model and of training.", minimum=0)
-    host: bool = setting(False, help="Set a throw-away host up over SSH and rehearse in its container instead.")
-    json: bool = setting(False, help="Print the report as JSON.")
+    device: str = setting(
+        "auto",
+        help="Device to run on. auto takes the GPUs if there are any.",
+        choices=("auto", "cuda", "cpu"),
+        section=PROCESSES,
+    )
+    seed: int = setting(1234, help="Random seed of the model and of training.", minimum=0, section=PROCESSES)
+    host: bool = setting(
+        False, help="Provision a throw-away host over SSH and rehearse in its container instead.", section="Hosts"
+    )
+    json: bool = setting(False, help="Print the report as JSON.", section=OUTPUT)

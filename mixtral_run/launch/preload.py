@@ -1,28 +1,31 @@
-"""What the processes of a job need, imported once for all of them before they are forked (processes.py).
+"""Imports of the fork server (processes.py), which the processes of a job then share.
 
-Nothing here may use a GPU: forked processes could not. What cannot be imported is told by the process that needs it.
+PRELOAD_VARIABLE names the modules of the job, separated by commas. No module may initialize CUDA here, because a
+forked process cannot use it then. An import that fails is left to the process that needs it, which reports the error.
 """
 
 import contextlib
+import importlib
 import os
 import signal
 
-# Ctrl-C reaches this process as well, and it is for the command to say that it was interrupted.
-_kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
+from mixtral_run.launch.processes import PRELOAD_VARIABLE
+from mixtral_run.report import quiet_libraries
+
+# Ctrl-C reaches the fork server as well; only the command itself reports the interruption.
+_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
-    from mixtral_run.cli.main import DEBUG_VARIABLE, quiet_libraries
+    quiet_libraries()
 
-    if not os.environ.get(DEBUG_VARIABLE):
-        quiet_libraries()
-
-    # torch's optimizers import it when the first of them is made; the kernels want Triton, where there are GPUs.
+    # torch imports torch._dynamo with the first optimizer. The kernels need Triton on GPUs.
     import torch._dynamo
 
-    import mixtral_run.train.loop  # noqa: F401
+    for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(",")):
+        importlib.import_module(_name)
 
     if torch.version.cuda is not None:
         with contextlib.suppress(ImportError):
             import triton
             import triton.experimental.gluon  # noqa: F401
 finally:
-    signal.signal(signal.SIGINT, _kept)
+    signal.signal(signal.SIGINT, _handler)

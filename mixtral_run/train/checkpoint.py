@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mixtral_run.errors import TrainingError, WeightsError
-from mixtral_run.launch.processes import is_consequence
+from mixtral_run.launch.worker_errors import is_consequence
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import (
     CheckpointingException,

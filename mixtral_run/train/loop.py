@@ -146,7 +146,7 @@ def _load(
     )
     precision, keep = "bf16", None
     if isinstance(config, FinetuneConfig):
-        precision, keep = config.base_precision, Keep(config.keep_quantised, report, reserved_bytes(config, base))
+        precision, keep = config.base_precision, Keep(config.quantized_cache, report, reserved_bytes(config, base))
     model = load_for_training(
         config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, keep=keep
     )

@@ -172,7 +172,7 @@ class KeptExperts:
         return layout.look(self._base, self._files.precision, self._dtype)
 
     def _tell_failure(self, why: str) -> None:
-        self._warn(f"{self._not_kept(why)} (--keep-quantised use does not try)")
+        self._warn(f"{self._not_kept(why)} (--quantized-cache use does not try)")
 
     def _not_kept(self, why: str) -> str:
         return f"This run does not keep its experts in {self._files.precision} in {self._files.folder}: {why}"

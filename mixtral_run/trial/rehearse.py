@@ -21,9 +21,12 @@ from mixtral_run.config.verbs import (
 )
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
+from mixtral_run.launch.run_job import run_job
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.jobs import COMPARE_LOGITS, FINETUNE, GENERATE
 from mixtral_run.train.metrics import read_metrics
+from mixtral_run.train.preflight import check_inference, check_training
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_pairs
 from mixtral_run.trial.steps import Steps
 
@@ -174,14 +177,14 @@ def _compare_logits(places: Places, layout: dict[str, Any], tolerance: float, *,
         logits_tolerance=tolerance,
         logits_file=file,
     )
-    processes.torchrun("verify", config.check())
+    run_job(COMPARE_LOGITS, config.check())
     return float(json.loads(file.read_text(encoding="utf-8"))["largest_difference"])
 
 
 def _finetune(places: Places, layout: dict[str, Any]) -> str:
     before = _content(places.checkpoint)
-    processes.torchrun(
-        "finetune",
+    run_job(
+        FINETUNE,
         FinetuneConfig(
             **layout,
             load=places.checkpoint,
@@ -201,6 +204,7 @@ def _finetune(places: Places, layout: dict[str, Any]) -> str:
             lora_alpha=PLAN.lora_alpha,
             lora_target_modules=PLAN.lora_target_modules,
         ).check(),
+        check_training,
     )
     if _content(places.checkpoint) != before:
         raise CheckFailed("Fine-tuning changed the base checkpoint.", where=str(places.checkpoint))
@@ -231,8 +235,8 @@ def _content(folder: Path) -> dict[str, str]:
 def _generate(places: Places, layout: dict[str, Any]) -> str:
     pair = read_pairs(places.pairs)[0]
     file = places.work / "answers.json"
-    processes.torchrun(
-        "generate",
+    run_job(
+        GENERATE,
         GenerateConfig(
             **layout,
             load=places.checkpoint,
@@ -241,6 +245,7 @@ def _generate(places: Places, layout: dict[str, Any]) -> str:
             max_new_tokens=PLAN.max_new_tokens,
             output_file=file,
         ).check(),
+        lambda config, _: check_inference(config),
     )
     answer = json.loads(file.read_text(encoding="utf-8"))[0]["text"]
     if answer != pair.response:

@@ -11,9 +11,12 @@ from typing import Any
 from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, GenerateConfig, PretrainConfig, SmokeConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
+from mixtral_run.launch.run_job import run_job
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Report
+from mixtral_run.train.jobs import FINETUNE, GENERATE, PRETRAIN
 from mixtral_run.train.metrics import read_metrics
+from mixtral_run.train.preflight import check_inference, check_training
 from mixtral_run.trial.sizes import tokenizer_texts
 from mixtral_run.trial.steps import Steps
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -138,14 +141,15 @@ def _pretrain(config: SmokeConfig) -> str:
     settings = PretrainConfig(
         **{**_training_settings(config), "global_batch_size": 0}, lr=1e-4, min_lr=1e-4, metrics_file=metrics
     )
-    processes.torchrun("pretrain", settings.check())
+    run_job(PRETRAIN, settings.check(), check_training)
     return _speed(metrics)
 
 
 def _finetune(config: SmokeConfig) -> str:
     save = config.work_path / "adapter"
     shutil.rmtree(save, ignore_errors=True)
-    processes.torchrun("finetune", FinetuneConfig(**_training_settings(config), save=save, tensorboard=False).check())
+    settings = FinetuneConfig(**_training_settings(config), save=save, tensorboard=False)
+    run_job(FINETUNE, settings.check(), check_training)
     return _speed(save / "metrics.jsonl")
 
 
@@ -161,8 +165,8 @@ def _speed(metrics_file: Path) -> str:
 
 def _generate(config: SmokeConfig) -> str:
     file = config.work_path / "answers.json"
-    processes.torchrun(
-        "generate",
+    run_job(
+        GENERATE,
         GenerateConfig(
             **_launch_settings(config),
             load=config.load,
@@ -171,6 +175,7 @@ def _generate(config: SmokeConfig) -> str:
             max_new_tokens=32,
             output_file=file,
         ).check(),
+        lambda config, _: check_inference(config),
     )
     answer = json.loads(file.read_text(encoding="utf-8"))[0]
     if not answer["num_tokens"]:

@@ -9,7 +9,7 @@ import pytest
 
 ENDING = """
 import threading, time
-from mixtral_run import cli
+from mixtral_run.cli import main as cli
 
 def interrupted(**_):
     raise KeyboardInterrupt

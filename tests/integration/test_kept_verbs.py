@@ -12,7 +12,7 @@ def test_the_verb_keeps_reads_and_does_without(own_checkpoint: Path, tmp_path: P
     words = ["finetune", "--load", str(own_checkpoint), "--mock-data", "--device", "cpu", "--layout", "auto"]
     words += ["--seq-length", "16", "--train-iters", "2", "--base-precision", "fp8", "--lr", "1e-2"]
     losses, said = [], []
-    for number, flags in enumerate((["--keep-quantised", "no"], [], [], ["--keep-quantised", "use"])):
+    for number, flags in enumerate((["--keep-quantised", "no"], [], [], ["--quantized-cache", "use"])):
         save = tmp_path / f"adapter{number}"
         done = mixtral_run(*words, "--save", str(save), *flags)
         assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def test_the_verb_keeps_reads_and_does_without(own_checkpoint: Path, tmp_path: P
         (False, True),
         (False, True),
     ]
-    wrong = mixtral_run(*words, "--save", str(tmp_path / "more"), "--keep-quantised", "maybe")
+    wrong = mixtral_run(*words, "--save", str(tmp_path / "more"), "--quantized-cache", "maybe")
     assert wrong.returncode == 2
 
 

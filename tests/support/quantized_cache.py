@@ -59,7 +59,7 @@ def start(
     reserve: int = 0,
     device: str = "cpu",
 ) -> Start:
-    """Load the base in this process as `finetune` does, with --keep-quantised as `mode`."""
+    """Load the base in this process as `finetune` does, with --quantized-cache as `mode`."""
     config = FinetuneConfig(
         load=base,
         save=base.parent / "adapter",

@@ -1,13 +1,23 @@
-"""The exception tree: exit codes, what a message says, pickling."""
+"""The exception tree: exit codes, the text of a message, the way through JSON and back."""
 
-import pickle
+import errno
+import json
 
 import pytest
 
-from mixtral_run.errors import EXIT_CODES, ConfigError, MixtralRunError, WeightsError
+from mixtral_run.errors import (
+    EXIT_CODES,
+    ConfigError,
+    MixtralRunError,
+    Stopped,
+    WeightsError,
+    from_mapping,
+    from_os_error,
+    to_mapping,
+)
 
 
-def test_exit_codes_are_the_designs() -> None:
+def test_exit_codes() -> None:
     assert {code: error.__name__ for code, error in EXIT_CODES.items()} == {
         1: "MixtralRunError",
         2: "ConfigError",
@@ -18,7 +28,7 @@ def test_exit_codes_are_the_designs() -> None:
     }
 
 
-def test_message_tells_everything_in_order() -> None:
+def test_message_has_every_part_in_order() -> None:
     error = ConfigError("What.", where="here", expected="a", found="b", next_command="c", problems=["one", "two"])
     assert str(error).splitlines() == [
         "What.",
@@ -31,15 +41,33 @@ def test_message_tells_everything_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("error_class", EXIT_CODES.values())
-def test_errors_survive_pickling(error_class: type[MixtralRunError]) -> None:
-    error = error_class("What.", where="here", problems=["one"])
-    again = pickle.loads(pickle.dumps(error))
+def through_json(error: MixtralRunError) -> MixtralRunError:
+    return from_mapping(json.loads(json.dumps(to_mapping(error))))
+
+
+@pytest.mark.parametrize("error_class", [*EXIT_CODES.values(), Stopped])
+def test_errors_survive_json(error_class: type[MixtralRunError]) -> None:
+    error = error_class("What.", where="here", expected="a", found="b", next_command="c", problems=["one", "two"])
+    again = through_json(error)
     assert type(again) is error_class
-    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+    assert again.args == error.args
 
 
 def test_problems_added_later_survive_too() -> None:
     error = WeightsError("What.")
     error.problems = ("late",)
-    assert "late" in str(pickle.loads(pickle.dumps(error)))
+    assert "late" in str(through_json(error))
+
+
+def test_only_classes_of_the_tree_are_built() -> None:
+    values = {"class": "SystemExit", "what": "What.", "exit_code": 5, "problems": "none"}
+    assert type(from_mapping(values)) is WeightsError
+    assert type(from_mapping(values | {"exit_code": [5]})) is MixtralRunError
+
+
+def test_errors_of_the_system_are_translated_or_left_alone() -> None:
+    full = from_os_error(OSError(errno.ENOSPC, "No space left on device", "/out"))
+    assert (type(full), full.where if full else None) == (WeightsError, "/out")
+    assert isinstance(from_os_error(PermissionError(errno.EACCES, "Permission denied", "/out")), ConfigError)
+    assert from_os_error(FileNotFoundError(errno.ENOENT, "No such file", "/out")) is None

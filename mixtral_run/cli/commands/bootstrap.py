@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mixtral_run.cli.command import Option, VerbCommand, WholeNumber
 
-@click.command()
+_on_hosts = partial(click.option, cls=Option, section="Hosts")
+_secret = partial(click.option, cls=Option, section="Login and secrets")
+_option = partial(click.option, cls=Option)
+
+
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "bootstrap ubuntu@gpu-01 ubuntu@gpu-02 --ask-become-pass",
+        "bootstrap --inventory inventory/hosts.yml --tags docker,swap --check --diff",
+    ),
+)
 @click.argument("hosts", nargs=-1, metavar="[[USER@]HOST[:PORT]]...")
-@click.option("-i", "--inventory", type=click.Path(path_type=Path), help="Ansible inventory instead of hosts by name.")
-@click.option("--limit", metavar="HOST,…", help="Only these hosts; * and ! as Ansible knows them.")
-@click.option("--check", is_flag=True, help="Change nothing; tell what would change. Works on bare hosts.")
-@click.option("--diff", is_flag=True, help="Show how files change.")
-@click.option("--tags", metavar="ROLE,…", help="Only these roles, such as docker,swap.")
-@click.option("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the roles.")
-@click.option("--hf-token-file", metavar="FILE", help="File with a Hugging Face token; - asks for it.")
-@click.option("-K", "--ask-become-pass", is_flag=True, help="Ask for the password of sudo.")
-@click.option("-k", "--ask-pass", is_flag=True, help="Ask for the login's password once, to put your SSH key there.")
-@click.option("--accept-new-host-key", multiple=True, metavar="HOST", help="Take the new key of a reimaged host.")
-@click.option("-f", "--forks", type=click.IntRange(min=1), help="Hosts at the same time.  [default: 50]")
-@click.option("--serial", metavar="N|N%", help="So many hosts at a time: another begins once one is finished.")
-@click.option(
-    "--retry", is_flag=True, help="The last bootstrap again for hosts that failed; flags only add to its own."
+@_on_hosts(
+    "-i",
+    "--inventory",
+    type=click.Path(path_type=Path),
+    help="Ansible inventory, in place of hosts on the command line.",
+)
+@_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
+@_option("--check", is_flag=True, help="Change nothing; report what would change. Works on bare hosts.")
+@_option("--diff", is_flag=True, help="Show the changes of files.")
+@_option("--tags", metavar="ROLE,…", help="Only these roles, such as docker,swap.")
+@_option("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the roles.")
+@_secret("--hf-token-file", metavar="FILE", help="File with a Hugging Face token. -: prompt for the token.")
+@_secret("-K", "--ask-become-pass", is_flag=True, help="Prompt for the sudo password.")
+@_secret(
+    "-k", "--ask-pass", is_flag=True, help="Prompt for the SSH password once, to install your SSH key on the hosts."
+)
+@_secret(
+    "--accept-new-host-key", multiple=True, metavar="HOST", help="Accept the new host key of a host that was reimaged."
+)
+@_on_hosts(
+    "-f",
+    "--forks",
+    type=WholeNumber(1),
+    help="Largest number of hosts that Ansible works on in parallel.  [default: 50]",
+)
+@_on_hosts("--serial", metavar="N|N%", help="Number of hosts at a time. When one host finishes, the next one starts.")
+@_on_hosts(
+    "--retry",
+    is_flag=True,
+    help="Repeat the last bootstrap on the hosts that failed. Flags are added to those of the last bootstrap.",
 )
 def bootstrap(hosts: tuple[str, ...], retry: bool, ask_pass: bool, hf_token_file: str | None, **flags: Any) -> None:
-    """Set hosts up over SSH: from nothing to machines where jobs run. Again, it changes what differs and nothing else.
+    """Set up hosts over SSH, from bare machines to hosts that run jobs. A repeated run only changes what differs.
 
-    Without HOST and -i: all hosts that were set up from here before.
+    Without HOST and -i: all hosts that bootstrap has set up from this machine.
     """
     from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.bootstrap import bootstrap as job
@@ -40,25 +69,24 @@ def bootstrap(hosts: tuple[str, ...], retry: bool, ask_pass: bool, hf_token_file
         if hosts or flags["inventory"] or flags["limit"]:
             raise ConfigError(
                 "--retry takes the hosts that failed in the last bootstrap.",
-                found="hosts, --inventory or --limit beside it",
+                found="--retry with hosts, --inventory or --limit",
             )
         request = job.last_request().again_with(flags)
     else:
         flags["forks"] = flags["forks"] or job.DEFAULT_FORKS
         request = job.BootstrapRequest(hosts=hosts, **flags)
-    with token_file(hf_token_file, lambda: _ask("Hugging Face token")) as token:
+    with token_file(hf_token_file, lambda: _prompt("Hugging Face token")) as token:
         request = dataclasses.replace(
             request,
             hf_token_file=token or request.hf_token_file,
-            login_password=click.prompt("SSH password", hide_input=True, err=True) if ask_pass else None,
-            become_password=click.prompt("sudo password", hide_input=True, err=True)
-            if request.ask_become_pass
-            else None,
+            login_password=_prompt("SSH password") if ask_pass else None,
+            become_password=_prompt("sudo password") if request.ask_become_pass else None,
         )
         end = job.bootstrap(request)
     click.echo(end.text)
     end.raise_if_bad()
 
 
-def _ask(what: str) -> str:
+def _prompt(what: str) -> str:
+    """Read a secret from the terminal without showing it."""
     return str(click.prompt(what, hide_input=True, err=True))

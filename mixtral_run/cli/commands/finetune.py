@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.train.jobs import FINETUNE
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "finetune --load mixtral --data-path pairs.jsonl --save adapter --layout auto",
+        "finetune --on gpu-01 --load mixtral --data-path pairs.jsonl --save adapter --base-precision fp8",
+    ),
+)
 @config_options(FinetuneConfig)
 def finetune(config: FinetuneConfig) -> None:
-    """Fine-tune a converted checkpoint with LoRA: attention and experts, one adapter an expert."""
-
-    from mixtral_run.launch.processes import import_ahead
+    """Fine-tune a base model with LoRA: attention and experts, with one adapter per expert."""
     from mixtral_run.planner.available import ask_ahead
 
-    # Before the imports below, which bring torch.
+    # Both start processes that work while this one imports torch.
     ask_ahead(config)
-    import_ahead()
+    FINETUNE.import_ahead()
 
     from mixtral_run.planner.choose import settled
-    from mixtral_run.train.preflight import with_base_here
+    from mixtral_run.train.preflight import check_training, with_base_here
 
-    config = settled(with_base_here(config))
-
-    def job() -> None:
-        from mixtral_run.train.loop import finetune
-
-        finetune(config)
-
-    def check(world_size: int) -> None:
-        from mixtral_run.train.preflight import check_training
-
-        check_training(config, world_size)
-
-    run_job("finetune", config, job, check)
+    run_job(FINETUNE, settled(with_base_here(config)), check_training)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
+from mixtral_run.cli.command import Option, VerbCommand, WholeNumber
 
-@click.command()
+_on_hosts = partial(click.option, cls=Option, section="Hosts")
+_output = partial(click.option, cls=Option, section="Output")
+_on = _on_hosts("--on", multiple=True, metavar="HOST,…", help="Hosts of the job, if another machine started it.")
+
+
+@click.command(cls=VerbCommand, examples=("jobs --running", "jobs gpu-01 gpu-02"))
 @click.argument("hosts", nargs=-1, metavar="[[USER@]HOST[:PORT]]...")
-@click.option("-i", "--inventory", type=click.Path(path_type=Path), help="Ansible inventory instead of hosts by name.")
-@click.option("--running", is_flag=True, help="Only those that run.")
+@_on_hosts(
+    "-i",
+    "--inventory",
+    type=click.Path(path_type=Path),
+    help="Ansible inventory, in place of hosts on the command line.",
+)
+@_output("--running", is_flag=True, help="Only jobs that are running.")
 def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
     """List the jobs on hosts, newest first."""
     from mixtral_run.errors import HostError
@@ -32,16 +44,18 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
     elif not errors:
         report.say("No jobs.")
     if errors:
-        raise HostError("Not every host tells of its jobs.", problems=[str(error) for error in errors])
+        raise HostError("The jobs of some hosts are unknown.", problems=[str(error) for error in errors])
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand, examples=("logs finetune --follow", "logs finetune-1129-205700-3f2a --tail 50 --on gpu-01")
+)
 @click.argument("job")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends; Ctrl-C twice leaves it running.")
-@click.option("--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines.")
-@click.option("--on", multiple=True, metavar="HOST,…", help="Where it runs, if it was started from another machine.")
+@_output("-f", "--follow", is_flag=True, help="Print new lines until the job ends. Ctrl-C twice leaves it running.")
+@_output("--tail", type=WholeNumber(0), metavar="LINES", help="Only the last lines.")
+@_on
 def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
-    """Show what a job printed."""
+    """Show the output of a job."""
     from mixtral_run.fleet.jobs.job_log import JobFollower, show_logs
     from mixtral_run.fleet.jobs.jobs import RunningJob, find_whole_job
     from mixtral_run.fleet.selection import hosts_of
@@ -55,29 +69,32 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
         show_logs(rows, tail="all" if tail is None else str(tail))
 
 
-@click.command()
+@click.command(cls=VerbCommand, examples=("stop finetune-1129-205700-3f2a", "stop finetune --on gpu-01"))
 @click.argument("job")
-@click.option("--on", multiple=True, metavar="HOST,…", help="Where it runs, if it was started from another machine.")
+@_on
 def stop(job: str, on: tuple[str, ...]) -> None:
-    """Ask a job to save and end, and wait until it has. JOB: its name, or the start of the only one that runs."""
+    """Ask a job to save and stop, and wait until it has. JOB: its name, or the start of the only running one's name."""
     from mixtral_run.fleet.jobs.stop import stop_job
     from mixtral_run.fleet.selection import hosts_of
 
     stop_job(job, hosts_of(on, None, None), click.echo)
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=("fetch finetune-1129-205700-3f2a adapters", "fetch gpu-01:/srv/checkpoints/adapter --overwrite"),
+)
 @click.argument("job", metavar="JOB|HOST:PATH")
 @click.argument("destination", required=False, type=click.Path(path_type=Path), default=Path())
-@click.option("--overwrite", is_flag=True, help="Replace the file or folder of that name.")
-@click.option(
-    "--on", multiple=True, metavar="HOST,…", help="Where the job ran, if it was started from another machine."
+@_output("--overwrite", is_flag=True, help="Replace a file or folder of the same name.")
+@_on
+@_on_hosts(
+    "--checkpoints-folder", metavar="FOLDER", help="Folder of the host that is /checkpoints, if not the default."
 )
-@click.option("--checkpoints-folder", metavar="FOLDER", help="The host's /checkpoints, if not at the default.")
 def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...], checkpoints_folder: str | None) -> None:
-    """Bring here what a job wrote (an adapter, an export, a report), or any file or folder of a host.
+    """Copy the output of a job (an adapter, an export, a report) to this machine, or any file or folder of a host.
 
-    It goes into DESTINATION where that is a folder (default: the current one), else under that name.
+    If DESTINATION is a folder (default: the current one), the output goes into it. Otherwise it gets that name.
     """
     from mixtral_run.fleet.jobs.fetch import fetch_job
     from mixtral_run.fleet.jobs.job_spec import JobOptions

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import GenerateConfig
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.train.jobs import GENERATE
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        'generate --load mixtral --adapter adapter --instruction "Name the three states of matter."',
+        "generate --load mixtral --prompts-file questions.txt --temperature 0.7 --top-p 0.9 --json",
+    ),
+)
 @config_options(GenerateConfig)
 def generate(config: GenerateConfig) -> None:
-    """Continue prompts with a converted checkpoint, with or without an adapter."""
+    """Continue prompts with a base model, with or without an adapter."""
+    # The fork server imports while this process imports torch.
+    GENERATE.import_ahead()
 
-    from mixtral_run.launch.processes import import_ahead
+    from mixtral_run.train.preflight import check_inference, with_base_here
 
-    # Before the import below, which brings torch.
-    import_ahead()
-
-    from mixtral_run.train.preflight import with_base_here
-
-    config = with_base_here(config)
-
-    def job() -> None:
-        from mixtral_run.inference.generate import generate
-
-        generate(config)
-
-    def check(world_size: int) -> None:
-        del world_size
-        from mixtral_run.train.preflight import check_inference
-
-        check_inference(config)
-
-    run_job("generate", config, job, check)
+    run_job(GENERATE, with_base_here(config), lambda settled, _: check_inference(settled))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import PlanConfig
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "plan --gpus 8 --gpu-memory 80 --seq-length 4096",
+        "plan --gpus 1 --gpu-memory 40 --base-precision nf4 --all",
+    ),
+)
 @config_options(PlanConfig)
 def plan(config: PlanConfig) -> None:
-    """What a LoRA run takes of each GPU, by part, for each layout; the best that fits first. Needs no GPU."""
+    """Print the memory that a LoRA run needs on each GPU, by part, for each layout. The best that fits comes first.
+
+    Needs no GPU.
+    """
     from mixtral_run.planner.table import show_plan
 
     show_plan(config)

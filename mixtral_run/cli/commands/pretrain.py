@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import PretrainConfig
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.train.jobs import PRETRAIN
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "pretrain --load mixtral --mock-data --tensor-model-parallel-size 2 --expert-model-parallel-size 4",
+        "pretrain --load mixtral --data-path pairs.jsonl --train-iters 5 --metrics-file pretrain.jsonl",
+    ),
+)
 @config_options(PretrainConfig)
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
+    # The fork server imports while this process imports torch.
+    PRETRAIN.import_ahead()
 
-    from mixtral_run.launch.processes import import_ahead
+    from mixtral_run.train.preflight import check_training, with_base_here
 
-    # Before the import below, which brings torch.
-    import_ahead()
-
-    from mixtral_run.train.preflight import with_base_here
-
-    config = with_base_here(config)
-
-    def job() -> None:
-        from mixtral_run.train.loop import pretrain
-
-        pretrain(config)
-
-    def check(world_size: int) -> None:
-        from mixtral_run.train.preflight import check_training
-
-        check_training(config, world_size)
-
-    run_job("pretrain", config, job, check)
+    run_job(PRETRAIN, with_base_here(config), check_training)

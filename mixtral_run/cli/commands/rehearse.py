@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import RehearseConfig
 
 
-@click.command()
+@click.command(cls=VerbCommand, examples=("rehearse --device cpu", "rehearse --host --work-path rehearsal"))
 @config_options(RehearseConfig)
 def rehearse(config: RehearseConfig) -> None:
-    """Run the whole job at small size on this machine and prove every step: needs no download and no GPU.
+    """Run the whole job at small size on this machine and prove every step. Needs no download and no GPU.
 
-    With --host the provisioning is rehearsed, too: on a throw-away host, where a Docker engine answers.
+    With --host the rehearsal includes the provisioning of a throw-away host, which needs a Docker engine.
     """
     if config.host:
         from mixtral_run.fleet.testhosts.rehearse_host import rehearse_host

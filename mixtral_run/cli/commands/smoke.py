@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import click
 
+from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs import SmokeConfig
 
 
-@click.command()
+@click.command(
+    cls=VerbCommand,
+    examples=(
+        "smoke --load mixtral",
+        "smoke --on gpu-01 --random-layers 4 --load smoke/checkpoint",
+    ),
+)
 @config_options(SmokeConfig)
 def smoke(config: SmokeConfig) -> None:
-    """Convert if not yet done, pretrain, fine-tune and generate on this machine; a table says pass or fail."""
-    from mixtral_run.launch.processes import import_ahead
+    """Convert if necessary, pretrain, fine-tune and generate on this machine, and print a table of pass or fail."""
+    from mixtral_run.train.jobs import FINETUNE
 
-    # Before the import below, which brings torch.
-    import_ahead()
+    # The fork server imports while this process imports torch.
+    FINETUNE.import_ahead()
 
     from mixtral_run.trial.smoke import smoke as job
 

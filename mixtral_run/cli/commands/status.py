@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
+from mixtral_run.cli.command import Option, VerbCommand
 
-@click.command()
+_on_hosts = partial(click.option, cls=Option, section="Hosts")
+_output = partial(click.option, cls=Option, section="Output")
+
+
+@click.command(cls=VerbCommand, examples=("status", "status gpu-01 gpu-02 --html fleet.html"))
 @click.argument("hosts", nargs=-1, metavar="[[USER@]HOST[:PORT]]...")
-@click.option("-i", "--inventory", type=click.Path(path_type=Path), help="Ansible inventory instead of hosts by name.")
-@click.option("--limit", metavar="HOST,…", help="Only these hosts; * and ! as Ansible knows them.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page to read offline.")
-@click.option(
-    "--checkpoints-folder", metavar="FOLDER", help="Where checkpoints lie on the hosts, if not at the default."
+@_on_hosts(
+    "-i",
+    "--inventory",
+    type=click.Path(path_type=Path),
+    help="Ansible inventory, in place of hosts on the command line.",
 )
-@click.option("--hf-home", metavar="FOLDER", help="The hosts' HF cache, if not at the default.")
-@click.option("--image", metavar="NAME", help="The image that jobs run in.  [default: mixtral-run:local]")
+@_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
+@_output("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_output("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page that works offline.")
+@_on_hosts("--checkpoints-folder", metavar="FOLDER", help="Folder of the checkpoints on the hosts, if not the default.")
+@_on_hosts("--hf-home", metavar="FOLDER", help="Hugging Face cache on the hosts, if not the default.")
+@_on_hosts("--image", metavar="NAME", help="Container image of the jobs.  [default: mixtral-run:local]")
 def status(
     hosts: tuple[str, ...],
     inventory: Path | None,
@@ -28,9 +37,9 @@ def status(
     hf_home: str | None,
     image: str | None,
 ) -> None:
-    """Say what every host has, and what one has otherwise than most. Changes nothing.
+    """Show the state of every host, and where a host differs from the majority. Changes nothing.
 
-    Without HOST and -i: all hosts that were set up from here before.
+    Without HOST and -i: all hosts that bootstrap has set up from this machine.
     """
     from mixtral_run.errors import HostError
     from mixtral_run.fleet.selection import hosts_of
@@ -51,6 +60,6 @@ def status(
         report.table(*summary_rows(statuses))
         if html is not None:
             report.done(f"The page is {html}")
-    dark = [one.name for one in statuses if not one.reachable]
-    if dark:
-        raise HostError(f"{len(dark)} of {len(statuses)} hosts cannot be reached: {', '.join(dark)}")
+    unreachable = [one.name for one in statuses if not one.reachable]
+    if unreachable:
+        raise HostError(f"{len(unreachable)} of {len(statuses)} hosts cannot be reached: {', '.join(unreachable)}")

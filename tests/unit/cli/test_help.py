@@ -1,14 +1,21 @@
-"""Every verb's --help, with the heavy modules blocked: fast, and without anything that only a container has."""
+"""Every verb's --help: fast, with heavy modules blocked; sections; examples that the command line accepts."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import subprocess
 import sys
 import time
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from mixtral_run.cli.main import VERBS
+from mixtral_run.cli.command import PROBLEMS, SECTIONS, VerbCommand
+from mixtral_run.cli.main import VERBS, root
+from mixtral_run.config import verbs as configs
+from mixtral_run.config.fields import Config
 
 BLOCKED = ("torch", "ansible_runner", "ansible", "megatron", "transformers", "numpy", "rich", "safetensors", "yaml")
 PROGRAM = f"""
@@ -45,3 +52,55 @@ def test_help_is_fast_and_needs_nothing_heavy(verb: str) -> None:
         time.sleep(0.2)
     assert fastest is not None
     assert fastest < LIMIT_SECONDS
+
+
+def command(verb: str) -> VerbCommand:
+    found = root.get_command(click.Context(root), verb)
+    assert isinstance(found, VerbCommand)
+    return found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_are_accepted_by_the_command_line(verb: str) -> None:
+    examples = command(verb).examples
+    assert len(examples) == 2
+    for example in examples:
+        words = shlex.split(example)
+        assert words[0] == verb
+        context = command(verb).make_context(verb, words[1:], parent=click.Context(root, **root.context_settings))
+        assert not context.meta[PROBLEMS]
+        if "config" in context.params:
+            assert not _config_problems(context)
+
+
+def _config_problems(context: click.Context) -> list[str]:
+    """Problems of the settings of an example: it must name what the verb needs."""
+    name = f"{context.info_name}Config".capitalize().replace("config", "Config")
+    config_class: type[Config] = getattr(configs, name)
+    fields = {item.name for item in dataclasses.fields(config_class)}
+    values = {
+        key: value for key, value in context.params.items() if key in fields and value is not None and value != ()
+    }
+    return config_class.from_mapping(values).problems()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_whole_examples(verb: str) -> None:
+    shown = CliRunner().invoke(root, [verb, "--help"], env={"COLUMNS": "80"}).output
+    assert shown.split("Examples:\n")[1].splitlines() == [f"  mixtral-run {each}" for each in command(verb).examples]
+
+
+def test_help_of_finetune_has_its_sections_in_order() -> None:
+    lines = CliRunner().invoke(root, ["finetune", "--help"]).output.splitlines()
+    shown = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert shown == [
+        "Model and layout", "Data", "Optimizer", "LoRA", "Memory and precision", "Processes", "Output", "On hosts",
+        "Other", "Examples",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_is_in_a_known_section(verb: str) -> None:
+    context = click.Context(command(verb), parent=click.Context(root, **root.context_settings))
+    for each in command(verb).get_params(context):
+        assert getattr(each, "section", "Other") in SECTIONS

@@ -91,10 +91,10 @@ def test_all_that_is_wrong_with_a_command_line_is_told_at_once() -> None:
         "✗ The settings cannot be used as they are.",
         "  - --tp: there is no such flag; did you mean --tensor-model-parallel-size?",
         "  - --hf: there is no such flag; did you mean --hf-model-path or --hf-home?",
-        "  - 'stray': expected a flag before it; found none",
         "  - --overwrite: expected no value; found 'yes'",
         "  - --ouput: there is no such flag; did you mean --output-path?",
         "  - --from-megatron: expected a value after it; found none",
+        "  - 'stray': expected a flag before it; found none",
         "  - --tensor-model-parallel-size: expected int; found 'two'",
         "  - --expert-model-parallel-size: expected int; found 'four'",
         "  - --output-path is required: Folder to write; must be empty or new.",
@@ -121,8 +121,9 @@ def test_a_verb_without_settings_tells_them_as_well() -> None:
             ["logs", "--tail=x", "--of"],
             ["--tail: expected a whole number, 0 or more; found 'x'", "--of: there is", "JOB: expected; found none"],
         ),
+        (["logs", "j", "k"], ["'k': expected nothing there"]),
         (["logs", "j", "--tail"], ["--tail: expected a value after it; found none"]),
-        (["bootstrap", "-f0", "h"], ["-f: expected a whole number, 1 or more; found '0'"]),
+        (["bootstrap", "-f0", "h"], ["--forks: expected a whole number, 1 or more; found '0'"]),
         (["bootstrap", "--for_ks"], ["--for-ks: there is no such flag; did you mean --forks?"]),
         (["up", "--nccl_timeout", "1h"], ["--nccl-timeout: expected a whole number; found '1h'", "[USER@]HOST"]),
         (["finetune", "--nccl_timeout"], ["--nccl-timeout: expected a value after it; found none", "--load is req"]),
@@ -137,6 +138,36 @@ def test_words_that_are_missing_or_of_the_wrong_kind_are_told_with_all_else(
         assert any(each.startswith(problem) for each in found), found
     if not problems:
         assert not any("expected" in each for each in found)
+
+
+@pytest.mark.parametrize("flag", ["--l", "--lx", "--lr-x9-qqq", "-l"])
+def test_nothing_is_proposed_by_the_first_letter_alone(flag: str) -> None:
+    error = CliRunner().invoke(root, ["finetune", flag, "1"]).exception
+    assert isinstance(error, ConfigError)
+    assert f"{flag}: there is no such flag" in error.problems
+
+
+def test_help_is_shown_whatever_else_is_wrong() -> None:
+    shown = CliRunner().invoke(root, ["finetune", "--bogus", "--seed", "x", "--help"])
+    assert (shown.exit_code, "Usage:" in shown.output) == (0, True)
+
+
+def test_former_names_of_flags_and_keys_are_accepted_and_hidden(tmp_path: Path) -> None:
+    for flag in ("--keep-quantised", "--keep_quantised"):
+        error = CliRunner().invoke(root, ["finetune", flag, "maybe"]).exception
+        assert isinstance(error, ConfigError)
+        assert "--quantized-cache: expected one of yes, use, no; found maybe" in error.problems
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"keep_quantised": "maybe"}))
+    for words, found in (([], "maybe"), (["--quantized-cache", "perhaps"], "perhaps")):
+        error = CliRunner().invoke(root, ["finetune", "--config", str(file), *words]).exception
+        assert isinstance(error, ConfigError)
+        assert f"--quantized-cache: expected one of yes, use, no; found {found}" in error.problems
+        assert not any("keep_quantised" in each for each in error.problems)
+    assert "keep-quantised" not in CliRunner().invoke(root, ["finetune", "--help"]).output
+    error = CliRunner().invoke(root, ["finetune", "--keep-quantize", "no"]).exception
+    assert isinstance(error, ConfigError)
+    assert not any("keep-quantised" in each for each in error.problems)
 
 
 def test_a_wrong_verb_is_answered_with_the_right_one() -> None:

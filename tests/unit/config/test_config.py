@@ -70,6 +70,22 @@ def test_unknown_missing_and_mistyped_are_told_together() -> None:
         FinetuneConfig.from_mapping({"save": "s", "lora_rank": 0})
 
 
+def test_former_names_are_accepted_as_keys_but_not_with_the_current_one() -> None:
+    values = {"load": "a", "save": "s", "mock_data": True, "keep_quantised": "use"}
+    config = FinetuneConfig.from_mapping(values)
+    assert config.quantized_cache == "use"
+    assert "keep_quantised" not in config.to_mapping()
+    with pytest.raises(ConfigError, match="'keep_quantised' is the former name of 'quantized_cache'"):
+        FinetuneConfig.from_mapping(values | {"quantized_cache": "use"})
+
+
+@pytest.mark.parametrize("config_class", ALL)
+def test_no_alias_hides_a_field(config_class: type[Config]) -> None:
+    fields = dataclasses.fields(config_class)
+    aliases = [alias for item in fields for alias in item.metadata["aliases"]]
+    assert len({*aliases, *(item.name for item in fields)}) == len(aliases) + len(fields)
+
+
 def test_limits_are_told_together() -> None:
     config = FinetuneConfig(
         load=Path("a"),

@@ -1,0 +1,175 @@
+"""The click command of a verb, which reports all problems of a command line at once. Sections and examples in --help.
+
+click cannot report more than one problem: its parser and its conversion of values both raise at the first one. Three
+parts make up for that. `parse_args` leaves out each word that the parser refuses and parses the rest, `WholeNumber`
+notes a wrong value instead of raising, and `allow_extra_args` returns the words that no parameter takes. A verb with a
+config reports these problems together with those of its settings (`options.merged_config`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from mixtral_run.errors import ConfigError
+
+PROBLEMS = "mixtral_run.problems"
+"""Key of a click context's `meta`: the lines for the words that were not understood."""
+
+SECTIONS = (
+    "Hosts", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA", "Memory and precision",
+    "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts", "Other",
+)  # fmt: skip
+"""Sections of --help in their order."""
+
+_MOST_SUGGESTED = 3
+
+
+class Option(click.Option):
+    """An option with the section of --help that shows it."""
+
+    def __init__(self, *names: Any, section: str = "Options", **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.section = section
+
+
+class WholeNumber(click.ParamType[Any]):
+    """A whole number, at least `minimum`. A wrong value becomes None and a line in PROBLEMS."""
+
+    name = "integer"
+
+    def __init__(self, minimum: int | None = None) -> None:
+        self._minimum = minimum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        if number is not None and (self._minimum is None or number >= self._minimum):
+            return number
+        limit = f", {self._minimum} or more" if self._minimum is not None else ""
+        problem = f"expected a whole number{limit}; found {value!r}"
+        if param is None or ctx is None:
+            self.fail(problem, param, ctx)
+        ctx.meta.setdefault(PROBLEMS, []).append(f"{param.opts[-1]}: {problem}")
+        return None
+
+
+class VerbCommand(click.Command):
+    """A verb. examples: command lines for the end of --help, without the `mixtral-run` in front."""
+
+    allow_extra_args = True
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what can be parsed, and keep a line for each other word in `ctx.meta[PROBLEMS]`.
+
+        Raises ConfigError with all lines if an argument is missing, or if the verb has no config to report them with.
+        """
+        if ctx.resilient_parsing:  # A shell completes an unfinished line.
+            return super().parse_args(ctx, args)
+        problems: list[str] = ctx.meta.setdefault(PROBLEMS, [])
+        words = self._understood(ctx, args, problems)
+        missing: list[str] = []
+        try:
+            extra = super().parse_args(ctx, words)
+        except click.MissingParameter as error:
+            extra = []
+            name = error.param.metavar or str(error.param.name).upper() if error.param else "a word"
+            missing = [f"{name}: expected; found none"]
+        refused = "expected nothing there" if self._takes_words() else "expected a flag before it; found none"
+        problems += [f"{word!r}: {refused}" for word in extra] + missing
+        if missing or (problems and not any(each.name == "config" for each in self.params)):
+            raise ConfigError(
+                "The command line cannot be understood.",
+                where="command line",
+                problems=problems,
+                next_command=f"{ctx.command_path} --help",
+            )
+        return []
+
+    def _understood(self, ctx: click.Context, args: Sequence[str], problems: list[str]) -> list[str]:
+        """Return the words that click's parser accepts, and append a line to `problems` for each other word.
+
+        The parser consumes the list that it gets, so the length of the rest tells at which word it stopped. The word
+        after an unknown flag counts as its value if the verb takes no arguments.
+        """
+        words = list(args)
+        while True:
+            rest = list(words)
+            try:
+                self.make_parser(ctx).parse_args(rest)
+            except (click.NoSuchOption, click.BadOptionUsage) as error:
+                stopped = len(words) - len(rest) - 1
+                word, has_value = words[stopped], "=" in words[stopped]
+                if isinstance(error, click.NoSuchOption):
+                    problems.append(f"{error.option_name}: there is no such flag{self._meant(error.option_name)}")
+                    if not has_value and not self._takes_words() and rest and not rest[0].startswith("-"):
+                        del rest[0]
+                elif has_value:
+                    problems.append(f"{error.option_name}: expected no value; found {word.partition('=')[2]!r}")
+                else:
+                    problems.append(f"{error.option_name}: expected a value after it; found none")
+                words = words[:stopped] + rest
+            else:
+                return words
+
+    def _takes_words(self) -> bool:
+        return any(isinstance(each, click.Argument) for each in self.params)
+
+    def _meant(self, flag: str) -> str:
+        """Return "; did you mean …?" for an unknown flag, or nothing if no flag of the verb is close to it."""
+        options = [each for each in self.params if isinstance(each, click.Option) and not each.hidden]
+        names = [name for each in options for name in (*each.opts, *each.secondary_opts) if name.startswith("--")]
+        if len(flag) < 4:
+            return ""
+        found = [name for name in names if name.startswith(flag)]
+        # Megatron's users write --tp for --tensor-model-parallel-size.
+        found = found or [name for name in names if len(flag) < 6 and _are_initials(flag[2:], name[2:])]
+        found = found or ["--" + name for name in close_to(flag[2:], [name[2:] for name in names])]
+        return f"; did you mean {or_words(found[:_MOST_SUGGESTED])}?" if found else ""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
+        for each in self.get_params(ctx):
+            record = each.get_help_record(ctx)
+            if record is not None and not isinstance(each, click.Argument):
+                sections[getattr(each, "section", "Other")].append(record)
+        for name, records in sections.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        if not self.examples:
+            return
+        with formatter.section("Examples"):
+            for example in self.examples:
+                # Not write_text: a wrapped command line cannot be copied.
+                formatter.write(f"{'':{formatter.current_indent}}mixtral-run {example}\n")
+
+
+def close_to(word: str, names: Iterable[str]) -> list[str]:
+    """Return the names that `word` may mean, the closest first.
+
+    click's own suggestions compare flags with their dashes, so that two flags of one common letter count as close.
+    """
+    return difflib.get_close_matches(word, list(names), _MOST_SUGGESTED)
+
+
+def or_words(names: Sequence[str]) -> str:
+    """Return `a`, `a or b`, or `a, b or c`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _are_initials(letters: str, name: str) -> bool:
+    """Return True if `letters` are initials of the words of `name`, in order and from the first word on."""
+    initials = iter(part[0] for part in name.split("-") if part)
+    return len(letters) > 1 and letters[0] == name[0] and all(letter in initials for letter in letters)

@@ -1,0 +1,34 @@
+"""End a process with a message and an exit code that later signals cannot change."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from typing import NoReturn
+
+
+def exit_with(message: str, exit_code: int) -> NoReturn:
+    """Print `message` to stderr, with the rank if this process has one, and end the process.
+
+    Further SIGINT and SIGTERM change neither the exit code nor the output.
+    """
+    _ignore_signals(exit_code)
+    rank = os.environ.get("RANK")
+    prefix = f"[rank {rank}] " if rank is not None else ""
+    print(prefix + message, file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def _ignore_signals(exit_code: int) -> None:
+    """Make SIGINT and SIGTERM end the process with `exit_code`, and ignore them once the interpreter shuts down."""
+
+    def install(ignored: bool) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if ignored else lambda *_: os._exit(exit_code))
+
+    install(ignored=False)
+    # The interpreter waits for its threads first, and a signal then ends the process. After that it drops Python
+    # handlers, but not SIG_IGN.
+    atexit.register(install, ignored=True)
