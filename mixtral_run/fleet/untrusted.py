@@ -16,7 +16,7 @@ MAX_NAME_BYTES = 255
 """The longest file name that common filesystems accept."""
 
 # ECMA-48 sequences in their 7-bit form (ESC …) and 8-bit form (C1). A string sequence (OSC, DCS, SOS, PM, APC) is
-# removed with its content only if it is terminated on the same line: an unterminated one must not hide the text after it.
+# removed with its content only if it is terminated on the same line: an unterminated one must not hide other text.
 _CONTROL = re.compile(
     r"""
       (?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]                                              # CSI: colors, cursor, erase
