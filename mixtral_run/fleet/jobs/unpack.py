@@ -45,7 +45,7 @@ class Received:
 def size_text(num_bytes: int) -> str:
     """Return a size in the unit that suits it: `700 bytes`, `1.5 MiB`, `93.0 GiB`."""
     if num_bytes < 1024**2:
-        return f"{num_bytes:,} bytes"
+        return f"{num_bytes:,} byte{'s' if num_bytes != 1 else ''}"
     return f"{num_bytes / 1024**2:.1f} MiB" if num_bytes < GIB else f"{num_bytes / GIB:.1f} GiB"
 
 
