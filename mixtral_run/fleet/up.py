@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +15,13 @@ from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs.fetch import fetch
 from mixtral_run.fleet.jobs.job_log import JobFollower
 from mixtral_run.fleet.jobs.job_spec import CHECKPOINTS, JobOptions, host_path
-from mixtral_run.fleet.jobs.jobs import RunningJob, fetch, list_jobs, start
+from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.untrusted import parse_json
 from mixtral_run.report import Report
 
 STEPS = 5
@@ -90,7 +91,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         export = ExportConfig(adapter=config.save, output_path=exported, overwrite=done.exported)
         _run(host, "export", export, options)
     report.step(5, STEPS, f"Fetch → {target}")
-    place = fetch(host, host_path(_inside(exported), options), target, ssh, overwrite=_is_ours(target))
+    place = fetch(host, host_path(_inside(exported), options), target, ssh, overwrite=_is_ours(target), say=report.say)
     report.done(f"The adapter is {place}")
     return place
 
@@ -126,10 +127,25 @@ def _what_is_done(ssh: Ssh, host: Host, config: UpConfig, options: JobOptions) -
     found = dict(line.split("=", 1) for line in lines if "=" in line)
     try:
         iteration = int(found["iteration"] or 0)
-        records = {name: json.loads(found.get(name) or "{}") for name in ("adapter", "base", "export")}
+        records = {name: _record(found.get(name) or "{}") for name in ("adapter", "base", "export")}
         return Done(found["converted"] == "1", iteration, found["exported"] == "1", **records)
     except (KeyError, ValueError) as error:
         raise HostError(f"{host.name} does not tell what is done there.", found=str(lines)[:200]) from error
+
+
+def _record(text: str) -> dict[str, Any]:
+    """Return the record of a checkpoint on a host. Raises ValueError if it is not in the form that the kit writes."""
+    record = parse_json(text)
+    for each in (record, record.get("base", {})) if isinstance(record, dict) else (None,):
+        if (
+            not isinstance(each, dict)
+            or not all(isinstance(each.get(key, {}), dict) for key in ("training", "base"))
+            or not all(isinstance(each.get(key) or "", str) for key in ("fingerprint", "data_sha256", "source"))
+            or not isinstance(each.get("iteration", 0), int)
+        ):
+            raise ValueError("a record in another form")
+    found: dict[str, Any] = record
+    return found
 
 
 def _origin(done: Done) -> str:
@@ -236,7 +252,7 @@ def _settings_of(ssh: Ssh, host: Host, job: str) -> Mapping[str, Any]:
     )
     settings, _, sums = ssh.run(host, ["sh", "-c", script, "look", job]).output.partition("\n")
     try:
-        training = json.loads(settings)
+        training = parse_json(settings)
     except ValueError:
         return {}
     return {"training": training, "data_sha256": sums.partition(" ")[0]}

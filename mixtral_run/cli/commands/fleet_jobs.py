@@ -100,5 +100,5 @@ def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...], che
     from mixtral_run.fleet.jobs.job_spec import JobOptions
 
     folders = JobOptions(checkpoints_folder=checkpoints_folder) if checkpoints_folder else None
-    for place in fetch_job(job, destination, on, overwrite, folders):
+    for place in fetch_job(job, destination, on, overwrite, folders, lambda text: click.echo(text, err=True)):
         click.echo(f"✓ {place}")

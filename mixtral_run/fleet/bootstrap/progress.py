@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
+from mixtral_run.fleet.untrusted import printable_values
+
 
 class Phase(Enum):
     """Where a host is. The last four are ends."""
@@ -80,7 +82,8 @@ class FleetProgress:
         """What Ansible said where it could not even begin, such as a fault in a variable's file."""
 
     def fold(self, event: Mapping[str, Any]) -> list[Notice]:
-        """Take one event in; returns what is worth a line of its own."""
+        """Apply one event, whose texts come from hosts, and return the notices that a plain log prints for it."""
+        event = printable_values(event)
         kind = str(event.get("event", ""))
         data: Mapping[str, Any] = event.get("event_data") or {}
         if self.started is None:

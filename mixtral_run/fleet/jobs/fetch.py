@@ -1,15 +1,26 @@
-"""What `fetch` means by its argument: a job's output, or a path on a host."""
+"""`mixtral-run fetch`: copy the output of a job, or a path of a host, to this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, find_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
-from mixtral_run.fleet.jobs.jobs import fetch, find_job
+from mixtral_run.fleet.jobs.jobs import find_job
+from mixtral_run.fleet.jobs.unpack import Received, RefusedError, free_bytes, size_text, unpack
 from mixtral_run.fleet.selection import hosts_of
+from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.untrusted import local_name, one_line
+
+QUIET_SECONDS = 10.0
+"""Interval between two lines of progress."""
+Say = Callable[[str], None]
 
 
 def fetch_job(
@@ -18,24 +29,124 @@ def fetch_job(
     on: Sequence[str] = (),
     overwrite: bool = False,
     folders: JobOptions | None = None,
+    say: Say = lambda text: None,  # noqa: ARG005
 ) -> list[Path]:
-    """Bring a job's output or `HOST:PATH` here; returns where it lies. Raises ConfigError for what writes nothing.
+    """Copy a job's output, or `HOST:PATH`, to this machine and return the local paths.
 
-    PATH is one of the host, or below /checkpoints and /huggingface one of the container, which `folders` has on the
-    host. Like `cp`: into `destination` where that is a folder, else under that name.
+    Args:
+        what: the name of a job, or HOST:PATH. PATH is a path on the host, or one below /checkpoints or /huggingface in
+            the container, which `folders` maps to the host.
+        destination: as for `cp`, an existing folder to copy into, else the new name.
+        say: receives lines about progress and size.
+
+    Raises:
+        ConfigError: the job still runs or writes no files; or something of that name exists and `overwrite` is False.
+        HostError: the host does not answer, or what it sends is refused.
     """
     host_word, colon, path = what.partition(":/")
     if colon:
         (host,) = find_hosts([host_word], remembered_hosts())
-        return [_fetch(host, host_path("/" + path, folders or JobOptions()), destination, overwrite)]
-    rows = find_job(what, hosts_of(tuple(on), None, None))
-    if rows[0].running:
-        raise ConfigError(f"{rows[0].job} is still running.", next_command=f"mixtral-run logs -f {rows[0].job}")
-    if not rows[0].output:
-        raise ConfigError(f"{rows[0].job} writes no files ({rows[0].verb}).")
-    return [_fetch(rows[0].host, rows[0].output, destination, overwrite)]
+        path = host_path("/" + path, folders or JobOptions())
+    else:
+        row = find_job(what, hosts_of(tuple(on), None, None))[0]
+        if row.running:
+            raise ConfigError(f"{row.job} is still running.", next_command=f"mixtral-run logs -f {row.job}")
+        if not row.output:
+            raise ConfigError(f"{row.job} writes no files ({row.verb}).")
+        host, path = row.host, row.output
+    target = destination / _name_of(host, path) if destination.is_dir() else destination
+    return [fetch(host, path, target, overwrite=overwrite, say=say)]
 
 
-def _fetch(host: Host, path: str, destination: Path, overwrite: bool) -> Path:
-    target = destination / PurePosixPath(path).name if destination.is_dir() else destination
-    return fetch(host, path, target, overwrite=overwrite)
+def fetch(
+    host: Host,
+    path: str,
+    target: Path,
+    ssh: Ssh | None = None,
+    overwrite: bool = False,
+    say: Say = lambda text: None,  # noqa: ARG005
+) -> Path:
+    """Copy a file or folder of a host to `target`, completely or not at all, and return `target`.
+
+    What the host sends is checked member by member (`unpack`) and must fit on the disk. With `overwrite`, an existing
+    `target` is replaced after everything has arrived.
+
+    Raises:
+        ConfigError: `target` exists and `overwrite` is False.
+        HostError: the host does not answer, or what it sends is refused.
+    """
+    ssh = ssh or Ssh()
+    name = _name_of(host, path)
+    if target.exists() and not overwrite:
+        raise ConfigError(
+            "Something of this name already exists.",
+            where=str(target),
+            next_command="another folder, or --overwrite",
+        )
+    target.resolve().parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".mixtral-run-fetch-", dir=target.resolve().parent))
+    new, old = work / "new", work / "old"
+    new.mkdir()
+    try:
+        received = _receive(ssh, host, path, new, say)
+        if target.exists():
+            target.rename(old)
+        (new / name).rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(work, ignore_errors=True)
+    say(f"  {received} from {host.name}")
+    return target
+
+
+def _receive(ssh: Ssh, host: Host, path: str, folder: Path, say: Say) -> Received:
+    """Unpack `path` of the host into `folder`."""
+    source = PurePosixPath(path)
+    script = 'cd "$1" && exec tar -cf - -- "$2"'
+    limit = free_bytes(folder)
+    with (
+        ssh.receive(host, ["sh", "-c", script, "fetch", str(source.parent), source.name]) as stream,
+        _refused(host, path),
+    ):
+        return unpack(stream, folder, source.name, limit_bytes=limit, on_progress=_progress(say, limit))
+    raise AssertionError("receive() raises what the context raised")
+
+
+@contextlib.contextmanager
+def _refused(host: Host, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (RefusedError, ValueError) as error:
+        raise HostError(
+            f"{path} could not be fetched from {host.name}: what the host sent is refused.",
+            where=host.target,
+            expected="a tar archive of one file or folder, with links only inside of it",
+            found=str(error),
+        ) from error
+
+
+def _progress(say: Say, limit: int) -> Callable[[Received], None]:
+    """Return a function that reports the amount received every QUIET_SECONDS."""
+    last = time.monotonic()
+
+    def report(received: Received) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_SECONDS:
+            last = time.monotonic()
+            say(f"… {received} so far; {size_text(max(limit - received.num_bytes, 0))} more fit here")
+
+    return report
+
+
+def _name_of(host: Host, path: str) -> str:
+    """Return the local name for a path on a host. A path that a job reports comes from the host and is not trusted."""
+    try:
+        return local_name(PurePosixPath(path).name)
+    except ValueError as error:
+        raise HostError(
+            f"A path on {host.name} does not end with the name of a file or folder.",
+            where=host.target,
+            expected="an absolute path such as /checkpoints/adapter",
+            found=f"{one_line(path)!r}: {error}",
+        ) from error

@@ -1,4 +1,4 @@
-"""Following a job: its output live from every host, until it ends or the person leaves. Leaving does not stop it."""
+"""Live output of a job from all its hosts, until the job ends or the user leaves. Leaving does not stop the job."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from mixtral_run.fleet.ssh.connection import Ssh
 
 RECONNECT_SECONDS = 2.0
 PATIENCE_SECONDS = 600
-"""How long a host may not answer before it counts as lost. Its part of the job goes on all the same."""
+"""Time without an answer after which a host counts as lost. Its part of the job may continue."""
 KEPT_LINES = 400
 OVERLAP_LINES = 50
-"""Lines that are asked for again when a connection was lost. The engine takes a container's two outputs up side by
-side, so that its log is not quite in the order of its time stamps."""
+"""Lines that are requested again after a lost connection. The engine records the two outputs of a container in
+parallel, so the log is not strictly in the order of its time stamps."""
 GRACE_SECONDS = 30
-"""How long the hosts of a job may go on after one of them died, before they are stopped."""
+"""Time that the containers of a job have to end after one of them died, before the engine kills them."""
 
 
 @dataclass
 class _HostLog:
-    """One host's output and its end."""
+    """Output and end of one host's container."""
 
     host: Host
     shown: collections.deque[tuple[str, str]] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
-    """Time stamp and text of what was shown last, so that nothing is shown twice after a lost connection."""
+    """Time stamp and text of the lines printed last, so that no line is printed twice after a lost connection."""
     count: int = 0
     lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
     row: JobRow | None = None
     lost: bool = False
-    """It has not answered for too long."""
+    """The host has not answered for PATIENCE_SECONDS."""
     removed: bool = False
-    """Somebody removed the container."""
+    """The container was removed."""
     problem: BaseException | None = None
-    """What ended the following itself: nobody reads any more, or a fault of ours."""
+    """Exception that ended the thread of this host, such as BrokenPipeError."""
     ended: float = 0.0
 
     @property
@@ -53,21 +53,21 @@ class _HostLog:
 
     @property
     def bad(self) -> bool:
-        """Whether it did not end well; also where its end is not known."""
+        """True if the container failed, or if its end is not known."""
         return self.row is None or self.row.exit_code != 0
 
     @property
     def stopped(self) -> bool:
-        """Whether it ended because it was asked to."""
+        """True if the container ended because of SIGINT or SIGTERM."""
         return self.row is not None and self.row.exit_code in SIGNALLED
 
 
 class Left(KeyboardInterrupt):
-    """The person left; the job goes on."""
+    """Exception for a user who left a running job. The job continues."""
 
 
 class JobFollower:
-    """Shows a job's output, its errors and progress apart. `say` gets our own words, which are not the job's."""
+    """Printer of a job's output; its standard error is kept apart. `say` receives the messages of the kit itself."""
 
     def __init__(
         self,
@@ -86,9 +86,10 @@ class JobFollower:
         self._stopping = False
 
     def follow(self, new_only: bool = False) -> None:
-        """Show output until the job is over. Raises what the job failed with, or Left after a second Ctrl-C.
+        """Print output until the job has ended.
 
-        What keeps the output from being shown, BrokenPipeError among it, is raised as well; the job goes on.
+        Raises the error that the job failed with, or Left after a second Ctrl-C. Errors while printing, such as
+        BrokenPipeError, are raised too; the job then continues.
         """
         threads = [
             threading.Thread(target=self._follow_or_tell, args=(log, new_only), name=log.host.name, daemon=True)
@@ -99,14 +100,14 @@ class JobFollower:
         interrupts = 0
         while any(thread.is_alive() for thread in threads):
             try:
-                # Not Thread.join: when Ctrl-C interrupts it, Python 3.11 takes the thread for ended.
+                # Thread.join is not used: when Ctrl-C interrupts it, Python 3.11 regards the thread as ended.
                 self._leave.wait(0.2)
                 self._watch()
             except KeyboardInterrupt:
                 interrupts += 1
                 if interrupts > 1:
                     self._leave.set()
-                    self.say(f"Left. {self.job.name} goes on: mixtral-run logs -f {self.job.name}")
+                    self.say(f"Left. {self.job.name} continues: mixtral-run logs -f {self.job.name}")
                     raise Left from None
                 self.say(
                     f"\n{self.job.name} is running. Ctrl-C again leaves it running; to end it: "
@@ -118,7 +119,7 @@ class JobFollower:
         try:
             self._follow_host(log, new_only)
         except BaseException as problem:
-            # A thread's own end is nobody's business: `follow` raises it.
+            # An exception in a thread would only be printed: `follow` raises it.
             log.problem = problem
             self._leave.set()
 
@@ -128,7 +129,7 @@ class JobFollower:
             self._stream(log, ["--follow", *(_since(log) or since)])
             row = self._row_of(log)
             if row is not None and not row.running:
-                # The stream ends with the container, and its last words may have come too late for it.
+                # The stream ends with the container and may miss its last lines.
                 self._stream(log, _since(log) or since)
                 log.row = row
             if row is None or not row.running:
@@ -137,29 +138,31 @@ class JobFollower:
             self._leave.wait(RECONNECT_SECONDS)
 
     def _row_of(self, log: _HostLog) -> JobRow | None:
-        """How the job is on a host, as soon as that answers; None where it has none, or none is waited for any more."""
-        began, told = time.monotonic(), False
+        """Return the container on a host as soon as the host answers.
+
+        Returns None if the host has no such container, is lost, or if the user left.
+        """
+        began, reported = time.monotonic(), False
         while not self._leave.is_set():
             rows, errors = list_jobs([log.host], self.ssh)
-            if not errors:
-                if told:
+            row = next((row for row in rows if row.job == self.job.name), None)
+            if row is not None or not errors:
+                if reported:
                     self.say(f"{log.host.name} answers again")
-                row = next((row for row in rows if row.job == self.job.name), None)
                 log.removed = row is None
                 return row
             if time.monotonic() - began >= PATIENCE_SECONDS:
                 log.lost = True
                 return None
-            if not told:
-                told = True
-                self.say(
-                    f"! {errors[0].what} {self.job.name} may go on there; trying for {PATIENCE_SECONDS // 60} minutes"
-                )
+            if not reported:
+                reported = True
+                minutes = PATIENCE_SECONDS // 60
+                self.say(f"! {errors[0].what} {self.job.name} may continue there; retrying for {minutes} minutes")
             self._leave.wait(RECONNECT_SECONDS)
         return None
 
     def _stream(self, log: _HostLog, options: list[str]) -> None:
-        """Show what the engine has, without what was shown before."""
+        """Print the engine's log without the lines that were printed before."""
         again = collections.Counter(log.shown)
         words = ["sh", "-c", ENGINE_SCRIPT, "docker", "logs", "--timestamps", *options, self.job.name]
         _stream_apart(
@@ -175,7 +178,7 @@ class JobFollower:
     def _line(self, log: _HostLog, line: str, again: collections.Counter[tuple[str, str]], to: TextIO) -> None:
         stamp, _, text = line.partition(" ")
         if not (len(stamp) > 20 and stamp[4] == "-" and stamp.endswith("Z")):
-            text = line  # ssh's own words, or the engine's
+            text = line  # a message of ssh or of the engine
         elif again[stamp, text] > 0:
             again[stamp, text] -= 1
             return
@@ -183,15 +186,14 @@ class JobFollower:
             log.shown.append((stamp, text))
             log.count += 1
         log.lines.append(text)
-        prefix = f"{log.host.name:<{self._width}} | " if self._width else ""
         with self._lock:
-            print(prefix + text, file=to, flush=True)
+            print(_prefixed(log.host, self._width, text), file=to, flush=True)
 
     def _watch(self) -> None:
-        """Where one host's part has failed, stop the others': they would wait for it until a time-out.
+        """Stop the containers of the other hosts after one has failed: they would wait for it until a timeout.
 
-        A host that does not answer may be well, and so the job. Whoever stopped one host's part stopped all, and the
-        others may be saving still.
+        A host that does not answer stops nothing, because its container may be fine. Neither does a stopped container:
+        a stop request goes to all hosts, and the others may still be saving.
         """
         dead = [log for log in self._logs if log.over and log.bad and not log.lost and not log.stopped]
         alive = [log for log in self._logs if not log.over]
@@ -199,7 +201,7 @@ class JobFollower:
             return
         self._stopping = True
         row = dead[0].row
-        how = "has no container of it any more" if row is None else f"ended with exit code {row.exit_code}"
+        how = "has no container of the job" if row is None else f"ended with exit code {row.exit_code}"
         others = ", ".join(log.host.name for log in alive)
         self.say(f"✗ {dead[0].host.name} {how}: stopping the job on {others}")
         words = ("stop", "--time", str(GRACE_SECONDS), self.job.name)
@@ -218,7 +220,8 @@ class JobFollower:
         bad = [log for log in self._logs if log.bad]
         if not bad:
             return
-        # Others fail because one did: the one that ended first. Of a job that was stopped, the one that did not obey.
+        # The container that ended first is the cause; the others fail because of it. In a job that was stopped, the
+        # cause is a container that ended for another reason.
         first = min(bad, key=lambda log: (log.stopped, log.ended))
         raise job_error(self.job, first.host, first.row, list(first.lines))
 
@@ -232,10 +235,19 @@ def _stream_apart(
     on_line: Callable[[str, TextIO], None],
     stop: threading.Event | None = None,
 ) -> None:
-    """Hand over a command's lines, each with the one of ours that it belongs to."""
-    # What goes to one place, a terminal or `2>&1`, comes over one pipe, in the order in which ssh has it.
+    """Pass each line of a command to `on_line` with the local stream that it belongs to, `out` or `err`."""
+    # If both go to one place (a terminal, or `2>&1`), one pipe keeps the order in which ssh writes the lines.
     apart = None if _same_place(out, err) else lambda line: on_line(line, err)
     ssh.stream(host, words, lambda line: on_line(line, out), stop, apart)
+
+
+def _prefixed(host: Host, width: int, text: str) -> str:
+    """Return output of a host with the host's name before every line; without names if `width` is 0.
+
+    A text with newlines was redrawn with carriage returns: none of its lines may pass for one of another host.
+    """
+    prefix = f"{host.name:<{width}} | " if width else ""
+    return "\n".join(prefix + line for line in text.split("\n"))
 
 
 def _same_place(out: TextIO, err: TextIO) -> bool:
@@ -246,40 +258,40 @@ def _same_place(out: TextIO, err: TextIO) -> bool:
 
 
 def _since(log: _HostLog) -> list[str]:
-    """The option that asks for what is new and a little of what was shown."""
+    """Return the option that requests new lines and the OVERLAP_LINES before them."""
     stamps = [stamp for stamp, _ in log.shown]
     return ["--since", min(stamps[-OVERLAP_LINES:])] if stamps else []
 
 
 def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str]) -> MixtralRunError:
-    """What a job's end on a host means, with cause and command where it is a known failure."""
+    """Return the error for a job's end on a host, with cause and next command if it is a known failure."""
     if row is not None and row.exit_code in SIGNALLED:
         return Stopped(
             f"{job.name} was stopped on {host.name}.",
             where=host.target,
-            next_command="the same command with --resume goes on from what was saved"
+            next_command="the same command with --resume continues from the last checkpoint"
             if job.verb == "finetune"
             else f"mixtral-run logs {job.name}",
         )
-    told = [line for line in lines if line.strip()]
+    printed = [line for line in lines if line.strip()]
     if row is not None and row.out_of_memory:
-        # A program that the kernel kills prints nothing of it.
-        told.append("killed (SIGKILL): the memory was full")
-    known = recognize("\n".join(told))
-    record_failures({job.name: "\n".join(told[-60:]), host.name: "\n".join(told[-60:])})
+        # A program that the kernel kills cannot print the reason.
+        printed.append("killed (SIGKILL): the memory was full")
+    known = recognize("\n".join(printed))
+    record_failures({job.name: "\n".join(printed[-60:]), host.name: "\n".join(printed[-60:])})
     problems = [f"{known.title}: {known.cause}"] if known else []
     commands = known.commands_for(host.name)[0].replace("JOB", job.name) if known else f"mixtral-run logs {job.name}"
     if row is None:
         return HostError(
-            f"{job.name} was lost: {host.name} cannot be reached, where it may go on, or its container is gone.",
+            f"{job.name} was lost: {host.name} cannot be reached, where it may continue, or its container is gone.",
             where=host.target,
             next_command=f"mixtral-run jobs; mixtral-run logs {job.name}",
         )
-    # 1 is torchrun's own, or a traceback's.
+    # Exit code 1 comes from torchrun or from a traceback.
     kind = EXIT_CODES.get(row.exit_code, TrainingError) if row.exit_code > 1 else TrainingError
     found = f"exit code {row.exit_code}"
     if row.out_of_memory or row.exit_code == 137:
-        found += ": killed, by somebody or because memory ran out"
+        found += ": killed, by a user or because memory ran out"
     return kind(
         f"{job.name} failed on {host.name}.", where=host.target, found=found, problems=problems, next_command=commands
     )
@@ -292,12 +304,12 @@ def show_logs(
     tail: str = "all",
     err: TextIO | None = None,
 ) -> None:
-    """Print what a job has printed so far."""
+    """Print the output of a job so far."""
     ssh, out, err = ssh or Ssh(), out or sys.stdout, err or sys.stderr
     width = max(len(row.host.name) for row in rows) if len(rows) > 1 else 0
 
     def show(row: JobRow, line: str, to: TextIO) -> None:
-        print((f"{row.host.name:<{width}} | " if width else "") + line, file=to, flush=True)
+        print(_prefixed(row.host, width, line), file=to, flush=True)
 
     for row in rows:
         words = ["sh", "-c", ENGINE_SCRIPT, "docker", "logs", "--tail", tail, row.job]

@@ -1,4 +1,4 @@
-"""A job as it is sent to a host: where its files lie, and the container's argument list. Pure; tested by equality."""
+"""Description of a job for a host: its files, its mounts and the argument list of its container. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.config.verbs import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.untrusted import one_line
 
 LABEL_JOB = "org.mixtral-run.job"
 LABEL_VERB = "org.mixtral-run.verb"
@@ -24,20 +25,20 @@ LABEL_NUM_HOSTS = "org.mixtral-run.num_hosts"
 CHECKPOINTS = "/checkpoints"
 HF_HOME = "/huggingface"
 JOB_FOLDER = "/job"
-"""Where the container sees the host's checkpoints and HF cache, as the image has them, and the job's own files."""
+"""Folders of the container: the host's checkpoints, its HF cache, and the files of the job."""
 KERNELS = "/kernels"
-"""Where it sees the kernels that earlier jobs of the same user compiled there."""
+"""Folder of the container with the kernels that earlier jobs of the same user compiled on the host."""
 
 STOP_SECONDS = 330
-"""What a job may take to save after SIGTERM, before the engine kills it."""
+"""Time that a job has to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
-"""Fields of a config that name what a job writes, first come first."""
+"""Config fields that name the output of a job, in the order of preference."""
 WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
-"""All fields of a config that name what a job writes; smoke makes its --load as well."""
+"""All config fields that name a path that a job writes. smoke also writes its --load."""
 LOCAL_INPUTS = ("data_path", "valid_data_path", "prompts_file")
-"""Fields whose file may lie on the operator's machine: it is sent along."""
+"""Config fields whose file may be on the operator's machine. It is then sent to the host."""
 
 
 OF_THE_IMAGE = (
@@ -45,15 +46,15 @@ OF_THE_IMAGE = (
     "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia",
     "/usr/sbin",
 )  # fmt: skip
-"""What a job needs of its image: a folder of the host that is or holds one of these is not mounted over it."""
+"""Folders of the image that a job needs. A host folder that is or contains one of them is not mounted."""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
-"""Pinned memory for NCCL, stacks of threads, and open files, of which Docker 29 gives 1,024."""
+"""Limits for pinned memory (NCCL), thread stacks, and open files, for which Docker 29 allows 1,024."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """What a person says of a job besides the verb's own settings."""
+    """Settings of a job on hosts, apart from the settings of its verb."""
 
     on: tuple[str, ...] = ()
     inventory: Path | None = None
@@ -61,7 +62,7 @@ class JobOptions:
     shm_size: str = "32g"
     environment: tuple[str, ...] = ()
     ulimits: tuple[str, ...] = DEFAULT_ULIMITS
-    """As `docker run --ulimit` takes them; "none" leaves the engine's own."""
+    """Limits as `docker run --ulimit` takes them; "none" keeps the engine's defaults."""
     checkpoints_folder: str = "/var/lib/mixtral-run/checkpoints"
     hf_home: str = "/var/lib/mixtral-run/huggingface"
     nccl_debug: str | None = None
@@ -71,19 +72,19 @@ class JobOptions:
     detach: bool = False
 
     def check(self) -> None:
-        """Raise ConfigError with everything that is wrong."""
+        """Raise ConfigError with all problems."""
         problems = []
         if not re.fullmatch(r"[1-9]\d*[kmgKMG]?b?", self.shm_size):
             problems.append(f"--shm-size: expected a size such as 64g; found {self.shm_size!r}")
         if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", self.image):
-            problems.append(f"--image: expected an image's name; found {self.image!r}")
+            problems.append(f"--image: expected the name of an image; found {self.image!r}")
         for pair in self.environment:
             name, equals, _ = pair.partition("=")
             if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
                 problems.append(f"--env: expected NAME=VALUE; found {pair!r}")
             elif SECRET_VARIABLES.search(name):
                 problems.append(
-                    f"--env {name}: `docker inspect` would show it; a token goes by bootstrap --hf-token-file"
+                    f"--env {name}: `docker inspect` would show the value; use bootstrap --hf-token-file for a token"
                 )
         for limit in self.ulimits if self.ulimits != ("none",) else ():
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
@@ -94,48 +95,48 @@ class JobOptions:
         if self.nccl_timeout is not None and self.nccl_timeout < 60:
             problems.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
         if problems:
-            raise ConfigError("The settings of the job cannot be used as they are.", problems=problems)
+            raise ConfigError("The settings of the job have problems.", problems=problems)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostFacts:
-    """What a host is asked before a job starts there."""
+    """Facts about a host that are read before a job starts on it."""
 
     docker: tuple[str, ...] = ("docker",)
-    """The words that reach the engine: with sudo where the user is not in its group."""
+    """Command for the engine: with sudo if the user is not in the group docker."""
     uid: int = 1000
     gid: int = 1000
     group_of_checkpoints: int | None = None
     folder: str = ""
-    """Where jobs' files go: in the user's home."""
+    """Folder for the files of jobs, in the user's home folder."""
     kernels: str = ""
-    """Where compiled kernels are kept, there as well: nobody else can put code into it."""
+    """Folder for compiled kernels, in the user's home folder, where no other user can add code."""
     num_gpus: int = 0
     cdi: bool = False
     address: str = ""
     interface: str = ""
-    """Those of the default route; an engine's own bridge is none that another host reaches."""
+    """Address and interface of the default route. Other hosts cannot reach the bridge of a Docker engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """One job, the same for all its hosts."""
+    """A job. All its hosts get the same."""
 
     name: str
     verb: str
     config: Mapping[str, Any]
-    """As the container reads it: paths inside the container."""
+    """Config of the verb; its paths are paths inside the container."""
     mounts: tuple[str, ...] = ()
-    """Absolute folders of the host that the container sees at the same place."""
+    """Absolute folders of the host that are mounted at the same path in the container."""
     files: tuple[tuple[Path, str], ...] = ()
-    """(file here, name in the job's folder)."""
+    """(local file, name in the job's folder)."""
     options: JobOptions
     num_hosts: int = 1
     rendezvous: str = ""
 
     @property
     def output(self) -> str | None:
-        """What the job writes, as a path in the container."""
+        """Output path of the job inside the container, or None."""
         return next((str(self.config[name]) for name in OUTPUTS if self.config.get(name)), None)
 
     def config_json(self) -> str:
@@ -145,9 +146,9 @@ class JobSpec:
 def make_spec(
     name: str, verb: str, config: Config, options: JobOptions, num_hosts: int, rendezvous: str = ""
 ) -> JobSpec:
-    """Turn a verb's config into a job: files that lie here are sent, other paths are the host's.
+    """Create a job from the config of a verb. Local input files are sent along; all other paths are paths on the host.
 
-    A relative path is one under the host's checkpoints folder. Raises ConfigError for a file that is nowhere.
+    A relative path is relative to the host's checkpoints folder. Raises ConfigError for a path that no job can use.
     """
     options.check()
     values = config.to_mapping()
@@ -179,21 +180,22 @@ def make_spec(
 
 
 def _may_be_on_hub(name: str, value: str) -> bool:
-    """Whether only the job can tell an HF model's name from a folder below its working directory, CHECKPOINTS."""
+    """Return True if a value may name a model on the hub. Only the job can tell it from a folder below CHECKPOINTS."""
     return name in HF_MODEL_SETTINGS and may_be_hub_name(value)
 
 
 def _inside(value: str, flag: str) -> str:
     path = PurePosixPath(value)
     if ".." in path.parts:
-        raise ConfigError(f"{flag}: a path on a host is given without '..'.", found=value)
+        raise ConfigError(f"{flag}: a path on a host must not contain '..'.", found=value)
     return str(path if path.is_absolute() else PurePosixPath(CHECKPOINTS) / path)
 
 
 def _mount_for(path: str, is_written: bool, flag: str) -> str | None:
-    """The host's folder that has to be mounted for a path: its parent, which is there before a job writes into it.
+    """Return the host folder to mount for a path: its parent, which exists before the job writes the path.
 
-    An input whose parent would hide a part of the image is mounted alone. Raises ConfigError where that is no way out.
+    An input whose parent would hide a part of the image is mounted by itself. Raises ConfigError if that is impossible
+    as well.
     """
     if any(path == each or path.startswith(each + "/") for each in (CHECKPOINTS, HF_HOME)):
         return None
@@ -201,7 +203,7 @@ def _mount_for(path: str, is_written: bool, flag: str) -> str | None:
     mount = path if parent == "/" or (not is_written and _hides_image(parent)) else parent
     if _hides_image(mount):
         raise ConfigError(
-            f"{flag}: a job cannot have the host's {mount}: it would hide the container's own.",
+            f"{flag}: the host's {mount} cannot be mounted: it would hide a folder of the container.",
             expected="a path below the host's checkpoints folder, such as NAME, or elsewhere, such as /data/NAME",
             found=path,
         )
@@ -219,7 +221,7 @@ def _outermost(folders: Mapping[str, None]) -> tuple[str, ...]:
 
 
 def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
-    """`docker run …` for one host. Detached: the job goes on when the connection ends."""
+    """Return `docker run …` for one host. The container is detached: the job continues when the connection ends."""
     options = spec.options
     argv = [*facts.docker, "run", "--detach", "--init", "--name", spec.name]
     argv += ["--label", f"{LABEL_JOB}={spec.name}", "--label", f"{LABEL_VERB}={spec.verb}"]
@@ -247,7 +249,7 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
 
 
 def bind(source: str, target: str, read_only: bool = False) -> list[str]:
-    """`--mount` for a folder of the host. Unlike --volume it takes colons, and refuses a folder that is not there."""
+    """Return `--mount` for a folder of the host. Unlike --volume it accepts colons and refuses a missing folder."""
     text = io.StringIO()
     fields = ["type=bind", f"source={source}", f"target={target}", *(["readonly"] if read_only else [])]
     csv.writer(text, lineterminator="").writerow(fields)
@@ -255,12 +257,12 @@ def bind(source: str, target: str, read_only: bool = False) -> list[str]:
 
 
 def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
-    # torchrun's own patience with its processes is 30 seconds. It gets more than the engine's: a run that does not save
-    # in time is then killed by the engine, which tells so (KILLED), and not by a torchrun that ends as if it had saved.
+    # torchrun waits 30 seconds for its processes by default. It gets more time than the engine: the engine then kills a
+    # run that does not save in time, with the exit code KILLED. torchrun would end as if the run had saved.
     patience = str(STOP_SECONDS + 60)
     found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience, "TRITON_CACHE_DIR": KERNELS}
     if spec.num_hosts > 1 and facts.interface:
-        # gloo would take the address of the host's own name, which Debian's /etc/hosts makes 127.0.1.1.
+        # gloo would use the address of the host's name, which is 127.0.1.1 in Debian's /etc/hosts.
         found["GLOO_SOCKET_IFNAME"] = facts.interface
     if spec.options.nccl_debug:
         found["NCCL_DEBUG"] = spec.options.nccl_debug
@@ -273,7 +275,7 @@ def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
     if spec.num_hosts == 1:
         return ["mixtral-run", spec.verb, *config]
     processes = spec.config.get("nproc_per_node") or facts.num_gpus or 2
-    # Without an address of its own a host tells the others its name, which they may not be able to resolve.
+    # Without --local-addr a host announces its name, which the other hosts may be unable to resolve.
     own = ["--local-addr", facts.address] if facts.address else []
     return [
         "python", "-m", "mixtral_run.launch.torchrun",
@@ -284,7 +286,7 @@ def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
 
 
 def host_path(path: str, options: JobOptions) -> str:
-    """Where a path of the container lies on the host."""
+    """Translate a path inside the container into a path on the host."""
     for inside, outside in ((CHECKPOINTS, options.checkpoints_folder), (HF_HOME, options.hf_home)):
         if path == inside or path.startswith(inside + "/"):
             return outside + path[len(inside) :]
@@ -299,7 +301,7 @@ else
   echo "$(id -un): $($docker version 2>&1 >/dev/null | tail -n 1)" >&2; exit 3
 fi
 """
-"""Sets $docker to the words that reach the engine, found out each time; else tells user and reason, exit code 3."""
+"""Script that sets $docker to the command for the engine, or prints user and reason and exits with code 3."""
 
 FACTS_SCRIPT = (
     FIND_ENGINE
@@ -319,12 +321,30 @@ echo "address=$(echo "$route" | sed -n 's/.* src \([^ ]*\).*/\1/p')"
 echo "interface=$(echo "$route" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
 """
 )
-"""Asked of a host in one go; arguments: the checkpoints folder, the image."""
+"""Script that prints all facts of a host. Arguments: the checkpoints folder, the image."""
+
+
+_NUMBER, _FOLDER, _FLAG = r"[0-9]{1,10}", r"/[^\t]*", r"[01]"
+_FACT_PATTERNS = {
+    "docker": r"docker|sudo -n docker", "uid": _NUMBER, "gid": _NUMBER, "group": rf"({_NUMBER})?", "folder": _FOLDER,
+    "kernels": _FOLDER, "gpus": r"[0-9]{1,4}", "cdi": _FLAG, "image": _FLAG, "checkpoints": _FLAG,
+    # Other hosts of the job connect to this address.
+    "address": r"([0-9]{1,3}(\.[0-9]{1,3}){3})?", "interface": r"[^\s/]{0,15}",
+}  # fmt: skip
+"""Form of every value that FACTS_SCRIPT prints."""
 
 
 def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
-    """The facts of FACTS_SCRIPT's lines, and the lines themselves by name. Raises KeyError or ValueError for others."""
+    """Parse the output of FACTS_SCRIPT and return the facts and the values by name.
+
+    Raises ValueError if a value is missing or not in the form that the script prints: the host is not trusted.
+    """
     lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    for name, pattern in _FACT_PATTERNS.items():
+        if name not in lines:
+            raise ValueError(f"no value of {name}")
+        if not re.fullmatch(pattern, lines[name]):
+            raise ValueError(f"{name}={one_line(lines[name])!r}")
     facts = HostFacts(
         docker=tuple(lines["docker"].split()),
         uid=int(lines["uid"]),
@@ -341,10 +361,10 @@ def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
 
 
 def check_same_gpus(facts: Sequence[HostFacts], names: Sequence[str]) -> None:
-    """Raise ConfigError where the hosts of one job have different numbers of GPUs."""
+    """Raise ConfigError if the hosts of one job have different numbers of GPUs."""
     if len({each.num_gpus for each in facts}) > 1:
         raise ConfigError(
-            "The hosts of one job need the same number of GPUs.",
+            "The hosts of one job must have the same number of GPUs.",
             problems=[f"{name}: {each.num_gpus} GPUs" for name, each in zip(names, facts, strict=True)],
             next_command="--nproc-per-node N, to use N on each",
         )

@@ -1,19 +1,16 @@
-"""Jobs in containers on hosts: starting, listing, stopping, and fetching what they made.
+"""Start, list and stop jobs in containers on hosts.
 
-A job belongs to its hosts, not to this machine: its container carries labels, so `jobs` finds it from anywhere.
+A job belongs to its hosts, not to this machine: its container carries labels, so `jobs` finds the job from any machine.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import tarfile
-import tempfile
+import re
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
@@ -38,6 +35,7 @@ from mixtral_run.fleet.jobs.job_spec import (
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.untrusted import one_line
 
 ENGINE_SCRIPT = FIND_ENGINE + 'exec $docker "$@"'
 KEPT_CONTAINERS = 10
@@ -45,7 +43,7 @@ KEPT_CONTAINERS = 10
 
 @dataclass(frozen=True)
 class RunningJob:
-    """A job on its hosts."""
+    """A job and the hosts that run it."""
 
     name: str
     verb: str
@@ -53,27 +51,27 @@ class RunningJob:
 
 
 KILLED = 137
-"""The exit code of a container that SIGKILL ended."""
+"""Exit code of a container that SIGKILL ended."""
 SIGNALLED = (130, 143)
-"""What a program ends with after SIGINT or SIGTERM, when it had the time to end by itself."""
+"""Exit codes of a program that ended by itself after SIGINT or SIGTERM."""
 
 
 @dataclass(frozen=True)
 class JobRow:
-    """A container of a job, as its host tells of it."""
+    """A container of a job, as its host reports it."""
 
     job: str
     verb: str
     host: Host
     state: str
-    """running, exited or created, in the engine's words."""
+    """State in the engine's terms, such as running, exited or created."""
     exit_code: int
     out_of_memory: bool
     since: str
     output: str
-    """What the job writes, on the host."""
+    """Absolute path on the host that the job writes to, or empty."""
     num_hosts: int = 1
-    """On how many hosts the job was started."""
+    """Number of hosts on which the job was started."""
 
     @property
     def running(self) -> bool:
@@ -81,12 +79,16 @@ class JobRow:
 
 
 def engine(ssh: Ssh, host: Host, *words: str, timeout_seconds: float | None = 60) -> Answer:
-    """Run `docker WORDS` on a host."""
+    """Run `docker WORDS` on a host and return the answer."""
     return ssh.run(host, ["sh", "-c", ENGINE_SCRIPT, "docker", *words], timeout_seconds=timeout_seconds)
 
 
 def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None) -> RunningJob:
-    """Start a verb on hosts and return at once. Raises ConfigError or HostError before anything runs anywhere."""
+    """Start a verb on hosts without waiting for its end.
+
+    Raises ConfigError or HostError before a container runs on any host. If one host cannot start its container, the
+    containers of the other hosts are removed again.
+    """
     ssh = ssh or Ssh()
     options.check()
     hosts = hosts_of(options.on, options.inventory, None)
@@ -101,13 +103,13 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
     spec = make_spec(name, verb, config, options, len(hosts), rendezvous)
     known = remembered_hosts()
-    # What an inventory says of a host stays, also when a job goes there as another user.
+    # The inventory of a remembered host is kept, even if the job connects as another user.
     remember_hosts(host for host in hosts if options.inventory is None and not told_by_inventory(host, known))
     job = RunningJob(name, verb, hosts)
     try:
         ssh.each(list(hosts), lambda host: _start_on(ssh, host, facts[hosts.index(host)], spec))
     except BaseException:
-        # One host that cannot start the job would leave the others waiting for it.
+        # The other hosts would wait for the one that cannot start the job.
         ssh.each(list(hosts), lambda host: engine(ssh, host, "rm", "--force", name))
         raise
     return job
@@ -118,10 +120,12 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
     answer = ssh.run(host, arguments)
     if answer.exit_code == 255:
         return connection_error(host, answer.errors)
+    if answer.exit_code:
+        return _engine_problem(host, answer, "cannot run jobs")
     try:
         facts, lines = parse_facts(answer.output)
-    except (KeyError, ValueError):
-        return _engine_problem(host, answer, "cannot run jobs")
+    except ValueError as error:
+        return _odd_answer(host, "cannot run jobs", str(error))
     if lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
@@ -131,7 +135,7 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
         )
     if lines["checkpoints"] != "1":
         return HostError(
-            f"The folder of checkpoints is not on {host.name}.",
+            f"{host.name} has no checkpoints folder.",
             where=host.target,
             expected=options.checkpoints_folder,
             next_command=f"mixtral-run bootstrap {host.bootstrap_words} --tags hf_cache; "
@@ -141,18 +145,28 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
 
 
 def _engine_problem(host: Host, answer: Answer, what: str) -> HostError:
-    """A host's engine does not answer, or not to this user, whom setting the host up again would not help."""
+    """Return the error for a host whose engine does not answer, or does not answer this user."""
     found = last_line(answer.errors) or f"exit code {answer.exit_code}"
     known = recognize(answer.errors)
     command = f"mixtral-run bootstrap {host.bootstrap_words}"
     if known and known.name == "docker-permission":
-        # FIND_ENGINE says whom the engine refused: the user may stand in ~/.ssh/config alone.
+        # FIND_ENGINE reports the refused user: the user may be set in ~/.ssh/config only.
         command = known.commands_for(host.bootstrap_words)[0].replace('"USER"', f'"{found.partition(": ")[0]}"')
     return HostError(
         f"{host.name} {what}: {known.title if known else 'its Docker engine does not answer'}.",
         where=host.target,
         found=found,
         next_command=command,
+    )
+
+
+def _odd_answer(host: Host, what: str, found: str) -> HostError:
+    """Return the error for a host that answers in another form than the kit's script prints."""
+    return HostError(
+        f"{host.name} {what}: its answer is not in the expected form.",
+        where=host.target,
+        found=one_line(found),
+        next_command=f"mixtral-run status {host.name}",
     )
 
 
@@ -165,7 +179,7 @@ def _raise_all(errors: Sequence[HostError], what: str) -> None:
 
 def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
     folder = f"{facts.folder}/{spec.name}"
-    # The container's user reads it: with --user that is the caller, who owns it.
+    # The container runs with --user as the caller, who owns these files.
     ssh.check(host, ["mkdir", "-p", folder])
     ssh.check(host, _write_argv(f"{folder}/config.json"), stdin=spec.config_json().encode())
     for file, name in spec.files:
@@ -186,7 +200,7 @@ def _write_argv(path: str) -> list[str]:
 
 
 def _forget_old(ssh: Ssh, host: Host, facts: HostFacts) -> None:
-    """Remove containers and files of all but the newest finished jobs."""
+    """Remove the containers and files of finished jobs, except for the newest."""
     script = (
         'docker="$1"; $docker ps --all --quiet --filter status=exited --filter "label=$2" | tail -n "+$3" '
         '| xargs -r $docker rm >/dev/null; cd "$4" && ls -1t | tail -n +50 | xargs -r rm -rf --'
@@ -214,45 +228,69 @@ _LIST_SCRIPT = (
 
 
 def list_jobs(hosts: Sequence[Host], ssh: Ssh | None = None) -> tuple[list[JobRow], list[HostError]]:
-    """Jobs on hosts, newest first, and what keeps a host from telling."""
+    """Return the jobs on hosts, newest first, and an error for each host whose jobs are not all known.
+
+    A host with one container that it describes in an unexpected form gives an error and its other containers.
+    """
     ssh = ssh or Ssh()
     rows: list[JobRow] = []
     errors: list[HostError] = []
-    for found in ssh.each(hosts, lambda host: _rows_of(ssh, host)):
-        if isinstance(found, HostError):
-            errors.append(found)
-        else:
-            rows += found
+    for found, error in ssh.each(hosts, lambda host: _rows_of(ssh, host)):
+        rows += found
+        errors += [error] if error else []
     return sorted(rows, key=lambda row: row.since, reverse=True), errors
 
 
-def _rows_of(ssh: Ssh, host: Host) -> list[JobRow] | HostError:
+def _rows_of(ssh: Ssh, host: Host) -> tuple[list[JobRow], HostError | None]:
     answer = ssh.run(host, ["sh", "-c", _LIST_SCRIPT, "list", LABEL_JOB, _ROW])
     if answer.exit_code == 255:
-        return connection_error(host, answer.errors)
-    # A container that was removed between the two questions is none.
+        return [], connection_error(host, answer.errors)
+    # A container may be removed between `docker ps` and `docker inspect`.
     if answer.exit_code and "no such object" not in answer.errors.lower():
-        return _engine_problem(host, answer, "does not tell of its jobs")
-    rows = [line.split("\t") for line in answer.output.splitlines()]
-    return [_row(host, cells) for cells in rows if len(cells) == 8]
+        return [], _engine_problem(host, answer, "does not report its jobs")
+    rows, odd = [], []
+    for line in answer.output.splitlines():
+        try:
+            rows.append(_row(host, line))
+        except ValueError:
+            odd.append(line)
+    return rows, _odd_answer(host, "does not report all its jobs", odd[0]) if odd else None
 
 
-def _row(host: Host, cells: Sequence[str]) -> JobRow:
-    job, verb, state, code, killed, since, output, num_hosts = ("" if cell == "<no value>" else cell for cell in cells)
-    return JobRow(job, verb, host, state, int(code), killed == "true", since[:19], output, int(num_hosts or 1))
+_ROW_PATTERN = re.compile(
+    r"(?P<job>[A-Za-z0-9][A-Za-z0-9_.-]{0,127})\t(?P<verb>[a-z][a-z0-9_-]{0,31})\t(?P<state>[a-z]{1,16})"
+    r"\t(?P<code>-?[0-9]{1,9})\t(?P<killed>true|false)\t(?P<since>[0-9TZ:.+-]{0,40})"
+    r"\t(?P<output>/[^\t]*|)\t(?P<num_hosts>[0-9]{0,5})"
+)
+
+
+def _row(host: Host, line: str) -> JobRow:
+    """Return the container that a line of _ROW describes. Raises ValueError for a line in another form."""
+    match = _ROW_PATTERN.fullmatch(line.replace("<no value>", ""))
+    if match is None:
+        raise ValueError(line)
+    cells = match.groupdict()
+    return JobRow(
+        job=cells["job"], verb=cells["verb"], host=host, state=cells["state"], exit_code=int(cells["code"]),
+        out_of_memory=cells["killed"] == "true", since=cells["since"][:19], output=cells["output"],
+        num_hosts=int(cells["num_hosts"] or 1),
+    )  # fmt: skip
 
 
 def find_job(name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None) -> list[JobRow]:
-    """The containers of a job by its name, or the start of it. Raises ConfigError where there is none, or several."""
+    """Return the containers of a job, found by its name or the start of its name.
+
+    Raises ConfigError if no job, or more than one, matches.
+    """
     return find_whole_job(name, hosts, ssh)[0]
 
 
 def find_whole_job(
     name: str, hosts: Sequence[Host] = (), ssh: Ssh | None = None, *, prefer_running: bool = False
 ) -> tuple[list[JobRow], list[HostError]]:
-    """As find_job; and where hosts of the job are missing, what keeps hosts from telling.
+    """Return the containers of a job as `find_job` does; and the errors of hosts if hosts of the job are missing.
 
-    With `prefer_running` the start of a name means the only job that runs, where others of that start have ended.
+    With `prefer_running`, the start of a name selects the only running job, even if ended jobs match too.
     """
     hosts = hosts or remembered_hosts()
     rows, errors = list_jobs(hosts, ssh)
@@ -275,7 +313,10 @@ def find_whole_job(
 
 
 def stop(rows: Sequence[JobRow], ssh: Ssh | None = None) -> list[JobRow]:
-    """Ask a job to save and end (SIGTERM), and wait; what does not end in time is killed. Returns how it ended."""
+    """Ask a job to save and end (SIGTERM), wait for its end, and return its ended containers.
+
+    The engine kills a container that has not ended after STOP_SECONDS. Raises HostError if a host cannot be asked.
+    """
     ssh = ssh or Ssh()
     job, hosts = rows[0].job, [row.host for row in rows]
     words = ("stop", "--time", str(STOP_SECONDS), job)
@@ -288,40 +329,5 @@ def stop(rows: Sequence[JobRow], ssh: Ssh | None = None) -> list[JobRow]:
     if problems:
         raise HostError(f"{job} could not be stopped everywhere.", problems=problems)
     ended, errors = list_jobs(hosts, ssh)
-    _raise_all(errors, f"{job} was asked to end; how it ended cannot be told.")
+    _raise_all(errors, f"{job} was asked to end; its end is not known.")
     return [row for row in ended if row.job == job]
-
-
-def fetch(host: Host, path: str, target: Path, ssh: Ssh | None = None, overwrite: bool = False) -> Path:
-    """Bring a file or folder of a host here as `target`, whole or not at all. Raises ConfigError where that exists.
-
-    With `overwrite` what is there stays until all has come.
-    """
-    ssh = ssh or Ssh()
-    source = PurePosixPath(path)
-    if target.exists() and not overwrite:
-        raise ConfigError(
-            "There is something of that name already.",
-            where=str(target),
-            next_command="another folder, or --overwrite",
-        )
-    target.resolve().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.resolve().parent))
-    script = 'cd "$1" && exec tar -cf - -- "$2"'
-    new, old = work / "new", work / "old"
-    try:
-        with ssh.receive(host, ["sh", "-c", script, "fetch", str(source.parent), source.name]) as stream:
-            try:
-                with tarfile.open(fileobj=stream, mode="r|") as archive:
-                    archive.extractall(new, filter="data")
-            except tarfile.TarError as error:
-                # An empty stream: tar's own words say why.
-                raise HostError(f"{path} could not be fetched from {host.name}.", found=str(error)) from error
-        if target.exists():
-            target.rename(old)
-        (new / source.name).rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
-    return target

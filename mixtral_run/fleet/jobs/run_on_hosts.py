@@ -1,4 +1,4 @@
-"""A verb with --on: start it on its hosts, show its output, say what to do next."""
+"""Run of a verb on hosts (`--on`): start, live output, next command."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from mixtral_run.fleet.jobs.jobs import RunningJob, start
 
 
 def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
-    """Run a verb on hosts and show its output until it ends; with `detach`, only start it.
+    """Run a verb on hosts and print its output until it ends; with `detach`, only start it.
 
-    Raises the job's failure as the class of its exit code, Left where the person left.
+    Raises the error class that belongs to the job's exit code, or Left if the user left the running job.
     """
 
     def say(text: str) -> None:
-        # Standard output belongs to the job: `generate --json --on HOST | jq` works.
+        # Standard output is the job's output only: `generate --json --on HOST | jq` works.
         print(text, file=sys.stderr, flush=True)
 
     job = start(verb, config, options)
     names = ", ".join(host.name for host in job.hosts)
-    say(f"{job.name} runs on {names}. It goes on when you leave (Ctrl-C twice); to end it: mixtral-run stop {job.name}")
+    say(
+        f"{job.name} runs on {names}. It continues if you leave (Ctrl-C twice); to stop it: mixtral-run stop {job.name}"
+    )
     if options.detach:
         say(f"output: mixtral-run logs -f {job.name}")
         return job
@@ -33,5 +35,5 @@ def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
     )
     if output:
         place = output if output.startswith("/") else host_path(f"/checkpoints/{output}", options)
-        say(f"  it wrote {place}; to bring it here: mixtral-run fetch {job.name}")
+        say(f"  output: {place}; to copy it here: mixtral-run fetch {job.name}")
     return job

@@ -22,6 +22,7 @@ from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.fleet.hosts import GROUP, Host, inventory_names, unresolved_variables
 from mixtral_run.fleet.plays.provisioning import provisioning_folder
 from mixtral_run.fleet.state import state_folder, write_json, write_private
+from mixtral_run.fleet.untrusted import printable
 
 POLL_SECONDS = 0.2
 """How often ansible-runner looks whether it was cancelled; its own default of 5 s makes a slow Ctrl-C."""
@@ -206,7 +207,7 @@ def _resolved(path: Path, hosts: Sequence[str], names: Sequence[str]) -> dict[st
             quiet=True,
         )
         events = [event for event in end.events if event["event"] in ("runner_on_ok", "runner_on_failed")]
-        output = plain(end.stdout.read()).strip()[-300:]
+        output = printable(end.stdout.read()).strip()[-300:]
     results = {event["event_data"]["host"]: event["event_data"]["res"].get("msg") for event in events}
     return {host: results.get(host) or output for host in hosts}
 
@@ -221,7 +222,7 @@ def list_tasks(playbook: Path) -> list[str]:
         output, _, _ = ansible_runner.run_command(
             "ansible-playbook", words, quiet=True, private_data_dir=str(folder), envvars=settings
         )
-    lines = [line.strip() for line in plain(output).splitlines() if "TAGS:" in line]
+    lines = [line.strip() for line in printable(output).splitlines() if "TAGS:" in line]
     # What each role's argument_specs check by themselves is no step of a play for a person.
     shown = [line for line in lines if not line.startswith("play ") and "Validating arguments" not in line]
     return [line.split("TAGS:")[0].strip().replace(" : ", " · ") for line in shown]
@@ -249,11 +250,6 @@ def _own_folder(name: str) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def plain(text: str) -> str:
-    """A terminal's text without its colors."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 class RunningPlay:
@@ -320,7 +316,7 @@ class RunningPlay:
             status="canceled" if self._cancelled.is_set() else str(self._runner.status),
             exit_code=254 if self._runner.rc is None else int(self._runner.rc),
             artifacts=self.artifacts,
-            output=plain(output.read_text(encoding="utf-8", errors="replace")) if output.exists() else "",
+            output=printable(output.read_text(encoding="utf-8", errors="replace")) if output.exists() else "",
         )
 
     def _run(self) -> None:

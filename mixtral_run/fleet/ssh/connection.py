@@ -1,11 +1,15 @@
-"""Talking to a host over the system's ssh. Argument lists are built by pure functions; only `_start` starts processes.
+"""Connections to hosts through the installed ssh client. Pure functions build the argument lists; only `_start` starts
+processes.
 
-Host keys are kept in a file of the kit's own: accepted at first contact, refused when they change. The user's
-~/.ssh/config holds for everything else (users, ports, jump hosts, keys), and ~/.ssh/known_hosts is read, never written.
+Host keys are recorded in the kit's own known_hosts file: accepted at first contact, refused when they change. The
+user's ~/.ssh/config applies to everything else (users, ports, jump hosts, keys). ~/.ssh/known_hosts is only read.
+
+All output of hosts is returned without terminal control sequences (`untrusted.printable`).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import random
@@ -26,11 +30,16 @@ from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.problems import connection_error, is_dropped, last_line
 from mixtral_run.fleet.state import state_folder
+from mixtral_run.fleet.untrusted import printable
 
 CONNECT_SECONDS = 10
 MAX_PARALLEL = 64
 RETRY_SECONDS = (1.0, 2.0, 4.0)
-"""About how long to wait before each further try, where a connection was dropped before anything ran over it."""
+"""Approximate wait before each retry of a connection that was dropped before a command ran."""
+MAX_REST_BYTES = 1 << 20
+"""Output that is read and discarded after its receiver has finished. A command that sends more is cut off."""
+MAX_ERROR_BYTES = 1 << 16
+"""Standard error of a streamed command that is kept: the last bytes of it."""
 T = TypeVar("T")
 
 
@@ -39,12 +48,12 @@ def known_hosts_file() -> Path:
 
 
 def connection_options(known_hosts: Path, *, batch: bool = True, user_known_hosts: bool = True) -> list[str]:
-    """ssh's options for every connection of the kit, Ansible's included."""
+    """Return the ssh options for every connection of the kit, including those of Ansible."""
     files = f'"{known_hosts}"' + (f' "{Path.home() / ".ssh" / "known_hosts"}"' if user_known_hosts else "")
     found = [
         "-o", "StrictHostKeyChecking=accept-new",
         "-o", f"UserKnownHostsFile={files}",
-        # Names in the clear: `--accept-new-host-key` finds them, and the file is this user's alone.
+        # `--accept-new-host-key` searches the file by name, and only this user can read the file.
         "-o", "HashKnownHosts=no",
         "-o", "UpdateHostKeys=no",
         "-o", f"ConnectTimeout={CONNECT_SECONDS}",
@@ -56,7 +65,7 @@ def connection_options(known_hosts: Path, *, batch: bool = True, user_known_host
 
 
 def destination(host: Host) -> list[str]:
-    """The words that say whom to connect to."""
+    """Return the ssh arguments that select the host, user, port and key."""
     found = list(host.ssh_options)
     if host.port:
         found += ["-p", str(host.port)]
@@ -68,13 +77,13 @@ def destination(host: Host) -> list[str]:
 
 
 def ssh_argv(host: Host, command: Sequence[str], known_hosts: Path, *, batch: bool = True) -> list[str]:
-    """`ssh … -- ADDRESS COMMAND`. sshd gives the command to a shell: every word is quoted, so that words stay words."""
+    """Return `ssh … -- ADDRESS COMMAND`. sshd passes the command to a shell, so every word is quoted."""
     options = connection_options(known_hosts, batch=batch)
     return ["ssh", *options, *destination(host), shlex.join(command)]
 
 
 def resolve_argv(host: Host) -> list[str]:
-    """Print ssh's settings for a host after ~/.ssh/config; connects to nobody."""
+    """Return the command that prints ssh's settings for a host after ~/.ssh/config. It opens no connection."""
     return ["ssh", "-G", *destination(host)]
 
 
@@ -84,7 +93,7 @@ def forget_key_argv(known_hosts: Path, entry: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command on a host came back with."""
+    """Result of a command on a host. Both outputs are text without terminal control sequences."""
 
     exit_code: int
     output: str
@@ -92,7 +101,7 @@ class Answer:
 
 
 class Ssh:
-    """Connections to hosts of a fleet. Safe to use from several threads."""
+    """Connections to the hosts of a fleet. Safe to use from several threads."""
 
     def __init__(self, known_hosts: Path | None = None) -> None:
         self.known_hosts = known_hosts or known_hosts_file()
@@ -107,9 +116,10 @@ class Ssh:
         environment: dict[str, str] | None = None,
         batch: bool = True,
     ) -> Answer:
-        """Run a command on a host and wait. A connection that fails has exit code 255, a time-out 124.
+        """Run a command on a host and wait for its end.
 
-        Tried again where sshd dropped the connection before the command could run.
+        A failed connection gives exit code 255, a timeout 124. The connection is retried if sshd dropped it before the
+        command could run.
         """
         argv = ssh_argv(host, command, self.known_hosts, batch=batch)
         return _patiently(lambda: self._run_once(argv, stdin, timeout_seconds, environment))
@@ -128,12 +138,12 @@ class Ssh:
         except BaseException:
             process.kill()
             raise
-        return Answer(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
+        return Answer(process.returncode, _text(output), _text(errors))
 
     def check(
         self, host: Host, command: Sequence[str], *, stdin: bytes | None = None, timeout_seconds: float | None = 60
     ) -> str:
-        """What a command printed. Raises HostError with its last words where it fails."""
+        """Run a command on a host and return its standard output. Raises HostError with its last line if it fails."""
         answer = self.run(host, command, stdin=stdin, timeout_seconds=timeout_seconds)
         if answer.exit_code == 255:
             raise connection_error(host, answer.errors)
@@ -147,23 +157,30 @@ class Ssh:
         return answer.output
 
     def send(self, host: Host, command: Sequence[str], file: Path) -> None:
-        """Run a command on a host with a file of this machine as its input. Raises HostError where it fails."""
+        """Run a command on a host with a local file as its standard input. Raises HostError if the command fails."""
         argv = ssh_argv(host, command, self.known_hosts)
         with file.open("rb") as stream:
             process = _start(argv, stdin_file=stream)
             _, errors = process.communicate()
         if process.returncode:
-            raise HostError(
-                f"{file} could not be sent to {host.name}.", found=last_line(errors.decode(errors="replace"))
-            )
+            raise HostError(f"{file} could not be sent to {host.name}.", found=last_line(_text(errors)))
 
     @contextlib.contextmanager
     def receive(self, host: Host, command: Sequence[str]) -> Iterator[IO[bytes]]:
-        """What a command on a host prints, as a stream. Raises HostError at the end where the command failed."""
+        """Run a command on a host and yield its standard output as a stream.
+
+        Raises:
+            HostError: at the end of the context, if the command failed. Its last line explains a HostError that the
+                context raised, and takes its place. A host that goes on sending after the context has ended is cut off.
+        """
         process = _start(ssh_argv(host, command, self.known_hosts))
         assert process.stdout is not None
         assert process.stderr is not None
-        problem: BaseException | None = None
+        errors: collections.deque[bytes] = collections.deque(maxlen=MAX_ERROR_BYTES // 256)
+        # Read meanwhile: a command that fills the pipe of its standard error would wait without end.
+        reader = threading.Thread(target=_collect, args=(process.stderr, errors), daemon=True)
+        reader.start()
+        problem: HostError | None = None
         try:
             yield process.stdout
         except HostError as error:
@@ -171,11 +188,15 @@ class Ssh:
         except BaseException:
             process.kill()
             raise
-        while process.stdout.read(1 << 16):
-            pass
-        errors = process.stderr.read().decode(errors="replace")
-        if process.wait():
-            raise HostError(f"{host.name} did not send what was asked for.", found=last_line(errors)) from problem
+        if not _drained(process.stdout):
+            process.kill()
+            process.wait()
+            raise problem or HostError(f"{host.name} sent more than was asked for.", where=host.target)
+        code = process.wait()
+        reader.join()
+        if code:
+            found = last_line(_text(b"".join(errors)))
+            raise HostError(f"{host.name} did not send what was asked for.", found=found) from problem
         if problem is not None:
             raise problem
 
@@ -187,13 +208,17 @@ class Ssh:
         stop: threading.Event | None = None,
         on_error_line: Callable[[str], None] | None = None,
     ) -> int:
-        """Run a command and hand over its lines as they come; returns the exit code. `stop` ends the connection.
+        """Run a command, pass each line of its output to `on_line` as it arrives, and return the exit code.
 
-        Without `on_error_line` both outputs go to `on_line`, in the order in which ssh has them; with it, that of lines
-        of the one between lines of the other is not kept.
+        A line that the host redrew with carriage returns arrives as one text with newlines.
+
+        Args:
+            stop: ends the connection when it is set.
+            on_error_line: receives the lines of standard error. The order between the two outputs is then lost.
+                Without it `on_line` receives both outputs, in the order in which ssh writes them.
         """
         argv = ssh_argv(host, command, self.known_hosts)
-        # Ctrl-C in a terminal goes to its whole process group: ssh gets a session of its own, so that we decide.
+        # Ctrl-C in a terminal signals its whole process group. ssh gets its own session, so that this process decides.
         process = _start(argv, merge_errors=on_error_line is None, own_session=True)
         watcher = threading.Thread(target=_kill_when, args=(process, stop), daemon=True)
         if stop is not None:
@@ -213,27 +238,28 @@ class Ssh:
                 pipe.close()
 
     def each(self, hosts: Sequence[Host], work: Callable[[Host], T]) -> list[T]:
-        """Call `work` for every host side by side; results in the hosts' order."""
+        """Call `work` for all hosts in parallel and return the results in the order of the hosts."""
         if not hosts:
             return []
         with ThreadPoolExecutor(max_workers=min(MAX_PARALLEL, len(hosts))) as pool:
             return list(pool.map(work, hosts))
 
     def accept_new_key(self, host: Host) -> None:
-        """Forget a host's recorded key and record the one it shows now. Raises HostError where it shows none."""
+        """Replace a host's recorded key with its current key. Raises HostError if the host presents no key."""
         entry = self.forget_key(host)
-        # Without the user's own known_hosts, whose old key would refuse the new one; from then on ours is found first.
+        # ~/.ssh/known_hosts is left out: an old key in it would refuse the new one. Later connections find the new key
+        # first, because the kit's file is listed first.
         options = connection_options(self.known_hosts, user_known_hosts=False)
         answer = _patiently(lambda: _call(["ssh", *options, *destination(host), "true"]))
         if not self.known_hosts.exists() or entry not in self.known_hosts.read_text(encoding="utf-8"):
             raise connection_error(host, answer.errors)
 
     def forget_key(self, host: Host) -> str:
-        """Forget a host's recorded key; returns the name that it is recorded under."""
+        """Remove a host's recorded key and return the name under which keys of the host are recorded."""
         entry = self._known_hosts_entry(host)
         if self.known_hosts.exists():
             _call(forget_key_argv(self.known_hosts, entry))
-            # ssh-keygen keeps the old file beside it.
+            # ssh-keygen leaves the previous file next to the new one.
             self.known_hosts.with_name(self.known_hosts.name + ".old").unlink(missing_ok=True)
         return entry
 
@@ -244,7 +270,7 @@ class Ssh:
         return name if port == "22" or "hostkeyalias" in settings else f"[{name}]:{port}"
 
     def install_key(self, host: Host, password: str) -> None:
-        """Put this user's public key into the host's authorized_keys, getting in with a password this once."""
+        """Add this user's public key to the host's authorized_keys over one connection with a password."""
         key = self.public_key(host)
         script = (
             "umask 077; mkdir -p ~/.ssh && touch ~/.ssh/authorized_keys && key=$(cat) && "
@@ -256,7 +282,10 @@ class Ssh:
             raise connection_error(host, answer.errors)
 
     def public_key(self, host: Host) -> str:
-        """The first public key that ssh would offer this host, of a file or an agent. HostError where there is none."""
+        """Return the first public key that ssh would offer the host, from a file or an agent.
+
+        Raises HostError if there is none.
+        """
         lines = _call(resolve_argv(host)).output.splitlines()
         files = [line.split(" ", 1)[1] for line in lines if line.startswith("identityfile ")]
         for file in files:
@@ -267,7 +296,7 @@ class Ssh:
         if offered.exit_code == 0 and offered.output.startswith(("ssh-", "ecdsa-", "sk-")):
             return offered.output.splitlines()[0]
         raise HostError(
-            f"There is no SSH key to put on {host.name}.",
+            f"There is no SSH key to install on {host.name}.",
             expected=f"one of {', '.join(file + '.pub' for file in files)}",
             found="none of them, and no key in an agent",
             next_command="ssh-keygen -t ed25519",
@@ -275,19 +304,19 @@ class Ssh:
 
 
 def _patiently(connect: Callable[[], Answer]) -> Answer:
-    """The answer of the first connection that is not dropped at its start, as a jump host's MaxStartups does."""
+    """Connect, again if sshd drops the connection at its start (MaxStartups), and return the last answer."""
     for seconds in RETRY_SECONDS:
         answer = connect()
         if answer.exit_code != 255 or not is_dropped(answer.errors):
             return answer
-        # Not all at once again: they were too many.
+        # Spread in time: too many connections at once were the reason.
         time.sleep(seconds * random.uniform(0.5, 1.5))
     return connect()
 
 
 @contextlib.contextmanager
 def _askpass(password: str) -> Iterator[dict[str, str]]:
-    """An environment in which ssh reads `password` from a file of ours: not from argv, not from its environment."""
+    """Yield an environment in which ssh reads `password` from a private file, not from argv or a variable."""
     with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
         secret, program = Path(folder, "password"), Path(folder, "askpass")
         secret.touch(mode=0o600)
@@ -297,7 +326,7 @@ def _askpass(password: str) -> Iterator[dict[str, str]]:
         yield {
             "SSH_ASKPASS": str(program),
             "SSH_ASKPASS_REQUIRE": "force",
-            # ssh before 8.4 asks the program only where a display is named.
+            # ssh before 8.4 calls the program only if DISPLAY is set.
             "DISPLAY": os.environ.get("DISPLAY", ":0"),
         }
 
@@ -327,11 +356,29 @@ def _start(
 def _call(argv: Sequence[str]) -> Answer:
     process = _start(argv)
     output, errors = process.communicate()
-    return Answer(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
+    return Answer(process.returncode, _text(output), _text(errors))
+
+
+def _text(data: bytes) -> str:
+    """Decode the output of a host and remove terminal control sequences."""
+    return printable(data.decode(errors="replace"))
+
+
+def _drained(stream: IO[bytes]) -> bool:
+    """Read a stream to its end. Return False if it holds more than MAX_REST_BYTES."""
+    left = MAX_REST_BYTES
+    while left > 0 and (data := stream.read(1 << 16)):
+        left -= len(data)
+    return left > 0
+
+
+def _collect(stream: IO[bytes], pieces: collections.deque[bytes]) -> None:
+    while data := stream.read(256):
+        pieces.append(data)
 
 
 def program_answers(*argv: str) -> bool:
-    """Whether a program of this machine ends with 0; a missing one does not."""
+    """Return True if a local program exits with code 0 within a minute. A missing program gives False."""
     try:
         return subprocess.run(argv, capture_output=True, check=False, timeout=60).returncode == 0
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -339,7 +386,7 @@ def program_answers(*argv: str) -> bool:
 
 
 def _lines(pipes: Iterable[IO[bytes]]) -> Iterator[tuple[IO[bytes], str]]:
-    """The lines of all pipes as they come, each with its pipe."""
+    """Yield the lines of all pipes as they arrive, each with its pipe."""
     begun: dict[IO[bytes], bytes] = {}
     with selectors.DefaultSelector() as selector:
         for pipe in pipes:
@@ -355,7 +402,7 @@ def _lines(pipes: Iterable[IO[bytes]]) -> Iterator[tuple[IO[bytes], str]]:
                     selector.unregister(pipe)
                     lines += [rest] if rest else []
                 for line in lines:
-                    yield pipe, line.decode(errors="replace").rstrip("\r")
+                    yield pipe, _text(line.rstrip(b"\r"))
 
 
 def _kill_when(process: subprocess.Popen[bytes], stop: threading.Event | None) -> None:

@@ -1,4 +1,4 @@
-"""What every host has, read in parallel over SSH, and in what one differs from most of the others."""
+"""State of all hosts of a fleet, read in parallel over SSH, and the differences of a host from most others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.status.answer import check_answer
 from mixtral_run.fleet.status.payload import status_payload
+from mixtral_run.fleet.untrusted import parse_json
 
 TIMEOUT_SECONDS = 120
 DEFAULT_FOLDERS = {
@@ -20,14 +22,14 @@ DEFAULT_FOLDERS = {
     "hf_home": "/var/lib/mixtral-run/huggingface",
     "image": "mixtral-run:local",
 }
-"""As the roles' defaults name them."""
+"""The defaults of the roles."""
 LEAST_FREE_GIB = 100
 HOT_CELSIUS = 85
 
 
 @dataclass(frozen=True)
 class HostStatus:
-    """One host, as it was read. What could not be read is None or empty."""
+    """State of one host. Values that could not be read are None or empty."""
 
     name: str
     reachable: bool
@@ -42,12 +44,12 @@ class HostStatus:
     hottest_celsius: float = 0.0
     ecc_errors: int = 0
     xid_errors: tuple[str, ...] | None = ()
-    """None where they could not be read."""
+    """Lines of the kernel log; None if it could not be read."""
     fabric_manager: str = ""
     engine: str = ""
     toolkit: str = ""
     gpus_by: str = ""
-    """How containers get GPUs: CDI, runtime, or nothing."""
+    """The way in which containers get GPUs: CDI, runtime, or empty."""
     image: str = ""
     swap_gib: float = 0.0
     ram_gib: float = 0.0
@@ -60,7 +62,7 @@ class HostStatus:
     acceptance: str = ""
     set_up: str = ""
     reimaged: bool | None = None
-    """Whether the host was installed anew since it was set up; None where it never was."""
+    """True if the host was reinstalled since it was set up; None if it never was set up."""
     differences: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = field(default=())
 
@@ -71,13 +73,16 @@ COMPARED: tuple[tuple[str, str], ...] = (
     ("toolkit", "toolkit"), ("gpus_by", "GPUs by"), ("image", "image"), ("swap_gib", "swap GiB"), ("models", "models"),
     ("ram_gib", "RAM GiB"),
 )  # fmt: skip
-"""Fields that should be the same all over a fleet, and their names for a person."""
+"""Fields that should be the same on all hosts of a fleet, and their titles."""
 
 
 def read_fleet(
     hosts: Sequence[Host], ssh: Ssh | None = None, folders: Mapping[str, str] | None = None
 ) -> tuple[HostStatus, ...]:
-    """Read all hosts side by side; nothing is changed. A host that cannot be read is told of and stops no other."""
+    """Read the state of all hosts in parallel without changing anything.
+
+    A host that cannot be read, or that answers in an unexpected form, has an `error` and does not affect the others.
+    """
     ssh = ssh or Ssh()
     payload = status_payload()
     argument = json.dumps({**DEFAULT_FOLDERS, **(folders or {})})
@@ -85,7 +90,7 @@ def read_fleet(
 
 
 def _read_host(ssh: Ssh, host: Host, payload: bytes, argument: str) -> HostStatus:
-    # As root where sudo asks for no password: kernel messages and other users' files are read then, too.
+    # As root if sudo asks for no password: only root can read kernel messages and the files of other users.
     script = (
         "p=$(command -v python3) || exit 127; "
         'if sudo -n true 2>/dev/null; then exec sudo -n "$p" - "$1"; fi; exec "$p" - "$1"'
@@ -98,17 +103,20 @@ def _read_host(ssh: Ssh, host: Host, payload: bytes, argument: str) -> HostStatu
         return HostStatus(host.name, reachable=False, error=connection_error(host, answer.errors).what)
     if answer.exit_code == 127 and not answer.output:
         return HostStatus(host.name, reachable=True, error="a bare host without python3", warnings=("not set up",))
+    if answer.exit_code:
+        found = last_line(answer.errors) or last_line(answer.output) or f"exit code {answer.exit_code}"
+        return HostStatus(host.name, reachable=answer.exit_code != 124, error=f"its state cannot be read: {found}")
     try:
-        return status_from(host.name, json.loads(answer.output))
-    except (ValueError, KeyError, TypeError):
-        word = last_line(answer.errors) or last_line(answer.output) or f"exit code {answer.exit_code}"
-        return HostStatus(host.name, reachable=answer.exit_code != 124, error=f"its state cannot be read: {word}")
+        return status_from(host.name, parse_json(answer.output))
+    except ValueError as error:
+        return HostStatus(host.name, reachable=True, error=f"its answer is not in the expected form: {error}")
 
 
-def status_from(name: str, found: Mapping[str, Any]) -> HostStatus:
-    """A host's state from what `remote_status` printed. Raises KeyError or TypeError for anything else."""
+def status_from(name: str, values: Any) -> HostStatus:
+    """Return a host's state from the JSON values that `remote_status` printed. Raises ValueError for any other form."""
+    found = check_answer(values)
     gpus, engine, fabric = found["gpus"], found["engine"], found["fabric_manager"]
-    records = found["records"]
+    acceptance = found["acceptance"]
     return HostStatus(
         name=name,
         reachable=True,
@@ -138,9 +146,9 @@ def status_from(name: str, found: Mapping[str, Any]) -> HostStatus:
         checkpoints=tuple(entry["path"] for entry in found["checkpoints"]),
         adapters=tuple(f"{entry['path']} (iteration {entry['iteration']})" for entry in found["adapters"]),
         jobs=tuple(f"{job['name']} ({job['verb']}, {job['since']})" for job in found["jobs"]),
-        acceptance=_acceptance(_accepted(records).get("report") or {}),
-        set_up=str(_accepted(records).get("at") or ""),
-        reimaged=_reimaged(_accepted(records).get("stamp") or {}, found["identity"]),
+        acceptance=_acceptance(acceptance["report"]),
+        set_up=acceptance["at"],
+        reimaged=_reimaged(acceptance["identity"], found["identity"]),
         warnings=_warnings(found),
     )
 
@@ -160,21 +168,15 @@ def _image(image: Mapping[str, Any] | None) -> str:
     ]
 
 
-def _accepted(records: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the acceptance role wrote down: report, stamp and time."""
-    return records.get("acceptance") or {}
-
-
-def _reimaged(stamp: Mapping[str, Any], identity: Mapping[str, str]) -> bool | None:
-    # A reimaged host has an empty disk and no stamp; one restored from a disk image carries a stamp that does not fit.
-    recorded = stamp.get("identity") or {}
+def _reimaged(recorded: Mapping[str, Any], identity: Mapping[str, str]) -> bool | None:
+    # A reimaged host has an empty disk and no record. A host restored from a disk image has the record of another one.
     if not recorded:
         return None
     return any(recorded.get(key) not in (None, "", identity.get(key)) for key in ("machine_id", "ssh_host_key"))
 
 
 def _acceptance(report: Mapping[str, Any]) -> str:
-    """The report's figures in a line: every number that it holds at its top, and whether they were good."""
+    """Return the report of the acceptance in one line: its result and every number at its top level."""
     figures = report.get("figures") if isinstance(report.get("figures"), dict) else report
     assert isinstance(figures, Mapping)
     numbers = [
@@ -189,38 +191,40 @@ def _acceptance(report: Mapping[str, Any]) -> str:
 
 def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     driver, engine, gpus = found["driver"], found["engine"], found["gpus"]
-    told = []
+    warnings = []
     if driver["error"]:
-        told.append(driver["error"])
+        warnings.append(driver["error"])
     if driver["kernel"] and driver["user"] and driver["kernel"] != driver["user"]:
-        told.append(f"driver: kernel module {driver['kernel']}, library {driver['user']}: reboot")
+        warnings.append(f"driver: kernel module {driver['kernel']}, library {driver['user']}: reboot")
     if engine["error"]:
-        told.append(engine["error"])
+        warnings.append(engine["error"])
     fabric = found["fabric_manager"]
     if fabric["nvswitch"] and (not fabric["active"] or (driver["user"] and fabric["version"] != driver["user"])):
-        told.append(f"fabric manager {_fabric_manager(fabric)}, driver {driver['user']}: CUDA will fail")
-    told += [
+        warnings.append(f"fabric manager {_fabric_manager(fabric)}, driver {driver['user']}: CUDA will fail")
+    warnings += [
         f"{disk['path']}: {disk['free_gib']:g} GiB free"
         for disk in found["disks"][:1]
         if disk["free_gib"] < LEAST_FREE_GIB
     ]
-    told += [
+    warnings += [
         f"GPU {gpu['index']} at {gpu['temperature_celsius']:g} °C"
         for gpu in gpus
         if gpu["temperature_celsius"] >= HOT_CELSIUS
     ]
-    told += [f"GPU {gpu['index']}: {gpu['ecc_errors']:g} uncorrectable ECC errors" for gpu in gpus if gpu["ecc_errors"]]
+    warnings += [
+        f"GPU {gpu['index']}: {gpu['ecc_errors']:g} uncorrectable ECC errors" for gpu in gpus if gpu["ecc_errors"]
+    ]
     if found["xid_errors"] is None and gpus:
-        told.append("Xid errors cannot be read: that needs root, and sudo asks for a password")
+        warnings.append("Xid errors cannot be read: that needs root, and sudo asks for a password")
     elif found["xid_errors"]:
-        told.append(f"{len(found['xid_errors'])} Xid errors: {found['xid_errors'][-1]}")
+        warnings.append(f"{len(found['xid_errors'])} Xid errors: {found['xid_errors'][-1]}")
     if engine["version"] and not found["image"]:
-        told.append("the kit's image is missing")
-    return tuple(told)
+        warnings.append("the kit's image is missing")
+    return tuple(warnings)
 
 
 def with_differences(statuses: Sequence[HostStatus]) -> tuple[HostStatus, ...]:
-    """Each host with what it has otherwise than most; nothing where there is no majority to differ from."""
+    """Return the states with the fields in which a host differs from most others. Without a majority, none differs."""
     read = [status for status in statuses if status.reachable and status.error is None]
     usual: dict[str, Any] = {}
     for name, _ in COMPARED:
@@ -242,7 +246,7 @@ def _differing(status: HostStatus, usual: Mapping[str, Any]) -> HostStatus:
 
 
 def shown(value: Any) -> str:
-    """A value for a table."""
+    """Return a value as text for a table."""
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, float):
@@ -255,7 +259,7 @@ def to_json(statuses: Sequence[HostStatus]) -> str:
 
 
 def summary_rows(statuses: Sequence[HostStatus]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows of the table on a terminal."""
+    """Return the columns and rows of the table for a terminal."""
     columns: tuple[str, ...] = (
         "host",
         "GPUs",
@@ -268,8 +272,8 @@ def summary_rows(statuses: Sequence[HostStatus]) -> tuple[tuple[str, ...], list[
     )
     rows: list[tuple[str, ...]] = []
     for status in statuses:
-        told = (status.error,) if status.error else status.warnings + status.differences
-        state = "✗" if not status.reachable else "!" if told or status.reimaged else "✓"
+        remarks = (status.error,) if status.error else status.warnings + status.differences
+        state = "✗" if not status.reachable else "!" if remarks or status.reimaged else "✓"
         rows.append(
             (
                 f"{state} {status.name}",
@@ -279,7 +283,7 @@ def summary_rows(statuses: Sequence[HostStatus]) -> tuple[tuple[str, ...], list[
                 status.image,
                 f"{status.disks[0][1]:g}" if status.disks else "",
                 ", ".join(status.jobs),
-                "; ".join([*(["reimaged since it was set up"] if status.reimaged else []), *filter(None, told)]),
+                "; ".join([*(["reimaged since it was set up"] if status.reimaged else []), *filter(None, remarks)]),
             )
         )
     return columns, rows

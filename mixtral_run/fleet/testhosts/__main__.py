@@ -1,4 +1,4 @@
-"""Test hosts by hand: python -m mixtral_run.fleet.testhosts up gpu-01 gpu-02; … inventory; … down --all."""
+"""Command line for throw-away hosts, such as `python -m mixtral_run.fleet.testhosts up gpu-01 gpu-02`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ def main(argv: list[str]) -> int:
         each = verbs.add_parser(verb, help=words)
         each.add_argument("names", nargs="+")
         each.add_argument("--release", choices=RELEASES, default="bookworm")
-        each.add_argument("--standin", type=json.loads, help="JSON of StandIn's fields; absent: a host without GPUs")
-    standin = verbs.add_parser("standin", help="change what GPUs a running host claims to have")
+        each.add_argument(
+            "--standin", type=json.loads, help="JSON of the fields of StandIn; without it the host has no GPUs"
+        )
+    standin = verbs.add_parser("standin", help="change the simulated GPUs of a running host")
     standin.add_argument("names", nargs="+")
     standin.add_argument("--standin", type=json.loads, required=True)
-    down = verbs.add_parser("down", help="remove hosts and their disks, and after the last one the package server")
+    down = verbs.add_parser("down", help="remove hosts and their disks; with the last host, the package server")
     down.add_argument("names", nargs="*")
-    down.add_argument("--all", action="store_true", help="all that this checkout started")
-    listing = verbs.add_parser("inventory", help="print an Ansible inventory of hosts that run, in JSON")
+    down.add_argument("--all", action="store_true", help="remove all hosts of this installation")
+    listing = verbs.add_parser("inventory", help="print an Ansible inventory of the running hosts as JSON")
     listing.add_argument("names", nargs="*")
-    listing.add_argument("--release", action="append", choices=RELEASES, help="releases the repository holds")
+    listing.add_argument(
+        "--release", action="append", choices=RELEASES, help="release that the package repository holds"
+    )
     verbs.add_parser("give-base", help="load the base image of builds into hosts").add_argument("names", nargs="+")
-    verbs.add_parser("archive", help="build the finished image that hosts see, where it is missing")
-    verbs.add_parser("wheels", help="fill the wheelhouse that hosts see")
+    verbs.add_parser("archive", help="build the image archive for the hosts if it is missing")
+    verbs.add_parser("wheels", help="fill the wheelhouse for the hosts")
     arguments = parser.parse_args(argv)
     try:
         reason = why_no_engine()
@@ -70,7 +74,7 @@ def _act(words: argparse.Namespace) -> None:
 
 
 def inventory(names: list[str], releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
-    """An Ansible inventory of hosts that run, with the roles' mirror variables pointing at the test repository."""
+    """Return an Ansible inventory of running hosts. The mirror variables of the roles point at the test repository."""
     return {
         "mixtral_hosts": {
             "hosts": {name: hosts.find(name).inventory_entry() for name in names},
@@ -80,7 +84,7 @@ def inventory(names: list[str], releases: tuple[str, ...] = ("bookworm",)) -> di
 
 
 def variables(releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
-    """What a fleet's group_vars would say of these hosts: the mirror, and sizes that fit a container."""
+    """Return the group variables of these hosts: the package mirror, and sizes that fit a container."""
     mirror = repository.serve(releases)
     checkpoints = "/srv/checkpoints"
     return {
@@ -89,13 +93,13 @@ def variables(releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
         "preflight_free_gib": 1,
         "preflight_disk_paths": [checkpoints],
         "preflight_mirrors": [f"{mirror.url}/linux/debian/gpg"],
-        # A container is not allowed to raise its limits, as a host is.
+        # Unlike a host, a container may not raise its limits.
         "docker_default_ulimits": {"nofile": {"Name": "nofile", "Soft": 4096, "Hard": 4096}},
         "docker_users": ["ops"],
-        # /proc/swaps is the machine's: hosts beside each other must not have files of one name.
+        # /proc/swaps lists the swap files of the whole machine: each host needs another file name.
         "swap_path": f"{hosts.DATA_FOLDER}/swapfile-{{{{ inventory_hostname }}}}",
         "swap_size_gib": 0.03125,
-        # The machine's, not the container's: only the swap role's own scenario sets it.
+        # vm.swappiness belongs to the machine, not to the container: only the scenario of the swap role sets it.
         "swap_swappiness": -1,
         "hf_cache_checkpoint_folder": checkpoints,
         "image_base_image": kit_image.BASE,
@@ -107,7 +111,7 @@ def variables(releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
         "acceptance_ulimits": [],
         "acceptance_shared_memory": "1g",
         "acceptance_size_mib": 16,
-        # The GPUs are stand-ins: no container sees one.
+        # The GPUs are simulated: no container sees one.
         "acceptance_floors": {"num_gpus": 0, "shared_memory_gib": 0.5},
     }
 

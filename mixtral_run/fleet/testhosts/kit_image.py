@@ -9,13 +9,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import mixtral_run
+from mixtral_run.fleet.plays.provisioning import provisioning_folder
 from mixtral_run.fleet.testhosts.engine import CACHE
 from mixtral_run.fleet.testhosts.hosts import SHOWN_CACHE, WHEELHOUSE, Host, container_name, put
 from mixtral_run.fleet.testhosts.image import host_image
 from mixtral_run.fleet.testhosts.shell import call, pipe
 
-ROOT = Path(__file__).parents[3]
-REQUIREMENTS = ROOT / "roles/image/files/requirements.txt"
+PACKAGE = Path(mixtral_run.__file__).parent
+# Found in a checkout and in an installed wheel alike.
+DOCKERFILE = provisioning_folder() / "roles/image/files/Dockerfile"
+REQUIREMENTS = provisioning_folder() / "roles/image/files/requirements.txt"
+CONSTRAINTS = provisioning_folder() / "constraints.txt"
 LIGHT = ("torch", "numpy", "click", "PyYAML", "rich")
 """What the acceptance program and `mixtral-run --version` need, for an image that a host builds: half the time."""
 BASE = "mixtral-run-test-base:bookworm"
@@ -42,7 +47,8 @@ def fill_wheelhouse() -> Path:
                 old.unlink()
             call(
                 sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", WHEELHOUSE,
-                "--python-version", "3.11", "--constraint", ROOT / "constraints.txt", "--requirement", REQUIREMENTS,
+                "--python-version", "3.11", "--requirement", REQUIREMENTS,
+                *(("--constraint", CONSTRAINTS) if CONSTRAINTS.is_file() else ()),
             )  # fmt: skip
             marker.touch()
     return WHEELHOUSE
@@ -53,8 +59,8 @@ def image_archive() -> Path:
 
     Built by this machine's engine, once for each state of the kit.
     """
-    kit = sorted(path for path in (ROOT / "mixtral_run").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    sources = [ROOT / "roles/image/files/Dockerfile", *kit]
+    kit = sorted(path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    sources = [DOCKERFILE, *kit]
     recipe = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + "".join(pinned(None)).encode())
     archive = CACHE / f"kit-image-{recipe.hexdigest()[:12]}.tar"
     with (CACHE / "kit-image.lock").open("w") as lock:
@@ -78,9 +84,9 @@ def _build() -> None:
     wheelhouse = fill_wheelhouse()
     with tempfile.TemporaryDirectory(prefix="mixtral-run-context-") as folder:
         context = Path(folder)
-        shutil.copy(ROOT / "roles/image/files/Dockerfile", context)
+        shutil.copy(DOCKERFILE, context)
         (context / "requirements.txt").write_text("\n".join(pinned(None)) + "\n")
-        shutil.copytree(ROOT / "mixtral_run", context / "mixtral_run", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, context / "mixtral_run", ignore=shutil.ignore_patterns("__pycache__"))
         (context / "ca").mkdir()
         (context / "ca/README.txt").touch()
         shutil.copytree(wheelhouse, context / "wheelhouse")

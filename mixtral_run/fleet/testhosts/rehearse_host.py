@@ -1,6 +1,6 @@
-"""A throw-away host for rehearsing the provisioning: a container with systemd, SSH and an engine of its own.
+"""Rehearsal of the provisioning on a throw-away host: a container with systemd, sshd and its own Docker engine.
 
-The hosts are those of the tests (mixtral_run/fleet/testhosts), which a checkout has and a wheel has not.
+Works from a checkout and from an installed wheel. The automated host tests use the same hosts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from mixtral_run.fleet.hosts import Host, forget_hosts
 from mixtral_run.fleet.jobs.job_log import Left
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts
-from mixtral_run.fleet.plays.provisioning import playbook, provisioning_folder
+from mixtral_run.fleet.plays.provisioning import playbook
 from mixtral_run.fleet.plays.runner import list_tasks
 from mixtral_run.fleet.ssh.connection import Ssh, program_answers
 from mixtral_run.fleet.state import state_folder, write_private
+from mixtral_run.fleet.testhosts import hosts, kit_image, repository
+from mixtral_run.fleet.testhosts.__main__ import variables as variables_of
 from mixtral_run.report import Report
 
 NAME = "rehearsal"
@@ -32,22 +34,26 @@ CHECKPOINTS = "/srv/checkpoints"
 
 @dataclass(frozen=True)
 class Throwaway:
-    """A host that runs, and the variables that set it up."""
+    """A running throw-away host and the Ansible variables for its bootstrap."""
 
     host: Host
     variables: dict[str, Any]
 
 
 def rehearse_host(config: RehearseConfig, report: Report | None = None) -> bool:
-    """Start a throw-away host, bootstrap it over SSH, run the rehearsal in its container, and remove it again.
+    """Start a throw-away host, bootstrap it over SSH, run the rehearsal in its container, and remove the host.
 
-    Returns False, and tells what bootstrap would do, where no Docker engine answers. Raises the first step's error.
+    Returns:
+        False if no Docker engine answers. The tasks that bootstrap would run are listed then.
+
+    Raises:
+        MixtralRunError: the error of the first step that failed.
     """
     report = report or Report()
     reason = why_not()
     if reason:
         report.warn(f"The provisioning is not rehearsed: {reason}.")
-        report.say("What `mixtral-run bootstrap --check` would go through on a host:")
+        report.say("Tasks that `mixtral-run bootstrap --check` would run on a host:")
         for line in list_tasks(playbook("bootstrap")):
             report.say(f"  {line}")
         return False
@@ -59,7 +65,7 @@ def rehearse_host(config: RehearseConfig, report: Report | None = None) -> bool:
         inventory = state_folder("tmp") / "rehearsal-hosts.json"
         write_private(inventory, json.dumps({"mixtral_hosts": {"hosts": {NAME: found.host.ansible_variables()}}}))
         try:
-            # The engine gives ports again: an earlier host's key may be recorded for this one's.
+            # The engine reuses ports: the key of an earlier host may be recorded for this host's port.
             end = bootstrap(
                 BootstrapRequest(inventory=inventory, extra_vars=(f"@{variables}",), accept_new_host_key=(NAME,))
             )
@@ -72,7 +78,7 @@ def rehearse_host(config: RehearseConfig, report: Report | None = None) -> bool:
             )
             run_on_hosts("rehearse", RehearseConfig(device=config.device, seed=config.seed), options)
         except Left:
-            report.say("The throw-away host is removed, and the job ends with it.")
+            report.say("The throw-away host is removed, and the job ends with the host.")
             raise
         finally:
             Ssh().forget_key(found.host)
@@ -81,31 +87,27 @@ def rehearse_host(config: RehearseConfig, report: Report | None = None) -> bool:
 
 
 def why_not() -> str | None:
-    """Why no throw-away host can be had here; None when one can."""
-    if not program_answers("docker", "info"):
-        return "no Docker engine answers here"
-    if not (provisioning_folder() / "tests").is_dir():
-        return "throw-away hosts come with a checkout of the kit, not with the wheel"
-    return None
+    """Return the reason why this machine cannot run a throw-away host, or None if it can."""
+    return None if program_answers("docker", "info") else "no Docker engine answers here"
 
 
 @contextmanager
 def throwaway(name: str, report: Report) -> Iterator[Throwaway]:
-    """A host that is gone afterwards, with an image of the whole kit laid beside its engine.
+    """Run a throw-away host for the duration of the context. Its image archive holds the whole kit.
 
-    So is the package server, unless other hosts of this checkout use it. SIGTERM is KeyboardInterrupt meanwhile.
+    The package server is removed with the host unless other throw-away hosts of this installation use it. Inside the
+    context, SIGTERM raises KeyboardInterrupt.
+
+    Raises:
+        CheckFailed: the host could not be started.
     """
-    from mixtral_run.fleet.testhosts import hosts as targets
-    from mixtral_run.fleet.testhosts import kit_image, repository
-    from mixtral_run.fleet.testhosts.__main__ import variables as variables_of
-
-    targets.remove(name)
+    hosts.remove(name)
     try:
-        with _on({signal.SIGTERM: signal.default_int_handler}):
-            with report.waiting("Building the kit's image: minutes the first time"):
+        with _signal_handlers({signal.SIGTERM: signal.default_int_handler}):
+            with report.waiting("Building the kit's image: takes minutes the first time"):
                 kit_image.image_archive()
-            with report.waiting("Starting the host, and the package server beside it"):
-                started = targets.start(name)
+            with report.waiting("Starting the host and its package server"):
+                started = hosts.start(name)
                 common = variables_of()
             variables = {
                 **common,
@@ -114,27 +116,27 @@ def throwaway(name: str, report: Report) -> Iterator[Throwaway]:
                 "image_archive": kit_image.ARCHIVE_ON_HOST,
                 "image_archive_on_host": True,
                 "image_archive_name": kit_image.ARCHIVE_NAME,
-                # The list of swap files is the machine's, not the container's: names must not meet.
-                "swap_path": f"{targets.DATA_FOLDER}/swapfile-{name}",
+                # /proc/swaps lists the swap files of the whole machine: each host needs another file name.
+                "swap_path": f"{hosts.DATA_FOLDER}/swapfile-{name}",
             }
             del variables["image_requirements"]
             host = Host(name, "127.0.0.1", started.user, started.port, str(Path(started.key)))
             yield Throwaway(host, variables)
     except RuntimeError as error:
-        raise CheckFailed("The throw-away host could not be had.", found=str(error)[-600:]) from error
+        raise CheckFailed("The throw-away host could not be started.", found=str(error)[-600:]) from error
     finally:
-        # Who is tired of waiting presses Ctrl-C again, which the engine's client would hear as well.
-        with _on(dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)):
-            targets.remove(name)
+        # A second Ctrl-C would also reach the Docker client that removes the host.
+        with _signal_handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)):
+            hosts.remove(name)
             repository.stop_unless_used()
 
 
 @contextmanager
-def _on(handlers: Mapping[int, Any]) -> Iterator[None]:
-    """Handle signals so meanwhile."""
-    kept = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def _signal_handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Install signal handlers for the duration of the context."""
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -78,7 +78,7 @@ def test_stop_fails_where_a_host_of_the_job_cannot_be_asked(light_hosts: HostMak
     done = stop("finetune-1", first.target, second.target)
     assert "✓ finetune-1 has ended on 127.0.0.1" in done.output
     assert isinstance(done.exception, HostError)
-    assert "may go on" in str(done.exception)
+    assert "may still run" in str(done.exception)
     assert "refuses the connection" in str(done.exception)
     second.start()
 
