@@ -119,7 +119,7 @@ def exchanged_by(*, collectives: bool) -> Iterator[None]:
     """While this lasts, `backward_of` takes what exchange it would, or collectives for however many tokens."""
     with ExitStack() as stack:
         if collectives:
-            stack.enter_context(patch("mixtral_run.train.cuda_graph.open_peers", lambda *_, **__: None))
+            stack.enter_context(patch("mixtral_run.train.cuda_graph.open_symmetric_memory", lambda *_, **__: None))
             stack.enter_context(patch("mixtral_run.model.dispatch.capacity.MOST_TOKENS", 2**31))
         yield
 

@@ -52,7 +52,7 @@ def recorded(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Cal
 def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: bool) -> dict[str, float]:
     counts = torch.tensor(shares) * rows * 8 // sum(shares)
     counts[-1] += rows * 8 - counts.sum()
-    ends = counts.cumsum(0).int().cuda()
+    offsets = counts.cumsum(0).int().cuda()
     weights = [torch.randn(8, outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(LAYERS)]
     left = torch.randn(rows * 8, outputs if gradient else inputs, device="cuda", dtype=torch.bfloat16)
     inner = torch.randn(rows * 8, RANK, device="cuda", dtype=torch.bfloat16)
@@ -60,11 +60,11 @@ def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: 
 
     def torchs(weight: Tensor) -> Tensor:
         if not gradient:
-            return torch._grouped_mm(left, weight.transpose(1, 2), offs=ends)
-        return add_product(torch._grouped_mm(left, weight, offs=ends), inner, half, 1.0, ends)
+            return torch._grouped_mm(left, weight.transpose(1, 2), offs=offsets)
+        return add_product(torch._grouped_mm(left, weight, offs=offsets), inner, half, 1.0, offsets)
 
     def ours(weight: Tensor) -> Tensor:
-        return grouped_product(left, weight, ends, (inner, half) if gradient else None, turned=not gradient)
+        return grouped_product(left, weight, offsets, (inner, half) if gradient else None, transposed=not gradient)
 
     timers = {"torch": recorded(torchs, weights), "ours": recorded(ours, weights)}
     found: dict[str, list[float]] = {name: [] for name in timers}

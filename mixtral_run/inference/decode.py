@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral_run.model.attention import KeyValueCache
 from mixtral_run.model.dispatch import capacity
-from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import refused
 
@@ -36,7 +36,12 @@ class Decoding:
         self._model, self._padding = model, padding
         self._ragged = bool(padding.any())
         self.cache = KeyValueCache(max_length)
-        self._room = Room.on(padding.device, unlimited=True)
+        mesh, count = model.processes, model.architecture.num_experts
+        self._all_gather = (
+            AllGatherDispatcher(mesh.expert_group, count, padding.device, unlimited=True)
+            if mesh.expert_size > 1
+            else None
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [rows, length], the prompts or what follows → logits of the last, [rows, vocabulary]."""
@@ -50,7 +55,7 @@ class Decoding:
     def _pass(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model = self._model
         gathers = capacity.pays(tokens.numel(), model.processes.expert_size, read=False)
-        with model.gathering(self._room if gathers else None):
+        with model.dispatching(self._all_gather if gathers else None):
             logits = model.logits(
                 tokens,
                 # Padding counts as no position.

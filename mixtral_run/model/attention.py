@@ -15,7 +15,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.packed_attention import Packed, packed_attention
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.recompute.recipe import Recipe
-from mixtral_run.model.rotary import split_and_turn
+from mixtral_run.model.rotary import split_and_rotate
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Attention(MegatronModule):
         """
         sequence, batch, _ = mixed.shape
         mixed = mixed.view(sequence, batch, self.groups, self.heads_per_group + 2, self.head_size)
-        query, key, value = split_and_turn(mixed, inputs.cosine, inputs.sine)
+        query, key, value = split_and_rotate(mixed, inputs.cosine, inputs.sine)
         return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
 
 

@@ -22,13 +22,13 @@ def refresh(parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         copy = _copy_of(parameter)
         if copy is None or copy.dtype is not dtype or copy.device != parameter.device:
             copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-            parameter._mixtral_run_rounded = copy  # type: ignore[attr-defined]
+            parameter._mixtral_run_cast = copy  # type: ignore[attr-defined]
         copies.append(copy)
     with torch.no_grad():
         torch._foreach_copy_(copies, [parameter.detach() for parameter in parameters])
 
 
-def rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The parameter in dtype, without a gradient: its copy as of the last `refresh`, where there is one."""
     if parameter.dtype is dtype:
         return parameter.detach()
@@ -37,4 +37,4 @@ def rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy_of(parameter: Tensor) -> Tensor | None:
-    return cast(Tensor | None, getattr(parameter, "_mixtral_run_rounded", None))
+    return cast(Tensor | None, getattr(parameter, "_mixtral_run_cast", None))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.kernels.grouped_mm import (
     add_product,
     added_linear,
@@ -27,10 +28,10 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantized_with_inner,
     rows_gradient,
 )
-from mixtral_run.model.kernels.router_probs import with_shares
+from mixtral_run.model.kernels.router_probs import with_probs
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
 from mixtral_run.model.lora import initial_linear_in
-from mixtral_run.model.lora_experts import Adapters, Rows, adapted_experts
+from mixtral_run.model.lora_experts import Adapters, adapted_experts
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark
@@ -80,34 +81,34 @@ class ExpertLinear(torch.nn.Module):
             mark(self.linear_in, expert=True)
             mark(self.linear_out, expert=True)
 
-    def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
         """The layer without its adapter. rows [tokens, in], sorted by expert; ends: see grouped_mm.py. [tokens,
         out]."""
         if self.values is not None and self.scales is not None:
-            return quantized_linear(rows, self.values, self.scales, ends)
+            return quantized_linear(rows, self.values, self.scales, offsets)
         assert self.weight is not None
-        return grouped_linear(rows, self.weight, ends, recipe)
+        return grouped_linear(rows, self.weight, offsets, recipe)
 
     def product(
         self,
         rows: Tensor,
-        ends: Tensor,
+        offsets: Tensor,
         source: Tensor | None = None,
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`forward` without a gradient; source: as in grouped.product; adapter: as in grouped.frozen_product."""
         if self.values is not None and self.scales is not None:
-            base = forward_product(rows, self.values, self.scales, ends, source)
-            return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, ends)
+            base = forward_product(rows, self.values, self.scales, offsets, source)
+            return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, offsets)
         assert self.weight is not None
-        return frozen_product(rows, self.weight.detach(), ends, source, adapter)
+        return frozen_product(rows, self.weight.detach(), offsets, source, adapter)
 
-    def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
         """What `forward`'s rows get of its result's gradient [tokens, out]; inner [tokens, r] · linear_in is added."""
         if self.values is not None and self.scales is not None:
-            return rows_gradient(gradient, self.values, self.scales, ends, inner, linear_in)
+            return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in)
         assert self.weight is not None
-        return frozen_gradient(gradient, self.weight.detach(), ends, inner, linear_in)
+        return frozen_gradient(gradient, self.weight.detach(), offsets, inner, linear_in)
 
     def allocate(self) -> None:
         """Give the weight memory, uninitialized."""
@@ -141,19 +142,19 @@ class ExpertLinear(torch.nn.Module):
         else:
             self.values = self.scales = None
 
-    def with_inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> tuple[Tensor, Tensor]:
+    def with_inner(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> tuple[Tensor, Tensor]:
         """The layer without its adapter, and what goes through its lesser half: `forward` and `inner`."""
         assert self.lora is not None
         if self.values is None or self.scales is None or (self.lora.dropout and self.training):
-            return self(rows, ends, recipe), self.inner(rows, ends, recipe)
-        return quantized_with_inner(rows, self.values, self.scales, ends, self.linear_in.to(rows.dtype), recipe)
+            return self(rows, offsets, recipe), self.inner(rows, offsets, recipe)
+        return quantized_with_inner(rows, self.values, self.scales, offsets, self.linear_in.to(rows.dtype), recipe)
 
-    def inner(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+    def inner(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
         """A·x of each row's expert, with dropout on x: [tokens, r]."""
         assert self.lora is not None
         if self.lora.dropout and self.training:
             rows, recipe = drop(rows, self.lora.dropout, recipe)
-        return grouped_linear(rows, self.linear_in.to(rows.dtype), ends, recipe)
+        return grouped_linear(rows, self.linear_in.to(rows.dtype), offsets, recipe)
 
 
 class Experts(MegatronModule):
@@ -177,51 +178,53 @@ class Experts(MegatronModule):
         return lora is not None and self.linear_fc2.lora is not None and not (lora.dropout and self.training)
 
     def adapted_forward(
-        self, tokens: Tensor, rows: Rows, recipe: Recipe | None = None, shares: Tensor | None = None
+        self, tokens: Tensor, permutation: Permutation, recipe: Recipe | None = None, probs: Tensor | None = None
     ) -> Tensor:
         """See lora_experts.py; where `adapted` says so, what `forward` computes, keeping less."""
         first, second = self.linear_fc1, self.linear_fc2
         assert first.lora is not None
         parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
-        return adapted_experts(tokens, rows, first, second, Adapters(*parts, first.lora.scale), recipe, shares)
+        return adapted_experts(tokens, permutation, first, second, Adapters(*parts, first.lora.scale), recipe, probs)
 
     @property
     def linears(self) -> dict[str, ExpertLinear]:
         """Both linear layers by name."""
         return {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
 
-    def forward(self, rows: Tensor, ends: Tensor, recipe: Recipe | None = None, shares: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None, probs: Tensor | None = None
+    ) -> Tensor:
         """rows: [tokens, hidden], sorted by local expert; ends: int32 [local experts]. Returns rows' shape.
 
         With a recipe for the rows neither they nor the activation are kept for the backward pass. shares [tokens]: what
         each row will count for in its token, so that their gradient needs no outputs (router_probs.py).
         """
         second = self.linear_fc2
-        active, remade = self._activate(rows, ends, recipe)
-        if shares is not None and remade is not None:
-            again = Once(remade)
-            active, remade = with_shares(active, shares, again), again.as_recipe()
+        active, recomputed = self._activate(rows, offsets, recipe)
+        if probs is not None and recomputed is not None:
+            again = Once(recomputed)
+            active, recomputed = with_probs(active, probs, again), again.as_recipe()
         if second.lora is None:
-            alone: Tensor = second(active, ends, remade)
+            alone: Tensor = second(active, offsets, recomputed)
             return alone
-        output, inner = second.with_inner(active, ends, remade)
-        return added_linear(output, inner, second.linear_out.to(rows.dtype), second.lora.scale, ends)
+        output, inner = second.with_inner(active, offsets, recomputed)
+        return added_linear(output, inner, second.linear_out.to(rows.dtype), second.lora.scale, offsets)
 
-    def _activate(self, rows: Tensor, ends: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
+    def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """linear_fc1 and SwiGLU: [tokens, ffn], and how to make it again."""
         first = self.linear_fc1
         if first.lora is None:
-            hidden = first(rows, ends, recipe)
-            return swiglu(hidden, ends), Recipe.of(swiglu, hidden, ends) if recipe is not None else None
+            hidden = first(rows, offsets, recipe)
+            return swiglu(hidden, offsets), Recipe.of(swiglu, hidden, offsets) if recipe is not None else None
         scale = first.lora.scale
-        hidden, inner = first.with_inner(rows, ends, recipe)
+        hidden, inner = first.with_inner(rows, offsets, recipe)
         outer = first.linear_out.to(rows.dtype)
 
-        def activate(hidden: Tensor, inner: Tensor, outer: Tensor, ends: Tensor) -> Tensor:
-            return swiglu_with_adapter(hidden, inner, outer, scale, ends)
+        def activate(hidden: Tensor, inner: Tensor, outer: Tensor, offsets: Tensor) -> Tensor:
+            return swiglu_with_adapter(hidden, inner, outer, scale, offsets)
 
-        remade = Recipe.of(activate, hidden, inner, outer, ends) if recipe is not None else None
-        return activate(hidden, inner, outer, ends), remade
+        recomputed = Recipe.of(activate, hidden, inner, outer, offsets) if recipe is not None else None
+        return activate(hidden, inner, outer, offsets), recomputed
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mixtral_run.model.cast_adapters import rounded
+from mixtral_run.model.cast_adapters import cast_copy
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import (
     ColumnParallelLinear,
@@ -33,7 +33,7 @@ from mixtral_run.model.parallel.megatron import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from mixtral_run.model.parallel.param_sharding import mark
-from mixtral_run.model.recompute.recipe import Recipe, drop, remade_linear
+from mixtral_run.model.recompute.recipe import Recipe, drop, recomputed_linear
 
 
 def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *place: int) -> Tensor:
@@ -71,7 +71,7 @@ class LinearAdapter(torch.nn.Module):
         """A·x with dropout on x, in x's dtype. With a recipe for x, x is not kept."""
         if self.lora.dropout and self.training:
             hidden, recipe = drop(hidden, self.lora.dropout, recipe)
-        return remade_linear(hidden, self.linear_in.weight.to(hidden.dtype), recipe)
+        return recomputed_linear(hidden, self.linear_in.weight.to(hidden.dtype), recipe)
 
     def outer(self, inner: Tensor) -> Tensor:
         """alpha / r · B·(A·x)."""
@@ -123,7 +123,7 @@ class _AdaptedLinear(torch.autograd.Function):
         make: Callable[..., Tensor] | None,
         *kept: Tensor,
     ) -> Tensor:
-        first, second = rounded(linear_in, hidden.dtype), rounded(linear_out, hidden.dtype)
+        first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
         flat = hidden.flatten(0, -2)
         inner = flat @ first.t()
         output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)

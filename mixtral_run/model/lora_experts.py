@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mixtral_run.model.cast_adapters import rounded
-from mixtral_run.model.dispatch.permute import add_rows
+from mixtral_run.model.cast_adapters import cast_copy
+from mixtral_run.model.dispatch.permute import Permutation, add_rows
 from mixtral_run.model.kernels.grouped_mm import outer_product, product, products_of_gradient
-from mixtral_run.model.kernels.swiglu import remaking_backward, swiglu_of
+from mixtral_run.model.kernels.swiglu import recomputing_backward, swiglu_of
 from mixtral_run.model.recompute.recipe import Recipe
 
 
@@ -36,25 +36,12 @@ class FrozenExperts(Protocol):
     def product(
         self,
         rows: Tensor,
-        ends: Tensor,
+        offsets: Tensor,
         source: Tensor | None = None,
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor: ...
 
-    def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows the experts take. ends: grouped_mm.py. source, int64 [rows]: of which token each is; position [rows]:
-    permute.py; topk: how many rows a token has. Without them the tokens are the rows. partial: position has more than
-    these rows, other processes' behind the last of `ends`."""
-
-    ends: Tensor
-    source: Tensor | None = None
-    position: Tensor | None = None
-    topk: int = 1
-    partial: bool = False
+    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,12 +57,12 @@ class Adapters:
 
 def adapted_experts(
     tokens: Tensor,
-    rows: Rows,
+    permutation: Permutation,
     first: FrozenExperts,
     second: FrozenExperts,
     adapters: Adapters,
     recipe: Recipe | None = None,
-    shares: Tensor | None = None,
+    probs: Tensor | None = None,
 ) -> Tensor:
     """tokens [tokens, hidden] → the experts' outputs [rows, hidden], sorted by expert.
 
@@ -85,7 +72,7 @@ def adapted_experts(
     make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
     parts = (adapters.first_in, adapters.first_out, adapters.second_in, adapters.second_out)
     output: Tensor = _AdaptedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens, shares, *parts, rows, first, second, adapters.scale, make, *kept
+        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *kept
     )
     return output
 
@@ -95,12 +82,12 @@ class _AdaptedExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         tokens: Tensor,
-        shares: Tensor | None,
+        probs: Tensor | None,
         first_in: Tensor,
         first_out: Tensor,
         second_in: Tensor,
         second_out: Tensor,
-        rows: Rows,
+        permutation: Permutation,
         first: FrozenExperts,
         second: FrozenExperts,
         scale: float,
@@ -108,46 +95,48 @@ class _AdaptedExperts(torch.autograd.Function):
         *kept: Tensor,
     ) -> Tensor:
         parameters = (first_in, first_out, second_in, second_out)
-        halves = [rounded(each, tokens.dtype) for each in parameters]
-        ends = rows.ends
-        hidden = first.product(tokens, ends, rows.source)
-        first_inner = product(tokens, halves[0].transpose(1, 2), ends, rows.source)
-        active = swiglu_of(hidden, first_inner, halves[1], scale, ends)
-        second_inner = product(active, halves[2].transpose(1, 2), ends)
+        halves = [cast_copy(each, tokens.dtype) for each in parameters]
+        offsets = permutation.offsets
+        hidden = first.product(tokens, offsets, permutation.source)
+        first_inner = product(tokens, halves[0].transpose(1, 2), offsets, permutation.source)
+        active = swiglu_of(hidden, first_inner, halves[1], scale, offsets)
+        second_inner = product(active, halves[2].transpose(1, 2), offsets)
         ctx.save_for_backward(
-            hidden, first_inner, second_inner, shares, ends, rows.source, rows.position, *halves, *kept
+            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *kept
         )
-        ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, rows.topk
-        ctx.partial = rows.partial
+        ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
+        ctx.partial = permutation.partial
         ctx.dtypes = [each.dtype for each in parameters]
-        return second.product(active, ends, adapter=(second_inner * scale, halves[3]))
+        return second.product(active, offsets, adapter=(second_inner * scale, halves[3]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, first_inner, second_inner, shares, ends, source, position, *rest = ctx.saved_tensors
+        hidden, first_inner, second_inner, probs, offsets, source, inverse, *rest = ctx.saved_tensors
         (first_in, first_out, second_in, second_out), kept = rest[:4], rest[4:]
         (first, second), scale = ctx.layers, ctx.scale
         gradient = gradients[0].contiguous()
-        for_inner = product(gradient, second_out, ends) * scale
-        for_second_out = outer_product(gradient, second_inner * scale, ends, dtype=ctx.dtypes[3])
-        for_active = second.gradient(gradient, ends, for_inner, second_in)
-        for_hidden, active, products = remaking_backward(hidden, first_inner, first_out, scale, ends, for_active)
-        for_second_in = outer_product(for_inner, active, ends, dtype=ctx.dtypes[2])
+        for_inner = product(gradient, second_out, offsets) * scale
+        for_second_out = outer_product(gradient, second_inner * scale, offsets, dtype=ctx.dtypes[3])
+        for_active = second.gradient(gradient, offsets, for_inner, second_in)
+        for_hidden, active, products = recomputing_backward(hidden, first_inner, first_out, scale, offsets, for_active)
+        for_second_in = outer_product(for_inner, active, offsets, dtype=ctx.dtypes[2])
         del active, for_active
-        for_shares = None
-        if shares is not None and ctx.needs_input_grad[1]:
+        for_probs = None
+        if probs is not None and ctx.needs_input_grad[1]:
             # A share of nothing sends nothing back; its own gradient is lost, and nothing it could choose would matter.
-            for_shares = torch.where(shares > 0, products / shares, 0.0)
-        for_inner, for_first_out = products_of_gradient(for_hidden, first_out, first_inner * scale, ends, ctx.dtypes[1])
+            for_probs = torch.where(probs > 0, products / probs, 0.0)
+        for_inner, for_first_out = products_of_gradient(
+            for_hidden, first_out, first_inner * scale, offsets, ctx.dtypes[1]
+        )
         for_inner = for_inner * scale
         tokens = ctx.make(*kept) if ctx.make is not None else kept[0]
         tokens = tokens.reshape(-1, tokens.shape[-1])
-        for_first_in = outer_product(for_inner, tokens, ends, source=source, dtype=ctx.dtypes[0])
+        for_first_in = outer_product(for_inner, tokens, offsets, source=source, dtype=ctx.dtypes[0])
         for_tokens = None
         if ctx.needs_input_grad[0]:
-            for_tokens = first.gradient(for_hidden, ends, for_inner, first_in)
-            if position is not None:
-                ones = torch.ones(position.numel() // ctx.topk, ctx.topk, device=gradient.device)
-                for_tokens = add_rows(for_tokens, ones, position, ends[-1:] if ctx.partial else None)
+            for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in)
+            if inverse is not None:
+                ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
+                for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)
         adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
-        return (for_tokens, for_shares, *adapters, None, None, None, None, None, *(None for _ in kept))
+        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.cast_adapters import refresh
-from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.layer import MixtralLayer
@@ -129,17 +130,22 @@ class MixtralModel(torch.nn.Module):
                 done(number, experts)
 
     @contextmanager
-    def gathering(self, room: Room | None) -> Iterator[None]:
-        """While this lasts, tokens reach experts in other processes as all_gather.py has it, where room is given."""
-        if room is not None and room.peers is not None:
-            room.peers.begin()
-        for layer in self.gpt.decoder.layers:
-            layer.mlp.room = room
+    def dispatching(self, dispatcher: TokenDispatcher[Any] | None) -> Iterator[None]:
+        """Use this dispatcher in all layers while the context lasts; None leaves the layers' own in place."""
+        if dispatcher is None:
+            yield
+            return
+        assert self.processes.expert_size > 1, "with all experts in one process tokens are only permuted"
+        dispatcher.begin_pass()
+        layers = [layer.mlp for layer in self.gpt.decoder.layers]
+        own = [layer.dispatcher for layer in layers]
+        for layer in layers:
+            layer.dispatcher = dispatcher
         try:
             yield
         finally:
-            for layer in self.gpt.decoder.layers:
-                layer.mlp.room = None
+            for layer, before in zip(layers, own, strict=True):
+                layer.dispatcher = before
 
     @property
     def never_waits(self) -> bool:

@@ -91,8 +91,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
         *(bounds, bounds, longest, longest),
         **_causal(query.shape[1] != key.shape[1]),
     )
-    turned: Tensor = output.unflatten(0, (batch, sequence)).transpose(1, 2)
-    return turned
+    result: Tensor = output.unflatten(0, (batch, sequence)).transpose(1, 2)
+    return result
 
 
 @functools.cache

@@ -22,7 +22,7 @@ class Rotary:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def split_and_turn(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys turned, and values, of the product of linear_qkv.
 
     mixed: [sequence, batch, groups, heads of a group + 2, head size]; of a group's last axis but one, the last two are
@@ -31,19 +31,19 @@ def split_and_turn(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor,
     `mixed`.
     """
     if mixed.is_cuda:
-        parts: tuple[Tensor, Tensor, Tensor] = _SplitAndTurn.apply(mixed, cosine, sine)  # type: ignore[no-untyped-call]
+        parts: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(mixed, cosine, sine)  # type: ignore[no-untyped-call]
         return parts
     cosine, sine = (each.transpose(0, 1)[:, :, None, None] for each in (cosine, sine))
     states, values = mixed[..., :-1, :], mixed[..., -1, :]
     first, second = states.chunk(2, dim=-1)
-    turned = states * cosine + torch.cat((-second, first), dim=-1) * sine
-    return turned[..., :-1, :].flatten(2, 3).contiguous(), turned[..., -1, :].contiguous(), values.contiguous()
+    rotated = states * cosine + torch.cat((-second, first), dim=-1) * sine
+    return rotated[..., :-1, :].flatten(2, 3).contiguous(), rotated[..., -1, :].contiguous(), values.contiguous()
 
 
-class _SplitAndTurn(torch.autograd.Function):
+class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from mixtral_run.model.kernels.rotary_triton import split_and_turn as on_gpu
+        from mixtral_run.model.kernels.rotary_triton import split_and_rotate as on_gpu
 
         ctx.save_for_backward(cosine, sine)
         ctx.shape = mixed.shape
@@ -51,7 +51,11 @@ class _SplitAndTurn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        from mixtral_run.model.kernels.rotary_triton import turn_back_and_join
+        from mixtral_run.model.kernels.rotary_triton import rotate_back_and_join
 
         # A rotation's gradient is the rotation back.
-        return turn_back_and_join([each.contiguous() for each in gradients], ctx.shape, *ctx.saved_tensors), None, None
+        return (
+            rotate_back_and_join([each.contiguous() for each in gradients], ctx.shape, *ctx.saved_tensors),
+            None,
+            None,
+        )

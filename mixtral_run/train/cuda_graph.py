@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixtral_run.model.dispatch import capacity
-from mixtral_run.model.dispatch.all_gather import Room
-from mixtral_run.model.dispatch.symmetric_memory import open_peers
+from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
+from mixtral_run.model.dispatch.base import TokenDispatcher
+from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher, open_symmetric_memory
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed, PackedSizes
 from mixtral_run.train.data.samples import MicroBatch
@@ -66,20 +68,25 @@ def backward_of(
     To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
     """
     mesh = model.processes
-    peers = None
+    exchange = None
     if can_gather(model, num_tokens, read=True):
-        peers = open_peers(mesh, model.architecture, num_tokens // mesh.tensor_size, model.settings.dtype, wanted=reads)
-    read = peers is not None
-    room = Room.on(mesh.device, peers=peers) if can_gather(model, num_tokens, read=read) else None
-    if recorded and can_record(model, num_tokens, read=read):
-        backward = RecordedBackward(model, room, most)
+        exchange = open_symmetric_memory(
+            mesh, model.architecture, num_tokens // mesh.tensor_size, model.settings.dtype, wanted=reads
+        )
+    dispatcher: TokenDispatcher[Any] | None = None
+    if exchange is not None:
+        dispatcher = SymmetricMemoryDispatcher(exchange, mesh.device)
+    elif can_gather(model, num_tokens):
+        dispatcher = AllGatherDispatcher(mesh.expert_group, model.architecture.num_experts, mesh.device)
+    if recorded and can_record(model, num_tokens, read=exchange is not None):
+        backward = RecordedBackward(model, dispatcher, most)
         yield backward
         # Not after an error: what was started may wait for a process that is no more.
         backward.forget()
     else:
-        yield EagerBackward(model, room)
-    if peers is not None:
-        peers.close()
+        yield EagerBackward(model, dispatcher)
+    if exchange is not None:
+        exchange.close()
 
 
 class RecordedBackward(Backward):
@@ -89,8 +96,13 @@ class RecordedBackward(Backward):
     All ranks record at the same time.
     """
 
-    def __init__(self, model: MixtralModel, room: Room | None = None, most: PackedSizes | None = None) -> None:
-        super().__init__(model, room)
+    def __init__(
+        self,
+        model: MixtralModel,
+        dispatcher: TokenDispatcher[Any] | None = None,
+        most: PackedSizes | None = None,
+    ) -> None:
+        super().__init__(model, dispatcher)
         self._parameters = trainable(model)
         self._most = most
         self._inputs: list[Tensor] = []
@@ -169,7 +181,7 @@ class RecordedBackward(Backward):
         if self._most is not None:
             positions, boundaries, owner = rest
             packed = Packed(boundaries, owner, self._most.longest)
-        with self.model.gathering(self.room):
+        with self.model.dispatching(self.dispatcher):
             loss = (self.model.losses(tokens, labels, positions=positions, packed=packed) * weights).sum()
             loss.backward()
         return loss.detach()

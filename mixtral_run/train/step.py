@@ -9,13 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
@@ -47,12 +47,12 @@ class Step(Protocol):
 class Backward(ABC):
     """How a micro batch goes through the model.
 
-    With room, experts that are spread over processes get their tokens as all_gather.py has it; without, row by row.
+    dispatcher: the exchange with experts in other processes; None for the layers' own, which has no limit of capacity.
     """
 
-    def __init__(self, model: MixtralModel, room: Room | None = None) -> None:
+    def __init__(self, model: MixtralModel, dispatcher: TokenDispatcher[Any] | None = None) -> None:
         self.model = model
-        self.room = room
+        self.dispatcher = dispatcher
         self.num_short = 0
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Backward(ABC):
 
     def was_whole(self) -> bool:
         """Whether the gradients since it was last asked are right: every row had room. All ranks must call."""
-        whole = self.room is None or self.room.sufficed(self.model.processes)
+        whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.processes)
         self.num_short = 0 if whole else self.num_short + 1
         return whole
 
@@ -70,7 +70,7 @@ class EagerBackward(Backward):
     """Forward and backward as they come."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        with self.model.gathering(self.room):
+        with self.model.dispatching(self.dispatcher):
             loss = losses_of(self.model, micro) / num_loss_tokens
             loss.backward()
         return loss.detach()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.lora import exchanged_by
+from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
+from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.data.samples import MockSamples, batches
@@ -32,15 +34,15 @@ def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[fl
         data_parallel_rank=mesh.data_rank,
         data_parallel_size=mesh.data_size,
     )
-    recorded = way != "rows"
+    recorded = way != "eager"
     with (
-        exchanged_by(collectives=way == "collectives"),
+        exchanged_by(collectives=way == "all-gather"),
         backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward,
     ):
         assert isinstance(backward, RecordedBackward) == recorded
         if recorded and mesh.expert_size > 1:
-            assert backward.room is not None
-            assert (backward.room.peers is not None) == (way == "peers")
+            kind = SymmetricMemoryDispatcher if way == "symmetric memory" else AllGatherDispatcher
+            assert isinstance(backward.dispatcher, kind)
         if not recorded:
             backward = EagerBackward(model)
         results = [train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(STEPS)]
@@ -49,7 +51,7 @@ def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[fl
 
 def run(mesh: Mesh, recompute: str, precision: str) -> list[list[tuple[float, float]]]:
     """The steps of each way, the eager one first."""
-    return [train(mesh, recompute, precision, way) for way in ("rows", "peers", "collectives")]
+    return [train(mesh, recompute, precision, way) for way in ("eager", "symmetric memory", "all-gather")]
 
 
 if __name__ == "__main__":

@@ -11,27 +11,29 @@ SCALE = 2.0
 
 
 def on_gpu(case: Case) -> Case:
-    values = {name: value.detach().to("cuda", torch.bfloat16) for name, value in vars(case).items() if name != "ends"}
-    return Case(**values, ends=case.ends.cuda())
+    values = {
+        name: value.detach().to("cuda", torch.bfloat16) for name, value in vars(case).items() if name != "offsets"
+    }
+    return Case(**values, offsets=case.offsets.cuda())
 
 
-def rounded(case: Case) -> Case:
+def cast_to_bf16(case: Case) -> Case:
     """The same inputs as the GPU has, in float64."""
-    values = {name: value.detach().bfloat16().double() for name, value in vars(case).items() if name != "ends"}
-    return Case(**values, ends=case.ends)
+    values = {name: value.detach().bfloat16().double() for name, value in vars(case).items() if name != "offsets"}
+    return Case(**values, offsets=case.offsets)
 
 
 def ours(case: Case) -> torch.Tensor:
-    hidden = grouped_linear(case.rows, case.first, case.ends)
-    inner = grouped_linear(case.rows, case.inner_first, case.ends)
-    active = swiglu_with_adapter(hidden, inner, case.outer_first, SCALE, case.ends)
-    return grouped_linear(active, case.second, case.ends)
+    hidden = grouped_linear(case.rows, case.first, case.offsets)
+    inner = grouped_linear(case.rows, case.inner_first, case.offsets)
+    active = swiglu_with_adapter(hidden, inner, case.outer_first, SCALE, case.offsets)
+    return grouped_linear(active, case.second, case.offsets)
 
 
 @pytest.mark.parametrize("rank", [16, 32])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_outputs_and_gradients(routing: tuple[int, ...], rank: int) -> None:
-    exact = rounded(Case.random(routing, hidden=256, ffn=384, rank=rank, seed=sum(routing) + rank))
+    exact = cast_to_bf16(Case.random(routing, hidden=256, ffn=384, rank=rank, seed=sum(routing) + rank))
     fast = on_gpu(exact)
     if torch.cuda.get_device_capability() >= (9, 0) and sum(routing):
         assert has_grouped_product(fast.rows, 256, 768, rank)
@@ -52,12 +54,12 @@ def test_outputs_and_gradients(routing: tuple[int, ...], rank: int) -> None:
 @pytest.mark.parametrize("routing", [*ROUTINGS, (0, 1, 1, 0)])
 def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
     """Those of a base alone, and of adapters on attention: outputs, and the rows' gradient."""
-    exact = rounded(Case.random(routing, hidden=256, ffn=384, rank=16, seed=sum(routing)))
+    exact = cast_to_bf16(Case.random(routing, hidden=256, ffn=384, rank=16, seed=sum(routing)))
     results = []
     for case in (on_gpu(exact), exact):
         rows = case.rows.requires_grad_(True)
-        hidden = grouped_linear(rows, case.first, case.ends)
-        output = grouped_linear(swiglu(hidden, case.ends), case.second, case.ends)
+        hidden = grouped_linear(rows, case.first, case.offsets)
+        output = grouped_linear(swiglu(hidden, case.offsets), case.second, case.offsets)
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
         (output * weights.to(output)).sum().backward()
         results.append((output.detach(), rows.grad))
@@ -73,18 +75,18 @@ def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
 def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> None:
     from mixtral_run.model.kernels.narrow_mm_triton import narrow_outer_product, narrow_product
 
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     owner = torch.repeat_interleave(torch.arange(len(routing), device="cuda"), torch.tensor(routing, device="cuda"))
     rows, inner = (torch.randn(sum(routing), size, device="cuda").bfloat16() for size in (width, rank))
     half = torch.randn(len(routing), rank, width, device="cuda").bfloat16()
     for matrices in (half.transpose(1, 2), half.transpose(1, 2).contiguous()):
         expected = torch.einsum("tk,tkn->tn", rows.double(), matrices.double()[owner])
-        assert float((narrow_product(rows, matrices, ends) - expected).norm()) < 4e-3 * float(expected.norm())
-    shares = torch.nn.functional.one_hot(owner, len(routing)).double()
-    expected = torch.einsum("te,tn,tk->enk", shares, inner.double(), rows.double())
-    found = narrow_outer_product(rows, inner, ends, narrow_first=True)
+        assert float((narrow_product(rows, matrices, offsets) - expected).norm()) < 4e-3 * float(expected.norm())
+    one_hot = torch.nn.functional.one_hot(owner, len(routing)).double()
+    expected = torch.einsum("te,tn,tk->enk", one_hot, inner.double(), rows.double())
+    found = narrow_outer_product(rows, inner, offsets, narrow_first=True)
     assert float((found - expected).norm()) < 4e-3 * float(expected.norm())
-    assert torch.equal(narrow_outer_product(rows, inner, ends, narrow_first=False), found.transpose(1, 2))
+    assert torch.equal(narrow_outer_product(rows, inner, offsets, narrow_first=False), found.transpose(1, 2))
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
@@ -97,11 +99,11 @@ def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int
     from mixtral_run.model.kernels.narrow_mm_triton import both_narrow_products
 
     count, experts = sum(routing), len(routing)
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     gradient, inner = (torch.randn(count + 40, size, device="cuda").bfloat16() for size in (width, rank))
     half = torch.randn(experts, width, rank, device="cuda").bfloat16()
-    found = both_narrow_products(gradient, half, inner, ends, torch.float32)
-    expected = (product(gradient, half, ends), outer_product(gradient, inner, ends, dtype=torch.float32))
+    found = both_narrow_products(gradient, half, inner, offsets, torch.float32)
+    expected = (product(gradient, half, offsets), outer_product(gradient, inner, offsets, dtype=torch.float32))
     for mine, right in zip(found, expected, strict=True):
         assert float((mine - right).norm()) <= 4e-3 * float(right.norm())
     assert not found[0][count:].any()
@@ -113,7 +115,7 @@ def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
 def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank: int) -> None:
     """Rank 8 goes through torch's product."""
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     drawn = [
         torch.randn(shape, device="cuda").bfloat16()
         for shape in ((sum(routing), width), (sum(routing), rank), (len(routing), width, rank))
@@ -125,7 +127,7 @@ def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank:
             owner = torch.repeat_interleave(torch.arange(len(routing)), torch.tensor(routing)).cuda()
             output = base + 2.0 * torch.einsum("tr,tor->to", inner, outer[owner])
         else:
-            output = added_linear(base, inner, outer, 2.0, ends)
+            output = added_linear(base, inner, outer, 2.0, offsets)
         (output * torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output).to(output)).sum().backward()
         found.append((output.detach(), base.grad, inner.grad, outer.grad))
     for mine, expected in zip(*found, strict=True):
@@ -138,8 +140,8 @@ def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank:
 def test_both_layers_as_one_step(routing: tuple[int, ...], rank: int, by_token: bool) -> None:
     """adapted_experts.py in bf16 beside the same written out in float64: outputs, all gradients, those of shares."""
     case = AdaptedCase.random(routing, hidden=256, ffn=512, rank=rank, by_token=by_token, seed=sum(routing) + rank)
-    found = case.rounded().fast("cuda", torch.bfloat16)
-    for mine, expected in zip(found, case.rounded().exact(), strict=True):
+    found = case.cast_to_bf16().fast("cuda", torch.bfloat16)
+    for mine, expected in zip(found, case.cast_to_bf16().exact(), strict=True):
         assert not torch.isnan(mine).any()
         assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
 
@@ -148,8 +150,8 @@ def test_both_layers_as_one_step(routing: tuple[int, ...], rank: int, by_token: 
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414)])
 def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int) -> None:
     case = AdaptedCase.random(routing, hidden=256, ffn=512, rank=16, by_token=False, seed=sum(routing))
-    found = case.rounded().fast("cuda", torch.bfloat16, strange)
-    for mine, expected in zip(found, case.rounded().exact(), strict=True):
+    found = case.cast_to_bf16().fast("cuda", torch.bfloat16, strange)
+    for mine, expected in zip(found, case.cast_to_bf16().exact(), strict=True):
         assert not torch.isnan(mine).any()
         assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
 
@@ -159,27 +161,29 @@ def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int
 @pytest.mark.parametrize("width", [256, 2816, 8192])
 @pytest.mark.parametrize("depth", [64, 192, 2048])
 @pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "routing", [*ROUTINGS[:-1], (700, 310, 0, 414), (193, 64, 65, 192), (245, 614, 409, 696, 491, 573, 450, 614)]
 )
-def test_our_own_product(routing: tuple[int, ...], turned: bool, with_adapter: bool, depth: int, width: int) -> None:
+def test_our_own_product(
+    routing: tuple[int, ...], transposed: bool, with_adapter: bool, depth: int, width: int
+) -> None:
     """With rows of no expert behind the last one's. The same twice: pieces are added up in one order."""
     from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
     count, experts, rank = sum(routing), len(routing), 16
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     rows, inner = (torch.randn(count + 40, size, device="cuda").bfloat16() for size in (depth, rank))
     weight, half = (
-        torch.randn(experts, *((width, size) if turned else (size, width)), device="cuda").bfloat16()
+        torch.randn(experts, *((width, size) if transposed else (size, width)), device="cuda").bfloat16()
         for size in (depth, rank)
     )
     adapter = (inner, half) if with_adapter else None
-    found, again = (grouped_product(rows, weight, ends, adapter, turned=turned)[:count] for _ in range(2))
+    found, again = (grouped_product(rows, weight, offsets, adapter, transposed=transposed)[:count] for _ in range(2))
     assert torch.equal(found, again)
 
     def exact(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        matrices = (right.transpose(1, 2) if turned else right).double().unbind(0)
+        matrices = (right.transpose(1, 2) if transposed else right).double().unbind(0)
         parts = left[:count].split(routing)
         return torch.cat([part.double() @ each for part, each in zip(parts, matrices, strict=True)])
 
@@ -199,7 +203,7 @@ def test_other_numbers_of_rows_compile_nothing_again() -> None:
 
     def compiled_after(*routings: tuple[int, ...]) -> int:
         for routing in routings:
-            AdaptedCase.random(routing, hidden=4096, ffn=512, rank=16, by_token=False, seed=1).rounded().fast(
+            AdaptedCase.random(routing, hidden=4096, ffn=512, rank=16, by_token=False, seed=1).cast_to_bf16().fast(
                 "cuda", torch.bfloat16
             )
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)

@@ -7,14 +7,14 @@ import torch
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.dispatch.permute import sorted_by_expert, to_rows, to_tokens
+from mixtral_run.model.dispatch.permute import permute, sort_by_expert, unpermute
 from mixtral_run.model.kernels.router_probs import row_products
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import router_logits
 from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.model.parallel.mesh import Mesh, processes
-from mixtral_run.model.rotary import Rotary, split_and_turn
+from mixtral_run.model.rotary import Rotary, split_and_rotate
 from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
 from mixtral_run.train.step import StepResult, train_step, trainable
@@ -22,14 +22,14 @@ from mixtral_run.train.step import StepResult, train_step, trainable
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("angles_of_each", [False, True])
-def test_split_and_turn(batch: int, angles_of_each: bool) -> None:
+def test_split_and_rotate(batch: int, angles_of_each: bool) -> None:
     mixed = torch.randn(37, batch, 3, 6, 32)
     positions = torch.randint(0, 1000, (batch if angles_of_each else 1, 37))
     results = []
     for device in ("cuda", "cpu"):
         states = mixed.to(device).requires_grad_(True)
         angles = Rotary(32, 1e6, torch.device(device)).inputs(positions.to(device), torch.float32)
-        parts = split_and_turn(states, *angles)
+        parts = split_and_rotate(states, *angles)
         sum(
             (part * torch.linspace(-1, 1, part.numel(), device=device).view_as(part)).sum() for part in parts
         ).backward()
@@ -47,9 +47,9 @@ def test_permute(hidden: int) -> None:
         mine = tokens.to(device).requires_grad_(True)
         share = weights.to(device).requires_grad_(True)
         there, back = order.to(device), order.argsort().to(device)
-        rows = to_rows(mine, there, back, 2)
+        rows = permute(mine, there, back, 2)
         scaled = rows * torch.linspace(-1, 1, rows.numel(), device=device).view_as(rows)
-        output = to_tokens(scaled, share, there, back)
+        output = unpermute(scaled, share, there, back)
         output.square().sum().backward()
         results.append((output.detach().cpu(), mine.grad.cpu(), share.grad.cpu()))
     for one, other in zip(*results, strict=True):
@@ -180,7 +180,7 @@ def test_sorted_by_expert(choices: int, count: int) -> None:
     chosen = torch.randint(0, count, (choices,))
     # One that nobody chose.
     chosen[chosen == 1] = 0
-    for mine, expected in zip(sorted_by_expert(chosen.cuda(), count), sorted_by_expert(chosen, count), strict=True):
+    for mine, expected in zip(sort_by_expert(chosen.cuda(), count), sort_by_expert(chosen, count), strict=True):
         assert torch.equal(mine.cpu(), expected)
 
 

@@ -11,7 +11,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantize,
     quantized_linear,
     quantized_with_inner,
-    reads_unturned,
+    reads_untransposed,
     scaled_product,
 )
 from tests.support.experts_reference import ROUTINGS
@@ -25,11 +25,11 @@ def test_rows_are_quantized_as_in_torch(width: int, with_columns: bool) -> None:
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
     routing = (3, 0, 40, 21)
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     rows = (torch.randn(64, width, device="cuda") * torch.logspace(-8, 8, 64, device="cuda")[:, None]).bfloat16()
     rows[5] = 0
     columns = torch.rand(4, width, device="cuda") if with_columns else None
-    values, scales = quantize_rows(rows, columns, ends)
+    values, scales = quantize_rows(rows, columns, offsets)
     owner = torch.repeat_interleave(torch.arange(4, device="cuda"), torch.tensor(routing, device="cuda"))
     exact = rows.float() * columns[owner] if columns is not None else rows.float()
     expected, expected_scales = quantize(exact)
@@ -43,11 +43,11 @@ def test_rows_are_quantized_as_in_torch(width: int, with_columns: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 128, 256), (8, 200, 72), (2, 4096, 14336)])
 def test_turned(shape: tuple[int, int, int]) -> None:
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import turned
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import transposed
 
     numbers = torch.randint(0, 120, shape, device="cuda", dtype=torch.uint8).view(torch.float8_e4m3fn)
     expected = numbers.view(torch.uint8).transpose(1, 2).contiguous()
-    assert torch.equal(turned(numbers).view(torch.uint8), expected)
+    assert torch.equal(transposed(numbers).view(torch.uint8), expected)
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="products in 8 bit are Hopper's")
@@ -58,18 +58,18 @@ def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_sca
 
     rows, row_scales = quantize(torch.randn(sum(routing), 4096, device="cuda"))
     values, scales = quantize(torch.randn(8, 1024, 4096, device="cuda"))
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     assert fits_tiles(values) and not fits_tiles(values[:, :1000]) and not fits_tiles(values[:3])
     expected = torch._scaled_grouped_mm(
         rows,
         values.transpose(1, 2),
         row_scales,
         scales if with_scales else torch.ones_like(scales),
-        offs=ends,
+        offs=offsets,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    found = tiled_product(rows, values, row_scales, scales if with_scales else None, ends)
+    found = tiled_product(rows, values, row_scales, scales if with_scales else None, offsets)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=float(expected.abs().max()) * 1e-3)
 
 
@@ -82,22 +82,22 @@ def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_sca
 def test_weights_as_they_lie_give_what_turned_ones_give(
     shape: tuple[int, int], routing: tuple[int, ...], rank: int
 ) -> None:
-    from mixtral_run.model.kernels.quantized.gradient_gluon import fits, unturned_gradient
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import turned
+    from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import transposed
 
-    assert reads_unturned(torch.device("cuda", 0))
+    assert reads_untransposed(torch.device("cuda", 0))
     small, row_scales = quantize(torch.randn(sum(routing), shape[0], device="cuda"))
     values, _ = quantize(torch.randn(8, *shape, device="cuda"))
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     inner = torch.randn(sum(routing), rank, device="cuda").bfloat16() if rank else None
     adapter = torch.randn(8, rank, shape[1], device="cuda").bfloat16() if rank else None
     assert fits(values, adapter)
-    expected = scaled_product(small, turned(values), row_scales, None, ends).float()
+    expected = scaled_product(small, transposed(values), row_scales, None, offsets).float()
     if inner is not None and adapter is not None:
-        owner = torch.searchsorted(ends, torch.arange(sum(routing), device="cuda"), right=True)
+        owner = torch.searchsorted(offsets, torch.arange(sum(routing), device="cuda"), right=True)
         expected += torch.einsum("tr,tri->ti", inner.float(), adapter.float()[owner])
     for _ in range(5):
-        found = unturned_gradient(small, values, row_scales, ends, inner, adapter)
+        found = untransposed_gradient(small, values, row_scales, offsets, inner, adapter)
         if rank:
             torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=float(expected.abs().max()) * 4e-3)
         else:
@@ -111,14 +111,14 @@ def test_with_an_adapters_lesser_half(routing: tuple[int, ...], rank: int) -> No
     drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
     values, scales = quantize(torch.randn(4, 768, 512, device="cuda"))
     half = torch.randn(4, rank, 512, device="cuda").bfloat16()
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     found = []
     for together in (False, True):
         rows, linear_in = drawn.clone().requires_grad_(True), half.clone().requires_grad_(True)
         if together:
-            output, inner = quantized_with_inner(rows, values, scales, ends, linear_in, None)
+            output, inner = quantized_with_inner(rows, values, scales, offsets, linear_in, None)
         else:
-            output, inner = quantized_linear(rows, values, scales, ends), grouped_linear(rows, linear_in, ends)
+            output, inner = quantized_linear(rows, values, scales, offsets), grouped_linear(rows, linear_in, offsets)
         (output.float().sin().sum() + inner.float().cos().sum()).backward()
         found.append((output.detach(), inner.detach(), rows.grad, linear_in.grad))
     for expected, mine in zip(*found, strict=True):
@@ -134,7 +134,7 @@ def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int])
     drawn = torch.randn(sum(routing), inputs, device="cuda", generator=generator).bfloat16()
     sizes = torch.logspace(-3, 1, outputs, device="cuda")[torch.randperm(outputs, device="cuda")]
     values, scales = quantize(torch.randn(4, outputs, inputs, device="cuda", generator=generator) * sizes[:, None])
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     if ON_HOPPER and sum(routing):
         assert has_scaled_product(drawn, values)
     results = []
@@ -142,10 +142,10 @@ def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int])
         rows = (drawn.double() if exact else drawn.clone()).requires_grad_(True)
         if exact:
             matrices = dequantize(values, scales, torch.float64)
-            starts = [0, *ends.tolist()]
+            starts = [0, *offsets.tolist()]
             output = torch.cat([rows[s : starts[e + 1]] @ matrices[e].t() for e, s in enumerate(starts[:-1])])
         else:
-            output = quantized_linear(rows, values, scales, ends)
+            output = quantized_linear(rows, values, scales, offsets)
         weights = torch.linspace(-1, 1, output.numel(), device="cuda", dtype=torch.float64).view_as(output)
         (output * weights.to(output)).sum().backward()
         results.append((output.detach(), rows.grad))
@@ -168,12 +168,12 @@ def test_products_in_four_bits(routing: tuple[int, ...]) -> None:
     weight = torch.randn(4, 768, 512, device="cuda")
     codes, scales = nf4.quantize(weight)
     matrices = nf4.plain_dequantize(codes, scales, torch.float64)
-    ends = torch.tensor(routing, device="cuda").cumsum(0).int()
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
     rows = drawn.clone().requires_grad_(True)
-    output = quantized_linear(rows, codes, scales, ends)
+    output = quantized_linear(rows, codes, scales, offsets)
     output.backward(torch.ones_like(output))
-    starts = [0, *ends.tolist()]
+    starts = [0, *offsets.tolist()]
     owner = torch.repeat_interleave(torch.arange(4, device="cuda"), torch.tensor(routing, device="cuda"))
     expected = torch.cat([drawn[s : starts[e + 1]].double() @ matrices[e].t() for e, s in enumerate(starts[:-1])])
     for mine, exact in ((output.detach(), expected), (rows.grad, matrices.sum(1)[owner])):

@@ -18,7 +18,7 @@ from mixtral_run.config.verbs import RECOMPUTE, FinetuneConfig
 from mixtral_run.inference.decode import StayingDecoding
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.dispatch import capacity
-from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
@@ -71,13 +71,20 @@ def config_of(checkpoint: Path, out: Path, layout: str, *, dtype: str = "fp32", 
     ).check()
 
 
+def all_gather(mesh: Mesh, num_experts: int, *, unlimited: bool = False) -> AllGatherDispatcher | None:
+    """Return an all-gather dispatcher; None where one process has all experts."""
+    if mesh.expert_size == 1:
+        return None
+    return AllGatherDispatcher(mesh.expert_group, num_experts, mesh.device, unlimited=unlimited)
+
+
 def train(
     config: FinetuneConfig,
     mesh: Mesh,
     start: int,
     stop: int,
     resume: Path | None = None,
-    given: Room | None = None,
+    given: AllGatherDispatcher | None = None,
     **loading: Any,
 ) -> dict:
     """Losses and gradient norms of iterations start…stop; the model and its optimizer for what comes after.
@@ -144,9 +151,9 @@ def apart_where_all_have_room(model: MixtralModel) -> float:
     """How far logits are from those of rows sent one by one, with the same tokens in all processes, as in generate."""
     tokens = torch.tensor(ROWS[:1], device=model.processes.device)
     expected = model.logits(tokens)
-    room = Room.on(model.processes.device, unlimited=True)
+    dispatcher = all_gather(model.processes, model.architecture.num_experts, unlimited=True)
     # What would be too little is not asked for.
-    with patch.object(capacity, "SPARE", 0.5), model.gathering(room):
+    with patch.object(capacity, "SPARE", 0.5), model.dispatching(dispatcher):
         return float((model.logits(tokens) - expected).abs().max())
 
 
@@ -172,7 +179,7 @@ def kept_back(config: FinetuneConfig, model: MixtralModel, micro_batch_size: int
     return [found.loss, total / found.num_tokens]
 
 
-def packed_and_alone(model: MixtralModel, given: Room | None = None) -> tuple[float, float]:
+def packed_and_alone(model: MixtralModel, given: AllGatherDispatcher | None = None) -> tuple[float, float]:
     """The loss of three samples in one row, and of the same one by one. All ranks must call."""
     lengths, backward = (6, 8, 2), EagerBackward(model, given)
     tokens, labels = (torch.arange(16)[None] * factor % 300 for factor in (7, 11))
@@ -190,6 +197,7 @@ def packed_and_alone(model: MixtralModel, given: Room | None = None) -> tuple[fl
 def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path | None) -> dict[str, object]:
     config = config_of(checkpoint, out, layout)
     results: dict[str, Any] = {}
+    num_experts = describe_base(checkpoint).architecture.num_experts
     with processes(config) as mesh:
         model = load_for_inference(config, describe_base(checkpoint), mesh, None)
         with torch.inference_mode():
@@ -221,13 +229,17 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
             for mode in ("none", "selective", "full"):
                 with patch.object(capacity, "SPARE", spare):
                     again = train(
-                        config_of(checkpoint, out, layout, recompute=mode), mesh, 0, 2, given=Room.on(mesh.device)
+                        config_of(checkpoint, out, layout, recompute=mode),
+                        mesh,
+                        0,
+                        2,
+                        given=all_gather(mesh, num_experts),
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["unlimited"] = apart_where_all_have_room(run["model"])
         results["validation"] = kept_back(config, run["model"], 1), kept_back(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])
-        results["packed, gathered"] = packed_and_alone(run["model"], Room.on(mesh.device, unlimited=True))
+        results["packed, gathered"] = packed_and_alone(run["model"], all_gather(mesh, num_experts, unlimited=True))
         results["dropout"] = {}
         for mode in RECOMPUTE:
             seed_everything(1, mesh.rank)

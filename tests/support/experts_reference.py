@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.kernels.grouped_mm import frozen_gradient, frozen_product
-from mixtral_run.model.lora_experts import Adapters, Rows, adapted_experts
+from mixtral_run.model.lora_experts import Adapters, adapted_experts
 
 # Rows of each of four experts: even, uneven, an expert with none, all on one, a single row, none before the last.
 ROUTINGS = (
@@ -32,7 +33,7 @@ class Case:
     inner_first: Tensor
     outer_first: Tensor
     second: Tensor
-    ends: Tensor
+    offsets: Tensor
 
     @classmethod
     def random(cls, routing: tuple[int, ...], hidden: int, ffn: int, rank: int, seed: int) -> Case:
@@ -48,7 +49,7 @@ class Case:
             inner_first=draw(experts, rank, hidden),
             outer_first=draw(experts, 2 * ffn, rank),
             second=draw(experts, hidden, ffn),
-            ends=torch.tensor(routing).cumsum(0).int(),
+            offsets=torch.tensor(routing).cumsum(0).int(),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -59,7 +60,7 @@ def reference(case: Case, scale: float) -> Tensor:
     """second · (silu(g) · u) with g, u the halves of first·x + scale · outer·inner·x, an expert at a time."""
     outputs = []
     start = 0
-    for expert, end in enumerate(case.ends.tolist()):
+    for expert, end in enumerate(case.offsets.tolist()):
         rows = case.rows[start:end]
         hidden = rows @ case.first[expert].T + scale * (rows @ case.inner_first[expert].T) @ case.outer_first[expert].T
         gate, up = hidden.chunk(2, dim=-1)
@@ -77,14 +78,14 @@ class FrozenWeight:
     def product(
         self,
         rows: Tensor,
-        ends: Tensor,
+        offsets: Tensor,
         source: Tensor | None = None,
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        return frozen_product(rows, self.weight, ends, source, adapter)
+        return frozen_product(rows, self.weight, offsets, source, adapter)
 
-    def gradient(self, gradient: Tensor, ends: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
-        return frozen_gradient(gradient, self.weight, ends, inner, linear_in)
+    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+        return frozen_gradient(gradient, self.weight, offsets, inner, linear_in)
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ class AdaptedCase:
     """
 
     tokens: Tensor
-    shares: Tensor
+    probs: Tensor
     halves: tuple[Tensor, Tensor, Tensor, Tensor]
     first: Tensor
     second: Tensor
-    ends: Tensor
+    offsets: Tensor
     source: Tensor
     order: Tensor | None
     topk: int
@@ -120,7 +121,7 @@ class AdaptedCase:
         order = torch.randperm(count, generator=generator)
         return cls(
             tokens=draw(count // topk, hidden) * hidden**0.5,
-            shares=torch.rand(count, generator=generator, dtype=torch.float64) + 0.5,
+            probs=torch.rand(count, generator=generator, dtype=torch.float64) + 0.5,
             halves=(
                 draw(experts, rank, hidden),
                 draw(experts, 2 * ffn, rank),
@@ -129,13 +130,13 @@ class AdaptedCase:
             ),
             first=draw(experts, 2 * ffn, hidden),
             second=draw(experts, hidden, ffn),
-            ends=torch.tensor(routing).cumsum(0).int(),
+            offsets=torch.tensor(routing).cumsum(0).int(),
             source=order // topk if by_token else torch.arange(count),
             order=order if by_token else None,
             topk=topk,
         )
 
-    def rounded(self) -> AdaptedCase:
+    def cast_to_bf16(self) -> AdaptedCase:
         """The same numbers as bf16 has them."""
 
         def round_all(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -146,8 +147,8 @@ class AdaptedCase:
 
     def exact(self) -> list[Tensor]:
         """The shares of the outputs, and the gradients of tokens, shares and halves."""
-        tokens, shares, *halves = self._leaves("cpu", torch.float64)
-        counts = torch.diff(self.ends, prepend=torch.zeros(1))
+        tokens, probs, *halves = self._leaves("cpu", torch.float64)
+        counts = torch.diff(self.offsets, prepend=torch.zeros(1))
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
         first_in, first_out, second_in, second_out = (half[owner] for half in halves)
         rows = tokens[self.source]
@@ -158,42 +159,42 @@ class AdaptedCase:
         output = torch.einsum("tk,tnk->tn", active, self.second[owner])
         inner = torch.einsum("tk,trk->tr", active, second_in)
         output = output + self.SCALE * torch.einsum("tr,tnr->tn", inner, second_out)
-        return self._results(shares[:, None] * output, tokens, shares, halves)
+        return self._results(probs[:, None] * output, tokens, probs, halves)
 
     def fast(self, device: str, dtype: torch.dtype, strange: int = 0) -> list[Tensor]:
         """The same by adapted_experts.py; shares and halves in fp32 where dtype is less.
 
         strange: rows behind the last that no expert has, of NaN, as is their gradient.
         """
-        tokens, shares, *halves = self._leaves(device, dtype)
-        ends = self.ends.to(device)
-        rows = Rows(ends)
-        given, counted = tokens, shares
+        tokens, probs, *halves = self._leaves(device, dtype)
+        offsets = self.offsets.to(device)
+        rows = Permutation(offsets)
+        given, counted = tokens, probs
         if strange:
             given = torch.cat((tokens, tokens.new_full((strange, tokens.shape[1]), torch.nan)))
-            counted = torch.cat((shares, shares.new_zeros(strange)))
+            counted = torch.cat((probs, probs.new_zeros(strange)))
         if self.order is not None:
-            position = torch.empty_like(self.order)
-            position[self.order] = torch.arange(len(position))
-            rows = Rows(ends, self.source.to(device), position.to(device), self.topk)
+            inverse = torch.empty_like(self.order)
+            inverse[self.order] = torch.arange(len(inverse))
+            rows = Permutation(offsets, self.source.to(device), inverse.to(device), self.topk)
         layers = [FrozenWeight(each.to(device, dtype)) for each in (self.first, self.second)]
         output = adapted_experts(given, rows, *layers, Adapters(*halves, self.SCALE), None, counted)
         if strange:
-            count = shares.shape[0]
+            count = probs.shape[0]
             places = torch.arange(count, count + strange, device=device)
             output.register_hook(lambda gradient: gradient.index_fill(0, places, torch.nan))
             output = output[:count]
-        return self._results(shares.detach()[:, None] * output, tokens, shares, halves)
+        return self._results(probs.detach()[:, None] * output, tokens, probs, halves)
 
     def _leaves(self, device: str, dtype: torch.dtype) -> list[Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         kinds = (dtype, *(wide,) * (1 + len(self.halves)))
-        drawn = (self.tokens, self.shares, *self.halves)
+        drawn = (self.tokens, self.probs, *self.halves)
         return [each.to(device, kind, copy=True).requires_grad_(True) for each, kind in zip(drawn, kinds, strict=True)]
 
     @staticmethod
-    def _results(output: Tensor, tokens: Tensor, shares: Tensor, halves: list[Tensor]) -> list[Tensor]:
+    def _results(output: Tensor, tokens: Tensor, probs: Tensor, halves: list[Tensor]) -> list[Tensor]:
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
         (output * weights.to(output)).sum().backward()
-        gradients = [each.grad for each in (tokens, shares, *halves)]
+        gradients = [each.grad for each in (tokens, probs, *halves)]
         return [output.detach(), *(each for each in gradients if each is not None)]

@@ -1,55 +1,74 @@
-"""Tokens to rows sorted by expert, and experts' outputs back to tokens.
+"""Permutation of tokens into rows sorted by expert, and back.
 
-`order` [tokens·topk] lists the choices (token·topk + which) sorted by expert; `position` is its inverse. Both ways are
-gathers, backward too: a scatter that adds would do so in an order of its own on a GPU, and autograd's gradient of an
-index sorts first. Where other processes have rows too (all_gather.py), `end`, an integer on the device, says how
-many are
-here: those whose position is smaller.
+`order` [tokens·topk] lists the choices (token·topk + k) sorted by expert; `inverse` is its inverse permutation. Both
+directions gather, backward too: on a GPU a scatter-add would sum in an undefined order, and autograd's gradient of an
+index sorts first. Where other processes have rows too (all_gather.py), `end`, an integer on the device, is the number
+of rows of this process: those whose inverse is smaller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def sorted_by_expert(chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """chosen int64 [choices], numbers below `count` → order and position, int64 [choices], and ends, int32 [count],
-    where each number's choices end. Equal ones stay as they were. Nothing waits for the GPU."""
+@dataclass(frozen=True)
+class Permutation:
+    """The rows that a process's experts compute.
+
+    offsets: int32 [local experts], see kernels/grouped_mm.py. source: int64 [rows], the token of each row. inverse:
+    int64 [tokens·topk], see above. topk: rows of a token. Without source and inverse the tokens are the rows. partial:
+    `inverse` covers more than these rows; those of other processes are at or after the last of `offsets`.
+    """
+
+    offsets: Tensor
+    source: Tensor | None = None
+    inverse: Tensor | None = None
+    topk: int = 1
+    partial: bool = False
+
+
+def sort_by_expert(chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort choices by expert, stably, and return order, inverse and offsets. Never waits for the GPU.
+
+    chosen: int64 [choices], numbers below `count`. order, inverse: int64 [choices]; offsets: int32 [count], the end of
+    each number's choices.
+    """
     if chosen.is_cuda and chosen.numel():
         from mixtral_run.model.kernels.sort_triton import sort_choices
 
         return sort_choices(chosen, count)
     order = chosen.argsort(stable=True)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
     counts = (chosen[:, None] == torch.arange(count, device=chosen.device)).sum(0)
-    return order, position, counts.cumsum(0).int()
+    return order, inverse, counts.cumsum(0).int()
 
 
-def to_rows(tokens: Tensor, order: Tensor, position: Tensor, topk: int) -> Tensor:
-    """tokens [tokens, hidden] → rows [tokens·topk, hidden], each token once for each expert it chose."""
-    rows: Tensor = _ToRows.apply(tokens, order, position, topk)  # type: ignore[no-untyped-call]
+def permute(tokens: Tensor, order: Tensor, inverse: Tensor, topk: int) -> Tensor:
+    """Return rows [tokens·topk, hidden] of tokens [tokens, hidden]: each token once for each expert that it chose."""
+    rows: Tensor = _Permute.apply(tokens, order, inverse, topk)  # type: ignore[no-untyped-call]
     return rows
 
 
-def to_tokens(rows: Tensor, weights: Tensor, order: Tensor, position: Tensor, end: Tensor | None = None) -> Tensor:
-    """rows [tokens·topk, hidden] → tokens [tokens, hidden]: each token's rows added, times weights [tokens, topk].
+def unpermute(rows: Tensor, probs: Tensor, order: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
+    """Return tokens [tokens, hidden]: the sum of each token's rows [tokens·topk, hidden] times probs [tokens, topk].
 
-    With `end`, fewer rows will do, and weights get no gradient.
+    With `end` there may be fewer rows, and probs get no gradient.
     """
-    assert end is None or not weights.requires_grad
-    tokens: Tensor = _ToTokens.apply(rows, weights, order, position, end)  # type: ignore[no-untyped-call]
+    assert end is None or not probs.requires_grad
+    tokens: Tensor = _Unpermute.apply(rows, probs, order, inverse, end)  # type: ignore[no-untyped-call]
     return tokens
 
 
 def regroup(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
-    """rows [Σ sizes, hidden], which lie in blocks of these sizes → the same with the blocks in this order.
+    """Return rows [Σ sizes, hidden], which consist of blocks of these sizes, with the blocks in this order.
 
-    For blocks whose sizes the host knows: one pass over memory and no index on the GPU, forward and backward.
+    The host knows the sizes: this takes one pass over memory and no index on the GPU, forward and backward.
     """
     if list(order) == sorted(order):
         return rows
@@ -57,56 +76,56 @@ def regroup(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
     return torch.cat([blocks[block] for block in order])
 
 
-class _ToRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, position: Tensor, topk: int) -> Tensor:
-        ctx.save_for_backward(position)
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, topk: int) -> Tensor:
+        ctx.save_for_backward(inverse)
         ctx.topk = topk
         return tokens.index_select(0, order // topk)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (position,) = ctx.saved_tensors
+        (inverse,) = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        ones = torch.ones(position.numel() // ctx.topk, ctx.topk, device=gradient.device)
-        return add_rows(gradient, ones, position), None, None, None
+        ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
+        return add_rows(gradient, ones, inverse), None, None, None
 
 
-class _ToTokens(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor, end: Tensor | None) -> Tensor:
-        # The rows are for the gradient of the weights alone.
-        ctx.save_for_backward(rows if weights.requires_grad else None, weights, order, position, end)
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, order: Tensor, inverse: Tensor, end: Tensor | None) -> Tensor:
+        # Only the gradient of probs needs the rows.
+        ctx.save_for_backward(rows if probs.requires_grad else None, probs, order, inverse, end)
         ctx.num_rows = rows.shape[0]
-        return add_rows(rows, weights, position, end)
+        return add_rows(rows, probs, inverse, end)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        rows, weights, order, position, end = ctx.saved_tensors
+        rows, probs, order, inverse, end = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        if gradient.is_cuda and position.numel():
+        if gradient.is_cuda and inverse.numel():
             from mixtral_run.model.kernels.permute_triton import spread
 
-            return *spread(gradient, rows, weights, position, ctx.num_rows, end), None, None, None
-        topk, order = weights.shape[1], order[: ctx.num_rows]
-        for_rows = gradient.index_select(0, order // topk) * weights.flatten()[order, None].to(gradient.dtype)
+            return *spread(gradient, rows, probs, inverse, ctx.num_rows, end), None, None, None
+        topk, order = probs.shape[1], order[: ctx.num_rows]
+        for_rows = gradient.index_select(0, order // topk) * probs.flatten()[order, None].to(gradient.dtype)
         if rows is None:
             return for_rows, None, None, None, None
-        picked = rows.index_select(0, position).view(*weights.shape, rows.shape[1])
-        for_weights = (picked * gradient[:, None]).sum(-1, dtype=weights.dtype)
-        return for_rows, for_weights, None, None, None
+        picked = rows.index_select(0, inverse).view(*probs.shape, rows.shape[1])
+        for_probs = (picked * gradient[:, None]).sum(-1, dtype=probs.dtype)
+        return for_rows, for_probs, None, None, None
 
 
-def add_rows(rows: Tensor, weights: Tensor, position: Tensor, end: Tensor | None = None) -> Tensor:
-    """Σ over k of weights[t, k] · rows[position[t·topk + k]]: [tokens, hidden] in rows' dtype, added in fp32."""
+def add_rows(rows: Tensor, probs: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
+    """Return Σ over k of probs[t, k] · rows[inverse[t·topk + k]]: [tokens, hidden] in rows' dtype, summed in fp32."""
     if rows.is_cuda and rows.numel():
         from mixtral_run.model.kernels.permute_triton import add_rows as on_gpu
 
-        return on_gpu(rows.contiguous(), weights, position, end)
+        return on_gpu(rows.contiguous(), probs, inverse, end)
     if end is not None:
-        mesh = position < end
-        picked = rows.index_select(0, position.where(mesh, 0)).where(mesh[:, None], 0.0)
+        exists = inverse < end
+        picked = rows.index_select(0, inverse.where(exists, 0)).where(exists[:, None], 0.0)
     else:
-        picked = rows.index_select(0, position)
-    picked = picked.view(*weights.shape, rows.shape[1])
-    return (picked * weights[..., None].to(rows.dtype)).sum(dim=1)
+        picked = rows.index_select(0, inverse)
+    picked = picked.view(*probs.shape, rows.shape[1])
+    return (picked * probs[..., None].to(rows.dtype)).sum(dim=1)

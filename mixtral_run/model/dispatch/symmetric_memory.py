@@ -1,18 +1,20 @@
-"""Experts' exchanges over memory that the GPUs of one machine read from each other.
+"""Token dispatch through memory that the GPUs of one machine read from each other.
 
-Collectives bring every token to every process of an expert group (all_gather.py), of which with four it needs half, and
-sending rows alone means asking first how many there are. Here nobody sends: each lays out what it has where the others
-can read it, all wait for each other on the GPU, and each reads the rows that it needs from where they are, over NVLink,
-sorted by expert as it reads. All know from all choices which row is where (sort_triton.py), so that the way back is
-the same: a token's rows are read from the one or two processes that have its experts, weighted and added in fp32.
+Collectives bring every token to every process of an expert group (all_gather.py); with four processes half of them are
+needed. An all-to-all of permuted tokens has to exchange counts first, which the host waits for. Here nobody sends: each
+process writes its tokens to symmetric memory, all wait for each other on the GPU, and each reads the rows that it needs
+over NVLink, sorted by expert as it reads. Every process computes from the choices of all processes which row is where
+(sort_triton.py), so that the way back is the same: a token's rows are read from the one or two processes that have its
+experts, weighted, and summed in fp32.
 
-    offered   tokens [t, h] of this process; weights and experts         read by who has their experts
-    answers   rows [rows, h] of this process's experts; fp32 [rows]      read by who has their tokens
+    dispatched   tokens [t, h] of this process; probs and experts          read by the processes of their experts
+    results      rows [rows, h] of this process's experts; fp32 [rows]     read by the processes of their tokens
 
-What is read next lies in the other of the two, so that a wait before reading is also the end of all reading before it.
-Nothing of it waits for the host: the pass is recorded with it. Backward, gradients go the same ways.
+Consecutive reads alternate between the two regions, so that a barrier before reading one is also the end of all reads
+of the other. Nothing waits for the host: the pass can be captured in a CUDA graph. Backward, gradients take the same
+ways.
 
-Memory: torch's symmetric memory (torch.distributed._symmetric_memory), without multicast.
+The memory is torch's symmetric memory (torch.distributed._symmetric_memory), without multicast.
 """
 
 from __future__ import annotations
@@ -29,34 +31,39 @@ from torch import Tensor
 
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
+from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
+from mixtral_run.model.dispatch.overflow import RowCapacity
+from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.parallel.mesh import Mesh, everywhere, refused
+from mixtral_run.model.recompute.recipe import Recipe
 
 if TYPE_CHECKING:
     from mixtral_run.model.kernels.sort_triton import Routes
 
 log = logging.getLogger(__name__)
 
-BOUNDARY = 256
-"""Bytes; what starts there is read in the widest pieces."""
+ALIGNMENT_BYTES = 256
+"""Regions start at a multiple of this, so that they can be read in the widest words."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Of memory that everyone reads. own: this process's, flat; pointers, int64 [p] on the device: everyone's."""
+class Region:
+    """One region of the symmetric memory. own: this rank's flat view. pointers: int64 [p] on the device, the addresses
+    of the same region on every rank of the group."""
 
     own: Tensor
     pointers: Tensor
 
     def write(self, values: Tensor) -> None:
-        """From its begin on, in its own precision."""
+        """Copy values to the start of this rank's region, in the region's dtype."""
         self.own[: values.numel()].view_as(values).copy_(values)
 
 
-class Peers:
-    """The exchanges of one expert group, for up to `tokens` of each process.
+class SymmetricMemoryExchange:
+    """Exchanges of one expert group through symmetric memory, for up to `tokens` of each process.
 
-    All of the group must make one, `allocate`, `share` once all have, and then call alike, with as many tokens. `close`
-    before it is let go.
+    All ranks of the group must create one, call `allocate`, call `share` once all have allocated, and then call the
+    other methods alike, with the same number of tokens. Call `close` before the object is released.
     """
 
     def __init__(
@@ -71,14 +78,15 @@ class Peers:
         self._kinds = (dtype, torch.float32, torch.int32, dtype, torch.float32)
         counts = (tokens * hidden, choices, choices, num_rows * hidden, num_rows)
         self._sizes = [
-            -(-count * kind.itemsize // BOUNDARY) * BOUNDARY for count, kind in zip(counts, self._kinds, strict=True)
+            -(-count * kind.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            for count, kind in zip(counts, self._kinds, strict=True)
         ]
-        self._last: Piece | None = None
+        self._last: Region | None = None
 
     def allocate(self) -> None:
-        """Take the memory that is to be shared. Raises RuntimeError where there is none, ImportError where torch has
-        no such thing."""
-        # Not asked for, and on machines whose switches are not set up for it an error.
+        """Allocate this rank's memory. Raises RuntimeError if there is none, ImportError if torch does not have
+        symmetric memory."""
+        # Multicast is not needed, and is an error on machines whose NVSwitches are not set up for it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         from torch.distributed import _symmetric_memory as symmetric_memory
 
@@ -86,139 +94,192 @@ class Peers:
         self._memory = symmetric_memory.empty(sum(self._sizes), dtype=torch.uint8, device=device)
 
     def share(self) -> None:
-        """Let the others read it, and find theirs. Raises RuntimeError where the driver does not."""
+        """Exchange addresses with the other ranks of the group. Raises RuntimeError if the driver refuses."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         self._handle: Any = symmetric_memory.rendezvous(self._memory, self._group)
-        everyones = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64)
-        pieces = []
+        addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64)
+        regions = []
         for number, (kind, size) in enumerate(zip(self._kinds, self._sizes, strict=True)):
             begin = sum(self._sizes[:number])
             own = self._memory[begin : begin + size].view(kind)
-            pieces.append(Piece(own, (everyones + begin).to(self._memory.device)))
-        self._tokens, self._weights, self._experts, self._rows, self._shares = pieces
+            regions.append(Region(own, (addresses + begin).to(self._memory.device)))
+        self._tokens, self._probs, self._experts, self._rows, self._row_probs = regions
 
     def begin(self) -> None:
-        """Before each pass through the model: whatever the one before read last."""
+        """Forget which region the previous pass of the model read last. Call it before each pass."""
         self._last = None
 
-    def route(self, tokens: Tensor, weights: Tensor, experts: Tensor, num_rows: int, missing: Tensor) -> Routes:
-        """Lay out tokens [t, h], weights fp32 and experts [t, topk], and find out which row is where.
+    def route(self, tokens: Tensor, probs: Tensor, experts: Tensor, num_rows: int, overflow: Tensor) -> Routes:
+        """Write tokens [t, h], probs fp32 and experts [t, topk], and return which row is where.
 
-        num_rows, missing: for how many rows there is room, and where it is noted that there was not (gathered.Room).
+        num_rows, overflow: the capacity, and the counter of rows beyond it (RowCapacity).
         """
         from mixtral_run.model.kernels.sort_triton import route
 
-        self._may_write(self._tokens)
-        self._weights.write(weights.detach())
+        self._wait_for_readers(self._tokens)
+        self._probs.write(probs.detach())
         self._experts.write(experts)
         self._tokens.write(tokens.detach())
         self._handle.barrier()
-        pointers = (self._weights.pointers, self._experts.pointers)
+        pointers = (self._probs.pointers, self._experts.pointers)
         rows, topk = experts.shape
-        return route(*pointers, (rows, topk), self._num_experts, self._own, num_rows, missing)
+        return route(*pointers, (rows, topk), self._num_experts, self._own, num_rows, overflow)
 
-    def rows(self, tokens: Tensor, weights: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-        """What `route` laid out, as the rows of this process's experts [rows, h], as far as `routes.ends` goes, and
-        what each counts for, fp32 [rows]. Gradients of both go back to where they belong."""
-        found: tuple[Tensor, Tensor] = _Rows.apply(tokens, weights, self, routes)  # type: ignore[no-untyped-call]
+    def rows(self, tokens: Tensor, probs: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        """Read what `route` wrote: the rows of this process's experts [rows, h] up to the last of `routes.offsets`,
+        and the routing probability of each, fp32 [rows]. Gradients of both return to their tokens' processes."""
+        found: tuple[Tensor, Tensor] = _Rows.apply(tokens, probs, self, routes)  # type: ignore[no-untyped-call]
         return found
 
-    def sum_where_they_belong(self, rows: Tensor, weights: Tensor, routes: Routes) -> Tensor:
-        """rows [rows, h] of each process → for this process's tokens the sum of theirs, times weights fp32 [t, topk],
-        which get no gradient: [t, h]."""
-        own: Tensor = _SumRows.apply(rows, weights, self, routes)  # type: ignore[no-untyped-call]
+    def sum_to_owners(self, rows: Tensor, probs: Tensor, routes: Routes) -> Tensor:
+        """Return for each token of this process the sum of its rows times probs: [t, h].
+
+        rows: [rows, h] of each process's experts. probs: fp32 [t, topk]; they get no gradient.
+        """
+        own: Tensor = _SumRows.apply(rows, probs, self, routes)  # type: ignore[no-untyped-call]
         return own
 
     def close(self) -> None:
-        """All of the group must call: nobody reads this process's memory after that."""
+        """Wait until no rank reads this rank's memory any more. All ranks of the group must call."""
         torch.cuda.synchronize()
         dist.barrier(self._group)
 
-    # ---------------------------------------------------------------------------------------------- the two ways
+    # ---------------------------------------------------------------------------------------------- the two directions
 
     def fetch(self, like: Tensor, routes: Routes, *, weighted: bool) -> Tensor:
-        """Of what is laid out the rows [rows, h] of this process's experts. like: this process's tokens."""
+        """Read the rows [rows, h] of this process's experts from all ranks' tokens. like: this process's tokens."""
         from mixtral_run.model.kernels.symmetric_memory_triton import fetch
 
         return fetch(self._tokens.pointers, routes, like.shape[0], like, weighted=weighted)
 
     def fetch_gradient(self, gradient: Tensor, routes: Routes) -> Tensor:
-        """Lay out gradient [t, h]; what each row of this process's experts gets of everyone's, times its share."""
-        self._may_write(self._tokens)
+        """Write gradient [t, h]; return for each row of this process's experts its token's gradient times its prob."""
+        self._wait_for_readers(self._tokens)
         self._tokens.write(gradient)
         self._handle.barrier()
         return self.fetch(gradient, routes, weighted=True)
 
     def answer(
-        self, rows: Tensor, shares: Tensor | None, weights: Tensor | None, routes: Routes
+        self, rows: Tensor, row_probs: Tensor | None, probs: Tensor | None, routes: Routes
     ) -> tuple[Tensor, Tensor | None]:
-        """rows [rows, h] of each process, added up where their tokens are, [t, h], times weights [t, topk] where given;
-        and of shares fp32 [rows] those of each choice there, [t, topk]."""
+        """Bring rows back to their tokens.
+
+        Args:
+            rows: [rows, h] of each process's experts.
+            row_probs: fp32 [rows], a number of each row to bring back as well.
+            probs: fp32 [t, topk], factors of the rows; None for ones.
+
+        Returns the sum of each token's rows, [t, h], and the numbers of its choices, [t, topk].
+        """
         from mixtral_run.model.kernels.symmetric_memory_triton import pick, put, sum_rows
 
-        self._may_write(self._rows)
+        self._wait_for_readers(self._rows)
         put(rows, routes, self._rows.own)
-        if shares is not None:
-            self._shares.write(shares)
+        if row_probs is not None:
+            self._row_probs.write(row_probs)
         self._handle.barrier()
         count = routes.experts.shape[0] // self.size
         own = slice(self.rank * count, (self.rank + 1) * count)
-        total = sum_rows(self._rows.pointers, routes, own, weights, rows)
-        return total, None if shares is None else pick(self._shares.pointers, routes, own)
+        total = sum_rows(self._rows.pointers, routes, own, probs, rows)
+        return total, None if row_probs is None else pick(self._row_probs.pointers, routes, own)
 
-    def _may_write(self, piece: Piece) -> None:
-        """Wait until nobody reads there, where no other wait has said so since."""
-        if self._last is None or self._last is piece:
+    def _wait_for_readers(self, region: Region) -> None:
+        """Wait until nobody reads the region, unless a barrier since the last read already implies it."""
+        if self._last is None or self._last is region:
             self._handle.barrier()
-        self._last = piece
+        self._last = region
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weights: Tensor, peers: Peers, routes: Routes) -> tuple[Tensor, Tensor]:
-        del weights  # its values came with the routes
-        ctx.peers, ctx.routes = peers, routes
-        # Another tensor of the same memory: the result itself would refer to this step, and the step to it.
-        return peers.fetch(tokens, routes, weighted=False), routes.shares.detach()
+    def forward(
+        ctx: Any, tokens: Tensor, probs: Tensor, exchange: SymmetricMemoryExchange, routes: Routes
+    ) -> tuple[Tensor, Tensor]:
+        del probs  # their values are part of the routes
+        ctx.exchange, ctx.routes = exchange, routes
+        # detach() makes another tensor of the same memory: the result itself would refer to this autograd node, which
+        # refers to the routes.
+        return exchange.fetch(tokens, routes, weighted=False), routes.row_probs.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        return *ctx.peers.answer(gradients[0].contiguous(), gradients[1], None, ctx.routes), None, None
+        return *ctx.exchange.answer(gradients[0].contiguous(), gradients[1], None, ctx.routes), None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, peers: Peers, routes: Routes) -> Tensor:
-        ctx.peers, ctx.routes = peers, routes
-        return peers.answer(rows.contiguous(), None, weights.contiguous(), routes)[0]
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, exchange: SymmetricMemoryExchange, routes: Routes) -> Tensor:
+        ctx.exchange, ctx.routes = exchange, routes
+        return exchange.answer(rows.contiguous(), None, probs.contiguous(), routes)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.peers.fetch_gradient(gradients[0].contiguous(), ctx.routes), None, None, None
+        return ctx.exchange.fetch_gradient(gradients[0].contiguous(), ctx.routes), None, None, None
 
 
-def open_peers(
+@dataclass(frozen=True)
+class SymmetricMemoryTrip:
+    """probs: fp32 [t, topk] of this process's tokens, without a gradient; routes: which row is where."""
+
+    probs: Tensor
+    routes: Routes
+
+
+class SymmetricMemoryDispatcher(TokenDispatcher[SymmetricMemoryTrip]):
+    """Exchange in which each process reads the rows of its experts, and then the results of its tokens.
+
+    It serves adapted experts only, and can be captured in a CUDA graph.
+    """
+
+    def __init__(self, exchange: SymmetricMemoryExchange, device: torch.device) -> None:
+        self.exchange = exchange
+        self._capacity = RowCapacity(device)
+
+    def begin_pass(self) -> None:
+        self.exchange.begin()
+
+    def dispatch(
+        self, tokens: Tensor, probs: Tensor, experts: Tensor, *, recipe: Recipe | None, indexed: bool
+    ) -> tuple[ExpertInputs, SymmetricMemoryTrip]:
+        assert indexed, "symmetric memory serves adapted experts only"
+        del recipe  # the fetched rows are kept
+        size = self.exchange.size
+        num_rows = self._capacity.num_rows(experts.numel() * size, size)
+        routes = self.exchange.route(tokens, probs, experts, num_rows, self._capacity.overflow)
+        rows, row_probs = self.exchange.rows(tokens, probs, routes)
+        trip = SymmetricMemoryTrip(probs.detach(), routes)
+        return ExpertInputs(rows, Permutation(routes.offsets), None, row_probs), trip
+
+    def combine(self, outputs: Tensor, trip: SymmetricMemoryTrip) -> Tensor:
+        return self.exchange.sum_to_owners(outputs, trip.probs, trip.routes)
+
+    def overflowed(self, mesh: Mesh) -> bool:
+        return self._capacity.exceeded(mesh)
+
+
+def open_symmetric_memory(
     mesh: Mesh, architecture: MixtralArchitecture, tokens: int, dtype: torch.dtype, *, wanted: bool = True
-) -> Peers | None:
-    """For up to so many tokens of each process, where the GPUs of an expert group can read from each other, and all
-    want it; else None. All ranks must call, and get the same."""
-    able = wanted and dtype is torch.bfloat16 and _read_each_other(mesh.expert_group, mesh.device)
+) -> SymmetricMemoryExchange | None:
+    """Return an exchange for up to `tokens` of each process if the GPUs of every expert group can read from each other
+    and all ranks want it; otherwise None. All ranks must call, and get the same."""
+    able = wanted and dtype is torch.bfloat16 and _can_read_peers(mesh.expert_group, mesh.device)
     if not everywhere(able, mesh.device):
         return None
-    peers = Peers(mesh.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
-    for step in (peers.allocate, peers.share, partial(_try, peers, architecture, mesh.device, dtype)):
+    exchange = SymmetricMemoryExchange(mesh.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
+    for step in (exchange.allocate, exchange.share, partial(_self_test, exchange, architecture, mesh.device, dtype)):
         why = refused(step, mesh.device)
         if why is not None:
             if why:
                 log.warning("GPUs do not read from each other, exchanges are slower: %s.", why)
             return None
-    return peers
+    return exchange
 
 
-def _read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether all of the group are on this machine, a GPU each by its rank, and driver and user let them."""
-    # Where reading between GPUs hangs or brings wrong bytes, NCCL is told so by this.
+def _can_read_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if all ranks of the group are on this machine, each on the GPU of its number, and the driver and the
+    environment allow these GPUs to read from each other."""
+    # Users set this where peer reads hang or return wrong bytes, to tell NCCL so.
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
         return False
     if device.type != "cuda" or os.environ.get("LOCAL_WORLD_SIZE") != str(dist.get_world_size()):
@@ -229,21 +290,23 @@ def _read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     )
 
 
-def _try(peers: Peers, architecture: MixtralArchitecture, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise RuntimeError where not what was put there is read; and have the kernels before anything is recorded."""
+def _self_test(
+    exchange: SymmetricMemoryExchange, architecture: MixtralArchitecture, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise RuntimeError if what is read differs from what was written. Compiles the kernels before any capture."""
     tokens, topk = architecture.num_experts, architecture.moe_router_topk
     number = torch.arange(tokens, device=device)
     experts = (number[:, None] + torch.arange(topk, device=device)) % architecture.num_experts
-    values = torch.full((tokens, architecture.hidden_size), float(peers.rank + 1), dtype=dtype, device=device)
-    weights = experts + 1.0
-    missing = torch.zeros((), dtype=torch.int64, device=device)
-    peers.begin()
-    # Every expert gets as many rows, so that no room is spared.
-    routes = peers.route(values, weights, experts, tokens * topk, missing)
-    rows, shares = peers.rows(values, weights, routes)
-    right = (rows == (routes.source // tokens + 1)[:, None]).all() & (missing == 0)
-    total, back = peers.answer(rows, shares, weights, routes)
+    values = torch.full((tokens, architecture.hidden_size), float(exchange.rank + 1), dtype=dtype, device=device)
+    probs = experts + 1.0
+    overflow = torch.zeros((), dtype=torch.int64, device=device)
+    exchange.begin()
+    # Every expert gets the same number of rows: the capacity needs no spare.
+    routes = exchange.route(values, probs, experts, tokens * topk, overflow)
+    rows, row_probs = exchange.rows(values, probs, routes)
+    right = (rows == (routes.source // tokens + 1)[:, None]).all() & (overflow == 0)
+    total, back = exchange.answer(rows, row_probs, probs, routes)
     assert back is not None
-    right &= (total == values * weights.sum(1, keepdim=True)).all() & (back == weights).all()
+    right &= (total == values * probs.sum(1, keepdim=True)).all() & (back == probs).all()
     if not right:
         raise RuntimeError("they read something else than was there")

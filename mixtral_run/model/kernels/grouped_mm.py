@@ -29,7 +29,7 @@ ALIGNMENT_BYTES = 16
 """What the grouped product asks of every matrix's rows."""
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor, recipe: Recipe | None = None) -> Tensor:
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
     """Each row times the transpose of its expert's matrix: [tokens, out].
 
     For the weight's gradient the rows are kept, or made again by `recipe`.
@@ -37,19 +37,19 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor, recipe: Recipe | 
     make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
     if not weight.requires_grad:
         kept = ()
-    output: Tensor = _GroupedLinear.apply(rows, weight, ends, make, *kept)  # type: ignore[no-untyped-call]
+    output: Tensor = _GroupedLinear.apply(rows, weight, offsets, make, *kept)  # type: ignore[no-untyped-call]
     return output
 
 
-def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
     """base [tokens, out] + scale · inner [tokens, r] · its expert's outer [experts, out, r] transposed."""
     if has_grouped_product(base, base.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS
 
         if inner.shape[1] in WIDTHS:
-            output: Tensor = _AddedLinear.apply(base, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
+            output: Tensor = _AddedLinear.apply(base, inner, outer, scale, offsets)  # type: ignore[no-untyped-call]
             return output
-    return base + grouped_linear(inner * scale, outer, ends)
+    return base + grouped_linear(inner * scale, outer, offsets)
 
 
 def has_grouped_product(rows: Tensor, *widths: int) -> bool:
@@ -71,46 +71,46 @@ def has_grouped_product(rows: Tensor, *widths: int) -> bool:
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, make: Callable[..., Tensor] | None, *kept: Tensor
+        ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, make: Callable[..., Tensor] | None, *kept: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(weight, ends, *kept)
+        ctx.save_for_backward(weight, offsets, *kept)
         ctx.make = make
         if not weight.requires_grad:
-            return frozen_product(rows, weight, ends)
-        return product(rows, weight.transpose(1, 2), ends)
+            return frozen_product(rows, weight, offsets)
+        return product(rows, weight.transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, ends, *kept = ctx.saved_tensors
+        weight, offsets, *kept = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         for_rows = for_weight = None
         if ctx.needs_input_grad[0]:
             back = product if ctx.needs_input_grad[1] else frozen_gradient
-            for_rows = back(gradient, weight, ends)
+            for_rows = back(gradient, weight, offsets)
         if ctx.needs_input_grad[1]:
             rows = ctx.make(*kept) if ctx.make is not None else kept[0]
-            for_weight = outer_product(gradient, rows, ends)
+            for_weight = outer_product(gradient, rows, offsets)
         return (for_rows, for_weight, None, None, *(None for _ in kept))
 
 
 class _AddedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, base: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
         from mixtral_run.model.kernels.narrow_mm_triton import narrow_added
 
-        ctx.save_for_backward(inner, outer, ends)
+        ctx.save_for_backward(inner, outer, offsets)
         ctx.scale = scale
-        return narrow_added(base.contiguous(), inner.contiguous(), outer.contiguous(), scale, ends)
+        return narrow_added(base.contiguous(), inner.contiguous(), outer.contiguous(), scale, offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        inner, outer, ends = ctx.saved_tensors
+        inner, outer, offsets = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        for_inner = product(gradient, outer, ends) * ctx.scale
-        return gradient, for_inner, outer_product(gradient, inner * ctx.scale, ends), None, None
+        for_inner = product(gradient, outer, offsets) * ctx.scale
+        return gradient, for_inner, outer_product(gradient, inner * ctx.scale, offsets), None, None
 
 
-def product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+def product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
     """rows [tokens, k] · matrices [experts, k, n] → [tokens, n].
 
     source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
@@ -119,20 +119,20 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None 
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_product
 
         if matrices.shape[2] in WIDTHS and rows.is_contiguous():
-            return narrow_product(rows, matrices, ends, source)
+            return narrow_product(rows, matrices, offsets, source)
     if source is not None:
         rows = rows.index_select(0, source)
     if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
-        output: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
+        output: Tensor = torch._grouped_mm(rows, matrices, offs=offsets)
         return output
-    parts = [part @ matrix for part, matrix in zip(each_experts(rows, ends), matrices.unbind(0), strict=True)]
+    parts = [part @ matrix for part, matrix in zip(each_experts(rows, offsets), matrices.unbind(0), strict=True)]
     return filled_up(parts, rows.shape[0])
 
 
 def outer_product(
     left: Tensor,
     right: Tensor,
-    ends: Tensor,
+    offsets: Tensor,
     *,
     source: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -146,21 +146,21 @@ def outer_product(
 
         if left.is_contiguous() and right.is_contiguous():
             if left.shape[1] in WIDTHS:
-                return narrow_outer_product(right, left, ends, narrow_first=True, source=source, dtype=dtype)
+                return narrow_outer_product(right, left, offsets, narrow_first=True, source=source, dtype=dtype)
             if right.shape[1] in WIDTHS and source is None:
-                return narrow_outer_product(left, right, ends, narrow_first=False, dtype=dtype)
+                return narrow_outer_product(left, right, offsets, narrow_first=False, dtype=dtype)
     if source is not None:
         right = right.index_select(0, source)
     if has_grouped_product(left, left.shape[1], right.shape[1]):
-        output: Tensor = torch._grouped_mm(left.t(), right, offs=ends)
+        output: Tensor = torch._grouped_mm(left.t(), right, offs=offsets)
     else:
-        pairs = zip(each_experts(left, ends), each_experts(right, ends), strict=True)
+        pairs = zip(each_experts(left, offsets), each_experts(right, offsets), strict=True)
         output = torch.stack([first.t() @ second for first, second in pairs])
     return output.to(dtype or left.dtype)
 
 
 def products_of_gradient(
-    gradient: Tensor, matrices: Tensor, inner: Tensor, ends: Tensor, dtype: torch.dtype
+    gradient: Tensor, matrices: Tensor, inner: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What an adapter's halves get of a gradient [tokens, m]: `product` with matrices [experts, m, r], and
     `outer_product` with inner [tokens, r], [experts, m, r] in dtype."""
@@ -168,24 +168,26 @@ def products_of_gradient(
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, both_narrow_products, both_pay
 
         if inner.shape[1] in WIDTHS and both_pay(gradient):
-            return both_narrow_products(gradient.contiguous(), matrices.contiguous(), inner.contiguous(), ends, dtype)
-    return product(gradient, matrices, ends), outer_product(gradient, inner, ends, dtype=dtype)
+            return both_narrow_products(
+                gradient.contiguous(), matrices.contiguous(), inner.contiguous(), offsets, dtype
+            )
+    return product(gradient, matrices, offsets), outer_product(gradient, inner, offsets, dtype=dtype)
 
 
-def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, ends: Tensor) -> Tensor:
+def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, offsets: Tensor) -> Tensor:
     """base [tokens, n] + scale · inner [tokens, r] · matrices [experts, r, n], which may take base's memory."""
     if has_grouped_product(base, base.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_added
 
         if inner.shape[1] in WIDTHS:
-            return narrow_added(base, inner, matrices.transpose(1, 2), scale, ends, in_place=True)
-    return base + product(inner * scale, matrices, ends)
+            return narrow_added(base, inner, matrices.transpose(1, 2), scale, offsets, in_place=True)
+    return base + product(inner * scale, matrices, offsets)
 
 
 def frozen_product(
     rows: Tensor,
     weight: Tensor,
-    ends: Tensor,
+    offsets: Tensor,
     source: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -195,31 +197,31 @@ def frozen_product(
     """
     _, outputs, inputs = weight.shape
     if not _takes_own_product(rows, weight, outputs, inputs, 0 if adapter is None else adapter[0].shape[1]):
-        base = product(rows, weight.transpose(1, 2), ends, source)
-        return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, ends)
+        base = product(rows, weight.transpose(1, 2), offsets, source)
+        return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, offsets)
     from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
     rows = rows if source is None else rows.index_select(0, source)
     if adapter is not None:
         adapter = (adapter[0].contiguous(), adapter[1].contiguous())
-    return grouped_product(rows.contiguous(), weight, ends, adapter, turned=True)
+    return grouped_product(rows.contiguous(), weight, offsets, adapter, transposed=True)
 
 
 def frozen_gradient(
-    gradient: Tensor, weight: Tensor, ends: Tensor, inner: Tensor | None = None, linear_in: Tensor | None = None
+    gradient: Tensor, weight: Tensor, offsets: Tensor, inner: Tensor | None = None, linear_in: Tensor | None = None
 ) -> Tensor:
     """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in], where both
     are given."""
     _, outputs, inputs = weight.shape
     adapter = None if inner is None or linear_in is None else (inner, linear_in)
     if not _takes_own_product(gradient, weight, inputs, outputs, 0 if adapter is None else adapter[0].shape[1]):
-        base = product(gradient, weight, ends)
-        return base if adapter is None else add_product(base, *adapter, 1.0, ends)
+        base = product(gradient, weight, offsets)
+        return base if adapter is None else add_product(base, *adapter, 1.0, offsets)
     from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
     if adapter is not None:
         adapter = (adapter[0].contiguous(), adapter[1].contiguous())
-    return grouped_product(gradient.contiguous(), weight, ends, adapter, turned=False)
+    return grouped_product(gradient.contiguous(), weight, offsets, adapter, transposed=False)
 
 
 def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, rank: int) -> bool:
@@ -240,7 +242,7 @@ def _own_product_runs(device: torch.device) -> bool:
     def small() -> tuple[Tensor, Tensor]:
         # More tiles than the GPU has pairs of multiprocessors, and few ones that are cut into pieces.
         cases = itertools.product(((128, 10240), (2048, 768)), (False, True))
-        results = [_small_products(device, *size, turned=turned) for size, turned in cases]
+        results = [_small_products(device, *size, transposed=transposed) for size, transposed in cases]
         return torch.cat([found.view(-1) for found, _ in results]), torch.cat([right.view(-1) for _, right in results])
 
     why = why_not(small)
@@ -249,7 +251,7 @@ def _own_product_runs(device: torch.device) -> bool:
     return not why
 
 
-def _small_products(device: torch.device, depth: int, width: int, *, turned: bool) -> tuple[Tensor, Tensor]:
+def _small_products(device: torch.device, depth: int, width: int, *, transposed: bool) -> tuple[Tensor, Tensor]:
     """A product of hopper_grouped_mm.py and the right one."""
     from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
@@ -260,12 +262,12 @@ def _small_products(device: torch.device, depth: int, width: int, *, turned: boo
         return torch.randn(shape, device=device, generator=generator).bfloat16()
 
     rows, inner = draw(sum(counts), depth), draw(sum(counts), rank)
-    weight, half = (draw(2, *((width, size) if turned else (size, width))) for size in (depth, rank))
-    ends = torch.tensor(counts, device=device).cumsum(0).int()
-    found = grouped_product(rows, weight, ends, (inner, half), turned=turned)
+    weight, half = (draw(2, *((width, size) if transposed else (size, width))) for size in (depth, rank))
+    offsets = torch.tensor(counts, device=device).cumsum(0).int()
+    found = grouped_product(rows, weight, offsets, (inner, half), transposed=transposed)
     lefts = torch.cat((rows, inner), dim=1).float().split(counts)
-    rights = torch.cat((weight, half), dim=2 if turned else 1).float()
-    rights = rights.transpose(1, 2) if turned else rights
+    rights = torch.cat((weight, half), dim=2 if transposed else 1).float()
+    rights = rights.transpose(1, 2) if transposed else rights
     return found, torch.cat([left @ right for left, right in zip(lefts, rights, strict=True)])
 
 
@@ -281,9 +283,9 @@ def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
         return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def each_experts(rows: Tensor, ends: Tensor) -> list[Tensor]:
+def each_experts(rows: Tensor, offsets: Tensor) -> list[Tensor]:
     """Each expert's rows. Waits for the GPU."""
-    return [rows[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
+    return [rows[begin:end] for begin, end in itertools.pairwise([0, *offsets.tolist()])]
 
 
 def filled_up(parts: list[Tensor], count: int) -> Tensor:

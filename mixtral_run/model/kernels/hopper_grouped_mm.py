@@ -58,7 +58,7 @@ SHARED_BYTES = 227 * 1024
 """All that a program may have: slices, results on their way out, barriers and the plan (product.cu)."""
 PROGRAMS, GROUPS = 2, 2
 """Of a pair, and of a program."""
-ROOM = 4
+PIECES_PER_PAIR = 4
 """For pieces of tiles, a pair."""
 PIECE_VALUES = PROGRAMS * GROUPS * 128 * 128
 """Of a tile's piece, fp32: what each of a group's 128 threads has in registers."""
@@ -78,7 +78,7 @@ class _Parameters(ctypes.Structure):
     _fields_ = (
         ("base", _Operands),
         ("adapter", _Operands),
-        ("ends", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("parts", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
@@ -102,7 +102,7 @@ def fits(experts: int, width: int, depth: int, rank: int) -> bool:
 
 
 def grouped_product(
-    rows: Tensor, matrices: Tensor, ends: Tensor, adapter: tuple[Tensor, Tensor] | None = None, *, turned: bool
+    rows: Tensor, matrices: Tensor, offsets: Tensor, adapter: tuple[Tensor, Tensor] | None = None, *, transposed: bool
 ) -> Tensor:
     """rows [tokens, k] · matrices, [experts, n, k] turned or [experts, k, n] as they are → [tokens, n], all bf16.
 
@@ -111,16 +111,16 @@ def grouped_product(
     """
     tokens, depth = rows.shape
     experts = matrices.shape[0]
-    width = matrices.shape[1] if turned else matrices.shape[2]
+    width = matrices.shape[1] if transposed else matrices.shape[2]
     output = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     if tokens == 0:
         return output
     pairs = _pairs(rows.device)
     parts, counters = _workspace(rows.device)
     parameters = _Parameters(
-        base=_operands(rows, matrices, turned),
-        adapter=_operands(*(adapter or (rows, matrices)), turned),
-        ends=ends.data_ptr(),
+        base=_operands(rows, matrices, transposed),
+        adapter=_operands(*(adapter or (rows, matrices)), transposed),
+        offsets=offsets.data_ptr(),
         output=output.data_ptr(),
         parts=parts.data_ptr(),
         counters=counters.data_ptr(),
@@ -129,13 +129,13 @@ def grouped_product(
         steps=depth // DEPTH,
         rank=adapter[0].shape[1] if adapter is not None else 0,
     )
-    _launch(_kernels(rows.device)[turned], pairs * PROGRAMS, parameters)
+    _launch(_kernels(rows.device)[transposed], pairs * PROGRAMS, parameters)
     return output
 
 
-def _operands(rows: Tensor, matrices: Tensor, turned: bool) -> _Operands:
+def _operands(rows: Tensor, matrices: Tensor, transposed: bool) -> _Operands:
     height = matrices.shape[0] * matrices.shape[1]
-    left = _map(matrices.data_ptr(), height, matrices.shape[2], FEATURES if turned else DEPTH)
+    left = _map(matrices.data_ptr(), height, matrices.shape[2], FEATURES if transposed else DEPTH)
     right = (_map(rows.data_ptr(), *rows.shape, box) for box in BOXES)
     return _Operands(left, (_Map * len(BOXES))(*right))
 
@@ -192,7 +192,7 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
     Made once: cut out of the allocator's blocks anew each time, it would leave pieces that nothing else fits into.
     """
-    parts = torch.empty(_pairs(device) * ROOM * PIECE_VALUES, dtype=torch.float32, device=device)
+    parts = torch.empty(_pairs(device) * PIECES_PER_PAIR * PIECE_VALUES, dtype=torch.float32, device=device)
     return parts, torch.zeros(MOST_PAIRS * PROGRAMS * GROUPS, dtype=torch.int32, device=device)
 
 
@@ -203,7 +203,7 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
         # torch makes the device's context with its first work there.
         torch.cuda.current_stream().synchronize()
         module = _checked(driver.cuModuleLoadData(_compiled()))
-        kernels = [_checked(driver.cuModuleGetFunction(module, name)) for name in (b"as_they_are", b"turned")]
+        kernels = [_checked(driver.cuModuleGetFunction(module, name)) for name in (b"untransposed", b"transposed")]
         for kernel in kernels:
             what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(kernel, what, SHARED_BYTES))
@@ -212,9 +212,9 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
 
 def _compiled() -> bytes:
     """product.cu as machine code: from the folder of kept kernels, or compiled and put there."""
-    mesh = Path(__file__).parent / "csrc"
+    csrc = Path(__file__).parent / "csrc"
     instructions = map(_multiply_add, range(8, 257, 8))
-    source = "\n".join((*((mesh / part).read_text() for part in PARTS), *instructions, (mesh / SOURCE).read_text()))
+    source = "\n".join((*((csrc / part).read_text() for part in PARTS), *instructions, (csrc / SOURCE).read_text()))
     version = _checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
     kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
@@ -254,10 +254,10 @@ def _multiply_add(tokens: int) -> str:
     name = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16"
     operands = f"%{count}, %{count + 1}, 1, 1, 1, %{count + 2}, 0"
     return (
-        "template <bool TURNED> __device__ __forceinline__ void multiply_add("
+        "template <bool TRANSPOSED> __device__ __forceinline__ void multiply_add("
         f"float (&d)[{count}], unsigned long long left, unsigned long long right) {{\n"
         f'  asm volatile("{name} {{{registers}}}, {operands};"\n'
-        f'      : {results} : "l"(left), "l"(right), "n"(TURNED ? 0 : 1));\n}}\n'
+        f'      : {results} : "l"(left), "l"(right), "n"(TRANSPOSED ? 0 : 1));\n}}\n'
     )
 
 

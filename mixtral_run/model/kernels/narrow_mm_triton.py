@@ -16,12 +16,12 @@ WIDTHS = (16, 32, 64)
 """Of the narrow side."""
 ROWS, DEPTH = 32, 256
 """A program of `narrow_product` takes ROWS rows, DEPTH of the sum at a time."""
-PROGRAMS, MOST_SHARES = 1056, 16
+PROGRAMS, MAX_SPLITS = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
 BOTH_COLUMNS, BOTH_TOKENS = 512, 64
 """The same of `both_narrow_products`."""
-VARYING = ("tokens", "shares")
+VARYING = ("tokens", "splits")
 """Under EP each step's are others; a kernel made for one value, or for multiples of 16, would be compiled again."""
 
 
@@ -30,7 +30,7 @@ def _product_kernel(
     rows_ptr,
     source_ptr,
     matrices_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     tokens,
     depth,
@@ -38,7 +38,7 @@ def _product_kernel(
     depth_stride,
     column_stride,
     num_experts,
-    share,
+    split_depth,
     EXPERTS: tl.constexpr,
     NARROW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,28 +50,28 @@ def _product_kernel(
     Rows are sorted by expert, and an expert may end within a block: each goes over the experts that it touches.
     """
     first = tl.program_id(0) * ROWS
-    limit = tl.minimum(tl.load(ends_ptr + num_experts - 1), tokens)
+    limit = tl.minimum(tl.load(offsets_ptr + num_experts - 1), tokens)
     last = tl.minimum(first + ROWS, limit)
     rows = first + tl.arange(0, ROWS)
     narrow = tl.arange(0, NARROW)
     places = tl.arange(0, DEPTH)
     numbers = tl.arange(0, EXPERTS)
-    ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
-    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
-    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+    first_expert = tl.sum((offsets <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((offsets <= last - 1).to(tl.int32), axis=0)
     result = tl.zeros([ROWS, NARROW], dtype=tl.float32)
     at = rows.to(tl.int64)
     if HAS_SOURCE:
         at = tl.load(source_ptr + rows, mask=rows < limit, other=0)
     for expert in range(first_expert, last_expert + 1):
-        end = tl.load(ends_ptr + expert)
-        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(offsets_ptr + expert)
+        begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
         mine = (rows >= begin) & (rows < end)
         left = rows_ptr + at[:, None] * depth + places[None, :]
         right = matrices_ptr + expert.to(tl.int64) * matrix_stride
         right += places[:, None] * depth_stride + narrow[None, :] * column_stride
-        lowest = tl.program_id(1) * share
-        for start in range(lowest, tl.minimum(lowest + share, depth), DEPTH):
+        lowest = tl.program_id(1) * split_depth
+        for start in range(lowest, tl.minimum(lowest + split_depth, depth), DEPTH):
             inside = places < depth - start
             row = tl.load(left + start, mask=mine[:, None] & inside[None, :], other=0.0)
             matrix = tl.load(right + start * depth_stride, mask=inside[:, None], other=0.0)
@@ -81,12 +81,14 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _sum_kernel(shares_ptr, ends_ptr, output_ptr, size, shares, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr
+):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], dtype=tl.float32)
-    there = tl.load(ends_ptr + num_experts - 1) * NARROW
-    for share in range(shares):
-        result += tl.load(shares_ptr + share * size + places, mask=places < there, other=0.0)
+    there = tl.load(offsets_ptr + num_experts - 1) * NARROW
+    for split in range(splits):
+        result += tl.load(parts_ptr + split * size + places, mask=places < there, other=0.0)
     tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
 
 
@@ -95,7 +97,7 @@ def _outer_kernel(
     wide_ptr,
     source_ptr,
     narrow_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     width,
     column_stride,
@@ -106,8 +108,8 @@ def _outer_kernel(
     HAS_SOURCE: tl.constexpr,
 ):
     expert = tl.program_id(1)
-    end = tl.load(ends_ptr + expert)
-    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets_ptr + expert)
+    begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     narrow = tl.arange(0, NARROW)
     inside = columns < width
@@ -132,7 +134,7 @@ def _both_kernel(
     wide_ptr,
     narrow_ptr,
     matrices_ptr,
-    ends_ptr,
+    offsets_ptr,
     parts_ptr,
     output_ptr,
     tokens,
@@ -142,8 +144,8 @@ def _both_kernel(
     TOKENS: tl.constexpr,
 ):
     expert = tl.program_id(1)
-    end = tl.load(ends_ptr + expert)
-    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets_ptr + expert)
+    begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     narrow = tl.arange(0, NARROW)
     inside = columns < width
@@ -168,7 +170,7 @@ def _added_kernel(
     base_ptr,
     inner_ptr,
     outer_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     tokens,
     width,
@@ -182,22 +184,22 @@ def _added_kernel(
     COLUMNS: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
-    limit = tl.minimum(tl.load(ends_ptr + num_experts - 1), tokens)
+    limit = tl.minimum(tl.load(offsets_ptr + num_experts - 1), tokens)
     last = tl.minimum(first + ROWS, limit)
     rows = first + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     narrow = tl.arange(0, NARROW)
     numbers = tl.arange(0, EXPERTS)
-    ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
-    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
-    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+    first_expert = tl.sum((offsets <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((offsets <= last - 1).to(tl.int32), axis=0)
     inside = (rows < limit)[:, None] & (columns < width)[None, :]
     places = rows[:, None].to(tl.int64) * width + columns[None, :]
     base = tl.load(base_ptr + places, mask=inside, other=0.0)
     result = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for expert in range(first_expert, last_expert + 1):
-        end = tl.load(ends_ptr + expert)
-        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(offsets_ptr + expert)
+        begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
         mine = (rows >= begin) & (rows < end)
         inner = tl.load(inner_ptr + rows[:, None] * NARROW + narrow[None, :], mask=mine[:, None], other=0.0)
         outer = outer_ptr + expert.to(tl.int64) * width * NARROW
@@ -208,7 +210,7 @@ def _added_kernel(
 
 
 def narrow_added(
-    base: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, *, in_place: bool = False
+    base: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, *, in_place: bool = False
 ) -> Tensor:
     """base [tokens, m] + scale · inner [tokens, n] · outer [experts, m, n] transposed; n one of WIDTHS.
 
@@ -220,14 +222,14 @@ def narrow_added(
         base,
         inner,
         outer,
-        ends,
+        offsets,
         output,
         tokens,
         width,
         scale,
         *outer.stride()[1:],
-        ends.shape[0],
-        EXPERTS=triton.next_power_of_2(ends.shape[0]),
+        offsets.shape[0],
+        EXPERTS=triton.next_power_of_2(offsets.shape[0]),
         NARROW=inner.shape[1],
         ROWS=ROWS,
         COLUMNS=COLUMNS,
@@ -236,7 +238,7 @@ def narrow_added(
     return output
 
 
-def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
     """rows [tokens, k], contiguous · matrices [experts, k, n] of any strides → [tokens, n]; n one of WIDTHS.
 
     source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
@@ -247,19 +249,19 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor 
     blocks = triton.cdiv(tokens, ROWS)
     at_once = DEPTH if narrow < 64 else DEPTH // 2
     # Few rows make few programs, which cannot keep the memory busy: then several share a sum.
-    shares = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MOST_SHARES), 1)
-    parts = torch.empty(shares, tokens, narrow, dtype=torch.float32, device=rows.device) if shares > 1 else output
-    _product_kernel[(blocks, shares)](
+    splits = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MAX_SPLITS), 1)
+    parts = torch.empty(splits, tokens, narrow, dtype=torch.float32, device=rows.device) if splits > 1 else output
+    _product_kernel[(blocks, splits)](
         rows,
-        source if source is not None else ends,
+        source if source is not None else offsets,
         matrices,
-        ends,
+        offsets,
         parts,
         tokens,
         depth,
         *matrices.stride(),
         experts,
-        triton.cdiv(triton.cdiv(depth, shares), at_once) * at_once,
+        triton.cdiv(triton.cdiv(depth, splits), at_once) * at_once,
         EXPERTS=triton.next_power_of_2(experts),
         NARROW=narrow,
         ROWS=ROWS,
@@ -268,23 +270,23 @@ def narrow_product(rows: Tensor, matrices: Tensor, ends: Tensor, source: Tensor 
         num_warps=4,
         num_stages=4,
     )
-    if shares > 1:
-        _sum(parts, ends, output)
+    if splits > 1:
+        _sum(parts, offsets, output)
     return output
 
 
-def _sum(parts: Tensor, ends: Tensor, output: Tensor) -> None:
+def _sum(parts: Tensor, offsets: Tensor, output: Tensor) -> None:
     """parts fp32 [shares, tokens, n] → output [tokens, n], zeros where no expert's rows are."""
     size = output.numel()
     _sum_kernel[(triton.cdiv(size, 1024),)](
-        parts, ends, output, size, parts.shape[0], ends.shape[0], NARROW=output.shape[1], BLOCK=1024
+        parts, offsets, output, size, parts.shape[0], offsets.shape[0], NARROW=output.shape[1], BLOCK=1024
     )
 
 
 def narrow_outer_product(
     wide: Tensor,
     narrow: Tensor,
-    ends: Tensor,
+    offsets: Tensor,
     *,
     narrow_first: bool,
     source: Tensor | None = None,
@@ -295,14 +297,14 @@ def narrow_outer_product(
     wide [tokens, m], narrow [tokens, n], both contiguous; n one of WIDTHS. source: as in `narrow_product`, of wide.
     dtype: of the result, wide's by default; sums are fp32.
     """
-    width, rank, experts = wide.shape[1], narrow.shape[1], ends.shape[0]
+    width, rank, experts = wide.shape[1], narrow.shape[1], offsets.shape[0]
     shape = (experts, rank, width) if narrow_first else (experts, width, rank)
     output = torch.empty(shape, dtype=dtype or wide.dtype, device=wide.device)
     _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
         wide,
-        source if source is not None else ends,
+        source if source is not None else offsets,
         narrow,
-        ends,
+        offsets,
         output,
         width,
         *((1, width) if narrow_first else (rank, 1)),
@@ -322,7 +324,7 @@ def both_pay(wide: Tensor) -> bool:
 
 
 def both_narrow_products(
-    wide: Tensor, matrices: Tensor, narrow: Tensor, ends: Tensor, dtype: torch.dtype
+    wide: Tensor, matrices: Tensor, narrow: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """wide [tokens, m] · matrices [experts, m, n] → [tokens, n], and the sum over each expert's rows of wideᵀ · narrow,
     [experts, m, n] in dtype: `narrow_product` and `narrow_outer_product`, reading wide once.
@@ -340,7 +342,7 @@ def both_narrow_products(
         wide,
         narrow,
         matrices,
-        ends,
+        offsets,
         parts,
         outer,
         tokens,
@@ -351,5 +353,5 @@ def both_narrow_products(
         num_warps=8,
         num_stages=3,
     )
-    _sum(parts, ends, product)
+    _sum(parts, offsets, product)
     return product, outer

@@ -13,8 +13,8 @@ BLOCK = 1024
 @triton.jit
 def _add_rows_kernel(
     rows_ptr,
-    weights_ptr,
-    position_ptr,
+    probs_ptr,
+    inverse_ptr,
     end_ptr,
     output_ptr,
     hidden,
@@ -27,10 +27,10 @@ def _add_rows_kernel(
     mask = columns < hidden
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for choice in tl.static_range(TOPK):
-        row = tl.load(position_ptr + token * TOPK + choice)
-        weight = tl.load(weights_ptr + token * TOPK + choice)
-        mesh = mask & (row < tl.load(end_ptr)) if HAS_END else mask
-        total += weight * tl.load(rows_ptr + row * hidden + columns, mask=mesh, other=0.0).to(tl.float32)
+        row = tl.load(inverse_ptr + token * TOPK + choice)
+        prob = tl.load(probs_ptr + token * TOPK + choice)
+        exists = mask & (row < tl.load(end_ptr)) if HAS_END else mask
+        total += prob * tl.load(rows_ptr + row * hidden + columns, mask=exists, other=0.0).to(tl.float32)
     tl.store(output_ptr + token * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -38,11 +38,11 @@ def _add_rows_kernel(
 def _spread_kernel(
     gradient_ptr,
     rows_ptr,
-    weights_ptr,
-    position_ptr,
+    probs_ptr,
+    inverse_ptr,
     end_ptr,
     for_rows_ptr,
-    for_weights_ptr,
+    for_probs_ptr,
     hidden,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -51,34 +51,34 @@ def _spread_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     for choice in tl.static_range(TOPK):
-        row = tl.load(position_ptr + token * TOPK + choice)
-        weight = tl.load(weights_ptr + token * TOPK + choice)
+        row = tl.load(inverse_ptr + token * TOPK + choice)
+        prob = tl.load(probs_ptr + token * TOPK + choice)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, hidden, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
             gradient = tl.load(gradient_ptr + token * hidden + columns, mask=mask, other=0.0).to(tl.float32)
             target = for_rows_ptr + row * hidden + columns
-            mesh = mask & (row < tl.load(end_ptr)) if HAS_END else mask
-            tl.store(target, (gradient * weight).to(for_rows_ptr.dtype.element_ty), mask=mesh)
+            exists = mask & (row < tl.load(end_ptr)) if HAS_END else mask
+            tl.store(target, (gradient * prob).to(for_rows_ptr.dtype.element_ty), mask=exists)
             if HAS_ROWS:
-                value = tl.load(rows_ptr + row * hidden + columns, mask=mesh, other=0.0).to(tl.float32)
+                value = tl.load(rows_ptr + row * hidden + columns, mask=exists, other=0.0).to(tl.float32)
                 total += gradient * value
         if HAS_ROWS:
-            tl.store(for_weights_ptr + token * TOPK + choice, tl.sum(total, axis=0))
+            tl.store(for_probs_ptr + token * TOPK + choice, tl.sum(total, axis=0))
 
 
-def add_rows(rows: Tensor, weights: Tensor, position: Tensor, end: Tensor | None = None) -> Tensor:
+def add_rows(rows: Tensor, probs: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
     """See permute.add_rows. rows contiguous, weights fp32, position int64."""
-    tokens, topk = weights.shape
+    tokens, topk = probs.shape
     hidden = rows.shape[1]
     output = torch.empty(tokens, hidden, dtype=rows.dtype, device=rows.device)
     grid = (tokens, triton.cdiv(hidden, BLOCK))
     _add_rows_kernel[grid](
         rows,
-        weights.contiguous(),
-        position,
-        end if end is not None else position,
+        probs.contiguous(),
+        inverse,
+        end if end is not None else inverse,
         output,
         hidden,
         TOPK=topk,
@@ -91,33 +91,33 @@ def add_rows(rows: Tensor, weights: Tensor, position: Tensor, end: Tensor | None
 def spread(
     gradient: Tensor,
     rows: Tensor | None,
-    weights: Tensor,
-    position: Tensor,
+    probs: Tensor,
+    inverse: Tensor,
     num_rows: int,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of `add_rows` for its rows, `num_rows` of them, and, where these are given, its weights."""
-    tokens, topk = weights.shape
+    tokens, topk = probs.shape
     for_rows = torch.empty(num_rows, gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
-    for_weights = None
+    for_probs = None
     if rows is not None:
-        for_weights = torch.empty(tokens, topk, dtype=torch.float32, device=gradient.device)
+        for_probs = torch.empty(tokens, topk, dtype=torch.float32, device=gradient.device)
     unused = for_rows
     _spread_kernel[(tokens,)](
         gradient,
         rows if rows is not None else unused,
-        weights.contiguous(),
-        position,
-        end if end is not None else position,
+        probs.contiguous(),
+        inverse,
+        end if end is not None else inverse,
         for_rows,
-        for_weights if for_weights is not None else unused,
+        for_probs if for_probs is not None else unused,
         gradient.shape[1],
         TOPK=topk,
         BLOCK=BLOCK,
         HAS_ROWS=rows is not None,
         HAS_END=end is not None,
     )
-    return for_rows, for_weights
+    return for_rows, for_probs
 
 
 @triton.jit
@@ -141,21 +141,21 @@ def row_products(first: Tensor, second: Tensor) -> Tensor:
 
 
 @triton.jit
-def _mix_rows_kernel(shares_ptr, rows_ptr, output_ptr, width, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _mix_rows_kernel(factors_ptr, rows_ptr, output_ptr, width, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for number in tl.static_range(COUNT):
-        share = tl.load(shares_ptr + token * COUNT + number)
-        total += share * tl.load(rows_ptr + number * width + columns, mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(factors_ptr + token * COUNT + number)
+        total += factor * tl.load(rows_ptr + number * width + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(output_ptr + token * width + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-def mix_rows(shares: Tensor, rows: Tensor) -> Tensor:
+def mix_rows(factors: Tensor, rows: Tensor) -> Tensor:
     """shares fp32 [tokens, n] · rows [n, width] of few rows, summed in fp32 → [tokens, width] in rows' dtype."""
-    tokens, count = shares.shape
+    tokens, count = factors.shape
     width = rows.shape[1]
     output = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
-    _mix_rows_kernel[(tokens, triton.cdiv(width, BLOCK))](shares, rows, output, width, COUNT=count, BLOCK=BLOCK)
+    _mix_rows_kernel[(tokens, triton.cdiv(width, BLOCK))](factors, rows, output, width, COUNT=count, BLOCK=BLOCK)
     return output

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=("sequence", "batch", "angle_batch"))
-def _turn_kernel(
+def _rotate_kernel(
     mixed_ptr,
     query_ptr,
     key_ptr,
@@ -82,7 +82,7 @@ def _turn_kernel(
         tl.store(value + HALF, high, mask=of_value)
 
 
-def split_and_turn(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See rotary.split_and_turn. mixed contiguous."""
     sequence, batch, groups, in_group, size = mixed.shape
     query = torch.empty(sequence, batch, groups * (in_group - 2), size, dtype=mixed.dtype, device=mixed.device)
@@ -91,7 +91,7 @@ def split_and_turn(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor,
     return query, key, value
 
 
-def turn_back_and_join(parts: Sequence[Tensor], shape: torch.Size, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotate_back_and_join(parts: Sequence[Tensor], shape: torch.Size, cosine: Tensor, sine: Tensor) -> Tensor:
     """The gradient of `split_and_turn` for mixed, of that shape; parts: query's, key's, value's, contiguous."""
     mixed = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
     _launch(mixed, parts, shape, cosine, sine, BACK=True)
@@ -102,7 +102,7 @@ def _launch(
     mixed: Tensor, parts: Sequence[Tensor], shape: torch.Size, cosine: Tensor, sine: Tensor, **kinds: Any
 ) -> None:
     sequence, batch, groups, in_group, size = shape
-    _turn_kernel[(sequence * batch,)](
+    _rotate_kernel[(sequence * batch,)](
         mixed,
         *parts,
         cosine.contiguous(),

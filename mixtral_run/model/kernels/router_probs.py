@@ -15,30 +15,30 @@ from torch import Tensor
 from mixtral_run.model.recompute.recipe import Once
 
 
-def with_shares(active: Tensor, shares: Tensor, again: Once) -> Tensor:
+def with_probs(active: Tensor, probs: Tensor, again: Once) -> Tensor:
     """active [rows, ffn] as it is; in the backward pass shares fp32 [rows] get the gradient that they have as factors
     of what follows linearly. again: how to make active. Every use of active must come through the result."""
-    output: Tensor = _WithShares.apply(active, shares, again)  # type: ignore[no-untyped-call]
+    output: Tensor = _WithProbs.apply(active, probs, again)  # type: ignore[no-untyped-call]
     return output
 
 
-class _WithShares(torch.autograd.Function):
+class _WithProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, active: Tensor, shares: Tensor, again: Once) -> Tensor:
-        ctx.save_for_backward(shares, *again.recipe.sources)
+    def forward(ctx: Any, active: Tensor, probs: Tensor, again: Once) -> Tensor:
+        ctx.save_for_backward(probs, *again.recipe.sources)
         ctx.again = again
         return active.view_as(active)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        shares, *sources = ctx.saved_tensors
+        probs, *sources = ctx.saved_tensors
         gradient = gradients[0]
         active = ctx.again.take(*sources)
         if not ctx.needs_input_grad[1]:
             return gradient, None, None
         # A share of nothing sends nothing back; its own gradient is lost, and nothing it could choose would matter.
         products = row_products(active, gradient)
-        return gradient, torch.where(shares > 0, products / shares, 0.0), None
+        return gradient, torch.where(probs > 0, products / probs, 0.0), None
 
 
 def row_products(first: Tensor, second: Tensor) -> Tensor:

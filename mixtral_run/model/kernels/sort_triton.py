@@ -28,33 +28,33 @@ class Routes:
     """
 
     source: Tensor
-    shares: Tensor
-    ends: Tensor
-    position: Tensor
+    row_probs: Tensor
+    offsets: Tensor
+    inverse: Tensor
     starts: Tensor
     experts: Tensor
 
 
 @triton.jit
 def _count_kernel(
-    weights_ptr,
+    probs_ptr,
     experts_ptr,
-    all_weights_ptr,
+    all_probs_ptr,
     all_experts_ptr,
     counts_ptr,
     length,
-    EVERYONES: tl.constexpr,
+    ALL_RANKS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     process = tl.program_id(0)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = places < length
-    if EVERYONES:
-        weights = tl.load(weights_ptr + process).to(tl.pointer_type(tl.float32))
+    if ALL_RANKS:
+        probs = tl.load(probs_ptr + process).to(tl.pointer_type(tl.float32))
         experts = tl.load(experts_ptr + process).to(tl.pointer_type(tl.int32))
         expert = tl.load(experts + places, mask=mask, other=-1)
-        tl.store(all_weights_ptr + process * length + places, tl.load(weights + places, mask=mask), mask=mask)
+        tl.store(all_probs_ptr + process * length + places, tl.load(probs + places, mask=mask), mask=mask)
         tl.store(all_experts_ptr + process * length + places, expert, mask=mask)
     else:
         expert = tl.load(experts_ptr + places, mask=mask, other=-1)
@@ -66,20 +66,20 @@ def _count_kernel(
 
 @triton.jit
 def _place_kernel(
-    weights_ptr,
+    probs_ptr,
     experts_ptr,
     counts_ptr,
-    position_ptr,
+    inverse_ptr,
     order_ptr,
-    shares_ptr,
-    ends_ptr,
+    row_probs_ptr,
+    offsets_ptr,
     starts_ptr,
-    missing_ptr,
+    overflow_ptr,
     length,
     num_rows,
     first,
     num_experts,
-    EVERYONES: tl.constexpr,
+    ALL_RANKS: tl.constexpr,
     EACH: tl.constexpr,
     TOPK: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -92,71 +92,71 @@ def _place_kernel(
     there = blocks[:, None] < tl.num_programs(0) * tl.num_programs(1)
     counts = tl.load(counts_ptr + blocks[:, None] * NUM_EXPERTS + numbers[None, :], mask=there, other=0)
     totals = tl.sum(counts, axis=0)
-    ends = tl.cumsum(totals, axis=0)
-    begins = ends - totals + tl.sum(tl.where(blocks[:, None] < block, counts, 0), axis=0)
+    offsets = tl.cumsum(totals, axis=0)
+    begins = offsets - totals + tl.sum(tl.where(blocks[:, None] < block, counts, 0), axis=0)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = places < length
     choices = tl.program_id(0) * length + places
     expert = tl.load(experts_ptr + choices, mask=mask, other=-1)
     chosen = (expert[:, None] == numbers[None, :]).to(tl.int32)
-    position = tl.sum(chosen * (tl.cumsum(chosen, axis=0) - chosen + begins[None, :]), axis=1)
-    tl.store(position_ptr + choices, position, mask=mask)
-    if EVERYONES:
+    inverse = tl.sum(chosen * (tl.cumsum(chosen, axis=0) - chosen + begins[None, :]), axis=1)
+    tl.store(inverse_ptr + choices, inverse, mask=mask)
+    if ALL_RANKS:
         start = tl.sum(tl.where(numbers < first, totals, 0), axis=0)
-        row = position - start
+        row = inverse - start
         own = mask & (expert >= first) & (expert < first + EACH) & (row < num_rows)
         tl.store(order_ptr + row, choices // TOPK, mask=own)
-        tl.store(shares_ptr + row, tl.load(weights_ptr + choices, mask=mask), mask=own)
+        tl.store(row_probs_ptr + row, tl.load(probs_ptr + choices, mask=mask), mask=own)
         if block == 0:
             mine = (numbers >= first) & (numbers < first + EACH)
-            tl.store(ends_ptr + numbers - first, tl.minimum(ends - start, num_rows), mask=mine)
+            tl.store(offsets_ptr + numbers - first, tl.minimum(offsets - start, num_rows), mask=mine)
             begin = (numbers % EACH == 0) & (numbers < num_experts)
-            tl.store(starts_ptr + numbers // EACH, ends - totals, mask=begin)
+            tl.store(starts_ptr + numbers // EACH, offsets - totals, mask=begin)
             rows = tl.sum(tl.where(mine, totals, 0), axis=0)
-            tl.store(missing_ptr, tl.maximum(tl.load(missing_ptr), (rows - num_rows).to(tl.int64)))
+            tl.store(overflow_ptr, tl.maximum(tl.load(overflow_ptr), (rows - num_rows).to(tl.int64)))
     else:
-        tl.store(order_ptr + position, choices, mask=mask)
+        tl.store(order_ptr + inverse, choices, mask=mask)
         if block == 0:
-            tl.store(ends_ptr + numbers, ends, mask=numbers < num_experts)
+            tl.store(offsets_ptr + numbers, offsets, mask=numbers < num_experts)
 
 
 def sort_choices(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See permute.sorted_by_expert. experts contiguous."""
     length = experts.numel()
-    order, position = torch.empty_like(experts), torch.empty_like(experts)
-    ends = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
+    order, inverse = torch.empty_like(experts), torch.empty_like(experts)
+    offsets = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
     # What is not asked for is not written to.
-    results = (position, order, order, ends, ends, ends)
+    results = (inverse, order, order, offsets, offsets, offsets)
     sizes = (length, length)
-    _run(1, (experts, experts), (experts, experts), results, sizes, range(num_experts), num_experts, 1, everyones=False)
-    return order, position, ends
+    _run(1, (experts, experts), (experts, experts), results, sizes, range(num_experts), num_experts, 1, all_ranks=False)
+    return order, inverse, offsets
 
 
 def route(
-    weights: Tensor,
+    probs: Tensor,
     experts: Tensor,
     shape: tuple[int, int],
     num_experts: int,
     own: range,
     num_rows: int,
-    missing: Tensor,
+    overflow: Tensor,
 ) -> Routes:
     """weights, experts int64 [p]: where each process's fp32 and int32 [t, topk] lie, of shape (t, topk).
 
     own: numbers of this process's experts, as many as every other has. num_rows: for how many rows there is room;
     missing int64 scalar: the most that did not find it, here or before.
     """
-    size, (tokens, topk), device = weights.numel(), shape, missing.device
-    all_weights = torch.empty(size * tokens, topk, dtype=torch.float32, device=device)
-    all_experts, position = (torch.empty(size * tokens, topk, dtype=torch.int32, device=device) for _ in range(2))
-    shares = torch.empty(num_rows, dtype=torch.float32, device=device)
-    source, ends, starts = (
+    size, (tokens, topk), device = probs.numel(), shape, overflow.device
+    all_probs = torch.empty(size * tokens, topk, dtype=torch.float32, device=device)
+    all_experts, inverse = (torch.empty(size * tokens, topk, dtype=torch.int32, device=device) for _ in range(2))
+    row_probs = torch.empty(num_rows, dtype=torch.float32, device=device)
+    source, offsets, starts = (
         torch.empty(count, dtype=torch.int32, device=device) for count in (num_rows, len(own), num_experts // len(own))
     )
-    results = (position, source, shares, ends, starts, missing)
-    read, sizes = (all_weights, all_experts), (tokens * topk, num_rows)
-    _run(size, (weights, experts), read, results, sizes, own, num_experts, topk, everyones=True)
-    return Routes(source, shares, ends, position, starts, all_experts)
+    results = (inverse, source, row_probs, offsets, starts, overflow)
+    read, sizes = (all_probs, all_experts), (tokens * topk, num_rows)
+    _run(size, (probs, experts), read, results, sizes, own, num_experts, topk, all_ranks=True)
+    return Routes(source, row_probs, offsets, inverse, starts, all_experts)
 
 
 def _run(
@@ -169,14 +169,14 @@ def _run(
     num_experts: int,
     topk: int,
     *,
-    everyones: bool,
+    all_ranks: bool,
 ) -> None:
     """Both kernels. given: as they get weights and experts; read: as the first leaves them for the second; sizes:
     choices of a process, and rows."""
     grid = (size, triton.cdiv(sizes[0], BLOCK))
     blocks, padded = grid[0] * grid[1], triton.next_power_of_2(num_experts)
     counts = torch.empty(blocks, padded, dtype=torch.int32, device=results[0].device)
-    kinds = {"EVERYONES": everyones, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
+    kinds = {"EVERYONES": all_ranks, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
     _count_kernel[grid](*given, *read, counts, sizes[0], **kinds)
     _place_kernel[grid](
         *read,

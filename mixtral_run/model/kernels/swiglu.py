@@ -22,47 +22,47 @@ COLUMNS = 256
 """Of gate and up together, what the kernels' tiles take."""
 
 
-def swiglu(hidden: Tensor, ends: Tensor | None = None) -> Tensor:
+def swiglu(hidden: Tensor, offsets: Tensor | None = None) -> Tensor:
     """[tokens, 2·ffn] → [tokens, ffn]; gate columns, then up columns. With ends int32 [experts] in one kernel on GPUs:
     rows behind the last of them are no expert's."""
-    if ends is not None and has_grouped_product(hidden, hidden.shape[1]) and hidden.shape[1] % COLUMNS == 0:
-        output: Tensor = _Fused.apply(hidden, None, None, 1.0, ends)  # type: ignore[no-untyped-call]
+    if offsets is not None and has_grouped_product(hidden, hidden.shape[1]) and hidden.shape[1] % COLUMNS == 0:
+        output: Tensor = _Fused.apply(hidden, None, None, 1.0, offsets)  # type: ignore[no-untyped-call]
         return output
     gate, up = hidden.chunk(2, dim=-1)
     return silu(gate) * up
 
 
-def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
     """hidden [tokens, 2·ffn], inner = A·x [tokens, r], outer = B [experts, 2·ffn, r], ends int32 [experts].
 
     Gradients reach hidden, inner and outer. Returns [tokens, ffn] in hidden's dtype.
     """
     if _fused_runs(hidden, inner, outer):
-        output: Tensor = _Fused.apply(hidden, inner, outer, scale, ends)  # type: ignore[no-untyped-call]
+        output: Tensor = _Fused.apply(hidden, inner, outer, scale, offsets)  # type: ignore[no-untyped-call]
         return output
-    return swiglu(hidden + grouped_linear(inner * scale, outer, ends))
+    return swiglu(hidden + grouped_linear(inner * scale, outer, offsets))
 
 
-def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor) -> Tensor:
+def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
     """As `swiglu_with_adapter`, without a gradient."""
     if _fused_runs(hidden, inner, outer):
         from mixtral_run.model.kernels.swiglu_triton import forward
 
-        return forward(hidden, inner, outer, scale, ends)
-    return swiglu(hidden + product(inner * scale, outer.transpose(1, 2), ends))
+        return forward(hidden, inner, outer, scale, offsets)
+    return swiglu(hidden + product(inner * scale, outer.transpose(1, 2), offsets))
 
 
-def remaking_backward(
-    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor
+def recomputing_backward(
+    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of `swiglu_of`, given its result's gradient [tokens, ffn]: hidden's gradient; the result made again, bit for bit;
     and each row's scalar product of the result and its gradient, fp32 or wider [tokens]."""
     if _fused_runs(hidden, inner, outer):
-        from mixtral_run.model.kernels.swiglu_triton import remaking_backward as on_gpu
+        from mixtral_run.model.kernels.swiglu_triton import recomputing_backward as on_gpu
 
-        return on_gpu(hidden, inner, outer, scale, ends, gradient.contiguous())
+        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous())
     with torch.enable_grad():
-        whole = (hidden + product(inner * scale, outer.transpose(1, 2), ends)).detach().requires_grad_(True)
+        whole = (hidden + product(inner * scale, outer.transpose(1, 2), offsets)).detach().requires_grad_(True)
         active = swiglu(whole)
     (for_hidden,) = torch.autograd.grad(active, whole, gradient)
     active = active.detach()
@@ -84,23 +84,23 @@ def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor
+        ctx: Any, hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor
     ) -> Tensor:
         from mixtral_run.model.kernels.swiglu_triton import forward
 
-        ctx.save_for_backward(hidden, inner, outer, ends)
+        ctx.save_for_backward(hidden, inner, outer, offsets)
         ctx.scale = scale
-        return forward(hidden, inner, outer, scale, ends)
+        return forward(hidden, inner, outer, scale, offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from mixtral_run.model.kernels.swiglu_triton import backward
 
-        hidden, inner, outer, ends = ctx.saved_tensors
-        for_hidden = backward(hidden, inner, outer, ctx.scale, ends, gradients[0].contiguous())
+        hidden, inner, outer, offsets = ctx.saved_tensors
+        for_hidden = backward(hidden, inner, outer, ctx.scale, offsets, gradients[0].contiguous())
         if inner is None:
             return for_hidden, None, None, None, None
         # The adapter's output has hidden's gradient; both products read it once more.
-        for_inner = product(for_hidden, outer, ends) * ctx.scale
-        for_outer = outer_product(for_hidden, inner * ctx.scale, ends)
+        for_inner = product(for_hidden, outer, offsets) * ctx.scale
+        for_outer = outer_product(for_hidden, inner * ctx.scale, offsets)
         return for_hidden, for_inner, for_outer, None, None

@@ -23,7 +23,7 @@ BLOCK_F = 128
 def _adapter(
     inner_ptr,
     outer_ptr,
-    ends_ptr,
+    offsets_ptr,
     rows,
     row_mask,
     columns,
@@ -46,12 +46,12 @@ def _adapter(
     last = tl.minimum(first + BLOCK_M, limit)
     # The experts of the first and of the last row: most blocks touch one only.
     numbers = tl.arange(0, NUM_EXPERTS)
-    ends = tl.load(ends_ptr + numbers)
-    first_expert = tl.sum((ends <= first).to(tl.int32), axis=0)
-    last_expert = tl.sum((ends <= last - 1).to(tl.int32), axis=0)
+    offsets = tl.load(offsets_ptr + numbers)
+    first_expert = tl.sum((offsets <= first).to(tl.int32), axis=0)
+    last_expert = tl.sum((offsets <= last - 1).to(tl.int32), axis=0)
     for expert in range(first_expert, last_expert + 1):
-        end = tl.load(ends_ptr + expert)
-        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(offsets_ptr + expert)
+        begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
         mine = (rows >= begin) & (rows < end)
         part = tl.where(mine[:, None], inner, 0.0).to(inner.dtype)
         base = outer_ptr + expert * (2 * ffn * RANK)
@@ -67,7 +67,7 @@ def _forward_kernel(
     hidden_ptr,
     inner_ptr,
     outer_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     tokens,
     ffn,
@@ -77,7 +77,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
     if tl.program_id(0) * BLOCK_M >= limit:
         return
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -92,7 +92,7 @@ def _forward_kernel(
         adapter_gate, adapter_up = _adapter(
             inner_ptr,
             outer_ptr,
-            ends_ptr,
+            offsets_ptr,
             rows,
             row_mask,
             columns,
@@ -115,7 +115,7 @@ def _backward_kernel(
     hidden_ptr,
     inner_ptr,
     outer_ptr,
-    ends_ptr,
+    offsets_ptr,
     gradient_ptr,
     for_hidden_ptr,
     active_ptr,
@@ -127,9 +127,9 @@ def _backward_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    REMAKE: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
 ):
-    limit = tl.minimum(tl.load(ends_ptr + NUM_EXPERTS - 1), tokens)
+    limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
     if tl.program_id(0) * BLOCK_M >= limit:
         return
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -146,7 +146,7 @@ def _backward_kernel(
         adapter_gate, adapter_up = _adapter(
             inner_ptr,
             outer_ptr,
-            ends_ptr,
+            offsets_ptr,
             rows,
             row_mask,
             columns,
@@ -163,7 +163,7 @@ def _backward_kernel(
     sigmoid = tl.sigmoid(gate)
     for_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     for_up = gradient * gate * sigmoid
-    if REMAKE:
+    if RECOMPUTE:
         active = gate * sigmoid * up
         target = active_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
         tl.store(target, active.to(active_ptr.dtype.element_ty), mask=row_mask[:, None])
@@ -174,31 +174,31 @@ def _backward_kernel(
     tl.store(for_hidden_ptr + places + ffn, for_up.to(kind), mask=row_mask[:, None])
 
 
-def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor) -> Tensor:
+def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor) -> Tensor:
     """See swiglu.swiglu_with_adapter, or swiglu without inner and outer. All contiguous, of one dtype."""
     tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
-    _launch(_forward_kernel, hidden, inner, outer, ends, output, tokens, ffn, scale)
+    _launch(_forward_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)
     return output
 
 
 def backward(
-    hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, ends: Tensor, gradient: Tensor
+    hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor, gradient: Tensor
 ) -> Tensor:
     """The gradient for hidden, given that of the output [tokens, ffn]."""
     for_hidden = torch.empty_like(hidden)
-    _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, None, None)
+    _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, None, None)
     return for_hidden
 
 
-def remaking_backward(
-    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, ends: Tensor, gradient: Tensor
+def recomputing_backward(
+    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient for hidden; the output made again; and each row's scalar product of both, output and gradient."""
     tokens, ffn = gradient.shape
     for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
     products = torch.empty(ffn // BLOCK_F, tokens, dtype=torch.float32, device=hidden.device)
-    _backward(hidden, inner, outer, scale, ends, gradient, for_hidden, active, products)
+    _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, active, products)
     return for_hidden, active, products.sum(0)
 
 
@@ -207,7 +207,7 @@ def _backward(
     inner: Tensor | None,
     outer: Tensor | None,
     scale: float,
-    ends: Tensor,
+    offsets: Tensor,
     gradient: Tensor,
     for_hidden: Tensor,
     active: Tensor | None,
@@ -217,7 +217,7 @@ def _backward(
     unused = for_hidden
     results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
     arguments = (gradient, *results, tokens, ffn, scale)
-    _launch(_backward_kernel, hidden, inner, outer, ends, *arguments, REMAKE=active is not None)
+    _launch(_backward_kernel, hidden, inner, outer, offsets, *arguments, RECOMPUTE=active is not None)
 
 
 def _launch(
@@ -225,7 +225,7 @@ def _launch(
     hidden: Tensor,
     inner: Tensor | None,
     outer: Tensor | None,
-    ends: Tensor,
+    offsets: Tensor,
     *arguments: Any,
     **kinds: bool,
 ) -> None:
@@ -236,9 +236,9 @@ def _launch(
         hidden,
         inner if inner is not None else unused,
         outer if outer is not None else unused,
-        ends,
+        offsets,
         *arguments,
-        NUM_EXPERTS=ends.shape[0],
+        NUM_EXPERTS=offsets.shape[0],
         RANK=inner.shape[1] if inner is not None else 0,
         BLOCK_M=BLOCK_M,
         BLOCK_F=BLOCK_F,

@@ -20,7 +20,7 @@ BLOCK = 1024
 def _fetch_kernel(
     pointers_ptr,
     source_ptr,
-    shares_ptr,
+    row_probs_ptr,
     end_ptr,
     output_ptr,
     tokens,
@@ -40,7 +40,7 @@ def _fetch_kernel(
             mask = columns < hidden
             values = tl.load(source + columns, mask=mask)
             if WEIGHTED:
-                values = (values.to(tl.float32) * tl.load(shares_ptr + row)).to(kind)
+                values = (values.to(tl.float32) * tl.load(row_probs_ptr + row)).to(kind)
             tl.store(output_ptr + row * hidden + columns, values, mask=mask)
 
 
@@ -60,9 +60,9 @@ def _put_kernel(rows_ptr, end_ptr, target_ptr, hidden, BLOCK: tl.constexpr):
 def _sum_kernel(
     pointers_ptr,
     experts_ptr,
-    position_ptr,
+    inverse_ptr,
     starts_ptr,
-    weights_ptr,
+    probs_ptr,
     output_ptr,
     hidden,
     num_rows,
@@ -77,12 +77,12 @@ def _sum_kernel(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for choice in tl.static_range(TOPK):
         owner = tl.load(experts_ptr + token * TOPK + choice) // EACH
-        row = tl.load(position_ptr + token * TOPK + choice) - tl.load(starts_ptr + owner)
+        row = tl.load(inverse_ptr + token * TOPK + choice) - tl.load(starts_ptr + owner)
         source = tl.load(pointers_ptr + owner).to(tl.pointer_type(output_ptr.dtype.element_ty))
         source = tl.multiple_of(source, 16) + row.to(tl.int64) * hidden
         value = tl.load(source + columns, mask=mask & (row < num_rows), other=0.0).to(tl.float32)
         if WEIGHTED:
-            value *= tl.load(weights_ptr + token * TOPK + choice)
+            value *= tl.load(probs_ptr + token * TOPK + choice)
         total += value
     tl.store(output_ptr + token * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
 
@@ -91,7 +91,7 @@ def _sum_kernel(
 def _pick_kernel(
     pointers_ptr,
     experts_ptr,
-    position_ptr,
+    inverse_ptr,
     starts_ptr,
     output_ptr,
     length,
@@ -102,7 +102,7 @@ def _pick_kernel(
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = places < length
     owner = tl.load(experts_ptr + places, mask=mask, other=0) // EACH
-    row = tl.load(position_ptr + places, mask=mask, other=0) - tl.load(starts_ptr + owner)
+    row = tl.load(inverse_ptr + places, mask=mask, other=0) - tl.load(starts_ptr + owner)
     source = tl.load(pointers_ptr + owner).to(tl.pointer_type(tl.float32)) + row
     tl.store(output_ptr + places, tl.load(source, mask=mask & (row < num_rows), other=0.0), mask=mask)
 
@@ -115,8 +115,8 @@ def fetch(pointers: Tensor, routes: Routes, tokens: int, like: Tensor, *, weight
     _fetch_kernel[(num_rows,)](
         pointers,
         routes.source,
-        routes.shares,
-        routes.ends[-1:],
+        routes.row_probs,
+        routes.offsets[-1:],
         output,
         tokens,
         hidden,
@@ -128,27 +128,27 @@ def fetch(pointers: Tensor, routes: Routes, tokens: int, like: Tensor, *, weight
 
 def put(rows: Tensor, routes: Routes, target: Tensor) -> None:
     """Copy rows [rows, h] to target, as far as `routes.ends` goes."""
-    _put_kernel[(rows.shape[0],)](rows, routes.ends[-1:], target, rows.shape[1], BLOCK=BLOCK)
+    _put_kernel[(rows.shape[0],)](rows, routes.offsets[-1:], target, rows.shape[1], BLOCK=BLOCK)
 
 
-def sum_rows(pointers: Tensor, routes: Routes, own: slice, weights: Tensor | None, like: Tensor) -> Tensor:
+def sum_rows(pointers: Tensor, routes: Routes, own: slice, probs: Tensor | None, like: Tensor) -> Tensor:
     """[t, h]: for each token of this process the sum, in fp32, of its rows [rows, h] in whatever process they are,
     times weights fp32 [t, topk] where given. own: this process's among all tokens."""
-    experts, position = routes.experts[own], routes.position[own]
+    experts, inverse = routes.experts[own], routes.inverse[own]
     (tokens, topk), (num_rows, hidden) = experts.shape, like.shape
     output = torch.empty(tokens, hidden, dtype=like.dtype, device=like.device)
     _sum_kernel[(tokens, triton.cdiv(hidden, BLOCK))](
         pointers,
         experts,
-        position,
+        inverse,
         routes.starts,
-        weights if weights is not None else routes.shares,
+        probs if probs is not None else routes.row_probs,
         output,
         hidden,
         num_rows,
-        EACH=routes.ends.numel(),
+        EACH=routes.offsets.numel(),
         TOPK=topk,
-        WEIGHTED=weights is not None,
+        WEIGHTED=probs is not None,
         BLOCK=BLOCK,
     )
     return output
@@ -156,18 +156,18 @@ def sum_rows(pointers: Tensor, routes: Routes, own: slice, weights: Tensor | Non
 
 def pick(pointers: Tensor, routes: Routes, own: slice) -> Tensor:
     """fp32 [t, topk]: of fp32 [rows] in each process, that of each choice of this process's tokens."""
-    experts, position = routes.experts[own], routes.position[own]
+    experts, inverse = routes.experts[own], routes.inverse[own]
     output = torch.empty(experts.shape, dtype=torch.float32, device=experts.device)
     length = experts.numel()
     _pick_kernel[(triton.cdiv(length, BLOCK),)](
         pointers,
         experts,
-        position,
+        inverse,
         routes.starts,
         output,
         length,
         routes.source.numel(),
-        EACH=routes.ends.numel(),
+        EACH=routes.offsets.numel(),
         BLOCK=BLOCK,
     )
     return output

@@ -213,11 +213,11 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return tensor
 
 
-def everywhere(mesh: bool, device: torch.device) -> bool:
+def everywhere(value: bool, device: torch.device) -> bool:
     """Whether that is so on all ranks, which must call, each with its device."""
     if dist.get_world_size() == 1:
-        return mesh
-    flag = torch.tensor(int(mesh), device=device)
+        return value
+    flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
 

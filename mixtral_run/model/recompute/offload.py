@@ -89,22 +89,22 @@ class _Kept:
         self._offload = offload
         self._before = weakref.ref(before) if before is not None else None
         self._host = offload.buffer(tensor.shape, tensor.dtype)
-        self._mesh: Tensor | None = tensor
+        self._on_device: Tensor | None = tensor
         self._copied = offload.copy(tensor, self._host)
 
     def leave(self) -> None:
         """Free the GPU's memory. By the stream's order and not by when the GPU gets there, however far ahead the host
         runs: the allocator gives the memory to the next that asks."""
-        if self._mesh is not None:
+        if self._on_device is not None:
             self._offload.wait(self._copied)
-            self._mesh = None
+            self._on_device = None
 
     def fetch(self) -> Tensor:
         """Begin to bring it back."""
-        if self._mesh is None:
-            self._mesh = torch.empty_like(self._host, device=self._offload.device, pin_memory=False)
-            self._copied = self._offload.copy(self._host, self._mesh)
-        return self._mesh
+        if self._on_device is None:
+            self._on_device = torch.empty_like(self._host, device=self._offload.device, pin_memory=False)
+            self._copied = self._offload.copy(self._host, self._on_device)
+        return self._on_device
 
     def take(self) -> Tensor:
         """The tensor on the GPU; the one that is needed next is on its way from here on."""

@@ -72,15 +72,15 @@ def drop(tensor: Tensor, probability: float, recipe: Recipe | None) -> tuple[Ten
     return dropped, recipe.then(lambda made, kept: made * kept * scale, mask)
 
 
-def remade_linear(hidden: Tensor, weight: Tensor, recipe: Recipe | None) -> Tensor:
+def recomputed_linear(hidden: Tensor, weight: Tensor, recipe: Recipe | None) -> Tensor:
     """hidden · weightᵀ; with a recipe, hidden is not kept for weight's gradient. hidden [.., in], weight [out, in]."""
     if recipe is None:
         return linear(hidden, weight)
-    output: Tensor = _RemadeLinear.apply(hidden, weight, recipe.make, *recipe.sources)  # type: ignore[no-untyped-call]
+    output: Tensor = _RecomputedLinear.apply(hidden, weight, recipe.make, *recipe.sources)  # type: ignore[no-untyped-call]
     return output
 
 
-class _RemadeLinear(torch.autograd.Function):
+class _RecomputedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
         ctx.save_for_backward(weight, *sources)

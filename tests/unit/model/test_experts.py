@@ -9,10 +9,10 @@ from tests.support.experts_reference import ROUTINGS, AdaptedCase, Case, referen
 
 
 def ours(case: Case, scale: float) -> torch.Tensor:
-    hidden = grouped_linear(case.rows, case.first, case.ends)
-    inner = grouped_linear(case.rows, case.inner_first, case.ends)
+    hidden = grouped_linear(case.rows, case.first, case.offsets)
+    inner = grouped_linear(case.rows, case.inner_first, case.offsets)
     return grouped_linear(
-        swiglu_with_adapter(hidden, inner, case.outer_first, scale, case.ends), case.second, case.ends
+        swiglu_with_adapter(hidden, inner, case.outer_first, scale, case.offsets), case.second, case.offsets
     )
 
 

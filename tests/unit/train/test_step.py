@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.dispatch.all_gather import Room
+from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
@@ -12,28 +12,28 @@ from tests.unit.model.recompute.test_recompute import model_of
 from tests.unit.model.test_packed_attention import micro_batches
 
 
-class TooSmall(Room):
-    """Does not suffice at these of the steps."""
+class TooSmall(LocalDispatcher):
+    """Dispatcher that reports an overflow in these of the steps."""
 
     def __init__(self, steps: set[int]) -> None:
-        super().__init__(torch.zeros(()))
+        super().__init__(num_experts=8)
         self.steps = steps
         self.num_steps = 0
 
-    def sufficed(self, mesh: Mesh) -> bool:
+    def overflowed(self, mesh: Mesh) -> bool:
         del mesh
         self.num_steps += 1
-        return self.num_steps - 1 not in self.steps
+        return self.num_steps - 1 in self.steps
 
 
 class Short(Backward):
-    """Leaves nonsense where the room does not suffice."""
+    """Leaves NaN gradients where the dispatcher reports an overflow."""
 
-    room: TooSmall
+    dispatcher: TooSmall
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         loss = EagerBackward(self.model)(micro, num_loss_tokens)
-        if self.room.num_steps in self.room.steps:
+        if self.dispatcher.num_steps in self.dispatcher.steps:
             for parameter in trainable(self.model):
                 parameter.grad = torch.full_like(parameter, torch.nan)
         return loss
@@ -49,6 +49,6 @@ def test_short_steps_are_taken_again() -> None:
             model = model_of(mesh, "none")
             optimizer, backward = torch.optim.AdamW(trainable(model), lr=1e-2), Short(model, TooSmall(short))
             results.append([train_step(model, optimizer, batch, 1.0, backward) for _ in range(9)])
-            assert backward.room.num_steps == tried
+            assert backward.dispatcher.num_steps == tried
     assert results[0] == results[1] == results[2]
     assert results[0][0].loss != results[0][-1].loss

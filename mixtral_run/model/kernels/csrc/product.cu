@@ -38,7 +38,7 @@ __device__ __forceinline__ void bring_rows(const Operands& from, u32 to, u32 bar
   }
 }
 
-template <bool TURNED>
+template <bool TRANSPOSED>
 __device__ __forceinline__ void bring_all(const Parameters& p, const Memory& memory, Work work, u32 program) {
   Ring ring;
   while (work.next(*memory.plan)) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void bring_all(const Parameters& p, const Memory& mem
       const bool last = slice == p.steps;
       const Operands& from = last ? p.adapter : p.base;
       const int depth = last ? 0 : slice * DEPTH, in_all = last ? p.rank : p.steps * DEPTH;
-      if (TURNED) {
+      if (TRANSPOSED) {
         bring(&from.left, left, barrier, depth, tile.expert * p.wide * 2 * FEATURES + feature);
       } else {
         bring(&from.left, left, barrier, feature, tile.expert * in_all + depth);
@@ -146,7 +146,7 @@ __device__ __forceinline__ void add_up(const Parameters& p, const Memory& memory
   for (; atom < work.tile.atoms; ++atom) add_atoms<1>(p, staged, work, group, program, atom);
 }
 
-template <bool TURNED, int ATOMS>
+template <bool TRANSPOSED, int ATOMS>
 __device__ __forceinline__ void multiply(const Parameters& p, const Memory& memory, const Work& work, Ring& ring,
                                          int group, u32 program) {
   constexpr int N = ATOMS * ATOM;
@@ -156,12 +156,12 @@ __device__ __forceinline__ void multiply(const Parameters& p, const Memory& memo
   const int lane = threadIdx.x & 31;
   for (int slice = work.begin; slice < work.end; ++slice, ring.step()) {
     wait_for(memory.full + ring.slot * 8, ring.parity);
-    const u64 left = operand<(TURNED ? 1 : 1024 >> 4)>(memory.left + ring.slot * LEFT_BYTES + group * (LEFT_BYTES / 2));
+    const u64 left = operand<(TRANSPOSED ? 1 : 1024 >> 4)>(memory.left + ring.slot * LEFT_BYTES + group * (LEFT_BYTES / 2));
     const u64 right = operand<1>(memory.right + ring.slot * RIGHT_BYTES);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; ++k)
-      multiply_add<TURNED>(result, left + k * (TURNED ? 32 >> 4 : 2048 >> 4), right + k * (32 >> 4));
+      multiply_add<TRANSPOSED>(result, left + k * (TRANSPOSED ? 32 >> 4 : 2048 >> 4), right + k * (32 >> 4));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     if (lane < 2) arrive_at(memory.free + ring.slot * 8, lane);
@@ -191,13 +191,13 @@ __device__ __forceinline__ void multiply(const Parameters& p, const Memory& memo
   }
 }
 
-template <bool TURNED>
+template <bool TRANSPOSED>
 __device__ __forceinline__ void multiply_all(const Parameters& p, const Memory& memory, Work work, int group, u32 program) {
   Ring ring;
   while (work.next(*memory.plan)) {
     switch (work.tile.atoms) {
 #define CASE(n) \
-  case n: multiply<TURNED, n>(p, memory, work, ring, group, program); break;
+  case n: multiply<TRANSPOSED, n>(p, memory, work, ring, group, program); break;
       CASE(2) CASE(4) CASE(6) CASE(8) CASE(10) CASE(12) CASE(14) CASE(16)
       CASE(17) CASE(18) CASE(19) CASE(20) CASE(21) CASE(22) CASE(23) CASE(24)
       CASE(25) CASE(26) CASE(27) CASE(28) CASE(29) CASE(30) CASE(31) CASE(32)
@@ -207,7 +207,7 @@ __device__ __forceinline__ void multiply_all(const Parameters& p, const Memory& 
   }
 }
 
-template <bool TURNED>
+template <bool TRANSPOSED>
 __device__ __forceinline__ void grouped_product(const Parameters& p) {
   extern __shared__ char start[];
   const u32 base = (address_of(start) + 1023) & ~1023u;
@@ -240,21 +240,21 @@ __device__ __forceinline__ void grouped_product(const Parameters& p) {
   const int group = threadIdx.x / 128;
   if (group == GROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == GROUPS * 128) bring_all<TURNED>(p, memory, work, program);
+    if (threadIdx.x == GROUPS * 128) bring_all<TRANSPOSED>(p, memory, work, program);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    multiply_all<TURNED>(p, memory, work, group, program);
+    multiply_all<TRANSPOSED>(p, memory, work, group, program);
   }
   // Neither leaves while the other may still write to its memory.
   pair_meets();
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    turned(const __grid_constant__ Parameters p) {
+    transposed(const __grid_constant__ Parameters p) {
   grouped_product<true>(p);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    as_they_are(const __grid_constant__ Parameters p) {
+    untransposed(const __grid_constant__ Parameters p) {
   grouped_product<false>(p);
 }

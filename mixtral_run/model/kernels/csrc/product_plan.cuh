@@ -8,7 +8,7 @@ constexpr int MOST_ATOMS = 32;
 constexpr int MOST_EXPERTS = 64;
 constexpr int MOST_PAIRS = 128;
 constexpr int MOST_PIECES = 8;  // of a tile
-constexpr int ROOM = 4;         // for pieces of tiles, a pair
+constexpr int PIECES_PER_PAIR = 4;         // for pieces of tiles, a pair
 constexpr float ADDING = 14;    // the time of adding up, in slices of a whole tile
 
 struct Operands {
@@ -19,7 +19,7 @@ struct Operands {
 struct Parameters {
   Operands base;
   Operands adapter;
-  const int* ends;
+  const int* offsets;
   u16* output;
   float4* parts;  // [pieces, programs, groups, VALUES / 4, 128]
   int* counters;  // [tiles, programs, groups], zeros, before and after
@@ -64,8 +64,8 @@ __device__ __forceinline__ void plan_tiles(Plan& plan, const Parameters& p) {
   int begin = 0, end = 0, atoms = 0, high = 0;
   float size = 0;
   if (me < p.experts) {
-    begin = me ? p.ends[me - 1] : 0;
-    end = p.ends[me];
+    begin = me ? p.offsets[me - 1] : 0;
+    end = p.offsets[me];
     atoms = (end - begin + ATOM - 1) / ATOM;
     // Small ones are even numbers: the fewer widths, the less there is to compile.
     if (atoms < MOST_ATOMS / 2) atoms += atoms & 1;
@@ -110,7 +110,7 @@ __device__ __forceinline__ float load_of(const Plan& plan, int experts, int whol
 __device__ __forceinline__ int pieces_of(int rest, int pairs, int slices) {
   const int pieces = (threadIdx.x & (MOST_PIECES - 1)) + 1;
   const float time = (float)((rest * pieces + pairs - 1) / pairs) / pieces + (pieces > 1 ? ADDING / slices : 0);
-  const bool fits = pieces == 1 || rest * pieces <= ROOM * pairs;
+  const bool fits = pieces == 1 || rest * pieces <= PIECES_PER_PAIR * pairs;
   // Rounded, with the number behind it: of two that take as long the lesser one.
   const u32 least = __reduce_min_sync(~0u, fits ? (u32)(time * 65536) * MOST_PIECES + pieces - 1 : ~0u);
   return (least & (MOST_PIECES - 1)) + 1;

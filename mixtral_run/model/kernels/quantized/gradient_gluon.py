@@ -77,13 +77,13 @@ def _bring(
     high_smem,
     ready,
     free,
-    ends_ptr,
+    offsets_ptr,
     wide,
     steps,
     EXPERTS: gl.constexpr,
 ):
     tile = gl.program_id(0)
-    expert, row, column, _, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
+    expert, row, column, _, total = place(tile, offsets_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
     count = 0
     while tile < total:
         for step in range(steps):
@@ -98,7 +98,7 @@ def _bring(
             tma.async_copy_global_to_shared(matrices_desc, [below, column + HALF], bar, high_smem.index(slot))
             count += 1
         tile += gl.num_programs(0)
-        expert, row, column, _, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
+        expert, row, column, _, total = place(tile, offsets_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
 
 
 @gluon.jit
@@ -138,7 +138,7 @@ def _multiply(
     row_scales_ptr,
     inner_ptr,
     adapter_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     wide,
     steps,
@@ -147,7 +147,7 @@ def _multiply(
 ):
     width = wide * 2 * HALF
     tile = gl.program_id(0)
-    expert, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
+    expert, row, column, last, total = place(tile, offsets_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
     count = 0
     while tile < total:
         result = gl.zeros([HALF, TOKENS], gl.float32, RESULT)
@@ -174,7 +174,7 @@ def _multiply(
         places = output_ptr + tokens[:, None].to(gl.int64) * width + columns[None, :]
         gl.store(places, stored.to(output_ptr.dtype.element_ty), mask=(tokens < last)[:, None])
         tile += gl.num_programs(0)
-        expert, row, column, last, total = place(tile, ends_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
+        expert, row, column, last, total = place(tile, offsets_ptr, wide, EXPERTS, TOKENS, 2 * HALF)
 
 
 @gluon.jit
@@ -184,7 +184,7 @@ def _gradient_kernel(
     row_scales_ptr,
     inner_ptr,
     adapter_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     width,
     depth,
@@ -221,7 +221,7 @@ def _gradient_kernel(
                     row_scales_ptr,
                     inner_ptr,
                     adapter_ptr,
-                    ends_ptr,
+                    offsets_ptr,
                     output_ptr,
                     wide,
                     steps,
@@ -241,7 +241,7 @@ def _gradient_kernel(
                     row_scales_ptr,
                     inner_ptr,
                     adapter_ptr,
-                    ends_ptr,
+                    offsets_ptr,
                     output_ptr,
                     wide,
                     steps,
@@ -259,7 +259,7 @@ def _gradient_kernel(
                     high_smem,
                     ready,
                     free,
-                    ends_ptr,
+                    offsets_ptr,
                     wide,
                     steps,
                     EXPERTS,
@@ -277,8 +277,8 @@ def fits(values: Tensor, adapter: Tensor | None) -> bool:
     return values.shape[1] % DEPTH.value == 0 and values.shape[2] % (2 * HALF.value) == 0 and rank in RANKS
 
 
-def unturned_gradient(
-    small: Tensor, values: Tensor, row_scales: Tensor, ends: Tensor, inner: Tensor | None, adapter: Tensor | None
+def untransposed_gradient(
+    small: Tensor, values: Tensor, row_scales: Tensor, offsets: Tensor, inner: Tensor | None, adapter: Tensor | None
 ) -> Tensor:
     """small 8 bit [tokens, out] times row_scales fp32 [tokens] · values 8 bit [experts, out, in] → bf16 [tokens, in].
 
@@ -299,7 +299,7 @@ def unturned_gradient(
         row_scales,
         inner if inner is not None else output,
         adapter if adapter is not None else output,
-        ends,
+        offsets,
         output,
         width,
         depth,

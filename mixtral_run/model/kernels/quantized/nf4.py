@@ -22,9 +22,9 @@ def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = tensor.float().unflatten(-1, (-1, block_size(tensor.shape[-1])))
     scales = blocks.abs().amax(-1).bfloat16()
-    shares = blocks / scales.float().clamp(min=1e-30)[..., None]
+    fractions = blocks / scales.float().clamp(min=1e-30)[..., None]
     levels = levels_on(tensor.device)
-    codes = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True).flatten(-2).to(torch.uint8)
+    codes = torch.bucketize(fractions, (levels[1:] + levels[:-1]) / 2, out_int32=True).flatten(-2).to(torch.uint8)
     return codes[..., ::2] | codes[..., 1::2] << 4, scales
 
 

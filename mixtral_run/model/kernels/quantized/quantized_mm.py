@@ -76,18 +76,18 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (values.float() * scales[..., None]).to(dtype)
 
 
-def quantized_linear(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+def quantized_linear(rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     """Each row times the transpose of its expert's matrix: [tokens, out]. The matrices get no gradient.
 
     rows [tokens, in], sorted by expert; values 8 bit [experts, out, in], scales fp32 [experts, out], or both as
     nf4.quantize gives them; ends: grouped_mm.py.
     """
-    output: Tensor = _QuantizedLinear.apply(rows, values, scales, ends)  # type: ignore[no-untyped-call]
+    output: Tensor = _QuantizedLinear.apply(rows, values, scales, offsets)  # type: ignore[no-untyped-call]
     return output
 
 
 def quantized_with_inner(
-    rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, linear_in: Tensor, recipe: Recipe | None
+    rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, linear_in: Tensor, recipe: Recipe | None
 ) -> tuple[Tensor, Tensor]:
     """`quantized_linear` and grouped.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
 
@@ -96,7 +96,7 @@ def quantized_with_inner(
     """
     make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
     outputs: tuple[Tensor, Tensor] = _WithInner.apply(  # type: ignore[no-untyped-call]
-        rows, values, scales, ends, linear_in, make, *kept
+        rows, values, scales, offsets, linear_in, make, *kept
     )
     return outputs
 
@@ -113,9 +113,9 @@ def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(values, scales, ends)
-        return forward_product(rows, values, scales, ends)
+    def forward(ctx: Any, rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(values, scales, offsets)
+        return forward_product(rows, values, scales, offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -131,80 +131,82 @@ class _WithInner(torch.autograd.Function):
         rows: Tensor,
         values: Tensor,
         scales: Tensor,
-        ends: Tensor,
+        offsets: Tensor,
         linear_in: Tensor,
         make: Callable[..., Tensor] | None,
         *kept: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, scales, ends, linear_in, *kept)
+        ctx.save_for_backward(values, scales, offsets, linear_in, *kept)
         ctx.make = make
-        return forward_product(rows, values, scales, ends), product(rows, linear_in.transpose(1, 2), ends)
+        return forward_product(rows, values, scales, offsets), product(rows, linear_in.transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, scales, ends, linear_in, *kept = ctx.saved_tensors
+        values, scales, offsets, linear_in, *kept = ctx.saved_tensors
         gradient, inner = (each.contiguous() for each in gradients)
         for_linear_in = None
         if ctx.needs_input_grad[4]:
             rows = ctx.make(*kept) if ctx.make is not None else kept[0]
-            for_linear_in = outer_product(inner, rows, ends)
+            for_linear_in = outer_product(inner, rows, offsets)
         for_rows = None
         if ctx.needs_input_grad[0]:
-            for_rows = rows_gradient(gradient, values, scales, ends, inner, linear_in)
+            for_rows = rows_gradient(gradient, values, scales, offsets, inner, linear_in)
         return (for_rows, None, None, None, for_linear_in, None, *(None for _ in kept))
 
 
-def forward_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, source: Tensor | None = None) -> Tensor:
+def forward_product(
+    rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, source: Tensor | None = None
+) -> Tensor:
     """rows · matricesᵀ, [tokens, out], by what runs here. source: as in grouped.product."""
     if not has_scaled_product(rows, values):
         rows = rows if source is None else rows.index_select(0, source)
-        return plain_product(rows, values, scales, ends, backwards=False)
+        return plain_product(rows, values, scales, offsets, backwards=False)
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
-    small, row_scales = quantize_rows(rows.contiguous(), None, ends)
+    small, row_scales = quantize_rows(rows.contiguous(), None, offsets)
     if source is not None:
         # Once a token and then gathered, at half the bytes.
         small = small.view(torch.uint8).index_select(0, source).view(FP8)
         row_scales = row_scales.index_select(0, source)
-    return scaled_product(small, values, row_scales, scales, ends)
+    return scaled_product(small, values, row_scales, scales, offsets)
 
 
 def rows_gradient(
     gradient: Tensor,
     values: Tensor,
     scales: Tensor,
-    ends: Tensor,
+    offsets: Tensor,
     inner: Tensor | None = None,
     linear_in: Tensor | None = None,
 ) -> Tensor:
     """gradient · matrices, [tokens, in], by what runs here; plus inner [tokens, r] · linear_in where given."""
     if not has_scaled_product(gradient, values):
-        return with_inner(plain_product(gradient, values, scales, ends, backwards=True), inner, linear_in, ends)
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, turned
+        return with_inner(plain_product(gradient, values, scales, offsets, backwards=True), inner, linear_in, offsets)
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, transposed
 
-    small, row_scales = quantize_rows(gradient, scales, ends)
-    if reads_unturned(gradient.device):
-        from mixtral_run.model.kernels.quantized.gradient_gluon import fits, unturned_gradient
+    small, row_scales = quantize_rows(gradient, scales, offsets)
+    if reads_untransposed(gradient.device):
+        from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
 
         if fits(values, linear_in):
             adapter = linear_in.contiguous() if linear_in is not None else None
-            return unturned_gradient(small, values, row_scales, ends, inner, adapter)
-    return with_inner(scaled_product(small, turned(values), row_scales, None, ends), inner, linear_in, ends)
+            return untransposed_gradient(small, values, row_scales, offsets, inner, adapter)
+    return with_inner(scaled_product(small, transposed(values), row_scales, None, offsets), inner, linear_in, offsets)
 
 
-def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None, ends: Tensor) -> Tensor:
+def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None, offsets: Tensor) -> Tensor:
     """gradient plus the part that comes through the adapter."""
     if inner is None or linear_in is None:
         return gradient
-    return add_product(gradient, inner, linear_in, 1.0, ends)
+    return add_product(gradient, inner, linear_in, 1.0, offsets)
 
 
 @functools.cache
-def reads_unturned(device: torch.device) -> bool:
+def reads_untransposed(device: torch.device) -> bool:
     """Whether gradient_gluon.py is right on this device, by a small product. Gluon changes from version to version."""
 
     def small() -> tuple[Tensor, Tensor]:
-        from mixtral_run.model.kernels.quantized.gradient_gluon import unturned_gradient
+        from mixtral_run.model.kernels.quantized.gradient_gluon import untransposed_gradient
 
         generator = torch.Generator(device).manual_seed(1)
         rows, matrices = (
@@ -213,8 +215,8 @@ def reads_unturned(device: torch.device) -> bool:
         inner, linear_in = (
             torch.randn(shape, device=device, generator=generator).bfloat16() for shape in ((160, 16), (2, 16, 256))
         )
-        ends = torch.tensor([150, 160], device=device, dtype=torch.int32)
-        found = unturned_gradient(rows, matrices, torch.ones(160, device=device), ends, inner, linear_in)
+        offsets = torch.tensor([150, 160], device=device, dtype=torch.int32)
+        found = untransposed_gradient(rows, matrices, torch.ones(160, device=device), offsets, inner, linear_in)
         owner = (torch.arange(160, device=device) >= 150).long()
         expected = torch.einsum("to,toi->ti", rows.float(), matrices.float()[owner])
         return found, expected + torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
@@ -225,7 +227,9 @@ def reads_unturned(device: torch.device) -> bool:
     return not why
 
 
-def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
+def scaled_product(
+    small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, offsets: Tensor
+) -> Tensor:
     """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed → bf16 [tokens, n].
 
     row_scales [tokens], scales [experts, n] or None for ones, both fp32.
@@ -233,7 +237,7 @@ def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: 
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
 
     if fits_tiles(matrices):
-        return tiled_product(small, matrices, row_scales, scales, ends)
+        return tiled_product(small, matrices, row_scales, scales, offsets)
     if scales is None:
         scales = torch.ones(matrices.shape[:2], device=matrices.device)
     # torch takes the second operand column-major, which the transposed view of a contiguous one is
@@ -243,20 +247,20 @@ def scaled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: 
         matrices.transpose(1, 2),
         row_scales,
         scales,
-        offs=ends,
+        offs=offsets,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
     return output
 
 
-def plain_product(rows: Tensor, values: Tensor, scales: Tensor, ends: Tensor, *, backwards: bool) -> Tensor:
+def plain_product(rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, *, backwards: bool) -> Tensor:
     """The same from dequantized weights: [tokens, out], or backwards [tokens, in]."""
     if has_grouped_product(rows, values.shape[1], values.shape[2] * (2 if values.dtype is torch.uint8 else 1)):
         matrices = dequantize(values, scales, rows.dtype)
-        return product(rows, matrices if backwards else matrices.transpose(1, 2), ends)
+        return product(rows, matrices if backwards else matrices.transpose(1, 2), offsets)
     outputs = []
-    for part, value, scale in zip(each_experts(rows, ends), values.unbind(0), scales.unbind(0), strict=True):
+    for part, value, scale in zip(each_experts(rows, offsets), values.unbind(0), scales.unbind(0), strict=True):
         # One expert at a time: all of them would be the memory that 8 bit saves.
         matrix = dequantize(value, scale, rows.dtype)
         outputs.append(part @ (matrix if backwards else matrix.t()))

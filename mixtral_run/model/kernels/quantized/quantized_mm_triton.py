@@ -17,7 +17,7 @@ TILE = 128
 def _quantize_kernel(
     rows_ptr,
     columns_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     scales_ptr,
     width,
@@ -35,9 +35,9 @@ def _quantize_kernel(
     inside = columns < width
     value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
-        ends = tl.load(ends_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+        offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
         # A row from the last end on is no expert's: any will do.
-        expert = tl.minimum(tl.sum((ends <= row).to(tl.int64), axis=0), num_experts - 1)
+        expert = tl.minimum(tl.sum((offsets <= row).to(tl.int64), axis=0), num_experts - 1)
         value = value * tl.load(columns_ptr + expert * width + columns, mask=inside, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(value), axis=0), TINY) / LARGEST
     tl.store(scales_ptr + row, scale)
@@ -46,7 +46,7 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _turn_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr):
+def _transpose_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     first = tl.program_id(2).to(tl.int64) * height * width
@@ -56,7 +56,7 @@ def _turn_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr):
     tl.store(target_ptr + first + columns[:, None] * height + rows[None, :], tl.trans(tile), mask=inside)
 
 
-def quantize_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """rows [tokens, width], contiguous, times their expert's columns [experts, width] where given, in 8 bit by row.
 
     Returns values [tokens, width] and scales fp32 [tokens], as quantized.quantize.
@@ -68,27 +68,27 @@ def quantize_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[T
     _quantize_kernel[(tokens,)](
         rows,
         columns if columns is not None else scales,
-        ends,
+        offsets,
         values,
         scales,
         width,
-        ends.shape[0],
+        offsets.shape[0],
         LARGEST=LARGEST,
         TINY=TINY,
         HAS_COLUMNS=columns is not None,
-        EXPERTS=triton.next_power_of_2(ends.shape[0]),
+        EXPERTS=triton.next_power_of_2(offsets.shape[0]),
         BLOCK=block,
         num_warps=min(max(block // 1024, 4), 32),
     )
     return values, scales
 
 
-def turned(values: Tensor) -> Tensor:
+def transposed(values: Tensor) -> Tensor:
     """[experts, out, in] → [experts, in, out], contiguous, of one-byte numbers."""
     experts, height, width = values.shape
     target = torch.empty(experts, width, height, dtype=values.dtype, device=values.device)
     grid = (triton.cdiv(height, TILE), triton.cdiv(width, TILE), experts)
-    _turn_kernel[grid](values.view(torch.uint8), target.view(torch.uint8), height, width, TILE=TILE, num_warps=8)
+    _transpose_kernel[grid](values.view(torch.uint8), target.view(torch.uint8), height, width, TILE=TILE, num_warps=8)
     return target
 
 
@@ -102,7 +102,7 @@ def _product_kernel(
     matrices_desc,
     row_scales_ptr,
     scales_ptr,
-    ends_ptr,
+    offsets_ptr,
     output_ptr,
     width,
     depth,
@@ -114,9 +114,9 @@ def _product_kernel(
 ):
     """As many programs as the GPU runs at once take tile after tile, those of an expert one below the other."""
     numbers = tl.arange(0, EXPERTS)
-    ends = tl.load(ends_ptr + numbers)
-    begins = tl.load(ends_ptr + numbers - 1, mask=numbers > 0, other=0)
-    high = (ends - begins + ROWS - 1) // ROWS
+    offsets = tl.load(offsets_ptr + numbers)
+    begins = tl.load(offsets_ptr + numbers - 1, mask=numbers > 0, other=0)
+    high = (offsets - begins + ROWS - 1) // ROWS
     wide = width // COLUMNS
     tiles_to = tl.cumsum(high, axis=0) * wide
     total = tl.sum(high, axis=0) * wide
@@ -124,7 +124,7 @@ def _product_kernel(
         expert = tl.sum((tiles_to <= tile).to(tl.int32), axis=0)
         mine = numbers == expert
         begin = tl.sum(tl.where(mine, begins, 0), axis=0)
-        end = tl.sum(tl.where(mine, ends, 0), axis=0)
+        end = tl.sum(tl.where(mine, offsets, 0), axis=0)
         count = tl.sum(tl.where(mine, high, 0), axis=0)
         local = tile - tl.sum(tl.where(mine, tiles_to - high * wide, 0), axis=0)
         first_row = begin + (local % count) * ROWS
@@ -151,7 +151,9 @@ def fits_tiles(matrices: Tensor) -> bool:
     return experts & (experts - 1) == 0 and width % COLUMNS == 0 and depth % DEPTH == 0
 
 
-def tiled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
+def tiled_product(
+    small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, offsets: Tensor
+) -> Tensor:
     """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed, times both scales → bf16 [tokens, n].
 
     As quantized.scaled_product; matrices as `fits_tiles` says, all contiguous; scales [experts, n], or None for ones.
@@ -168,7 +170,7 @@ def tiled_product(small: Tensor, matrices: Tensor, row_scales: Tensor, scales: T
         TensorDescriptor.from_tensor(matrices.view(experts * width, depth), [COLUMNS, DEPTH]),
         row_scales,
         scales if scales is not None else row_scales,
-        ends,
+        offsets,
         output,
         width,
         depth,

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def place(tile, ends_ptr, wide, EXPERTS: gl.constexpr, HIGH: gl.constexpr, WIDE: gl.constexpr):
+def place(tile, offsets_ptr, wide, EXPERTS: gl.constexpr, HIGH: gl.constexpr, WIDE: gl.constexpr):
     """Of a tile, HIGH rows of an expert and WIDE columns, of which `wide` make a row of tiles: its expert, its first
     row and column, where that expert's rows end; and how many tiles there are."""
     expert = 0
@@ -18,7 +18,7 @@ def place(tile, ends_ptr, wide, EXPERTS: gl.constexpr, HIGH: gl.constexpr, WIDE:
     before = 0
     begin = 0
     for number in gl.static_range(EXPERTS):
-        end = gl.load(ends_ptr + number)
+        end = gl.load(offsets_ptr + number)
         count = (end - begin + HIGH - 1) // HIGH
         after = before + count * wide
         mine = (tile >= before) & (tile < after)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.model.dispatch import symmetric_memory as module
-from mixtral_run.model.dispatch.symmetric_memory import _read_each_other, open_peers
+from mixtral_run.model.dispatch.symmetric_memory import _can_read_peers, open_symmetric_memory
 from mixtral_run.model.parallel import mesh
 from mixtral_run.model.parallel.mesh import Mesh
 from tests.integration.conftest import SMALL
@@ -29,38 +29,38 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_gpus_of_one_machine_do(machine: pytest.MonkeyPatch) -> None:
-    assert _read_each_other(GROUP, GPU)
+    assert _can_read_peers(GROUP, GPU)
     asked: list[Any] = []
     machine.setattr(torch.cuda, "can_device_access_peer", lambda *gpus: asked.append(gpus) or True)
-    assert _read_each_other(GROUP, GPU)
+    assert _can_read_peers(GROUP, GPU)
     assert asked == [(GPU, 0)]
 
 
 def test_cpus_do_not(machine: pytest.MonkeyPatch) -> None:
-    assert not _read_each_other(GROUP, torch.device("cpu"))
+    assert not _can_read_peers(GROUP, torch.device("cpu"))
 
 
 def test_gpus_of_several_machines_do_not(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("LOCAL_WORLD_SIZE", "2")
-    assert not _read_each_other(GROUP, GPU)
+    assert not _can_read_peers(GROUP, GPU)
 
 
 def test_gpus_that_the_driver_keeps_apart_do_not(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(torch.cuda, "can_device_access_peer", lambda *_: False)
-    assert not _read_each_other(GROUP, GPU)
+    assert not _can_read_peers(GROUP, GPU)
 
 
 def test_gpus_that_a_process_does_not_see_are_not_asked(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(torch.cuda, "device_count", lambda: 1)
     machine.setattr(dist, "get_process_group_ranks", lambda _: [0, 1, 2])
-    assert not _read_each_other(GROUP, GPU)
+    assert not _can_read_peers(GROUP, GPU)
 
 
 def test_who_turns_it_off_for_nccl_turns_it_off(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("NCCL_P2P_DISABLE", "1")
-    assert not _read_each_other(GROUP, GPU)
+    assert not _can_read_peers(GROUP, GPU)
     machine.setenv("NCCL_P2P_DISABLE", "0")
-    assert _read_each_other(GROUP, GPU)
+    assert _can_read_peers(GROUP, GPU)
 
 
 @pytest.mark.parametrize("fails", ["here", "elsewhere"])
@@ -85,10 +85,10 @@ def test_memory_that_one_process_lacks_is_shared_by_none(
     class Here:
         device, expert_group = GPU, GROUP
 
-    machine.setattr(module, "Peers", Fake)
+    machine.setattr(module, "SymmetricMemoryExchange", Fake)
     machine.setattr(mesh, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
     machine.setattr(module, "everywhere", lambda ok, _: ok)
-    assert open_peers(cast(Mesh, Here()), SMALL, 16, torch.bfloat16) is None
+    assert open_symmetric_memory(cast(Mesh, Here()), SMALL, 16, torch.bfloat16) is None
     assert asked == ["allocate"]
     expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
     assert [record.message for record in caplog.records] == (expected if fails == "here" else [])

@@ -48,10 +48,10 @@ def test_rows_that_no_block_divides_are_refused() -> None:
 def test_products_are_those_of_what_comes_back(routing: tuple[int, ...]) -> None:
     torch.manual_seed(sum(routing))
     rows, weight = torch.randn(sum(routing), 64).double(), torch.randn(4, 48, 64)
-    ends = torch.tensor(routing).cumsum(0).int()
+    offsets = torch.tensor(routing).cumsum(0).int()
     parts = [nf4.quantize(expert) for expert in weight]
     codes, scales = (torch.stack(each) for each in zip(*parts, strict=True))
-    mine = results(quantized_linear, rows, codes, scales, ends)
-    expected = results(written_out, rows, nf4.dequantize(codes, scales, torch.float64), ends)
+    mine = results(quantized_linear, rows, codes, scales, offsets)
+    expected = results(written_out, rows, nf4.dequantize(codes, scales, torch.float64), offsets)
     for found, same in zip(mine, expected, strict=True):
         torch.testing.assert_close(found, same, rtol=1e-10, atol=1e-10)

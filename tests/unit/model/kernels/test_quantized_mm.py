@@ -57,8 +57,8 @@ def test_the_largest_is_exact_and_zeros_stay() -> None:
     torch.testing.assert_close(dequantize(values, scales, torch.float32), weight, rtol=1e-6, atol=0)
 
 
-def written_out(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    starts = [0, *ends.tolist()]
+def written_out(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    starts = [0, *offsets.tolist()]
     return torch.cat([rows[start : starts[e + 1]] @ weight[e].t() for e, start in enumerate(starts[:-1])])
 
 
@@ -74,31 +74,31 @@ def results(compute: object, rows: Tensor, *rest: Tensor) -> tuple[Tensor, Tenso
 def test_the_plain_product_is_that_of_the_dequantized_weight(routing: tuple[int, ...]) -> None:
     torch.manual_seed(sum(routing))
     rows, weight = torch.randn(sum(routing), 48).double(), torch.randn(4, 32, 48)
-    ends = torch.tensor(routing).cumsum(0).int()
+    offsets = torch.tensor(routing).cumsum(0).int()
     values, scales = quantize(weight)
-    mine = results(quantized_linear, rows, values, scales, ends)
-    expected = results(written_out, rows, dequantize(values, scales, torch.float64), ends)
-    exact = results(written_out, rows, weight.double(), ends)
+    mine = results(quantized_linear, rows, values, scales, offsets)
+    expected = results(written_out, rows, dequantize(values, scales, torch.float64), offsets)
+    exact = results(written_out, rows, weight.double(), offsets)
     for found, same, near in zip(mine, expected, exact, strict=True):
         torch.testing.assert_close(found, same, rtol=1e-10, atol=1e-10)
         if near.numel():
             assert 0 < float((found - near).norm() / near.norm()) < 0.04
 
 
-@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_with_the_adapters_lesser_half_it_is_the_sum_of_both(routing: tuple[int, ...], remade: bool) -> None:
+def test_with_the_adapters_lesser_half_it_is_the_sum_of_both(routing: tuple[int, ...], recomputed: bool) -> None:
     torch.manual_seed(sum(routing))
     drawn, weight, linear_in = torch.randn(sum(routing), 48), torch.randn(4, 32, 48), torch.randn(4, 3, 48)
-    ends = torch.tensor(routing).cumsum(0).int()
+    offsets = torch.tensor(routing).cumsum(0).int()
     values, scales = quantize(weight)
 
     def apart(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        return quantized_linear(rows, values, scales, ends), grouped_linear(rows, half, ends)
+        return quantized_linear(rows, values, scales, offsets), grouped_linear(rows, half, offsets)
 
     def together(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        recipe = Recipe.of(lambda doubled: doubled / 2, rows * 2) if remade else None
-        return quantized_with_inner(rows, values, scales, ends, half, recipe)
+        recipe = Recipe.of(lambda doubled: doubled / 2, rows * 2) if recomputed else None
+        return quantized_with_inner(rows, values, scales, offsets, half, recipe)
 
     found = []
     for compute in (apart, together):
@@ -137,9 +137,9 @@ def stand_in_product(
 def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of the 8-bit products, with their kernels written in torch."""
 
-    def quantize_rows(rows: Tensor, columns: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
         if columns is not None:
-            owner = torch.searchsorted(ends, torch.arange(len(rows), dtype=torch.int32), right=True)
+            owner = torch.searchsorted(offsets, torch.arange(len(rows), dtype=torch.int32), right=True)
             rows = rows.float() * columns[owner]
         return quantize(rows)
 
@@ -147,15 +147,15 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.quantize_rows = quantize_rows  # type: ignore[attr-defined]
     kernels.fits_tiles = lambda _: False  # type: ignore[attr-defined]
     kernels.tiled_product = None  # type: ignore[attr-defined]
-    kernels.turned = lambda values: values.transpose(1, 2).contiguous()  # type: ignore[attr-defined]
+    kernels.transposed = lambda values: values.transpose(1, 2).contiguous()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mixtral_run.model.kernels.quantized.quantized_mm_triton", kernels)
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _checked(torch._scaled_grouped_mm))
     monkeypatch.setattr(quantized_mm, "has_scaled_product", lambda *_: True)
-    monkeypatch.setattr(quantized_mm, "reads_unturned", lambda _: False)
+    monkeypatch.setattr(quantized_mm, "reads_untransposed", lambda _: False)
 
 
 def test_where_the_gradients_kernel_does_not_run_it_is_said_and_done_without(caplog: pytest.LogCaptureFixture) -> None:
-    assert not quantized_mm.reads_unturned.__wrapped__(torch.device("cpu"))
+    assert not quantized_mm.reads_untransposed.__wrapped__(torch.device("cpu"))
     assert "go through turned weights" in caplog.text and "Triton" in caplog.text
 
 
@@ -174,10 +174,10 @@ def test_the_products_in_8_bit_are_near(as_if_on_hopper: None, routing: tuple[in
     rows = torch.randn(sum(routing), 64).bfloat16()
     # Channels of very different size: the gradient has to carry their scales.
     weight = torch.randn(4, 96, 64) * torch.logspace(-3, 1, 96)[torch.randperm(96), None]
-    ends = torch.tensor(routing).cumsum(0).int()
+    offsets = torch.tensor(routing).cumsum(0).int()
     values, scales = quantize(weight)
-    mine = results(quantized_linear, rows, values, scales, ends)
-    expected = results(written_out, rows.double(), dequantize(values, scales, torch.float64), ends)
+    mine = results(quantized_linear, rows, values, scales, offsets)
+    expected = results(written_out, rows.double(), dequantize(values, scales, torch.float64), offsets)
     for found, near in zip(mine, expected, strict=True):
         assert found.dtype is torch.bfloat16
         # Of the activations' own rounding to 8 bit.

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mixtral_run.model.dispatch.permute import to_rows, to_tokens
+from mixtral_run.model.dispatch.permute import permute, unpermute
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
-from mixtral_run.model.kernels.router_probs import row_products, with_shares
+from mixtral_run.model.kernels.router_probs import row_products, with_probs
 from mixtral_run.model.kernels.swiglu import swiglu
 from mixtral_run.model.recompute.recipe import Once, Recipe, drop
 
@@ -23,28 +23,28 @@ def test_all_gradients_are_the_same(with_adapter: bool, dropout: float, smallest
     torch.manual_seed(4)
     tokens, first, second = draw(TOKENS, HIDDEN), draw(EXPERTS, 2 * FFN, HIDDEN), draw(EXPERTS, HIDDEN, FFN)
     inner, outer = draw(EXPERTS, RANK, FFN).requires_grad_(True), draw(EXPERTS, HIDDEN, RANK).requires_grad_(True)
-    shares = torch.rand(TOKENS, TOPK, dtype=torch.float64)
-    shares[:5, 1] = smallest
+    probs = torch.rand(TOKENS, TOPK, dtype=torch.float64)
+    probs[:5, 1] = smallest
     chosen = torch.stack([torch.randperm(EXPERTS)[:TOPK] for _ in range(TOKENS)]).flatten()
     order = chosen.argsort(stable=True)
-    position = order.argsort()
-    ends = torch.bincount(chosen, minlength=EXPERTS).cumsum(0).int()
+    inverse = order.argsort()
+    offsets = torch.bincount(chosen, minlength=EXPERTS).cumsum(0).int()
     results = []
     for by_activation in (False, True):
         torch.manual_seed(8)
-        leaves = [tokens.clone().requires_grad_(True), shares.clone().requires_grad_(True)]
-        hidden = grouped_linear(to_rows(leaves[0], order, position, TOPK), first, ends)
+        leaves = [tokens.clone().requires_grad_(True), probs.clone().requires_grad_(True)]
+        hidden = grouped_linear(permute(leaves[0], order, inverse, TOPK), first, offsets)
         active, recipe = swiglu(hidden), None
         weights = leaves[1]
         if by_activation:
             again = Once(Recipe.of(swiglu, hidden))
-            active = with_shares(active, weights.flatten().index_select(0, order), again)
+            active = with_probs(active, weights.flatten().index_select(0, order), again)
             recipe, weights = again.as_recipe(), weights.detach()
-        output = grouped_linear(active, second, ends)
+        output = grouped_linear(active, second, offsets)
         if with_adapter:
             dropped, recipe = drop(active, dropout, recipe) if dropout else (active, recipe)
-            output = output + grouped_linear(grouped_linear(dropped, inner, ends, recipe), outer, ends)
-        result = to_tokens(output, weights, order, position)
+            output = output + grouped_linear(grouped_linear(dropped, inner, offsets, recipe), outer, offsets)
+        result = unpermute(output, weights, order, inverse)
         for each in (inner, outer):
             each.grad = None
         (result * torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view_as(result)).sum().backward()
@@ -55,13 +55,13 @@ def test_all_gradients_are_the_same(with_adapter: bool, dropout: float, smallest
 
 
 def test_a_share_of_nothing_gets_no_gradient_that_is_no_number() -> None:
-    shares = torch.tensor([0.0, 0.5], requires_grad=True)
+    probs = torch.tensor([0.0, 0.5], requires_grad=True)
     active = torch.randn(2, 6, requires_grad=True)
-    result = with_shares(active, shares, Once(Recipe.kept(active)))
-    (result * shares.detach()[:, None]).sum().backward()
-    assert shares.grad is not None
-    assert shares.grad[0] == 0
-    torch.testing.assert_close(shares.grad[1], active.detach()[1].sum())
+    result = with_probs(active, probs, Once(Recipe.kept(active)))
+    (result * probs.detach()[:, None]).sum().backward()
+    assert probs.grad is not None
+    assert probs.grad[0] == 0
+    torch.testing.assert_close(probs.grad[1], active.detach()[1].sum())
 
 
 def test_what_was_made_is_not_held_on_to() -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.dispatch.all_gather import Room, gather, sum_where_they_belong
-from mixtral_run.model.dispatch.symmetric_memory import Peers, open_peers
+from mixtral_run.model.dispatch.all_gather import gather, sum_to_owners
+from mixtral_run.model.dispatch.overflow import RowCapacity
+from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryExchange, open_symmetric_memory
 from mixtral_run.model.parallel.mesh import Mesh, processes
 
 ARCHITECTURE = dataclasses.replace(MIXTRAL_8X7B, hidden_size=1536)
@@ -58,19 +59,19 @@ class Factor(torch.autograd.Function):
         return gradients[0] * factors[:, None].to(results.dtype), for_shares, None
 
 
-def through_peers(peers: Peers, room: Room, given: Numbers) -> list[Tensor]:
+def by_symmetric_memory(exchange: SymmetricMemoryExchange, capacity: RowCapacity, given: Numbers) -> list[Tensor]:
     """Results and gradients of a layer whose experts multiply by their number, from 1. All ranks must call."""
     tokens, weights, experts, gradient = given
     tokens, weights = tokens.detach().requires_grad_(), weights.detach().requires_grad_()
-    peers.begin()
-    num_rows = room.num_rows(experts.numel() * peers.size, peers.size)
-    routes = peers.route(tokens, weights, experts, num_rows, room.missing)
-    rows, shares = peers.rows(tokens, weights, routes)
+    exchange.begin()
+    num_rows = capacity.num_rows(experts.numel() * exchange.size, exchange.size)
+    routes = exchange.route(tokens, weights, experts, num_rows, capacity.overflow)
+    rows, shares = exchange.rows(tokens, weights, routes)
     # Rows behind the last of `ends` are nobody's: whatever is there.
-    number = (torch.arange(num_rows, device="cuda")[:, None] >= routes.ends).sum(1)
-    factors = 1.0 + number + peers.rank * routes.ends.numel()
+    number = (torch.arange(num_rows, device="cuda")[:, None] >= routes.offsets).sum(1)
+    factors = 1.0 + number + exchange.rank * routes.offsets.numel()
     results = Factor.apply(rows, shares, factors)
-    own = peers.sum_where_they_belong(results, weights.detach(), routes)
+    own = exchange.sum_to_owners(results, weights.detach(), routes)
     own.backward(gradient)
     assert tokens.grad is not None
     assert weights.grad is not None
@@ -83,8 +84,8 @@ def by_collectives(mesh: Mesh, given: Numbers) -> list[Tensor]:
     tokens, weights = tokens.float().requires_grad_(), weights.detach().requires_grad_()
     found = gather(tokens, weights, experts, mesh.expert_group)
     own = found.experts // (ARCHITECTURE.num_experts // mesh.expert_size) == mesh.expert_rank
-    factor = (found.weights * (found.experts + 1)).where(own, 0.0).sum(1, keepdim=True)
-    result = sum_where_they_belong(found.tokens * factor, mesh.expert_group)
+    factor = (found.probs * (found.experts + 1)).where(own, 0.0).sum(1, keepdim=True)
+    result = sum_to_owners(found.tokens * factor, mesh.expert_group)
     result.backward(gradient.float())
     assert tokens.grad is not None
     assert weights.grad is not None
@@ -122,25 +123,27 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
     with processes(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
-        peers = open_peers(mesh, ARCHITECTURE, MOST, torch.bfloat16)
-        assert peers is not None, "these GPUs do not read from each other"
-        room = Room.on(mesh.device, peers=peers)
+        exchange = open_symmetric_memory(mesh, ARCHITECTURE, MOST, torch.bfloat16)
+        assert exchange is not None, "these GPUs do not read from each other"
+        capacity = RowCapacity(mesh.device)
         for tokens, routing in ((MOST, "random"), (MOST, "two experts"), (17, "random"), (1, "two experts")):
             for seed in range(4):
                 given = numbers(tokens, routing, seed)
-                check(f"{tokens} {routing}", through_peers(peers, room, given), by_collectives(mesh, given))
-        replay = recorded(lambda given: through_peers(peers, room, given), numbers(MOST, "random", 0))
+                check(
+                    f"{tokens} {routing}", by_symmetric_memory(exchange, capacity, given), by_collectives(mesh, given)
+                )
+        replay = recorded(lambda given: by_symmetric_memory(exchange, capacity, given), numbers(MOST, "random", 0))
         many = [numbers(MOST, "random", seed) for seed in range(ROUNDS)]
         # One after the other, so that processes run ahead of each other.
         results = [[each.clone() for each in replay(given)] for given in many]
         for seed, (given, found) in enumerate(zip(many, results, strict=True)):
             check(f"replay {seed}", found, by_collectives(mesh, given))
-        assert room.sufficed(mesh)
+        assert not capacity.exceeded(mesh)
         # Where nearly all want the experts of one process, rows do not find room there, and that is told.
-        through_peers(peers, room, numbers(MOST, "one process", 0))
-        assert room.sufficed(mesh) == (size == 2)
-        assert room.sufficed(mesh)
-        peers.close()
+        by_symmetric_memory(exchange, capacity, numbers(MOST, "one process", 0))
+        assert capacity.exceeded(mesh) == (size != 2)
+        assert not capacity.exceeded(mesh)
+        exchange.close()
     dist.destroy_process_group()
 
 

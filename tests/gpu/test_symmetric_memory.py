@@ -7,7 +7,7 @@ import torch
 
 from tests.integration.conftest import torchrun
 
-WORKER = Path(__file__).parent / "peers_worker.py"
+WORKER = Path(__file__).parent / "symmetric_memory_worker.py"
 
 
 @pytest.mark.parametrize("count", [2, 4])
