@@ -19,7 +19,7 @@ from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes
-from mixtral_run.planner.choose import reads_fit
+from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.cuda_graph import backward_of
@@ -73,14 +73,18 @@ def finetune(config: FinetuneConfig) -> None:
         optimizer = torch.optim.AdamW(
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
-        # Of a GPU: what is free, and what this process has taken by now.
-        reads = mesh.device.type == "cuda" and reads_fit(
-            config, base, mesh.world_size, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        peer_access = mesh.device.type == "cuda" and peer_access_fits(
+            config,
+            base,
+            mesh.world_size,
+            # The GPU's free memory, and what torch's allocator in this process has reserved.
+            torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(),
+            torch.cuda.get_device_capability(),
         )
         tokens = config.micro_batch_size * config.seq_length
         most = samples.most if isinstance(samples, PackedSamples) else None
-        recorded = config.cuda_graphs and (most is None or most.pay(config.seq_length))
-        with backward_of(model, tokens, recorded=recorded, reads=reads, most=most) as backward:
+        captured = config.cuda_graphs and (most is None or most.pay(config.seq_length))
+        with backward_of(model, tokens, captured=captured, peer_access=peer_access, most=most) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
             if mesh.is_first and not config.resume:
                 _remove_leftovers(config.save)
@@ -107,7 +111,7 @@ def pretrain(config: PretrainConfig) -> None:
         samples, _ = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, None)
         tokens = config.micro_batch_size * config.seq_length
-        with backward_of(model, tokens, recorded=config.cuda_graphs) as backward:
+        with backward_of(model, tokens, captured=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
             meter = _meter(config, base, mesh, config.metrics_file)
             run = Run(config, mesh, report, model, samples, meter, step, seconds)

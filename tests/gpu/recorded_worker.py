@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.lora import exchanged_by
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import EagerBackward, train_step, trainable
 from tests.gpu.cases import run_cases
@@ -22,7 +22,7 @@ STEPS = 6
 def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, two micro batches in each."""
     model = small_model(mesh, recompute, precision)
-    assert can_record(model, 2 * SEQ_LENGTH)
+    assert execution_of(model, 2 * SEQ_LENGTH).captured
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
     stream = batches(
         MockSamples(1024, SEQ_LENGTH, 1),
@@ -35,9 +35,9 @@ def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[fl
     recorded = way != "rows"
     with (
         exchanged_by(collectives=way == "collectives"),
-        backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward,
+        backward_of(model, 2 * SEQ_LENGTH, captured=recorded) as backward,
     ):
-        assert isinstance(backward, RecordedBackward) == recorded
+        assert isinstance(backward, CapturedBackward) == recorded
         if recorded and mesh.expert_size > 1:
             assert backward.room is not None
             assert (backward.room.peers is not None) == (way == "peers")

@@ -6,7 +6,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.report import Report
-from mixtral_run.train.cuda_graph import RecordedBackward, backward_of
+from mixtral_run.train.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.data.samples import MockSamples, batches, stacked
 from mixtral_run.train.step import losses_of, train_step, trainable
 from mixtral_run.train.validation import Validation
@@ -30,7 +30,7 @@ def test_a_look_between_recorded_steps_changes_nothing() -> None:
             stream = batches(MockSamples(1024, SEQ_LENGTH, 1), seed=1, micro_batch_size=2, global_batch_size=4)
             losses.append([])
             with backward_of(model, 2 * SEQ_LENGTH) as backward:
-                assert isinstance(backward, RecordedBackward)
+                assert isinstance(backward, CapturedBackward)
                 for step in range(6):
                     if looks:
                         assert validation.look(model, step, lambda: False) is not None

@@ -11,7 +11,10 @@ from mixtral_run.config.verbs import PlanConfig
 @click.command()
 @config_options(PlanConfig)
 def plan(config: PlanConfig) -> None:
-    """What a LoRA run takes of each GPU, by part, for each layout; the best that fits first. Needs no GPU."""
+    """Print the memory that a LoRA run needs on each GPU, by part, for each layout; the best that fits first.
+
+    Needs no GPU. Without --gpu it plans for the GPU of this machine, and for Hopper if there is none.
+    """
     from mixtral_run.planner.table import show_plan
 
     show_plan(config)
