@@ -31,7 +31,7 @@ from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_resume, leftovers, reserved_bytes
-from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig) -> None:
     )
     with processes(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
-        samples, kept_back = open_samples(config, base, report)
+        samples, validation_samples = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, lora)
         base = loaded(model, base)
         optimizer = torch.optim.AdamW(
@@ -90,9 +90,9 @@ def finetune(config: FinetuneConfig) -> None:
                 _remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
             run = Run(config, mesh, report, model, samples, meter, step, seconds)
-            if kept_back is not None:
+            if validation_samples is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
-                run.validation = Validation(kept_back, config.micro_batch_size, report, file)
+                run.validation = Validation(validation_samples, config.micro_batch_size, report, file)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _tell_lora(run, config)
@@ -149,11 +149,14 @@ def _load(
         f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as TP{mesh.tensor_size}/"
         f"EP{mesh.expert_size}, data-parallel {mesh.data_size} …"
     )
-    precision, keep = "bf16", None
+    precision, cache = "bf16", None
     if isinstance(config, FinetuneConfig):
-        precision, keep = config.base_precision, Keep(config.keep_quantised, report, reserved_bytes(config, base))
+        precision, cache = (
+            config.base_precision,
+            CacheOptions(config.keep_quantised, report, reserved_bytes(config, base)),
+        )
     model = load_for_training(
-        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, keep=keep
+        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
     )
     seconds = time.perf_counter() - started
     report.say(f"Loaded in {seconds:.1f} s")
@@ -223,7 +226,7 @@ def _look(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Map
     """At the pairs kept back, where there are any; it counts for no iteration's time."""
     if run.validation is None:
         return
-    found = run.validation.look(run.model, iteration, stop.agreed)
+    found = run.validation.evaluate(run.model, iteration, stop.agreed)
     if found is not None and run.mesh.is_first:
         run.report.say(found.line(run.config.train_iters))
         write(iteration, {"validation_loss": found.loss})

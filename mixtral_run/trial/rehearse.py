@@ -22,7 +22,7 @@ from mixtral_run.config.verbs import (
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.metrics import read_metrics
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_pairs
 from mixtral_run.trial.steps import Steps
@@ -229,7 +229,7 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 def _generate(places: Places, layout: dict[str, Any]) -> str:
-    pair = read_pairs(places.pairs)[0]
+    pair = read_examples(places.pairs)[0]
     file = places.work / "answers.json"
     processes.torchrun(
         "generate",
