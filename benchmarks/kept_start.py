@@ -103,7 +103,7 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
     from mixtral_run.model.mixtral import ModelSettings, build_model
     from mixtral_run.model.parallel.mesh import processes
     from mixtral_run.train.checkpoint import load_base
-    from mixtral_run.train.quantized_experts import Keep
+    from mixtral_run.train.quantized_experts import CacheOptions
     from mixtral_run.weights.manifest.describe import describe_base
 
     description = describe_base(base)
@@ -113,7 +113,7 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
             description.architecture, ModelSettings(torch.bfloat16, True, lora, "none", precision), mesh
         )
         before, started, cpu = counts(), time.perf_counter(), time.process_time()
-        load_base(model, description, Keep(mode))
+        load_base(model, description, CacheOptions(mode))
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, cpu_seconds, after = time.perf_counter() - started, time.process_time() - cpu, counts()

@@ -77,7 +77,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     torch.cuda.reset_peak_memory_stats()
     losses: list[float] = []
 
-    with backward_of(model, seq * micro, recorded=not arguments.eager, most=most) as backward:
+    with backward_of(model, seq * micro, captured=not arguments.eager, most=most) as backward:
 
         def step() -> None:
             losses.append(train_step(model, optimizer, next(stream), 1.0, backward).loss)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.fields import Config, flag_of, setting
+from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS
 
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""
@@ -349,7 +350,18 @@ class PlanConfig(Config):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job.", minimum=1, section=LAYOUT)
-    gpu_memory: float = setting(80.0, help="Memory of one GPU in GiB.", above=0, section=MEMORY)
+    gpu: str | None = setting(
+        None,
+        help="GPU model to plan for. Default: the GPU of this machine, else Hopper (H100, H200).",
+        choices=tuple(GPU_MODELS),
+        section=MEMORY,
+    )
+    gpu_memory: float | None = setting(
+        None,
+        help=f"Memory of one GPU in GiB. Default: that of --gpu, else {DEFAULT_MEMORY_GIB:g}.",
+        above=0,
+        section=MEMORY,
+    )
     load: Path | None = setting(
         None, help="Converted checkpoint or HF model to plan for. Default: Mixtral 8x7B.", section=LAYOUT
     )

@@ -1,7 +1,7 @@
-"""Passes of generation: over the prompts, then over one more token of each row at a time, on cached keys and values.
+"""Passes of generation: over the prompts, then over one more token of each sequence, with cached keys and values.
 
-A pass over one token launches as many kernels as one over thousands, and the GPU waits for the host. In shapes that
-stay it is recorded once and replayed, exchanges with other processes included, as training's is (train/cuda_graph.py).
+A pass over one token launches as many kernels as a pass over thousands, so that the GPU waits for the host. With fixed
+shapes it is captured as a CUDA graph once and replayed, collectives included, as in training (train/cuda_graph.py).
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.attention import KeyValueCache
-from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import refused
+from mixtral_run.planner import policy
 
 log = logging.getLogger(__name__)
 
-WORTH_RECORDING = 8
-"""New tokens; recording takes as long as two or three passes."""
-SAME = 2e-2
-"""How far logits of the recording may be from those of the pass before it, as a share of the largest: bf16 sums."""
+CAPTURE_TOLERANCE = 2e-2
+"""Largest accepted difference of the graph's logits from the eager pass, relative to the largest logit: bf16 sums."""
 
 
 class Decoding:
-    """Passes one after the other. padding: int64 [rows], what rows have on their left; max_length: with all that comes.
+    """Eager passes, one after the other. All ranks must construct one and make the same calls.
 
-    All ranks must make one, and call alike.
+    Args:
+        model: in evaluation mode.
+        padding: int64 [rows], the number of padding tokens on the left of each row.
+        max_length: tokens of a row with all that will be generated.
     """
 
     def __init__(self, model: MixtralModel, padding: Tensor, max_length: int) -> None:
@@ -44,21 +45,24 @@ class Decoding:
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [rows, length], the prompts or what follows → logits of the last, [rows, vocabulary]."""
+        """Return the last position's logits [rows, vocabulary].
+
+        tokens: int64 [rows, length], the prompts in the first call, the tokens that follow in later ones.
+        """
         begin = self.cache.length
         positions = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)
         return self._pass(tokens, positions, _mask(positions, self._padding) if self._ragged else None)
 
     def end(self) -> None:
-        """After the last pass, and not after an error."""
+        """Free what the passes hold. Call it after the last pass, but not after an error."""
 
     def _pass(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model = self._model
-        gathers = capacity.pays(tokens.numel(), model.processes.expert_size, read=False)
-        with model.dispatching(self._all_gather if gathers else None):
+        dispatch = policy.decoding_dispatch(tokens.numel(), model.processes.expert_size)
+        with model.dispatching(self._all_gather if dispatch.has_fixed_shapes else None):
             logits = model.logits(
                 tokens,
-                # Padding counts as no position.
+                # Padding takes no position.
                 positions=(positions[None] - self._padding[:, None]).clamp(min=0),
                 mask=mask,
                 cache=self.cache,
@@ -67,9 +71,11 @@ class Decoding:
         return logits[:, -1]
 
 
-class StayingDecoding(Decoding):
-    """After the prompts each token sees all memory of keys and values, of which a mask says what is there: shapes stay,
-    and nothing waits for the GPU."""
+class FixedShapeDecoding(Decoding):
+    """Passes of fixed shapes after the prompts: each token attends to the whole cache under a mask of its filled part.
+
+    Nothing in such a pass waits for the GPU.
+    """
 
     def __call__(self, tokens: Tensor) -> Tensor:
         begin = self.cache.length
@@ -81,54 +87,57 @@ class StayingDecoding(Decoding):
             self._all = torch.arange(self.cache.max_length, device=tokens.device)
         self.cache.place.fill_(begin)
         self._tokens.copy_(tokens)
-        logits = self._one_more()
+        logits = self._decode_one()
         self.cache.length = begin + 1
         return logits
 
-    def _one_more(self) -> Tensor:
-        """`_tokens` [rows, 1] at `cache.place`. Any number of times: it writes the same there."""
+    def _decode_one(self) -> Tensor:
+        """Run the pass over `_tokens` [rows, 1] at `cache.place`. Repeating it writes the same values again."""
         assert self.cache.place is not None
-        there = (self._all <= self.cache.place) & (self._all >= self._padding[:, None])
-        return self._pass(self._tokens, self.cache.place, there[:, None, None])
+        filled = (self._all <= self.cache.place) & (self._all >= self._padding[:, None])
+        return self._pass(self._tokens, self.cache.place, filled[:, None, None])
 
 
-class RecordedDecoding(StayingDecoding):
-    """The same, recorded. The recording is compared with the pass before it, and left where it differs."""
+class CapturedDecoding(FixedShapeDecoding):
+    """Passes of fixed shapes, captured as a CUDA graph.
+
+    The graph's logits are compared with those of the eager pass before it; if they differ, generation stays eager.
+    """
 
     def __init__(self, model: MixtralModel, padding: Tensor, max_length: int) -> None:
         super().__init__(model, padding, max_length)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._recorded: Tensor | None = None
+        self._logits: Tensor | None = None
         self._failed = False
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether what comes is replayed."""
+    def is_captured(self) -> bool:
+        """True if further passes are replayed."""
         return self._graph is not None
 
-    def _one_more(self) -> Tensor:
+    def _decode_one(self) -> Tensor:
         if self._failed:
-            return super()._one_more()
-        if self._graph is None or self._recorded is None:
-            return self._record()
+            return super()._decode_one()
+        if self._graph is None or self._logits is None:
+            return self._capture_and_compare()
         self._graph.replay()
-        return self._recorded
+        return self._logits
 
     def end(self) -> None:
-        # NCCL waits for the recordings that its exchanges are in.
+        # NCCL waits for the graphs that contain its collectives.
         torch.cuda.synchronize()
         if self._graph is not None:
             self._graph.reset()
-        self._graph = self._recorded = None
+        self._graph = self._logits = None
 
-    def _record(self) -> Tensor:
-        """What the pass gives: kernels are compiled and libraries set up by it, outside the recording."""
-        expected = super()._one_more()
+    def _capture_and_compare(self) -> Tensor:
+        """Return an eager pass's logits. It compiles kernels and sets up libraries outside the capture that follows."""
+        expected = super()._decode_one()
         for step in (self._capture, partial(self._compare, expected)):
             why = refused(step, self._padding.device)
             if why is not None:
                 if why:
-                    log.warning("Generation is not recorded, and slower: %s.", why)
+                    log.warning("Generation is not captured as a CUDA graph, and slower: %s.", why)
                 self.end()
                 self._failed = True
                 break
@@ -137,25 +146,29 @@ class RecordedDecoding(StayingDecoding):
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            recorded = super()._one_more()
-        self._graph, self._recorded = graph, recorded
+            logits = super()._decode_one()
+        self._graph, self._logits = graph, logits
 
     def _compare(self, expected: Tensor) -> None:
-        """Replay; raise RuntimeError where that gives something else."""
-        if not (self._one_more() - expected).abs().max() <= SAME * expected.abs().max():  # no number is not the same
-            raise RuntimeError("it gives something else")
+        """Replay the graph. Raise RuntimeError if its logits differ."""
+        # Written so that NaN counts as different.
+        if not (self._decode_one() - expected).abs().max() <= CAPTURE_TOLERANCE * expected.abs().max():
+            raise RuntimeError("its logits differ")
 
 
 def decoding_of(model: MixtralModel, num_rows: int, num_tokens: int) -> type[Decoding]:
-    """The fastest way to so many new tokens of each row. The same on all ranks."""
-    size = model.processes.expert_size
-    # Else rows are sent one by one, and the host is asked how many.
-    gathers = size == 1 or capacity.pays(num_rows, size, read=False)
-    return RecordedDecoding if gathers and model.never_waits and num_tokens >= WORTH_RECORDING else Decoding
+    """Return the fastest class for generating `num_tokens` of each of `num_rows` sequences. The same on all ranks."""
+    captured = policy.captures_decoding(
+        num_rows, model.processes.expert_size, num_tokens, syncs_with_host=not model.never_waits
+    )
+    return CapturedDecoding if captured else Decoding
 
 
 def _mask(positions: Tensor, padding: Tensor) -> Tensor:
-    """bool [rows, 1, queries, keys]: earlier tokens that are no padding, and always the token itself."""
+    """Return the attention mask, bool [rows, 1, queries, keys]: earlier tokens without padding, and the token itself.
+
+    A padding token must attend to something, or its softmax would be NaN.
+    """
     keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
     causal = keys[None] <= positions[:, None]
     real = keys[None] >= padding[:, None]

@@ -1,4 +1,4 @@
-"""Continue prompts: one pass over them, then a token at a time (decode.py)."""
+"""Generation: one pass over the prompts, then one pass for each new token (decode.py)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_a
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and what came after it. finished: ended by itself, with the end-of-sequence token."""
+    """A prompt and the generated text. finished: generation ended with the end-of-sequence token."""
 
     prompt: str
     text: str
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest; top_p: the nucleus of Holtzman et al. 2019."""
+    """Settings for choosing the next token. temperature 0: greedy; top_p: nucleus sampling (Holtzman et al. 2019)."""
 
     max_new_tokens: int
     temperature: float
@@ -45,7 +45,7 @@ class Sampling:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Load, answer all prompts, print. All ranks must call."""
+    """Load the model, generate a text for every prompt, and print the texts. All ranks must call."""
     base = describe_base(config.load)
     adapter = describe_adapter(config.adapter) if config.adapter is not None else None
     if adapter is not None:
@@ -55,7 +55,7 @@ def generate(config: GenerateConfig) -> None:
     longest = max(len(row) for row in rows) + config.max_new_tokens
     if longest > base.architecture.max_position_embeddings:
         raise ConfigError(
-            "A prompt and its answer are longer than the model's positions.",
+            "A prompt and its generated tokens exceed the model's positions.",
             expected=f"at most {base.architecture.max_position_embeddings} tokens",
             found=f"{longest} tokens",
             next_command="a smaller --max-new-tokens, or a shorter prompt",
@@ -84,7 +84,7 @@ def generate(config: GenerateConfig) -> None:
             for text, output in zip(texts, outputs, strict=True)
         ]
         if mesh.is_first:
-            _tell(config, report, answers, seconds)
+            _print_answers(config, report, answers, seconds)
 
 
 def _report(config: GenerateConfig, mesh: Mesh) -> Report:
@@ -110,7 +110,7 @@ def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
     return [*config.prompt, *instructions], rows
 
 
-def _tell(config: GenerateConfig, report: Report, answers: Sequence[Answer], seconds: float) -> None:
+def _print_answers(config: GenerateConfig, report: Report, answers: Sequence[Answer], seconds: float) -> None:
     document = json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False) + "\n"
     if config.output_file is not None:
         write_atomically(config.output_file, document)
@@ -133,10 +133,17 @@ def continue_rows(
     on_token: Callable[[int], None] | None = None,
     decoding: type[Decoding] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each row, up to and with `end_token`. All ranks must call with the same rows.
+    """Return the new tokens of each row, up to and including `end_token`. All ranks must call with the same rows.
 
-    Rows of different length are padded on the left; padding is masked out of attention and counts as no position.
-    decoding: how, see decode.py; by itself the fastest that goes.
+    Rows of different length are padded on the left; padding is masked out of attention and takes no position.
+
+    Args:
+        model: in evaluation mode.
+        rows: token ids of each prompt.
+        end_token: id of the end-of-sequence token.
+        sampling: how tokens are chosen, and how many.
+        on_token: called with 1 after each pass.
+        decoding: class of the passes (decode.py). Default: the fastest.
     """
     mesh = model.processes
     lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
@@ -152,7 +159,7 @@ def continue_rows(
     for _ in range(sampling.max_new_tokens):
         chosen = choose(passes(tokens).float(), sampling, generator)
         if mesh.world_size > 1:
-            # Replicas may round differently; all must go on with the same token.
+            # Replicas may round differently; all must continue with the same token.
             dist.broadcast(chosen, src=0)
         for index, token in enumerate(chosen.tolist()):
             if running[index]:
@@ -168,13 +175,13 @@ def continue_rows(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next tokens, int64 [rows], from fp32 logits [rows, vocabulary]."""
+    """Choose the next tokens, int64 [rows], from fp32 logits [rows, vocabulary]."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits / sampling.temperature).softmax(dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
-    # The likeliest token is always kept: nothing comes before it.
+    # The likeliest token is never masked: no probability precedes it.
     ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
     drawn = torch.multinomial(ordered, 1, generator=generator)
     return tokens.gather(-1, drawn).squeeze(-1)

@@ -1,4 +1,4 @@
-"""How much memory a job needs, next to what there is."""
+"""Memory and GPUs that this machine has for a job."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from mixtral_run.planner.memory_model import CONTEXT
 from mixtral_run.report import Report
 from mixtral_run.weights.manifest.describe import describe_base
 
-BYTES = {"bf16": 2, "fp32": 4}
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def logits_fit(config: VerifyConfig) -> bool:
-    """Whether both models of the logits comparison fit into memory; says so where they do not."""
+    """Return True if both models of the logits comparison fit into memory; print a warning if they do not."""
     import psutil
 
     base = describe_base(config.load)
-    each = BYTES.get(config.dtype, 2 if base.dtype != "float32" else 4)
-    # HF's model lies in RAM in any case; ours beside it, unless it is on the GPUs. A fifth more for activations.
-    needed = 1.2 * 2 * each * base.architecture.num_parameters
+    element_bytes = DTYPE_BYTES.get(config.dtype, 2 if base.dtype != "float32" else 4)
+    # HF's model is in RAM in any case, the kit's too unless it is on the GPUs. Activations take a fifth more.
+    needed = 1.2 * 2 * element_bytes * base.architecture.num_parameters
     free: float = psutil.virtual_memory().available
     where = "both models"
     count = process_count(config)
-    gpu = gpu_memory(config.device, count)
+    gpu = available_gpu(config.device, count)
     if needed <= free and gpu is not None:
-        # The least that a GPU can hold of it: layouts that repeat weights take more, and say so themselves.
-        where, needed, free = "the weights on each GPU", each * base.architecture.num_parameters / count, gpu.free
+        # The least that one GPU can hold: layouts that replicate weights need more, and report it themselves.
+        needed, free = element_bytes * base.architecture.num_parameters / count, gpu.free
+        where = "the weights on each GPU"
     if needed <= free:
         return True
     report = Report.on_stderr() if config.json else Report()
@@ -44,50 +45,72 @@ def logits_fit(config: VerifyConfig) -> bool:
 
 
 def host_memory() -> float:
-    """Bytes of RAM that are free on this host, within its container's limit."""
+    """Return the bytes of RAM that are free on this host, within the limit of its container."""
     from mixtral_run.weights.io.disk import available_bytes
 
     return available_bytes()
 
 
 @dataclass(frozen=True)
-class GpuMemory:
-    """Bytes of one GPU: the least among those that a job uses."""
+class AvailableGpu:
+    """The least that any of a job's GPUs has. total, free: bytes; compute_capability: major and minor number."""
 
     total: float
     free: float
+    compute_capability: tuple[int, int]
 
 
-# In a process of its own: asking makes a CUDA context, which would stay on every GPU as long as the asking process.
-_ASK = """
+# Runs in a process of its own: the query creates a CUDA context on each GPU, which lasts as long as its process.
+_QUERY = """
 import json, sys, torch
 count = min(int(sys.argv[1]) or sys.maxsize, torch.cuda.device_count())
-print(json.dumps([torch.cuda.mem_get_info(index) for index in range(count)]))
+gpus = [(*torch.cuda.mem_get_info(index), torch.cuda.get_device_capability(index)) for index in range(count)]
+print(json.dumps(gpus))
 """
 
-_asked_ahead: list[subprocess.Popen[str]] = []
+_started_queries: list[subprocess.Popen[str]] = []
 
 
 def ask_ahead(config: LaunchConfig) -> None:
-    """Begin to ask the GPUs of the job what `gpu_memory` will tell, where this host has any.
+    """Start the query that `available_gpu` will need if this host has GPUs.
 
-    To be called before torch is imported here: both take seconds, and can take them at the same time.
+    Call it before importing torch: both take seconds and can run at the same time.
     """
-    if config.device != "cpu" and not is_worker() and Path("/dev/nvidiactl").exists():
-        _asked_ahead.append(_ask(config.nproc_per_node or 0))
+    if config.device != "cpu" and not is_worker() and has_nvidia_driver():
+        _started_queries.append(_start_query(config.nproc_per_node or 0))
 
 
-def _ask(num_gpus: int) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", _ASK, str(num_gpus)]
+def has_nvidia_driver() -> bool:
+    """Return True if the NVIDIA driver is loaded. Needs no torch."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def _start_query(num_gpus: int) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", _QUERY, str(num_gpus)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@functools.cache
-def gpu_memory(device: str, num_processes: int) -> GpuMemory | None:
-    """What the GPUs of a job of `num_processes` have, before it starts; None where it runs on the CPU. Asked once.
+def _query_result(query: subprocess.Popen[str], num_gpus: int | None = None) -> AvailableGpu | None:
+    """Wait for a query. Return None if it failed: the cause is reported when the job first uses the GPU."""
+    answer, _ = query.communicate()
+    if query.returncode != 0:
+        return None
+    gpus = json.loads(answer.splitlines()[-1])[:num_gpus]
+    if not gpus:
+        return None
+    total = min(total for _, total, _ in gpus)
+    # The querying process has its own context on the GPU while it measures.
+    free = min(total, min(free for free, _, _ in gpus) + CONTEXT)
+    major, minor = min(capability for _, _, capability in gpus)
+    return AvailableGpu(total, free, (major, minor))
 
-    In a process that torchrun started, `free` is of its own GPU and `total` the least of all here, so that the
-    processes of one host agree on it.
+
+@functools.cache
+def available_gpu(device: str, num_processes: int) -> AvailableGpu | None:
+    """Return the memory of the GPUs of a job of `num_processes` before it starts, or None on a CPU. Cached.
+
+    In a process that torchrun started, `free` is that of its own GPU; `total` and the compute capability are the least
+    of all GPUs of the host, so that the ranks of one host agree on them.
     """
     import torch
 
@@ -97,14 +120,16 @@ def gpu_memory(device: str, num_processes: int) -> GpuMemory | None:
         from mixtral_run.model.parallel.mesh import pick_device
 
         free, total = torch.cuda.mem_get_info(pick_device(device))
-        totals = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return GpuMemory(min(total, *totals), min(total, free + CONTEXT))
-    asked = _asked_ahead.pop() if _asked_ahead else _ask(num_processes)
-    answer, _ = asked.communicate()
-    # What is wrong with a GPU that cannot say this is told where the job first uses it.
-    if asked.returncode != 0:
-        return None
-    pairs = json.loads(answer.splitlines()[-1])[:num_processes]
-    # Each figure was taken with the asking process's own context on the GPU.
-    total = min(total for _, total in pairs)
-    return GpuMemory(total, min(total, min(free for free, _ in pairs) + CONTEXT))
+        gpus = range(torch.cuda.device_count())
+        totals = [torch.cuda.get_device_properties(index).total_memory for index in gpus]
+        capability = min(torch.cuda.get_device_capability(index) for index in gpus)
+        return AvailableGpu(min(total, *totals), min(total, free + CONTEXT), capability)
+    return _query_result(_started_queries.pop() if _started_queries else _start_query(num_processes), num_processes)
+
+
+def local_gpu() -> AvailableGpu | None:
+    """Return the least of this machine's GPUs, or None if it has none that torch can use. Does not import torch here.
+
+    Asks the driver in a process of its own, which takes seconds, and only if the driver is loaded.
+    """
+    return _query_result(_start_query(0)) if has_nvidia_driver() else None

@@ -1,4 +1,4 @@
-"""What the plan decides for a run on the GPUs at hand: its layout, how much is computed again, whether it fits."""
+"""The planner's decisions for a run on the available GPUs: layout, recomputation, and whether it fits."""
 
 from __future__ import annotations
 
@@ -9,51 +9,55 @@ import re
 from mixtral_run.config.verbs import RECOMPUTE, FinetuneConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
-from mixtral_run.planner.available import GpuMemory, gpu_memory, host_memory
+from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
 from mixtral_run.planner.memory_model import (
     EXPERT_BYTES,
     GIB,
     USABLE,
     USABLE_OF_HOST,
-    Choice,
     Layout,
     Workload,
+    fit_dispatch,
     host_bytes,
     memory,
-    ranked,
-    within,
 )
+from mixtral_run.planner.ranking import Choice, ranked
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 
 def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> FinetuneConfig:
-    """The config with what was left to the plan: --layout auto, and --recompute where none was given.
+    """Return the config with the settings that are left to the planner: --layout auto, and --recompute if not given.
 
-    base: what --load is, where it is known already; then nothing is said.
+    On a CPU: EP over all processes, no recomputation. Processes that this program started get a config that is settled
+    already.
 
-    On a CPU: EP over all processes, nothing computed again. Processes that this program started get a settled one.
-    Raises ConfigError when --layout auto finds none that fits.
+    Args:
+        config: the settings as given.
+        base: the description of --load if it is known already; then nothing is printed.
+
+    Raises:
+        ConfigError: --layout auto finds no layout that fits.
     """
-    if processes.is_ours() or (config.layout != "auto" and _recompute_given(config)):
+    if processes.is_ours() or (config.layout != "auto" and _has_recompute(config)):
         return config
     quiet = base is not None
     try:
         base = base or describe_base(config.load)
     except WeightsError:
-        # The checks that follow tell this with all else that is wrong.
+        # The checks that follow report this together with all other problems.
         return config
     world_size = processes.process_count(config)
-    gpu = gpu_memory(config.device, world_size)
+    gpu = available_gpu(config.device, world_size)
     if gpu is None:
         return _settled_on_cpu(config, base, world_size)
     candidates = _candidates(config, base, world_size, gpu)
     fitting = [each for each in candidates if each.fits]
     if not fitting and config.layout == "auto":
         raise _refusal(config, base, world_size, gpu, "auto", candidates)
-    # Where the layout is given and nothing fits, `memory_error` says so.
-    chosen = fitting[0].layout if fitting else dataclasses.replace(_given(config), recompute=RECOMPUTE[-1])
+    # If the layout is given and nothing fits, `memory_error` reports it.
+    chosen = fitting[0].layout if fitting else dataclasses.replace(_layout_of(config), recompute=RECOMPUTE[-1])
     if fitting and processes.rank() == 0 and not quiet:
         pinned = fitting[0].host_bytes
         Report().say(
@@ -64,30 +68,45 @@ def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> Fine
 
 
 def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int) -> ConfigError | None:
-    """What to tell when the run cannot fit on these GPUs, with the best that can; None when it can, or on a CPU."""
+    """Return the error of a run that cannot fit on its GPUs, which names the best layout that can.
+
+    Return None if the run fits, or runs on a CPU.
+    """
     if processes.is_ours() or base.architecture.layout_problems(*_sizes(config)):
         return None
-    gpu = gpu_memory(config.device, world_size)
+    gpu = available_gpu(config.device, world_size)
     if gpu is None:
         return None
-    layout = dataclasses.replace(_given(config), recompute=config.recomputation)
-    workload = workload_of(config, base, world_size)
-    if memory(within(workload, layout, gpu.free), layout).total <= gpu.free:
+    layout = dataclasses.replace(_layout_of(config), recompute=config.recomputation)
+    workload = workload_of(config, base, world_size, gpu.compute_capability)
+    if memory(fit_dispatch(workload, layout, gpu.free), layout).total <= gpu.free:
         return _host_refusal(workload, layout)
     anything = dataclasses.replace(config, layout="auto", recompute=None, recompute_activations=False)
     found = f"{layout}, --recompute {layout.recompute}"
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
 
 
-def reads_fit(config: FinetuneConfig, base: BaseDescription, world_size: int, usable: float) -> bool:
-    """Whether so many bytes, beside what the driver and NCCL hold, are enough for reading rows from other GPUs."""
-    layout = dataclasses.replace(_given(config), recompute=config.recomputation)
-    workload = workload_of(config, base, world_size)
-    return within(workload, layout, usable + memory(workload, layout).context).reads
+def peer_access_fits(
+    config: FinetuneConfig, base: BaseDescription, world_size: int, usable: float, capability: tuple[int, int]
+) -> bool:
+    """Return True if the buffers for reading rows from other GPUs fit.
+
+    Args:
+        config: the settled settings.
+        base: the checkpoint.
+        world_size: ranks of the job.
+        usable: bytes of a GPU that the process may take, next to the memory that the driver and NCCL hold.
+        capability: compute capability of the GPU.
+    """
+    layout = dataclasses.replace(_layout_of(config), recompute=config.recomputation)
+    workload = workload_of(config, base, world_size, capability)
+    return fit_dispatch(workload, layout, usable + memory(workload, layout).context).peer_access
 
 
-def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) -> Workload:
-    """The run as the plan sees it."""
+def workload_of(
+    config: FinetuneConfig, base: BaseDescription, world_size: int, capability: tuple[int, int]
+) -> Workload:
+    """Return the run as the memory model sees it. capability: compute capability of the GPUs."""
     whole = 4 if config.dtype == "fp32" or (config.dtype == "auto" and base.dtype == "float32") else 2
     return Workload(
         architecture=base.architecture,
@@ -100,12 +119,13 @@ def workload_of(config: FinetuneConfig, base: BaseDescription, world_size: int) 
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),
-        recorded=config.cuda_graphs,
-        validates=config.valid_data_path is not None,
+        compute_capability=capability,
+        cuda_graphs=config.cuda_graphs,
+        has_validation=config.valid_data_path is not None,
     )
 
 
-def _recompute_given(config: FinetuneConfig) -> bool:
+def _has_recompute(config: FinetuneConfig) -> bool:
     return config.recompute_activations or config.recompute is not None
 
 
@@ -113,7 +133,7 @@ def _sizes(config: FinetuneConfig) -> tuple[int, int]:
     return config.tensor_model_parallel_size, config.expert_model_parallel_size
 
 
-def _given(config: FinetuneConfig) -> Layout:
+def _layout_of(config: FinetuneConfig) -> Layout:
     return Layout(*_sizes(config), config.recomputation)
 
 
@@ -129,28 +149,28 @@ def _settled_on_cpu(config: FinetuneConfig, base: BaseDescription, world_size: i
     )
 
 
-def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: GpuMemory) -> list[Choice]:
-    """The layouts that this run may take, in the plan's order."""
-    recompute = (config.recomputation,) if _recompute_given(config) else RECOMPUTE
-    # All processes must come to the same, and what is free may differ from one to the next.
+def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:
+    """Return the layouts that this run may use, in the planner's order."""
+    recompute = (config.recomputation,) if _has_recompute(config) else RECOMPUTE
+    # All ranks must decide alike, and their free memory may differ.
     if processes.is_worker():
         available, host = gpu.total, math.inf
     else:
         available, host = min(gpu.total, gpu.free / USABLE), host_memory()
-    choices = ranked(workload_of(config, base, world_size), available, host)
+    choices = ranked(workload_of(config, base, world_size, gpu.compute_capability), available, host)
     return [
         each
         for each in choices
         if each.layout.recompute in recompute
-        and (config.layout == "auto" or str(each.layout) == str(_given(config)))
-        # Each data-parallel replica takes the same number of micro batches.
+        and (config.layout == "auto" or str(each.layout) == str(_layout_of(config)))
+        # Every data-parallel replica takes the same number of micro batches.
         and config.global_batch_size * each.layout.tensor_model_parallel_size % (config.micro_batch_size * world_size)
         == 0
     ]
 
 
 def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
-    """What to tell when the host's RAM does not hold what the run puts there; None when it does."""
+    """Return the error of a run whose layers' inputs do not fit into the host's RAM; None if they fit."""
     pinned, free = host_bytes(workload, layout), host_memory()
     usable = USABLE_OF_HOST * free
     if pinned <= usable:
@@ -158,7 +178,7 @@ def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
     return ConfigError(
         "The run does not fit into this host's RAM.",
         where=f"{layout}, --recompute {layout.recompute}, seq {workload.seq_length:,} × {workload.micro_batch_size}",
-        expected=f"at most {usable / GIB:.1f} GiB, {USABLE_OF_HOST:.0%} of the {free / GIB:.1f} that are free",
+        expected=f"at most {usable / GIB:.1f} GiB, {USABLE_OF_HOST:.0%} of the {free / GIB:.1f} GiB that are free",
         found=f"{pinned / GIB:.1f} GiB for the layers' inputs on {min(workload.gpus, workload.gpus_per_host)} GPUs",
         next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory … --host-memory {free / GIB:.0f} "
         f"--seq-length {workload.seq_length} --micro-batch-size {workload.micro_batch_size} --all",
@@ -166,27 +186,28 @@ def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
 
 
 def _refusal(
-    config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: GpuMemory, asked: str, choices: list[Choice]
+    config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu, tried: str, choices: list[Choice]
 ) -> ConfigError:
-    layout = _given(config)
-    parts = dataclasses.asdict(memory(within(workload_of(config, base, world_size), layout, gpu.free), layout))
+    """Return the error of a run that does not fit: its largest parts, and what fits instead. tried: the layout."""
+    layout, workload = _layout_of(config), workload_of(config, base, world_size, gpu.compute_capability)
+    parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
         f"--micro-batch-size {config.micro_batch_size} --all"
     )
-    ways = [
+    changes = [
         re.sub(r" ?--gpus (\d+)", r" on \1 GPUs", flags).strip()
-        for flags in ([] if fitting else remedies(workload_of(config, base, world_size), gpu.free / USABLE))
+        for flags in ([] if fitting else remedies(workload, gpu.free / USABLE))
     ]
     return ConfigError(
         "The run does not fit on these GPUs.",
-        where=f"{asked}, seq {config.seq_length:,} × {config.micro_batch_size}, {world_size} GPUs",
-        expected=f"at most {gpu.free / GIB:.1f} GiB a GPU, which are free of {gpu.total / GIB:.1f}",
+        where=f"{tried}, seq {config.seq_length:,} × {config.micro_batch_size}, {world_size} GPUs",
+        expected=f"at most {gpu.free / GIB:.1f} GiB a GPU, free of a total of {gpu.total / GIB:.1f}",
         found=f"{sum(parts.values()) / GIB:.1f} GiB with {layout}: "
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest),
         next_command=f"mixtral-run finetune … {fitting[0].layout.flags()}"
         if fitting
-        else f"{plan}; no layout fits on these GPUs" + (f", but {' or '.join(ways)}" if ways else ""),
+        else f"{plan}; no layout fits on these GPUs" + (f", but {' or '.join(changes)}" if changes else ""),
     )

@@ -1,52 +1,47 @@
-"""What a LoRA run takes of a GPU's memory in each layout, before anything runs. Standard library and sizes only.
+"""GPU and host memory that a LoRA run needs in each layout, computed before anything runs.
 
-Each part is counted from the tensors that the code keeps; docs/benchmarks.md has the figures beside measured peaks.
-Bytes throughout; `GIB` turns them into what nvidia-smi and torch report.
+Standard library and sizes only. Each part is counted from the tensors that the code holds; docs/benchmarks.md compares
+the figures with measured peaks. All sizes are bytes; `GIB` converts them to what nvidia-smi and torch report.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mixtral_run.config.verbs import LORA_TARGET_MODULES, RECOMPUTE, RUNS_AGAIN
+from mixtral_run.config.gpus import HOPPER
+from mixtral_run.config.verbs import LORA_TARGET_MODULES, RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
+from mixtral_run.planner import policy
 
 GIB = 1024**3
 CONTEXT = 0.6 * GIB
-"""CUDA context, kernels' code and cuBLAS, outside of torch's own count."""
+"""CUDA context, kernel code and cuBLAS, which torch does not count."""
 COMMUNICATION = 0.8 * GIB
-"""NCCL's channels and buffers, where there is more than one process."""
+"""NCCL's channels and buffers if there is more than one rank."""
 ANOTHER_GROUP = 0.9 * GIB
-"""The same of each further group of processes that is used."""
+"""NCCL's channels and buffers for each further process group that is used."""
 LOSS_BYTES = 8
-"""A logit's: bf16, fp32 exponentials, and the gradient on its way back."""
+"""Per logit: bf16 value, fp32 exponential, and the gradient in the backward pass."""
 IMBALANCE = 1.1
-"""Rows of the busiest process over the mean, where experts are spread over processes."""
-RECORDED = 1.5 * GIB
-"""Lost between the blocks of a recorded pass (train/cuda_graph.py) that keeps activations; 0.4 to 1.1 were found."""
+"""Rows of the busiest rank over the mean if experts are spread over ranks."""
+CAPTURE_OVERHEAD = 1.5 * GIB
+"""Fragmentation in the memory pool of a CUDA graph that saves activations (train/cuda_graph.py): 0.4 to 1.1 GiB."""
 USABLE = 0.97
-"""Of a GPU's memory; the rest is lost between the allocator's blocks."""
+"""Usable part of a GPU's memory; the rest is lost to fragmentation in the allocator."""
 USABLE_OF_HOST = 0.8
-"""Of a host's RAM, for what --recompute offload pins there; the rest is for the processes themselves."""
+"""Part of a host's RAM that --recompute offload may pin; the rest is for the processes themselves."""
 GPUS_PER_HOST = 8
-RATE_BY_TOKENS = ((512, 0.70), (2048, 1.0), (8192, 1.14))
-"""Tokens that all experts share, and the rate against 2,048: the more, the fuller their products. Rows of 2,048 tokens
-and less, one H200, bf16."""
-WORTH_TELLING = 1.05
-
 
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
-"""Of an expert's weight in 8 bit, whose scales are counted apart, and in 4 bit with its share of a scale."""
+"""Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model is split, and how much is computed again."""
+    """How the model is split over ranks, and how much is recomputed."""
 
     tensor_model_parallel_size: int
     expert_model_parallel_size: int
@@ -64,10 +59,17 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained, and on how many GPUs. weight_bytes: of a base weight; expert_bytes: of an expert's; recorded: as
-    far as the layout allows it (train/cuda_graph.py); reads: GPUs read rows from each other
-    (model/dispatch/symmetric_memory.py), for which
-    there is room for twice the mean; validates: pairs kept back are looked at in between (train/validation.py)."""
+    """The model that is trained, the batch, and the GPUs.
+
+    Attributes:
+        weight_bytes: bytes per weight of the base without its experts.
+        expert_bytes: bytes per expert weight.
+        compute_capability: of the GPUs.
+        cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
+        peer_access: True if GPUs of one host may read rows from each other (model/dispatch/symmetric_memory.py), for
+            which buffers have a capacity of twice the mean number of rows.
+        has_validation: True if a validation set is evaluated between iterations (train/validation.py).
+    """
 
     architecture: MixtralArchitecture = MIXTRAL_8X7B
     gpus: int = 8
@@ -79,13 +81,14 @@ class Workload:
     weight_bytes: int = 2
     expert_bytes: float = 2
     gpus_per_host: int = GPUS_PER_HOST
-    recorded: bool = True
-    reads: bool = True
-    validates: bool = False
+    compute_capability: tuple[int, int] = HOPPER
+    cuda_graphs: bool = True
+    peer_access: bool = True
+    has_validation: bool = False
 
     @property
-    def as_one(self) -> bool:
-        """Whether both layers of the experts are one step backward (model/lora_experts.py)."""
+    def fused_experts(self) -> bool:
+        """True if both layers of the experts are one step of the backward pass (model/lora_experts.py)."""
         return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
 
     @property
@@ -112,91 +115,84 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """What torch counts: all but the context, which the driver and NCCL hold."""
+        """The bytes that torch counts: all but the context, which the driver and NCCL hold."""
         return self.total - self.context
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A layout judged: relative_speed is against one GPU that holds everything and recomputes nothing.
-
-    host_bytes: of RAM, on each host; see the function of that name.
-    """
-
-    layout: Layout
-    memory: Memory
-    host_bytes: float
-    fits: bool
-    relative_speed: float
-
-
-def is_recorded(workload: Workload, layout: Layout) -> bool:
-    """Whether the pass over a micro batch is recorded, as far as sizes tell (train/cuda_graph.py)."""
-    runs_again = layout.recompute in RUNS_AGAIN
-    return (
-        workload.recorded
-        and workload.weight_bytes == 2
-        and not (runs_again and (layout.recompute == "offload" or workload.lora_dropout > 0))
-        and (layout.expert_model_parallel_size == 1 or gathers(workload, layout))
+def execution(workload: Workload, layout: Layout) -> policy.Execution:
+    """Return the token dispatch of the training pass, and whether the pass is captured as a CUDA graph."""
+    shape = workload.architecture
+    found = policy.execution_of(
+        policy.TrainingPass(
+            tokens=workload.tokens // layout.tensor_model_parallel_size,
+            expert_size=layout.expert_model_parallel_size,
+            recompute=layout.recompute,
+            lora_dropout=workload.lora_dropout,
+            fused_experts=workload.fused_experts,
+            syncs_with_host=policy.products_sync_with_host(
+                workload.compute_capability,
+                workload.weight_bytes,
+                shape.hidden_size,
+                shape.ffn_hidden_size,
+                workload.lora_rank,
+            ),
+            peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
+        )
     )
+    return found if workload.cuda_graphs else dataclasses.replace(found, captured=False)
 
 
-def gathers(workload: Workload, layout: Layout) -> bool:
-    """Whether experts in several processes get their rows without asking the host
-    (model/dispatch/symmetric_memory.py; where GPUs do not
-    read from each other, model/dispatch/all_gather.py, up to fewer tokens), as far as sizes tell."""
-    tokens = workload.tokens // layout.tensor_model_parallel_size
-    pays = capacity.pays(tokens, layout.expert_model_parallel_size, read=workload.reads)
-    return pays and workload.as_one and workload.weight_bytes == 2
-
-
-def within(workload: Workload, layout: Layout, most: float) -> Workload:
-    """The workload; where it takes more than `most` bytes, without GPUs that read from each other, if that is less."""
-    if memory(workload, layout).total <= most:
+def fit_dispatch(workload: Workload, layout: Layout, limit: float) -> Workload:
+    """Return the workload, without peer access if it needs more than `limit` bytes and less that way."""
+    if memory(workload, layout).total <= limit:
         return workload
-    asking = dataclasses.replace(workload, reads=False)
-    return min(workload, asking, key=lambda each: memory(each, layout).total)
+    without = dataclasses.replace(workload, peer_access=False)
+    return min(workload, without, key=lambda each: memory(each, layout).total)
 
 
 def _rows_over_mean(workload: Workload, layout: Layout) -> float:
-    """Rows that a process has memory for, over those of its tokens."""
+    """Return the number of rows that a rank has memory for over the rows of its own tokens."""
     size = layout.expert_model_parallel_size
     if size == 1:
         return 1.0
-    return min(size, capacity.spare(size)) if gathers(workload, layout) else IMBALANCE
+    fixed = execution(workload, layout).dispatch.has_fixed_shapes
+    return min(size, capacity.spare(size)) if fixed else IMBALANCE
 
 
 def memory(workload: Workload, layout: Layout) -> Memory:
-    """What one GPU holds at the peak of a step, which is at the loss or in the backward pass of the last layer."""
+    """Return the bytes of one GPU at the peak of a step: at the loss, or in the last layer's backward pass."""
     adapters = adapter_parameters(workload, layout)
     layers = workload.architecture.num_layers
     if layout.recompute == "offload":
-        # The input of the layer that runs again, and that of the next on its way.
+        # The input of the layer that is recomputed, and that of the next layer, which is being copied.
         layers = min(layers, 2)
     return Memory(
         weights=weight_bytes(workload, layout),
-        # fp32, and the bf16 copies that the backward pass needs where the layer does not run again.
+        # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
         adapters=adapters * (4 if layout.recompute in RUNS_AGAIN else 6),
         gradients=adapters * 4,
         optimizer=adapters * 8,
-        activations=layers * workload.tokens * kept_per_token(workload, layout),
-        buffers=_buffers(workload, layout) + _beside_recorded(workload, layout),
+        activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
+        buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
 
 
 def host_bytes(workload: Workload, layout: Layout) -> float:
-    """What the GPUs of one host pin of its RAM: with --recompute offload, the inputs of their layers."""
+    """Return the bytes of RAM that a host pins: with --recompute offload, the inputs of all layers of its GPUs."""
     if layout.recompute != "offload":
         return 0.0
     shape = workload.architecture
     # torch pins blocks of powers of two.
-    block = 1 << (math.ceil(workload.tokens * kept_per_token(workload, layout)) - 1).bit_length()
+    block = 1 << (math.ceil(workload.tokens * activation_bytes_per_token(workload, layout)) - 1).bit_length()
     return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:
-    """Frozen weights: attention, embeddings and output layer split over TP, experts over EP, the rest everywhere."""
+    """Return the bytes of the frozen weights on one GPU.
+
+    Attention, embeddings and output layer are split over TP, experts over EP; everything else is on every rank.
+    """
     shape = workload.architecture
     hidden = shape.hidden_size
     experts = shape.num_layers * shape.num_experts * 3 * hidden * shape.ffn_hidden_size
@@ -205,13 +201,13 @@ def weight_bytes(workload: Workload, layout: Layout) -> float:
     dense = (split / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
     expert_bytes: float = workload.expert_bytes
     if workload.expert_bytes == 1:
-        # A scale, fp32, for each output channel.
+        # An fp32 scale for each output channel.
         expert_bytes += 4 * (2 * shape.ffn_hidden_size + hidden) / (3 * hidden * shape.ffn_hidden_size)
     return dense + experts * expert_bytes / layout.expert_model_parallel_size
 
 
 def adapter_parameters(workload: Workload, layout: Layout) -> float:
-    """Adapter parameters on one GPU (model/lora.py and model/experts.py say what is split)."""
+    """Return the number of adapter parameters on one GPU (model/lora.py and model/experts.py define the split)."""
     shape, tp = workload.architecture, layout.tensor_model_parallel_size
     hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
     sizes = {
@@ -223,80 +219,81 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
     return shape.num_layers * workload.lora_rank * sum(sizes[name] for name in workload.lora_target_modules)
 
 
-def kept_per_token(workload: Workload, layout: Layout) -> float:
-    """Bytes that a layer keeps for the backward pass, per token of the micro batch.
+def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:
+    """Return the bytes that a layer saves for the backward pass, per token of the micro batch.
 
-    none: the inputs of both norms; what the adapters of qkv and fc1 read; query, key, value, context; fc1's output;
-    where the experts are not one step backward, the activation and fc2's output too. selective: without what norm,
-    activation and permutation make again. full and offload: its input.
+    none: the inputs of both norms; the inputs of the adapters of qkv and fc1; query, key, value, context; fc1's output;
+    if the experts are not fused, also the activation and fc2's output. selective: without what norm, activation and
+    permutation recompute. full and offload: the layer's input.
     """
     tp = layout.tensor_model_parallel_size
-    residual = _width(workload, workload.architecture.hidden_size) / tp
+    residual = _row_bytes(workload, workload.architecture.hidden_size) / tp
     if layout.recompute in RUNS_AGAIN:
         return residual
     return 2 * residual + _attention_per_token(workload, layout) + _experts_per_token(workload, layout)
 
 
-def _width(workload: Workload, columns: float) -> float:
+def _row_bytes(workload: Workload, columns: float) -> float:
     return columns * workload.weight_bytes
 
 
 def _attention_per_token(workload: Workload, layout: Layout) -> float:
     shape, tp = workload.architecture, layout.tensor_model_parallel_size
     adapted, dropped = workload.lora_target_modules, workload.lora_dropout > 0
-    normed = _width(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
-    context = _width(workload, shape.projection_size)
-    kept = normed + _width(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
+    normed = _row_bytes(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
+    context = _row_bytes(workload, shape.projection_size)
+    saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
     if "linear_proj" in adapted and layout.recompute == "none" and (workload.micro_batch_size > 1 or dropped):
-        # Its adapter reads a copy: turned from samples first to positions first, or with dropout.
-        kept += context
+        # The adapter reads a copy: transposed from samples first to positions first, or with dropout applied.
+        saved += context
     if dropped:
-        kept += shape.hidden_size * ("linear_qkv" in adapted) + shape.projection_size * ("linear_proj" in adapted)
-    return kept / tp
+        # The masks, a byte an element.
+        saved += shape.hidden_size * ("linear_qkv" in adapted) + shape.projection_size * ("linear_proj" in adapted)
+    return saved / tp
 
 
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
     shape, size = workload.architecture, layout.expert_model_parallel_size
-    adapted, dropped, as_one = workload.lora_target_modules, workload.lora_dropout > 0, workload.as_one
-    alone, again = size == 1, layout.recompute == "selective"
-    hidden, ffn = _width(workload, shape.hidden_size), _width(workload, shape.ffn_hidden_size)
-    # model/lora_experts.py makes the activation on its way back, reads rows through their tokens, and gives the
-    # router its gradient without outputs.
-    once = hidden if as_one and alone and not again else 0.0
-    # Rows that came from other processes cannot be gathered again without asking them.
-    rows = hidden if "linear_fc1" in adapted and not (alone and (again or as_one)) else 0.0
-    active = ffn if "linear_fc2" in adapted and not again and not as_one else 0.0
-    output = 0.0 if (alone and (again or as_one)) or gathers(workload, layout) else hidden
-    kept = rows + 2 * ffn + active + output
+    adapted, dropped, fused = workload.lora_target_modules, workload.lora_dropout > 0, workload.fused_experts
+    local, selective = size == 1, layout.recompute == "selective"
+    hidden, ffn = _row_bytes(workload, shape.hidden_size), _row_bytes(workload, shape.ffn_hidden_size)
+    # model/lora_experts.py recomputes the activation in the backward pass, reads rows through their tokens, and
+    # computes the router's gradient without outputs.
+    once = hidden if fused and local and not selective else 0.0
+    # Rows that came from other ranks cannot be gathered again without another exchange.
+    rows = hidden if "linear_fc1" in adapted and not (local and (selective or fused)) else 0.0
+    active = ffn if "linear_fc2" in adapted and not selective and not fused else 0.0
+    no_output = (local and (selective or fused)) or execution(workload, layout).dispatch.has_fixed_shapes
+    saved = rows + 2 * ffn + active + (0.0 if no_output else hidden)
     if dropped:
-        kept += shape.hidden_size * ("linear_fc1" in adapted) + shape.ffn_hidden_size * ("linear_fc2" in adapted)
+        saved += shape.hidden_size * ("linear_fc1" in adapted) + shape.ffn_hidden_size * ("linear_fc2" in adapted)
     rows_over_mean = _rows_over_mean(workload, layout)
-    return (once + shape.moe_router_topk * kept * rows_over_mean) / layout.tensor_model_parallel_size
+    return (once + shape.moe_router_topk * saved * rows_over_mean) / layout.tensor_model_parallel_size
 
 
 def _buffers(workload: Workload, layout: Layout) -> float:
-    """The larger of what the loss and what a layer's backward pass need beside what is kept."""
+    """Return the larger of the temporary bytes of the loss and of one layer's backward pass."""
     shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
-    alone = layout.expert_model_parallel_size == 1
+    local, how = layout.expert_model_parallel_size == 1, execution(workload, layout)
     loss = tokens * shape.vocab_size * LOSS_BYTES / tp
     rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
     # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
     layer = rows * (
-        _width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * (2 if alone else 4)
+        _row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * (2 if local else 4)
     )
-    if gathers(workload, layout):
-        # What others read: this process's tokens, and its experts' rows.
-        layer += (tokens / tp + rows) * _width(workload, shape.hidden_size)
-    # The activation that is made again.
-    layer += rows * _width(workload, shape.ffn_hidden_size)
+    if how.dispatch.has_fixed_shapes:
+        # Buffers that other ranks read: this rank's tokens, and its experts' rows.
+        layer += (tokens / tp + rows) * _row_bytes(workload, shape.hidden_size)
+    # The recomputed activation.
+    layer += rows * _row_bytes(workload, shape.ffn_hidden_size)
     if layout.recompute == "selective":
-        layer += rows * _width(workload, shape.hidden_size)
+        layer += rows * _row_bytes(workload, shape.hidden_size)
     if layout.recompute in RUNS_AGAIN:
-        layer += tokens * kept_per_token(workload, dataclasses.replace(layout, recompute="none"))
-    elif is_recorded(workload, layout):
-        layer += RECORDED
+        layer += tokens * activation_bytes_per_token(workload, dataclasses.replace(layout, recompute="none"))
+    elif how.captured:
+        layer += CAPTURE_OVERHEAD
     if workload.expert_bytes < 1:
-        # One linear layer's experts in 16 bit, for the product.
+        # The experts of one linear layer in 16 bit, for the product.
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
     elif workload.expert_bytes == 1:
         # The larger input in 8 bit.
@@ -304,15 +301,19 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     return max(loss, layer)
 
 
-def _beside_recorded(workload: Workload, layout: Layout) -> float:
-    """What looking at pairs kept back takes: nothing where what training takes is free meanwhile, else a forward pass
-    of its own, rows sent one by one: the loss and a layer's experts, as blocks of one do not fit the other."""
-    if not (workload.validates and is_recorded(workload, layout)):
+def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
+    """Return the bytes that evaluating the validation set adds to training.
+
+    An eager training pass frees its memory meanwhile. A captured one holds it, so that the forward pass of the
+    evaluation, which uses the all-to-all dispatch, needs its own: the loss and one layer's experts, both, because the
+    allocator cannot reuse the blocks of one for the other.
+    """
+    if not (workload.has_validation and execution(workload, layout).captured):
         return 0.0
     shape, tp, ep = workload.architecture, layout.tensor_model_parallel_size, layout.expert_model_parallel_size
     loss = workload.tokens * shape.vocab_size * LOSS_BYTES / tp
     rows = shape.moe_router_topk * workload.tokens * (1.0 if ep == 1 else IMBALANCE) / tp
-    layer = rows * (_width(workload, 3 * shape.ffn_hidden_size) + _width(workload, shape.hidden_size) * 4)
+    layer = rows * (_row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * 4)
     if workload.expert_bytes < 1:
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / ep
     return loss + layer
@@ -321,94 +322,6 @@ def _beside_recorded(workload: Workload, layout: Layout) -> float:
 def _communication(workload: Workload, layout: Layout) -> float:
     if workload.gpus == 1:
         return 0.0
-    # Training reads or gathers what is sent one by one then.
-    further = workload.validates and layout.expert_model_parallel_size > 1 and gathers(workload, layout)
+    # The evaluation uses all-to-all, training another exchange with its own communicator.
+    further = workload.has_validation and execution(workload, layout).dispatch.has_fixed_shapes
     return COMMUNICATION + (ANOTHER_GROUP if further else 0)
-
-
-def layouts(workload: Workload) -> Iterator[Layout]:
-    """Every layout that the model and this many GPUs allow."""
-    shape, gpus = workload.architecture, workload.gpus
-    for tp in _divisors(gpus):
-        for ep in _divisors(gpus):
-            if shape.layout_problems(tp, ep) or workload.seq_length % tp:
-                continue
-            for recompute in RECOMPUTE:
-                yield Layout(tp, ep, recompute)
-
-
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
-
-
-def relative_speed(workload: Workload, layout: Layout) -> float:
-    """A GPU's rate against one that holds everything and recomputes nothing, at 2,048 tokens.
-
-    Measured: 97 to 98 % (EP2) and 90 % (EP4, a first form) where rows are read or tokens gathered and the pass is
-    recorded, 86 to 91 % and 70 to 78 % where rows are sent one by one; TP2 costs a fifth. Counted: running the forward
-    pass again is half as many products on top, a selective recomputation some passes over memory. Assumed, not
-    measured: each further doubling of TP costs another fifth; copies to the host and back, which run beside the
-    products, 3 %.
-    """
-    tp = layout.tensor_model_parallel_size
-    spread = 1.0
-    if layout.expert_model_parallel_size == 2:
-        spread = 0.97 if gathers(workload, layout) else 0.88
-    elif layout.expert_model_parallel_size > 2:
-        spread = 0.92 if gathers(workload, layout) else 0.78
-    again = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
-    return float(spread * again * 0.8 ** (tp.bit_length() - 1))
-
-
-def rate_by_tokens(tokens: int) -> float:
-    """RATE_BY_TOKENS between and beyond what was measured."""
-    for (begin, low), (end, high) in itertools.pairwise(RATE_BY_TOKENS):
-        if tokens <= end:
-            return low + (high - low) * math.log(max(tokens, begin) / begin) / math.log(end / begin)
-    return RATE_BY_TOKENS[-1][1]
-
-
-def faster_micro_batch(workload: Workload, chosen: Choice, gpu_memory: float) -> tuple[int, Choice, float] | None:
-    """A larger micro batch that fits as well: its size, the best choice for it, and its rate over the chosen one's;
-    None where none is worth telling."""
-
-    def rate(choice: Choice, tokens: int) -> float:
-        return rate_by_tokens(tokens * choice.layout.expert_model_parallel_size) * choice.relative_speed
-
-    found, tokens = [], workload.seq_length * workload.micro_batch_size
-    for factor in (2, 4, 8, 16):
-        larger = dataclasses.replace(workload, micro_batch_size=workload.micro_batch_size * factor)
-        choice = best(larger, gpu_memory) if tokens * factor <= RATE_BY_TOKENS[-1][0] else None
-        # What goes through the host's memory and back is for those who have no choice.
-        if choice is not None and choice.layout.recompute != "offload":
-            found.append((larger.micro_batch_size, choice, rate(choice, tokens * factor) / rate(chosen, tokens)))
-    fastest = max(found, key=lambda each: each[2], default=None)
-    return fastest if fastest is not None and fastest[2] >= WORTH_TELLING else None
-
-
-def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf) -> list[Choice]:
-    """All layouts, the best that fits first: fast before slow, so EP before TP and little recomputation before much;
-    among equals the one that leaves more free. Those that take the host's memory come after all others that fit, those
-    that do not fit last, the smallest first."""
-    choices = []
-    for layout in layouts(workload):
-        mesh = within(workload, layout, USABLE * gpu_memory)
-        needed = memory(mesh, layout)
-        pinned = host_bytes(workload, layout)
-        fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
-        choices.append(Choice(layout, needed, pinned, fits, relative_speed(mesh, layout)))
-    return sorted(
-        choices,
-        key=lambda each: (
-            not each.fits,
-            each.fits and each.layout.recompute == "offload",
-            -each.relative_speed if each.fits else 0.0,
-            each.memory.total,
-        ),
-    )
-
-
-def best(workload: Workload, gpu_memory: float) -> Choice | None:
-    """The first of `ranked` that fits."""
-    first = next(iter(ranked(workload, gpu_memory)), None)
-    return first if first is not None and first.fits else None

@@ -1,4 +1,4 @@
-"""What would make a LoRA run fit that does not. The plan itself is asked: nothing is proposed that is no help."""
+"""Changes that make a LoRA run fit. Each is checked with the planner, so that nothing useless is suggested."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from mixtral_run.planner.memory_model import EXPERT_BYTES, Workload, ranked
+from mixtral_run.planner.memory_model import EXPERT_BYTES, Workload
+from mixtral_run.planner.ranking import ranked
 
-MOST_GPUS = 64
-LEAST_TOKENS = 64
-"""Of a sample: less is no training."""
+MAX_GPUS = 64
+MIN_SEQ_LENGTH = 64
+"""Tokens of a sample below which training is of no use."""
 
 
 def remedies(workload: Workload, gpu_memory: float, host_memory: float = math.inf) -> list[str]:
-    """Flags of `plan`, any of which makes the run fit: experts in fewer bits, fewer tokens at once, more GPUs.
+    """Return flags of `plan`, any of which makes the run fit: experts in fewer bits, smaller batches, more GPUs.
 
-    Of each kind the least that does. Where nothing does on these GPUs, experts in the fewest bits are tried with the
-    others.
+    Each kind of change is as small as possible. If no change helps on the given GPUs, experts in the fewest bits are
+    combined with the other changes. gpu_memory, host_memory: bytes of one GPU and of one host's RAM.
     """
-    alone = _fitting(workload, gpu_memory, host_memory)
+    single = _fitting(workload, gpu_memory, host_memory)
     smallest = min(EXPERT_BYTES, key=EXPERT_BYTES.__getitem__)
-    if workload.expert_bytes <= EXPERT_BYTES[smallest] or any("--gpus" not in flags for flags in alone):
-        return alone
+    if workload.expert_bytes <= EXPERT_BYTES[smallest] or any("--gpus" not in flags for flags in single):
+        return single
     narrow = dataclasses.replace(workload, expert_bytes=EXPERT_BYTES[smallest])
-    together = [flags for flags in _fitting(narrow, gpu_memory, host_memory) if flags not in alone]
-    return [*(f"--base-precision {smallest} {flags}" for flags in together), *alone]
+    combined = [flags for flags in _fitting(narrow, gpu_memory, host_memory) if flags not in single]
+    return [*(f"--base-precision {smallest} {flags}" for flags in combined), *single]
 
 
 def _fitting(workload: Workload, gpu_memory: float, host_memory: float) -> list[str]:
     found = []
-    for ways in (_precisions(workload), _micro_batches(workload), _lengths(workload), _more_gpus(workload)):
-        fitting = (flags for flags, each in ways if _fits(each, gpu_memory, host_memory))
+    for changes in (_precisions(workload), _micro_batches(workload), _lengths(workload), _more_gpus(workload)):
+        fitting = (flags for flags, each in changes if _fits(each, gpu_memory, host_memory))
         found += [flags for flags in [next(fitting, None)] if flags is not None]
     return found
 
@@ -54,12 +55,12 @@ def _micro_batches(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 def _lengths(workload: Workload) -> Iterator[tuple[str, Workload]]:
     length = workload.seq_length
-    while (length := length // 2) >= LEAST_TOKENS:
+    while (length := length // 2) >= MIN_SEQ_LENGTH:
         yield f"--seq-length {length}", dataclasses.replace(workload, seq_length=length)
 
 
 def _more_gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
     gpus = 1
-    while (gpus := 2 * gpus) <= MOST_GPUS:
+    while (gpus := 2 * gpus) <= MAX_GPUS:
         if gpus > workload.gpus:
             yield f"--gpus {gpus}", dataclasses.replace(workload, gpus=gpus)

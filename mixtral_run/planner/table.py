@@ -1,4 +1,4 @@
-"""The plan of a run: its table, and what it decides for a run on the GPUs at hand."""
+"""`mixtral-run plan`: the table of all layouts with their memory and speed, or the same as JSON."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
 from mixtral_run.config.verbs import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.planner.memory_model import (
-    EXPERT_BYTES,
-    GIB,
-    USABLE,
-    USABLE_OF_HOST,
-    Choice,
-    Workload,
-    faster_micro_batch,
-    ranked,
-)
+from mixtral_run.planner.available import local_gpu
+from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload
+from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
@@ -34,41 +29,68 @@ SHORT_PARTS = {
     "activations": ("activations",),
     "other": ("buffers", "context"),
 }
-"""The columns of a terminal of 80."""
+"""The columns on a terminal of 80 characters."""
+
+
+@dataclass(frozen=True)
+class PlannedGpu:
+    """The GPU that the plan is for. source: "flag", "this machine" or "assumed"."""
+
+    memory_gib: float
+    compute_capability: tuple[int, int]
+    source: str
+
+    @property
+    def capability(self) -> str:
+        """The compute capability as NVIDIA writes it, such as 9.0."""
+        return ".".join(map(str, self.compute_capability))
 
 
 def show_plan(config: PlanConfig) -> None:
-    """Print the table, or JSON. Raises ConfigError when no layout fits, with what would help."""
-    workload = workload_of(config)
+    """Print the table, or JSON. Raises ConfigError with changes that would help if no layout fits."""
+    gpu = planned_gpu(config)
+    workload = workload_of(config, gpu)
     host = config.host_memory * GIB if config.host_memory is not None else math.inf
-    choices = ranked(workload, config.gpu_memory * GIB, host)
+    choices = ranked(workload, gpu.memory_gib * GIB, host)
     shown = choices if config.all else _worth_showing(choices)
     if config.json:
-        print(json.dumps(_to_mapping(config, workload, choices), indent=2))
+        print(json.dumps(_to_mapping(config, workload, gpu, choices), indent=2))
     elif shown:
         columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "host RAM", "speed")
         short = ("layout", "recompute", "fits", *SHORT_PARTS, "total", "RAM", "speed")
         Report().table(
             columns,
             [_row(each, {name: (name,) for name in PARTS}) for each in shown],
-            _title(config, workload),
+            _title(config, workload, gpu),
             narrow=(short, [_row(each, SHORT_PARTS) for each in shown]),
         )
-        _tell_best(config, workload, choices[0])
+        _report_best(config, workload, gpu, choices[0])
     if not any(each.fits for each in choices):
         where = "the GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
-        ways = remedies(workload, config.gpu_memory * GIB, host)
+        changes = remedies(workload, gpu.memory_gib * GIB, host)
         raise ConfigError(
             "No layout fits.",
-            expected=f"at most {USABLE:.0%} of {config.gpu_memory:g} GiB on {where}"
+            expected=f"at most {USABLE:.0%} of {gpu.memory_gib:g} GiB on {where}"
             + (f", {USABLE_OF_HOST:.0%} of {config.host_memory:g} GiB of a host's RAM" if config.host_memory else ""),
             found=_smallest(choices),
-            next_command=f"the same with {' or '.join(ways)}, which fits" if ways else "GPUs with more memory",
+            next_command=f"the same with {' or '.join(changes)}, which fits" if changes else "GPUs with more memory",
         )
 
 
-def workload_of(config: PlanConfig) -> Workload:
-    """What the plan is asked about. Raises WeightsError when --load is no checkpoint."""
+def planned_gpu(config: PlanConfig) -> PlannedGpu:
+    """Return the GPU of --gpu, else this machine's, else a Hopper GPU. --gpu-memory replaces the memory of --gpu."""
+    if config.gpu is not None:
+        model = GPU_MODELS[config.gpu]
+        return PlannedGpu(config.gpu_memory or model.memory_gib, model.compute_capability, "flag")
+    memory_gib = config.gpu_memory or DEFAULT_MEMORY_GIB
+    local = local_gpu()
+    if local is not None:
+        return PlannedGpu(memory_gib, local.compute_capability, "this machine")
+    return PlannedGpu(memory_gib, HOPPER, "assumed")
+
+
+def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
+    """Return the run that is planned. Raises WeightsError if --load is no checkpoint."""
     base = _base(config.load) if config.load is not None else None
     whole = 4 if base is not None and base.dtype == "float32" else 2
     return Workload(
@@ -81,26 +103,27 @@ def workload_of(config: PlanConfig) -> Workload:
         lora_target_modules=config.lora_target_modules,
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
+        compute_capability=gpu.compute_capability,
     )
 
 
 def _base(load: Path) -> BaseDescription | HubModel:
-    """What a plan needs of the base: of a model on the hub no weights."""
+    """Return the description of the base. Of a model on the hub no weights are downloaded."""
     if is_on_hub(load):
         return ask(str(load)) or describe_base(resolve(str(load), Report.silent()))
     return describe_base(load)
 
 
-def _title(config: PlanConfig, workload: Workload) -> str:
+def _title(config: PlanConfig, workload: Workload, gpu: PlannedGpu) -> str:
     return (
         f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, "
-        f"{config.gpus} × {config.gpu_memory:g} GiB, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, "
+        f"{config.gpus} × {gpu.memory_gib:g} GiB, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, "
         "RAM a host"
     )
 
 
 def _row(choice: Choice, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The parts of memory in columns, each the sum of those that it names."""
+    """Return the cells of a choice. columns: the parts of memory that each column adds up."""
     parts = [f"{sum(getattr(choice.memory, name) for name in names) / GIB:.1f}" for names in columns.values()]
     total = f"{choice.memory.total / GIB:.1f}"
     fits = "✓" if choice.fits else "✗"
@@ -108,23 +131,29 @@ def _row(choice: Choice, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, .
     return str(choice.layout), choice.layout.recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
 
 
-def _tell_best(config: PlanConfig, workload: Workload, best: Choice) -> None:
+def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: Choice) -> None:
+    report = Report()
     if best.fits:
-        precision = "" if config.base_precision == "bf16" else f" --base-precision {config.base_precision}"
-        report = Report()
-        report.say("speed: estimated, against one GPU that holds everything and recomputes nothing")
-        report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{precision}")
-        faster = faster_micro_batch(workload, best, config.gpu_memory * GIB)
-        if faster is not None:
-            size, choice, rate = faster
-            report.say(
-                f"  or, estimated {rate - 1:.0%} faster: --micro-batch-size {size} {choice.layout.flags()}{precision}, "
-                f"{choice.memory.total / GIB:.1f} GiB a GPU"
-            )
+        report.say("speed: estimated, relative to one GPU that holds everything and recomputes nothing")
+    if gpu.source == "assumed":
+        report.say("GPU: Hopper (H100, H200) is assumed; plan with --gpu for another model")
+    elif gpu.source == "this machine":
+        report.say(f"GPU: compute capability {gpu.capability}, as in this machine")
+    if not best.fits:
+        return
+    precision = "" if config.base_precision == "bf16" else f" --base-precision {config.base_precision}"
+    report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{precision}")
+    faster = faster_micro_batch(workload, best, gpu.memory_gib * GIB)
+    if faster is not None:
+        size, choice, rate = faster
+        report.say(
+            f"  or, estimated {rate - 1:.0%} faster: --micro-batch-size {size} {choice.layout.flags()}{precision}, "
+            f"{choice.memory.total / GIB:.1f} GiB a GPU"
+        )
 
 
 def _worth_showing(choices: list[Choice]) -> list[Choice]:
-    """Those that fit, and with offload only where the same layout does not fit without."""
+    """Return the choices that fit; those with offload only if the same layout does not fit without it."""
     without = {str(each.layout) for each in choices if each.fits and each.layout.recompute != "offload"}
     return [
         each
@@ -135,7 +164,7 @@ def _worth_showing(choices: list[Choice]) -> list[Choice]:
 
 def _smallest(choices: list[Choice]) -> str:
     if not choices:
-        return "no layout that divides the model and the sequence over these GPUs"
+        return "no layout that splits the model and the sequence over these GPUs"
     smallest = min(choices, key=lambda each: each.memory.total)
     return (
         f"{smallest.memory.total / GIB:.1f} GiB with {smallest.layout}, --recompute {smallest.layout.recompute}, "
@@ -143,12 +172,14 @@ def _smallest(choices: list[Choice]) -> str:
     )
 
 
-def _to_mapping(config: PlanConfig, workload: Workload, choices: list[Choice]) -> dict[str, Any]:
+def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices: list[Choice]) -> dict[str, Any]:
     fits = bool(choices) and choices[0].fits
-    faster = faster_micro_batch(workload, choices[0], config.gpu_memory * GIB) if fits else None
+    faster = faster_micro_batch(workload, choices[0], gpu.memory_gib * GIB) if fits else None
     return {
         "gpus": config.gpus,
-        "gpu_memory_gib": config.gpu_memory,
+        "gpu_memory_gib": gpu.memory_gib,
+        "compute_capability": gpu.capability,
+        "compute_capability_source": gpu.source,
         "faster_micro_batch": {
             "micro_batch_size": faster[0],
             **dataclasses.asdict(faster[1].layout),

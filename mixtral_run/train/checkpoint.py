@@ -27,7 +27,7 @@ from mixtral_run.model.parallel.megatron import (
 from mixtral_run.model.parallel.mesh import is_out_of_memory
 from mixtral_run.train.adapter_writer import AdapterWriter
 from mixtral_run.train.base_reader import BaseReader, target_of
-from mixtral_run.train.quantized_experts import Keep, KeptExperts
+from mixtral_run.train.quantized_experts import CacheOptions, ExpertCache
 from mixtral_run.weights.adapter.schema import is_of_optimizer
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import HFWeights
@@ -39,14 +39,14 @@ from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescri
 from mixtral_run.weights.manifest.manifest import write_manifest
 
 
-def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = None) -> None:
+def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | None = None) -> None:
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
     With a base in 8 or 4 bit the experts come from where `keep` lets them be kept, or are quantized on the way, a layer
     at a time. Sets the model's `base_fingerprint`. All ranks must call. Raises WeightsError when the checkpoint's
     tensors are not the model's, or a file cannot be read.
     """
-    experts = KeptExperts(model, base, keep or Keep())
+    experts = ExpertCache(model, base, cache or CacheOptions())
     if base.weights is not None:
         model.base_fingerprint = _read_hf(model, base.weights, experts)
         return
@@ -60,18 +60,18 @@ def load_base(model: MixtralModel, base: BaseDescription, keep: Keep | None = No
         found = experts.find()
         if found is not None and experts.load(found):
             return
-        with experts.making() as making:
+        with experts.building() as building:
             # Of the experts, those of the layer that has memory are the ones that have shards.
-            model.quantize_experts(lambda: reader.read(_expert_shards(model).values()), making.add)
+            model.quantize_experts(lambda: reader.read(_expert_shards(model).values()), building.add)
             reader.agree()
-            making.commit(base.fingerprint)
+            building.commit(base.fingerprint)
 
 
 def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
     return {name: each for name, each in _shards(model, adapters=False).items() if ".mlp.experts." in name}
 
 
-def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> str:
+def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache) -> str:
     """Fill the model, each rank its own part; the weights' whole fingerprint, of what all ranks read."""
     reading = _HfReading(weights)
     reading.read(_shards(model, adapters=False))
@@ -83,14 +83,14 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: KeptExperts) -> s
         # Of what was read just now and of what the kept experts were made of: all of it has to be one model.
         now = fingerprint_of_checksums(weights.architecture, weights.dtype, {**found.sources, **checksums})
         if now != found.fingerprint:
-            experts.refuse(found, f"made of a base with fingerprint {found.fingerprint}, not {now}")
+            experts.reject(found, f"made of a base with fingerprint {found.fingerprint}, not {now}")
         elif experts.load(found):
             return now
-    with experts.making() as making:
-        model.quantize_experts(lambda: reading.read(_expert_shards(model)), making.add)
+    with experts.building() as building:
+        model.quantize_experts(lambda: reading.read(_expert_shards(model)), building.add)
         of_experts = reading.checksums()
         fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, {**checksums, **of_experts})
-        making.commit(fingerprint, of_experts)
+        building.commit(fingerprint, of_experts)
     return fingerprint
 
 

@@ -1,11 +1,10 @@
-"""Forward and backward of a micro batch as one CUDA graph.
+"""Forward and backward pass of a micro batch as one CUDA graph.
 
 A layer launches some two hundred kernels; at 512 tokens the host needs longer to launch them than the GPU to run them.
-A graph is recorded once and replayed, exchanges with other processes included. That needs fixed shapes and no wait for
-the GPU in between: where experts are spread over processes, tokens are gathered (model/dispatch/all_gather.py), and
-where that
-does not pay or does not go, nothing is recorded. Packed rows hold now more samples, now fewer: as many as the fullest
-of the run has are recorded, most of them with fewer tokens or none.
+A graph is captured once and replayed, collectives included. Capture requires fixed shapes and no host synchronization:
+experts that are spread over ranks need a dispatch of fixed shapes (model/dispatch/all_gather.py), and where that does
+not pay or is not possible, the pass runs eagerly (planner/policy.py decides). Packed rows hold a varying number of
+samples: the graph has as many as the fullest row of the run, most of them with fewer tokens or none.
 """
 
 from __future__ import annotations
@@ -17,38 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher, open_symmetric_memory
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed, PackedSizes
+from mixtral_run.planner import policy
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.step import Backward, EagerBackward, trainable
 
 WARM_UP = 2
-"""Runs before the first recording: kernels are compiled and libraries set up outside the graph. Not before the second:
-beside the first one's memory they would need their own, that of all activations."""
+"""Eager runs before the first capture: they compile kernels and set up libraries outside the graph. The second capture
+needs none: next to the first graph's memory, eager runs would need that of all activations again."""
 
 
-def can_record(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
-    """Whether this model's pass over a micro batch of so many tokens can be recorded, and pays: it never waits for the
-    GPU. read: GPUs read from each other (model/dispatch/symmetric_memory.py). The same on all ranks."""
-    mesh, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
-    return (
-        # Layers that run again read the state of the random numbers where there is dropout.
-        (recompute in ("none", "selective") or (recompute == "full" and lora is not None and lora.dropout == 0))
-        and (mesh.expert_size == 1 or can_gather(model, num_tokens, read=read))
-        and model.never_waits
+def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = False) -> policy.Execution:
+    """Return the dispatch of this model's training pass, and whether the pass can be captured. The same on all ranks.
+
+    Args:
+        model: in training mode.
+        num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
+        peer_access: True if GPUs read from each other (model/dispatch/symmetric_memory.py).
+    """
+    mesh, lora = model.processes, model.settings.lora
+    return policy.execution_of(
+        policy.TrainingPass(
+            tokens=num_tokens // mesh.tensor_size,
+            expert_size=mesh.expert_size,
+            recompute=model.settings.recompute,
+            lora_dropout=lora.dropout if lora is not None else None,
+            fused_experts=all(each.adapted for each in model.experts),
+            syncs_with_host=not model.never_waits,
+            peer_access=peer_access,
+        )
     )
-
-
-def can_gather(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
-    """Whether experts in other processes can get the tokens of such a micro batch as all_gather.py has it, and that
-    pays. The same on all ranks."""
-    mesh = model.processes
-    pays = capacity.pays(num_tokens // mesh.tensor_size, mesh.expert_size, read=read)
-    return pays and all(each.adapted for each in model.experts) and model.never_waits
 
 
 @contextmanager
@@ -56,44 +57,51 @@ def backward_of(
     model: MixtralModel,
     num_tokens: int,
     *,
-    recorded: bool = True,
-    reads: bool = True,
+    captured: bool = True,
+    peer_access: bool = True,
     most: PackedSizes | None = None,
 ) -> Iterator[Backward]:
-    """The fastest way of a micro batch of so many tokens through the model, recorded where that is wanted and goes.
+    """Yield the fastest way of a micro batch through the model. All ranks must call.
 
-    reads: whether there is memory for what GPUs read from each other (plan.within). most: where rows are packed, what
-    they hold. All ranks must call.
+    Leave the context before the ranks part: NCCL waits for the graphs that contain its collectives.
 
-    To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
+    Args:
+        model: in training mode.
+        num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
+        captured: capture the pass if possible.
+        peer_access: let GPUs read from each other if possible; False if there is no memory for it
+            (planner/choose.py).
+        most: the largest sizes of the run's packed rows, if rows are packed.
     """
     mesh = model.processes
     exchange = None
-    if can_gather(model, num_tokens, read=True):
-        exchange = open_symmetric_memory(
-            mesh, model.architecture, num_tokens // mesh.tensor_size, model.settings.dtype, wanted=reads
-        )
+    execution = execution_of(model, num_tokens, peer_access=True)
+    if execution.dispatch is policy.Dispatch.SYMMETRIC_MEMORY:
+        tokens = num_tokens // mesh.tensor_size
+        exchange = open_symmetric_memory(mesh, model.architecture, tokens, model.settings.dtype, wanted=peer_access)
+        if exchange is None:
+            execution = execution_of(model, num_tokens, peer_access=False)
     dispatcher: TokenDispatcher[Any] | None = None
     if exchange is not None:
         dispatcher = SymmetricMemoryDispatcher(exchange, mesh.device)
-    elif can_gather(model, num_tokens):
+    elif execution.dispatch is policy.Dispatch.ALL_GATHER:
         dispatcher = AllGatherDispatcher(mesh.expert_group, model.architecture.num_experts, mesh.device)
-    if recorded and can_record(model, num_tokens, read=exchange is not None):
-        backward = RecordedBackward(model, dispatcher, most)
+    if captured and execution.captured:
+        backward = CapturedBackward(model, dispatcher, most)
         yield backward
-        # Not after an error: what was started may wait for a process that is no more.
-        backward.forget()
+        # Not after an error: a collective under way may wait for a rank that has ended.
+        backward.release()
     else:
         yield EagerBackward(model, dispatcher)
     if exchange is not None:
         exchange.close()
 
 
-class RecordedBackward(Backward):
-    """As EagerBackward, recorded: once for a micro batch that finds no gradients and leaves its own, and once, where
-    it comes to that, for one that adds to them. The gradients stay in the same memory, which the recordings share.
+class CapturedBackward(Backward):
+    """The pass of EagerBackward as CUDA graphs: one for a micro batch that finds no gradients and leaves its own, and,
+    if an iteration has several, one for a micro batch that adds to them.
 
-    All ranks record at the same time.
+    Both graphs share their memory, and the gradients stay in it. All ranks capture at the same time.
     """
 
     def __init__(
@@ -107,57 +115,57 @@ class RecordedBackward(Backward):
         self._most = most
         self._inputs: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
-        self._recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         adds = any(parameter.grad is not None for parameter in self._parameters)
-        given = self._given(micro, num_loss_tokens)
+        inputs = self._inputs_of(micro, num_loss_tokens)
         if not self._inputs:
-            self._inputs = [new.to(self.model.processes.device) for new in given]
-        for held, new in zip(self._inputs, given, strict=True):
-            held.copy_(new, non_blocking=True)
-        assert not adds or self._gradients, "what is added to are the gradients that the first micro batch left"
-        if adds not in self._recorded:
-            self._record(adds)
-        graph, loss = self._recorded[adds]
+            self._inputs = [new.to(self.model.processes.device) for new in inputs]
+        for static, new in zip(self._inputs, inputs, strict=True):
+            static.copy_(new, non_blocking=True)
+        assert not adds or self._gradients, "existing gradients must be those that the first micro batch left"
+        if adds not in self._graphs:
+            self._capture(adds)
+        graph, loss = self._graphs[adds]
         graph.replay()
         if not adds:
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
         return loss
 
-    def forget(self) -> None:
-        """Let go of the recordings and of the gradients in their memory."""
+    def release(self) -> None:
+        """Free the graphs and the gradients in their memory."""
         torch.cuda.synchronize()
-        for graph, _ in self._recorded.values():
+        for graph, _ in self._graphs.values():
             graph.reset()
-        self._recorded.clear()
+        self._graphs.clear()
         self._gradients.clear()
         self._drop_gradients()
 
-    def _given(self, micro: MicroBatch, num_loss_tokens: int) -> list[Tensor]:
-        """What a pass takes, on the host."""
-        given = [micro.tokens, micro.labels, micro.loss_mask / num_loss_tokens]
+    def _inputs_of(self, micro: MicroBatch, num_loss_tokens: int) -> list[Tensor]:
+        """Return the inputs of a pass, on the host."""
+        inputs = [micro.tokens, micro.labels, micro.loss_mask / num_loss_tokens]
         if self._most is not None:
             assert micro.lengths is not None
             packed = Packed.of(micro.lengths, micro.tokens.device, self._most)
-            given += [micro.position_ids, packed.boundaries, packed.owner]
-        return given
+            inputs += [micro.position_ids, packed.boundaries, packed.owner]
+        return inputs
 
-    def _record(self, adds: bool) -> None:
-        """What runs while it is recorded is only recorded: gradients that are there stay as they are."""
+    def _capture(self, adds: bool) -> None:
+        """Capture the pass. Nothing runs during a capture, so that existing gradients keep their values."""
         pool = None
-        if self._recorded:
-            pool = next(iter(self._recorded.values()))[0].pool()
+        if self._graphs:
+            pool = next(iter(self._graphs.values()))[0].pool()
         else:
             self._warm_up()
         graph = torch.cuda.CUDAGraph()
-        # NCCL has a thread that looks after what is under way; what it does is not to be taken for part of this.
+        # NCCL's watchdog thread makes CUDA calls, which must not count as part of the capture.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             loss = self._pass(adds)
         if not adds:
             self._gradients = [parameter.grad for parameter in self._parameters]
-        self._recorded[adds] = graph, loss
+        self._graphs[adds] = graph, loss
 
     def _warm_up(self) -> None:
         side = torch.cuda.Stream()
@@ -166,7 +174,7 @@ class RecordedBackward(Backward):
             for _ in range(WARM_UP):
                 self._pass(adds=False)
         torch.cuda.current_stream().wait_stream(side)
-        # Before recording frees the allocator's blocks: each would hold on to the large one it was cut from.
+        # Before the capture frees the allocator's blocks: each gradient would hold the large block it was cut from.
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:

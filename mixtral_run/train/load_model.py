@@ -12,7 +12,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.checkpoint import load_adapter, load_base
-from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -40,11 +40,11 @@ def load_for_training(
     *,
     recompute: str,
     base_precision: str = "bf16",
-    keep: Keep | None = None,
+    cache: CacheOptions | None = None,
 ) -> MixtralModel:
     """Base weights loaded, adapters fresh, training mode. keep: see `load_base`. All ranks must call."""
     settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), True, lora, recompute, base_precision)
-    model = _build(base, settings, mesh, keep)
+    model = _build(base, settings, mesh, cache)
     return model.train()
 
 
@@ -67,10 +67,12 @@ def loaded(model: MixtralModel, base: BaseDescription) -> BaseDescription:
     return dataclasses.replace(base, fingerprint=model.base_fingerprint)
 
 
-def _build(base: BaseDescription, settings: ModelSettings, mesh: Mesh, keep: Keep | None = None) -> MixtralModel:
+def _build(
+    base: BaseDescription, settings: ModelSettings, mesh: Mesh, cache: CacheOptions | None = None
+) -> MixtralModel:
     try:
         model = build_model(base.architecture, settings, mesh)
-        load_base(model, base, keep)
+        load_base(model, base, cache)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "The model does not fit on the GPU in this layout.",

@@ -19,7 +19,7 @@ from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes
-from mixtral_run.planner.choose import reads_fit
+from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.cuda_graph import backward_of
@@ -31,7 +31,7 @@ from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_resume, leftovers, reserved_bytes
-from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
@@ -66,28 +66,32 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings.from_config(config)
     with processes(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
-        samples, kept_back = open_samples(config, base, report)
+        samples, validation_samples = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, lora)
         base = loaded(model, base)
         optimizer = torch.optim.AdamW(
             trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
         )
-        # Of a GPU: what is free, and what this process has taken by now.
-        reads = mesh.device.type == "cuda" and reads_fit(
-            config, base, mesh.world_size, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        peer_access = mesh.device.type == "cuda" and peer_access_fits(
+            config,
+            base,
+            mesh.world_size,
+            # The GPU's free memory, and what torch's allocator in this process has reserved.
+            torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(),
+            torch.cuda.get_device_capability(),
         )
         tokens = config.micro_batch_size * config.seq_length
         most = samples.most if isinstance(samples, PackedSamples) else None
-        recorded = config.cuda_graphs and (most is None or most.pay(config.seq_length))
-        with backward_of(model, tokens, recorded=recorded, reads=reads, most=most) as backward:
+        captured = config.cuda_graphs and (most is None or most.pay(config.seq_length))
+        with backward_of(model, tokens, captured=captured, peer_access=peer_access, most=most) as backward:
             step = optimizer_step(model, optimizer, config.clip_grad, backward)
             if mesh.is_first and not config.resume:
                 _remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
             run = Run(config, mesh, report, model, samples, meter, step, seconds)
-            if kept_back is not None:
+            if validation_samples is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
-                run.validation = Validation(kept_back, config.micro_batch_size, report, file)
+                run.validation = Validation(validation_samples, config.micro_batch_size, report, file)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _tell_lora(run, config)
@@ -106,7 +110,7 @@ def pretrain(config: PretrainConfig) -> None:
         samples, _ = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, None)
         tokens = config.micro_batch_size * config.seq_length
-        with backward_of(model, tokens, recorded=config.cuda_graphs) as backward:
+        with backward_of(model, tokens, captured=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
             meter = _meter(config, base, mesh, config.metrics_file)
             run = Run(config, mesh, report, model, samples, meter, step, seconds)
@@ -144,11 +148,14 @@ def _load(
         f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as TP{mesh.tensor_size}/"
         f"EP{mesh.expert_size}, data-parallel {mesh.data_size} …"
     )
-    precision, keep = "bf16", None
+    precision, cache = "bf16", None
     if isinstance(config, FinetuneConfig):
-        precision, keep = config.base_precision, Keep(config.quantized_cache, report, reserved_bytes(config, base))
+        precision, cache = (
+            config.base_precision,
+            CacheOptions(config.quantized_cache, report, reserved_bytes(config, base)),
+        )
     model = load_for_training(
-        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, keep=keep
+        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
     )
     seconds = time.perf_counter() - started
     report.say(f"Loaded in {seconds:.1f} s")
@@ -213,7 +220,7 @@ def _look(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Map
     """At the pairs kept back, where there are any; it counts for no iteration's time."""
     if run.validation is None:
         return
-    found = run.validation.look(run.model, iteration, stop.agreed)
+    found = run.validation.evaluate(run.model, iteration, stop.agreed)
     if found is not None and run.mesh.is_first:
         run.report.say(found.line(run.config.train_iters))
         write(iteration, {"validation_loss": found.loss})

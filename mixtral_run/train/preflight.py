@@ -11,7 +11,7 @@ from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import PAIRS, read_pairs
+from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
@@ -98,11 +98,11 @@ def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -
     fits = not errors
     if base is not None:
         problems += layout_problems(config, base)
-    for setting in PAIRS:
+    for setting in DATA_SETTINGS:
         path = getattr(config, setting, None)
         if path is not None:
             try:
-                read_pairs(path, setting)
+                read_examples(path, setting)
             except MixtralRunError as error:
                 errors.append(error)
     if isinstance(config, FinetuneConfig):

@@ -29,7 +29,7 @@ from mixtral_run.weights.quantized_cache.writer import CannotKeep, Keeping, Writ
 
 
 @dataclass(frozen=True)
-class Keep:
+class CacheOptions:
     """What a run does with experts kept beside its base: yes, take and make them; use, take them; no, neither.
 
     reserve_bytes: what the run will write to the same disk.
@@ -40,13 +40,13 @@ class Keep:
     reserve_bytes: int = 0
 
 
-class KeptExperts:
+class ExpertCache:
     """Those of one model and its base. Does nothing where the base's precision is bf16."""
 
-    def __init__(self, model: MixtralModel, base: BaseDescription, keep: Keep) -> None:
+    def __init__(self, model: MixtralModel, base: BaseDescription, cache: CacheOptions) -> None:
         self._model = model
         self._base = base
-        self._keep = keep
+        self._keep = cache
         precision = model.settings.base_precision
         self._dtype = layout.rounded_to(base.dtype, str(model.settings.dtype).removeprefix("torch."))
         self._files = layout.Files(layout.kept_folder(base.folder, precision), base.architecture, precision)
@@ -66,7 +66,7 @@ class KeptExperts:
             self._why = "not the same for all processes"
         return None
 
-    def refuse(self, found: layout.Kept, why: str) -> None:
+    def reject(self, found: layout.Kept, why: str) -> None:
         """What `find` found is of no use after all. All ranks must call with the same."""
         self._refused, self._why = found, why
 
@@ -90,7 +90,7 @@ class KeptExperts:
         for linear in linears:
             linear.settle(whole=not damaged)
         if damaged:
-            self.refuse(found, f"damaged: {damaged[0]}")
+            self.reject(found, f"damaged: {damaged[0]}")
         return not damaged
 
     def _parts(self) -> Iterator[Part]:
@@ -107,7 +107,7 @@ class KeptExperts:
                     yield Part(whole, layout.source_of(entry), torch.uint8, matrix)
 
     @contextmanager
-    def making(self) -> Iterator[Making]:
+    def building(self) -> Iterator[CacheBuild]:
         """For quantizing: takes each layer's experts, and puts the folder in its place on `commit`.
 
         Says why experts are quantized though some are there. Leaves nothing where the work within fails. All ranks must
@@ -115,14 +115,14 @@ class KeptExperts:
         """
         if self._why:
             self._warn(f"{self._files.folder} is not used: {self._why}. The experts are quantized again")
-        making = self._begin() if self._keep.mode == "yes" and self._files.precision != "bf16" else Making()
+        building = self._begin() if self._keep.mode == "yes" and self._files.precision != "bf16" else CacheBuild()
         try:
-            yield making
+            yield building
         except BaseException:
-            making.abandon()
+            building.abandon()
             raise
 
-    def _begin(self) -> Making:
+    def _begin(self) -> CacheBuild:
         """Rank 0 makes the files; the others open them where they write."""
         mesh = self._model.processes
         size = self._files.num_bytes / 1e6
@@ -141,11 +141,11 @@ class KeptExperts:
                     self._tell_failure(str(error))
         dist.broadcast_object_list(told, src=0)
         if told[0] is None:
-            return Making()
+            return CacheBuild()
         # Of processes that hold the same experts, the first one writes.
         writes = dist.get_rank(mesh.expert_data_group) == 0
         writer = Writer(told[0], self._first_expert()) if writes else None
-        return Making(keeping, writer, self._record(), self._tell_failure)
+        return CacheBuild(keeping, writer, self._record(), self._tell_failure)
 
     def _record(self) -> dict[str, Any]:
         """What the folder's record says beside the base's fingerprint and the checksums."""
@@ -186,7 +186,7 @@ class KeptExperts:
             self._keep.report.warn(text)
 
 
-class Making:
+class CacheBuild:
     """The folder in the making, on one rank; without arguments none is made."""
 
     def __init__(

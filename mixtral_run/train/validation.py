@@ -60,13 +60,13 @@ class Validation:
         self._report, self._file = report, file
         self.found: list[ValidationMetrics] = []
 
-    def look(self, model: MixtralModel, iteration: int, stopped: Callable[[], bool]) -> ValidationMetrics | None:
+    def evaluate(self, model: MixtralModel, iteration: int, stopped: Callable[[], bool]) -> ValidationMetrics | None:
         """Go through all pairs; None where a stop was asked for meanwhile. All ranks must call.
 
         stopped: to be asked on all ranks at once. Raises TrainingError where the file takes no more lines.
         """
         mesh, started = model.processes, time.perf_counter()
-        passes = list(shares(len(self._samples), self._micro_batch_size, mesh))
+        passes = list(rows_by_pass(len(self._samples), self._micro_batch_size, mesh))
         total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         with evaluating(model), self._report.progress(len(passes), "validating", "passes") as progress:
             for rows in passes:
@@ -90,7 +90,7 @@ class Validation:
         return metrics
 
 
-def shares(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[tuple[int | None, ...]]:
+def rows_by_pass(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[tuple[int | None, ...]]:
     """The rows of this data-parallel rank, pass by pass; as many passes on every rank, where None stands for no row."""
     step = micro_batch_size * mesh.data_size
     for first in range(mesh.data_rank * micro_batch_size, math.ceil(num_rows / step) * step, step):

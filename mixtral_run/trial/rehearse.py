@@ -23,7 +23,7 @@ from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.jobs import COMPARE_LOGITS, FINETUNE, GENERATE
 from mixtral_run.train.metrics import read_metrics
 from mixtral_run.train.preflight import check_inference, check_training
@@ -233,7 +233,7 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 def _generate(places: Places, layout: dict[str, Any]) -> str:
-    pair = read_pairs(places.pairs)[0]
+    pair = read_examples(places.pairs)[0]
     file = places.work / "answers.json"
     run_job(
         GENERATE,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from mixtral_run.inference.decode import Decoding, RecordedDecoding, decoding_of
+from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.mixtral import is_adapter
 from mixtral_run.model.parallel.mesh import Mesh
 from tests.gpu.cases import run_cases
@@ -23,19 +23,19 @@ def run(mesh: Mesh, precision: str, which: str) -> list[list[float]]:
     for name, weight in model.named_parameters():
         if is_adapter(name):  # whose second halves begin with zeros
             weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(len(name)))
-    assert decoding_of(model, len(LENGTHS), NEW) is RecordedDecoding
+    assert decoding_of(model, len(LENGTHS), NEW) is CapturedDecoding
     longest = max(LENGTHS)
     draw = torch.Generator("cuda").manual_seed(1)
     rows = torch.randint(1, 1024, (len(LENGTHS), longest + NEW), generator=draw, device=mesh.device)
     padding = longest - torch.tensor(LENGTHS, device=mesh.device)
     found = []
-    for kind in (Decoding, RecordedDecoding):
+    for kind in (Decoding, CapturedDecoding):
         with torch.inference_mode():
             passes = kind(model, padding, longest + NEW)
             further = (passes(rows[:, [at]]).clone() for at in range(longest, longest + NEW))
             logits = torch.stack([passes(rows[:, :longest]), *further])
-            if isinstance(passes, RecordedDecoding):
-                assert passes.is_recorded
+            if isinstance(passes, CapturedDecoding):
+                assert passes.is_captured
             passes.end()
         found.append(logits.float())
     grown, recorded = found

@@ -12,7 +12,7 @@ from benchmarks.lora import exchanged_by
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import EagerBackward, train_step, trainable
 from tests.gpu.cases import run_cases
@@ -24,7 +24,7 @@ STEPS = 6
 def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, two micro batches in each."""
     model = small_model(mesh, recompute, precision)
-    assert can_record(model, 2 * SEQ_LENGTH)
+    assert execution_of(model, 2 * SEQ_LENGTH).captured
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
     stream = batches(
         MockSamples(1024, SEQ_LENGTH, 1),
@@ -37,9 +37,9 @@ def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[fl
     recorded = way != "eager"
     with (
         exchanged_by(collectives=way == "all-gather"),
-        backward_of(model, 2 * SEQ_LENGTH, recorded=recorded) as backward,
+        backward_of(model, 2 * SEQ_LENGTH, captured=recorded) as backward,
     ):
-        assert isinstance(backward, RecordedBackward) == recorded
+        assert isinstance(backward, CapturedBackward) == recorded
         if recorded and mesh.expert_size > 1:
             kind = SymmetricMemoryDispatcher if way == "symmetric memory" else AllGatherDispatcher
             assert isinstance(backward.dispatcher, kind)

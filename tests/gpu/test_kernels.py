@@ -15,7 +15,7 @@ from mixtral_run.model.moe import router_logits
 from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.model.rotary import Rotary, split_and_rotate
-from mixtral_run.train.cuda_graph import RecordedBackward, backward_of, can_record
+from mixtral_run.train.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
 from mixtral_run.train.step import StepResult, train_step, trainable
 
@@ -78,10 +78,10 @@ def test_a_recorded_step_is_the_eager_step() -> None:
                 for name, parameter in model.named_parameters():
                     if "norm" not in name and ".linear_in" not in name and ".linear_out" not in name:
                         parameter.normal_(0.0, 0.05, generator=generator)
-            assert can_record(model, 256)
+            assert execution_of(model, 256).captured
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
-            backward = RecordedBackward(model) if recorded else None
+            backward = CapturedBackward(model) if recorded else None
             losses.append([train_step(model, optimizer, next(stream), 1.0, backward).loss for _ in range(6)])
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert abs(losses[0][0] - losses[0][-1]) > 0.01
@@ -96,7 +96,7 @@ def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_pre
             model = small_model(mesh, recompute, base_precision)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
-            backward = RecordedBackward(model) if recorded else None
+            backward = CapturedBackward(model) if recorded else None
             steps.append([train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(6)])
     without, eager, again = steps
     assert again == eager
@@ -125,8 +125,8 @@ def test_a_recorded_step_of_packed_rows_is_the_eager_one() -> None:
         for recorded in (False, True):
             model = small_model(mesh, "none", "bf16")
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
-            with backward_of(model, 2 * SEQ_LENGTH, recorded=recorded, most=most) as backward:
-                assert isinstance(backward, RecordedBackward) == recorded
+            with backward_of(model, 2 * SEQ_LENGTH, captured=recorded, most=most) as backward:
+                assert isinstance(backward, CapturedBackward) == recorded
                 steps.append([train_step(model, optimizer, parts[step % 2], 1.0, backward) for step in range(6)])
     eager, replayed = steps
     assert replayed[0].loss == pytest.approx(eager[0].loss, rel=1e-6)
@@ -171,7 +171,7 @@ def small_model(
 
     fill()
     model.quantize_experts(fill)
-    assert can_record(model, 256) or not adapted
+    assert execution_of(model, 256).captured or not adapted
     return model
 
 

@@ -11,7 +11,7 @@ from benchmarks.lora import build_ours
 from benchmarks.modes import run_case
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.parallel.mesh import processes
-from mixtral_run.planner.available import gpu_memory
+from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.memory_model import GIB
 from mixtral_run.train.step import trainable
 
@@ -20,7 +20,7 @@ NEEDED_GIB = 36
 
 
 def test_the_gpus_are_asked() -> None:
-    found = gpu_memory("auto", 1)
+    found = available_gpu("auto", 1)
     assert found is not None
     assert found.total == torch.cuda.mem_get_info(0)[1]
     assert 0 < found.free <= found.total

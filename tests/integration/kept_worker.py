@@ -18,7 +18,7 @@ from isal.isal_zlib import crc32
 
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes
-from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.quantized_cache.layout import kept_folder
 from tests.integration.direct_load_worker import counted_reads
 from tests.integration.layouts_worker import config_of, train
@@ -55,7 +55,7 @@ def try_layout(mesh: Mesh, base: Path, out: Path, precision: str, dtype: str, la
     runs: dict[str, Any] = {}
     for name, mode in (("quantised", "no"), ("kept", "yes"), ("read", "use")):
         with counted_reads() as reads:
-            done = train(config, mesh, 0, 2, base_precision=precision, keep=Keep(mode))
+            done = train(config, mesh, 0, 2, base_precision=precision, cache=CacheOptions(mode))
         model = done["model"]
         runs[name] = {
             "sums": sums_of(model),

@@ -355,7 +355,7 @@ from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.train.checkpoint import load_base
-from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.quantized_experts import CacheOptions
 
 base = describe_base(Path(sys.argv[1]))
 
@@ -375,7 +375,7 @@ with processes(VerifyConfig(load=base.folder, device="cpu")) as here:
 
         watching = threading.Thread(target=watch)
         watching.start()
-        load_base(model, base, Keep(mode))
+        load_base(model, base, CacheOptions(mode))
         done.set()
         watching.join()
         own = sum(each.nbytes for each in [*model.parameters(), *model.buffers()])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.config.verbs import PlanConfig
-from mixtral_run.planner.table import workload_of
+from mixtral_run.planner.table import planned_gpu, workload_of
 from mixtral_run.weights.manifest.describe import describe_base
 from tests.integration.conftest import mixtral_run
 
@@ -403,6 +403,7 @@ def test_rehearse_leaves_other_peoples_files_alone(tmp_path: Path) -> None:
 
 def test_the_plan_counts_a_checkpoint_as_it_will_be_loaded(small_checkpoint: Path) -> None:
     assert describe_base(small_checkpoint).dtype == "float32"
-    workload = workload_of(PlanConfig(load=small_checkpoint))
+    gpu = planned_gpu(PlanConfig())
+    workload = workload_of(PlanConfig(load=small_checkpoint), gpu)
     assert (workload.weight_bytes, workload.expert_bytes) == (4, 4)
-    assert workload_of(PlanConfig(load=small_checkpoint, base_precision="fp8")).expert_bytes == 1
+    assert workload_of(PlanConfig(load=small_checkpoint, base_precision="fp8"), gpu).expert_bytes == 1

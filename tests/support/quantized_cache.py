@@ -17,7 +17,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import processes
 from mixtral_run.report import Report
 from mixtral_run.train.load_model import load_for_training
-from mixtral_run.train.quantized_experts import Keep
+from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
@@ -72,7 +72,7 @@ def start(
     stream = io.StringIO()
     with processes(config) as mesh:
         lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
-        keep = Keep(mode, Report(stream), reserve)
+        keep = CacheOptions(mode, Report(stream), reserve)
         model = load_for_training(
             config, describe_base(base), mesh, lora, recompute="none", base_precision=precision, keep=keep
         )

@@ -10,8 +10,8 @@ import pytest
 
 from mixtral_run.cli.command import PROBLEMS
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.train.data.examples import read_pairs
-from mixtral_run.train.data.prompt import encode_turns
+from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.prompt import encode_conversation
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/fleet.md", "docs/formats.md", "docs/benchmarks.md")
@@ -51,13 +51,13 @@ def test_training_data_are_taken_as_they_are_shown(document: str, tmp_path: Path
     whole = [line for line in lines if "…" not in line]
     data = tmp_path / "shown.jsonl"
     data.write_text("\n".join(whole), encoding="utf-8")
-    pairs = read_pairs(data)
+    pairs = read_examples(data)
     assert len(pairs) == len(whole) == (1 if document == "README.md" else 2)
     if document == "README.md":
         return
     shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
     for pair in pairs:
-        turns = encode_turns(llama_like_tokenizer, pair.turns)
+        turns = encode_conversation(llama_like_tokenizer, pair.turns)
         row = "".join(
             f"{llama_like_tokenizer.decode(prompt).strip()} {llama_like_tokenizer.decode(answer).strip()}"
             for prompt, answer in turns

@@ -20,7 +20,7 @@ from mixtral_run.config.verbs import PlanConfig
 def plan(config: PlanConfig) -> None:
     """Print the memory that a LoRA run needs on each GPU, by part, for each layout. The best that fits comes first.
 
-    Needs no GPU.
+    Needs no GPU. Without --gpu it plans for the GPU of this machine, and for Hopper if there is none.
     """
     from mixtral_run.planner.table import show_plan
 

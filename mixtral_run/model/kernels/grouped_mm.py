@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.kernels.requirements import grouped_mm_runs_on_device
 from mixtral_run.model.recompute.recipe import Recipe
 
 log = logging.getLogger(__name__)
-
-ALIGNMENT_BYTES = 16
-"""What the grouped product asks of every matrix's rows."""
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
@@ -53,18 +51,13 @@ def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, offse
 
 
 def has_grouped_product(rows: Tensor, *widths: int) -> bool:
-    """Whether torch's kernel runs here on matrices of these widths. It asks for bf16 and compute capability 8.0.
-
-    Capability 9.0 and 10.0 have kernels of their own; on 8.x torch falls back to a loop of its own over the experts,
-    which waits for the boundaries (ATen/native/cuda/GroupedBlas.cpp).
-    """
+    """Return True if torch's grouped product runs here on matrices of these widths without waiting for the GPU."""
     return (
         rows.is_cuda
         # A process of an expert group may get no token at all.
         and rows.shape[0] > 0
         and rows.dtype is torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-        and all(width * rows.element_size() % ALIGNMENT_BYTES == 0 for width in widths)
+        and grouped_mm_runs_on_device(torch.cuda.get_device_capability(rows.device), rows.element_size(), *widths)
     )
 
 

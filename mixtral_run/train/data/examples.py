@@ -20,14 +20,14 @@ NUM_PROBLEMS_SHOWN = 10
 KEYS = ("instruction", "response")
 MESSAGES = "messages"
 ROLES = ("system", "user", "assistant")
-EXAMPLES = (
+EXAMPLE_LINES = (
     '{"instruction": "What is 7 times 8?", "response": "56"}',
     '{"messages": [{"role": "user", "content": "What is 7 times 8?"}, {"role": "assistant", "content": "56"}]}',
 )
 
 
 @dataclass(frozen=True)
-class Pair:
+class Example:
     """One example to learn from. `line` is its line in the file, from 1; texts are stripped. earlier: what was asked
     and answered before in the same conversation, to be learned as well."""
 
@@ -42,7 +42,7 @@ class Pair:
         return (*self.earlier, (self.instruction, self.response))
 
 
-def read_pairs(path: Path, setting: str = "data_path") -> list[Pair]:
+def read_examples(path: Path, setting: str = "data_path") -> list[Example]:
     """All pairs of a JSONL file, in its order; further keys are ignored.
 
     setting: the config's that names the file, for errors.
@@ -51,7 +51,7 @@ def read_pairs(path: Path, setting: str = "data_path") -> list[Pair]:
     number), or that the file is missing, not UTF-8 or without any pair.
     """
     where, what = where_of(setting, path), "validation" if setting == "valid_data_path" else "training"
-    expected = f"a JSON object a line: {' or '.join(EXAMPLES)}"
+    expected = f"a JSON object a line: {' or '.join(EXAMPLE_LINES)}"
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -67,7 +67,7 @@ def read_pairs(path: Path, setting: str = "data_path") -> list[Pair]:
             found=f"line {broken}: byte 0x{content[error.start]:02x}",
             next_command=f"iconv -f latin1 -t utf-8 {path}, if that is how it was saved",
         ) from error
-    pairs: list[Pair] = []
+    pairs: list[Example] = []
     problems: list[str] = []
     # Not splitlines(): that also splits at separators that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -77,7 +77,7 @@ def read_pairs(path: Path, setting: str = "data_path") -> list[Pair]:
         problems += [f"line {number}: {problem}" for problem in found]
         if not found:
             *earlier, last = _turns(json.loads(line))
-            pairs.append(Pair(*last, number, tuple(earlier)))
+            pairs.append(Example(*last, number, tuple(earlier)))
     if problems:
         raise ConfigError(
             f"The {what} data cannot be used as they are.",
@@ -173,5 +173,5 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-PAIRS = ("data_path", "valid_data_path")
+DATA_SETTINGS = ("data_path", "valid_data_path")
 """Settings that name files of pairs."""

@@ -61,7 +61,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[
     return [_special(tokenizer, "bos_token_id"), *_encode(tokenizer, prompt_text(instruction))]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, instruction: str, response: str) -> tuple[list[int], list[int]]:
+def encode_turn(tokenizer: PreTrainedTokenizerBase, instruction: str, response: str) -> tuple[list[int], list[int]]:
     """Ids of the prompt, and ids of the response with </s>. One after the other they are the whole row.
 
     The response is encoded behind the prompt, so that its first token is the one that text has there (a SentencePiece
@@ -75,11 +75,11 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, instruction: str, response: 
     return [_special(tokenizer, "bos_token_id"), *prompt], [*answer, _special(tokenizer, "eos_token_id")]
 
 
-def encode_turns(
+def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
     """`encode_pair` of each turn of a conversation; one after the other they are the whole row, with one <s>."""
-    encoded = [encode_pair(tokenizer, instruction, response) for instruction, response in turns]
+    encoded = [encode_turn(tokenizer, instruction, response) for instruction, response in turns]
     return [(prompt[1:] if number else prompt, answer) for number, (prompt, answer) in enumerate(encoded)]
 
 

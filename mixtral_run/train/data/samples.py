@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.examples import Pair, first_problems
-from mixtral_run.train.data.prompt import encode_turns
+from mixtral_run.train.data.examples import Example, first_problems
+from mixtral_run.train.data.prompt import encode_conversation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,7 +99,7 @@ class Samples:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, seq_length: int, where: str | None = None
+        self, pairs: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_length: int, where: str | None = None
     ) -> None:
         if not pairs:
             raise ValueError("Samples needs at least one pair")
@@ -153,10 +153,10 @@ class Samples:
     def num_loss_tokens(self, index: int) -> int:
         return sum(end - begin for begin, end in self._rows[index][1])
 
-    def _encode(self, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
+    def _encode(self, pairs: Sequence[Example], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
         problems = []
         for pair in pairs:
-            row, responses = _row_of(encode_turns(tokenizer, pair.turns))
+            row, responses = _row_of(encode_conversation(tokenizer, pair.turns))
             length, num_prompt = len(row), responses[0][0]
             if num_prompt > self._seq_length:
                 problems.append(

@@ -8,37 +8,37 @@ from pathlib import Path
 from mixtral_run.config.verbs import DataConfig, FinetuneConfig
 from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import PAIRS, read_pairs, where_of
+from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples, where_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
 from mixtral_run.weights.manifest.describe import BaseDescription
 
-Pairs = Samples | PackedSamples
+FileSamples = Samples | PackedSamples
 
 
-def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> tuple[SampleSource, Pairs | None]:
+def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> tuple[SampleSource, FileSamples | None]:
     """The samples to train on, and those of --valid-data-path, each told of. Raises one error on all unusable pairs."""
-    files = {name: path for name in PAIRS if (path := getattr(config, name, None)) is not None}
-    found = _open_pairs(config, base, files) if files else {}
+    files = {name: path for name in DATA_SETTINGS if (path := getattr(config, name, None)) is not None}
+    found = _open_files(config, base, files) if files else {}
     samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
-    kept_back = found.get("valid_data_path")
+    validation_samples = found.get("valid_data_path")
     report.say(f"Data: {samples.describe()}")
     if "data_path" in found:
         epochs = config.train_iters * config.global_batch_size / len(found["data_path"])
         report.say(f"  {config.train_iters:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
-    if kept_back is not None:
-        report.say(f"Kept back: {kept_back.describe()}")
-    return samples, kept_back
+    if validation_samples is not None:
+        report.say(f"Kept back: {validation_samples.describe()}")
+    return samples, validation_samples
 
 
-def _open_pairs(config: DataConfig, base: BaseDescription, files: Mapping[str, Path]) -> dict[str, Pairs]:
+def _open_files(config: DataConfig, base: BaseDescription, files: Mapping[str, Path]) -> dict[str, FileSamples]:
     tokenizer = load_tokenizer(base.tokenizer)
-    found: dict[str, Pairs] = {}
+    found: dict[str, FileSamples] = {}
     errors: list[MixtralRunError] = []
     for name, path in files.items():
         try:
-            pairs = Samples(read_pairs(path, name), tokenizer, config.seq_length, where_of(name, path))
+            pairs = Samples(read_examples(path, name), tokenizer, config.seq_length, where_of(name, path))
         except MixtralRunError as error:
             errors.append(error)
             continue

@@ -1,4 +1,4 @@
-"""What generation asks of the model beside training."""
+"""Passes of generation: cached keys and values, fixed shapes, and capture as a CUDA graph."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.inference.decode import Decoding, RecordedDecoding, StayingDecoding, decoding_of
+from mixtral_run.inference.decode import CapturedDecoding, Decoding, FixedShapeDecoding, decoding_of
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import processes
@@ -36,9 +36,9 @@ def test_logits_of_the_last_position_alone() -> None:
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (2, 4), (1, 1)])
-@pytest.mark.parametrize("kind", [Decoding, StayingDecoding])
-def test_a_token_at_a_time_gives_what_the_whole_rows_give(kind: type[Decoding], lengths: tuple[int, ...]) -> None:
-    """Also where a row is padded, and where the memory has room for more than comes."""
+@pytest.mark.parametrize("kind", [Decoding, FixedShapeDecoding])
+def test_one_token_at_a_time_gives_the_logits_of_whole_rows(kind: type[Decoding], lengths: tuple[int, ...]) -> None:
+    """Also if a row is padded, and if the cache is longer than needed."""
     longest, new = max(lengths), 5
     whole = torch.randint(1, SMALL.vocab_size, (len(lengths), longest + new))
     padding = torch.tensor([longest - length for length in lengths])
@@ -53,12 +53,12 @@ def test_a_token_at_a_time_gives_what_the_whole_rows_give(kind: type[Decoding], 
                 )
 
 
-def test_a_row_that_has_ended_changes_nothing_of_the_others() -> None:
+def test_a_row_that_has_ended_does_not_change_the_others() -> None:
     rows, sampling = [[1, 5, 9], [1, 2], [7]], Sampling(12, 0.0, 1.0, 0)
     with random_model() as model:
         free = [continue_rows(model, [row], -1, sampling)[0] for row in rows]
         ends = free[0][1]
-        for kind in (Decoding, StayingDecoding):
+        for kind in (Decoding, FixedShapeDecoding):
             found = continue_rows(model, rows, ends, sampling, decoding=kind)
             for mine, alone in zip(found, free, strict=True):
                 count = alone.index(ends) + 1 if ends in alone else len(alone)
@@ -66,7 +66,7 @@ def test_a_row_that_has_ended_changes_nothing_of_the_others() -> None:
 
 
 class FakeGraph:
-    """STAND-IN: CPUs have no recordings. What is not asserted here, that they give the same, is in tests/gpu."""
+    """STAND-IN: CPUs have no CUDA graphs. tests/gpu compares the logits of real graphs with eager ones."""
 
     def replay(self) -> None:
         pass
@@ -75,8 +75,8 @@ class FakeGraph:
         pass
 
 
-@pytest.mark.parametrize("problem", ["cannot be recorded", "gives something else"])
-def test_where_recording_goes_wrong_generation_goes_on_without(
+@pytest.mark.parametrize("problem", ["cannot be captured", "its logits differ"])
+def test_generation_stays_eager_if_the_capture_fails(
     problem: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     inside = False
@@ -87,11 +87,11 @@ def test_where_recording_goes_wrong_generation_goes_on_without(
         inside = True
         yield
         inside = False
-        if problem == "cannot be recorded":
-            raise RuntimeError("it cannot be recorded\nand more")  # as torch does where the recording ends
+        if problem == "cannot be captured":
+            raise RuntimeError("cannot be captured\nand more")  # as torch does at the end of a capture
 
     def logits(*words: Any, **named: Any) -> torch.Tensor:
-        return right(*words, **named) * (0 if inside and problem == "gives something else" else 1)
+        return right(*words, **named) * (0 if inside and problem == "its logits differ" else 1)
 
     right = MixtralModel.logits
     replayed: list[FakeGraph] = []
@@ -102,12 +102,14 @@ def test_where_recording_goes_wrong_generation_goes_on_without(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with random_model() as model:
         rows, sampling = [[1, 5, 9], [1, 2]], Sampling(6, 0.0, 1.0, 0)
-        found = continue_rows(model, rows, 0, sampling, decoding=RecordedDecoding)
+        found = continue_rows(model, rows, 0, sampling, decoding=CapturedDecoding)
         assert found == continue_rows(model, rows, 0, sampling, decoding=Decoding)
-    assert len(replayed) == (problem == "gives something else")
-    assert [record.message for record in caplog.records] == [f"Generation is not recorded, and slower: it {problem}."]
+    assert len(replayed) == (problem == "its logits differ")
+    assert [record.message for record in caplog.records] == [
+        f"Generation is not captured as a CUDA graph, and slower: {problem}."
+    ]
 
 
-def test_nothing_is_recorded_on_cpus() -> None:
+def test_nothing_is_captured_on_a_cpu() -> None:
     with random_model() as model:
         assert decoding_of(model, 1, 1000) is Decoding

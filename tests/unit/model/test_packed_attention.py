@@ -8,7 +8,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
 from mixtral_run.model.parallel.mesh import Mesh, processes
-from mixtral_run.train.cuda_graph import RecordedBackward
+from mixtral_run.train.cuda_graph import CapturedBackward
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.step import EagerBackward
 from tests.integration.conftest import SMALL
@@ -101,15 +101,15 @@ def test_many_short_samples_beside_a_long_one_are_not_worth_shapes_that_stay(
     assert PackedSizes(samples, longest).pay(seq_length) == pay
 
 
-def test_the_pass_that_is_recorded_is_the_eager_one(mesh: Mesh) -> None:
-    """Recording itself is tested on GPUs (tests/gpu/test_kernels.py)."""
+def test_the_captured_pass_is_the_eager_one(mesh: Mesh) -> None:
+    """The capture itself is tested on GPUs (tests/gpu/test_kernels.py)."""
     packed, _ = micro_batches()
     results = []
     for recorded in (False, True):
         model = model_of(mesh, "none")
         if recorded:
-            backward = RecordedBackward(model, None, PackedSizes(samples=6, longest=20))
-            backward._inputs = backward._given(packed, 20)
+            backward = CapturedBackward(model, None, PackedSizes(samples=6, longest=20))
+            backward._inputs = backward._inputs_of(packed, 20)
             loss = float(backward._pass(adds=False))
         else:
             loss = float(EagerBackward(model)(packed, 20))

@@ -7,12 +7,12 @@ from typing import Any
 import psutil
 import pytest
 
+from mixtral_run.config.gpus import HOPPER
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.planner import available as gpus
-from mixtral_run.planner import choose
-from mixtral_run.planner.available import GpuMemory
+from mixtral_run.planner import available, choose
+from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.planner.memory_model import CONTEXT, GIB
 from mixtral_run.weights.manifest.describe import BaseDescription
@@ -28,9 +28,15 @@ def run(**settings: Any) -> FinetuneConfig:
 def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it with a number of GPUs, their GiB, how much of it is free, and the GiB of free RAM."""
 
-    def pretend(count: int, gib: float | None, free: float | None = None, ram: float = 1000) -> None:
-        found = None if gib is None else GpuMemory(gib * GIB, (free or gib) * GIB)
-        monkeypatch.setattr(choose, "gpu_memory", lambda *_: found)
+    def pretend(
+        count: int,
+        gib: float | None,
+        free: float | None = None,
+        ram: float = 1000,
+        capability: tuple[int, int] = HOPPER,
+    ) -> None:
+        found = None if gib is None else AvailableGpu(gib * GIB, (free or gib) * GIB, capability)
+        monkeypatch.setattr(choose, "available_gpu", lambda *_: found)
         monkeypatch.setattr(choose, "host_memory", lambda: ram * GIB)
         monkeypatch.setattr(choose, "describe_base", lambda _: BASE)
         monkeypatch.setattr(choose.processes, "process_count", lambda _: count)
@@ -89,7 +95,7 @@ def test_a_host_without_the_ram_is_told(on_gpus: Any) -> None:
     error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)
     assert error is not None
     text = str(error)
-    assert "at most 63.2 GiB, 80% of the 79.0 that are free" in text
+    assert "at most 63.2 GiB, 80% of the 79.0 GiB that are free" in text
     assert "64.0 GiB for the layers' inputs on 8 GPUs" in text
     assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is not None
     on_gpus(8, 32, ram=81)
@@ -97,14 +103,14 @@ def test_a_host_without_the_ram_is_told(on_gpus: Any) -> None:
 
 
 def test_the_host_is_asked() -> None:
-    assert 0 < gpus.host_memory() < psutil.virtual_memory().total
+    assert 0 < available.host_memory() < psutil.virtual_memory().total
 
 
 def test_a_host_keeps_for_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose.workload_of(run(), BASE, 16).gpus_per_host == 16
+    assert choose.workload_of(run(), BASE, 16, HOPPER).gpus_per_host == 16
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    assert choose.workload_of(run(), BASE, 16).gpus_per_host == 4
+    assert choose.workload_of(run(), BASE, 16, HOPPER).gpus_per_host == 4
 
 
 def test_what_was_given_stays(on_gpus: Any) -> None:
@@ -148,48 +154,77 @@ def test_what_others_hold_counts(on_gpus: Any) -> None:
     on_gpus(8, 80, free=10)
     error = memory_error(config, BASE, 8)
     assert error is not None
-    assert "which are free of 80.0" in str(error)
+    assert "free of a total of 80.0" in str(error)
 
 
 def test_fp32_takes_twice_the_weights() -> None:
-    workload = choose.workload_of(run(dtype="fp32"), BASE, 8)
+    workload = choose.workload_of(run(dtype="fp32"), BASE, 8, HOPPER)
     assert (workload.weight_bytes, workload.expert_bytes) == (4, 4)
-    assert choose.workload_of(run(), dataclasses.replace(BASE, dtype="float32"), 8).weight_bytes == 4
-    assert choose.workload_of(run(), BASE, 8).weight_bytes == 2
+    assert choose.workload_of(run(), dataclasses.replace(BASE, dtype="float32"), 8, HOPPER).weight_bytes == 4
+    assert choose.workload_of(run(), BASE, 8, HOPPER).weight_bytes == 2
 
 
-def test_the_gpus_are_asked_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_are_queried_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # STAND-IN for the GPUs: the process is real, and says what three of them would.
-    answers = "[10000000000, 80000000000], [30000000000, 70000000000], [5, 5]"
-    monkeypatch.setattr(gpus, "_ASK", f"import sys; print('[{answers}]' if sys.argv[1] in ('0', '2') else '')")
-    gpus.gpu_memory.cache_clear()
-    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)
-    monkeypatch.setattr(gpus, "_ASK", "raise SystemExit(1)")
-    assert gpus.gpu_memory("auto", 2) == GpuMemory(70e9, 10e9 + CONTEXT)  # asked once
-    assert gpus.gpu_memory("cpu", 2) is None
-    gpus.gpu_memory.cache_clear()
-    assert gpus.gpu_memory("auto", 2) is None
-    gpus.gpu_memory.cache_clear()
+    # STAND-IN for the GPUs: the process is real, and prints what three of them would.
+    answers = "[10000000000, 80000000000, [9, 0]], [30000000000, 70000000000, [8, 6]], [5, 5, [7, 0]]"
+    monkeypatch.setattr(available, "_QUERY", f"import sys; print('[{answers}]' if sys.argv[1] in ('0', '2') else '')")
+    available.available_gpu.cache_clear()
+    expected = AvailableGpu(70e9, 10e9 + CONTEXT, (8, 6))
+    assert available.available_gpu("auto", 2) == expected
+    monkeypatch.setattr(available, "_QUERY", "raise SystemExit(1)")
+    assert available.available_gpu("auto", 2) == expected  # cached
+    assert available.available_gpu("cpu", 2) is None
+    available.available_gpu.cache_clear()
+    assert available.available_gpu("auto", 2) is None
+    available.available_gpu.cache_clear()
 
 
 @pytest.mark.parametrize(("words", "asked"), [({}, "0"), ({"nproc_per_node": 2}, "2")])
-def test_the_gpus_can_be_asked_ahead(
+def test_the_query_can_start_ahead(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: dict[str, int], asked: str
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpus, "_ASK", f"import sys; assert sys.argv[1] == '{asked}'; print('[[3, 9], [2, 9]]')")
-    gpus.gpu_memory.cache_clear()
+    answer = "[[3, 9, [9, 0]], [2, 9, [9, 0]]]"
+    monkeypatch.setattr(available, "_QUERY", f"import sys; assert sys.argv[1] == '{asked}'; print('{answer}')")
+    available.available_gpu.cache_clear()
     config = run(device="cuda", **words)
-    gpus.ask_ahead(config)
-    assert not gpus._asked_ahead  # no GPU here
-    monkeypatch.setattr(gpus, "Path", lambda _: tmp_path)
-    gpus.ask_ahead(config)
-    monkeypatch.setattr(gpus, "_ASK", "raise SystemExit(1)")
-    assert gpus.gpu_memory("cuda", 2) == GpuMemory(9, 9)
-    assert not gpus._asked_ahead
-    gpus.gpu_memory.cache_clear()
+    available.ask_ahead(config)
+    assert not available._started_queries  # no GPU here
+    monkeypatch.setattr(available, "Path", lambda _: tmp_path)
+    available.ask_ahead(config)
+    monkeypatch.setattr(available, "_QUERY", "raise SystemExit(1)")
+    assert available.available_gpu("cuda", 2) == AvailableGpu(9, 9, HOPPER)
+    assert not available._started_queries
+    available.available_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("print('[[3, 9, [9, 0]], [2, 8, [8, 0]]]')", AvailableGpu(8, 8, (8, 0))),
+        ("print('[]')", None),
+        ("raise SystemExit(1)", None),
+    ],
+)
+def test_the_local_gpu_is_queried_only_if_the_driver_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, query: str, expected: AvailableGpu | None
+) -> None:
+    monkeypatch.setattr(available, "_QUERY", query)
+    monkeypatch.setattr(available, "Path", lambda _: tmp_path / "missing")
+    assert available.local_gpu() is None
+    monkeypatch.setattr(available, "Path", lambda _: tmp_path)
+    assert available.local_gpu() == expected
+
+
+def test_a_run_on_ampere_is_planned_as_it_runs(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """TP1/EP8 at 2,048 tokens needs 36.9 GiB on Hopper, and 28.8 GiB on Ampere."""
+    config = run(tensor_model_parallel_size=1, expert_model_parallel_size=8, seq_length=2048)
+    for capability, needed in (((8, 0), "28.8"), (HOPPER, "36.9")):
+        on_gpus(8, 39.4, capability=capability)
+        assert settled(config).recompute == "none"
+        assert f"Plan: TP1/EP8, recompute none: {needed} of 39.4 GiB a GPU" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,17 +18,14 @@ from mixtral_run.planner.memory_model import (
     Layout,
     Workload,
     adapter_parameters,
-    best,
-    gathers,
+    execution,
+    fit_dispatch,
     host_bytes,
-    is_recorded,
-    layouts,
     memory,
-    ranked,
-    rate_by_tokens,
     weight_bytes,
-    within,
 )
+from mixtral_run.planner.policy import Dispatch
+from mixtral_run.planner.ranking import best, layouts, ranked, rate_by_tokens
 from mixtral_run.planner.table import show_plan
 
 H200_GIB = 139.8
@@ -62,52 +60,59 @@ def test_eight_gpus_at_512_tokens(layout: Layout, limit: float) -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 8, "none"), Layout(2, 4, "full"), Layout(1, 4, "offload")])
-def test_pairs_kept_back_are_looked_at_beside_what_is_recorded(layout: Layout) -> None:
-    """What is not recorded is free meanwhile."""
+def test_evaluation_needs_memory_next_to_a_cuda_graph(layout: Layout) -> None:
+    """An eager pass frees its memory before the evaluation."""
     without = Workload(gpus=8, seq_length=2048)
-    beside = dataclasses.replace(without, validates=True)
-    more = (memory(beside, layout).total - memory(without, layout).total) / GIB
-    if is_recorded(without, layout):
-        # Logits in bf16 and fp32, or a layer's rows; and a group of processes of NCCL's.
+    with_validation = dataclasses.replace(without, has_validation=True)
+    more = (memory(with_validation, layout).total - memory(without, layout).total) / GIB
+    how = execution(without, layout)
+    if how.captured:
+        # Logits in bf16 and fp32, or a layer's rows; and another process group of NCCL.
         assert 1.0 < more < 2.5
     else:
-        assert more == pytest.approx(0.9 if gathers(without, layout) else 0.0)
+        assert more == pytest.approx(0.9 if how.dispatch.has_fixed_shapes else 0.0)
 
 
-def test_rows_are_read_or_tokens_gathered_where_that_is_less_than_asking() -> None:
+def test_dispatch_and_capture_follow_the_sizes() -> None:
+    def dispatch(workload: Workload, *layout: Any) -> Dispatch:
+        return execution(workload, Layout(*layout)).dispatch
+
+    def captured(workload: Workload, *layout: Any) -> bool:
+        return execution(workload, Layout(*layout)).captured
+
     few, many = Workload(gpus=8, seq_length=512), Workload(gpus=8, seq_length=2048)
-    assert gathers(few, Layout(1, 8, "full")) and gathers(few, Layout(2, 4, "none"))
-    assert gathers(many, Layout(1, 8, "none")) and is_recorded(many, Layout(1, 8, "full"))
-    assert not gathers(Workload(gpus=8, seq_length=8192), Layout(1, 8, "none"))
-    apart = dataclasses.replace(many, reads=False)
-    # 7 × 2,048 tokens of others for each process: rows that are asked for are less.
-    assert not gathers(apart, Layout(1, 8, "none")) and not is_recorded(apart, Layout(1, 8, "full"))
-    assert gathers(apart, Layout(1, 2, "none")) and gathers(apart, Layout(2, 4, "none"))
+    assert dispatch(few, 1, 8, "full") is dispatch(few, 2, 4, "none") is Dispatch.SYMMETRIC_MEMORY
+    assert dispatch(many, 1, 8, "none") is Dispatch.SYMMETRIC_MEMORY and captured(many, 1, 8, "full")
+    assert dispatch(Workload(gpus=8, seq_length=8192), 1, 8, "none") is Dispatch.ALL_TO_ALL
+    for apart in (dataclasses.replace(many, peer_access=False), dataclasses.replace(many, gpus=16)):
+        # 7 × 2,048 tokens from other ranks are more than the rows that all-to-all sends.
+        assert dispatch(apart, 1, 8, "none") is Dispatch.ALL_TO_ALL and not captured(apart, 1, 8, "full")
+        assert dispatch(apart, 1, 2, "none") is dispatch(apart, 2, 4, "none") is Dispatch.ALL_GATHER
     for each in (
         dataclasses.replace(few, lora_dropout=0.1),
         dataclasses.replace(few, lora_target_modules=("linear_qkv",)),
         dataclasses.replace(few, weight_bytes=4),
     ):
-        assert not gathers(each, Layout(1, 8, "full"))
-    assert not gathers(few, Layout(1, 1, "none"))
-    assert is_recorded(few, Layout(1, 8, "full"))
-    assert not is_recorded(few, Layout(1, 8, "offload"))
-    packed = dataclasses.replace(few, recorded=False)
-    assert gathers(packed, Layout(1, 8, "none")) and not is_recorded(packed, Layout(1, 8, "none"))
+        assert dispatch(each, 1, 8, "full") is Dispatch.ALL_TO_ALL
+    assert dispatch(few, 1, 1, "none") is Dispatch.LOCAL
+    assert captured(few, 1, 8, "full") and not captured(few, 1, 8, "offload")
+    eager = dataclasses.replace(few, cuda_graphs=False)
+    assert dispatch(eager, 1, 8, "none") is Dispatch.SYMMETRIC_MEMORY and not captured(eager, 1, 8, "none")
 
 
-def test_rows_are_not_read_where_there_is_no_memory_for_twice_their_mean() -> None:
+def test_peer_access_is_given_up_if_its_buffers_do_not_fit() -> None:
     workload, layout = Workload(gpus=8, seq_length=2048), Layout(1, 8, "none")
-    reading, asking = (memory(dataclasses.replace(workload, reads=each), layout).total for each in (True, False))
-    assert 1.2 * asking < reading
-    assert within(workload, layout, reading) == workload
-    assert within(workload, layout, reading - 1) == dataclasses.replace(workload, reads=False)
-    # Where neither fits it is the lesser that is told.
-    assert within(workload, layout, asking - 1) == dataclasses.replace(workload, reads=False)
-    alone = Layout(1, 1, "none")
-    assert within(workload, alone, 1.0) == workload
-    fits = next(each for each in ranked(workload, asking / 0.96) if each.layout == layout)
-    assert fits.fits and fits.memory.total == asking and fits.relative_speed < 0.9
+    without = dataclasses.replace(workload, peer_access=False)
+    reading, sending = memory(workload, layout).total, memory(without, layout).total
+    assert 1.2 * sending < reading
+    assert fit_dispatch(workload, layout, reading) == workload
+    assert fit_dispatch(workload, layout, reading - 1) == without
+    # If neither fits, the smaller one is reported.
+    assert fit_dispatch(workload, layout, sending - 1) == without
+    local = Layout(1, 1, "none")
+    assert fit_dispatch(workload, local, 1.0) == workload
+    fits = next(each for each in ranked(workload, sending / 0.96) if each.layout == layout)
+    assert fits.fits and fits.memory.total == sending and fits.relative_speed < 0.9
     more = next(each for each in ranked(workload, reading / 0.96) if each.layout == layout)
     assert more.fits and more.memory.total == reading and more.relative_speed > 0.9
 

@@ -16,11 +16,11 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.report import Report
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.summary import ValidationSummary
-from mixtral_run.train.validation import Validation, ValidationMetrics, shares
+from mixtral_run.train.validation import Validation, ValidationMetrics, rows_by_pass
 from tests.integration.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
 
@@ -37,7 +37,7 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(read_pairs(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
+    return Samples(read_examples(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
 
 
 def model(mesh: Mesh, recompute: str = "none", dropout: float = 0.0) -> MixtralModel:
@@ -48,8 +48,8 @@ def never() -> bool:
     return False
 
 
-def looked(trained: MixtralModel, samples: Samples | PackedSamples, micro_batch_size: int) -> ValidationMetrics:
-    found = Validation(samples, micro_batch_size, Report.silent(), None).look(trained, 0, never)
+def evaluated(trained: MixtralModel, samples: Samples | PackedSamples, micro_batch_size: int) -> ValidationMetrics:
+    found = Validation(samples, micro_batch_size, Report.silent(), None).evaluate(trained, 0, never)
     assert found is not None
     return found
 
@@ -59,7 +59,7 @@ def looked(trained: MixtralModel, samples: Samples | PackedSamples, micro_batch_
 @pytest.mark.parametrize("count", [1, 6, 7, 24])
 def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: int, micro: int) -> None:
     ranks = [SimpleNamespace(data_rank=rank, data_size=size) for rank in range(size)]
-    found = [list(shares(count, micro, cast(Mesh, rank))) for rank in ranks]
+    found = [list(rows_by_pass(count, micro, cast(Mesh, rank))) for rank in ranks]
     assert len({len(passes) for passes in found}) == 1
     assert len(found[0]) == -(-count // (micro * size))
     assert all(len(rows) == micro for passes in found for rows in passes)
@@ -69,21 +69,21 @@ def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: 
 
 def test_the_loss_is_that_of_all_response_tokens_packed_or_not(mesh: Mesh, samples: Samples) -> None:
     trained = model(mesh)
-    alone = looked(trained, samples, 1)
+    alone = evaluated(trained, samples, 1)
     assert alone.num_tokens == samples.num_loss_tokens_total
     for others, micro in ((samples, 2), (PackedSamples(samples), 1), (PackedSamples(samples), 2)):
-        found = looked(trained, others, micro)
+        found = evaluated(trained, others, micro)
         assert found.num_tokens == alone.num_tokens
         assert found.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
 def test_nothing_is_dropped_kept_or_changed(mesh: Mesh, samples: Samples) -> None:
     """Before and after it the model trains, layers that run again among them."""
-    expected = looked(model(mesh), samples, 2).loss
+    expected = evaluated(model(mesh), samples, 2).loss
     for recompute in ("none", "full"):
         trained = model(mesh, recompute, 0.5)
         before = [parameter.detach().clone() for parameter in trained.parameters()]
-        assert looked(trained, samples, 2).loss == pytest.approx(expected, rel=1e-6)
+        assert evaluated(trained, samples, 2).loss == pytest.approx(expected, rel=1e-6)
         assert trained.training and all(layer.training for layer in trained.gpt.decoder.layers)
         assert all(each.grad is None for each in trained.parameters())
         assert all(torch.equal(*pair) for pair in zip(before, trained.parameters(), strict=True))
@@ -92,7 +92,7 @@ def test_nothing_is_dropped_kept_or_changed(mesh: Mesh, samples: Samples) -> Non
 def test_a_stop_ends_it(mesh: Mesh, samples: Samples, tmp_path: Path) -> None:
     answers = iter((False, False, True))
     validation = Validation(samples, 1, Report.silent(), tmp_path / "validation.jsonl")
-    assert validation.look(model(mesh), 3, lambda: next(answers)) is None
+    assert validation.evaluate(model(mesh), 3, lambda: next(answers)) is None
     assert not validation.found and not list(tmp_path.iterdir())
 
 
@@ -100,7 +100,7 @@ def test_what_was_found_is_written(mesh: Mesh, samples: Samples, tmp_path: Path)
     file = tmp_path / "validation.jsonl"
     validation = Validation(samples, 2, Report.silent(), file)
     for iteration in (0, 5):
-        validation.look(model(mesh), iteration, never)
+        validation.evaluate(model(mesh), iteration, never)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 5]
     assert lines[0]["loss"] == validation.found[0].loss == lines[1]["loss"]
@@ -124,4 +124,4 @@ def test_a_loss_that_is_no_number_ends_the_run(mesh: Mesh, samples: Samples) -> 
     broken = model(mesh)
     broken.gpt.output_layer.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="kept back is no number"):
-        looked(broken, samples, 1)
+        evaluated(broken, samples, 1)

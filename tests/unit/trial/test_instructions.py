@@ -3,11 +3,11 @@
 import json
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 
 
 def test_they_pass_the_check_every_data_file_passes() -> None:
-    assert 195 <= len(read_pairs(INSTRUCTIONS)) <= 215
+    assert 195 <= len(read_examples(INSTRUCTIONS)) <= 215
 
 
 def test_each_line_is_one_pair_without_stray_keys_or_space() -> None:
@@ -20,13 +20,13 @@ def test_each_line_is_one_pair_without_stray_keys_or_space() -> None:
 
 
 def test_no_pair_stands_twice() -> None:
-    pairs = read_pairs(INSTRUCTIONS)
+    pairs = read_examples(INSTRUCTIONS)
     assert len({pair.instruction.casefold() for pair in pairs}) == len(pairs)
     assert len({pair.response.casefold() for pair in pairs}) == len(pairs)
 
 
 def test_lengths_are_varied_and_the_shortest_answers_come_first() -> None:
-    words = [len(pair.response.split()) for pair in read_pairs(INSTRUCTIONS)]
+    words = [len(pair.response.split()) for pair in read_examples(INSTRUCTIONS)]
     assert max(words[:16]) <= 5
     assert sum(8 <= count <= 60 for count in words) > 0.8 * len(words)
     assert max(words) <= 60

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.trial.random_mixtral import split_into_shards, tensor_shapes, write_random_mixtral
@@ -180,7 +180,7 @@ def test_the_plan_fits_its_pairs(tmp_path: Path, tiny_tokenizer_folder: Path) ->
     path = tmp_path / "pairs.jsonl"
     write_rehearsal_pairs(path)
     tokenizer = load_tokenizer(tiny_tokenizer_folder)
-    pairs = read_pairs(path)
+    pairs = read_examples(path)
     samples = Samples(pairs, tokenizer, PLAN.seq_length)
     assert len(samples) == PLAN.num_pairs
     assert samples.num_truncated == 0

@@ -30,7 +30,7 @@ from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples, batches
 from mixtral_run.train.step import train_step, trainable
@@ -209,7 +209,7 @@ def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture 
 
 def test_training_on_text_goes_as_with_the_base_in_full(mesh: Mesh, tiny_tokenizer: Any) -> None:
     architecture = dataclasses.replace(SMALL, vocab_size=1024)
-    samples = PackedSamples(Samples(read_pairs(INSTRUCTIONS), tiny_tokenizer, 128))
+    samples = PackedSamples(Samples(read_examples(INSTRUCTIONS), tiny_tokenizer, 128))
     runs = {}
     for precision in ("bf16", "fp8", "nf4"):
         model = model_in(mesh, precision, architecture)

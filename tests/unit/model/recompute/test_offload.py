@@ -11,7 +11,7 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
 from mixtral_run.model.recompute.offload import Offload
-from mixtral_run.train.cuda_graph import can_record
+from mixtral_run.train.cuda_graph import execution_of
 from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.step import StepResult, train_step, trainable
 from tests.integration.conftest import SMALL
@@ -96,8 +96,8 @@ def test_only_two_are_on_the_device(mesh: Mesh) -> None:
     assert kept[2].take().unique().tolist() == [4.0]
 
 
-def test_is_not_recorded(mesh: Mesh) -> None:
-    assert not can_record(model_of(mesh, "offload"), 16)
+def test_the_pass_is_not_captured(mesh: Mesh) -> None:
+    assert not execution_of(model_of(mesh, "offload"), 16).captured
 
 
 def test_host_memory_that_is_not_there_is_told() -> None:

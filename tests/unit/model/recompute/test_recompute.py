@@ -11,7 +11,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
-from mixtral_run.planner.memory_model import Layout, Workload, kept_per_token
+from mixtral_run.planner.memory_model import Layout, Workload, activation_bytes_per_token
 from tests.integration.conftest import SMALL
 
 BATCH, SEQUENCE = 2, 24
@@ -100,7 +100,7 @@ def test_selective_keeps_as_much_less_as_the_plan_says(mesh: Mesh, dropout: floa
         lora_dropout=dropout,
         weight_bytes=4,
     )
-    none, selective = (kept_per_token(workload, Layout(1, 1, mode)) for mode in ("none", "selective"))
+    none, selective = (activation_bytes_per_token(workload, Layout(1, 1, mode)) for mode in ("none", "selective"))
     expected = (none - selective) * SMALL.num_layers * BATCH * SEQUENCE
     if not dropout:
         # The first layer's input, which nothing else keeps, is kept to make its norm again: of what is gone, of the

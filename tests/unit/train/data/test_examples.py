@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.examples import Pair, read_pairs
+from mixtral_run.train.data.examples import Example, read_examples
 
 GOOD = '{"instruction": "a", "response": "b"}'
 
 
 def refused(path: Path) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        read_pairs(path)
+        read_examples(path)
     assert str(path) in str(caught.value)
     return caught.value
 
 
 def test_errors_name_the_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_pairs(tmp_path / "missing.jsonl", "valid_data_path")
+        read_examples(tmp_path / "missing.jsonl", "valid_data_path")
     assert caught.value.what == "The validation data cannot be read."
     assert caught.value.where == f"--valid-data-path {tmp_path / 'missing.jsonl'}"
 
@@ -29,13 +29,13 @@ def test_pairs_are_stripped_and_know_their_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"instruction": " Größe?\n", "response": "\t12 ", "source": "x"}, {"instruction": "b", "response": "c\nd"}]
     path.write_text("\ufeff" + json.dumps(rows[0], ensure_ascii=False) + "\r\n\n  \n" + json.dumps(rows[1]), "utf-8")
-    assert read_pairs(path) == [Pair("Größe?", "12", 1), Pair("b", "c\nd", 4)]
+    assert read_examples(path) == [Example("Größe?", "12", 1), Example("b", "c\nd", 4)]
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": "a\u2028b\x85c", "response": "d"}\n', "utf-8")
-    assert read_pairs(path) == [Pair("a\u2028b\x85c", "d", 1)]
+    assert read_examples(path) == [Example("a\u2028b\x85c", "d", 1)]
 
 
 IN_TURN = "'messages': expected the user and the assistant in turn, the assistant last; found "
@@ -50,11 +50,11 @@ def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
     roles = ("user", "assistant", "user", "assistant")
     both = GOOD[:-1] + ", " + conversation("user", "assistant")[1:]
     path.write_text("\n".join([conversation(*roles), GOOD, conversation("system", *roles[:2]), both]), "utf-8")
-    assert read_pairs(path) == [
-        Pair("user 2", "assistant 3", 1, (("user 0", "assistant 1"),)),
-        Pair("a", "b", 2),
-        Pair("system 0\n\nuser 1", "assistant 2", 3),
-        Pair("a", "b", 4),
+    assert read_examples(path) == [
+        Example("user 2", "assistant 3", 1, (("user 0", "assistant 1"),)),
+        Example("a", "b", 2),
+        Example("system 0\n\nuser 1", "assistant 2", 3),
+        Example("a", "b", 4),
     ]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_pairs
+from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples, pack_lengths
 from mixtral_run.train.data.samples import Samples, batches
 
@@ -17,7 +17,7 @@ SEQ = 256
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(read_pairs(INSTRUCTIONS), tiny_tokenizer, SEQ)
+    return Samples(read_examples(INSTRUCTIONS), tiny_tokenizer, SEQ)
 
 
 @pytest.mark.parametrize("seed", range(5))

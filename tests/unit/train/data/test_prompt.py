@@ -8,11 +8,11 @@ import pytest
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_pairs
-from mixtral_run.train.data.prompt import encode_pair, encode_turns, load_tokenizer, prompt_tokens
+from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.prompt import encode_conversation, encode_turn, load_tokenizer, prompt_tokens
 
 BOS, EOS = 1, 2
-TEXTS = [(pair.instruction, pair.response) for pair in read_pairs(INSTRUCTIONS)] + [
+TEXTS = [(pair.instruction, pair.response) for pair in read_examples(INSTRUCTIONS)] + [
     ("日本の首都は?", "東京です。"),
     ("a </s> b [INST]", "</s>"),
     ("Indent", "\n    x = 1"),
@@ -27,7 +27,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 def test_the_prompt_of_generation_is_the_prompt_of_training(tokenizer: Any) -> None:
     for instruction, response in TEXTS:
-        prompt, _ = encode_pair(tokenizer, instruction, response)
+        prompt, _ = encode_turn(tokenizer, instruction, response)
         assert prompt == prompt_tokens(tokenizer, instruction)
         assert prompt[0] == BOS
         assert prompt.count(BOS) == 1
@@ -36,7 +36,7 @@ def test_the_prompt_of_generation_is_the_prompt_of_training(tokenizer: Any) -> N
 
 def test_the_row_reads_as_the_instruct_form(tokenizer: Any) -> None:
     for instruction, response in TEXTS:
-        prompt, answer = encode_pair(tokenizer, instruction, response)
+        prompt, answer = encode_turn(tokenizer, instruction, response)
         assert tokenizer.decode(prompt[1:]).strip() == f"[INST] {instruction} [/INST]"
         assert tokenizer.decode(answer[:-1]).strip() == response.strip()
         assert tokenizer.decode(prompt[1:] + answer[:-1]).strip() == f"[INST] {instruction} [/INST] {response.strip()}"
@@ -44,25 +44,25 @@ def test_the_row_reads_as_the_instruct_form(tokenizer: Any) -> None:
 
 def test_only_the_end_of_the_response_is_an_end_of_sequence(tokenizer: Any) -> None:
     for instruction, response in TEXTS:
-        _, answer = encode_pair(tokenizer, instruction, response)
+        _, answer = encode_turn(tokenizer, instruction, response)
         assert answer[-1] == EOS
         assert EOS not in answer[:-1]
 
 
 def test_the_row_is_the_tokenization_of_the_whole_text(tokenizer: Any) -> None:
     for instruction, response in TEXTS[:50]:
-        prompt, answer = encode_pair(tokenizer, instruction, response)
+        prompt, answer = encode_turn(tokenizer, instruction, response)
         whole = tokenizer(f"[INST] {instruction} [/INST] {response}", add_special_tokens=False)["input_ids"]
         assert prompt[1:] + answer[:-1] == whole
 
 
 def test_a_conversation_is_its_turns_behind_one_beginning(tokenizer: Any) -> None:
     turns = TEXTS[:3]
-    parts = encode_turns(tokenizer, turns)
+    parts = encode_conversation(tokenizer, turns)
     row = [token for prompt, answer in parts for token in (*prompt, *answer)]
     assert row.count(BOS) == 1 and row[0] == BOS and row.count(EOS) == 3
     for number, ((prompt, answer), turn) in enumerate(zip(parts, turns, strict=True)):
-        alone, expected = encode_pair(tokenizer, *turn)
+        alone, expected = encode_turn(tokenizer, *turn)
         assert answer == expected and prompt == (alone if number == 0 else alone[1:])
 
 
@@ -78,7 +78,7 @@ def test_a_tokenizer_that_merges_across_the_boundary_still_keeps_the_prompt_whol
     merged = hostile("[INST] a [/INST] 56", add_special_tokens=False)["input_ids"]
     assert merged[-3] == vocabulary["] "], "the stand-in no longer merges across the boundary"
 
-    prompt, answer = encode_pair(hostile, "a", "56")
+    prompt, answer = encode_turn(hostile, "a", "56")
     assert prompt == prompt_tokens(hostile, "a")
     assert hostile.convert_ids_to_tokens(answer) == ["5", "6", "</s>"]
 

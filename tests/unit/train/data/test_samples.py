@@ -8,19 +8,19 @@ import torch
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import Pair, read_pairs
-from mixtral_run.train.data.prompt import encode_pair, encode_turns
+from mixtral_run.train.data.examples import Example, read_examples
+from mixtral_run.train.data.prompt import encode_conversation, encode_turn
 from mixtral_run.train.data.samples import GlobalBatch, MockSamples, Samples, SampleSource, batches
 
 BOS, EOS = 1, 2
-PAIRS = read_pairs(INSTRUCTIONS)
+EXAMPLES = read_examples(INSTRUCTIONS)
 SEQ = 104
 LAYOUTS = [(1, 12), (1, 4), (1, 1), (2, 3), (2, 6), (3, 2), (4, 3), (6, 1), (12, 1)]  # DP size, micro batch size
 
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(PAIRS, tiny_tokenizer, SEQ)
+    return Samples(EXAMPLES, tiny_tokenizer, SEQ)
 
 
 def take(source: SampleSource, count: int, **settings: int) -> list[GlobalBatch]:
@@ -35,7 +35,7 @@ def rows_of(batch: GlobalBatch) -> torch.Tensor:
 
 
 def test_the_loss_covers_the_response_and_its_end_alone(samples: Samples, tiny_tokenizer: Any) -> None:
-    for index, pair in enumerate(PAIRS):
+    for index, pair in enumerate(EXAMPLES):
         row = samples.row(index)
         counted = row.labels[row.loss_mask == 1].tolist()
         assert counted[-1] == EOS
@@ -44,9 +44,9 @@ def test_the_loss_covers_the_response_and_its_end_alone(samples: Samples, tiny_t
 
 
 def test_labels_are_the_tokens_one_place_on(samples: Samples, tiny_tokenizer: Any) -> None:
-    for index, pair in enumerate(PAIRS):
+    for index, pair in enumerate(EXAMPLES):
         row = samples.row(index)
-        prompt, answer = encode_pair(tiny_tokenizer, pair.instruction, pair.response)
+        prompt, answer = encode_turn(tiny_tokenizer, pair.instruction, pair.response)
         whole = prompt + answer
         assert row.tokens[: len(whole) - 1].tolist() == whole[:-1]
         assert row.labels[: len(whole) - 1].tolist() == whole[1:]
@@ -71,15 +71,15 @@ def test_dtypes_and_shapes_are_what_the_model_takes(samples: Samples) -> None:
 
 
 def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
-    lengths = [sum(map(len, encode_pair(tiny_tokenizer, p.instruction, p.response))) for p in PAIRS]
-    whole = Samples(PAIRS, tiny_tokenizer, max(lengths) - 1)
+    lengths = [sum(map(len, encode_turn(tiny_tokenizer, p.instruction, p.response))) for p in EXAMPLES]
+    whole = Samples(EXAMPLES, tiny_tokenizer, max(lengths) - 1)
     assert whole.num_truncated == 0
     assert whole.longest == max(lengths)
     assert whole.num_tokens == sum(lengths)
     assert whole.num_padding_tokens == sum(max(lengths) - length for length in lengths)
 
     seq = max(lengths) - 10
-    cut = Samples(PAIRS, tiny_tokenizer, seq)
+    cut = Samples(EXAMPLES, tiny_tokenizer, seq)
     assert cut.num_truncated == sum(length > seq + 1 for length in lengths) > 0
     assert cut.num_padding_tokens == sum(max(0, seq + 1 - length) for length in lengths)
     assert f"truncated {cut.num_truncated}" in cut.describe()
@@ -88,16 +88,16 @@ def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
 
 
 def test_a_truncated_sample_ends_without_an_end_of_sequence(tiny_tokenizer: Any) -> None:
-    pair = PAIRS[30]
-    prompt, answer = encode_pair(tiny_tokenizer, pair.instruction, pair.response)
+    pair = EXAMPLES[30]
+    prompt, answer = encode_turn(tiny_tokenizer, pair.instruction, pair.response)
     row = Samples([pair], tiny_tokenizer, len(prompt) + 2).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:3]
     assert row.loss_mask[-1] == 1
 
 
 def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(tiny_tokenizer: Any) -> None:
-    pair = Pair("Say it.", "Gladly, and more than once.", 7)
-    prompt, answer = encode_pair(tiny_tokenizer, pair.instruction, pair.response)
+    pair = Example("Say it.", "Gladly, and more than once.", 7)
+    prompt, answer = encode_turn(tiny_tokenizer, pair.instruction, pair.response)
     row = Samples([pair], tiny_tokenizer, len(prompt)).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:1]
     with pytest.raises(ConfigError, match="line 7: "):
@@ -106,8 +106,8 @@ def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(t
 
 def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
     turns = (("Say it.", "Gladly, and more than once."), ("Again.", "No."), ("Why?", "Once is enough."))
-    pair = Pair(*turns[-1], 1, turns[:2])
-    parts = encode_turns(tiny_tokenizer, turns)
+    pair = Example(*turns[-1], 1, turns[:2])
+    parts = encode_conversation(tiny_tokenizer, turns)
     whole = [token for part in parts for token in (*part[0], *part[1])]
     samples = Samples([pair], tiny_tokenizer, len(whole) + 3)
     row = samples.row(0)
@@ -124,7 +124,7 @@ def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
 
 
 def test_pairs_without_room_for_their_response_are_all_named(tiny_tokenizer: Any) -> None:
-    pairs = [Pair("short", "fine", 1), *(Pair("word " * 60, "lost", line) for line in range(2, 15))]
+    pairs = [Example("short", "fine", 1), *(Example("word " * 60, "lost", line) for line in range(2, 15))]
     with pytest.raises(ConfigError) as caught:
         Samples(pairs, tiny_tokenizer, 32)
     assert "13 of 14 pairs are longer than --seq-length 32" in str(caught.value)
@@ -186,7 +186,7 @@ def test_each_epoch_holds_every_sample_once_in_an_order_of_its_own(samples: Samp
 
 
 def test_a_global_batch_larger_than_the_data_goes_round(tiny_tokenizer: Any) -> None:
-    few = Samples(PAIRS[:3], tiny_tokenizer, 40)
+    few = Samples(EXAMPLES[:3], tiny_tokenizer, 40)
     (batch,) = take(few, 1, micro_batch_size=3)
     rows = [tuple(row[0].tolist()) for row in rows_of(batch)]
     assert {rows.count(row) for row in rows} == {4}

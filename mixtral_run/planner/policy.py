@@ -1,0 +1,130 @@
+"""How a pass through the model runs: which token dispatch it uses, and whether it is captured as a CUDA graph.
+
+The planner asks before a run, `train/cuda_graph.py` and `inference/decode.py` ask during it. Both use these functions,
+so that the plan promises what the run does. Pure arithmetic on sizes and the GPU's compute capability.
+
+Capture requires that nothing in the pass waits for the GPU. Two parts may wait:
+
+    grouped products   below compute capability 9.0 torch copies the experts' offsets to the host
+    all-to-all         each rank must learn on the host how many rows arrive
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from mixtral_run.config.verbs import RUNS_AGAIN
+from mixtral_run.model.dispatch import capacity
+from mixtral_run.model.kernels.requirements import Capability, grouped_mm_runs_on_device
+
+MIN_TOKENS_TO_CAPTURE_DECODING = 8
+"""New tokens of each sequence from which capturing pays; it takes as long as two or three passes."""
+
+
+class Dispatch(enum.Enum):
+    """How tokens reach the experts that hold them."""
+
+    LOCAL = "local"
+    """Every rank holds all experts."""
+    ALL_TO_ALL = "all_to_all"
+    """Each row is sent to its expert's rank. The host waits for the row counts."""
+    ALL_GATHER = "all_gather"
+    """Every rank of the expert group gets all tokens of the group (model/dispatch/all_gather.py)."""
+    SYMMETRIC_MEMORY = "symmetric_memory"
+    """GPUs read the rows that they need from each other's memory (model/dispatch/symmetric_memory.py)."""
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """True if the expert group exchanges tokens without the host, in buffers of a fixed capacity."""
+        return self in (Dispatch.ALL_GATHER, Dispatch.SYMMETRIC_MEMORY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPass:
+    """The properties of a training pass over one micro batch that decide how it runs.
+
+    Attributes:
+        tokens: tokens of the micro batch on one rank; with sequence parallelism, of one tensor-parallel rank.
+        expert_size: ranks in an expert group.
+        recompute: one of `RECOMPUTE`.
+        lora_dropout: None if all weights are trained.
+        fused_experts: True if both layers of the experts have adapters and no dropout (model/lora_experts.py).
+        syncs_with_host: True if the experts' products wait for the GPU (`products_sync_with_host`).
+        peer_access: True if the GPUs of an expert group can read each other's memory, and have memory for it.
+    """
+
+    tokens: int
+    expert_size: int
+    recompute: str
+    lora_dropout: float | None
+    fused_experts: bool
+    syncs_with_host: bool
+    peer_access: bool
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a pass runs. captured: as a CUDA graph that is replayed."""
+
+    dispatch: Dispatch
+    captured: bool
+
+
+def execution_of(training: TrainingPass) -> Execution:
+    """Return how a training pass runs, provided that CUDA graphs are wanted."""
+    dispatch = _dispatch_of(training)
+    # Layers that run again read the state of the random number generator if there is dropout.
+    recomputes = training.recompute in RUNS_AGAIN
+    captured = (
+        not training.syncs_with_host
+        and dispatch is not Dispatch.ALL_TO_ALL
+        and (not recomputes or (training.recompute == "full" and training.lora_dropout == 0))
+    )
+    return Execution(dispatch, captured)
+
+
+def _dispatch_of(training: TrainingPass) -> Dispatch:
+    if training.expert_size == 1:
+        return Dispatch.LOCAL
+    if training.fused_experts and not training.syncs_with_host:
+        if training.peer_access and capacity.pays(training.tokens, training.expert_size, read=True):
+            return Dispatch.SYMMETRIC_MEMORY
+        if capacity.pays(training.tokens, training.expert_size, read=False):
+            return Dispatch.ALL_GATHER
+    return Dispatch.ALL_TO_ALL
+
+
+def decoding_dispatch(tokens: int, expert_size: int) -> Dispatch:
+    """Return the dispatch of a pass of generation. tokens: of each rank. Symmetric memory is not set up for it."""
+    if expert_size == 1:
+        return Dispatch.LOCAL
+    return Dispatch.ALL_GATHER if capacity.pays(tokens, expert_size, read=False) else Dispatch.ALL_TO_ALL
+
+
+def captures_decoding(num_rows: int, expert_size: int, new_tokens: int, *, syncs_with_host: bool) -> bool:
+    """Return True if the pass over one more token of each of `num_rows` sequences is captured."""
+    return (
+        decoding_dispatch(num_rows, expert_size) is not Dispatch.ALL_TO_ALL
+        and not syncs_with_host
+        and new_tokens >= MIN_TOKENS_TO_CAPTURE_DECODING
+    )
+
+
+def products_sync_with_host(capability: Capability | None, element_bytes: int, *widths: int) -> bool:
+    """Return True if the experts' products wait for the GPU, as they also do on a CPU.
+
+    Args:
+        capability: compute capability of the GPU; None on a CPU.
+        element_bytes: bytes of an element of activations and unquantized weights.
+        widths: hidden size, ffn hidden size, and the adapters' rank.
+    """
+    return capability is None or not grouped_mm_runs_on_device(capability, element_bytes, *widths)
+
+
+def has_peer_access(num_gpus: int, gpus_per_host: int) -> bool:
+    """Return True if the GPUs of a job can read each other's memory as far as sizes tell: they are in one host.
+
+    Whether the driver allows it is known only in the run (`open_peers` in model/dispatch/symmetric_memory.py).
+    """
+    return num_gpus <= gpus_per_host

@@ -1,0 +1,138 @@
+"""Order of the layouts that fit: estimated speed first. Standard library and sizes only."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mixtral_run.config.verbs import RECOMPUTE
+from mixtral_run.planner.memory_model import (
+    USABLE,
+    USABLE_OF_HOST,
+    Layout,
+    Memory,
+    Workload,
+    execution,
+    fit_dispatch,
+    host_bytes,
+    memory,
+)
+
+RATE_BY_TOKENS = ((512, 0.70), (2048, 1.0), (8192, 1.14))
+"""Tokens that all experts share, and the rate relative to 2,048 tokens: more tokens fill the experts' products better.
+Sequences of up to 2,048 tokens, one H200, bf16."""
+MIN_REPORTED_GAIN = 1.05
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout with its memory and speed.
+
+    Attributes:
+        memory: bytes on the fullest GPU.
+        host_bytes: bytes of RAM on each host (memory_model.host_bytes).
+        fits: True if both fit.
+        relative_speed: of a GPU, relative to one GPU that holds everything and recomputes nothing.
+    """
+
+    layout: Layout
+    memory: Memory
+    host_bytes: float
+    fits: bool
+    relative_speed: float
+
+
+def layouts(workload: Workload) -> Iterator[Layout]:
+    """Yield every layout that the model and the number of GPUs allow."""
+    shape, gpus = workload.architecture, workload.gpus
+    for tp in _divisors(gpus):
+        for ep in _divisors(gpus):
+            if shape.layout_problems(tp, ep) or workload.seq_length % tp:
+                continue
+            for recompute in RECOMPUTE:
+                yield Layout(tp, ep, recompute)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def relative_speed(workload: Workload, layout: Layout) -> float:
+    """Return a GPU's rate relative to one that holds everything and recomputes nothing, at 2,048 tokens.
+
+    Measured: 97 to 98 % (EP2) and 90 % (EP4, an earlier version) with a dispatch of fixed shapes and a captured pass,
+    86 to 91 % and 70 to 78 % with all-to-all; TP2 costs a fifth. Counted: recomputing the forward pass adds half as
+    many products, selective recomputation adds some passes over memory. Assumed, not measured: each further doubling of
+    TP costs another fifth; copies to the host and back, which overlap with the products, cost 3 %.
+    """
+    tp = layout.tensor_model_parallel_size
+    spread = 1.0
+    fixed = execution(workload, layout).dispatch.has_fixed_shapes
+    if layout.expert_model_parallel_size == 2:
+        spread = 0.97 if fixed else 0.88
+    elif layout.expert_model_parallel_size > 2:
+        spread = 0.92 if fixed else 0.78
+    recomputed = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
+    return float(spread * recomputed * 0.8 ** (tp.bit_length() - 1))
+
+
+def rate_by_tokens(tokens: int) -> float:
+    """Interpolate RATE_BY_TOKENS between its measured points, and hold it constant beyond them."""
+    for (begin, low), (end, high) in itertools.pairwise(RATE_BY_TOKENS):
+        if tokens <= end:
+            return low + (high - low) * math.log(max(tokens, begin) / begin) / math.log(end / begin)
+    return RATE_BY_TOKENS[-1][1]
+
+
+def faster_micro_batch(workload: Workload, chosen: Choice, gpu_memory: float) -> tuple[int, Choice, float] | None:
+    """Return the fastest larger micro batch that fits: its size, its best choice, and its rate over the chosen one's.
+
+    Return None if none gains at least MIN_REPORTED_GAIN. gpu_memory: bytes of one GPU.
+    """
+
+    def rate(choice: Choice, tokens: int) -> float:
+        return rate_by_tokens(tokens * choice.layout.expert_model_parallel_size) * choice.relative_speed
+
+    found, tokens = [], workload.seq_length * workload.micro_batch_size
+    for factor in (2, 4, 8, 16):
+        larger = dataclasses.replace(workload, micro_batch_size=workload.micro_batch_size * factor)
+        choice = best(larger, gpu_memory) if tokens * factor <= RATE_BY_TOKENS[-1][0] else None
+        # Offload is a last resort and is never suggested.
+        if choice is not None and choice.layout.recompute != "offload":
+            found.append((larger.micro_batch_size, choice, rate(choice, tokens * factor) / rate(chosen, tokens)))
+    fastest = max(found, key=lambda each: each[2], default=None)
+    return fastest if fastest is not None and fastest[2] >= MIN_REPORTED_GAIN else None
+
+
+def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf) -> list[Choice]:
+    """Return all layouts, the best one that fits first.
+
+    Fast layouts come before slow ones, so EP before TP and little recomputation before much; among equals, the one with
+    less memory. Layouts that offload to the host come after all others that fit, those that do not fit last, smallest
+    first. gpu_memory, host_memory: bytes of one GPU and of one host's RAM.
+    """
+    choices = []
+    for layout in layouts(workload):
+        fitted = fit_dispatch(workload, layout, USABLE * gpu_memory)
+        needed = memory(fitted, layout)
+        pinned = host_bytes(workload, layout)
+        fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
+        choices.append(Choice(layout, needed, pinned, fits, relative_speed(fitted, layout)))
+    return sorted(
+        choices,
+        key=lambda each: (
+            not each.fits,
+            each.fits and each.layout.recompute == "offload",
+            -each.relative_speed if each.fits else 0.0,
+            each.memory.total,
+        ),
+    )
+
+
+def best(workload: Workload, gpu_memory: float) -> Choice | None:
+    """Return the first of `ranked` if it fits. gpu_memory: bytes of one GPU."""
+    first = next(iter(ranked(workload, gpu_memory)), None)
+    return first if first is not None and first.fits else None
