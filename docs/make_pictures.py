@@ -22,6 +22,8 @@ from rich.text import Text
 
 PICTURES = Path(__file__).parent / "pictures"
 WIDTH = 132
+FIRST_LINE = "[4/7]"
+"""The picture begins here: the whole run is too long for a README."""
 CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
 
 
@@ -31,13 +33,19 @@ def main() -> None:
         work = Path(folder) / "rehearsal"
         lines = screen(run([sys.executable, "-m", "mixtral_run", "rehearse", "--work-path", "rehearsal"], Path(folder)))
         shutil.copyfile(work / "loss.png", PICTURES / "loss.png")
+    draw(lines, PICTURES / "rehearse.svg")
+
+
+def draw(lines: list[str], picture: Path) -> None:
+    """Write the lines from FIRST_LINE on as an SVG of a terminal, in the colors that they carry."""
+    start = next(number for number, line in enumerate(lines) if line.startswith(FIRST_LINE))
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
-    for line in lines:
+    for line in lines[start:]:
         console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
-    picture = console.export_svg(title="mixtral-run rehearse", theme=MONOKAI)
+    text = console.export_svg(title="mixtral-run rehearse", theme=MONOKAI)
     # No font is loaded from elsewhere: the browser's monospace font serves.
-    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
-    (PICTURES / "rehearse.svg").write_text(picture, encoding="utf-8")
+    text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
+    picture.write_text(text, encoding="utf-8")
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -59,7 +67,6 @@ def run(command: list[str], folder: Path) -> str:
     if process.wait() != 0:
         print(output.decode(), file=sys.stderr)
         raise subprocess.CalledProcessError(process.returncode, command)
-    open('/tmp/docs_raw','wb').write(output)
     return output.decode()
 
 
