@@ -6,6 +6,7 @@ docs/pictures/loss.png (the loss plot that the rehearsal writes). Takes about a 
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -28,11 +29,17 @@ CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
 
 
 def main() -> None:
+    """Run the rehearsal and write both pictures. Raises RuntimeError if the terminal lost a part of the table."""
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "rehearsal"
         lines = screen(run([sys.executable, "-m", "mixtral_run", "rehearse", "--work-path", "rehearsal"], Path(folder)))
+        report = json.loads((work / "report.json").read_text(encoding="utf-8"))
         shutil.copyfile(work / "loss.png", PICTURES / "loss.png")
+    lost = [step["name"] for step in report["steps"] if not any(f"│ {step['name']}" in line for line in lines)]
+    if lost:
+        # Some sandboxes' pseudo-terminals drop output when it comes fast.
+        raise RuntimeError(f"The terminal lost these rows of the table: {', '.join(lost)}. Run the script again.")
     draw(lines, PICTURES / "rehearse.svg")
 
 

@@ -223,6 +223,9 @@ def test_the_benchmarks_are_the_records_of_the_gpu_lane() -> None:
     section = text_of("docs/benchmarks.md").split("## GPUs")[1].split("## ")[0]
     table = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(records) > 30
+    assert all(
+        {"machine", "commit", "date", "command", "metric", "value", "unit", "rival"} <= set(each) for each in records
+    )
     assert table[1:] == [row_of(record) for record in records]
 
 
