@@ -83,6 +83,31 @@ def test_a_command_with_an_unknown_flag_is_found() -> None:
         parsed("mixtral-run plan --gpus 8 --gpu-memmory 32")
 
 
+FOREIGN_FLAGS = {
+    "--extra-index-url",
+    "--index-url",
+    "--max-lora-rank",
+    "--layers",
+    "--hidden-size",
+    "--ffn-hidden-size",
+}
+"""Flags of pip, vLLM and the benchmarks."""
+
+
+@pytest.mark.parametrize("document", NAMED)
+def test_flags_exist(document: str) -> None:
+    """Every flag that the text mentions is one of a verb; those of the modules' commands are tested below."""
+    text = re.sub(r"`(?:python -m|mypy) [^`]*`", "", text_of(document))
+    group = click.Context(root)
+    options = [*root.params]
+    for verb in VERBS:
+        command_of_verb = root.get_command(group, verb)
+        assert command_of_verb is not None
+        options += command_of_verb.params
+    known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)} | {"--help", "--version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= known | FOREIGN_FLAGS
+
+
 @pytest.mark.parametrize("command", commands("python -m"))
 def test_the_module_takes_its_flags(command: str) -> None:
     """The module exists, and each flag is declared in it or in the modules of its folder."""
