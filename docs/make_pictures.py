@@ -1,0 +1,98 @@
+"""Make the pictures of README.md from a real rehearsal on this machine: `python docs/make_pictures.py`.
+
+Runs `mixtral-run rehearse` on a pseudo-terminal and writes docs/pictures/rehearse.svg (the terminal, in color) and
+docs/pictures/loss.png (the loss plot that the rehearsal writes). Takes about a minute on 2 cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+from rich.text import Text
+
+PICTURES = Path(__file__).parent / "pictures"
+WIDTH = 132
+FIRST_LINE = "[4/7]"
+"""The picture begins here: the whole run is too long for a README."""
+CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
+
+
+def main() -> None:
+    """Run the rehearsal and write both pictures. Raises RuntimeError if the terminal lost a part of the table."""
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "rehearsal"
+        lines = screen(run([sys.executable, "-m", "mixtral_run", "rehearse", "--work-path", "rehearsal"], Path(folder)))
+        report = json.loads((work / "report.json").read_text(encoding="utf-8"))
+        shutil.copyfile(work / "loss.png", PICTURES / "loss.png")
+    lost = [step["name"] for step in report["steps"] if not any(f"│ {step['name']}" in line for line in lines)]
+    if lost:
+        # Some sandboxes' pseudo-terminals drop output when it comes fast.
+        raise RuntimeError(f"The terminal lost these rows of the table: {', '.join(lost)}. Run the script again.")
+    draw(lines, PICTURES / "rehearse.svg")
+
+
+def draw(lines: list[str], picture: Path) -> None:
+    """Write the lines from FIRST_LINE on as an SVG of a terminal, in the colors that they carry."""
+    start = next(number for number, line in enumerate(lines) if line.startswith(FIRST_LINE))
+    console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
+    for line in lines[start:]:
+        console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
+    text = console.export_svg(title="mixtral-run rehearse", theme=MONOKAI)
+    # No font is loaded from elsewhere: the browser's monospace font serves.
+    text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
+    picture.write_text(text, encoding="utf-8")
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run the command in `folder` on a pseudo-terminal of WIDTH columns and return all that it printed.
+
+    Raises subprocess.CalledProcessError if the command fails.
+    """
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(WIDTH), "LINES": "50", "TERM": "xterm-256color"}
+    process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            output += chunk
+    except OSError:
+        pass  # Linux reports the closed terminal of a process that has ended as an error.
+    os.close(ours)
+    if process.wait() != 0:
+        print(output.decode(), file=sys.stderr)
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return output.decode()
+
+
+def screen(output: str) -> list[str]:
+    """Return the lines that the terminal shows at the end; progress bars move the cursor up and erase lines."""
+    lines, row, end = [""], 0, 0
+    for control in CONTROL.finditer(output):
+        lines[row] += output[end : control.start()]
+        end = control.end()
+        if control[0] == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif control[0].endswith("A"):
+            row = max(0, row - int(control[1] or 1))
+        elif control[0].endswith("2K"):
+            lines[row] = ""
+    lines[row] += output[end:]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
