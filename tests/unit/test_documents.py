@@ -60,11 +60,16 @@ def kit_commands() -> list[str]:
 
 
 def parsed(command: str) -> click.Context:
-    """Parse a command without running it. Raises on an unknown verb or flag, or a value of the wrong kind."""
+    """Parse a command without running it. Raises UsageError for an unknown flag or a value of the wrong kind."""
     words = shlex.split(command)[1:]
     verb = root.get_command(click.Context(root), words[0])
     assert verb is not None, words[0]
-    return verb.make_context(words[0], words[1:], parent=click.Context(root, **root.context_settings))
+    context = verb.make_context(words[0], words[1:], parent=click.Context(root, **root.context_settings))
+    # The command line collects problems here, to report all of them at once.
+    problems = context.meta.get("mixtral_run.problems")
+    if problems:
+        raise click.UsageError("; ".join(problems))
+    return context
 
 
 def test_there_are_commands() -> None:
