@@ -61,7 +61,7 @@ def kit_commands() -> list[str]:
 
 
 def parsed(command: str) -> click.Context:
-    """Parse a command without running it. Raises on an unknown verb or flag, or a value of the wrong kind."""
+    """Parse a command without running it. Raises UsageError for an unknown flag or a value of the wrong kind."""
     words = shlex.split(command)[1:]
     verb = root.get_command(click.Context(root), words[0])
     assert verb is not None, words[0]
