@@ -14,6 +14,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.rehearsal_plan import tokenizer_texts
 from mixtral_run.report import Report
 from mixtral_run.weights.random_model import write_random_mixtral
+from tests import warm
 from tests.needs import missing
 from tests.targets import repository
 from tests.targets.engine import why_no_engine
@@ -73,35 +74,32 @@ def own_hf_model(small_hf_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def environment_of(**changes: str) -> dict[str, str]:
+    """One thread a process: the tests' models are too small for more."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
+
 def torchrun(num_processes: int, script: Path, *words: str) -> None:
     """Run a script in several processes; its output is shown when it fails."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={num_processes}",
-            str(script),
-            *words,
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    environment = environment_of()
+    if warm.can_fork(environment):
+        failure = warm.run_ranks(num_processes, [str(script), *words], environment)
+        assert failure is None, failure[-12000:]
+        return
+    argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", str(script), *words]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
 def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line as a user calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "mixtral_run", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
+    """The command line as a user calls it, in a process that need not import torch (tests/warm.py)."""
+    return warm.run(["-m", "mixtral_run", *words], environment_of(**environment))
+
+
+def fresh_mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a user calls it, by a new interpreter: each verb does all of its own imports somewhere."""
+    argv = [sys.executable, "-m", "mixtral_run", *words]
+    return subprocess.run(argv, capture_output=True, text=True, env=environment_of(**environment), check=False)
 
 
 @pytest.fixture(scope="session")
