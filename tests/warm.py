@@ -152,19 +152,19 @@ def _read(descriptor: int) -> str:
         return stream.read()
 
 
-def run_ranks(num_processes: int, argv: Sequence[str], env: Mapping[str, str]) -> str | None:
-    """Run a Python program in several processes of one job, as torchrun does. Return what it printed if it failed.
+def run_ranks(num_processes: int, argv: Sequence[str], env: Mapping[str, str]) -> tuple[list[int], str]:
+    """Run a Python program in several processes of one job, as torchrun does. Return their exit codes and their output.
 
-    Return None if every rank ended with 0. The first rank that fails ends the others.
+    The first rank that fails ends the others.
     """
+    server = _server_for(env)
+    assert server is not None
     job = {
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    server = _server_for(env)
-    assert server is not None
     with tempfile.TemporaryFile() as output:
         ranks = []
         for rank in range(num_processes):
@@ -179,8 +179,7 @@ def run_ranks(num_processes: int, argv: Sequence[str], env: Mapping[str, str]) -
                     rank.kill()
                 raise
         output.seek(0)
-        said = output.read().decode(errors="replace")
-    return None if not any(codes) else f"exit codes {codes}\n{said}"
+        return codes, output.read().decode(errors="replace")
 
 
 def _wait_or_end_all(rank: WarmProcess, ranks: Sequence[WarmProcess]) -> int:

@@ -79,16 +79,17 @@ def environment_of(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
 
 
-def torchrun(num_processes: int, script: Path, *words: str) -> None:
-    """Run a script in several processes; its output is shown when it fails."""
+def torchrun(num_processes: int, script: Path, *words: str) -> str:
+    """Run a script in several processes. Return what they printed, which is shown when one of them fails."""
     environment = environment_of()
     if warm.can_fork(environment):
-        failure = warm.run_ranks(num_processes, [str(script), *words], environment)
-        assert failure is None, failure[-12000:]
-        return
+        codes, output = warm.run_ranks(num_processes, [str(script), *words], environment)
+        assert not any(codes), f"exit codes {codes}\n{output[-12000:]}"
+        return output
     argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", str(script), *words]
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, check=False)
+    done = warm.run(argv, environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done.stdout
 
 
 def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,8 @@ from mixtral_run.weights import staging
 from mixtral_run.weights.convert import convert
 from mixtral_run.weights.record import read_record
 from mixtral_run.weights.verify import verify
+from tests import warm
+from tests.integration.conftest import environment_of
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_convert_faults import content, refused
 from tests.tiny import write_tiny
@@ -67,7 +67,7 @@ def killed(
 ) -> None:
     how = "moved up" if moved_up else "without exchange" if without_exchange else ""
     words = [place, when, how, "convert", "--hf-model-path", str(tiny), "--output-path", str(output), *flags]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, check=False)
+    done = warm.run(["-c", KILLED, *words], environment_of())
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
 

@@ -26,6 +26,8 @@ from mixtral_run.weights import keeping, kept
 from mixtral_run.weights.convert import convert
 from mixtral_run.weights.direct import BLOCK_BYTES, default_workers
 from mixtral_run.weights.shards import open_hf_weights
+from tests import warm
+from tests.integration.conftest import environment_of
 from tests.kept import RECORD, STALE, Start, edit_record, flip, folder_of, leftovers, same, start, took, wipe_experts
 from tests.tiny import write_tiny
 
@@ -265,7 +267,7 @@ start(base)
 
 @pytest.mark.parametrize("stage", ["writing", "record", "rename"])
 def test_a_run_that_is_killed(own_checkpoint: Path, stage: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, stage, str(own_checkpoint)], capture_output=True, check=False)
+    done = warm.run(["-c", KILLED, stage, str(own_checkpoint)], environment_of())
     assert done.returncode == -signal.SIGKILL
     assert not folder_of(own_checkpoint).exists()
     assert len(leftovers(own_checkpoint)) == 2

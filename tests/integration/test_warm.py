@@ -124,6 +124,6 @@ def test_the_first_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     )
     if not warm.can_fork(environment_of()):
         pytest.skip("no fork server here: a GPU, or a system without pidfd")
-    assert warm.run_ranks(2, [str(script), "passes"], environment_of()) is None
-    failure = warm.run_ranks(2, [str(script), "fails"], environment_of())
-    assert failure is not None and "exit codes [-9, 1]" in failure and "ValueError: rank 1 it was" in failure
+    assert warm.run_ranks(2, [str(script), "passes"], environment_of()) == ([0, 0], "")
+    codes, output = warm.run_ranks(2, [str(script), "fails"], environment_of())
+    assert codes == [-signal.SIGKILL, 1] and "ValueError: rank 1 it was" in output
