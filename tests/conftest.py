@@ -1,5 +1,7 @@
-"""Marks the tests that run playbooks and containers on hosts: `-m host`, one of the lanes of tests/lanes.py."""
+"""For all tests: the marker of those on hosts (a lane of tests/lanes.py), and an environment that no test changes."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         by_path = any(item.path.is_relative_to(path) for path in HOST_PATHS)
         if by_path or "docker_engine" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.host)
+
+
+@pytest.fixture(autouse=True)
+def environment_as_found() -> Iterator[None]:
+    """Restore the environment. Verbs that a test calls in this process set variables; the next test's would inherit."""
+    found = dict(os.environ)
+    yield
+    if os.environ != found:
+        os.environ.clear()
+        os.environ.update(found)

@@ -3,7 +3,8 @@
 A new interpreter spends three seconds of CPU time on those imports, and a verb that starts a job pays twice. `run`
 gives what `subprocess.run` of the same words gives, in a process of its own with its own pid, environment, folder and
 streams. Where a fork could differ from a new interpreter, `run` starts a new one: other environment variables than at
-the server's start (libraries read them when they are imported), a GPU, or an operating system without pidfd.
+the server's start (libraries read them when they are imported), a GPU, or an operating system without pidfd. For
+commands with their own HF_… variables there is a second server, which has not imported the libraries that read them.
 MIXTRAL_RUN_TEST_FRESH=1 starts new ones throughout, to see whether a failure has to do with forking.
 """
 
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,18 @@ CHANGING = ("PYTEST_CURRENT_TEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WO
 """Environment variables that no library reads while it is imported."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 """The server's: as it is before any test changes it."""
+HF_LIBRARIES = ("transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers")
 
 
 class WarmServer:
     """The server process and its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
+        """Start it with more modules than those that every command needs."""
         self._folder = Path(tempfile.mkdtemp(prefix="mixtral-run-warm-"))
         self._socket = str(self._folder / "socket")
         lifeline, self._end = os.pipe()
-        words = [sys.executable, "-m", "tests.warm_server", self._socket, str(lifeline)]
+        words = [sys.executable, "-m", "tests.warm_server", self._socket, str(lifeline), *modules]
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -110,21 +114,21 @@ class WarmProcess:
                 os.kill(self.pid, signal.SIGKILL)
 
 
-_server: WarmServer | None = None
+@cache
+def _server(modules: Sequence[str]) -> WarmServer:
+    return WarmServer(modules)
 
 
 def _server_for(env: Mapping[str, str]) -> WarmServer | None:
     """Return the server, started if it is the first call. Return None if a fork would differ in this environment."""
-    global _server
     import torch
 
     names = {name for name in env.keys() | ENVIRONMENT.keys() if env.get(name) != ENVIRONMENT.get(name)}
-    other = bool(names - set(CHANGING)) or FRESH_VARIABLE in env
-    if other or not hasattr(os, "pidfd_open") or torch.cuda.is_available():
+    names -= set(CHANGING)
+    other = {name for name in names if name != "NO_PROXY" and not name.startswith("HF_")}
+    if other or FRESH_VARIABLE in env or not hasattr(os, "pidfd_open") or torch.cuda.is_available():
         return None
-    if _server is None:
-        _server = WarmServer()
-    return _server
+    return _server(() if names else HF_LIBRARIES)
 
 
 def run(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:

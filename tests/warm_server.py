@@ -1,8 +1,9 @@
 """A process that has imported torch, Megatron and Transformers, and forks for every command that a test asks for.
 
-`python -m tests.warm_server SOCKET LIFELINE` listens on the Unix socket SOCKET until the pipe LIFELINE is closed.
-tests/warm.py is the client. A request is a line of JSON (`argv` as after the interpreter's name, `cwd`, `env`) with the
-three standard streams. The answers are two lines of JSON: `{"pid": …}` at once and `{"status": …}` at the end.
+`python -m tests.warm_server SOCKET LIFELINE [MODULE …]` imports the modules as well, then listens on the Unix socket
+SOCKET until the pipe LIFELINE is closed. tests/warm.py is the client. A request is a line of JSON (`argv` as after the
+interpreter's name, `cwd`, `env`) with the three standard streams. The answers are two lines of JSON: `{"pid": …}` at
+once and `{"status": …}` at the end.
 
 The server only imports. A fork of a process with threads would inherit locks that nobody releases, so the server
 refuses to start if an import has started a thread.
@@ -29,22 +30,16 @@ from pathlib import Path
 from typing import Any
 
 MAX_REQUEST_BYTES = 2**20
-IMPORTED = (
-    "torch.distributed.checkpoint",
-    "torch.distributed.launcher.api",
-    "torch.utils.tensorboard",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_tokenizers",
-)
-"""What the processes of the product import late, from libraries."""
+IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.launcher.api", "torch.utils.tensorboard")
+"""What the processes of the product import late. Nothing of this reads HF_… variables."""
 EVERYTHING_IGNORED = ("ignore", None, Warning, None, 0)
 
 
-def import_what_commands_need() -> None:
+def import_what_commands_need(more: Sequence[str]) -> None:
     import mixtral_run.commands.finetune
     import mixtral_run.imported_ahead  # noqa: F401
 
-    for name in IMPORTED:
+    for name in (*IMPORTED, *more):
         importlib.import_module(name)
     # Importing for the product silences warnings; each command decides about that for itself.
     warnings.filters[:] = [each for each in warnings.filters if each != EVERYTHING_IGNORED]
@@ -214,7 +209,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
-    import_what_commands_need()
+    import_what_commands_need(sys.argv[3:])
     listener.listen()
     become(Server(listener, int(sys.argv[2])).serve())
 

@@ -104,8 +104,15 @@ def test_verbs_say_the_same(small_checkpoint: Path) -> None:
 
 def test_another_environment_gets_a_new_interpreter() -> None:
     assert warm.can_fork(environment_of(PYTEST_CURRENT_TEST="x")) or torch.cuda.is_available()
-    assert not warm.can_fork(environment_of(HF_ENDPOINT="http://127.0.0.1:1"))
+    assert not warm.can_fork(environment_of(PYTHONPATH="elsewhere"))
     assert not warm.can_fork({name: value for name, value in environment_of().items() if name != "PATH"})
+
+
+def test_hf_variables_are_read_by_each_command() -> None:
+    code = "from huggingface_hub import constants; print(constants.ENDPOINT)"
+    for number in range(2):
+        done = forked(["-c", code], environment_of(HF_ENDPOINT=f"http://127.0.0.1:{number}"))
+        assert (done.returncode, done.stdout) == (0, f"http://127.0.0.1:{number}\n"), done.stderr
 
 
 def test_the_first_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
