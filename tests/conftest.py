@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported. Threads that wait for each other gain nothing on small models, and lose where lanes and
+# processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent
 HOST_PATHS = (
     ROOT / "integration/fleet",

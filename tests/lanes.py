@@ -7,6 +7,7 @@ Ctrl-C ends both lanes.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -59,7 +60,7 @@ class Lane:
         self.results.unlink(missing_ok=True)
         self._began = time.monotonic()
         with self.log.open("wb") as output:
-            # A group of its own: pytest hears of Ctrl-C once, from `interrupt`. A second time would cut its cleanup.
+            # A group of its own: it hears of Ctrl-C once, from `interrupt`. A second time would cut pytest's cleanup.
             self.process = subprocess.Popen(
                 [*self.words, f"--junit-xml={self.results}", "-o", f"cache_dir={self.folder / self.name}"],
                 stdin=subprocess.DEVNULL,
@@ -76,13 +77,15 @@ class Lane:
         return True
 
     def interrupt(self) -> None:
-        """Ask the lane to end: pytest takes its fixtures down and reports what it has."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+        """Ask the lane to end, as Ctrl-C does: pytest takes its fixtures down and reports what it has."""
+        self._send(signal.SIGINT)
 
     def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            os.killpg(self.process.pid, number)
 
     def progress(self) -> str:
         """Return the last percentage in the log."""

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import selectors
 import shutil
 import signal
 import socket
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class WarmProcess:
         with Path(os.devnull).open("rb") as nothing:
             sent = socket.send_fds(self._connection, [request], [nothing.fileno(), stdout, stderr])
             self._connection.sendall(request[sent:])
-        self._answers = self._connection.makefile("r")
+        # Unbuffered: `fileno` is readable exactly when the process has ended.
+        self._answers = self._connection.makefile("rb", buffering=0)
         self.pid: int = self._answer()["pid"]
         self.returncode: int | None = None
 
@@ -99,6 +100,9 @@ class WarmProcess:
             raise RuntimeError("The warm server ended.")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
 
     def wait(self) -> int:
         """Return the exit code; minus the number of a signal that ended the process."""
@@ -136,24 +140,38 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProc
     server = _server_for(env)
     if server is None:
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, check=False)
-    pipes = [os.pipe() for _ in range(2)]
-    process = WarmProcess(server, argv, env, *(end for _, end in pipes))
-    for _, end in pipes:
-        os.close(end)
-    with ThreadPoolExecutor(len(pipes)) as readers:
-        outputs = [readers.submit(_read, start) for start, _ in pipes]
-        try:
-            # First all output, as subprocess does: whoever holds a stream may still write.
-            stdout, stderr = (output.result() for output in outputs)
-        except BaseException:
-            process.kill()
-            raise
+    (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+    try:
+        process = WarmProcess(server, argv, env, out_end, err_end)
+    finally:
+        os.close(out_end)
+        os.close(err_end)
+    try:
+        # First all output, as subprocess does: whoever holds a stream may still write.
+        stdout, stderr = _read_all(out, err)
+    except BaseException:
+        process.kill()
+        raise
     return subprocess.CompletedProcess(list(argv), process.wait(), stdout, stderr)
 
 
-def _read(descriptor: int) -> str:
-    with open(descriptor, encoding="utf-8") as stream:
-        return stream.read()
+def _read_all(*descriptors: int) -> list[str]:
+    """Read pipes to their ends and close them."""
+    outputs = {descriptor: bytearray() for descriptor in descriptors}
+    try:
+        with selectors.DefaultSelector() as selector:
+            for descriptor in descriptors:
+                selector.register(descriptor, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    data = os.read(key.fd, 2**16)
+                    outputs[key.fd] += data
+                    if not data:
+                        selector.unregister(key.fd)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return [output.decode() for output in outputs.values()]
 
 
 def run_ranks(num_processes: int, argv: Sequence[str], env: Mapping[str, str]) -> tuple[list[int], str]:
@@ -174,24 +192,27 @@ def run_ranks(num_processes: int, argv: Sequence[str], env: Mapping[str, str]) -
         for rank in range(num_processes):
             own = {**env, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(WarmProcess(server, argv, own, output.fileno(), output.fileno()))
-        with ThreadPoolExecutor(num_processes) as waiting:
-            ends = [waiting.submit(_wait_or_end_all, rank, ranks) for rank in ranks]
-            try:
-                codes = [end.result() for end in ends]
-            except BaseException:
-                for rank in ranks:
-                    rank.kill()
-                raise
+        try:
+            codes = _wait_for_all(ranks)
+        finally:
+            for each in ranks:
+                each.kill()
         output.seek(0)
         return codes, output.read().decode(errors="replace")
 
 
-def _wait_or_end_all(rank: WarmProcess, ranks: Sequence[WarmProcess]) -> int:
-    code = rank.wait()
-    if code != 0:
-        for each in ranks:
-            each.kill()
-    return code
+def _wait_for_all(ranks: Sequence[WarmProcess]) -> list[int]:
+    """Return the exit codes. When one fails, the others are killed."""
+    with selectors.DefaultSelector() as selector:
+        for number, rank in enumerate(ranks):
+            selector.register(rank, selectors.EVENT_READ, number)
+        while selector.get_map():
+            for key, _ in selector.select():
+                selector.unregister(ranks[key.data])
+                if ranks[key.data].wait() != 0:
+                    for each in ranks:
+                        each.kill()
+    return [rank.wait() for rank in ranks]
 
 
 def _free_port() -> int:

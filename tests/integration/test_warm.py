@@ -13,6 +13,7 @@ import torch
 
 from tests import warm
 from tests.integration.conftest import environment_of, fresh_mixtral_run, mixtral_run
+from tests.needs import missing
 
 STATE = """
 import json, os, random, signal, sys, threading, warnings
@@ -39,7 +40,7 @@ def fresh(argv: list[str], environment: dict[str, str]) -> subprocess.CompletedP
 
 def forked(argv: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     if not warm.can_fork(environment):
-        pytest.skip("no fork server here: a GPU, or a system without pidfd")
+        missing("no fork server here: a GPU, or a system without pidfd")
     done = warm.run(argv, environment)
     assert done.args == argv
     return done
@@ -130,7 +131,7 @@ def test_the_first_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
         "dist.destroy_process_group()\n"
     )
     if not warm.can_fork(environment_of()):
-        pytest.skip("no fork server here: a GPU, or a system without pidfd")
+        missing("no fork server here: a GPU, or a system without pidfd")
     assert warm.run_ranks(2, [str(script), "passes"], environment_of()) == ([0, 0], "")
     codes, output = warm.run_ranks(2, [str(script), "fails"], environment_of())
     assert codes == [-signal.SIGKILL, 1] and "ValueError: rank 1 it was" in output
