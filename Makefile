@@ -1,5 +1,7 @@
 # make demo   set up .venv and rehearse the whole job at small size; where a Docker engine answers, the provisioning too
-# make test   set up .venv and run the whole test suite
+# make check  lint and unit tests: a few minutes, for every change
+# make test   the whole test suite, in two lanes; what CI runs after make lint
+# make test-all  the same without taking over any result of an earlier run
 # make lint   ruff, mypy, import-linter, yamllint, ansible-lint
 
 PYTHON ?= python3
@@ -9,8 +11,10 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Two at a time. The first two take nearly all of the time, each on one processor.
+LINTERS := lint-mypy lint-ansible lint-ruff lint-imports lint-yaml
 
-.PHONY: demo test lint venv clean help
+.PHONY: demo check test test-all lint $(LINTERS) venv clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -19,15 +23,32 @@ demo: venv
 	$(BIN)/mixtral-run rehearse $(DEMO_ARGS)
 	$(BIN)/mixtral-run rehearse --host
 
+check: lint
+	$(BIN)/python -m pytest tests/unit $(TEST_ARGS)
+
 test: venv
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m tests.lanes $(TEST_ARGS)
+
+test-all: export MIXTRAL_RUN_TEST_NO_CACHE := 1
+test-all: test
 
 lint: venv
+	@$(MAKE) --no-print-directory --keep-going -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(LINTERS)
+
+lint-ruff:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-mypy:
 	$(BIN)/mypy
+
+lint-imports:
 	$(BIN)/lint-imports
+
+lint-yaml:
 	$(BIN)/yamllint --strict .
+
+lint-ansible:
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint -q
 
 venv: $(VENV)/.installed

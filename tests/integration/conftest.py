@@ -16,6 +16,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import tokenizer_texts
+from tests import warm
 from tests.support.needs import missing
 
 SMALL = MixtralArchitecture(
@@ -73,35 +74,33 @@ def own_hf_model(small_hf_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def torchrun(num_processes: int, script: Path, *words: str) -> None:
-    """Run a script in several processes; its output is shown when it fails."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={num_processes}",
-            str(script),
-            *words,
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+def environment_of(**changes: str) -> dict[str, str]:
+    """One thread a process: the tests' models are too small for more."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
+
+def torchrun(num_processes: int, script: Path, *words: str) -> str:
+    """Run a script in several processes. Return what they printed, which is shown when one of them fails."""
+    environment = environment_of()
+    if warm.can_fork(environment):
+        codes, output = warm.run_ranks(num_processes, [str(script), *words], environment)
+        assert not any(codes), f"exit codes {codes}\n{output[-12000:]}"
+        return output
+    argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", str(script), *words]
+    done = warm.run(argv, environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done.stdout
 
 
 def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line as a user calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "mixtral_run", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
+    """The command line as a user calls it, in a process that need not import torch (tests/warm.py)."""
+    return warm.run(["-m", "mixtral_run", *words], environment_of(**environment))
+
+
+def fresh_mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a user calls it, by a new interpreter: each verb does all of its own imports somewhere."""
+    argv = [sys.executable, "-m", "mixtral_run", *words]
+    return subprocess.run(argv, capture_output=True, text=True, env=environment_of(**environment), check=False)
 
 
 @pytest.fixture(scope="session")

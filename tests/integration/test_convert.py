@@ -16,19 +16,12 @@ from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 from mixtral_run.weights.io.pace import Pace
+from tests.integration.conftest import environment_of, fresh_mixtral_run, mixtral_run, torchrun
 from tests.support.tiny import write_tiny
 
 
 def run_cli(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "mixtral_run", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | environment,
-    )
+    return mixtral_run(*map(str, words), **environment)
 
 
 def convert_quietly(source: Path, output: Path, tp: int, ep: int, **more: Any) -> str:
@@ -51,16 +44,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_in_megatron(hf: Path, checkpoint: Path, tp: int, ep: int) -> None:
     worker = Path(__file__).with_name("megatron_load_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={max(tp, ep)}"]
-    done = subprocess.run(
-        [*command, str(worker), str(hf), str(checkpoint / "iter_0000001"), str(tp), str(ep)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("parameters equal") == max(tp, ep)
+    printed = torchrun(max(tp, ep), worker, str(hf), str(checkpoint / "iter_0000001"), str(tp), str(ep))
+    assert printed.count("parameters equal") == max(tp, ep)
 
 
 @pytest.mark.parametrize(
@@ -85,20 +70,16 @@ def test_its_keys_are_those_of_transformer_engines_layers(tmp_path: Path, expert
     write_tiny(tmp_path / "hf")
     convert_quietly(tmp_path / "hf", tmp_path / "out", 2, 4)
     worker = Path(__file__).with_name("te_load_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), str(tmp_path / "hf"), str(tmp_path / "out" / "iter_0000001"), experts],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-    )
+    argv = [str(worker), str(tmp_path / "hf"), str(tmp_path / "out" / "iter_0000001"), experts]
+    # A new interpreter: the stand-ins have to be there before Megatron is imported.
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, env=environment_of())
     assert done.returncode == 0, done.stderr[-4000:]
     assert "45 parameters equal" in done.stdout
 
 
 def test_what_it_prints_and_writes(tmp_path: Path, tiny: Path) -> None:
     output = tmp_path / "new" / "checkpoint"
-    done = run_cli("convert", "--hf_model_path", tiny, "--output_path", output)
+    done = fresh_mixtral_run("convert", "--hf_model_path", str(tiny), "--output_path", str(output))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line[:5] for line in lines if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]

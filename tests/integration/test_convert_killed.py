@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,8 @@ from mixtral_run.weights.io import atomic_folder
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.verify.verify import verify
+from tests import warm
+from tests.integration.conftest import environment_of
 from tests.integration.test_convert import convert_quietly
 from tests.integration.test_convert_problems import content, refused
 from tests.support.tiny import write_tiny
@@ -67,7 +67,7 @@ def killed(
 ) -> None:
     how = "moved up" if moved_up else "without exchange" if without_exchange else ""
     words = [place, when, how, "convert", "--hf-model-path", str(tiny), "--output-path", str(output), *flags]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, check=False)
+    done = warm.run(["-c", KILLED, *words], environment_of())
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
 

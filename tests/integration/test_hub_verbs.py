@@ -11,7 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from mixtral_run.errors import CheckFailed, ConfigError, WeightsError
-from tests.integration.conftest import mixtral_run
+from tests.integration.conftest import fresh_mixtral_run, mixtral_run
 from tests.integration.hub_server import COMMIT, NAME, Hub, client_environment, serving
 
 Call = Callable[..., CompletedProcess[str]]
@@ -38,7 +38,10 @@ def shards(hub: Hub) -> list[str]:
     return sorted(name for name in hub.sent if name.endswith(".safetensors"))
 
 
-def test_from_the_hub_to_an_adapter_that_names_it(hub: Hub, call: Call, tmp_path: Path) -> None:
+def test_from_the_hub_to_an_adapter_that_names_it(hub: Hub, tmp_path: Path) -> None:
+    def call(*words: object, **environment: str) -> CompletedProcess[str]:
+        return fresh_mixtral_run(*map(str, words), **(client_environment(hub, tmp_path) | environment))
+
     adapter = tmp_path / "adapter"
     tuned = call("finetune", "--load", NAME, "--save", adapter, "--lora-rank", "2", *RUN, *TWO)
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr

@@ -27,6 +27,8 @@ from mixtral_run.weights.load.read_parts import BLOCK_BYTES, default_workers
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.quantized_cache import layout, writer
+from tests import warm
+from tests.integration.conftest import environment_of
 from tests.support.quantized_cache import (
     RECORD,
     STALE,
@@ -278,7 +280,7 @@ start(base)
 
 @pytest.mark.parametrize("stage", ["writing", "record", "rename"])
 def test_a_run_that_is_killed(own_checkpoint: Path, stage: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, stage, str(own_checkpoint)], capture_output=True, check=False)
+    done = warm.run(["-c", KILLED, stage, str(own_checkpoint)], environment_of())
     assert done.returncode == -signal.SIGKILL
     assert not folder_of(own_checkpoint).exists()
     assert len(leftovers(own_checkpoint)) == 2

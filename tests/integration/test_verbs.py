@@ -16,7 +16,7 @@ import pytest
 from mixtral_run.config.verbs import PlanConfig
 from mixtral_run.planner.table import planned_gpu, workload_of
 from mixtral_run.weights.manifest.describe import describe_base
-from tests.integration.conftest import mixtral_run
+from tests.integration.conftest import fresh_mixtral_run, mixtral_run
 
 TWO = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--nproc-per-node", "2")
 TINY_RUN = ("--seq-length", "32", "--global-batch-size", "4", "--device", "cpu")
@@ -189,7 +189,7 @@ def test_smoke(small_hf_model: Path, tmp_path: Path) -> None:
         "2",
         "--json",
     )
-    done = mixtral_run(*words)
+    done = fresh_mixtral_run(*words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [step["name"] for step in report["steps"]] == ["convert", "pretrain 2", "LoRA 2", "generate"]
@@ -384,7 +384,7 @@ def test_ctrl_c_saves_and_resume_goes_on(small_checkpoint: Path, pairs: Path, tm
 
 def test_rehearse(tmp_path: Path) -> None:
     work = tmp_path / "rehearsal"
-    done = mixtral_run("rehearse", "--work-path", str(work), "--device", "cpu", "--json")
+    done = fresh_mixtral_run("rehearse", "--work-path", str(work), "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] and len(report["steps"]) == 7
