@@ -58,6 +58,8 @@ def run_scenario(scenario: Scenario, tmp_path: Path) -> None:
         "MOLECULE_GLOB": f"{scenario.folder}/molecule.yml",
         "MIXTRAL_RUN_ROOT": str(ROOT),
         "MIXTRAL_RUN_TEST_INVENTORY": str(tmp_path / "hosts.json"),
+        # State of a killed run, which says that hosts were created, is not found here.
+        "MOLECULE_EPHEMERAL_DIRECTORY": str(tmp_path / "molecule"),
         "ANSIBLE_NOCOLOR": "1",
         "NO_COLOR": "1",
     }
