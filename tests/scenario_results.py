@@ -65,6 +65,8 @@ class Scenario:
         if any(self._imports_the_kit(place) for place in self.harness):
             found.update(_files(self.root / "mixtral_run"))
         texts = [path for path in _files(self.root / self.folder) if path.suffix == ".yml"]
+        if any("disk:" in path.read_text(encoding="utf-8") for path in texts):  # the images on it are built of these
+            found.update(_files(self.root / "roles/image/files"))
         if any("playbooks/" in path.read_text(encoding="utf-8") for path in texts):
             playbooks = list(_files(self.root / "playbooks"))
             found.update(playbooks)

@@ -117,6 +117,15 @@ def test_another_version_of_a_package_changes_the_key(monkeypatch: pytest.Monkey
     assert changed(before, keys(ROOT)) == set(ALL)
 
 
+def test_a_scenario_whose_hosts_start_with_images_depends_on_their_recipe(checkout: Path) -> None:
+    folder = "roles/nvidia_container_toolkit/molecule/nvidia_container_toolkit"
+    inputs = Scenario(checkout, folder, HARNESS, Path("unused")).inputs()
+    assert checkout / "roles/image/files/requirements.txt" in inputs
+    assert checkout / "roles/docker/tasks/main.yml" in inputs
+    assert checkout / "mixtral_run/__init__.py" not in inputs
+    assert checkout / "roles/image/files/requirements.txt" not in scenarios(checkout)["swap"].inputs()
+
+
 def test_a_computed_role_counts_as_every_role(checkout: Path) -> None:
     file = checkout / "roles/swap/molecule/swap/verify.yml"
     content = file.read_text()
