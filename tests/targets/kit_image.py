@@ -70,6 +70,9 @@ def dependencies() -> str:
     with (CACHE / "dependencies.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not succeeds("docker", "image", "inspect", name):
+            older = call("docker", "image", "ls", "--quiet", name.split(":")[0]).split()
+            if older:
+                call("docker", "image", "rm", "--force", *older, check=False)
             _build_dependencies(name, below)
     return name
 
@@ -83,7 +86,10 @@ def image_archive() -> Path:
     below = dependencies()
     kit = sorted(path for path in (ROOT / "mixtral_run").rglob("*") if path.is_file() and path.suffix != ".pyc")
     sources = [ROOT / "roles/image/files/Dockerfile", *kit]
-    recipe = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + below.encode()).hexdigest()[:12]
+    # Not its name: one that is built again has other layers.
+    identity = call("docker", "image", "inspect", "--format", "{{.Id}}", below)
+    contents = [f"{path.relative_to(ROOT)} ".encode() + path.read_bytes() for path in sources]
+    recipe = hashlib.sha256(b"".join([identity.encode(), *contents])).hexdigest()[:12]
     archive, layers = CACHE / f"kit-image-{recipe}.tar", CACHE / f"kit-layers-{recipe}.tar"
     with (CACHE / "kit-image.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
