@@ -1,10 +1,10 @@
-"""The test hosts themselves: what a killed run leaves is no host's."""
+"""The test hosts themselves: what a killed run leaves is no host's, and the disks that they start from."""
 
 from pathlib import Path
 
 import pytest
 
-from mixtral_run.fleet.testhosts import hosts
+from mixtral_run.fleet.testhosts import disks, hosts, kit_image
 from mixtral_run.fleet.testhosts.shell import TargetError, call
 
 NAME = "leftover"
@@ -27,3 +27,25 @@ def test_what_a_host_left_whose_engine_was_killed_is_cleared(docker_engine: None
         hosts.remove(NAME)
     assert not hosts.left_of(NAME)
     assert NAME not in Path("/proc/swaps").read_text()
+
+
+@pytest.mark.timeout(1800)  # the first time it builds the image below the kit's
+def test_a_host_shares_nothing_that_an_engine_rewrites_with_the_disk_it_starts_from(docker_engine: None) -> None:
+    """Layers are hard links, which is what makes it quick; a file that an engine writes in place must be the host's."""
+    source = disks.with_images("bookworm")
+    own = "find . -path './overlay2/*/diff' -prune -o -type f -links +1 -print"
+    shared = "find overlay2/*/diff -type f -links +1 -print -quit"
+    try:
+        host = hosts.start(NAME, disk=source)
+        in_folder = f"cd {hosts.DATA_FOLDER} && "
+        assert set(host.shell(f"{in_folder}ls").split()) == {"image", "overlay2"}
+        assert host.shell(in_folder + own) == ""
+        assert host.shell(in_folder + shared)
+        names = host.shell(f"cat {hosts.DATA_FOLDER}/image/overlay2/repositories.json")
+        assert kit_image.BASE in names
+        assert kit_image.dependencies() in names
+        assert kit_image.ARCHIVE_NAME not in names
+        assert not host.shell("command -v dockerd", check=False)
+    finally:
+        hosts.remove(NAME)
+    assert call("docker", "volume", "ls", "--quiet", "--filter", f"name=^{source}$").strip() == source

@@ -17,7 +17,7 @@ def rehearse(config: RehearseConfig) -> None:
     With --host the rehearsal includes the provisioning of a throw-away host, which needs a Docker engine.
     """
     if config.host:
-        from mixtral_run.fleet.testhosts.rehearse_host import rehearse_host
+        from mixtral_run.fleet.rehearse_host import rehearse_host
 
         rehearse_host(config)
         return

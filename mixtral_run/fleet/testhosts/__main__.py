@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 
-from mixtral_run.fleet.testhosts import hosts, kit_image, repository
+from mixtral_run.fleet.testhosts import disks, hosts, kit_image, repository
 from mixtral_run.fleet.testhosts.engine import why_no_engine
 from mixtral_run.fleet.testhosts.image import RELEASES
 from mixtral_run.fleet.testhosts.shell import TargetError
@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
         each.add_argument(
             "--standin", type=json.loads, help="JSON of the fields of StandIn; without it the host has no GPUs"
         )
+        each.add_argument("--disk", choices=["empty", "images"], default="empty",
+                          help="images: with the images below the kit's and the base image of builds")  # fmt: skip
     standin = verbs.add_parser("standin", help="change the simulated GPUs of a running host")
     standin.add_argument("names", nargs="+")
     standin.add_argument("--standin", type=json.loads, required=True)
@@ -34,9 +36,8 @@ def main(argv: list[str]) -> int:
     listing.add_argument(
         "--release", action="append", choices=RELEASES, help="release that the package repository holds"
     )
-    verbs.add_parser("give-base", help="load the base image of builds into hosts").add_argument("names", nargs="+")
     verbs.add_parser("archive", help="build the image archive for the hosts if it is missing")
-    verbs.add_parser("wheels", help="fill the wheelhouse for the hosts")
+    verbs.add_parser("wheels", help="fill the small wheelhouse for the hosts")
     arguments = parser.parse_args(argv)
     try:
         reason = why_no_engine()
@@ -55,12 +56,9 @@ def _act(words: argparse.Namespace) -> None:
             hosts.remove(name)
         repository.stop_unless_used()
     elif words.verb == "wheels":
-        print(kit_image.fill_wheelhouse())
+        print(kit_image.fill_wheelhouse(kit_image.LIGHT))
     elif words.verb == "archive":
         print(kit_image.image_archive())
-    elif words.verb == "give-base":
-        for name in words.names:
-            print(kit_image.give_base(hosts.find(name)))
     elif words.verb == "inventory":
         print(json.dumps(inventory(words.names or hosts.running(), tuple(words.release or ["bookworm"])), indent=2))
     else:
@@ -70,7 +68,8 @@ def _act(words: argparse.Namespace) -> None:
                 hosts.set_standin(hosts.find(name), gpus)
                 continue
             start = hosts.start if words.verb == "up" else hosts.reimage
-            print(json.dumps(dataclasses.asdict(start(name, words.release, gpus)), default=str))
+            disk = disks.with_images(words.release) if words.disk == "images" else None
+            print(json.dumps(dataclasses.asdict(start(name, words.release, gpus, disk)), default=str))
 
 
 def inventory(names: list[str], releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
@@ -105,7 +104,7 @@ def variables(releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
         "image_base_image": kit_image.BASE,
         "image_apt_packages": [],
         "image_requirements": kit_image.pinned(),
-        "image_wheelhouse": f"{hosts.SHOWN_CACHE}/wheelhouse",
+        "image_wheelhouse": f"{hosts.SHOWN_CACHE}/{kit_image.LIGHT_WHEELHOUSE.name}",
         "image_wheelhouse_on_host": True,
         "acceptance_checkpoint_folder": checkpoints,
         "acceptance_ulimits": [],

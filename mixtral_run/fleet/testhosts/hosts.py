@@ -30,6 +30,22 @@ DATA_FOLDER = "/var/lib/docker"
 SWAP_OFF = ("find", DATA_FOLDER, "-maxdepth", "2", "-name", "*swap*", "-type", "f", "-exec", "swapoff", "{}", ";")
 
 
+# A test host lives for minutes: no package's files need to be on the disk when the power fails, and nobody reads the
+# translated descriptions of sixty thousand packages, which are most of what `apt-get update` would unpack.
+QUICK_PACKAGES = (
+    "echo force-unsafe-io > /etc/dpkg/dpkg.cfg.d/test-host && "
+    "echo 'Acquire::Languages \"none\";' > /etc/apt/apt.conf.d/90test-host"
+)
+# An overlay's marks of removed files are in extended attributes of root, hence SYS_ADMIN. An engine rewrites all but
+# layers in place, so the rest gets files of its own.
+COPY_IMAGES = """
+set -e
+cp -al "$1/image" "$1/overlay2" "$2"
+find "$2" -path "$2/overlay2/*/diff" -prune -o -type f -exec \\
+    sh -c 'for file; do cp -p "$file" "$file.copy"; mv "$file.copy" "$file"; done' sh {} +
+"""
+
+
 @dataclass(frozen=True)
 class StandIn:
     """The GPUs that the stand-in nvidia-smi tells of. No GPU exists on a test host."""
@@ -89,12 +105,17 @@ def container_name(name: str) -> str:
     return f"mixtral-run-{name}"
 
 
-def start(name: str, release: str = "bookworm", standin: StandIn | None = None) -> Host:
-    """Start a bare host, wait until SSH answers. `standin` None: a host without GPUs and driver."""
+def start(name: str, release: str = "bookworm", standin: StandIn | None = None, disk: str | None = None) -> Host:
+    """Start a bare host, wait until SSH answers.
+
+    standin: None for a host without GPUs and driver. disk: a volume of `disks.py`, of which the host's is a copy.
+    """
     image = host_image(release)
     container, volume = container_name(name), volume_name(name)
     if not _runs(container):
         remove(name)  # what a killed run left: its disk is not a bare host's
+        if disk is not None:
+            copy_disk(disk, volume)
     argv = ["docker", "run", "--detach", "--name", container, "--hostname", name, "--label", LABEL]
     argv += [word for capability in CAPABILITIES for word in ("--cap-add", capability)]
     argv += ["--security-opt", "seccomp=unconfined", "--security-opt", "systempaths=unconfined"]
@@ -114,7 +135,7 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None) 
     call(*argv)
     host = _wait_for_boot(name)
     host.shell(f"mkdir -p ~{USER}/.ssh && printf '%s' '{ssh_key().with_suffix('.pub').read_text()}' "
-               f"> ~{USER}/.ssh/authorized_keys && chown -R {USER} ~{USER}/.ssh")  # fmt: skip
+               f"> ~{USER}/.ssh/authorized_keys && chown -R {USER} ~{USER}/.ssh && {QUICK_PACKAGES}")  # fmt: skip
     set_standin(host, standin)
     return host
 
@@ -178,10 +199,23 @@ def _wait_for_boot(name: str) -> Host:
     raise TargetError(f"The test host {name} has not booted after {BOOT_SECONDS} s (systemd: {state}).\n{journal}")
 
 
-def reimage(name: str, release: str = "bookworm", standin: StandIn | None = None) -> Host:
-    """The same host name with a new host key, a new machine-id and an empty disk."""
+def reimage(name: str, release: str = "bookworm", standin: StandIn | None = None, disk: str | None = None) -> Host:
+    """The same host name with a new host key, a new machine-id and an empty disk, or a copy of another."""
     remove(name)
-    return start(name, release, standin)
+    return start(name, release, standin, disk)
+
+
+def copy_disk(source: str, target: str) -> None:
+    """Make a volume with the images that an engine has stored on another; the engines must not run.
+
+    Layers become hard links: an engine never writes into a layer, and gigabytes would be copied for each host.
+    """
+    call("docker", "volume", "create", target)
+    mounts = call("docker", "volume", "inspect", "--format", "{{.Mountpoint}}", source, target).split()
+    (volumes,) = {str(Path(mount).parents[1]) for mount in mounts}
+    old, new = (f"/volumes/{Path(mount).relative_to(volumes)}" for mount in mounts)
+    call("docker", "run", "--rm", "--cap-add", "SYS_ADMIN", "--volume", f"{volumes}:/volumes", host_image("bookworm"),
+         "sh", "-c", COPY_IMAGES, "copy", old, new)  # fmt: skip
 
 
 def remove(name: str) -> None:

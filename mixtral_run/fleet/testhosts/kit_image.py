@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import shutil
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
 import mixtral_run
 from mixtral_run.fleet.plays.provisioning import provisioning_folder
 from mixtral_run.fleet.testhosts.engine import CACHE
-from mixtral_run.fleet.testhosts.hosts import SHOWN_CACHE, WHEELHOUSE, Host, container_name, put
+from mixtral_run.fleet.testhosts.hosts import SHOWN_CACHE, WHEELHOUSE
 from mixtral_run.fleet.testhosts.image import host_image
-from mixtral_run.fleet.testhosts.shell import call, pipe
+from mixtral_run.fleet.testhosts.shell import call, succeeds
 
 PACKAGE = Path(mixtral_run.__file__).parent
 # Found in a checkout and in an installed wheel alike.
 DOCKERFILE = provisioning_folder() / "roles/image/files/Dockerfile"
 REQUIREMENTS = provisioning_folder() / "roles/image/files/requirements.txt"
 CONSTRAINTS = provisioning_folder() / "constraints.txt"
-LIGHT = ("torch", "numpy", "click", "PyYAML", "rich")
-"""What the acceptance program and `mixtral-run --version` need, for an image that a host builds: half the time."""
+LIGHT = ("numpy", "click", "PyYAML", "rich")
+"""What `mixtral-run --version` needs, and one package of binaries: for the image role's own scenario, which builds
+images of wheels from several sources. The whole image is built of wheels by a host of the end-to-end test."""
+LIGHT_WHEELHOUSE = CACHE / "wheelhouse-light"
 BASE = "mixtral-run-test-base:bookworm"
 ARCHIVE_NAME = "mixtral-run:archive"
 ARCHIVE_ON_HOST = f"{SHOWN_CACHE}/kit-image.tar"
+LAYERS_ON_HOST = f"{SHOWN_CACHE}/kit-layers.tar"
 
 
 def pinned(names: tuple[str, ...] | None = LIGHT) -> list[str]:
@@ -34,85 +39,131 @@ def pinned(names: tuple[str, ...] | None = LIGHT) -> list[str]:
     return [line for line in lines if names is None or line.split("==")[0] in names]
 
 
-def fill_wheelhouse() -> Path:
-    """Download the wheels of the whole image once, for Debian 12's Python; torch for the CPU where pip finds it."""
-    marker = WHEELHOUSE / f".complete-{hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]}"
+def fill_wheelhouse(names: tuple[str, ...] | None = None) -> Path:
+    """Download wheels once, for Debian 12's Python; torch for the CPU where pip finds it.
+
+    names: packages of the role's requirements, for LIGHT_WHEELHOUSE; None: the whole image, for WHEELHOUSE.
+    """
+    folder = WHEELHOUSE if names is None else LIGHT_WHEELHOUSE
+    recipe = "\n".join([*pinned(names), _constraints()]).encode()
+    marker = folder / f".complete-{hashlib.sha256(recipe).hexdigest()[:12]}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "wheelhouse.lock").open("w") as lock:
+    with (CACHE / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not marker.exists():
-            WHEELHOUSE.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             # Not removed and made anew: hosts that run have it mounted.
-            for old in WHEELHOUSE.iterdir():
+            for old in folder.iterdir():
                 old.unlink()
             call(
-                sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", WHEELHOUSE,
-                "--python-version", "3.11", "--requirement", REQUIREMENTS,
-                *(("--constraint", CONSTRAINTS) if CONSTRAINTS.is_file() else ()),
+                sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", folder,
+                "--python-version", "3.11", *(("--constraint", CONSTRAINTS) if CONSTRAINTS.is_file() else ()),
+                *pinned(names),
             )  # fmt: skip
             marker.touch()
-    return WHEELHOUSE
+    return folder
+
+
+def _constraints() -> str:
+    return CONSTRAINTS.read_text() if CONSTRAINTS.is_file() else ""
+
+
+def dependencies() -> str:
+    """Return the name of an image with all that the kit's image holds but the kit; build it unless the engine has it.
+
+    Its layers are those of the finished image below the kit's own: a new version of the kit leaves them as they are.
+    """
+    below, _ = _halves_of_dockerfile()
+    recipe = "\n".join([below, *pinned(None), host_image("bookworm"), _constraints()])
+    name = f"mixtral-run-test-dependencies:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with (CACHE / "dependencies.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not succeeds("docker", "image", "inspect", name):
+            older = call("docker", "image", "ls", "--quiet", name.split(":")[0]).split()
+            if older:
+                call("docker", "image", "rm", "--force", *older, check=False)
+            _build_dependencies(name, below)
+    return name
 
 
 def image_archive() -> Path:
-    """`docker save` of an image in which every verb runs; hosts see it at ARCHIVE_ON_HOST. Loads as ARCHIVE_NAME.
+    """Write `docker save` of an image in which every verb runs; hosts see it at ARCHIVE_ON_HOST. Loads as ARCHIVE_NAME.
 
-    Built by this machine's engine, once for each state of the kit.
+    Built by this machine's engine, once for each state of the kit. LAYERS_ON_HOST is the same without the layers of
+    `dependencies()`, for hosts whose disk has them (`disks.py`): an engine takes it in a second.
     """
+    below = dependencies()
     kit = sorted(path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    sources = [DOCKERFILE, *kit]
-    recipe = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + "".join(pinned(None)).encode())
-    archive = CACHE / f"kit-image-{recipe.hexdigest()[:12]}.tar"
+    # Not its name: one that is built again has other layers.
+    identity = call("docker", "image", "inspect", "--format", "{{.Id}}", below)
+    contents = [f"{path.relative_to(PACKAGE)} ".encode() + path.read_bytes() for path in kit]
+    recipe = hashlib.sha256(b"".join([identity.encode(), DOCKERFILE.read_bytes(), *contents])).hexdigest()[:12]
+    archive, layers = CACHE / f"kit-image-{recipe}.tar", CACHE / f"kit-layers-{recipe}.tar"
     with (CACHE / "kit-image.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not archive.exists():
-            for old in CACHE.glob("kit-image-*.tar"):
+        if not (archive.exists() and layers.exists()):
+            for old in (*CACHE.glob("kit-image-*.tar"), *CACHE.glob("kit-layers-*.tar")):
                 old.unlink()
-            _build()
+            _build_kit(below)
             unfinished = archive.with_suffix(".partial")
             call("docker", "save", "--output", unfinished, ARCHIVE_NAME)
+            _write_upper_layers(unfinished, layers, _num_layers(below))
             unfinished.rename(archive)
-        link = CACHE / "kit-image.tar"
-        if not link.is_symlink() or link.readlink() != Path(archive.name):
-            link.unlink(missing_ok=True)
-            link.symlink_to(archive.name)
+        for file, name in ((archive, ARCHIVE_ON_HOST), (layers, LAYERS_ON_HOST)):
+            _link(CACHE / Path(name).name, file.name)
     return archive
 
 
-def _build() -> None:
+def _link(link: Path, name: str) -> None:
+    if not link.is_symlink() or link.readlink() != Path(name):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+
+
+def _halves_of_dockerfile() -> tuple[str, str]:
+    """Return what the image role's Dockerfile does before it copies the kit, and from there on, as two Dockerfiles."""
+    lines = (DOCKERFILE).read_text().splitlines()
+    split = next(number for number, line in enumerate(lines) if line.startswith("COPY mixtral_run/"))
+    last_stage = max(number for number, line in enumerate(lines) if line.startswith("FROM "))
+    arguments = [line for line in lines[last_stage:split] if line.startswith("ARG ")]
+    upper = ["ARG DEPENDENCIES", "FROM ${DEPENDENCIES}", *arguments, *lines[split:]]
+    return "\n".join(lines[:split]) + "\n", "\n".join(upper) + "\n"
+
+
+def _build_dependencies(name: str, dockerfile: str) -> None:
     call("docker", "tag", host_image("bookworm"), BASE)
     wheelhouse = fill_wheelhouse()
     with tempfile.TemporaryDirectory(prefix="mixtral-run-context-") as folder:
         context = Path(folder)
-        shutil.copy(DOCKERFILE, context)
+        (context / "Dockerfile").write_text(dockerfile)
         (context / "requirements.txt").write_text("\n".join(pinned(None)) + "\n")
-        shutil.copytree(PACKAGE, context / "mixtral_run", ignore=shutil.ignore_patterns("__pycache__"))
         (context / "ca").mkdir()
         (context / "ca/README.txt").touch()
         shutil.copytree(wheelhouse, context / "wheelhouse")
-        call("docker", "build", "--tag", ARCHIVE_NAME, "--build-arg", f"BASE_IMAGE={BASE}", folder)
+        call("docker", "build", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", folder)
 
 
-def give_base(host: Host) -> str:
-    """Load the base image of builds into a host's engine; returns its name."""
-    call("docker", "tag", host_image("bookworm"), BASE)
-    pipe(["docker", "save", BASE], ["docker", "exec", "--interactive", container_name(host.name), "docker", "load"])
-    return BASE
+def _build_kit(below: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="mixtral-run-context-") as folder:
+        context = Path(folder)
+        (context / "Dockerfile").write_text(_halves_of_dockerfile()[1])
+        shutil.copytree(PACKAGE, context / "mixtral_run", ignore=shutil.ignore_patterns("__pycache__"))
+        call("docker", "build", "--tag", ARCHIVE_NAME, "--build-arg", f"DEPENDENCIES={below}", folder)
 
 
-def base_at_first_start(host: Host) -> None:
-    """Have a bare host's engine load the base image of builds once it is installed: no registry is asked for it."""
-    image = host_image("bookworm")
-    archive = CACHE / f"{image.replace(':', '-')}.tar"
-    with (CACHE / "base-archive.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not archive.exists():
-            for old in CACHE.glob("mixtral-run-target-*.tar"):
-                old.unlink()
-            call("docker", "tag", image, BASE)
-            unfinished = archive.with_suffix(".partial")
-            call("docker", "save", "--output", unfinished, BASE)
-            unfinished.rename(archive)
-    load = f"docker image inspect {BASE} >/dev/null 2>&1 || docker load --quiet --input {SHOWN_CACHE}/{archive.name}"
-    host.run("mkdir", "-p", "/etc/systemd/system/docker.service.d")
-    put(host, f"[Service]\nExecStartPost=/bin/sh -c '{load}'\n", "/etc/systemd/system/docker.service.d/base-image.conf")
+def _num_layers(image: str) -> int:
+    return int(call("docker", "image", "inspect", "--format", "{{len .RootFS.Layers}}", image))
+
+
+def _write_upper_layers(archive: Path, target: Path, num_below: int) -> None:
+    """Write an archive of `docker save` again without its lowest layers; an engine that has them loads it as it is."""
+    unfinished = target.with_suffix(".partial")
+    with tarfile.open(archive) as whole, tarfile.open(unfinished, "w") as upper:
+        manifest = whole.extractfile("manifest.json")
+        assert manifest is not None
+        (image,) = json.load(manifest)
+        below = set(image["Layers"][:num_below])
+        for member in whole:
+            if member.name not in below:
+                upper.addfile(member, whole.extractfile(member) if member.isreg() else None)
+    unfinished.rename(target)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.fleet.hosts import remembered_hosts
+from mixtral_run.fleet.rehearse_host import NAME, throwaway
 from mixtral_run.fleet.ssh.connection import known_hosts_file
 from mixtral_run.fleet.state import write_private
 from mixtral_run.fleet.testhosts import hosts
 from mixtral_run.fleet.testhosts.engine import CACHE
 from mixtral_run.fleet.testhosts.hosts import container_name
-from mixtral_run.fleet.testhosts.rehearse_host import NAME, throwaway
 from mixtral_run.fleet.testhosts.repository import CONTAINER
 from mixtral_run.fleet.testhosts.shell import call
 from mixtral_run.report import Report

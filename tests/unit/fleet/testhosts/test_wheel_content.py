@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.fleet.testhosts import rehearse_host
+from mixtral_run.fleet import rehearse_host
 from mixtral_run.fleet.testhosts.shell import TargetError, call
 
 ROOT = Path(__file__).parents[4]
