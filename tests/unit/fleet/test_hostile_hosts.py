@@ -258,4 +258,4 @@ def test_a_message_of_a_play_loses_control_sequences() -> None:
 
 
 def test_an_odd_state_has_a_row_on_the_page() -> None:
-    assert "! unread" in page([HostStatus("evil", reachable=True, error="its answer is not in the expected form")])
+    assert "! unreadable" in page([HostStatus("evil", reachable=True, error="its answer is not in the expected form")])

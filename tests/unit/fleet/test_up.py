@@ -66,7 +66,7 @@ def test_another_base_is_told(data: Path) -> None:
 
 def test_a_folder_of_somebody_else_is_told_before_the_work(tmp_path: Path) -> None:
     _check_target(tmp_path / "new")
-    with pytest.raises(ConfigError, match="cannot be put here"):
+    with pytest.raises(ConfigError, match="cannot be written here"):
         _check_target(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     _check_target(tmp_path)

@@ -139,7 +139,7 @@ def test_secrets_of_no_log_tasks_are_not_in_messages(events: list[dict[str, Any]
     )
     failure = progress.hosts["gpu-01"].failure
     assert failure is not None
-    assert "kept back" in failure.message
+    assert "its output is hidden" in failure.message
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (75, "1:15"), (3723, "1:02:03")])

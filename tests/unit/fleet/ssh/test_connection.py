@@ -90,14 +90,14 @@ def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
 @pytest.mark.parametrize(
     ("errors", "what", "command"),
     [
-        (CHANGED, "shows another host key", "--accept-new-host-key gpu-01:2222 ops@gpu-01:2222"),
+        (CHANGED, "The host key of gpu-01:2222 has changed", "--accept-new-host-key gpu-01:2222 ops@gpu-01:2222"),
         (
             CHANGED_BEFORE,
             "The jump host [127.0.0.1]:2222 before gpu-01:2222 has another host key",
             "ssh-keygen -R '[127.0.0.1]:2222', then ssh gpu-01",
         ),
         ("ops@gpu-01: Permission denied (publickey).", "refuses the key", "bootstrap --ask-pass ops@gpu-01:2222"),
-        ("ssh: Could not resolve hostname gpu-01: Name or service not known", "is not known", "HostName"),
+        ("ssh: Could not resolve hostname gpu-01: Name or service not known", "cannot be resolved", "HostName"),
         ("ssh: connect to host gpu-01 port 2222: Connection refused", "refuses the connection", "port"),
         ("ssh: connect to host gpu-01 port 2222: Connection timed out", "does not answer", "ping gpu-01"),
         ("kex_exchange_identification: read: Connection reset", "cannot be reached", "ssh -v"),
