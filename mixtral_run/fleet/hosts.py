@@ -50,7 +50,7 @@ class Host:
         return f"{user}{address}" + (f":{self.port}" if self.port else "")
 
     @property
-    def bootstrap_words(self) -> str:
+    def bootstrap_arguments(self) -> str:
         """Arguments of `bootstrap` for this host in a message, with the inventory that holds its variables."""
         return shlex.join(["-i", self.inventory, "--limit", self.name]) if self.inventory else self.target
 
@@ -252,7 +252,7 @@ def remember_hosts(hosts: Iterable[Host]) -> None:
     write_json(_fleet_file(), [dataclasses.asdict(host) for host in found.values()])
 
 
-def told_by_inventory(host: Host, known: Iterable[Host]) -> Host | None:
+def inventory_entry_of(host: Host, known: Iterable[Host]) -> Host | None:
     """Return the remembered entry, from an inventory that still exists, of a host that is now named without inventory.
 
     The host is the same if its name or its address and port are equal, even with another user.

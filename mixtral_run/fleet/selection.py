@@ -11,9 +11,9 @@ from mixtral_run.fleet.hosts import (
     Host,
     find_hosts,
     hosts_of_inventory,
+    inventory_entry_of,
     limit_hosts,
     remembered_hosts,
-    told_by_inventory,
 )
 
 
@@ -74,10 +74,12 @@ def refuse_lost_variables(hosts: Sequence[Host]) -> None:
     A bootstrap without the inventory's variables would undo their effects.
     """
     known = remembered_hosts()
-    before = {host.target: entry for host in hosts if (entry := told_by_inventory(host, known))}
+    before = {host.target: entry for host in hosts if (entry := inventory_entry_of(host, known))}
     if before:
         raise ConfigError(
             "These hosts were set up with an inventory, whose variables would no longer apply.",
             expected="the inventory, with another user in its ansible_user; or -i ANOTHER, to replace it",
-            problems=[f"{target}: mixtral-run bootstrap {entry.bootstrap_words}" for target, entry in before.items()],
+            problems=[
+                f"{target}: mixtral-run bootstrap {entry.bootstrap_arguments}" for target, entry in before.items()
+            ],
         )

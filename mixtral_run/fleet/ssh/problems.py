@@ -23,7 +23,7 @@ def connection_error(host: Host, errors: str) -> HostError:
             expected="the key recorded at first contact",
             found=_fingerprint(errors),
             next_command="if it was reimaged: "
-            f"mixtral-run bootstrap --accept-new-host-key {host.name} {host.bootstrap_words}",
+            f"mixtral-run bootstrap --accept-new-host-key {host.name} {host.bootstrap_arguments}",
         )
     for pattern, what, command in _CONNECTION_PROBLEMS:
         if re.search(pattern, errors, re.IGNORECASE):
@@ -61,7 +61,7 @@ _CONNECTION_PROBLEMS = (
     (
         r"permission denied|too many authentication failures",
         "{host.name} refuses the key.",
-        "mixtral-run bootstrap --ask-pass {host.bootstrap_words}, which installs your key",
+        "mixtral-run bootstrap --ask-pass {host.bootstrap_arguments}, which installs your key",
     ),
     (
         r"could not resolve|name or service not known|temporary failure in name resolution",
