@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.ssh.connection import connection_options, destination, ssh_argv
+from mixtral_run.fleet.ssh.connection import Answer, Ssh, connection_options, destination, ssh_argv
 from mixtral_run.fleet.ssh.problems import connection_error, is_dropped
 
 KNOWN = Path("/state/known hosts")
+HOST = parse_host("gpu-01")
 
 
 def test_the_words_of_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +109,44 @@ def test_what_ssh_says_becomes_what_to_do(errors: str, what: str, command: str) 
     assert what in error.what
     assert command in (error.next_command or "")
     assert error.exit_code == 3
+
+
+def program_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Ssh:
+    """STAND-IN for ssh: a program in its place."""
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return Ssh(tmp_path / "known_hosts")
+
+
+def test_both_outputs_and_the_exit_code_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "cat; echo why >&2; exit 3")
+    data = b"x" * 3_000_000
+    assert ssh.run(HOST, ["true"], stdin=data) == Answer(3, data.decode(), "why\n")
+    assert ssh.run(HOST, ["true"]) == Answer(3, "", "why\n")
+
+
+def test_a_program_that_does_not_read_its_input_is_none_the_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "echo done")
+    assert ssh.run(HOST, ["true"], stdin=b"x" * 3_000_000) == Answer(0, "done\n", "")
+
+
+def test_a_program_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "exec sleep 60")
+    assert ssh.run(HOST, ["true"], timeout_seconds=0.3) == Answer(124, "", "no answer within 0.3 s")
+
+
+@pytest.mark.parametrize("where", ["", ">&2"])
+def test_an_answer_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, f"exec cat /dev/zero {where}")
+    assert ssh.run(HOST, ["true"]) == Answer(1, "", "the answer is longer than 16 MiB")
+
+
+def test_a_line_without_end_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "head -c 5000000 /dev/zero | tr '\\0' x; echo; echo end")
+    found: list[str] = []
+    assert ssh.stream(HOST, ["true"], found.append) == 0
+    assert "".join(found) == "x" * 5_000_000 + "end" and found[-1] == "end"
+    assert max(map(len, found)) <= 2 * 2**20
