@@ -1,4 +1,4 @@
-"""What `up` takes for done: an adapter of the same data and settings, and a target that is its own."""
+"""Steps that `up` skips: only those of an adapter with the same data and settings, and of a target that it wrote."""
 
 from __future__ import annotations
 

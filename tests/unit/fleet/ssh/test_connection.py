@@ -42,7 +42,7 @@ Host key for [127.0.0.1]:2222 has changed and you have requested strict checking
 Host key verification failed."""
 
 
-# Of a jump host the ssh that goes on to the host hears nothing but the end of the connection.
+# The ssh process that continues to the host learns of the jump host only that the connection ended.
 CHANGED_BEFORE = f"""{CHANGED}
 kex_exchange_identification: Connection closed by remote host
 Connection closed by UNKNOWN port 65535"""
@@ -62,7 +62,7 @@ Connection closed by UNKNOWN port 65535"""
         ),
         ("ssh_exchange_identification: Connection closed by remote host", True),
         ("Connection reset by 10.0.0.1 port 22", True),
-        # A jump host's refusal, and what it says of a host behind it, will be the same again.
+        # A jump host that refuses, or that cannot reach the host, will do so again.
         ("ops@bastion: Permission denied (publickey).\r\nConnection closed by UNKNOWN port 65535\r\n", False),
         (
             "channel 0: open failed: administratively prohibited: open failed\nstdio forwarding failed\n"

@@ -1,4 +1,4 @@
-"""What `status` makes of a host's own reading."""
+"""State of a host, computed from the readings of the host."""
 
 from __future__ import annotations
 
