@@ -25,7 +25,7 @@ def stamp(tick: int) -> str:
 
 
 class BreakingEngine(Ssh):
-    """STAND-IN for an engine behind SSH: it sends its log from `--since` on; each connection breaks after some lines."""
+    """STAND-IN for an engine behind SSH: sends its log from `--since` on; connections break after some lines."""
 
     def __init__(self, log: list[tuple[int, str]], cuts: list[int]) -> None:
         super().__init__()
