@@ -1,4 +1,4 @@
-"""Hosts as a user names them: `ubuntu@gpu-01:2222`, an inventory file, or those that were bootstrapped before."""
+"""Hosts: named by the user (`ubuntu@gpu-01:2222`), read from an inventory, or remembered from an earlier bootstrap."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.state import read_json, state_folder, write_json
 
 GROUP = "mixtral_hosts"
-"""The inventory group that playbooks set up."""
+"""Inventory group whose hosts the playbooks set up."""
 
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\\-]*\$?")
-# RFC 1123 names, and what ~/.ssh/config allows as an alias; a leading dash would be read as an option.
+# RFC 1123 names and aliases of ~/.ssh/config. ssh would read a leading dash as an option.
 _ADDRESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
 
 
 @dataclass(frozen=True)
 class Host:
-    """One machine, and how SSH gets to it. What is None is left to ~/.ssh/config."""
+    """A machine and its SSH settings. ~/.ssh/config supplies the settings that are None."""
 
     name: str
-    """What the user calls it; unique in a fleet."""
+    """Name that the user gives the host; unique in a fleet."""
     address: str
     user: str | None = None
     port: int | None = None
     identity_file: str | None = None
     ssh_options: tuple[str, ...] = ()
-    """More words for ssh, from an inventory's ansible_ssh_common_args."""
+    """Further ssh arguments, from ansible_ssh_common_args in an inventory."""
     inventory: str | None = None
-    """The user's own inventory that names it: Ansible reads that itself, with the variables that stand there."""
+    """Path of the user's inventory that names the host. Ansible reads it together with its variables."""
 
     @property
     def inventory_name(self) -> str:
-        """The name in an inventory: Ansible would take `gpu-01:2222` apart."""
+        """Name of the host in an inventory. Ansible would split `gpu-01:2222`."""
         return self.name if self.inventory else re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)
 
     @property
     def target(self) -> str:
-        """How the user would write it: `ubuntu@gpu-01:2222`."""
+        """The host as the user would write it: `ubuntu@gpu-01:2222`."""
         user = f"{self.user}@" if self.user else ""
         address = f"[{self.address}]" if ":" in self.address else self.address
         return f"{user}{address}" + (f":{self.port}" if self.port else "")
 
     @property
-    def bootstrap_words(self) -> str:
-        """How `bootstrap` is told of it in a message: without its inventory its variables would be missing."""
+    def bootstrap_arguments(self) -> str:
+        """Arguments of `bootstrap` for this host in a message, with the inventory that holds its variables."""
         return shlex.join(["-i", self.inventory, "--limit", self.name]) if self.inventory else self.target
 
     def ansible_variables(self) -> dict[str, Any]:
-        """Connection variables of an inventory that the kit writes."""
+        """Return the connection variables of the host for an inventory that the kit writes."""
         found: dict[str, Any] = {"ansible_host": self.address}
         if self.user:
             found["ansible_user"] = self.user
@@ -69,7 +69,7 @@ class Host:
 
 
 def parse_host(text: str) -> Host:
-    """`[user@]name[:port]`, with an IPv6 address in brackets where a port follows. Raises ConfigError."""
+    """Parse `[user@]name[:port]`. An IPv6 address followed by a port is in brackets. Raises ConfigError."""
     user, _, rest = text.rpartition("@")
     address, port_text = rest, ""
     bracketed = re.fullmatch(r"\[([^]]*)\](?::(.*))?", rest)
@@ -100,7 +100,7 @@ def _is_port(text: str) -> bool:
 
 
 def parse_hosts(texts: Iterable[str]) -> tuple[Host, ...]:
-    """Hosts in the order given; the same one twice counts once. Raises ConfigError with all faults at once."""
+    """Parse hosts in the given order; duplicates count once. Raises ConfigError with all problems."""
     found: dict[str, Host] = {}
     problems: list[str] = []
     for text in texts:
@@ -114,7 +114,7 @@ def parse_hosts(texts: Iterable[str]) -> tuple[Host, ...]:
             problems.append(f"{host.name} is named twice: {earlier.target} and {host.target}")
     if problems:
         raise ConfigError(
-            "Not every host can be understood.",
+            "Some hosts are not valid.",
             expected="[user@]name[:port], such as ubuntu@gpu-01 or ubuntu@gpu-02:2222",
             problems=problems,
         )
@@ -125,11 +125,11 @@ CONNECTION_VARIABLES = (
     "ansible_host", "ansible_ssh_host", "ansible_port", "ansible_ssh_port", "ansible_user", "ansible_ssh_user",
     "ansible_ssh_private_key_file", "ansible_private_key_file", "ansible_ssh_common_args", "ansible_ssh_extra_args",
 )  # fmt: skip
-"""The variables of an inventory that say how to get to a host."""
+"""Inventory variables that define the connection to a host."""
 
 
 def unresolved_variables(listing: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Hosts, and which of their connection variables hold no value yet but a template or something encrypted."""
+    """Return, by host, the connection variables that hold a template or an encrypted value."""
     variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
     found = {}
     for name in inventory_names(listing):
@@ -145,12 +145,15 @@ def _is_value(value: Any) -> bool:
 
 
 def inventory_names(listing: Mapping[str, Any]) -> list[str]:
-    """The names of an inventory's hosts: those of the group mixtral_hosts, else all."""
+    """Return the host names of an inventory: those of the group mixtral_hosts if it exists, else all."""
     return _members(listing, GROUP) if GROUP in listing else _members(listing, "all")
 
 
 def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
-    """Hosts of what `ansible-inventory --list` printed, without templates. Raises ConfigError for what is no port."""
+    """Return the hosts in the output of `ansible-inventory --list`, templates resolved.
+
+    Raises ConfigError for an invalid port.
+    """
     variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
     return tuple(_inventory_host(name, variables.get(name, {}), inventory) for name in inventory_names(listing))
 
@@ -171,7 +174,7 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
     key = first("ansible_ssh_private_key_file", "ansible_private_key_file")
     if port and not _is_port(str(port)):
         raise ConfigError(
-            f"{name} has a port that is none.",
+            f"{name} has an invalid port.",
             where=str(inventory),
             expected="ansible_port from 1 to 65535",
             found=repr(port),
@@ -189,7 +192,7 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
 
 
 def limit_hosts(hosts: Sequence[Host], limit: str | None) -> tuple[Host, ...]:
-    """The hosts that `--limit gpu-01,gpu-1*,!gpu-13` leaves. Raises ConfigError for a word that names none."""
+    """Return the hosts that `--limit gpu-01,gpu-1*,!gpu-13` selects. Raises ConfigError if a word matches no host."""
     if not limit:
         return tuple(hosts)
     words = [word for word in re.split(r"[,\s]+", limit) if word]
@@ -207,7 +210,7 @@ def limit_hosts(hosts: Sequence[Host], limit: str | None) -> tuple[Host, ...]:
             chosen += [host for host in matching if host not in chosen]
     if unknown or not chosen:
         raise ConfigError(
-            "--limit leaves no host." if not unknown else "--limit names a host that is not there.",
+            "--limit selects no host." if not unknown else "--limit names an unknown host.",
             where=f"--limit {limit}",
             expected=f"some of {names_of(hosts)}",
             found=", ".join(unknown) or "none",
@@ -220,17 +223,18 @@ def _is_meant(host: Host, pattern: str) -> bool:
 
 
 def names_of(hosts: Iterable[Host]) -> str:
-    """Names for a message; the rest is counted where there are many."""
+    """Return the names of hosts for a message, shortened if there are many."""
     return shortened([host.name for host in hosts])
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:
+    """Return the first `most` names and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
 
 
 def remembered_hosts() -> tuple[Host, ...]:
-    """The fleet: hosts that were bootstrapped from this machine before."""
+    """Return the fleet: all hosts that were bootstrapped from this machine."""
     rows = read_json(_fleet_file(), [])
     known = {item.name for item in dataclasses.fields(Host)}
     found = []
@@ -242,14 +246,17 @@ def remembered_hosts() -> tuple[Host, ...]:
 
 
 def remember_hosts(hosts: Iterable[Host]) -> None:
-    """Add hosts to the fleet; one of the same name is replaced."""
+    """Add hosts to the fleet. A host of the same name is replaced."""
     found = {host.name: host for host in remembered_hosts()}
     found |= {host.name: host for host in hosts}
     write_json(_fleet_file(), [dataclasses.asdict(host) for host in found.values()])
 
 
-def told_by_inventory(host: Host, known: Iterable[Host]) -> Host | None:
-    """What an inventory that still exists said of a host that is named without it now, as another user's, say."""
+def inventory_entry_of(host: Host, known: Iterable[Host]) -> Host | None:
+    """Return the remembered entry, from an inventory that still exists, of a host that is now named without inventory.
+
+    The host is the same if its name or its address and port are equal, even with another user.
+    """
     for other in known:
         same = host.name == other.name or (host.address, host.port) == (other.address, other.port)
         if same and host.inventory is None and other.inventory and Path(other.inventory).exists():
@@ -258,7 +265,7 @@ def told_by_inventory(host: Host, known: Iterable[Host]) -> Host | None:
 
 
 def forget_hosts(hosts: Iterable[Host]) -> None:
-    """Take hosts out of the fleet."""
+    """Remove hosts from the fleet."""
     gone = {host.name for host in hosts}
     write_json(_fleet_file(), [dataclasses.asdict(host) for host in remembered_hosts() if host.name not in gone])
 
@@ -268,10 +275,10 @@ def _fleet_file() -> Path:
 
 
 def find_hosts(words: Sequence[str], known: Sequence[Host] = ()) -> tuple[Host, ...]:
-    """Hosts for `--on gpu-01,ops@gpu-02`: one that is known by its name or address, else as it is written."""
+    """Return the hosts of `--on gpu-01,ops@gpu-02`: known hosts by name or address, others as they are written."""
     pieces = [piece for word in words for piece in word.split(",") if piece]
     named = {piece: _known_as(piece, known) for piece in pieces}
-    parse_hosts(piece for piece, host in named.items() if host is None)  # which tells all that is wrong with them
+    parse_hosts(piece for piece, host in named.items() if host is None)  # reports all problems at once
     return tuple(dict.fromkeys(named[piece] or parse_host(piece) for piece in pieces))
 
 

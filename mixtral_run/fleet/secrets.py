@@ -1,4 +1,4 @@
-"""Handing a secret on: always as a file that only this user can read, never as a word of a command line."""
+"""Secrets: always passed as a file that only this user can read, never as a command-line argument."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from mixtral_run.fleet.state import state_folder, write_private
 
 @contextmanager
 def token_file(source: str | None, ask: Callable[[], str]) -> Iterator[Path | None]:
-    """The file that holds a token: the one named, or for `-` one with what was asked for, gone afterwards."""
+    """Yield the file that holds a token.
+
+    Args:
+        source: a path; `-` for a private file with the answer of `ask`, removed afterwards; or None, which yields None.
+    """
     if source is None:
         yield None
     elif source != "-":

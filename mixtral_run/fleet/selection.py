@@ -1,4 +1,4 @@
-"""Which hosts a command line means."""
+"""Selection of the hosts for a command line."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mixtral_run.fleet.hosts import (
     Host,
     find_hosts,
     hosts_of_inventory,
+    inventory_entry_of,
     limit_hosts,
     remembered_hosts,
-    told_by_inventory,
 )
 
 
 def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) -> tuple[Host, ...]:
-    """The hosts that a command line means: named ones, an inventory's, else the fleet that was bootstrapped before.
+    """Return the hosts for a command line: named hosts, hosts of an inventory, or else the whole remembered fleet.
 
-    Raises ConfigError where it means none.
+    Raises ConfigError if no host is selected.
     """
     if inventory is not None:
-        from mixtral_run.fleet.plays.runner import read_inventory  # only here: it loads ansible_runner
+        from mixtral_run.fleet.plays.runner import read_inventory  # imported here because it loads ansible_runner
 
         if not inventory.exists():
             raise ConfigError(
@@ -33,14 +33,14 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
         named = find_hosts(words, listed)
         unknown = [host.name for host in named if host not in listed]
         if unknown:
-            raise ConfigError("The inventory does not have these hosts.", where=str(inventory), problems=unknown)
+            raise ConfigError("The inventory does not contain these hosts.", where=str(inventory), problems=unknown)
         found = named or listed
     else:
         known = remembered_hosts()
         found = find_hosts(words, known) if words else known
     if not found:
         raise ConfigError(
-            "No host is named, and none was bootstrapped from here before.",
+            "No host is named, and none was bootstrapped from this machine before.",
             expected="[user@]name[:port] …, or -i INVENTORY",
             next_command="mixtral-run bootstrap ubuntu@gpu-01",
         )
@@ -48,16 +48,16 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
 
 
 def inventory_of(hosts: Sequence[Host]) -> Path | None:
-    """The inventory that all of the hosts come from; None where they come from none.
+    """Return the inventory that all hosts come from, or None if they come from none.
 
-    Raises ConfigError for hosts of several: one play reads one inventory.
+    Raises ConfigError if they come from several: a play reads one inventory.
     """
     groups: dict[str | None, list[str]] = {}
     for host in hosts:
         groups.setdefault(host.inventory, []).append(host.name)
     if len(groups) > 1:
         raise ConfigError(
-            "The hosts do not come from one inventory: set them up one after the other.",
+            "The hosts come from several inventories: set them up one inventory at a time.",
             problems=[
                 "mixtral-run bootstrap "
                 + (shlex.join(["-i", inventory, "--limit", ",".join(names)]) if inventory else " ".join(names))
@@ -69,15 +69,17 @@ def inventory_of(hosts: Sequence[Host]) -> Path | None:
 
 
 def refuse_lost_variables(hosts: Sequence[Host]) -> None:
-    """Raise ConfigError for hosts that were set up with an inventory and are now named in a way that leaves it out.
+    """Raise ConfigError for hosts that were set up with an inventory and are now named without it.
 
-    Setting them up without their variables would undo what those say.
+    A bootstrap without the inventory's variables would undo their effects.
     """
     known = remembered_hosts()
-    before = {host.target: told for host in hosts if (told := told_by_inventory(host, known))}
+    before = {host.target: entry for host in hosts if (entry := inventory_entry_of(host, known))}
     if before:
         raise ConfigError(
-            "These hosts were set up with an inventory, whose variables would not count any more.",
-            expected="the inventory, with another user in its ansible_user; or -i ANOTHER, to leave it",
-            problems=[f"{target}: mixtral-run bootstrap {told.bootstrap_words}" for target, told in before.items()],
+            "These hosts were set up with an inventory, whose variables would no longer apply.",
+            expected="the inventory, with another user in its ansible_user; or -i ANOTHER, to replace it",
+            problems=[
+                f"{target}: mixtral-run bootstrap {entry.bootstrap_arguments}" for target, entry in before.items()
+            ],
         )

@@ -1,4 +1,4 @@
-"""From a bare host to an adapter here: bootstrap, convert, finetune, export, fetch; what is done is skipped."""
+"""`mixtral-run up`: bootstrap, convert, finetune, export and fetch. Steps that are already done are skipped."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ SETTINGS_OF_A_RUN = (
     "mock_data", "pack", "seq_length", "global_batch_size", "seed", "lr", "min_lr", "lora_rank", "lora_alpha",
     "lora_dropout", "lora_target_modules", "base_precision",
 )  # fmt: skip
-"""What an adapter is made of, beside the data."""
+"""Settings, apart from the data, that define an adapter."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a host holds already."""
+    """Steps that are already done on a host."""
 
     converted: bool
     trained_iteration: int
     exported: bool
     adapter: Mapping[str, Any]
-    """What the adapter's record says; empty where there is none. So are the others."""
+    """Record of the adapter; empty if there is none. The other records are alike."""
     base: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def export_is_old(self) -> bool:
-        """Whether training went on after the export."""
+        """True if training continued after the export."""
         return bool(self.export.get("iteration", self.trained_iteration) != self.trained_iteration)
 
 
 def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report: Report | None = None) -> Path:
-    """Do every step that is not done yet; returns where the exported adapter lies here.
+    """Run every step that is not done yet and return the local path of the exported adapter.
 
-    Raises the first step's error; a second call goes on from there.
+    Raises the error of the first step that fails. A second call continues from there.
     """
     report = report or Report()
     options.check()
@@ -74,7 +74,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
     exported = _export_folder(config)
 
     if done.converted:
-        report.step(2, STEPS, f"Convert: {config.load} is there{_origin(done)}")
+        report.step(2, STEPS, f"Convert: {config.load} exists{_origin(done)}")
     else:
         report.step(2, STEPS, f"Convert {config.hf_model_path} → {config.load}")
         if _run(host, "convert", _convert_config(config), options):
@@ -85,7 +85,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         report.step(3, STEPS, f"Finetune → {config.save}")
         _finetune(host, config, done, options)
     if done.exported and done.trained_iteration >= config.train_iters and not done.export_is_old:
-        report.step(4, STEPS, f"Export: {exported} is there")
+        report.step(4, STEPS, f"Export: {exported} exists")
     else:
         report.step(4, STEPS, f"Export → {exported}")
         export = ExportConfig(adapter=config.save, output_path=exported, overwrite=done.exported)
@@ -97,19 +97,19 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
 
 
 def _check_target(target: Path) -> None:
-    """Raise ConfigError where the adapter could not be put in the end: told before hours of training."""
+    """Raise ConfigError, before hours of training, if the adapter could not be written to `target` afterwards."""
     if target.exists() and not _is_ours(target):
         raise ConfigError(
-            "The adapter cannot be put here.",
+            "The adapter cannot be written here.",
             where=str(target),
-            expected="a new folder, or one with an adapter that an earlier call put there",
+            expected="a new folder, or one with an adapter that an earlier call wrote",
             found="something else",
             next_command="--output-path ANOTHER",
         )
 
 
 def _is_ours(target: Path) -> bool:
-    """Whether an earlier fetch left something there: only that is replaced."""
+    """Return True if `target` holds an exported adapter. Only that is replaced."""
     return (target / EXPORTED).is_file()
 
 
@@ -130,7 +130,9 @@ def _what_is_done(ssh: Ssh, host: Host, config: UpConfig, options: JobOptions) -
         records = {name: _record(found.get(name) or "{}") for name in ("adapter", "base", "export")}
         return Done(found["converted"] == "1", iteration, found["exported"] == "1", **records)
     except (KeyError, ValueError) as error:
-        raise HostError(f"{host.name} does not tell what is done there.", found=str(lines)[:200]) from error
+        raise HostError(
+            f"{host.name} does not report in the expected form what is done there.", found=str(lines)[:200]
+        ) from error
 
 
 def _record(text: str) -> dict[str, Any]:
@@ -153,20 +155,20 @@ def _origin(done: Done) -> str:
 
 
 def _check_same_base(host: Host, config: UpConfig, done: Done) -> None:
-    """Raise ConfigError when the checkpoint that is there came of another model. Not naming one takes what is there."""
+    """Raise ConfigError if the checkpoint on the host was converted from another model than the one that is named."""
     source = done.base.get("source", config.hf_model_path)
     if config.hf_model_path not in (source, UpConfig.hf_model_path):
         raise ConfigError(
-            "The checkpoint on the host was converted from another model than you ask for.",
+            "The checkpoint on the host was converted from another model than the requested one.",
             where=f"{host.name}: {_inside(config.load)}",
             expected=f"--hf-model-path {source}",
             found=config.hf_model_path,
-            next_command="--load NEW --save NEW --output-path NEW for one beside it; or the model it came of",
+            next_command="--load NEW --save NEW --output-path NEW for a second checkpoint; or the same model",
         )
 
 
 def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None:
-    """Raise ConfigError when the adapter that is there came of other data or settings: it is not what is asked for."""
+    """Raise ConfigError if the adapter on the host was trained with other data or settings than the requested ones."""
     began, asked = done.adapter.get("training", {}), config.to_mapping()
     problems = [
         f"{flag_of(name)}: the adapter was trained with {began[name]}; found {asked[name]}"
@@ -174,7 +176,7 @@ def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None
         if began.get(name, asked[name]) != asked[name]
     ]
     known = done.adapter.get("data_sha256")
-    # A file that is not here is the host's own.
+    # A file that does not exist here is a file of the host and is not compared.
     if known and config.data_path is not None and config.data_path.is_file():
         found = hashlib.sha256(config.data_path.read_bytes()).hexdigest()
         if found != known:
@@ -184,10 +186,10 @@ def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None
         problems.append(f"--load: the adapter was trained on another base than {config.load}")
     if problems:
         raise ConfigError(
-            "The adapter on the host is another one than you ask for.",
+            "The adapter on the host differs from the requested one.",
             where=f"{host.name}: {_inside(config.save)}, iteration {done.trained_iteration}",
             problems=problems,
-            next_command="--save NEW --output-path NEW for an adapter beside it; or what it was trained with",
+            next_command="--save NEW --output-path NEW for a second adapter; or the same settings",
         )
 
 
@@ -210,7 +212,7 @@ def _convert_config(config: UpConfig) -> ConvertConfig:
 
 def _finetune_config(config: UpConfig, done: Done) -> FinetuneConfig:
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(FinetuneConfig)}
-    # A run that was stopped goes on from its newest checkpoint.
+    # A stopped run continues from its newest checkpoint.
     values["resume"] = config.resume or done.trained_iteration > 0
     return FinetuneConfig(**values).check()
 
@@ -220,12 +222,12 @@ def _finetune(host: Host, config: UpConfig, done: Done, options: JobOptions) -> 
     if followed:
         now = _what_is_done(Ssh(), host, config, options)
         if now.trained_iteration < config.train_iters:
-            # It was asked for fewer.
+            # The followed job was started with fewer iterations.
             _run(host, "finetune", _finetune_config(config, now), options)
 
 
 def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportConfig, options: JobOptions) -> bool:
-    """Run a step to its end; one that runs already, since an earlier call was left, is followed. Returns whether so."""
+    """Run a step to its end, or follow the job of an earlier call that still runs. Return True if one was followed."""
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -236,7 +238,7 @@ def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportC
     if running:
         if isinstance(config, FinetuneConfig):
             _check_same_training(host, config, Done(True, 0, False, _settings_of(Ssh(), host, running[0].job)))
-        say(f"{running[0].job} writes {output} already: following it")
+        say(f"{running[0].job} already writes {output}: following it")
         job = RunningJob(running[0].job, verb, (host,))
     else:
         job = start(verb, config, options)
@@ -245,7 +247,7 @@ def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportC
 
 
 def _settings_of(ssh: Ssh, host: Host, job: str) -> Mapping[str, Any]:
-    """What a job was started with, as the adapter's record will say it; empty for the job of another user."""
+    """Return the settings of a job in the form of an adapter's record; empty for the job of another user."""
     script = (
         'cd "$HOME/.local/state/mixtral-run/jobs/$1" 2>/dev/null && tr -d "\\n" <config.json && echo && '
         "sha256sum data_path* 2>/dev/null"

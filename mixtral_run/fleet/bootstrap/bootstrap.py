@@ -1,4 +1,4 @@
-"""Setting hosts up: first contact with each, then the playbook over those that answer, shown as it goes on."""
+"""Bootstrap of hosts: first contact with each host, then the playbook on all hosts that answer, with live progress."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from mixtral_run.fleet.state import read_json, state_folder, write_json
 CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
 KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o", "ServerAliveCountMax=8")
-"""As ansible.cfg has it for plays that are run by hand. First, since ssh takes an option's first value."""
+"""The same options as in ansible.cfg for manual plays. They come first: ssh uses the first value of an option."""
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapRequest:
-    """What a person asked for. Everything but the password is kept for --retry."""
+    """Settings of a bootstrap. All of them except passwords are recorded for --retry."""
 
     hosts: tuple[str, ...] = ()
     inventory: Path | None = None
@@ -50,24 +50,25 @@ class BootstrapRequest:
     login_password: str | None = field(default=None, repr=False)
 
     def again_with(self, given: Mapping[str, Any]) -> BootstrapRequest:
-        """The same with what is given besides; variables are added to those that there were."""
+        """Return these settings with the given ones replaced. Extra variables are appended to the existing ones."""
         more = {name: value for name, value in given.items() if value}
         more["extra_vars"] = (*self.extra_vars, *given.get("extra_vars", ()))
         return dataclasses.replace(self, **more)
 
     def to_record(self) -> dict[str, Any]:
-        """JSON values for --retry; passwords and once-only options are left out."""
+        """Return JSON values for --retry, without passwords and options for one use."""
         values = dataclasses.asdict(self)
         for name in ("become_password", "login_password", "accept_new_host_key"):
             del values[name]
         # --retry may be called from another folder.
         if self.hf_token_file is not None and self.hf_token_file.parent == state_folder("tmp"):
-            del values["hf_token_file"]  # typed in, and gone by then
+            del values["hf_token_file"]  # the token was typed in; its file is removed afterwards
         values["extra_vars"] = [f"@{_absolute(word[1:])}" if word.startswith("@") else word for word in self.extra_vars]
         return {name: _absolute(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> BootstrapRequest:
+        """Return the settings that `to_record` gave."""
         known = {item.name for item in dataclasses.fields(cls)} & values.keys()
         found: dict[str, Any] = {}
         for name in known:
@@ -84,28 +85,28 @@ def _absolute(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class BootstrapEnd:
-    """What came of it; `text` is the summary for a person."""
+    """Result of a bootstrap. `text` is the summary for the terminal."""
 
     progress: FleetProgress
     interrupted: bool
     text: str
 
     def raise_if_bad(self) -> None:
-        """Raise HostError where a host did not get to its end, KeyboardInterrupt where the person stopped it."""
+        """Raise HostError if a host was not set up, KeyboardInterrupt if the user interrupted the bootstrap."""
         if self.interrupted:
             raise KeyboardInterrupt
         bad = self.progress.bad
         if bad:
             count = f"{len(bad)} of {len(self.progress.hosts)} hosts" if len(self.progress.hosts) > 1 else bad[0].name
-            raise HostError(f"{count} could not be set up; the table and the lines above it tell what to do.")
+            raise HostError(f"{count} could not be set up; the table and the messages show what to do.")
 
 
 def bootstrap(
     request: BootstrapRequest, stream: TextIO | None = None, starter: Callable[[Play], RunningPlay] = RunningPlay
 ) -> BootstrapEnd:
-    """Set hosts up and show how it goes on. Hosts that fail do not keep the others from their end.
+    """Set up hosts and show the progress. A host that fails does not affect the others.
 
-    Raises ConfigError for what is wrong before anything starts, MixtralRunError where Ansible cannot even begin.
+    Raises ConfigError for invalid settings before anything starts, MixtralRunError if Ansible cannot start.
     """
     stream = stream or sys.stdout
     began = time.monotonic()
@@ -130,12 +131,12 @@ def bootstrap(
         with make_view(progress, stream) as view:
             view.update(notices)
     forget_old_plays()
-    text = _tell(request, progress, end, time.monotonic() - began, interrupted)
+    text = _record_and_summarize(request, progress, end, time.monotonic() - began, interrupted)
     return BootstrapEnd(progress, interrupted, text)
 
 
 def _with_own_inventory(request: BootstrapRequest) -> BootstrapRequest:
-    """Hosts remembered from an inventory are set up with it again: it holds their variables and their way in."""
+    """Return the request with the inventory of remembered hosts, which holds their variables and SSH settings."""
     if request.inventory is not None:
         return request
     hosts = hosts_of(request.hosts, None, request.limit)
@@ -160,7 +161,7 @@ def _check_request(request: BootstrapRequest) -> None:
     roles = role_names()
     unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
     if unknown:
-        # Ansible would go through no role, and tell that all went well.
+        # Ansible would skip all roles and report success.
         problems.append(f"--tags: expected some of {', '.join(roles)}; found {', '.join(unknown)}")
     if request.serial and not re.fullmatch(r"[1-9]\d*%?", request.serial):
         problems.append(f"--serial: expected a number of hosts, or N%; found {request.serial}")
@@ -175,7 +176,7 @@ def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host,
     strangers = [host.name for host in named if host not in hosts]
     if strangers:
         raise ConfigError(
-            "--accept-new-host-key names hosts that are not to be set up.",
+            "--accept-new-host-key names hosts that this bootstrap does not set up.",
             expected=f"some of {', '.join(host.name for host in hosts)}",
             found=", ".join(strangers),
         )
@@ -183,7 +184,7 @@ def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host,
 
 
 def _first_contact(ssh: Ssh, host: Host, request: BootstrapRequest, accept_new_key: bool) -> HostError | None:
-    """Why a host cannot be used, or None. Records its key; puts the user's key there where a password was given."""
+    """Return why a host cannot be used, or None. Records its host key; with a password, installs the user's key."""
     try:
         if accept_new_key:
             ssh.accept_new_key(host)
@@ -206,7 +207,7 @@ def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
         variables["hf_cache_token_file"] = str(request.hf_token_file.resolve())
     forks = min(request.forks, len(hosts))
     if request.serial:
-        # Not Ansible's serial, which begins no further wave once all hosts of one have failed.
+        # Ansible's own serial starts no further batch after all hosts of one batch have failed.
         variables["mixtral_strategy"] = "host_pinned"
         forks = min(forks, _hosts_at_once(request.serial, len(hosts)))
     return Play(
@@ -251,12 +252,12 @@ def _show(
     return end, interrupted
 
 
-def _tell(
+def _record_and_summarize(
     request: BootstrapRequest, progress: FleetProgress, end: PlayEnd | None, seconds: float, interrupted: bool
 ) -> str:
     bad = [host.name for host in progress.bad]
     record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
-    # A check changes nothing: what is left to do stays what it was.
+    # --check changes nothing, so the hosts to retry stay the same.
     if bad and not request.check:
         record = dataclasses.replace(request, limit=",".join(bad)).to_record()
         write_json(_retry_file(), record)
@@ -270,7 +271,7 @@ def _tell(
         check=request.check,
     )
     if interrupted:
-        text += "\nStopped. What a host had begun may go on there for a moment; running it again takes up from there."
+        text += "\nStopped. A task that had started may run a moment longer. The same command continues from there."
     return text
 
 
@@ -279,8 +280,8 @@ def _retry_file() -> Path:
 
 
 def last_request() -> BootstrapRequest:
-    """The last bootstrap's settings, limited to the hosts that failed. Raises ConfigError where none did."""
+    """Return the settings of the last bootstrap, limited to its failed hosts. Raises ConfigError if none failed."""
     record = read_json(_retry_file(), None)
     if not isinstance(record, dict):
-        raise ConfigError("There is nothing to retry: the last bootstrap left no host behind.")
+        raise ConfigError("There is nothing to retry: no host failed in the last bootstrap.")
     return BootstrapRequest.from_record(record)

@@ -1,4 +1,4 @@
-"""ansible-runner's events folded into one state a host. Pure: no clock, no terminal; times come from the events."""
+"""State of every host, computed from ansible-runner's events. Pure: no clock, no terminal; events carry the times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixtral_run.fleet.untrusted import printable_values
 
 
 class Phase(Enum):
-    """Where a host is. The last four are ends."""
+    """State of a host. The last four are final."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -28,7 +28,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The first thing that went wrong on a host."""
+    """A failed task of a host."""
 
     role: str
     task: str
@@ -37,7 +37,7 @@ class Failure:
 
 @dataclass
 class HostProgress:
-    """What a host did so far."""
+    """Progress of a host."""
 
     name: str
     phase: Phase = Phase.WAITING
@@ -49,7 +49,7 @@ class HostProgress:
     changed: int = 0
     skipped: int = 0
     failures: list[Failure] = field(default_factory=list)
-    """What went wrong, first to last; what a rescue block mended is taken out when the play ends."""
+    """Failed tasks in order. Failures that a rescue block handled are removed when the play ends."""
     warnings: list[str] = field(default_factory=list)
     changed_tasks: list[str] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ class HostProgress:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something a plain log tells at once: a change, a failure, a difference."""
+    """An event that a plain log prints immediately: a change, a failure, a difference."""
 
     host: str
     kind: str
@@ -70,16 +70,20 @@ class Notice:
 
 
 class FleetProgress:
-    """Folds events; `hosts` is the state after the last of them."""
+    """State of a fleet. `fold` applies an event to it."""
 
     def __init__(self, names: Iterable[str] | Mapping[str, str]) -> None:
-        """`names` as the inventory has them; a mapping also says what each is called for a person."""
+        """Create the state of waiting hosts.
+
+        Args:
+            names: inventory names; or a mapping from inventory names to the names for output.
+        """
         shown = names if isinstance(names, Mapping) else {name: name for name in names}
         self.hosts = {name: HostProgress(title) for name, title in shown.items()}
         self.started: float | None = None
         self.finished = False
         self.play_error: str | None = None
-        """What Ansible said where it could not even begin, such as a fault in a variable's file."""
+        """Ansible's message if it could not start, for example because of an error in a variables file."""
 
     def fold(self, event: Mapping[str, Any]) -> list[Notice]:
         """Apply one event, whose texts come from hosts, and return the notices that a plain log prints for it."""
@@ -105,13 +109,13 @@ class FleetProgress:
         return self._result(host, kind, data, event)
 
     def stop(self) -> None:
-        """The play was cancelled: hosts that had not ended are where they are."""
+        """Mark all hosts that have not ended as stopped, after the play was cancelled."""
         for host in self.hosts.values():
             if not host.phase.is_end:
                 host.phase = Phase.STOPPED
 
     def unreachable(self, name: str, message: str) -> Notice:
-        """A host that was found unreachable before the play."""
+        """Mark a host as unreachable before the play and return the notice for it."""
         host = self.hosts[name]
         host.phase, host.failures = Phase.UNREACHABLE, [Failure("", "connect", message)]
         return Notice(host.name, "unreachable", message)
@@ -139,10 +143,10 @@ class FleetProgress:
                 host.ok += 1
                 return notices
             message = failure_message(result)
-            told_before = any(failure.message[:200] in message for failure in host.failures)
+            repeated = any(failure.message[:200] in message for failure in host.failures)
             host.failures.append(Failure(role, task, message))
             host.phase = Phase.FAILED
-            if told_before:
+            if repeated:
                 return notices
             notices.append(Notice(host.name, "failed", f"{label}: {message}"))
         elif kind == "runner_on_unreachable":
@@ -164,14 +168,14 @@ class FleetProgress:
             if host.phase is Phase.UNREACHABLE or name in dark:
                 host.phase = Phase.UNREACHABLE
                 continue
-            # A rescue block mends the failure before it; no event says so but the count at the end.
-            host.failures = _unmended(host.failures, int(rescued.get(name, 0)))
+            # A rescue block handles the failure before it. Only the count at the end of the play shows it.
+            host.failures = _unrescued(host.failures, int(rescued.get(name, 0)))
             host.phase = Phase.FAILED if failures.get(name) else Phase.DONE if name in seen else Phase.WAITING
         return []
 
     @property
     def bad(self) -> list[HostProgress]:
-        """Hosts that did not get to the end."""
+        """Hosts that were not set up completely."""
         return [host for host in self.hosts.values() if host.phase is not Phase.DONE]
 
 
@@ -179,16 +183,19 @@ def _label(role: str, task: str) -> str:
     return " · ".join(part for part in (role, task) if part)
 
 
-def _unmended(failures: list[Failure], num_rescued: int) -> list[Failure]:
-    """The failures that stand at the end. A play that keeps one for its end tells it again there: that is the one."""
-    told_again = [failure for failure in failures[:-1] if failure.message[:200] in failures[-1].message]
-    return told_again[:1] or failures[num_rescued:]
+def _unrescued(failures: list[Failure], num_rescued: int) -> list[Failure]:
+    """Return the failures that no rescue block handled.
+
+    A play that defers a failure reports it again at its end: that failure is the only one then.
+    """
+    deferred = [failure for failure in failures[:-1] if failure.message[:200] in failures[-1].message]
+    return deferred[:1] or failures[num_rescued:]
 
 
 def failure_message(result: Mapping[str, Any]) -> str:
-    """What a failed task said, without what surrounds it. Loops tell their first failed item."""
+    """Return the message of a failed task. For a loop, it is the message of the first failed item."""
     if result.get("censored"):
-        return "the task failed; its output is kept back because it handles a secret"
+        return "the task failed; its output is hidden because it handles a secret"
     for item in result.get("results") or []:
         if isinstance(item, Mapping) and item.get("failed"):
             return failure_message(item)
@@ -196,12 +203,12 @@ def failure_message(result: Mapping[str, Any]) -> str:
     generic = message in ("", "non-zero return code", "MODULE FAILURE") or message.startswith("MODULE FAILURE")
     details = [str(result.get(key) or "").strip() for key in ("stderr", "module_stderr", "stdout", "module_stdout")]
     if generic:
-        message = next((detail for detail in details if detail), message) or "it failed without a word"
+        message = next((detail for detail in details if detail), message) or "it failed without a message"
     return message
 
 
 def event_time(event: Mapping[str, Any]) -> float | None:
-    """When an event was made, in seconds since the epoch; None where it does not say."""
+    """Return the time of an event in seconds since the epoch, or None if the event has none."""
     try:
         return datetime.fromisoformat(str(event["created"])).timestamp()
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""Showing a play: a line a host that moves on a terminal, plain lines elsewhere, and the table at the end."""
+"""Display of a play: a live table with one line per host on a terminal, plain lines elsewhere, a table at the end."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MARKS = {
     Phase.STOPPED: "!",
 }
 _COLORS = {Phase.DONE: "green", Phase.FAILED: "red", Phase.UNREACHABLE: "red", Phase.STOPPED: "yellow"}
-# What a person looks for first stands first where not every host fits on the screen.
+# Order of the hosts if not all fit on the screen: those that need attention come first.
 _ORDER = (Phase.FAILED, Phase.UNREACHABLE, Phase.STOPPED, Phase.RUNNING, Phase.WAITING, Phase.DONE)
 QUIET_SECONDS = 30.0
-"""Where nothing else is told for so long, plain lines say what still runs."""
+"""After this time without output, plain lines report the running tasks."""
 
 
 class PlayView(AbstractContextManager["PlayView"]):
-    """Shows a play as it goes on. Call `update` after each event and whenever time has passed."""
+    """Display of a running play. Call `update` after each event and regularly in between."""
 
     def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
         self.progress, self.stream, self.diff = progress, stream, diff
@@ -54,7 +54,7 @@ class PlayView(AbstractContextManager["PlayView"]):
 
 
 class PlainView(PlayView):
-    """A line for each change and failure."""
+    """Plain display: one line per change and failure."""
 
     def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
         super().__init__(progress, stream, diff)
@@ -82,9 +82,9 @@ class PlainView(PlayView):
 
 
 class LiveView(PlayView):
-    """One line a host, redrawn in place; only differences, where they are asked for, scroll by above it.
+    """Live display: one line per host, redrawn in place. Requested differences scroll above the table.
 
-    Warnings wait for the summary: fifty hosts give the same one fifty times.
+    Warnings appear only in the summary: fifty hosts can give the same warning fifty times.
     """
 
     def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
@@ -120,7 +120,7 @@ class LiveView(PlayView):
 
 
 def progress_table(progress: FleetProgress, height: int) -> Table:
-    """The moving table, cut to `height` lines."""
+    """Return the live table, cut to `height` lines."""
     from rich.table import Table
     from rich.text import Text
 
@@ -131,10 +131,10 @@ def progress_table(progress: FleetProgress, height: int) -> Table:
     table.add_column("elapsed", justify="right", no_wrap=True)
     table.add_column("changed/ok", justify="right", no_wrap=True)
     hosts = list(progress.hosts.values())
-    room = max(height - 1, 3)
+    num_lines = max(height - 1, 3)
     shown = hosts
-    if len(hosts) > room:
-        shown = sorted(hosts, key=lambda host: _ORDER.index(host.phase))[: room - 1]
+    if len(hosts) > num_lines:
+        shown = sorted(hosts, key=lambda host: _ORDER.index(host.phase))[: num_lines - 1]
     for host in shown:
         style = _COLORS.get(host.phase, "")
         task = host.failure.task if host.failure else host.task if host.phase is Phase.RUNNING else host.phase.value
@@ -155,32 +155,35 @@ def progress_table(progress: FleetProgress, height: int) -> Table:
 
 
 def make_view(progress: FleetProgress, stream: TextIO, diff: bool = False) -> PlayView:
-    """Live on a terminal, plain lines elsewhere."""
+    """Return the live display for a terminal, the plain display for any other stream."""
     return LiveView(progress, stream, diff) if stream.isatty() else PlainView(progress, stream, diff)
 
 
 def where(host: HostProgress) -> str:
+    """Return `role · task` of the host's current task."""
     return " · ".join(part for part in (host.role, host.task) if part) or "connecting"
 
 
 def counts(host: HostProgress) -> str:
+    """Return `3 changed, 40 ok`."""
     return f"{host.changed} changed, {host.ok} ok"
 
 
 def phase_counts(hosts: Iterable[HostProgress]) -> str:
-    """`3 done, 1 failed`."""
+    """Return the number of hosts in each phase: `3 done, 1 failed`."""
     phases = [host.phase for host in hosts]
     return ", ".join(f"{phases.count(phase)} {phase.value}" for phase in reversed(_ORDER) if phase in phases)
 
 
 def elapsed(host: HostProgress, now: float | None = None) -> str:
-    """How long the host's task runs, as `4 s` or `3:20`."""
+    """Return the run time of the host's task as `4 s` or `3:20`."""
     if host.task_since is None:
         return ""
     return duration((now or time.time()) - host.task_since)
 
 
 def duration(seconds: float) -> str:
+    """Return a duration as `4 s`, `3:20` or `1:03:20`."""
     seconds = max(0, int(seconds))
     if seconds < 60:
         return f"{seconds} s"
@@ -189,20 +192,21 @@ def duration(seconds: float) -> str:
 
 
 def first_line(text: str) -> str:
+    """Return the first line of a text."""
     return text.strip().splitlines()[0] if text.strip() else ""
 
 
 def summary(
     progress: FleetProgress, *, seconds: float, log: Path | None, retry: str | None, check: bool, width: int = 110
 ) -> str:
-    """The end of a play as text: a table, each bad host's first error with its remedy, the log, the retry command."""
+    """Return the summary of a play: a table, the first error of each failed host with its remedy, log and retry."""
     lines = ["", *_result_table(list(progress.hosts.values()), check)]
     for host in progress.bad:
         if host.phase is not Phase.WAITING:
             lines += ["", *_error_lines(host, width)]
     waiting = [host.name for host in progress.bad if host.phase is Phase.WAITING]
     if waiting:
-        lines += ["", f"{MARKS[Phase.WAITING]} not begun: {', '.join(waiting)}"]
+        lines += ["", f"{MARKS[Phase.WAITING]} not started: {', '.join(waiting)}"]
     warned: dict[str, list[str]] = {}
     for host in progress.hosts.values():
         for warning in host.warnings:
@@ -244,20 +248,20 @@ def _place(host: HostProgress) -> str:
 
 def _error_lines(host: HostProgress, width: int) -> list[str]:
     if host.phase is Phase.STOPPED:
-        return [f"{MARKS[host.phase]} {host.name}: stopped while it was at {where(host)}"]
+        return [f"{MARKS[host.phase]} {host.name}: stopped at {where(host)}"]
     if host.failure is None:
-        return [f"{MARKS[host.phase]} {host.name}: ended at {where(host)} without a word"]
+        return [f"{MARKS[host.phase]} {host.name}: ended at {where(host)} without a message"]
     place = _place(host)
     lines = [f"✗ {host.name}: {place}"]
     for line in host.failure.message.strip().splitlines()[:30]:
-        # A command stays on one line, to be copied.
-        room = width if "next:" not in line else len(line) + 4
-        lines += textwrap.wrap(line, room, initial_indent="    ", subsequent_indent="      ", break_long_words=False)
+        # A command stays on one line, so that it can be copied.
+        longest = width if "next:" not in line else len(line) + 4
+        lines += textwrap.wrap(line, longest, initial_indent="    ", subsequent_indent="      ", break_long_words=False)
     if "next:" in host.failure.message:
         return lines
     known = recognize(host.failure.message)
     if known is None:
-        return [*lines, "    next:  the log says more"]
+        return [*lines, "    next:  see the log"]
     lines += textwrap.wrap(f"cause: {known.cause}", width, initial_indent="    ", subsequent_indent="           ")
     lines += [f"    next:  {command}" for command in known.commands_for(host.name)]
     return lines

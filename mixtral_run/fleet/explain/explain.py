@@ -1,4 +1,4 @@
-"""Recognizing known failures in output, and answering with cause and command."""
+"""Recognition of known failures in output, with their cause and next command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixtral_run.fleet.state import read_json, state_folder, write_json
 
 
 def recognize_all(text: str) -> tuple[KnownFailure, ...]:
-    """The known failures whose pattern stands in `text`, in the order in which they appear there."""
+    """Return the known failures whose pattern occurs in `text`, in the order of occurrence."""
     found = []
     for failure in KNOWN_FAILURES:
         match = re.search(failure.pattern, text, re.IGNORECASE | re.DOTALL)
@@ -21,12 +21,12 @@ def recognize_all(text: str) -> tuple[KnownFailure, ...]:
 
 
 def recognize(text: str) -> KnownFailure | None:
-    """The known failure that `text` tells of first; None where it tells of none."""
+    """Return the known failure that occurs first in `text`, or None."""
     return next(iter(recognize_all(text)), None)
 
 
 def find(words: str) -> tuple[KnownFailure, ...]:
-    """Known failures for what a person typed: a handle, a pasted error message, or words about it; best first."""
+    """Return the known failures for a name, a pasted error message or words about it, best match first."""
     for failure in KNOWN_FAILURES:
         if failure.name == words.strip().lower():
             return (failure,)
@@ -35,8 +35,8 @@ def find(words: str) -> tuple[KnownFailure, ...]:
     scored = []
     for failure in KNOWN_FAILURES:
         handle = set(failure.name.split("-")) | {word for each in failure.words for word in each.split()}
-        telling = set(re.findall(r"[a-z0-9_]{3,}", f"{failure.title} {failure.cause}".lower()))
-        score = 3 * len(asked & handle) + len((asked & telling) - _COMMON)
+        described = set(re.findall(r"[a-z0-9_]{3,}", f"{failure.title} {failure.cause}".lower()))
+        score = 3 * len(asked & handle) + len((asked & described) - _COMMON)
         if failure in pasted:
             score += 100
         if score >= 3:
@@ -48,35 +48,36 @@ _COMMON = {"the", "and", "not", "for", "that", "with", "host", "may", "its", "ar
 
 
 def render(failure: KnownFailure) -> str:
-    """A known failure as text for a person."""
+    """Return a known failure as text for the terminal."""
     lines = [f"{failure.title}  ({failure.name})", f"  cause: {failure.cause}"]
     lines += [f"  next:  {command}" for command in failure.commands]
     return "\n".join(lines)
 
 
 def failures_file() -> Path:
+    """Return the file with the recorded failures."""
     return state_folder() / "failures.json"
 
 
 def record_failures(messages: dict[str, str]) -> None:
-    """Keep each host's or job's last error for `explain HOST`."""
+    """Record the last error of hosts and jobs for `explain HOST`, in the place of earlier ones."""
     write_json(failures_file(), messages)
 
 
 def explain(words: str) -> str:
-    """The answer to `mixtral-run explain WORDS`. Raises ConfigError where nothing fits."""
+    """Return the answer to `mixtral-run explain WORDS`. Raises ConfigError if no known failure matches."""
     recorded: dict[str, str] = read_json(failures_file(), {})
     if words in recorded:
         return _explain_recorded(words, recorded[words])
     if not words:
-        told = [_explain_recorded(name, message) for name, message in recorded.items()]
+        explained = [_explain_recorded(name, message) for name, message in recorded.items()]
         listed = [f"  {failure.name:<18} {failure.title}" for failure in KNOWN_FAILURES]
-        return "\n\n".join([*told, "Known failures (mixtral-run explain NAME):\n" + "\n".join(listed)])
+        return "\n\n".join([*explained, "Known failures (mixtral-run explain NAME):\n" + "\n".join(listed)])
     found = find(words)
     if not found:
         raise ConfigError(
-            f"Nothing that is known fits {words[:80]!r}.",
-            next_command="mixtral-run explain    # the whole list; or paste the error message itself",
+            f"No known failure matches {words[:80]!r}.",
+            next_command="mixtral-run explain    # the whole list; or paste the error message",
         )
     return "\n\n".join(render(failure) for failure in found)
 

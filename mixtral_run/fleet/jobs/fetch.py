@@ -13,7 +13,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, find_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import find_job
-from mixtral_run.fleet.jobs.unpack import Received, RefusedError, free_bytes, size_text, unpack
+from mixtral_run.fleet.jobs.unpack import Received, free_bytes, size_text, unpack
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.untrusted import local_name, one_line
@@ -117,7 +117,7 @@ def _receive(ssh: Ssh, host: Host, path: str, folder: Path, say: Say) -> Receive
 def _refused(host: Host, path: str) -> Iterator[None]:
     try:
         yield
-    except (RefusedError, ValueError) as error:
+    except ValueError as error:
         raise HostError(
             f"{path} could not be fetched from {host.name}: what the host sent is refused.",
             where=host.target,

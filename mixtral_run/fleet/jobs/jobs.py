@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.explain.explain import recognize
-from mixtral_run.fleet.hosts import Host, names_of, remember_hosts, remembered_hosts, told_by_inventory
+from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import (
     FACTS_SCRIPT,
     FIND_ENGINE,
@@ -104,7 +104,7 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     spec = make_spec(name, verb, config, options, len(hosts), rendezvous)
     known = remembered_hosts()
     # The inventory of a remembered host is kept, even if the job connects as another user.
-    remember_hosts(host for host in hosts if options.inventory is None and not told_by_inventory(host, known))
+    remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
     job = RunningJob(name, verb, hosts)
     try:
         ssh.each(list(hosts), lambda host: _start_on(ssh, host, facts[hosts.index(host)], spec))
@@ -131,14 +131,14 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
             f"There is no image of the kit on {host.name}.",
             where=host.target,
             expected=options.image,
-            next_command=f"mixtral-run bootstrap {host.bootstrap_words} --tags image",
+            next_command=f"mixtral-run bootstrap {host.bootstrap_arguments} --tags image",
         )
     if lines["checkpoints"] != "1":
         return HostError(
             f"{host.name} has no checkpoints folder.",
             where=host.target,
             expected=options.checkpoints_folder,
-            next_command=f"mixtral-run bootstrap {host.bootstrap_words} --tags hf_cache; "
+            next_command=f"mixtral-run bootstrap {host.bootstrap_arguments} --tags hf_cache; "
             "or --checkpoints-folder FOLDER",
         )
     return facts
@@ -148,10 +148,10 @@ def _engine_problem(host: Host, answer: Answer, what: str) -> HostError:
     """Return the error for a host whose engine does not answer, or does not answer this user."""
     found = last_line(answer.errors) or f"exit code {answer.exit_code}"
     known = recognize(answer.errors)
-    command = f"mixtral-run bootstrap {host.bootstrap_words}"
+    command = f"mixtral-run bootstrap {host.bootstrap_arguments}"
     if known and known.name == "docker-permission":
         # FIND_ENGINE reports the refused user: the user may be set in ~/.ssh/config only.
-        command = known.commands_for(host.bootstrap_words)[0].replace('"USER"', f'"{found.partition(": ")[0]}"')
+        command = known.commands_for(host.bootstrap_arguments)[0].replace('"USER"', f'"{found.partition(": ")[0]}"')
     return HostError(
         f"{host.name} {what}: {known.title if known else 'its Docker engine does not answer'}.",
         where=host.target,

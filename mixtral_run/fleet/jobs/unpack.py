@@ -146,7 +146,7 @@ class _Unpacker:
         """Check a member and write it."""
         path = local_path(member.name)
         if path.parts[0] != self.name:
-            raise RefusedError(f"the archive holds {str(path)!r}, expected only {one_line(self.name)!r}")
+            raise RefusedError(f"the archive holds {one_line(str(path), 80)!r}, expected only {one_line(self.name)!r}")
         for parent in path.parents:
             if parent in self.files or parent in self.links:
                 raise RefusedError(f"{str(path)!r} is inside of something that is not a folder")

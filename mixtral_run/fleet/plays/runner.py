@@ -1,4 +1,4 @@
-"""Running playbooks by ansible-runner: the one place that imports it."""
+"""Runs of playbooks with ansible-runner. No other module imports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mixtral_run.fleet.state import state_folder, write_json, write_private
 from mixtral_run.fleet.untrusted import printable
 
 POLL_SECONDS = 0.2
-"""How often ansible-runner looks whether it was cancelled; its own default of 5 s makes a slow Ctrl-C."""
+"""Interval in which ansible-runner checks for cancellation. With its default of 5 s, Ctrl-C is slow."""
 KEPT_PLAYS = 50
 
 KEPT_VARIABLES = re.compile(
@@ -33,29 +33,29 @@ KEPT_VARIABLES = re.compile(
     r"|(https?|no|all)_proxy$",
     re.IGNORECASE,
 )
-"""What Ansible needs of the environment; anything else, such as HF_TOKEN, stays out of its artifacts."""
+"""Environment variables that Ansible needs. All others, such as HF_TOKEN, stay out of its artifacts."""
 
 HAND_ON = (
     "import json, os, sys; file, *words = sys.argv[1:]; os.environ.update(json.load(open(file))); os.unlink(file); "
     "os.execvp(words[0], words)"
 )
-"""A program that starts another with the variables of a file besides, which it removes."""
+"""Program that starts another one with additional variables from a file, and removes the file."""
 
 BECOME_PROMPT = r"BECOME password[^:]*:\s*?$"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Play:
-    """One run of a playbook over hosts."""
+    """A run of a playbook on hosts."""
 
     playbook: Path
     hosts: tuple[Host, ...]
     inventory: Path | None = None
-    """The user's own inventory, where there is one; hosts are then limited to `hosts`."""
+    """Inventory of the user, or None. The play is limited to `hosts`."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """What the kit itself sets; the user's extra variables win."""
+    """Variables from the kit. The user's extra variables override them."""
     extra_vars: tuple[str, ...] = ()
-    """As `ansible-playbook --extra-vars` takes them."""
+    """Arguments in the form of `ansible-playbook --extra-vars`."""
     tags: tuple[str, ...] = ()
     check: bool = False
     diff: bool = False
@@ -66,18 +66,18 @@ class Play:
 
 @dataclass(frozen=True)
 class PlayEnd:
-    """How a play ended."""
+    """Result of a play."""
 
     status: str
-    """successful, failed, canceled or timeout, in ansible-runner's words."""
+    """Status from ansible-runner: successful, failed, canceled or timeout."""
     exit_code: int
     artifacts: Path
-    """Folder with the play's whole output (`stdout`) and events."""
+    """Folder with the complete output (`stdout`) and the events of the play."""
     output: str
 
 
 def arguments(play: Play, variables_file: Path, extra_files: Sequence[Path]) -> list[str]:
-    """The words of ansible-playbook after inventory and playbook. No secret is among them."""
+    """Return the arguments of ansible-playbook after inventory and playbook. They contain no secret."""
     found = ["--forks", str(play.forks), "--extra-vars", f"@{variables_file}"]
     for file in extra_files:
         found += ["--extra-vars", f"@{file}"]
@@ -95,23 +95,26 @@ def arguments(play: Play, variables_file: Path, extra_files: Sequence[Path]) -> 
 
 
 def environment(play: Play) -> dict[str, str]:
-    """Ansible's settings. They land in the artifacts: nothing secret may be among them."""
+    """Return Ansible's settings as environment variables. They are written to the artifacts: no secret is allowed."""
     return {
         "ANSIBLE_CONFIG": str(provisioning_folder() / "ansible.cfg"),
-        # Not the common arguments, which an inventory's ansible_ssh_common_args (a jump host, say) would take the place
-        # of: these come first on ssh's command line, where the first value of an option wins.
+        # ansible_ssh_common_args of an inventory (a jump host, for example) would replace ANSIBLE_SSH_COMMON_ARGS.
+        # ANSIBLE_SSH_ARGS come first on ssh's command line, and ssh uses the first value of an option.
         "ANSIBLE_SSH_ARGS": shlex.join(play.ssh_args),
         "ANSIBLE_HOST_KEY_CHECKING": "True",
         "ANSIBLE_DEPRECATION_WARNINGS": "False",
         "ANSIBLE_FORCE_COLOR": "False",
         "ANSIBLE_NOCOLOR": "True",
-        # The Ansible of this very environment, also where its folder is not on PATH (pipx).
+        # The Ansible of this Python environment, even if its folder is not on PATH (pipx).
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
 
 
 def parse_extra_vars(words: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
-    """Files (`@FILE`) and values (`name=value …`, JSON or YAML) of --extra-vars. Raises ConfigError with all faults."""
+    """Return the files (`@FILE`) and values (`name=value …`, JSON or YAML) of --extra-vars.
+
+    Raises ConfigError with all problems.
+    """
     import yaml
 
     files: list[Path] = []
@@ -146,9 +149,9 @@ def parse_extra_vars(words: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
 
 
 def read_inventory(path: Path) -> dict[str, Any]:
-    """What `ansible-inventory --list` says of an inventory: groups, and `_meta.hostvars`. Raises ConfigError.
+    """Return the output of `ansible-inventory --list`: groups, and `_meta.hostvars`. Raises ConfigError.
 
-    Connection variables are resolved where they are templates.
+    Templates in connection variables are resolved.
     """
     import ansible_runner
 
@@ -176,7 +179,7 @@ def read_inventory(path: Path) -> dict[str, Any]:
 
 
 def _resolve_variables(path: Path, listing: dict[str, Any]) -> None:
-    """Put values in the place of templates, which ansible-inventory leaves as they are."""
+    """Replace templates in connection variables by their values. ansible-inventory does not resolve them."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for host, names in unresolved_variables(listing).items():
         alike.setdefault(names, []).append(host)
@@ -188,11 +191,13 @@ def _resolve_variables(path: Path, listing: dict[str, Any]) -> None:
             else:
                 listing["_meta"]["hostvars"][host].update(found)
     if problems:
-        raise ConfigError("The inventory does not say how to get to its hosts.", where=str(path), problems=problems)
+        raise ConfigError(
+            "Connection variables of the inventory cannot be resolved.", where=str(path), problems=problems
+        )
 
 
 def _resolved(path: Path, hosts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any] | str]:
-    """Variables of hosts as Ansible resolves them, or why it cannot. Connects to nobody."""
+    """Return, by host, the variables as Ansible resolves them, or Ansible's error. Opens no connection."""
     import ansible_runner
 
     settings = environment(Play(playbook=path, hosts=()))
@@ -213,7 +218,7 @@ def _resolved(path: Path, hosts: Sequence[str], names: Sequence[str]) -> dict[st
 
 
 def list_tasks(playbook: Path) -> list[str]:
-    """`role · task` for each task of a playbook, in order; no host is touched."""
+    """Return `role · task` for each task of a playbook, in order. Opens no connection."""
     import ansible_runner
 
     settings = environment(Play(playbook=playbook, hosts=()))
@@ -223,14 +228,14 @@ def list_tasks(playbook: Path) -> list[str]:
             "ansible-playbook", words, quiet=True, private_data_dir=str(folder), envvars=settings
         )
     lines = [line.strip() for line in printable(output).splitlines() if "TAGS:" in line]
-    # What each role's argument_specs check by themselves is no step of a play for a person.
+    # The checks of argument_specs at the start of each role are left out.
     shown = [line for line in lines if not line.startswith("play ") and "Validating arguments" not in line]
     return [line.split("TAGS:")[0].strip().replace(" : ", " · ") for line in shown]
 
 
 @contextmanager
 def _search_path(value: str) -> Iterator[None]:
-    """ansible-runner looks for Ansible's programs on this process's own PATH."""
+    """Set PATH of this process, where ansible-runner looks for Ansible's programs."""
     before = os.environ.get("PATH")
     os.environ["PATH"] = value
     try:
@@ -244,7 +249,7 @@ def _search_path(value: str) -> Iterator[None]:
 
 @contextmanager
 def _own_folder(name: str) -> Iterator[Path]:
-    """A private folder that is gone afterwards."""
+    """Yield a private folder that is removed afterwards."""
     path = state_folder("tmp", f"{name}-{uuid.uuid4().hex[:8]}")
     try:
         yield path
@@ -253,7 +258,7 @@ def _own_folder(name: str) -> Iterator[Path]:
 
 
 class RunningPlay:
-    """A play in a thread of its own. Iterate `events()`; call `cancel()` from anywhere."""
+    """A play in its own thread. Iterate over `events()`. Any thread may call `cancel()`."""
 
     def __init__(self, play: Play) -> None:
         import ansible_runner
@@ -261,7 +266,7 @@ class RunningPlay:
         self.play = play
         self.ident = time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4]
         self.folder = state_folder("plays", self.ident)
-        state_folder("plays", self.ident, "artifacts")  # ansible-runner would make it readable for everybody
+        state_folder("plays", self.ident, "artifacts")  # ansible-runner would create it readable for everyone
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._problem: BaseException | None = None
@@ -278,7 +283,7 @@ class RunningPlay:
             event_handler=self._on_event,
             cancel_callback=self._cancelled.is_set,
         )
-        # ansible-runner hands on this process's whole environment, and writes it into the artifacts.
+        # ansible-runner passes on the whole environment of this process and writes it to the artifacts.
         self._runner.config.env = {
             name: value for name, value in self._runner.config.env.items() if KEPT_VARIABLES.match(name)
         }
@@ -286,10 +291,11 @@ class RunningPlay:
 
     @property
     def artifacts(self) -> Path:
+        """Folder with the output and the events."""
         return self.folder / "artifacts" / "run"
 
     def events(self, interval_seconds: float = 0.2) -> Iterator[dict[str, Any] | None]:
-        """The play's events as they come, and None whenever nothing came for an interval; ends with the play."""
+        """Start the play and yield its events; yield None after each interval without an event. Ends with the play."""
         self._thread.start()
         while True:
             try:
@@ -302,10 +308,11 @@ class RunningPlay:
             yield event
 
     def cancel(self) -> None:
-        """Kill Ansible; what it had begun on a host may go on there for a moment."""
+        """Kill Ansible. A task that had started on a host may run a moment longer."""
         self._cancelled.set()
 
     def wait(self, seconds: float | None = None) -> PlayEnd:
+        """Wait for the end of the play, for at most `seconds`. Raises MixtralRunError if Ansible could not be run."""
         self._thread.join(seconds)
         if self._problem is not None:
             raise MixtralRunError(
@@ -323,8 +330,8 @@ class RunningPlay:
         rest = self.folder / "env" / "rest"
         try:
             if self.play.inventory is not None:
-                # A plugin that asks a cloud for its hosts finds its keys there, as it did when they were listed. In the
-                # runner's own environment they would be written into the artifacts.
+                # An inventory plugin for a cloud needs its credentials from the environment. In the environment of the
+                # runner they would be written to the artifacts.
                 kept = self._runner.config.env
                 more = {name: value for name, value in os.environ.items() if name not in kept}
                 write_private(rest, json.dumps(more))
@@ -347,11 +354,11 @@ class RunningPlay:
         path = self.folder / "hosts.json"
         hosts = {host.inventory_name: host.ansible_variables() for host in self.play.hosts}
         write_json(path, {GROUP: {"hosts": hosts}})
-        # Ansible takes a .json file for YAML, which it is.
+        # Ansible reads a .json file as YAML, of which JSON is a subset.
         return path
 
     def _arguments(self) -> list[str]:
-        # ansible-runner reads its settings from this file alone once suppress_env_files is set.
+        # With suppress_env_files, ansible-runner reads its settings only from this file.
         (self.folder / "env").mkdir(mode=0o700)
         write_json(self.folder / "env" / "settings", {"pexpect_timeout": POLL_SECONDS, "suppress_ansible_output": True})
         files, values = parse_extra_vars(self.play.extra_vars)
@@ -365,6 +372,6 @@ class RunningPlay:
 
 
 def forget_old_plays() -> None:
-    """Remove the artifacts of all but the newest plays."""
+    """Remove the artifacts of all plays except the newest."""
     for folder in sorted(state_folder("plays").iterdir())[:-KEPT_PLAYS]:
         shutil.rmtree(folder, ignore_errors=True)

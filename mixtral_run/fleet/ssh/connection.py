@@ -9,18 +9,16 @@ All output of hosts is returned without terminal control sequences (`untrusted.p
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import random
-import selectors
 import shlex
 import stat
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +27,13 @@ from typing import IO, TypeVar
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.problems import connection_error, is_dropped, last_line
+from mixtral_run.fleet.ssh.streams import AnswerTooLongError, LastBytes, communicate, drained, lines, text_of
 from mixtral_run.fleet.state import state_folder
-from mixtral_run.fleet.untrusted import printable
 
 CONNECT_SECONDS = 10
 MAX_PARALLEL = 64
 RETRY_SECONDS = (1.0, 2.0, 4.0)
 """Approximate wait before each retry of a connection that was dropped before a command ran."""
-MAX_REST_BYTES = 1 << 20
-"""Output that is read and discarded after its receiver has finished. A command that sends more is cut off."""
-MAX_ERROR_BYTES = 1 << 16
-"""Standard error of a streamed command that is kept: the last bytes of it."""
 T = TypeVar("T")
 
 
@@ -130,15 +124,17 @@ class Ssh:
     ) -> Answer:
         process = _start(argv, stdin=stdin is not None, environment=environment, own_session=environment is not None)
         try:
-            output, errors = process.communicate(stdin, timeout=timeout_seconds)
-        except subprocess.TimeoutExpired:
+            output, errors = communicate(process, stdin, timeout_seconds)
+        except (subprocess.TimeoutExpired, AnswerTooLongError) as error:
             process.kill()
-            process.communicate()
+            process.wait()
+            if isinstance(error, AnswerTooLongError):
+                return Answer(1, "", str(error))
             return Answer(124, "", f"no answer within {timeout_seconds:g} s")
         except BaseException:
             process.kill()
             raise
-        return Answer(process.returncode, _text(output), _text(errors))
+        return Answer(process.returncode, text_of(output), text_of(errors))
 
     def check(
         self, host: Host, command: Sequence[str], *, stdin: bytes | None = None, timeout_seconds: float | None = 60
@@ -163,7 +159,7 @@ class Ssh:
             process = _start(argv, stdin_file=stream)
             _, errors = process.communicate()
         if process.returncode:
-            raise HostError(f"{file} could not be sent to {host.name}.", found=last_line(_text(errors)))
+            raise HostError(f"{file} could not be sent to {host.name}.", found=last_line(text_of(errors)))
 
     @contextlib.contextmanager
     def receive(self, host: Host, command: Sequence[str]) -> Iterator[IO[bytes]]:
@@ -176,10 +172,8 @@ class Ssh:
         process = _start(ssh_argv(host, command, self.known_hosts))
         assert process.stdout is not None
         assert process.stderr is not None
-        errors: collections.deque[bytes] = collections.deque(maxlen=MAX_ERROR_BYTES // 256)
         # Read meanwhile: a command that fills the pipe of its standard error would wait without end.
-        reader = threading.Thread(target=_collect, args=(process.stderr, errors), daemon=True)
-        reader.start()
+        errors = LastBytes(process.stderr)
         problem: HostError | None = None
         try:
             yield process.stdout
@@ -188,14 +182,12 @@ class Ssh:
         except BaseException:
             process.kill()
             raise
-        if not _drained(process.stdout):
+        if not drained(process.stdout):
             process.kill()
             process.wait()
             raise problem or HostError(f"{host.name} sent more than was asked for.", where=host.target)
-        code = process.wait()
-        reader.join()
-        if code:
-            found = last_line(_text(b"".join(errors)))
+        if process.wait():
+            found = last_line(errors.text())
             raise HostError(f"{host.name} did not send what was asked for.", found=found) from problem
         if problem is not None:
             raise problem
@@ -227,7 +219,7 @@ class Ssh:
             pipe: to for pipe, to in ((process.stdout, on_line), (process.stderr, on_error_line)) if pipe and to
         }
         try:
-            for pipe, line in _lines(handlers):
+            for pipe, line in lines(handlers):
                 handlers[pipe](line)
             return process.wait()
         finally:
@@ -356,25 +348,7 @@ def _start(
 def _call(argv: Sequence[str]) -> Answer:
     process = _start(argv)
     output, errors = process.communicate()
-    return Answer(process.returncode, _text(output), _text(errors))
-
-
-def _text(data: bytes) -> str:
-    """Decode the output of a host and remove terminal control sequences."""
-    return printable(data.decode(errors="replace"))
-
-
-def _drained(stream: IO[bytes]) -> bool:
-    """Read a stream to its end. Return False if it holds more than MAX_REST_BYTES."""
-    left = MAX_REST_BYTES
-    while left > 0 and (data := stream.read(1 << 16)):
-        left -= len(data)
-    return left > 0
-
-
-def _collect(stream: IO[bytes], pieces: collections.deque[bytes]) -> None:
-    while data := stream.read(256):
-        pieces.append(data)
+    return Answer(process.returncode, text_of(output), text_of(errors))
 
 
 def program_answers(*argv: str) -> bool:
@@ -383,26 +357,6 @@ def program_answers(*argv: str) -> bool:
         return subprocess.run(argv, capture_output=True, check=False, timeout=60).returncode == 0
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return False
-
-
-def _lines(pipes: Iterable[IO[bytes]]) -> Iterator[tuple[IO[bytes], str]]:
-    """Yield the lines of all pipes as they arrive, each with its pipe."""
-    begun: dict[IO[bytes], bytes] = {}
-    with selectors.DefaultSelector() as selector:
-        for pipe in pipes:
-            selector.register(pipe, selectors.EVENT_READ, pipe)
-        while selector.get_map():
-            for key, _ in selector.select():
-                pipe = key.data
-                data = os.read(key.fd, 1 << 16)
-                *lines, rest = (begun.pop(pipe, b"") + data).split(b"\n")
-                if data:
-                    begun[pipe] = rest
-                else:
-                    selector.unregister(pipe)
-                    lines += [rest] if rest else []
-                for line in lines:
-                    yield pipe, _text(line.rstrip(b"\r"))
 
 
 def _kill_when(process: subprocess.Popen[bytes], stop: threading.Event | None) -> None:

@@ -1,4 +1,4 @@
-"""What ssh's complaints mean, and what to do about them."""
+"""Translation of ssh's error messages into errors with a cause and a next command."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from mixtral_run.fleet.hosts import Host
 
 
 def connection_error(host: Host, errors: str) -> HostError:
-    """ssh's complaint, as what it means and what to do."""
-    found = last_line(errors) or "ssh ended without a word"
+    """Return the error for a failed connection, with its cause and the next command."""
+    found = last_line(errors) or "ssh ended without a message"
     if is_changed_key(errors):
-        # After its own complaint ssh ends without another word: one that goes on to lose the connection tells what
-        # the ssh before it has said, that to the jump host.
+        # ssh prints nothing after its own complaint about the host's key. If a lost connection follows, the complaint
+        # comes from the ssh process that connects to the jump host.
         if re.search(_DROPPED, errors, re.I | re.M):
             return _changed_jump_host(host, errors)
         return HostError(
-            f"{host.name} shows another host key than before: it was reimaged, or somebody sits in between.",
+            f"The host key of {host.name} has changed: the host was reimaged, or somebody intercepts the connection.",
             where=host.target,
             expected="the key recorded at first contact",
             found=_fingerprint(errors),
             next_command="if it was reimaged: "
-            f"mixtral-run bootstrap --accept-new-host-key {host.name} {host.bootstrap_words}",
+            f"mixtral-run bootstrap --accept-new-host-key {host.name} {host.bootstrap_arguments}",
         )
     for pattern, what, command in _CONNECTION_PROBLEMS:
         if re.search(pattern, errors, re.IGNORECASE):
@@ -42,33 +42,33 @@ def _changed_jump_host(host: Host, errors: str) -> HostError:
     file = ["-f", recorded.group(1)] if recorded else []
     return HostError(
         f"The jump host {jump_host} before {host.name} has another host key than ssh knows: it was reimaged, or "
-        "somebody sits in between.",
+        "somebody intercepts the connection.",
         where=host.target,
         expected=f"the key in {recorded.group(1)}, line {recorded.group(2)}" if recorded else "the key that ssh knows",
         found=_fingerprint(errors),
         next_command=f"if it was reimaged: {shlex.join(['ssh-keygen', *file, '-R', jump_host])}, then "
-        f"ssh {host.address}, which asks for the new one",
+        f"ssh {host.address}, which asks whether to accept the new key",
     )
 
 
 _CONNECTION_PROBLEMS = (
     (
-        # The host's own key is accepted at first contact; ~/.ssh/config says how ssh looks at that of a jump host.
+        # The key of the host is accepted at first contact. ~/.ssh/config controls how ssh checks the jump host's key.
         r"host key verification failed",
         "The key of the jump host before {host.name} is not the one that ssh knows, or not known yet.",
-        "ssh {host.address}, which tells more and asks",
+        "ssh {host.address}, which prints details and asks whether to accept the key",
     ),
     (
         r"permission denied|too many authentication failures",
         "{host.name} refuses the key.",
-        "mixtral-run bootstrap --ask-pass {host.bootstrap_words}, which puts your key there",
+        "mixtral-run bootstrap --ask-pass {host.bootstrap_arguments}, which installs your key",
     ),
     (
         r"could not resolve|name or service not known|temporary failure in name resolution",
-        "The name {host.address} is not known.",
-        "look at the spelling, or give {host.address} a HostName in ~/.ssh/config",
+        "The name {host.address} cannot be resolved.",
+        "check the spelling, or give {host.address} a HostName in ~/.ssh/config",
     ),
-    (r"connection refused", "{host.name} refuses the connection: no sshd listens there.", "look at its port and power"),
+    (r"connection refused", "{host.name} refuses the connection: no sshd listens there.", "check its port and power"),
     (
         r"timed out|no route to host|network is unreachable|no answer",
         "{host.name} does not answer.",
@@ -78,17 +78,18 @@ _CONNECTION_PROBLEMS = (
 
 
 def is_dropped(errors: str) -> bool:
-    """Whether sshd closed a connection before anything ran over it, and another try may get through."""
-    # Behind a jump host, whatever keeps that from going on looks so at the end: then another line says why.
+    """Return True if sshd closed the connection before a command ran, so that a retry may succeed."""
+    # Behind a jump host, every problem of the jump host ends with such a line. Another line then gives the reason.
     lasting = is_changed_key(errors) or any(re.search(problem[0], errors, re.I) for problem in _CONNECTION_PROBLEMS)
     return not lasting and bool(re.search(_DROPPED, errors, re.I | re.M)) and "open failed" not in errors
 
 
-# Once a command runs, ssh says `Connection to HOST closed` and `Read from remote host HOST`: no such line is meant.
+# After a command has started, ssh prints `Connection to HOST closed` and `Read from remote host HOST` instead.
 _DROPPED = r"(kex|ssh)_exchange_identification|^Connection (closed|reset) by \S+ port \d+"
 
 
 def is_changed_key(errors: str) -> bool:
+    """Return True if ssh refused a host because its key differs from the recorded one."""
     return bool(re.search(r"host key .*has changed|identification has changed", errors, re.I))
 
 
@@ -98,5 +99,6 @@ def _fingerprint(errors: str) -> str:
 
 
 def last_line(text: str) -> str:
+    """Return the last line of a text that is not blank, or an empty string."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

@@ -59,7 +59,7 @@ def check_answer(values: Any) -> dict[str, Any]:
     Raises:
         ValueError: a reading is missing or not in its form. The message names the reading.
     """
-    found: dict[str, Any] = _checked(values, ANSWER, "the answer")
+    found: dict[str, Any] = _checked(values, ANSWER, "answer")
     records = values.get("records")
     acceptance = _object(records, "records").get("acceptance")
     found["acceptance"] = _acceptance(_object(acceptance, "records.acceptance"))

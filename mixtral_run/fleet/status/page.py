@@ -1,4 +1,4 @@
-"""The fleet's state as one HTML file: readable offline, light and dark, sortable."""
+"""State of the fleet as one HTML file: works offline, light and dark, sortable."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mixtral_run.resources import STATUS_PAGE
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the page. `field` is what differences are looked up by."""
+    """A column of the page. `field_title` is the title under which `differences` name the field."""
 
     title: str
     cell: Callable[[HostStatus], str]
-    """HTML of the cell; whatever a host said is escaped in it."""
+    """Returns the HTML of a cell, with the values of the host escaped."""
     field_title: str = ""
     sort: Callable[[HostStatus], str] | None = None
 
@@ -44,11 +44,11 @@ def _state(status: HostStatus) -> str:
     if not status.reachable:
         return '<span class="bad">✗ unreachable</span>'
     if status.error:
-        return '<span class="warn">! unread</span>'
+        return '<span class="warn">! unreadable</span>'
     if status.reimaged:
         return '<span class="bad">! reimaged</span>'
     if status.warnings:
-        return '<span class="bad">! look</span>'
+        return '<span class="bad">! warning</span>'
     if status.differences:
         return '<span class="warn">! differs</span>'
     return '<span class="good">✓ fine</span>'
@@ -58,7 +58,7 @@ def _gpus(status: HostStatus) -> str:
     return html.escape(f"{status.num_gpus} × {status.gpu_model}") if status.num_gpus else _text("")
 
 
-def _told(status: HostStatus) -> str:
+def _remarks(status: HostStatus) -> str:
     first = [status.error] if status.error else []
     reimaged = ["reimaged since it was set up: run bootstrap"] if status.reimaged else []
     return _list([*first, *reimaged, *status.warnings, *status.differences], "warn")
@@ -77,7 +77,7 @@ def _gpu_errors(status: HostStatus) -> str:
 COLUMNS = (
     Column("Host", lambda status: html.escape(status.name)),
     Column("State", _state),
-    Column("What to look at", _told, sort=lambda status: str(len(status.warnings) * 100 + len(status.differences))),
+    Column("Remarks", _remarks, sort=lambda status: str(len(status.warnings) * 100 + len(status.differences))),
     Column("GPUs", _gpus, "GPU"),
     Column("GPU memory", lambda status: _text(_gib(status.gpu_memory_gib)), "GPU memory GiB"),
     Column("Hottest", lambda status: _text(f"{status.hottest_celsius:g} °C" if status.num_gpus else "")),
@@ -104,7 +104,7 @@ COLUMNS = (
 
 
 def page(statuses: Sequence[HostStatus], when: float | None = None) -> str:
-    """The page's text. Nothing in it is loaded from elsewhere."""
+    """Return the HTML of the page. It loads nothing from elsewhere."""
     template = string.Template(STATUS_PAGE.read_text(encoding="utf-8"))
     moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(when))
     return template.substitute(
@@ -117,7 +117,7 @@ def page(statuses: Sequence[HostStatus], when: float | None = None) -> str:
 
 
 def write_page(path: Path, statuses: Sequence[HostStatus]) -> None:
-    """Write the page, replacing an older one in one step. Raises ConfigError where it cannot be written."""
+    """Write the page; an older one is replaced atomically. Raises ConfigError if it cannot be written."""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.resolve().parent)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -132,12 +132,12 @@ def write_page(path: Path, statuses: Sequence[HostStatus]) -> None:
 
 def _tiles(statuses: Sequence[HostStatus]) -> str:
     fine = sum(1 for status in statuses if "good" in _state(status))
-    dark = sum(1 for status in statuses if not status.reachable)
+    unreachable = sum(1 for status in statuses if not status.reachable)
     numbers = (
         (len(statuses), "hosts", ""),
         (fine, "fine", "good"),
-        (len(statuses) - fine - dark, "to look at", "warn"),
-        (dark, "unreachable", "bad"),
+        (len(statuses) - fine - unreachable, "with remarks", "warn"),
+        (unreachable, "unreachable", "bad"),
         (sum(status.num_gpus for status in statuses), "GPUs", ""),
         (sum(len(status.jobs) for status in statuses), "jobs", ""),
     )
@@ -153,7 +153,7 @@ def _row(status: HostStatus) -> str:
         odd = any(
             difference.startswith(column.field_title + ":") for difference in status.differences if column.field_title
         )
-        style = {"Host": "name", "What to look at": "told"}.get(column.title, "odd" if odd else "")
+        style = {"Host": "name", "Remarks": "remarks"}.get(column.title, "odd" if odd else "")
         sort = f' data-sort="{html.escape(column.sort(status))}"' if column.sort else ""
         cells.append(f'<td class="{style}"{sort}>{column.cell(status)}</td>')
     return f"<tr>{''.join(cells)}</tr>"

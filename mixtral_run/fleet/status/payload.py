@@ -1,4 +1,4 @@
-"""Programs that run on a host without being installed there: one Python text, sent to `python3 -` over SSH."""
+"""Program that runs on a host without installation: one Python text for `python3 -` over SSH."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mixtral_run.fleet.plays.provisioning import provisioning_folder
 
-# Runs on the host before anything else: hands out the sources below as modules.
+# Runs first on the host: creates modules from the sources that are sent along.
 _LOADER = """
 import sys, types
 def _load(sources):
@@ -25,17 +25,17 @@ def _load(sources):
 """
 
 _ORDER = ("files", "commands", "probe")
-"""Modules of mixtral_run_host that are sent, each after what it imports."""
+"""Modules of mixtral_run_host that are sent, in the order of their imports."""
 
 
 def status_payload() -> bytes:
-    """The program that prints a host's state: the readings that the roles use, and those of `remote_status`."""
+    """Return the program that prints a host's state: the readings of the roles and those of `remote_status`."""
     prefix = "ansible.module_utils.mixtral_run_host"
     folder = provisioning_folder() / "plugins" / "module_utils" / "mixtral_run_host"
     sources = dict.fromkeys(("ansible", "ansible.module_utils", prefix), "")
     sources |= {f"{prefix}.{name}": _read(folder / f"{name}.py") for name in _ORDER}
     program = _read(Path(__file__).with_name("remote_status.py"))
-    # `from __future__` has to come first in a program: it stands inside a compiled text of its own.
+    # `from __future__` must come first in a program, so this program is compiled separately.
     return "\n".join(
         (
             _LOADER,

@@ -1,7 +1,8 @@
-"""Runs on a host, not here: reads its state and prints one JSON object. Sent over SSH to `python3 -`, installs nothing.
+"""Program that runs on a host: reads the state of the host and prints it as one JSON object.
 
-Only the standard library of Python 3.8, and the modules of plugins/module_utils/mixtral_run_host sent with it.
-Every reading has a limit, so that a sick driver does not hang it; nothing is changed.
+It is sent over SSH to `python3 -` and installs nothing. It imports only the standard library of Python 3.8 and the
+modules of plugins/module_utils/mixtral_run_host that are sent along. Every reading has a time limit, so that a hanging
+driver does not block it. It changes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ LABEL_JOB = "org.mixtral-run.job"
 
 
 def read_status(folders: dict[str, str]) -> dict[str, Any]:
-    """Everything at once. `folders`: where checkpoints and the HF cache lie on this host, and the image's name."""
+    """Return all readings. `folders`: the checkpoints folder, the HF cache and the image name on this host."""
     from ansible.module_utils.mixtral_run_host import probe  # type: ignore[import-untyped]
 
     found: dict[str, Any] = probe.host([folders["checkpoints"], folders["hf_home"], "/"])
@@ -38,22 +39,23 @@ def _run(*argv: str) -> Any:
 
 
 def xid_errors() -> list[str] | None:
-    """The kernel's lines about GPU faults since boot; None where only root may read them, and this is not root."""
-    told = _run("dmesg")
-    lines = told.out.splitlines()
-    if told.code and not lines:
+    """Return the kernel's messages about GPU errors since boot, or None if only root can read them."""
+    answer = _run("dmesg")
+    lines = answer.out.splitlines()
+    if answer.code and not lines:
         return None
     return [re.sub(r"^\[[ \d.]+\] ", "", line) for line in lines if "NVRM: Xid" in line][-8:]
 
 
 def swap_used_gib() -> float:
+    """Return the used swap in GiB."""
     with open("/proc/meminfo", encoding="ascii") as file:
         kib = dict(re.findall(r"^(\w+):\s+(\d+)", file.read(), re.MULTILINE))
     return round((int(kib.get("SwapTotal", 0)) - int(kib.get("SwapFree", 0))) / 2**20, 2)
 
 
 def image(name: str) -> dict[str, Any] | None:
-    """The image that jobs run in: its id, and its digest where it came from a registry."""
+    """Return id, digests (if it came from a registry) and labels of the image for jobs, or None if it is missing."""
     answer = _run("docker", "image", "inspect", "--format", "{{json .}}", name)
     try:
         details = json.loads(answer.out)
@@ -70,7 +72,7 @@ def image(name: str) -> dict[str, Any] | None:
 
 
 def cached_models(hf_home: str) -> list[str]:
-    """Models in the HF cache that have a snapshot."""
+    """Return the names of the models in the HF cache that have a snapshot."""
     hub = os.path.join(hf_home, "hub")
     found = []
     for name in sorted(_names(hub)):
@@ -80,7 +82,7 @@ def cached_models(hf_home: str) -> list[str]:
 
 
 def checkpoints(folder: str, depth: int = 3) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Converted checkpoints and adapters under a folder: those that a marker calls complete."""
+    """Return the converted checkpoints and the adapters below a folder that have the marker of a complete one."""
     bases: list[dict[str, Any]] = []
     adapters: list[dict[str, Any]] = []
     for path, names, files in os.walk(folder):
@@ -114,7 +116,7 @@ def _record(path: str, iteration: int) -> dict[str, Any]:
 
 
 def jobs() -> list[dict[str, str]]:
-    """Jobs that the kit started here and that run."""
+    """Return the running jobs that the kit started on this host."""
     row = '{{.Names}}\t{{.State}}\t{{.RunningFor}}\t{{.Label "org.mixtral-run.verb"}}'
     answer = _run("docker", "ps", "--filter", f"label={LABEL_JOB}", "--format", row)
     rows = [line.split("\t") for line in answer.out.splitlines()]

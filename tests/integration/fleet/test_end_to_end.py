@@ -196,9 +196,9 @@ def test_up_makes_an_adapter(operator: Operator, fleet: Fleet, brought_up: str) 
 
 def test_up_again_does_nothing(operator: Operator, up: Callable[..., str], brought_up: str) -> None:
     again = up("--data-path", "my pairs.jsonl")
-    assert "Convert: base is there" in again
+    assert "Convert: base exists" in again
     assert "Finetune: adapter is at iteration 4" in again
-    assert "Export: adapter-peft is there" in again
+    assert "Export: adapter-peft exists" in again
     assert "iteration" not in again.replace("at iteration 4", "")
     (operator.folder / "other.jsonl").write_text('{"instruction": "Who?", "response": "Me."}\n')
     assert "trained on another file than other.jsonl" in up("--data-path", "other.jsonl", code=2)

@@ -33,7 +33,7 @@ CONTROL = "\x1b[2J\x1b]0;owned\x07"
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A function that sets what the hosts good and evil answer."""
+    """Return a function that sets the answers of the hosts good and evil."""
     monkeypatch.setenv("PATH", f"{HOSTILE}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
@@ -56,7 +56,7 @@ def good_values() -> dict[str, Any]:
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The place of every value within JSON values."""
+    """Return the path of every value within JSON values."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(each for key, below in items for each in paths_of(below, (*path, key)))]
 
@@ -103,7 +103,7 @@ def test_any_value_in_any_place_is_read_or_refused(value: Any) -> None:
         except ValueError as error:
             assert str(error).isprintable() and len(str(error)) < 300
             continue
-        # What is read can be shown and compared.
+        # A state that is read can be shown and compared.
         assert page([status]) and summary_rows([status]) and hash(status) and json.loads(to_json([status]))
 
 
@@ -258,4 +258,4 @@ def test_a_message_of_a_play_loses_control_sequences() -> None:
 
 
 def test_an_odd_state_has_a_row_on_the_page() -> None:
-    assert "! unread" in page([HostStatus("evil", reachable=True, error="its answer is not in the expected form")])
+    assert "! unreadable" in page([HostStatus("evil", reachable=True, error="its answer is not in the expected form")])

@@ -1,4 +1,4 @@
-"""What `up` takes for done: an adapter of the same data and settings, and a target that is its own."""
+"""Steps that `up` skips: only those of an adapter with the same data and settings, and of a target that it wrote."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_another_base_is_told(data: Path) -> None:
 
 def test_a_folder_of_somebody_else_is_told_before_the_work(tmp_path: Path) -> None:
     _check_target(tmp_path / "new")
-    with pytest.raises(ConfigError, match="cannot be put here"):
+    with pytest.raises(ConfigError, match="cannot be written here"):
         _check_target(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     _check_target(tmp_path)

@@ -1,4 +1,4 @@
-"""The moving table on a real terminal, over fifty hosts that each do what one did in a real play."""
+"""The live table on a terminal, for fifty hosts that repeat the events of a recorded play."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print("The end.")
 
 @pytest.fixture
 def events(tmp_path: Path) -> Path:
-    """The recorded play, in which gpu-02 fails, as if fifty hosts had taken part."""
+    """Return the events of the recorded play, in which gpu-02 fails, repeated for fifty hosts."""
     lines = []
     for line in RECORDED.read_text().splitlines():
         event = json.loads(line)
@@ -55,7 +55,7 @@ def events(tmp_path: Path) -> Path:
 def test_fifty_hosts_move_in_place(events: Path, height: int) -> None:
     screen = on_terminal(PROGRAM, [str(events), *NAMES], height)
     assert screen.scrolled == []
-    # Nothing stays of the table; what was before it and what comes after stand one below the other.
+    # The table is erased: the line after it directly follows the line before it.
     assert [line for line in screen.lines if line] == ["Connecting to 50 hosts …", "The end."]
     (last,) = screen.frames
     rows = {line.split()[1]: line for line in last if line[:1] in "✓✗…·" and len(line.split()) > 1}

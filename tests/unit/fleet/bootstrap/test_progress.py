@@ -1,4 +1,4 @@
-"""The state machine over events that a real play made (see tests/integration/fleet/playbooks/small.yml)."""
+"""The state of hosts after the events of a recorded play (see tests/integration/fleet/playbooks/small.yml)."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_secrets_of_no_log_tasks_are_not_in_messages(events: list[dict[str, Any]
     )
     failure = progress.hosts["gpu-01"].failure
     assert failure is not None
-    assert "kept back" in failure.message
+    assert "its output is hidden" in failure.message
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (75, "1:15"), (3723, "1:02:03")])

@@ -8,7 +8,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.explain.explain import explain, find, recognize, record_failures
 from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES
 
-# What programs really print.
+# Messages that programs print.
 SEEN = {
     "host-key": "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!",
     "jump-host-key": "The jump host bastion before gpu-01 has another host key than ssh knows: it was reimaged, or",
@@ -42,7 +42,7 @@ SEEN = {
     "xid": "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
 }
 
-# Of each, the part of a job's or a play's output that the failure stands in.
+# Output of jobs and plays around each failure.
 LOGS = sorted(Path(__file__).with_name("logs").glob("*/*.txt"))
 
 

@@ -1,4 +1,4 @@
-"""Following a job on several hosts whose connections, containers or readers fail."""
+"""Live output of a job on several hosts whose connections, containers or readers fail."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gone(host: Host) -> State:
 
 
 class Fleet(Ssh):
-    """STAND-IN for hosts behind SSH: each log is one line, each question about the job takes the host's next answer."""
+    """STAND-IN for hosts behind SSH: each log has one line; each query for the job takes the host's next answer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: Sequence[Callable[[Host], State]]) -> None:
         super().__init__()

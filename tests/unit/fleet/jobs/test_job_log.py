@@ -1,4 +1,4 @@
-"""Following an engine's log that is not quite in the order of its time stamps, over a line that breaks."""
+"""Live output of a log that is not strictly in the order of its time stamps, over connections that break."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stamp(tick: int) -> str:
 
 
 class BreakingEngine(Ssh):
-    """STAND-IN for an engine behind SSH: its log from `--since` on; each connection breaks after some lines."""
+    """STAND-IN for an engine behind SSH: sends its log from `--since` on; connections break after some lines."""
 
     def __init__(self, log: list[tuple[int, str]], cuts: list[int]) -> None:
         super().__init__()

@@ -181,7 +181,7 @@ def test_facts_are_parsed() -> None:
 
 
 def test_a_name_on_the_hub_stays_one() -> None:
-    """A folder of that name below the job's working directory comes first there."""
+    """The job prefers a folder of that name below its working directory."""
     spec = make_spec("j", "finetune", finetune(load=Path("mistralai/Mixtral-8x7B-v0.1")), JobOptions(), 1)
     assert spec.config["load"] == "mistralai/Mixtral-8x7B-v0.1"
     assert spec.mounts == ("/data/out",)

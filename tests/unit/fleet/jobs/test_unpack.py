@@ -1,4 +1,4 @@
-"""Nothing that a host sends for `fetch` is written outside of the folder, whatever this Python's tarfile checks."""
+"""Nothing that a host sends for `fetch` is written outside of the folder, independent of the checks of tarfile."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_hostile_archive_is_refused_and_reaches_nothing(case: str, new: Path, 
 
 
 def with_size(entry: bytes, size: bytes) -> bytes:
-    """A header with another size field, its checksum right."""
+    """Return the entry with another size field and a valid checksum."""
     header = bytearray(entry[:512])
     header[124:136] = size
     header[148:156] = b" " * 8

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.ssh.connection import connection_options, destination, ssh_argv
+from mixtral_run.fleet.ssh.connection import Answer, Ssh, connection_options, destination, ssh_argv
 from mixtral_run.fleet.ssh.problems import connection_error, is_dropped
 
 KNOWN = Path("/state/known hosts")
+HOST = parse_host("gpu-01")
 
 
 def test_the_words_of_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +42,7 @@ Host key for [127.0.0.1]:2222 has changed and you have requested strict checking
 Host key verification failed."""
 
 
-# Of a jump host the ssh that goes on to the host hears nothing but the end of the connection.
+# The ssh process that continues to the host learns of the jump host only that the connection ended.
 CHANGED_BEFORE = f"""{CHANGED}
 kex_exchange_identification: Connection closed by remote host
 Connection closed by UNKNOWN port 65535"""
@@ -61,7 +62,7 @@ Connection closed by UNKNOWN port 65535"""
         ),
         ("ssh_exchange_identification: Connection closed by remote host", True),
         ("Connection reset by 10.0.0.1 port 22", True),
-        # A jump host's refusal, and what it says of a host behind it, will be the same again.
+        # A jump host that refuses, or that cannot reach the host, will do so again.
         ("ops@bastion: Permission denied (publickey).\r\nConnection closed by UNKNOWN port 65535\r\n", False),
         (
             "channel 0: open failed: administratively prohibited: open failed\nstdio forwarding failed\n"
@@ -90,14 +91,14 @@ def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
 @pytest.mark.parametrize(
     ("errors", "what", "command"),
     [
-        (CHANGED, "shows another host key", "--accept-new-host-key gpu-01:2222 ops@gpu-01:2222"),
+        (CHANGED, "The host key of gpu-01:2222 has changed", "--accept-new-host-key gpu-01:2222 ops@gpu-01:2222"),
         (
             CHANGED_BEFORE,
             "The jump host [127.0.0.1]:2222 before gpu-01:2222 has another host key",
             "ssh-keygen -R '[127.0.0.1]:2222', then ssh gpu-01",
         ),
         ("ops@gpu-01: Permission denied (publickey).", "refuses the key", "bootstrap --ask-pass ops@gpu-01:2222"),
-        ("ssh: Could not resolve hostname gpu-01: Name or service not known", "is not known", "HostName"),
+        ("ssh: Could not resolve hostname gpu-01: Name or service not known", "cannot be resolved", "HostName"),
         ("ssh: connect to host gpu-01 port 2222: Connection refused", "refuses the connection", "port"),
         ("ssh: connect to host gpu-01 port 2222: Connection timed out", "does not answer", "ping gpu-01"),
         ("kex_exchange_identification: read: Connection reset", "cannot be reached", "ssh -v"),
@@ -108,3 +109,44 @@ def test_what_ssh_says_becomes_what_to_do(errors: str, what: str, command: str) 
     assert what in error.what
     assert command in (error.next_command or "")
     assert error.exit_code == 3
+
+
+def program_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Ssh:
+    """STAND-IN for ssh: a program in its place."""
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return Ssh(tmp_path / "known_hosts")
+
+
+def test_both_outputs_and_the_exit_code_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "cat; echo why >&2; exit 3")
+    data = b"x" * 3_000_000
+    assert ssh.run(HOST, ["true"], stdin=data) == Answer(3, data.decode(), "why\n")
+    assert ssh.run(HOST, ["true"]) == Answer(3, "", "why\n")
+
+
+def test_a_program_that_does_not_read_its_input_is_none_the_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "echo done")
+    assert ssh.run(HOST, ["true"], stdin=b"x" * 3_000_000) == Answer(0, "done\n", "")
+
+
+def test_a_program_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "exec sleep 60")
+    assert ssh.run(HOST, ["true"], timeout_seconds=0.3) == Answer(124, "", "no answer within 0.3 s")
+
+
+@pytest.mark.parametrize("where", ["", ">&2"])
+def test_an_answer_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, f"exec cat /dev/zero {where}")
+    assert ssh.run(HOST, ["true"]) == Answer(1, "", "the answer is longer than 16 MiB")
+
+
+def test_a_line_without_end_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = program_ssh(tmp_path, monkeypatch, "head -c 5000000 /dev/zero | tr '\\0' x; echo; echo end")
+    found: list[str] = []
+    assert ssh.stream(HOST, ["true"], found.append) == 0
+    assert "".join(found) == "x" * 5_000_000 + "end" and found[-1] == "end"
+    assert max(map(len, found)) <= 2 * 2**20

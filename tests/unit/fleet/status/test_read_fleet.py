@@ -1,4 +1,4 @@
-"""What `status` makes of a host's own reading."""
+"""State of a host, computed from the readings of the host."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_stamp_of_another_installation_tells_of_a_reimage(key: str) -> None:
 def test_a_user_who_may_not_use_the_engine_is_told_what_helps() -> None:
     words = "ops: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock"
     told = str(_engine_problem(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
-    assert "may not talk to the engine" in told
+    assert "may not access the engine" in told
     assert '"docker_users": ["ops"]' in told and "--ask-become-pass" in told and "bootstrap gpu-01" in told
     down = str(
         _engine_problem(

@@ -42,7 +42,7 @@ def test_the_image_is_built_from_the_files_of_the_wheel(installed: Path) -> None
         "    print(each)\n"
         "assert any(line.startswith('torch==') for line in kit.pinned())\n"
     )
-    # -P: the checkout, where this runs, is no folder of modules.
+    # -P keeps the current folder out of sys.path.
     argv = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(installed)!r})\n{program}"]
     done = subprocess.run(argv, cwd=installed, check=True, capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 5
