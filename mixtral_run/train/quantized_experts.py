@@ -25,7 +25,7 @@ from mixtral_run.weights.load.read_parts import Part, checksums_of, read_parts
 from mixtral_run.weights.manifest.describe import BaseDescription
 from mixtral_run.weights.mapping.row_index import Slice
 from mixtral_run.weights.quantized_cache import layout
-from mixtral_run.weights.quantized_cache.writer import CannotKeep, Keeping, Writer, begin, in_words
+from mixtral_run.weights.quantized_cache.writer import CacheBuilder, CacheNotWritten, Writer, begin, os_error_text
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,29 @@ class ExpertCache:
         self._base = base
         self._keep = cache
         precision = model.settings.base_precision
-        self._dtype = layout.rounded_to(base.dtype, str(model.settings.dtype).removeprefix("torch."))
-        self._files = layout.Files(layout.kept_folder(base.folder, precision), base.architecture, precision)
+        self._dtype = layout.cast_dtype(base.dtype, str(model.settings.dtype).removeprefix("torch."))
+        self._files = layout.Files(layout.cache_folder(base.folder, precision), base.architecture, precision)
         self._why = ""
-        self._refused: layout.Kept | None = None
+        self._refused: layout.QuantizedCache | None = None
 
-    def find(self) -> layout.Kept | None:
+    def find(self) -> layout.QuantizedCache | None:
         """What is kept and every rank can read. All ranks must call."""
         if self._keep.mode == "no" or self._files.precision == "bf16":
             return None
         mine = self._look()
-        everyones = _of_all_ranks((mine.kept.digest if mine.kept else None, mine.why))
-        if mine.kept is not None and len({digest for digest, _ in everyones}) == 1:
-            return mine.kept
+        everyones = _of_all_ranks((mine.cache.digest if mine.cache else None, mine.why))
+        if mine.cache is not None and len({digest for digest, _ in everyones}) == 1:
+            return mine.cache
         self._why = next((why for _, why in everyones if why), "")
         if not self._why and any(digest is not None for digest, _ in everyones):
             self._why = "not the same for all processes"
         return None
 
-    def reject(self, found: layout.Kept, why: str) -> None:
+    def reject(self, found: layout.QuantizedCache, why: str) -> None:
         """What `find` found is of no use after all. All ranks must call with the same."""
         self._refused, self._why = found, why
 
-    def load(self, found: layout.Kept) -> bool:
+    def load(self, found: layout.QuantizedCache) -> bool:
         """Fill the model's experts from there; False, and they are as before, where its bytes are not what was written.
 
         Memory: the experts' own and what read_parts takes. All ranks must call.
@@ -83,7 +83,7 @@ class ExpertCache:
         parts = list(self._parts())
         places = {part.rows.source: part.place for part in parts}
         try:
-            problems = layout.differing(found, places, checksums_of(places, read_parts(parts)))
+            problems = layout.checksum_problems(found, places, checksums_of(places, read_parts(parts)))
         except WeightsError as error:
             problems = [f"{error.where}: {error.found or error.what}"]
         damaged = [each[0] for each in _of_all_ranks(problems) if each]
@@ -126,7 +126,7 @@ class ExpertCache:
         """Rank 0 makes the files; the others open them where they write."""
         mesh = self._model.processes
         size = self._files.num_bytes / 1e6
-        keeping: Keeping | None = None
+        keeping: CacheBuilder | None = None
         told: list[Any] = [None]
         if mesh.is_first:
             try:
@@ -134,7 +134,7 @@ class ExpertCache:
                 told[0] = keeping.files
                 where = f"in {self._files.folder}, {size:,.0f} MB, for the next start"
                 self._say(f"Keeping the experts in {self._files.precision} {where}")
-            except CannotKeep as error:
+            except CacheNotWritten as error:
                 if error.expected:
                     self._say(self._not_kept(str(error)))
                 else:
@@ -165,11 +165,11 @@ class ExpertCache:
         return mesh.expert_rank * (self._base.architecture.num_experts // mesh.expert_size)
 
     def _is_there_by_now(self) -> bool:
-        there = self._look().kept
+        there = self._look().cache
         return there is not None and (self._refused is None or there.written != self._refused.written)
 
-    def _look(self) -> layout.Look:
-        return layout.look(self._base, self._files.precision, self._dtype)
+    def _look(self) -> layout.CacheLookup:
+        return layout.find_cache(self._base, self._files.precision, self._dtype)
 
     def _tell_failure(self, why: str) -> None:
         self._warn(f"{self._not_kept(why)} (--quantized-cache use does not try)")
@@ -191,7 +191,7 @@ class CacheBuild:
 
     def __init__(
         self,
-        keeping: Keeping | None = None,
+        keeping: CacheBuilder | None = None,
         writer: Writer | None = None,
         values: Mapping[str, Any] | None = None,
         tell: Callable[[str], None] | None = None,
@@ -229,7 +229,7 @@ class CacheBuild:
                 self._keeping.commit(checksums, **{**self._values, "base": base})
                 return
             except OSError as error:
-                failure = in_words(error)
+                failure = os_error_text(error)
         self._keeping.abandon()
         assert self._tell is not None
         self._tell(failure)

@@ -19,7 +19,7 @@ from isal.isal_zlib import crc32
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, processes
 from mixtral_run.train.quantized_experts import CacheOptions
-from mixtral_run.weights.quantized_cache.layout import kept_folder
+from mixtral_run.weights.quantized_cache.layout import cache_folder
 from tests.integration.direct_load_worker import counted_reads
 from tests.integration.layouts_worker import config_of, train
 
@@ -48,7 +48,7 @@ def expert_bytes(model: MixtralModel) -> int:
 def try_layout(mesh: Mesh, base: Path, out: Path, precision: str, dtype: str, layout: str) -> dict[str, Any]:
     """Sums and losses of a run that quantizes, of one that keeps what it quantized, and of one that reads it."""
     config = config_of(base, out, layout, dtype=dtype)
-    folder = kept_folder(base, precision)
+    folder = cache_folder(base, precision)
     if mesh.is_first:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()

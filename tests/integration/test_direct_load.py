@@ -66,7 +66,8 @@ MEMORY = """
 import sys, threading
 from pathlib import Path
 import torch
-from mixtral_run.weights import direct, mapping
+from mixtral_run.weights.load import read_parts as direct
+from mixtral_run.weights.mapping import hf_to_megatron as mapping
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 
 hf, dtype, workers = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])

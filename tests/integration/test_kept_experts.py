@@ -181,7 +181,7 @@ def test_another_run_is_keeping_them(own_checkpoint: Path) -> None:
         other = own_checkpoint / ".quantised-fp8.unfinished-0123456789ab"
         other.mkdir()
         mesh = start(own_checkpoint)
-        assert "another run is keeping them" in mesh.said
+        assert "another run is writing them" in mesh.said
         assert "!" not in mesh.said
         assert other.is_dir()
         assert not folder_of(own_checkpoint).exists()
@@ -255,7 +255,7 @@ def test_a_base_that_cannot_be_read_leaves_nothing(own_hf_model: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mixtral_run.weights import keeping
+from mixtral_run.weights.quantized_cache import writer as keeping
 from tests.support.quantized_cache import start
 
 stage, base = sys.argv[1], Path(sys.argv[2])
@@ -273,7 +273,7 @@ if stage == "writing":
 elif stage == "record":
     keeping.write_manifest = die
 else:
-    keeping.sync_folder = die
+    keeping.sync_path = die
 start(base)
 """
 

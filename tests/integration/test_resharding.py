@@ -252,7 +252,7 @@ MEMORY = """
 import sys, threading
 from pathlib import Path
 import torch
-from mixtral_run.weights import mapping
+from mixtral_run.weights.mapping import hf_to_megatron as mapping
 from mixtral_run.weights.load.reshard import fill
 from mixtral_run.weights.load.read_parts import Target
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights

@@ -1,7 +1,7 @@
-"""Experts in 8 or 4 bit, kept beside the base that they were made of: BASE/quantised-fp8, BASE/quantised-nf4.
+"""Layout of the cache of quantized experts next to their base (BASE/quantised-fp8, BASE/quantised-nf4), and its checks.
 
-A file a layer, an expert's matrices each a tensor: whatever the layout, a rank reads its own experts and nothing else.
-Format in docs/formats.md. Here is what such a folder holds and whether it is the base's; writer.py writes it.
+The cache has one file for each layer, and one tensor for each matrix of each expert: in any TP/EP layout a rank reads
+its own experts and nothing else. docs/formats.md describes the format; writer.py writes it.
 """
 
 from __future__ import annotations
@@ -37,34 +37,37 @@ LAYOUT = 1
 """Version of the files' layout: names, order and shapes of the tensors."""
 LINEARS = ("linear_fc1", "linear_fc2")
 PARTS = ("scales", "values")
-"""In the order of a file: numbers of more bytes first, so that all of them lie aligned."""
+"""The order within a file: elements of more bytes come first, so that all tensors are aligned."""
 
 
-def kept_folder(base: Path, precision: str) -> Path:
-    """Where the experts of the base in that folder are kept."""
+def cache_folder(base: Path, precision: str) -> Path:
+    """Return the folder of the cache that belongs to a base."""
     return base / f"quantised-{precision}"
 
 
 def tensor_name(layer: int, expert: int, linear: str, part: str) -> str:
+    """Return the key of a tensor in its layer's file."""
     return f"layers.{layer}.experts.{expert}.{linear}.{part}"
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a folder, as they follow from the model and the precision alone."""
+    """The files of a cache. Names, sizes and headers follow from architecture and precision alone."""
 
     folder: Path
     architecture: MixtralArchitecture
     precision: str
 
     def file(self, layer: int) -> Path:
+        """Return the path of a layer's file."""
         return self.folder / f"layer_{layer:02d}.safetensors"
 
     def header(self, layer: int) -> bytes:
+        """Return the safetensors header of a layer's file."""
         return mixed_header(self._tensors(layer))
 
     def entries(self, layer: int) -> dict[str, TensorEntry]:
-        """The tensors of a layer's file by name. Raises ValueError where rows cannot be cut into blocks of 4 bit."""
+        """Return the tensors of a layer's file by name. Raises ValueError if rows cannot be cut into nf4 blocks."""
         start = len(self.header(layer))
         found = {}
         for name, (word, shape) in self._tensors(layer).items():
@@ -75,10 +78,11 @@ class Files:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Return the size of all files together."""
         return sum(self.file_bytes(layer) for layer in range(self.architecture.num_layers))
 
     def file_bytes(self, layer: int) -> int:
+        """Return the size of a layer's file."""
         return len(self.header(layer)) + sum(entry.num_bytes for entry in self.entries(layer).values())
 
     def _tensors(self, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -106,12 +110,12 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A whole folder whose experts are those of the base that was asked for.
+class QuantizedCache:
+    """A complete cache that belongs to the base.
 
-    fingerprint: the base's, whole. sources: CRC-32 of the experts' HF tensors, where the base is an HF model.
-    checksums: of the folder's own tensors. digest: the same on all ranks that see the same content. written: inode and
-    time of the record, others once a folder was made again.
+    fingerprint: the base's whole fingerprint. sources: CRC-32 of the experts' HF tensors, empty unless the base is an
+    HF model. checksums: CRC-32 of the cache's own tensors. digest: equal on all ranks that see the same content.
+    written: inode and time of the manifest, which change when the cache is made again.
     """
 
     files: Files
@@ -123,19 +127,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was found where experts would be kept: them, or why not; the reason is empty where there is nothing."""
+class CacheLookup:
+    """Result of a search: the cache, or None and the reason, which is empty if there is no folder."""
 
-    kept: Kept | None
+    cache: QuantizedCache | None
     why: str = ""
 
 
 def identity(base: BaseDescription) -> dict[str, Any]:
-    """What tells, without reading its experts, that a base is still the one that others were made of.
+    """Return values that show, without reading the experts, that a base has not changed since a cache was made.
 
-    Of a checkpoint its fingerprint, its iteration and the CRC-32 of that iteration's map of tensors: Megatron-LM, which
-    trains on from it in the same folder, leaves the fingerprint as it is. An HF model has no record: size and time of
-    change of its files; the weights that every start reads are compared once they are read.
+    For a checkpoint: fingerprint, iteration and the CRC-32 of the iteration's `.metadata`, since Megatron-LM, which
+    continues training in the same folder, leaves the fingerprint as it is. An HF model has no manifest: size and time
+    of change of its files; the weights that every start reads are compared once they are read.
     """
     if base.weights is None:
         folder = newest_iteration(base.folder)
@@ -145,31 +149,31 @@ def identity(base: BaseDescription) -> dict[str, Any]:
     return {"files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 
 
-def rounded_to(stored: str, model: str) -> str:
-    """The dtype that experts have when they are quantized: the stored one, unless the model's holds less of it."""
+def cast_dtype(stored: str, model: str) -> str:
+    """Return the dtype of experts when they are quantized: the stored one, or the model's if it is less precise."""
     return stored if model in (stored, "float32") else model
 
 
-def look(base: BaseDescription, precision: str, dtype: str) -> Look:
-    """What is kept of this base's experts. dtype: see `rounded_to`. Reads the record and the files' headers."""
-    folder = kept_folder(base.folder, precision)
+def find_cache(base: BaseDescription, precision: str, dtype: str) -> CacheLookup:
+    """Look for a usable cache of this base. dtype: see `cast_dtype`. Reads the manifest and the files' headers."""
+    folder = cache_folder(base.folder, precision)
     if not folder.exists():
-        return Look(None)
+        return CacheLookup(None)
     try:
         manifest = read_manifest(folder, QuantizedCacheManifest)
         files = Files(folder, base.architecture, precision)
         why = _of_another(manifest, base, files, dtype) or next(iter(file_problems(files)), None)
         if why is None:
-            return Look(_kept(manifest, files))
+            return CacheLookup(_cache_of(manifest, files))
     except WeightsError as error:
         why = error.found or "; ".join(error.problems) or error.what
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
-    return Look(None, why)
+    return CacheLookup(None, why)
 
 
 def _of_another(manifest: QuantizedCacheManifest, base: BaseDescription, files: Files, dtype: str) -> str | None:
-    """How the record differs from what is wanted."""
+    """Return how the manifest differs from what is wanted, None if it does not."""
     from mixtral_run.model.kernels.quantized.quantized_mm import KEPT_AS
 
     wanted = {
@@ -191,7 +195,7 @@ def _of_another(manifest: QuantizedCacheManifest, base: BaseDescription, files: 
 
 
 def file_problems(files: Files) -> list[str]:
-    """A line for each file that cannot be the folder's, by size and header."""
+    """Return a line for each file of the wrong size or with the wrong header."""
     problems = []
     for layer in range(files.architecture.num_layers):
         file, header = files.file(layer), files.header(layer)
@@ -209,7 +213,7 @@ def file_problems(files: Files) -> list[str]:
     return problems
 
 
-def _kept(manifest: QuantizedCacheManifest, files: Files) -> Kept:
+def _cache_of(manifest: QuantizedCacheManifest, files: Files) -> QuantizedCache:
     checksums = manifest.checksums
     for layer in range(files.architecture.num_layers):
         missing = files.entries(layer).keys() - checksums.keys()
@@ -218,36 +222,37 @@ def _kept(manifest: QuantizedCacheManifest, files: Files) -> Kept:
     digest = zlib.crc32(json.dumps(manifest.values, sort_keys=True).encode())
     stat = (files.folder / MANIFEST_NAME).stat()
     written = (stat.st_ino, stat.st_mtime_ns)
-    return Kept(files, manifest.base.fingerprint, manifest.source_checksums, checksums, digest, written)
+    return QuantizedCache(files, manifest.base.fingerprint, manifest.source_checksums, checksums, digest, written)
 
 
-def beside(base: BaseDescription) -> dict[str, Look]:
-    """What is kept beside a base, by precision; of which dtype does not matter."""
+def find_caches(base: BaseDescription) -> dict[str, CacheLookup]:
+    """Look for the caches of a base in all precisions, whichever dtype they were made from."""
     found = {}
     for precision in BASE_PRECISIONS:
-        folder = kept_folder(base.folder, precision)
+        folder = cache_folder(base.folder, precision)
         if is_kind(folder, KIND):
-            found[precision] = look(base, precision, str(read_values(folder).get("dtype")))
+            found[precision] = find_cache(base, precision, str(read_values(folder).get("dtype")))
     return found
 
 
-def check(kept: Kept, advance: Callable[[int], None] = lambda _: None) -> list[str]:
-    """Read every byte once; a line for each tensor that is not what was written."""
+def check(cache: QuantizedCache, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Read every byte once; return a line for each tensor that differs from what was written."""
     problems = []
-    for layer in range(kept.files.architecture.num_layers):
-        sources = {name: source_of(entry) for name, entry in kept.files.entries(layer).items()}
-        problems += differing(kept, sources, source_checksums(sources, advance=advance))
+    for layer in range(cache.files.architecture.num_layers):
+        sources = {name: source_of(entry) for name, entry in cache.files.entries(layer).items()}
+        problems += checksum_problems(cache, sources, source_checksums(sources, advance=advance))
     return problems
 
 
-def differing(kept: Kept, sources: Mapping[str, Source], found: Mapping[str, int]) -> list[str]:
-    """A line for each tensor whose bytes, by their CRC-32, are others than those that were written."""
+def checksum_problems(cache: QuantizedCache, sources: Mapping[str, Source], found: Mapping[str, int]) -> list[str]:
+    """Return a line for each tensor whose CRC-32 differs from the one that was recorded."""
     return [
-        f"{sources[name].file.name}: {name}: expected CRC-32 {kept.checksums[name]:08x}; found {crc:08x}"
+        f"{sources[name].file.name}: {name}: expected CRC-32 {cache.checksums[name]:08x}; found {crc:08x}"
         for name, crc in found.items()
-        if crc != kept.checksums[name]
+        if crc != cache.checksums[name]
     ]
 
 
 def source_of(entry: TensorEntry) -> Source:
+    """Return the place of a tensor's bytes."""
     return Source(entry.file, entry.start, entry.num_bytes)

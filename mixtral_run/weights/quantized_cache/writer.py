@@ -1,6 +1,6 @@
-"""Writing the folder of layout.py: under another name, every rank its experts, renamed once all of it is on the disk.
+"""Write the cache that layout.py describes: each rank writes its experts, and a complete folder is renamed into place.
 
-Nothing here may end a training: what keeps the folder from being made is a `CannotKeep` with the reason in words.
+No failure to write a cache ends a training run: it is raised as CacheNotWritten, with the reason for the warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.disk import allocate
 from mixtral_run.weights.io.files import sync_path
 from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
-from mixtral_run.weights.quantized_cache.layout import KIND, Files, kept_folder, tensor_name
+from mixtral_run.weights.quantized_cache.layout import KIND, Files, cache_folder, tensor_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 8 * 2**20
 
 
-class CannotKeep(Exception):
-    """Why experts are not kept. `expected`: another run sees to it, or has; nobody need be warned."""
+class CacheNotWritten(Exception):
+    """Raised if no cache can be written. expected: another run writes it, or has written it; no warning is due."""
 
     def __init__(self, why: str, *, expected: bool = False) -> None:
         super().__init__(why)
         self.expected = expected
 
 
-class Keeping:
-    """A folder in the making. Made and ended by one process of a job; the others write into `files` with a Writer.
+class CacheBuilder:
+    """A cache that is being written. One process of a job begins and ends it; all write into `files` with a Writer.
 
-    Of several jobs on a host, or on hosts that share the disk, one holds the lock and makes the folder.
+    If several jobs on a host, or on hosts that share the disk, want the same cache, the holder of the lock writes it.
     """
 
     def __init__(self, final: Path, files: Files, lock: int, lock_file: Path) -> None:
@@ -51,8 +51,8 @@ class Keeping:
         self._lock_file = lock_file
 
     def commit(self, checksums: Mapping[str, int], **values: Any) -> None:
-        """Write the record and put the folder in its place. Raises OSError; then `abandon`."""
-        # What is of no use any more went when this began: the place is free, unless someone else's folder took it.
+        """Write the manifest and rename the folder into place. Raises OSError; the caller then calls `abandon`."""
+        # `begin` removed an unusable cache: the name is free, unless somebody else's folder took it meanwhile.
         write_manifest(
             self.files.folder, KIND, **values, tensors={name: f"{crc:08x}" for name, crc in checksums.items()}
         )
@@ -62,7 +62,7 @@ class Keeping:
         self._release()
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Remove the unfinished folder and release the lock."""
         shutil.rmtree(self.files.folder, ignore_errors=True)
         self._release()
 
@@ -72,58 +72,59 @@ class Keeping:
             self._lock = -1
 
 
-def begin(base: Path, wanted: Files, reserve_bytes: int, is_there: Callable[[], bool]) -> Keeping:
-    """Take the lock, clear what earlier runs left, and make the files with their headers, room for the rest reserved.
+def begin(base: Path, wanted: Files, reserve_bytes: int, is_there: Callable[[], bool]) -> CacheBuilder:
+    """Take the lock, remove leftovers of earlier runs, and create the files with headers and reserved disk space.
 
-    wanted: the files in their final folder, where nothing usable was found; is_there: whether something is by now.
-    reserve_bytes: what the run itself will write to that disk. Raises CannotKeep.
+    wanted: the files in their final folder, where no usable cache was found. is_there: tells if there is one by now.
+    reserve_bytes: disk space that the run itself will need. Raises CacheNotWritten.
     """
-    final = kept_folder(base, wanted.precision)
+    final = cache_folder(base, wanted.precision)
     lock_file = base / f".{final.name}.lock"
     lock = _take_lock(lock_file)
     work = base / f".{final.name}.unfinished-{uuid.uuid4().hex[:12]}"
     try:
         if is_there():
-            raise CannotKeep("another run has kept them meanwhile", expected=True)
-        # While the lock is held no other run's work has such a name.
+            raise CacheNotWritten("another run has written them meanwhile", expected=True)
+        # While the lock is held, no other run has an unfinished folder of this name.
         for left in base.glob(f".{final.name}.unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
         _clear(final)
-        _check_room(base, wanted.num_bytes, reserve_bytes)
+        _check_disk_space(base, wanted.num_bytes, reserve_bytes)
         files = Files(work, wanted.architecture, wanted.precision)
         work.mkdir()
         for layer in range(files.architecture.num_layers):
             _begin_file(files, layer)
-        return Keeping(final, files, lock, lock_file)
+        return CacheBuilder(final, files, lock, lock_file)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         _unlock(lock, lock_file)
         if isinstance(error, OSError):
-            raise CannotKeep(in_words(error)) from error
+            raise CacheNotWritten(os_error_text(error)) from error
         raise
 
 
-def in_words(error: OSError) -> str:
+def os_error_text(error: OSError) -> str:
+    """Return the file and the reason of an OSError in one line."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 
 
 def _clear(final: Path) -> None:
-    """Make the place free: a folder of ours was found to be of no use."""
+    """Remove a cache that was found to be unusable. Raises CacheNotWritten if the kit did not write the folder."""
     if not final.exists():
         return
     if not is_kind(final, KIND):
-        raise CannotKeep(f"{final} is none of this kit's, or damaged: it can be removed by hand")
+        raise CacheNotWritten(f"{final} was not written by mixtral-run, or is damaged: it can be removed by hand")
     shutil.rmtree(final)
 
 
-def _check_room(base: Path, needed: int, reserve_bytes: int) -> None:
-    # A quarter more, as others write to the disk too: a full one would stop them all.
+def _check_disk_space(base: Path, needed: int, reserve_bytes: int) -> None:
+    # A quarter more, because others write to the disk too: a full disk would stop them all.
     margin = max(GIB, needed // 4) + reserve_bytes
     free = free_bytes(base)
     if free < needed + margin:
-        raise CannotKeep(
-            f"expected {(needed + margin) / GIB:,.1f} GiB free, {margin / GIB:,.1f} of them to be left; "
+        raise CacheNotWritten(
+            f"expected {(needed + margin) / GIB:,.1f} GiB free, {margin / GIB:,.1f} of them to remain free; "
             f"found {free / GIB:,.1f}"
         )
 
@@ -140,23 +141,26 @@ def _begin_file(files: Files, layer: int) -> None:
 
 
 def _take_lock(lock_file: Path) -> int:
-    """An open, locked descriptor. The file is removed with the lock: whoever opened it before has to look again."""
+    """Return an open, locked descriptor.
+
+    The file is removed together with the lock, so the name is checked again once the lock is held.
+    """
     while True:
         try:
             descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise CannotKeep(in_words(error)) from error
+            raise CacheNotWritten(os_error_text(error)) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock_file.exists() and os.path.samestat(os.fstat(descriptor), lock_file.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise CannotKeep("another run is keeping them", expected=True) from None
+            raise CacheNotWritten("another run is writing them", expected=True) from None
         except OSError as error:
             os.close(descriptor)
-            # Without locks a run could not tell another's work from what was left behind.
-            raise CannotKeep(f"{lock_file.parent} cannot be locked: {error.strerror}") from error
+            # Without locks a run could not tell another run's unfinished folder from a leftover.
+            raise CacheNotWritten(f"{lock_file.parent} cannot be locked: {error.strerror}") from error
         os.close(descriptor)
 
 
@@ -167,32 +171,32 @@ def _unlock(descriptor: int, lock_file: Path) -> None:
 
 
 class Writer:
-    """One rank's part of the writing: beside the work, in a thread, at most a layer's experts behind.
+    """Writes one rank's experts in a thread of its own, at most one layer behind.
 
-    first_expert: the number of the first that this rank holds. What fails is kept as `failure`, and nothing more is
-    written.
+    first_expert: the number of the first expert of this rank. After an error `failure` has its text, and nothing more
+    is written.
     """
 
     def __init__(self, files: Files, first_expert: int) -> None:
         self._files = files
         self._first = first_expert
-        self._pool = ThreadPoolExecutor(1, "keep")
+        self._pool = ThreadPoolExecutor(1, "quantized-cache")
         self._pending: Future[None] | None = None
         self.checksums: dict[str, int] = {}
         self.failure: str | None = None
 
     def add(self, layer: int, tensors: Mapping[tuple[str, str], Tensor]) -> None:
-        """A layer's experts: (linear, part) → [local experts, …], which must stay as they are.
+        """Write a layer's experts. tensors: (linear, part) → [local experts, …], which the caller must not change.
 
-        Returns once the layer before is written.
+        Returns once the previous layer is written.
         """
-        mesh = {key: tensor.cpu() for key, tensor in tensors.items()} if self.failure is None else {}
+        on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()} if self.failure is None else {}
         self._wait()
         if self.failure is None:
-            self._pending = self._pool.submit(self._write, layer, mesh)
+            self._pending = self._pool.submit(self._write, layer, on_cpu)
 
     def finish(self) -> None:
-        """Until everything added is on the disk, or has failed."""
+        """Wait until everything that was added is on the disk or has failed."""
         self._wait()
         self._pool.shutdown()
 
@@ -202,7 +206,7 @@ class Writer:
         error = self._pending.exception()
         self._pending = None
         if isinstance(error, OSError):
-            self.failure = in_words(error)
+            self.failure = os_error_text(error)
         elif error is not None:
             raise error
 
@@ -220,7 +224,7 @@ class Writer:
 
 
 def _write_tensor(descriptor: int, entry: TensorEntry, tensor: Tensor) -> int:
-    """CRC-32 of what was written."""
+    """Write a tensor's bytes; return their CRC-32."""
     import torch
 
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data.cast("B")

@@ -1,4 +1,4 @@
-"""What `verify` says of experts that are kept in 8 or 4 bit beside a base."""
+"""Verify the caches of quantized experts that are stored next to a base."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.quantized_cache import layout
 
 
-def verify_kept(load: Path, report: Report, *, proof: bool, fingerprint: str) -> tuple[dict[str, Any], list[str]]:
-    """Tell of each folder whether runs use it; with `proof` read every byte of those.
+def verify_quantized_caches(
+    load: Path, report: Report, *, proof: bool, fingerprint: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Report for each cache whether runs use it; with `proof` read every byte of those that are used.
 
-    fingerprint: the base's whole one, as read where all of it was. Returns what goes into the JSON report by precision,
-    and faults.
+    fingerprint: the base's whole fingerprint. Returns the part of the JSON report, by precision, and the problems.
     """
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     problems: list[str] = []
-    for precision, look in layout.beside(describe_base(load)).items():
-        folder = layout.kept_folder(load, precision)
-        told[precision] = {"path": str(folder), "used": look.kept is not None, "why_not": look.why or None}
-        if look.kept is None:
+    for precision, lookup in layout.find_caches(describe_base(load)).items():
+        folder = layout.cache_folder(load, precision)
+        used = lookup.cache is not None
+        reported[precision] = {"path": str(folder), "used": used, "why_not": lookup.why or None}
+        if lookup.cache is None:
             report.warn(
-                f"{folder.name} is not used: {look.why}; the next run on this base makes it again, or remove it"
+                f"{folder.name} is not used: {lookup.why}; the next run on this base makes it again, or remove it"
             )
             continue
-        size = look.kept.files.num_bytes
-        told[precision]["num_bytes"] = size
-        if look.kept.fingerprint != fingerprint:
+        size = lookup.cache.files.num_bytes
+        reported[precision]["num_bytes"] = size
+        if lookup.cache.fingerprint != fingerprint:
             problems.append(
-                f"{folder.name}: made of a base with fingerprint {look.kept.fingerprint}, not {fingerprint}: remove it"
+                f"{folder.name}: made of a base with fingerprint {lookup.cache.fingerprint}, not {fingerprint}: "
+                "remove it"
             )
         elif proof:
             with report.progress(size, "read") as progress:
-                found = layout.check(look.kept, progress.advance)
+                found = layout.check(lookup.cache, progress.advance)
             problems += [f"{folder.name}/{problem}: remove the folder, runs make it again" for problem in found]
             if not found:
                 report.done(f"{folder.name}: every byte is what was written ({size / 1e6:,.0f} MB)")
         else:
-            report.say(f"  experts in {precision} are kept in {folder.name}: {size / 1e6:,.0f} MB")
-    return told, problems
+            report.say(f"  {folder.name}: quantized experts in {precision}, {size / 1e6:,.0f} MB")
+    return reported, problems

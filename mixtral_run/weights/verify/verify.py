@@ -27,7 +27,7 @@ from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_pr
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from mixtral_run.weights.verify.compare_tensors import Comparing, Difference
-from mixtral_run.weights.verify.quantized_cache import verify_kept
+from mixtral_run.weights.verify.quantized_cache import verify_quantized_caches
 
 _MOST_TOLD = 20
 
@@ -183,7 +183,7 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
 def _with_kept(
     result: VerifyResult, config: VerifyConfig, fingerprint: str, report: Report, *, proof: bool
 ) -> VerifyResult:
-    told, problems = verify_kept(config.load, report, proof=proof, fingerprint=fingerprint)
+    told, problems = verify_quantized_caches(config.load, report, proof=proof, fingerprint=fingerprint)
     return dataclasses.replace(result, kept=told, problems=(*result.problems, *problems))
 
 
