@@ -55,9 +55,24 @@ def test_variables_bear_the_roles_name(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_readme_tells_what_the_role_does_and_takes_back(role: str) -> None:
+def test_readme_has_an_example_tags_and_every_variable_with_its_default(role: str) -> None:
     text = (ROOT / f"roles/{role}/README.md").read_text()
-    assert text.startswith(f"# {role}\n") and "absent" in text
+    assert text.startswith(f"# {role}\n") and f"{role}_state: absent" in text
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| `(.*?)` \| \S", text, re.MULTILINE))
+    assert set(rows) == set(_options(role))
+    for name, option in _options(role).items():
+        assert rows[name] in (json.dumps(option["default"], ensure_ascii=False), "defaults/main.yml"), name
+    example = text.partition("## Example\n\n")[2].partition("\n\n")[0]
+    (play,) = yaml.safe_load(example)
+    assert set(play["roles"][0]["vars"]) <= set(_options(role))
+    tags = {
+        tag
+        for path in (ROOT / "roles" / role / "tasks").glob("*.yml")
+        for tag in re.findall(r"role_[a-z]+", path.read_text())
+        if tag != "role_path"
+    }
+    line = next(line for line in text.splitlines() if line.startswith("Tags: "))
+    assert set(re.findall(r"role_[a-z]+", line)) == tags - {"role_path"}
 
 
 def test_group_vars_name_only_variables_that_exist() -> None:
