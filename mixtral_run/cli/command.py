@@ -20,8 +20,8 @@ PROBLEMS = "mixtral_run.problems"
 """Key of a click context's `meta`: the lines for the words that were not understood."""
 
 SECTIONS = (
-    "Hosts", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA", "Memory and precision",
-    "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts", "Other",
+    "Hosts", "Provisioning", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA",
+    "Memory and precision", "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts", "Other",
 )  # fmt: skip
 """Sections of --help in their order."""
 

@@ -1,4 +1,4 @@
-"""The click root. Verbs are loaded when they are called; this is the only place that prints an error or exits."""
+"""Root of the command line. It imports a verb only if it is called, and prints every error and sets the exit code."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
 
 VERBS: dict[str, str] = {
-    "bootstrap": "Bare hosts → Docker, NVIDIA toolkit, swap, HF cache, image, proof; over SSH.",
-    "status": "What every host has, and what differs; as a table, JSON or a page.",
-    "explain": "Why something fails, and what to do.",
-    "up": "From a bare host to your adapter, here: bootstrap, convert, finetune, export, fetch.",
-    "jobs": "The jobs that --on started.",
-    "logs": "What a job printed; -f follows it.",
-    "stop": "Ask a job to save and end.",
-    "fetch": "Bring here what a job wrote.",
-    "convert": "HF weights → a Megatron torch_dist checkpoint, streamed.",
-    "verify": "Say what a checkpoint is; compare it with its source bit by bit.",
-    "plan": "GiB a GPU by part for each layout of a LoRA run, the best that fits first.",
-    "finetune": "LoRA on a converted checkpoint, one adapter an expert.",
-    "pretrain": "A few iterations of full training, to prove that a layout trains.",
-    "generate": "Continue prompts with a checkpoint, with or without an adapter.",
-    "export": "Adapter → PEFT directory, or a merged HF model.",
+    "bootstrap": "Set up bare hosts over SSH: Docker, NVIDIA toolkit, swap, HF cache, image, acceptance test.",
+    "status": "Show the state of every host and where hosts differ: table, JSON or HTML page.",
+    "explain": "Explain a failure and what to do.",
+    "up": "Go from a bare host to an adapter here: bootstrap, convert, finetune, export, fetch.",
+    "jobs": "List the jobs that --on started.",
+    "logs": "Show the output of a job; -f follows it.",
+    "stop": "Ask a job to save and stop.",
+    "fetch": "Copy the output of a job to this machine.",
+    "convert": "Convert HF weights to a Megatron torch_dist checkpoint, streamed.",
+    "verify": "Describe a checkpoint; compare it with its source bit by bit.",
+    "plan": "Print the memory per GPU of each layout of a LoRA run; the best that fits comes first.",
+    "finetune": "Fine-tune a base model with LoRA, one adapter per expert.",
+    "pretrain": "Train all weights for a few iterations, to prove that a layout trains.",
+    "generate": "Continue prompts with a base model, with or without an adapter.",
+    "export": "Write an adapter as a PEFT directory, or merged into an HF model.",
     "smoke": "Convert, train, fine-tune and generate on this machine; pass or fail.",
-    "rehearse": "The whole job at small size, every step proved.",
+    "rehearse": "Run the whole job at small size and prove every step.",
 }
-"""Verb → the line `mixtral-run --help` shows. Each is a function of that name in `commands/VERB.py`, or where MODULES
-says."""
+"""Line of each verb in `mixtral-run --help`. The verb is a function of that name in `commands/VERB.py`, or in the
+module that MODULES names."""
 
 MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
 
 
 class LazyGroup(click.Group):
-    """A group that imports a verb's module only when the verb is called, so that --help stays fast."""
+    """Group of the verbs. It imports the module of a verb only if the verb is called, so that --help is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
@@ -57,7 +57,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if not ctx.resilient_parsing and self.get_command(ctx, _with_dashes(args[0])) is None:
+        if not ctx.resilient_parsing and _with_dashes(args[0]) not in VERBS:
             meant = or_words(close_to(_with_dashes(args[0]), VERBS))
             raise ConfigError(
                 f"There is no verb {args[0]!r}.",
@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
 
 
 def _with_dashes(token: str) -> str:
-    """Flags take underscores and dashes alike: `--hf_model_path` is `--hf-model-path`."""
+    """Return the token with dashes, so that `--hf_model_path` is the same flag as `--hf-model-path`."""
     return token.replace("_", "-")
 
 
@@ -86,11 +86,11 @@ def _with_dashes(token: str) -> str:
     },
 )
 @click.version_option(__version__, prog_name="mixtral-run")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error and the warnings of libraries.")
 def root(debug: bool) -> None:
     """Convert and LoRA-fine-tune Mixtral 8x7B with Megatron.
 
-    Each verb starts its own processes where it needs several; under torchrun it uses those that were started.
+    A verb that needs several processes starts them itself. Under torchrun it uses the processes of torchrun.
     """
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"

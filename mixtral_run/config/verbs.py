@@ -1,4 +1,7 @@
-"""Settings of each verb: frozen dataclasses, which travel as JSON. Standard library only."""
+"""Settings of the verbs: frozen dataclasses, which travel as JSON. Standard library only.
+
+Those of `plan` are in plan.py, those of `smoke` and `rehearse` in trial.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.fields import Config, flag_of, setting
-from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS
 
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""
@@ -346,51 +348,6 @@ class FinetuneConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(Config):
-    """Memory of each layout, computed before anything runs."""
-
-    gpus: int = setting(8, help="GPUs of the job.", minimum=1, section=LAYOUT)
-    gpu: str | None = setting(
-        None,
-        help="GPU model to plan for. Default: the GPU of this machine, else Hopper (H100, H200).",
-        choices=tuple(GPU_MODELS),
-        section=MEMORY,
-    )
-    gpu_memory: float | None = setting(
-        None,
-        help=f"Memory of one GPU in GiB. Default: that of --gpu, else {DEFAULT_MEMORY_GIB:g}.",
-        above=0,
-        section=MEMORY,
-    )
-    load: Path | None = setting(
-        None, help="Converted checkpoint or HF model to plan for. Default: Mixtral 8x7B.", section=LAYOUT
-    )
-    seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
-    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
-    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
-    lora_dropout: float = setting(
-        0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
-    )
-    lora_target_modules: tuple[str, ...] = setting(
-        LORA_TARGET_MODULES,
-        help="Layers that get an adapter, separated by commas.",
-        choices=LORA_TARGET_MODULES,
-        section=LORA,
-    )
-    base_precision: str = setting(
-        "bf16", help="Storage of the frozen experts.", choices=BASE_PRECISIONS, section=MEMORY
-    )
-    host_memory: float | None = setting(
-        None,
-        help="RAM of one host in GiB, as the limit of --recompute offload. Default: no limit.",
-        above=0,
-        section=MEMORY,
-    )
-    all: bool = setting(False, help="Also show the layouts that do not fit.", section=OUTPUT)
-    json: bool = setting(False, help="Print the plan as JSON.", section=OUTPUT)
-
-
-@dataclass(frozen=True, kw_only=True)
 class UpConfig(FinetuneConfig):
     """All steps from a bare host to an adapter on this machine.
 
@@ -497,54 +454,3 @@ class ExportConfig(Config):
     )
     merge: bool = setting(False, help="Write a full HF model with the adapter merged in, streamed.", section=OUTPUT)
     overwrite: bool = setting(False, help="Replace an earlier export in the output folder.", section=OUTPUT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmokeConfig(LaunchConfig):
-    """Test of conversion, training, fine-tuning and generation on this machine."""
-
-    hf_model_path: str | None = setting(
-        None, help="HF model to convert if --load holds no checkpoint yet.", section=LAYOUT
-    )
-    random_layers: int | None = setting(
-        None,
-        help="Create a random Mixtral of full width with this many layers instead. Nothing is downloaded.",
-        minimum=1,
-        section=LAYOUT,
-    )
-    load: Path = setting(
-        Path("smoke/checkpoint"), help="Converted checkpoint; created if it is missing.", section=LAYOUT
-    )
-    work_path: Path = setting(
-        Path("smoke"),
-        help="Folder for the adapter and the report. Those of an earlier smoke test are replaced.",
-        section=OUTPUT,
-    )
-    seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
-    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
-    global_batch_size: int = setting(8, help="Samples per iteration.", minimum=1, section=DATA)
-    train_iters: int = setting(10, help="Iterations of each training.", minimum=1, section=DATA)
-    recompute_activations: bool = setting(
-        True, help="Recompute all activations of a layer in the backward pass.", section=MEMORY
-    )
-    json: bool = setting(False, help="Print the report as JSON.", section=OUTPUT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RehearseConfig(Config):
-    """The whole job at small size."""
-
-    work_path: Path = setting(
-        Path("rehearsal"), help="Folder for all files. That of an earlier rehearsal is replaced.", section=OUTPUT
-    )
-    device: str = setting(
-        "auto",
-        help="Device to run on. auto takes the GPUs if there are any.",
-        choices=("auto", "cuda", "cpu"),
-        section=PROCESSES,
-    )
-    seed: int = setting(1234, help="Random seed of the model and of training.", minimum=0, section=PROCESSES)
-    host: bool = setting(
-        False, help="Provision a throw-away host over SSH and rehearse in its container instead.", section="Hosts"
-    )
-    json: bool = setting(False, help="Print the report as JSON.", section=OUTPUT)

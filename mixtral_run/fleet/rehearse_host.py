@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.verbs import RehearseConfig
+from mixtral_run.config.trial import RehearseConfig
 from mixtral_run.errors import CheckFailed
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host, forget_hosts

@@ -9,16 +9,18 @@ import importlib
 import os
 import signal
 
-from mixtral_run.launch.processes import PRELOAD_VARIABLE
-from mixtral_run.report import quiet_libraries
-
 # Ctrl-C reaches the fork server as well; only the command itself reports the interruption.
 _handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
+    from mixtral_run.launch.processes import PRELOAD_VARIABLE
+    from mixtral_run.report import quiet_libraries
+
     quiet_libraries()
 
     # torch imports torch._dynamo with the first optimizer. The kernels need Triton on GPUs.
     import torch._dynamo
+
+    import mixtral_run.launch.run_job  # noqa: F401 - every process calls it
 
     for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(",")):
         importlib.import_module(_name)

@@ -34,7 +34,7 @@ class Job:
     """
 
     entry_point: str
-    preload: tuple[str, ...] = ("torch",)
+    preload: tuple[str, ...] = ()
 
     def import_ahead(self) -> None:
         """Start the imports in the background. Call this before the parent imports torch."""

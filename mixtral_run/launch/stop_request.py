@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM, Ctrl-C or a lost terminal ends a run after the iteration under way, with its checkpoint."""
+"""Graceful stop: after SIGTERM, SIGINT or SIGHUP a run ends its current iteration and saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether a stop was asked for, on any rank."""
+    """A request to stop the run, made on any rank."""
 
     ended_a_run = False
-    """Whether one was, as far as this process knows, in any run of it."""
+    """True once any run of this process was asked to stop, as far as this process knows."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._asked = False
 
     def ask(self, signal_number: int, frame: FrameType | None) -> None:
+        """Handle a signal: request the stop."""
         del signal_number, frame
         self._asked = StopRequest.ended_a_run = True
 
     def agreed(self) -> bool:
-        """True on all ranks once any was asked. All ranks must call: a signal reaches them at different iterations."""
+        """Return True on all ranks once any rank was asked to stop. All ranks must call.
+
+        A signal reaches the ranks in different iterations, so a rank must not act on it alone.
+        """
         asked = torch.tensor(float(self._asked))
         if self._mesh.world_size > 1:
-            # Over gloo, on the host: the flag must not wait for the GPU's queue.
+            # A CPU tensor goes over gloo, so that the flag does not wait for the kernels in the GPU's queue.
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         StopRequest.ended_a_run |= bool(asked)
         return bool(asked)
@@ -41,11 +45,11 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(mesh: Mesh) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT and SIGHUP into a request while the block runs."""
+    """Turn SIGTERM, SIGINT and SIGHUP into a stop request while the context is open."""
     request = StopRequest(mesh)
-    kept = {number: signal.signal(number, request.ask) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, request.ask) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,6 @@
-"""`python -m mixtral_run.launch.torchrun`: torch's own torchrun, which tells a job that was asked to end from one
-that failed.
+"""`python -m mixtral_run.launch.torchrun`: torch's torchrun with an exit code of its own for a job that a signal ended.
 
-Torch's ends with 1 and a traceback after SIGTERM, however well its processes saved.
+torchrun itself ends with 1 and a traceback after SIGTERM, even if all processes saved and ended well.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run torchrun with this program's own words. After a signal the exit code is 128 plus its number."""
+    """Run torchrun with the arguments of this program. After a signal the exit code is 128 plus the signal's number."""
     from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
     from torch.distributed.run import main as torchrun
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
-from mixtral_run.config.verbs import PlanConfig
+from mixtral_run.config.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner.available import local_gpu

@@ -1,4 +1,4 @@
-"""What is said while something takes its time."""
+"""Reports of work whose progress is unknown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mixtral_run.report import Report
 
 
-def test_waiting_says_what_and_for_how_long_until_it_is_over() -> None:
+def test_waiting_reports_the_elapsed_time_until_the_end() -> None:
     stream = io.StringIO()
     with Report(stream).waiting("Building", every_seconds=0.05):
         until = time.monotonic() + 20
@@ -23,7 +23,7 @@ def test_waiting_says_what_and_for_how_long_until_it_is_over() -> None:
     assert stream.getvalue().splitlines() == said
 
 
-def test_waiting_ends_with_an_error_and_silence_stays_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_ends_with_an_error_and_a_silent_report_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="broken"), Report.silent().waiting("Building", every_seconds=0.01):
         time.sleep(0.05)
         raise ValueError("broken")

@@ -13,7 +13,7 @@ from mixtral_run.cli.command import Option, VerbCommand, WholeNumber
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _secret = partial(click.option, cls=Option, section="Login and secrets")
-_option = partial(click.option, cls=Option)
+_provision = partial(click.option, cls=Option, section="Provisioning")
 
 
 @click.command(
@@ -31,10 +31,10 @@ _option = partial(click.option, cls=Option)
     help="Ansible inventory, in place of hosts on the command line.",
 )
 @_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
-@_option("--check", is_flag=True, help="Change nothing; report what would change. Works on bare hosts.")
-@_option("--diff", is_flag=True, help="Show the changes of files.")
-@_option("--tags", metavar="ROLE,…", help="Only these roles, such as docker,swap.")
-@_option("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the roles.")
+@_provision("--check", is_flag=True, help="Change nothing; report what would change. Works on bare hosts.")
+@_provision("--diff", is_flag=True, help="Show the changes of files.")
+@_provision("--tags", metavar="ROLE,…", help="Only these roles, such as docker,swap.")
+@_provision("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the roles.")
 @_secret("--hf-token-file", metavar="FILE", help="File with a Hugging Face token. -: prompt for the token.")
 @_secret("-K", "--ask-become-pass", is_flag=True, help="Prompt for the sudo password.")
 @_secret(

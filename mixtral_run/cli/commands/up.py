@@ -14,6 +14,7 @@ from mixtral_run.cli.options import merged_config, setting_options
 from mixtral_run.config.verbs import UpConfig
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
+_provision = partial(click.option, cls=Option, section="Provisioning")
 _secret = partial(click.option, cls=Option, section="Login and secrets")
 
 
@@ -28,7 +29,7 @@ _secret = partial(click.option, cls=Option, section="Login and secrets")
 @setting_options(UpConfig)
 @job_options
 @_on_hosts("-i", "--inventory", type=click.Path(path_type=Path), help="Ansible inventory that names HOST.")
-@_on_hosts("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the Ansible roles.")
+@_provision("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the Ansible roles.")
 @_secret("--hf-token-file", type=click.Path(path_type=Path), metavar="FILE", help="File with a Hugging Face token.")
 @_secret("-K", "--ask-become-pass", is_flag=True, help="Prompt for the sudo password.")
 def up(host: str, extra_vars: tuple[str, ...], hf_token_file: Path | None, ask_become_pass: bool, **flags: Any) -> None:

@@ -8,7 +8,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.launch.processes import num_processes
 
 
-def test_more_processes_are_proposed_only_where_they_find_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_are_suggested_only_if_there_are_gpus_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4, device="auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gpus, proposed, experts in ((2, False, 2), (3, False, 1), (6, True, 2)):

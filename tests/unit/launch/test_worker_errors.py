@@ -23,35 +23,35 @@ def ended(rank: int, exit_code: int, second: int) -> ProcessFailure:
     return failure
 
 
-def told(folder: Path, *failures: ProcessFailure) -> MixtralRunError:
+def collected(folder: Path, *failures: ProcessFailure) -> MixtralRunError:
     return collect_error(folder, ChildFailedError("job", {each.local_rank: each for each in failures}))
 
 
-def test_only_the_process_that_ended_first_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_process_that_ended_first_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ERROR_DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(SystemExit):
         leave_quietly()
-    # Rank 1 was killed; 2 lost it, 0 was asked to end by torchrun, 3 did not and was killed after five minutes.
-    error = told(tmp_path, ended(0, -15, 1000), ended(1, -9, 1000), ended(2, 1, 1000), ended(3, -9, 1300))
+    # Rank 1 was killed and rank 2 lost it. torchrun then terminated rank 0, and killed rank 3 after five minutes.
+    error = collected(tmp_path, ended(0, -15, 1000), ended(1, -9, 1000), ended(2, 1, 1000), ended(3, -9, 1300))
     assert [problem.split(":")[0] for problem in error.problems] == ["rank 1"]
     assert "memory" in error.problems[0]
 
 
-def test_a_process_that_only_was_asked_to_end_is_named_where_no_other_is(tmp_path: Path) -> None:
-    assert "rank 0: ended by signal 15" in str(told(tmp_path, ended(0, -15, 1000)))
+def test_a_terminated_process_is_reported_if_it_is_the_only_one(tmp_path: Path) -> None:
+    assert "rank 0: ended by signal 15" in str(collected(tmp_path, ended(0, -15, 1000)))
 
 
-def test_the_same_problem_of_several_processes_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_error_of_several_processes_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ERROR_DIRECTORY_VARIABLE, str(tmp_path))
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         hand_over_error(TrainingError("The memory is full.", found=f"{rank + 1} GiB wanted", next_command="plan"))
-    error = told(tmp_path, *(ended(rank, 6, 1000) for rank in range(3)))
+    error = collected(tmp_path, *(ended(rank, 6, 1000) for rank in range(3)))
     assert (error.what, error.found) == ("The memory is full.", "1 GiB wanted")
 
 
-def test_ranks_that_only_hear_of_a_failed_write_are_no_cause() -> None:
+def test_ranks_that_only_learned_of_a_failed_write_are_a_consequence() -> None:
     assert is_consequence(CheckpointException("write", {}))
     cause = (OSError(28, "No space left on device"), StackSummary())
     assert not is_consequence(CheckpointException("write", {0: cause}))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, GenerateConfig, SmokeConfig
+from mixtral_run.config.trial import SmokeConfig
+from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import (
     HostFacts,

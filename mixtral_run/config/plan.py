@@ -1,0 +1,55 @@
+"""Settings of `plan`. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.config.fields import Config, setting
+from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS
+from mixtral_run.config.verbs import BASE_PRECISIONS, DATA, LAYOUT, LORA, LORA_TARGET_MODULES, MEMORY, OUTPUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Config):
+    """Memory of each layout, computed before anything runs."""
+
+    gpus: int = setting(8, help="GPUs of the job.", minimum=1, section=LAYOUT)
+    gpu: str | None = setting(
+        None,
+        help="GPU model to plan for. Default: the GPU of this machine, else Hopper (H100, H200).",
+        choices=tuple(GPU_MODELS),
+        section=MEMORY,
+    )
+    gpu_memory: float | None = setting(
+        None,
+        help=f"Memory of one GPU in GiB. Default: that of --gpu, else {DEFAULT_MEMORY_GIB:g}.",
+        above=0,
+        section=MEMORY,
+    )
+    load: Path | None = setting(
+        None, help="Converted checkpoint or HF model to plan for. Default: Mixtral 8x7B.", section=LAYOUT
+    )
+    seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
+    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
+    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
+    lora_dropout: float = setting(
+        0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
+    )
+    lora_target_modules: tuple[str, ...] = setting(
+        LORA_TARGET_MODULES,
+        help="Layers that get an adapter, separated by commas.",
+        choices=LORA_TARGET_MODULES,
+        section=LORA,
+    )
+    base_precision: str = setting(
+        "bf16", help="Storage of the frozen experts.", choices=BASE_PRECISIONS, section=MEMORY
+    )
+    host_memory: float | None = setting(
+        None,
+        help="RAM of one host in GiB, as the limit of --recompute offload. Default: no limit.",
+        above=0,
+        section=MEMORY,
+    )
+    all: bool = setting(False, help="Also show the layouts that do not fit.", section=OUTPUT)
+    json: bool = setting(False, help="Print the plan as JSON.", section=OUTPUT)
