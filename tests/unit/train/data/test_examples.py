@@ -1,4 +1,4 @@
-"""The check of a JSONL file: all faults at once, with their lines."""
+"""The check of a JSONL file: all problems at once, with their lines."""
 
 import json
 from pathlib import Path

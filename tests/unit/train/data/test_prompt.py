@@ -1,4 +1,4 @@
-"""Text → tokens: the same prompt in training and generation, whatever the tokenizer."""
+"""Tokenization: the same prompt in training and generation with any tokenizer."""
 
 import shutil
 from pathlib import Path

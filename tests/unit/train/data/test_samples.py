@@ -1,4 +1,4 @@
-"""Samples and batches: what the loss covers, and one order whatever the layout."""
+"""Samples and batches: the tokens that the loss covers, and one order for all layouts."""
 
 from itertools import islice
 from typing import Any
