@@ -29,7 +29,7 @@ from mixtral_run.weights.quantized_cache.writer import CannotKeep, Keeping, Writ
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How a run uses the quantized cache of its base.
+    """A run's use of the quantized cache of its base.
 
     Attributes:
         mode: yes reads it, or creates it if it is missing; use only reads; no ignores it.
