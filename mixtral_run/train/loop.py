@@ -169,18 +169,7 @@ def _train_and_save(
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    description: dict[str, object] = {
-        "dtype": "float32",
-        "lora": {
-            "lora_rank": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "lora_target_modules": list(config.lora_target_modules),
-        },
-        "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
-        "training": config.to_mapping(),
-        "data_sha256": None if config.data_path is None else _sha256(config.data_path),
-    }
+    description = _describe(config, base)
     saved = done = run.start
     _evaluate(run, done, stop, write)
     for metrics in _iterations(run, stop):
@@ -218,6 +207,22 @@ def _train_and_save(
     if summary.validation is not None:
         run.report.say(f"  {summary.validation.line(config.save)}")
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
+
+
+def _describe(config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
+    """Return what each checkpoint's mixtral_run.json says about the run."""
+    return {
+        "dtype": "float32",
+        "lora": {
+            "lora_rank": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "lora_target_modules": list(config.lora_target_modules),
+        },
+        "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
+        "training": config.to_mapping(),
+        "data_sha256": None if config.data_path is None else _sha256(config.data_path),
+    }
 
 
 def _evaluate(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Mapping[str, float]], None]) -> None:
