@@ -41,7 +41,7 @@ EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model is split over ranks, and how much is recomputed."""
+    """A split of the model over ranks, with its recomputation."""
 
     tensor_model_parallel_size: int
     expert_model_parallel_size: int

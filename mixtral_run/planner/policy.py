@@ -1,4 +1,4 @@
-"""How a pass through the model runs: which token dispatch it uses, and whether it is captured as a CUDA graph.
+"""Policy of execution: which token dispatch a pass through the model uses, and whether it is captured as a CUDA graph.
 
 The planner asks before a run, `train/cuda_graph.py` and `inference/decode.py` ask during it. Both use these functions,
 so that the plan promises what the run does. Pure arithmetic on sizes and the GPU's compute capability.
@@ -23,7 +23,7 @@ MIN_TOKENS_TO_CAPTURE_DECODING = 8
 
 
 class Dispatch(enum.Enum):
-    """How tokens reach the experts that hold them."""
+    """An exchange that brings tokens to the ranks of their experts, and the results back."""
 
     LOCAL = "local"
     """Every rank holds all experts."""
@@ -65,14 +65,14 @@ class TrainingPass:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a pass runs. captured: as a CUDA graph that is replayed."""
+    """The dispatch of a pass. captured: True if the pass is captured as a CUDA graph and replayed."""
 
     dispatch: Dispatch
     captured: bool
 
 
 def execution_of(training: TrainingPass) -> Execution:
-    """Return how a training pass runs, provided that CUDA graphs are wanted."""
+    """Return the dispatch of a training pass, and whether it can be captured. All ranks get the same answer."""
     dispatch = _dispatch_of(training)
     # Layers that run again read the state of the random number generator if there is dropout.
     recomputes = training.recompute in RUNS_AGAIN

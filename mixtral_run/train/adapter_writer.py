@@ -1,8 +1,8 @@
 """Writing a sharded state dict as torch_dist files from the training process itself.
 
-Megatron's own strategy hands tensors to two further processes a rank and hears from them through a third, which has to
-import torch first: made for saving while training goes on. From within the process, a few MB ahead of the file, the
-first save takes less than half the time, and no second copy of the adapter (benchmarks/adapter_save.py).
+Megatron's own strategy starts three further processes for each rank, so that training can continue during a save; they
+must import torch first. Writing from the training process takes less than half the time in the first save, and no
+second copy of the adapter (benchmarks/adapter_save.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mixtral_run.model.parallel.megatron import (
 
 
 class AdapterWriter(TorchDistSaveShardedStrategy):
-    """Megatron's strategy for `dist_checkpointing.save` with torch's writer: a file a rank, flushed to the disk."""
+    """Megatron's strategy for `dist_checkpointing.save` with torch's writer: one file per rank, flushed to the disk."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -30,7 +30,7 @@ class AdapterWriter(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Write this rank's shards into the folder, the first rank its `.metadata` too. All ranks must call.
 
-        Raises torch's CheckpointException, on every rank, where one of them cannot write.
+        Raises torch's CheckpointException on every rank if one of them cannot write.
         """
         by_key, _, _ = replace_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         save(

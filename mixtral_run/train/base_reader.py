@@ -1,4 +1,4 @@
-"""A base checkpoint read into a model's parts, each rank its own, whenever there is memory for them."""
+"""Reading a base checkpoint into the parts of a model as their memory becomes available, each rank its own parts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 
 class BaseReader:
-    """A checkpoint whose parts are read as they are asked for; what fails is kept until all ranks are told of it.
+    """A checkpoint whose parts are read on request. A failure is stored until `agree` raises it on all ranks.
 
-    folder: that of the iteration. wanted: selects the tensors by their keys; state of others, such as the optimizer's,
-    is not looked at.
+    folder: the folder of the iteration. wanted: selects the tensors by their keys; other state, such as the
+    optimizer's, is ignored.
     """
 
     def __init__(self, folder: Path, wanted: Callable[[str], bool] = is_of_model) -> None:
@@ -37,7 +37,7 @@ class BaseReader:
             self._checkpoint.close()
 
     def read(self, shards: Iterable[ShardedTensor]) -> None:
-        """Fill the shards' own storage; after a failure nothing. No rank waits for another."""
+        """Fill the shards' own storage; do nothing after a failure. No rank waits for another."""
         if self._failed is not None:
             return
         try:
@@ -50,7 +50,7 @@ class BaseReader:
             self._failed = error
 
     def agree(self) -> None:
-        """Raise the failure of any rank: the others would wait for it otherwise. All ranks must call."""
+        """Raise the failure of any rank on all of them: the others would wait for it otherwise. All ranks must call."""
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, self._failed)
         for failed in outcomes:
@@ -74,11 +74,11 @@ class BaseReader:
                 found=f"shape {list(stored.shape)}",
                 next_command=f"mixtral-run verify --load {self._folder.parent}",
             )
-        # Another padding of the vocabulary: rows that the checkpoint lacks are zeros, as in Megatron's own loading.
+        # The vocabulary is padded differently: rows that the checkpoint lacks are zeros, as when Megatron loads it.
         shard.data.detach().zero_()
 
 
 def target_of(shard: ShardedTensor) -> Target:
-    """The shard's place in the global tensor, whose axes of layers and experts its data has not."""
+    """Return the shard's place in the global tensor, which has axes for layers and experts that the data lacks."""
     missing = len(shard.global_offset) - shard.data.dim()
     return Target(shard.key, tuple(shard.global_offset), (*(1,) * missing, *shard.data.shape), shard.data.detach())

@@ -1,6 +1,6 @@
 """Loading base checkpoints of any layout, or HF directories, into a model; saving and loading adapter checkpoints.
 
-The files are described in docs/formats.md. A checkpoint is written under a temporary name and renamed when it is whole.
+docs/formats.md describes the files. A checkpoint is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ from mixtral_run.weights.manifest.manifest import write_manifest
 def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | None = None) -> None:
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
-    With a base in 8 or 4 bit the experts come from where `keep` lets them be kept, or are quantized on the way, a layer
-    at a time. Sets the model's `base_fingerprint`. All ranks must call. Raises WeightsError when the checkpoint's
-    tensors are not the model's, or a file cannot be read.
+    With a base in 8 or 4 bit the experts are read from the quantized cache, as `cache` allows, or quantized one layer
+    at a time. Sets the model's `base_fingerprint`. All ranks must call.
+
+    Raises:
+        WeightsError: the checkpoint's tensors are not the model's, or a file cannot be read.
     """
     experts = ExpertCache(model, base, cache or CacheOptions())
     if base.weights is not None:
         model.base_fingerprint = _read_hf(model, base.weights, experts)
         return
     with BaseReader(newest_iteration(base.folder)) as reader:
-        # Experts in 8 or 4 bit have no memory yet, and so no shards.
+        # Experts in 8 or 4 bit have no memory yet and therefore no shards.
         reader.read(_shards(model, adapters=False).values())
         reader.agree()
         model.base_fingerprint = base.fingerprint
@@ -60,11 +62,11 @@ def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | 
         found = experts.find()
         if found is not None and experts.load(found):
             return
-        with experts.building() as building:
-            # Of the experts, those of the layer that has memory are the ones that have shards.
-            model.quantize_experts(lambda: reader.read(_expert_shards(model).values()), building.add)
+        with experts.building() as build:
+            # Only the experts of the layer that has memory at the moment have shards.
+            model.quantize_experts(lambda: reader.read(_expert_shards(model).values()), build.add)
             reader.agree()
-            building.commit(base.fingerprint)
+            build.commit(base.fingerprint)
 
 
 def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
@@ -72,7 +74,7 @@ def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
 
 
 def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache) -> str:
-    """Fill the model, each rank its own part; the weights' whole fingerprint, of what all ranks read."""
+    """Fill the model, each rank its own part. Return the fingerprint of the weights that all ranks read."""
     reading = _HfReading(weights)
     reading.read(_shards(model, adapters=False))
     checksums = reading.checksums()
@@ -80,22 +82,22 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache) -> s
         return fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
     found = experts.find()
     if found is not None:
-        # Of what was read just now and of what the kept experts were made of: all of it has to be one model.
+        # The weights that were read just now and the sources of the cached experts must be one model.
         now = fingerprint_of_checksums(weights.architecture, weights.dtype, {**found.sources, **checksums})
         if now != found.fingerprint:
             experts.reject(found, f"made of a base with fingerprint {found.fingerprint}, not {now}")
         elif experts.load(found):
             return now
-    with experts.building() as building:
-        model.quantize_experts(lambda: reading.read(_expert_shards(model)), building.add)
+    with experts.building() as build:
+        model.quantize_experts(lambda: reading.read(_expert_shards(model)), build.add)
         of_experts = reading.checksums()
         fingerprint = fingerprint_of_checksums(weights.architecture, weights.dtype, {**checksums, **of_experts})
-        building.commit(fingerprint, of_experts)
+        build.commit(fingerprint, of_experts)
     return fingerprint
 
 
 class _HfReading:
-    """What one rank reads of an HF directory, and how it tells the others what came of it."""
+    """One rank's reading of an HF directory; failures are raised on all ranks together."""
 
     def __init__(self, weights: HFWeights) -> None:
         self._weights = weights
@@ -103,7 +105,7 @@ class _HfReading:
         self._failed: list[WeightsError] = []
 
     def read(self, shards: dict[str, ShardedTensor]) -> None:
-        """Fill the shards' own storage; after a failure nothing."""
+        """Fill the shards' own storage; do nothing after a failure."""
         if self._failed:
             return
         try:
@@ -112,9 +114,9 @@ class _HfReading:
             self._failed.append(error)
 
     def checksums(self) -> dict[str, int]:
-        """CRC-32 of the tensors that the ranks read since the last call. All ranks must call.
+        """Return the CRC-32 of the tensors that the ranks read since the last call. All ranks must call.
 
-        Raises the failure of any of them: the others would wait for it otherwise.
+        Raises the failure of any rank on all of them: the others would wait for it otherwise.
         """
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, self._failed or self._sums)
@@ -151,7 +153,7 @@ def _load_into(shards: dict[str, ShardedTensor], folder: Path, wanted: Callable[
 
 
 def _reason(error: BaseException) -> str:
-    """The first line that says something; torch tells the ranks' own errors in `failures`."""
+    """Return the first line of the cause; torch lists the ranks' own errors in `failures`."""
     failures = getattr(error, "failures", None)
     if failures:
         rank, (cause, _) = next(iter(failures.items()))
@@ -160,7 +162,7 @@ def _reason(error: BaseException) -> str:
 
 
 def optimizer_shards(model: MixtralModel, optimizer: torch.optim.Optimizer) -> dict[str, ShardedTensor]:
-    """The optimizer's moments of every adapter parameter, sharded as the parameter is."""
+    """Return the optimizer's moments of every adapter parameter, sharded as the parameter is."""
     owners = [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
     result: dict[str, ShardedTensor] = {}
     for name, shard in _shards(model, adapters=True).items():
@@ -172,13 +174,13 @@ def optimizer_shards(model: MixtralModel, optimizer: torch.optim.Optimizer) -> d
 
 
 def _same_part(part: torch.Tensor, owners: list[tuple[Any, Any]], moment: str) -> torch.Tensor:
-    """The piece of a parameter's moment that `part` is of the parameter: a view by the same offset and shape."""
+    """Return the view of a parameter's moment at the offset and shape that `part` has in the parameter."""
     for parameter, state in owners:
         offset = (part.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         if 0 <= offset < parameter.numel():
             tensor: torch.Tensor = state[moment].as_strided(part.shape, part.stride(), offset)
             return tensor
-    raise AssertionError("every adapter's part lies in a parameter of the optimizer")
+    raise AssertionError("every part of an adapter is a view of a parameter of the optimizer")
 
 
 def _replace(shard: ShardedTensor, *, key: str, data: torch.Tensor) -> ShardedTensor:
@@ -194,13 +196,23 @@ def save_adapter(
 ) -> Path:
     """Write FOLDER/iter_… with adapters and optimizer state, then point LATEST at it. All ranks must call.
 
-    `description` goes into the iteration's mixtral_run.json with the architecture. Returns the iteration's folder.
-    Raises TrainingError where it cannot be written; earlier iterations stay as they were.
+    Args:
+        model: its adapters are saved.
+        optimizer: AdamW over the adapters.
+        folder: the adapter's folder.
+        iteration: the number of finished iterations.
+        description: goes into the iteration's mixtral_run.json, next to the architecture.
+
+    Returns:
+        The iteration's folder.
+
+    Raises:
+        TrainingError: it cannot be written; earlier iterations are unchanged.
     """
     final = folder / f"iter_{iteration:07d}"
     partial = folder / f".{final.name}.partial"
     first = model.processes.is_first
-    with _told_when_unwritable(folder, iteration, partial if first else None):
+    with _as_training_errors(folder, iteration, partial if first else None):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -222,11 +234,11 @@ def save_adapter(
 
 
 @contextmanager
-def _told_when_unwritable(folder: Path, iteration: int, partial: Path | None) -> Iterator[None]:
-    """Tell errors of a save as a TrainingError; `partial`, on the rank that made it, goes: its room may be lacking."""
+def _as_training_errors(folder: Path, iteration: int, partial: Path | None) -> Iterator[None]:
+    """Translate errors of a save into a TrainingError. Remove `partial`, if given: the disk may be full."""
     try:
         yield
-    # torch's CheckpointException is no Exception: it derives from BaseException.
+    # torch's CheckpointException derives from BaseException, not from Exception.
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -238,12 +250,12 @@ def _told_when_unwritable(folder: Path, iteration: int, partial: Path | None) ->
             f"The adapter of iteration {iteration} cannot be saved.",
             where=str(folder),
             found=_reason(error),
-            next_command=f"df -h {folder}, then the same command with --resume, which goes on from what is there",
+            next_command=f"df -h {folder}, then the same command with --resume",
         ) from error
 
 
 def load_optimizer(model: MixtralModel, optimizer: torch.optim.Optimizer, adapter: AdapterDescription) -> None:
-    """Give AdamW the moments that `save_adapter` kept: training goes on as if never stopped. All ranks must call."""
+    """Load the moments of AdamW that `save_adapter` wrote. All ranks must call."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

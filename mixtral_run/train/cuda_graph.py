@@ -2,8 +2,8 @@
 
 A layer launches some two hundred kernels; at 512 tokens the host needs longer to launch them than the GPU to run them.
 A graph is captured once and replayed, collectives included. Capture requires fixed shapes and no host synchronization:
-experts that are spread over ranks need a dispatch of fixed shapes (model/dispatch/all_gather.py), and where that does
-not pay or is not possible, the pass runs eagerly (planner/policy.py decides). Packed rows hold a varying number of
+experts that are spread over ranks need a dispatch of fixed shapes (model/dispatch/all_gather.py). If that does not pay
+or is not possible, the pass runs eagerly (planner/policy.py decides). Packed rows hold a varying number of
 samples: the graph has as many as the fullest row of the run, most of them with fewer tokens or none.
 """
 

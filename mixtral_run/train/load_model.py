@@ -1,4 +1,4 @@
-"""The model a verb works on: the base loaded, the adapter on top, in the precision asked for."""
+"""Loading the model of a verb: the base and, if there is one, the adapter, in the requested precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKPOINT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def pick_dtype(wanted: str, base: BaseDescription, device: torch.device) -> torch.dtype:
-    """auto: the checkpoint's own, float16 as bf16 on GPUs and fp32 on a CPU, where it lacks range or speed."""
+    """Return the dtype of the model. auto: the checkpoint's, but bf16 on GPUs and fp32 on a CPU for float16."""
     if wanted != "auto":
         return DTYPES[wanted]
     fallback = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -28,7 +28,7 @@ def pick_dtype(wanted: str, base: BaseDescription, device: torch.device) -> torc
 
 
 def lora_settings(adapter: AdapterDescription) -> LoraSettings:
-    """The adapter's shape, for use after training: no dropout."""
+    """Return the settings of a trained adapter for inference, without dropout."""
     return dataclasses.replace(adapter.lora, dropout=0.0)
 
 
@@ -42,7 +42,7 @@ def load_for_training(
     base_precision: str = "bf16",
     cache: CacheOptions | None = None,
 ) -> MixtralModel:
-    """Base weights loaded, adapters fresh, training mode. keep: see `load_base`. All ranks must call."""
+    """Return the base with new adapters, in training mode. cache: see `load_base`. All ranks must call."""
     settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), True, lora, recompute, base_precision)
     model = _build(base, settings, mesh, cache)
     return model.train()
@@ -51,9 +51,9 @@ def load_for_training(
 def load_for_inference(
     config: LaunchConfig, base: BaseDescription, mesh: Mesh, adapter: AdapterDescription | None
 ) -> MixtralModel:
-    """Base and adapter loaded, evaluation mode, no sequence parallelism. All ranks must call."""
+    """Return the base with its adapter, in evaluation mode without sequence parallelism. All ranks must call."""
     lora = lora_settings(adapter) if adapter is not None else None
-    # One token at a time has no sequence to split.
+    # Generation passes have one token, which sequence parallelism cannot split.
     settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora)
     model = _build(base, settings, mesh)
     if adapter is not None:
@@ -63,7 +63,7 @@ def load_for_inference(
 
 
 def loaded(model: MixtralModel, base: BaseDescription) -> BaseDescription:
-    """The description with the whole fingerprint of what was loaded."""
+    """Return the description with the complete fingerprint of the loaded weights."""
     return dataclasses.replace(base, fingerprint=model.base_fingerprint)
 
 

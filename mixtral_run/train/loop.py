@@ -1,4 +1,4 @@
-"""The training runs: LoRA fine-tuning, and a few iterations of full training."""
+"""The training loop: LoRA fine-tuning, and a few iterations of full training."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
 
-ORDER_OF_SAMPLES = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
-"""A run goes on where it stopped as long as these stay as they were."""
+ORDER_SETTINGS = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
+"""Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
 
 
 @dataclass
 class Run:
-    """What a training run works with; the same on every rank."""
+    """State of a training run, the same on every rank."""
 
     config: DataConfig
     mesh: Mesh
@@ -61,7 +61,7 @@ class Run:
 
 
 def finetune(config: FinetuneConfig) -> None:
-    """Fine-tune with LoRA, saving adapters. All ranks must call."""
+    """Fine-tune with LoRA and save adapters. All ranks must call."""
     base = describe_base(config.load)
     lora = LoraSettings.from_config(config)
     with processes(config) as mesh:
@@ -94,14 +94,14 @@ def finetune(config: FinetuneConfig) -> None:
                 run.validation = Validation(validation_samples, config.micro_batch_size, report, file)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
-            _tell_lora(run, config)
+            _report_lora(run, config)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
                 _train_and_save(run, optimizer, config, base, stop, write)
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Train all weights for a few iterations; nothing is saved. All ranks must call."""
+    """Train all weights for a few iterations and save nothing. All ranks must call."""
     base = describe_base(config.load)
     with processes(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
@@ -125,14 +125,14 @@ def pretrain(config: PretrainConfig) -> None:
 def _full_step(
     config: PretrainConfig, model: MixtralModel, backward: Backward, *, steps_in_backward: bool
 ) -> tuple[Step, str]:
-    """The step over all weights that needs least memory, and what to call it."""
+    """Return the step over all weights that needs the least memory, and its name for the log."""
     if config.optimizer == "sgd" and steps_in_backward and config.clip_grad == 0:
         return SgdInBackward(model, config.weight_decay).step, "SGD within the backward pass"
     parameters = trainable(model)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        how = "SGD; gradients are kept, for clipping or for several micro batches"
+        how = "SGD; all gradients are held, for clipping or for several micro batches"
     else:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         how = "AdamW"
@@ -142,7 +142,7 @@ def _full_step(
 def _load(
     config: DataConfig, base: BaseDescription, mesh: Mesh, report: Report, lora: LoraSettings | None
 ) -> tuple[MixtralModel, float]:
-    """The model, and how many seconds it took to come."""
+    """Return the model and the seconds that loading took."""
     started = time.perf_counter()
     report.say(
         f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as TP{mesh.tensor_size}/"
@@ -150,10 +150,8 @@ def _load(
     )
     precision, cache = "bf16", None
     if isinstance(config, FinetuneConfig):
-        precision, cache = (
-            config.base_precision,
-            CacheOptions(config.quantized_cache, report, reserved_bytes(config, base)),
-        )
+        precision = config.base_precision
+        cache = CacheOptions(config.quantized_cache, report, reserved_bytes(config, base))
     model = load_for_training(
         config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
     )
@@ -170,22 +168,16 @@ def _train_and_save(
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    description: dict[str, object] = {
-        "dtype": "float32",
-        "lora": LoraSettings.from_config(config).to_mapping(),
-        "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
-        "training": config.to_mapping(),
-        "data_sha256": None if config.data_path is None else _sha256(config.data_path),
-    }
+    description = _describe(config, base)
     saved = done = run.start
-    _look(run, done, stop, write)
+    _evaluate(run, done, stop, write)
     for metrics in _iterations(run, stop):
         done = metrics.iteration
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.train_iters):
             run.report.say(metrics.line(_processor(run.mesh)))
             write(done, metrics.scalars())
         if done % config.eval_interval == 0 or done == config.train_iters:
-            _look(run, done, stop, write)
+            _evaluate(run, done, stop, write)
         if done % config.save_interval == 0 and done != config.train_iters:
             _save(run, optimizer, config, base, done, description)
             saved = done
@@ -199,12 +191,12 @@ def _train_and_save(
         load_seconds=run.load_seconds,
         recompute=config.recomputation,
         base_precision=config.base_precision,
-        validation=run.validation.found if run.validation is not None else (),
+        validation=run.validation.results if run.validation is not None else (),
     )
     if run.mesh.is_first:
         summary.write(config.save)
     if done < config.train_iters:
-        run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as asked; go on with --resume")
+        run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as requested; --resume continues it")
         return
     run.report.done(
         f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
@@ -216,26 +208,37 @@ def _train_and_save(
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
 
 
-def _look(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Mapping[str, float]], None]) -> None:
-    """At the pairs kept back, where there are any; it counts for no iteration's time."""
+def _describe(config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
+    """Return what each checkpoint's mixtral_run.json says about the run."""
+    return {
+        "dtype": "float32",
+        "lora": LoraSettings.from_config(config).to_mapping(),
+        "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
+        "training": config.to_mapping(),
+        "data_sha256": None if config.data_path is None else _sha256(config.data_path),
+    }
+
+
+def _evaluate(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Mapping[str, float]], None]) -> None:
+    """Evaluate the validation set, if there is one. Its time counts for no iteration."""
     if run.validation is None:
         return
-    found = run.validation.evaluate(run.model, iteration, stop.agreed)
-    if found is not None and run.mesh.is_first:
-        run.report.say(found.line(run.config.train_iters))
-        write(iteration, {"validation_loss": found.loss})
+    metrics = run.validation.evaluate(run.model, iteration, stop.agreed)
+    if metrics is not None and run.mesh.is_first:
+        run.report.say(metrics.line(run.config.train_iters))
+        write(iteration, {"validation_loss": metrics.loss})
     run.meter.restart()
 
 
 def _first_pass(run: Run) -> AbstractContextManager[None]:
-    """What there is to wait for in a run's first iteration."""
+    """Show that the first iteration takes longer, on GPUs."""
     if run.mesh.device.type != "cuda":
         return nullcontext()
-    return run.report.waiting("The first iteration, which compiles the kernels that no earlier run left …")
+    return run.report.waiting("The first iteration, which compiles kernels that are not cached …")
 
 
 def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
-    """Train until the end or until a stop was asked for; one metrics an iteration."""
+    """Train to the end or until a stop is requested. Yield the metrics of each iteration."""
     config = run.config
     stream = batches(
         run.samples,
@@ -252,7 +255,7 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
             result = run.step(batch, rate)
         if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
             raise TrainingError(
-                "The loss or its gradient is no longer a number.",
+                "The loss or its gradient is not a number.",
                 where=f"iteration {iteration + 1}",
                 found=f"lm loss {result.loss}, grad norm {result.grad_norm}",
                 next_command="a smaller --lr, or --lr-warmup-iters",
@@ -284,23 +287,25 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
     adapter = check_resume(config, base)
     load_adapter(run.model, adapter)
     load_optimizer(run.model, optimizer, adapter)
-    run.report.say(f"Going on from {adapter.folder}, iteration {adapter.iteration}")
+    run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
     changed = _changed_order(config, adapter)
     if changed:
-        run.report.warn(f"What was trained on before may come again, or be left out: {', '.join(changed)}")
+        run.report.warn(
+            f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
+        )
     return adapter.iteration
 
 
 def _changed_order(config: FinetuneConfig, adapter: AdapterDescription) -> list[str]:
-    """Settings on which the order of samples hangs, where they are others than before the stop."""
+    """Return the settings that determine the order of samples and have changed since the run stopped."""
     now = config.to_mapping()
     changed = [
         f"--{name.replace('_', '-')} {now[name]} (was {adapter.training[name]})"
-        for name in ORDER_OF_SAMPLES
+        for name in ORDER_SETTINGS
         if adapter.training.get(name, now[name]) != now[name]
     ]
     if not changed and config.data_path is not None and adapter.data_sha256 not in (None, _sha256(config.data_path)):
-        changed.append(f"--data-path {config.data_path} (its content was another)")
+        changed.append(f"--data-path {config.data_path} (its content has changed)")
     return changed
 
 
@@ -309,19 +314,19 @@ def _sha256(path: Path) -> str:
 
 
 def _remove_leftovers(save: Path) -> None:
-    """Take away what a run left behind that ended before its first checkpoint."""
+    """Remove the files of a run that ended before its first checkpoint."""
     if (save / LATEST).exists() or not save.is_dir():
         return
     for path in leftovers(save):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _tell_lora(run: Run, config: FinetuneConfig) -> None:
+def _report_lora(run: Run, config: FinetuneConfig) -> None:
     architecture = run.model.architecture
     count = architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
     total = architecture.num_parameters
     run.report.say("LoRA configuration:")
-    run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter an expert)")
+    run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
     run.report.say(
         f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
         f"scale {config.lora_alpha / config.lora_rank:g}"

@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mixtral_run.config.verbs import DataConfig
 
 
 def learning_rate(config: DataConfig, iteration: int) -> float:
-    """Rate of an iteration, counted from 0: a linear rise to `lr`, then a cosine to `min_lr` at the last iteration."""
+    """Return the rate of an iteration, counted from 0: linear warm-up to `lr`, cosine decay to `min_lr` at the end."""
     if iteration < config.lr_warmup_iters:
         return config.lr * (iteration + 1) / config.lr_warmup_iters
     steps = config.train_iters - 1 - config.lr_warmup_iters

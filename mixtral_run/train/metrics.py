@@ -1,4 +1,4 @@
-"""Speed, memory and loss of a run: counted here, rendered as the log line that Megatron's users know."""
+"""Speed, memory and loss of a run, and the log line in the format that Megatron's users know."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class IterationMetrics:
     eta_seconds: float
 
     def scalars(self) -> dict[str, float]:
-        """What TensorBoard shows."""
+        """Return the values for TensorBoard."""
         names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib")
         return {name: getattr(self, name) for name in names}
 
     def line(self, processor: str) -> str:
-        """`iteration 10/10 | … | lm loss: 1.234567E+00 | …`; processor is 'GPU' or 'process'."""
+        """Return `iteration 10/10 | … | lm loss: 1.234567E+00 | …`. processor: 'GPU' or 'process'."""
         return " | ".join(
             (
                 f"iteration {self.iteration:>{len(str(self.train_iters))}}/{self.train_iters}",
@@ -61,16 +61,16 @@ class IterationMetrics:
 
 
 def format_seconds(seconds: float) -> str:
-    """3661 → '1:01:01'."""
+    """Format a duration: 3661 → '1:01:01'."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def flops_per_token(architecture: MixtralArchitecture, seq_length: int, *, trains_weights: bool) -> float:
-    """Matrix arithmetic a token needs, forward and backward, recomputation not counted.
+    """Return the floating-point operations of a token's matrix products, forward and backward, without recomputation.
 
-    Each active parameter costs 2 operations forward and 2 for the gradient of its input; 2 more for its own gradient
-    where it is trained. Attention adds 2 products of (sequence/2 on average) × heads × head size, thrice in all.
+    Each active parameter costs 2 operations forward and 2 for the gradient of its input; if it is trained, 2 more for
+    its own gradient. Attention adds 2 products of (on average sequence/2) × heads × head size, three times in all.
     """
     per_parameter = 6 if trains_weights else 4
     attention = 2 * 2 * architecture.num_layers * architecture.projection_size * seq_length / 2
@@ -78,7 +78,7 @@ def flops_per_token(architecture: MixtralArchitecture, seq_length: int, *, train
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most GPU memory that torch held, or on a CPU the process's largest resident size, in GiB."""
+    """Return the peak of the GPU memory that torch reserved, or on a CPU of the resident size, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1024**3
     import resource
@@ -87,7 +87,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Meter:
-    """Times iterations and turns them into metrics, a line in `metrics.jsonl` each."""
+    """Times iterations and computes their metrics, a line in `metrics.jsonl` each."""
 
     def __init__(
         self,
@@ -112,17 +112,17 @@ class Meter:
         self._measured: list[tuple[int, float]] = []
 
     def tick(self) -> None:
-        """Call at the end of each iteration, after its results reached the host."""
+        """Count an iteration. Call it at the end of each one, after its results reached the host."""
         self._pending += 1
 
     def measure(self, iteration: int, loss: float, grad_norm: float, learning_rate: float) -> IterationMetrics:
-        """Metrics over the iterations since the last call."""
+        """Return the metrics over the iterations since the last call."""
         now = time.perf_counter()
         seconds = (now - self._last) / max(self._pending, 1)
         self._measured.append((self._pending, seconds))
         self._last, self._pending = now, 0
         rate = self.tokens_per_second(seconds)
-        # The first measurement holds the warm-up of kernels and memory: leave it out of the forecast where possible.
+        # The first measurement includes the warm-up: leave it out of the forecast if there are others.
         steady = self._measured[1:] or self._measured
         forecast = sum(count * each for count, each in steady) / sum(count for count, _ in steady)
         metrics = IterationMetrics(
@@ -145,20 +145,20 @@ class Meter:
         return metrics
 
     def restart(self) -> None:
-        """Leave out what happened since the last measurement, such as a checkpoint's writing."""
+        """Exclude the time since the last measurement, such as that of a checkpoint."""
         self._last = time.perf_counter()
 
     def tokens_per_second(self, seconds: float) -> float:
-        """Of the whole job, where an iteration takes so long."""
+        """Return the rate of the whole job for an iteration of this duration."""
         return self._tokens / seconds
 
     def tflops_per_process(self, seconds: float) -> float:
-        """10^12 operations a second, where an iteration takes so long."""
+        """Return 10^12 operations a second and process for an iteration of this duration."""
         return self.tokens_per_second(seconds) * self._flops_per_token / self._world_size / 1e12
 
     @property
     def steady_seconds(self) -> float:
-        """The median iteration's, without the first, which holds the warm-up, where there are others."""
+        """The median duration of an iteration, without the first, which warms up, if there are others."""
         return statistics.median(seconds for _, seconds in self._measured[1:] or self._measured)
 
     @property
@@ -167,7 +167,7 @@ class Meter:
 
 
 def append(file: Path, text: str) -> None:
-    """Add a line. Raises TrainingError where that does not go."""
+    """Append a line. Raises TrainingError if the file cannot be written."""
     try:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(text)
@@ -182,7 +182,7 @@ def append(file: Path, text: str) -> None:
 
 @contextmanager
 def tensorboard_scalars(folder: Path | None) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A function that writes an iteration's scalars to TensorBoard; one that does nothing without a folder."""
+    """Yield a function that writes an iteration's scalars to TensorBoard; it does nothing without a folder."""
     if folder is None:
         yield lambda *_: None
         return
@@ -198,5 +198,5 @@ def tensorboard_scalars(folder: Path | None) -> Iterator[Callable[[int, Mapping[
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a training run before a process is started, told at once."""
+"""Checks of a job before any process starts. All problems are reported together."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
 
 METRICS = "metrics.jsonl"
-"""In the adapter's folder: each iteration's figures, a JSON object a line."""
+"""File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
 VALIDATION = "validation.jsonl"
-"""Beside it: what was found of the pairs kept back, a JSON object a look."""
+"""File next to it: the evaluations of the validation set, a JSON object a line."""
 SUMMARY = "summary.json"
-"""Beside it: what train/summary.py tells of the run."""
+"""File next to it: the summary of train/summary.py."""
 TENSORBOARD = "tensorboard"
-OF_A_RUN = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
+RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
 
 
 def check_training(config: DataConfig, world_size: int) -> BaseDescription:
-    """Check settings, base, layout, data file and output folder. Raises one error with all that is wrong."""
+    """Check settings, base, layout, data files and output folder. Raises one error with all problems."""
     errors: list[MixtralRunError] = []
     base = None
     try:
@@ -54,10 +54,10 @@ def check_training(config: DataConfig, world_size: int) -> BaseDescription:
 
 
 def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
-    """The config with --load as a directory: where it names a model on the hub, it is downloaded.
+    """Return the config with --load as a directory; a model on the hub is downloaded.
 
-    Before that, all that needs no weights is checked: raises as `check_training` and `check_inference` do. Processes
-    that this program started get the directory.
+    Before the download everything that needs no weights is checked, and raised as by `check_training` and
+    `check_inference`. Processes that this program started get the directory.
     """
     if processes.is_ours():
         return config
@@ -80,7 +80,7 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
 
 
 def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
-    """What keeps the layout from fitting the processes of the job."""
+    """Return the error of a layout that does not fit the processes of the job."""
     try:
         processes.num_processes(config)
     except MixtralRunError as error:
@@ -89,7 +89,7 @@ def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
 
 
 def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
-    """What is wrong with the settings, the data file and the output folder; without a base what can be told."""
+    """Return the problems of settings, data files and output folder. Without a base some checks are left out."""
     errors = _start_errors(config)
     problems: list[str] = []
     if not errors:
@@ -106,9 +106,9 @@ def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -
             except MixtralRunError as error:
                 errors.append(error)
     if isinstance(config, FinetuneConfig):
-        begun, start = output_problems(config.save, resume=config.resume), 0
-        problems += begun
-        if base is not None and config.resume and not begun:
+        unwritable, start = output_problems(config.save, resume=config.resume), 0
+        problems += unwritable
+        if base is not None and config.resume and not unwritable:
             try:
                 start = check_resume(config, base).iteration
             except MixtralRunError as error:
@@ -123,7 +123,7 @@ def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -
 
 
 def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:
-    """What --resume goes on from. Raises ConfigError or WeightsError where it cannot."""
+    """Return the adapter that --resume continues from. Raises ConfigError or WeightsError if it cannot continue."""
     adapter = describe_adapter(config.save)
     check_adapter_fits(adapter, base)
     saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
@@ -133,7 +133,7 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
         if saved[name] != asked[name]
     ]
     if problems:
-        raise ConfigError("--resume needs the settings that the adapter was begun with.", problems=problems)
+        raise ConfigError("--resume needs the settings that the adapter was started with.", problems=problems)
     if adapter.iteration >= config.train_iters:
         raise ConfigError(
             "There is nothing left to train.",
@@ -145,13 +145,13 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
 
 
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
-    """What the checkpoints take that are still to come: adapter and AdamW's two moments, in fp32, at each save."""
+    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, at each save."""
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
     return 3 * 4 * parameters * (config.train_iters // config.save_interval - start // config.save_interval + 1)
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
-    """What the run's own checkpoints will take of the base's disk."""
+    """Return the bytes that the run's own checkpoints will take on the disk of the base."""
     if not on_one_disk(config.save, base.folder):
         return 0
     start = describe_adapter(config.save).iteration if config.resume else 0
@@ -159,12 +159,12 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
-    """What keeps the base from being split as the config says."""
+    """Return the reasons why the base cannot be split into the config's layout."""
     return base.architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
 
 
 def output_problems(save: Path, *, resume: bool) -> list[str]:
-    """What keeps adapters from being written into `save`."""
+    """Return the reasons why adapters cannot be written into `save`."""
     problems = writing_problems(save, f"--save {save}")
     if problems:
         return problems
@@ -176,12 +176,12 @@ def output_problems(save: Path, *, resume: bool) -> list[str]:
 
 
 def leftovers(save: Path) -> list[Path]:
-    """What a run leaves behind that ends before its first checkpoint is whole."""
-    return [save / name for name in OF_A_RUN if (save / name).exists()] + [*save.glob(PARTIAL)]
+    """Return the files of a run that ended before its first checkpoint was complete."""
+    return [save / name for name in RUN_FILES if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
 def check_inference(config: GenerateConfig) -> None:
-    """Check base, layout and adapter. Raises one error with all that is wrong."""
+    """Check base, layout and adapter. Raises one error with all problems."""
     errors = _start_errors(config)
     try:
         base = describe_base(config.load)

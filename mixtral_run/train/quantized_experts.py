@@ -1,8 +1,7 @@
-"""A model's experts in 8 or 4 bit from the folder beside the base where they are kept, or kept there on their way.
+"""A model's experts in 8 or 4 bit: read from the quantized cache next to the base, or written to it while quantizing.
 
-The folder: weights/quantized_cache/layout.py. All ranks take part in each call and come to the same end: a folder is
-used when every rank
-sees the same whole one, and put in its place when every rank has written its experts.
+Format of the cache: weights/quantized_cache/layout.py. All ranks take part in each call and decide alike: a cache is
+read if every rank sees the same complete one, and published when every rank has written its experts.
 """
 
 from __future__ import annotations
@@ -30,9 +29,12 @@ from mixtral_run.weights.quantized_cache.writer import CacheBuilder, CacheNotWri
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What a run does with experts kept beside its base: yes, take and make them; use, take them; no, neither.
+    """A run's use of the quantized cache of its base.
 
-    reserve_bytes: what the run will write to the same disk.
+    Attributes:
+        mode: yes reads it, or creates it if it is missing; use only reads; no ignores it.
+        report: receives the messages of the first rank.
+        reserve_bytes: bytes that the run will write to the same disk for other purposes.
     """
 
     mode: str = "no"
@@ -41,42 +43,45 @@ class CacheOptions:
 
 
 class ExpertCache:
-    """Those of one model and its base. Does nothing where the base's precision is bf16."""
+    """The quantized cache of one model and its base. Does nothing if the base precision is bf16."""
 
-    def __init__(self, model: MixtralModel, base: BaseDescription, cache: CacheOptions) -> None:
+    def __init__(self, model: MixtralModel, base: BaseDescription, options: CacheOptions) -> None:
         self._model = model
         self._base = base
-        self._keep = cache
+        self._options = options
         precision = model.settings.base_precision
         self._dtype = layout.cast_dtype(base.dtype, str(model.settings.dtype).removeprefix("torch."))
         self._files = layout.Files(layout.cache_folder(base.folder, precision), base.architecture, precision)
         self._why = ""
-        self._refused: layout.QuantizedCache | None = None
+        self._rejected: layout.QuantizedCache | None = None
 
     def find(self) -> layout.QuantizedCache | None:
-        """What is kept and every rank can read. All ranks must call."""
-        if self._keep.mode == "no" or self._files.precision == "bf16":
+        """Return the cache if every rank can read the same one, else None. All ranks must call."""
+        if self._options.mode == "no" or self._files.precision == "bf16":
             return None
-        mine = self._look()
+        mine = self._local()
         everyones = _of_all_ranks((mine.cache.digest if mine.cache else None, mine.why))
         if mine.cache is not None and len({digest for digest, _ in everyones}) == 1:
             return mine.cache
         self._why = next((why for _, why in everyones if why), "")
         if not self._why and any(digest is not None for digest, _ in everyones):
-            self._why = "not the same for all processes"
+            self._why = "the ranks see different ones"
         return None
 
     def reject(self, found: layout.QuantizedCache, why: str) -> None:
-        """What `find` found is of no use after all. All ranks must call with the same."""
-        self._refused, self._why = found, why
+        """Mark the cache that `find` returned as unusable. All ranks must call with the same arguments."""
+        self._rejected, self._why = found, why
 
     def load(self, found: layout.QuantizedCache) -> bool:
-        """Fill the model's experts from there; False, and they are as before, where its bytes are not what was written.
+        """Fill the model's experts from the cache. All ranks must call.
 
-        Memory: the experts' own and what read_parts takes. All ranks must call.
+        Memory: the experts' own and the buffers of read_parts.
+
+        Returns:
+            False if the cache is damaged; then the experts are as before.
         """
         size = self._files.num_bytes / 1e6
-        self._say(f"Experts in {self._files.precision}, quantized before, from {self._files.folder}: {size:,.0f} MB")
+        self._say(f"Experts in {self._files.precision} from the quantized cache {self._files.folder}: {size:,.0f} MB")
         linears = [linear for experts in self._model.experts for linear in experts.linears.values()]
         for linear in linears:
             linear.make_room()
@@ -94,7 +99,7 @@ class ExpertCache:
         return not damaged
 
     def _parts(self) -> Iterator[Part]:
-        """What this rank has to read of the folder."""
+        """Yield the parts of the cache that this rank reads."""
         first = self._first_expert()
         for layer, experts in enumerate(self._model.experts):
             entries = self._files.entries(layer)
@@ -108,47 +113,45 @@ class ExpertCache:
 
     @contextmanager
     def building(self) -> Iterator[CacheBuild]:
-        """For quantizing: takes each layer's experts, and puts the folder in its place on `commit`.
+        """Yield a CacheBuild that takes each layer's experts and publishes the cache on `commit`. All ranks must call.
 
-        Says why experts are quantized though some are there. Leaves nothing where the work within fails. All ranks must
-        call.
+        Warns if an existing cache is not used. Removes the unfinished cache if the block fails.
         """
         if self._why:
             self._warn(f"{self._files.folder} is not used: {self._why}. The experts are quantized again")
-        building = self._begin() if self._keep.mode == "yes" and self._files.precision != "bf16" else CacheBuild()
+        build = self._begin() if self._options.mode == "yes" and self._files.precision != "bf16" else CacheBuild()
         try:
-            yield building
+            yield build
         except BaseException:
-            building.abandon()
+            build.abandon()
             raise
 
     def _begin(self) -> CacheBuild:
-        """Rank 0 makes the files; the others open them where they write."""
+        """Create the files on rank 0; the other ranks open them to write their own parts."""
         mesh = self._model.processes
         size = self._files.num_bytes / 1e6
         keeping: CacheBuilder | None = None
-        told: list[Any] = [None]
+        files: list[Any] = [None]
         if mesh.is_first:
             try:
-                keeping = begin(self._base.folder, self._files, self._keep.reserve_bytes, self._is_there_by_now)
-                told[0] = keeping.files
-                where = f"in {self._files.folder}, {size:,.0f} MB, for the next start"
-                self._say(f"Keeping the experts in {self._files.precision} {where}")
+                keeping = begin(self._base.folder, self._files, self._options.reserve_bytes, self._exists_by_now)
+                files[0] = keeping.files
+                self._say(f"Writing the quantized cache {self._files.folder}, {size:,.0f} MB, for the next start")
             except CacheNotWritten as error:
                 if error.expected:
-                    self._say(self._not_kept(str(error)))
+                    self._say(self._not_written(str(error)))
                 else:
-                    self._tell_failure(str(error))
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is None:
+                    self._report_failure(str(error))
+        dist.broadcast_object_list(files, src=0)
+        if files[0] is None:
             return CacheBuild()
-        # Of processes that hold the same experts, the first one writes.
+        # Among the ranks that hold the same experts, the first one writes.
         writes = dist.get_rank(mesh.expert_data_group) == 0
-        writer = Writer(told[0], self._first_expert()) if writes else None
-        return CacheBuild(keeping, writer, self._record(), self._tell_failure)
+        writer = Writer(files[0], self._first_expert()) if writes else None
+        return CacheBuild(keeping, writer, self._record(), self._report_failure)
 
     def _record(self) -> dict[str, Any]:
-        """What the folder's record says beside the base's fingerprint and the checksums."""
+        """Return the contents of the cache's record, except for the base's fingerprint and the checksums."""
         device = self._model.processes.device
         return {
             "layout": layout.LAYOUT,
@@ -164,52 +167,54 @@ class ExpertCache:
         mesh = self._model.processes
         return mesh.expert_rank * (self._base.architecture.num_experts // mesh.expert_size)
 
-    def _is_there_by_now(self) -> bool:
-        there = self._look().cache
-        return there is not None and (self._refused is None or there.written != self._refused.written)
+    def _exists_by_now(self) -> bool:
+        found = self._local().cache
+        return found is not None and (self._rejected is None or found.written != self._rejected.written)
 
-    def _look(self) -> layout.CacheLookup:
+    def _local(self) -> layout.CacheLookup:
         return layout.find_cache(self._base, self._files.precision, self._dtype)
 
-    def _tell_failure(self, why: str) -> None:
-        self._warn(f"{self._not_kept(why)} (--quantized-cache use does not try)")
+    def _report_failure(self, why: str) -> None:
+        self._warn(f"{self._not_written(why)} (--quantized-cache use does not try)")
 
-    def _not_kept(self, why: str) -> str:
-        return f"This run does not keep its experts in {self._files.precision} in {self._files.folder}: {why}"
+    def _not_written(self, why: str) -> str:
+        return f"This run does not write the quantized cache {self._files.folder}: {why}"
 
     def _say(self, text: str) -> None:
         if self._model.processes.is_first:
-            self._keep.report.say(text)
+            self._options.report.say(text)
 
     def _warn(self, text: str) -> None:
         if self._model.processes.is_first:
-            self._keep.report.warn(text)
+            self._options.report.warn(text)
 
 
 class CacheBuild:
-    """The folder in the making, on one rank; without arguments none is made."""
+    """The cache that is being written, on one rank. Without arguments none is written."""
 
     def __init__(
         self,
         keeping: CacheBuilder | None = None,
         writer: Writer | None = None,
         values: Mapping[str, Any] | None = None,
-        tell: Callable[[str], None] | None = None,
+        report_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._keeping = keeping
         self._writer = writer
         self._values = values
-        self._tell = tell
+        self._report_failure = report_failure
 
     def add(self, layer: int, experts: Experts) -> None:
-        """Take the quantized experts of a layer, which stay as they are."""
+        """Write the quantized experts of a layer, which must not change afterwards."""
         if self._writer is not None:
             self._writer.add(layer, stored_tensors(experts))
 
     def commit(self, fingerprint: str, sources: Mapping[str, int] | None = None) -> None:
-        """Put the folder in its place once every rank has written, or say why not. All ranks must call.
+        """Publish the cache once every rank has written its part, or warn why not. All ranks must call.
 
-        fingerprint: the base's, whole. sources: CRC-32 of the experts' HF tensors, where the base is an HF model.
+        Args:
+            fingerprint: the base's complete fingerprint.
+            sources: CRC-32 of the experts' HF tensors if the base is an HF model.
         """
         if self._values is None:
             return
@@ -231,11 +236,11 @@ class CacheBuild:
             except OSError as error:
                 failure = os_error_text(error)
         self._keeping.abandon()
-        assert self._tell is not None
-        self._tell(failure)
+        assert self._report_failure is not None
+        self._report_failure(failure)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Remove the unfinished cache."""
         if self._writer is not None:
             self._writer.finish()
         if self._keeping is not None:
@@ -243,7 +248,7 @@ class CacheBuild:
 
 
 def stored_tensors(experts: Experts) -> dict[tuple[str, str], Tensor]:
-    """What is kept of a layer's quantized experts: (linear, part) → [local experts, …]."""
+    """Return the tensors of a layer's experts that the cache stores: (linear, part) → [local experts, …]."""
     found: dict[tuple[str, str], Tensor] = {}
     for name, linear in experts.linears.items():
         assert linear.values is not None

@@ -1,8 +1,8 @@
-"""A step of full training that is taken within the backward pass, so that no more than a layer's gradients are there.
+"""An optimizer step of full training within the backward pass, so that only one layer's gradients exist at a time.
 
-Kept until the end, the gradients of all weights need as much memory as the weights. SGD without momentum needs a
-gradient once: as soon as a layer's are whole they are summed over processes, applied and dropped. What needs all of
-them first cannot go this way: several micro batches an iteration, and clipping by their common norm.
+The gradients of all weights together need as much memory as the weights. SGD without momentum needs each gradient only
+once: as soon as a layer's gradients are complete they are summed over ranks, applied and freed. Several micro batches
+an iteration, or clipping by the global norm, need all gradients first and cannot use it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SgdInBackward:
         self._squares: list[dict[str, Tensor]] = []
         self._rest: list[torch.nn.Parameter] = []
         self.peak_gradient_bytes = 0
-        """Most bytes of gradients of one piece so far."""
+        """Largest size of one piece's gradients so far, in bytes."""
         self._watch()
 
     def step(self, batch: GlobalBatch, rate: float) -> StepResult:
@@ -44,10 +44,10 @@ class SgdInBackward:
         return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
 
     def _watch(self) -> None:
-        """Apply a piece when the last of its gradients is there.
+        """Apply the gradients of a piece, such as a layer, when the last of them is complete.
 
-        That is its first norm's: all else of the layer comes before it in the backward pass. All ranks come by there
-        at the same place between their other exchanges, also one whose experts got no token.
+        The last is that of the layer's first norm: everything else in the layer precedes it in the backward pass. All
+        ranks reach it at the same point between their other collectives, even a rank whose experts got no token.
         """
         gpt = self._model.gpt
         pieces: list[tuple[torch.nn.Parameter, Sequence[torch.nn.Module]]] = [

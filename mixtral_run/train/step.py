@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward, gradients summed over the right groups, clipped, applied.
 
 The loss is the sum over all response tokens of the global batch divided by their number, so that gradients and losses
-are the same in every layout and with every micro batch size.
+are the same in every layout and for every micro batch size.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
 MOST_SHORT = 3
-"""Steps one after the other that had to be taken twice for want of room, after which it is not tried again."""
+"""Consecutive steps that exceeded the dispatch's capacity, after which all further steps use all-to-all."""
 
 BUCKET_BYTES = 256 * 1024**2
-"""Gradients are summed over processes in pieces of about this size."""
+"""Gradients are summed over ranks in buckets of about this size."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the whole job, the same on every rank. loss: mean over response tokens; num_tokens: how many there were."""
+    """Result of the whole job, the same on every rank. loss: mean over the `num_tokens` response tokens."""
 
     loss: float
     grad_norm: float
@@ -39,15 +39,15 @@ class StepResult:
 
 
 class Step(Protocol):
-    """Takes one step at a learning rate over this rank's share of a global batch. All ranks must call."""
+    """One step at a learning rate over this rank's part of a global batch. All ranks must call."""
 
     def __call__(self, batch: GlobalBatch, rate: float) -> StepResult: ...
 
 
 class Backward(ABC):
-    """How a micro batch goes through the model.
+    """Forward and backward pass of a micro batch.
 
-    dispatcher: the exchange with experts in other processes; None for the layers' own, which has no limit of capacity.
+    dispatcher: the exchange with experts of other ranks; None for the layers' own, which has no limit of capacity.
     """
 
     def __init__(self, model: MixtralModel, dispatcher: TokenDispatcher[Any] | None = None) -> None:
@@ -57,17 +57,20 @@ class Backward(ABC):
 
     @abstractmethod
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        """Add one micro batch's gradients; returns its share of the loss, an fp32 scalar on the device."""
+        """Add one micro batch's gradients. Return its part of the loss, an fp32 scalar on the device."""
 
     def was_whole(self) -> bool:
-        """Whether the gradients since it was last asked are right: every row had room. All ranks must call."""
+        """Return True if no dispatch since the last call exceeded its capacity. All ranks must call.
+
+        Otherwise the gradients are wrong.
+        """
         whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.processes)
         self.num_short = 0 if whole else self.num_short + 1
         return whole
 
 
 class EagerBackward(Backward):
-    """Forward and backward as they come."""
+    """The eager pass."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         with self.model.dispatching(self.dispatcher):
@@ -77,7 +80,7 @@ class EagerBackward(Backward):
 
 
 def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
-    """The sum of a micro batch's losses that count, an fp32 scalar on the device. All ranks must call."""
+    """Return the sum of a micro batch's losses under its mask, an fp32 scalar on the device. All ranks must call."""
     device = model.processes.device
     packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
     positions = micro.position_ids.to(device) if packed is not None else None
@@ -88,7 +91,7 @@ def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
 def optimizer_step(
     model: MixtralModel, optimizer: torch.optim.Optimizer, clip_grad: float, backward: Backward | None = None
 ) -> Step:
-    """`train_step` as a Step."""
+    """Return `train_step` as a Step."""
 
     def step(batch: GlobalBatch, rate: float) -> StepResult:
         for group in optimizer.param_groups:
@@ -105,12 +108,12 @@ def train_step(
     clip_grad: float,
     backward: Backward | None = None,
 ) -> StepResult:
-    """Take one step over this rank's share of a global batch. All ranks must call.
+    """Take one step over this rank's part of a global batch. All ranks must call.
 
-    `backward` is how a micro batch goes through the model; without one, as it comes.
+    backward: the pass over a micro batch. Default: eager, with all-to-all dispatch.
     """
     mesh = model.processes
-    # Those of `trainable`; looking for them in the model takes the host a millisecond that the GPU waits.
+    # The same as `trainable`, whose search through the model would let the GPU wait for a millisecond.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
         backward = EagerBackward(model)
@@ -128,8 +131,8 @@ def train_step(
 
 
 def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], backward: Backward) -> Tensor:
-    """Leave the gradients of a batch in the parameters; returns its share of the loss, fp64. All ranks must call."""
-    # The first micro batch leaves its gradients; zeros to add to would be written and read for nothing.
+    """Compute the gradients of a batch. Return this rank's part of the loss, fp64. All ranks must call."""
+    # The first micro batch sets the gradients; adding to zeros would write and read them for nothing.
     for parameter in parameters:
         parameter.grad = None
     total = torch.zeros((), dtype=torch.float64, device=backward.model.processes.device)
@@ -139,14 +142,15 @@ def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], 
 
 
 def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:
+    """Return the parameters that require gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
-    """Sum every gradient over the processes that share its parameter. All ranks must call.
+    """Sum every gradient over the ranks that share its parameter. All ranks must call.
 
-    Experts: over the processes that hold the same experts. Else: over data-parallel replicas, and over TP too where a
-    replicated parameter saw only its rank's part of the sequence. A parameter that no token reached has zeros.
+    Experts: over the ranks that hold the same experts. Other parameters: over data-parallel replicas, and also over TP
+    if a replicated parameter saw only its rank's part of the sequence. A parameter that no token reached gets zeros.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -160,12 +164,12 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
 
 
 def gradient_norm(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> Tensor:
-    """L2 norm of the whole model's gradient, fp32 scalar, each parameter counted once. All ranks must call."""
+    """Return the L2 norm of the model's gradient, fp32 scalar, each parameter counted once. All ranks must call."""
     return norm_of(squared_gradients(parameters, mesh.device), mesh)
 
 
 def squared_gradients(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> dict[str, Tensor]:
-    """Sums of this rank's squared gradients, fp32 scalars by how their parameters are shared. Rank-local."""
+    """Return the sums of this rank's squared gradients, fp32 scalars by kind of sharding. Rank-local."""
     grouped: dict[str, list[Tensor]] = {"experts": [], "split": [], "replicated": []}
     for parameter in parameters:
         kind = "experts" if is_expert(parameter) else "split" if is_split(parameter) else "replicated"
@@ -179,7 +183,7 @@ def squared_gradients(parameters: Sequence[torch.nn.Parameter], device: torch.de
 
 
 def norm_of(squares: dict[str, Tensor], mesh: Mesh) -> Tensor:
-    """The norm that squared_gradients' sums of all ranks make, fp32 scalar. Changes them. All ranks must call."""
+    """Reduce the sums of `squared_gradients` in place to the norm, fp32 scalar. All ranks must call."""
     sum_over(squares["experts"], mesh.expert_group)
     sum_over(squares["split"], mesh.tensor_group)
     return torch.stack(tuple(squares.values())).sum().sqrt()

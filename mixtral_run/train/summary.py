@@ -1,4 +1,4 @@
-"""What a finished run tells of itself: speed, time and the memory of every process, as one JSON object."""
+"""Summary of a finished run as one JSON object: speed, time, and the memory of every process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixtral_run.weights.io.files import write_atomically
 
 @dataclass(frozen=True)
 class ValidationSummary:
-    """Of pairs kept back: the mean loss before this run's first iteration, at its end, and where it was least."""
+    """Validation losses: before the run's first iteration, at its end, and the lowest one with its iteration."""
 
     first_loss: float
     last_loss: float
@@ -29,29 +29,31 @@ class ValidationSummary:
 
     @classmethod
     def of(cls, found: Sequence[ValidationMetrics]) -> Self | None:
-        """None where nothing was looked at."""
+        """Summarize the evaluations. Return None if there are none."""
         if not found:
             return None
         lowest = min(found, key=lambda each: each.loss)
         return cls(found[0].loss, found[-1].loss, lowest.loss, lowest.iteration)
 
     def line(self, save: Path) -> str:
-        """For a person; where an earlier checkpoint in `save` was better, what takes it."""
-        told = f"validation loss {self.first_loss:.4f} before, {self.last_loss:.4f} at the end"
+        """Return a line to print; if an earlier checkpoint in `save` was better, with the flag that selects it."""
+        line = f"validation loss {self.first_loss:.4f} before, {self.last_loss:.4f} at the end"
         if self.lowest_loss == self.last_loss:
-            return told
-        told += f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
+            return line
+        line += f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
         folder = save / f"iter_{self.lowest_iteration:07d}"
-        return f"{told}, which --adapter {folder} takes" if folder.is_dir() else told
+        return f"{line}, which --adapter {folder} selects" if folder.is_dir() else line
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one run, without what came before a --resume.
+    """Figures of one run, without the iterations before a --resume.
 
-    seconds: from the first iteration's start to the end, checkpoints included. seconds_per_iteration: the median, the
-    first left out, which pays for warming up; rates are that iteration's. peak_memory_gib: of each process in the order
-    of ranks, on GPUs as torch counts it, without the CUDA context and NCCL.
+    Attributes:
+        seconds: from the start of the first iteration to the end, with checkpoints.
+        seconds_per_iteration: the median without the first iteration, which warms up; the rates are of this median.
+        peak_memory_gib: of each process in the order of ranks; on GPUs as torch counts it, without the CUDA context and
+            NCCL.
     """
 
     iterations: int
@@ -71,7 +73,7 @@ class Summary:
     validation: ValidationSummary | None
 
     def line(self, processor: str) -> str:
-        """For a person; processor is 'GPU' or 'process'."""
+        """Return a line to print. processor: 'GPU' or 'process'."""
         return (
             f"{self.tokens_per_second_per_process:,.0f} tokens/s/{processor}, "
             f"{self.tflops_per_process:.1f} TFLOP/s/{processor} in the median iteration; "
@@ -80,7 +82,7 @@ class Summary:
         )
 
     def write(self, folder: Path) -> None:
-        """Into the adapter's folder, in place of an earlier run's."""
+        """Write the summary into the adapter's folder, replacing that of an earlier run."""
         write_atomically(folder / SUMMARY, json.dumps(asdict(self), indent=2) + "\n")
 
 
@@ -94,7 +96,7 @@ def summarize(
     base_precision: str,
     validation: Sequence[ValidationMetrics] = (),
 ) -> Summary:
-    """The summary of what the meter measured, the same on every rank. All ranks must call."""
+    """Return the summary of the meter's measurements, the same on every rank. All ranks must call."""
     peaks: list[float | None] = [None] * mesh.world_size
     dist.all_gather_object(peaks, peak_memory_gib(mesh.device))
     seconds = meter.steady_seconds

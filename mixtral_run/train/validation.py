@@ -1,4 +1,4 @@
-"""The loss of pairs that are kept back from training: before the first iteration, in between and after the last."""
+"""Evaluation of the validation set: its loss before the first iteration, at intervals, and after the last one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mixtral_run.train.step import losses_of
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """One look at the pairs kept back. loss: mean over all their response tokens, the same on every rank."""
+    """One evaluation of the validation set. loss: mean over all response tokens, the same on every rank."""
 
     iteration: int
     loss: float
@@ -35,7 +35,7 @@ class ValidationMetrics:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss, as far as a float goes."""
+        """e to the power of the loss, limited to the range of a float."""
         return math.exp(min(self.loss, 700.0))
 
     def line(self, train_iters: int) -> str:
@@ -51,19 +51,28 @@ class ValidationMetrics:
 
 
 class Validation:
-    """Pairs kept back, and what was found of them. Without a file nothing is written. All ranks must make one."""
+    """The validation set and its evaluations so far. All ranks must construct one.
+
+    file: receives a JSON line for each evaluation; None on all ranks but the first.
+    """
 
     def __init__(
         self, samples: Samples | PackedSamples, micro_batch_size: int, report: Report, file: Path | None
     ) -> None:
         self._samples, self._micro_batch_size = samples, micro_batch_size
         self._report, self._file = report, file
-        self.found: list[ValidationMetrics] = []
+        self.results: list[ValidationMetrics] = []
 
     def evaluate(self, model: MixtralModel, iteration: int, stopped: Callable[[], bool]) -> ValidationMetrics | None:
-        """Go through all pairs; None where a stop was asked for meanwhile. All ranks must call.
+        """Evaluate the whole validation set. Return None if a stop was requested meanwhile. All ranks must call.
 
-        stopped: to be asked on all ranks at once. Raises TrainingError where the file takes no more lines.
+        Args:
+            model: is in its previous mode afterwards.
+            iteration: the number of finished iterations.
+            stopped: returns True on all ranks if a stop was requested; all ranks call it.
+
+        Raises:
+            TrainingError: the loss is not a number, or the file cannot be written.
         """
         mesh, started = model.processes, time.perf_counter()
         passes = list(rows_by_pass(len(self._samples), self._micro_batch_size, mesh))
@@ -78,27 +87,27 @@ class Validation:
         loss = float(sum_over(total, mesh.data_group)) / num_tokens
         if not math.isfinite(loss):
             raise TrainingError(
-                "The loss of the pairs kept back is no number.",
+                "The validation loss is not a number.",
                 where=f"iteration {iteration}",
                 found=f"lm loss {loss}",
                 next_command="a smaller --lr, or --lr-warmup-iters",
             )
         metrics = ValidationMetrics(iteration, loss, num_tokens, time.perf_counter() - started)
-        self.found.append(metrics)
+        self.results.append(metrics)
         if self._file is not None:
             append(self._file, json.dumps({**asdict(metrics), "perplexity": metrics.perplexity}) + "\n")
         return metrics
 
 
 def rows_by_pass(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[tuple[int | None, ...]]:
-    """The rows of this data-parallel rank, pass by pass; as many passes on every rank, where None stands for no row."""
+    """Yield the rows of each pass on this data-parallel rank. All ranks make as many passes; None is a missing row."""
     step = micro_batch_size * mesh.data_size
     for first in range(mesh.data_rank * micro_batch_size, math.ceil(num_rows / step) * step, step):
         yield tuple(row if row < num_rows else None for row in range(first, first + micro_batch_size))
 
 
 def micro_batch(samples: Samples | PackedSamples, rows: tuple[int | None, ...]) -> MicroBatch:
-    """The rows, and in place of none another that counts for nothing: experts are asked by all ranks at once."""
+    """Return the rows as a micro batch. Missing rows become one without loss: all ranks run the experts together."""
     found = []
     for index in rows:
         row = samples.row(index or 0)
@@ -110,7 +119,7 @@ def micro_batch(samples: Samples | PackedSamples, rows: tuple[int | None, ...]) 
 
 @contextmanager
 def evaluating(model: MixtralModel) -> Iterator[None]:
-    """Without gradients and dropout while this lasts."""
+    """Disable gradients and dropout within the block."""
     was_training = model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""What a set-up machine can do, measured in its container: `python -m mixtral_run.trial.acceptance`. Needs torch alone.
+"""Acceptance test of a machine in its container: `python -m mixtral_run.trial.acceptance`. Needs only torch.
 
-Every GPU does a CUDA call and multiplies matrices in bf16, all of them together measure all-reduce and all-to-all over
-NCCL. Without GPUs the parts that a CPU can do run, with gloo between two processes, and the report says so.
+Every GPU makes a CUDA call and multiplies matrices in bf16; all of them together measure all-reduce and all-to-all over
+NCCL. Without GPUs only the parts for a CPU run, with gloo between two processes, and the report says so.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 MIB, GIB = 2**20, 2**30
 CPU_PROCESSES = 2
 JOB_SECONDS = 300
-"""How long all processes together may take before they count as hung: a lost NVLink shows as silence."""
+"""Time limit of all processes together, after which they count as hung: a broken NVLink makes NCCL wait."""
 
 
 @dataclass(frozen=True)
 class Floors:
-    """What a figure must reach; None asks for nothing. Rates in 10^9 bytes or 10^12 operations a second."""
+    """Least accepted figures; None accepts any. Rates in 10^9 bytes or 10^12 operations a second."""
 
     num_gpus: int | None = None
     all_reduce_gb_per_second: float | None = None
@@ -43,7 +43,7 @@ class Floors:
 
 @dataclass
 class Report:
-    """Figures of one machine; `faults` is empty when every part ran and reached its floor."""
+    """Figures of one machine. `problems` is empty if every part ran and reached its floor."""
 
     device: str
     num_gpus: int
@@ -59,7 +59,7 @@ class Report:
 
 
 def measure(checkpoint_folder: Path, floors: Floors, *, size_mib: int = 256) -> Report:
-    """Run every part that this machine can do. `size_mib`: bytes a process sends, and of the file written and read."""
+    """Run every part that this machine supports. size_mib: size of each process's messages and of the test file."""
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -80,7 +80,7 @@ def measure(checkpoint_folder: Path, floors: Floors, *, size_mib: int = 256) -> 
 
 
 def _part(report: Report, name: str, run: Callable[[], dict[str, Any]]) -> None:
-    """A part that fails is a fault of the report; the other parts still run."""
+    """Run one part. A failure becomes a problem of the report; the other parts still run."""
     try:
         report.figures.update(run())
     except Exception as error:
@@ -101,7 +101,7 @@ _CPU_FLOORS = ("num_gpus", "shared_memory_gib", "checkpoint_write_gb_per_second"
 
 
 def _disk_rates(folder: Path, size_mib: int) -> dict[str, Any]:
-    """Write a file, force it to the disk, read it back past the page cache where the system allows, compare."""
+    """Write a file to the disk and read it back, past the page cache if the system allows; compare and time both."""
     block = os.urandom(MIB)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".acceptance-") as file:
         began = time.perf_counter()
@@ -115,7 +115,7 @@ def _disk_rates(folder: Path, size_mib: int) -> dict[str, Any]:
         began = time.perf_counter()
         for _ in range(size_mib):
             if file.read(MIB) != block:
-                raise OSError(f"{folder} gives back other bytes than were written")
+                raise OSError(f"{folder} returns other bytes than were written")
         read = time.perf_counter() - began
     gigabytes = size_mib * MIB / 1e9
     return {
@@ -125,7 +125,7 @@ def _disk_rates(folder: Path, size_mib: int) -> dict[str, Any]:
 
 
 def _processes(num_gpus: int, size_mib: int) -> dict[str, Any]:
-    """One process a GPU (two on the CPU); figures of the slowest rank. RuntimeError names each rank that failed."""
+    """Run one process per GPU (two on a CPU). Return the slowest figures. RuntimeError names the failed ranks."""
     world = num_gpus or CPU_PROCESSES
     context = multiprocessing.get_context("spawn")
     answers: Any = context.SimpleQueue()
@@ -153,9 +153,9 @@ def _processes(num_gpus: int, size_mib: int) -> dict[str, Any]:
         if worker.is_alive():
             worker.kill()
     errors = [f"rank {rank}: {error}" for rank, _, error in sorted(found) if error]
-    told = {rank for rank, _, _ in found}
+    answered = {rank for rank, _, _ in found}
     errors += [
-        f"rank {rank}: no answer within {JOB_SECONDS} s" for rank in range(world) if rank not in told and not errors
+        f"rank {rank}: no answer within {JOB_SECONDS} s" for rank in range(world) if rank not in answered and not errors
     ]
     if errors:
         raise RuntimeError("; ".join(errors))
@@ -199,11 +199,11 @@ def _measure_rank(rank: int, world: int, port: int, on_gpu: bool, size_mib: int)
 
 
 def _gpu_figures(device: Any) -> dict[str, Any]:
-    """A CUDA call whose result is checked, matrix rate in bf16, and the copy rate from pinned memory."""
+    """Check the result of a CUDA call; measure the matrix rate in bf16 and the copy rate from pinned memory."""
     import torch
 
     if int(torch.arange(1000, device=device).sum()) != 499500:
-        raise RuntimeError("the GPU adds wrong")
+        raise RuntimeError("the GPU computes a wrong sum")
     source = torch.empty(GIB // 4, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     seconds = _seconds(lambda: target.copy_(source, non_blocking=True), device)
@@ -214,7 +214,7 @@ def _gpu_figures(device: Any) -> dict[str, Any]:
 
 
 def _matrix_rate(device: Any, dtype: Any, size: int) -> float:
-    """Operations a second of a square product."""
+    """Return the operations a second of a square matrix product."""
     import torch
 
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -222,7 +222,7 @@ def _matrix_rate(device: Any, dtype: Any, size: int) -> float:
 
 
 def _collective_rates(device: Any, world: int, size_mib: int) -> dict[str, Any]:
-    """Bus bandwidth as nccl-tests defines it (PERFORMANCE.md): bytes times 2(n-1)/n, or (n-1)/n, by seconds."""
+    """Measure bus bandwidths as nccl-tests defines them (PERFORMANCE.md): bytes · 2(n-1)/n, or (n-1)/n, per second."""
     import torch
     import torch.distributed as dist
 
@@ -237,18 +237,18 @@ def _collective_rates(device: Any, world: int, size_mib: int) -> dict[str, Any]:
     if received.view(world, -1)[:, 0].tolist() != [float(rank) for rank in range(world)]:
         raise RuntimeError("all-to-all delivers the wrong parts")
     buffer.zero_()
-    share = (world - 1) / world
+    remote = (world - 1) / world
     size = count * 4 / 1e9
     return {
-        "all_reduce_gb_per_second": round(2 * share * size / _seconds(lambda: dist.all_reduce(buffer), device), 2),
+        "all_reduce_gb_per_second": round(2 * remote * size / _seconds(lambda: dist.all_reduce(buffer), device), 2),
         "all_to_all_gb_per_second": round(
-            share * size / _seconds(lambda: dist.all_to_all_single(received, buffer), device), 2
+            remote * size / _seconds(lambda: dist.all_to_all_single(received, buffer), device), 2
         ),
     }
 
 
 def _seconds(action: Callable[[], object], device: Any, repeats: int = 5) -> float:
-    """Mean time of an action after two runs to warm up."""
+    """Return the mean duration of an action in seconds, after two runs for warm-up."""
     import torch
 
     def settle() -> None:
@@ -266,7 +266,7 @@ def _seconds(action: Callable[[], object], device: Any, repeats: int = 5) -> flo
 
 
 def main(argv: list[str]) -> int:
-    """Measure and print. Exit codes: 0 accepted, 4 not."""
+    """Measure and print. Exit codes: 0 accepted, 4 not accepted."""
     parser = argparse.ArgumentParser(prog="python -m mixtral_run.trial.acceptance", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument("--checkpoint-folder", type=Path, default=Path("/checkpoints"))

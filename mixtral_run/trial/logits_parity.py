@@ -1,6 +1,6 @@
-"""Logits of a converted checkpoint beside HF's own: the proof that the two are one model.
+"""Comparison of a converted checkpoint's logits with HF's, which proves that both are the same model.
 
-With an adapter, the other side is the exported adapter loaded by PEFT over the HF model.
+With an adapter, the reference is the exported adapter that PEFT loads on the HF model.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ PROMPTS = (
     "In 1969, two people walked on the Moon; the third, who stayed in orbit,",
 )
 LARGEST_EXACT_BYTES = 8 * 1024**3
-"""Up to this size in float64 a model's reference is computed so."""
+"""Largest size in float64 of a model whose reference is computed in float64."""
 
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """Largest differences over all positions and the whole vocabulary, next to what was allowed."""
+    """Largest difference over all positions and the whole vocabulary, with the tolerance."""
 
     largest_difference: float
     largest_logit: float
     tolerance: float
     same_choices: float
-    """Share of positions at which both sides find the same token likeliest."""
+    """Fraction of positions at which both models have the same likeliest token."""
     num_tokens: int
     dtype: str
     layout: str
@@ -51,7 +51,7 @@ class LogitsComparison:
 
 
 def compare_logits(config: VerifyConfig) -> None:
-    """Compare, print, write `logits_file`. All ranks must call. Raises CheckFailed when they differ too much."""
+    """Compare, print, write `logits_file`. All ranks must call. Raises CheckFailed if the logits differ."""
     assert config.against is not None
     base = describe_base(config.load)
     adapter = describe_adapter(config.adapter) if config.adapter is not None else None
@@ -66,22 +66,25 @@ def compare_logits(config: VerifyConfig) -> None:
         if not mesh.is_first:
             return
         dtype = pick_dtype(config.dtype, base, mesh.device)
-        # In float64 HF's own rounding, as large as ours, is no part of the difference; it takes twice the memory.
+        # float64 excludes HF's rounding, as large as the kit's, from the difference; it needs twice the memory.
         exact = dtype is torch.float32 and base.architecture.num_parameters * 8 <= LARGEST_EXACT_BYTES
         theirs = reference_logits(config.against, config.peft_path, rows, torch.float64 if exact else dtype)
         comparison = _compare(ours, theirs, config, str(dtype).removeprefix("torch."))
     report = Report.on_stderr() if config.json else Report()
-    _tell(comparison, config, report)
+    _report_comparison(comparison, config, report)
 
 
 def reference_logits(
     hf_model_path: Path, peft_path: Path | None, rows: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[Tensor]:
-    """HF's logits on the CPU, fp64 [tokens, vocabulary] a row, computed in `dtype`; with PEFT's adapter where given."""
+    """Return HF's logits, computed on the CPU in `dtype`: for each row fp64 [tokens, vocabulary].
+
+    peft_path: the adapter that PEFT loads on the model, or None.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        # HF's grouped product of experts knows no float64.
+        # HF's grouped product of experts does not support float64.
         str(hf_model_path), dtype=dtype, local_files_only=True,
         **({"experts_implementation": "eager"} if dtype is torch.float64 else {}),
     )  # fmt: skip
@@ -110,7 +113,7 @@ def _compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], config: VerifyCon
     )
 
 
-def _tell(comparison: LogitsComparison, config: VerifyConfig, report: Report) -> None:
+def _report_comparison(comparison: LogitsComparison, config: VerifyConfig, report: Report) -> None:
     if config.logits_file is not None:
         write_atomically(
             config.logits_file, json.dumps({**asdict(comparison), "passed": comparison.passed}, indent=2) + "\n"
@@ -123,7 +126,7 @@ def _tell(comparison: LogitsComparison, config: VerifyConfig, report: Report) ->
     # Written so that NaN fails.
     if not comparison.passed:
         raise CheckFailed(
-            f"The converted model does not compute what {other} does.",
+            f"The converted model does not compute the logits of {other}.",
             where=str(config.load),
             expected=f"logits within {comparison.tolerance:.0e}",
             found=f"a difference of {comparison.largest_difference:.3e}; logits reach {comparison.largest_logit:.3g}",

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plot of a run's loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def loss_plot(losses: Sequence[float], path: Path, *, title: str) -> None:
-    """Write the loss of each iteration as a PNG, on a logarithmic scale: a fall to a thousandth stays readable."""
+    """Write the loss of each iteration as a PNG, on a logarithmic scale, as it may fall to a thousandth."""
     import matplotlib
 
     matplotlib.use("Agg")

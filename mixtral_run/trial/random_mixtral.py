@@ -1,7 +1,7 @@
-"""Write a random Mixtral in the layout in which Mistral AI released the real one.
+"""Writing a Mixtral with random weights in the layout in which Mistral AI released the real one.
 
-`rehearse` runs the whole job on a tiny one; `smoke` takes one of Mixtral's full width and few layers where the real
-weights are not at hand. Shard by shard, so that memory holds one shard whatever the model's size.
+`rehearse` runs the whole job on a tiny one; `smoke` uses one of Mixtral's full width with few layers if the real
+weights are not available. Shards are written one after the other: memory holds one shard of any model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Named = tuple[str, tuple[int, ...]]
 
 
 def tensor_shapes(architecture: MixtralArchitecture) -> Iterator[Named]:
-    """Name and shape of every tensor of the released layout, in the order of the released shards."""
+    """Yield name and shape of every tensor of the released layout, in the order of the released shards."""
     a = architecture
     keys = a.num_query_groups * a.kv_channels
     yield "model.embed_tokens.weight", (a.vocab_size, a.hidden_size)
@@ -59,7 +59,7 @@ def tensor_shapes(architecture: MixtralArchitecture) -> Iterator[Named]:
 
 
 def hf_config(architecture: MixtralArchitecture, *, dtype: str, initializer_range: float) -> dict[str, Any]:
-    """config.json with the keys of mistralai/Mixtral-8x7B-v0.1; `dtype` in torch's words ("bfloat16")."""
+    """Return config.json with the keys of mistralai/Mixtral-8x7B-v0.1. dtype: torch's name, such as "bfloat16"."""
     a = architecture
     config = {
         "architectures": ["MixtralForCausalLM"],
@@ -106,20 +106,20 @@ def write_random_mixtral(
 ) -> None:
     """Write a Mixtral with random weights and a tokenizer trained on `texts` into `folder`, new or empty.
 
-    Weights are drawn from N(0, initializer_range²), embeddings and output layer from N(0, embedding_range²) where that
-    is given; layer norms are ones. Each tensor has a generator of its own,
-    seeded by `seed` and its name: the same weights whatever the number of shards or threads. `dtype` is "bfloat16",
-    "float16" or "float32". The result loads with `AutoModelForCausalLM` and `AutoTokenizer`. config.json is written
-    last, by renaming: a folder without it is no model. Raises ConfigError when the folder holds something already.
+    Weights are drawn from N(0, initializer_range²), embeddings and output layer from N(0, embedding_range²) if that is
+    given; layer norms are ones. Each tensor has its own generator, seeded by `seed` and the tensor's name, so that the
+    weights do not depend on the number of shards or threads. dtype: "bfloat16", "float16" or "float32". The result
+    loads with `AutoModelForCausalLM` and `AutoTokenizer`. config.json is written last, by renaming: a folder without it
+    is no model. Raises ConfigError if the folder is not empty.
     """
     if dtype not in _BYTES:
         raise ValueError(f"dtype must be one of {', '.join(_BYTES)}; found {dtype!r}")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(
-            "The folder for the random model holds something already.", where=str(folder), expected="a new or empty one"
+            "The folder for the random model is not empty.", where=str(folder), expected="a new or empty one"
         )
-    # The tokenizer may be smaller than the model's vocabulary, never larger.
+    # The tokenizer may be smaller than the model's vocabulary, but not larger.
     vocabulary = min(architecture.vocab_size, 32000)
     write_tokenizer(folder, texts, vocabulary, architecture.max_position_embeddings)
     ranges = dict.fromkeys(EMBEDDINGS, embedding_range or initializer_range)
@@ -139,7 +139,7 @@ def write_random_mixtral(
 
 
 def split_into_shards(architecture: MixtralArchitecture, num_shards: int) -> list[list[Named]]:
-    """The tensors in order, cut into exactly `num_shards` runs of about the same size, or ValueError."""
+    """Split the tensors in order into exactly `num_shards` shards of about the same size. Raises ValueError."""
     tensors = list(tensor_shapes(architecture))
     if not 1 <= num_shards <= len(tensors):
         raise ValueError(f"num_shards must be between 1 and {len(tensors)}; found {num_shards}")
@@ -149,7 +149,7 @@ def split_into_shards(architecture: MixtralArchitecture, num_shards: int) -> lis
     for position, (name, shape) in enumerate(tensors):
         remaining = num_shards - len(shards)
         full = passed >= total * len(shards) / num_shards
-        # The last shards get a tensor each even where one large tensor used up their share.
+        # Each of the last shards gets a tensor even if a large tensor before them exceeded its shard's size.
         if shards[-1] and remaining and (full or len(tensors) - position <= remaining):
             shards.append([])
         shards[-1].append((name, shape))
@@ -165,7 +165,7 @@ def _write_weights(
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
-            # A call of its own, so that its tensors are gone before the next shard's are drawn.
+            # A separate call, so that its tensors are freed before the next shard's are drawn.
             _write_shard(folder / file, shard, pool, draw)
             weight_map |= {name: file for name, _ in shard}
     total = architecture.num_parameters * _BYTES[dtype]
@@ -186,12 +186,12 @@ def _write_shard(path: Path, shard: list[Named], pool: ThreadPoolExecutor, draw:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int, initializer_range: float) -> torch.Tensor:
-    """One tensor of the model, the same for the same name, seed and range wherever it is drawn."""
+    """Return a tensor of the model, which depends only on name, shape, dtype, seed and range."""
     import torch
 
     if len(shape) == 1:  # layer norms
         return torch.ones(shape, dtype=getattr(torch, dtype))
-    # torch's CPU generator heeds the low 32 bits of a seed alone, so both go into those.
+    # torch's CPU generator uses only the low 32 bits of a seed, so both are hashed into them.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     tensor = torch.empty(shape, dtype=getattr(torch, dtype))
     flat = tensor.view(-1)

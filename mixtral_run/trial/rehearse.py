@@ -1,6 +1,6 @@
-"""The whole job at small size, through the same code that 8 GPUs run, every step proved.
+"""Rehearsal: the whole job at a small size with the same code that runs on 8 GPUs; every step is checked.
 
-A tiny random Mixtral is written in the released layout; then convert → verify → finetune → generate → export.
+It writes a tiny random Mixtral in the released layout, then runs convert → verify → finetune → generate → export.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.jobs import COMPARE_LOGITS, FINETUNE, GENERATE
 from mixtral_run.train.metrics import read_metrics
 from mixtral_run.train.preflight import check_inference, check_training
-from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_pairs
+from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from mixtral_run.trial.steps import Steps
 
 CONVERTED_LOGITS_TOLERANCE = 5e-6
 ADAPTER_LOGITS_TOLERANCE = 1e-5
 MARKER = ".mixtral-run-rehearsal"
-"""Tells a folder of an earlier rehearsal, which may be replaced, from a folder of the user's."""
+"""File that marks the folder of an earlier rehearsal, which may be replaced, unlike a folder of the user."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the rehearsal puts what it makes."""
+class Paths:
+    """Paths of the rehearsal's outputs."""
 
     work: Path
 
@@ -45,7 +45,7 @@ class Places:
         return self.work / "checkpoint"
 
     @property
-    def pairs(self) -> Path:
+    def examples(self) -> Path:
         return self.work / "pairs.jsonl"
 
     @property
@@ -58,9 +58,9 @@ class Places:
 
 
 def rehearse(config: RehearseConfig) -> None:
-    """Run and prove every step; print the table; write report.json and loss.png. Raises CheckFailed when one fails."""
+    """Run and check every step, print the table, write report.json and loss.png. Raises CheckFailed if a step fails."""
     report = Report.on_stderr() if config.json else Report()
-    places = Places(config.work_path)
+    paths = Paths(config.work_path)
     _fresh_folder(config.work_path)
     layout = _layout(config)
     report.say(
@@ -68,15 +68,15 @@ def rehearse(config: RehearseConfig) -> None:
         f"TP{layout['tensor_model_parallel_size']}/EP{layout['expert_model_parallel_size']}"
     )
     steps = Steps(7, report)
-    steps.run("write a tiny Mixtral", lambda: _write_model(places, config))
-    steps.run("convert", lambda: _convert(places, layout, report))
-    steps.run("verify: every parameter, and logits", lambda: _verify(places, layout))
-    steps.run("finetune", lambda: _finetune(places, layout))
-    steps.run("generate", lambda: _generate(places, layout))
-    steps.run("export", lambda: _export(places))
-    steps.run("reload with PEFT", lambda: _reload(places, layout))
+    steps.run("write a tiny Mixtral", lambda: _write_model(paths, config))
+    steps.run("convert", lambda: _convert(paths, layout, report))
+    steps.run("verify: every parameter, and logits", lambda: _verify(paths, layout))
+    steps.run("finetune", lambda: _finetune(paths, layout))
+    steps.run("generate", lambda: _generate(paths, layout))
+    steps.run("export", lambda: _export(paths))
+    steps.run("reload with PEFT", lambda: _reload(paths, layout))
     steps.table("Rehearsal")
-    losses = _losses(places)
+    losses = _losses(paths)
     if losses:
         _plot(losses, config.work_path / "loss.png")
     document = steps.write(config.work_path / "report.json", layout=layout, losses=losses)
@@ -84,15 +84,15 @@ def rehearse(config: RehearseConfig) -> None:
         print(document, end="", flush=True)
     steps.raise_if_failed("The rehearsal failed.", "mixtral-run --debug rehearse")
     report.say(f"  report: {config.work_path / 'report.json'}   loss: {config.work_path / 'loss.png'}")
-    report.done("Rehearsal complete: this machine does the whole job.")
+    report.done("Rehearsal complete: the whole job works on this machine.")
 
 
 def _fresh_folder(folder: Path) -> None:
-    """Make FOLDER empty. Raises ConfigError when it holds anything but an earlier rehearsal."""
+    """Create an empty folder. Raises ConfigError if it contains anything but an earlier rehearsal."""
     if folder.exists():
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists()):
             raise ConfigError(
-                "The rehearsal would overwrite something that it did not make.",
+                "The rehearsal would overwrite files that it did not create.",
                 where=f"--work-path {folder}",
                 expected="a new folder, an empty one, or that of an earlier rehearsal",
                 found="other files",
@@ -104,7 +104,7 @@ def _fresh_folder(folder: Path) -> None:
 
 
 def _layout(config: RehearseConfig) -> dict[str, Any]:
-    """TP2/EP2 on two processes; on GPUs as many as there are, a power of two up to 8."""
+    """Return the layout: TP2/EP2 on two processes on a CPU; on GPUs all of them, a power of two up to 8."""
     import torch
 
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -120,11 +120,11 @@ def _layout(config: RehearseConfig) -> dict[str, Any]:
     }
 
 
-def _write_model(places: Places, config: RehearseConfig) -> str:
+def _write_model(paths: Paths, config: RehearseConfig) -> str:
     from mixtral_run.trial.random_mixtral import write_random_mixtral
 
     write_random_mixtral(
-        places.hf_model,
+        paths.hf_model,
         architecture=PLAN.architecture,
         dtype=PLAN.dtype,
         seed=config.seed,
@@ -133,17 +133,17 @@ def _write_model(places: Places, config: RehearseConfig) -> str:
         initializer_range=PLAN.initializer_range,
         embedding_range=PLAN.embedding_range,
     )
-    write_rehearsal_pairs(places.pairs)
-    return f"{PLAN.architecture.num_parameters:,} parameters in {PLAN.num_shards} shards, {PLAN.num_pairs} pairs"
+    write_rehearsal_examples(paths.examples)
+    return f"{PLAN.architecture.num_parameters:,} parameters in {PLAN.num_shards} shards, {PLAN.num_examples} examples"
 
 
-def _convert(places: Places, layout: dict[str, Any], report: Report) -> str:
+def _convert(paths: Paths, layout: dict[str, Any], report: Report) -> str:
     from mixtral_run.weights.convert.to_megatron import convert
 
     result = convert(
         ConvertConfig(
-            hf_model_path=str(places.hf_model),
-            output_path=places.checkpoint,
+            hf_model_path=str(paths.hf_model),
+            output_path=paths.checkpoint,
             tensor_model_parallel_size=layout["tensor_model_parallel_size"],
             expert_model_parallel_size=layout["expert_model_parallel_size"],
         ),
@@ -152,22 +152,22 @@ def _convert(places: Places, layout: dict[str, Any], report: Report) -> str:
     return f"{result.num_bytes / 1e6:.1f} MB streamed, fingerprint {result.fingerprint[:12]}"
 
 
-def _verify(places: Places, layout: dict[str, Any]) -> str:
+def _verify(paths: Paths, layout: dict[str, Any]) -> str:
     from mixtral_run.weights.verify.verify import compare_with_source
 
-    compared = compare_with_source(places.checkpoint, places.hf_model, Report.silent())
-    logits = _compare_logits(places, layout, CONVERTED_LOGITS_TOLERANCE, with_adapter=False)
+    compared = compare_with_source(paths.checkpoint, paths.hf_model, Report.silent())
+    logits = _compare_logits(paths, layout, CONVERTED_LOGITS_TOLERANCE, with_adapter=False)
     return f"{compared} tensors bit-equal; logits differ from HF's by at most {logits:.1e}"
 
 
-def _compare_logits(places: Places, layout: dict[str, Any], tolerance: float, *, with_adapter: bool) -> float:
-    file = places.work / ("logits-adapter.json" if with_adapter else "logits.json")
+def _compare_logits(paths: Paths, layout: dict[str, Any], tolerance: float, *, with_adapter: bool) -> float:
+    file = paths.work / ("logits-adapter.json" if with_adapter else "logits.json")
     config = VerifyConfig(
         **layout,
-        load=places.checkpoint,
-        against=places.hf_model,
-        adapter=places.adapter if with_adapter else None,
-        peft_path=places.peft if with_adapter else None,
+        load=paths.checkpoint,
+        against=paths.hf_model,
+        adapter=paths.adapter if with_adapter else None,
+        peft_path=paths.peft if with_adapter else None,
         logits_tolerance=tolerance,
         logits_file=file,
     )
@@ -175,15 +175,15 @@ def _compare_logits(places: Places, layout: dict[str, Any], tolerance: float, *,
     return float(json.loads(file.read_text(encoding="utf-8"))["largest_difference"])
 
 
-def _finetune(places: Places, layout: dict[str, Any]) -> str:
-    before = _content(places.checkpoint)
+def _finetune(paths: Paths, layout: dict[str, Any]) -> str:
+    before = _content(paths.checkpoint)
     run_job(
         FINETUNE,
         FinetuneConfig(
             **layout,
-            load=places.checkpoint,
-            data_path=places.pairs,
-            save=places.adapter,
+            load=paths.checkpoint,
+            data_path=paths.examples,
+            save=paths.adapter,
             seq_length=PLAN.seq_length,
             micro_batch_size=PLAN.micro_batch_size,
             global_batch_size=PLAN.global_batch_size * _replicas(layout),
@@ -200,15 +200,15 @@ def _finetune(places: Places, layout: dict[str, Any]) -> str:
         ).check(),
         check_training,
     )
-    if _content(places.checkpoint) != before:
-        raise CheckFailed("Fine-tuning changed the base checkpoint.", where=str(places.checkpoint))
-    losses = _losses(places)
+    if _content(paths.checkpoint) != before:
+        raise CheckFailed("Fine-tuning changed the base checkpoint.", where=str(paths.checkpoint))
+    losses = _losses(paths)
     first, last = losses[0], losses[-1]
-    if not last <= first * PLAN.highest_final_loss_share:
+    if not last <= first * PLAN.max_final_loss_ratio:
         raise CheckFailed(
-            "The loss did not fall clearly below its start.",
-            where=str(places.adapter / "metrics.jsonl"),
-            expected=f"at most {PLAN.highest_final_loss_share:.0%} of {first:.4f}",
+            "The loss did not fall clearly.",
+            where=str(paths.adapter / "metrics.jsonl"),
+            expected=f"at most {PLAN.max_final_loss_ratio:.0%} of {first:.4f}",
             found=f"{last:.4f}",
         )
     return f"loss {first:.3f} → {last:.4f} in {len(losses)} iterations; base unchanged"
@@ -226,47 +226,47 @@ def _content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _generate(places: Places, layout: dict[str, Any]) -> str:
-    pair = read_examples(places.pairs)[0]
-    file = places.work / "answers.json"
+def _generate(paths: Paths, layout: dict[str, Any]) -> str:
+    example = read_examples(paths.examples)[0]
+    file = paths.work / "answers.json"
     run_job(
         GENERATE,
         GenerateConfig(
             **layout,
-            load=places.checkpoint,
-            adapter=places.adapter,
-            instruction=(pair.instruction,),
+            load=paths.checkpoint,
+            adapter=paths.adapter,
+            instruction=(example.instruction,),
             max_new_tokens=PLAN.max_new_tokens,
             output_file=file,
         ).check(),
         lambda config, _: check_inference(config),
     )
     answer = json.loads(file.read_text(encoding="utf-8"))[0]["text"]
-    if answer != pair.response:
+    if answer != example.response:
         raise CheckFailed(
-            "Generation did not give back what was learned.",
-            where=f"instruction: {pair.instruction}",
-            expected=pair.response,
+            "Generation did not return the learned response.",
+            where=f"instruction: {example.instruction}",
+            expected=example.response,
             found=answer,
         )
-    return f"“{pair.instruction}” → “{answer}”"
+    return f"“{example.instruction}” → “{answer}”"
 
 
-def _export(places: Places) -> str:
+def _export(paths: Paths) -> str:
     from mixtral_run.weights.adapter.export import export
 
-    export(ExportConfig(adapter=places.adapter, output_path=places.peft), Report.silent())
-    size = sum(path.stat().st_size for path in places.peft.iterdir())
-    return f"PEFT directory {places.peft.name}, {size / 1e6:.1f} MB"
+    export(ExportConfig(adapter=paths.adapter, output_path=paths.peft), Report.silent())
+    size = sum(path.stat().st_size for path in paths.peft.iterdir())
+    return f"PEFT directory {paths.peft.name}, {size / 1e6:.1f} MB"
 
 
-def _reload(places: Places, layout: dict[str, Any]) -> str:
-    difference = _compare_logits(places, layout, ADAPTER_LOGITS_TOLERANCE, with_adapter=True)
+def _reload(paths: Paths, layout: dict[str, Any]) -> str:
+    difference = _compare_logits(paths, layout, ADAPTER_LOGITS_TOLERANCE, with_adapter=True)
     return f"PEFT over HF gives the same logits within {difference:.1e}"
 
 
-def _losses(places: Places) -> list[float]:
-    file = places.adapter / "metrics.jsonl"
+def _losses(paths: Paths) -> list[float]:
+    file = paths.adapter / "metrics.jsonl"
     return [line["loss"] for line in read_metrics(file)] if file.exists() else []
 
 

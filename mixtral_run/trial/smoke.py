@@ -1,4 +1,4 @@
-"""The trial on real hardware: convert if not yet done, pretrain, LoRA, generate; pass or fail with time and memory."""
+"""Smoke test on real hardware: convert if needed, pretrain, LoRA, generate; results with time and memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAUNCH_SETTINGS = (
 
 
 def smoke(config: SmokeConfig) -> None:
-    """Run the steps, print the table, write report.json. Raises CheckFailed when one fails."""
+    """Run the steps, print the table, write report.json. Raises CheckFailed if a step fails."""
     processes.num_processes(config)
     check_smoke(config)
     report = Report.on_stderr() if config.json else Report()
@@ -55,7 +55,7 @@ def smoke(config: SmokeConfig) -> None:
 
 
 def check_smoke(config: SmokeConfig) -> None:
-    """Raise ConfigError when there is nothing to start from."""
+    """Raise ConfigError if there is no checkpoint and no single source for it."""
     if _converted(config):
         problems = describe_base(config.load).architecture.layout_problems(
             config.tensor_model_parallel_size, config.expert_model_parallel_size
@@ -98,10 +98,10 @@ def _convert(config: SmokeConfig, report: Report) -> str:
         return f"already done: {base.architecture.num_parameters:,} parameters in {config.load}"
     from mixtral_run.weights.convert.to_megatron import convert
 
-    source, made = config.hf_model_path, None
+    source, random_model = config.hf_model_path, None
     if source is None:
-        made = _random_model(config, config.random_layers or 1, report)
-        source = str(made)
+        random_model = _random_model(config, config.random_layers or 1, report)
+        source = str(random_model)
     result = convert(
         ConvertConfig(
             hf_model_path=source,
@@ -111,8 +111,8 @@ def _convert(config: SmokeConfig, report: Report) -> str:
         ),
         report,
     )
-    if made is not None:
-        shutil.rmtree(made)
+    if random_model is not None:
+        shutil.rmtree(random_model)
     return f"{result.num_bytes / 1e9:.2f} GB at {result.num_bytes / 1e6 / result.seconds:,.0f} MB/s"
 
 
@@ -137,8 +137,8 @@ def _random_model(config: SmokeConfig, num_layers: int, report: Report) -> Path:
 def _pretrain(config: SmokeConfig) -> str:
     metrics = config.work_path / "pretrain-metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    # SGD with a small rate: the run proves that all weights get gradients, it is not to move them far. One micro batch
-    # a process, so that the gradients need not all be kept.
+    # SGD with a small rate: the run proves that all weights get gradients and must not change them much. One micro
+    # batch per process, so that the gradients need not all be held (train/sgd_in_backward.py).
     settings = PretrainConfig(
         **{**_training_settings(config), "global_batch_size": 0}, lr=1e-4, min_lr=1e-4, metrics_file=metrics
     )
@@ -156,7 +156,7 @@ def _finetune(config: SmokeConfig) -> str:
 
 def _speed(metrics_file: Path) -> str:
     metrics = read_metrics(metrics_file)
-    # The first iteration pays for warming up.
+    # The first iteration includes the warm-up.
     steady = sorted(line["tokens_per_second_per_process"] for line in metrics[1:] or metrics)
     middle = steady[len(steady) // 2]
     peak = max(line["peak_memory_gib"] for line in metrics) * 1.073741824
@@ -180,5 +180,5 @@ def _generate(config: SmokeConfig) -> str:
     )
     answer = json.loads(file.read_text(encoding="utf-8"))[0]
     if not answer["num_tokens"]:
-        raise CheckFailed("Generation gave no token.", where=str(config.load))
+        raise CheckFailed("Generation returned no token.", where=str(config.load))
     return f"{answer['num_tokens']} tokens"

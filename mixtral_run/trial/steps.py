@@ -1,4 +1,4 @@
-"""Steps of a trial run (rehearse, smoke): each one timed, its memory watched, its outcome kept for the table."""
+"""Steps of a trial run (rehearse, smoke), with the time, memory and outcome of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """One line of the table. peak_memory_gib: most memory that this program and its processes held together."""
+    """One row of the table. peak_memory_gib: peak of the memory that this program and its processes held together."""
 
     name: str
     passed: bool
@@ -30,7 +30,7 @@ class StepOutcome:
 
 
 class Steps:
-    """Runs steps one after the other. After a failure the rest is not run, as each needs the one before."""
+    """Runs steps one after the other. After a failure the rest is not run, as each step needs the previous one."""
 
     def __init__(self, total: int, report: Report) -> None:
         self._total = total
@@ -42,7 +42,7 @@ class Steps:
         return len(self.outcomes) == self._total and all(outcome.passed for outcome in self.outcomes)
 
     def run(self, name: str, step: Callable[[], str]) -> None:
-        """Run `step`, which returns its result in words or raises MixtralRunError."""
+        """Run `step`, which returns a text about its result or raises MixtralRunError."""
         if self.outcomes and not self.outcomes[-1].passed:
             return
         self._report.say()
@@ -79,7 +79,7 @@ class Steps:
         self._report.table(columns, rows, title)
 
     def write(self, path: Path, **more: Any) -> str:
-        """Write the outcomes as JSON; returns the document."""
+        """Write the outcomes as JSON. Return the document."""
         steps = [asdict(outcome) for outcome in self.outcomes]
         document = json.dumps({"passed": self.passed, "steps": steps, **more}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(path, document)
@@ -96,7 +96,7 @@ class Steps:
 
 
 class MemoryWatch:
-    """Samples the memory of this process and all it started, and of the GPUs, while the block runs."""
+    """Samples the memory of this process, its descendants and the GPUs while the block runs."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -126,7 +126,7 @@ class MemoryWatch:
 
 
 def _resident_bytes(process: Any) -> int:
-    """Resident bytes of a process and its descendants; memory that they share is counted once a process."""
+    """Return the resident bytes of a process and its descendants; shared memory counts once for each process."""
     import psutil
 
     total = 0
@@ -138,13 +138,13 @@ def _resident_bytes(process: Any) -> int:
         try:
             total += member.memory_info().rss
         except psutil.Error:
-            # It ended between the listing and the look.
+            # It ended after the listing.
             continue
     return total
 
 
 def _gpu_bytes() -> int | None:
-    """Most memory in use on any one GPU; None where there is none."""
+    """Return the memory in use on the fullest GPU, or None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""A small byte-level BPE tokenizer, trained on given texts, in the files that a released Mixtral ships.
+"""A small byte-level BPE tokenizer, trained on given texts, in the file layout of a released Mixtral.
 
-The ids of <unk>, <s> and </s> are 0, 1 and 2, as Mixtral's are, so that nothing downstream needs to tell them apart.
+The ids of <unk>, <s> and </s> are 0, 1 and 2, as in Mixtral's tokenizer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ MINIMUM_VOCAB_SIZE = len(SPECIAL_TOKENS) + NUM_BYTES
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A `tokenizers.Tokenizer` with at most `vocab_size` entries that encodes any text without loss.
+    """Train a `tokenizers.Tokenizer` with at most `vocab_size` entries that encodes any text without loss.
 
-    Every byte has an entry of its own, so text that the training never saw falls back to bytes. With few texts the
-    result holds fewer entries than asked for. Raises ValueError when `vocab_size` has no room for the bytes.
+    Every byte has an entry, so that unseen text falls back to bytes. With few texts the result has fewer entries.
+    Raises ValueError if `vocab_size` is too small for the bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -35,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Mixtral's own tokenizer puts <s> before a text, too.
+    # As in Mixtral's own tokenizer, <s> precedes a text.
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )

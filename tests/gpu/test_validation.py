@@ -1,4 +1,4 @@
-"""Looking at pairs kept back between recorded steps: what training does stays as it is, and the loss is right."""
+"""Evaluation between captured steps: training is unchanged, and the loss is right."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ class FewSamples(MockSamples):
         return 5
 
 
-def test_a_look_between_recorded_steps_changes_nothing() -> None:
+def test_an_evaluation_between_captured_steps_changes_nothing() -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     validation_samples = FewSamples(1024, SEQ_LENGTH, 9)
     losses: list[list[float]] = []
     with processes(config) as mesh:
-        for looks in (False, True):
+        for evaluates in (False, True):
             model = small_model(mesh, "none", "bf16")
             validation = Validation(validation_samples, 2, Report.silent(), None)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
@@ -32,14 +32,14 @@ def test_a_look_between_recorded_steps_changes_nothing() -> None:
             with backward_of(model, 2 * SEQ_LENGTH) as backward:
                 assert isinstance(backward, CapturedBackward)
                 for step in range(6):
-                    if looks:
+                    if evaluates:
                         assert validation.evaluate(model, step, lambda: False) is not None
                     losses[-1].append(train_step(model, optimizer, next(stream), 1.0, backward).loss)
-            if looks:
+            if evaluates:
                 with torch.no_grad():
                     total = sum(float(losses_of(model, stacked([validation_samples.row(index)]))) for index in range(5))
                 last = validation.evaluate(model, 6, lambda: False)
                 assert last is not None
                 assert last.loss == pytest.approx(total / (5 * SEQ_LENGTH), rel=1e-3)
-                assert len({each.loss for each in validation.found}) == 7
+                assert len({each.loss for each in validation.results}) == 7
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)

@@ -11,20 +11,20 @@ from tests.integration.conftest import mixtral_run
 from tests.integration.test_verbs import TINY_RUN, TWO, pairs  # noqa: F401
 
 
-def test_pairs_kept_back_are_looked_at(
+def test_the_validation_set_is_evaluated(
     small_checkpoint: Path,
     pairs: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """Before the first iteration, in between and after the last; nothing is learned from them."""
-    kept_back, save = tmp_path / "kept-back.jsonl", tmp_path / "adapter"
+    """Before the first iteration, at intervals and after the last; it is not trained on."""
+    validation_file, save = tmp_path / "validation.jsonl", tmp_path / "adapter"
     lines = [{"instruction": f"Say {word}.", "response": word} for word in ("five", "six", "seven")]
-    kept_back.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    validation_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ("--load", str(small_checkpoint), "--data-path", str(pairs), *TWO, *TINY_RUN, "--lr", "1e-3")
-    looks = ("--valid-data-path", str(kept_back), "--eval-interval", "2")
-    done = mixtral_run("finetune", "--save", str(save), *words, *looks, "--train-iters", "5")
+    evaluation = ("--valid-data-path", str(validation_file), "--eval-interval", "2")
+    done = mixtral_run("finetune", "--save", str(save), *words, *evaluation, "--train-iters", "5")
     assert done.returncode == 0, done.stderr
-    assert "Kept back: 3 pairs" in done.stdout
+    assert "Validation set: 3 examples" in done.stdout
     shown = re.findall(r"validation (\d)/5 \| lm loss: (\S+) \| perplexity: ", done.stdout)
     found = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
     assert [int(iteration) for iteration, _ in shown] == [each["iteration"] for each in found] == [0, 2, 4, 5]
@@ -40,7 +40,7 @@ def test_pairs_kept_back_are_looked_at(
         "lowest_iteration": lowest["iteration"],
     }
     assert f"validation loss {found[0]['loss']:.4f} before, {found[-1]['loss']:.4f} at the end" in done.stdout
-    # The adapter is that of a run without them, bit by bit.
+    # The adapter is that of a run without a validation set, bit by bit.
     alone = mixtral_run("finetune", "--save", str(tmp_path / "alone"), *words, "--train-iters", "5")
     assert alone.returncode == 0, alone.stderr
     losses = [
@@ -48,9 +48,9 @@ def test_pairs_kept_back_are_looked_at(
         for folder in (save, tmp_path / "alone")
     ]
     assert losses[0] == losses[1]
-    more = mixtral_run("finetune", "--save", str(save), *words, *looks, "--train-iters", "6", "--resume")
+    more = mixtral_run("finetune", "--save", str(save), *words, *evaluation, "--train-iters", "6", "--resume")
     assert more.returncode == 0, more.stderr
     found = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
     assert [each["iteration"] for each in found] == [0, 2, 4, 5, 5, 6]
-    # What was saved is what was looked at.
+    # The saved adapter is the one that was evaluated.
     assert found[4]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)

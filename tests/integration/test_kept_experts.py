@@ -52,7 +52,7 @@ def test_the_next_start_reads_no_expert_of_the_base(of: str, precision: str, req
     quantized = start(base, "no", precision)
     assert quantized.said == ""
     made = start(base, "yes", precision)
-    assert "Keeping the experts in" in made.said
+    assert "Writing the quantized cache" in made.said
     assert same(made, quantized)
     wipe_experts(base)
     for mode in ("yes", "use"):
@@ -168,7 +168,7 @@ def test_half_made_ones(own_checkpoint: Path) -> None:
     (folder_of(own_checkpoint) / RECORD).unlink()
     again = start(own_checkpoint)
     assert again.said.count("!") == 2
-    assert "does not keep its experts" in again.said
+    assert "does not write the quantized cache" in again.said
     assert "removed by hand" in again.said
     assert same(again, first)
     assert (folder_of(own_checkpoint) / "layer_00.safetensors").is_file()

@@ -22,7 +22,7 @@ def test_the_verb_keeps_reads_and_does_without(own_checkpoint: Path, tmp_path: P
             assert not folder_of(own_checkpoint).exists()
     assert len(losses[0]) == 2
     assert all(each == losses[0] for each in losses)
-    assert [("Keeping the experts" in text, "quantized before" in text) for text in said] == [
+    assert [("Writing the quantized cache" in text, "from the quantized cache" in text) for text in said] == [
         (False, False),
         (True, False),
         (False, True),

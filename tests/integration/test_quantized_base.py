@@ -55,7 +55,7 @@ def test_the_verb_trains_packed_on_two_processes_and_resumes(own_checkpoint: Pat
         flags = [*words, str(save), *settings, "--base-precision", precision, "--recompute", "selective"]
         done = mixtral_run(*flags, "--train-iters", "3", "--save-interval", "2")
         assert done.returncode == 0, done.stderr
-        assert "as TP1/EP2" in done.stdout and "pairs packed into" in done.stdout
+        assert "as TP1/EP2" in done.stdout and "examples packed into" in done.stdout
         losses[precision] = [each["loss"] for each in read_metrics(save / "metrics.jsonl")]
     assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.01)
     assert losses["fp8"] != losses["bf16"]

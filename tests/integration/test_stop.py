@@ -65,7 +65,7 @@ def test_a_job_saves_when_it_is_stopped_and_goes_on(small_checkpoint: Path, tmp_
                     process.kill()
     output = printed(tmp_path)
     assert set(codes) <= {0, *SIGNALLED}, output
-    assert "as asked" in output
+    assert "as requested" in output
     assert "Traceback" not in output
     stopped = int((config.save / "latest_checkpointed_iteration.txt").read_text())
     assert stopped >= 2

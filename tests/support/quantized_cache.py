@@ -74,7 +74,7 @@ def start(
         lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
         keep = CacheOptions(mode, Report(stream), reserve)
         model = load_for_training(
-            config, describe_base(base), mesh, lora, recompute="none", base_precision=precision, keep=keep
+            config, describe_base(base), mesh, lora, recompute="none", base_precision=precision, cache=keep
         )
         assert all(linear.weight is None for each in model.experts for linear in each.linears.values())
         buffers = {name: each.clone() for name, each in model.gpt.named_buffers() if ".experts." in name}
@@ -92,7 +92,9 @@ def same(first: Start, second: Start) -> bool:
 
 def took(run: Start) -> bool:
     """Whether it took what was kept, and had nothing to complain of."""
-    return "quantized before" in run.said and "!" not in run.said and "Keeping" not in run.said
+    return (
+        "from the quantized cache" in run.said and "!" not in run.said and "Writing the quantized cache" not in run.said
+    )
 
 
 def folder_of(base: Path) -> Path:

@@ -1,8 +1,8 @@
-"""Instruction/response pairs and conversations from JSONL, checked before any work.
+"""Reading of training and validation examples from JSONL. Every line is checked before any work.
 
-A line is a pair, or a conversation as chat models have it: `messages`, each with `role` and `content`, of the user and
-the assistant in turn. What a system message says comes before the user's first words, as Mixtral-Instruct's template
-has it.
+A line is an instruction with its response, or a conversation in the format of chat models: `messages`, each with `role`
+and `content`, of the user and the assistant in turn. A system message is put before the user's first message, as in the
+chat template of Mixtral-Instruct.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ EXAMPLE_LINES = (
 
 @dataclass(frozen=True)
 class Example:
-    """One example to learn from. `line` is its line in the file, from 1; texts are stripped. earlier: what was asked
-    and answered before in the same conversation, to be learned as well."""
+    """One training example. Texts are stripped.
+
+    Attributes:
+        instruction: the user's message, or the last one of a conversation.
+        response: the assistant's answer to it.
+        line: the example's line in the file, from 1.
+        earlier: instruction and response of the earlier turns of the conversation, which are trained on as well.
+    """
 
     instruction: str
     response: str
@@ -43,12 +49,14 @@ class Example:
 
 
 def read_examples(path: Path, setting: str = "data_path") -> list[Example]:
-    """All pairs of a JSONL file, in its order; further keys are ignored.
+    """Return all examples of a JSONL file in its order. Blank lines are skipped, further keys ignored.
 
-    setting: the config's that names the file, for errors.
+    Args:
+        path: the file.
+        setting: the setting that names the file, for errors.
 
-    Blank lines are skipped. Raises ConfigError naming every line that is not a pair (the first ten, then their
-    number), or that the file is missing, not UTF-8 or without any pair.
+    Raises:
+        ConfigError: the file is missing, not UTF-8 or empty, or lines are not examples; the first ten are listed.
     """
     where, what = where_of(setting, path), "validation" if setting == "valid_data_path" else "training"
     expected = f"a JSON object a line: {' or '.join(EXAMPLE_LINES)}"
@@ -57,7 +65,7 @@ def read_examples(path: Path, setting: str = "data_path") -> list[Example]:
     except OSError as error:
         raise ConfigError(f"The {what} data cannot be read.", where=where, found=error.strerror) from error
     try:
-        # Some editors put a byte order mark first.
+        # Some editors write a byte order mark.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         broken = content.count(b"\n", 0, error.start) + 1
@@ -67,7 +75,7 @@ def read_examples(path: Path, setting: str = "data_path") -> list[Example]:
             found=f"line {broken}: byte 0x{content[error.start]:02x}",
             next_command=f"iconv -f latin1 -t utf-8 {path}, if that is how it was saved",
         ) from error
-    pairs: list[Example] = []
+    examples: list[Example] = []
     problems: list[str] = []
     # Not splitlines(): that also splits at separators that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -77,7 +85,7 @@ def read_examples(path: Path, setting: str = "data_path") -> list[Example]:
         problems += [f"line {number}: {problem}" for problem in found]
         if not found:
             *earlier, last = _turns(json.loads(line))
-            pairs.append(Example(*last, number, tuple(earlier)))
+            examples.append(Example(*last, number, tuple(earlier)))
     if problems:
         raise ConfigError(
             f"The {what} data cannot be used as they are.",
@@ -85,18 +93,18 @@ def read_examples(path: Path, setting: str = "data_path") -> list[Example]:
             problems=first_problems(problems),
             expected=expected,
         )
-    if not pairs:
-        raise ConfigError(f"The {what} data hold no pair.", where=where, expected=expected, found="an empty file")
-    return pairs
+    if not examples:
+        raise ConfigError(f"The {what} data hold no example.", where=where, expected=expected, found="an empty file")
+    return examples
 
 
 def where_of(setting: str, path: Path) -> str:
-    """`--data-path FILE`, as errors have it."""
+    """Return `--data-path FILE`, the place that errors name."""
     return f"{flag_of(setting)} {path}"
 
 
 def first_problems(problems: list[str]) -> list[str]:
-    """The first ten faults and, where there are more, how many."""
+    """Return the first ten problems and, if there are more, their number."""
     shown = problems[:NUM_PROBLEMS_SHOWN]
     more = len(problems) - len(shown)
     return [*shown, f"and {more:,} more"] if more else shown
@@ -126,7 +134,7 @@ def _line_problems(line: str) -> Iterator[str]:
 
 
 def _is_conversation(values: dict[str, Any]) -> bool:
-    """What is said as a pair is taken as one; the rest of its keys are ignored."""
+    """Return True if the line is a conversation. The keys of an instruction with its response take precedence."""
     return MESSAGES in values and not any(key in values for key in KEYS)
 
 
@@ -158,7 +166,7 @@ def _text_problems(name: str, text: object) -> Iterator[str]:
 
 
 def _turns(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Instruction and response of each turn of a line without faults."""
+    """Return instruction and response of each turn of a valid line."""
     if not _is_conversation(values):
         return [(values["instruction"].strip(), values["response"].strip())]
     texts = [message["content"].strip() for message in values[MESSAGES]]
@@ -174,4 +182,4 @@ def _json_type(value: object) -> str:
 
 
 DATA_SETTINGS = ("data_path", "valid_data_path")
-"""Settings that name files of pairs."""
+"""Settings that name files of examples."""

@@ -1,7 +1,7 @@
-"""Pairs → samples → micro batches, in one order whatever the layout. numpy and torch only.
+"""Examples → samples → micro batches, in an order that does not depend on the layout. numpy and torch only.
 
-The order is a function of the seed and of how many samples were consumed, nothing else: a run that is resumed, or that
-goes on with more processes or another micro batch size, sees the samples it would have seen.
+The order is a function of the seed and of the number of consumed samples only: a run that is resumed with more
+processes or another micro batch size sees the samples that it would have seen.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-# Kept apart, so that the shuffling and the mock tokens of one seed do not come from the same numbers.
+# Separate streams, so that the shuffling and the mock tokens of one seed are independent.
 _SHUFFLE_STREAM, _MOCK_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes. All are [micro_batch, seq] on the CPU; labels are already shifted.
+    """The inputs of one forward pass. All are [micro_batch, seq] on the CPU; labels are already shifted.
 
-    `labels[b, i]` is the token after `tokens[b, i]`, and `loss_mask[b, i]` says whether guessing it counts.
+    `labels[b, i]` is the token after `tokens[b, i]`; `loss_mask[b, i]` is 1 if its loss counts.
     """
 
     tokens: torch.Tensor  # int64
-    labels: torch.Tensor  # int64; where the mask is 0, any valid id
+    labels: torch.Tensor  # int64; any valid id if the mask is 0
     loss_mask: torch.Tensor  # float32, 0 or 1
-    position_ids: torch.Tensor  # int64; anew in each sample of a packed row
-    lengths: tuple[tuple[int, ...], ...] | None = None  # of each row's samples, where rows are packed
+    position_ids: torch.Tensor  # int64; starts at 0 in each sample of a packed row
+    lengths: tuple[tuple[int, ...], ...] | None = None  # of each row's samples, if rows are packed
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step. `micro_batches` are this rank's share; the two numbers are the same on every rank."""
+    """The data of one optimizer step. `micro_batches` are this rank's part; both counts are the same on every rank."""
 
     micro_batches: tuple[MicroBatch, ...]
-    num_loss_tokens: int  # over all ranks: dividing each rank's summed loss by it gives the mean over the batch
-    consumed_samples: int  # after this batch: where to go on
+    num_loss_tokens: int  # over all ranks: each rank divides its summed loss by it
+    consumed_samples: int  # after this batch
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Row:
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     loss_mask: NDArray[np.float32]
-    lengths: tuple[int, ...] | None = None  # of the samples in a packed row; padding is one
+    lengths: tuple[int, ...] | None = None  # of the samples in a packed row, with padding as the last one
 
 
 class SampleSource(Protocol):
-    """Where samples come from."""
+    """A source of samples: a file or mock data."""
 
     @property
     def seq_length(self) -> int: ...
@@ -67,7 +67,7 @@ class SampleSource(Protocol):
     def describe(self) -> str: ...
 
     def index_of(self, position: int, seed: int) -> int:
-        """Which sample stands at `position` of the endless order that `seed` gives."""
+        """Return the sample at `position` of the endless order that `seed` defines."""
         ...
 
     def row(self, index: int) -> Row: ...
@@ -76,7 +76,7 @@ class SampleSource(Protocol):
 
 
 class ShuffledOrder:
-    """An endless order of `count` things, shuffled anew each epoch."""
+    """An endless order of `count` samples, shuffled anew each epoch."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -91,29 +91,37 @@ class ShuffledOrder:
 
 
 class Samples:
-    """All pairs as tokens, padded or truncated to `seq_length`; shuffled anew each epoch.
+    """All examples as tokens, padded or truncated to `seq_length`; shuffled anew each epoch.
 
-    A row of n tokens gives n − 1 places, so a pair of up to seq_length + 1 tokens fits whole. What was padded and cut
-    is counted in `num_padding_tokens` and `num_truncated`. where: what errors call their file. Raises ConfigError, with
-    their lines, when pairs are so long that nothing of their response is left to learn.
+    n tokens give n − 1 positions with a label, so that an example of up to seq_length + 1 tokens fits.
+    `num_padding_tokens` and `num_truncated` count what was padded and truncated.
+
+    Args:
+        examples: at least one.
+        tokenizer: encodes them (prompt.py).
+        seq_length: tokens of a row.
+        where: the file, for errors.
+
+    Raises:
+        ConfigError: examples are so long that nothing of their response is left; their lines are listed.
     """
 
     def __init__(
-        self, pairs: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_length: int, where: str | None = None
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_length: int, where: str | None = None
     ) -> None:
-        if not pairs:
-            raise ValueError("Samples needs at least one pair")
+        if not examples:
+            raise ValueError("Samples needs at least one example")
         self._seq_length = seq_length
-        # The tokens, and where among them responses begin and end.
+        # The tokens, and begin and end of each response among them.
         self._rows: list[tuple[NDArray[np.int64], list[tuple[int, int]]]] = []
         self.num_tokens = 0
         self.num_loss_tokens_total = 0
         self.num_padding_tokens = 0
         self.num_truncated = 0
         self.longest = 0
-        # Padding is masked out of the loss and lies behind everything that could attend to it: any valid id will do.
+        # Any valid id will do: padding is masked out of the loss, and follows every token that causal attention covers.
         self._padding_id = int(tokenizer.eos_token_id)
-        self._encode(pairs, tokenizer, where)
+        self._encode(examples, tokenizer, where)
         self._order = ShuffledOrder(len(self._rows))
 
     def __len__(self) -> int:
@@ -124,19 +132,19 @@ class Samples:
         return self._seq_length
 
     def describe(self) -> str:
-        """One line for the start of a run."""
-        places = len(self) * self._seq_length
+        """Return one line about the data for the start of a run."""
+        capacity = len(self) * self._seq_length
         return (
-            f"{len(self):,} pairs, {self.num_tokens:,} tokens ({self.num_loss_tokens_total:,} count in the loss); "
-            f"padding {self.num_padding_tokens:,} of {places:,} ({self.num_padding_tokens / places:.0%}); "
+            f"{len(self):,} examples, {self.num_tokens:,} tokens ({self.num_loss_tokens_total:,} count in the loss); "
+            f"padding {self.num_padding_tokens:,} of {capacity:,} ({self.num_padding_tokens / capacity:.0%}); "
             f"truncated {self.num_truncated:,}; longest {self.longest:,} tokens, seq_length {self._seq_length:,}"
         )
 
     def index_of(self, position: int, seed: int) -> int:
         return self._order.index_of(position, seed)
 
-    def num_places(self, index: int) -> int:
-        """Places of a row that a pair fills; the rest is padding."""
+    def num_positions(self, index: int) -> int:
+        """Return the number of positions of a row that an example fills; the rest is padding."""
         return len(self._rows[index][0]) - 1
 
     def row(self, index: int) -> Row:
@@ -145,7 +153,7 @@ class Samples:
         padded = np.full(length + 1, self._padding_id, dtype=np.int64)
         padded[: len(tokens)] = tokens
         mask = np.zeros(length, dtype=np.float32)
-        # Place i is asked for token i + 1: a response begins to count at its prompt's last token.
+        # Position i predicts token i + 1: the loss of a response starts at its prompt's last token.
         for begin, end in responses:
             mask[begin - 1 : end - 1] = 1.0
         return Row(padded[:-1], padded[1:], mask)
@@ -153,14 +161,14 @@ class Samples:
     def num_loss_tokens(self, index: int) -> int:
         return sum(end - begin for begin, end in self._rows[index][1])
 
-    def _encode(self, pairs: Sequence[Example], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
+    def _encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
         problems = []
-        for pair in pairs:
-            row, responses = _row_of(encode_conversation(tokenizer, pair.turns))
+        for example in examples:
+            row, responses = _row_of(encode_conversation(tokenizer, example.turns))
             length, num_prompt = len(row), responses[0][0]
             if num_prompt > self._seq_length:
                 problems.append(
-                    f"line {pair.line}: {length:,} tokens, of which the instruction takes {num_prompt:,}; "
+                    f"line {example.line}: {length:,} tokens, {num_prompt:,} of them in the instruction; "
                     "nothing of the response is left"
                 )
                 continue
@@ -174,8 +182,8 @@ class Samples:
             self.longest = max(self.longest, length)
         if problems:
             raise ConfigError(
-                f"{len(problems):,} of {len(pairs):,} pairs are longer than --seq-length {self._seq_length:,} before "
-                "their response begins.",
+                f"{len(problems):,} of {len(examples):,} examples are longer than --seq-length {self._seq_length:,} "
+                "before their response begins.",
                 where=where,
                 problems=first_problems(problems),
                 next_command="a larger --seq-length, or shorter instructions",
@@ -183,7 +191,7 @@ class Samples:
 
 
 def _row_of(turns: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """A conversation's tokens, and where among them its responses begin and end."""
+    """Return a conversation's tokens, and begin and end of each response among them."""
     row: list[int] = []
     responses = []
     for prompt, answer in turns:
@@ -194,7 +202,7 @@ def _row_of(turns: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], li
 
 
 class MockSamples:
-    """Endless random tokens, each a function of the seed and its number: the same in every layout. All count."""
+    """Endless random samples, each a function of the seed and its number, the same in every layout."""
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int) -> None:
         self._vocab_size, self._seq_length, self._seed = vocab_size, seq_length, seed
@@ -219,7 +227,7 @@ class MockSamples:
 
 
 def batch_size_problems(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> list[str]:
-    """What keeps a global batch from being shared out evenly; empty when nothing does."""
+    """Return the problem of a global batch that cannot be split evenly over ranks, or an empty list."""
     step = micro_batch_size * data_parallel_size
     if global_batch_size % step == 0:
         return []
@@ -239,14 +247,14 @@ def batches(
     data_parallel_size: int = 1,
     consumed_samples: int = 0,
 ) -> Iterator[GlobalBatch]:
-    """Yield global batches without end, from the sample after `consumed_samples` on; this rank's share of each.
+    """Yield this rank's part of each global batch without end, starting after `consumed_samples`.
 
-    Rank r of n takes the r-th n-th of every global batch, in runs of `micro_batch_size`. No communication: every rank
-    works out the same order. Raises ConfigError when the batch cannot be shared out evenly.
+    Rank r of n takes the r-th n-th of every global batch, `micro_batch_size` samples at a time. No communication: every
+    rank computes the same order. Raises ConfigError if the batch cannot be split evenly.
     """
     problems = batch_size_problems(global_batch_size, micro_batch_size, data_parallel_size)
     if problems:
-        raise ConfigError("The batch cannot be shared out.", problems=problems)
+        raise ConfigError("The batch cannot be split over the ranks.", problems=problems)
     return _batches(
         source, seed, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size, consumed_samples
     )
@@ -255,20 +263,20 @@ def batches(
 def _batches(
     source: SampleSource, seed: int, micro: int, global_: int, rank: int, num_ranks: int, consumed: int
 ) -> Iterator[GlobalBatch]:
-    share = global_ // num_ranks
+    part = global_ // num_ranks
     while True:
         chosen = [source.index_of(position, seed) for position in range(consumed, consumed + global_)]
-        mine = chosen[rank * share : (rank + 1) * share]
+        mine = chosen[rank * part : (rank + 1) * part]
         consumed += global_
         yield GlobalBatch(
-            tuple(stacked([source.row(index) for index in mine[i : i + micro]]) for i in range(0, share, micro)),
+            tuple(stacked([source.row(index) for index in mine[i : i + micro]]) for i in range(0, part, micro)),
             sum(source.num_loss_tokens(index) for index in chosen),
             consumed,
         )
 
 
 def stacked(rows: Sequence[Row]) -> MicroBatch:
-    """Rows of one length as a micro batch."""
+    """Stack rows of one length into a micro batch."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     whole = tuple(row.lengths or (len(row.tokens),) for row in rows)
     return MicroBatch(

@@ -1,4 +1,4 @@
-"""What a training run is fed with: pairs of a file or mock data; and the pairs kept back from it."""
+"""The samples of a training run: the examples of a file or mock data, and the validation set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FileSamples = Samples | PackedSamples
 
 
 def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> tuple[SampleSource, FileSamples | None]:
-    """The samples to train on, and those of --valid-data-path, each told of. Raises one error on all unusable pairs."""
+    """Return the training samples and those of --valid-data-path, and print a line about each.
+
+    Raises one error with all unusable examples of both files.
+    """
     files = {name: path for name in DATA_SETTINGS if (path := getattr(config, name, None)) is not None}
     found = _open_files(config, base, files) if files else {}
     samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
@@ -28,7 +31,7 @@ def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> t
         epochs = config.train_iters * config.global_batch_size / len(found["data_path"])
         report.say(f"  {config.train_iters:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
     if validation_samples is not None:
-        report.say(f"Kept back: {validation_samples.describe()}")
+        report.say(f"Validation set: {validation_samples.describe()}")
     return samples, validation_samples
 
 
@@ -38,11 +41,11 @@ def _open_files(config: DataConfig, base: BaseDescription, files: Mapping[str, P
     errors: list[MixtralRunError] = []
     for name, path in files.items():
         try:
-            pairs = Samples(read_examples(path, name), tokenizer, config.seq_length, where_of(name, path))
+            samples = Samples(read_examples(path, name), tokenizer, config.seq_length, where_of(name, path))
         except MixtralRunError as error:
             errors.append(error)
             continue
-        found[name] = PackedSamples(pairs) if isinstance(config, FinetuneConfig) and config.pack else pairs
+        found[name] = PackedSamples(samples) if isinstance(config, FinetuneConfig) and config.pack else samples
     if errors:
         raise joined(errors)
     return found

@@ -26,7 +26,7 @@ from mixtral_run.fleet.testhosts.image import ssh_key
 from mixtral_run.fleet.testhosts.kit_image import ARCHIVE_NAME, LAYERS_ON_HOST, fill_wheelhouse, image_archive
 from mixtral_run.fleet.testhosts.shell import call
 from mixtral_run.trial.random_mixtral import write_random_mixtral
-from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_pairs
+from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from tests.integration.fleet.conftest import seen_arguments
 from tests.integration.hub_server import COMMIT, NAME, serving
 
@@ -96,7 +96,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     )  # fmt: skip
     for file in (folder / "hf-model").iterdir():
         file.chmod(0o644)
-    write_rehearsal_pairs(folder / "my pairs.jsonl")
+    write_rehearsal_examples(folder / "my pairs.jsonl")
     yield Operator(folder, environment)
     agent.terminate()
     agent.wait()

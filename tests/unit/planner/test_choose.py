@@ -1,4 +1,4 @@
-"""What is decided for a run by the plan, on GPUs that these tests make up."""
+"""Decisions of the planner for a run, on simulated GPUs."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The plan beside what was measured (docs/benchmarks.md) and what was asked of it."""
+"""The memory model compared with measurements (docs/benchmarks.md), and the `plan` verb."""
 
 import dataclasses
 import io

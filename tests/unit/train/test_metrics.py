@@ -1,4 +1,4 @@
-"""What a run writes of each iteration."""
+"""Metrics that a run writes for each iteration."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What keeps a run from beginning, or from going on."""
+"""Checks before a run starts or resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config(save: Path, **more: object) -> FinetuneConfig:
     return FinetuneConfig(**{"load": Path("base"), "save": save, "mock_data": True, "device": "cpu", **more})
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_can_be_begun_again(tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_first_checkpoint_can_start_again(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / ".iter_0000005.partial/shard").mkdir(parents=True)
@@ -36,7 +36,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_begun_again(tmp_pa
     assert (tmp_path / "mine").exists()
 
 
-def test_nothing_of_a_whole_adapter_is_taken_away(tmp_path: Path) -> None:
+def test_nothing_of_a_complete_adapter_is_removed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
     _remove_leftovers(tmp_path)
@@ -66,11 +66,11 @@ def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:
     now = config(tmp_path, mock_data=False, data_path=data)
     lora = LoraSettings.from_config(now)
     known = AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), "of other content")
-    assert _changed_order(now, known) == [f"--data-path {data} (its content was another)"]
+    assert _changed_order(now, known) == [f"--data-path {data} (its content has changed)"]
     assert _changed_order(now, AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), None)) == []
 
 
-def test_only_checkpoints_still_to_come_need_room(tmp_path: Path) -> None:
+def test_only_checkpoints_to_come_need_disk_space(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
     base = SimpleNamespace(architecture=SimpleNamespace(num_adapter_parameters=lambda *_: 100))

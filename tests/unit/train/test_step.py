@@ -1,4 +1,4 @@
-"""A step whose gradients came out short is taken again another way, and after some that way at once."""
+"""A step that exceeds the dispatch's capacity is repeated with all-to-all; after some, all-to-all is used at once."""
 
 import torch
 from torch import Tensor

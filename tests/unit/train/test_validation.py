@@ -1,4 +1,4 @@
-"""Pairs kept back: which process looks at which, without dropout and gradients, and until it is told to stop."""
+"""Evaluation: its rows on each rank, without dropout and gradients, and until a stop is requested."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def evaluated(trained: MixtralModel, samples: Samples | PackedSamples, micro_bat
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 6, 7, 24])
-def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: int, micro: int) -> None:
+def test_each_row_is_on_one_rank_and_all_ranks_make_as_many_passes(count: int, size: int, micro: int) -> None:
     ranks = [SimpleNamespace(data_rank=rank, data_size=size) for rank in range(size)]
     found = [list(rows_by_pass(count, micro, cast(Mesh, rank))) for rank in ranks]
     assert len({len(passes) for passes in found}) == 1
@@ -67,7 +67,7 @@ def test_each_row_is_one_processs_and_all_make_as_many_passes(count: int, size: 
     assert sorted(rows) == list(range(count))
 
 
-def test_the_loss_is_that_of_all_response_tokens_packed_or_not(mesh: Mesh, samples: Samples) -> None:
+def test_the_loss_is_over_all_response_tokens_packed_or_not(mesh: Mesh, samples: Samples) -> None:
     trained = model(mesh)
     alone = evaluated(trained, samples, 1)
     assert alone.num_tokens == samples.num_loss_tokens_total
@@ -77,8 +77,8 @@ def test_the_loss_is_that_of_all_response_tokens_packed_or_not(mesh: Mesh, sampl
         assert found.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-def test_nothing_is_dropped_kept_or_changed(mesh: Mesh, samples: Samples) -> None:
-    """Before and after it the model trains, layers that run again among them."""
+def test_evaluation_has_no_dropout_and_changes_nothing(mesh: Mesh, samples: Samples) -> None:
+    """The model is in training mode before and after it, with recomputation as well."""
     expected = evaluated(model(mesh), samples, 2).loss
     for recompute in ("none", "full"):
         trained = model(mesh, recompute, 0.5)
@@ -93,19 +93,19 @@ def test_a_stop_ends_it(mesh: Mesh, samples: Samples, tmp_path: Path) -> None:
     answers = iter((False, False, True))
     validation = Validation(samples, 1, Report.silent(), tmp_path / "validation.jsonl")
     assert validation.evaluate(model(mesh), 3, lambda: next(answers)) is None
-    assert not validation.found and not list(tmp_path.iterdir())
+    assert not validation.results and not list(tmp_path.iterdir())
 
 
-def test_what_was_found_is_written(mesh: Mesh, samples: Samples, tmp_path: Path) -> None:
+def test_evaluations_are_written(mesh: Mesh, samples: Samples, tmp_path: Path) -> None:
     file = tmp_path / "validation.jsonl"
     validation = Validation(samples, 2, Report.silent(), file)
     for iteration in (0, 5):
         validation.evaluate(model(mesh), iteration, never)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 5]
-    assert lines[0]["loss"] == validation.found[0].loss == lines[1]["loss"]
-    assert f"lm loss: {lines[1]['loss']:.6E}" in validation.found[1].line(10)
-    assert validation.found[1].line(10).startswith("validation  5/10 | ")
+    assert lines[0]["loss"] == validation.results[0].loss == lines[1]["loss"]
+    assert f"lm loss: {lines[1]['loss']:.6E}" in validation.results[1].line(10)
+    assert validation.results[1].line(10).startswith("validation  5/10 | ")
 
 
 def test_an_earlier_checkpoint_that_was_better_is_named(tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_an_earlier_checkpoint_that_was_better_is_named(tmp_path: Path) -> None:
     assert summary == ValidationSummary(3.0, 1.75, 1.5, 10)
     assert summary.line(tmp_path).endswith("lowest 1.5000 at iteration 10")
     (tmp_path / "iter_0000010").mkdir()
-    assert summary.line(tmp_path).endswith(f", which --adapter {tmp_path / 'iter_0000010'} takes")
+    assert summary.line(tmp_path).endswith(f", which --adapter {tmp_path / 'iter_0000010'} selects")
     growing = ValidationSummary.of(found[:2])
     assert growing is not None and growing.line(tmp_path) == "validation loss 3.0000 before, 1.5000 at the end"
     assert ValidationSummary.of([]) is None
 
 
-def test_a_loss_that_is_no_number_ends_the_run(mesh: Mesh, samples: Samples) -> None:
+def test_a_loss_that_is_not_a_number_ends_the_run(mesh: Mesh, samples: Samples) -> None:
     broken = model(mesh)
     broken.gpt.output_layer.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="kept back is no number"):
+    with pytest.raises(TrainingError, match="validation loss is not a number"):
         evaluated(broken, samples, 1)

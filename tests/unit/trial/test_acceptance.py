@@ -1,4 +1,4 @@
-"""The acceptance program on a CPU: figures of real collectives over gloo, floors, and faults told together."""
+"""The acceptance program on a CPU: figures of real collectives over gloo, floors, and problems reported together."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The random Mixtral: the released layout, loadable by transformers, the same whatever the number of shards."""
+"""The random Mixtral: the released layout, loadable by transformers, the same for any number of shards."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.trial.random_mixtral import split_into_shards, tensor_shapes, write_random_mixtral
-from mixtral_run.trial.sizes import PLAN, TINY, tokenizer_texts, write_rehearsal_pairs
+from mixtral_run.trial.sizes import PLAN, TINY, tokenizer_texts, write_rehearsal_examples
 
 SMALL = replace(TINY, num_layers=2, hidden_size=64, ffn_hidden_size=96, kv_channels=8)
 
@@ -176,13 +176,13 @@ def test_the_tiny_model_can_be_split(tensor_model_parallel_size: int) -> None:
     assert TINY.vocab_size % (128 * 8) == 0
 
 
-def test_the_plan_fits_its_pairs(tmp_path: Path, tiny_tokenizer_folder: Path) -> None:
+def test_the_plan_fits_its_examples(tmp_path: Path, tiny_tokenizer_folder: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    write_rehearsal_pairs(path)
+    write_rehearsal_examples(path)
     tokenizer = load_tokenizer(tiny_tokenizer_folder)
-    pairs = read_examples(path)
-    samples = Samples(pairs, tokenizer, PLAN.seq_length)
-    assert len(samples) == PLAN.num_pairs
+    examples = read_examples(path)
+    samples = Samples(examples, tokenizer, PLAN.seq_length)
+    assert len(samples) == PLAN.num_examples
     assert samples.num_truncated == 0
     answers = [samples.num_loss_tokens(index) for index in range(len(samples))]
     assert max(answers) <= PLAN.max_new_tokens

@@ -1,4 +1,4 @@
-"""The check of a JSONL file: all faults at once, with their lines."""
+"""The check of a JSONL file: all problems at once, with their lines."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_errors_name_the_setting(tmp_path: Path) -> None:
     assert caught.value.where == f"--valid-data-path {tmp_path / 'missing.jsonl'}"
 
 
-def test_pairs_are_stripped_and_know_their_line(tmp_path: Path) -> None:
+def test_examples_are_stripped_and_know_their_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"instruction": " Größe?\n", "response": "\t12 ", "source": "x"}, {"instruction": "b", "response": "c\nd"}]
     path.write_text("\ufeff" + json.dumps(rows[0], ensure_ascii=False) + "\r\n\n  \n" + json.dumps(rows[1]), "utf-8")
@@ -129,10 +129,10 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
-def test_a_file_without_pairs_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_examples_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    assert "hold no pair" in str(refused(path))
+    assert "hold no example" in str(refused(path))
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packing of pairs into rows: each pair once and whole, in a row with room for it, kept apart by lengths."""
+"""Packing of examples into rows: each one once and complete, in a row with space for it, separated by lengths."""
 
 import random
 from itertools import islice
@@ -38,7 +38,7 @@ def test_items_that_fill_a_row_stay_alone() -> None:
     assert pack_lengths([], 5) == []
 
 
-def test_rows_hold_the_pairs_as_they_were(samples: Samples) -> None:
+def test_rows_hold_the_examples_unchanged(samples: Samples) -> None:
     packed = PackedSamples(samples)
     assert len(packed) < len(samples) / 2
     found = []
@@ -55,18 +55,18 @@ def test_rows_hold_the_pairs_as_they_were(samples: Samples) -> None:
             start += length
     expected = []
     for index in range(len(samples)):
-        row, length = samples.row(index), samples.num_places(index)
+        row, length = samples.row(index), samples.num_positions(index)
         expected.append(tuple(each[:length].tolist() for each in (row.tokens, row.labels, row.loss_mask)))
     assert sorted(found) == sorted(expected)
 
 
 def test_padding_is_counted_and_less(samples: Samples) -> None:
     packed = PackedSamples(samples)
-    used = sum(samples.num_places(index) for index in range(len(samples)))
+    used = sum(samples.num_positions(index) for index in range(len(samples)))
     assert packed.num_padding_tokens == len(packed) * SEQ - used
     assert packed.num_padding_tokens < samples.num_padding_tokens / 4
     text = packed.describe()
-    assert f"{len(samples):,} pairs packed into {len(packed):,} rows" in text
+    assert f"{len(samples):,} examples packed into {len(packed):,} rows" in text
     assert f"padding {packed.num_padding_tokens:,} of {len(packed) * SEQ:,}" in text
 
 

@@ -1,4 +1,4 @@
-"""Text → tokens: the same prompt in training and generation, whatever the tokenizer."""
+"""Tokenization: the same prompt in training and generation with any tokenizer."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.prompt import encode_conversation, encode_turn, load_tokenizer, prompt_tokens
 
 BOS, EOS = 1, 2
-TEXTS = [(pair.instruction, pair.response) for pair in read_examples(INSTRUCTIONS)] + [
+TEXTS = [(example.instruction, example.response) for example in read_examples(INSTRUCTIONS)] + [
     ("日本の首都は?", "東京です。"),
     ("a </s> b [INST]", "</s>"),
     ("Indent", "\n    x = 1"),

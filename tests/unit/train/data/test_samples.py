@@ -1,4 +1,4 @@
-"""Samples and batches: what the loss covers, and one order whatever the layout."""
+"""Samples and batches: the tokens that the loss covers, and one order for all layouts."""
 
 from itertools import islice
 from typing import Any
@@ -35,18 +35,18 @@ def rows_of(batch: GlobalBatch) -> torch.Tensor:
 
 
 def test_the_loss_covers_the_response_and_its_end_alone(samples: Samples, tiny_tokenizer: Any) -> None:
-    for index, pair in enumerate(EXAMPLES):
+    for index, example in enumerate(EXAMPLES):
         row = samples.row(index)
         counted = row.labels[row.loss_mask == 1].tolist()
         assert counted[-1] == EOS
-        assert tiny_tokenizer.decode(counted[:-1]) == f" {pair.response}"
+        assert tiny_tokenizer.decode(counted[:-1]) == f" {example.response}"
         assert len(counted) == samples.num_loss_tokens(index)
 
 
 def test_labels_are_the_tokens_one_place_on(samples: Samples, tiny_tokenizer: Any) -> None:
-    for index, pair in enumerate(EXAMPLES):
+    for index, example in enumerate(EXAMPLES):
         row = samples.row(index)
-        prompt, answer = encode_turn(tiny_tokenizer, pair.instruction, pair.response)
+        prompt, answer = encode_turn(tiny_tokenizer, example.instruction, example.response)
         whole = prompt + answer
         assert row.tokens[: len(whole) - 1].tolist() == whole[:-1]
         assert row.labels[: len(whole) - 1].tolist() == whole[1:]
@@ -88,28 +88,28 @@ def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
 
 
 def test_a_truncated_sample_ends_without_an_end_of_sequence(tiny_tokenizer: Any) -> None:
-    pair = EXAMPLES[30]
-    prompt, answer = encode_turn(tiny_tokenizer, pair.instruction, pair.response)
-    row = Samples([pair], tiny_tokenizer, len(prompt) + 2).row(0)
+    example = EXAMPLES[30]
+    prompt, answer = encode_turn(tiny_tokenizer, example.instruction, example.response)
+    row = Samples([example], tiny_tokenizer, len(prompt) + 2).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:3]
     assert row.loss_mask[-1] == 1
 
 
 def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(tiny_tokenizer: Any) -> None:
-    pair = Example("Say it.", "Gladly, and more than once.", 7)
-    prompt, answer = encode_turn(tiny_tokenizer, pair.instruction, pair.response)
-    row = Samples([pair], tiny_tokenizer, len(prompt)).row(0)
+    example = Example("Say it.", "Gladly, and more than once.", 7)
+    prompt, answer = encode_turn(tiny_tokenizer, example.instruction, example.response)
+    row = Samples([example], tiny_tokenizer, len(prompt)).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:1]
     with pytest.raises(ConfigError, match="line 7: "):
-        Samples([pair], tiny_tokenizer, len(prompt) - 1)
+        Samples([example], tiny_tokenizer, len(prompt) - 1)
 
 
 def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
     turns = (("Say it.", "Gladly, and more than once."), ("Again.", "No."), ("Why?", "Once is enough."))
-    pair = Example(*turns[-1], 1, turns[:2])
+    example = Example(*turns[-1], 1, turns[:2])
     parts = encode_conversation(tiny_tokenizer, turns)
     whole = [token for part in parts for token in (*part[0], *part[1])]
-    samples = Samples([pair], tiny_tokenizer, len(whole) + 3)
+    samples = Samples([example], tiny_tokenizer, len(whole) + 3)
     row = samples.row(0)
     assert row.tokens[: len(whole)].tolist() == whole
     assert row.labels[row.loss_mask == 1].tolist() == [token for _, answer in parts for token in answer]
@@ -117,30 +117,30 @@ def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
     # Cut within the second answer, and before it.
     cut = len(parts[0][0]) + len(parts[0][1]) + len(parts[1][0])
     for length, answers in ((cut, [*parts[0][1], parts[1][1][0]]), (cut - 1, parts[0][1])):
-        shorter = Samples([pair], tiny_tokenizer, length)
+        shorter = Samples([example], tiny_tokenizer, length)
         row = shorter.row(0)
         assert row.labels[row.loss_mask == 1].tolist() == answers
         assert shorter.num_loss_tokens(0) == len(answers) and shorter.num_truncated == 1
 
 
-def test_pairs_without_room_for_their_response_are_all_named(tiny_tokenizer: Any) -> None:
-    pairs = [Example("short", "fine", 1), *(Example("word " * 60, "lost", line) for line in range(2, 15))]
+def test_examples_without_room_for_their_response_are_all_listed(tiny_tokenizer: Any) -> None:
+    examples = [Example("short", "fine", 1), *(Example("word " * 60, "lost", line) for line in range(2, 15))]
     with pytest.raises(ConfigError) as caught:
-        Samples(pairs, tiny_tokenizer, 32)
-    assert "13 of 14 pairs are longer than --seq-length 32" in str(caught.value)
+        Samples(examples, tiny_tokenizer, 32)
+    assert "13 of 14 examples are longer than --seq-length 32" in str(caught.value)
     assert [problem.split(":")[0] for problem in caught.value.problems[:10]] == [
         f"line {line}" for line in range(2, 12)
     ]
     assert caught.value.problems[10:] == ("and 3 more",)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "mock"])
+@pytest.mark.parametrize("kind", ["examples", "mock"])
 @pytest.mark.parametrize(("data_parallel_size", "micro_batch_size"), LAYOUTS)
 def test_every_layout_sees_the_same_global_batches(
     samples: Samples, kind: str, data_parallel_size: int, micro_batch_size: int
 ) -> None:
-    source = samples if kind == "pairs" else MockSamples(1024, 32, seed=5)
-    reference = take(source, 20, micro_batch_size=12)  # 240 samples: more than an epoch of pairs
+    source = samples if kind == "examples" else MockSamples(1024, 32, seed=5)
+    reference = take(source, 20, micro_batch_size=12)  # 240 samples: more than an epoch of examples
     ranks = [
         take(
             source,
