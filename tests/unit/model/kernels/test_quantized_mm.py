@@ -156,7 +156,7 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_the_gradients_kernel_does_not_run_it_is_said_and_done_without(caplog: pytest.LogCaptureFixture) -> None:
     assert not quantized_mm.reads_untransposed.__wrapped__(torch.device("cpu"))
-    assert "go through turned weights" in caplog.text and "Triton" in caplog.text
+    assert "go through transposed weights" in caplog.text and "Triton" in caplog.text
 
 
 def _checked(original: object) -> object:
