@@ -6,7 +6,6 @@ in bf16. Both products read it:
     forward         y  = x̂·Ŵᵀ       x quantized by row; its scales and those of the weight multiply the result
     input gradient  dx = ĝ·Ŵ         g times the weight's scales, which run along the sum, then quantized by row
 
-
 Hopper's 8-bit products need both operands contiguous along the sum, which the weight is not for the gradient. A kernel
 of our own transposes it in registers (gradient_gluon.py). Where that kernel does not run, the weight is transposed each
 time into memory that the next layer reuses (the experts of one linear layer): a second copy of all weights would cost
