@@ -1,17 +1,15 @@
-"""A layer's experts with adapters on both linear layers, as one step of the backward pass.
+"""The experts of a layer with adapters on both linear layers, as one autograd node.
 
     h = W1·x + s·B1·(A1·x)      a = silu(h_gate) · h_up      y = W2·a + s·B2·(A2·a)        s = alpha / r
 
-Taken apart, autograd would keep the activation a for A2's gradient, the rows x beside the tokens that they are gathered
-from, and y for the gradient of the router's weights. Here h alone is kept of all that is as wide as the experts: the
-backward pass of SwiGLU has gate and up at hand and makes a again on its way, with each row's scalar product of a and
-its gradient, which is what the router needs (router_probs.py). Rows are read through the index of their tokens.
-Gradients of
-the adapters are written in their parameters' precision, without a cast.
+As separate nodes, autograd would save the activation a for A2's gradient, the rows x next to the tokens from which they
+are gathered, and y for the gradient of the routing probabilities. Here only h is saved of all tensors that are as wide
+as the experts: the backward pass of SwiGLU reads gate and up and recomputes a, together with each row's scalar product
+of a and its gradient, which the router needs (router_probs.py). Rows are read through the index of their tokens. The
+gradients of the adapters are written in their parameters' dtype, without a cast.
 
-Every piece has its slow form where it is defined (grouped_mm.py, quantized_mm.py, swiglu.py); a process of an expert
-group
-gives the rows that arrived as tokens, and no index.
+Each product has its slow reference where it is defined (grouped_mm.py, quantized_mm.py, swiglu.py). After an exchange
+with other processes the received rows are the tokens, and there is no index.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from mixtral_run.model.recompute.recipe import Recipe
 
 
 class FrozenExperts(Protocol):
-    """The weight of one linear layer of all experts, [experts, out, in], however it is kept."""
+    """The weight of one linear layer of all experts, [experts, out, in], in any storage format."""
 
     def product(
         self,
@@ -46,7 +44,7 @@ class FrozenExperts(Protocol):
 
 @dataclass(frozen=True)
 class Adapters:
-    """Parameters [experts, r, in] and [experts, out, r] of both layers, and their factor."""
+    """Adapter parameters [experts, r, in] and [experts, out, r] of both layers, and their scale alpha / r."""
 
     first_in: Tensor
     first_out: Tensor
@@ -64,10 +62,14 @@ def adapted_experts(
     recipe: Recipe | None = None,
     probs: Tensor | None = None,
 ) -> Tensor:
-    """tokens [tokens, hidden] → the experts' outputs [rows, hidden], sorted by expert.
+    """Return the experts' outputs [rows, hidden], sorted by expert, for tokens [tokens, hidden].
 
-    recipe: of tokens, which then are not kept. shares fp32 [rows]: what each row will count for in its token; they get
-    the gradient that they have as factors of what follows linearly.
+    Args:
+        permutation: the rows of the tokens that the experts compute.
+        first, second: frozen weights of both linear layers.
+        recipe: how to recompute the tokens, which then are not saved.
+        probs: fp32 [rows], the routing probability of each row; they get the gradient of factors of a result that is
+            linear in the outputs.
     """
     make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
     parts = (adapters.first_in, adapters.first_out, adapters.second_in, adapters.second_out)
@@ -123,7 +125,7 @@ class _AdaptedExperts(torch.autograd.Function):
         del active, for_active
         for_probs = None
         if probs is not None and ctx.needs_input_grad[1]:
-            # A share of nothing sends nothing back; its own gradient is lost, and nothing it could choose would matter.
+            # A probability of 0 propagates no gradient; its own cannot be computed, and is set to 0.
             for_probs = torch.where(probs > 0, products / probs, 0.0)
         for_inner, for_first_out = products_of_gradient(
             for_hidden, first_out, first_inner * scale, offsets, ctx.dtypes[1]

@@ -84,14 +84,14 @@ def test_only_two_are_on_the_device(mesh: Mesh) -> None:
     offload = Offload(torch.device("cpu"))
     inputs = [torch.full((3, 5), float(number), requires_grad=True) for number in range(6)]
     kept = [offload._keep(each * 2) for each in inputs]
-    assert [each._mesh is None for each in kept] == [True] * 5 + [False]
+    assert [each._on_device is None for each in kept] == [True] * 5 + [False]
     for number in reversed(range(6)):
         given = kept[number].take()
         assert given.unique().tolist() == [2.0 * number]
         # The next pass may write into the buffer while this one still reads what it was given.
         assert given.data_ptr() != kept[number]._host.data_ptr()
         # The one that was taken belongs to its layer; the next is on its way.
-        assert [index for index, each in enumerate(kept) if each._mesh is not None] == [number - 1] * (number > 0)
+        assert [index for index, each in enumerate(kept) if each._on_device is not None] == [number - 1] * (number > 0)
     # Once more, as with retain_graph.
     assert kept[2].take().unique().tolist() == [4.0]
 
