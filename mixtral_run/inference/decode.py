@@ -36,7 +36,7 @@ class Decoding:
         self._model, self._padding = model, padding
         self._ragged = bool(padding.any())
         self.cache = KeyValueCache(max_length)
-        mesh, count = model.processes, model.architecture.num_experts
+        mesh, count = model.mesh, model.architecture.num_experts
         self._all_gather = (
             AllGatherDispatcher(mesh.expert_group, count, padding.device, unlimited=True)
             if mesh.expert_size > 1
@@ -54,7 +54,7 @@ class Decoding:
 
     def _pass(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model = self._model
-        gathers = capacity.pays(tokens.numel(), model.processes.expert_size, read=False)
+        gathers = capacity.pays(tokens.numel(), model.mesh.expert_size, read=False)
         with model.dispatching(self._all_gather if gathers else None):
             logits = model.logits(
                 tokens,
@@ -148,10 +148,10 @@ class RecordedDecoding(StayingDecoding):
 
 def decoding_of(model: MixtralModel, num_rows: int, num_tokens: int) -> type[Decoding]:
     """The fastest way to so many new tokens of each row. The same on all ranks."""
-    size = model.processes.expert_size
+    size = model.mesh.expert_size
     # Else rows are sent one by one, and the host is asked how many.
     gathers = size == 1 or capacity.pays(num_rows, size, read=False)
-    return RecordedDecoding if gathers and model.never_waits and num_tokens >= WORTH_RECORDING else Decoding
+    return RecordedDecoding if gathers and model.is_capturable and num_tokens >= WORTH_RECORDING else Decoding
 
 
 def _mask(positions: Tensor, padding: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class ExpertLinear(torch.nn.Module):
         self.values = torch.stack([values for values, _ in parts])
         self.scales = torch.stack([scales for _, scales in parts])
 
-    def make_room(self) -> None:
+    def allocate_quantized(self) -> None:
         """Allocate values and scales, uninitialized, to be read from the quantized cache. The weight gets no memory."""
         assert self.weight is not None
         count, outputs, inputs = self.weight.shape
@@ -136,7 +136,7 @@ class ExpertLinear(torch.nn.Module):
             for dtype, shape in quantized_layout(outputs, inputs, self.base_precision)
         )
 
-    def settle(self, *, whole: bool) -> None:
+    def finish_quantized(self, *, whole: bool) -> None:
         """Finish after `allocate_quantized`: keep the values and scales if they are whole, otherwise free them."""
         if whole:
             self.weight = None

@@ -44,18 +44,18 @@ class ModelSettings:
 class MixtralModel(torch.nn.Module):
     """GPTModel with causal attention, and the rotary positions that all its layers share."""
 
-    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh) -> None:
+    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> None:
         super().__init__()
         self.architecture = architecture
         self.settings = settings
-        self.processes = processes
+        self.mesh = mesh
         self.base_fingerprint = ""  # of the base weights; set when they are loaded
-        config = transformer_config(architecture, settings, processes)
+        config = transformer_config(architecture, settings, mesh)
         params = {
             "lora": settings.lora,
             "recompute": settings.recompute,
             "base_precision": settings.base_precision,
-            "offload": Offload(processes.device),
+            "offload": Offload(mesh.device),
         }
         layer = ModuleSpec(module=MixtralLayer, params=params)
         self.gpt = GPTModel(
@@ -70,7 +70,7 @@ class MixtralModel(torch.nn.Module):
             # Megatron marks its weights only if it also initializes them.
             mark(split, split=True)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
-        self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, processes.device)
+        self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
 
     def losses(
         self, tokens: Tensor, labels: Tensor, *, positions: Tensor | None = None, packed: Packed | None = None
@@ -143,7 +143,7 @@ class MixtralModel(torch.nn.Module):
         if dispatcher is None:
             yield
             return
-        assert self.processes.expert_size > 1, "with all experts in one process tokens are only permuted"
+        assert self.mesh.expert_size > 1, "with all experts in one process tokens are only permuted"
         dispatcher.begin_pass()
         layers = [layer.mlp for layer in self.gpt.decoder.layers]
         own = [layer.dispatcher for layer in layers]
@@ -156,10 +156,10 @@ class MixtralModel(torch.nn.Module):
                 layer.dispatcher = before
 
     @property
-    def never_waits(self) -> bool:
+    def is_capturable(self) -> bool:
         """Return True if the experts' products read the numbers of rows on the GPU: such a pass never waits for the
         GPU, and can be captured in a CUDA graph."""
-        mesh, lora = self.processes, self.settings.lora
+        mesh, lora = self.mesh, self.settings.lora
         probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
         rank = lora.rank if lora is not None else 8
@@ -179,7 +179,7 @@ class MixtralModel(torch.nn.Module):
         packed: Packed | None = None,
     ) -> AttentionInputs:
         if positions is None:
-            positions = torch.arange(length, device=self.processes.device)[None]
+            positions = torch.arange(length, device=self.mesh.device)[None]
         cosine, sine = self.rotary.inputs(positions, self.settings.dtype)
         if self.settings.lora is not None and self.settings.dtype is torch.bfloat16:
             refresh(self._adapters, self.settings.dtype)
@@ -189,9 +189,7 @@ class MixtralModel(torch.nn.Module):
         return AttentionInputs(cosine, sine, mask, cache, packed)
 
 
-def transformer_config(
-    architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh
-) -> TransformerConfig:
+def transformer_config(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> TransformerConfig:
     """Return Megatron's configuration of the same model."""
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -217,20 +215,20 @@ def transformer_config(
         pipeline_dtype=settings.dtype,
         # Weights always come from a checkpoint, or from `initialize_weights`.
         perform_initialization=False,
-        tensor_model_parallel_size=processes.tensor_size,
-        expert_model_parallel_size=processes.expert_size,
+        tensor_model_parallel_size=mesh.tensor_size,
+        expert_model_parallel_size=mesh.expert_size,
         expert_tensor_parallel_size=1,
-        sequence_parallel=settings.sequence_parallel and processes.tensor_size > 1,
+        sequence_parallel=settings.sequence_parallel and mesh.tensor_size > 1,
         gradient_accumulation_fusion=False,
     )
 
 
-def build_model(architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh) -> MixtralModel:
+def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> MixtralModel:
     """Return the model on this rank's device, with uninitialized base weights and initial adapters (B = 0).
 
     With adapters all other parameters are frozen. All ranks must call.
     """
-    model = MixtralModel(architecture, settings, processes)
+    model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_adapter(name))

@@ -34,21 +34,21 @@ beside the first one's memory they would need their own, that of all activations
 def can_record(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
     """Whether this model's pass over a micro batch of so many tokens can be recorded, and pays: it never waits for the
     GPU. read: GPUs read from each other (model/dispatch/symmetric_memory.py). The same on all ranks."""
-    mesh, recompute, lora = model.processes, model.settings.recompute, model.settings.lora
+    mesh, recompute, lora = model.mesh, model.settings.recompute, model.settings.lora
     return (
         # Layers that run again read the state of the random numbers where there is dropout.
         (recompute in ("none", "selective") or (recompute == "full" and lora is not None and lora.dropout == 0))
         and (mesh.expert_size == 1 or can_gather(model, num_tokens, read=read))
-        and model.never_waits
+        and model.is_capturable
     )
 
 
 def can_gather(model: MixtralModel, num_tokens: int, *, read: bool = False) -> bool:
     """Whether experts in other processes can get the tokens of such a micro batch as all_gather.py has it, and that
     pays. The same on all ranks."""
-    mesh = model.processes
+    mesh = model.mesh
     pays = capacity.pays(num_tokens // mesh.tensor_size, mesh.expert_size, read=read)
-    return pays and all(each.adapted for each in model.experts) and model.never_waits
+    return pays and all(each.adapted for each in model.experts) and model.is_capturable
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def backward_of(
 
     To be left before the processes part: NCCL waits for the recordings that its exchanges are in.
     """
-    mesh = model.processes
+    mesh = model.mesh
     exchange = None
     if can_gather(model, num_tokens, read=True):
         exchange = open_symmetric_memory(
@@ -113,7 +113,7 @@ class RecordedBackward(Backward):
         adds = any(parameter.grad is not None for parameter in self._parameters)
         given = self._given(micro, num_loss_tokens)
         if not self._inputs:
-            self._inputs = [new.to(self.model.processes.device) for new in given]
+            self._inputs = [new.to(self.model.mesh.device) for new in given]
         for held, new in zip(self._inputs, given, strict=True):
             held.copy_(new, non_blocking=True)
         assert not adds or self._gradients, "what is added to are the gradients that the first micro batch left"

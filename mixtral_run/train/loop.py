@@ -18,7 +18,7 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner.choose import reads_fit
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
@@ -65,7 +65,7 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
     )
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         samples, kept_back = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, lora)
@@ -100,7 +100,7 @@ def finetune(config: FinetuneConfig) -> None:
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations; nothing is saved. All ranks must call."""
     base = describe_base(config.load)
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)

@@ -79,7 +79,7 @@ class KeptExperts:
         self._say(f"Experts in {self._files.precision}, quantized before, from {self._files.folder}: {size:,.0f} MB")
         linears = [linear for experts in self._model.experts for linear in experts.linears.values()]
         for linear in linears:
-            linear.make_room()
+            linear.allocate_quantized()
         parts = list(self._parts())
         places = {part.rows.source: part.place for part in parts}
         try:
@@ -88,7 +88,7 @@ class KeptExperts:
             problems = [f"{error.where}: {error.found or error.what}"]
         damaged = [each[0] for each in _of_all_ranks(problems) if each]
         for linear in linears:
-            linear.settle(whole=not damaged)
+            linear.finish_quantized(whole=not damaged)
         if damaged:
             self.refuse(found, f"damaged: {damaged[0]}")
         return not damaged
@@ -124,7 +124,7 @@ class KeptExperts:
 
     def _begin(self) -> Making:
         """Rank 0 makes the files; the others open them where they write."""
-        mesh = self._model.processes
+        mesh = self._model.mesh
         size = self._files.num_bytes / 1e6
         keeping: Keeping | None = None
         told: list[Any] = [None]
@@ -149,7 +149,7 @@ class KeptExperts:
 
     def _record(self) -> dict[str, Any]:
         """What the folder's record says beside the base's fingerprint and the checksums."""
-        device = self._model.processes.device
+        device = self._model.mesh.device
         return {
             "layout": layout.LAYOUT,
             "precision": self._files.precision,
@@ -161,7 +161,7 @@ class KeptExperts:
         }
 
     def _first_expert(self) -> int:
-        mesh = self._model.processes
+        mesh = self._model.mesh
         return mesh.expert_rank * (self._base.architecture.num_experts // mesh.expert_size)
 
     def _is_there_by_now(self) -> bool:
@@ -178,11 +178,11 @@ class KeptExperts:
         return f"This run does not keep its experts in {self._files.precision} in {self._files.folder}: {why}"
 
     def _say(self, text: str) -> None:
-        if self._model.processes.is_first:
+        if self._model.mesh.is_first:
             self._keep.report.say(text)
 
     def _warn(self, text: str) -> None:
-        if self._model.processes.is_first:
+        if self._model.mesh.is_first:
             self._keep.report.warn(text)
 
 

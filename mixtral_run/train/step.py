@@ -61,7 +61,7 @@ class Backward(ABC):
 
     def was_whole(self) -> bool:
         """Whether the gradients since it was last asked are right: every row had room. All ranks must call."""
-        whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.processes)
+        whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.mesh)
         self.num_short = 0 if whole else self.num_short + 1
         return whole
 
@@ -78,7 +78,7 @@ class EagerBackward(Backward):
 
 def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
     """The sum of a micro batch's losses that count, an fp32 scalar on the device. All ranks must call."""
-    device = model.processes.device
+    device = model.mesh.device
     packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
     positions = micro.position_ids.to(device) if packed is not None else None
     losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
@@ -109,7 +109,7 @@ def train_step(
 
     `backward` is how a micro batch goes through the model; without one, as it comes.
     """
-    mesh = model.processes
+    mesh = model.mesh
     # Those of `trainable`; looking for them in the model takes the host a millisecond that the GPU waits.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
@@ -132,7 +132,7 @@ def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], 
     # The first micro batch leaves its gradients; zeros to add to would be written and read for nothing.
     for parameter in parameters:
         parameter.grad = None
-    total = torch.zeros((), dtype=torch.float64, device=backward.model.processes.device)
+    total = torch.zeros((), dtype=torch.float64, device=backward.model.mesh.device)
     for micro in batch.micro_batches:
         total += backward(micro, batch.num_loss_tokens)
     return total

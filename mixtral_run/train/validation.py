@@ -65,7 +65,7 @@ class Validation:
 
         stopped: to be asked on all ranks at once. Raises TrainingError where the file takes no more lines.
         """
-        mesh, started = model.processes, time.perf_counter()
+        mesh, started = model.mesh, time.perf_counter()
         passes = list(shares(len(self._samples), self._micro_batch_size, mesh))
         total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         with evaluating(model), self._report.progress(len(passes), "validating", "passes") as progress:

@@ -20,7 +20,7 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.all_gather import gather, sum_to_owners
 from mixtral_run.model.dispatch.overflow import RowCapacity
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryExchange, open_symmetric_memory
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 
 ARCHITECTURE = dataclasses.replace(MIXTRAL_8X7B, hidden_size=1536)
 MOST = 300
@@ -122,7 +122,7 @@ def recorded(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable
 def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
-    with processes(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
+    with open_mesh(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
         exchange = open_symmetric_memory(mesh, ARCHITECTURE, MOST, torch.bfloat16)
         assert exchange is not None, "these GPUs do not read from each other"
         capacity = RowCapacity(mesh.device)

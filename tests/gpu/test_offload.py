@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.parallel.mesh import processes, seed_everything
+from mixtral_run.model.parallel.mesh import open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import StepResult, train_step, trainable
@@ -21,7 +21,7 @@ def test_steps_are_those_of_full_recomputation(base_precision: str, dropout: flo
     """Four micro batches a step: nothing waits for the GPU between them, and buffers are written to again."""
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     runs: list[tuple[list[StepResult], list[torch.Tensor]]] = []
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         for recompute in ("full", "offload"):
             model = small_model(mesh, "none", base_precision, LAYERS, dropout)
             for layer in model.gpt.decoder.layers:

@@ -76,7 +76,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def processes(config: LaunchConfig) -> Iterator[Mesh]:
+def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
     """Join the job, build the groups of the config's layout, yield the mesh, and leave the job. All ranks must call.
 
     If the process has joined already, only the groups are built and destroyed: one job may try several layouts. Raises

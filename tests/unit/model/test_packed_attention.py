@@ -7,7 +7,7 @@ import torch
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.cuda_graph import RecordedBackward
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.step import EagerBackward
@@ -20,7 +20,7 @@ LENGTHS = ((7, 1, 9, 3), (12, 8))
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 

@@ -27,7 +27,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
 )
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.examples import read_pairs
@@ -187,7 +187,7 @@ def test_the_products_in_8_bit_are_near(as_if_on_hopper: None, routing: tuple[in
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 

@@ -9,7 +9,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.cuda_graph import can_record
 from mixtral_run.train.data.samples import GlobalBatch
@@ -24,7 +24,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 

@@ -10,7 +10,7 @@ from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.planner.memory_model import Layout, Workload, kept_per_token
 from tests.integration.conftest import SMALL
 
@@ -20,7 +20,7 @@ BATCH, SEQUENCE = 2, 24
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 
