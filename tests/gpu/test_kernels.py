@@ -176,7 +176,7 @@ def small_model(
 
 
 @pytest.mark.parametrize(("choices", "count"), [(1, 8), (1000, 3), (4096, 8), (40000, 9)])
-def test_sorted_by_expert(choices: int, count: int) -> None:
+def test_sort_by_expert(choices: int, count: int) -> None:
     chosen = torch.randint(0, count, (choices,))
     # One that nobody chose.
     chosen[chosen == 1] = 0

@@ -1,4 +1,4 @@
-"""Packed rows beside the same samples one a row: losses and gradients; and what the kernels are told."""
+"""Packed rows compared with the same samples in rows of their own: losses, gradients, and arguments of the kernels."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def micro_batches() -> tuple[MicroBatch, list[MicroBatch]]:
-    """Packed rows of random tokens, and the same samples alone."""
+    """Return packed rows of random tokens, and the same samples in rows of their own."""
     generator = torch.Generator().manual_seed(2)
     shape = (len(LENGTHS), sum(LENGTHS[0]))
     tokens, labels = (torch.randint(0, SMALL.vocab_size, shape, generator=generator) for _ in range(2))
@@ -102,7 +102,7 @@ def test_many_short_samples_beside_a_long_one_are_not_worth_shapes_that_stay(
 
 
 def test_the_pass_that_is_recorded_is_the_eager_one(mesh: Mesh) -> None:
-    """Recording itself is tested on GPUs (tests/gpu/test_kernels.py)."""
+    """CUDA graph capture itself is tested on GPUs (tests/gpu/test_kernels.py)."""
     packed, _ = micro_batches()
     results = []
     for recorded in (False, True):
@@ -120,7 +120,7 @@ def test_the_pass_that_is_recorded_is_the_eager_one(mesh: Mesh) -> None:
 
 
 def test_torchs_kernel_is_called_as_it_takes_it() -> None:
-    """Shapes and words by the operator's own fake kernel: the real one runs on GPUs alone (tests/gpu)."""
+    """Check shapes and arguments with the operator's fake kernel: the real one runs on GPUs only (tests/gpu)."""
     from torch._subclasses import FakeTensorMode
     from torch.nn.attention.varlen import varlen_attn
 

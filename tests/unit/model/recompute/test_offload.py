@@ -1,4 +1,4 @@
-"""Inputs of layers in host memory: training is the same bit by bit, every copy is made, every buffer used again."""
+"""Offloading of layer inputs: training is the same bit for bit, every copy is made, every buffer is reused."""
 
 import gc
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], list[torch.Tensor]]:
-    """Three steps' results, the adapters after them and their last gradients."""
+    """Return the results of three steps, and the adapters and their last gradients afterwards."""
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     seed_everything(3, 0)
     results = [train_step(model, optimizer, batch, 1.0) for _ in range(STEPS)]
@@ -41,7 +41,7 @@ def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_training_is_the_same_bit_by_bit(mesh: Mesh, dropout: float, packed: bool) -> None:
     row, alone = micro_batches()
-    # Of several sizes where they are alone, so that no buffer fits the next.
+    # Rows have several sizes, so that no buffer fits the next.
     micros = (row, row) if packed else tuple(alone)
     batch = GlobalBatch(micros, 20, len(micros))
     results, tensors = trained(model_of(mesh, "offload", dropout), batch)
@@ -88,11 +88,11 @@ def test_only_two_are_on_the_device(mesh: Mesh) -> None:
     for number in reversed(range(6)):
         given = kept[number].take()
         assert given.unique().tolist() == [2.0 * number]
-        # The next pass may write into the buffer while this one still reads what it was given.
+        # The next pass may write to the buffer while this one still reads the tensor.
         assert given.data_ptr() != kept[number]._host.data_ptr()
-        # The one that was taken belongs to its layer; the next is on its way.
+        # The tensor that was taken belongs to its layer; the next one is being fetched.
         assert [index for index, each in enumerate(kept) if each._on_device is not None] == [number - 1] * (number > 0)
-    # Once more, as with retain_graph.
+    # Again, as with retain_graph.
     assert kept[2].take().unique().tolist() == [4.0]
 
 

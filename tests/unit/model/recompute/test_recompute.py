@@ -1,4 +1,4 @@
-"""Recomputation changes what is kept, nothing else: losses and gradients, with the same dropout."""
+"""Recomputation changes only which tensors are saved: losses and gradients are equal, also with dropout."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def test_losses_and_gradients_stay(mesh: Mesh, recompute: str, dropout: float, m
     assert gradients.keys() == other_gradients.keys() and gradients
     for name, gradient in gradients.items():
         assert float(gradient.abs().max()) > 0, name
-        # The router's weights get their gradient from other sums (test_shares.py): rounding of the largest, no more.
+        # The routing probabilities get their gradient from other sums (test_router_probs.py): equal up to rounding.
         largest = float(gradient.abs().max())
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=2e-6 * largest)
 
@@ -74,7 +74,7 @@ def test_dropout_drops(mesh: Mesh) -> None:
 
 
 def kept(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
-    """Shapes and bytes of what autograd keeps of one pass, each storage once; weights aside."""
+    """Return shapes and bytes of the tensors that autograd saves in one pass, each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
 
@@ -106,6 +106,6 @@ def test_selective_keeps_as_much_less_as_the_plan_says(mesh: Mesh, dropout: floa
         # The first layer's input, which nothing else keeps, is kept to make its norm again: of what is gone, of the
         # same shape, one less is counted.
         expected -= BATCH * SEQUENCE * SMALL.hidden_size * 4
-    # What is no longer kept. The CPU's kernels keep other forms of what it is made of than the GPU's do, hence no sum.
+    # Shapes that are no longer saved. There is no sum, as the CPU's kernels save other tensors than the GPU's.
     gone = kept(model_of(mesh, "none", dropout)) - kept(model_of(mesh, "selective", dropout))
     assert sum(size * count for (_, size), count in gone.items()) == expected
