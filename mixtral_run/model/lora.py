@@ -120,10 +120,10 @@ def adapted_linear(hidden: Tensor, weight: Tensor, adapter: LinearAdapter, recip
     The weight is frozen and not split, and there is no dropout. The product that computes the adapter's part also adds
     it, forward and backward. hidden [.., in], weight [out, in]. recipe: how to recompute hidden; None to save it.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
     halves = (adapter.linear_in.weight, adapter.linear_out.weight)
     output: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-        hidden, *halves, weight.detach(), adapter.lora.scale, make, *kept
+        hidden, *halves, weight.detach(), adapter.lora.scale, make, *saved
     )
     return output
 
@@ -138,28 +138,28 @@ class _AdaptedLinear(torch.autograd.Function):
         weight: Tensor,
         scale: float,
         make: Callable[..., Tensor] | None,
-        *kept: Tensor,
+        *saved: Tensor,
     ) -> Tensor:
         first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
         flat = hidden.flatten(0, -2)
         inner = flat @ first.t()
         output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)
-        ctx.save_for_backward(inner, first, second, *kept)
+        ctx.save_for_backward(inner, first, second, *saved)
         ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
         return output.view(*hidden.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inner, first, second, *kept = ctx.saved_tensors
+        inner, first, second, *saved = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        hidden = ctx.make(*kept) if ctx.make is not None else kept[0]
+        hidden = ctx.make(*saved) if ctx.make is not None else saved[0]
         for_inner = (gradient @ second).mul_(ctx.scale)
         for_first = (for_inner.t() @ hidden.flatten(0, -2)).to(ctx.dtype)
         for_second = (gradient.t() @ inner).mul_(ctx.scale).to(ctx.dtype)
         for_hidden = None
         if ctx.needs_input_grad[0]:
             for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
-        return (for_hidden, for_first, for_second, None, None, None, *(None for _ in kept))
+        return (for_hidden, for_first, for_second, None, None, None, *(None for _ in saved))
 
 
 class ColumnLinear(ColumnParallelLinear):

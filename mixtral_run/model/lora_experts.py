@@ -71,10 +71,10 @@ def adapted_experts(
         probs: fp32 [rows], the routing probability of each row; they get the gradient of factors of a result that is
             linear in the outputs.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
     parts = (adapters.first_in, adapters.first_out, adapters.second_in, adapters.second_out)
     output: Tensor = _AdaptedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *kept
+        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *saved
     )
     return output
 
@@ -94,7 +94,7 @@ class _AdaptedExperts(torch.autograd.Function):
         second: FrozenExperts,
         scale: float,
         make: Callable[..., Tensor] | None,
-        *kept: Tensor,
+        *saved: Tensor,
     ) -> Tensor:
         parameters = (first_in, first_out, second_in, second_out)
         halves = [cast_copy(each, tokens.dtype) for each in parameters]
@@ -104,7 +104,7 @@ class _AdaptedExperts(torch.autograd.Function):
         active = swiglu_of(hidden, first_inner, halves[1], scale, offsets)
         second_inner = product(active, halves[2].transpose(1, 2), offsets)
         ctx.save_for_backward(
-            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *kept
+            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *saved
         )
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
         ctx.partial = permutation.partial
@@ -114,7 +114,7 @@ class _AdaptedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, first_inner, second_inner, probs, offsets, source, inverse, *rest = ctx.saved_tensors
-        (first_in, first_out, second_in, second_out), kept = rest[:4], rest[4:]
+        (first_in, first_out, second_in, second_out), saved = rest[:4], rest[4:]
         (first, second), scale = ctx.layers, ctx.scale
         gradient = gradients[0].contiguous()
         for_inner = product(gradient, second_out, offsets) * scale
@@ -131,7 +131,7 @@ class _AdaptedExperts(torch.autograd.Function):
             for_hidden, first_out, first_inner * scale, offsets, ctx.dtypes[1]
         )
         for_inner = for_inner * scale
-        tokens = ctx.make(*kept) if ctx.make is not None else kept[0]
+        tokens = ctx.make(*saved) if ctx.make is not None else saved[0]
         tokens = tokens.reshape(-1, tokens.shape[-1])
         for_first_in = outer_product(for_inner, tokens, offsets, source=source, dtype=ctx.dtypes[0])
         for_tokens = None
@@ -141,4 +141,4 @@ class _AdaptedExperts(torch.autograd.Function):
                 ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
                 for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)
         adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
-        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in kept))
+        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in saved))

@@ -34,5 +34,5 @@ class RMSNorm(torch.nn.Module):
         """Return the recipe for recomputing `forward(hidden)`; hidden is saved for this norm's own gradient anyway."""
         eps = self.eps
         return Recipe.of(
-            lambda kept, weight: torch.nn.functional.rms_norm(kept, weight.shape, weight, eps), hidden, self.weight
+            lambda saved, weight: torch.nn.functional.rms_norm(saved, weight.shape, weight, eps), hidden, self.weight
         )

@@ -33,10 +33,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, recipe: Recipe
 
     The gradient of the weight needs the rows: they are saved, or recomputed by `recipe`.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
     if not weight.requires_grad:
-        kept = ()
-    output: Tensor = _GroupedLinear.apply(rows, weight, offsets, make, *kept)  # type: ignore[no-untyped-call]
+        saved = ()
+    output: Tensor = _GroupedLinear.apply(rows, weight, offsets, make, *saved)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -70,9 +70,9 @@ def has_grouped_product(rows: Tensor, *widths: int) -> bool:
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, make: Callable[..., Tensor] | None, *kept: Tensor
+        ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, make: Callable[..., Tensor] | None, *saved: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(weight, offsets, *kept)
+        ctx.save_for_backward(weight, offsets, *saved)
         ctx.make = make
         if not weight.requires_grad:
             return frozen_product(rows, weight, offsets)
@@ -80,16 +80,16 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, offsets, *kept = ctx.saved_tensors
+        weight, offsets, *saved = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         for_rows = for_weight = None
         if ctx.needs_input_grad[0]:
             back = product if ctx.needs_input_grad[1] else frozen_gradient
             for_rows = back(gradient, weight, offsets)
         if ctx.needs_input_grad[1]:
-            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            rows = ctx.make(*saved) if ctx.make is not None else saved[0]
             for_weight = outer_product(gradient, rows, offsets)
-        return (for_rows, for_weight, None, None, *(None for _ in kept))
+        return (for_rows, for_weight, None, None, *(None for _ in saved))
 
 
 class _AddedLinear(torch.autograd.Function):

@@ -228,19 +228,19 @@ def _compiled() -> bytes:
     source = "\n".join((*((csrc / part).read_text() for part in PARTS), *instructions, (csrc / SOURCE).read_text()))
     version = _checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
-    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
+    cached = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
     try:
-        return kept.read_bytes()
+        return cached.read_bytes()
     except OSError:
         code = _compile(source)
     # If it cannot be cached it is compiled again next time. The temporary name is unique even between containers, whose
     # processes may have the same numbers.
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            made = Path(folder) / kept.name
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            made = Path(folder) / cached.name
             made.write_bytes(code)
-            made.replace(kept)
+            made.replace(cached)
     return code
 
 

@@ -104,17 +104,7 @@ def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
         # Megatron's own tracker needs CUDA generators; the kit seeds one generator a process (`seed_everything`)
         # instead.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-        mesh = Mesh(
-            device=device,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-            expert_rank=parallel_state.get_expert_model_parallel_rank(),
-            expert_size=parallel_state.get_expert_model_parallel_world_size(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-        )
+        mesh = _mesh_of(device)
         seed_everything(config.seed, mesh.rank)
         yield mesh
     except BaseException as error:
@@ -132,6 +122,21 @@ def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
         # Processes that are started later from here are not part of this job.
         for name in set_here:
             del os.environ[name]
+
+
+def _mesh_of(device: torch.device) -> Mesh:
+    """Return this rank's place in the groups that Megatron has built."""
+    return Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
 
 
 _ends_with_the_job = False

@@ -28,7 +28,7 @@ class Offload:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._spare: list[Tensor] = []
-        self._last: weakref.ref[_Kept] | None = None
+        self._last: weakref.ref[_Offloaded] | None = None
         # The streams of torch.cpu do nothing. The stream is created by the first copy, as creating one initializes the
         # GPU.
         self._module: Any = torch.cuda if device.type == "cuda" else torch.cpu
@@ -41,15 +41,15 @@ class Offload:
 
     def hooks(self) -> saved_tensors_hooks:
         """Return a context in which the tensors that autograd saves are offloaded."""
-        return saved_tensors_hooks(self._keep, _Kept.take)
+        return saved_tensors_hooks(self._keep, _Offloaded.take)
 
-    def _keep(self, tensor: Tensor) -> _Kept:
+    def _keep(self, tensor: Tensor) -> _Offloaded:
         before = self._last() if self._last is not None else None
         if before is not None:
             before.leave()
-        kept = _Kept(self, tensor.detach().contiguous(), before)
-        self._last = weakref.ref(kept)
-        return kept
+        saved = _Offloaded(self, tensor.detach().contiguous(), before)
+        self._last = weakref.ref(saved)
+        return saved
 
     def copy(self, source: Tensor, into: Tensor) -> Any:
         """Start a copy on the copy stream after the current stream's work so far; return the event of its end."""
@@ -86,10 +86,10 @@ class Offload:
         self._spare.append(buffer)
 
 
-class _Kept:
+class _Offloaded:
     """One offloaded tensor: on the host, and on the GPU until it is copied and again from when it is fetched."""
 
-    def __init__(self, offload: Offload, tensor: Tensor, before: _Kept | None) -> None:
+    def __init__(self, offload: Offload, tensor: Tensor, before: _Offloaded | None) -> None:
         self._offload = offload
         self._before = weakref.ref(before) if before is not None else None
         self._host = offload.buffer(tensor.shape, tensor.dtype)

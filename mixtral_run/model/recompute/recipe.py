@@ -29,7 +29,7 @@ class Recipe:
         return cls(make, tuple(source.detach() for source in sources))
 
     @classmethod
-    def kept(cls, tensor: Tensor) -> Self:
+    def saved(cls, tensor: Tensor) -> Self:
         """Return a recipe that saves the tensor itself, for tensors that are expensive to recompute."""
         return cls.of(lambda itself: itself, tensor)
 
@@ -73,7 +73,7 @@ def drop(tensor: Tensor, probability: float, recipe: Recipe | None) -> tuple[Ten
     if recipe is None:
         return dropped, None
     scale = 1.0 / (1.0 - probability)
-    return dropped, recipe.then(lambda made, kept: made * kept * scale, mask)
+    return dropped, recipe.then(lambda made, saved: made * saved * scale, mask)
 
 
 def recomputed_linear(hidden: Tensor, weight: Tensor, recipe: Recipe | None) -> Tensor:

@@ -95,9 +95,9 @@ def quantized_with_inner(
     linear_in: [experts, r, in] in the rows' dtype. Both are one autograd node, so that the two parts of the rows'
     gradient are summed where they are computed.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
     outputs: tuple[Tensor, Tensor] = _WithInner.apply(  # type: ignore[no-untyped-call]
-        rows, values, scales, offsets, linear_in, make, *kept
+        rows, values, scales, offsets, linear_in, make, *saved
     )
     return outputs
 
@@ -135,24 +135,24 @@ class _WithInner(torch.autograd.Function):
         offsets: Tensor,
         linear_in: Tensor,
         make: Callable[..., Tensor] | None,
-        *kept: Tensor,
+        *saved: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, scales, offsets, linear_in, *kept)
+        ctx.save_for_backward(values, scales, offsets, linear_in, *saved)
         ctx.make = make
         return forward_product(rows, values, scales, offsets), product(rows, linear_in.transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, scales, offsets, linear_in, *kept = ctx.saved_tensors
+        values, scales, offsets, linear_in, *saved = ctx.saved_tensors
         gradient, inner = (each.contiguous() for each in gradients)
         for_linear_in = None
         if ctx.needs_input_grad[4]:
-            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            rows = ctx.make(*saved) if ctx.make is not None else saved[0]
             for_linear_in = outer_product(inner, rows, offsets)
         for_rows = None
         if ctx.needs_input_grad[0]:
             for_rows = rows_gradient(gradient, values, scales, offsets, inner, linear_in)
-        return (for_rows, None, None, None, for_linear_in, None, *(None for _ in kept))
+        return (for_rows, None, None, None, for_linear_in, None, *(None for _ in saved))
 
 
 def forward_product(

@@ -32,7 +32,7 @@ def test_each_token_is_the_weighted_sum_of_its_experts(indexed: bool, recomputes
     """The experts multiply by their number, from 1."""
     tokens, probs, experts = routing()
     dispatcher = LocalDispatcher(EXPERTS)
-    recipe = Recipe.kept(tokens) if recomputes else None
+    recipe = Recipe.saved(tokens) if recomputes else None
     inputs, trip = dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=indexed)
     rows, permutation = inputs.tokens, inputs.permutation
     assert (permutation.source is not None) == indexed

@@ -57,7 +57,7 @@ def test_all_gradients_are_the_same(with_adapter: bool, dropout: float, smallest
 def test_a_probability_of_zero_gets_a_finite_gradient() -> None:
     probs = torch.tensor([0.0, 0.5], requires_grad=True)
     active = torch.randn(2, 6, requires_grad=True)
-    result = with_probs(active, probs, Once(Recipe.kept(active)))
+    result = with_probs(active, probs, Once(Recipe.saved(active)))
     (result * probs.detach()[:, None]).sum().backward()
     assert probs.grad is not None
     assert probs.grad[0] == 0

@@ -83,17 +83,17 @@ def test_evaluation_copies_nothing_and_a_pass_without_a_way_back_leaves_nothing(
 def test_only_two_are_on_the_device(mesh: Mesh) -> None:
     offload = Offload(torch.device("cpu"))
     inputs = [torch.full((3, 5), float(number), requires_grad=True) for number in range(6)]
-    kept = [offload._keep(each * 2) for each in inputs]
-    assert [each._on_device is None for each in kept] == [True] * 5 + [False]
+    saved = [offload._keep(each * 2) for each in inputs]
+    assert [each._on_device is None for each in saved] == [True] * 5 + [False]
     for number in reversed(range(6)):
-        given = kept[number].take()
+        given = saved[number].take()
         assert given.unique().tolist() == [2.0 * number]
         # The next pass may write to the buffer while this one still reads the tensor.
-        assert given.data_ptr() != kept[number]._host.data_ptr()
+        assert given.data_ptr() != saved[number]._host.data_ptr()
         # The tensor that was taken belongs to its layer; the next one is being fetched.
-        assert [index for index, each in enumerate(kept) if each._on_device is not None] == [number - 1] * (number > 0)
+        assert [index for index, each in enumerate(saved) if each._on_device is not None] == [number - 1] * (number > 0)
     # Again, as with retain_graph.
-    assert kept[2].take().unique().tolist() == [4.0]
+    assert saved[2].take().unique().tolist() == [4.0]
 
 
 def test_is_not_recorded(mesh: Mesh) -> None:

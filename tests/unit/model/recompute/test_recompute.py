@@ -73,7 +73,7 @@ def test_dropout_drops(mesh: Mesh) -> None:
     assert not torch.equal(loss_of(model_of(mesh, "selective", 0.3)), loss_of(model_of(mesh, "selective")))
 
 
-def kept(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
+def saved(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
     """Return shapes and bytes of the tensors that autograd saves in one pass, each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
@@ -107,5 +107,5 @@ def test_selective_keeps_as_much_less_as_the_plan_says(mesh: Mesh, dropout: floa
         # same shape, one less is counted.
         expected -= BATCH * SEQUENCE * SMALL.hidden_size * 4
     # Shapes that are no longer saved. There is no sum, as the CPU's kernels save other tensors than the GPU's.
-    gone = kept(model_of(mesh, "none", dropout)) - kept(model_of(mesh, "selective", dropout))
+    gone = saved(model_of(mesh, "none", dropout)) - saved(model_of(mesh, "selective", dropout))
     assert sum(size * count for (_, size), count in gone.items()) == expected
