@@ -32,7 +32,7 @@ from mixtral_run.config.verbs import BASE_PRECISIONS, FinetuneConfig, PretrainCo
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.samples import GlobalBatch, Row, ShuffledOrder, batches
@@ -229,7 +229,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     learnt, other = texts()
     base_config, lora_config = configs(arguments)
     architecture = TINY if arguments.tiny else SMALL
-    with processes(base_config) as mesh:
+    with open_mesh(base_config) as mesh:
         started = time.perf_counter()
         weights, base_losses = train_base(base_config, architecture, mesh, learnt)
         seconds = time.perf_counter() - started

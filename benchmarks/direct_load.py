@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mixtral_run.config.verbs import LORA_TARGET_MODULES, FinetuneConfig
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.data.samples import batches
@@ -43,7 +43,7 @@ def main() -> None:
         seq_length=options.seq_length,
         dtype="bf16",
     )
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         seconds = measure(config, mesh)
         if mesh.is_first:
             print(json.dumps(seconds), flush=True)

@@ -49,11 +49,11 @@ def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
     from mixtral_run.config.verbs import LaunchConfig
     from mixtral_run.inference.decode import Decoding
     from mixtral_run.inference.generate import Sampling, continue_rows
-    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.model.parallel.mesh import open_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         modules = MODULES if arguments.adapted else ()
         model = build_ours(arguments.layers, mesh, "none", arguments.base_precision, modules)
         model.eval().requires_grad_(False)

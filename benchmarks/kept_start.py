@@ -101,14 +101,14 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
     from mixtral_run.config.verbs import LORA_TARGET_MODULES, VerifyConfig
     from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
-    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.checkpoint import load_base
     from mixtral_run.train.quantized_experts import CacheOptions
     from mixtral_run.weights.manifest.describe import describe_base
 
     description = describe_base(base)
     lora = LoraSettings(16, 32.0, 0.0, LORA_TARGET_MODULES, 1)
-    with processes(VerifyConfig(load=base, device=device)) as mesh:
+    with open_mesh(VerifyConfig(load=base, device=device)) as mesh:
         model = build_model(
             description.architecture, ModelSettings(torch.bfloat16, True, lora, "none", precision), mesh
         )

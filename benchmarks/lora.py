@@ -80,14 +80,14 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     import torch
 
     from mixtral_run.config.verbs import LaunchConfig
-    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.cuda_graph import backward_of
     from mixtral_run.train.data.samples import MockSamples, batches
     from mixtral_run.train.step import EagerBackward, train_step, trainable
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         model = build_ours(layers, mesh, arguments.recompute, arguments.base_precision, modules_of(arguments))
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
         stream = batches(

@@ -115,11 +115,11 @@ def main() -> None:
 
     from benchmarks.lora import build_ours
     from mixtral_run.config.verbs import LaunchConfig
-    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.step import trainable
 
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         model = build_ours(arguments.layers, mesh, "none", arguments.base_precision)
         # On the host: the peaks are those of a run.
         kept = [parameter.detach().cpu() for parameter in trainable(model)]

@@ -37,7 +37,7 @@ class Decoding:
         self._model, self._padding = model, padding
         self._ragged = bool(padding.any())
         self.cache = KeyValueCache(max_length)
-        mesh, count = model.processes, model.architecture.num_experts
+        mesh, count = model.mesh, model.architecture.num_experts
         self._all_gather = (
             AllGatherDispatcher(mesh.expert_group, count, padding.device, unlimited=True)
             if mesh.expert_size > 1
@@ -58,7 +58,7 @@ class Decoding:
 
     def _pass(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model = self._model
-        dispatch = policy.decoding_dispatch(tokens.numel(), model.processes.expert_size)
+        dispatch = policy.decoding_dispatch(tokens.numel(), model.mesh.expert_size)
         with model.dispatching(self._all_gather if dispatch.has_fixed_shapes else None):
             logits = model.logits(
                 tokens,
@@ -159,7 +159,7 @@ class CapturedDecoding(FixedShapeDecoding):
 def decoding_of(model: MixtralModel, num_rows: int, num_tokens: int) -> type[Decoding]:
     """Return the fastest class for generating `num_tokens` of each of `num_rows` sequences. The same on all ranks."""
     captured = policy.captures_decoding(
-        num_rows, model.processes.expert_size, num_tokens, syncs_with_host=not model.never_waits
+        num_rows, model.mesh.expert_size, num_tokens, syncs_with_host=not model.is_capturable
     )
     return CapturedDecoding if captured else Decoding
 

@@ -16,7 +16,7 @@ from mixtral_run.config.verbs import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.decode import Decoding, decoding_of
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
@@ -60,7 +60,7 @@ def generate(config: GenerateConfig) -> None:
             found=f"{longest} tokens",
             next_command="a smaller --max-new-tokens, or a shorter prompt",
         )
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         report = _report(config, mesh)
         started = time.perf_counter()
         model = load_for_inference(config, base, mesh, adapter)
@@ -145,7 +145,7 @@ def continue_rows(
         on_token: called with 1 after each pass.
         decoding: class of the passes (decode.py). Default: the fastest.
     """
-    mesh = model.processes
+    mesh = model.mesh
     lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
     longest = int(lengths.max())
     tokens = torch.full((len(rows), longest), end_token, dtype=torch.int64, device=mesh.device)

@@ -1,4 +1,4 @@
-"""The shape of a Mixtral model, read from HF's config.json. Standard library only, so every part can ask it."""
+"""The sizes of a Mixtral model, read from HF's config.json. Standard library only, so that every part can import it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _REQUIRED = (
 
 
 EXAMPLE_NAME = "mistralai/Mixtral-8x7B-v0.1"
-"""What messages give as a name on the hub."""
+"""Example of a name on the hub, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtralArchitecture:
-    """Sizes in Megatron's names; the comment gives HF's where it differs."""
+    """Sizes of a model in Megatron's names; comments give HF's names where they differ."""
 
     num_layers: int  # num_hidden_layers
     hidden_size: int
@@ -47,17 +47,17 @@ class MixtralArchitecture:
 
     @property
     def qkv_size(self) -> int:
-        """Rows of linear_qkv: queries, keys and values of all groups."""
+        """Return the rows of linear_qkv: queries, keys and values of all groups."""
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
 
     @property
     def projection_size(self) -> int:
-        """Columns of linear_proj: all heads side by side."""
+        """Return the columns of linear_proj: all heads concatenated."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, embeddings and output layer included (46,702,792,704 for Mixtral 8x7B)."""
+        """Return the number of parameters, embeddings and output layer included (46,702,792,704 for Mixtral 8x7B)."""
         hidden = self.hidden_size
         attention = hidden * (self.qkv_size + self.projection_size)
         experts = self.num_experts * 3 * hidden * self.ffn_hidden_size
@@ -66,14 +66,15 @@ class MixtralArchitecture:
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through, without the embedding look-up."""
+        """Return the number of parameters that one token passes through, without the embedding."""
         hidden = self.hidden_size
         attention = hidden * (self.qkv_size + self.projection_size)
         experts = self.moe_router_topk * 3 * hidden * self.ffn_hidden_size
         return self.num_layers * (attention + experts + self.num_experts * hidden) + self.vocab_size * hidden
 
     def num_adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
-        """Parameters of LoRA adapters on these layers: rank × (in + out) for each linear layer, one an expert."""
+        """Return the number of parameters of LoRA adapters on these layers: rank × (in + out) a linear layer and
+        expert."""
         sizes = {
             "linear_qkv": self.hidden_size + self.qkv_size,
             "linear_proj": self.projection_size + self.hidden_size,
@@ -83,7 +84,7 @@ class MixtralArchitecture:
         return self.num_layers * rank * sum(sizes[name] for name in target_modules)
 
     def layout_problems(self, tensor_model_parallel_size: int, expert_model_parallel_size: int) -> list[str]:
-        """What keeps the model from being split over TP and EP; empty when nothing does."""
+        """Return why the model cannot be split over TP and EP; an empty list if it can."""
         tp, ep = tensor_model_parallel_size, expert_model_parallel_size
         problems = [
             f"--tensor-model-parallel-size {tp}: does not divide the model's {count} {what}"
@@ -101,21 +102,23 @@ class MixtralArchitecture:
         return problems
 
     def differing(self, other: MixtralArchitecture) -> list[str]:
-        """Names of the fields that another has another value of."""
+        """Return the names of the fields whose values differ from another architecture's."""
         mine, theirs = self.to_mapping(), other.to_mapping()
         return [name for name in mine if mine[name] != theirs[name]]
 
     def to_mapping(self) -> dict[str, Any]:
+        """Return all fields by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """From `to_mapping`'s result; raises TypeError on a missing or unknown key."""
+        """Build an architecture from the result of `to_mapping`. Raises TypeError on a missing or unknown key."""
         return cls(**values)
 
     @classmethod
     def from_hf_config(cls, values: Mapping[str, Any], *, where: str) -> Self:
-        """From the content of config.json. Raises WeightsError naming everything that is not Mixtral's."""
+        """Build an architecture from the content of config.json. Raises WeightsError with everything that is not
+        Mixtral's."""
         problems = []
         if values.get("model_type") != "mixtral":
             problems.append(f"model_type: expected 'mixtral'; found {values.get('model_type')!r}")
@@ -154,7 +157,7 @@ class MixtralArchitecture:
 
     @classmethod
     def from_hf_directory(cls, directory: Path) -> Self:
-        """Read DIRECTORY/config.json. Raises WeightsError when it is missing, broken or of another model."""
+        """Read DIRECTORY/config.json. Raises WeightsError if it is missing, broken or of another model."""
         path = directory / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -184,7 +187,7 @@ class MixtralArchitecture:
 
 
 def _content(directory: Path) -> str:
-    """What a directory holds, in a few words."""
+    """Describe what a directory contains, in a few words."""
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else None
     if names is None:
         return "no such directory"
@@ -205,4 +208,4 @@ MIXTRAL_8X7B = MixtralArchitecture(
     rotary_base=1e6,
     layernorm_epsilon=1e-5,
 )
-"""mistralai/Mixtral-8x7B-v0.1 and -Instruct-v0.1, as released."""
+"""The architecture of mistralai/Mixtral-8x7B-v0.1 and -Instruct-v0.1."""

@@ -1,4 +1,4 @@
-"""Self-attention on torch's fused scaled_dot_product_attention, with rotary positions and a key-value cache."""
+"""Self-attention by torch's fused scaled_dot_product_attention, with rotary positions and a key-value cache."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from mixtral_run.model.rotary import split_and_rotate
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, of one process's query groups; grows by `forward`.
+    """Keys and values of the tokens so far, for the query groups of one process. A forward pass appends to it.
 
-    `keys[layer]`, `values[layer]`: [batch, groups / TP, max_length, head size], the model's dtype. place: int64 [1] on
-    the device; where given, one token is written there and all memory is seen, so that shapes stay.
+    keys[layer], values[layer]: [batch, groups / TP, max_length, head size], in the model's dtype. place: int64 [1] on
+    the device; if given, a pass writes one token at this index and attends to all of the memory, so that shapes are
+    constant.
     """
 
     max_length: int
@@ -33,7 +34,7 @@ class KeyValueCache:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens behind the old ones; return all. key, value: [batch, groups, new, head size]."""
+        """Append key and value [batch, groups, new, head size]; return those of all tokens."""
         if self.place is not None:
             self.keys[layer].index_copy_(2, self.place, key)
             self.values[layer].index_copy_(2, self.place, value)
@@ -50,10 +51,11 @@ class KeyValueCache:
 
 @dataclass
 class AttentionInputs:
-    """What all layers share in one forward pass.
+    """Inputs that all layers share in one forward pass.
 
-    cosine, sine: [batch or 1, sequence, head size], the model's dtype. mask: bool [batch, 1, queries, keys], True where
-    attention is allowed; None means causal. packed: samples within rows, for GPUs (elsewhere they are in the mask).
+    cosine, sine: [batch or 1, sequence, head size], in the model's dtype. mask: bool [batch, 1, queries, keys], True
+    where attention is allowed; None means causal. packed: boundaries of samples within rows, on GPUs; elsewhere they
+    are part of the mask.
     """
 
     cosine: Tensor
@@ -64,9 +66,9 @@ class AttentionInputs:
 
 
 class Attention(MegatronModule):
-    """Grouped-query attention; heads are split over TP.
+    """Grouped-query attention with heads split over TP.
 
-    linear_qkv's rows are interleaved by query group, as in Megatron: the queries of a group, its key, its value.
+    The rows of linear_qkv are interleaved by query group, as in Megatron: the queries of a group, its key, its value.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, lora: LoraSettings | None, **_: Any) -> None:
@@ -81,9 +83,9 @@ class Attention(MegatronModule):
         self.linear_proj = RowLinear(columns, config.hidden_size, "linear_proj", config, lora, layer_number)
 
     def forward(self, hidden: Tensor, inputs: AttentionInputs, recipe: Recipe | None = None) -> Tensor:
-        """hidden: [sequence (/ TP under sequence parallelism), batch, hidden]; returns the same shape.
+        """Return the output for hidden [sequence (/ TP under sequence parallelism), batch, hidden], of the same shape.
 
-        recipe: of hidden, when it shall be made again in the backward pass.
+        recipe: how to recompute `hidden` in the backward pass; None to save it.
         """
         query, key, value = self._split_heads(self.linear_qkv(hidden, recipe), inputs)
         if inputs.cache is not None:
@@ -92,16 +94,17 @@ class Attention(MegatronModule):
             context = packed_attention(query, key, value, inputs.packed)
         else:
             context = self._attend(query, key, value, inputs.mask)
-        # Attention keeps its result for its own gradient; positions first, it is another copy.
+        # Attention saves its result for its own gradient; with positions first it is a copy, which can be recomputed.
         again = Recipe.of(_positions_first, context) if recipe is not None else None
         projected: Tensor = self.linear_proj(_positions_first(context), again)
         return projected
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """query: [batch, heads, queries, head size] → the same shape; key, value: [batch, groups, keys, head size]."""
+        """Return attention for query [batch, heads, queries, head size], of the same shape; key, value: [batch, groups,
+        keys, head size]."""
         alone, shape = query.shape[2] == 1, query.shape
         if alone:
-            # The heads of a group are as many queries of one head: with a mask, too, nothing is repeated.
+            # The heads of a group become queries of one head, so that keys need not be repeated, with a mask either.
             query = query.reshape(shape[0], self.groups, self.heads_per_group, self.head_size)
         context = scaled_dot_product_attention(
             query,
@@ -115,10 +118,8 @@ class Attention(MegatronModule):
         return context.reshape(shape)
 
     def _split_heads(self, mixed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn by position and part.
-
-        [sequence, batch, rows / TP] → query, key, value, each [batch, heads or groups, sequence, head size].
-        """
+        """Return rotated query, rotated key and value, each [batch, heads or groups, sequence, head size], of mixed
+        [sequence, batch, rows / TP]."""
         sequence, batch, _ = mixed.shape
         mixed = mixed.view(sequence, batch, self.groups, self.heads_per_group + 2, self.head_size)
         query, key, value = split_and_rotate(mixed, inputs.cosine, inputs.sine)
@@ -126,5 +127,5 @@ class Attention(MegatronModule):
 
 
 def _positions_first(context: Tensor) -> Tensor:
-    """[batch, heads, sequence, head size] → [sequence, batch, heads · head size]."""
+    """Return context [batch, heads, sequence, head size] as [sequence, batch, heads · head size]."""
     return context.permute(2, 0, 1, 3).flatten(2)

@@ -1,8 +1,8 @@
 """The experts of one layer as two stacked weights, with one adapter an expert.
 
-Keys and shapes in a checkpoint are those of Megatron's SequentialMLP (megatron-core 0.16.1, transformer/moe/experts.py)
-whatever the storage here: `experts.experts.linear_fc1.weight` [layers, experts, 2·ffn, hidden], gate rows then up
-rows in two chunks, and `linear_fc2.weight` [layers, experts, hidden, ffn].
+Keys and shapes in a checkpoint are those of Megatron's SequentialMLP (megatron-core 0.16.1,
+transformer/moe/experts.py), independent of the storage here: `experts.experts.linear_fc1.weight` [layers, experts,
+2·ffn, hidden], gate rows then up rows in two chunks, and `linear_fc2.weight` [layers, experts, hidden, ffn].
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mixtral_run.model.recompute.recipe import Once, Recipe, drop
 class ExpertLinear(torch.nn.Module):
     """One linear layer of all local experts. weight: [experts / EP, out, in]; adapters [.., r, in] and [.., out, r].
 
-    With a base precision of fp8 or nf4 the weight has no memory until `allocate`, and becomes `values` and `scales`
-    (quantized_mm.py) with `quantize`: a layer at a time, the whole model is never there in 16 bit.
+    With a base precision of fp8 or nf4 the weight has no memory until `allocate`; `quantize` replaces it by `values`
+    and `scales` (quantized_mm.py). This is done layer by layer: the whole model never exists in 16 bit.
     """
 
     values: Tensor | None
@@ -82,8 +82,8 @@ class ExpertLinear(torch.nn.Module):
             mark(self.linear_out, expert=True)
 
     def forward(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
-        """The layer without its adapter. rows [tokens, in], sorted by expert; ends: see grouped_mm.py. [tokens,
-        out]."""
+        """Return the layer's output without its adapter, [tokens, out], for rows [tokens, in] sorted by expert.
+        offsets: see grouped_mm.py."""
         if self.values is not None and self.scales is not None:
             return quantized_linear(rows, self.values, self.scales, offsets)
         assert self.weight is not None
@@ -96,7 +96,8 @@ class ExpertLinear(torch.nn.Module):
         source: Tensor | None = None,
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """`forward` without a gradient; source: as in grouped.product; adapter: as in grouped.frozen_product."""
+        """Compute `forward` outside autograd. source: see grouped_mm.product; adapter: see
+        grouped_mm.frozen_product."""
         if self.values is not None and self.scales is not None:
             base = forward_product(rows, self.values, self.scales, offsets, source)
             return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, offsets)
@@ -104,29 +105,30 @@ class ExpertLinear(torch.nn.Module):
         return frozen_product(rows, self.weight.detach(), offsets, source, adapter)
 
     def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
-        """What `forward`'s rows get of its result's gradient [tokens, out]; inner [tokens, r] · linear_in is added."""
+        """Return the gradient of `forward`'s rows, given that of its result [tokens, out], plus inner [tokens, r] ·
+        linear_in."""
         if self.values is not None and self.scales is not None:
             return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in)
         assert self.weight is not None
         return frozen_gradient(gradient, self.weight.detach(), offsets, inner, linear_in)
 
     def allocate(self) -> None:
-        """Give the weight memory, uninitialized."""
+        """Allocate the weight, uninitialized."""
         assert self.weight is not None
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty_like(self.weight, device=device), requires_grad=False)
         mark(self.weight, expert=True)
 
     def quantize(self) -> None:
-        """Put smaller values and their scales in the weight's place, an expert at a time."""
+        """Replace the weight by quantized values and scales, an expert at a time."""
         assert self.weight is not None
         parts = [quantize_to(expert, self.base_precision) for expert in self.weight.detach().unbind(0)]
         self.weight = None
         self.values = torch.stack([values for values, _ in parts])
         self.scales = torch.stack([scales for _, scales in parts])
 
-    def make_room(self) -> None:
-        """Give values and scales memory, uninitialized: for what was quantized before. The weight stays without."""
+    def allocate_quantized(self) -> None:
+        """Allocate values and scales, uninitialized, to be read from the quantized cache. The weight gets no memory."""
         assert self.weight is not None
         count, outputs, inputs = self.weight.shape
         device = torch.cuda.current_device()
@@ -135,22 +137,22 @@ class ExpertLinear(torch.nn.Module):
             for dtype, shape in quantized_layout(outputs, inputs, self.base_precision)
         )
 
-    def settle(self, *, whole: bool) -> None:
-        """After `make_room`: what is there now is the layer's, or, where it is not whole, nothing is."""
+    def finish_quantized(self, *, whole: bool) -> None:
+        """Finish after `allocate_quantized`: keep the values and scales if they are whole, otherwise free them."""
         if whole:
             self.weight = None
         else:
             self.values = self.scales = None
 
     def with_inner(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> tuple[Tensor, Tensor]:
-        """The layer without its adapter, and what goes through its lesser half: `forward` and `inner`."""
+        """Return `forward` and `inner` of the same rows."""
         assert self.lora is not None
         if self.values is None or self.scales is None or (self.lora.dropout and self.training):
             return self(rows, offsets, recipe), self.inner(rows, offsets, recipe)
         return quantized_with_inner(rows, self.values, self.scales, offsets, self.linear_in.to(rows.dtype), recipe)
 
     def inner(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
-        """A·x of each row's expert, with dropout on x: [tokens, r]."""
+        """Return A·x of each row's expert, with dropout on x: [tokens, r]."""
         assert self.lora is not None
         if self.lora.dropout and self.training:
             rows, recipe = drop(rows, self.lora.dropout, recipe)
@@ -158,9 +160,9 @@ class ExpertLinear(torch.nn.Module):
 
 
 class Experts(MegatronModule):
-    """SwiGLU experts: linear_fc2(silu(gate) · up), gate and up the two halves of linear_fc1.
+    """SwiGLU experts: linear_fc2(silu(gate) · up), where gate and up are the two halves of linear_fc1's output.
 
-    An expert without rows takes part with none, so that its adapter gets a gradient of zeros.
+    The adapter of an expert without rows gets a gradient of zeros.
     """
 
     def __init__(
@@ -173,14 +175,15 @@ class Experts(MegatronModule):
 
     @property
     def adapted(self) -> bool:
-        """Whether `adapted_forward` serves: both layers have an adapter, and nothing is dropped on the way."""
+        """Return True if `adapted_forward` can be used: both layers have an adapter, and there is no dropout."""
         lora = self.linear_fc1.lora
         return lora is not None and self.linear_fc2.lora is not None and not (lora.dropout and self.training)
 
     def adapted_forward(
         self, tokens: Tensor, permutation: Permutation, recipe: Recipe | None = None, probs: Tensor | None = None
     ) -> Tensor:
-        """See lora_experts.py; where `adapted` says so, what `forward` computes, keeping less."""
+        """Compute `forward` with fewer saved activations, by lora_experts.adapted_experts; see there for the
+        arguments."""
         first, second = self.linear_fc1, self.linear_fc2
         assert first.lora is not None
         parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
@@ -188,16 +191,19 @@ class Experts(MegatronModule):
 
     @property
     def linears(self) -> dict[str, ExpertLinear]:
-        """Both linear layers by name."""
+        """Return both linear layers by name."""
         return {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
 
     def forward(
         self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None, probs: Tensor | None = None
     ) -> Tensor:
-        """rows: [tokens, hidden], sorted by local expert; ends: int32 [local experts]. Returns rows' shape.
+        """Return the experts' outputs for rows [tokens, hidden], sorted by local expert, of the same shape.
 
-        With a recipe for the rows neither they nor the activation are kept for the backward pass. shares [tokens]: what
-        each row will count for in its token, so that their gradient needs no outputs (router_probs.py).
+        Args:
+            offsets: int32 [local experts], see grouped_mm.py.
+            recipe: how to recompute the rows; then neither they nor the activation are saved for the backward pass.
+            probs: fp32 [tokens], the routing probability of each row; its gradient then needs no outputs
+                (router_probs.py).
         """
         second = self.linear_fc2
         active, recomputed = self._activate(rows, offsets, recipe)
@@ -211,7 +217,8 @@ class Experts(MegatronModule):
         return added_linear(output, inner, second.linear_out.to(rows.dtype), second.lora.scale, offsets)
 
     def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
-        """linear_fc1 and SwiGLU: [tokens, ffn], and how to make it again."""
+        """Return linear_fc1 followed by SwiGLU, [tokens, ffn], and, given the rows' recipe, the recipe of the
+        result."""
         first = self.linear_fc1
         if first.lora is None:
             hidden = first(rows, offsets, recipe)
@@ -229,13 +236,14 @@ class Experts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """One ShardedTensor an expert (two where gate and up lie apart), each a view of the stacked weight."""
+        """Return one ShardedTensor for each expert and chunk of rows (gate and up are two), views of the stacked
+        weight."""
         del metadata
         result: dict[str, Any] = {}
         for name, layer in self.linears.items():
             halves = 2 if name == "linear_fc1" else 1
             key = f"{prefix}experts.{name}"
-            # Once quantized there is nothing that a checkpoint has; before, no memory to load into.
+            # A quantized weight is not part of a checkpoint; before `allocate` there is no memory to load into.
             if layer.weight is not None and not layer.weight.is_meta:
                 result |= self._shards(f"{key}.weight", layer.weight, halves, sharded_offsets)
             if layer.lora is not None:
@@ -254,7 +262,7 @@ class Experts(MegatronModule):
         result = {}
         for index, expert in enumerate(stacked.detach().unbind(0)):
             for chunk, part in enumerate(expert.chunk(chunks_of_rows)):
-                # The name here only tells the parts apart; `key` is what the checkpoint says.
+                # This name only has to be unique; the checkpoint uses `key`.
                 result[f"{key}.{first + index}.{chunk}"] = ShardedTensor.from_rank_offsets(
                     key,
                     part,

@@ -1,4 +1,4 @@
-"""One transformer layer: attention and experts, each behind its norm, each added to the residual."""
+"""One transformer layer: attention and experts, each after its norm, each added to the residual."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from mixtral_run.model.recompute.offload import Offload
 
 
 class MixtralLayer(MegatronModule, BaseTransformerLayer):
-    """A layer as Megatron's TransformerBlock calls it; `attention_mask` carries AttentionInputs.
+    """A layer with the interface that Megatron's TransformerBlock calls; `attention_mask` carries AttentionInputs.
 
-    recompute: `none`; `selective` makes norms, activations and permutations again in the backward pass (recipe.py);
-    with `full` the layer keeps only its input and runs again there; with `offload` that input lies in host memory.
+    recompute: `none` saves all activations; `selective` recomputes norms, activations and permutations in the backward
+    pass (recompute/recipe.py); `full` saves only the layer's input and runs the layer again; `offload` also moves that
+    input to host memory.
     """
 
     def __init__(
@@ -51,31 +52,34 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         self.mlp = MoELayer(config, layer_number, lora, base_precision)
 
     def forward(self, hidden_states: Tensor, attention_mask: AttentionInputs, **_: Any) -> tuple[Tensor, None]:
-        """hidden_states: [sequence (/ TP), batch, hidden]; returns the same shape, and no cross-attention context."""
+        """Return the output for hidden_states [sequence (/ TP), batch, hidden], of the same shape, and no
+        cross-attention context."""
         if self.recompute in RUNS_AGAIN and self.training:
             return self._run_again(hidden_states, attention_mask), None
         return self._compute(hidden_states, attention_mask), None
 
     def _run_again(self, hidden: Tensor, inputs: AttentionInputs) -> Tensor:
-        # Not torch's newer way, which takes each tensor of the layer through hooks: that costs the host as much as
-        # another forward pass. This one asks for an input with a gradient, which frozen embeddings do not have.
+        # use_reentrant=False would pass each tensor of the layer through hooks, which costs the host as much as another
+        # forward pass. The reentrant form needs an input with a gradient, which frozen embeddings do not have.
         entry = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        # The forward pass saves nothing but the layer's input, which is what the context sees.
-        with self._kept_elsewhere() if self.recompute == "offload" else nullcontext():
+        # The forward pass saves only the layer's input, to which the context applies.
+        with self._offloaded() if self.recompute == "offload" else nullcontext():
             result: Tensor = checkpoint(
                 self._compute, entry, inputs, use_reentrant=True, preserve_rng_state=self._draws_numbers
             )
         return result
 
-    def _kept_elsewhere(self) -> saved_tensors_hooks:
-        assert self.offload is not None, "a layer that offloads is given where to"
+    def _offloaded(self) -> saved_tensors_hooks:
+        assert self.offload is not None, "recompute='offload' needs an Offload"
         return self.offload.hooks()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As Transformer Engine keys it, which Megatron-LM and Megatron-Bridge read: there the first norm is part of
-        linear_qkv, the second stands alone."""
+        """Return the shards under the keys of Transformer Engine, which Megatron-LM and Megatron-Bridge read.
+
+        There the first norm is part of linear_qkv, and the second is a module of its own.
+        """
         result: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         apply_prefix_mapping(result, {f"{prefix}input_layernorm.": f"{prefix}self_attention.linear_qkv.layer_norm_"})
         return result

@@ -1,12 +1,13 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) on Megatron's parallel linear layers.
 
-`W·x + alpha / r · B·A·x` with W frozen. Split over TP, the r-wide product is what travels, never a hidden-wide one:
+The layer is `W·x + alpha / r · B·A·x` with W frozen. Over TP only the r-wide product is communicated, never a
+hidden-wide one:
 
-    column (linear_qkv):  A replicated, applied to this rank's part of the sequence, its result gathered; B's rows by TP
-    row (linear_proj):    A's columns by TP, its partial result reduce-scattered; B replicated
+    column (linear_qkv):  A replicated, applied to this rank's part of the sequence, its result gathered; B's rows split
+    row (linear_proj):    A's columns split, its partial result reduce-scattered; B replicated
 
-Under sequence parallelism the replicated half sees one part of the sequence a rank: its gradient is partial and is
-summed over TP by train/step.py, which reads `sharing.is_partial`. Adapters are kept in fp32.
+Under sequence parallelism the replicated matrix sees only this rank's part of the sequence: its gradient is partial,
+and train/step.py sums it over TP (param_sharding.is_partial). Adapters are stored in fp32.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from mixtral_run.model.recompute.recipe import Recipe, drop, recomputed_linear
 
 
 def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *place: int) -> Tensor:
-    """The start of A as PEFT has it: kaiming uniform with a = sqrt(5), which is ±1/sqrt(inputs). [rank, inputs], fp32.
+    """Return the initial A, fp32 [rank, inputs], as PEFT draws it: kaiming uniform with a = sqrt(5), ±1/sqrt(inputs).
 
-    Drawn on the CPU from a generator of its own, seeded by the run's seed, module and place (layer, expert): the same
-    in every layout of processes. By checksum, since torch's CPU generator heeds only the low 32 bits of a seed.
+    It is drawn on the CPU from a generator that is seeded by the run's seed, the module and its place (layer, expert),
+    so that it is the same in every layout of processes. The seed is a checksum, since torch's CPU generator uses only
+    the low 32 bits of a seed.
     """
     name = " ".join(map(str, (lora.seed, module, *place)))
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -49,7 +51,7 @@ def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *
 
 
 class _Weight(torch.nn.Module):
-    """One half of an adapter; `partition` is the axis split over TP, None where replicated."""
+    """One matrix of an adapter. partition: the axis that is split over TP; None if it is replicated."""
 
     def __init__(self, weight: Tensor, partition: int | None, sequence_parallel: bool) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class _Weight(torch.nn.Module):
 
 
 class LinearAdapter(torch.nn.Module):
-    """A and B of one parallel linear layer, this rank's parts. linear_in: [r, in], linear_out: [out, r], fp32."""
+    """A and B of one parallel linear layer, this rank's parts, fp32. linear_in: [r, in]; linear_out: [out, r]."""
 
     def __init__(self, linear_in: _Weight, linear_out: _Weight, lora: LoraSettings) -> None:
         super().__init__()
@@ -68,17 +70,17 @@ class LinearAdapter(torch.nn.Module):
         self.lora = lora
 
     def inner(self, hidden: Tensor, recipe: Recipe | None) -> Tensor:
-        """A·x with dropout on x, in x's dtype. With a recipe for x, x is not kept."""
+        """Return A·x with dropout on x, in x's dtype. With a recipe for x, x is not saved."""
         if self.lora.dropout and self.training:
             hidden, recipe = drop(hidden, self.lora.dropout, recipe)
         return recomputed_linear(hidden, self.linear_in.weight.to(hidden.dtype), recipe)
 
     def outer(self, inner: Tensor) -> Tensor:
-        """alpha / r · B·(A·x)."""
+        """Return alpha / r · B·(A·x), given A·x."""
         return linear(inner * self.lora.scale, self.linear_out.weight.to(inner.dtype))
 
     def stands_alone(self, tp_group: torch.distributed.ProcessGroup) -> bool:
-        """Whether the layer is whole here and nothing is dropped before A: then `adapted_linear` serves."""
+        """Return True if `adapted_linear` can compute the layer: it is not split over TP, and there is no dropout."""
         return tp_group.size() == 1 and not (self.lora.dropout and self.training)
 
     def sharded_state_dict(
@@ -98,15 +100,15 @@ class LinearAdapter(torch.nn.Module):
 
 
 def adapted_linear(hidden: Tensor, weight: Tensor, adapter: LinearAdapter, recipe: Recipe | None) -> Tensor:
-    """hidden · weightᵀ + alpha / r · (hidden · Aᵀ) · Bᵀ as one step of the backward pass: weight frozen and whole, and
-    nothing dropped. The adapter's part is added by the product that computes it, forward and backward.
+    """Return hidden · weightᵀ + alpha / r · (hidden · Aᵀ) · Bᵀ as one autograd node.
 
-    hidden [.., in], weight [out, in]. recipe: of hidden, where it shall not be kept.
+    The weight is frozen and not split, and there is no dropout. The product that computes the adapter's part also adds
+    it, forward and backward. hidden [.., in], weight [out, in]. recipe: how to recompute hidden; None to save it.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
     halves = (adapter.linear_in.weight, adapter.linear_out.weight)
     output: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-        hidden, *halves, weight.detach(), adapter.lora.scale, make, *kept
+        hidden, *halves, weight.detach(), adapter.lora.scale, make, *saved
     )
     return output
 
@@ -121,32 +123,32 @@ class _AdaptedLinear(torch.autograd.Function):
         weight: Tensor,
         scale: float,
         make: Callable[..., Tensor] | None,
-        *kept: Tensor,
+        *saved: Tensor,
     ) -> Tensor:
         first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
         flat = hidden.flatten(0, -2)
         inner = flat @ first.t()
         output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)
-        ctx.save_for_backward(inner, first, second, *kept)
+        ctx.save_for_backward(inner, first, second, *saved)
         ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
         return output.view(*hidden.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inner, first, second, *kept = ctx.saved_tensors
+        inner, first, second, *saved = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        hidden = ctx.make(*kept) if ctx.make is not None else kept[0]
+        hidden = ctx.make(*saved) if ctx.make is not None else saved[0]
         for_inner = (gradient @ second).mul_(ctx.scale)
         for_first = (for_inner.t() @ hidden.flatten(0, -2)).to(ctx.dtype)
         for_second = (gradient.t() @ inner).mul_(ctx.scale).to(ctx.dtype)
         for_hidden = None
         if ctx.needs_input_grad[0]:
             for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
-        return (for_hidden, for_first, for_second, None, None, None, *(None for _ in kept))
+        return (for_hidden, for_first, for_second, None, None, None, *(None for _ in saved))
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Rows split over TP, no bias; with an adapter when `lora` targets it."""
+    """Linear layer with rows split over TP and no bias; it has an adapter if `lora` targets it."""
 
     def __init__(
         self, inputs: int, outputs: int, name: str, config: TransformerConfig, lora: LoraSettings | None, layer: int
@@ -154,7 +156,7 @@ class ColumnLinear(ColumnParallelLinear):
         super().__init__(
             inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False
         )
-        # Megatron marks its weights only when it also initializes them.
+        # Megatron marks its weights only if it also initializes them.
         mark(self.weight, split=True)
         self.adapter: LinearAdapter | None = None
         if lora is not None and name in lora.target_modules:
@@ -165,7 +167,8 @@ class ColumnLinear(ColumnParallelLinear):
             )
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
-        """hidden: [sequence (/ TP), batch, in] → [sequence, batch, out / TP]. recipe: of hidden, where it has one."""
+        """Return [sequence, batch, out / TP] for hidden [sequence (/ TP), batch, in]. recipe: how to recompute
+        hidden."""
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, self.weight, self.adapter, recipe)
         output: Tensor = super().forward(hidden)[0]
@@ -185,7 +188,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Columns split over TP, no bias; with an adapter when `lora` targets it."""
+    """Linear layer with columns split over TP and no bias; it has an adapter if `lora` targets it."""
 
     def __init__(
         self, inputs: int, outputs: int, name: str, config: TransformerConfig, lora: LoraSettings | None, layer: int
@@ -212,7 +215,8 @@ class RowLinear(RowParallelLinear):
             )
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
-        """hidden: [sequence, batch, in / TP] → [sequence (/ TP), batch, out]. recipe: of hidden, where it has one."""
+        """Return [sequence (/ TP), batch, out] for hidden [sequence, batch, in / TP]. recipe: how to recompute
+        hidden."""
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, self.weight, self.adapter, recipe)
         output: Tensor = super().forward(hidden)[0]
@@ -238,7 +242,7 @@ def _with_adapter(
     sharded_offsets: tuple[Any, ...],
     metadata: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The layer's weight under its own key, the adapter's halves under `adapter.`."""
+    """Return the shards of the layer's weight under its own key, and of the adapter's matrices under `adapter.`."""
     result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
         {"weight": layer.weight},
         prefix,

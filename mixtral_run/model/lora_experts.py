@@ -1,17 +1,15 @@
-"""A layer's experts with adapters on both linear layers, as one step of the backward pass.
+"""The experts of a layer with adapters on both linear layers, as one autograd node.
 
     h = W1·x + s·B1·(A1·x)      a = silu(h_gate) · h_up      y = W2·a + s·B2·(A2·a)        s = alpha / r
 
-Taken apart, autograd would keep the activation a for A2's gradient, the rows x beside the tokens that they are gathered
-from, and y for the gradient of the router's weights. Here h alone is kept of all that is as wide as the experts: the
-backward pass of SwiGLU has gate and up at hand and makes a again on its way, with each row's scalar product of a and
-its gradient, which is what the router needs (router_probs.py). Rows are read through the index of their tokens.
-Gradients of
-the adapters are written in their parameters' precision, without a cast.
+As separate nodes, autograd would save the activation a for A2's gradient, the rows x next to the tokens from which they
+are gathered, and y for the gradient of the routing probabilities. Here only h is saved of all tensors that are as wide
+as the experts: the backward pass of SwiGLU reads gate and up and recomputes a, together with each row's scalar product
+of a and its gradient, which the router needs (router_probs.py). Rows are read through the index of their tokens. The
+gradients of the adapters are written in their parameters' dtype, without a cast.
 
-Every piece has its slow form where it is defined (grouped_mm.py, quantized_mm.py, swiglu.py); a process of an expert
-group
-gives the rows that arrived as tokens, and no index.
+Each product has its slow reference where it is defined (grouped_mm.py, quantized_mm.py, swiglu.py). After an exchange
+with other processes the received rows are the tokens, and there is no index.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from mixtral_run.model.recompute.recipe import Recipe
 
 
 class FrozenExperts(Protocol):
-    """The weight of one linear layer of all experts, [experts, out, in], however it is kept."""
+    """The weight of one linear layer of all experts, [experts, out, in], in any storage format."""
 
     def product(
         self,
@@ -46,7 +44,7 @@ class FrozenExperts(Protocol):
 
 @dataclass(frozen=True)
 class Adapters:
-    """Parameters [experts, r, in] and [experts, out, r] of both layers, and their factor."""
+    """Adapter parameters [experts, r, in] and [experts, out, r] of both layers, and their scale alpha / r."""
 
     first_in: Tensor
     first_out: Tensor
@@ -64,15 +62,19 @@ def adapted_experts(
     recipe: Recipe | None = None,
     probs: Tensor | None = None,
 ) -> Tensor:
-    """tokens [tokens, hidden] → the experts' outputs [rows, hidden], sorted by expert.
+    """Return the experts' outputs [rows, hidden], sorted by expert, for tokens [tokens, hidden].
 
-    recipe: of tokens, which then are not kept. shares fp32 [rows]: what each row will count for in its token; they get
-    the gradient that they have as factors of what follows linearly.
+    Args:
+        permutation: the rows of the tokens that the experts compute.
+        first, second: frozen weights of both linear layers.
+        recipe: how to recompute the tokens, which then are not saved.
+        probs: fp32 [rows], the routing probability of each row; they get the gradient of factors of a result that is
+            linear in the outputs.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
     parts = (adapters.first_in, adapters.first_out, adapters.second_in, adapters.second_out)
     output: Tensor = _AdaptedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *kept
+        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *saved
     )
     return output
 
@@ -92,7 +94,7 @@ class _AdaptedExperts(torch.autograd.Function):
         second: FrozenExperts,
         scale: float,
         make: Callable[..., Tensor] | None,
-        *kept: Tensor,
+        *saved: Tensor,
     ) -> Tensor:
         parameters = (first_in, first_out, second_in, second_out)
         halves = [cast_copy(each, tokens.dtype) for each in parameters]
@@ -102,7 +104,7 @@ class _AdaptedExperts(torch.autograd.Function):
         active = swiglu_of(hidden, first_inner, halves[1], scale, offsets)
         second_inner = product(active, halves[2].transpose(1, 2), offsets)
         ctx.save_for_backward(
-            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *kept
+            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *saved
         )
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
         ctx.partial = permutation.partial
@@ -112,7 +114,7 @@ class _AdaptedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, first_inner, second_inner, probs, offsets, source, inverse, *rest = ctx.saved_tensors
-        (first_in, first_out, second_in, second_out), kept = rest[:4], rest[4:]
+        (first_in, first_out, second_in, second_out), saved = rest[:4], rest[4:]
         (first, second), scale = ctx.layers, ctx.scale
         gradient = gradients[0].contiguous()
         for_inner = product(gradient, second_out, offsets) * scale
@@ -123,13 +125,13 @@ class _AdaptedExperts(torch.autograd.Function):
         del active, for_active
         for_probs = None
         if probs is not None and ctx.needs_input_grad[1]:
-            # A share of nothing sends nothing back; its own gradient is lost, and nothing it could choose would matter.
+            # A probability of 0 propagates no gradient; its own cannot be computed, and is set to 0.
             for_probs = torch.where(probs > 0, products / probs, 0.0)
         for_inner, for_first_out = products_of_gradient(
             for_hidden, first_out, first_inner * scale, offsets, ctx.dtypes[1]
         )
         for_inner = for_inner * scale
-        tokens = ctx.make(*kept) if ctx.make is not None else kept[0]
+        tokens = ctx.make(*saved) if ctx.make is not None else saved[0]
         tokens = tokens.reshape(-1, tokens.shape[-1])
         for_first_in = outer_product(for_inner, tokens, offsets, source=source, dtype=ctx.dtypes[0])
         for_tokens = None
@@ -139,4 +141,4 @@ class _AdaptedExperts(torch.autograd.Function):
                 ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
                 for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)
         adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
-        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in kept))
+        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in saved))

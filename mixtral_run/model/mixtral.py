@@ -1,4 +1,4 @@
-"""Mixtral as a Megatron GPTModel: its embedding, block, output layer and loss, with the kit's own layer inside."""
+"""Mixtral as a Megatron GPTModel: Megatron's embedding, block, output layer and loss with the kit's own layer."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How the model is built, beside its architecture and the processes it is split over."""
+    """Settings of the model that are not part of its architecture or of the mesh."""
 
     dtype: torch.dtype
     sequence_parallel: bool
     lora: LoraSettings | None = None
     recompute: str = "none"
-    base_precision: str = "bf16"  # fp8, nf4: the experts' frozen weights in 8 or 4 bit; else as dtype
+    base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
 
 
 class MixtralModel(torch.nn.Module):
-    """GPTModel and the rotary positions that all its layers share. Attention is causal."""
+    """GPTModel with causal attention, and the rotary positions that all its layers share."""
 
-    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh) -> None:
+    def __init__(self, architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> None:
         super().__init__()
         self.architecture = architecture
         self.settings = settings
-        self.processes = processes
-        self.base_fingerprint = ""  # of the base weights, once they are loaded
-        config = transformer_config(architecture, settings, processes)
+        self.mesh = mesh
+        self.base_fingerprint = ""  # of the base weights; set when they are loaded
+        config = transformer_config(architecture, settings, mesh)
         params = {
             "lora": settings.lora,
             "recompute": settings.recompute,
             "base_precision": settings.base_precision,
-            "offload": Offload(processes.device),
+            "offload": Offload(mesh.device),
         }
         layer = ModuleSpec(module=MixtralLayer, params=params)
         self.gpt = GPTModel(
@@ -63,21 +63,22 @@ class MixtralModel(torch.nn.Module):
             TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=RMSNorm),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
-            # The layers turn queries and keys themselves: positions may be those of a cache or of packed samples.
+            # The layers rotate queries and keys themselves: positions may be those of a cache or of packed samples.
             position_embedding_type="none",
         )
         for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
-            # Megatron marks its weights only when it also initializes them.
+            # Megatron marks its weights only if it also initializes them.
             mark(split, split=True)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
-        self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, processes.device)
+        self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
 
     def losses(
         self, tokens: Tensor, labels: Tensor, *, positions: Tensor | None = None, packed: Packed | None = None
     ) -> Tensor:
-        """tokens, labels: int64 [batch, sequence] → cross entropy of each label, fp32 [batch, sequence].
+        """Return the cross entropy of each label, fp32 [batch, sequence]. tokens, labels: int64 [batch, sequence].
 
-        packed: where rows hold several samples, with positions [batch, sequence] that begin anew in each.
+        packed: boundaries of samples if rows hold several; positions: [batch, sequence], which restart at 0 in each
+        sample. All ranks of the TP and EP groups must call.
         """
         inputs = self._inputs(tokens.shape[1], positions, None, None, packed)
         losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
@@ -92,11 +93,15 @@ class MixtralModel(torch.nn.Module):
         cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """tokens: int64 [batch, sequence] → logits [batch, sequence, vocabulary], whole on every rank.
+        """Return logits [batch, sequence, vocabulary], whole on every rank, for tokens int64 [batch, sequence].
 
-        positions: int [batch, sequence], default 0, 1, …; mask: see AttentionInputs; the cache is filled and its length
-        advanced. last_only: of the last position alone, [batch, 1, vocabulary]; not under sequence parallelism. All
-        ranks of the TP and EP groups must call.
+        Args:
+            positions: int [batch, sequence]; default 0, 1, ….
+            mask: see AttentionInputs.
+            cache: is filled, and its length advanced.
+            last_only: return only the last position, [batch, 1, vocabulary]; not under sequence parallelism.
+
+        All ranks of the TP and EP groups must call.
         """
         inputs = self._inputs(tokens.shape[1], positions, mask, cache)
         with self._output_of_last() if last_only else nullcontext():
@@ -106,8 +111,8 @@ class MixtralModel(torch.nn.Module):
         return logits
 
     def _output_of_last(self) -> RemovableHandle:
-        """While this context lasts, the output layer sees one position. Hidden states: [sequence, batch, hidden]."""
-        assert not self.gpt.config.sequence_parallel, "a rank has a part of the sequence only"
+        """Return a context in which the output layer sees only the last of hidden states [sequence, batch, hidden]."""
+        assert not self.gpt.config.sequence_parallel, "under sequence parallelism a rank has a part of the sequence"
         hook: RemovableHandle = self.gpt.output_layer.register_forward_pre_hook(
             lambda _, arguments: (arguments[0][-1:], *arguments[1:])
         )
@@ -116,8 +121,11 @@ class MixtralModel(torch.nn.Module):
     def quantize_experts(
         self, fill: Callable[[], object], done: Callable[[int, Experts], object] | None = None
     ) -> None:
-        """With a base in 8 or 4 bit: for each layer give its experts' weights memory, call `fill`, quantize them, and
-        call `done` with the layer's number, from 0, and its experts."""
+        """Quantize the experts layer by layer, if the base is in 8 or 4 bit.
+
+        For each layer: allocate the weights of its experts, call `fill` to load them, quantize them, and call `done`
+        with the layer's number, from 0, and its experts.
+        """
         if self.settings.base_precision == "bf16":
             return
         for number, experts in enumerate(self.experts):
@@ -135,7 +143,7 @@ class MixtralModel(torch.nn.Module):
         if dispatcher is None:
             yield
             return
-        assert self.processes.expert_size > 1, "with all experts in one process tokens are only permuted"
+        assert self.mesh.expert_size > 1, "with all experts in one process tokens are only permuted"
         dispatcher.begin_pass()
         layers = [layer.mlp for layer in self.gpt.decoder.layers]
         own = [layer.dispatcher for layer in layers]
@@ -148,9 +156,10 @@ class MixtralModel(torch.nn.Module):
                 layer.dispatcher = before
 
     @property
-    def never_waits(self) -> bool:
-        """Whether the experts' products read on the GPU how many rows there are: what never waits can be recorded."""
-        mesh, lora = self.processes, self.settings.lora
+    def is_capturable(self) -> bool:
+        """Return True if the experts' products read the numbers of rows on the GPU: such a pass never waits for the
+        GPU, and can be captured in a CUDA graph."""
+        mesh, lora = self.mesh, self.settings.lora
         probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
         rank = lora.rank if lora is not None else 8
@@ -158,7 +167,7 @@ class MixtralModel(torch.nn.Module):
 
     @property
     def experts(self) -> list[Experts]:
-        """Those of this rank, layer by layer."""
+        """Return this rank's experts, layer by layer."""
         return [layer.mlp.experts for layer in self.gpt.decoder.layers]
 
     def _inputs(
@@ -170,20 +179,18 @@ class MixtralModel(torch.nn.Module):
         packed: Packed | None = None,
     ) -> AttentionInputs:
         if positions is None:
-            positions = torch.arange(length, device=self.processes.device)[None]
+            positions = torch.arange(length, device=self.mesh.device)[None]
         cosine, sine = self.rotary.inputs(positions, self.settings.dtype)
         if self.settings.lora is not None and self.settings.dtype is torch.bfloat16:
             refresh(self._adapters, self.settings.dtype)
         if packed is not None and not has_packed_attention(cosine):
-            # Once for all layers.
+            # Build the mask once for all layers.
             mask, packed = packed.mask(), None
         return AttentionInputs(cosine, sine, mask, cache, packed)
 
 
-def transformer_config(
-    architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh
-) -> TransformerConfig:
-    """Megatron's description of the same model."""
+def transformer_config(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> TransformerConfig:
+    """Return Megatron's configuration of the same model."""
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -208,20 +215,20 @@ def transformer_config(
         pipeline_dtype=settings.dtype,
         # Weights always come from a checkpoint, or from `initialize_weights`.
         perform_initialization=False,
-        tensor_model_parallel_size=processes.tensor_size,
-        expert_model_parallel_size=processes.expert_size,
+        tensor_model_parallel_size=mesh.tensor_size,
+        expert_model_parallel_size=mesh.expert_size,
         expert_tensor_parallel_size=1,
-        sequence_parallel=settings.sequence_parallel and processes.tensor_size > 1,
+        sequence_parallel=settings.sequence_parallel and mesh.tensor_size > 1,
         gradient_accumulation_fusion=False,
     )
 
 
-def build_model(architecture: MixtralArchitecture, settings: ModelSettings, processes: Mesh) -> MixtralModel:
-    """The model with uninitialized base weights, adapters at their start (B = 0), on the process's device.
+def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> MixtralModel:
+    """Return the model on this rank's device, with uninitialized base weights and initial adapters (B = 0).
 
-    With adapters everything else is frozen. All ranks must call.
+    With adapters all other parameters are frozen. All ranks must call.
     """
-    model = MixtralModel(architecture, settings, processes)
+    model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_adapter(name))
@@ -229,5 +236,5 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, proc
 
 
 def is_adapter(parameter_name: str) -> bool:
-    """Whether a parameter belongs to an adapter, by its name in the model or in a checkpoint."""
+    """Return True if a parameter belongs to an adapter, by its name in the model or in a checkpoint."""
     return ".linear_in" in parameter_name or ".linear_out" in parameter_name

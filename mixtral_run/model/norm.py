@@ -1,6 +1,6 @@
-"""RMSNorm whose weight says that its gradient is partial under sequence parallelism.
+"""RMSNorm whose weight is marked as having a partial gradient under sequence parallelism.
 
-megatron-core's local norm asserts sequence parallelism off, which MoE with TP > 1 needs on.
+megatron-core's local norm asserts that sequence parallelism is off, but MoE with TP > 1 needs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mixtral_run.model.recompute.recipe import Recipe
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) · weight over the last dimension, computed in fp32, returned in x's dtype."""
+    """Root mean square norm over the last dimension: x / rms(x) · weight, computed in fp32, returned in x's dtype."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
     def recipe(self, hidden: Tensor) -> Recipe:
-        """How to make `forward(hidden)` again; hidden is kept for this norm's own gradient anyway."""
+        """Return the recipe for recomputing `forward(hidden)`; hidden is saved for this norm's own gradient anyway."""
         eps = self.eps
         return Recipe.of(
-            lambda kept, weight: torch.nn.functional.rms_norm(kept, weight.shape, weight, eps), hidden, self.weight
+            lambda saved, weight: torch.nn.functional.rms_norm(saved, weight.shape, weight, eps), hidden, self.weight
         )

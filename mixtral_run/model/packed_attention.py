@@ -1,7 +1,7 @@
-"""Several samples in one row: attention within each, and none from one to the next.
+"""Attention for rows that hold several samples: tokens attend within their sample only.
 
-On a GPU torch's variable-length attention, which visits only the blocks inside samples; elsewhere, and as the tests'
-reference, a mask of diagonal blocks over the whole row.
+On a GPU this is torch's variable-length attention, which visits only the blocks inside samples. Elsewhere, and as the
+reference of the tests, it is a mask of diagonal blocks over the whole row.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Queries that attention's kernel takes at once."""
+"""Queries of a block of the attention kernel."""
 MOST_VISITS = 32
-"""To how many times a row's blocks attention may be led by samples that are shorter than the longest, or not there, and
-shapes that stay still pay. Each is left at once, some 12 µs a layer's 128 tokens and pass, of some 14 ms; counted."""
+"""Most blocks that attention may visit, over those of a row, for constant shapes to pay. Constant shapes add blocks for
+samples that are shorter than the longest, or missing; each returns at once, but takes some 12 µs a layer and pass for
+every 128 tokens, of some 14 ms."""
 
 
 @dataclass(frozen=True)
 class PackedSizes:
-    """What is the most in any row of a run. samples: of a row, its padding as one of them; longest: tokens of one."""
+    """Maxima over the rows of a run. samples: of a row, counting its padding as one; longest: tokens of a sample."""
 
     samples: int
     longest: int
 
     def pay(self, seq_length: int) -> bool:
-        """Whether rows of so many tokens with these sizes, each with all samples, take little longer than their own."""
+        """Return True if rows of seq_length tokens padded to these sizes take little longer than their own samples."""
         return self.samples * -(-self.longest // BLOCK) <= MOST_VISITS * -(-seq_length // BLOCK)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Where the samples of a micro batch lie. boundaries: int32 [samples + 1], in tokens of all rows one after the
-    other; owner: int32 [batch, sequence], the number of each token's sample; longest: of no sample are more tokens."""
+    """Boundaries of the samples of a micro batch.
+
+    boundaries: int32 [samples + 1], offsets into the tokens of all rows concatenated. owner: int32 [batch, sequence],
+    the number of each token's sample. longest: upper bound of the tokens of a sample.
+    """
 
     boundaries: Tensor
     owner: Tensor
@@ -45,9 +49,10 @@ class Packed:
 
     @classmethod
     def of(cls, lengths: Sequence[Sequence[int]], device: torch.device, most: PackedSizes | None = None) -> Self:
-        """lengths: of each row's samples, padding as one of them; every row's add up to the same.
+        """Return the boundaries for the lengths of each row's samples, padding included; all rows have the same sum.
 
-        most: where given, samples of no tokens come behind the others, so that of all micro batches shapes are alike.
+        most: if given, empty samples are appended up to this number, so that all micro batches have the same shapes.
+        Raises ValueError if the lengths exceed `most`.
         """
         flat = torch.tensor([length for row in lengths for length in row], dtype=torch.int32)
         longest = int(flat.max())
@@ -61,14 +66,15 @@ class Packed:
         return cls(boundaries.to(device), owner.to(device), longest)
 
     def mask(self) -> Tensor:
-        """bool [batch, 1, queries, keys], True where a token may look: back, within its sample."""
+        """Return bool [batch, 1, queries, keys], True where a token may attend: to itself and earlier tokens of its
+        sample."""
         same = self.owner[:, None, :, None] == self.owner[:, None, None, :]
         allowed: Tensor = same.tril()
         return allowed
 
 
 def has_packed_attention(query: Tensor) -> bool:
-    """Whether torch's variable-length kernel runs here: bf16 or fp16 on a GPU of compute capability 8.0 or more."""
+    """Return True if torch's variable-length kernel runs: bf16 or fp16 on a GPU of compute capability 8.0 or more."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -77,9 +83,9 @@ def has_packed_attention(query: Tensor) -> bool:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
-    """Causal attention within samples, scaled by 1 / √(head size), on a GPU.
+    """Return causal attention within samples, scaled by 1 / √(head size), on a GPU: the shape of query.
 
-    query: [batch, heads, sequence, head size], key and value with fewer heads where they are shared; as query.
+    query: [batch, heads, sequence, head size]. key, value: the same, or fewer heads that queries share.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -97,8 +103,11 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
 
 @functools.cache
 def _causal(shared_keys: bool) -> dict[str, Any]:
-    """The words for causal attention, by torch's version: is_causal in 2.10, a window since; shared keys need saying
-    since 2.12, before the kernel saw it from the shapes."""
+    """Return the arguments of causal attention for this version of torch.
+
+    torch 2.10 has is_causal, later versions a window. Since 2.12 shared keys need enable_gqa; before, the kernel
+    derived it from the shapes.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters

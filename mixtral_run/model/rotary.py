@@ -9,26 +9,29 @@ from torch import Tensor
 
 
 class Rotary:
-    """Cosines and sines of the angles position · base^(-2i / head size)."""
+    """Rotary angles: cosines and sines of position · base^(-2i / head size)."""
 
     def __init__(self, head_size: int, base: float, device: torch.device) -> None:
         steps = torch.arange(0, head_size, 2, dtype=torch.int64).float()
         self.inverse_frequencies = (1.0 / (base ** (steps / head_size))).to(device)
 
     def inputs(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: int [batch or 1, sequence] → cosine and sine [batch or 1, sequence, head size]."""
+        """Return cosine and sine [batch or 1, sequence, head size] for positions, int [batch or 1, sequence]."""
         angles = positions[..., None].float() * self.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def split_and_rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys turned, and values, of the product of linear_qkv.
+    """Split the output of linear_qkv into rotated queries, rotated keys, and values.
 
-    mixed: [sequence, batch, groups, heads of a group + 2, head size]; of a group's last axis but one, the last two are
-    key and value. cosine, sine: [batch or 1, sequence, head size]. Returns [sequence, batch, heads, head size] and
-    twice [sequence, batch, groups, head size], each with memory of its own: attention keeps them, and views would keep
-    `mixed`.
+    Args:
+        mixed: [sequence, batch, groups, heads of a group + 2, head size]; the last two heads of a group are its key and
+            its value.
+        cosine, sine: [batch or 1, sequence, head size].
+
+    Returns queries [sequence, batch, heads, head size], keys and values [sequence, batch, groups, head size]. Each has
+    its own memory: attention saves them, and views would keep `mixed` alive.
     """
     if mixed.is_cuda:
         parts: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(mixed, cosine, sine)  # type: ignore[no-untyped-call]
@@ -53,7 +56,7 @@ class _SplitAndRotate(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         from mixtral_run.model.kernels.rotary_triton import rotate_back_and_join
 
-        # A rotation's gradient is the rotation back.
+        # The gradient of a rotation is the inverse rotation.
         return (
             rotate_back_and_join([each.contiguous() for each in gradients], ctx.shape, *ctx.saved_tensors),
             None,

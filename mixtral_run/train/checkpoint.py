@@ -211,7 +211,7 @@ def save_adapter(
     """
     final = folder / f"iter_{iteration:07d}"
     partial = folder / f".{final.name}.partial"
-    first = model.processes.is_first
+    first = model.mesh.is_first
     with _as_training_errors(folder, iteration, partial if first else None):
         if first:
             shutil.rmtree(partial, ignore_errors=True)

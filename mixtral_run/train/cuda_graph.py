@@ -38,7 +38,7 @@ def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = Fa
         num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
         peer_access: True if GPUs read from each other (model/dispatch/symmetric_memory.py).
     """
-    mesh, lora = model.processes, model.settings.lora
+    mesh, lora = model.mesh, model.settings.lora
     return policy.execution_of(
         policy.TrainingPass(
             tokens=num_tokens // mesh.tensor_size,
@@ -46,7 +46,7 @@ def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = Fa
             recompute=model.settings.recompute,
             lora_dropout=lora.dropout if lora is not None else None,
             fused_experts=all(each.adapted for each in model.experts),
-            syncs_with_host=not model.never_waits,
+            syncs_with_host=not model.is_capturable,
             peer_access=peer_access,
         )
     )
@@ -73,7 +73,7 @@ def backward_of(
             (planner/choose.py).
         most: the largest sizes of the run's packed rows, if rows are packed.
     """
-    mesh = model.processes
+    mesh = model.mesh
     exchange = None
     execution = execution_of(model, num_tokens, peer_access=True)
     if execution.dispatch is policy.Dispatch.SYMMETRIC_MEMORY:
@@ -121,7 +121,7 @@ class CapturedBackward(Backward):
         adds = any(parameter.grad is not None for parameter in self._parameters)
         inputs = self._inputs_of(micro, num_loss_tokens)
         if not self._inputs:
-            self._inputs = [new.to(self.model.processes.device) for new in inputs]
+            self._inputs = [new.to(self.model.mesh.device) for new in inputs]
         for static, new in zip(self._inputs, inputs, strict=True):
             static.copy_(new, non_blocking=True)
         assert not adds or self._gradients, "existing gradients must be those that the first micro batch left"

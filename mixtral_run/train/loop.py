@@ -18,7 +18,7 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune with LoRA and save adapters. All ranks must call."""
     base = describe_base(config.load)
     lora = LoraSettings.from_config(config)
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         samples, validation_samples = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, lora)
@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig) -> None:
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations and save nothing. All ranks must call."""
     base = describe_base(config.load)
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)

@@ -84,7 +84,7 @@ class ExpertCache:
         self._say(f"Experts in {self._files.precision} from the quantized cache {self._files.folder}: {size:,.0f} MB")
         linears = [linear for experts in self._model.experts for linear in experts.linears.values()]
         for linear in linears:
-            linear.make_room()
+            linear.allocate_quantized()
         parts = list(self._parts())
         places = {part.rows.source: part.place for part in parts}
         try:
@@ -93,7 +93,7 @@ class ExpertCache:
             problems = [f"{error.where}: {error.found or error.what}"]
         damaged = [each[0] for each in _of_all_ranks(problems) if each]
         for linear in linears:
-            linear.settle(whole=not damaged)
+            linear.finish_quantized(whole=not damaged)
         if damaged:
             self.reject(found, f"damaged: {damaged[0]}")
         return not damaged
@@ -128,7 +128,7 @@ class ExpertCache:
 
     def _begin(self) -> CacheBuild:
         """Create the files on rank 0; the other ranks open them to write their own parts."""
-        mesh = self._model.processes
+        mesh = self._model.mesh
         size = self._files.num_bytes / 1e6
         keeping: CacheBuilder | None = None
         files: list[Any] = [None]
@@ -152,7 +152,7 @@ class ExpertCache:
 
     def _record(self) -> dict[str, Any]:
         """Return the contents of the cache's record, except for the base's fingerprint and the checksums."""
-        device = self._model.processes.device
+        device = self._model.mesh.device
         return {
             "layout": layout.LAYOUT,
             "precision": self._files.precision,
@@ -164,7 +164,7 @@ class ExpertCache:
         }
 
     def _first_expert(self) -> int:
-        mesh = self._model.processes
+        mesh = self._model.mesh
         return mesh.expert_rank * (self._base.architecture.num_experts // mesh.expert_size)
 
     def _exists_by_now(self) -> bool:
@@ -181,11 +181,11 @@ class ExpertCache:
         return f"This run does not write the quantized cache {self._files.folder}: {why}"
 
     def _say(self, text: str) -> None:
-        if self._model.processes.is_first:
+        if self._model.mesh.is_first:
             self._options.report.say(text)
 
     def _warn(self, text: str) -> None:
-        if self._model.processes.is_first:
+        if self._model.mesh.is_first:
             self._options.report.warn(text)
 
 

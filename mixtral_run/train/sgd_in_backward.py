@@ -34,7 +34,7 @@ class SgdInBackward:
     def step(self, batch: GlobalBatch, rate: float) -> StepResult:
         """Take one step over this rank's share of a global batch: one micro batch. All ranks must call."""
         (micro,) = batch.micro_batches
-        mesh = self._model.processes
+        mesh = self._model.mesh
         self._rate, self._squares = rate, []
         loss = EagerBackward(self._model)(micro, batch.num_loss_tokens).double()
         self._apply(self._rest)
@@ -63,7 +63,7 @@ class SgdInBackward:
 
     @torch.no_grad()
     def _apply(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        mesh = self._model.processes
+        mesh = self._model.mesh
         sum_gradients(parameters, mesh)
         gradients = [each.grad for each in parameters if each.grad is not None]
         size = sum(each.numel() * each.element_size() for each in gradients)

@@ -64,7 +64,7 @@ class Backward(ABC):
 
         Otherwise the gradients are wrong.
         """
-        whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.processes)
+        whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.mesh)
         self.num_short = 0 if whole else self.num_short + 1
         return whole
 
@@ -81,7 +81,7 @@ class EagerBackward(Backward):
 
 def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
     """Return the sum of a micro batch's losses under its mask, an fp32 scalar on the device. All ranks must call."""
-    device = model.processes.device
+    device = model.mesh.device
     packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
     positions = micro.position_ids.to(device) if packed is not None else None
     losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
@@ -112,7 +112,7 @@ def train_step(
 
     backward: the pass over a micro batch. Default: eager, with all-to-all dispatch.
     """
-    mesh = model.processes
+    mesh = model.mesh
     # The same as `trainable`, whose search through the model would let the GPU wait for a millisecond.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
@@ -135,7 +135,7 @@ def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], 
     # The first micro batch sets the gradients; adding to zeros would write and read them for nothing.
     for parameter in parameters:
         parameter.grad = None
-    total = torch.zeros((), dtype=torch.float64, device=backward.model.processes.device)
+    total = torch.zeros((), dtype=torch.float64, device=backward.model.mesh.device)
     for micro in batch.micro_batches:
         total += backward(micro, batch.num_loss_tokens)
     return total

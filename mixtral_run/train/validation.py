@@ -74,7 +74,7 @@ class Validation:
         Raises:
             TrainingError: the loss is not a number, or the file cannot be written.
         """
-        mesh, started = model.processes, time.perf_counter()
+        mesh, started = model.mesh, time.perf_counter()
         passes = list(rows_by_pass(len(self._samples), self._micro_batch_size, mesh))
         total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         with evaluating(model), self._report.progress(len(passes), "validating", "passes") as progress:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.errors import CheckFailed
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.load_model import load_for_inference, pick_dtype
@@ -59,7 +59,7 @@ def compare_logits(config: VerifyConfig) -> None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
     rows = [list(tokenizer.encode(text)) for text in PROMPTS]
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         model = load_for_inference(config, base, mesh, adapter)
         with torch.inference_mode():
             ours = [model.logits(torch.tensor([row], device=mesh.device)).double().cpu()[0] for row in rows]

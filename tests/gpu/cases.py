@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 
 
 def run_cases(run: Callable[[Mesh, str, str], Any]) -> None:
@@ -24,7 +24,7 @@ def run_cases(run: Callable[[Mesh, str, str], Any]) -> None:
         layout, first, second = case.split(":")
         tp, ep = (int(number) for number in layout.split("x"))
         config = LaunchConfig(tensor_model_parallel_size=tp, expert_model_parallel_size=ep, device="cuda")
-        with processes(config) as mesh:
+        with open_mesh(config) as mesh:
             found[case] = run(mesh, first, second)
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))

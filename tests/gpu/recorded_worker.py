@@ -1,5 +1,5 @@
-"""Run under torchrun: steps as they come, rows sent one by one, and recorded ones, their tokens read from GPU to GPU
-and gathered by collectives, in several layouts, as JSON.
+"""Run under torchrun: eager steps that dispatch by all-to-all, and captured steps that dispatch through symmetric
+memory and by all-gather, in several layouts, written as JSON.
 
 torchrun … recorded_worker.py OUT.json TPxEP:RECOMPUTE:PRECISION …
 """
@@ -22,7 +22,7 @@ STEPS = 6
 
 
 def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step, two micro batches in each."""
+    """Return loss and gradient norm of each step of two micro batches."""
     model = small_model(mesh, recompute, precision)
     assert execution_of(model, 2 * SEQ_LENGTH).captured
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
@@ -50,7 +50,7 @@ def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[fl
 
 
 def run(mesh: Mesh, recompute: str, precision: str) -> list[list[tuple[float, float]]]:
-    """The steps of each way, the eager one first."""
+    """Return the steps of each way, the eager one first."""
     return [train(mesh, recompute, precision, way) for way in ("eager", "symmetric memory", "all-gather")]
 
 

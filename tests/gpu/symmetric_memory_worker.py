@@ -1,7 +1,7 @@
-"""Run under torchrun: exchanges that read from GPU to GPU beside collectives, forward and backward, in many rounds.
+"""Run under torchrun: compare exchanges through symmetric memory with collectives, forward and backward.
 
-Ends with 1 where something differs. Rounds are taken as they come and as a recording that is replayed with other
-numbers, so that what is read too early or overwritten too soon is something else than it should be.
+Exits with 1 if anything differs. Rounds are run eagerly and as a CUDA graph that is replayed with other numbers, so
+that a value that is read too early or overwritten too soon is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.all_gather import gather, sum_to_owners
 from mixtral_run.model.dispatch.overflow import RowCapacity
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryExchange, open_symmetric_memory
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 
 ARCHITECTURE = dataclasses.replace(MIXTRAL_8X7B, hidden_size=1536)
 MOST = 300
@@ -30,7 +30,7 @@ Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def numbers(tokens: int, routing: str, seed: int) -> Numbers:
-    """Tokens, weights, experts, and a gradient; other ones in every process."""
+    """Return tokens, probs, experts and a gradient, which differ between processes."""
     generator = torch.Generator("cuda").manual_seed(1000 * seed + dist.get_rank())
     hidden, count = ARCHITECTURE.hidden_size, ARCHITECTURE.num_experts
     values, gradient = (torch.randn(tokens, hidden, device="cuda", generator=generator).bfloat16() for _ in range(2))
@@ -44,33 +44,33 @@ def numbers(tokens: int, routing: str, seed: int) -> Numbers:
 
 
 class Factor(torch.autograd.Function):
-    """Experts that multiply by a number; the shares' gradient as adapted_experts.py has it."""
+    """Experts that multiply by a number; the gradient of probs is computed as in lora_experts.py."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, shares: Tensor, factors: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, factors: Tensor) -> Tensor:
         results = rows * factors[:, None].to(rows.dtype)
-        ctx.save_for_backward(results, shares, factors)
+        ctx.save_for_backward(results, probs, factors)
         return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        results, shares, factors = ctx.saved_tensors
-        for_shares = (gradients[0].float() * results.float()).sum(1) / shares
+        results, probs, factors = ctx.saved_tensors
+        for_shares = (gradients[0].float() * results.float()).sum(1) / probs
         return gradients[0] * factors[:, None].to(results.dtype), for_shares, None
 
 
 def by_symmetric_memory(exchange: SymmetricMemoryExchange, capacity: RowCapacity, given: Numbers) -> list[Tensor]:
-    """Results and gradients of a layer whose experts multiply by their number, from 1. All ranks must call."""
+    """Return result and gradients of a layer whose experts multiply by their number, from 1. All ranks must call."""
     tokens, weights, experts, gradient = given
     tokens, weights = tokens.detach().requires_grad_(), weights.detach().requires_grad_()
     exchange.begin()
     num_rows = capacity.num_rows(experts.numel() * exchange.size, exchange.size)
     routes = exchange.route(tokens, weights, experts, num_rows, capacity.overflow)
-    rows, shares = exchange.rows(tokens, weights, routes)
-    # Rows behind the last of `ends` are nobody's: whatever is there.
+    rows, probs = exchange.rows(tokens, weights, routes)
+    # Rows at or after the last offset belong to no expert; any factor will do.
     number = (torch.arange(num_rows, device="cuda")[:, None] >= routes.offsets).sum(1)
     factors = 1.0 + number + exchange.rank * routes.offsets.numel()
-    results = Factor.apply(rows, shares, factors)
+    results = Factor.apply(rows, probs, factors)
     own = exchange.sum_to_owners(results, weights.detach(), routes)
     own.backward(gradient)
     assert tokens.grad is not None
@@ -79,7 +79,7 @@ def by_symmetric_memory(exchange: SymmetricMemoryExchange, capacity: RowCapacity
 
 
 def by_collectives(mesh: Mesh, given: Numbers) -> list[Tensor]:
-    """The same in fp32, every token sent to every process."""
+    """Compute the same in fp32 by all-gather. All ranks must call."""
     tokens, weights, experts, gradient = given
     tokens, weights = tokens.float().requires_grad_(), weights.detach().requires_grad_()
     found = gather(tokens, weights, experts, mesh.expert_group)
@@ -122,7 +122,7 @@ def recorded(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable
 def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
-    with processes(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
+    with open_mesh(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
         exchange = open_symmetric_memory(mesh, ARCHITECTURE, MOST, torch.bfloat16)
         assert exchange is not None, "these GPUs do not read from each other"
         capacity = RowCapacity(mesh.device)
@@ -134,12 +134,12 @@ def main() -> None:
                 )
         replay = recorded(lambda given: by_symmetric_memory(exchange, capacity, given), numbers(MOST, "random", 0))
         many = [numbers(MOST, "random", seed) for seed in range(ROUNDS)]
-        # One after the other, so that processes run ahead of each other.
+        # Replays follow each other without a wait, so that processes run ahead of each other.
         results = [[each.clone() for each in replay(given)] for given in many]
         for seed, (given, found) in enumerate(zip(many, results, strict=True)):
             check(f"replay {seed}", found, by_collectives(mesh, given))
         assert not capacity.exceeded(mesh)
-        # Where nearly all want the experts of one process, rows do not find room there, and that is told.
+        # If nearly all tokens choose the experts of one process, rows exceed its capacity, which is reported.
         by_symmetric_memory(exchange, capacity, numbers(MOST, "one process", 0))
         assert capacity.exceeded(mesh) == (size != 2)
         assert not capacity.exceeded(mesh)

@@ -1,4 +1,4 @@
-"""The experts' fast path in bf16 beside the same in float64, for every kind of routing."""
+"""The experts' fast path in bf16 compared with a reference in float64, for every kind of routing."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def on_gpu(case: Case) -> Case:
 
 
 def cast_to_bf16(case: Case) -> Case:
-    """The same inputs as the GPU has, in float64."""
+    """Return the inputs rounded to bf16, in float64."""
     values = {name: value.detach().bfloat16().double() for name, value in vars(case).items() if name != "offsets"}
     return Case(**values, offsets=case.offsets)
 
@@ -53,7 +53,7 @@ def test_outputs_and_gradients(routing: tuple[int, ...], rank: int) -> None:
 
 @pytest.mark.parametrize("routing", [*ROUTINGS, (0, 1, 1, 0)])
 def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
-    """Those of a base alone, and of adapters on attention: outputs, and the rows' gradient."""
+    """Check outputs and the rows' gradient of a base without adapters on its experts."""
     exact = cast_to_bf16(Case.random(routing, hidden=256, ffn=384, rank=16, seed=sum(routing)))
     results = []
     for case in (on_gpu(exact), exact):
@@ -94,7 +94,7 @@ def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> 
 @pytest.mark.parametrize("width", [1000, 9000])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
 def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int, rank: int) -> None:
-    """Reading it once is what reading it twice is; rows of no expert have zeros."""
+    """One read of the gradient gives the same as two; rows of no expert are zeros."""
     from mixtral_run.model.kernels.grouped_mm import outer_product, product
     from mixtral_run.model.kernels.narrow_mm_triton import both_narrow_products
 
@@ -114,7 +114,7 @@ def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int
 @pytest.mark.parametrize("width", [256, 1000])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
 def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank: int) -> None:
-    """Rank 8 goes through torch's product."""
+    """Rank 8 uses torch's product."""
     offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     drawn = [
         torch.randn(shape, device="cuda").bfloat16()
@@ -138,7 +138,7 @@ def test_an_adapters_output_is_added(routing: tuple[int, ...], width: int, rank:
 @pytest.mark.parametrize("rank", [16, 32])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414)])
 def test_both_layers_as_one_step(routing: tuple[int, ...], rank: int, by_token: bool) -> None:
-    """adapted_experts.py in bf16 beside the same written out in float64: outputs, all gradients, those of shares."""
+    """Compare lora_experts.py in bf16 with the reference: outputs and all gradients, those of probs included."""
     case = AdaptedCase.random(routing, hidden=256, ffn=512, rank=rank, by_token=by_token, seed=sum(routing) + rank)
     found = case.cast_to_bf16().fast("cuda", torch.bfloat16)
     for mine, expected in zip(found, case.cast_to_bf16().exact(), strict=True):
@@ -156,7 +156,7 @@ def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int
         assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
 
 
-# 66 pairs of programs: few tiles are cut into pieces where the sum is long, many come in rounds.
+# 66 pairs of programs: few tiles with long sums are split into pieces, many are assigned in rounds.
 @pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="made for Hopper")
 @pytest.mark.parametrize("width", [256, 2816, 8192])
 @pytest.mark.parametrize("depth", [64, 192, 2048])
@@ -168,7 +168,7 @@ def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int
 def test_our_own_product(
     routing: tuple[int, ...], transposed: bool, with_adapter: bool, depth: int, width: int
 ) -> None:
-    """With rows of no expert behind the last one's. The same twice: pieces are added up in one order."""
+    """Rows after the last offset belong to no expert. Two runs are equal: pieces are summed in a fixed order."""
     from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
     count, experts, rank = sum(routing), len(routing), 16
@@ -193,7 +193,7 @@ def test_our_own_product(
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
 def test_other_numbers_of_rows_compile_nothing_again() -> None:
-    """Under EP each step has others; the first iterations would take half a minute."""
+    """Under EP the number of rows changes with each step; compiling again would take half a minute."""
     from triton.runtime.jit import JITFunction
 
     from mixtral_run.model.kernels import narrow_mm_triton, swiglu_triton

@@ -13,7 +13,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import router_logits
 from mixtral_run.model.packed_attention import PackedSizes
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.rotary import Rotary, split_and_rotate
 from mixtral_run.train.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
@@ -69,7 +69,7 @@ def test_a_recorded_step_is_the_eager_step() -> None:
     )
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     losses: list[list[float]] = []
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         for recorded in (False, True):
             lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
             model = build_model(architecture, ModelSettings(torch.bfloat16, True, lora), mesh).train()
@@ -91,7 +91,7 @@ def test_a_recorded_step_is_the_eager_step() -> None:
 def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_precision: str) -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         for recompute, recorded in (("none", False), ("selective", False), ("selective", True)):
             model = small_model(mesh, recompute, base_precision)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
@@ -121,7 +121,7 @@ def test_a_recorded_step_of_packed_rows_is_the_eager_one() -> None:
     parts = [GlobalBatch(tuple(micros[at : at + 2]), 300, 4) for at in (0, 2)]
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         for recorded in (False, True):
             model = small_model(mesh, "none", "bf16")
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
@@ -176,7 +176,7 @@ def small_model(
 
 
 @pytest.mark.parametrize(("choices", "count"), [(1, 8), (1000, 3), (4096, 8), (40000, 9)])
-def test_sorted_by_expert(choices: int, count: int) -> None:
+def test_sort_by_expert(choices: int, count: int) -> None:
     chosen = torch.randint(0, count, (choices,))
     # One that nobody chose.
     chosen[chosen == 1] = 0

@@ -10,7 +10,7 @@ import torch
 from benchmarks.lora import build_ours
 from benchmarks.modes import run_case
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.memory_model import GIB
 from mixtral_run.train.step import trainable
@@ -31,7 +31,7 @@ def model() -> Iterator[Any]:
     if torch.cuda.get_device_properties(0).total_memory < NEEDED_GIB * GIB:
         pytest.skip(f"needs {NEEDED_GIB} GiB")
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         built = build_ours(LAYERS, mesh, "none", "bf16")
         yield built, [parameter.detach().cpu() for parameter in trainable(built)]
 

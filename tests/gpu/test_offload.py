@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.parallel.mesh import processes, seed_everything
+from mixtral_run.model.parallel.mesh import open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.step import StepResult, train_step, trainable
@@ -21,7 +21,7 @@ def test_steps_are_those_of_full_recomputation(base_precision: str, dropout: flo
     """Four micro batches a step: nothing waits for the GPU between them, and buffers are written to again."""
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     runs: list[tuple[list[StepResult], list[torch.Tensor]]] = []
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         for recompute in ("full", "offload"):
             model = small_model(mesh, "none", base_precision, LAYERS, dropout)
             for layer in model.gpt.decoder.layers:
@@ -48,15 +48,15 @@ def test_copies_keep_their_order_while_the_gpu_is_far_behind() -> None:
     torch.cuda.synchronize()
     for turn in range(3):
         torch.cuda._sleep(200_000_000)
-        kept = []
+        saved = []
         for number in range(6):
             # Each takes the memory that the one before left, as soon as the allocator has it again.
             tensor = torch.full((size,), float(10 * turn + number), device="cuda")
-            kept.append(offload._keep(tensor))
+            saved.append(offload._keep(tensor))
             del tensor
         sums = []
         for number in reversed(range(6)):
-            tensor = kept.pop().take()
+            tensor = saved.pop().take()
             sums.append(((tensor - float(10 * turn + number)).abs().max(), number))
             del tensor
         assert [(float(error), number) for error, number in sums if float(error) != 0] == []
@@ -70,12 +70,12 @@ def test_no_more_than_two_stay_on_the_gpu() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    kept = []
+    saved = []
     for number in range(8):
-        kept.append(offload._keep(torch.full((8 * mib,), float(number), device="cuda")))
+        saved.append(offload._keep(torch.full((8 * mib,), float(number), device="cuda")))
         assert torch.cuda.memory_allocated() - before <= 32 * mib
-    while kept:
-        given = kept.pop().take()
+    while saved:
+        given = saved.pop().take()
         assert torch.cuda.memory_allocated() - before <= 2 * 32 * mib
         del given
     assert torch.cuda.memory_allocated() == before

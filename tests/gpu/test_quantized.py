@@ -1,4 +1,4 @@
-"""Experts in 8 bit on the GPU: kernels bit by bit beside torch, products beside float64."""
+"""Experts in 8 bit on the GPU: kernels compared with torch bit for bit, products with float64."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_rows_are_quantized_as_in_torch(width: int, with_columns: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 128, 256), (8, 200, 72), (2, 4096, 14336)])
-def test_turned(shape: tuple[int, int, int]) -> None:
+def test_transposed(shape: tuple[int, int, int]) -> None:
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import transposed
 
     numbers = torch.randint(0, 120, shape, device="cuda", dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -79,7 +79,7 @@ def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_sca
     "routing", [(700, 310, 0, 1, 420, 480, 590, 444), (0, 0, 0, 0, 300, 0, 0, 0), (1,) * 8, (128,) * 8]
 )
 @pytest.mark.parametrize("shape", [(1024, 512), (128, 2816)])
-def test_weights_as_they_lie_give_what_turned_ones_give(
+def test_untransposed_weights_give_what_transposed_ones_give(
     shape: tuple[int, int], routing: tuple[int, ...], rank: int
 ) -> None:
     from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
@@ -107,7 +107,7 @@ def test_weights_as_they_lie_give_what_turned_ones_give(
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_with_an_adapters_lesser_half(routing: tuple[int, ...], rank: int) -> None:
-    """Rank 8 goes through turned weights, 16 not."""
+    """Rank 8 uses transposed weights, rank 16 does not."""
     drawn = torch.randn(sum(routing), 512, device="cuda").bfloat16()
     values, scales = quantize(torch.randn(4, 768, 512, device="cuda"))
     half = torch.randn(4, rank, 512, device="cuda").bfloat16()

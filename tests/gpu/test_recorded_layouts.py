@@ -1,4 +1,4 @@
-"""Recorded steps of several processes, whose experts are spread, beside steps as they come that send row by row."""
+"""Captured steps with experts over several processes compared with eager steps that dispatch by all-to-all."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ TWO = [
     "2x1:none:bf16",
 ]
 FOUR = ["1x4:none:bf16", "2x4:full:bf16"]
-"""Here more rows may come than have room: a step that runs out of it is taken again."""
+"""Rows may exceed the capacity here: such a step is taken again."""
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -1,4 +1,4 @@
-"""Exchanges between GPUs that read from each other, beside collectives."""
+"""Exchanges through symmetric memory compared with collectives."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The kernels of GPUs that read from each other, beside loops; the memory of several processes lies on one GPU here."""
+"""The kernels of symmetric memory compared with loops; the memory of all processes is on one GPU."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ def pointers(parts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Of `size` processes: each one's tokens [t, h], weights and experts [t, topk], and what it finds out of all."""
+    """`size` processes: tokens [t, h], probs and experts [t, topk], routes and overflow of each."""
 
     size: int
     each: int
@@ -44,7 +44,7 @@ class Group:
         return torch.cat(self.experts).flatten().long().argsort(stable=True)
 
     def rows_of(self, rank: int) -> Tensor:
-        """The choices whose experts process `rank` has, in order."""
+        """Return the choices whose experts process `rank` has, in order."""
         owners = torch.cat(self.experts).flatten()[self.order()] // self.each
         return self.order()[owners == rank]
 
@@ -88,7 +88,7 @@ def test_rows_and_the_way_back(case: tuple[int, int, int, int]) -> None:
         assert torch.equal(pick(pointers(row_probs), routes, own), torch.stack(row_probs)[owners, at])
 
 
-def test_rows_without_room_are_counted_and_left_out() -> None:
+def test_rows_beyond_the_capacity_are_counted_and_left_out() -> None:
     group = Group.random(4, 200, 64, 8, capacity=150)
     for rank, routes in enumerate(group.routes):
         count = len(group.rows_of(rank))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixtral_run.config.verbs import LaunchConfig
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.data.samples import MockSamples, batches, stacked
@@ -22,7 +22,7 @@ def test_an_evaluation_between_captured_steps_changes_nothing() -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     validation_samples = FewSamples(1024, SEQ_LENGTH, 9)
     losses: list[list[float]] = []
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         for evaluates in (False, True):
             model = small_model(mesh, "none", "bf16")
             validation = Validation(validation_samples, 2, Report.silent(), None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.load_model import load_for_inference
 from mixtral_run.weights.hf.safetensors_files import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct_load
@@ -51,7 +51,7 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     config = config_of(checkpoint, out, layout, dtype=dtype)
     direct = config_of(hf, out, layout, dtype=dtype)
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         with counted_reads() as from_checkpoint:
             models = [load_for_inference(config, describe_base(checkpoint), mesh, None)]
         with counted_reads() as reads:

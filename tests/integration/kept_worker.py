@@ -17,7 +17,7 @@ import torch.distributed as dist
 from isal.isal_zlib import crc32
 
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.quantized_cache.layout import cache_folder
 from tests.integration.direct_load_worker import counted_reads
@@ -77,7 +77,7 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     outcomes = {}
     for layout in layouts:
-        with processes(config_of(Path(base), Path(out), layout, dtype=dtype)) as mesh:
+        with open_mesh(config_of(Path(base), Path(out), layout, dtype=dtype)) as mesh:
             mine = try_layout(mesh, Path(base), Path(out), precision, dtype, layout)
             everyones: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyones, mine)

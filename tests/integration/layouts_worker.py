@@ -21,7 +21,7 @@ from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
-from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.data.samples import MicroBatch, MockSamples, Row, batches, stacked
@@ -149,9 +149,9 @@ def pretrain(config: FinetuneConfig, mesh: Mesh, *, within: bool) -> list[tuple[
 @torch.inference_mode()
 def apart_where_all_have_room(model: MixtralModel) -> float:
     """How far logits are from those of rows sent one by one, with the same tokens in all processes, as in generate."""
-    tokens = torch.tensor(ROWS[:1], device=model.processes.device)
+    tokens = torch.tensor(ROWS[:1], device=model.mesh.device)
     expected = model.logits(tokens)
-    dispatcher = all_gather(model.processes, model.architecture.num_experts, unlimited=True)
+    dispatcher = all_gather(model.mesh, model.architecture.num_experts, unlimited=True)
     # What would be too little is not asked for.
     with patch.object(capacity, "SPARE", 0.5), model.dispatching(dispatcher):
         return float((model.logits(tokens) - expected).abs().max())
@@ -198,7 +198,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
     config = config_of(checkpoint, out, layout)
     results: dict[str, Any] = {}
     num_experts = describe_base(checkpoint).architecture.num_experts
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         model = load_for_inference(config, describe_base(checkpoint), mesh, None)
         with torch.inference_mode():
             results["logits"] = [

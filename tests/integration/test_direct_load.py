@@ -222,11 +222,11 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="another base"):
         check_adapter_fits(adapter, describe_base(tmp_path / "other"))
     from mixtral_run.config.verbs import VerifyConfig
-    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.load_model import load_for_inference
 
     config = VerifyConfig(load=tmp_path / "near", device="cpu")
-    with processes(config) as mesh, pytest.raises(WeightsError, match="another base"):
+    with open_mesh(config) as mesh, pytest.raises(WeightsError, match="another base"):
         load_for_inference(config, describe_base(tmp_path / "near"), mesh, adapter)
 
 

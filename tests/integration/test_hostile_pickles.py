@@ -119,14 +119,14 @@ def export_adapter(own: Path) -> None:
 def load(own: Path, name: str) -> None:
     """Load as `generate` does, or the optimizer's state as `finetune --resume` does."""
     from mixtral_run.model.mixtral import is_adapter
-    from mixtral_run.model.parallel.mesh import processes
+    from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.checkpoint import load_optimizer
     from mixtral_run.train.load_model import load_for_inference
 
     base = describe_base(own / "base")
     adapter = describe_adapter(own / "adapter") if name != "base" else None
     config = VerifyConfig(load=own / "base", device="cpu", tensor_model_parallel_size=1, expert_model_parallel_size=1)
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         model = load_for_inference(config, base, mesh, adapter)
         if name == "optimizer" and adapter is not None:
             parameters = [each.requires_grad_() for key, each in model.gpt.named_parameters() if is_adapter(key)]

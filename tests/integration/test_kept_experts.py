@@ -355,7 +355,7 @@ from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.config.verbs import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.quantized_experts import CacheOptions
 
@@ -365,7 +365,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-with processes(VerifyConfig(load=base.folder, device="cpu")) as here:
+with open_mesh(VerifyConfig(load=base.folder, device="cpu")) as here:
     for mode in ("yes", "use", "use"):  # the second takes what threads and libraries take once
         settings = ModelSettings(torch.float32, True, LoraSettings(4, 8.0, 0.0, ("linear_qkv",), 1), "none", "fp8")
         model = build_model(base.architecture, settings, here)

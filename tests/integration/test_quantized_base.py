@@ -8,7 +8,7 @@ import torch
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.model.kernels.quantized.quantized_mm import quantize_to
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.metrics import read_metrics
@@ -31,7 +31,7 @@ def test_every_layer_is_the_bases_quantized(
     ).check()
     base, whole_base = describe_base(config.load), describe_base(small_checkpoint)
     lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         whole = load_for_training(config, whole_base, mesh, lora, recompute="none")
         small = load_for_training(config, base, mesh, lora, recompute="none", base_precision=precision)
         pairs = list(zip(whole.gpt.decoder.layers, small.gpt.decoder.layers, strict=True))

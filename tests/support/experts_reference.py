@@ -1,4 +1,4 @@
-"""The experts' arithmetic written out an expert at a time, in float64: what the fast paths are compared with."""
+"""Reference of the experts' arithmetic, an expert at a time in float64, for comparison with the fast paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUTINGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one layer with an adapter. ends: int32 [experts]."""
+    """Inputs of one layer with an adapter. offsets: int32 [experts]."""
 
     rows: Tensor
     first: Tensor
@@ -57,7 +57,7 @@ class Case:
 
 
 def reference(case: Case, scale: float) -> Tensor:
-    """second · (silu(g) · u) with g, u the halves of first·x + scale · outer·inner·x, an expert at a time."""
+    """Return second · (silu(g) · u), where g, u are the halves of first·x + scale · outer·inner·x."""
     outputs = []
     start = 0
     for expert, end in enumerate(case.offsets.tolist()):
@@ -71,7 +71,7 @@ def reference(case: Case, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """A stacked weight, as experts.ExpertLinear keeps it."""
+    """A stacked frozen weight with the interface of experts.ExpertLinear."""
 
     weight: Tensor
 
@@ -90,9 +90,9 @@ class FrozenWeight:
 
 @dataclass(frozen=True)
 class AdaptedCase:
-    """Inputs of both layers with their adapters, in float64. shares [rows]: what each row counts for in what follows.
+    """Inputs of both layers with their adapters, in float64. probs [rows]: the factor of each row in the result.
 
-    source [rows]: of which token each row is; order: permute.py's, where rows are given by their tokens, else None.
+    source [rows]: the token of each row. order: that of permute.py if rows are read through an index, else None.
     """
 
     tokens: Tensor
@@ -137,7 +137,7 @@ class AdaptedCase:
         )
 
     def cast_to_bf16(self) -> AdaptedCase:
-        """The same numbers as bf16 has them."""
+        """Return the case with its numbers rounded to bf16."""
 
         def round_all(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(each.bfloat16().double() for each in tensors)
@@ -146,7 +146,7 @@ class AdaptedCase:
         return replace(self, tokens=tokens, halves=round_all(self.halves), first=first, second=second)
 
     def exact(self) -> list[Tensor]:
-        """The shares of the outputs, and the gradients of tokens, shares and halves."""
+        """Return outputs times probs, and the gradients of tokens, probs and adapter matrices."""
         tokens, probs, *halves = self._leaves("cpu", torch.float64)
         counts = torch.diff(self.offsets, prepend=torch.zeros(1))
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
@@ -162,9 +162,9 @@ class AdaptedCase:
         return self._results(probs[:, None] * output, tokens, probs, halves)
 
     def fast(self, device: str, dtype: torch.dtype, strange: int = 0) -> list[Tensor]:
-        """The same by adapted_experts.py; shares and halves in fp32 where dtype is less.
+        """Compute `exact` by lora_experts.py, with probs and adapter matrices in fp32 if dtype is narrower.
 
-        strange: rows behind the last that no expert has, of NaN, as is their gradient.
+        strange: number of rows after the last offset; they are NaN, as is their gradient.
         """
         tokens, probs, *halves = self._leaves(device, dtype)
         offsets = self.offsets.to(device)

@@ -14,7 +14,7 @@ from isal.isal_zlib import crc32
 
 from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.quantized_experts import CacheOptions
@@ -70,7 +70,7 @@ def start(
         expert_model_parallel_size=1,
     ).check()
     stream = io.StringIO()
-    with processes(config) as mesh:
+    with open_mesh(config) as mesh:
         lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
         keep = CacheOptions(mode, Report(stream), reserve)
         model = load_for_training(

@@ -63,7 +63,7 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllTrip]):
         arrived = regroup(arrived, blocks, by_expert)
         permutation = Permutation(incoming.view(size, -1).sum(0).cumsum(0).int())
         # Without an index the received tokens are kept: recomputing them would take another exchange.
-        recipe = Recipe.kept(arrived) if recipe is not None and not indexed else None
+        recipe = Recipe.saved(arrived) if recipe is not None and not indexed else None
         trip = AllToAllTrip(
             probs, order, inverse, send_sizes, receive_sizes, [blocks[block] for block in by_expert], by_sender
         )

@@ -1,13 +1,12 @@
-"""Linear layers of many experts at once: one call multiplies each expert's rows by its own matrix.
+"""Grouped matrix products: one call multiplies the rows of each expert by that expert's matrix.
 
-On GPUs that have it, torch's grouped matrix product, which reads the rows' boundaries on the device: the host never
-waits; for an adapter's halves kernels of our own (narrow_mm_triton.py). Elsewhere a loop over the experts, which is
-also
-the reference that tests compare with.
+On GPUs that have it, this is torch's grouped matrix product, which reads the row offsets on the device, so that the
+host never waits; the products with an adapter's matrices use kernels of our own (narrow_mm_triton.py). Elsewhere it is
+a loop over the experts, which is also the reference of the tests.
 
-Weights that are frozen get no gradient computed. Shapes: rows [tokens, in], sorted by expert; weight [experts, out,
-in]; ends int32 [experts], the number of rows up to and with each expert's. Rows from the last of them on are no
-expert's, and what is computed for them means nothing (all_gather.py).
+No gradient is computed for frozen weights. Shapes: rows [tokens, in], sorted by expert; weight [experts, out, in];
+offsets int32 [experts], the end of each expert's rows. Rows at or after the last offset belong to no expert, and their
+results are undefined (dispatch/all_gather.py).
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ log = logging.getLogger(__name__)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
-    """Each row times the transpose of its expert's matrix: [tokens, out].
+    """Return each row times the transpose of its expert's matrix: [tokens, out].
 
-    For the weight's gradient the rows are kept, or made again by `recipe`.
+    The gradient of the weight needs the rows: they are saved, or recomputed by `recipe`.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
     if not weight.requires_grad:
-        kept = ()
-    output: Tensor = _GroupedLinear.apply(rows, weight, offsets, make, *kept)  # type: ignore[no-untyped-call]
+        saved = ()
+    output: Tensor = _GroupedLinear.apply(rows, weight, offsets, make, *saved)  # type: ignore[no-untyped-call]
     return output
 
 
 def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
-    """base [tokens, out] + scale · inner [tokens, r] · its expert's outer [experts, out, r] transposed."""
+    """Return base [tokens, out] + scale · inner [tokens, r] · outerᵀ, outer [experts, out, r]."""
     if has_grouped_product(base, base.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS
 
@@ -51,10 +50,14 @@ def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, offse
 
 
 def has_grouped_product(rows: Tensor, *widths: int) -> bool:
-    """Return True if torch's grouped product runs here on matrices of these widths without waiting for the GPU."""
+    """Return True if torch's grouped kernel runs here on matrices of these widths without waiting for the GPU.
+
+    It needs bf16 and compute capability 9.0 or more. On 8.x torch falls back to a loop over the experts, which waits
+    for the offsets (ATen/native/cuda/GroupedBlas.cpp).
+    """
     return (
         rows.is_cuda
-        # A process of an expert group may get no token at all.
+        # A process of an expert group may receive no tokens.
         and rows.shape[0] > 0
         and rows.dtype is torch.bfloat16
         and grouped_mm_runs_on_device(torch.cuda.get_device_capability(rows.device), rows.element_size(), *widths)
@@ -64,9 +67,9 @@ def has_grouped_product(rows: Tensor, *widths: int) -> bool:
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, make: Callable[..., Tensor] | None, *kept: Tensor
+        ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, make: Callable[..., Tensor] | None, *saved: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(weight, offsets, *kept)
+        ctx.save_for_backward(weight, offsets, *saved)
         ctx.make = make
         if not weight.requires_grad:
             return frozen_product(rows, weight, offsets)
@@ -74,16 +77,16 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, offsets, *kept = ctx.saved_tensors
+        weight, offsets, *saved = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         for_rows = for_weight = None
         if ctx.needs_input_grad[0]:
             back = product if ctx.needs_input_grad[1] else frozen_gradient
             for_rows = back(gradient, weight, offsets)
         if ctx.needs_input_grad[1]:
-            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            rows = ctx.make(*saved) if ctx.make is not None else saved[0]
             for_weight = outer_product(gradient, rows, offsets)
-        return (for_rows, for_weight, None, None, *(None for _ in kept))
+        return (for_rows, for_weight, None, None, *(None for _ in saved))
 
 
 class _AddedLinear(torch.autograd.Function):
@@ -104,9 +107,9 @@ class _AddedLinear(torch.autograd.Function):
 
 
 def product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
-    """rows [tokens, k] · matrices [experts, k, n] → [tokens, n].
+    """Return rows [tokens, k] · matrices [experts, k, n]: [tokens, n].
 
-    source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
+    source: int64 [tokens], the index in `rows` of each token; None if the rows are in order already.
     """
     if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_product
@@ -130,9 +133,9 @@ def outer_product(
     source: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The sum over each expert's rows of leftᵀ · right: left [tokens, m], right [tokens, n] → [experts, m, n].
+    """Return leftᵀ · right summed over each expert's rows: left [tokens, m], right [tokens, n] → [experts, m, n].
 
-    source: as in `product`, of right. dtype: of the result, left's by default.
+    source: index into `right`, see `product`. dtype: of the result; default left's.
     """
     if has_grouped_product(left, left.shape[1], right.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_outer_product
@@ -155,8 +158,8 @@ def outer_product(
 def products_of_gradient(
     gradient: Tensor, matrices: Tensor, inner: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What an adapter's halves get of a gradient [tokens, m]: `product` with matrices [experts, m, r], and
-    `outer_product` with inner [tokens, r], [experts, m, r] in dtype."""
+    """Return both products of a gradient [tokens, m] for an adapter: `product` with matrices [experts, m, r], and
+    `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype."""
     if has_grouped_product(gradient, gradient.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, both_narrow_products, both_pay
 
@@ -168,7 +171,7 @@ def products_of_gradient(
 
 
 def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, offsets: Tensor) -> Tensor:
-    """base [tokens, n] + scale · inner [tokens, r] · matrices [experts, r, n], which may take base's memory."""
+    """Return base [tokens, n] + scale · inner [tokens, r] · matrices [experts, r, n]; it may reuse base's memory."""
     if has_grouped_product(base, base.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_added
 
@@ -184,7 +187,7 @@ def frozen_product(
     source: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """rows · weightᵀ, weight [experts, out, in]: [tokens, out]. source: as in `product`.
+    """Return rows · weightᵀ for weight [experts, out, in]: [tokens, out]. source: see `product`.
 
     adapter: inner [tokens, r] and linear_out [experts, out, r]; inner · linear_outᵀ is added.
     """
@@ -203,8 +206,8 @@ def frozen_product(
 def frozen_gradient(
     gradient: Tensor, weight: Tensor, offsets: Tensor, inner: Tensor | None = None, linear_in: Tensor | None = None
 ) -> Tensor:
-    """gradient [tokens, out] · weight [experts, out, in] + inner [tokens, r] · linear_in [experts, r, in], where both
-    are given."""
+    """Return gradient [tokens, out] · weight [experts, out, in], plus inner [tokens, r] · linear_in [experts, r, in] if
+    both are given."""
     _, outputs, inputs = weight.shape
     adapter = None if inner is None or linear_in is None else (inner, linear_in)
     if not _takes_own_product(gradient, weight, inputs, outputs, 0 if adapter is None else adapter[0].shape[1]):
@@ -218,7 +221,8 @@ def frozen_gradient(
 
 
 def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, rank: int) -> bool:
-    """Whether hopper_grouped_mm.py serves: on Hopper, for Mixtral's sizes and many others, where it is right."""
+    """Return True if hopper_grouped_mm.py takes this product: on Hopper, for sizes that it fits, and if its self-test
+    passed."""
     if not has_grouped_product(rows, width, depth) or torch.cuda.get_device_capability(rows.device) != (9, 0):
         return False
     if not _own_product_runs(rows.device):
@@ -230,10 +234,10 @@ def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, ran
 
 @functools.cache
 def _own_product_runs(device: torch.device) -> bool:
-    """Whether hopper_grouped_mm.py compiles here and is right, by small products."""
+    """Return True if hopper_grouped_mm.py compiles on this machine and small products of it are right."""
 
     def small() -> tuple[Tensor, Tensor]:
-        # More tiles than the GPU has pairs of multiprocessors, and few ones that are cut into pieces.
+        # More tiles than the GPU has pairs of multiprocessors, and few tiles, which are cut into pieces.
         cases = itertools.product(((128, 10240), (2048, 768)), (False, True))
         results = [_small_products(device, *size, transposed=transposed) for size, transposed in cases]
         return torch.cat([found.view(-1) for found, _ in results]), torch.cat([right.view(-1) for _, right in results])
@@ -245,7 +249,7 @@ def _own_product_runs(device: torch.device) -> bool:
 
 
 def _small_products(device: torch.device, depth: int, width: int, *, transposed: bool) -> tuple[Tensor, Tensor]:
-    """A product of hopper_grouped_mm.py and the right one."""
+    """Return a product of hopper_grouped_mm.py and its reference."""
     from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
 
     counts, rank = [230, 70], 16
@@ -265,8 +269,11 @@ def _small_products(device: torch.device, depth: int, width: int, *, transposed:
 
 
 def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
-    """Why a kernel does not run here, "" where it does. small: its result in a small case, and the right one. Triton's
-    language of layouts changes from version to version."""
+    """Return why a kernel cannot be used on this machine; "" if it can.
+
+    small: computes the kernel's result in a small case, and the reference. Any exception counts: Gluon, Triton's
+    language of layouts, changes from version to version.
+    """
     try:
         found, expected = small()
         return (
@@ -277,11 +284,11 @@ def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
 
 
 def each_experts(rows: Tensor, offsets: Tensor) -> list[Tensor]:
-    """Each expert's rows. Waits for the GPU."""
+    """Return the rows of each expert. Waits for the GPU."""
     return [rows[begin:end] for begin, end in itertools.pairwise([0, *offsets.tolist()])]
 
 
 def filled_up(parts: list[Tensor], count: int) -> Tensor:
-    """The parts one below the other, and zeros, `count` rows in all."""
+    """Concatenate the parts, followed by rows of zeros up to `count` rows."""
     missing = count - sum(part.shape[0] for part in parts)
     return torch.cat([*parts, parts[0].new_zeros(missing, parts[0].shape[1])] if missing else parts)

@@ -1,28 +1,29 @@
-"""Grouped products in bf16 for Hopper, with an adapter's part in the same sum. Imported only where a GPU is.
+"""Grouped products in bf16 for Hopper, with an adapter's part in the same sum. Import only on machines with a GPU.
 
     output [tokens, n] = rows [tokens, k] · Wᵀ, W [experts, n, k]       forward
     output [tokens, n] = rows [tokens, k] · W,  W [experts, k, n]       gradient of the rows
-    … + inner [tokens, r] · the adapter's other half of each expert
+    … + inner [tokens, r] · the adapter's second matrix of each expert
 
-Rows are ragged. Tiles of 128 of them, as libraries have, leave an expert's last one half empty, an eighth of all work
-at some 500 rows an expert, and the GPU is at its power limit there. Here the weights are the instruction's first
-operand and the tokens its second, whose width may be any multiple of 8: an expert's rows are cut into tiles of at most
-256 that differ by no more than 8, and less than 8 are lost in all, of fewer than 128 rows less than 16.
+The numbers of rows are ragged. With tiles of 128 rows, as in libraries, an expert's last tile is half empty on average:
+an eighth of all work at 500 rows an expert, where the GPU runs at its power limit. Here the weights are the first
+operand of the instruction and the tokens the second, whose width may be any multiple of 8: an expert's rows are cut
+into tiles of at most 256 rows whose sizes differ by at most 8. Less than 8 rows are wasted in all; less than 16 if an
+expert has fewer than 128 rows.
 
-Two programs (one a multiprocessor) are a pair, a cluster. They take the same tokens and 128 features each; each brings
-half of the tokens' rows from the cache to both. In a program one thread brings slices of 64 of the sum to shared memory
-by TMA, and two groups of four warps multiply 64 features each by all tokens.
+Two programs (thread blocks, one a multiprocessor) form a pair, which is a cluster. They compute the same tokens and 128
+features each; each loads half of the tokens' rows to the shared memory of both. In a program one thread loads slices of
+64 along the sum to shared memory by TMA, and two groups of four warps multiply 64 features each by all tokens.
 
-Tiles rarely come out even with the pairs. Whole ones are dealt in rounds, those of one size together, so that those who
-read the same weights and rows stay side by side and find them in the cache. What is left is cut along the sum where
-that pays, and whoever is done last with a tile adds up its pieces, always in the same order.
+The number of tiles is rarely a multiple of the number of pairs. Whole tiles are assigned in rounds, sorted by size, so
+that pairs that read the same weights and rows run at the same time and find them in the L2 cache. The remaining tiles
+are split along the sum if that is faster; the program that finishes a tile last sums its pieces, in a fixed order.
 
-The adapter's part is one more slice: what TMA reads beyond `inner`'s r columns is zero, and so adds nothing whatever
-stands in the other operand there.
+The adapter's part is one more slice: TMA reads zeros beyond the r columns of `inner`, so that the other operand does
+not matter there.
 
-CUDA C++ (product.cu), since neither Triton nor its language of layouts has instructions of such widths, or pairs that
-share what they read. Compiled by NVRTC, which comes with torch, and kept where Triton keeps its kernels. Calls on
-several streams at once would add up each other's pieces; the kit has one.
+The kernel is CUDA C++ (csrc/product.cu), since neither Triton nor Gluon has instructions of such widths, or pairs that
+share their loads. NVRTC, which comes with torch, compiles it; the binary is cached in Triton's cache folder. Concurrent
+calls on several streams would mix their pieces; the model uses one stream.
 """
 
 from __future__ import annotations
@@ -44,24 +45,24 @@ PARTS = ("product_machine.cuh", "product_plan.cuh")
 SOURCE = "product.cu"
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 
-# As product_plan.cuh has them.
+# These constants equal those of csrc/product_plan.cuh.
 FEATURES = 128
-"""Of a program's tile."""
+"""Features of a program's tile."""
 DEPTH = 64
 MOST_RANK = 64
 MOST_EXPERTS = 64
 MOST_PAIRS = 128
 BOXES = (64, 32, 16, 8)
-"""Rows that TMA brings at once."""
+"""Numbers of rows that one TMA load can have."""
 THREADS = 384
 SHARED_BYTES = 227 * 1024
-"""All that a program may have: slices, results on their way out, barriers and the plan (product.cu)."""
+"""The maximum of a program: slices, staged results, barriers and the plan (product.cu)."""
 PROGRAMS, GROUPS = 2, 2
-"""Of a pair, and of a program."""
+"""Programs of a pair, and groups of warps of a program."""
 PIECES_PER_PAIR = 4
-"""For pieces of tiles, a pair."""
+"""Pieces of tiles for which a pair has memory."""
 PIECE_VALUES = PROGRAMS * GROUPS * 128 * 128
-"""Of a tile's piece, fp32: what each of a group's 128 threads has in registers."""
+"""Numbers of a tile's piece, fp32: 128 registers of each of a group's 128 threads, for all groups of a pair."""
 
 
 class _Map(ctypes.Structure):
@@ -73,7 +74,7 @@ class _Operands(ctypes.Structure):
 
 
 class _Parameters(ctypes.Structure):
-    """As product.cu has them."""
+    """Arguments of the kernel; the layout is that of `Parameters` in csrc/product_plan.cuh."""
 
     _fields_ = (
         ("base", _Operands),
@@ -91,7 +92,8 @@ class _Parameters(ctypes.Structure):
 
 
 def fits(experts: int, width: int, depth: int, rank: int) -> bool:
-    """Whether `grouped_product` takes matrices of this size, n and k, and an adapter of this rank, 0 for none."""
+    """Return True if `grouped_product` takes so many experts, matrices of n = width and k = depth, and an adapter of
+    this rank (0 for none)."""
     return (
         experts <= MOST_EXPERTS
         and width % (PROGRAMS * FEATURES) == 0
@@ -104,10 +106,15 @@ def fits(experts: int, width: int, depth: int, rank: int) -> bool:
 def grouped_product(
     rows: Tensor, matrices: Tensor, offsets: Tensor, adapter: tuple[Tensor, Tensor] | None = None, *, transposed: bool
 ) -> Tensor:
-    """rows [tokens, k] · matrices, [experts, n, k] turned or [experts, k, n] as they are → [tokens, n], all bf16.
+    """Return rows · matrices, plus the adapter's part if given: [tokens, n]. Sums are fp32.
 
-    Plus the adapter's part where given: inner [tokens, r] times [experts, n, r] turned or [experts, r, n]; sums are
-    fp32. Sizes as `fits` says, all contiguous; ends: grouped_mm.py.
+    Args:
+        rows: [tokens, k].
+        matrices: [experts, k, n], or, if `transposed`, [experts, n, k].
+        offsets: see grouped_mm.py.
+        adapter: inner [tokens, r] and [experts, r, n], or, if `transposed`, [experts, n, r].
+
+    All are bf16 and contiguous, of sizes that `fits` accepts.
     """
     tokens, depth = rows.shape
     experts = matrices.shape[0]
@@ -142,7 +149,10 @@ def _operands(rows: Tensor, matrices: Tensor, transposed: bool) -> _Operands:
 
 @functools.lru_cache(maxsize=4096)
 def _map(address: int, height: int, width: int, box: int) -> _Map:
-    """How TMA reads a bf16 matrix [height, width], `box` rows and 64 columns at a time; beyond its ends are zeros."""
+    """Return the tensor map by which TMA reads a bf16 matrix [height, width], `box` rows and 64 columns at a time.
+
+    TMA reads zeros beyond the matrix.
+    """
     made = _checked(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -173,7 +183,7 @@ def _launch(kernel: Any, programs: int, parameters: _Parameters) -> None:
 
 @functools.cache
 def _pairs(device: torch.device) -> int:
-    """How many run at once."""
+    """Return how many pairs run at once on the device."""
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = PROGRAMS * MOST_PAIRS, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
@@ -188,9 +198,10 @@ def _pairs(device: torch.device) -> int:
 
 @functools.cache
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Memory for pieces of tiles, and of each tile that is cut how many are done, zeros before and after every call.
+    """Return memory for pieces of tiles, and counters of the finished pieces, which are zero before and after each
+    call.
 
-    Made once: cut out of the allocator's blocks anew each time, it would leave pieces that nothing else fits into.
+    They are allocated once: allocated with every call they would fragment the allocator's blocks.
     """
     parts = torch.empty(_pairs(device) * PIECES_PER_PAIR * PIECE_VALUES, dtype=torch.float32, device=device)
     return parts, torch.zeros(MOST_PAIRS * PROGRAMS * GROUPS, dtype=torch.int32, device=device)
@@ -198,9 +209,9 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _kernels(device: torch.device) -> tuple[Any, Any]:
-    """For this device: for matrices as they are, and for turned ones."""
+    """Return the device's kernels for untransposed and for transposed matrices."""
     with torch.cuda.device(device):
-        # torch makes the device's context with its first work there.
+        # torch creates the device's context with its first operation there.
         torch.cuda.current_stream().synchronize()
         module = _checked(driver.cuModuleLoadData(_compiled()))
         kernels = [_checked(driver.cuModuleGetFunction(module, name)) for name in (b"untransposed", b"transposed")]
@@ -211,24 +222,25 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
 
 
 def _compiled() -> bytes:
-    """product.cu as machine code: from the folder of kept kernels, or compiled and put there."""
+    """Return product.cu as machine code, from the cache or compiled and cached."""
     csrc = Path(__file__).parent / "csrc"
     instructions = map(_multiply_add, range(8, 257, 8))
     source = "\n".join((*((csrc / part).read_text() for part in PARTS), *instructions, (csrc / SOURCE).read_text()))
     version = _checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
-    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
+    cached = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
     try:
-        return kept.read_bytes()
+        return cached.read_bytes()
     except OSError:
         code = _compile(source)
-    # Else it is compiled anew the next time. The name is nobody else's: containers number their processes alike.
+    # If it cannot be cached it is compiled again next time. The temporary name is unique even between containers, whose
+    # processes may have the same numbers.
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            made = Path(folder) / kept.name
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            made = Path(folder) / cached.name
             made.write_bytes(code)
-            made.replace(kept)
+            made.replace(cached)
     return code
 
 
@@ -247,7 +259,8 @@ def _compile(source: str) -> bytes:
 
 
 def _multiply_add(tokens: int) -> str:
-    """The instruction for so many tokens: 64 features of 16 of the sum, from shared memory to a thread's registers."""
+    """Return the instruction for this number of tokens and 64 features: it adds 16 products of the sum, read from
+    shared memory, to a thread's registers."""
     count = tokens // 2
     registers = ", ".join(f"%{each}" for each in range(count))
     results = ", ".join(f'"+f"(d[{each}])' for each in range(count))
@@ -262,7 +275,7 @@ def _multiply_add(tokens: int) -> str:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of the driver or of NVRTC gave beside its status."""
+    """Return the results of a call of the driver or of NVRTC. Raises RuntimeError if its status is an error."""
     status, *rest = result
     if int(status) != 0:
         raise RuntimeError(f"{type(status).__name__}: {status.name}")

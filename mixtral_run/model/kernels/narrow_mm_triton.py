@@ -1,8 +1,8 @@
-"""Triton kernels for grouped_mm.py's products with an adapter's half, where one side is as narrow as the rank.
+"""Triton kernels for grouped products with an adapter's matrices (grouped_mm.py): one side is as narrow as the rank.
 
-They read their wide operand once, and that is their cost: torch's grouped product, made for square tiles, needs up to
-twice the time. Sums are taken in the same order every time. Rows from the last of `ends` on are no expert's
-(all_gather.py): nothing is read for them. Imported only where a GPU is.
+Their cost is one read of the wide operand; torch's grouped product, made for square tiles, takes up to twice the time.
+Sums are taken in a fixed order. Rows at or after the last offset belong to no expert and are not read. Import this
+module only on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 WIDTHS = (16, 32, 64)
-"""Of the narrow side."""
+"""Supported sizes of the narrow side."""
 ROWS, DEPTH = 32, 256
-"""A program of `narrow_product` takes ROWS rows, DEPTH of the sum at a time."""
+"""A program of `narrow_product` computes ROWS rows, in steps of DEPTH along the sum."""
 PROGRAMS, MAX_SPLITS = 1056, 16
+"""`narrow_product` splits the sum of few rows, into at most MAX_SPLITS, until there are about PROGRAMS programs."""
 COLUMNS, TOKENS = 128, 64
-"""A program of `narrow_outer_product` takes COLUMNS columns, TOKENS of the sum at a time."""
+"""A program of `narrow_outer_product` computes COLUMNS columns, in steps of TOKENS along the sum."""
 BOTH_COLUMNS, BOTH_TOKENS = 512, 64
-"""The same of `both_narrow_products`."""
+"""The same for `both_narrow_products`."""
 VARYING = ("tokens", "splits")
-"""Under EP each step's are others; a kernel made for one value, or for multiples of 16, would be compiled again."""
+"""Arguments that change with every step under EP: specialized on their values, or on multiples of 16, the kernels would
+be compiled again and again."""
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -45,9 +47,9 @@ def _product_kernel(
     DEPTH: tl.constexpr,
     HAS_SOURCE: tl.constexpr,
 ):
-    """A share of the sum for each second index of the grid.
+    """Compute a block of rows over one split of the sum; the second index of the grid is the split.
 
-    Rows are sorted by expert, and an expert may end within a block: each goes over the experts that it touches.
+    Rows are sorted by expert, and an expert may end within a block: a program visits all experts of its rows.
     """
     first = tl.program_id(0) * ROWS
     limit = tl.minimum(tl.load(offsets_ptr + num_experts - 1), tokens)
@@ -212,9 +214,9 @@ def _added_kernel(
 def narrow_added(
     base: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, *, in_place: bool = False
 ) -> Tensor:
-    """base [tokens, m] + scale · inner [tokens, n] · outer [experts, m, n] transposed; n one of WIDTHS.
+    """Return base [tokens, m] + scale · inner [tokens, n] · outerᵀ, outer [experts, m, n]; n is one of WIDTHS.
 
-    base and inner contiguous, each of outer's matrices too or its transpose. in_place: base becomes the result.
+    base and inner are contiguous; so is each matrix of outer, or its transpose. in_place: overwrite base.
     """
     tokens, width = base.shape
     output = base if in_place else torch.empty_like(base)
@@ -239,16 +241,16 @@ def narrow_added(
 
 
 def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
-    """rows [tokens, k], contiguous · matrices [experts, k, n] of any strides → [tokens, n]; n one of WIDTHS.
+    """Return rows [tokens, k] · matrices [experts, k, n]: [tokens, n]; n is one of WIDTHS.
 
-    source: int64 [tokens], which of `rows` each token's is, where they are not one after the other.
+    rows are contiguous, matrices have any strides. source: int64 [tokens], the index in `rows` of each token.
     """
     tokens, depth = rows.shape if source is None else (source.shape[0], rows.shape[1])
     experts, _, narrow = matrices.shape
     output = torch.empty(tokens, narrow, dtype=rows.dtype, device=rows.device)
     blocks = triton.cdiv(tokens, ROWS)
     at_once = DEPTH if narrow < 64 else DEPTH // 2
-    # Few rows make few programs, which cannot keep the memory busy: then several share a sum.
+    # Few rows make few programs, which cannot saturate the memory: then the sum is split over several programs.
     splits = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MAX_SPLITS), 1)
     parts = torch.empty(splits, tokens, narrow, dtype=torch.float32, device=rows.device) if splits > 1 else output
     _product_kernel[(blocks, splits)](
@@ -276,7 +278,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
 
 
 def _sum(parts: Tensor, offsets: Tensor, output: Tensor) -> None:
-    """parts fp32 [shares, tokens, n] → output [tokens, n], zeros where no expert's rows are."""
+    """Sum parts fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
     size = output.numel()
     _sum_kernel[(triton.cdiv(size, 1024),)](
         parts, offsets, output, size, parts.shape[0], offsets.shape[0], NARROW=output.shape[1], BLOCK=1024
@@ -292,10 +294,13 @@ def narrow_outer_product(
     source: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The sum over each expert's rows of narrowᵀ · wide, [experts, n, m], or its transpose, [experts, m, n].
+    """Return narrowᵀ · wide summed over each expert's rows, [experts, n, m], or its transpose, [experts, m, n].
 
-    wide [tokens, m], narrow [tokens, n], both contiguous; n one of WIDTHS. source: as in `narrow_product`, of wide.
-    dtype: of the result, wide's by default; sums are fp32.
+    Args:
+        wide, narrow: [tokens, m] and [tokens, n], both contiguous; n is one of WIDTHS.
+        narrow_first: True for [experts, n, m].
+        source: index into `wide`, see `narrow_product`.
+        dtype: of the result; default wide's. Sums are fp32.
     """
     width, rank, experts = wide.shape[1], narrow.shape[1], offsets.shape[0]
     shape = (experts, rank, width) if narrow_first else (experts, width, rank)
@@ -319,17 +324,18 @@ def narrow_outer_product(
 
 
 def both_pay(wide: Tensor) -> bool:
-    """Whether `both_narrow_products` of [tokens, m] is faster than two: there is much to read, by many programs."""
+    """Return True if `both_narrow_products` of wide [tokens, m] is faster than two kernels: it saves one read of much
+    memory, and there are enough columns for many programs."""
     return wide.shape[0] >= 2048 and wide.shape[1] >= 8192
 
 
 def both_narrow_products(
     wide: Tensor, matrices: Tensor, narrow: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """wide [tokens, m] · matrices [experts, m, n] → [tokens, n], and the sum over each expert's rows of wideᵀ · narrow,
-    [experts, m, n] in dtype: `narrow_product` and `narrow_outer_product`, reading wide once.
+    """Compute `narrow_product` and `narrow_outer_product` with one read of `wide`.
 
-    narrow [tokens, n]; all contiguous; n one of WIDTHS; sums are fp32.
+    Returns wide [tokens, m] · matrices [experts, m, n], [tokens, n], and wideᵀ · narrow [tokens, n] summed over each
+    expert's rows, [experts, m, n] in dtype. All inputs are contiguous; n is one of WIDTHS; sums are fp32.
     """
     tokens, width = wide.shape
     experts, _, rank = matrices.shape

@@ -1,4 +1,4 @@
-"""Triton kernels of permute.py. Imported only where a GPU is. A program takes one token."""
+"""Triton kernels of dispatch/permute.py; a program computes one token. Import only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _spread_kernel(
 
 
 def add_rows(rows: Tensor, probs: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
-    """See permute.add_rows. rows contiguous, weights fp32, position int64."""
+    """Compute permute.add_rows. rows are contiguous, probs fp32, inverse int64."""
     tokens, topk = probs.shape
     hidden = rows.shape[1]
     output = torch.empty(tokens, hidden, dtype=rows.dtype, device=rows.device)
@@ -96,7 +96,7 @@ def spread(
     num_rows: int,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `add_rows` for its rows, `num_rows` of them, and, where these are given, its weights."""
+    """Return the gradients of `add_rows` for its rows, [num_rows, hidden], and, if rows are given, for its probs."""
     tokens, topk = probs.shape
     for_rows = torch.empty(num_rows, gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
     for_probs = None
@@ -133,7 +133,7 @@ def _row_products_kernel(first_ptr, second_ptr, output_ptr, width, BLOCK: tl.con
 
 
 def row_products(first: Tensor, second: Tensor) -> Tensor:
-    """See shares.row_products. Both contiguous."""
+    """Compute router_probs.row_products. Both inputs are contiguous."""
     rows, width = first.shape
     output = torch.empty(rows, dtype=torch.float32, device=first.device)
     _row_products_kernel[(rows,)](first, second, output, width, BLOCK=BLOCK)
@@ -153,7 +153,7 @@ def _mix_rows_kernel(factors_ptr, rows_ptr, output_ptr, width, COUNT: tl.constex
 
 
 def mix_rows(factors: Tensor, rows: Tensor) -> Tensor:
-    """shares fp32 [tokens, n] · rows [n, width] of few rows, summed in fp32 → [tokens, width] in rows' dtype."""
+    """Return factors fp32 [tokens, n] · rows [n, width] for small n, summed in fp32: [tokens, width] in rows' dtype."""
     tokens, count = factors.shape
     width = rows.shape[1]
     output = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)

@@ -1,4 +1,4 @@
-"""Triton kernel of rotary.py. Imported only where a GPU is. A program takes one token's heads."""
+"""Triton kernel of rotary.py; a program computes all heads of a token. Import only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _rotate_kernel(
     BLOCK_D: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """mixed to its parts; or BACK, the parts, turned the other way, to mixed."""
+    """Split and rotate `mixed`; with BACK, rotate the parts the other way and join them into `mixed`."""
     token = tl.program_id(0).to(tl.int64)
     place, sample = token // batch, token % batch
     angle = tl.where(angle_batch > 1, sample, 0) * sequence + place
     numbers = tl.arange(0, BLOCK_H)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < HALF
-    # The halves of the angles are alike.
+    # Both halves of the angles are the same.
     cosine = tl.load(cosine_ptr + angle * 2 * HALF + columns, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sine_ptr + angle * 2 * HALF + columns, mask=inside, other=0.0).to(tl.float32)
     if BACK:
@@ -83,7 +83,7 @@ def _rotate_kernel(
 
 
 def split_and_rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See rotary.split_and_turn. mixed contiguous."""
+    """Compute rotary.split_and_rotate. mixed is contiguous."""
     sequence, batch, groups, in_group, size = mixed.shape
     query = torch.empty(sequence, batch, groups * (in_group - 2), size, dtype=mixed.dtype, device=mixed.device)
     key, value = (torch.empty(sequence, batch, groups, size, dtype=mixed.dtype, device=mixed.device) for _ in range(2))
@@ -92,7 +92,8 @@ def split_and_rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tenso
 
 
 def rotate_back_and_join(parts: Sequence[Tensor], shape: torch.Size, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The gradient of `split_and_turn` for mixed, of that shape; parts: query's, key's, value's, contiguous."""
+    """Return the gradient of `split_and_rotate` for mixed, of this shape. parts: gradients of query, key and value,
+    contiguous."""
     mixed = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
     _launch(mixed, parts, shape, cosine, sine, BACK=True)
     return mixed

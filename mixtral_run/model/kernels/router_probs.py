@@ -1,8 +1,8 @@
-"""The gradient of the router's weights without the experts' outputs.
+"""The gradient of the routing probabilities without the experts' outputs.
 
-A token's result is Σ w·y over its experts. The gradient of w is y·g, for which y would have to be kept. But y is linear
-in the activation a, so that with the gradient d that reaches a (w times that of y, brought back through linear_fc2 and
-its adapter) y·g = a·d / w: and a is made again for linear_fc2's adapter anyway.
+A token's result is Σ p·y over its experts. The gradient of p is y·g, for which y would have to be saved. But y is
+linear in the activation a: with the gradient d that reaches a (p times that of y, propagated through linear_fc2 and its
+adapter), y·g = a·d / p. And a is recomputed for the adapter of linear_fc2 anyway.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from mixtral_run.model.recompute.recipe import Once
 
 
 def with_probs(active: Tensor, probs: Tensor, again: Once) -> Tensor:
-    """active [rows, ffn] as it is; in the backward pass shares fp32 [rows] get the gradient that they have as factors
-    of what follows linearly. again: how to make active. Every use of active must come through the result."""
+    """Return active [rows, ffn] unchanged, and give probs fp32 [rows] their gradient in the backward pass.
+
+    The gradient is that of factors of a result which is linear in `active`. again: how to recompute active. Every use
+    of active must go through the result of this function.
+    """
     output: Tensor = _WithProbs.apply(active, probs, again)  # type: ignore[no-untyped-call]
     return output
 
@@ -36,13 +39,13 @@ class _WithProbs(torch.autograd.Function):
         active = ctx.again.take(*sources)
         if not ctx.needs_input_grad[1]:
             return gradient, None, None
-        # A share of nothing sends nothing back; its own gradient is lost, and nothing it could choose would matter.
+        # A probability of 0 propagates no gradient; its own cannot be computed, and is set to 0.
         products = row_products(active, gradient)
         return gradient, torch.where(probs > 0, products / probs, 0.0), None
 
 
 def row_products(first: Tensor, second: Tensor) -> Tensor:
-    """Each row's scalar product, fp32 (as wide as the inputs beyond that): both [rows, width] → [rows]."""
+    """Return the scalar product of each row of two tensors [rows, width]: [rows], fp32 or the inputs' wider dtype."""
     if first.is_cuda and first.numel():
         from mixtral_run.model.kernels.permute_triton import row_products as on_gpu
 

@@ -1,9 +1,9 @@
-"""Which row is which choice's, in two kernels: a sort by expert that keeps the order of equal ones, by counting.
+"""Triton kernels for a stable counting sort of choices by expert, of one process or of a whole expert group.
 
-A choice is token·topk + which. A program takes a block of choices: first how often each expert is in it, then, knowing
-that of all blocks, where each of its choices goes. With those of several processes, rows of one process's experts lie
-together, from `starts` of the process on, and of its own it writes down which token each is and what it counts for.
-Imported only where a GPU is.
+A choice is token·topk + k. A program handles a block of choices: the first kernel counts each expert in the block; the
+second, from the counts of all blocks, computes where each choice goes. Among the choices of several processes, the rows
+of one process's experts are consecutive, beginning at `starts` of that process; for its own rows a process also writes
+the token and the routing probability. Import this module only on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Routes:
-    """Of the choices of all processes of an expert group, as one process sees them.
+    """Routing of all tokens of an expert group, as one process needs it.
 
-    source int32 [rows], shares fp32 [rows]: token (of all) and weight of each row of its experts, as far as `ends`
-    goes, int32 [own experts]; position int32 [p·t, topk]: of every choice in the rows of all; starts int32 [p]: where
-    each process's rows begin there; experts int32 [p·t, topk].
+    source: int32 [rows], the token (among all) of each row of this process's experts, up to the last of `offsets`.
+    row_probs: fp32 [rows], the routing probability of each row.
+    offsets: int32 [own experts], the end of each expert's rows.
+    inverse: int32 [p·t, topk], the index of every choice among the rows of all processes.
+    starts: int32 [p], the index of each process's first row.
+    experts: int32 [p·t, topk], the expert of every choice.
     """
 
     source: Tensor
@@ -121,11 +124,11 @@ def _place_kernel(
 
 
 def sort_choices(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See permute.sorted_by_expert. experts contiguous."""
+    """Compute permute.sort_by_expert. experts are contiguous."""
     length = experts.numel()
     order, inverse = torch.empty_like(experts), torch.empty_like(experts)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
-    # What is not asked for is not written to.
+    # Results that ALL_RANKS asks for are not written; any tensor stands in for them.
     results = (inverse, order, order, offsets, offsets, offsets)
     sizes = (length, length)
     _run(1, (experts, experts), (experts, experts), results, sizes, range(num_experts), num_experts, 1, all_ranks=False)
@@ -141,10 +144,14 @@ def route(
     num_rows: int,
     overflow: Tensor,
 ) -> Routes:
-    """weights, experts int64 [p]: where each process's fp32 and int32 [t, topk] lie, of shape (t, topk).
+    """Sort the choices of all processes of an expert group by expert, and return the routes of this process.
 
-    own: numbers of this process's experts, as many as every other has. num_rows: for how many rows there is room;
-    missing int64 scalar: the most that did not find it, here or before.
+    Args:
+        probs, experts: int64 [p], addresses of each process's probabilities fp32 and experts int32, both [t, topk].
+        shape: (t, topk).
+        own: numbers of this process's experts; every process has the same number.
+        num_rows: capacity in rows.
+        overflow: int64 scalar, raised to the number of rows beyond the capacity if it was smaller.
     """
     size, (tokens, topk), device = probs.numel(), shape, overflow.device
     all_probs = torch.empty(size * tokens, topk, dtype=torch.float32, device=device)
@@ -171,12 +178,15 @@ def _run(
     *,
     all_ranks: bool,
 ) -> None:
-    """Both kernels. given: as they get weights and experts; read: as the first leaves them for the second; sizes:
-    choices of a process, and rows."""
+    """Launch both kernels.
+
+    given: probs and experts as the first kernel reads them; read: as it leaves them for the second; sizes: choices of a
+    process, and rows.
+    """
     grid = (size, triton.cdiv(sizes[0], BLOCK))
     blocks, padded = grid[0] * grid[1], triton.next_power_of_2(num_experts)
     counts = torch.empty(blocks, padded, dtype=torch.int32, device=results[0].device)
-    kinds = {"EVERYONES": all_ranks, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
+    kinds = {"ALL_RANKS": all_ranks, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
     _count_kernel[grid](*given, *read, counts, sizes[0], **kinds)
     _place_kernel[grid](
         *read,

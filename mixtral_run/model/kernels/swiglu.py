@@ -1,10 +1,10 @@
-"""SwiGLU of the experts' first layer, with the adapter's output added on the way.
+"""SwiGLU of the experts' first layer, with the adapter's output added in the same kernel.
 
     output = silu(g + s·a·Bgᵀ) · (u + s·a·Buᵀ),   g and u the halves of the layer's output, a = A·x, s = alpha / r
 
-The adapter's result is as wide as the layer's (28,672 columns in Mixtral): written and added by itself it would cost as
-much as the activation. On a GPU one Triton kernel forms it where it is used. Elsewhere, and as the tests' reference,
-the same in plain torch.
+The adapter's output is as wide as the layer's (28,672 columns in Mixtral): written and added by itself it would cost as
+much as the activation. On a GPU one Triton kernel computes it where it is needed. Elsewhere, and as the reference of
+the tests, plain torch does the same.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from mixtral_run.model.kernels.grouped_mm import grouped_linear, has_grouped_pro
 from mixtral_run.model.kernels.router_probs import row_products
 
 COLUMNS = 256
-"""Of gate and up together, what the kernels' tiles take."""
+"""The kernels take widths of gate and up together that are multiples of this."""
 
 
 def swiglu(hidden: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """[tokens, 2·ffn] → [tokens, ffn]; gate columns, then up columns. With ends int32 [experts] in one kernel on GPUs:
-    rows behind the last of them are no expert's."""
+    """Return silu(gate) · up [tokens, ffn] for hidden [tokens, 2·ffn], gate columns first.
+
+    With offsets int32 [experts] this is one kernel on GPUs, which skips rows at or after the last offset.
+    """
     if offsets is not None and has_grouped_product(hidden, hidden.shape[1]) and hidden.shape[1] % COLUMNS == 0:
         output: Tensor = _Fused.apply(hidden, None, None, 1.0, offsets)  # type: ignore[no-untyped-call]
         return output
@@ -33,9 +35,10 @@ def swiglu(hidden: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 
 def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
-    """hidden [tokens, 2·ffn], inner = A·x [tokens, r], outer = B [experts, 2·ffn, r], ends int32 [experts].
+    """Return SwiGLU of hidden + scale · inner · outerᵀ: [tokens, ffn] in hidden's dtype.
 
-    Gradients reach hidden, inner and outer. Returns [tokens, ffn] in hidden's dtype.
+    hidden [tokens, 2·ffn]; inner = A·x [tokens, r]; outer = B [experts, 2·ffn, r]; offsets int32 [experts]. Gradients
+    reach hidden, inner and outer.
     """
     if _fused_runs(hidden, inner, outer):
         output: Tensor = _Fused.apply(hidden, inner, outer, scale, offsets)  # type: ignore[no-untyped-call]
@@ -44,7 +47,7 @@ def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: flo
 
 
 def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
-    """As `swiglu_with_adapter`, without a gradient."""
+    """Compute `swiglu_with_adapter` outside autograd."""
     if _fused_runs(hidden, inner, outer):
         from mixtral_run.model.kernels.swiglu_triton import forward
 
@@ -55,8 +58,11 @@ def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offset
 def recomputing_backward(
     hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `swiglu_of`, given its result's gradient [tokens, ffn]: hidden's gradient; the result made again, bit for bit;
-    and each row's scalar product of the result and its gradient, fp32 or wider [tokens]."""
+    """Return what the backward pass of `swiglu_of` needs, given the gradient of its result [tokens, ffn].
+
+    Returns hidden's gradient; the result, recomputed bit for bit; and for each row the scalar product of the result and
+    its gradient, fp32 or wider [tokens].
+    """
     if _fused_runs(hidden, inner, outer):
         from mixtral_run.model.kernels.swiglu_triton import recomputing_backward as on_gpu
 
@@ -70,7 +76,7 @@ def recomputing_backward(
 
 
 def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
-    """bf16 on a GPU with the grouped product, and widths that the kernel's tiles take."""
+    """Return True on GPUs with the grouped product, for bf16, and sizes that fit the kernel's tiles."""
     rank = inner.shape[1]
     return (
         has_grouped_product(hidden, hidden.shape[1], rank)
@@ -100,7 +106,7 @@ class _Fused(torch.autograd.Function):
         for_hidden = backward(hidden, inner, outer, ctx.scale, offsets, gradients[0].contiguous())
         if inner is None:
             return for_hidden, None, None, None, None
-        # The adapter's output has hidden's gradient; both products read it once more.
+        # The gradient of the adapter's output is that of hidden; both products read it once more.
         for_inner = product(for_hidden, outer, offsets) * ctx.scale
         for_outer = outer_product(for_hidden, inner * ctx.scale, offsets)
         return for_hidden, for_inner, for_outer, None, None

@@ -1,8 +1,8 @@
-"""Triton kernels of swiglu.py. Imported only where a GPU is.
+"""Triton kernels of swiglu.py. Import this module only on machines with a GPU.
 
-A program takes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: each
-block goes over the experts that it touches and adds the adapter's output for that expert's rows only. Rows from the
-last of `ends` on are no expert's (all_gather.py): nothing is read or written there.
+A program computes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: a
+program visits all experts of its rows and adds each expert's adapter output to that expert's rows only. Rows at or
+after the last offset belong to no expert (dispatch/all_gather.py) and are neither read nor written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK_M = 32
 BLOCK_F = 128
-"""Small: what a program holds in registers decides how many run at a time."""
+"""Small, since the registers that a program uses decide how many programs run at a time."""
 
 
 @triton.jit
@@ -34,9 +34,9 @@ def _adapter(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
+    """Return inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
 
-    The layer's own output is added by the caller, afterwards: as the sum's start it would have to be there first.
+    The caller adds the layer's own output afterwards; as the start of the sum it would have to be loaded first.
     """
     gate = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
@@ -44,7 +44,7 @@ def _adapter(
     inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
     first = tl.program_id(0) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, limit)
-    # The experts of the first and of the last row: most blocks touch one only.
+    # The experts of the first and of the last row; most blocks have rows of one expert only.
     numbers = tl.arange(0, NUM_EXPERTS)
     offsets = tl.load(offsets_ptr + numbers)
     first_expert = tl.sum((offsets <= first).to(tl.int32), axis=0)
@@ -175,7 +175,8 @@ def _backward_kernel(
 
 
 def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor) -> Tensor:
-    """See swiglu.swiglu_with_adapter, or swiglu without inner and outer. All contiguous, of one dtype."""
+    """Compute swiglu.swiglu_with_adapter, or swiglu.swiglu without inner and outer. All inputs are contiguous and of
+    one dtype."""
     tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
     _launch(_forward_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)
@@ -185,7 +186,7 @@ def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: f
 def backward(
     hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor, gradient: Tensor
 ) -> Tensor:
-    """The gradient for hidden, given that of the output [tokens, ffn]."""
+    """Return the gradient of hidden, given that of the output [tokens, ffn]."""
     for_hidden = torch.empty_like(hidden)
     _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, None, None)
     return for_hidden
@@ -194,7 +195,7 @@ def backward(
 def recomputing_backward(
     hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient for hidden; the output made again; and each row's scalar product of both, output and gradient."""
+    """Return the gradient of hidden, the recomputed output, and each row's scalar product of output and gradient."""
     tokens, ffn = gradient.shape
     for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
     products = torch.empty(ffn // BLOCK_F, tokens, dtype=torch.float32, device=hidden.device)

@@ -1,7 +1,7 @@
-"""Triton kernels of symmetric_memory.py: rows read from, and put where they are read by, the other GPUs of a group.
+"""Triton kernels of dispatch/symmetric_memory.py, which read rows from the memory of the other GPUs of a group.
 
-`pointers`, int64 [p] on the device, is where in each process's memory the same thing lies. Imported only where a GPU
-is.
+`pointers`, int64 [p] on the device, are the addresses of one region on every rank. Import this module only on machines
+with a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _fetch_kernel(
         token = tl.load(source_ptr + row)
         kind = output_ptr.dtype.element_ty
         source = tl.load(pointers_ptr + token // tokens).to(tl.pointer_type(kind))
-        # Of memory that starts on a boundary; loaded pointers do not say so.
+        # Regions are aligned; the compiler cannot know that of loaded pointers.
         source = tl.multiple_of(source, 16) + (token % tokens).to(tl.int64) * hidden
         for start in range(0, hidden, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -108,8 +108,11 @@ def _pick_kernel(
 
 
 def fetch(pointers: Tensor, routes: Routes, tokens: int, like: Tensor, *, weighted: bool) -> Tensor:
-    """The rows of this process's experts from everyone's tokens [t, h]: [rows, h] as far as `routes.ends` goes, in the
-    dtype and width of `like`; weighted: times their shares. tokens: t."""
+    """Read the rows of this process's experts from the tokens [t, h] of all ranks.
+
+    tokens: t. weighted: multiply each row by its routing probability. Returns [rows, h], valid up to the last of
+    `routes.offsets`, in the dtype and width of `like`.
+    """
     num_rows, hidden = routes.source.numel(), like.shape[1]
     output = torch.empty(num_rows, hidden, dtype=like.dtype, device=like.device)
     _fetch_kernel[(num_rows,)](
@@ -127,13 +130,16 @@ def fetch(pointers: Tensor, routes: Routes, tokens: int, like: Tensor, *, weight
 
 
 def put(rows: Tensor, routes: Routes, target: Tensor) -> None:
-    """Copy rows [rows, h] to target, as far as `routes.ends` goes."""
+    """Copy rows [rows, h] to target, up to the last of `routes.offsets`."""
     _put_kernel[(rows.shape[0],)](rows, routes.offsets[-1:], target, rows.shape[1], BLOCK=BLOCK)
 
 
 def sum_rows(pointers: Tensor, routes: Routes, own: slice, probs: Tensor | None, like: Tensor) -> Tensor:
-    """[t, h]: for each token of this process the sum, in fp32, of its rows [rows, h] in whatever process they are,
-    times weights fp32 [t, topk] where given. own: this process's among all tokens."""
+    """Return for each token of this process the sum, in fp32, of its rows, wherever they are: [t, h].
+
+    pointers: rows [rows, h] on every rank. own: this process's tokens among all. probs: fp32 [t, topk], factors of the
+    rows; None for ones. like: a tensor of the rows' shape and dtype.
+    """
     experts, inverse = routes.experts[own], routes.inverse[own]
     (tokens, topk), (num_rows, hidden) = experts.shape, like.shape
     output = torch.empty(tokens, hidden, dtype=like.dtype, device=like.device)
@@ -155,7 +161,7 @@ def sum_rows(pointers: Tensor, routes: Routes, own: slice, probs: Tensor | None,
 
 
 def pick(pointers: Tensor, routes: Routes, own: slice) -> Tensor:
-    """fp32 [t, topk]: of fp32 [rows] in each process, that of each choice of this process's tokens."""
+    """Read a number fp32 of each choice of this process's tokens, [t, topk]. pointers: numbers [rows] on every rank."""
     experts, inverse = routes.experts[own], routes.inverse[own]
     output = torch.empty(experts.shape, dtype=torch.float32, device=experts.device)
     length = experts.numel()

@@ -1,7 +1,7 @@
-"""Where megatron-core 0.16.1 insists on CUDA, stand in for it: on machines without a GPU, and for nothing else.
+"""A replacement for CUDA where megatron-core 0.16.1 requires it, for processes on a CPU only.
 
 Megatron allocates its communication buffers and weights on `torch.cuda.current_device()` (tensor_parallel/layers.py,
-tensor_parallel/mappings.py), which has an exact meaning on a CPU.
+tensor_parallel/mappings.py); on a CPU that is simply the CPU device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 
 def stand_in_for_cuda() -> None:
-    """Make Megatron allocate on the CPU in this process. Raises RuntimeError where there is a GPU context already."""
+    """Make Megatron allocate on the CPU in this process. Raises RuntimeError if the process already uses a GPU."""
     if torch.cuda.is_initialized():
         raise RuntimeError("this process already uses a GPU")
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""All that the kit uses of megatron-core, from here and from nowhere else, so that it is imported without a compiler.
+"""The only import of megatron-core: everything that the kit uses of it, imported without the compiler.
 
-On import megatron-core 0.16.1 wraps 35 functions of its own in `torch.compile` (megatron/core/jit.py), which loads
-TorchInductor: a third of the time until a process is ready, and 70 MB of its memory. The model here calls none of them.
+On import megatron-core 0.16.1 wraps 35 of its functions in `torch.compile` (megatron/core/jit.py), which loads
+TorchInductor: a third of the start time of a process, and 70 MB of its memory. The model here calls none of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     compile_with_torch = torch.compile
-    torch.compile = _as_it_is  # type: ignore[assignment]
+    torch.compile = _unchanged  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.compile = compile_with_torch
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
@@ -56,7 +56,7 @@ with _uncompiled():
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-# Megatron's own strategies call it; it has no other name in 0.16.1.
+# Megatron's own strategies call this function; it has no public name in 0.16.1.
 replace_keys_with_sharded_keys = _replace_state_dict_keys_with_sharded_keys
 
 __all__ = [

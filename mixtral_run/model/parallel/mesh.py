@@ -1,4 +1,4 @@
-"""Process groups: who shares what. Every process of a job calls `start` first and `stop` last."""
+"""The process mesh: process groups of a job, and this rank's place in them. `open_mesh` joins a job and leaves it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixtral_run.model.parallel.megatron import initialize_rng_tracker, parallel
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the job. Sizes and ranks are of Megatron's groups; ETP is always 1."""
+    """This process's place in the job. Sizes and ranks are those of Megatron's groups; ETP is always 1."""
 
     device: torch.device
     rank: int
@@ -33,30 +33,31 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that speaks and writes for the job."""
+        """Return True on the one rank that prints and writes for the job."""
         return self.rank == 0
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
+        """Return the processes that hold parts of the same attention weights."""
         group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         return group
 
     @property
     def expert_group(self) -> dist.ProcessGroup:
-        """Processes that share the experts of a layer; tokens travel within it."""
+        """Return the processes that share the experts of a layer, and exchange tokens."""
         group: dist.ProcessGroup = parallel_state.get_expert_model_parallel_group()
         return group
 
     @property
     def data_group(self) -> dist.ProcessGroup:
-        """Processes with the same attention weights and other samples."""
+        """Return the processes that hold the same attention weights and process different samples."""
         group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
-        # One of all processes would take the memory of another, for the same.
+        # Reuse the group of all processes: another communicator of the same ranks would take memory for nothing.
         return group if self.data_size < self.world_size else _everyone()
 
     @property
     def expert_data_group(self) -> dist.ProcessGroup:
-        """Processes that hold the same experts."""
+        """Return the processes that hold the same experts."""
         group: dist.ProcessGroup = parallel_state.get_expert_data_parallel_group()
         return group
 
@@ -68,18 +69,18 @@ def _everyone() -> dist.ProcessGroup:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` is this process's GPU where there is one, else the CPU."""
+    """Return the device of this rank; `auto` is its GPU if there is one, else the CPU."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager
-def processes(config: LaunchConfig) -> Iterator[Mesh]:
-    """Join the job, build its groups for the config's layout, leave at the end. All ranks must call.
+def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
+    """Join the job, build the groups of the config's layout, yield the mesh, and leave the job. All ranks must call.
 
-    Where the process has joined already, only the groups are built and taken down: one job may try several layouts.
-    Raises TrainingError where what is done within needs more memory than there is.
+    If the process has joined already, only the groups are built and destroyed: one job may try several layouts. Raises
+    TrainingError if the body of the context runs out of memory.
     """
     device = pick_device(config.device)
     if device.type == "cpu":
@@ -100,24 +101,15 @@ def processes(config: LaunchConfig) -> Iterator[Mesh]:
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
         )
-        # Megatron's own tracker needs CUDA generators; ours are per process (`seed_everything`), so its fork is empty.
+        # Megatron's own tracker needs CUDA generators; the kit seeds one generator a process (`seed_everything`)
+        # instead.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-        mesh = Mesh(
-            device=device,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-            expert_rank=parallel_state.get_expert_model_parallel_rank(),
-            expert_size=parallel_state.get_expert_model_parallel_world_size(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-        )
+        mesh = _mesh_of(device)
         seed_everything(config.seed, mesh.rank)
         yield mesh
     except BaseException as error:
-        # NCCL's leaving waits for what is under way, and so for the others, who wait for this process: nobody would
-        # learn what went wrong. The process's end takes it down.
+        # Destroying an NCCL group waits for pending collectives, and so for the other ranks, which wait for this one:
+        # the error would never be reported. The end of the process destroys the group.
         leaves = device.type == "cpu" or dist.get_world_size() == 1
         wanted = _wanted_memory(error)
         if wanted is not None:
@@ -127,24 +119,39 @@ def processes(config: LaunchConfig) -> Iterator[Mesh]:
         parallel_state.destroy_model_parallel()
         if joined_here and leaves:
             _part(device)
-        # What is started later from here is no process of this job.
+        # Processes that are started later from here are not part of this job.
         for name in set_here:
             del os.environ[name]
+
+
+def _mesh_of(device: torch.device) -> Mesh:
+    """Return this rank's place in the groups that Megatron has built."""
+    return Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
 
 
 _ends_with_the_job = False
 
 
 def end_with_the_job() -> None:
-    """To be called in a process that ends, without taking itself apart, when its job is done."""
+    """Declare that this process exits when its job is done, so that process groups need not be destroyed."""
     global _ends_with_the_job
     _ends_with_the_job = True
 
 
 def _part(device: torch.device) -> None:
     if _ends_with_the_job and device.type == "cuda":
-        # NCCL has threads for each of Megatron's groups, some thirty, and waits a while for each to hear of it. The
-        # system takes back what a process has; but none may go while another's GPU still reads from its own.
+        # Destroying Megatron's groups, some thirty, waits for the NCCL threads of each. The operating system frees all
+        # resources instead; but no process may exit while another's GPU still reads its memory.
         torch.cuda.synchronize()
         dist.all_reduce(torch.zeros(1))
     else:
@@ -152,7 +159,7 @@ def _part(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a GPU's or the host's: `processes` tells it."""
+    """Return True if a GPU or the host ran out of memory: `open_mesh` reports such errors."""
     return _wanted_memory(error) is not None
 
 
@@ -160,11 +167,11 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_ST
 
 
 def _wanted_memory(error: BaseException) -> str | None:
-    """What torch asked for in vain, in its words; None where the error is another one."""
+    """Return the allocation that failed, in torch's words; None for other errors."""
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return next((part for part in message.split(". ") if "allocate" in part), message)
-    # What is not asked of torch's GPU allocator ends in a plain RuntimeError: the CPU's, the driver's own, cuBLAS's.
+    # Failures of the CPU allocator, the driver and cuBLAS are plain RuntimeErrors.
     if isinstance(error, RuntimeError):
         for words in _OUT_OF_MEMORY:
             if words in message:
@@ -173,27 +180,27 @@ def _wanted_memory(error: BaseException) -> str | None:
 
 
 def _out_of_memory(device: torch.device, wanted: str) -> TrainingError:
-    """Without the rank: processes that run out alike say it once."""
+    """Return the error without the rank: identical errors of several ranks are reported once."""
     return TrainingError(
         "A GPU's memory is full." if device.type == "cuda" else "This machine's memory is full.",
         found=wanted,
         next_command="a smaller --micro-batch-size or --seq-length, --recompute full or offload, or more processes "
-        "under --expert-model-parallel-size; `mixtral-run plan` says what fits",
+        "under --expert-model-parallel-size; `mixtral-run plan` reports what fits",
     )
 
 
 def _join(config: LaunchConfig, device: torch.device) -> None:
     dist.init_process_group(
-        # Checkpoint planning sends Python objects: these go over gloo, so that NCCL carries tensors only.
+        # Checkpoint planning sends Python objects: gloo carries these, and NCCL only tensors.
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         timeout=timedelta(minutes=config.distributed_timeout_minutes),
-        # No device_id: with it NCCL sets up each of Megatron's thirty groups at once, 5 GiB of each GPU, where two or
-        # three are ever used.
+        # No device_id: with it NCCL creates the communicators of Megatron's thirty groups at once, which takes 5 GiB of
+        # each GPU; only two or three groups are ever used.
     )
 
 
 def _stand_alone_when_not_launched() -> list[str]:
-    """A job of one process needs no launcher: say in its words that it is alone. Returns what had to be set."""
+    """Set the launcher's variables for a job of one process if there is no launcher; return those that were set."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     missing = [name for name in alone if name not in os.environ]
     os.environ.update({name: alone[name] for name in missing})
@@ -201,20 +208,20 @@ def _stand_alone_when_not_launched() -> list[str]:
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed this process's generators; each process draws its own dropout. Weights are seeded apart, by name."""
+    """Seed this rank's generators, so that each rank draws its own dropout. Weights are seeded separately, by name."""
     random.seed(seed + rank)
     torch.manual_seed(seed + rank)
 
 
 def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum in place over `group`; all its ranks must call. Nothing is sent in a group of one."""
+    """Sum in place over `group`, and return the tensor. All ranks of the group must call."""
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def everywhere(value: bool, device: torch.device) -> bool:
-    """Whether that is so on all ranks, which must call, each with its device."""
+    """Return True if the value is True on all ranks. All ranks must call, each with its device."""
     if dist.get_world_size() == 1:
         return value
     flag = torch.tensor(int(value), device=device)
@@ -223,8 +230,11 @@ def everywhere(value: bool, device: torch.device) -> bool:
 
 
 def refused(step: Callable[[], object], device: torch.device) -> str | None:
-    """Take a step that does not go everywhere. None where it went on all ranks, which must call; else why it did not
-    here, or "" where it did: the next step would wait for those that it did not go on."""
+    """Try a step that may fail on some ranks. All ranks must call.
+
+    Returns None if it succeeded on all ranks; otherwise why it failed on this rank, or "" if it succeeded here. Then no
+    rank may take the next step, which would wait for the failed ranks.
+    """
     why = ""
     try:
         step()

@@ -1,6 +1,6 @@
-"""How a parameter is shared between processes: written on it where it is made, read where gradients are summed.
+"""Marks of how a parameter is distributed over processes: set on creation, read where gradients are summed.
 
-The attribute names are Megatron's where Megatron has one.
+The attribute names are Megatron's if Megatron has one.
 """
 
 from __future__ import annotations
@@ -9,19 +9,27 @@ from torch import Tensor
 
 
 def mark(parameter: Tensor, *, split: bool = False, partial: bool = False, expert: bool = False) -> None:
-    """Say of a parameter: TP ranks hold different parts (`split`); TP ranks hold the same values but each saw only its
-    part of the sequence, so that gradients are partial (`partial`); it belongs to an expert (`expert`)."""
+    """Mark a parameter.
+
+    Args:
+        split: TP ranks hold different parts.
+        partial: TP ranks hold the same values but each sees only its part of the sequence: gradients are partial.
+        expert: the parameter belongs to an expert.
+    """
     for name, value in (("tensor_model_parallel", split), ("sequence_parallel", partial), ("expert_parallel", expert)):
         setattr(parameter, name, value)
 
 
 def is_split(parameter: Tensor) -> bool:
+    """Return True if TP ranks hold different parts of the parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def is_partial(parameter: Tensor) -> bool:
+    """Return True if the parameter's gradient has to be summed over TP."""
     return bool(getattr(parameter, "sequence_parallel", False))
 
 
 def is_expert(parameter: Tensor) -> bool:
+    """Return True if the parameter belongs to an expert."""
     return bool(getattr(parameter, "expert_parallel", False))

@@ -1,8 +1,8 @@
-"""Tensors that are made again in the backward pass instead of kept: selective recomputation.
+"""Selective recomputation: tensors that are recomputed in the backward pass instead of saved.
 
-An adapter needs its input once more for the gradient of A. Where that input is a norm, an activation or a gather of
-something that is kept anyway, a `Recipe` takes its place: cheap passes over memory, no matrix product, no random
-number (dropout keeps its mask) and nothing that waits for the host, so that a recorded pass can hold it.
+An adapter needs its input again for the gradient of A. If that input is a norm, an activation or a gather of something
+that is saved anyway, a `Recipe` takes its place. Recipes are cheap passes over memory: they contain no matrix product,
+no random numbers (dropout saves its mask), and never wait for the GPU, so that they can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a tensor again. `make(*sources)` gives it, bit for bit; sources carry no gradient."""
+    """Recipe for recomputing a tensor: `make(*sources)` returns it, bit for bit. Sources carry no gradient."""
 
     make: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, make: Callable[..., Tensor], *sources: Tensor) -> Self:
+        """Return the recipe `make(*sources)` with detached sources."""
         return cls(make, tuple(source.detach() for source in sources))
 
     @classmethod
-    def kept(cls, tensor: Tensor) -> Self:
-        """For what cannot be made cheaply: the tensor itself."""
+    def saved(cls, tensor: Tensor) -> Self:
+        """Return a recipe that saves the tensor itself, for tensors that are expensive to recompute."""
         return cls.of(lambda itself: itself, tensor)
 
     def then(self, step: Callable[..., Tensor], *more: Tensor) -> Recipe:
-        """Followed by `step(made, *more)`."""
+        """Return the recipe of `step(tensor, *more)`, where `tensor` is the result of this recipe."""
         count, make = len(self.sources), self.make
         return Recipe(
             lambda *sources: step(make(*sources[:count]), *sources[count:]),
@@ -42,18 +43,18 @@ class Recipe:
 
 
 class Once:
-    """A recipe whose result serves two in one backward pass: the first makes it, the last takes it away."""
+    """Recipe whose result is used twice in one backward pass: the first use computes it, the last one frees it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._made: Tensor | None = None
 
     def as_recipe(self) -> Recipe:
-        """For the first."""
+        """Return the recipe for the first use."""
         return Recipe(self._make, self.recipe.sources)
 
     def take(self, *sources: Tensor) -> Tensor:
-        """For the last: what was made, or made now; not held on to."""
+        """Return the result for the last use, computed now if there was no first use, and free it."""
         made = self._made if self._made is not None else self.recipe.make(*sources)
         self._made = None
         return made
@@ -64,16 +65,20 @@ class Once:
 
 
 def drop(tensor: Tensor, probability: float, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
-    """Dropout, and how to make its result again: by the same mask. Draws the same numbers with a recipe and without."""
+    """Apply dropout; return the result and, given the tensor's recipe, the recipe of the result, which saves the mask.
+
+    The random numbers are the same with a recipe and without.
+    """
     dropped, mask = torch.native_dropout(tensor, probability, True)
     if recipe is None:
         return dropped, None
     scale = 1.0 / (1.0 - probability)
-    return dropped, recipe.then(lambda made, kept: made * kept * scale, mask)
+    return dropped, recipe.then(lambda made, saved: made * saved * scale, mask)
 
 
 def recomputed_linear(hidden: Tensor, weight: Tensor, recipe: Recipe | None) -> Tensor:
-    """hidden · weightᵀ; with a recipe, hidden is not kept for weight's gradient. hidden [.., in], weight [out, in]."""
+    """Return hidden [.., in] · weightᵀ, weight [out, in]. With a recipe, hidden is not saved for the weight's
+    gradient."""
     if recipe is None:
         return linear(hidden, weight)
     output: Tensor = _RecomputedLinear.apply(hidden, weight, recipe.make, *recipe.sources)  # type: ignore[no-untyped-call]

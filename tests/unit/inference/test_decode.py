@@ -11,14 +11,14 @@ from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, FixedShapeDecoding, decoding_of
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from tests.integration.conftest import SMALL
 
 
 @contextmanager
 def random_model() -> Iterator[MixtralModel]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as mesh, torch.inference_mode():
+    with open_mesh(config) as mesh, torch.inference_mode():
         model = build_model(SMALL, ModelSettings(torch.float32, False), mesh).eval()
         for index, weight in enumerate(model.parameters()):
             weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(index))

@@ -1,4 +1,4 @@
-"""The model's shape: sizes known from outside, and what is refused."""
+"""Sizes of the model as published, and the configurations that are rejected."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_parameter_counts_are_mixtrals() -> None:
 
 
 def test_adapter_parameter_counts() -> None:
-    # In bf16 these are the 19 MB and 438 MB that adapters of rank 16 take.
+    # In bf16 these are the 19 MB and 438 MB of adapters of rank 16.
     attention = MIXTRAL_8X7B.num_adapter_parameters(16, ("linear_qkv", "linear_proj"))
     everything = MIXTRAL_8X7B.num_adapter_parameters(16, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
     assert 2 * attention / 1e6 == pytest.approx(19, abs=1)

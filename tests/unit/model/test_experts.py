@@ -1,4 +1,4 @@
-"""The experts' products and SwiGLU beside the same written out, forward and backward, for every kind of routing."""
+"""The experts' products and SwiGLU compared with a reference, forward and backward, for every kind of routing."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     case.inner_first.requires_grad_(True)
     ours(case, 2.0).sum().backward()
     assert case.rows.grad is not None and case.inner_first.grad is not None
-    # The expert without rows has zeros, not nothing: its process takes part in the sum over the others.
+    # The gradient of an expert without rows is zeros, not None: its process takes part in the all-reduce.
     assert torch.equal(case.inner_first.grad[2], torch.zeros_like(case.inner_first.grad[2]))
     assert case.first.grad is None and case.second.grad is None
 
@@ -57,7 +57,7 @@ def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS[:-1])
 def test_both_layers_as_one_step(routing: tuple[int, ...], by_token: bool) -> None:
-    """Outputs and all gradients, those of the router's shares too, beside the same written out."""
+    """Compare outputs and all gradients, those of the routing probabilities included, with the reference."""
     case = AdaptedCase.random(routing, hidden=24, ffn=16, rank=4, by_token=by_token, seed=sum(routing))
     found, expected = case.fast("cpu", torch.float64), case.exact()
     assert len(found) == len(expected) == 7

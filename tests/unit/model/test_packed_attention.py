@@ -1,4 +1,4 @@
-"""Packed rows beside the same samples one a row: losses and gradients; and what the kernels are told."""
+"""Packed rows compared with the same samples in rows of their own: losses, gradients, and arguments of the kernels."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.cuda_graph import CapturedBackward
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.step import EagerBackward
@@ -20,12 +20,12 @@ LENGTHS = ((7, 1, 9, 3), (12, 8))
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 
 def micro_batches() -> tuple[MicroBatch, list[MicroBatch]]:
-    """Packed rows of random tokens, and the same samples alone."""
+    """Return packed rows of random tokens, and the same samples in rows of their own."""
     generator = torch.Generator().manual_seed(2)
     shape = (len(LENGTHS), sum(LENGTHS[0]))
     tokens, labels = (torch.randint(0, SMALL.vocab_size, shape, generator=generator) for _ in range(2))
@@ -120,7 +120,7 @@ def test_the_captured_pass_is_the_eager_one(mesh: Mesh) -> None:
 
 
 def test_torchs_kernel_is_called_as_it_takes_it() -> None:
-    """Shapes and words by the operator's own fake kernel: the real one runs on GPUs alone (tests/gpu)."""
+    """Check shapes and arguments with the operator's fake kernel: the real one runs on GPUs only (tests/gpu)."""
     from torch._subclasses import FakeTensorMode
     from torch.nn.attention.varlen import varlen_attn
 

@@ -16,7 +16,7 @@ from mixtral_run.config.verbs import LORA_TARGET_MODULES, RECOMPUTE, LaunchConfi
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner import policy, table
 from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.memory_model import GIB, Layout, Workload, execution, memory
@@ -104,7 +104,7 @@ def test_products_that_sync_with_the_host(
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 
@@ -123,14 +123,14 @@ def test_training_decides_as_the_planner(
     targets: tuple[str, ...],
     capability: tuple[int, int],
 ) -> None:
-    """STAND-IN for the GPU: `never_waits` is what a GPU of this capability would answer."""
+    """STAND-IN for the GPU: `is_capturable` is what a GPU of this capability would answer."""
     widths = (SMALL.hidden_size, SMALL.ffn_hidden_size, 16)
-    never_waits = not policy.products_sync_with_host(capability, 2, *widths)
-    monkeypatch.setattr(MixtralModel, "never_waits", property(lambda _: never_waits))
+    is_capturable = not policy.products_sync_with_host(capability, 2, *widths)
+    monkeypatch.setattr(MixtralModel, "is_capturable", property(lambda _: is_capturable))
     model, seen = model_of(mesh, dropout, targets), set()
     for recompute, expert_size in itertools.product(RECOMPUTE, (1, 2, 4)):
         model.settings = dataclasses.replace(model.settings, recompute=recompute)
-        model.processes = dataclasses.replace(mesh, expert_size=expert_size)
+        model.mesh = dataclasses.replace(mesh, expert_size=expert_size)
         for tokens, peer_access in itertools.product((512, 2048, 4096, 8192), (True, False)):
             workload = Workload(
                 architecture=SMALL,
@@ -160,8 +160,8 @@ def test_planner_and_training_ask_the_same_function(mesh: Mesh, monkeypatch: pyt
 
 def test_generation_asks_the_policy(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(mesh, 0.0, LORA_TARGET_MODULES)
-    model.processes = dataclasses.replace(mesh, expert_size=8)
-    monkeypatch.setattr(MixtralModel, "never_waits", property(lambda _: True))
+    model.mesh = dataclasses.replace(mesh, expert_size=8)
+    monkeypatch.setattr(MixtralModel, "is_capturable", property(lambda _: True))
     few, many = 4, 4096
     assert policy.decoding_dispatch(few, 8) is Dispatch.ALL_GATHER
     assert policy.decoding_dispatch(many, 8) is Dispatch.ALL_TO_ALL

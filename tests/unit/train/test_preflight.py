@@ -12,7 +12,7 @@ from mixtral_run.config.verbs import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.model.parallel.mesh import processes
+from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
 from mixtral_run.train.loop import _changed_order, _remove_leftovers
 from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems
@@ -82,7 +82,7 @@ def test_only_checkpoints_to_come_need_disk_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_of_a_stop_is_a_request(tmp_path: Path, number: signal.Signals) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
-    with processes(config(tmp_path, **layout)) as mesh, stop_requests(mesh) as stop:
+    with open_mesh(config(tmp_path, **layout)) as mesh, stop_requests(mesh) as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), number)
         assert stop.agreed()

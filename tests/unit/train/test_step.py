@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.model.dispatch.local import LocalDispatcher
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
 from tests.unit.model.recompute.test_recompute import model_of
@@ -43,7 +43,7 @@ def test_short_steps_are_taken_again() -> None:
     row, _ = micro_batches()
     batch = GlobalBatch((row, row), 20, 2)
     results = []
-    with processes(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as mesh:
+    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as mesh:
         # Two on end are followed by one that is whole: it is tried on. Three on end, and never again.
         for short, tried in ((set(), 9), ({1, 2, 4}, 9), ({1, 3, 4, 5}, 3 + MOST_SHORT)):
             model = model_of(mesh, "none")

@@ -13,7 +13,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.examples import read_examples
@@ -31,7 +31,7 @@ VOCABULARY = 2048
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 

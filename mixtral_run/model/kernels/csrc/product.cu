@@ -1,14 +1,14 @@
-// Grouped products in bf16 for Hopper: hopper_grouped_mm.py says what is computed and how it is laid out. It puts in front of
-// this product_machine.cuh, the instructions of every width, multiply_add, and product_plan.cuh.
+// Grouped products in bf16 for Hopper. hopper_grouped_mm.py describes the computation and its layout, and prepends
+// product_machine.cuh, product_plan.cuh and the instructions of every width, multiply_add.
 
 constexpr int STAGES = 4;
 constexpr int LEFT_BYTES = FEATURES * DEPTH * 2;
 constexpr int RIGHT_BYTES = MOST_ATOMS * ATOM * DEPTH * 2;
-constexpr int STAGED_TOKENS = 64;                       // of a result, at a time on its way out
-constexpr int STAGED_BYTES = STAGED_TOKENS * FEATURES;  // of a group, which has half of the features
-constexpr int VALUES = MOST_ATOMS * ATOM * 64 / 128;  // of a tile, in one thread's registers
+constexpr int STAGED_TOKENS = 64;                       // tokens of a result that are staged at a time
+constexpr int STAGED_BYTES = STAGED_TOKENS * FEATURES;  // of a group, which computes half of the features
+constexpr int VALUES = MOST_ATOMS * ATOM * 64 / 128;  // of a tile, in the registers of one thread
 
-// Where it is in shared memory: slices of both operands, results on their way out, barriers, the plan.
+// Addresses in shared memory: slices of both operands, staged results, barriers, the plan.
 struct Memory {
   u32 left, right, staged, full, free;
   Plan* plan;
@@ -22,7 +22,7 @@ struct Ring {
   }
 };
 
-// ---- bringing ----
+// ---- loading ----
 
 __device__ __forceinline__ void bring_rows(const Operands& from, u32 to, u32 barrier, int column, int row, int count) {
   while (count >= 64) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ u32 as_pair(float low, float high) {
   return both;
 }
 
-// COUNT atoms of a group's result, four values each, to where they belong. A warp has 16 features of every token.
+// Stores COUNT atoms of a group's result, four values each. A warp has 16 features of every token.
 template <int COUNT>
 __device__ __forceinline__ void store(const float* values, const Parameters& p, u32 staged, int group, u32 program,
                                       const Tile& tile, int token) {
@@ -222,14 +222,14 @@ __device__ __forceinline__ void grouped_product(const Parameters& p) {
   u32 program;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(program));
   if (threadIdx.x < 10) {
-    // Those that tell how operands are read.
+    // The tensor maps of the operands.
     const char* map = reinterpret_cast<const char*>(&p) + threadIdx.x * sizeof(Map);
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
   }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(memory.full + stage * 8) : "memory");
-      // Of both programs every warp that multiplies.
+      // Every multiplying warp of both programs arrives.
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 16;" ::"r"(memory.free + stage * 8) : "memory");
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -245,7 +245,7 @@ __device__ __forceinline__ void grouped_product(const Parameters& p) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     multiply_all<TRANSPOSED>(p, memory, work, group, program);
   }
-  // Neither leaves while the other may still write to its memory.
+  // Neither program exits while the other may still write to its shared memory.
   pair_meets();
 }
 

@@ -1,10 +1,10 @@
-// What product.cu has of Hopper's own instructions: barriers in shared memory, the copy engine, what a multiplication reads.
+// Hopper's instructions that product.cu uses: barriers in shared memory, TMA loads, operand descriptors.
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using u16 = unsigned short;
 
-// How the copy engine reads a matrix.
+// A tensor map: how TMA reads a matrix.
 struct alignas(64) Map {
   u64 opaque[16];
 };
@@ -24,7 +24,7 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the same barrier of either program of the pair.
+// Arrives at the same barrier of the given program of the pair.
 __device__ __forceinline__ void arrive_at(u32 barrier, u32 program) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

@@ -1,18 +1,18 @@
-// Which tiles of product.cu's there are, and who does them.
+// The tiles of product.cu, and their assignment to pairs of programs.
 
-constexpr int DEPTH = 64;      // of the sum at a time, a slice: 128 bytes of a row, which is what TMA swizzles
-constexpr int FEATURES = 128;  // of a program's tile; the two programs of a pair have neighboring ones
-constexpr int GROUPS = 2;      // of four warps, 64 features each
+constexpr int DEPTH = 64;      // length of a slice along the sum: 128 bytes of a row, the unit of TMA's swizzle
+constexpr int FEATURES = 128;  // features of a program's tile; the tiles of a pair are neighbors
+constexpr int GROUPS = 2;      // groups of four warps, 64 features each
 constexpr int ATOM = 8;        // tokens; a tile has 1 to 32 of them
 constexpr int MOST_ATOMS = 32;
 constexpr int MOST_EXPERTS = 64;
 constexpr int MOST_PAIRS = 128;
-constexpr int MOST_PIECES = 8;  // of a tile
-constexpr int PIECES_PER_PAIR = 4;         // for pieces of tiles, a pair
-constexpr float ADDING = 14;    // the time of adding up, in slices of a whole tile
+constexpr int MOST_PIECES = 8;  // pieces of a tile
+constexpr int PIECES_PER_PAIR = 4;         // for which a pair has memory
+constexpr float ADDING = 14;    // time to sum the pieces of a tile, in slices of a whole tile
 
 struct Operands {
-  Map left;      // weights or the adapter's half
+  Map left;      // weights, or the adapter's matrix
   Map right[4];  // rows, in boxes of 64, 32, 16 and 8
 };
 
@@ -22,24 +22,24 @@ struct Parameters {
   const int* offsets;
   u16* output;
   float4* parts;  // [pieces, programs, groups, VALUES / 4, 128]
-  int* counters;  // [tiles, programs, groups], zeros, before and after
+  int* counters;  // [tiles, programs, groups], zero before and after a call
   int experts;
   int wide;   // columns of tiles
-  int steps;  // slices of the base's sum
+  int steps;  // slices along the sum of the base product
   int rank;   // of the adapter, 0: none
 };
 
-// Experts in the order of their tiles' size, the largest first: those that are at work at the same time begin and end
-// together, and find in the cache what others just read.
+// Experts in the order of their tiles' size, the largest first: tiles that are computed at the same time begin and end
+// together, and find in the L2 cache what others have just read.
 struct Plan {
-  alignas(16) float load[MOST_PAIRS];  // of pairs; before that, of experts, their tiles' size
+  alignas(16) float load[MOST_PAIRS];  // of pairs; before that, the tile size of experts
   int tile_start[MOST_EXPERTS + 1];
   int expert[MOST_EXPERTS];
   int row_start[MOST_EXPERTS];
   int row_end[MOST_EXPERTS];
-  int high[MOST_EXPERTS];   // tiles one below the other
+  int high[MOST_EXPERTS];   // tiles in a column
   int least[MOST_EXPERTS];  // atoms of each
-  int more[MOST_EXPERTS];   // so many of them have one more
+  int more[MOST_EXPERTS];   // number of tiles that have one atom more
   int was[GROUPS];
 };
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ Tile find(const Plan& plan, int number) {
   int at = 0;
   while (number >= plan.tile_start[at + 1]) ++at;
   const int local = number - plan.tile_start[at], high = plan.high[at];
-  // Beginning with another one each time: one may have an atom more, which would fall to the same pair every round.
+  // Each column begins with another tile: tiles with one atom more would otherwise fall to the same pair every round.
   const int column = local / high, down = (local + column) % high;
   const int least = plan.least[at], more = plan.more[at];
   return {plan.expert[at], plan.row_start[at] + (down * least + min(down, more)) * ATOM, least + (down < more),
@@ -67,7 +67,7 @@ __device__ __forceinline__ void plan_tiles(Plan& plan, const Parameters& p) {
     begin = me ? p.offsets[me - 1] : 0;
     end = p.offsets[me];
     atoms = (end - begin + ATOM - 1) / ATOM;
-    // Small ones are even numbers: the fewer widths, the less there is to compile.
+    // Small tiles have even numbers of atoms: fewer widths take less time to compile.
     if (atoms < MOST_ATOMS / 2) atoms += atoms & 1;
     high = (atoms + MOST_ATOMS - 1) / MOST_ATOMS;
     size = high ? (float)atoms / high : 0.0f;
@@ -94,7 +94,7 @@ __device__ __forceinline__ void plan_tiles(Plan& plan, const Parameters& p) {
   __syncthreads();
 }
 
-// About how many atoms a pair has in the rounds, of `whole` tiles.
+// Returns about how many atoms a pair computes in the rounds of `whole` tiles.
 __device__ __forceinline__ float load_of(const Plan& plan, int experts, int whole, int pair, int pairs) {
   float load = 0;
   for (int at = 0, before = 0; at < experts && plan.tile_start[at] < whole; ++at) {
@@ -105,25 +105,25 @@ __device__ __forceinline__ float load_of(const Plan& plan, int experts, int whol
   return load;
 }
 
-// Into how many pieces each of the tiles is cut that are left after the rounds: as many as take the least time. All
-// threads of a warp must call; each tries one number.
+// Returns into how many pieces each of the tiles is split that remain after the rounds: the number that takes the least
+// time. All threads of a warp must call; each tries one number.
 __device__ __forceinline__ int pieces_of(int rest, int pairs, int slices) {
   const int pieces = (threadIdx.x & (MOST_PIECES - 1)) + 1;
   const float time = (float)((rest * pieces + pairs - 1) / pairs) / pieces + (pieces > 1 ? ADDING / slices : 0);
   const bool fits = pieces == 1 || rest * pieces <= PIECES_PER_PAIR * pairs;
-  // Rounded, with the number behind it: of two that take as long the lesser one.
+  // The rounded time, then the number of pieces: of two equal times the smaller number wins.
   const u32 least = __reduce_min_sync(~0u, fits ? (u32)(time * 65536) * MOST_PIECES + pieces - 1 : ~0u);
   return (least & (MOST_PIECES - 1)) + 1;
 }
 
-// What a pair does, one after the other: a tile of every round, then pieces of what is left. Those who had the least
-// to do begin with these. Neighbors take the same piece of neighboring tiles, which read the same rows and weights.
+// The work of a pair in order: one tile of every round, then pieces of the remaining tiles. Pairs with the least load
+// take the first pieces. Neighbors take the same piece of neighboring tiles, which read the same rows and weights.
 struct Work {
   int number, pairs, whole, rest, pieces, slices, piece;
-  // of now:
+  // The current item:
   Tile tile;
   int begin, end;  // slices
-  int left, part;  // of those left over which one, and which piece of it
+  int left, part;  // index among the remaining tiles, and the piece of it
 
   // All threads of a program must call.
   __device__ __forceinline__ Work(Plan& plan, const Parameters& p, int pair, int pairs_) : number(pair), pairs(pairs_) {
@@ -164,6 +164,6 @@ struct Work {
   }
 
   __device__ bool is_piece() const { return end - begin < slices; }
-  // Where in the memory for pieces that one of the tile is.
+  // Index of a piece of the tile in the memory for pieces.
   __device__ u64 place_of(int which) const { return (u64)left * pieces + which; }
 };

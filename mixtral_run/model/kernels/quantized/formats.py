@@ -15,7 +15,7 @@ LARGEST = 448.0
 
 
 TINY = 1e-30
-"""In place of the largest of a row of zeros."""
+"""Lower bound of a row's largest number, which keeps the scale of a row of zeros above 0."""
 
 
 LEVELS = (
@@ -40,5 +40,5 @@ LEVELS = (
 
 @functools.cache
 def levels_on(device: torch.device) -> Tensor:
-    """LEVELS there, fp32."""
+    """Return LEVELS as an fp32 tensor on this device."""
     return torch.tensor(LEVELS, device=device)

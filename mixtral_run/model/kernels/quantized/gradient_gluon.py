@@ -1,18 +1,18 @@
-"""The input gradient of quantized_mm.py from weights as they lie: ĝ·Ŵ without a turned copy. Imported only where a
-GPU is.
+"""The input gradient of quantized_mm.py, ĝ·Ŵ, from untransposed weights. Import only on machines with a GPU.
 
-Hopper's 8-bit products want both operands contiguous along the sum; the weights are so along the inputs. But an operand
-may also come from registers: there four bytes of a word are shuffled into four words, which is all that turning is.
-So the weights are the left operand and the result is the gradient's transpose,
+Hopper's 8-bit products need both operands contiguous along the sum, but the weights are contiguous along the inputs. An
+operand may also come from registers: there the four bytes of a word are shuffled into four words, which transposes
+them. So the weights are the left operand and the result is the transpose of the gradient,
 
     dxᵀ [in, tokens] = Ŵᵀ [in, out] · ĝᵀ [out, tokens]
 
-and the adapter's part, Aᵀ·(what reaches A·x), is added to it before it is stored. Written in Gluon, Triton's language
-of layouts (triton/experimental/gluon; Triton 3.6 to 3.8 take this, 3.9 does not), as Triton itself would bring such an
-operand through shared memory twice.
+and the adapter's part, Aᵀ · (the gradient of A·x), is added before the result is stored. The kernel is written in
+Gluon, Triton's language of layouts (triton/experimental/gluon; Triton 3.6 to 3.8 compile it, 3.9 does not), since
+Triton itself would copy such an operand through shared memory twice.
 
-A program takes tile after tile, [2 * HALF, TOKENS] of the result. One warp brings slices of both operands to shared
-memory; two groups of four warps multiply, each its half of the columns: one shuffles while the other's product runs.
+Programs are persistent; a tile is [2 * HALF, TOKENS] of the result. One warp loads slices of both operands to shared
+memory; two groups of four warps multiply, each one half of the columns: one group shuffles while the other's product
+runs.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from mixtral_run.model.kernels.quantized.tiles_gluon import place
 
 TOKENS = gl.constexpr(128)
 HALF = gl.constexpr(128)
-"""Columns of one group."""
+"""Columns of a tile that one group of warps computes."""
 DEPTH = gl.constexpr(128)
 STAGES = gl.constexpr(3)
 RANKS = (0, 16, 32, 64)
 
 RESULT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=RESULT.value, k_width=4))
-# The same places for a product in 16 bit.
+# The same layouts for a product in 16 bit.
 RESULT_16 = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 LEFT_16 = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=RESULT_16.value, k_width=2))
 FETCHED = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
 
-# A thread reads four neighboring columns at a time, a word, and of every 16 rows the four that its place in LEFT asks
-# for. Which column is which row of the product is then free: those four become rows m, m + 8, m + 64 and m + 72.
+# A thread reads words of four neighboring columns, and of every 16 rows the four that LEFT assigns to it. The
+# assignment of columns to rows of the product is then free: the four columns become rows m, m + 8, m + 64 and m + 72.
 _PLACES = {
     "lane_bases": [[4, 0], [8, 0], [0, 4], [0, 8], [0, 16]],
     "warp_bases": [[0, 32], [0, 64]],
@@ -92,7 +92,7 @@ def _bring(
             bar = ready.index(slot)
             mbarrier.expect(bar, (TOKENS + 2 * HALF) * DEPTH)
             below = (expert * steps + step) * DEPTH
-            # Rows of the next expert may come along: what they give is not stored.
+            # The tile may contain rows of the next expert; their results are not stored.
             tma.async_copy_global_to_shared(rows_desc, [row, step * DEPTH], bar, rows_smem.index(slot))
             tma.async_copy_global_to_shared(matrices_desc, [below, column], bar, low_smem.index(slot))
             tma.async_copy_global_to_shared(matrices_desc, [below, column + HALF], bar, high_smem.index(slot))
@@ -113,7 +113,7 @@ def _with_adapter(
     width,
     RANK: gl.constexpr,
 ):
-    """result [HALF, TOKENS] and Aᵀ · (what reaches A·x)ᵀ, summed in fp32."""
+    """Return result [HALF, TOKENS] + Aᵀ · (gradient of A·x)ᵀ, summed in fp32."""
     places = gl.arange(0, HALF, layout=gl.SliceLayout(1, LEFT_16))
     own = ((places >> 4) & 3) * 32 + (places & 7) * 4 + (places >> 6) * 2 + ((places >> 3) & 1)
     ranks = gl.arange(0, RANK, layout=gl.SliceLayout(0, LEFT_16))
@@ -158,7 +158,7 @@ def _multiply(
             left = gl.reshape(gl.permute(left, [3, 1, 4, 2, 0]), [HALF, DEPTH])
             left = gl.convert_layout(left, LEFT)
             result = warpgroup_mma(left, rows_smem.index(slot).permute((1, 0)), result, is_async=True)
-            # At once: these registers are written again in the next turn. Meanwhile the other half's product runs.
+            # Wait at once: the next iteration overwrites these registers. Meanwhile the product of the other half runs.
             result = warpgroup_mma_wait(0, deps=[result])
             mbarrier.arrive(free.index(slot), count=1)
             count += 1
@@ -195,7 +195,7 @@ def _gradient_kernel(
     rows_smem = gl.allocate_shared_memory(kind, [STAGES, TOKENS, DEPTH], rows_desc.layout)
     low_smem = gl.allocate_shared_memory(kind, [STAGES, DEPTH, HALF], matrices_desc.layout)
     high_smem = gl.allocate_shared_memory(kind, [STAGES, DEPTH, HALF], matrices_desc.layout)
-    # One for each group.
+    # One buffer for each group of warps.
     wanted: gl.constexpr = RANK if RANK > 0 else 16
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * wanted, element_bitwidth=16, rank=2)
     inner_smem = gl.allocate_shared_memory(gl.bfloat16, [2, TOKENS, wanted], layout)
@@ -272,7 +272,8 @@ def _gradient_kernel(
 
 
 def fits(values: Tensor, adapter: Tensor | None) -> bool:
-    """Whether `unturned_gradient` takes weights [experts, out, in] and adapter [experts, rank, in] of these shapes."""
+    """Return True if `untransposed_gradient` takes weights [experts, out, in] and an adapter [experts, rank, in] of
+    these shapes."""
     rank = adapter.shape[1] if adapter is not None else 0
     return values.shape[1] % DEPTH.value == 0 and values.shape[2] % (2 * HALF.value) == 0 and rank in RANKS
 
@@ -280,10 +281,15 @@ def fits(values: Tensor, adapter: Tensor | None) -> bool:
 def untransposed_gradient(
     small: Tensor, values: Tensor, row_scales: Tensor, offsets: Tensor, inner: Tensor | None, adapter: Tensor | None
 ) -> Tensor:
-    """small 8 bit [tokens, out] times row_scales fp32 [tokens] · values 8 bit [experts, out, in] → bf16 [tokens, in].
+    """Return row_scales · (small · values), plus inner · adapter if given: bf16 [tokens, in].
 
-    Plus inner [tokens, rank] · adapter [experts, rank, in], both bf16, where given. Shapes as `fits` says, all
-    contiguous; ends: grouped_mm.py.
+    Args:
+        small: 8 bit [tokens, out]; row_scales: fp32 [tokens].
+        values: 8 bit [experts, out, in], of shapes that `fits` accepts.
+        offsets: see grouped_mm.py.
+        inner, adapter: bf16 [tokens, rank] and [experts, rank, in].
+
+    All inputs are contiguous.
     """
     experts, depth, width = values.shape
     tokens = small.shape[0]

@@ -1,7 +1,7 @@
-"""Weights in 4 bit: NF4 (Dettmers et al. 2023, arXiv:2305.14314), sixteen levels made for normally distributed numbers.
+"""Weights in 4 bit: NF4 (Dettmers et al. 2023, arXiv:2305.14314), sixteen levels for normally distributed numbers.
 
-Numbers are taken in blocks along the last dimension, each block divided by its largest and rounded to the nearest
-level; two to a byte, the first in the low half. 4.25 bits a number with blocks of 64 and scales in bf16.
+Each block of numbers along the last dimension is divided by its largest absolute value and rounded to the nearest
+level. Two numbers share a byte, the first in the low half. Blocks of 64 with scales in bf16 take 4.25 bits a number.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor
 from mixtral_run.model.kernels.quantized.formats import levels_on
 
 BLOCKS = (64, 32)
-"""Numbers that share a scale: the first of these that divides the row."""
+"""Block sizes, numbers that share a scale; the first that divides the row is used."""
 
 
 def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[.., n] → codes uint8 [.., n / 2] and scales bf16 [.., n / block]. Raises ValueError where no block divides n.
+    """Return codes uint8 [.., n / 2] and scales bf16 [.., n / block] of a tensor [.., n].
 
-    The same on every device, bit by bit: files keep it (KEPT_AS of quantized_mm.py).
+    The result is the same on every device, bit for bit, since files store it (KEPT_AS in quantized_mm.py). Raises
+    ValueError if no block size divides n.
     """
     blocks = tensor.float().unflatten(-1, (-1, block_size(tensor.shape[-1])))
     scales = blocks.abs().amax(-1).bfloat16()
@@ -29,7 +30,7 @@ def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_size(width: int) -> int:
-    """How many numbers of a row share a scale. Raises ValueError where no block divides the row."""
+    """Return how many numbers of a row share a scale. Raises ValueError if no block size divides the row."""
     size = next((each for each in BLOCKS if width % each == 0), None)
     if size is None:
         raise ValueError(f"rows of {width} numbers: expected a multiple of {BLOCKS[-1]}")
@@ -37,7 +38,7 @@ def block_size(width: int) -> int:
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize` made, back: [.., n]. On a GPU one kernel; elsewhere the same in torch, which is its reference."""
+    """Return the numbers [.., n] of codes and scales, by a kernel on GPUs and by `plain_dequantize` elsewhere."""
     if codes.is_cuda and dtype is torch.bfloat16:
         from mixtral_run.model.kernels.quantized.nf4_triton import expand
 
@@ -46,6 +47,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def plain_dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `dequantize` in torch: the reference of the kernel."""
     both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     size = both.shape[-1] // scales.shape[-1]
     numbers = levels_on(codes.device)[both.int()].unflatten(-1, (-1, size)) * scales.float()[..., None]

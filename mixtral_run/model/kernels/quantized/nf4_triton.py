@@ -1,4 +1,4 @@
-"""Triton kernel of nf4.py. Imported only where a GPU is. A program takes BLOCK bytes, twice as many numbers."""
+"""Triton kernel of nf4.py; a program expands BLOCK bytes to 2·BLOCK numbers. Import only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _expand_kernel(codes_ptr, scales_ptr, levels_ptr, output_ptr, count, half_bl
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     byte = tl.load(codes_ptr + places, mask=inside, other=0).to(tl.int32)
-    # Rows are whole numbers of blocks, so that blocks can be counted through from the first.
+    # A row is a whole number of blocks, so that blocks are numbered across rows.
     scale = tl.load(scales_ptr + places // half_block, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(levels_ptr + (byte & 15)) * scale
     second = tl.load(levels_ptr + ((byte >> 4) & 15)) * scale
@@ -27,7 +27,7 @@ def _expand_kernel(codes_ptr, scales_ptr, levels_ptr, output_ptr, count, half_bl
 
 
 def expand(codes: Tensor, scales: Tensor) -> Tensor:
-    """See nf4.dequantize; bf16. Both contiguous."""
+    """Compute nf4.dequantize in bf16. Both inputs are contiguous."""
     output = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=torch.bfloat16, device=codes.device)
     half_block = codes.shape[-1] // scales.shape[-1]
     grid = (triton.cdiv(codes.numel(), BLOCK),)

@@ -1,16 +1,16 @@
-"""Frozen expert weights in 8 or 4 bit. In 8: float8 e4m3 with one fp32 scale for each output channel. In 4: nf4.py.
+"""Products with frozen expert weights in 8 bit (float8 e4m3, one fp32 scale an output channel) or 4 bit (nf4.py).
 
-One copy is kept, [experts, out, in], half of bf16's bytes: 47 GB for all of Mixtral with attention and embeddings in
-bf16. Both products read it:
+There is one copy of the weights, [experts, out, in]: 47 GB for all of Mixtral in 8 bit, with attention and embeddings
+in bf16. Both products read it:
 
-    forward         y  = x̂·Ŵᵀ       x in 8 bit by row; its scales and the weight's multiply the result
-    input gradient  dx = ĝ·Ŵ         g first times the weight's scales, which lie along the sum, then in 8 bit by row
+    forward         y  = x̂·Ŵᵀ       x quantized by row; its scales and those of the weight multiply the result
+    input gradient  dx = ĝ·Ŵ         g times the weight's scales, which run along the sum, then quantized by row
 
-Hopper's 8-bit products want both operands contiguous along the sum, which for the gradient the weight is not. A kernel
-of our own shuffles it on its way (gradient_gluon.py); where that does not run, the weight is turned anew each time into
-memory that the next layer uses again (one linear layer's experts): a second copy would cost as much as bf16. Off
-Hopper, in 4 bit, and as the tests' reference, weights are brought back to the rows' precision and multiplied;
-activations then stay as they are.
+Hopper's 8-bit products need both operands contiguous along the sum, which the weight is not for the gradient. A kernel
+of our own transposes it in registers (gradient_gluon.py). Where that kernel does not run, the weight is transposed each
+time into memory that the next layer reuses (the experts of one linear layer): a second copy of all weights would cost
+as much as bf16. On other GPUs, in 4 bit, and as the reference of the tests, weights are dequantized to the rows' dtype
+and multiplied; activations are then not quantized.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ Stored = tuple[torch.dtype, tuple[int, ...]]
 
 
 KEPT_AS = {"fp8": 1, "nf4": 1}
-"""Version of the numbers that `quantize_to` makes. Files keep them: other numbers are another version."""
+"""Version of the numbers that `quantize_to` returns. Files store them: raise it whenever the numbers change."""
 
 
 def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Along the last dimension: values in 8 bit, and the scales that give them back, fp32, without that dimension.
+    """Quantize along the last dimension: return values in 8 bit and scales, fp32, without that dimension.
 
-    The same on every device, bit by bit.
+    The result is the same on every device, bit for bit.
     """
     exact = tensor.float()
-    # Not divided by it: a GPU would multiply by the reciprocal all the same, and a CPU would not.
+    # Multiply by the reciprocal explicitly: a GPU would do so for a division by a constant, and a CPU would not.
     scales = exact.abs().amax(-1).clamp(min=TINY) * (1 / LARGEST)
     return (exact / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
 def quantize_to(weight: Tensor, base_precision: str) -> tuple[Tensor, Tensor]:
-    """weight [out, in] in fp8 or nf4: its values and scales."""
+    """Return values and scales of a weight [out, in] in fp8 or nf4."""
     return nf4.quantize(weight) if base_precision == "nf4" else quantize(weight)
 
 
 def quantized_layout(outputs: int, inputs: int, base_precision: str) -> tuple[Stored, Stored]:
-    """Of what `quantize_to` makes of a weight [outputs, inputs], values and scales: dtype and shape of each."""
+    """Return dtype and shape of the values and of the scales that `quantize_to` returns for a weight [outputs,
+    inputs]."""
     if base_precision == "nf4":
         blocks = inputs // nf4.block_size(inputs)
         return (torch.uint8, (outputs, inputs // 2)), (torch.bfloat16, (outputs, blocks))
@@ -70,17 +71,17 @@ def quantized_layout(outputs: int, inputs: int, base_precision: str) -> tuple[St
 
 
 def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of either kind."""
+    """Return the numbers of values and scales in fp8 or nf4."""
     if values.dtype is torch.uint8:
         return nf4.dequantize(values, scales, dtype)
     return (values.float() * scales[..., None]).to(dtype)
 
 
 def quantized_linear(rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-    """Each row times the transpose of its expert's matrix: [tokens, out]. The matrices get no gradient.
+    """Return each row times the transpose of its expert's matrix: [tokens, out]. The matrices get no gradient.
 
-    rows [tokens, in], sorted by expert; values 8 bit [experts, out, in], scales fp32 [experts, out], or both as
-    nf4.quantize gives them; ends: grouped_mm.py.
+    rows: [tokens, in], sorted by expert. values: 8 bit [experts, out, in]; scales: fp32 [experts, out]; or both as
+    nf4.quantize returns them. offsets: see grouped_mm.py.
     """
     output: Tensor = _QuantizedLinear.apply(rows, values, scales, offsets)  # type: ignore[no-untyped-call]
     return output
@@ -89,20 +90,20 @@ def quantized_linear(rows: Tensor, values: Tensor, scales: Tensor, offsets: Tens
 def quantized_with_inner(
     rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, linear_in: Tensor, recipe: Recipe | None
 ) -> tuple[Tensor, Tensor]:
-    """`quantized_linear` and grouped.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
+    """Return `quantized_linear` and grouped_mm.grouped_linear of the same rows: [tokens, out] and A·x [tokens, r].
 
-    linear_in [experts, r, in] in the rows' dtype. As one step of the backward pass, both parts of the rows' gradient
-    are summed where they are computed.
+    linear_in: [experts, r, in] in the rows' dtype. Both are one autograd node, so that the two parts of the rows'
+    gradient are summed where they are computed.
     """
-    make, kept = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (rows.detach(),))
     outputs: tuple[Tensor, Tensor] = _WithInner.apply(  # type: ignore[no-untyped-call]
-        rows, values, scales, offsets, linear_in, make, *kept
+        rows, values, scales, offsets, linear_in, make, *saved
     )
     return outputs
 
 
 def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
-    """Whether torch's 8-bit grouped product runs here: compute capability 9.0 alone, widths in multiples of 16."""
+    """Return True if torch's 8-bit grouped product runs: compute capability 9.0 only, widths in multiples of 16."""
     return (
         values.dtype is FP8
         and has_grouped_product(rows, *values.shape[1:])
@@ -134,30 +135,30 @@ class _WithInner(torch.autograd.Function):
         offsets: Tensor,
         linear_in: Tensor,
         make: Callable[..., Tensor] | None,
-        *kept: Tensor,
+        *saved: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, scales, offsets, linear_in, *kept)
+        ctx.save_for_backward(values, scales, offsets, linear_in, *saved)
         ctx.make = make
         return forward_product(rows, values, scales, offsets), product(rows, linear_in.transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, scales, offsets, linear_in, *kept = ctx.saved_tensors
+        values, scales, offsets, linear_in, *saved = ctx.saved_tensors
         gradient, inner = (each.contiguous() for each in gradients)
         for_linear_in = None
         if ctx.needs_input_grad[4]:
-            rows = ctx.make(*kept) if ctx.make is not None else kept[0]
+            rows = ctx.make(*saved) if ctx.make is not None else saved[0]
             for_linear_in = outer_product(inner, rows, offsets)
         for_rows = None
         if ctx.needs_input_grad[0]:
             for_rows = rows_gradient(gradient, values, scales, offsets, inner, linear_in)
-        return (for_rows, None, None, None, for_linear_in, None, *(None for _ in kept))
+        return (for_rows, None, None, None, for_linear_in, None, *(None for _ in saved))
 
 
 def forward_product(
     rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, source: Tensor | None = None
 ) -> Tensor:
-    """rows · matricesᵀ, [tokens, out], by what runs here. source: as in grouped.product."""
+    """Return rows · matricesᵀ, [tokens, out], by the fastest available product. source: see grouped_mm.product."""
     if not has_scaled_product(rows, values):
         rows = rows if source is None else rows.index_select(0, source)
         return plain_product(rows, values, scales, offsets, backwards=False)
@@ -165,7 +166,7 @@ def forward_product(
 
     small, row_scales = quantize_rows(rows.contiguous(), None, offsets)
     if source is not None:
-        # Once a token and then gathered, at half the bytes.
+        # Quantize each token once and gather then, at half the bytes.
         small = small.view(torch.uint8).index_select(0, source).view(FP8)
         row_scales = row_scales.index_select(0, source)
     return scaled_product(small, values, row_scales, scales, offsets)
@@ -179,7 +180,8 @@ def rows_gradient(
     inner: Tensor | None = None,
     linear_in: Tensor | None = None,
 ) -> Tensor:
-    """gradient · matrices, [tokens, in], by what runs here; plus inner [tokens, r] · linear_in where given."""
+    """Return gradient · matrices, [tokens, in], plus inner [tokens, r] · linear_in if given, by the fastest available
+    product."""
     if not has_scaled_product(gradient, values):
         return with_inner(plain_product(gradient, values, scales, offsets, backwards=True), inner, linear_in, offsets)
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, transposed
@@ -195,7 +197,7 @@ def rows_gradient(
 
 
 def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None, offsets: Tensor) -> Tensor:
-    """gradient plus the part that comes through the adapter."""
+    """Return gradient + inner · linear_in, the part that comes through the adapter, if both are given."""
     if inner is None or linear_in is None:
         return gradient
     return add_product(gradient, inner, linear_in, 1.0, offsets)
@@ -203,7 +205,8 @@ def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None,
 
 @functools.cache
 def reads_untransposed(device: torch.device) -> bool:
-    """Whether gradient_gluon.py is right on this device, by a small product. Gluon changes from version to version."""
+    """Return True if gradient_gluon.py runs on this device and a small product of it is right. Gluon changes from
+    version to version."""
 
     def small() -> tuple[Tensor, Tensor]:
         from mixtral_run.model.kernels.quantized.gradient_gluon import untransposed_gradient
@@ -223,16 +226,18 @@ def reads_untransposed(device: torch.device) -> bool:
 
     why = why_not(small)
     if why:
-        log.warning("8-bit gradients go through turned weights, a tenth slower (%s); Triton 3.6 to 3.8 need not.", why)
+        log.warning(
+            "8-bit gradients go through transposed weights, a tenth slower (%s); Triton 3.6 to 3.8 need not.", why
+        )
     return not why
 
 
 def scaled_product(
     small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, offsets: Tensor
 ) -> Tensor:
-    """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed → bf16 [tokens, n].
+    """Return small 8 bit [tokens, k] · matricesᵀ, 8 bit [experts, n, k], times both scales: bf16 [tokens, n].
 
-    row_scales [tokens], scales [experts, n] or None for ones, both fp32.
+    row_scales: fp32 [tokens]. scales: fp32 [experts, n], None for ones.
     """
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
 
@@ -240,8 +245,8 @@ def scaled_product(
         return tiled_product(small, matrices, row_scales, scales, offsets)
     if scales is None:
         scales = torch.ones(matrices.shape[:2], device=matrices.device)
-    # torch takes the second operand column-major, which the transposed view of a contiguous one is
-    # (test/test_scaled_matmul_cuda.py of torch 2.10).
+    # torch needs the second operand column-major: a transposed view of a contiguous tensor
+    # (test/test_scaled_matmul_cuda.py in torch 2.10).
     output: Tensor = torch._scaled_grouped_mm(
         small,
         matrices.transpose(1, 2),
@@ -255,13 +260,13 @@ def scaled_product(
 
 
 def plain_product(rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, *, backwards: bool) -> Tensor:
-    """The same from dequantized weights: [tokens, out], or backwards [tokens, in]."""
+    """Return the product with dequantized weights: [tokens, out], or, backwards, [tokens, in]."""
     if has_grouped_product(rows, values.shape[1], values.shape[2] * (2 if values.dtype is torch.uint8 else 1)):
         matrices = dequantize(values, scales, rows.dtype)
         return product(rows, matrices if backwards else matrices.transpose(1, 2), offsets)
     outputs = []
     for part, value, scale in zip(each_experts(rows, offsets), values.unbind(0), scales.unbind(0), strict=True):
-        # One expert at a time: all of them would be the memory that 8 bit saves.
+        # Dequantize one expert at a time: all of them would take the memory that 8 bit saves.
         matrix = dequantize(value, scale, rows.dtype)
         outputs.append(part @ (matrix if backwards else matrix.t()))
     return filled_up(outputs, rows.shape[0])

@@ -1,4 +1,4 @@
-"""Triton kernels of quantized_mm.py. Imported only where a GPU is."""
+"""Triton kernels of quantized_mm.py. Import only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _quantize_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes a row, once: all of it is in registers."""
+    """Quantize one row a program: all of the row is in registers."""
     row = tl.program_id(0).to(tl.int64)
     numbers = tl.arange(0, EXPERTS)
     columns = tl.arange(0, BLOCK)
@@ -36,7 +36,7 @@ def _quantize_kernel(
     value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
         offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
-        # A row from the last end on is no expert's: any will do.
+        # Rows at or after the last offset belong to no expert: any columns will do.
         expert = tl.minimum(tl.sum((offsets <= row).to(tl.int64), axis=0), num_experts - 1)
         value = value * tl.load(columns_ptr + expert * width + columns, mask=inside, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(value), axis=0), TINY) / LARGEST
@@ -57,9 +57,9 @@ def _transpose_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr)
 
 
 def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [tokens, width], contiguous, times their expert's columns [experts, width] where given, in 8 bit by row.
+    """Quantize contiguous rows [tokens, width], times their expert's columns [experts, width] if given, by row.
 
-    Returns values [tokens, width] and scales fp32 [tokens], as quantized.quantize.
+    Returns values [tokens, width] and scales fp32 [tokens], as quantized_mm.quantize does.
     """
     tokens, width = rows.shape
     values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
@@ -84,7 +84,7 @@ def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tupl
 
 
 def transposed(values: Tensor) -> Tensor:
-    """[experts, out, in] → [experts, in, out], contiguous, of one-byte numbers."""
+    """Return one-byte values [experts, out, in] as [experts, in, out], contiguous."""
     experts, height, width = values.shape
     target = torch.empty(experts, width, height, dtype=values.dtype, device=values.device)
     grid = (triton.cdiv(height, TILE), triton.cdiv(width, TILE), experts)
@@ -92,7 +92,7 @@ def transposed(values: Tensor) -> Tensor:
     return target
 
 
-# Of the shapes tried on an H200, uneven rows: 1,130 TFLOP/s, where torch's product reaches 800 to 980.
+# On an H200 with uneven rows these reach 1,130 TFLOP/s; torch's product reaches 800 to 980.
 ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 128, 3, 8
 
 
@@ -112,7 +112,7 @@ def _product_kernel(
     DEPTH: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
-    """As many programs as the GPU runs at once take tile after tile, those of an expert one below the other."""
+    """Compute tiles of the product by persistent programs; the tiles of an expert's columns follow each other."""
     numbers = tl.arange(0, EXPERTS)
     offsets = tl.load(offsets_ptr + numbers)
     begins = tl.load(offsets_ptr + numbers - 1, mask=numbers > 0, other=0)
@@ -131,7 +131,7 @@ def _product_kernel(
         first_column = (local // count) * COLUMNS
         result = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for start in range(0, depth, DEPTH):
-            # Rows of the next expert may come along: they are not stored.
+            # The tile may contain rows of the next expert; they are not stored.
             left = rows_desc.load([first_row, start])
             right = matrices_desc.load([expert * width + first_column, start])
             result = tl.dot(left, right.T, result)
@@ -146,7 +146,7 @@ def _product_kernel(
 
 
 def fits_tiles(matrices: Tensor) -> bool:
-    """Whether `tiled_product` takes matrices of this shape, [experts, n, k]."""
+    """Return True if `tiled_product` takes matrices [experts, n, k] of this shape."""
     experts, width, depth = matrices.shape
     return experts & (experts - 1) == 0 and width % COLUMNS == 0 and depth % DEPTH == 0
 
@@ -154,10 +154,8 @@ def fits_tiles(matrices: Tensor) -> bool:
 def tiled_product(
     small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, offsets: Tensor
 ) -> Tensor:
-    """small 8 bit [tokens, k] · matrices 8 bit [experts, n, k] transposed, times both scales → bf16 [tokens, n].
-
-    As quantized.scaled_product; matrices as `fits_tiles` says, all contiguous; scales [experts, n], or None for ones.
-    """
+    """Compute quantized_mm.scaled_product for matrices of shapes that `fits_tiles` accepts; all inputs are
+    contiguous."""
     experts, width, depth = matrices.shape
     tokens = small.shape[0]
     output = torch.empty(tokens, width, dtype=torch.bfloat16, device=small.device)

@@ -1,4 +1,4 @@
-"""Which tile of a grouped product a program takes, for the kernel in Gluon. Imported only where a GPU is."""
+"""Tile scheduling of grouped products for the Gluon kernel. Import only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def place(tile, offsets_ptr, wide, EXPERTS: gl.constexpr, HIGH: gl.constexpr, WIDE: gl.constexpr):
-    """Of a tile, HIGH rows of an expert and WIDE columns, of which `wide` make a row of tiles: its expert, its first
-    row and column, where that expert's rows end; and how many tiles there are."""
+    """Return a tile's expert, its first row and column, the end of that expert's rows, and the number of tiles.
+
+    A tile has HIGH rows of an expert and WIDE columns; `wide` tiles cover a row.
+    """
     expert = 0
     first = 0
     last = 0
@@ -30,7 +32,7 @@ def place(tile, offsets_ptr, wide, EXPERTS: gl.constexpr, HIGH: gl.constexpr, WI
         begin = end
         before = after
     local = tile - start
-    # Those that read the same weights one after the other, beginning with another one each time: an expert's last rows
-    # are less work, and would fall to the same programs round after round.
+    # Tiles that read the same weights follow each other. Each column begins with another row of tiles: the last one of
+    # an expert is less work, and would otherwise fall to the same programs in every round.
     down = (local + local // high) % high
     return expert, first + down * HIGH, (local // high) * WIDE, last, before

@@ -1,4 +1,4 @@
-"""Blocks of rows change places, and their gradients go back to where they came from."""
+"""Reordering of blocks of rows, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When GPUs read from each other: what is asked before any memory is shared."""
+"""Conditions under which GPUs read from each other, checked before any memory is shared."""
 
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ GROUP: Any = object()
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Four processes on a machine of four GPUs, which read from each other; the group is of GPUs 0 and 1."""
+    """Pretend four processes on a machine of four GPUs that read from each other; the group has GPUs 0 and 1."""
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
@@ -67,7 +67,7 @@ def test_who_turns_it_off_for_nccl_turns_it_off(machine: pytest.MonkeyPatch) -> 
 def test_memory_that_one_process_lacks_is_shared_by_none(
     fails: str, machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The others would wait in the next step for the one that is not there."""
+    """A rank that fails keeps the others from the next step, in which they would wait for it."""
     asked: list[str] = []
 
     class Fake:

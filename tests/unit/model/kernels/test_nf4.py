@@ -1,4 +1,4 @@
-"""Weights in 4 bit: the published levels, each number at its nearest, products of what comes back."""
+"""Weights in 4 bit: the published levels, rounding to the nearest level, products with dequantized weights."""
 
 from statistics import NormalDist
 
@@ -13,7 +13,7 @@ from tests.unit.model.kernels.test_quantized_mm import results, written_out
 
 
 def test_the_levels_are_at_equal_shares_of_a_normal_distribution() -> None:
-    # As the paper's appendix E has it: 8 quantiles above zero, 7 below, zero itself, the ends at 1.
+    # Appendix E of the paper: 8 quantiles above zero, 7 below, zero itself, scaled to ±1 at the ends.
     quantile, end = NormalDist().inv_cdf, 0.9677083
 
     def shares(count: int) -> list[float]:
@@ -35,7 +35,7 @@ def test_each_number_is_at_its_nearest_level(width: int) -> None:
     places = torch.tensor(LEVELS) * scales.float().repeat_interleave(block, -1)[..., None]
     nearest = (places - weight[..., None]).abs().amin(-1)
     torch.testing.assert_close((back - weight).abs(), nearest, rtol=1e-5, atol=1e-7)
-    # The paper's figure for normal numbers is about 0.09 of their size.
+    # For normally distributed numbers the paper reports an error of about 0.09 of their size.
     assert 0.05 < float((back - weight).norm() / weight.norm()) < 0.11
 
 

@@ -1,4 +1,4 @@
-"""Experts in 8 bit: how far from the weights, the same forward and backward as written out, the same training."""
+"""Experts in 8 bit: quantization error, products compared with a reference, training compared with full precision."""
 
 import dataclasses
 import sys
@@ -27,7 +27,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
 )
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.examples import read_examples
@@ -44,14 +44,14 @@ def test_each_number_is_within_half_a_step(size: float) -> None:
     weight = torch.randn(4, 64, 256) * size * torch.logspace(-2, 2, 64)[:, None]
     values, scales = quantize(weight)
     assert (values.dtype, values.shape, scales.shape) == (FP8, weight.shape, weight.shape[:-1])
-    # Three bits behind the point: half of 2⁻³ of the number, or below 2⁻⁶ half of the smallest step.
+    # Three mantissa bits: an error of half of 2⁻³ of the number, or, below 2⁻⁶, half of the smallest step.
     error = (dequantize(values, scales, torch.float32) - weight).abs()
     assert bool((error <= weight.abs() * 2**-4 * 1.001 + scales[..., None] * 2**-10 * 1.001).all())
-    # Normal numbers: a uniform error within half a step is 2.6 % of them on the average square.
+    # Normal numbers: a uniform error within half a step has a root mean square of 2.6 % of the numbers.
     assert float(error.norm() / weight.norm()) < 0.03
 
 
-def test_the_largest_is_exact_and_zeros_stay() -> None:
+def test_the_largest_number_is_exact_and_zeros_stay_zero() -> None:
     weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, 0.25], [-7.0, 7.0, 0.0]])
     values, scales = quantize(weight)
     torch.testing.assert_close(dequantize(values, scales, torch.float32), weight, rtol=1e-6, atol=0)
@@ -87,7 +87,7 @@ def test_the_plain_product_is_that_of_the_dequantized_weight(routing: tuple[int,
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_with_the_adapters_lesser_half_it_is_the_sum_of_both(routing: tuple[int, ...], recomputed: bool) -> None:
+def test_quantized_with_inner_is_both_products(routing: tuple[int, ...], recomputed: bool) -> None:
     torch.manual_seed(sum(routing))
     drawn, weight, linear_in = torch.randn(sum(routing), 48), torch.randn(4, 32, 48), torch.randn(4, 3, 48)
     offsets = torch.tensor(routing).cumsum(0).int()
@@ -122,9 +122,9 @@ def stand_in_product(
     out_dtype: torch.dtype,
     use_fast_accum: bool,
 ) -> Tensor:
-    """torch._scaled_grouped_mm on the CPU, in fp32; what it takes is checked by torch's own meta kernel."""
+    """Compute torch._scaled_grouped_mm on the CPU in fp32; torch's meta kernel checks the arguments."""
     shapes = [each.to("meta") for each in (left, right, left_scales, right_scales, offs)]
-    # A copy to another device would lose the order of the axes, which is what is to be checked.
+    # A copy to another device would lose the strides, which are to be checked.
     shapes[1] = right.transpose(1, 2).to("meta").transpose(1, 2)
     expected = torch._scaled_grouped_mm(*shapes[:4], offs=shapes[4], out_dtype=out_dtype)
     matrices = (right.float() * right_scales[:, None]).transpose(1, 2)
@@ -135,7 +135,7 @@ def stand_in_product(
 
 @pytest.fixture
 def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of the 8-bit products, with their kernels written in torch."""
+    """Take the path of the 8-bit products with kernels written in torch."""
 
     def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
         if columns is not None:
@@ -154,9 +154,9 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_mm, "reads_untransposed", lambda _: False)
 
 
-def test_where_the_gradients_kernel_does_not_run_it_is_said_and_done_without(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gradient_kernel_that_does_not_run_is_reported_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
     assert not quantized_mm.reads_untransposed.__wrapped__(torch.device("cpu"))
-    assert "go through turned weights" in caplog.text and "Triton" in caplog.text
+    assert "go through transposed weights" in caplog.text and "Triton" in caplog.text
 
 
 def _checked(original: object) -> object:
@@ -169,10 +169,10 @@ def _checked(original: object) -> object:
 
 
 @pytest.mark.parametrize("routing", [each for each in ROUTINGS if sum(each)])
-def test_the_products_in_8_bit_are_near(as_if_on_hopper: None, routing: tuple[int, ...]) -> None:
+def test_8_bit_products_are_close(as_if_on_hopper: None, routing: tuple[int, ...]) -> None:
     torch.manual_seed(sum(routing))
     rows = torch.randn(sum(routing), 64).bfloat16()
-    # Channels of very different size: the gradient has to carry their scales.
+    # Channels of very different magnitude: the gradient has to include their scales.
     weight = torch.randn(4, 96, 64) * torch.logspace(-3, 1, 96)[torch.randperm(96), None]
     offsets = torch.tensor(routing).cumsum(0).int()
     values, scales = quantize(weight)
@@ -180,19 +180,19 @@ def test_the_products_in_8_bit_are_near(as_if_on_hopper: None, routing: tuple[in
     expected = results(written_out, rows.double(), dequantize(values, scales, torch.float64), offsets)
     for found, near in zip(mine, expected, strict=True):
         assert found.dtype is torch.bfloat16
-        # Of the activations' own rounding to 8 bit.
+        # Errors of the activations' own rounding to 8 bit.
         assert float((found.double() - near).norm() / near.norm()) < 0.06
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 
 def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture = SMALL) -> MixtralModel:
-    """The same base weights in either precision."""
+    """Return a model with the same base weights in either precision."""
     lora = LoraSettings(4, 8.0, 0.0, LORA_TARGET_MODULES, 1)
     model = build_model(architecture, ModelSettings(torch.float32, True, lora, "none", base_precision), mesh).train()
 
@@ -207,7 +207,7 @@ def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture 
     return model
 
 
-def test_training_on_text_goes_as_with_the_base_in_full(mesh: Mesh, tiny_tokenizer: Any) -> None:
+def test_training_is_close_to_a_full_precision_base(mesh: Mesh, tiny_tokenizer: Any) -> None:
     architecture = dataclasses.replace(SMALL, vocab_size=1024)
     samples = PackedSamples(Samples(read_examples(INSTRUCTIONS), tiny_tokenizer, 128))
     runs = {}
@@ -217,13 +217,13 @@ def test_training_on_text_goes_as_with_the_base_in_full(mesh: Mesh, tiny_tokeniz
         stream = batches(samples, seed=1, micro_batch_size=4, global_batch_size=4)
         runs[precision] = [train_step(model, optimizer, next(stream), 1.0).loss for _ in range(40)]
     assert runs["bf16"] != runs["fp8"] != runs["nf4"]
-    # It does learn: standing still would be near as well.
+    # The loss falls: a model that learns nothing would be close as well.
     assert runs["bf16"][-1] < runs["bf16"][0] - 0.3
     for precision in ("fp8", "nf4"):
         assert runs[precision] == pytest.approx(runs["bf16"], rel=0.01)
 
 
-def test_nothing_of_the_weights_in_full_is_left(mesh: Mesh) -> None:
+def test_full_precision_weights_are_freed(mesh: Mesh) -> None:
     experts = model_in(mesh, "fp8").gpt.decoder.layers[0].mlp.experts
     for linear in (experts.linear_fc1, experts.linear_fc2):
         assert linear.weight is None
@@ -232,13 +232,13 @@ def test_nothing_of_the_weights_in_full_is_left(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp8", (96, 64)), ("nf4", (96, 64)), ("nf4", (64, 96))])
-def test_the_layout_is_told_before(precision: str, size: tuple[int, int]) -> None:
+def test_quantized_layout_describes_the_result(precision: str, size: tuple[int, int]) -> None:
     made = quantize_to(torch.randn(size), precision)
     assert quantized_layout(*size, precision) == tuple((each.dtype, tuple(each.shape)) for each in made)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
-def test_numbers_that_files_keep(precision: str) -> None:
-    """Where this fails the numbers are others than those that lie on disks: KEPT_AS has to be raised with them."""
+def test_stored_numbers_do_not_change(precision: str) -> None:
+    """Fail if the numbers differ from those in existing files: then KEPT_AS has to be raised."""
     found = checksums_of(quantize_to(weight_to_keep(), precision))
     assert (KEPT_AS[precision], found) == KEPT_NUMBERS[precision]

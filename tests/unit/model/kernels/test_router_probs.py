@@ -1,4 +1,4 @@
-"""The router's gradient from activations beside the same from the experts' outputs, in float64."""
+"""The router's gradient from activations compared with that from the experts' outputs, in float64."""
 
 import pytest
 import torch
@@ -54,17 +54,17 @@ def test_all_gradients_are_the_same(with_adapter: bool, dropout: float, smallest
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_a_share_of_nothing_gets_no_gradient_that_is_no_number() -> None:
+def test_a_probability_of_zero_gets_a_finite_gradient() -> None:
     probs = torch.tensor([0.0, 0.5], requires_grad=True)
     active = torch.randn(2, 6, requires_grad=True)
-    result = with_probs(active, probs, Once(Recipe.kept(active)))
+    result = with_probs(active, probs, Once(Recipe.saved(active)))
     (result * probs.detach()[:, None]).sum().backward()
     assert probs.grad is not None
     assert probs.grad[0] == 0
     torch.testing.assert_close(probs.grad[1], active.detach()[1].sum())
 
 
-def test_what_was_made_is_not_held_on_to() -> None:
+def test_a_recomputed_tensor_is_freed_after_its_last_use() -> None:
     calls = []
     once = Once(Recipe.of(lambda source: calls.append(1) or source * 2, torch.ones(3)))
     recipe = once.as_recipe()
@@ -74,7 +74,7 @@ def test_what_was_made_is_not_held_on_to() -> None:
     assert len(calls) == 2
 
 
-def test_row_products_are_added_in_fp32() -> None:
+def test_row_products_are_summed_in_fp32() -> None:
     first, second = torch.randn(5, 1000).bfloat16(), torch.randn(5, 1000).bfloat16()
     expected = (first.double() * second.double()).sum(-1)
     torch.testing.assert_close(row_products(first, second).double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Megatron is imported without the compiler that it does not need here, and leaves torch as it was."""
+"""Megatron is imported without torch's compiler, and torch.compile is restored afterwards."""
 
 from __future__ import annotations
 

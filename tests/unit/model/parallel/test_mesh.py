@@ -1,4 +1,4 @@
-"""What is told as memory that ran out: in torch's own words, and in those of what does not ask torch for memory."""
+"""Errors that are reported as out of memory: torch's own, and those of the CPU, the driver and cuBLAS."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Inputs of layers in host memory: training is the same bit by bit, every copy is made, every buffer used again."""
+"""Offloading of layer inputs: training is the same bit for bit, every copy is made, every buffer is reused."""
 
 import gc
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.cuda_graph import execution_of
 from mixtral_run.train.data.samples import GlobalBatch
@@ -24,12 +24,12 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 
 def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], list[torch.Tensor]]:
-    """Three steps' results, the adapters after them and their last gradients."""
+    """Return the results of three steps, and the adapters and their last gradients afterwards."""
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     seed_everything(3, 0)
     results = [train_step(model, optimizer, batch, 1.0) for _ in range(STEPS)]
@@ -41,7 +41,7 @@ def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_training_is_the_same_bit_by_bit(mesh: Mesh, dropout: float, packed: bool) -> None:
     row, alone = micro_batches()
-    # Of several sizes where they are alone, so that no buffer fits the next.
+    # Rows have several sizes, so that no buffer fits the next.
     micros = (row, row) if packed else tuple(alone)
     batch = GlobalBatch(micros, 20, len(micros))
     results, tensors = trained(model_of(mesh, "offload", dropout), batch)
@@ -83,17 +83,17 @@ def test_evaluation_copies_nothing_and_a_pass_without_a_way_back_leaves_nothing(
 def test_only_two_are_on_the_device(mesh: Mesh) -> None:
     offload = Offload(torch.device("cpu"))
     inputs = [torch.full((3, 5), float(number), requires_grad=True) for number in range(6)]
-    kept = [offload._keep(each * 2) for each in inputs]
-    assert [each._mesh is None for each in kept] == [True] * 5 + [False]
+    saved = [offload._keep(each * 2) for each in inputs]
+    assert [each._on_device is None for each in saved] == [True] * 5 + [False]
     for number in reversed(range(6)):
-        given = kept[number].take()
+        given = saved[number].take()
         assert given.unique().tolist() == [2.0 * number]
-        # The next pass may write into the buffer while this one still reads what it was given.
-        assert given.data_ptr() != kept[number]._host.data_ptr()
-        # The one that was taken belongs to its layer; the next is on its way.
-        assert [index for index, each in enumerate(kept) if each._mesh is not None] == [number - 1] * (number > 0)
-    # Once more, as with retain_graph.
-    assert kept[2].take().unique().tolist() == [4.0]
+        # The next pass may write to the buffer while this one still reads the tensor.
+        assert given.data_ptr() != saved[number]._host.data_ptr()
+        # The tensor that was taken belongs to its layer; the next one is being fetched.
+        assert [index for index, each in enumerate(saved) if each._on_device is not None] == [number - 1] * (number > 0)
+    # Again, as with retain_graph.
+    assert saved[2].take().unique().tolist() == [4.0]
 
 
 def test_the_pass_is_not_captured(mesh: Mesh) -> None:

@@ -1,4 +1,4 @@
-"""Recomputation changes what is kept, nothing else: losses and gradients, with the same dropout."""
+"""Recomputation changes only which tensors are saved: losses and gradients are equal, also with dropout."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, processes, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.planner.memory_model import Layout, Workload, activation_bytes_per_token
 from tests.integration.conftest import SMALL
 
@@ -20,7 +20,7 @@ BATCH, SEQUENCE = 2, 24
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with processes(config) as joined:
+    with open_mesh(config) as joined:
         yield joined
 
 
@@ -64,7 +64,7 @@ def test_losses_and_gradients_stay(mesh: Mesh, recompute: str, dropout: float, m
     assert gradients.keys() == other_gradients.keys() and gradients
     for name, gradient in gradients.items():
         assert float(gradient.abs().max()) > 0, name
-        # The router's weights get their gradient from other sums (test_shares.py): rounding of the largest, no more.
+        # The routing probabilities get their gradient from other sums (test_router_probs.py): equal up to rounding.
         largest = float(gradient.abs().max())
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=2e-6 * largest)
 
@@ -73,8 +73,8 @@ def test_dropout_drops(mesh: Mesh) -> None:
     assert not torch.equal(loss_of(model_of(mesh, "selective", 0.3)), loss_of(model_of(mesh, "selective")))
 
 
-def kept(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
-    """Shapes and bytes of what autograd keeps of one pass, each storage once; weights aside."""
+def saved(model: MixtralModel) -> Counter[tuple[tuple[int, ...], int]]:
+    """Return shapes and bytes of the tensors that autograd saves in one pass, each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
 
@@ -106,6 +106,6 @@ def test_selective_keeps_as_much_less_as_the_plan_says(mesh: Mesh, dropout: floa
         # The first layer's input, which nothing else keeps, is kept to make its norm again: of what is gone, of the
         # same shape, one less is counted.
         expected -= BATCH * SEQUENCE * SMALL.hidden_size * 4
-    # What is no longer kept. The CPU's kernels keep other forms of what it is made of than the GPU's do, hence no sum.
-    gone = kept(model_of(mesh, "none", dropout)) - kept(model_of(mesh, "selective", dropout))
+    # Shapes that are no longer saved. There is no sum, as the CPU's kernels save other tensors than the GPU's.
+    gone = saved(model_of(mesh, "none", dropout)) - saved(model_of(mesh, "selective", dropout))
     assert sum(size * count for (_, size), count in gone.items()) == expected
