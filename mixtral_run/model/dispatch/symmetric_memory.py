@@ -309,4 +309,4 @@ def _self_test(
     assert back is not None
     right &= (total == values * probs.sum(1, keepdim=True)).all() & (back == probs).all()
     if not right:
-        raise RuntimeError("they read something else than was there")
+        raise RuntimeError("the self-test read other values than were written")
