@@ -22,7 +22,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
-        self._tell: Callable[[], None] | None = None
+        self._on_request: Callable[[], None] | None = None
 
     @property
     def asked(self) -> bool:
@@ -35,17 +35,17 @@ class Interrupts:
         return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
 
     @contextmanager
-    def held(self, tell: Callable[[], None]) -> Iterator[None]:
-        """Delay the first signal: within the block it only calls `tell`; KeyboardInterrupt is raised at the end.
+    def held(self, on_request: Callable[[], None]) -> Iterator[None]:
+        """Delay the first signal: within the block it only calls `on_request`; KeyboardInterrupt is raised at the end.
 
         The main thread should only wait within the block, for other threads that check `asked`: Python runs signal
-        handlers in the main thread, between two of its steps, so `tell` must not interfere with work in progress.
+        handlers in the main thread, between two of its steps, so `on_request` must not interfere with work in progress.
         """
-        self._tell = tell
+        self._on_request = on_request
         try:
             yield
         finally:
-            self._tell = None
+            self._on_request = None
         if self.asked:
             raise KeyboardInterrupt
 
@@ -54,9 +54,9 @@ class Interrupts:
         del frame
         if self._asked_at is None:
             self._asked_at = time.monotonic()
-            if self._tell is None:
+            if self._on_request is None:
                 raise KeyboardInterrupt
-            self._tell()
+            self._on_request()
         elif number == signal.SIGINT and self.seconds > SAME_SECONDS:
             # The default action: no clean-up that could take time.
             signal.signal(number, signal.SIG_DFL)
@@ -69,13 +69,13 @@ def interrupts() -> Iterator[Interrupts]:
     requests = Interrupts()
     # Python lets only the main thread listen; None is a handler that is not Python's.
     found = {number: signal.getsignal(number) for number in SIGNALS}
-    kept = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     if threading.current_thread() is not threading.main_thread():
-        kept = {}
-    for number in kept:
+        handlers = {}
+    for number in handlers:
         signal.signal(number, requests.hear)
     try:
         yield requests
     finally:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
