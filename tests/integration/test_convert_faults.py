@@ -172,7 +172,7 @@ def test_cut_off_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tiny: P
         stream.write('{"job": 64, "sour')  # a line that was being written
     told_again = io.StringIO()
     convert(ConvertConfig(hf_model_path=str(tiny), output_path=output), Report(told_again))
-    assert "going on after" in told_again.getvalue()
+    assert "continuing after" in told_again.getvalue()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     assert content(output) == content(tmp_path / "whole")
@@ -217,13 +217,13 @@ def test_a_disk_that_fills_up_during_the_copy(tmp_path: Path, tiny: Path, mounte
     config = ConvertConfig(hf_model_path=str(tiny), output_path=output, workers=1)
     with pytest.raises(WeightsError) as caught:
         convert(config, TakesRoom(mounted / "ballast", left))
-    for words in ("cannot be written", "No space left on device", "it goes on where this one stopped"):
+    for words in ("cannot be written", "No space left on device", "it continues where this one stopped"):
         assert words in str(caught.value)
     assert not output.exists()
     (mounted / "ballast").unlink()
     told = io.StringIO()
     convert(config, Report(told))
-    assert "going on after" in told.getvalue()
+    assert "continuing after" in told.getvalue()
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     assert content(output) == content(tmp_path / "whole")
     assert sorted(entry.name for entry in mounted.iterdir()) == ["out"]

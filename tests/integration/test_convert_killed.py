@@ -195,7 +195,7 @@ def test_a_torn_end_of_the_journal_is_left_out(
     journal.write_bytes(b"".join(lines[:10]) + torn)
     told = io.StringIO()
     convert(ConvertConfig(hf_model_path=str(tiny), output_path=output), Report(told))
-    assert "going on after" in told.getvalue()
+    assert "continuing after" in told.getvalue()
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     assert content(output) == content(tmp_path / "whole")
 

@@ -100,7 +100,7 @@ def test_what_is_copied_before_the_journal_was_written_even_once_is_kept(
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.strip()) == (130, "Interrupted.")
     assert "Stopping" in output
-    assert "the same command goes on from there" in output
+    assert "the same command continues from there" in output
     assert num_noted(tmp_path) >= NUM_QUICK / 4  # a job reads once, or a few times
     goes_on(tmp_path, tiny, monkeypatch)
 

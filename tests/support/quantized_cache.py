@@ -102,7 +102,7 @@ def folder_of(base: Path) -> Path:
 
 
 def leftovers(base: Path) -> list[str]:
-    return [path.name for path in base.iterdir() if path.name.startswith(".quantized")]
+    return [path.name for path in base.iterdir() if path.name.startswith(".quantised")]
 
 
 def edit_record(base: Path, change: Callable[[dict], object]) -> None:

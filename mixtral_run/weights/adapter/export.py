@@ -1,4 +1,4 @@
-"""An adapter checkpoint → a PEFT directory, or a full HF model with the adapter merged in. Both by streaming."""
+"""Export an adapter checkpoint as a PEFT directory, or as a full HF model with the adapter merged in, by streaming."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SIDECAR_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. Bytes of tensors, seconds."""
+    """Result of an export: sizes of the tensors in bytes, and seconds."""
 
     output_path: Path
     kind: str
@@ -43,11 +43,11 @@ class ExportResult:
 
 
 def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
-    """Write the directory, whole or not at all. Only one process may call.
+    """Write the directory completely or not at all. Only one process may call.
 
-    Raises ConfigError or WeightsError before anything is written; an adapter of another base is refused by the norms
-    and routers of --hf-model-path at the start, and by all its tensors, read while merging, before the result is put
-    in its place.
+    Raises ConfigError or WeightsError before anything is written. An adapter of another base is refused at the start,
+    by the norms and routers of --hf-model-path, or, if other tensors differ, once all of them were read while merging,
+    before the result is put in its place.
     """
     report = report or Report()
     started = time.monotonic()
@@ -58,7 +58,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         factors = Factors(reader, adapter.lora, adapter.places)
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
         weights = _check(config, adapter, peft, report)
-        _tell(adapter, report)
+        _describe(adapter, report)
         with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
             staging.clear()
             if config.merge:
@@ -89,7 +89,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, report: Report) -> HFWeights | None:
-    """Everything that can be known before the first byte is written."""
+    """Raise everything that can be found before the first byte is written; return the base's weights, if given."""
     what = "an earlier export of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
     if config.merge and config.hf_model_path is None:
@@ -152,7 +152,7 @@ def _another_base(adapter: OpenAdapter, where: str, expected: str, found: str) -
     )
 
 
-def _tell(adapter: OpenAdapter, report: Report) -> None:
+def _describe(adapter: OpenAdapter, report: Report) -> None:
     lora = adapter.lora
     report.say(
         f"  iteration {adapter.checkpoint.iteration}, rank {lora.rank}, alpha {lora.alpha:g}, "
@@ -175,16 +175,16 @@ def _write_peft(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory,
 
 
 def _base_name(config: ExportConfig, adapter: OpenAdapter) -> str | None:
-    """The HF model that PEFT's config names: as given, or as the base checkpoint tells, where it is still there."""
+    """Return the HF model for PEFT's config: as given, or as recorded by the base checkpoint, if that still exists."""
     name = config.hf_model_path or _source_of(adapter.manifest.base.path)
     if name is None:
         return None
-    # A relative path would be taken for a name on the hub.
+    # PEFT would take a relative path for a name on the hub.
     return str(name.resolve() if name.is_dir() else name)
 
 
 def _source_of(path: str | None) -> Path | None:
-    """The HF model behind the base that an adapter was trained on: itself, or what it was converted from."""
+    """Return the HF model of the base that an adapter was trained on: the base itself, or its source."""
     if path is None:
         return None
     base = Path(path)

@@ -1,4 +1,4 @@
-"""LoRA's A and B of single HF tensors, read from an adapter checkpoint when they are asked for."""
+"""Read LoRA's A and B of single HF tensors from an adapter checkpoint, on demand."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def as_tensor(bits: Bits, dtype: str) -> torch.Tensor:
-    """Bits as the tensor they are; shares their memory."""
+    """Return bits as a tensor of this dtype; it shares their memory."""
     signed = bits.view(f"i{bits.itemsize}")
     return torch.from_numpy(signed).view(getattr(torch, dtype))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's bytes; shares its memory."""
+    """Return a tensor's bytes; they share its memory if it is contiguous."""
     return tensor.contiguous().view(_INTEGERS[tensor.element_size()]).numpy().data.cast("B")
 
 
 class Factors:
-    """A and B by HF tensor, in the dtype they were saved in. q, k and v share their A, and so do w1 and w3."""
+    """A and B by HF tensor, in the dtype in which they were saved. q, k and v share one A, and so do w1 and w3."""
 
     def __init__(self, reader: Reader, lora: LoraSettings, places: Mapping[str, Place]) -> None:
         self._reader = reader
@@ -34,31 +34,31 @@ class Factors:
         self.places = places
 
     def dtype(self, module: str) -> tuple[str, int]:
-        """Name and item size of a module's factors."""
+        """Return dtype and bytes per element of a module's factors."""
         info = self._reader.tensors[linear_in_key(module)]
         return info.dtype, info.item_size
 
     def a(self, name: str) -> torch.Tensor:
-        """[r, in]"""
+        """Return A, [r, in]."""
         place = self.places[name]
         return as_tensor(self._reader.matrix(linear_in_key(place.module), place.leading), self.dtype(place.module)[0])
 
     def b(self, name: str) -> torch.Tensor:
-        """[out, r]: the rows of B that belong to this tensor."""
+        """Return the rows of B that belong to this tensor, [out, r]."""
         place = self.places[name]
         key = linear_out_key(place.module)
         parts = [self._reader.rows(key, place.leading, start, stop) for start, stop in place.rows]
         return as_tensor(np.concatenate(parts), self._reader.tensors[key].dtype)
 
     def stacked_a(self, module: str, layer: int) -> torch.Tensor:
-        """[experts · r, in]: A of all experts of a layer, one below the other."""
+        """Return A of all experts of a layer, stacked expert by expert, [experts · r, in]."""
         key = linear_in_key(module)
         experts = range(self._reader.tensors[key].shape[1])
         parts = [self._reader.matrix(key, (layer, expert)) for expert in experts]
         return as_tensor(np.concatenate(parts), self.dtype(module)[0])
 
     def stacked_b(self, module: str, layer: int) -> torch.Tensor:
-        """[out, r · experts]: B of all experts of a layer, column by column of each beside those of the others."""
+        """Return B of all experts of a layer, with the experts' columns interleaved by rank, [out, r · experts]."""
         key = linear_out_key(module)
         experts = range(self._reader.tensors[key].shape[1])
         parts = [self._reader.matrix(key, (layer, expert)) for expert in experts]
@@ -66,5 +66,5 @@ class Factors:
         return as_tensor(stacked.reshape(stacked.shape[0], -1), self.dtype(module)[0])
 
     def zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A factor that changes nothing."""
+        """Return a factor that changes nothing."""
         return torch.zeros(shape, dtype=getattr(torch, self.dtype(self.lora.target_modules[0])[0]))

@@ -1,4 +1,4 @@
-"""HF weights with an adapter added: the same files, tensor by tensor, in one pass."""
+"""Write HF weights with an adapter added: the same files, tensor by tensor, in one pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BLOCK_BYTES = 8 * 2**20
 
 
 def merge_files(weights: HFWeights, factors: Factors, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
-    """Write every file of `weights` anew with `W + scale · B·A` where there is an adapter; everything else bit by bit.
+    """Write every file of `weights` anew with `W + scale · B·A` for tensors with an adapter; others stay bit by bit.
 
-    The sum is made in fp32 and rounded once. Returns the CRC-32 of the source tensors by name.
+    The sum is computed in fp32 and cast once. Returns the CRC-32 of the source tensors by name.
     """
     crcs: dict[str, int] = {}
     for file in weights.files:
@@ -50,7 +50,7 @@ def _merge_file(
             reached = 0
             for name in names:
                 source = weights.sources[name]
-                # The header, and tensors that are no part of the model.
+                # The header, and tensors that are not part of the model.
                 _copy(descriptor, Source(file, reached, source.start - reached), out)
                 if name in factors.places:
                     crcs[name] = _merge_tensor(weights, factors, name, descriptor, out, advance)
@@ -101,7 +101,7 @@ def _merge_tensor(
 
 
 class Adding:
-    """Adds `scale · B·A` to the rows of one HF tensor. The sum is made in fp32 and rounded once."""
+    """Adds `scale · B·A` to the rows of one HF tensor. The sum is computed in fp32 and cast once."""
 
     def __init__(self, factors: Factors, name: str, dtype: torch.dtype) -> None:
         self._a = factors.a(name).float()
@@ -110,13 +110,13 @@ class Adding:
         self._dtype = dtype
 
     def to_rows(self, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """weight: rows start…stop [stop - start, columns] → the merged rows, in the model's dtype."""
+        """Return the merged rows in the model's dtype. weight: rows start…stop [stop - start, columns]."""
         merged = torch.addmm(weight.float(), self._b[start:stop], self._a, alpha=self._scale)
         return merged.to(self._dtype)
 
 
 def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """The rows that are merged at once. Always the same: a product's last bits may depend on how many they are."""
+    """Yield the ranges of rows that are merged at once; fixed, because a product's last bits may depend on them."""
     step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

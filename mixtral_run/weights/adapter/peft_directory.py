@@ -1,4 +1,4 @@
-"""Writing a PEFT directory: adapter_config.json and adapter_model.safetensors."""
+"""Write a PEFT directory: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mixtral_run.weights.io.files import write_atomically
 
 
 def check_peft(folder: Path, installed: str) -> None:
-    """Raise WeightsError when the installed PEFT would read the directory's stacked experts in another axis order.
+    """Raise WeightsError if the installed PEFT would read the directory's stacked experts in another axis order.
 
-    Only `peft-fused` depends on it. Unreadable configs are left to PEFT's own words.
+    Only `peft-fused` depends on it. PEFT itself reports a config that cannot be read.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -37,12 +37,12 @@ def check_peft(folder: Path, installed: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor: '0.21.2.dev0@abc' → (0, 21)."""
+    """Return major and minor: '0.21.2.dev0@abc' → (0, 21)."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 
 class PeftDirectory:
-    """What is to be written, laid out. `layout`: `peft`, `peft-fused` or `vllm`."""
+    """The tensors of a PEFT directory that is to be written. layout: `peft`, `peft-fused` or `vllm`."""
 
     def __init__(self, architecture: MixtralArchitecture, factors: Factors, layout: str) -> None:
         self.fused = layout == "peft-fused"
@@ -54,7 +54,7 @@ class PeftDirectory:
         self.num_bytes = item_size * sum(prod(entry.shape) for entry in self.entries)
 
     def write(self, folder: Path, base_model: str | None, advance: Callable[[int], None]) -> None:
-        """Write both files, on the disk when this returns. The factors' bits are kept."""
+        """Write both files; they are on the disk when this returns. The factors' bits do not change."""
         with (folder / "adapter_model.safetensors").open("wb") as stream:
             stream.write(header_of({entry.key: entry.shape for entry in self.entries}, self.dtype))
             for entry in self.entries:

@@ -1,11 +1,13 @@
-"""An adapter's tensors as PEFT's users keep them: key, shape and how to read each, in three layouts.
+"""An adapter's tensors in the layouts of PEFT and vLLM: key, shape and reader of each.
 
-`peft`: one pair of 2-D factors an HF tensor of the released layout, each expert apart. PEFT 0.21 turns it into its own
-form when it loads; readers that keep experts apart take it as it is.
+`peft`: one pair of 2-D factors for each HF tensor of the released layout, with separate experts. PEFT 0.21 converts it
+to its own form when it loads it; readers with separate experts take it as it is.
 
 `peft-fused`: PEFT's own form for transformers' stacked experts (0.21, lora/layer.py, ParamWrapper): A's rows go expert
-by expert, B's columns rank by rank with the experts within. Gate and up have one adapter in Megatron's linear_fc1, and
-so they have here: rank r, where PEFT's conversion of the other layout makes 2r of it.
+by expert, B's columns rank by rank with the experts within. Gate and up share one adapter of rank r, as in Megatron's
+linear_fc1; PEFT's conversion of the other layout makes rank 2r of it.
+
+`vllm`: the keys of `peft`, with all three matrices of every expert or none.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _TARGETS = {
 }
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks; v0.14 and later
 FUSED_PEFT_VERSION = "0.21.0"
-"""The PEFT that the axis order of `peft-fused` is of; it changed in 2026-04, with no shape to tell by."""
+"""The PEFT version whose axis order `peft-fused` has; it changed in 2026-04, which the shapes do not show."""
 FUSED_AXIS_ORDER = {"lora_A": "[experts * r, in]", "lora_B": "[out, r * experts]"}
 _PARAMETERS = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
 
@@ -48,10 +50,10 @@ class Entry:
 
 
 def completed(lora: LoraSettings, layout: str) -> LoraSettings:
-    """The adapter with what the layout needs beside what was trained; it is written with zeros, which change nothing.
+    """Return the adapter with the modules that the layout needs in addition; they are written as zeros, without effect.
 
-    PEFT 0.21 finds the factors of w1 and w3 only where those of w2 are wrapped around them: alone they are left out
-    without a word. vLLM fails on an expert that has some of its three and not all.
+    PEFT 0.21 finds the factors of w1 and w3 only if those of w2 are wrapped around them: without w2 they are silently
+    left out. vLLM fails on an expert that has some of its three matrices and not all.
     """
     trained = lora.target_modules
     needed = {"linear_fc1": ("linear_fc2",), "linear_fc2": ("linear_fc1",) if layout == "vllm" else ()}
@@ -60,21 +62,21 @@ def completed(lora: LoraSettings, layout: str) -> LoraSettings:
 
 
 def per_expert_entries(architecture: MixtralArchitecture, factors: Factors, layout: str) -> list[Entry]:
-    """The `peft` and the `vllm` layout."""
-    return _apart(architecture, factors, completed(factors.lora, layout))
+    """Return the tensors of the `peft` or the `vllm` layout."""
+    return _separate_experts(architecture, factors, completed(factors.lora, layout))
 
 
 def fused_entries(architecture: MixtralArchitecture, factors: Factors) -> list[Entry]:
-    """The `peft-fused` layout."""
+    """Return the tensors of the `peft-fused` layout."""
     lora = factors.lora
     attention = tuple(module for module in lora.target_modules if module not in _PARAMETERS)
-    entries = _apart(architecture, factors, dataclasses.replace(lora, target_modules=attention))
+    entries = _separate_experts(architecture, factors, dataclasses.replace(lora, target_modules=attention))
     stacked = [module for module in ("linear_fc1", "linear_fc2") if module in lora.target_modules]
     a = architecture
     sizes = {"linear_fc1": (2 * a.ffn_hidden_size, a.hidden_size), "linear_fc2": (a.hidden_size, a.ffn_hidden_size)}
     for layer in range(a.num_layers):
         for module in stacked:
-            # PEFT wraps the parameters of one module one around the other: the last stands outside.
+            # PEFT nests the wrappers of one module's parameters: the last one is the outermost.
             inner = "base_layer." if module != stacked[-1] else ""
             prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{inner}"
             rows, columns = sizes[module]
@@ -86,7 +88,7 @@ def fused_entries(architecture: MixtralArchitecture, factors: Factors) -> list[E
     return entries
 
 
-def _apart(architecture: MixtralArchitecture, factors: Factors, lora: LoraSettings) -> list[Entry]:
+def _separate_experts(architecture: MixtralArchitecture, factors: Factors, lora: LoraSettings) -> list[Entry]:
     shapes = hf_tensors(architecture)
     entries = []
     for name in places(architecture, lora):
@@ -105,7 +107,7 @@ def _bound(read: Callable[..., torch.Tensor], *arguments: Any) -> Callable[[], t
 
 
 def adapter_config(lora: LoraSettings, base_model: str | None, *, fused: bool) -> dict[str, Any]:
-    """PEFT's LoraConfig. Dropout is zero: it belongs to training, and PEFT refuses to load experts with any."""
+    """Return PEFT's LoraConfig. Dropout is zero: it belongs to training, and PEFT refuses to load experts with any."""
     modules = [module for module in lora.target_modules if not (fused and module in _PARAMETERS)]
     parameters = [name for module, name in _PARAMETERS.items() if fused and module in lora.target_modules]
     name, revision = (None, None) if base_model is None else hub_name_and_revision(base_model)
@@ -131,5 +133,5 @@ def adapter_config(lora: LoraSettings, base_model: str | None, *, fused: bool) -
 
 
 def max_lora_rank(rank: int) -> int:
-    """What `vllm serve --max-lora-rank` has to be at least, among the values that it takes."""
+    """Return the smallest value of `vllm serve --max-lora-rank` that admits the adapter."""
     return next((each for each in _VLLM_RANKS if each >= rank), rank)

@@ -1,4 +1,4 @@
-"""The tensors of an adapter checkpoint, and which of them change which HF tensor: docs/formats.md. Pure."""
+"""The tensors of an adapter checkpoint, and the HF tensors that they change (docs/formats.md). Pure."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def is_of_optimizer(key: str) -> bool:
 
 
 def linear_in_key(module: str) -> str:
-    """Key of A."""
+    """Return the key of A."""
     return LINEAR_KEYS[module].removesuffix(".weight") + ".adapter.linear_in.weight"
 
 
 def linear_out_key(module: str) -> str:
-    """Key of B."""
+    """Return the key of B."""
     return LINEAR_KEYS[module].removesuffix(".weight") + ".adapter.linear_out.weight"
 
 
 def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Shape]:
-    """Every tensor of the adapter with its global shape."""
+    """Return every tensor of the adapter with its global shape."""
     a, r = architecture, lora.rank
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
     shapes: dict[str, tuple[Shape, Shape]] = {
@@ -58,7 +58,7 @@ def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> di
 
 @dataclass(frozen=True)
 class Place:
-    """The part of an adapter that changes one HF tensor: A whole, and these rows of B one after another."""
+    """The part of an adapter that changes one HF tensor: all of A, and these rows of B in order."""
 
     module: str
     leading: Shape  # layer, or layer and expert
@@ -70,9 +70,9 @@ class Place:
 
 
 def places(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Place]:
-    """HF tensor → the part of the adapter that changes it, in the order of the layers.
+    """Return HF tensor → the part of the adapter that changes it, in the order of the layers.
 
-    B's rows are the layer's own rows, so they go where the weight mapping sends the weight's.
+    B has the rows of its layer's weight, so the weight mapping applies to both.
     """
     module_of = {LINEAR_KEYS[module]: module for module in lora.target_modules}
     return {

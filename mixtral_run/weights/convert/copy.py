@@ -1,7 +1,7 @@
-"""The one stream of reads and writes of a conversion, with every checksum computed on the way.
+"""Copy the weights of a conversion in one stream of reads and writes, and compute all checksums on the way.
 
 Workers are threads: reads, writes and CRC-32 all release the interpreter's lock, so one can wait for the disk while
-another computes. Each has its own descriptors (read-ahead is kept per open file) and one buffer.
+another computes. Each has its own descriptors (the kernel's read-ahead is per open file) and one buffer.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from mixtral_run.weights.io.pread import read_whole
 from mixtral_run.weights.mapping.hf_to_megatron import Piece
 
 BLOCK_BYTES = 2**20
-"""Read and written at once. It stays in the processor's cache between the read, the checksum and the write: with 8 MiB
-the kernel's share of the time was three times as long."""
+"""Bytes that are read and written at once. They stay in the processor's cache between the read, the checksum and the
+write: with 8 MiB the kernel takes three times as long."""
 
 FLUSH_SECONDS = 5.0
-"""How often what is written is waited for and noted in the journal. Every 0.25 s cost a third of the speed."""
+"""Interval at which writes are flushed to the disk and noted in the journal. 0.25 s would cost a third of the speed."""
 
 
 _STEP_SECONDS = 0.05
-"""How often is looked while the number of workers is being measured."""
+"""Polling interval while the number of workers is being measured."""
 
 PATIENCE_SECONDS = 2.0
-"""How long jobs in hand may take to end after Ctrl-C. What takes longer is left, and is done again by the next run."""
+"""Time that running jobs have to end after Ctrl-C. Jobs that take longer are dropped and repeated by the next run."""
 
 
 class _Stopped(Exception):
-    """Another worker failed, or the user interrupted and the job in hand takes too long."""
+    """Raised in a worker if another one failed, or if its job takes too long after an interrupt."""
 
 
 def copy_all(
@@ -56,12 +56,12 @@ def copy_all(
     interrupts: Interrupts,
     stopping: Callable[[], None],
 ) -> int:
-    """Write every chunk of the plan that the journal does not have yet into the files of `folder`, which must exist.
+    """Write every chunk of the plan that is not in the journal yet into the files of `folder`, which must exist.
 
-    Afterwards the journal has them all, and their bytes are on the disk. `workers`: None measures how many are worth
-    it; returns how many copied at the end. `advance` is told of bytes copied, from several threads. Raises WeightsError
-    when a file cannot be read or written, and KeyboardInterrupt when `interrupts` heard a signal, which `stopping` then
-    tells; what the journal has by then is whole, and it has all that was.
+    Afterwards all chunks are in the journal, and their bytes are on the disk. workers: None measures the best number;
+    returns the number that copied at the end. advance: called with bytes copied, from several threads. Raises
+    WeightsError if a file cannot be read or written, and KeyboardInterrupt after a signal, which `stopping` reports;
+    by then every finished job is in the journal and on the disk.
     """
     copying = _Copying(plan, weights, folder, workers, journal, advance, interrupts)
     # The wait for the disk is one long step: in a thread of its own, so that this one hears a second Ctrl-C.
@@ -70,7 +70,7 @@ def copy_all(
 
 
 class _Copying:
-    """What the workers of one copy share."""
+    """State that the workers of one copy share."""
 
     def __init__(
         self,
@@ -90,16 +90,16 @@ class _Copying:
         self._interrupts = interrupts
         self._stop = threading.Event()
         self._in_memory = lies_in_memory(folder)
-        # With a core for every file at most, nobody waits for another's turn to write.
+        # With at most one core for each file, no worker waits for another one to write.
         self._pace = Pace(workers, mappable=self._in_memory and num_cores() > len(plan.files))
-        # Where both fit, they stay in the cache for what comes next; else they would only push out what others need.
+        # If source and result fit, they stay in the page cache for the next step; else they would displace other data.
         self._drop_behind = not fits_in_memory(2 * plan.num_bytes)
         self._remaining = iter([(number, job) for number, job in enumerate(plan.jobs) if number not in journal.done])
         self._lock = threading.Lock()
         self._finished: list[tuple[int, JobSums]] = []
 
     def run(self) -> int:
-        """Copy; returns how many workers did at the end."""
+        """Copy; return the number of workers at the end."""
         if self._in_memory:
             _lengthen(self._folder, self._plan)
         pace = self._pace
@@ -122,7 +122,7 @@ class _Copying:
                         self._stop.set()
             flusher.flush()
         errors = [error for future in futures if (error := future.exception()) is not None]
-        # Ctrl-C has ended a `| tee` as well: whoever told it how far the copy is failed by that.
+        # Ctrl-C also ends a `| tee`: whoever reported progress to it failed by that.
         expected = (_Stopped, BrokenPipeError) if self._interrupts.asked else ()
         for error in sorted(errors, key=lambda each: isinstance(each, _Stopped)):
             if not isinstance(error, expected):
@@ -130,7 +130,7 @@ class _Copying:
         return pace.chosen.workers
 
     def _work(self, me: int) -> None:
-        """A worker, from its first job to its last."""
+        """Run one worker, from its first job to its last."""
 
         def checkpoint() -> None:
             self._pace.wait_for_turn(me, lambda: self._stop.is_set() or self._interrupts.asked)
@@ -158,7 +158,7 @@ class _Copying:
 
 
 def _lengthen(folder: Path, plan: Plan) -> None:
-    """Give the files their final lengths: what is not written yet takes no memory."""
+    """Give the files their final lengths; parts that are not written yet take no memory."""
     for name, length in plan.files.items():
         try:
             descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
@@ -172,7 +172,7 @@ def _lengthen(folder: Path, plan: Plan) -> None:
 
 
 class _Flusher:
-    """Keeps the disk busy with what is written, and the journal up to date with what is on the disk."""
+    """Flushes written data to the disk, and notes in the journal what is there."""
 
     def __init__(
         self,
@@ -214,12 +214,12 @@ class _Flusher:
 
 
 def unwritable(where: Path, error: OSError) -> WeightsError:
-    """What to say when the disk takes no more."""
+    """Return the error for a checkpoint that cannot be written."""
     return WeightsError(
         "The checkpoint cannot be written.",
         where=str(where),
         found=error.strerror,
-        next_command="df -h, then the same command again: it goes on where this one stopped",
+        next_command="df -h, then the same command again: it continues where this one stopped",
     )
 
 
@@ -235,10 +235,10 @@ class _Worker:
         reserve: bool,
         drop_behind: bool,
     ) -> None:
-        """`checkpoint` is called before every block: it waits for the worker's turn, and raises to end the work.
+        """Open a worker. checkpoint: called before every block; waits for the worker's turn, or raises to end it.
 
-        pace: tells how to write. reserve: room for a chunk before it is written; in memory that would be one worker at
-        a time in a file, and every page written twice.
+        pace: decides how to write. reserve: allocate a chunk before it is written; on tmpfs that would admit one worker
+        at a time to a file, and write every page twice.
         """
         self._weights = weights
         self._folder = folder
@@ -308,7 +308,7 @@ class _Worker:
         return self._weights.item_size
 
     def _blocks(self, piece: Piece, multiple: int = 1) -> Iterator[tuple[memoryview, int]]:
-        """The piece's bytes in blocks of a multiple of so many bytes, each with its first byte's number."""
+        """Yield the piece's bytes in blocks of a multiple of `multiple` bytes, each with its first byte's index."""
         source = self._weights.sources[piece.source]
         start, length = source.start + piece.source_start * self._item_size, piece.num_elements * self._item_size
         step = max(BLOCK_BYTES // multiple, 1) * multiple

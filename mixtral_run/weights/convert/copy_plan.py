@@ -1,4 +1,4 @@
-"""Where every byte of a conversion comes from and goes to, known before the first is read."""
+"""Plan of a conversion: source and destination of every byte, known before the first one is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixtral_run.weights.torch_dist.metadata import StoredItem
 
 @dataclass(frozen=True)
 class PlacedChunk:
-    """A chunk, its frame and where the framed item starts in its file."""
+    """A chunk, its frame, and the file and position of the framed item."""
 
     chunk: hf_to_megatron.Chunk
     frame: Frame
@@ -22,9 +22,11 @@ class PlacedChunk:
 
     @property
     def payload_start(self) -> int:
+        """Return the position of the chunk's first element in the file."""
         return self.start + self.frame.payload_start
 
     def stored_item(self) -> StoredItem:
+        """Return the chunk's entry for `.metadata`."""
         return StoredItem(self.chunk.key, self.chunk.offset, self.chunk.shape, self.file, self.start, self.frame.length)
 
 
@@ -38,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a conversion in the order of their source bytes, and what lies in each file."""
+    """All jobs of a conversion in the order of their source bytes, the objects, and the size of each file."""
 
     jobs: tuple[Job, ...]
     objects: tuple[StoredItem, ...]
@@ -46,23 +48,25 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
+        """Return the size of all files together."""
         return sum(self.files.values())
 
     def stored_items(self) -> list[StoredItem]:
+        """Return the entries of `.metadata`: objects and chunks."""
         return [*self.objects, *(chunk.stored_item() for job in self.jobs for chunk in job.chunks)]
 
 
 def make_plan(weights: HFWeights, tensor_parallel_size: int, expert_parallel_size: int, object_size: int) -> Plan:
-    """Lay out the files: one a rank of the layout, its objects first, then its chunks, each from a page's start.
+    """Lay out the files: one for each rank of the layout, with its objects first, then its chunks, aligned to pages.
 
-    `object_size`: bytes of one `_extra_state` object as it is stored.
+    object_size: bytes of one stored `_extra_state` object.
     """
-    ends: dict[int, int] = {}
+    offsets: dict[int, int] = {}
     objects = []
     for key, rank in hf_to_megatron.extra_states(weights.architecture, expert_parallel_size):
-        start = ends.get(rank, 0)
+        start = offsets.get(rank, 0)
         objects.append(StoredItem(key, None, None, _file_name(rank), start, object_size))
-        ends[rank] = start + object_size
+        offsets[rank] = start + object_size
     frames: dict[hf_to_megatron.Shape, Frame] = {}
     units = list(hf_to_megatron.units(weights.architecture, tensor_parallel_size, expert_parallel_size))
     units.sort(key=lambda unit: _source_place(weights, unit))
@@ -72,11 +76,11 @@ def make_plan(weights: HFWeights, tensor_parallel_size: int, expert_parallel_siz
         for chunk in unit.chunks:
             if chunk.shape not in frames:
                 frames[chunk.shape] = frame(chunk.shape, weights.dtype, weights.item_size)
-            start = -(-ends.get(chunk.rank, 0) // PAGE) * PAGE
+            start = -(-offsets.get(chunk.rank, 0) // PAGE) * PAGE
             placed.append(PlacedChunk(chunk, frames[chunk.shape], _file_name(chunk.rank), start))
-            ends[chunk.rank] = start + frames[chunk.shape].length
+            offsets[chunk.rank] = start + frames[chunk.shape].length
         jobs.append(Job(unit, tuple(placed)))
-    return Plan(tuple(jobs), tuple(objects), {_file_name(rank): end for rank, end in sorted(ends.items())})
+    return Plan(tuple(jobs), tuple(objects), {_file_name(rank): end for rank, end in sorted(offsets.items())})
 
 
 def _file_name(rank: int) -> str:

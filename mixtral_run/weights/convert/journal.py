@@ -1,7 +1,7 @@
-"""Which jobs of a conversion are on the disk, so that a conversion that was cut off goes on with the rest.
+"""Journal of the jobs of a conversion that are on the disk, so that an interrupted conversion continues with the rest.
 
-A line a job, written after the job's bytes are: whatever ends the process or the machine, what the journal names is
-there. Its first line says which conversion it is; another one starts anew.
+Each job has a line, which is written after the job's bytes: however the process or the machine ends, the jobs in the
+journal are on the disk. The first line identifies the conversion; a different one starts anew.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ JOURNAL_NAME = "journal.jsonl"
 
 @dataclass(frozen=True)
 class JobSums:
-    """CRC-32 of what a job read, by HF tensor, and of the chunks it wrote, in their order."""
+    """CRC-32 of the HF tensors that a job read, by name, and of the chunks that it wrote, in order."""
 
     sources: dict[str, int]
     chunks: tuple[int, ...]
 
 
 def identity(weights: HFWeights, plan: Plan) -> str:
-    """Tells conversions apart: the source's files as they are now, what they are, the layout, and the kit."""
+    """Return a hash that identifies a conversion: source files, architecture, layout and the kit's version."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files]
     content = {"kit_version": __version__, "files": files, "result": plan.files, "num_jobs": len(plan.jobs)}
-    # The number of heads alone decides where the rows of q, k and v go, and leaves every size as it is.
+    # The number of heads decides the places of the rows of q, k and v, and no file's size shows it.
     content["architecture"] = weights.architecture.to_mapping()
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class Journal:
-    """The journal of the conversion `identity` in `folder`; `done` holds the jobs that need not be done again."""
+    """The journal of one conversion in its work folder. done: the jobs that need not be repeated."""
 
     def __init__(self, folder: Path, wanted: str) -> None:
         self.path = folder / JOURNAL_NAME
@@ -54,12 +54,12 @@ class Journal:
         self._identity = wanted
 
     def start(self, jobs: Sequence[Job]) -> None:
-        """Write what is known so far: a line that was cut off must not be added to.
+        """Rewrite the journal from the complete lines, since nothing may be appended to a line that was cut off.
 
-        Room for all the jobs' lines is reserved: what is whole can be noted when the disk has become full.
+        Space for the lines of all jobs is reserved, so that finished jobs can be noted even once the disk is full.
         """
         lines = [{"identity": self._identity}, *(_line(number, sums) for number, sums in self.done.items())]
-        # Beside the old one, which stays until this is whole.
+        # Next to the old one, which stays until this one is complete.
         partial = self.path.with_name(f".{self.path.name}.partial")
         with partial.open("w", encoding="utf-8") as stream:
             allocate(stream.fileno(), 0, _most_bytes(lines[0], jobs), keep_size=True)
@@ -68,7 +68,7 @@ class Journal:
         sync_path(self.path.parent)
 
     def add(self, finished: Iterable[tuple[int, JobSums]]) -> None:
-        """Note jobs whose bytes are on the disk; on the disk itself when this returns."""
+        """Add jobs whose bytes are on the disk; the lines are on the disk when this returns."""
         pairs = list(finished)
         if pairs:
             with self.path.open("a", encoding="utf-8") as stream:
@@ -83,7 +83,7 @@ def _write(stream: TextIO, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _most_bytes(head: dict[str, Any], jobs: Sequence[Job]) -> int:
-    """How long the journal of all jobs can become."""
+    """Return the largest size that the journal of all jobs can reach."""
     crc = 2**32 - 1
     lines = [head]
     for number, job in enumerate(jobs):

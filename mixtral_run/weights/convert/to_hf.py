@@ -1,4 +1,4 @@
-"""Megatron torch_dist → HF safetensors in the released layout: the conversion the other way round, as a stream."""
+"""Convert Megatron torch_dist to HF safetensors in the released layout, as a stream."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_QKV_KEY, RowRanges
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
 
 SHARD_BYTES = 5 * 10**9
-"""The largest file, as the released shards have it."""
+"""Largest size of a file, as in the released shards."""
 
 _BLOCK_BYTES = 8 * 2**20
 _SIDECAR_BYTES = 16 * 2**20
@@ -50,7 +50,7 @@ _STEPS = 3
 
 @dataclass(frozen=True)
 class ToHFResult:
-    """What was written. Bytes of tensors, seconds."""
+    """Result of a conversion to HF: sizes of the tensors in bytes, and seconds."""
 
     output_path: Path
     num_tensors: int
@@ -61,12 +61,12 @@ class ToHFResult:
 
 
 def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
-    """Write the HF model that a base checkpoint holds, whole or not at all. Only one process may call.
+    """Write the HF model of a base checkpoint completely or not at all. Only one process may call.
 
-    Every tensor is equal bit by bit to the one that was converted; the checkpoint's fingerprint is computed from what
-    is read and has to be the recorded one, unless the weights were trained on since: that is told. With
-    `config.adapter` every tensor that it changes is `W + alpha / r · B·A`, bit by bit what `export --merge` writes.
-    Raises ConfigError or WeightsError.
+    Every tensor is equal bit by bit to the one that was converted. The fingerprint is computed from the bytes that are
+    read and must be the recorded one, unless the weights were trained since, which is reported. With `config.adapter`
+    every tensor that it changes is `W + alpha / r · B·A`, bit by bit what `export --merge` writes. Raises ConfigError
+    or WeightsError.
     """
     report = report or Report()
     path = config.check().from_megatron
@@ -120,7 +120,7 @@ def _open_adapter(config: ConvertConfig, checkpoint: Checkpoint) -> Iterator[Fac
 def _check(
     config: ConvertConfig, checkpoint: Checkpoint, reader: Reader, report: Report
 ) -> dict[str, dict[str, Shape]]:
-    """Everything that can be known before the first byte is written; the files to write."""
+    """Raise everything that can be found before the first byte is written; return the files to write."""
     check_base(checkpoint, reader, report)
     problems = output_problems(
         config.output_path,
@@ -135,7 +135,7 @@ def _check(
 
 
 def _files(checkpoint: Checkpoint, item_size: int) -> dict[str, dict[str, Shape]]:
-    """The tensors of each file, filled one after another."""
+    """Distribute the tensors over files, which are filled one after another."""
     groups: list[dict[str, Shape]] = [{}]
     filled = 0
     for name, shape in hf_tensors(checkpoint.architecture).items():
@@ -150,7 +150,7 @@ def _files(checkpoint: Checkpoint, item_size: int) -> dict[str, dict[str, Shape]
 
 
 class _Writer:
-    """Writes HF files; `checksums` are those of the checkpoint's tensors, before an adapter is added."""
+    """Writer of HF files. checksums: CRC-32 of the checkpoint's tensors, before an adapter is added."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Writer:
         self.checksums: dict[str, int] = {}
 
     def write(self, file: Path, tensors: dict[str, Shape]) -> None:
-        """One file, on the disk when this returns."""
+        """Write one file; it is on the disk when this returns."""
         try:
             with file.open("wb") as stream:
                 stream.write(header_of(tensors, self.dtype))
@@ -193,13 +193,13 @@ class _Writer:
         self.checksums[name] = crc
 
     def _rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
-        """Rows of the checkpoint's tensor, in the model's dtype: local layers keep norms in fp32."""
+        """Read rows of the checkpoint's tensor in the model's dtype; local layers store norms in fp32."""
         rows = self._reader.rows(ranges.key, ranges.leading, start, stop)
         dtype = self._reader.tensors[ranges.key].dtype
         if dtype == self.dtype:
             return rows
-        rounded = as_tensor(rows, dtype).to(getattr(torch, self.dtype)).contiguous()
-        bits: Bits = rounded.view(torch.uint8).numpy().view(f"u{rounded.element_size()}")
+        cast = as_tensor(rows, dtype).to(getattr(torch, self.dtype)).contiguous()
+        bits: Bits = cast.view(torch.uint8).numpy().view(f"u{cast.element_size()}")
         return bits
 
     def _merged(self, name: str) -> Iterator[memoryview]:
@@ -214,7 +214,7 @@ class _Writer:
         self.checksums[name] = crc
 
     def _hf_rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
-        """Rows start…stop of the HF tensor, which may lie apart in the checkpoint."""
+        """Read rows start…stop of the HF tensor, which may be several ranges of the checkpoint's tensor."""
         parts, row = [], 0
         for first, last in ranges.rows:
             begin, end = max(start, row), min(stop, row + last - first)
@@ -264,7 +264,7 @@ def _write_sidecars(
         "weight_map": {tensor: file for file, tensors in files.items() for tensor in tensors},
     }
     write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    # With an adapter these are other weights than those that the fingerprint is of.
+    # With an adapter the weights are no longer those of the fingerprint.
     what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
     write_manifest(
         folder,

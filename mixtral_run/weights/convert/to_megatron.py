@@ -1,4 +1,4 @@
-"""HF safetensors → Megatron torch_dist, as a stream of byte ranges: no model is built, memory does not grow with it."""
+"""Convert HF safetensors to Megatron torch_dist as a stream of byte ranges: no model is built, memory stays bounded."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from mixtral_run.weights.torch_dist.metadata import write_metadata
 
 _STEPS = 4
 _SIDECAR_BYTES = 64 * 2**20
-"""Room for everything beside the weights: the metadata of a full-size model is 1 MB, a tokenizer a few."""
+"""Disk space for everything but the weights: the metadata of a full-size model is 1 MB, a tokenizer a few MB."""
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What was written, and what it took. Bytes and seconds; `peak_rss_bytes` is the process's own."""
+    """Result of a conversion. Sizes in bytes, times in seconds; `peak_rss_bytes` is that of this process."""
 
     output_path: Path
     num_tensors: int
@@ -57,10 +57,10 @@ class ConvertResult:
 
 
 def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResult:
-    """Write the checkpoint, whole or not at all. Only one process may call.
+    """Write the checkpoint completely or not at all. Only one process may call.
 
-    Raises ConfigError (layout, output folder, disk) or WeightsError (the HF model), each with everything that is wrong,
-    before anything is written; KeyboardInterrupt on Ctrl-C and SIGTERM, and what is copied by then is kept.
+    Raises ConfigError (layout, output folder, disk) or WeightsError (the HF model), each with all problems, before
+    anything is written; KeyboardInterrupt on Ctrl-C and SIGTERM, after which the same command continues.
     """
     report = report or Report()
     model = config.check().hf_model_path
@@ -69,7 +69,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     started = time.monotonic()
     report.step(1, _STEPS, f"Read the headers of {model}")
     weights, plan = _check(config, model, report)
-    _tell(weights, report)
+    _print_summary(weights, report)
     report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
     with (
@@ -85,7 +85,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         _write_sidecars(config, model, weights, plan, staging.folder, fingerprint)
         write_proof(staging.folder, weights, plan, journal.done)
         write_atomically(staging.folder / LATEST, f"{CONVERTED_ITERATION}\n")
-        # The journal goes last: until the result is in its place, it is what a run that is cut off goes on from.
+        # The journal is removed last: until the result is in its place, an interrupted run continues from it.
         staging.publish(spent=(JOURNAL_NAME,))
     result = ConvertResult(
         output_path=config.output_path,
@@ -109,7 +109,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
 
 @contextmanager
 def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> Iterator[Journal]:
-    """The journal of this conversion; what it names stays for the same command when the work within ends early."""
+    """Open the journal of this conversion; if the work ends early, the finished jobs stay for the same command."""
     journal = Journal(staging.folder, identity(weights, plan))
     folder = _iteration_folder(staging)
     if journal.is_new or not all((folder / name).is_file() for name in plan.files):
@@ -122,8 +122,8 @@ def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> I
         if staging.keep:
             with suppress(BrokenPipeError):
                 report.warn(
-                    f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are kept "
-                    f"in {staging.folder}: the same command goes on from there"
+                    f"{_num_copied(weights, plan, journal) / GIB:,.2f} of {weights.num_bytes / GIB:,.2f} GiB are "
+                    f"copied, in {staging.folder}: the same command continues from there"
                 )
         if isinstance(error, OSError) and not isinstance(error, PermissionError):
             raise unwritable(Path(error.filename or staging.folder), error) from error
@@ -139,30 +139,30 @@ def _copy(
     signals: Interrupts,
     report: Report,
 ) -> int:
-    """Bring all chunks to the disk, going on where an earlier run of the same conversion was cut off.
+    """Write all chunks to the disk, continuing where an earlier run of the same conversion was interrupted.
 
-    Returns how many workers copied; the journal has the checksums by job. Raises KeyboardInterrupt on Ctrl-C and
-    SIGTERM once what is whole by then is on the disk and in the journal.
+    Returns the number of workers that copied; the journal has the checksums by job. Raises KeyboardInterrupt on Ctrl-C
+    and SIGTERM once all finished jobs are on the disk and in the journal.
     """
     folder = _iteration_folder(staging)
     folder.mkdir(exist_ok=True)
     _write_objects(plan, folder)
-    # What the journal names has to be found after a power failure: the files' entries in their folders as well.
+    # Files of the journal's jobs must be found after a power failure: sync their entries in the folders as well.
     for each in (folder, staging.folder, staging.folder.parent):
         sync_path(each)
     journal.start(plan.jobs)
     copied = _num_copied(weights, plan, journal)
     if copied:
-        report.say(f"  going on after {copied / GIB:,.2f} GiB that an earlier run copied")
+        report.say(f"  continuing after {copied / GIB:,.2f} GiB that an earlier run copied")
     with ExitStack() as shown:
         progress = shown.enter_context(report.progress(weights.num_bytes, "copied"))
         progress.advance(copied)
 
         def stopping() -> None:
-            # Ctrl-C has ended a `| tee` as well. The bar first: it would be drawn over the words, and hides the cursor.
+            # Ctrl-C also ends a `| tee`. Close the bar first: it would overwrite the message, and hides the cursor.
             with suppress(BrokenPipeError):
                 shown.close()
-                report.say("  Stopping: what is copied is brought to the disk; Ctrl-C again ends at once, without it.")
+                report.say("  Stopping: copied data is flushed to the disk; Ctrl-C again ends at once, without it.")
 
         return copy_all(
             plan, weights, folder, workers=config.workers, journal=journal, advance=progress.advance,
@@ -183,7 +183,7 @@ def _num_bytes(weights: HFWeights, job: Job) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak resident memory of this process."""
     # getrusage would begin with the parent's size; the kernel's own count begins with the program.
     status = Path("/proc/self/status")
     if status.is_file():
@@ -198,7 +198,7 @@ def _is_base(folder: Path) -> bool:
 
 
 def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights, Plan]:
-    """Everything that can be known before the first byte is written."""
+    """Raise everything that can be found before the first byte is written; return the weights and the plan."""
     what = "an earlier checkpoint of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
     try:
@@ -219,7 +219,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
 
 
 def _check_before_download(config: ConvertConfig, model: HubModel, problems: list[str]) -> None:
-    """Raise ConfigError with all that needs no weights, `faults` of the output folder among it."""
+    """Raise ConfigError with all problems that can be found without weights, those of the output folder included."""
     a = model.architecture
     needed = model.num_bytes + _SIDECAR_BYTES
     if on_one_disk(config.output_path, model.cache):
@@ -231,7 +231,7 @@ def _check_before_download(config: ConvertConfig, model: HubModel, problems: lis
 
 
 def _layout_problems(config: ConvertConfig, model: str) -> list[str]:
-    """The layout's faults where the weights themselves cannot be used but their config.json can."""
+    """Return the layout's problems if the weights cannot be used but their config.json can."""
     from mixtral_run.model.architecture import MixtralArchitecture
 
     try:
@@ -241,7 +241,7 @@ def _layout_problems(config: ConvertConfig, model: str) -> list[str]:
     return architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
 
 
-def _tell(weights: HFWeights, report: Report) -> None:
+def _print_summary(weights: HFWeights, report: Report) -> None:
     a = weights.architecture
     report.say(
         f"  {len(weights.files)} files, {len(weights.sources):,} tensors, {a.num_parameters:,} parameters, "
@@ -254,7 +254,7 @@ def _tell(weights: HFWeights, report: Report) -> None:
 
 
 def _empty_object() -> bytes:
-    """An `_extra_state` object as Megatron stores it where there is nothing to store: the list [None]."""
+    """Return an empty `_extra_state` object as Megatron stores it: the list [None]."""
     import torch
 
     stream = io.BytesIO()
@@ -280,11 +280,11 @@ def _write_objects(plan: Plan, folder: Path) -> None:
 def _write_sidecars(
     config: ConvertConfig, model: str, weights: HFWeights, plan: Plan, folder: Path, fingerprint: str
 ) -> None:
-    """What lies beside the weights, but for their proof and the tracker file, which makes it a checkpoint."""
+    """Write everything next to the weights but the proof and the marker file, which completes the checkpoint."""
     iteration_folder = folder / f"iter_{CONVERTED_ITERATION:07d}"
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     a, dtype = weights.architecture, weights.dtype
-    # An earlier run may have copied files that the source has no more.
+    # An earlier run may have copied files that the source no longer has.
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     copy_tokenizer(weights.directory, folder / "tokenizer")
     megatron_files.write_common(iteration_folder, a, dtype, tp, ep, CONVERTED_ITERATION)

@@ -17,8 +17,9 @@ from mixtral_run.weights.manifest.proof import PROOF_NAME
 
 
 def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int, JobSums]) -> None:
-    """Write FOLDER/proof.json: the source's files and revision, CRC-32 of every HF tensor, of every chunk, and of the
-    small files that are in the folder by now.
+    """Write FOLDER/proof.json: the source's files and revision, and CRC-32 of tensors, chunks and small files.
+
+    The small files must be in the folder by now.
     """
     tensors = {name: crc for each in sums.values() for name, crc in each.sources.items()}
     chunks = [
@@ -48,15 +49,15 @@ def write_proof(folder: Path, weights: HFWeights, plan: Plan, sums: Mapping[int,
 
 
 def _small_files(folder: Path) -> list[str]:
-    """What lies beside the weights, by its path within the folder."""
-    # A part of a file is what an earlier run left when it was cut off: its place is taken.
+    """Return the paths of the files next to the weights, relative to the folder."""
+    # `.partial` files were left by an interrupted run and replaced since.
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".distcp", ".partial"))
     names = (path.relative_to(folder).as_posix() for path in files)
-    # The journal goes; the marker is Megatron's to change when it saves a later iteration beside this one.
+    # The journal is removed; Megatron changes the marker when it saves a later iteration next to this one.
     return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST))
 
 
 def _revision(directory: Path) -> str | None:
-    """The hub's commit, where the directory is a snapshot of its cache."""
+    """Return the hub's commit if the directory is a snapshot of its cache, else None."""
     resolved = directory.resolve()
     return resolved.name if resolved.parent.name == "snapshots" else None

@@ -1,4 +1,4 @@
-"""CRC-32 of HF tensors where nothing else has to be read for them."""
+"""CRC-32 of HF tensors, and the fingerprint of a model that follows from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK_BYTES = 8 * 2**20
 
 
 def read_source(descriptor: int, source: Source, first: int, count: int) -> bytes:
-    """`count` bytes of a tensor from its byte `first`. Raises WeightsError where the file ends before."""
+    """Read `count` bytes of a tensor from its byte `first`. Raises WeightsError if the file ends before."""
     data = os.pread(descriptor, count, source.start + first)
     while len(data) < count:
         more = os.pread(descriptor, count - len(data), source.start + first + len(data))
@@ -32,14 +32,14 @@ def read_source(descriptor: int, source: Source, first: int, count: int) -> byte
 def tensor_checksums(
     weights: HFWeights, names: Iterable[str], *, workers: int = 2, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, int]:
-    """CRC-32 of the named tensors' bytes; `advance` is told of bytes read, from several threads."""
+    """Return the CRC-32 of the named tensors. advance: called with bytes read, from several threads."""
     return source_checksums({name: weights.sources[name] for name in names}, workers=workers, advance=advance)
 
 
 def source_checksums(
     sources: Mapping[str, Source], *, workers: int = 2, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, int]:
-    """The same of tensors by where they lie. Raises OSError where a file is not there, WeightsError where it ends."""
+    """Return the CRC-32 of tensors by place. Raises OSError if a file is missing, WeightsError if it is short."""
 
     def checksum(name: str) -> tuple[str, int]:
         source = sources[name]
@@ -59,22 +59,22 @@ def source_checksums(
 
 
 def quick_fingerprint(weights: HFWeights) -> str:
-    """The QUICK half of the weights' fingerprint; reads the norms and routers alone."""
+    """Return the QUICK half of the weights' fingerprint; only norms and routers are read."""
     checksums = tensor_checksums(weights, quick_names(weights.architecture))
     return quick_fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
 
 
 def fingerprint(weights: HFWeights, advance: Callable[[int], None] = lambda _: None) -> str:
-    """The weights' whole fingerprint; reads every byte."""
+    """Return the weights' whole fingerprint; every byte is read."""
     checksums = tensor_checksums(weights, weights.sources, advance=advance)
     return fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
 
 
 def fingerprint_of_checksums(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:
-    """Tells HF weights apart by content: `QUICK-WHOLE`, from the CRC-32 of every tensor of the released layout.
+    """Return `QUICK-WHOLE`, which identifies HF weights by content: hashes of the CRC-32 of their tensors.
 
-    QUICK needs the norms and routers alone, a few megabytes even at full size: enough to refuse another model before
-    any work. WHOLE covers every tensor. Neither depends on shards, on the layout, or on how the experts were stored.
+    QUICK needs only the norms and routers, a few megabytes even at full size: enough to refuse another model before any
+    work. WHOLE covers every tensor. Neither depends on shards, on the layout, or on how the experts were stored.
     """
     shapes = hf_tensors(architecture)
     lines = {name: f"{name} {dtype} {list(shape)} {checksums[name]:08x}\n" for name, shape in shapes.items()}
@@ -82,13 +82,14 @@ def fingerprint_of_checksums(architecture: MixtralArchitecture, dtype: str, chec
 
 
 def quick_fingerprint_of_checksums(architecture: MixtralArchitecture, dtype: str, checksums: Mapping[str, int]) -> str:
-    """The QUICK half of `fingerprint`, from the checksums of `quick_names` alone."""
+    """Return the QUICK half of the fingerprint from the checksums of `quick_names`."""
     shapes = hf_tensors(architecture)
     names = quick_names(architecture)
     return _digest(f"{name} {dtype} {list(shapes[name])} {checksums[name]:08x}\n" for name in names)[:16]
 
 
 def quick_names(architecture: MixtralArchitecture) -> list[str]:
+    """Return the HF tensors that QUICK covers: norms and routers."""
     return [
         name for name, shape in hf_tensors(architecture).items() if len(shape) == 1 or name.endswith(".gate.weight")
     ]

@@ -1,4 +1,4 @@
-"""Where the HF model is: a directory, or a name on the hub, downloaded into HF_HOME.
+"""Find the HF model: a directory, or a name on the hub, which is downloaded into HF_HOME.
 
 The token comes from HF_TOKEN or the file that `hf auth login` wrote; it is never taken as a flag and never printed.
 """
@@ -23,14 +23,14 @@ from mixtral_run.weights.io.files import how_to_restore
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
-# The released repositories hold the weights a second time, as consolidated.*.pt: 93 GB that nobody here reads.
+# The released repositories hold the weights a second time, as consolidated.*.pt: 93 GB that the kit never reads.
 _WANTED = ("model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
-_LOOK_EVERY_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """What is known of a model on the hub before its weights are here. Bytes: of the files that are wanted."""
+    """A model on the hub, as known before its weights are downloaded. Sizes are those of the files that are needed."""
 
     name: str
     architecture: MixtralArchitecture
@@ -40,24 +40,24 @@ class HubModel:
 
     @property
     def dtype(self) -> str:
-        """By the size of the weights; fp16 and bf16 are not told apart."""
+        """Return the dtype that follows from the size of the weights; fp16 counts as bf16."""
         return "float32" if self.num_bytes >= 4 * self.architecture.num_parameters else "bfloat16"
 
 
 BeforeDownload = Callable[[HubModel], object]
-"""Raises what can be found wrong without the weights."""
+"""Called before the download; raises the problems that can be found without the weights."""
 
 
 def is_on_hub(path: Path | str) -> bool:
-    """Whether a path names a model on the hub: it has the form of a name, and nothing here has, or had, that path."""
+    """Return True if a path is a hub name: it has the form of one, and no local folder has, or had, that path."""
     folder = Path(path).expanduser()
     return may_be_hub_name(str(path)) and not folder.exists() and how_to_restore(folder) is None
 
 
 def with_models_here(config: ConfigT, report: Report, check: BeforeDownload | None = None) -> ConfigT:
-    """The config with the directory of each HF model that it names on the hub. Raises as `resolve` does.
+    """Return the config with hub names replaced by the models' directories. Raises as `resolve` does.
 
-    Other paths stay as they are: what is wrong with them is told by what reads them.
+    Other paths stay as they are: whatever reads them reports their problems.
     """
     named = {name: getattr(config, name, None) for name in HF_MODEL_SETTINGS}
     found = {
@@ -69,13 +69,13 @@ def with_models_here(config: ConfigT, report: Report, check: BeforeDownload | No
 
 
 def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = None) -> Path:
-    """The directory of the model, after downloading it where `hf_model_path` is a hub name, NAME or NAME@REVISION.
+    """Return the model's directory, after downloading it if `hf_model_path` is a hub name, NAME or NAME@REVISION.
 
-    A download that was interrupted goes on with the files that are not there yet; one that is whole needs no
-    connection. `check` is called before weights are downloaded. Raises WeightsError: not there, gated, no access,
-    offline, no space for it.
+    An interrupted download continues with the files that are missing; a complete one needs no connection. `check` is
+    called before weights are downloaded. Raises WeightsError if the model does not exist, is gated, cannot be accessed
+    or reached, or does not fit on the disk.
     """
-    directory = _mesh(hf_model_path)
+    directory = _local_directory(hf_model_path)
     if directory is not None:
         return directory
     hub_model = ask(hf_model_path)
@@ -87,12 +87,12 @@ def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = N
 
 
 def resolve_description(hf_model_path: str, report: Report) -> Path:
-    """A directory with the model's config.json and tokenizer, no weights; otherwise as `resolve`."""
-    return _mesh(hf_model_path) or _download(hf_model_path, TOKENIZER_FILES, report)
+    """Return a directory with the model's config.json and tokenizer, without weights; otherwise as `resolve`."""
+    return _local_directory(hf_model_path) or _download(hf_model_path, TOKENIZER_FILES, report)
 
 
-def _mesh(hf_model_path: str) -> Path | None:
-    """The directory, where it is one; None for a hub name. Raises WeightsError for anything else."""
+def _local_directory(hf_model_path: str) -> Path | None:
+    """Return a local directory, or None for a hub name. Raises WeightsError for anything else."""
     directory = Path(hf_model_path).expanduser()
     try:
         if directory.is_dir():
@@ -114,19 +114,19 @@ def _mesh(hf_model_path: str) -> Path | None:
 
 
 def ask(hf_model_path: str) -> HubModel | None:
-    """What the hub says of the model: of its files only config.json is downloaded. None where it cannot be asked.
+    """Ask the hub for a model's sizes; only config.json is downloaded. Return None if the hub cannot be reached.
 
-    Raises WeightsError when it has no weights or is no Mixtral: 93 GB of another model would be for nothing.
+    Raises WeightsError if the model has no weights or is not a Mixtral, before 93 GB are downloaded for nothing.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import DryRunError
 
     name, revision = hub_name_and_revision(hf_model_path)
-    with _told_in_words(hf_model_path):
+    with _as_weights_errors(hf_model_path):
         try:
             files = snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), dry_run=True)
         except DryRunError:
-            # Not to be reached: the download itself says why, or finds everything in the cache.
+            # The hub cannot be reached: the download itself reports why, or finds everything in the cache.
             return None
         if not any(file.filename.endswith(".safetensors") for file in files):
             raise WeightsError(
@@ -143,7 +143,7 @@ def ask(hf_model_path: str) -> HubModel | None:
 
 
 def hub_name_of(directory: Path) -> str | None:
-    """NAME@COMMIT where the directory is a snapshot in the hub's cache."""
+    """Return NAME@COMMIT if the directory is a snapshot in the hub's cache, else None."""
     repository = directory.parent.parent.name
     if directory.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
@@ -166,13 +166,13 @@ def _download(hf_model_path: str, patterns: tuple[str, ...], report: Report, hub
     from huggingface_hub import snapshot_download
 
     name, revision = hub_name_and_revision(hf_model_path)
-    with _told_in_words(hf_model_path), _watched(hub_model, report):
+    with _as_weights_errors(hf_model_path), _watched(hub_model, report):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 @contextmanager
 def _watched(hub_model: HubModel | None, report: Report) -> Iterator[None]:
-    """Show how far a download is by what lies in the cache: the client's own bars are one a file."""
+    """Show the progress of a download by the size of the cache; the client's own bars show one file each."""
     if hub_model is None or not hub_model.missing_bytes:
         yield
         return
@@ -181,18 +181,18 @@ def _watched(hub_model: HubModel | None, report: Report) -> Iterator[None]:
     before = _size(blobs)
     with report.progress(hub_model.missing_bytes, "downloaded") as progress:
 
-        def look() -> None:
+        def poll() -> None:
             nonlocal before
             now = _size(blobs)
             progress.advance(max(0, now - before))
             before = max(before, now)
 
-        with repeating(_LOOK_EVERY_SECONDS, look):
+        with repeating(_POLL_SECONDS, poll):
             yield
 
 
 def _size(folder: Path) -> int:
-    """What the files of a folder take on the disk; they come, go and are renamed meanwhile."""
+    """Return the bytes that a folder's files take on the disk, while they appear, vanish and are renamed."""
     total = 0
     for file in folder.glob("*"):
         try:
@@ -203,8 +203,8 @@ def _size(folder: Path) -> int:
 
 
 @contextmanager
-def _told_in_words(name: str) -> Iterator[None]:
-    """What the hub's client raises, as WeightsError."""
+def _as_weights_errors(name: str) -> Iterator[None]:
+    """Translate the errors of the hub's client into WeightsError."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -275,7 +275,7 @@ def _token_state() -> str:
 
 def _unreachable(name: str, endpoint: str, cache: Path, error: BaseException) -> WeightsError:
     return WeightsError(
-        "The hub cannot be reached, and the model is not whole in the cache.",
+        "The hub cannot be reached, and the model is not complete in the cache.",
         where=f"{endpoint}/{name}",
         expected=f"a connection, or the model under {cache}, or a folder of that name here",
         found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,

@@ -1,8 +1,8 @@
-"""Safetensors files read by their headers: which tensor lies where, with every fault of every file told at once.
+"""Read the headers of safetensors files: the place of each tensor, with all problems of all files reported at once.
 
-The reader is our own because a copy needs byte offsets, not tensors, and because what is wrong with a download has to
-be said with the file's name and the bytes that are missing. Format: safetensors' own README, section "Format".
-Standard library only; nothing of the tensors' data is read here.
+The kit has a reader of its own because a copy needs byte offsets, not tensors, and because problems of a download are
+reported with the file's name and the missing bytes. Format: safetensors' README, section "Format". Standard library
+only; no tensor data is read here.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
-"""Safetensors' word → torch's and HF's word, bytes an element. What a model may be kept in."""
+"""Safetensors' name of a dtype → torch's and HF's name, bytes per element. The dtypes that a model may be stored in."""
 
 ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
 ITEM_SIZES |= {"I64": 8, "U64": 8, "F64": 8} | {word: size for word, (_, size) in DTYPES.items()}
-"""Bytes an element, by safetensors' word."""
+"""Bytes per element, by safetensors' name of the dtype."""
 _LARGEST_HEADER = 100_000_000  # the limit of the format's own reader
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file: `start` is its first byte, counted from the file's start."""
+    """A tensor in a file. start: its first byte, counted from the start of the file."""
 
     name: str
     dtype: str
@@ -44,7 +44,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the bytes of one tensor of the released layout lie."""
+    """The file, first byte and length of one tensor of the released layout."""
 
     file: Path
     start: int
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True)
 class HFWeights:
-    """A checked HF model: every tensor of the released layout, all of one dtype."""
+    """A checked HF model with every tensor of the released layout, all of one dtype."""
 
     directory: Path
     architecture: MixtralArchitecture
@@ -64,16 +64,17 @@ class HFWeights:
 
     @property
     def num_bytes(self) -> int:
+        """Return the size of all tensors together."""
         return sum(source.num_bytes for source in self.sources.values())
 
 
 def is_hf_directory(folder: Path) -> bool:
-    """Whether a folder means to be an HF model, however much is wrong with it."""
+    """Return True if a folder looks like an HF model, however many problems it has."""
     return any((folder / name).exists() for name in ("config.json", INDEX_NAME, SINGLE_NAME))
 
 
 def open_hf_weights(directory: Path) -> HFWeights:
-    """Read config.json and all headers. Raises WeightsError with everything that is wrong with them at once."""
+    """Read config.json and all headers. Raises one WeightsError with all of their problems."""
     if not directory.is_dir():
         raise WeightsError(
             "The HF model directory does not exist.",
@@ -100,7 +101,7 @@ def open_hf_weights(directory: Path) -> HFWeights:
 
 @dataclass(frozen=True)
 class Headers:
-    """What the headers of a model's files say, and what is wrong with them."""
+    """The headers of a model's files, and their problems."""
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...] = ()
@@ -109,7 +110,7 @@ class Headers:
 
 
 def read_headers(directory: Path) -> Headers:
-    """Read the index and the header of every file it names."""
+    """Read the index and the header of every file that it names."""
     index = directory / INDEX_NAME
     single = directory / SINGLE_NAME
     if index.is_file():
@@ -148,7 +149,7 @@ def read_headers(directory: Path) -> Headers:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """The tensors of one file, in the order of their bytes. Raises WeightsError with all that is wrong."""
+    """Return the tensors of one file in the order of their bytes. Raises WeightsError with all problems."""
     name = file.name
     try:
         size = file.stat().st_size
@@ -185,13 +186,13 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def header_of(tensors: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """What a safetensors file begins with when it holds these tensors, in this order, all of one dtype."""
+    """Return the header of a safetensors file with these tensors, in this order, all of one dtype."""
     word = next(word for word, (name, _) in DTYPES.items() if name == dtype)
     return mixed_header({name: (word, shape) for name, shape in tensors.items()})
 
 
 def mixed_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The same for tensors each with its own dtype, in safetensors' word: name → (word, shape)."""
+    """Return the header for tensors with dtypes of their own: name → (safetensors' dtype, shape)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (word, shape) in tensors.items():
@@ -224,7 +225,7 @@ def _entry(file: Path, data_start: int, name: str, value: Any) -> TensorEntry:
 
 
 def _extent_problems(entries: list[TensorEntry], data_start: int, size: int) -> list[str]:
-    """Overlaps, gaps and an end of the data that is not the end of the file."""
+    """Return overlaps, gaps, and an end of the data that is not the end of the file."""
     problems = []
     reached = data_start
     before = "the header"
@@ -252,9 +253,9 @@ def _extent_problems(entries: list[TensorEntry], data_start: int, size: int) -> 
 def _match(
     architecture: MixtralArchitecture, entries: Mapping[str, TensorEntry], unread: frozenset[str]
 ) -> tuple[dict[str, Source], str, list[str]]:
-    """Give every tensor of the released layout its bytes; say what is missing, misshapen, unknown or of other dtypes.
+    """Find the bytes of every tensor of the released layout; report missing, misshapen and unknown tensors and dtypes.
 
-    `unread`: tensors of files whose own faults are told already.
+    unread: tensors of files whose problems are reported already.
     """
     problems: list[str] = []
     sources: dict[str, Source] = {}

@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside the weights: which they are, and copying them."""
+"""The tokenizer's files next to the weights: their names, and copying them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files and the two configs, those that are there; return their names."""
+    """Copy those of the tokenizer's files and the two configs that exist; return their names."""
     target.mkdir(parents=True, exist_ok=True)
     found = _tokenizer_files(source)
     for name in found:
@@ -31,7 +31,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def tokenizer_problems(source: Path) -> list[str]:
-    """What of them this user may not read: found out before the weights are copied, which come first."""
+    """Return a line for each file that this user may not read; checked before the weights are copied."""
     return [
         f"{source / name}: cannot be read by this user"
         for name in _tokenizer_files(source)

@@ -1,7 +1,7 @@
-"""Writing a folder so that it is either whole or not there: into a folder beside it, renamed at the end.
+"""Write a folder atomically: into a work folder next to it, which is renamed once it is complete.
 
-Where the output folder is a mount point, which cannot be replaced, the work goes into a folder within it, and its
-content is moved up at the end, the marker that makes it a whole one last.
+An output folder that is a mount point cannot be replaced. There the work folder is inside of it, and its content is
+moved up at the end; the marker file that makes the folder a complete one is moved last.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomi
 
 GIB = 2**30
 _MOVING = ".moving.json"
-"""Within the work folder while its content is moved up: what is moved, and what it takes the place of."""
+"""File in the work folder while its content is moved up; it lists the new entries and those that they replace."""
 
 
 def free_bytes(path: Path) -> int:
-    """What can still be written on the disk that holds `path`, which need not exist yet."""
+    """Return the free bytes of the disk that holds `path`, which need not exist yet."""
     return shutil.disk_usage(_nearest(path)).free
 
 
 def on_one_disk(first: Path, second: Path) -> bool:
-    """Whether what is written to both paths, which need not exist yet, takes room on the same disk."""
+    """Return True if both paths, which need not exist yet, are on the same disk."""
     return _nearest(first.absolute()).stat().st_dev == _nearest(second.absolute()).stat().st_dev
 
 
 def _nearest(path: Path) -> Path:
-    """The deepest folder of the path that exists, as far as this user may look."""
+    """Return the deepest folder of the path that exists, as far as this user may look."""
     while not os.access(path, os.F_OK):
         path = path.parent
     return path
 
 
 def writing_problems(folder: Path, flag: str) -> list[str]:
-    """What keeps this user from making `folder`, or from writing into it."""
+    """Return the reasons why this user cannot create `folder` or write into it."""
     nearest = _nearest(folder.absolute())
     if not nearest.is_dir():
         return [f"{flag}: {nearest} is a file"]
@@ -52,7 +52,7 @@ def writing_problems(folder: Path, flag: str) -> list[str]:
 
 
 def output_problems(output: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> list[str]:
-    """What keeps `output` from being written to. `is_ours` tells whether --overwrite may replace the folder."""
+    """Return the reasons why `output` cannot be written. is_ours: True for a folder that --overwrite may replace."""
     flag = f"--output-path {output}"
     problems = writing_problems(output, flag)
     if problems:
@@ -71,9 +71,9 @@ def output_problems(output: Path, *, overwrite: bool, is_ours: Callable[[Path], 
 
 
 def disk_problems(output: Path, needed: int) -> list[str]:
-    """Whether the result fits on the disk; an earlier result stays until the new one is whole.
+    """Return a problem if the result does not fit on the disk; an earlier result stays until the new one is complete.
 
-    Nothing where it cannot be written for other reasons: who cannot look into a folder cannot tell what it holds.
+    The list is empty if the folder cannot be written for other reasons: then its content cannot be measured either.
     """
     if writing_problems(output, ""):
         return []
@@ -88,14 +88,14 @@ def disk_problems(output: Path, needed: int) -> list[str]:
 
 
 def _allocated_bytes(folder: Path) -> int:
-    """What a folder takes on the disk: the work of a run that was cut off is used or removed."""
+    """Return the bytes that a folder takes on the disk; an unfinished run's work folder is reused or removed."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _being_moved(output: Path) -> frozenset[str]:
-    """What an earlier process was moving into the folder, or removing from it, when it was cut off.
+    """Return the entries that an interrupted process was moving into the folder or removing from it.
 
-    Nothing when the folder is a whole one: not begun, or all but done.
+    Empty if the folder is complete: the move had not begun, or was all but done.
     """
     try:
         note = json.loads((work_folder(output) / _MOVING).read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def _being_moved(output: Path) -> frozenset[str]:
 
 
 def work_folder(output: Path) -> Path:
-    """Where a folder is made before it is whole."""
+    """Return the folder in which `output` is written until it is complete."""
     resolved = output.resolve()
     if _stays(resolved):
         return resolved / ".mixtral-run-unfinished"
@@ -113,7 +113,7 @@ def work_folder(output: Path) -> Path:
 
 
 def _stays(output: Path) -> bool:
-    """Whether the folder itself cannot be renamed over."""
+    """Return True if the folder itself cannot be replaced by a rename."""
     if output.is_mount() or (output.is_dir() and not os.access(output.parent, os.W_OK | os.X_OK)):
         return True
     # A bind mount within one file system looks like a plain folder to stat.
@@ -123,10 +123,10 @@ def _stays(output: Path) -> bool:
 
 
 class Staging:
-    """The folder in the making, held by one process at a time.
+    """The work folder, locked by one process at a time.
 
-    Use as a context: what is not published is removed, unless `keep` is set. What an earlier process left is found in
-    `folder`; `clear` removes it.
+    A context manager: unless it was published or `keep` is set, the folder is removed at the end. `folder` may hold
+    what an earlier process left; `clear` removes it.
     """
 
     def __init__(self, output: Path, marker: str) -> None:
@@ -150,7 +150,7 @@ class Staging:
                 next_command="wait for it to end",
             ) from None
         except OSError:
-            # Some network file systems have no locks; the work is the same without.
+            # Some network file systems have no locks; the work is the same without one.
             pass
         self._take_back()
         return self
@@ -164,13 +164,14 @@ class Staging:
             self._lock = -1
 
     def clear(self) -> None:
-        """Remove what is in the folder."""
+        """Remove the content of the folder."""
         for entry in self.folder.iterdir():
             _remove(entry)
 
     def publish(self, spent: tuple[str, ...] = ()) -> None:
-        """Put the whole folder in its place; what was there before is removed after that, and `spent`, its own files
-        that only the work needed, at the very end.
+        """Put the complete folder in its place, then remove what was there before.
+
+        spent: files that only the work needed; they are removed at the very end.
         """
         sync_tree(self.folder)
         if _stays(self.output):
@@ -200,7 +201,7 @@ class Staging:
         note = {"marker": self.marker, "old": [entry.name for entry in old], "new": [entry.name for entry in new]}
         write_atomically(self.folder / _MOVING, json.dumps(note))
         sync_path(self.folder)
-        # The marker of the old folder goes first: from here on it is not a whole one.
+        # The marker of the old folder is removed first: from here on the folder is not complete.
         for entry in sorted(old, key=lambda entry: entry.name != self.marker):
             _remove(entry)
         for entry in sorted(new, key=lambda entry: entry.name == self.marker):
@@ -210,7 +211,7 @@ class Staging:
         shutil.rmtree(self.folder)
 
     def _take_back(self) -> None:
-        """Undo a move that was cut off: what is in the output folder already was made here and is whole."""
+        """Undo an interrupted move: entries that are in the output folder already were made here and are complete."""
         note = self.folder / _MOVING
         if not note.is_file():
             return
@@ -220,7 +221,7 @@ class Staging:
                 if not (self.folder / name).exists() and (self.output / name).exists():
                     (self.output / name).rename(self.folder / name)
         elif not (self.folder / self.marker).exists():
-            self.clear()  # all of it was moved
+            self.clear()  # everything was moved
         note.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""CRC-32 of whole files."""
+"""Compute the CRC-32 of whole files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCK_BYTES = 2**20
 
 
 def crc_of(file: Path) -> int:
-    """CRC-32 of a whole file."""
+    """Return the CRC-32 of a whole file."""
     crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):

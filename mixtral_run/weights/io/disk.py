@@ -1,4 +1,4 @@
-"""What the copy asks of the file system and its cache, beside reading and writing."""
+"""Calls to the file system and the page cache other than reading and writing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def allocate(descriptor: int, start: int, num_bytes: int, *, keep_size: bool = False) -> None:
-    """Reserve room in a file: the disk lays it out in one piece. Nothing happens where the file system cannot.
+    """Reserve space in a file, so that the disk can lay it out in one piece; do nothing if the file system cannot.
 
-    keep_size: the file does not become longer; what is written at its end finds room.
+    keep_size: leave the file's length as it is; space after its end is reserved all the same.
 
     Raises OSError when the disk is full. Not os.posix_fallocate, which writes into every block where the file system
     has no call for it, as over NFS.
@@ -36,9 +36,9 @@ def allocate(descriptor: int, start: int, num_bytes: int, *, keep_size: bool = F
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two folders of one file system take each other's place, so that there is no moment without either.
+    """Exchange two folders of one file system atomically, so that both names exist at every moment.
 
-    False, and nothing done, where system or file system cannot: NFS has no call for it.
+    Returns False, with nothing done, if the system or the file system cannot: NFS has no call for it.
     """
     renameat2 = getattr(C_LIBRARY, "renameat2", None)
     if renameat2 is None:
@@ -48,13 +48,13 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def drop_from_cache(descriptor: int, start: int = 0, num_bytes: int = 0) -> None:
-    """Let go of a file's pages, but for those that are not on the disk yet. 0 bytes: to the file's end."""
+    """Drop a file's pages from the page cache, except those not on the disk yet. num_bytes 0: to its end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def lies_in_memory(folder: Path) -> bool:
-    """Whether a folder's files are in RAM alone, as those of /dev/shm are."""
+    """Return True if a folder's files are only in RAM, as those of /dev/shm are."""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -69,12 +69,12 @@ def lies_in_memory(folder: Path) -> bool:
 
 
 def fits_in_memory(num_bytes: int) -> bool:
-    """Whether so much can stay in the page cache without pushing others' memory out."""
+    """Return True if so many bytes fit into the page cache without displacing other memory."""
     return num_bytes < available_bytes()
 
 
 def available_bytes() -> int:
-    """Of RAM, by the kernel and by this container's limit; 0 where neither says."""
+    """Return the available bytes of RAM, within this container's limit; 0 if neither can be read."""
     found = [_limit(path) for path in _CGROUP_LIMITS]
     if _MEMORY.is_file():
         lines = _MEMORY.read_text().splitlines()

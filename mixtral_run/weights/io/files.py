@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def replaced_folder(folder: Path) -> Path:
-    """Where a folder lies while another takes its place, on file systems that cannot exchange the two."""
+    """Return the name of a folder that is being replaced, on file systems that cannot exchange two folders."""
     return folder.parent / f".{folder.name}.replaced"
 
 
 def how_to_restore(folder: Path) -> str | None:
-    """What brings a folder back that --overwrite had moved aside when it was cut off; None where none was."""
+    """Return a command that restores the folder which an interrupted --overwrite moved aside; None without one."""
     aside = replaced_folder(folder)
     if folder.exists() or not aside.is_dir():
         return None
@@ -20,7 +20,7 @@ def how_to_restore(folder: Path) -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, fsync, rename: a reader sees the old or the new, never a part."""
+    """Write a file under a temporary name, fsync, rename: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder_and_files(folder: Path) -> None:
-    """fsync a folder and the files in it."""
+    """Call fsync on a folder and the files in it."""
     for path in [*folder.iterdir(), folder]:
         if path.is_dir() and path != folder:
             continue
@@ -38,7 +38,7 @@ def sync_folder_and_files(folder: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """fsync one file or folder."""
+    """Call fsync on one file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

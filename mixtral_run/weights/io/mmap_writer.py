@@ -1,8 +1,8 @@
-"""Writing into files that lie in memory, where several workers write into one.
+"""Write into files in memory (tmpfs) from several workers at once.
 
-Linux lets one writer at a time into a file, whatever part of it is written or reserved. On a disk that costs nothing;
-in memory (tmpfs) it is the limit: 0.6 GB/s a file, in memory that the machine had not touched before. What is mapped
-into the process needs no such turn: each worker has pages of its own made, and fills them.
+Linux admits one writer at a time to a file, whichever part is written or reserved. On a disk that costs nothing; on
+tmpfs it limits the speed to 0.6 GB/s for each file in memory that was not touched before. Memory that is mapped into
+the process needs no such lock: each worker populates and fills pages of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mixtral_run.weights.io.disk import C_LIBRARY
 
 WINDOW_BYTES = 8 * 2**20
-"""In use at once of each chunk that a worker writes: as much counts as the process's memory meanwhile."""
+"""Mapped bytes in use at once for each chunk that a worker writes; they count as the process's memory meanwhile."""
 
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 
@@ -30,10 +30,10 @@ class MappedWriter:
         self._chunks: dict[tuple[int, int], _Chunk] = {}
 
     def write(self, descriptor: int, limits: tuple[int, int], position: int, block: memoryview | bytes) -> bool:
-        """Put a block of bytes at a position of a file opened for reading and writing; False where it cannot be mapped.
+        """Write a block at a position of a file opened for reading and writing; return False if it cannot be mapped.
 
-        limits: where the stretch of the file begins and ends in which the block lies, the worker's own. Raises OSError
-        where there is no memory left.
+        limits: first and last byte of the worker's own stretch of the file, which contains the block. Raises OSError if
+        there is no memory left.
         """
         chunk = self._chunks.get((descriptor, limits[0]))
         if chunk is None:
@@ -50,7 +50,7 @@ class MappedWriter:
 
 
 class _Chunk:
-    """A stretch of a file, mapped, of which one window at a time has pages in the process."""
+    """A mapped stretch of a file, of which one window at a time has pages in the process."""
 
     def __init__(self, descriptor: int, limits: tuple[int, int]) -> None:
         self._first = limits[0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -59,22 +59,22 @@ class _Chunk:
         self._window = slice(0, 0)
 
     def write(self, position: int, data: NDArray[np.uint8]) -> bool:
-        """Copy data to a position of the file; False where the kernel cannot have pages made."""
+        """Copy data to a position of the file; return False if the kernel cannot populate pages."""
         first = position - self._first
         while len(data):
             if not self._window.start <= first < self._window.stop and not self._move(first):
                 return False
             target = self._bytes[first : self._window.stop][: len(data)]
-            # numpy lets go of the interpreter's lock meanwhile; a slice assignment of mmap's own would not.
+            # numpy releases the interpreter's lock meanwhile; a slice assignment to the mmap would not.
             np.copyto(target, data[: len(target)])
             data = data[len(target) :]
             first += len(target)
         return True
 
     def _move(self, first: int) -> bool:
-        """Have the pages around a byte made, and leave the others to the file.
+        """Populate the pages around a byte, and release the others.
 
-        Were they made when they are touched, the process would be killed where there is no memory for one.
+        Without MADV_POPULATE_WRITE a page that finds no memory would kill the process when it is touched.
         """
         self._advise(mmap.MADV_DONTNEED)
         begin = first // WINDOW_BYTES * WINDOW_BYTES
@@ -90,7 +90,7 @@ class _Chunk:
         raise OSError(number, os.strerror(number))
 
     def _advise(self, advice: int) -> int:
-        """The error's number, 0 if there is none. mmap's own madvise would keep the interpreter's lock meanwhile."""
+        """Call madvise; return the errno, 0 on success. The mmap's method would hold the interpreter's lock."""
         part = self._bytes[self._window]
         madvise = getattr(C_LIBRARY, "madvise", None)
         if madvise is None:

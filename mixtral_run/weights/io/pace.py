@@ -1,7 +1,7 @@
-"""How many workers copy, and how they write: as is told, or as the first seconds show to be worth it.
+"""Choose how many workers copy and how they write: as configured, or as measured in the first seconds.
 
-Too few leave the disk idle while they compute; too many get into each other's way. Which is which depends on disk and
-cores, so numbers are tried one after another on the work itself. What is written does not depend on it.
+Too few workers leave the disk idle while they compute; too many get into each other's way. The best number depends on
+disk and cores, so candidates are tried one after another on the work itself. The result does not depend on it.
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 WINDOW_SECONDS = 0.7
-"""How long each number is tried. All of them together end before the first wait for the disk."""
+"""Length of the trial of each candidate. All trials together end before the first wait for the disk."""
 
 GAIN = 1.05
-"""More workers have to be faster by this much: the fewest that are about as fast as any are taken."""
+"""Speed-up that more workers must bring: of candidates that are about as fast, the fewest workers are chosen."""
 
 MOST_WORKERS = 32
 
 
-class Way(NamedTuple):
-    """How many copy, and whether they write into mapped memory: see mmap_writer.py."""
+class Workers(NamedTuple):
+    """The number of workers, and whether they write into mapped memory (mmap_writer.py)."""
 
     workers: int
     mapped: bool = False
 
 
 class Pace:
-    """Holds workers back above the number that is allowed now; counts the bytes that they copy.
+    """Holds back workers above the number that is allowed at the moment, and counts the bytes that they copy.
 
-    Worker numbers begin at 0. Call `step` from one thread, again and again, until `settled`; `chosen` is the best way
-    known so far, `now` the one that is to be gone. mappable: whether mapped memory is worth a try.
+    Worker numbers begin at 0. Call `step` repeatedly from one thread until `settled`. `chosen` is the best candidate so
+    far, `now` the one in use. mappable: True if mapped memory is worth a trial.
     """
 
     def __init__(
         self, workers: int | None, clock: Callable[[], float] = time.monotonic, *, mappable: bool = False
     ) -> None:
-        ways = [Way(number) for number in ([workers] if workers else candidates(num_cores()))]
-        # One worker that maps has nobody to wait for.
-        ways += [Way(each.workers, mapped=True) for each in ways if mappable and each.workers > 1]
-        self.num_threads = max(each.workers for each in ways)
-        self.now = self.chosen = ways[0]
-        self._left = ways[1:]
+        trials = [Workers(number) for number in ([workers] if workers else candidates(num_cores()))]
+        # A single worker waits for nobody, so that mapping gains nothing.
+        trials += [Workers(each.workers, mapped=True) for each in trials if mappable and each.workers > 1]
+        self.num_threads = max(each.workers for each in trials)
+        self.now = self.chosen = trials[0]
+        self._left = trials[1:]
         self._clock = clock
         self._condition = threading.Condition()
         self._copied = 0
-        self._rates: dict[Way, float] = {}
+        self._rates: dict[Workers, float] = {}
         self._window: tuple[float, int] | None = None
         self.settled = not self._left
 
     def advance(self, num_bytes: int) -> None:
-        """Count what was copied."""
+        """Count copied bytes."""
         with self._condition:
             self._copied += num_bytes
 
@@ -65,7 +65,7 @@ class Pace:
                 self._condition.wait(0.2)
 
     def step(self) -> None:
-        """Begin a window, or end one that has lasted long enough and go on to the next way or the best."""
+        """Begin a trial, or end one that has lasted long enough and continue with the next candidate or the best."""
         now = self._clock()
         if self.settled:
             return
@@ -75,37 +75,37 @@ class Pace:
         began, copied = self._window
         if now - began < WINDOW_SECONDS:
             return
-        before = [rate for way, rate in self._rates.items() if way.mapped == self.now.mapped]
+        before = [rate for each, rate in self._rates.items() if each.mapped == self.now.mapped]
         self._rates[self.now] = rate = (self._copied - copied) / (now - began)
         if before and rate < before[-1] / GAIN:
-            # Still more workers of this kind would be slower still.
-            self._left = [way for way in self._left if way.mapped != self.now.mapped]
+            # Even more workers of this kind would be slower still.
+            self._left = [each for each in self._left if each.mapped != self.now.mapped]
         if self._left:
             self._allow(self._left.pop(0))
             self._window = (now, self._copied)
             return
         self.settled = True
         best = max(self._rates.values())
-        self.chosen = next(way for way, rate in self._rates.items() if rate * GAIN >= best)
+        self.chosen = next(each for each, rate in self._rates.items() if rate * GAIN >= best)
         self._allow(self.chosen)
 
     def let_all_go(self) -> None:
-        """No more jobs are to be had: those that were held back end theirs."""
+        """Release all workers: there are no more jobs, and those that were held back finish theirs."""
         self.settled = True
         self._allow(self.now._replace(workers=self.num_threads))
 
-    def _allow(self, way: Way) -> None:
+    def _allow(self, workers: Workers) -> None:
         with self._condition:
-            self.now = way
+            self.now = workers
             self._condition.notify_all()
 
 
 def candidates(cores: int) -> list[int]:
-    """Numbers to try, rising. More than cores, as much of a worker's time is waiting for the disk."""
+    """Return the numbers of workers to try, rising; more than cores, since workers mostly wait for the disk."""
     most = max(8, min(MOST_WORKERS, 2 * cores))
     return [number for number in (4, 8, 16, 32) if number <= most]
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

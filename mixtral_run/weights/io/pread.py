@@ -1,4 +1,4 @@
-"""Reading ranges of the weights files."""
+"""Read ranges of weights files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixtral_run.errors import WeightsError
 
 
 def read_whole(descriptor: int, block: memoryview, position: int, file: Path) -> None:
-    """Fill `block` from the file's byte `position`. Raises WeightsError where the disk fails or the file ends."""
+    """Fill `block` from the file's byte `position`. Raises WeightsError if the disk fails or the file ends."""
     done = 0
     try:
         while done < len(block):
@@ -22,5 +22,5 @@ def read_whole(descriptor: int, block: memoryview, position: int, file: Path) ->
             "A weights file cannot be read.",
             where=f"{file}, byte {position + done:,}",
             found=error.strerror,
-            next_command="dmesg, which tells of disk faults",
+            next_command="dmesg, which reports disk errors",
         ) from error

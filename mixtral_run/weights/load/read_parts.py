@@ -1,8 +1,8 @@
-"""Starting from an HF directory without converting it: each rank reads its own slices, straight into its parameters.
+"""Load an HF directory without converting it: each rank reads its own slices directly into its parameters.
 
-What a converted checkpoint's conversion does once, every start does here: the mapping is the same, so the parameters
-are equal bit by bit. Every byte is checksummed while it passes; the ranks put their checksums together, which gives
-the fingerprint that a converted checkpoint would carry: an adapter fits both.
+Every start repeats what a conversion does once: the mapping is the same, so the parameters are equal bit by bit. Every
+byte is checksummed as it is read; the ranks combine their checksums into the fingerprint that a converted checkpoint
+would have, so that an adapter fits both.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART_BYTES = 32 * 2**20
-"""What one worker reads at a time: small enough that all of them end together, large enough to read ahead."""
+"""Bytes that one worker reads at a time: small enough that all finish together, large enough for read-ahead."""
 
 BLOCK_BYTES = 2 * 2**20
-"""Read and checksummed at once, from the processor's cache, into memory of the host."""
+"""Bytes that are read and checksummed at once into memory of the host: they stay in the processor's cache."""
 
 UPLOAD_BYTES = 8 * 2**20
-"""Read, checksummed and sent to a GPU at once, one of two pinned buffers. Not by smaller blocks: the interpreter runs
-one thread at a time, and each waits for its turn after every step of its own. What leaves the cache meanwhile costs
-less."""
+"""Bytes that are read, checksummed and sent to a GPU at once, in one of two pinned buffers. Smaller blocks are slower:
+the interpreter runs one thread at a time, and each waits for its turn after every step, which costs more than the
+misses of the processor's cache."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A rank's part of a Megatron tensor: where it lies in the global one, and the memory to fill.
+    """A rank's part of a Megatron tensor: its offset and shape in the global tensor, and the memory to fill.
 
     data: contiguous, with as many elements as `shape`; dtype and device are the model's.
     """
@@ -65,7 +65,7 @@ class PartSum:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows to read, and the matrix of this rank that they go to. `place`: where the whole tensor lies; dtype: in it."""
+    """Rows to read, and this rank's matrix to fill. place: of the whole tensor; dtype: of the stored elements."""
 
     rows: Slice
     place: Source
@@ -78,7 +78,7 @@ class Part:
 
     @property
     def start(self) -> int:
-        """Its first byte in the file."""
+        """Return the position of the first byte in the file."""
         return self.place.start + self.rows.first_row * self.row_bytes
 
     @property
@@ -87,18 +87,18 @@ class Part:
 
     @property
     def is_run(self) -> bool:
-        """Whether the bytes in the file are those of the target, in the same order."""
+        """Return True if the bytes in the file are those of the target, in the same order."""
         return self.rows.is_whole_rows and self.matrix.dtype == self.dtype and self.matrix.is_contiguous()
 
     @property
     def bytes_of_target(self) -> Tensor:
-        """uint8 [num_bytes], of a part that `is_run`."""
+        """Return the target's bytes of a part that `is_run`, uint8 [num_bytes]."""
         first = self.rows.target_row * self.row_bytes
         return self.matrix.view(-1).view(torch.uint8)[first : first + self.num_bytes]
 
 
 class _Stopped(Exception):
-    """Another thread failed or the user interrupted."""
+    """Raised in a worker after another one failed or the user interrupted."""
 
 
 def read_into(
@@ -108,9 +108,9 @@ def read_into(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[PartSum]:
-    """Fill the targets from the HF files, several at a time; the checksums of what was read.
+    """Fill the targets from the HF files in several threads; return the checksums of the bytes that were read.
 
-    `advance` is told of bytes read, from several threads. Raises WeightsError when a file cannot be read to its end.
+    advance: called with bytes read, from several threads. Raises WeightsError if a file cannot be read to its end.
     """
     return read_parts(_parts(weights, targets), workers=workers, advance=advance)
 
@@ -118,7 +118,7 @@ def read_into(
 def read_parts(
     parts: Iterable[Part], *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None
 ) -> list[PartSum]:
-    """Fill the parts' matrices from their files: otherwise as `read_into`."""
+    """Fill the parts' matrices from their files; otherwise as `read_into`."""
     remaining = iter(sorted((each for part in parts for each in _cut(part)), key=_place))
     lock, stop = threading.Lock(), threading.Event()
     count = workers or default_workers()
@@ -150,18 +150,18 @@ def read_parts(
 
 
 def default_workers() -> int:
-    """Threads of this process: the machine's cores over its processes, at least two as most of the time is waiting.
+    """Return the number of threads: the machine's cores divided by its processes, at least two since most wait.
 
-    From memory a thread reads 1.7 GB/s on machines of many cores, whatever the others do (docs/benchmarks.md).
+    From memory a thread reads 1.7 GB/s on machines with many cores, independently of the others (docs/benchmarks.md).
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(2, min(16, num_cores() // processes))
 
 
 def checksums_of(sources: Mapping[str, Source], sums: Iterable[PartSum]) -> dict[str, int]:
-    """CRC-32 of each tensor that the ranks read, all of it between them.
+    """Combine the ranks' checksums into the CRC-32 of each tensor, which they must have read completely between them.
 
-    Raises WeightsError when two of them read other bytes at the same place.
+    Raises WeightsError if two ranks read different bytes at the same place.
     """
     found: dict[str, dict[int, PartSum]] = {}
     for each in sums:
@@ -172,7 +172,7 @@ def checksums_of(sources: Mapping[str, Source], sums: Iterable[PartSum]) -> dict
                 where=f"{sources[each.source].file}, {each.source}",
                 expected=f"CRC-32 {known.crc:08x} of {known.num_bytes:,} bytes, as another process read",
                 found=f"CRC-32 {each.crc:08x} of {each.num_bytes:,} bytes",
-                next_command="the same command again; then dmesg, which tells of disk faults",
+                next_command="the same command again; then dmesg, which reports disk errors",
             )
     checksums = {}
     for name, parts in found.items():
@@ -190,7 +190,7 @@ def checksums_of(sources: Mapping[str, Source], sums: Iterable[PartSum]) -> dict
 
 
 def _parts(weights: HFWeights, targets: Iterable[Target]) -> Iterator[Part]:
-    """What this rank has to read."""
+    """Yield the rows that this rank has to read."""
     index = slice_index(weights.architecture)
     dtype: torch.dtype = getattr(torch, weights.dtype)
     for target in targets:
@@ -209,7 +209,7 @@ def _place(part: Part) -> tuple[str, int]:
 
 
 class _Reader:
-    """One thread's descriptors and buffers."""
+    """Reader with the descriptors and buffers of one thread."""
 
     def __init__(self, stop: threading.Event, advance: Callable[[int], None]) -> None:
         self._stop = stop
@@ -228,7 +228,7 @@ class _Reader:
             upload.wait()
 
     def read(self, part: Part) -> PartSum:
-        """Fill the part's rows; every byte of them is checksummed, of wanted columns and others."""
+        """Fill the part's rows; whole rows are checksummed, whichever columns are needed."""
         rows = part.rows
         descriptor = self._open(part.place.file)
         os.posix_fadvise(descriptor, part.start, part.num_bytes, os.POSIX_FADV_WILLNEED)
@@ -249,7 +249,7 @@ class _Reader:
         self._advance(num_bytes)
 
     def _upload(self, part: Part, descriptor: int) -> int:
-        """A run of bytes, in as few of the interpreter's steps as it goes: all threads share it."""
+        """Send a run of bytes to a GPU in as few steps as possible, since all threads share the interpreter."""
         file, position, target, crc = part.place.file, part.start, part.bytes_of_target, 0
         upload = self._upload_to(part.matrix.device)
         for first in range(0, part.num_bytes, UPLOAD_BYTES):
@@ -304,23 +304,23 @@ def _read_and_sum(descriptor: int, view: memoryview, position: int, file: Path, 
 
 
 class _Upload:
-    """Two pinned buffers and a stream: one block is read from the disk while the one before goes to the GPU."""
+    """Two pinned buffers and a stream: a block is read from the disk while the previous one is sent to the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # A thread begins on the first GPU, where pinning would open a context for every process.
+        # A thread begins on the first GPU; pinning there would open a context on it for every process.
         torch.cuda.set_device(device)
         self._stream = torch.cuda.Stream(device)
-        # What building the model still writes to the parameters comes first.
+        # Pending writes of the model's construction to the parameters come first.
         self._stream.wait_stream(torch.cuda.default_stream(device))
-        # The thread's own, from here on.
+        # The current stream of this thread from here on.
         torch.cuda.set_stream(self._stream)
         self._buffers = [_pinned(0)] * 2
         self._sent = [torch.cuda.Event(blocking=True) for _ in range(2)]
         self._turn = 0
 
     def next_buffer(self, num_bytes: int) -> tuple[Tensor, memoryview]:
-        """uint8 [num_bytes or more], pinned, and its memory; what it held before has arrived."""
+        """Return a pinned buffer, uint8 [num_bytes or more], and its memory, once its content has arrived."""
         self._turn = 1 - self._turn
         self._sent[self._turn].synchronize()
         if self._buffers[self._turn][0].numel() < num_bytes:
@@ -328,19 +328,19 @@ class _Upload:
         return self._buffers[self._turn]
 
     def send_run(self, read: Tensor, into: Tensor) -> None:
-        """Copy bytes to the GPU; returns before they are there."""
+        """Copy bytes to the GPU; returns before they have arrived."""
         into.copy_(read, non_blocking=True)
         self._sent[self._turn].record(self._stream)
 
     def send(self, matrix: Tensor, into: Tensor, block: Slice) -> None:
-        """Copy the block's wanted columns to the GPU, in its dtype; returns before they are there."""
-        # Cut and rounded on the GPU: a copy of other than whole, equal bytes would wait for the CPU.
+        """Copy the block's needed columns to the GPU in its dtype; returns before they have arrived."""
+        # Cut and cast on the GPU: a copy that changes layout or dtype would wait for the CPU.
         there = matrix.to(self._device, non_blocking=True)
         into.copy_(there[:, block.first_column : block.first_column + block.num_columns])
         self._sent[self._turn].record(self._stream)
 
     def wait(self) -> None:
-        """Until everything sent has arrived."""
+        """Wait until everything that was sent has arrived."""
         self._stream.synchronize()
 
 

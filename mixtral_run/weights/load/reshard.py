@@ -1,8 +1,8 @@
-"""Filling a rank's parts of the tensors from a torch_dist checkpoint, in whatever layout it was saved.
+"""Fill a rank's parts of the tensors from a torch_dist checkpoint that was saved in any layout.
 
-A part meets some of a tensor's chunks. Where a chunk's elements lie in its file as they are, what the two have in
-common is rows of bytes, and the reader of HF directories reads them, several threads at a time (read_parts.py). A chunk
-that is kept in another way, compressed for instance, is read by torch, one such chunk at a time.
+A part overlaps some of a tensor's chunks. If a chunk's elements are stored in its file as they are, the overlap
+consists of rows of bytes, which the reader of HF directories reads in several threads (read_parts.py). A chunk that is
+stored otherwise, compressed for instance, is read by torch, one such chunk at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mixtral_run.weights.torch_dist.metadata import StoredItem
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a part and a chunk have in common: a block of the global tensor."""
+    """The overlap of a part and a chunk: a block of the global tensor."""
 
     item: StoredItem
     target: Target
@@ -43,24 +43,24 @@ class Overlap:
 
     @property
     def in_chunk(self) -> Shape:
-        """Where the block begins in the chunk."""
+        """Return the block's first index in the chunk."""
         assert self.item.offset is not None
         return tuple(at - first for at, first in zip(self.offset, self.item.offset, strict=True))
 
     @property
     def in_target(self) -> Shape:
-        """Where the block begins in the part."""
+        """Return the block's first index in the part."""
         return tuple(at - first for at, first in zip(self.offset, self.target.offset, strict=True))
 
     def into(self) -> Tensor:
-        """The part's elements that the block fills: a view of the block's shape."""
+        """Return the part's elements that the block fills, as a view of the block's shape."""
         view = self.target.data.view(self.target.shape)
         for axis, (start, length) in enumerate(zip(self.in_target, self.shape, strict=True)):
             view = view.narrow(axis, start, length)
         return view
 
     def parts(self, path: Path, payload: int, dtype: torch.dtype) -> Iterator[Part]:
-        """The block as rows of the chunk's matrices; `payload` is the file's byte where the chunk's elements begin."""
+        """Yield the block as rows of the chunk's matrices. payload: file position of the chunk's first element."""
         assert self.item.shape is not None
         *leading, height, columns = (1, *self.item.shape)
         *firsts, row, column = (0, *self.in_chunk)
@@ -86,9 +86,9 @@ def fill(
 ) -> None:
     """Copy from the checkpoint into the targets, in their dtype and on their device.
 
-    `advance` is told of bytes read, from several threads. A target may reach beyond the stored tensor, as padding of
-    the vocabulary does: nothing is read there. Raises WeightsError for a tensor that is not in the checkpoint or not
-    covered by its chunks, all of them at once, and when a file cannot be read to its end.
+    advance: called with bytes read, from several threads. A target may reach beyond the stored tensor, as padding of
+    the vocabulary does: nothing is read there. Raises one WeightsError for all tensors that are missing or not covered
+    by their chunks, and a WeightsError if a file cannot be read to its end or would run something.
     """
     overlaps = _overlaps(checkpoint, targets)
     items = list(dict.fromkeys(each.item for each in overlaps))
@@ -151,12 +151,12 @@ def _overlaps(checkpoint: Reader, targets: Iterable[Target]) -> list[Overlap]:
 
 
 def _layer(offset: Shape) -> int:
-    """The layer of a part; all tensors with three axes or more have it first. 0 where there is none."""
+    """Return the layer of a part, the first axis of all tensors with three axes or more; 0 for others."""
     return offset[0] if len(offset) > 2 else 0
 
 
 def _by_layer(items: Iterable[StoredItem]) -> dict[int, list[StoredItem]]:
-    """The chunks that hold something of a layer: without it each part is compared with each chunk of the model."""
+    """Group chunks by layer, so that a part is not compared with every chunk of the model."""
     found: dict[int, list[StoredItem]] = {}
     for item in items:
         assert item.offset is not None and item.shape is not None
@@ -180,7 +180,7 @@ def _overlap(item: StoredItem, target: Target) -> Overlap | None:
 
 
 def _read_by_torch(checkpoint: Reader, overlaps: Iterable[Overlap]) -> None:
-    """As torch.distributed.checkpoint reads, whatever it can read: a chunk at a time is in memory beside its target."""
+    """Read overlaps by torch.distributed.checkpoint; one chunk at a time is in memory in addition to its target."""
     reader = FileSystemReader(checkpoint.folder)
     reader.set_up_storage_reader(checkpoint.metadata, True)
     for each in overlaps:
@@ -202,7 +202,7 @@ def _read_by_torch(checkpoint: Reader, overlaps: Iterable[Overlap]) -> None:
 
 
 class _Into(LoadPlanner):
-    """Tells torch's reader where the one block goes that it is asked for."""
+    """Planner that gives torch's reader the target of a single block."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
@@ -211,7 +211,7 @@ class _Into(LoadPlanner):
         return self._target
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The reader has copied into what `resolve_tensor` gave."""
+        """Do nothing: the reader has copied into the target."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise AssertionError(f"only tensors are asked for; found {read_item}, {value}")
@@ -219,7 +219,7 @@ class _Into(LoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """The plan is ready-made, here and in the three that follow."""
+        """Do nothing, here and in the three methods that follow: the plan is complete."""
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan([])

@@ -1,7 +1,7 @@
-"""A base checkpoint to make an HF model of: what `convert` wrote, or what Megatron-LM or Megatron-Bridge saved since.
+"""A base checkpoint that becomes an HF model: written by `convert`, or saved by Megatron-LM or Megatron-Bridge since.
 
-Theirs have optimizer and other state beside the weights, other chunks, and nothing of the kit's own files unless they
-were saved into the folder of the conversion. What decides is whether the weights are the model's, and all of them.
+Checkpoints of those programs have optimizer and other state next to the weights, other chunks, and none of the kit's
+files unless they were saved into the folder of the conversion. They are accepted if all weights of the model are there.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from mixtral_run.weights.manifest.proof import PROOF_NAME
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
-_OF_MODEL = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
-_OF_VOCABULARY = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
+_MODEL_PREFIXES = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
+_VOCABULARY_KEYS = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
 
 
 def is_of_model(key: str) -> bool:
     """Return True for the key of a tensor of the model, adapters included; False for optimizer and random state."""
-    return key.startswith(_OF_MODEL)
+    return key.startswith(_MODEL_PREFIXES)
 
 
 def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Checkpoint, Path]:
-    """The checkpoint, and the folder that config.json and the tokenizer come from.
+    """Return the checkpoint, and the folder with config.json and the tokenizer.
 
-    A checkpoint that carries no record of ours is what the HF model's config.json says. Raises WeightsError.
+    Without a mixtral_run.json the architecture is that of the HF model's config.json. Raises WeightsError.
     """
     described = None if hf_model_path is None else resolve_description(hf_model_path, report)
     architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
@@ -46,7 +46,7 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Ch
         checkpoint = open_checkpoint(path)
         if architecture is not None and architecture != checkpoint.architecture:
             raise WeightsError(
-                "The HF model is another one.",
+                "The HF model is not the one that was converted.",
                 where=str(described),
                 expected=str(checkpoint.architecture.to_mapping()),
                 found=str(architecture.to_mapping()),
@@ -61,7 +61,7 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Ch
         checkpoint = Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, manifest)
     else:
         raise WeightsError(
-            "The checkpoint does not say which model it is of.",
+            "The checkpoint does not name its model.",
             where=str(folder),
             expected=f"{MANIFEST_NAME}, as mixtral-run convert writes; Megatron-LM and Megatron-Bridge do not",
             next_command="the same with --hf-model-path HF_DIR, to take config.json and the tokenizer from",
@@ -69,7 +69,7 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Ch
     tokenizer = described or folder / "tokenizer"
     if not (tokenizer / "config.json").is_file():
         raise WeightsError(
-            "The HF model's config.json is not at hand.",
+            "The HF model's config.json is missing.",
             where=str(tokenizer),
             expected="config.json and the tokenizer's files",
             next_command="the same with --hf-model-path HF_DIR, to take them from",
@@ -78,20 +78,20 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Ch
 
 
 def is_as_converted(checkpoint: Checkpoint) -> bool:
-    """Whether the iteration is the one that `convert` wrote: its weights have to have the recorded fingerprint."""
+    """Return True for the iteration that `convert` wrote; its weights must have the recorded fingerprint."""
     return checkpoint.iteration == CONVERTED_ITERATION and (checkpoint.folder / PROOF_NAME).is_file()
 
 
 def check_base(checkpoint: Checkpoint, reader: Reader, report: Report) -> None:
-    """Raise WeightsError unless the weights of the model are there, whole, and nothing that an HF model cannot hold.
+    """Raise WeightsError unless all weights of the model are there, and no others that an HF model cannot hold.
 
-    Afterwards every tensor of the reader has the name that `convert` gives it.
+    Afterwards every tensor of the reader has the key that `convert` gives it.
     """
     if checkpoint.kind != "base":
         raise WeightsError(
             "This is not a base checkpoint.",
             where=str(checkpoint.folder),
-            expected="what mixtral-run convert wrote; for an adapter: --adapter beside its base",
+            expected="what mixtral-run convert wrote; for an adapter: --adapter in addition to its base",
             found=f"a checkpoint of kind {checkpoint.kind}",
         )
     if (
@@ -103,7 +103,7 @@ def check_base(checkpoint: Checkpoint, reader: Reader, report: Report) -> None:
     found = {key: info.shape for key, info in reader.tensors.items()}
     wrong = []
     for key, shape in expected.items():
-        if key in _OF_VOCABULARY and key in found and found[key][0] > shape[0] and found[key][1:] == shape[1:]:
+        if key in _VOCABULARY_KEYS and key in found and found[key][0] > shape[0] and found[key][1:] == shape[1:]:
             report.say(f"  {key}: {found[key][0] - shape[0]:,} rows of padding are left out")
         elif found.get(key) != shape:
             wrong.append(

@@ -29,9 +29,9 @@ from mixtral_run.weights.manifest.manifest import (
 class BaseDescription:
     """A base to load: from the manifest of a base checkpoint, or from the headers of an HF directory.
 
-    fingerprint: for an HF directory only its first half, which needs the norms and routers alone; the whole is known
-    once every byte was read (`MixtralModel.base_fingerprint`). weights: the tensors of an HF directory, None for a
-    checkpoint.
+    fingerprint: for an HF directory only its first half, which needs no more than the norms and routers; the whole is
+    known once every byte was read (`MixtralModel.base_fingerprint`). weights: the tensors of an HF directory, None for
+    a checkpoint.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class AdapterDescription:
     lora: LoraSettings
     base_fingerprint: str
     training: Mapping[str, Any]
-    """The settings of the run that saved it, by their names in its config."""
+    """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
 
 

@@ -23,9 +23,10 @@ _BLOCK_BYTES = 2**20
 
 
 def check_files(folder: Path) -> list[str]:
-    """A line for each file beside the weights that is not what was written. Raises WeightsError without a proof.
+    """Return a line for each file next to the weights that differs from what was written.
 
-    Needs nothing of the checkpoint but its proof: asked first, it names what would keep the rest from being read.
+    Raises WeightsError without a proof. Nothing else of the checkpoint is read, so that files can be named whose damage
+    would break the other checks.
     """
     problems = []
     # Proofs of earlier versions of the kit name no files.
@@ -58,9 +59,9 @@ def _unreadable(path: Path, error: Exception) -> WeightsError:
 
 
 def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) -> list[str]:
-    """Read every chunk once; lines that name the tensors and the file of each that is not what was written.
+    """Read every chunk once; return a line for each that differs from what was written, with its tensors and file.
 
-    Raises WeightsError when there is no proof that can be read.
+    Raises WeightsError if no proof can be read.
     """
     try:
         chunks = _read_proof(folder)["chunks"]

@@ -1,7 +1,7 @@
-"""HF tensor names ↔ Megatron keys, as ranges of elements. Pure: no tensor is touched here.
+"""Map HF tensor names to Megatron keys and back, as ranges of elements. Pure: no tensor is touched here.
 
 The map is a bijection: every element of the HF model has one place in the Megatron checkpoint and the other way round.
-It is told as `Unit`s, the smallest groups of tensors that have to be copied together: a whole expert weight is a unit,
+It consists of `Unit`s, the smallest groups of tensors that have to be copied together: a whole expert weight is a unit,
 the queries, keys and values of a layer are one because Megatron interleaves their rows by query group.
 
 Sources: the released layout of mistralai/Mixtral-8x7B-v0.1; Megatron's side was read off checkpoints that megatron-core
@@ -22,11 +22,11 @@ EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_LAYER_KEY = "output_layer.weight"
 FINAL_LAYERNORM_KEY = "decoder.final_layernorm.weight"
 # Megatron keeps the norm before attention with the linear layer that follows it: Transformer Engine fuses the two, and
-# the local layer spec renames its own. The norm before the experts stands alone with Transformer Engine.
+# the local layer spec renames its own. The norm before the experts is a layer of its own with Transformer Engine.
 INPUT_LAYERNORM_KEY = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 PRE_MLP_LAYERNORM_KEY = "decoder.layers.pre_mlp_layernorm.weight"
 LOCAL_PRE_MLP_LAYERNORM_KEY = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
-"""What megatron-core's layers without Transformer Engine call PRE_MLP_LAYERNORM_KEY (models/gpt/gpt_layer_specs.py)."""
+"""The key of PRE_MLP_LAYERNORM_KEY in megatron-core's layers without Transformer Engine (gpt_layer_specs.py)."""
 LINEAR_QKV_KEY = "decoder.layers.self_attention.linear_qkv.weight"
 LINEAR_PROJ_KEY = "decoder.layers.self_attention.linear_proj.weight"
 ROUTER_KEY = "decoder.layers.mlp.router.weight"
@@ -52,18 +52,18 @@ class Chunk:
 
     @property
     def leading(self) -> Shape:
-        """Its layer and expert, where it has them: the axes before the rows."""
+        """Return its layer and expert, if it has them: the axes before the rows."""
         return self.offset[: -1 if self.key in VECTOR_KEYS else -2]
 
     @property
     def first_row(self) -> int:
-        """Its first row in the global tensor; a vector is one row."""
+        """Return its first row in the global tensor; a vector is one row."""
         return 0 if self.key in VECTOR_KEYS else self.offset[-2]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` runs of `length` elements of an HF tensor, `source_step` apart, that lie one after another in a chunk."""
+    """`count` runs of `length` elements of an HF tensor, `source_step` apart, which are contiguous in a chunk."""
 
     source: str
     source_start: int
@@ -91,7 +91,7 @@ class Unit:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The HF tensors of the unit, in the order of their first piece."""
+        """Return the HF tensors of the unit, in the order of their first piece."""
         return tuple(dict.fromkeys(piece.source for piece in self.pieces))
 
     @property
@@ -100,17 +100,17 @@ class Unit:
 
 
 def num_ranks(tensor_parallel_size: int, expert_parallel_size: int) -> int:
-    """The fewest ranks that hold this layout."""
+    """Return the smallest number of ranks that can hold this layout."""
     return lcm(tensor_parallel_size, expert_parallel_size)
 
 
 def expert_name(layer: int, expert: int, projection: str) -> str:
-    """HF's name of w1 (gate), w2 (down) or w3 (up) of one expert, released layout."""
+    """Return HF's name of w1 (gate), w2 (down) or w3 (up) of one expert, in the released layout."""
     return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight"
 
 
 def hf_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
-    """Every tensor of the HF model, released layout, with its shape."""
+    """Return every tensor of the HF model in the released layout, with its shape."""
     a = architecture
     hidden, ffn, kv = a.hidden_size, a.ffn_hidden_size, a.num_query_groups * a.kv_channels
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (a.vocab_size, hidden)}
@@ -135,7 +135,7 @@ def hf_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
 
 
 def fused_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
-    """The tensors that take the place of the experts' and routers' where transformers 5 wrote its in-memory layout."""
+    """Return the tensors that replace experts and routers in the in-memory layout that transformers 5 writes."""
     a = architecture
     tensors: dict[str, Shape] = {}
     for layer in range(a.num_layers):
@@ -147,7 +147,7 @@ def fused_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
 
 
 def fused_place(architecture: MixtralArchitecture, name: str) -> tuple[str, int] | None:
-    """Where a tensor of the released layout lies in the fused one: the fused tensor and the first element in it."""
+    """Return the fused tensor that holds a tensor of the released layout, and its first element there, or None."""
     before, moe, after = name.partition(".block_sparse_moe.")
     if not moe:
         return None
@@ -162,7 +162,7 @@ def fused_place(architecture: MixtralArchitecture, name: str) -> tuple[str, int]
 
 
 def megatron_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
-    """Every tensor of the Megatron checkpoint with its global shape."""
+    """Return every tensor of the Megatron checkpoint with its global shape."""
     a = architecture
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
     return {
@@ -180,7 +180,7 @@ def megatron_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
 
 
 def extra_states(architecture: MixtralArchitecture, expert_parallel_size: int) -> Iterator[tuple[str, int]]:
-    """The objects that Megatron's strict loading asks of every linear layer but the output layer: (key, rank).
+    """Yield (key, rank) of the objects that Megatron's strict loading expects for all linear layers but the output.
 
     They hold None where no Transformer Engine wrote them.
     """
@@ -201,7 +201,7 @@ def extra_states(architecture: MixtralArchitecture, expert_parallel_size: int) -
 def units(
     architecture: MixtralArchitecture, tensor_parallel_size: int = 1, expert_parallel_size: int = 1
 ) -> Iterator[Unit]:
-    """The whole map for one layout, which must fit the architecture (`MixtralArchitecture.layout_faults`)."""
+    """Yield the whole map for one layout, which must fit the architecture (`MixtralArchitecture.layout_problems`)."""
     a, tp = architecture, tensor_parallel_size
     hidden, ffn = a.hidden_size, a.ffn_hidden_size
     yield _rows("model.embed_tokens.weight", EMBEDDING_KEY, (), (a.vocab_size, hidden), tp)
@@ -223,7 +223,7 @@ def units(
 
 @dataclass(frozen=True)
 class RowRanges:
-    """The rows of one Megatron tensor that are, one after another, an HF tensor."""
+    """The rows of one Megatron tensor that make up an HF tensor, in order."""
 
     key: str
     leading: Shape  # layer, or layer and expert
@@ -232,7 +232,7 @@ class RowRanges:
 
 
 def row_ranges(architecture: MixtralArchitecture) -> dict[str, RowRanges]:
-    """HF tensor → its rows in the Megatron checkpoint; a vector is one row. The map the other way round."""
+    """Return the inverse map: HF tensor → its rows in the Megatron checkpoint; a vector is one row."""
     found: dict[str, RowRanges] = {}
     for unit in units(architecture):
         (chunk,) = unit.chunks
@@ -251,7 +251,7 @@ def _ones(leading: Shape) -> Shape:
 
 
 def _whole(name: str, key: str, leading: Shape, shape: Shape, rank: int = 0, first_row: int = 0) -> Unit:
-    """One HF tensor that is one chunk; `first_row` moves it along the axis after the leading ones."""
+    """Return the unit of an HF tensor that is one chunk; `first_row` moves it along the axis after the leading ones."""
     offset = (*leading, first_row, *(0,) * (len(shape) - 1))
     chunk = Chunk(key, offset, _ones(leading) + shape, rank)
     return Unit((chunk,), (Piece(name, 0, 0, 0, prod(shape)),))
@@ -275,7 +275,7 @@ def _columns(name: str, key: str, leading: Shape, shape: Shape, tp: int) -> Unit
 
 
 def _qkv(architecture: MixtralArchitecture, layer: int, tp: int) -> Unit:
-    """Rows of linear_qkv go group by group: the group's queries, then its key, then its value (Megatron's order)."""
+    """Return the unit of linear_qkv. Rows go by query group: its queries, its key, its value (Megatron's order)."""
     a = architecture
     prefix = f"model.layers.{layer}.self_attn."
     rows = a.qkv_size // tp

@@ -1,4 +1,4 @@
-"""Which rows of which HF tensors make up one rank's part of a Megatron tensor, whatever the layout. Pure."""
+"""Find the rows of HF tensors that make up one rank's part of a Megatron tensor, in any layout. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixtral_run.weights.mapping.hf_to_megatron import VECTOR_KEYS, Shape, row_r
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows of an HF tensor, and the columns of them that are wanted; `target_row` is their first row in the part.
+    """Rows of an HF tensor and the columns of them that are needed. target_row: their first row in the rank's part.
 
     A vector is one row. `columns` is the HF tensor's width.
     """
@@ -30,7 +30,7 @@ class Slice:
         return self.num_columns == self.columns
 
     def parts(self, most_rows: int) -> Iterator[Slice]:
-        """The same rows, cut into runs of at most so many."""
+        """Yield the same rows, cut into runs of at most `most_rows`."""
         for start in range(0, self.num_rows, max(most_rows, 1)):
             yield Slice(
                 self.source,
@@ -67,7 +67,7 @@ class SliceIndex:
                 row += stop - start
 
     def slices(self, key: str, offset: Shape, shape: Shape) -> list[Slice]:
-        """What fills the block at `offset` of the global tensor `key`.
+        """Return the slices that fill the block at `offset` of the global tensor `key`.
 
         offset, shape: one number for each axis of the global tensor; the shape is 1 along layers and experts. Raises
         KeyError for a tensor that no HF tensor makes up.
@@ -88,5 +88,5 @@ class SliceIndex:
 
 @lru_cache(maxsize=2)
 def slice_index(architecture: MixtralArchitecture) -> SliceIndex:
-    """The index of an architecture; made once, where a model is loaded layer by layer."""
+    """Return the index of an architecture; it is cached, because a model may be loaded layer by layer."""
     return SliceIndex(architecture)

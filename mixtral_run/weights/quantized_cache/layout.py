@@ -52,7 +52,7 @@ def tensor_name(layer: int, expert: int, linear: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a cache. Names, sizes and headers follow from architecture and precision alone."""
+    """The files of a cache. Architecture and precision determine names, sizes and headers."""
 
     folder: Path
     architecture: MixtralArchitecture

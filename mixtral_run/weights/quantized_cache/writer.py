@@ -75,7 +75,7 @@ class CacheBuilder:
 def begin(base: Path, wanted: Files, reserve_bytes: int, is_there: Callable[[], bool]) -> CacheBuilder:
     """Take the lock, remove leftovers of earlier runs, and create the files with headers and reserved disk space.
 
-    wanted: the files in their final folder, where no usable cache was found. is_there: tells if there is one by now.
+    wanted: the files in their final folder, where no usable cache was found. is_there: True if there is one by now.
     reserve_bytes: disk space that the run itself will need. Raises CacheNotWritten.
     """
     final = cache_folder(base, wanted.precision)

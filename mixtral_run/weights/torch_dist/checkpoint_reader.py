@@ -1,7 +1,7 @@
-"""Reading and describing a torch_dist checkpoint folder without a process group, a model or Megatron.
+"""Read and describe a torch_dist checkpoint without a process group, a model or Megatron.
 
-`Reader` gives any rows of any global tensor, however it was cut into chunks when it was saved (any TP, EP or PP). Only
-the bytes asked for are read. Where they lie is what the `.metadata` file says: metadata.py.
+`Reader` returns any rows of any global tensor, however it was cut into chunks when it was saved (any TP, EP or PP).
+Only these bytes are read; the `.metadata` file has their places (metadata.py).
 """
 
 from __future__ import annotations
@@ -27,26 +27,29 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 Bits = NDArray[np.unsignedinteger[Any]]
-"""Elements as unsigned integers of their size: compared and moved, never computed with."""
+"""Elements as unsigned integers of the same size: they are compared and moved, never computed with."""
 
 _BIT_TYPES: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """Global shape, dtype by torch's name, and bytes per element of a tensor."""
+
     shape: tuple[int, ...]
     dtype: str
     item_size: int
 
     @property
     def num_bytes(self) -> int:
+        """Return the size of the whole tensor."""
         return prod(self.shape) * self.item_size
 
 
 class Reader:
-    """A checkpoint's folder (`iter_…`), opened. Raises WeightsError with all that is missing from it.
+    """Reader of an iteration's folder (`iter_…`). Raises WeightsError with everything that is missing from it.
 
-    `wanted` tells which tensors are looked at, by their keys. Reading is safe from several threads.
+    wanted: selects tensors by their keys; others are ignored. Reading is safe from several threads.
     """
 
     def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None:
@@ -63,7 +66,7 @@ class Reader:
         self.files: set[str] = set()
         try:
             problems = self._read_items(metadata)
-        except (AttributeError, TypeError, ValueError) as error:  # it was damaged, and still is a pickle
+        except (AttributeError, TypeError, ValueError) as error:  # damaged, but still a pickle
             raise unreadable(folder / METADATA_NAME, error) from error
         if problems:
             from mixtral_run.errors import shortened
@@ -82,6 +85,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
+        """Close all files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -135,25 +139,26 @@ class Reader:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors; files hold a little more."""
+        """Return the size of all tensors together; the files are a little larger."""
         return sum(info.num_bytes for info in self.tensors.values())
 
     def rename(self, key: str, name: str) -> None:
-        """Give a tensor another name."""
+        """Rename a tensor."""
         self.tensors[name] = self.tensors.pop(key)
         self._chunks[name] = [dataclasses.replace(item, key=name) for item in self._chunks.pop(key)]
 
     def layout_of(self, key: str, axis: int) -> int:
-        """Into how many parts a tensor was cut along an axis."""
+        """Return the number of parts into which a tensor was cut along an axis."""
         return len({item.offset[axis] for item in self._chunks[key] if item.offset is not None})
 
     def chunks(self, key: str) -> Sequence[StoredItem]:
+        """Return the chunks of a tensor, ordered by their offsets."""
         return self._chunks[key]
 
     def rows(self, key: str, leading: tuple[int, ...], start: int, stop: int) -> Bits:
-        """Rows start…stop of the matrix at `leading` (layer, expert) → bits [stop - start, columns].
+        """Read rows start…stop of the matrix at `leading` (layer, expert) → bits [stop - start, columns].
 
-        A tensor without a row axis under `leading`, such as a norm, is one row.
+        A tensor without a row axis, such as a norm, is one row.
         """
         info = self.tensors[key]
         out = np.empty((stop - start, info.shape[-1]), _BIT_TYPES[info.item_size])
@@ -182,12 +187,12 @@ class Reader:
         return out
 
     def matrix(self, key: str, leading: tuple[int, ...] = ()) -> Bits:
-        """The whole matrix (or vector, as one row) at `leading`."""
+        """Read the whole matrix (or vector, as one row) at `leading`."""
         shape = self.tensors[key].shape[len(leading) :]
         return self.rows(key, leading, 0, shape[0] if len(shape) == 2 else 1)
 
     def file_of(self, key: str, leading: tuple[int, ...], row: int) -> str:
-        """The name of the first file that holds a part of this row."""
+        """Return the name of the first file that holds a part of this row."""
         for item in self._chunks[key]:
             assert item.offset is not None and item.shape is not None
             offset, size = _as_matrices(item.offset, len(leading), 0), _as_matrices(item.shape, len(leading), 1)
@@ -197,7 +202,7 @@ class Reader:
         return "?"
 
     def payload(self, item: StoredItem, block_bytes: int) -> Iterator[bytes]:
-        """A chunk's bytes, block by block."""
+        """Yield a chunk's bytes, block by block."""
         assert item.shape is not None
         start = self._payload_start(item)
         num_bytes = prod(item.shape) * self.tensors[item.key].item_size
@@ -227,9 +232,10 @@ class Reader:
             return self._descriptors[file]
 
     def payload_start(self, item: StoredItem) -> int:
-        """The position in its file of a chunk's first element, from its torch.save framing, which is checked.
+        """Return the position of a chunk's first element in its file. The torch.save framing is checked.
 
-        Raises NotPlainError where the elements do not lie there one after the other, as they are.
+        Raises NotPlainError if the elements are not stored contiguously and as they are, WeightsError if the chunk's
+        pickle would run something.
         """
         if item not in self._payloads:
             assert item.shape is not None
@@ -258,7 +264,7 @@ class Reader:
         return self.broken(item, f"{type(error).__name__}: {error}".splitlines()[0])
 
     def broken(self, item: StoredItem, found: str) -> WeightsError:
-        """What to say of a chunk that cannot be read."""
+        """Return the error for a chunk that cannot be read."""
         return WeightsError(
             "A tensor of the checkpoint is not stored as it should be.",
             where=self._place_of(item),
@@ -268,5 +274,5 @@ class Reader:
 
 
 def _as_matrices(numbers: tuple[int, ...], num_leading: int, missing: int) -> tuple[int, ...]:
-    """Give a vector its row axis."""
+    """Insert the row axis of a vector."""
     return numbers if len(numbers) - num_leading == 2 else (*numbers[:-1], missing, numbers[-1])

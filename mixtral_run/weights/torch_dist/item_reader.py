@@ -1,7 +1,6 @@
-"""Finding a tensor's bytes within an item of a .distcp file, and whether they can be read without torch.
+"""Find a tensor's bytes within an item of a .distcp file, and check that they can be read without torch.
 
-What item_writer.py writes is recognized by its head, a page; what torch.save wrote is looked at as a zip and as a
-pickle.
+Items of item_writer.py are recognized by their first page; items of torch.save are examined as a zip and a pickle.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalErr
 
 _HEADER_BYTES = 30
 _MISREAD = (zipfile.BadZipFile, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError, struct.error)
-"""What a zip or a pickle with other bytes in it ends in."""
+"""The exceptions that a damaged zip or pickle raises."""
 
 
 class NotPlainError(Exception):
-    """The tensor's elements do not lie in the item one after the other, as they are; the message says what does."""
+    """Raised if an item does not hold the tensor's elements contiguously and as they are; the message says why."""
 
 
 class FileSlice(io.RawIOBase):
-    """A part of an open file as a file of its own, read by position: nothing is shared with other readers."""
+    """A part of an open file as a file of its own, read by position: no state is shared with other readers."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
         self._descriptor_number, self._start, self._length, self._at = descriptor, start, length, 0
@@ -61,7 +60,7 @@ class FileSlice(io.RawIOBase):
 
 
 def payload_start(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
-    """Where in an item the first element of a contiguous tensor of this shape and dtype lies, in bytes.
+    """Return the position in bytes of the first element of a contiguous tensor of this shape and dtype in an item.
 
     Raises NotPlainError for anything else that the item may hold, DisallowedGlobalError for a pickle that would run
     something, OSError where it cannot be read.
@@ -92,7 +91,7 @@ def _is_of_this_kit(item: FileSlice, shape: tuple[int, ...], dtype: str) -> bool
 
 @lru_cache(maxsize=256)
 def _expected(shape: tuple[int, ...], dtype: str) -> tuple[bytes, int, int] | None:
-    """The head that item_writer.py gives such a tensor, where in it the bytes' CRC-32 stands, and the item's length."""
+    """Return the head that item_writer.py writes for a tensor, the position of its CRC-32, and the item's length."""
     import torch
 
     try:

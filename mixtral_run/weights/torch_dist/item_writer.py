@@ -1,8 +1,9 @@
-"""One tensor as torch.save writes it, without the tensor: a head and a tail of known length around raw bytes.
+"""Write a tensor in the format of torch.save without having it: a head and a tail of known length around raw bytes.
 
-A .distcp file is a row of such items (torch 2, distributed/checkpoint/filesystem.py, SerializationFormat.TORCH_SAVE).
-Each is a zip of stored entries: `data.pkl` says shape, stride and dtype, `data/0` is the bytes. With the lengths known
-beforehand, an item can be written anywhere in its file, by any worker, and its bytes come straight from the source.
+A .distcp file is a sequence of such items (torch 2, distributed/checkpoint/filesystem.py,
+SerializationFormat.TORCH_SAVE). Each is a zip of stored entries: `data.pkl` has shape, stride and dtype, `data/0` the
+bytes. Because the lengths are known beforehand, any worker can write an item anywhere in its file, straight from the
+source.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from math import prod
 from typing import Any
 
 PAGE = 4096
-"""Items start, and their bytes lie, at multiples of this in the file: whole pages can go from file to file."""
+"""Alignment in the file of items and of their bytes, so that whole pages can be copied between files."""
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -28,7 +29,7 @@ _STORAGES = {"bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float32":
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the bytes of an item lie within it, and what goes around them. Numbers are bytes from the item's start."""
+    """The framing of an item around its bytes. Numbers are bytes from the item's start."""
 
     small_entries: tuple[tuple[str, bytes], ...]
     num_bytes: int
@@ -39,11 +40,11 @@ class Frame:
 
     @property
     def length(self) -> int:
-        """The whole item's."""
+        """Return the length of the whole item."""
         return PAGE + self.num_bytes + len(self.tail(0))
 
     def head(self, crc: int) -> bytes:
-        """What comes before the bytes; `crc` is their CRC-32."""
+        """Return the part before the bytes. crc: CRC-32 of the bytes."""
         parts = bytearray()
         for name, content in self.small_entries:
             parts += _local_header(name, zlib.crc32(content), len(content), 0) + content
@@ -52,7 +53,7 @@ class Frame:
         return bytes(parts + _local_header("archive/data/0", crc, self.num_bytes, PAGE - bare))
 
     def tail(self, crc: int) -> bytes:
-        """What comes after the bytes: the zip's directory."""
+        """Return the part after the bytes, which is the zip's directory. crc: CRC-32 of the bytes."""
         directory = bytearray()
         at = 0
         for name, content in self.small_entries:
@@ -65,7 +66,7 @@ class Frame:
 
 
 def frame(shape: tuple[int, ...], dtype: str, item_size: int) -> Frame:
-    """The frame of a contiguous tensor. Raises ValueError for one of 4 GiB or more."""
+    """Return the frame of a contiguous tensor. Raises ValueError for one of 4 GiB or more."""
     num_bytes = prod(shape) * item_size
     if num_bytes > _LARGEST:
         raise ValueError(f"a chunk of {num_bytes:,} bytes; the largest that can be framed has {_LARGEST:,}")
@@ -92,7 +93,7 @@ def _central_header(name: str, crc: int, size: int, start: int) -> bytes:
 
 
 class _Storage:
-    """Stands for the storage while a tensor's description is pickled; becomes a persistent id."""
+    """Stand-in for the storage while a tensor's description is pickled; it becomes a persistent id."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Description:
 
 
 def _pickled_tensor(shape: tuple[int, ...], dtype: str) -> bytes:
-    """data.pkl as torch.save has it (torch/serialization.py, _save; protocol 2)."""
+    """Return data.pkl as torch.save writes it (torch/serialization.py, _save; protocol 2)."""
     import torch
 
     class Pickler(pickle.Pickler):

@@ -1,7 +1,8 @@
-"""The files beside the weights: what Megatron-LM, Megatron-Bridge and the kit itself read of a checkpoint.
+"""Write the files next to the weights that Megatron-LM and Megatron-Bridge read from a checkpoint.
 
-Read in source, at the versions named, and not run here: Megatron-LM `megatron/training/checkpointing.py`,
-`load_args_from_checkpoint`; Megatron-Bridge 0.3 `training/model_load_save.py` and its config instantiation.
+The formats follow the source of these versions, which was not run: Megatron-LM
+`megatron/training/checkpointing.py`, `load_args_from_checkpoint`; Megatron-Bridge 0.3
+`training/model_load_save.py` and its config instantiation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mixtral_run.weights.io.files import write_atomically
 
 
 def write_metadata_json(folder: Path) -> None:
-    """What tells Megatron that the folder is a distributed checkpoint, and of which kind."""
+    """Write the file that marks the folder as a distributed checkpoint of this kind for Megatron."""
     content = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
@@ -35,7 +36,7 @@ def write_common(
     expert_parallel_size: int,
     iteration: int,
 ) -> None:
-    """common.pt: the state that is not sharded, with the arguments that Megatron-LM takes from a checkpoint."""
+    """Write common.pt: the state that is not sharded, with the arguments that Megatron-LM takes from a checkpoint."""
     import torch
 
     args = megatron_args(architecture, dtype, tensor_parallel_size, expert_parallel_size)
@@ -49,7 +50,7 @@ def write_common(
 def megatron_args(
     architecture: MixtralArchitecture, dtype: str, tensor_parallel_size: int, expert_parallel_size: int
 ) -> dict[str, Any]:
-    """The model in the names of Megatron-LM's command line. `params_dtype` is a torch.dtype, the rest plain values."""
+    """Return the model's sizes in the names of Megatron-LM's command line; `params_dtype` is a torch.dtype."""
     import torch
 
     a = architecture
@@ -120,7 +121,7 @@ def write_run_config(
     tensor_parallel_size: int,
     expert_parallel_size: int,
 ) -> None:
-    """run_config.yaml: the model section that Megatron-Bridge instantiates."""
+    """Write run_config.yaml, with the model section that Megatron-Bridge instantiates."""
     import yaml
 
     a = architecture

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors beside those of its HF model, block by block, bit by bit."""
+"""Compare a checkpoint's tensors with those of its HF model, block by block, bit by bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not what it was made from; `file` is that of the checkpoint."""
+    """A tensor that differs from its source. file: the checkpoint's file of the first difference."""
 
     tensor: str
     key: str
@@ -38,7 +38,7 @@ class Difference:
 
 
 class Comparing:
-    """Compares units of the mapping, whatever the layout: at TP1/EP1 its pieces are rows of the global tensors."""
+    """Compares units of the mapping in any layout: at TP1/EP1 their pieces are rows of the global tensors."""
 
     def __init__(self, reader: Reader, weights: HFWeights, advance: Callable[[int], None]) -> None:
         self._reader = reader
@@ -46,7 +46,7 @@ class Comparing:
         self._advance = advance
 
     def unit(self, unit: hf_to_megatron.Unit) -> tuple[dict[str, int], list[Difference]]:
-        """CRC-32 of the unit's HF tensors, and those that differ in the checkpoint."""
+        """Return the CRC-32 of the unit's HF tensors, and the tensors that differ in the checkpoint."""
         crcs = dict.fromkeys(unit.sources, 0)
         found: dict[str, Difference] = {}
         descriptors = {name: os.open(self._weights.sources[name].file, os.O_RDONLY) for name in unit.sources}

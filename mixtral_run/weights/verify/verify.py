@@ -1,4 +1,4 @@
-"""What a checkpoint is, and whether it holds the HF weights bit by bit. Reads in blocks: no GPU, little memory."""
+"""Describe a checkpoint, and compare it with the HF weights bit by bit, in blocks: no GPU, little memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from mixtral_run.weights.verify.compare_tensors import Comparing, Difference
 from mixtral_run.weights.verify.quantized_cache import verify_quantized_caches
 
-_MOST_TOLD = 20
+_MOST_DIFFERENCES = 20
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of --against."""
+    """Result of --against."""
 
     directory: str
     num_tensors: int
@@ -46,7 +46,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What a checkpoint is. `faults` are lines that say what is wrong with it; empty when all is well."""
+    """Description of a checkpoint. problems: a line each; empty if there are none."""
 
     path: str
     kind: str
@@ -62,32 +62,34 @@ class VerifyResult:
     comparison: Comparison | None
     problems: tuple[str, ...]
     kept: dict[str, Any] = field(default_factory=dict)
-    """By precision, the experts in 8 or 4 bit that are kept beside a base."""
+    """The caches of quantized experts next to a base, by precision."""
 
     @property
-    def _of_kept_alone(self) -> bool:
+    def _only_cache_problems(self) -> bool:
         return all(problem.startswith("quantised-") for problem in self.problems)
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the result as JSON values."""
         return dataclasses.asdict(self) | {"ok": not self.problems}
 
     def check(self) -> VerifyResult:
-        """Return self, or raise CheckFailed with the faults."""
+        """Return self, or raise CheckFailed with the problems."""
         if self.problems:
             raise CheckFailed(
                 "The checkpoint does not hold what it should.",
                 where=self.path,
                 problems=shortened(list(self.problems)),
-                next_command=None if self._of_kept_alone else "mixtral-run convert --overwrite, to make it anew",
+                next_command=None
+                if self._only_cache_problems
+                else "mixtral-run convert --overwrite, which writes it again",
             )
         return self
 
 
 def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
-    """Describe the checkpoint and compare it with --against; the caller decides on the result's `faults`.
+    """Describe the checkpoint and compare it with --against; the caller decides on the result's `problems`.
 
-    Raises WeightsError when the checkpoint or the HF model cannot be read at all.
+    Raises WeightsError if the checkpoint or the HF model cannot be read at all.
     """
     report = report or (Report.on_stderr() if config.json else Report())
     if is_on_hub(config.load):
@@ -99,12 +101,12 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     checkpoint = open_checkpoint(config.load)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
-        _tell(result, report)
+        _print_table(result, report)
         if config.proof and not result.problems:
             result = dataclasses.replace(result, problems=_check_proof(checkpoint, reader, report))
         manifest = checkpoint.manifest
         if isinstance(manifest, BaseManifest) and config.load == checkpoint.folder and not result.problems:
-            result = _with_kept(result, config, manifest.fingerprint, report, proof=config.proof)
+            result = _with_caches(result, config, manifest.fingerprint, report, proof=config.proof)
         if config.against is not None and not result.problems:
             check = _before_download(config.load, checkpoint.architecture)
             weights = open_hf_weights(resolve(str(config.against), report, check))
@@ -114,14 +116,14 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
                 comparison, problems = _compare_adapter(manifest, weights, report)
             result = dataclasses.replace(result, comparison=comparison, problems=(*result.problems, *problems))
             if not problems:
-                _tell_equal(checkpoint, comparison, report)
+                _report_equal(checkpoint, comparison, report)
     if not result.problems:
         report.done("Verified.")
     return result
 
 
 def _check_files(load: Path) -> None:
-    """Raise CheckFailed naming each small file that is not what was written, before any of them is trusted."""
+    """Raise CheckFailed naming each small file that differs from what was written, before any of them is read."""
     folder = load.parent if (load / ".metadata").is_file() else load
     newest_iteration(folder)
     problems = check_files(folder)
@@ -135,7 +137,7 @@ def _check_files(load: Path) -> None:
 
 
 def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
-    """An HF directory, which training starts from as well: its fingerprint, and whether --against has the same."""
+    """Verify an HF directory, which is a base as well: compute its fingerprint, and compare it with --against."""
     weights = open_hf_weights(config.load)
     if config.proof:
         raise ConfigError(
@@ -160,9 +162,9 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
         comparison=None,
         problems=(),
     )
-    _tell(result, report)
-    # Every byte of the model was read, and so is what belongs to it.
-    result = _with_kept(result, config, fingerprint, report, proof=True)
+    _print_table(result, report)
+    # Every byte of the model was read; the caches are read completely as well.
+    result = _with_caches(result, config, fingerprint, report, proof=True)
     if config.against is not None and not result.problems:
         started = time.monotonic()
         check = _before_download(config.load, weights.architecture)
@@ -180,11 +182,11 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
     return result
 
 
-def _with_kept(
+def _with_caches(
     result: VerifyResult, config: VerifyConfig, fingerprint: str, report: Report, *, proof: bool
 ) -> VerifyResult:
-    told, problems = verify_quantized_caches(config.load, report, proof=proof, fingerprint=fingerprint)
-    return dataclasses.replace(result, kept=told, problems=(*result.problems, *problems))
+    caches, problems = verify_quantized_caches(config.load, report, proof=proof, fingerprint=fingerprint)
+    return dataclasses.replace(result, kept=caches, problems=(*result.problems, *problems))
 
 
 def _check_proof(checkpoint: Checkpoint, reader: Reader, report: Report) -> tuple[str, ...]:
@@ -200,9 +202,9 @@ def _check_proof(checkpoint: Checkpoint, reader: Reader, report: Report) -> tupl
 
 
 def compare_with_source(load: Path, against: Path, report: Report) -> int:
-    """Compare every tensor of a base checkpoint with its HF model, bit by bit; return how many were compared.
+    """Compare every tensor of a base checkpoint with its HF model, bit by bit; return the number of tensors.
 
-    Raises CheckFailed naming those that differ, WeightsError when either cannot be read.
+    Raises CheckFailed naming those that differ, WeightsError if either cannot be read.
     """
     result = verify(VerifyConfig(load=load, against=against), report).check()
     assert result.comparison is not None
@@ -246,7 +248,7 @@ def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
 
 
 def _layout(reader: Reader, found: dict[str, Any]) -> str:
-    """The layout that the chunks were written in, as far as they show it."""
+    """Return the TP/EP layout in which the chunks were written, as far as they show it."""
     if hf_to_megatron.LINEAR_QKV_KEY not in found:
         return "–"
     tp = reader.layout_of(hf_to_megatron.LINEAR_QKV_KEY, 1)
@@ -257,7 +259,7 @@ def _layout(reader: Reader, found: dict[str, Any]) -> str:
     return f"TP{tp}/EP{max(len(files), 1)}"
 
 
-def _tell(result: VerifyResult, report: Report) -> None:
+def _print_table(result: VerifyResult, report: Report) -> None:
     rows = [
         ("kind", result.kind),
         ("iteration", str(result.iteration)),
@@ -278,7 +280,7 @@ def _tell(result: VerifyResult, report: Report) -> None:
     report.table(("", result.path), rows)
 
 
-def _tell_equal(checkpoint: Checkpoint, comparison: Comparison, report: Report) -> None:
+def _report_equal(checkpoint: Checkpoint, comparison: Comparison, report: Report) -> None:
     what = "every tensor is equal, bit by bit" if checkpoint.kind == "base" else "this is the adapter's base"
     report.done(
         f"{comparison.directory}: {what} ({comparison.num_tensors:,} tensors, {comparison.num_bytes / 1e6:,.0f} MB in "
@@ -287,7 +289,7 @@ def _tell_equal(checkpoint: Checkpoint, comparison: Comparison, report: Report) 
 
 
 def _before_download(load: Path, architecture: MixtralArchitecture) -> BeforeDownload:
-    """Refuses a model of another shape while only its config.json is here."""
+    """Return a check that refuses a model of other sizes once its config.json is downloaded."""
 
     def check(model: HubModel) -> None:
         problems = _architecture_problems(architecture, model.architecture)
@@ -334,14 +336,14 @@ def _compare_base(
             weights.num_bytes,
             time.monotonic() - started,
             fingerprint,
-            tuple(differences[:_MOST_TOLD]),
+            tuple(differences[:_MOST_DIFFERENCES]),
         ),
         problems,
     )
 
 
 def _compare_adapter(manifest: AdapterManifest, weights: HFWeights, report: Report) -> tuple[Comparison, list[str]]:
-    """An adapter holds nothing of the base but its fingerprint: tell whether these weights have it."""
+    """Check that the weights have the fingerprint of the base that the adapter was trained on."""
     started = time.monotonic()
     with report.progress(weights.num_bytes, "read") as progress:
         fingerprint = checksums.fingerprint(weights, progress.advance)

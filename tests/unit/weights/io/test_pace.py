@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.weights.io.pace import WINDOW_SECONDS, Pace, Way, candidates
+from mixtral_run.weights.io.pace import WINDOW_SECONDS, Pace, Workers, candidates
 
 
 class Disk:
@@ -40,7 +40,7 @@ class Disk:
         raise AssertionError("never settled")
 
     @staticmethod
-    def _told(way: Way) -> Any:
+    def _told(way: Workers) -> Any:
         return f"{way.workers} mapped" if way.mapped else way.workers
 
 
@@ -98,7 +98,7 @@ def test_mapped_memory_is_tried_where_it_may_be_faster(
 
 def test_a_number_that_is_told_is_taken() -> None:
     pace = Pace(3)
-    assert (pace.num_threads, pace.chosen, pace.settled) == (3, Way(3), True)
+    assert (pace.num_threads, pace.chosen, pace.settled) == (3, Workers(3), True)
     for worker in range(3):
         pace.wait_for_turn(worker, lambda: False)
 
