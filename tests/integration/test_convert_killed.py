@@ -20,7 +20,7 @@ from mixtral_run.weights.verify.verify import verify
 from tests import warm
 from tests.integration.conftest import environment_of
 from tests.integration.test_convert import convert_quietly
-from tests.integration.test_convert_problems import content, refused
+from tests.integration.test_convert_faults import content, refused
 from tests.support.tiny import write_tiny
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_run.fleet import testhosts
 from mixtral_run.fleet.testhosts.engine import CACHE
 from mixtral_run.fleet.testhosts.shell import call
-from tests import scenario_results, targets
+from tests import scenario_results
 from tests.scenario_results import Scenario
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ SCENARIO_SECONDS = 1500
 # What runs every scenario: a change of it makes all of them run again.
 HARNESS = tuple(
     str(place.relative_to(ROOT))
-    for place in (Path(targets.__file__).parent, Path(__file__), Path(scenario_results.__file__))
+    for place in (Path(testhosts.__file__).parent, Path(__file__), Path(scenario_results.__file__))
 )
 
 

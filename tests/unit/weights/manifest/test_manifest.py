@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from mixtral_run import __version__
+from mixtral_run.config.plan import PlanConfig
 from mixtral_run.config.verbs import (
     ConvertConfig,
     ExportConfig,
     FinetuneConfig,
     GenerateConfig,
-    PlanConfig,
     VerifyConfig,
 )
 from mixtral_run.errors import MixtralRunError, WeightsError
