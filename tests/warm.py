@@ -56,10 +56,17 @@ class WarmServer:
             pass_fds=(lifeline,),
         )
         os.close(lifeline)
+        self._owner = os.getpid()
         atexit.register(self.close)
 
     def close(self) -> None:
+        """End the server. A fork of this process that comes here as well leaves it alone."""
+        if os.getpid() != self._owner:
+            return
+        atexit.unregister(self.close)
         os.close(self._end)
+        # A fork that is still there may hold the other end of the lifeline.
+        self._process.kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 

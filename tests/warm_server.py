@@ -82,7 +82,11 @@ class Server:
         while not data.endswith(b"\n"):
             more = client.recv(MAX_REQUEST_BYTES)
             if not more:
-                raise RuntimeError("A client went away in the middle of its request.")
+                # The client was interrupted. The next one is served all the same.
+                for stream in streams:
+                    os.close(stream)
+                client.close()
+                return None
             data += more
         pid = os.fork()
         if pid == 0:

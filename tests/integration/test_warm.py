@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,6 +45,21 @@ def forked(argv: list[str], environment: dict[str, str]) -> subprocess.Completed
     done = warm.run(argv, environment)
     assert done.args == argv
     return done
+
+
+def test_the_server_ends_with_its_owner_only() -> None:
+    server = warm.WarmServer(())
+    # A client that goes away without a request changes nothing.
+    server.connect().close()
+    child = os.fork()
+    if child == 0:
+        server.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    server.connect().close()
+    server.close()
+    with pytest.raises(RuntimeError, match="did not start"):
+        server.connect()
 
 
 def test_it_starts_in_the_same_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
