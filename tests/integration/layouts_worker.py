@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from mixtral_run.config.verbs import RECOMPUTE, FinetuneConfig
-from mixtral_run.inference.decode import StayingDecoding
+from mixtral_run.inference.decode import FixedShapeDecoding
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
@@ -206,7 +206,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
             ]
         sampling = Sampling(6, 0.0, 1.0, 0)
         results["greedy"] = continue_rows(model, ROWS, 2, sampling)
-        results["greedy_staying"] = continue_rows(model, ROWS, 2, sampling, decoding=StayingDecoding)
+        results["greedy_staying"] = continue_rows(model, ROWS, 2, sampling, decoding=FixedShapeDecoding)
         results["greedy_alone"] = [continue_rows(model, [row], 2, sampling)[0] for row in ROWS]
         results["drawn"] = continue_rows(model, ROWS, 2, Sampling(6, 1.0, 0.9, 7))
         run = train(config, mesh, 0, 6)

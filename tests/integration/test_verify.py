@@ -260,4 +260,4 @@ def test_logits_that_differ_are_not_ok_in_json(small_checkpoint: Path, small_hf_
     told = json.loads(done.stdout)
     assert told["comparison"]["differences"] == []
     assert told["ok"] is False
-    assert "does not compute what HF does" in told["error"]["what"]
+    assert "does not compute the logits of HF" in told["error"]["what"]

@@ -138,9 +138,9 @@ def test_a_shard_for_every_tensor_is_the_most(tmp_path: Path) -> None:
         split_into_shards(SMALL, count + 1)
 
 
-def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep", "utf-8")
-    with pytest.raises(ConfigError, match="holds something"):
+    with pytest.raises(ConfigError, match="is not empty"):
         write(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
