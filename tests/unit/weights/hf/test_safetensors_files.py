@@ -1,4 +1,4 @@
-"""What the safetensors reader says of good and bad files, and the torch_dist reader of bad folders."""
+"""The safetensors reader with good and damaged files, and the torch_dist reader with damaged folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
     assert set(open_hf_weights(tmp_path).sources) == set(tensors)
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     write_tiny(tmp_path, num_shards=4)
     files = sorted(tmp_path.glob("*.safetensors"))
     files[0].unlink()

@@ -1,4 +1,4 @@
-"""Room reserved in a file, and what happens where there is none."""
+"""Reserving space in a file, on disks with and without space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_room_is_reserved_and_what_is_there_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "raises"), [(errno.ENOSPC, True), (errno.EOPNOTSUPP, False)])
-def test_a_full_disk_is_told_and_one_that_cannot_reserve_is_not(
+def test_a_full_disk_raises_and_one_that_cannot_reserve_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raises: bool
 ) -> None:
     class Library:

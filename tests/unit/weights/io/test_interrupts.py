@@ -1,4 +1,4 @@
-"""Signals while something is written: held back, told once, and given back afterwards."""
+"""Signals while a folder is written: delayed, reported once, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mixtral_run.weights.io.interrupts import SIGNALS, interrupts
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    for number, handler in kept.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
@@ -34,8 +34,8 @@ def test_a_signal_is_keyboard_interrupt(number: int) -> None:
     assert signal.getsignal(number) == before
 
 
-def test_while_held_it_is_noted_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    # However long this process is kept waiting: the same request.
+def test_a_delayed_signal_is_noted_and_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # However long this process has to wait: the same request.
     monkeypatch.setattr(module, "SAME_SECONDS", 1e6)
     told: list[bool] = []
     reached = False
@@ -48,7 +48,7 @@ def test_while_held_it_is_noted_and_told_once(monkeypatch: pytest.MonkeyPatch) -
     assert signals.seconds > 0
 
 
-def test_what_fails_meanwhile_is_told_and_not_the_signal() -> None:
+def test_an_error_meanwhile_is_raised_in_place_of_the_interrupt() -> None:
     def fail() -> None:
         with interrupts() as signals, signals.held(lambda: None):
             send(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Bytes that go into a file through mappings lie where they belong, however windows, chunks and pages fall."""
+"""Bytes written through mappings are in their places, whatever the windows, chunks and pages are."""
 
 from __future__ import annotations
 

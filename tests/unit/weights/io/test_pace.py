@@ -1,4 +1,4 @@
-"""How the number of workers and their way are chosen, with a clock and speeds of the test's own."""
+"""Choice of the number of workers and of their way to write, with a simulated clock and speeds."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Disk:
     def run(self) -> Any:
         for _ in range(10_000):
             if self.pace.settled:
-                return self._told(self.pace.chosen)
+                return self._as_key(self.pace.chosen)
             self.pace.step()
-            if self.tried[-1:] != [self._told(self.pace.now)]:
-                self.tried.append(self._told(self.pace.now))
+            if self.tried[-1:] != [self._as_key(self.pace.now)]:
+                self.tried.append(self._as_key(self.pace.now))
             self.now += 0.05
-            self.pace.advance(int(self.speeds[self._told(self.pace.now)] * 0.05))
+            self.pace.advance(int(self.speeds[self._as_key(self.pace.now)] * 0.05))
         raise AssertionError("never settled")
 
     @staticmethod
-    def _told(way: Workers) -> Any:
-        return f"{way.workers} mapped" if way.mapped else way.workers
+    def _as_key(workers: Workers) -> Any:
+        return f"{workers.workers} mapped" if workers.mapped else workers.workers
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_mapped_memory_is_tried_where_it_may_be_faster(
     assert disk.tried == tried
 
 
-def test_a_number_that_is_told_is_taken() -> None:
+def test_a_configured_number_is_used() -> None:
     pace = Pace(3)
     assert (pace.num_threads, pace.chosen, pace.settled) == (3, Workers(3), True)
     for worker in range(3):

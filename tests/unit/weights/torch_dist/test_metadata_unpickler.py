@@ -1,4 +1,4 @@
-"""What a `.metadata` file may hold: members of enums as older Pythons write them, and no other attribute."""
+"""The restricted unpickler reads members of enums as older Pythons pickle them, and no other attribute."""
 
 from __future__ import annotations
 
