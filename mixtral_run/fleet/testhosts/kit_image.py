@@ -122,7 +122,7 @@ def _link(link: Path, name: str) -> None:
 
 def _halves_of_dockerfile() -> tuple[str, str]:
     """Return what the image role's Dockerfile does before it copies the kit, and from there on, as two Dockerfiles."""
-    lines = (DOCKERFILE).read_text().splitlines()
+    lines = DOCKERFILE.read_text().splitlines()
     split = next(number for number, line in enumerate(lines) if line.startswith("COPY mixtral_run/"))
     last_stage = max(number for number, line in enumerate(lines) if line.startswith("FROM "))
     arguments = [line for line in lines[last_stage:split] if line.startswith("ARG ")]

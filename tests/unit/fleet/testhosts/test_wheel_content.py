@@ -40,7 +40,7 @@ def test_the_image_is_built_from_the_files_of_the_wheel(installed: Path) -> None
         "             image.FILES / 'repack.sh'):\n"
         "    assert each.is_file(), each\n"
         "    print(each)\n"
-        "assert any(line.startswith('torch==') for line in kit.pinned())\n"
+        "assert any(line.startswith('torch==') for line in kit.pinned(None))\n"
     )
     # -P keeps the current folder out of sys.path.
     argv = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(installed)!r})\n{program}"]

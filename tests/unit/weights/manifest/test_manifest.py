@@ -127,9 +127,10 @@ def verify_it(load: Path, _: Path) -> None:
 
 
 def plan_it(load: Path, _: Path) -> None:
-    from mixtral_run.planner.table import workload_of
+    from mixtral_run.planner.table import planned_gpu, workload_of
 
-    workload_of(PlanConfig(load=load))
+    config = PlanConfig(load=load)
+    workload_of(config, planned_gpu(config))
 
 
 def finetune_it(load: Path, other: Path) -> None:
