@@ -10,17 +10,12 @@ import pytest
 # processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent
-HOST_PATHS = (
-    ROOT / "integration/fleet",
-    ROOT / "integration/test_roles.py",
-    ROOT / "integration/test_targets.py",
-)
+HOSTS = ROOT / "hosts"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        by_path = any(item.path.is_relative_to(path) for path in HOST_PATHS)
-        if by_path or "docker_engine" in getattr(item, "fixturenames", ()):
+        if item.path.is_relative_to(HOSTS) or "docker_engine" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.host)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixtral_run.inference.decode import CAPTURE_TOLERANCE
-from tests.integration.conftest import torchrun
+from tests.multiprocess.conftest import torchrun
 
 WORKER = Path(__file__).parent / "decoding_worker.py"
 ONE = ["1x1:bf16:adapted", "1x1:bf16:base", "1x1:fp8:adapted", "1x1:nf4:adapted"]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.conftest import mixtral_run, small_checkpoint, small_hf_model, torchrun  # noqa: F401
-from tests.integration.layouts_worker import ROWS
+from tests.multiprocess.conftest import mixtral_run, small_checkpoint, small_hf_model, torchrun  # noqa: F401
+from tests.multiprocess.layouts_worker import ROWS
 
 NUM_GPUS = torch.cuda.device_count()
-INTEGRATION = Path(__file__).parent.parent / "integration"
-WORKER = INTEGRATION / "layouts_worker.py"
-DIRECT_WORKER = INTEGRATION / "direct_load_worker.py"
+WORKERS = Path(__file__).parent.parent / "multiprocess"
+WORKER = WORKERS / "layouts_worker.py"
+DIRECT_WORKER = WORKERS / "direct_load_worker.py"
 
 
 def test_rehearse(tmp_path: Path) -> None:

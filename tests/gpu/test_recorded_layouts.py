@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.conftest import torchrun
+from tests.multiprocess.conftest import torchrun
 
 WORKER = Path(__file__).parent / "recorded_worker.py"
 TWO = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.conftest import torchrun
+from tests.multiprocess.conftest import torchrun
 
 WORKER = Path(__file__).parent / "symmetric_memory_worker.py"
 

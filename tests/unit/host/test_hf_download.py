@@ -10,7 +10,7 @@ from ansible.module_utils.mixtral_run_host import hf_download
 from ansible.module_utils.mixtral_run_host.commands import Result
 from ansible.module_utils.mixtral_run_host.hf_download import HubDownload
 
-from tests.integration.hub_server import COMMIT, NAME, Hub, serving
+from tests.support.hub_server import COMMIT, NAME, Hub, serving
 from tests.unit.host.conftest import call_module, load_module
 from tests.unit.host.programs import Programs
 

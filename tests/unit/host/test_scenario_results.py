@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenario_results import MAX_AGE_DAYS, NO_CACHE, Scenario
+from tests.support.scenario_results import MAX_AGE_DAYS, NO_CACHE, Scenario
 
 ROOT = Path(__file__).parents[3]
-HARNESS = ("mixtral_run/fleet/testhosts", "tests/integration/test_roles.py", "tests/scenario_results.py")
+HARNESS = ("mixtral_run/fleet/testhosts", "tests/hosts/test_roles.py", "tests/support/scenario_results.py")
 FOLDERS = ("mixtral_run", "playbooks", "plugins", "roles", "tests/molecule")
 FILES = ("ansible.cfg", "constraints.txt", "pyproject.toml", *HARNESS[1:])
 ALL = ("swap", "acceptance", "bootstrap")
@@ -39,7 +39,7 @@ KINDS = {
     "mixtral_run/fleet/testhosts/__init__.py": ALL,
     "mixtral_run/fleet/testhosts/files/nvidia-smi": ALL,
     "mixtral_run/fleet/testhosts/molecule/base.yml": ALL,
-    "tests/integration/test_roles.py": ALL,
+    "tests/hosts/test_roles.py": ALL,
     "mixtral_run/report.py": ("acceptance", "bootstrap"),
     "mixtral_run/fleet/plays/provisioning.py": ALL,
     "ansible.cfg": ALL,

@@ -12,7 +12,7 @@ from mixtral_run.inference.decode import CapturedDecoding, Decoding, FixedShapeD
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import open_mesh
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 
 
 @contextmanager

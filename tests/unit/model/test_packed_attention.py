@@ -11,7 +11,7 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.cuda_graph import CapturedBackward
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.step import EagerBackward
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
 
 LENGTHS = ((7, 1, 9, 3), (12, 8))

@@ -23,7 +23,7 @@ from mixtral_run.planner.memory_model import GIB, Layout, Workload, execution, m
 from mixtral_run.planner.policy import Dispatch, Execution
 from mixtral_run.planner.ranking import relative_speed
 from mixtral_run.train import cuda_graph
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.summary import ValidationSummary
 from mixtral_run.train.validation import Validation, ValidationMetrics, rows_by_pass
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
 
 VOCABULARY = 2048

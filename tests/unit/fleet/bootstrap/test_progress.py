@@ -1,4 +1,4 @@
-"""The state of hosts after the events of a recorded play (see tests/integration/fleet/playbooks/small.yml)."""
+"""The state of hosts after the events of a recorded play (see tests/hosts/playbooks/small.yml)."""
 
 from __future__ import annotations
 

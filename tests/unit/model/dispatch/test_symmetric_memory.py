@@ -10,7 +10,7 @@ from mixtral_run.model.dispatch import symmetric_memory as module
 from mixtral_run.model.dispatch.symmetric_memory import _can_read_peers, open_symmetric_memory
 from mixtral_run.model.parallel import mesh
 from mixtral_run.model.parallel.mesh import Mesh
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 
 GPU = torch.device("cuda", 1)
 GROUP: Any = object()

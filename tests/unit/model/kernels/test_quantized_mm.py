@@ -34,7 +34,7 @@ from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples, batches
 from mixtral_run.train.step import train_step, trainable
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 from tests.support.experts_reference import ROUTINGS
 from tests.support.quantized_cache import KEPT_NUMBERS, checksums_of, weight_to_keep
 

@@ -14,7 +14,7 @@ from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.cuda_graph import execution_of
 from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.step import StepResult, train_step, trainable
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import loss_of, model_of
 from tests.unit.model.test_packed_attention import micro_batches
 

@@ -12,7 +12,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.planner.memory_model import Layout, Workload, activation_bytes_per_token
-from tests.integration.conftest import SMALL
+from tests.multiprocess.conftest import SMALL
 
 BATCH, SEQUENCE = 2, 24
 
