@@ -348,27 +348,6 @@ class FinetuneConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpConfig(FinetuneConfig):
-    """All steps from a bare host to an adapter on this machine.
-
-    Relative paths are paths on the host, except those of data and `output_path`.
-    """
-
-    hf_model_path: str = setting(
-        "mistralai/Mixtral-8x7B-v0.1",
-        help="HF model to convert: its name on the hub, or its folder on the host.",
-        section=LAYOUT,
-    )
-    load: Path = setting(
-        Path("mixtral"), help="Converted checkpoint on the host; created if it is missing.", section=LAYOUT
-    )
-    save: Path = setting(Path("adapter"), help="Folder on the host for the checkpoints of the adapter.", section=OUTPUT)
-    output_path: Path = setting(
-        Path("adapter"), help="Folder on this machine for the exported adapter.", section=OUTPUT
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(DataConfig):
     """Training of all weights for a few iterations; nothing is saved."""
 
@@ -387,53 +366,6 @@ class PretrainConfig(DataConfig):
     metrics_file: Path | None = setting(
         None, help="JSONL file to write the metrics of each iteration to as well.", section=OUTPUT
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(LaunchConfig):
-    """Generation of text after prompts."""
-
-    load: Path = setting(
-        help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
-        "the hub).",
-        section=LAYOUT,
-    )
-    adapter: Path | None = setting(None, help="Adapter checkpoint that finetune saved.", section=LAYOUT)
-    prompt: tuple[str, ...] = setting(
-        (), help="Prompt, used without a template; may be given several times.", section=PROMPTS
-    )
-    instruction: tuple[str, ...] = setting(
-        (),
-        help="Instruction, put into the template that finetune trains with; may be given several times.",
-        section=PROMPTS,
-    )
-    prompts_file: Path | None = setting(None, help="Text file with one instruction per line.", section=PROMPTS)
-    max_new_tokens: int = setting(
-        128, help="Largest number of tokens to add to each prompt.", minimum=1, section=PROMPTS
-    )
-    temperature: float = setting(
-        0.0, help="0: always take the most likely token. Above 0: sample.", minimum=0, section=PROMPTS
-    )
-    top_p: float = setting(
-        1.0,
-        help="Sample from the most likely tokens whose probabilities sum up to this.",
-        above=0,
-        maximum=1,
-        section=PROMPTS,
-    )
-    cuda_graphs: bool = setting(
-        True, help="On GPUs: capture the forward pass of one token as a CUDA graph if that is faster.", section=MEMORY
-    )
-    json: bool = setting(False, help="Print the answers as JSON.", section=OUTPUT)
-    output_file: Path | None = setting(None, help="JSON file to write the answers to as well.", section=OUTPUT)
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if not (self.prompt or self.instruction or self.prompts_file):
-            found.append("--prompt, --instruction or --prompts-file: expected at least one; found none")
-        found += ["--prompt: expected text; found an empty one" for each in self.prompt if not each]
-        found += ["--instruction: expected text; found an empty one" for each in self.instruction if not each.strip()]
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixtral_run.config.verbs import GenerateConfig
+from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.decode import Decoding, decoding_of
 from mixtral_run.model.mixtral import MixtralModel

@@ -23,7 +23,7 @@ from pathlib import Path
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.verbs import LaunchConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.launch.worker_errors import ERROR_DIRECTORY_VARIABLE, collect_error
+from mixtral_run.launch.worker_errors import collect_error
 
 SHUTDOWN_SECONDS = 300
 """Time that the processes have to save after a stop request, before they are killed."""
@@ -37,11 +37,6 @@ PRELOAD_VARIABLE = "MIXTRAL_RUN_PRELOAD"
 def is_worker() -> bool:
     """Return True if torchrun started this process, ours or the user's."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def is_ours() -> bool:
-    """Return True if `start_processes` started this process. Its parent has then done the work of a single process."""
-    return ERROR_DIRECTORY_VARIABLE in os.environ
 
 
 def rank() -> int:

@@ -40,7 +40,7 @@ def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> Fine
     Raises:
         ConfigError: --layout auto finds no layout that fits.
     """
-    if processes.is_ours() or (config.layout != "auto" and _has_recompute(config)):
+    if config.layout != "auto" and _has_recompute(config):
         return config
     quiet = base is not None
     try:
@@ -72,7 +72,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
 
     Return None if the run fits, or runs on a CPU.
     """
-    if processes.is_ours() or base.architecture.layout_problems(*_sizes(config)):
+    if base.architecture.layout_problems(*_sizes(config)):
         return None
     gpu = available_gpu(config.device, world_size)
     if gpu is None:

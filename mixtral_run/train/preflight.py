@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from mixtral_run.config.verbs import DataConfig, FinetuneConfig, GenerateConfig, LaunchConfig
+from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.verbs import DataConfig, FinetuneConfig, LaunchConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
@@ -57,10 +58,8 @@ def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
     """Return the config with --load as a directory; a model on the hub is downloaded.
 
     Before the download everything that needs no weights is checked, and raised as by `check_training` and
-    `check_inference`. Processes that this program started get the directory.
+    `check_inference`.
     """
-    if processes.is_ours():
-        return config
     report = Report() if processes.rank() == 0 else Report.silent()
     return with_models_here(config, report, lambda model: _check_before_download(config, model))
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.trial import RehearseConfig
-from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig, GenerateConfig, VerifyConfig
+from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job

@@ -38,7 +38,6 @@ with _uncompiled():
         mcore_to_pyt_state_dict,
     )
     from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
-    from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.tensor_parallel.mappings import (
@@ -69,7 +68,6 @@ __all__ = [
     "ModuleSpec",
     "RowParallelLinear",
     "ShardedTensor",
-    "StrictHandling",
     "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",

@@ -8,7 +8,8 @@ import pytest
 
 from mixtral_run.config import plan, trial, verbs
 from mixtral_run.config.fields import Config
-from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, GenerateConfig, LaunchConfig
+from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, LaunchConfig
 from mixtral_run.errors import ConfigError
 
 DECLARED = vars(verbs) | vars(plan) | vars(trial)

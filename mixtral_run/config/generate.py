@@ -1,0 +1,56 @@
+"""Settings of `generate`. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.config.fields import setting
+from mixtral_run.config.verbs import LAYOUT, MEMORY, OUTPUT, PROMPTS, LaunchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(LaunchConfig):
+    """Generation of text after prompts."""
+
+    load: Path = setting(
+        help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
+        "the hub).",
+        section=LAYOUT,
+    )
+    adapter: Path | None = setting(None, help="Adapter checkpoint that finetune saved.", section=LAYOUT)
+    prompt: tuple[str, ...] = setting(
+        (), help="Prompt, used without a template; may be given several times.", section=PROMPTS
+    )
+    instruction: tuple[str, ...] = setting(
+        (),
+        help="Instruction, put into the template that finetune trains with; may be given several times.",
+        section=PROMPTS,
+    )
+    prompts_file: Path | None = setting(None, help="Text file with one instruction per line.", section=PROMPTS)
+    max_new_tokens: int = setting(
+        128, help="Largest number of tokens to add to each prompt.", minimum=1, section=PROMPTS
+    )
+    temperature: float = setting(
+        0.0, help="0: always take the most likely token. Above 0: sample.", minimum=0, section=PROMPTS
+    )
+    top_p: float = setting(
+        1.0,
+        help="Sample from the most likely tokens whose probabilities sum up to this.",
+        above=0,
+        maximum=1,
+        section=PROMPTS,
+    )
+    cuda_graphs: bool = setting(
+        True, help="On GPUs: capture the forward pass of one token as a CUDA graph if that is faster.", section=MEMORY
+    )
+    json: bool = setting(False, help="Print the answers as JSON.", section=OUTPUT)
+    output_file: Path | None = setting(None, help="JSON file to write the answers to as well.", section=OUTPUT)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not (self.prompt or self.instruction or self.prompts_file):
+            found.append("--prompt, --instruction or --prompts-file: expected at least one; found none")
+        found += ["--prompt: expected text; found an empty one" for each in self.prompt if not each]
+        found += ["--instruction: expected text; found an empty one" for each in self.instruction if not each.strip()]
+        return found
