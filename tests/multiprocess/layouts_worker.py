@@ -168,10 +168,10 @@ class FewSamples(UnevenSamples):
         return 7
 
 
-def kept_back(config: FinetuneConfig, model: MixtralModel, micro_batch_size: int) -> list[float]:
+def validation_losses(config: FinetuneConfig, model: MixtralModel, micro_batch_size: int) -> list[float]:
     """The loss of seven samples, and by one pass over each of them. All ranks must call."""
     samples = FewSamples(model.architecture.vocab_size, config.seq_length, 99)
-    found = Validation(samples, micro_batch_size, Report.silent(), None).look(model, 0, lambda: False)
+    found = Validation(samples, micro_batch_size, Report.silent(), None).evaluate(model, 0, lambda: False)
     assert found is not None and model.training
     with torch.no_grad():
         total = sum(float(losses_of(model, stacked([samples.row(index)]))) for index in range(7))
@@ -237,7 +237,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
         results["unlimited"] = apart_where_all_have_room(run["model"])
-        results["validation"] = kept_back(config, run["model"], 1), kept_back(config, run["model"], 3)
+        results["validation"] = validation_losses(config, run["model"], 1), validation_losses(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])
         results["packed, gathered"] = packed_and_alone(run["model"], all_gather(mesh, num_experts, unlimited=True))
         results["dropout"] = {}

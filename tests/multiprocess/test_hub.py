@@ -130,7 +130,7 @@ def test_a_revision(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(source, "_POLL_SECONDS", 0.01)
     model = source.HubModel(NAME, MIXTRAL_8X7B, 0, 2**20, tmp_path)
     blobs = tmp_path / "models--mistralai--Tiny-Mixtral" / "blobs"
     blobs.mkdir(parents=True)

@@ -93,11 +93,11 @@ def test_a_stale_one_is_not_taken_and_is_made_again(own_checkpoint: Path, what: 
         flip(file, file.stat().st_size - 1)
     unused = start(own_checkpoint, "use")
     assert unused.said.count("is not used") == 1
-    assert "Keeping" not in unused.said
+    assert "Writing the quantized cache" not in unused.said
     assert same(unused, first)
     again = start(own_checkpoint)
     assert again.said.count("is not used") == 1
-    assert "Keeping" in again.said
+    assert "Writing the quantized cache" in again.said
     assert same(again, first)
     assert took(start(own_checkpoint))
 
@@ -185,7 +185,7 @@ def test_another_run_is_keeping_them(own_checkpoint: Path) -> None:
         assert "!" not in mesh.said
         assert other.is_dir()
         assert not folder_of(own_checkpoint).exists()
-    assert "Keeping" in start(own_checkpoint).said
+    assert "Writing the quantized cache" in start(own_checkpoint).said
     assert leftovers(own_checkpoint) == []
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_is_killed(own_checkpoint: Path, stage: str) -> None:
     assert len(leftovers(own_checkpoint)) == 2
     assert start(own_checkpoint, "use").said == ""
     again = start(own_checkpoint)
-    assert "Keeping" in again.said
+    assert "Writing the quantized cache" in again.said
     assert same(again, start(own_checkpoint, "no"))
     assert leftovers(own_checkpoint) == []
 
@@ -320,7 +320,7 @@ def test_runs_that_start_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
         experts, fingerprint, words = torch.load(out)
         assert same(Start(experts, fingerprint, words), quantized)
         said.append(words)
-    assert sum("Keeping" in words for words in said) == 1
+    assert sum("Writing the quantized cache" in words for words in said) == 1
     assert not any("!" in words for words in said)
     assert leftovers(own_checkpoint) == []
     after = start(own_checkpoint)

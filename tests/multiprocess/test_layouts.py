@@ -91,7 +91,7 @@ def test_gathered_tokens_all_have_room_where_they_are_to(case: str, results: dic
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_loss_of_pairs_kept_back_is_theirs_in_every_layout(case: str, results: dict[str, Any]) -> None:
+def test_the_validation_loss_is_the_same_in_every_layout(case: str, results: dict[str, Any]) -> None:
     """Seven rows, one and three at once: some processes have none to look at in the last pass."""
     reference = results["1:1x1"]["validation"][0][1]
     assert reference > 1
