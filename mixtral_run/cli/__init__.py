@@ -1,0 +1,1 @@
+"""The click root, exit codes, options generated from config fields."""

@@ -1,0 +1,1 @@
+"""Start the processes of a job, pass on signals, collect errors."""

@@ -74,7 +74,8 @@ class MixtralArchitecture:
 
     def num_adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
         """Return the number of parameters of LoRA adapters on these layers: rank × (in + out) a linear layer and
-        expert."""
+        expert.
+        """
         sizes = {
             "linear_qkv": self.hidden_size + self.qkv_size,
             "linear_proj": self.projection_size + self.hidden_size,
@@ -118,7 +119,8 @@ class MixtralArchitecture:
     @classmethod
     def from_hf_config(cls, values: Mapping[str, Any], *, where: str) -> Self:
         """Build an architecture from the content of config.json. Raises WeightsError with everything that is not
-        Mixtral's."""
+        Mixtral's.
+        """
         problems = []
         if values.get("model_type") != "mixtral":
             problems.append(f"model_type: expected 'mixtral'; found {values.get('model_type')!r}")

@@ -101,7 +101,8 @@ class Attention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Return attention for query [batch, heads, queries, head size], of the same shape; key, value: [batch, groups,
-        keys, head size]."""
+        keys, head size].
+        """
         alone, shape = query.shape[2] == 1, query.shape
         if alone:
             # The heads of a group become queries of one head, so that keys need not be repeated, with a mask either.
@@ -119,7 +120,8 @@ class Attention(MegatronModule):
 
     def _split_heads(self, mixed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated query, rotated key and value, each [batch, heads or groups, sequence, head size], of mixed
-        [sequence, batch, rows / TP]."""
+        [sequence, batch, rows / TP].
+        """
         sequence, batch, _ = mixed.shape
         mixed = mixed.view(sequence, batch, self.groups, self.heads_per_group + 2, self.head_size)
         query, key, value = split_and_rotate(mixed, inputs.cosine, inputs.sine)

@@ -83,7 +83,8 @@ class ExpertLinear(torch.nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
         """Return the layer's output without its adapter, [tokens, out], for rows [tokens, in] sorted by expert.
-        offsets: see grouped_mm.py."""
+        offsets: see grouped_mm.py.
+        """
         if self.values is not None and self.scales is not None:
             return quantized_linear(rows, self.values, self.scales, offsets)
         assert self.weight is not None
@@ -97,7 +98,8 @@ class ExpertLinear(torch.nn.Module):
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Compute `forward` outside autograd. source: see grouped_mm.product; adapter: see
-        grouped_mm.frozen_product."""
+        grouped_mm.frozen_product.
+        """
         if self.values is not None and self.scales is not None:
             base = forward_product(rows, self.values, self.scales, offsets, source)
             return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, offsets)
@@ -106,7 +108,8 @@ class ExpertLinear(torch.nn.Module):
 
     def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
         """Return the gradient of `forward`'s rows, given that of its result [tokens, out], plus inner [tokens, r] ·
-        linear_in."""
+        linear_in.
+        """
         if self.values is not None and self.scales is not None:
             return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in)
         assert self.weight is not None
@@ -183,7 +186,8 @@ class Experts(MegatronModule):
         self, tokens: Tensor, permutation: Permutation, recipe: Recipe | None = None, probs: Tensor | None = None
     ) -> Tensor:
         """Compute `forward` with fewer saved activations, by lora_experts.adapted_experts; see there for the
-        arguments."""
+        arguments.
+        """
         first, second = self.linear_fc1, self.linear_fc2
         assert first.lora is not None
         parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
@@ -218,7 +222,8 @@ class Experts(MegatronModule):
 
     def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """Return linear_fc1 followed by SwiGLU, [tokens, ffn], and, given the rows' recipe, the recipe of the
-        result."""
+        result.
+        """
         first = self.linear_fc1
         if first.lora is None:
             hidden = first(rows, offsets, recipe)
@@ -237,7 +242,8 @@ class Experts(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return one ShardedTensor for each expert and chunk of rows (gate and up are two), views of the stacked
-        weight."""
+        weight.
+        """
         del metadata
         result: dict[str, Any] = {}
         for name, layer in self.linears.items():

@@ -53,7 +53,8 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: AttentionInputs, **_: Any) -> tuple[Tensor, None]:
         """Return the output for hidden_states [sequence (/ TP), batch, hidden], of the same shape, and no
-        cross-attention context."""
+        cross-attention context.
+        """
         if self.recompute in RUNS_AGAIN and self.training:
             return self._run_again(hidden_states, attention_mask), None
         return self._compute(hidden_states, attention_mask), None

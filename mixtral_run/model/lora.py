@@ -168,7 +168,8 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
         """Return [sequence, batch, out / TP] for hidden [sequence (/ TP), batch, in]. recipe: how to recompute
-        hidden."""
+        hidden.
+        """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, self.weight, self.adapter, recipe)
         output: Tensor = super().forward(hidden)[0]
@@ -216,7 +217,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
         """Return [sequence (/ TP), batch, out] for hidden [sequence, batch, in / TP]. recipe: how to recompute
-        hidden."""
+        hidden.
+        """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, self.weight, self.adapter, recipe)
         output: Tensor = super().forward(hidden)[0]

@@ -158,7 +158,8 @@ class MixtralModel(torch.nn.Module):
     @property
     def is_capturable(self) -> bool:
         """Return True if the experts' products read the numbers of rows on the GPU: such a pass never waits for the
-        GPU, and can be captured in a CUDA graph."""
+        GPU, and can be captured in a CUDA graph.
+        """
         mesh, lora = self.mesh, self.settings.lora
         probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)

@@ -67,7 +67,8 @@ class Packed:
 
     def mask(self) -> Tensor:
         """Return bool [batch, 1, queries, keys], True where a token may attend: to itself and earlier tokens of its
-        sample."""
+        sample.
+        """
         same = self.owner[:, None, :, None] == self.owner[:, None, None, :]
         allowed: Tensor = same.tril()
         return allowed

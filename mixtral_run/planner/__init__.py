@@ -1,0 +1,1 @@
+"""Memory model, choice of layout and recomputation, suggestions."""

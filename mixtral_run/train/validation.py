@@ -35,7 +35,7 @@ class ValidationMetrics:
 
     @property
     def perplexity(self) -> float:
-        """e to the power of the loss, limited to the range of a float."""
+        """Perplexity: e to the power of the loss, limited to the range of a float."""
         return math.exp(min(self.loss, 700.0))
 
     def line(self, train_iters: int) -> str:

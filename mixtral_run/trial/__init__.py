@@ -1,0 +1,1 @@
+"""`rehearse`, `smoke`, logits parity, acceptance of a machine."""

@@ -1,0 +1,1 @@
+"""First contact, the play, the live view, the summary."""

@@ -1,0 +1,1 @@
+"""Known failures with cause and remedy."""

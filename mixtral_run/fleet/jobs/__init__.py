@@ -1,0 +1,1 @@
+"""Job spec, start, follow, list, stop, fetch."""

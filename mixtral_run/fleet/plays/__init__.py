@@ -1,0 +1,1 @@
+"""Run playbooks with ansible-runner."""

@@ -1,0 +1,1 @@
+"""Connections, host keys, what ssh's errors mean."""

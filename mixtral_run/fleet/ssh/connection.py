@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 
 def known_hosts_file() -> Path:
+    """Return the kit's own file of host keys."""
     return state_folder() / "known_hosts"
 
 
@@ -82,6 +83,7 @@ def resolve_argv(host: Host) -> list[str]:
 
 
 def forget_key_argv(known_hosts: Path, entry: str) -> list[str]:
+    """Return the command that removes an entry from a file of host keys."""
     return ["ssh-keygen", "-q", "-f", str(known_hosts), "-R", entry]
 
 

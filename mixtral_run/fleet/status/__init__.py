@@ -1,0 +1,1 @@
+"""Read every host, find differences, print or write a page."""

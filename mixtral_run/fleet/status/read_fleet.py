@@ -255,6 +255,7 @@ def shown(value: Any) -> str:
 
 
 def to_json(statuses: Sequence[HostStatus]) -> str:
+    """Return the statuses as a JSON list."""
     return json.dumps([asdict(status) for status in statuses], indent=2, ensure_ascii=False) + "\n"
 
 

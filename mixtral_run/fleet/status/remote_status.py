@@ -131,6 +131,7 @@ def _names(folder: str) -> list[str]:
 
 
 def main() -> None:
+    """Print the status as one JSON object. The only argument is a JSON object of options."""
     json.dump(read_status(json.loads(sys.argv[1])), sys.stdout)
 
 

@@ -14,6 +14,7 @@ from mixtral_run.fleet.testhosts.shell import TargetError
 
 
 def main(argv: list[str]) -> int:
+    """Run one command; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mixtral_run.fleet.testhosts", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, words in (("up", "start bare hosts"), ("reimage", "give hosts a new key and an empty disk")):

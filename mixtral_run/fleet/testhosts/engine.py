@@ -1,4 +1,4 @@
-"""The Docker engine that carries the test hosts: the one that runs here, else Debian's, started for the tests."""
+"""The Docker engine that runs the test hosts: a running one, or else Debian's, which is started for the tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START_SECONDS = 60
 
 
 def why_no_engine() -> str | None:
-    """Make an engine answer; None when one does, else the reason why none can."""
+    """Make an engine available. Return None on success, else the reason."""
     if succeeds("docker", "info"):
         return None
     if os.geteuid() != 0:
@@ -31,7 +31,7 @@ def why_no_engine() -> str | None:
 
 
 def install_packages(*names: str) -> None:
-    """Install Debian packages on this machine where they are missing."""
+    """Install the missing ones of these Debian packages on this machine."""
     missing = [name for name in names if not _installed(name)]
     if missing:
         call("apt-get", "-o", "DPkg::Lock::Timeout=300", "update")

@@ -1,4 +1,4 @@
-"""Starting, reimaging and removing test hosts. Each is reached over SSH at 127.0.0.1 and a port of its own."""
+"""Start, reimage and remove test hosts. Each one listens for SSH on its own port of 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mixtral_run.fleet.testhosts.image import FILES, USER, host_image, ssh_key
 from mixtral_run.fleet.testhosts.shell import TargetError, call, succeeds
 
 LABEL = f"mixtral-run-target={hashlib.sha256(str(Path(__file__)).encode()).hexdigest()[:12]}"
-"""Tells the hosts of this checkout from those of others that share the engine: only ours are ever removed in bulk."""
+"""Label of the hosts of this checkout. Other checkouts may share the engine; only hosts with this label are removed in
+bulk."""
 # What systemd and a Docker engine need. --privileged is not used: it fails where the machine itself lacks a capability.
 CAPABILITIES = (
     "SYS_ADMIN", "NET_ADMIN", "SYS_MODULE", "SYS_PTRACE", "MKNOD", "NET_RAW", "SYS_CHROOT", "AUDIT_WRITE", "SYSLOG",
@@ -22,10 +23,10 @@ CAPABILITIES = (
 BOOT_SECONDS = 90
 WHEELHOUSE = CACHE / "wheelhouse"
 SHOWN_CACHE = "/opt/test-cache"
-"""Where every host sees CACHE, read only: wheels and a finished image, of which each would otherwise need a copy."""
+"""Read-only mount of CACHE in every host. It holds wheels and an image archive, so that no host needs a copy."""
 STANDIN_FILE = "/etc/mixtral-run-standin.json"
 DATA_FOLDER = "/var/lib/docker"
-"""The one folder of a host on a real filesystem (a volume); the rest is an overlay, which takes no swap file."""
+"""The only folder of a host on a real file system (a volume). The rest is an overlay, which supports no swap file."""
 # Swap is the machine's, not the container's: a file left on keeps its disk from being removed.
 SWAP_OFF = ("find", DATA_FOLDER, "-maxdepth", "2", "-name", "*swap*", "-type", "f", "-exec", "swapoff", "{}", ";")
 
@@ -48,7 +49,7 @@ find "$2" -path "$2/overlay2/*/diff" -prune -o -type f -exec \\
 
 @dataclass(frozen=True)
 class StandIn:
-    """The GPUs that the stand-in nvidia-smi tells of. No GPU exists on a test host."""
+    """The GPUs that the stand-in nvidia-smi reports. A test host has no GPU."""
 
     gpus: int = 8
     name: str = "NVIDIA H100 80GB HBM3"
@@ -58,15 +59,15 @@ class StandIn:
     nvswitch: bool = False
     compute_pids: tuple[int, ...] = ()
     gpus_in_containers: int | None = None
-    """What the stand-in hook lets a container see; None for all."""
+    """Number of GPUs that the stand-in hook shows to a container; None for all."""
     fabric_manager: str | None = None
-    """Version of a running fabric manager; None for none."""
+    """Version of the running fabric manager; None if there is none."""
     serial: str = "000000000001"
 
 
 @dataclass(frozen=True)
 class Host:
-    """A test host that runs."""
+    """A running test host."""
 
     name: str
     port: int
@@ -75,7 +76,7 @@ class Host:
     key: Path = field(default_factory=ssh_key)
 
     def run(self, *argv: str, check: bool = True) -> str:
-        """Run a command on the host as root, past SSH; returns what it printed."""
+        """Run a command on the host as root, without SSH, and return its output."""
         return call("docker", "exec", container_name(self.name), *argv, check=check)
 
     def shell(self, script: str, check: bool = True) -> str:
@@ -83,7 +84,7 @@ class Host:
         return self.run("sh", "-c", script, check=check)
 
     def inventory_entry(self) -> dict[str, object]:
-        """Ansible's connection variables of this host."""
+        """Return Ansible's connection variables for this host."""
         options = ["-o UserKnownHostsFile=/dev/null", "-o StrictHostKeyChecking=no", "-o LogLevel=ERROR"]
         return {
             "ansible_host": "127.0.0.1",
@@ -97,11 +98,12 @@ class Host:
 
 
 def volume_name(name: str) -> str:
-    """What the engine calls a host's disk."""
+    """Return the engine's name of a host's disk."""
     return f"mixtral-run-{name}-data"
 
 
 def container_name(name: str) -> str:
+    """Return the engine's name of a host's container."""
     return f"mixtral-run-{name}"
 
 
@@ -141,7 +143,7 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None, 
 
 
 def find(name: str) -> Host:
-    """A host that was started before. Raises TargetError where there is none."""
+    """Return a host that was started before. Raises TargetError if there is none."""
     container = container_name(name)
     port = call("docker", "port", container, "22/tcp").split()[0].rsplit(":", 1)[1]
     address = call("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", container).strip()
@@ -149,7 +151,7 @@ def find(name: str) -> Host:
 
 
 def set_standin(host: Host, standin: StandIn | None) -> None:
-    """Change what GPUs a running host claims to have."""
+    """Change the GPUs that a running host reports."""
     if standin is None:
         host.shell(f"rm -f {STANDIN_FILE} /dev/nvidia-nvswitchctl /usr/bin/nvidia-smi")
         return
@@ -200,7 +202,7 @@ def _wait_for_boot(name: str) -> Host:
 
 
 def reimage(name: str, release: str = "bookworm", standin: StandIn | None = None, disk: str | None = None) -> Host:
-    """The same host name with a new host key, a new machine-id and an empty disk, or a copy of another."""
+    """Replace a host by one of the same name with a new host key and machine-id, and an empty disk or a copy of one."""
     remove(name)
     return start(name, release, standin, disk)
 
@@ -219,7 +221,7 @@ def copy_disk(source: str, target: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove a host and its disk; nothing happens where there is none. Raises TargetError where the disk stays."""
+    """Remove a host and its disk, if they exist. Raises TargetError if the disk cannot be removed."""
     container = container_name(name)
     succeeds("docker", "exec", container, *SWAP_OFF)
     call("docker", "rm", "--force", "--volumes", container, check=False)
@@ -241,12 +243,12 @@ def _runs(container: str) -> bool:
 
 
 def left_of(name: str) -> set[str]:
-    """What the engine has of a host, running or not: the names of its container and its disk."""
+    """Return the names of a host's container and disk that exist in the engine, running or not."""
     containers = call("docker", "ps", "--all", "--format", "{{.Names}}").split()
     return {container_name(name), volume_name(name)} & {*containers, *call("docker", "volume", "ls", "--quiet").split()}
 
 
 def running() -> list[str]:
-    """Names of all test hosts that this checkout started."""
+    """Return the names of all test hosts that this checkout started."""
     names = call("docker", "ps", "--all", "--filter", f"label={LABEL}", "--format", "{{.Names}}").split()
     return [name.removeprefix("mixtral-run-") for name in names]

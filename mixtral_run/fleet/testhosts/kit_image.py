@@ -1,4 +1,4 @@
-"""Wheels and a base image for builds without index and registry; a finished image to hand to hosts as an archive."""
+"""Wheels and a base image for builds without an index or a registry, and an archive of a finished image for hosts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ DOCKERFILE = provisioning_folder() / "roles/image/files/Dockerfile"
 REQUIREMENTS = provisioning_folder() / "roles/image/files/requirements.txt"
 CONSTRAINTS = provisioning_folder() / "constraints.txt"
 LIGHT = ("numpy", "click", "PyYAML", "rich")
-"""What `mixtral-run --version` needs, and one package of binaries: for the image role's own scenario, which builds
-images of wheels from several sources. The whole image is built of wheels by a host of the end-to-end test."""
+"""The packages that `mixtral-run --version` needs, and one with binaries. The image role's own scenario builds
+images from
+them; a host of the end-to-end test builds the whole image from wheels."""
 LIGHT_WHEELHOUSE = CACHE / "wheelhouse-light"
 BASE = "mixtral-run-test-base:bookworm"
 ARCHIVE_NAME = "mixtral-run:archive"
@@ -34,13 +35,13 @@ LAYERS_ON_HOST = f"{SHOWN_CACHE}/kit-layers.tar"
 
 
 def pinned(names: tuple[str, ...] | None = LIGHT) -> list[str]:
-    """The lines of the role's requirements for these packages; None: all of them."""
+    """Return the lines of the role's requirements for these packages; None selects all of them."""
     lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
     return [line for line in lines if names is None or line.split("==")[0] in names]
 
 
 def fill_wheelhouse(names: tuple[str, ...] | None = None) -> Path:
-    """Download wheels once, for Debian 12's Python; torch for the CPU where pip finds it.
+    """Download wheels once, for Debian 12's Python; torch for the CPU if pip finds it.
 
     names: packages of the role's requirements, for LIGHT_WHEELHOUSE; None: the whole image, for WHEELHOUSE.
     """

@@ -1,0 +1,1 @@
+"""Exchange of tokens between the processes of an expert group."""

@@ -36,7 +36,8 @@ from mixtral_run.model.recompute.recipe import Recipe
 @dataclass(frozen=True)
 class GatheredTokens:
     """Tokens of all processes of a group: [p·t, h], with their experts int64 and probabilities fp32, both [p·t,
-    topk]."""
+    topk].
+    """
 
     tokens: Tensor
     probs: Tensor
@@ -46,7 +47,8 @@ class GatheredTokens:
 @dataclass(frozen=True)
 class AllGatherTrip:
     """Arguments of `unpermute`. probs: fp32 [p·t, topk]; order: int64 [rows]; inverse: int64 [p·t·topk]; end: int32
-    [1], the number of rows that exist."""
+    [1], the number of rows that exist.
+    """
 
     probs: Tensor
     order: Tensor

@@ -24,7 +24,8 @@ class RowCapacity:
 
     def num_rows(self, choices: int, size: int) -> int:
         """Return the rows that a process of an expert group of `size` allocates. choices: of all tokens of the
-        group."""
+        group.
+        """
         return choices if self._unlimited else capacity.rows_with_room(choices, size)
 
     def bound(self, offsets: Tensor, num_rows: int) -> Tensor:

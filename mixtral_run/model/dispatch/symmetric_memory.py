@@ -49,7 +49,8 @@ ALIGNMENT_BYTES = 256
 @dataclass(frozen=True)
 class Region:
     """One region of the symmetric memory. own: this rank's flat view. pointers: int64 [p] on the device, the addresses
-    of the same region on every rank of the group."""
+    of the same region on every rank of the group.
+    """
 
     own: Tensor
     pointers: Tensor
@@ -85,7 +86,8 @@ class SymmetricMemoryExchange:
 
     def allocate(self) -> None:
         """Allocate this rank's memory. Raises RuntimeError if there is none, ImportError if torch does not have
-        symmetric memory."""
+        symmetric memory.
+        """
         # Multicast is not needed, and is an error on machines whose NVSwitches are not set up for it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         from torch.distributed import _symmetric_memory as symmetric_memory
@@ -128,7 +130,8 @@ class SymmetricMemoryExchange:
 
     def rows(self, tokens: Tensor, probs: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """Read what `route` wrote: the rows of this process's experts [rows, h] up to the last of `routes.offsets`,
-        and the routing probability of each, fp32 [rows]. Gradients of both return to their tokens' processes."""
+        and the routing probability of each, fp32 [rows]. Gradients of both return to their tokens' processes.
+        """
         found: tuple[Tensor, Tensor] = _Rows.apply(tokens, probs, self, routes)  # type: ignore[no-untyped-call]
         return found
 
@@ -262,7 +265,8 @@ def open_symmetric_memory(
     mesh: Mesh, architecture: MixtralArchitecture, tokens: int, dtype: torch.dtype, *, wanted: bool = True
 ) -> SymmetricMemoryExchange | None:
     """Return an exchange for up to `tokens` of each process if the GPUs of every expert group can read from each other
-    and all ranks want it; otherwise None. All ranks must call, and get the same."""
+    and all ranks want it; otherwise None. All ranks must call, and get the same.
+    """
     able = wanted and dtype is torch.bfloat16 and _can_read_peers(mesh.expert_group, mesh.device)
     if not everywhere(able, mesh.device):
         return None
@@ -278,7 +282,8 @@ def open_symmetric_memory(
 
 def _can_read_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Return True if all ranks of the group are on this machine, each on the GPU of its number, and the driver and the
-    environment allow these GPUs to read from each other."""
+    environment allow these GPUs to read from each other.
+    """
     # Users set this where peer reads hang or return wrong bytes, to tell NCCL so.
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
         return False

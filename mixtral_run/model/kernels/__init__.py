@@ -1,0 +1,1 @@
+"""Grouped products, SwiGLU, permutation, rotary; each with a slow reference."""

@@ -159,7 +159,8 @@ def products_of_gradient(
     gradient: Tensor, matrices: Tensor, inner: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return both products of a gradient [tokens, m] for an adapter: `product` with matrices [experts, m, r], and
-    `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype."""
+    `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype.
+    """
     if has_grouped_product(gradient, gradient.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, both_narrow_products, both_pay
 
@@ -207,7 +208,8 @@ def frozen_gradient(
     gradient: Tensor, weight: Tensor, offsets: Tensor, inner: Tensor | None = None, linear_in: Tensor | None = None
 ) -> Tensor:
     """Return gradient [tokens, out] · weight [experts, out, in], plus inner [tokens, r] · linear_in [experts, r, in] if
-    both are given."""
+    both are given.
+    """
     _, outputs, inputs = weight.shape
     adapter = None if inner is None or linear_in is None else (inner, linear_in)
     if not _takes_own_product(gradient, weight, inputs, outputs, 0 if adapter is None else adapter[0].shape[1]):
@@ -222,7 +224,8 @@ def frozen_gradient(
 
 def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, rank: int) -> bool:
     """Return True if hopper_grouped_mm.py takes this product: on Hopper, for sizes that it fits, and if its self-test
-    passed."""
+    passed.
+    """
     if not has_grouped_product(rows, width, depth) or torch.cuda.get_device_capability(rows.device) != (9, 0):
         return False
     if not _own_product_runs(rows.device):

@@ -93,7 +93,8 @@ class _Parameters(ctypes.Structure):
 
 def fits(experts: int, width: int, depth: int, rank: int) -> bool:
     """Return True if `grouped_product` takes so many experts, matrices of n = width and k = depth, and an adapter of
-    this rank (0 for none)."""
+    this rank (0 for none).
+    """
     return (
         experts <= MOST_EXPERTS
         and width % (PROGRAMS * FEATURES) == 0
@@ -260,7 +261,8 @@ def _compile(source: str) -> bytes:
 
 def _multiply_add(tokens: int) -> str:
     """Return the instruction for this number of tokens and 64 features: it adds 16 products of the sum, read from
-    shared memory, to a thread's registers."""
+    shared memory, to a thread's registers.
+    """
     count = tokens // 2
     registers = ", ".join(f"%{each}" for each in range(count))
     results = ", ".join(f'"+f"(d[{each}])' for each in range(count))

@@ -325,7 +325,8 @@ def narrow_outer_product(
 
 def both_pay(wide: Tensor) -> bool:
     """Return True if `both_narrow_products` of wide [tokens, m] is faster than two kernels: it saves one read of much
-    memory, and there are enough columns for many programs."""
+    memory, and there are enough columns for many programs.
+    """
     return wide.shape[0] >= 2048 and wide.shape[1] >= 8192
 
 

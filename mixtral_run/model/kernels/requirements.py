@@ -1,5 +1,6 @@
 """Requirements of the kernels as arithmetic on sizes and compute capability. Standard library only, so that the planner
-can ask about GPUs that are not in this machine."""
+can ask about GPUs that are not in this machine.
+"""
 
 from __future__ import annotations
 

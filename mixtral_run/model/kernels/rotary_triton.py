@@ -93,7 +93,8 @@ def split_and_rotate(mixed: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tenso
 
 def rotate_back_and_join(parts: Sequence[Tensor], shape: torch.Size, cosine: Tensor, sine: Tensor) -> Tensor:
     """Return the gradient of `split_and_rotate` for mixed, of this shape. parts: gradients of query, key and value,
-    contiguous."""
+    contiguous.
+    """
     mixed = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
     _launch(mixed, parts, shape, cosine, sine, BACK=True)
     return mixed

@@ -176,7 +176,8 @@ def _backward_kernel(
 
 def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor) -> Tensor:
     """Compute swiglu.swiglu_with_adapter, or swiglu.swiglu without inner and outer. All inputs are contiguous and of
-    one dtype."""
+    one dtype.
+    """
     tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
     _launch(_forward_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)

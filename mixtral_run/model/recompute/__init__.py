@@ -1,0 +1,1 @@
+"""Selective recomputation and offload to host memory."""

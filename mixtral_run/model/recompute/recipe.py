@@ -78,7 +78,8 @@ def drop(tensor: Tensor, probability: float, recipe: Recipe | None) -> tuple[Ten
 
 def recomputed_linear(hidden: Tensor, weight: Tensor, recipe: Recipe | None) -> Tensor:
     """Return hidden [.., in] · weightᵀ, weight [out, in]. With a recipe, hidden is not saved for the weight's
-    gradient."""
+    gradient.
+    """
     if recipe is None:
         return linear(hidden, weight)
     output: Tensor = _RecomputedLinear.apply(hidden, weight, recipe.make, *recipe.sources)  # type: ignore[no-untyped-call]

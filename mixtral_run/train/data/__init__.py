@@ -1,0 +1,1 @@
+"""JSONL to token ids, packing, order of samples."""

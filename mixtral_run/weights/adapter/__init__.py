@@ -1,0 +1,1 @@
+"""Adapter checkpoints, PEFT and vLLM layouts, merging."""

@@ -1,0 +1,1 @@
+"""Copy plan, copy, journal: HF to Megatron and back."""

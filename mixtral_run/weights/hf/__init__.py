@@ -1,0 +1,1 @@
+"""Safetensors headers, hub downloads, tokenizer files, fingerprints."""

@@ -1,0 +1,1 @@
+"""Atomic folders, positional reads, mapped writes, checksums, interrupts."""

@@ -1,0 +1,1 @@
+"""Read any layout into the parameters of any other."""

@@ -1,0 +1,1 @@
+"""`mixtral_run.json` and `proof.json`: what a folder is."""

@@ -1,0 +1,1 @@
+"""HF tensor names to Megatron keys and back; pure."""

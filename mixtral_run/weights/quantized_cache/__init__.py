@@ -1,0 +1,1 @@
+"""Quantized experts stored next to a base."""

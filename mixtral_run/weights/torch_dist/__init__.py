@@ -1,0 +1,1 @@
+"""The torch_dist format: items, `.metadata`, the files next to them."""

@@ -1,0 +1,1 @@
+"""Compare a checkpoint with its source, bit by bit."""

@@ -1,0 +1,1 @@
+"""Products with fp8 and NF4 weights."""

@@ -273,7 +273,8 @@ def _gradient_kernel(
 
 def fits(values: Tensor, adapter: Tensor | None) -> bool:
     """Return True if `untransposed_gradient` takes weights [experts, out, in] and an adapter [experts, rank, in] of
-    these shapes."""
+    these shapes.
+    """
     rank = adapter.shape[1] if adapter is not None else 0
     return values.shape[1] % DEPTH.value == 0 and values.shape[2] % (2 * HALF.value) == 0 and rank in RANKS
 

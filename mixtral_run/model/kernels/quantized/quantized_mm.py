@@ -63,7 +63,8 @@ def quantize_to(weight: Tensor, base_precision: str) -> tuple[Tensor, Tensor]:
 
 def quantized_layout(outputs: int, inputs: int, base_precision: str) -> tuple[Stored, Stored]:
     """Return dtype and shape of the values and of the scales that `quantize_to` returns for a weight [outputs,
-    inputs]."""
+    inputs].
+    """
     if base_precision == "nf4":
         blocks = inputs // nf4.block_size(inputs)
         return (torch.uint8, (outputs, inputs // 2)), (torch.bfloat16, (outputs, blocks))
@@ -181,7 +182,8 @@ def rows_gradient(
     linear_in: Tensor | None = None,
 ) -> Tensor:
     """Return gradient · matrices, [tokens, in], plus inner [tokens, r] · linear_in if given, by the fastest available
-    product."""
+    product.
+    """
     if not has_scaled_product(gradient, values):
         return with_inner(plain_product(gradient, values, scales, offsets, backwards=True), inner, linear_in, offsets)
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, transposed
@@ -206,7 +208,8 @@ def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None,
 @functools.cache
 def reads_untransposed(device: torch.device) -> bool:
     """Return True if gradient_gluon.py runs on this device and a small product of it is right. Gluon changes from
-    version to version."""
+    version to version.
+    """
 
     def small() -> tuple[Tensor, Tensor]:
         from mixtral_run.model.kernels.quantized.gradient_gluon import untransposed_gradient

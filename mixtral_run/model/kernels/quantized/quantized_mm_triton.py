@@ -155,7 +155,8 @@ def tiled_product(
     small: Tensor, matrices: Tensor, row_scales: Tensor, scales: Tensor | None, offsets: Tensor
 ) -> Tensor:
     """Compute quantized_mm.scaled_product for matrices of shapes that `fits_tiles` accepts; all inputs are
-    contiguous."""
+    contiguous.
+    """
     experts, width, depth = matrices.shape
     tokens = small.shape[0]
     output = torch.empty(tokens, width, dtype=torch.bfloat16, device=small.device)
