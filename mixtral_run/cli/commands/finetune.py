@@ -14,8 +14,8 @@ from mixtral_run.train.jobs import FINETUNE
 @click.command(
     cls=VerbCommand,
     examples=(
-        "finetune --load mixtral --data-path pairs.jsonl --save adapter --layout auto",
-        "finetune --on gpu-01 --load mixtral --data-path pairs.jsonl --save adapter --base-precision fp8",
+        "finetune --load mixtral --data-path my.jsonl --save adapter --layout auto",
+        "finetune --on gpu-01 --load mixtral --data-path my.jsonl --save adapter --base-precision fp8",
     ),
 )
 @config_options(FinetuneConfig)

@@ -15,7 +15,7 @@ from mixtral_run.train.jobs import PRETRAIN
     cls=VerbCommand,
     examples=(
         "pretrain --load mixtral --mock-data --tensor-model-parallel-size 2 --expert-model-parallel-size 4",
-        "pretrain --load mixtral --data-path pairs.jsonl --train-iters 5 --metrics-file pretrain.jsonl",
+        "pretrain --load mixtral --data-path my.jsonl --train-iters 5 --metrics-file pretrain.jsonl",
     ),
 )
 @config_options(PretrainConfig)

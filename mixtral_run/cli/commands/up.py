@@ -21,8 +21,8 @@ _secret = partial(click.option, cls=Option, section="Login and secrets")
 @click.command(
     cls=VerbCommand,
     examples=(
-        "up ubuntu@gpu-01 --data-path pairs.jsonl --layout auto",
-        "up gpu-01 --data-path pairs.jsonl --base-precision fp8 --hf-token-file token.txt --output-path my-adapter",
+        "up ubuntu@gpu-01 --data-path my.jsonl --layout auto",
+        "up gpu-01 --data-path my.jsonl --base-precision fp8 --hf-token-file token.txt --output-path my-adapter",
     ),
 )
 @click.argument("host", metavar="[USER@]HOST[:PORT]")

@@ -46,3 +46,11 @@ def test_floors_of_gpus_are_asked_of_gpus_alone(device: str, num_problems: int) 
     report = Report(device=device, num_gpus=8, torch_version="x", cuda_version=None, figures={"matrix_tflops": 10.0})
     _compare(report, Floors(num_gpus=8, matrix_tflops=60, all_reduce_gb_per_second=40))
     assert len(report.problems) == num_problems
+
+
+@pytest.mark.parametrize(("num_gpus", "num_problems"), [(1, 0), (2, 2)])
+def test_one_gpu_is_asked_for_no_rate_between_gpus(num_gpus: int, num_problems: int) -> None:
+    rates = {"all_reduce_gb_per_second": 0.0, "all_to_all_gb_per_second": 0.0}
+    report = Report(device="cuda", num_gpus=num_gpus, torch_version="x", cuda_version="13", figures=rates)
+    _compare(report, Floors(num_gpus=1, all_reduce_gb_per_second=40, all_to_all_gb_per_second=20))
+    assert len(report.problems) == num_problems
