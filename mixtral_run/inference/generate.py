@@ -18,7 +18,7 @@ from mixtral_run.inference.decode import Decoding, decoding_of
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.data.prompt import load_tokenizer, prompt_tokens
+from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
@@ -52,6 +52,7 @@ def generate(config: GenerateConfig) -> None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
     texts, rows = _prompts(config, tokenizer)
+    check_token_ids(tokenizer, max(max(row) for row in rows), base.architecture.vocab_size, base.tokenizer)
     longest = max(len(row) for row in rows) + config.max_new_tokens
     if longest > base.architecture.max_position_embeddings:
         raise ConfigError(

@@ -56,6 +56,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_token_ids(
+    tokenizer: PreTrainedTokenizerBase, highest_id: int, vocab_size: int, folder: Path, where: str | None = None
+) -> None:
+    """Raise WeightsError if the model has no row for a token id. An embedding split by TP would not notice it.
+
+    Args:
+        tokenizer: its begin and end of text are checked, which every row contains.
+        highest_id: the highest id of the encoded texts.
+        vocab_size: rows of the model's embedding.
+        folder: of the tokenizer.
+        where: the file of the texts.
+    """
+    used = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token")}
+    problems = [
+        f"{name} {getattr(tokenizer, name)!r} has id {number:,}; the model's ids end at {vocab_size - 1:,}"
+        for name, number in used.items()
+        if number >= vocab_size
+    ]
+    if highest_id >= vocab_size and highest_id not in used.values():
+        token = tokenizer.convert_ids_to_tokens(highest_id)
+        text = f"token {token!r} has id {highest_id:,}; the model's ids end at {vocab_size - 1:,}"
+        problems.append(f"{where}: {text}" if where else text)
+    if problems:
+        raise WeightsError(
+            "The tokenizer has tokens that the model lacks.",
+            where=str(folder),
+            problems=problems,
+            expected=f"ids below {vocab_size:,}, the model's vocab_size",
+            found=f"a tokenizer of {len(tokenizer):,} tokens",
+            next_command="give the base the tokenizer that it was trained with; or resize the HF model's embeddings to "
+            "the tokenizer (resize_token_embeddings) and convert it again",
+        )
+
+
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
     """Return the ids of `<s>[INST] instruction [/INST]`, the prompt in training and generation."""
     return [_special(tokenizer, "bos_token_id"), *_encode(tokenizer, prompt_text(instruction))]

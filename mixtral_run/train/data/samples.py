@@ -94,7 +94,7 @@ class Samples:
     """All examples as tokens, padded or truncated to `seq_length`; shuffled anew each epoch.
 
     n tokens give n − 1 positions with a label, so that an example of up to seq_length + 1 tokens fits.
-    `num_padding_tokens` and `num_truncated` count what was padded and truncated.
+    `num_padding_tokens` and `num_truncated` count what was padded and truncated; `highest_id` is the highest token id.
 
     Args:
         examples: at least one.
@@ -119,6 +119,7 @@ class Samples:
         self.num_padding_tokens = 0
         self.num_truncated = 0
         self.longest = 0
+        self.highest_id = 0
         # Any valid id will do: padding is masked out of the loss, and follows every token that causal attention covers.
         self._padding_id = int(tokenizer.eos_token_id)
         self._encode(examples, tokenizer, where)
@@ -180,6 +181,7 @@ class Samples:
             self.num_loss_tokens_total += sum(end - begin for begin, end in responses)
             self.num_padding_tokens += self._seq_length - (len(tokens) - 1)
             self.longest = max(self.longest, length)
+            self.highest_id = max(self.highest_id, int(tokens.max()))
         if problems:
             raise ConfigError(
                 f"{len(problems):,} of {len(examples):,} examples are longer than --seq-length {self._seq_length:,} "

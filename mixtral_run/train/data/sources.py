@@ -10,7 +10,7 @@ from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples, where_of
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.prompt import load_tokenizer
+from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
 from mixtral_run.weights.manifest.describe import BaseDescription
 
@@ -42,6 +42,9 @@ def _open_files(config: DataConfig, base: BaseDescription, files: Mapping[str, P
     for name, path in files.items():
         try:
             samples = Samples(read_examples(path, name), tokenizer, config.seq_length, where_of(name, path))
+            check_token_ids(
+                tokenizer, samples.highest_id, base.architecture.vocab_size, base.tokenizer, where_of(name, path)
+            )
         except MixtralRunError as error:
             errors.append(error)
             continue

@@ -9,7 +9,13 @@ import pytest
 from mixtral_run.errors import WeightsError
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.examples import read_examples
-from mixtral_run.train.data.prompt import encode_conversation, encode_turn, load_tokenizer, prompt_tokens
+from mixtral_run.train.data.prompt import (
+    check_token_ids,
+    encode_conversation,
+    encode_turn,
+    load_tokenizer,
+    prompt_tokens,
+)
 
 BOS, EOS = 1, 2
 TEXTS = [(example.instruction, example.response) for example in read_examples(INSTRUCTIONS)] + [
@@ -107,3 +113,20 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path: Path, tiny_tok
         (folder / name).write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}', "utf-8")
     with pytest.raises(WeightsError, match="no eos_token"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("highest_id", "vocab_size", "words"),
+    [
+        (0, 2, ["eos_token '</s>' has id 2; the model's ids end at 1"]),
+        (400, 400, ["my.jsonl: token ", "has id 400; the model's ids end at 399"]),
+        (400, 2, ["eos_token '</s>'", "has id 400"]),
+    ],
+)
+def test_ids_that_the_model_lacks_are_refused(
+    tiny_tokenizer: Any, tmp_path: Path, highest_id: int, vocab_size: int, words: list[str]
+) -> None:
+    check_token_ids(tiny_tokenizer, highest_id, 401, tmp_path)
+    with pytest.raises(WeightsError) as caught:
+        check_token_ids(tiny_tokenizer, highest_id, vocab_size, tmp_path, "my.jsonl")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
