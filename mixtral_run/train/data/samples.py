@@ -166,6 +166,8 @@ class Samples:
         problems = []
         for example in examples:
             row, responses = _row_of(encode_conversation(tokenizer, example.turns))
+            if example.learned:
+                responses = [each for each, learned in zip(responses, example.learned, strict=True) if learned]
             length, num_prompt = len(row), responses[0][0]
             if num_prompt > self._seq_length:
                 problems.append(

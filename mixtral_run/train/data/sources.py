@@ -8,7 +8,7 @@ from pathlib import Path
 from mixtral_run.config.verbs import DataConfig, FinetuneConfig
 from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples, where_of
+from mixtral_run.train.data.examples import DATA_SETTINGS, read_example_file, where_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
@@ -23,7 +23,7 @@ def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> t
     Raises one error with all unusable examples of both files.
     """
     files = {name: path for name in DATA_SETTINGS if (path := getattr(config, name, None)) is not None}
-    found = _open_files(config, base, files) if files else {}
+    found = _open_files(config, base, files, report) if files else {}
     samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
     validation_samples = found.get("valid_data_path")
     report.say(f"Data: {samples.describe()}")
@@ -35,19 +35,24 @@ def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> t
     return samples, validation_samples
 
 
-def _open_files(config: DataConfig, base: BaseDescription, files: Mapping[str, Path]) -> dict[str, FileSamples]:
+def _open_files(
+    config: DataConfig, base: BaseDescription, files: Mapping[str, Path], report: Report
+) -> dict[str, FileSamples]:
     tokenizer = load_tokenizer(base.tokenizer)
     found: dict[str, FileSamples] = {}
     errors: list[MixtralRunError] = []
     for name, path in files.items():
         try:
-            samples = Samples(read_examples(path, name), tokenizer, config.seq_length, where_of(name, path))
+            file = read_example_file(path, name)
+            samples = Samples(file.examples, tokenizer, config.seq_length, where_of(name, path))
             check_token_ids(
                 tokenizer, samples.highest_id, base.architecture.vocab_size, base.tokenizer, where_of(name, path)
             )
         except MixtralRunError as error:
             errors.append(error)
             continue
+        if unused := file.describe_unused():
+            report.warn(f"{where_of(name, path)}: {unused}")
         found[name] = PackedSamples(samples) if isinstance(config, FinetuneConfig) and config.pack else samples
     if errors:
         raise joined(errors)

@@ -1,12 +1,15 @@
 """The check of a JSONL file: all problems at once, with their lines."""
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.examples import Example, read_examples
+from mixtral_run.train.data.examples import Example, read_example_file, read_examples
+from mixtral_run.train.data.samples import Samples
 
 GOOD = '{"instruction": "a", "response": "b"}'
 
@@ -150,3 +153,85 @@ def test_deep_nesting_is_a_problem_not_a_crash(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     assert "No such file" in str(refused(tmp_path / "none.jsonl"))
     assert "directory" in str(refused(tmp_path))
+
+
+def test_the_weight_of_an_answer_decides_whether_it_is_learned(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    messages = [
+        {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5", "weight": 0},
+        {"role": "user", "content": "No. Again."}, {"role": "assistant", "content": "4", "weight": 1},
+        {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes.", "train": False},
+    ]  # fmt: skip
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": messages}), "utf-8")
+    (example,) = read_examples(path)
+    assert example.learned == (False, True, False)
+    row = Samples([example], tiny_tokenizer, 96).row(0)
+    learned = [int(label) for label, counts in zip(row.labels, row.loss_mask, strict=True) if counts]
+    assert tiny_tokenizer.decode(learned, skip_special_tokens=True).strip() == "4"
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (
+            {"weight": 0},
+            "'messages': expected an answer that is learned; found 'weight' 0 or 'train' false on every one",
+        ),
+        ({"weight": 0.5}, "message 2: 'weight': expected 0 or 1; found 0.5"),
+        ({"weight": "0"}, "message 2: 'weight': expected 0 or 1; found \"0\""),
+        ({"train": 0}, "message 2: 'train': expected true or false; found 0"),
+    ],
+)
+def test_a_weight_that_means_nothing_is_refused(tmp_path: Path, more: dict[str, object], problem: str) -> None:
+    path = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more}]
+    path.write_text(json.dumps({"messages": messages}), "utf-8")
+    assert refused(path).problems[0] == f"line 1: {problem}"
+
+
+@pytest.mark.parametrize("content", ["", " \n", None])
+def test_an_empty_system_message_counts_as_none(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "data.jsonl"
+    system = {"role": "system", "content": content}
+    messages = [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps({"messages": messages}), "utf-8")
+    assert read_examples(path) == [Example("a", "b", 1)]
+
+
+def test_keys_that_are_not_used_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    chat = {"messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}], "id": 1}
+    lines = [{"instruction": "a", "response": "b", "context": "c"}] * 2 + [chat]
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    file = read_example_file(path)
+    assert dict(file.unused_keys) == {"context": 2, "id": 1, "messages: name": 1}
+    assert "'context' (2), " in str(file.describe_unused())
+    path.write_text(GOOD, "utf-8")
+    assert read_example_file(path).describe_unused() is None
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(GOOD + '\n{"instruction":"cut \\ud83d here","response":"fine \\ud83d\\ude00"}\n', "utf-8")
+    expected = "line 2: 'instruction': half of a surrogate pair, \\ud83d, at character 5"
+    assert refused(path).problems == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "command"),
+    [
+        (gzip.compress(GOOD.encode()), "compressed with gzip", "gzip -dk"),
+        (b"\x28\xb5\x2f\xfd....", "compressed with Zstandard", "zstd -dk"),
+        (b"PAR1....PAR1", "a Parquet file", "read_parquet"),
+        (b"ARROW1....", "an Arrow file", "read_feather"),
+        (GOOD.encode("utf-16"), "UTF-16", "iconv -f UTF-16"),
+        (f"[\n {GOOD},\n {GOOD}\n]\n".encode(), "one JSON list of 2 objects", "jq -c '.[]'"),
+    ],
+)
+def test_other_formats_are_named_with_the_command_that_helps(
+    tmp_path: Path, content: bytes, name: str, command: str
+) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    text = str(refused(path))
+    assert f"The data are {name}" in text and command in text and "latin1" not in text
