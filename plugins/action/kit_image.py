@@ -1,4 +1,7 @@
-"""The operator's half of `kit_image`: asks the host whether an image is missing, and only then sends what it needs."""
+"""Action plugin of `kit_image`, which runs on the operator's machine.
+
+It asks the host whether the image is missing, and sends the build context or the archive only then.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ LOCAL_ONLY = ("kit_folder", "files_folder", "ca_bundle", "requirements")
 
 
 class ActionModule(ActionBase):
-    """Builds the same context, byte for byte, from the same files, so that its hash says whether anything changed."""
+    """Action that builds the same context, byte for byte, from the same files, so that its hash shows any change."""
 
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
@@ -50,7 +53,7 @@ class ActionModule(ActionBase):
 
 
 def _context(local, arguments):
-    """The files of the build by name; values are bytes, or paths for the large ones."""
+    """Return the files of the build context by name. The values are bytes, or paths for large files."""
     files_folder = Path(local["files_folder"])
     context = {"Dockerfile": (files_folder / "Dockerfile").read_bytes()}
     requirements = local["requirements"] or []
@@ -66,7 +69,7 @@ def _context(local, arguments):
     kit = Path(local["kit_folder"]) if local["kit_folder"] else _running_kit()
     for path in sorted(kit.rglob("*")):
         place = path.relative_to(kit)
-        # An installed kit has the playbooks and roles within; jobs need none of them.
+        # An installed kit contains the playbooks and roles, which jobs do not need.
         if path.is_file() and not {"provisioning", "__pycache__"} & set(place.parts[:-1]):
             context[f"mixtral_run/{place}"] = path.read_bytes()
     if "mixtral_run/__init__.py" not in context:
@@ -95,7 +98,7 @@ def _running_kit():
 def _digest(context):
     digest = hashlib.sha256()
     for name, content in sorted(context.items()):
-        # A wheel's name tells its version and build; hashing gigabytes of them on each run would tell no more.
+        # The name of a wheel states its version and build. Hashing gigabytes of wheels on each run would add nothing.
         told = content if isinstance(content, bytes) else f"{content.name} {content.stat().st_size}".encode()
         digest.update(f"{name} {len(told)}\n".encode() + told)
     return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""Checks the variables of several roles against their argument specs, on the operator's machine, in one task."""
+"""Action plugin that checks the variables of several roles against their argument specs in one task.
+
+It runs on the operator's machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from ansible.plugins.action import ActionBase
 
 
 class ActionModule(ActionBase):
-    """What Ansible does at the beginning of each role, done for all at once: all faults are told before one begins."""
+    """Argument check that Ansible runs at the start of each role, run for all roles before the first one starts.
+
+    It reports the problems of all roles together.
+    """
 
     _requires_connection = False
 
@@ -37,7 +43,10 @@ _OF_ANOTHER_TYPE = re.compile(r"argument '(\w+)' is of type (\S+) and we were un
 
 
 def _plain(message, given, options):
-    """Ansible's own words name its internal classes for a value of the wrong type, and not the value."""
+    """Return Ansible's message. For a value of the wrong type, name the variable, the expected type and the value.
+
+    Ansible's own message for a wrong type names its internal classes and omits the value.
+    """
     other = _OF_ANOTHER_TYPE.match(message)
     if other is None:
         return message
@@ -50,6 +59,6 @@ def _options(role):
     path = role / "meta" / "argument_specs.yml"
     if not path.is_file():
         raise AnsibleActionFail(f"role_arguments: there is no {path}")
-    # Not by Ansible's loader, which notes for each value where it stands: six times as slow.
+    # Ansible's loader records the position of each value and is six times as slow.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["argument_specs"]["main"]["options"]

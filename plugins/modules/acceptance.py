@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Run the kit's acceptance measurements in its container and keep the result beside a stamp of what was measured."""
+"""Run the kit's acceptance measurements in its container; store the result with a stamp of the measured host."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ DOCUMENTATION = """
 module: acceptance
 short_description: Accept a host by measuring it in the container that jobs will use
 description:
-  - The stamp holds machine-id, SSH host key, GPU UUIDs and versions. While it fits the host and the last result was good,
-    nothing runs again. A reimaged host, another GPU or another image makes it run.
-  - Waits while processes compute on the GPUs (C(deferred) is true then), unless C(measure_when_busy).
+  - The stamp holds machine-id, SSH host key, GPU UUIDs and versions. Nothing runs again while the stamp matches the
+    host and the last result was good. A reimaged host, another GPU or another image causes a new measurement.
+  - The measurement is deferred while processes compute on the GPUs (C(deferred) is true then), unless
+    C(measure_when_busy) is true.
 options:
   host: {description: Name of the host in messages., type: str, required: true}
-  image: {description: The image., type: str, required: true}
+  image: {description: Image that the measurements run in., type: str, required: true}
   checkpoint_folder: {description: Folder that is mounted and measured., type: path, required: true}
-  uid: {description: User in the container., type: int, required: true}
-  gid: {description: Group in the container., type: int, required: true}
-  shared_memory: {description: "Size for docker run --shm-size.", type: str, default: 32g}
-  ulimits: {description: "For docker run --ulimit.", type: list, elements: str, default: []}
-  floors: {description: Least figures by name., type: dict, default: {}}
-  size_mib: {description: Bytes of messages and of the file., type: int, default: 256}
-  timeout_seconds: {description: How long it may take., type: int, default: 900}
-  force: {description: Measure again., type: bool, default: false}
-  measure_when_busy: {description: Measure beside what computes on the GPUs., type: bool, default: false}
-  state: {description: C(absent) removes result and stamp., type: str, choices: [present, absent], default: present}
+  uid: {description: User ID in the container., type: int, required: true}
+  gid: {description: Group ID in the container., type: int, required: true}
+  shared_memory: {description: "Size of shared memory, for docker run --shm-size.", type: str, default: 32g}
+  ulimits: {description: "Resource limits, for docker run --ulimit.", type: list, elements: str, default: []}
+  floors: {description: Minimum values by name., type: dict, default: {}}
+  size_mib: {description: "Size of the messages and of the test file, in MiB.", type: int, default: 256}
+  timeout_seconds: {description: "Time limit of the measurement, in seconds.", type: int, default: 900}
+  force: {description: Measure again even if nothing changed., type: bool, default: false}
+  measure_when_busy: {description: Measure even while processes compute on the GPUs., type: bool, default: false}
+  state: {description: C(absent) removes the result and the stamp., type: str, choices: [present, absent], default: present}
 """
 
 import json
@@ -64,7 +65,7 @@ def main():
         record.save()
         module.exit_json(changed=bool(known))
     stamp = _stamp(module)
-    # Containers have to see every GPU that the host has: a CPU image on a GPU host is no good.
+    # Containers must see every GPU of the host: a CPU image on a GPU host is not accepted.
     params["floors"] = dict({"num_gpus": len(stamp["gpus"])}, **params["floors"])
     if stamp["image"] is None:
         if module.check_mode:
@@ -106,7 +107,7 @@ def _stamp(module):
 
 
 def _changes(known, stamp, floors):
-    """Why the host has to be measured, in words; empty when the last result still holds."""
+    """Return the reasons for a new measurement, as phrases. Return an empty list if the last result is still valid."""
     if not known:
         return ["never measured"]
     if not known["report"].get("accepted"):
@@ -116,7 +117,7 @@ def _changes(known, stamp, floors):
 
 
 def _defer_when_busy(module, stamp, changes):
-    """End the module, with nothing measured, while a job computes: its rates and the host's would both be wrong."""
+    """End the module without a measurement if a job computes: it would slow the job down and distort the result."""
     pids = engine_use.compute_pids() if stamp["gpus"] and not module.params["measure_when_busy"] else []
     if not pids:
         return

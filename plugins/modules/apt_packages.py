@@ -1,33 +1,33 @@
 #!/usr/bin/python
-"""Install packages at wanted versions, hold them, and remember which of them the kit installed."""
+"""Install packages at given versions, hold them, and record which of them the kit installed."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: apt_packages
-short_description: Install packages at wanted versions, hold them, remember which the kit installed
+short_description: Install packages at given versions, hold them, and record which the kit installed
 description:
-  - One transaction for all; packages that conflict are removed in it. Nothing is asked of the network when nothing is
+  - One transaction installs all packages and removes conflicting ones. No network request is made if no package is
     missing. Works without python3-apt, and in check mode on a host that does not know the repository yet.
 options:
-  section: {description: Who asks., type: str, required: true}
-  names: {description: Packages., type: list, elements: str, required: true}
-  version: {description: "Version of all of them, with C(*) as in apt; empty: the newest at first installation.", type: str, default: ""}
-  versions: {description: Versions by package; wins over C(version)., type: dict, default: {}}
-  conflicting: {description: Packages to remove first., type: list, elements: str, default: []}
-  hold: {description: Keep unattended upgrades off them., type: bool, default: true}
-  repository: {description: "URI that has to answer, for the message when it does not.", type: str, default: ""}
+  section: {description: Name under which the packages are recorded., type: str, required: true}
+  names: {description: Packages to install., type: list, elements: str, required: true}
+  version: {description: "Version of all packages, with C(*) as in apt. If empty, the first installation takes the newest.", type: str, default: ""}
+  versions: {description: Versions by package. They override C(version)., type: dict, default: {}}
+  conflicting: {description: Packages to remove in the same transaction., type: list, elements: str, default: []}
+  hold: {description: Hold the packages so that unattended upgrades leave them alone., type: bool, default: true}
+  repository: {description: "URI of the repository. The module fails with a message that names it if it does not answer.", type: str, default: ""}
   restart_when_busy:
     description:
-      - C(false) says that containers stand on these packages, the engine's, whose scripts stop and start it, or the NVIDIA
-        toolkit's, whose scripts can take the GPUs from containers. While containers or GPU processes run, a change of what
-        is installed then waits (C(deferred) is true), and a removal is refused.
+      - C(false) states that running containers depend on these packages. The scripts of the engine's packages stop and
+        start it; the scripts of the NVIDIA toolkit can take the GPUs away from containers. A change of installed packages
+        is then deferred while containers or GPU processes run (C(deferred) is true), and a removal is refused.
     type: bool
     default: true
-  lock_timeout_seconds: {description: How long to wait for another package manager., type: int, default: 300}
+  lock_timeout_seconds: {description: "Time to wait for another package manager, in seconds.", type: int, default: 300}
   proxy: {description: Proxy for apt., type: str}
-  no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
-  state: {description: "C(absent) removes what C(present) installed, and gives the rest the holds that they had.", type: str, choices: [present, absent], default: present}
+  no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
+  state: {description: "C(absent) removes the packages that C(present) installed, and restores the holds of the others.", type: str, choices: [present, absent], default: present}
 """
 
 import fnmatch
@@ -70,7 +70,10 @@ def act(module):
 
 
 def _packages():
-    """Installed packages with their versions, also those that dpkg was interrupted in, with version None; and those held."""
+    """Return the installed packages with their versions, and the set of held packages.
+
+    A package whose installation by dpkg was interrupted has the version None.
+    """
     fields = "${Package} ${Version} ${db:Status-Status} ${db:Status-Want}\\n"
     found, held = {}, set()
     for line in run(["dpkg-query", "--show", "--showformat", fields]).out.splitlines():
@@ -110,10 +113,10 @@ def _present(module, record):
         for name in unheld:
             if name not in mine:
                 holds.setdefault(name, name in held)
-        record.save()  # before the work: killed in the middle, `absent` still knows what to take back
+        record.save()  # before the change, so that `absent` knows what to remove even if this run is killed
         if wrong or removed:
             _install(module, wrong, removed)
-            # An upgrade of a held package takes the hold off.
+            # An upgrade of a held package removes the hold.
             unheld = params["names"]
         if unheld:
             _checked(module, ["apt-mark", "hold" if params["hold"] else "unhold"] + unheld, "The hold cannot be set.")
@@ -129,12 +132,12 @@ def _present(module, record):
 
 
 def _holds(params):
-    """Where it is kept which packages of others were held before the kit changed that."""
+    """Return the key of the record that lists which packages not installed by the kit were held before the kit came."""
     return params["section"] + "_holds"
 
 
 def _defer_when_busy(module, touched, installed):
-    """End the module, with nothing done, when containers stand on `touched` packages and somebody works there."""
+    """End the module without a change if containers depend on the `touched` packages and the host is busy."""
     if not touched or module.params["restart_when_busy"]:
         return
     why = engine_use.why_busy()
@@ -181,13 +184,13 @@ def _absent(module, record):
 
 
 def _apt(params, words):
-    """Run apt-get, waiting for whoever holds a lock: its own option waits for dpkg's, not for those of lists and archives."""
+    """Run apt-get and wait for its locks. Its own option waits for dpkg's lock, not for those of lists and archives."""
     argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
     argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
     direct, environment = [name.strip().lstrip(".") for name in params["no_proxy"].split(",") if name.strip()], {}
     if params["proxy"] and "*" not in direct:
         argv += ["-o", "Acquire::http::Proxy=" + params["proxy"], "-o", "Acquire::https::Proxy=" + params["proxy"]]
-        # apt asks this variable beside its options, for how a host's name ends, and takes a blank for a part of it.
+        # apt also reads this variable. It compares each entry, including blanks, with the end of the host name.
         environment["no_proxy"] = ",".join(direct)
     until = time.monotonic() + params["lock_timeout_seconds"]
     while True:
@@ -201,7 +204,7 @@ def _apt(params, words):
 def _install(module, names, removed):
     params = module.params
     if run(["dpkg", "--audit"]).out.strip():
-        # An earlier run, or somebody's apt, was killed in the middle.
+        # An earlier run of the kit or of apt was killed before it finished.
         _checked(
             module, ["dpkg", "--force-confold", "--configure", "-a"], "dpkg cannot finish what was begun.", APT_SECONDS
         )
@@ -215,7 +218,7 @@ def _install(module, names, removed):
 
 
 def _refresh(module):
-    # `apt-get update` ends with 0 when a mirror is away: that is told here.
+    # `apt-get update` exits with 0 even if a mirror does not answer, so its output is checked.
     params = module.params
     answer = _apt(params, ["-o", "Acquire::Retries=2", "update"])
     bad = [line for line in (answer.out + answer.err).splitlines() if line.startswith(("Err:", "E:", "W:"))]

@@ -1,25 +1,25 @@
 #!/usr/bin/python
-"""Put an apt repository in place: key by pinned fingerprint, deb822 source, older sources of the same URL off."""
+"""Add an apt repository with a pinned key and a deb822 source, and disable older sources of the same URL."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: apt_source
-short_description: Put an apt repository in place, with its key pinned by fingerprint
+short_description: Add an apt repository, with its key pinned by fingerprint
 description:
-  - Downloads the key, refuses any but the pinned one, writes a deb822 source. Source files that name the same
-    repository are switched off first, because two entries with different keys make apt fail altogether.
+  - Downloads the key, refuses any but the pinned one, and writes a deb822 source. Source files that name the same
+    repository are disabled first, because apt fails if two entries name different keys.
   - In C(uri), C(suite) and C(key_url), C({id}), C({codename}) and C({arch}) are filled in from the host.
 options:
   name: {description: Name of the files., type: str, required: true}
-  uri: {description: The repository., type: str, required: true}
-  suite: {description: The suite, or C(/) for a flat repository., type: str, default: "{codename}"}
-  components: {description: Components; empty for a flat repository., type: str, default: ""}
-  key_url: {description: Where the key is., type: str, required: true}
-  key_fingerprint: {description: The only fingerprint accepted., type: str, required: true}
-  proxy: {description: Proxy for the key., type: str}
-  no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
-  state: {description: "C(absent) removes source and key, or puts back those that were there before.", type: str, choices: [present, absent], default: present}
+  uri: {description: URI of the repository., type: str, required: true}
+  suite: {description: "Suite, or C(/) for a flat repository.", type: str, default: "{codename}"}
+  components: {description: Components. Empty for a flat repository., type: str, default: ""}
+  key_url: {description: URL of the key., type: str, required: true}
+  key_fingerprint: {description: The only fingerprint that is accepted., type: str, required: true}
+  proxy: {description: Proxy for the download of the key., type: str}
+  no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
+  state: {description: "C(absent) removes the source and the key, or restores the files that existed before.", type: str, choices: [present, absent], default: present}
 """
 
 import glob
@@ -90,12 +90,12 @@ def act(module):
 
 
 def _remember(record, name, paths):
-    """Before files are written: what is there and not the kit's comes back when the kit leaves."""
+    """Record the files at `paths` before they are written, so that `absent` can restore files that the host had."""
     theirs = record.values.setdefault(name, {})
     for path in paths:
         theirs.setdefault(path, read_text(path))
     if not theirs:
-        del record.values[name]  # both are there and as they should be: they are not the kit's
+        del record.values[name]  # both exist with the right content already, so they do not belong to the kit
     record.save()
 
 
@@ -112,7 +112,7 @@ def _absent(module, record):
 
 
 def _need_repository(module, uri, suite, arch):
-    """Fail while nothing is written where the repository does not answer: apt would, and leave its source behind."""
+    """Fail before anything is written if the repository does not answer: apt would leave the source in place."""
     place = "InRelease" if suite.endswith("/") else "dists/{}/InRelease".format(suite)
     url = "{}/{}".format(uri.replace("$(ARCH)", arch).rstrip("/"), place)
     _fetched(module, url, "The package repository does not answer", "the index of suite {}".format(suite),
@@ -120,7 +120,7 @@ def _need_repository(module, uri, suite, arch):
 
 
 def _fetched(module, url, what, expected, before_next=""):
-    """What lies at the URL; fails with what that means where nothing can be had from there."""
+    """Return the content of the URL. Fail the module with the message `what` if it cannot be fetched."""
     try:
         return _open(module, url)
     except (OSError, ValueError) as error:
@@ -136,7 +136,7 @@ def _fetched(module, url, what, expected, before_next=""):
 
 
 def _open(module, url):
-    # Here, since its import costs more than all the rest of a run that finds key and source in place.
+    # Imported here because the import takes longer than a whole run that finds the key and the source in place.
     from ansible.module_utils.urls import open_url
 
     proxy = module.params["proxy"]
@@ -147,7 +147,7 @@ def _open(module, url):
 
 
 def _pinned_key(module, path, url):
-    """The key's text where it has to be written, None where the right one is in place. Fails on any other key."""
+    """Return the text of the key if it has to be written, None if the pinned key is in place. Fail on any other key."""
     pinned = module.params["key_fingerprint"].replace(" ", "").upper()
     there = read_text(path)
     if there is not None and _fingerprints(there.encode()) == [pinned]:
@@ -177,7 +177,7 @@ def _fingerprints(data):
 
 
 def _rivals(source, uri):
-    """Other source files that name the repository, with their text once the entries are off."""
+    """Return the other source files that name the repository, with their text after its entries are disabled."""
     found = {}
     folder = glob.glob(os.path.join(SOURCES, "*.list")) + glob.glob(os.path.join(SOURCES, "*.sources"))
     for path in ["/etc/apt/sources.list"] + sorted(folder):

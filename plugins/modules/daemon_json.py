@@ -1,36 +1,36 @@
 #!/usr/bin/python
-"""Merge settings into Docker's daemon.json and remember which are the kit's."""
+"""Merge settings into Docker's daemon.json and record which of them belong to the kit."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: daemon_json
-short_description: Merge settings into Docker's daemon.json and remember which are the kit's
+short_description: Merge settings into Docker's daemon.json and record which belong to the kit
 description:
-  - Merges recursively; what the host already has stays. Written only on change, with a backup, after the engine found
-    it valid. Says in the record whether a reload or a restart is due, which M(docker_engine) then does.
+  - Merges recursively and keeps the settings of the host. Writes the file only if it changes, with a backup, after the
+    engine has validated it. Records whether a reload or a restart is due, which M(docker_engine) then performs.
 options:
   section:
-    description: Who asks. Each section takes back only its own.
+    description: Name under which the settings are recorded. Each section removes only its own settings.
     type: str
     required: true
   settings:
-    description: The settings that this section wants.
+    description: Settings of this section.
     type: dict
     default: {}
   state:
-    description: C(absent) takes back what the section put there.
+    description: C(absent) removes the settings of the section.
     type: str
     choices: [present, absent]
     default: present
   path:
-    description: The file.
+    description: Path of the file.
     type: path
     default: /etc/docker/daemon.json
 """
 RETURN = """
 due:
-  description: C(none), C(reload) or C(restart).
+  description: "Action that the engine needs: C(none), C(reload) or C(restart)."
   type: str
   returned: always
 keys:
@@ -77,7 +77,7 @@ def act(module):
     if not sections:
         record.values.pop("sections")
     if changed and not module.check_mode:
-        # The record first: killed between the two, the next run merges again and knows whose the settings are.
+        # The record is written first. If this run is killed in between, the next run merges again and knows the owner.
         record.save()
         _write(params["path"], text, settings, gone)
     elif not changed:
@@ -128,7 +128,7 @@ def _remember(record, section, owned, due, keys, created):
 
 def _validate(module, path, settings):
     if "--validate" not in run(["dockerd", "--help"]).out:
-        return  # Docker before 23 cannot; a bare host has none yet.
+        return  # Docker before 23 has no --validate, and a bare host has no Docker yet.
     with tempfile.NamedTemporaryFile("w", prefix="mixtral-run-daemon-", suffix=".json") as file:
         file.write(_dump(settings))
         file.flush()
@@ -149,7 +149,7 @@ def _write(path, text, settings, gone):
     if text is not None:
         backup = path + ".mixtral-run.bak"
         if not os.path.exists(backup):
-            write_text(backup, text)  # as the host had it before the kit; kept until the kit leaves
+            write_text(backup, text)  # the file as found on the host; removed together with the kit's last section
     if gone:
         remove(path)
     else:

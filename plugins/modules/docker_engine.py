@@ -5,18 +5,20 @@ from __future__ import annotations
 
 DOCUMENTATION = """
 module: docker_engine
-short_description: Keep the Docker engine running and on its current settings, without stopping anybody's work
+short_description: Keep the Docker engine running on its current settings without stopping running work
 description:
-  - Starts and enables the engine, puts users in the docker group, writes the service's proxy and containerd's root.
-  - A reload or restart that a change made due is done here, whichever run made it due. A restart waits while containers
-    or GPU processes run, or the engine does not say (C(deferred) is true then), unless C(restart_when_busy).
+  - Starts and enables the engine, adds users to the docker group, and writes the proxy of the service and containerd's
+    root.
+  - Performs a reload or restart that is due, including one that an earlier run made due. A restart is deferred while
+    containers or GPU processes run, or while the engine does not answer (C(deferred) is true then), unless
+    C(restart_when_busy) is true.
 options:
-  users: {description: Users of the docker group., type: list, elements: str, default: []}
-  environment: {description: "Environment of the service, such as HTTP_PROXY.", type: dict, default: {}}
-  containerd_root: {description: "Folder of containerd, which holds images from Docker 29 on; empty: its default.", type: str, default: ""}
-  restart_when_busy: {description: Restart under running containers., type: bool, default: false}
-  reload_only: {description: "Only do what is due; leave users and files alone.", type: bool, default: false}
-  state: {description: C(absent) takes users and files back., type: str, choices: [present, absent], default: present}
+  users: {description: Users to add to the docker group., type: list, elements: str, default: []}
+  environment: {description: "Environment variables of the service, such as HTTP_PROXY.", type: dict, default: {}}
+  containerd_root: {description: "Root folder of containerd, which holds images from Docker 29 on. Empty means its default.", type: str, default: ""}
+  restart_when_busy: {description: Restart even while containers run., type: bool, default: false}
+  reload_only: {description: "Perform only the reload or restart that is due, and leave users and files alone.", type: bool, default: false}
+  state: {description: C(absent) removes the users and files that the kit added., type: str, choices: [present, absent], default: present}
 """
 
 import grp
@@ -64,7 +66,7 @@ def act(module):
 
 
 class Engine:
-    """One run of the module; `done` lists what changed, in words."""
+    """State of one run of the module. `done` lists the changes as phrases."""
 
     def __init__(self, module):
         self.module, self.params, self.check = module, module.params, module.check_mode
@@ -118,7 +120,7 @@ class Engine:
     def service(self):
         if run(["systemctl", "cat", "docker.service"]).code:
             if self.check or self.params["reload_only"]:
-                # A bare host in check mode, or one whose engine left before the toolkit did.
+                # A bare host in check mode, or a host whose engine was removed before the toolkit.
                 self.done += ["would start the engine"] if self.check else []
                 return
             self.module.fail_json(
@@ -149,7 +151,10 @@ class Engine:
                 )
 
     def _look_for_hook(self):
-        """`docker run --gpus` works when NVIDIA's hook was there as the engine started (moby, daemon/nvidia_linux.go)."""
+        """Make a restart due if NVIDIA's hook was installed after the engine started.
+
+        `docker run --gpus` works only if the hook existed when the engine started (moby, daemon/nvidia_linux.go).
+        """
         hook = shutil.which(NVIDIA_HOOK, path="/usr/local/bin:/usr/bin:/bin:/usr/sbin")
         values = self.record.values
         if not hook:
@@ -187,8 +192,8 @@ class Engine:
             return
         units = ["docker.service"]
         if verb != "reload" and "containerd.service.d" in self.due_record.values.get("keys", []):
-            verb, units = "restart", ["containerd.service"] + units  # it runs also where the engine does not
-        # systemd counts starts: an engine that failed often a moment ago would be refused without this.
+            verb, units = "restart", ["containerd.service"] + units  # containerd runs even if the engine does not
+        # systemd limits the rate of starts: without the reset it refuses to start an engine that just failed often.
         run(["systemctl", "reset-failed", "docker.service", "containerd.service"])
         answer = run(["systemctl", verb] + units, timeout=START_SECONDS * 2)
         if answer.code or not _answers():
@@ -209,7 +214,7 @@ class Engine:
 
 
 def _started_at():
-    """When the engine's process started, in seconds since 1970; 0 where it does not run."""
+    """Return the start time of the engine's process in seconds since 1970, or 0 if it does not run."""
     shown = run(
         ["systemctl", "show", "docker.service", "--property=ExecMainStartTimestampMonotonic", "--value"]
     ).out.strip()

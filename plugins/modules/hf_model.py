@@ -1,37 +1,37 @@
 #!/usr/bin/python
-"""A model in the host's HF cache, fetched from the hub or a local folder, resumed and verified."""
+"""Put a model into the host's HF cache, from the hub, another host or a local folder; resume and verify it."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: hf_model
-short_description: A model in the host's HF cache, resumed and verified by size and hash
+short_description: Put a model into the host's HF cache, with resumption and verification by size and hash
 description:
-  - Asks nothing of the network once the cache holds what an earlier run recorded as complete.
-  - With C(peer), takes the model from another host of the fleet. Without C(peer_key) it only says by C(wants_peer) that
+  - Makes no network request once the cache holds all files that an earlier run recorded as complete.
+  - With C(peer), copies the model from another host of the fleet. Without C(peer_key) it only returns C(wants_peer) if
     the model is missing, so that the other host can be asked to open its cache.
-  - With C(source_path), takes a folder of the model (or a cache folder models--ORG--NAME) that lies on the host.
+  - With C(source_path), copies the model from a folder on the host (or from a cache folder models--ORG--NAME).
 options:
   host: {description: Name of the host in messages., type: str, required: true}
   home: {description: HF_HOME., type: path, required: true}
   model: {description: "Name on the hub, ORG/NAME.", type: str, required: true}
   revision: {description: "Branch, tag or commit.", type: str, default: main}
-  patterns: {description: Files to take., type: list, elements: str, required: true}
-  image: {description: "Image whose C(hf) downloads from the hub; the token is HOME/token.", type: str, default: "mixtral-run:local"}
-  endpoint: {description: The hub., type: str, default: https://huggingface.co}
-  source_path: {description: Local folder instead of the hub., type: str, default: ""}
+  patterns: {description: Patterns of the files to fetch., type: list, elements: str, required: true}
+  image: {description: "Image whose C(hf) downloads from the hub. It reads the token from HOME/token.", type: str, default: "mixtral-run:local"}
+  endpoint: {description: URL of the hub., type: str, default: https://huggingface.co}
+  source_path: {description: Local folder to copy from instead of the hub., type: str, default: ""}
   proxy: {description: Proxy for the hub., type: str, default: ""}
-  no_proxy: {description: "Hosts that are reached without it, parted by commas.", type: str, default: ""}
+  no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
   peer: {description: Name of another host that has the model., type: str, default: ""}
-  peer_address: {description: Where this host reaches it., type: str}
-  peer_port: {description: Port of its SSH server., type: int, default: 22}
-  peer_user: {description: Who reads there., type: str}
-  peer_key: {description: The private key of the fetch., type: str}
-  peer_fault: {description: Why the other host did not open its cache., type: str, default: ""}
-  peer_host_keys: {description: "The other host's own keys.", type: list, elements: str, default: []}
+  peer_address: {description: Address of the other host as seen from this host., type: str}
+  peer_port: {description: Port of the other host's SSH server., type: int, default: 22}
+  peer_user: {description: User that reads the model on the other host., type: str}
+  peer_key: {description: Private key for the copy., type: str}
+  peer_fault: {description: Reason why the other host did not open its cache., type: str, default: ""}
+  peer_host_keys: {description: "SSH host keys of the other host.", type: list, elements: str, default: []}
   uid: {description: Owner of the files., type: int, required: true}
-  gid: {description: Their group., type: int, required: true}
-  verify: {description: Hash files again that an earlier run verified., type: bool, default: false}
+  gid: {description: Group of the files., type: int, required: true}
+  verify: {description: Hash files again even if an earlier run verified them., type: bool, default: false}
 """
 
 import fnmatch
@@ -112,7 +112,10 @@ def main():
 
 
 def _recorded(record, name, cache, params):
-    """What an earlier run completed, where every file is still there; with `verify`, files of a wrong hash are removed."""
+    """Return the record of an earlier complete run if every file still exists, else None.
+
+    With `verify`, hash every file and remove those with a wrong hash first.
+    """
     known = record.values.get(name)
     if known is None or known["patterns"] != params["patterns"]:
         return None
@@ -131,7 +134,7 @@ def _from_hub(module, cache, params):
     download = HubDownload(**{name: params[name] for name in names})
     reason = download.missing_image()
     if reason and module.check_mode:
-        return None  # a bare host: the image would be there by now
+        return None  # a bare host: outside check mode, the image would exist by now
     if reason:
         raise ModelError(
             "the image {}, which downloads the model, is not on the host: {}".format(params["image"], reason),
@@ -192,7 +195,7 @@ def _from_folder(module, cache, params):
         raise ModelError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
     files, origins = [], {}
     for parent, folders, names in os.walk(source):
-        # Experts that finetune keeps beside the model; each host makes its own.
+        # The quantized cache that finetune writes next to the model. Each host creates its own.
         folders[:] = [each for each in folders if not each.startswith(("quantised-", ".quantised-"))]
         for each in sorted(names):
             path = os.path.relpath(os.path.join(parent, each), source)
@@ -200,7 +203,7 @@ def _from_folder(module, cache, params):
                 origin = os.path.realpath(os.path.join(parent, each))
                 claimed = os.path.basename(origin)
                 digest = digest_of(origin, "0" * 64)
-                # A blob of a cache, whose name is its hash.
+                # A blob of a cache is named by its hash.
                 is_blob = re.match(r"(?:[0-9a-f]{40}|[0-9a-f]{64})$", claimed)
                 if is_blob and claimed not in (digest, digest_of(origin, "0" * 40)):
                     raise ModelError(

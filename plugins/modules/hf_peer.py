@@ -1,24 +1,24 @@
 #!/usr/bin/python
-"""A host lets another one read a model of its HF cache for a while, by a key that may do nothing else."""
+"""Allow another host to read one model of this host's HF cache for a limited time, with a restricted key."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: hf_peer
-short_description: Lets another host read one model of this host's HF cache over SSH, for a while
+short_description: Allow another host to read one model of this host's HF cache over SSH for a limited time
 description:
-  - C(open) makes a key pair, puts its public half into the login user's authorized_keys, bound to a program that reads
-    this one model, without terminal or forwarding, and ending by itself; returns the private half and the host's keys.
-    What stands against it is returned as C(fault), since the answer is kept out of logs.
-  - C(closed) takes the line and the program away again.
+  - C(open) creates a key pair and adds the public key to the login user's authorized_keys. The key is restricted to a
+    program that reads this one model, has no terminal and no forwarding, and expires by itself. Returns the private key
+    and the SSH host keys. A problem is returned as C(fault), because the answer is excluded from logs.
+  - C(closed) removes the line and the program.
 options:
-  state: {description: Open or closed., type: str, choices: [open, closed], required: true}
+  state: {description: C(open) allows the reading. C(closed) ends it., type: str, choices: [open, closed], required: true}
   asker: {description: Name of the host that reads., type: str, required: true}
-  user: {description: "Login user; empty: the one who became root.", type: str, default: ""}
+  user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   home: {description: HF_HOME., type: path, required: true}
   model: {description: "Name on the hub, ORG/NAME.", type: str, required: true}
-  server: {description: Text of the program., type: str, required: true}
-  hours: {description: When the key ends by itself., type: int, default: 12}
+  server: {description: Source text of the program that serves the model., type: str, required: true}
+  hours: {description: Hours until the key expires., type: int, default: 12}
 """
 
 import fcntl
@@ -75,7 +75,7 @@ def main():
 
 
 def _key_pair(mark):
-    """The two halves of a fresh key; None and what failed where there is none."""
+    """Return the private and the public half of a new key, or None and the error message."""
     with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
         path = os.path.join(folder, "key")
         made = run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", mark, "-f", path])
@@ -90,9 +90,9 @@ def _host_keys():
 
 
 def _set_line(authorized, user, mark, line=""):
-    """Take the line of one asker out, and put `line` in its place.
+    """Replace the line of the host that `mark` names by `line`; an empty `line` removes it.
 
-    Several askers come at once, from processes of their own: each waits for the one before, by a lock on the folder.
+    Several hosts may ask at the same time, in separate processes. A lock on the folder makes them wait for each other.
     """
     folder = os.path.dirname(authorized)
     if not os.path.isdir(folder):
@@ -108,7 +108,7 @@ def _set_line(authorized, user, mark, line=""):
         if line and kept and not kept.endswith("\n"):
             kept += "\n"
         if kept + line != text:
-            owner = (user.pw_uid, user.pw_gid)  # sshd reads it as the user, at any moment
+            owner = (user.pw_uid, user.pw_gid)  # sshd reads the file as this user, at any time
             write_text(os.path.realpath(authorized), kept + line, mode=0o600, owner=owner)
     finally:
         os.close(lock)

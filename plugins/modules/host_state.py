@@ -7,18 +7,18 @@ DOCUMENTATION = """
 module: host_state
 short_description: Read a host's whole state in one task
 description:
-  - System, GPUs, driver, fabric manager, memory, disks, engine, toolkit, images, swap and what the kit recorded.
-  - Changes nothing, works in check mode, and comes back from hosts whose driver hangs.
+  - Reads the system, GPUs, driver, fabric manager, memory, disks, engine, toolkit, images, swap and the kit's records.
+  - Changes nothing, works in check mode, and returns even if the driver of the host hangs.
 options:
   disks:
-    description: Folders whose filesystem's free space is told.
+    description: Folders for which the free space of the filesystem is reported.
     type: list
     elements: path
     default: []
 """
 RETURN = """
 ansible_facts:
-  description: The state, under C(mixtral_run).
+  description: State of the host, under C(mixtral_run).
   type: dict
   returned: always
 """

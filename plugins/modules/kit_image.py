@@ -1,21 +1,21 @@
 #!/usr/bin/python
-"""The image that jobs run in: built, pulled by digest, or loaded; again only when an input changed."""
+"""Build, pull by digest, or load the image that jobs run in, and repeat that only if an input changed."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: kit_image
-short_description: The image that jobs run in, from one of four sources
+short_description: Provide the image that jobs run in, from one of four sources
 description:
-  - Called through the action plugin of the same name, which sends the build's context when this module asks for it.
-  - The label C(org.mixtral-run.inputs) of a built image is the hash of everything that went into it.
+  - Called through the action plugin of the same name, which sends the build context when this module asks for it.
+  - The label C(org.mixtral-run.inputs) of a built image is the hash of all its inputs.
 options:
   host: {description: Name of the host in messages., type: str, required: true}
-  state: {description: C(absent) removes the images that the kit made., type: str, choices: [present, absent], default: present}
-  source: {description: Where it comes from., type: str, choices: [build, registry, archive, megatron_bridge], required: true}
-  name: {description: Its name on the host., type: str, required: true}
-  inputs: {description: Hash of the context., type: str, required: true}
-  sent: {description: The context or archive on the host., type: path}
+  state: {description: C(absent) removes the images that the kit built or loaded., type: str, choices: [present, absent], default: present}
+  source: {description: Source of the image., type: str, choices: [build, registry, archive, megatron_bridge], required: true}
+  name: {description: Name of the image on the host., type: str, required: true}
+  inputs: {description: Hash of the build context., type: str, required: true}
+  sent: {description: Path of the build context or archive on the host., type: path}
 """
 
 import hashlib
@@ -66,14 +66,14 @@ def main():
 
 
 class Image:
-    """One run of the module."""
+    """State of one run of the module."""
 
     def __init__(self, module):
         self.module, self.params = module, module.params
         self.record = Record("images", check_mode=module.check_mode)
         self.name = self.params["name"]
         self.bridge = None
-        self.fetched = []  # further names of it, which the kit brought in
+        self.fetched = []  # further names of the image, which the kit added
         answer = run(["docker", "image", "inspect", self.name], timeout=30)
         self.there = json.loads(answer.out)[0] if answer.code == 0 else None
 
@@ -156,7 +156,7 @@ class Image:
         self.build(base=base if has_dockerfile else None, extra=params["ref"])
 
     def _build_bridge(self, base):
-        """Clone at the pinned commit and build its Dockerfile; False where it has none."""
+        """Clone Megatron-Bridge at the pinned commit and build its Dockerfile. Return False if it has none."""
         params, folder = self.params, os.path.join(WORK_FOLDER, "Megatron-Bridge")
         os.makedirs(folder, exist_ok=True)
         steps = (["init", "--quiet"], ["fetch", "--depth", "1", params["repository"], params["ref"]],
@@ -185,7 +185,7 @@ class Image:
         for name, entry in mine.items():
             if not self.module.check_mode:
                 for each in [name] + entry.get("fetched", []):
-                    # Without force: a container that uses it keeps it.
+                    # Without --force, an image that a container uses stays.
                     run(["docker", "image", "rm", each], timeout=300)
                 del self.record.values[name]
         self.record.save()
@@ -247,9 +247,9 @@ class Image:
         known = self.record.values.get(self.name, {}).get("fetched", [])
         fetched = sorted(set(known + self.fetched))
         if fetched:
-            entry["fetched"] = fetched  # for `absent`, also after the kit went on to another
+            entry["fetched"] = fetched  # for `absent`, even after the kit has changed to another image
         if self.bridge:
-            entry["bridge"] = self.bridge  # whether that commit has a Dockerfile, so as not to clone to find out
+            entry["bridge"] = self.bridge  # records if the commit has a Dockerfile, which saves a clone
         if self.record.values.get(self.name) != entry:
             self.record.values[self.name] = entry
             self.record.save()
@@ -291,7 +291,7 @@ class Image:
         if not proxy:
             return {}
         found = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": self.params["no_proxy"]}
-        # apt and curl read http_proxy in small letters alone.
+        # apt and curl read http_proxy in lower case only.
         return dict(found, **{name.lower(): value for name, value in found.items()})
 
     def _need_engine(self):

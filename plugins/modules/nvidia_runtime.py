@@ -1,21 +1,23 @@
 #!/usr/bin/python
-"""Keep the CDI spec fresh, check that the engine knows the runtime, and prove GPU access in a container."""
+"""Keep the CDI spec up to date, check that the engine knows the runtime, and prove GPU access in a container."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: nvidia_runtime
-short_description: Keep the CDI spec fresh and prove that containers reach the GPUs
+short_description: Keep the CDI spec up to date and prove that containers reach the GPUs
 description:
-  - Writes the CDI spec when it is missing or tells of another driver or number of GPUs than the host has. Where a systemd
-    unit of the toolkit writes one, that of the kit goes; a stale one of somebody else is written again, with a backup.
-  - With C(image), runs a CUDA call in a container and compares the number of GPUs with the host's. nvidia-smi passing
-    would not prove that, since C(cuInit) can still fail. Repeated only when driver, toolkit, engine or image changed.
+  - Writes the CDI spec if it is missing, or if its driver version or number of GPUs differs from the host's. If a
+    systemd unit of the toolkit writes a spec, the kit's own spec is removed. An outdated spec of somebody else is
+    replaced, with a backup.
+  - With C(image), makes a CUDA call in a container and compares the number of GPUs with the host's. A successful
+    nvidia-smi is no proof, because C(cuInit) can still fail. The proof is repeated only if driver, GPUs, toolkit, engine
+    or image changed.
   - Does nothing on a host without GPUs.
 options:
   host: {description: Name of the host in messages., type: str, required: true}
-  image: {description: Image with Python 3 for the proof; not pulled. Empty or not on the host means no proof yet., type: str, default: ""}
-  cdi_path: {description: Where the spec goes where no systemd unit of the toolkit writes it., type: path, default: /etc/cdi/nvidia.yaml}
+  image: {description: "Image with Python 3 for the proof. It is not pulled; if it is empty or not on the host, there is no proof yet.", type: str, default: ""}
+  cdi_path: {description: Path of the CDI spec if no systemd unit of the toolkit writes one., type: path, default: /etc/cdi/nvidia.yaml}
   state: {description: C(absent) removes the spec that the kit wrote., type: str, choices: [present, absent], default: present}
 """
 
@@ -109,13 +111,13 @@ def _refresh_cdi(module, record, state):
 
 
 def _outdone(record):
-    """Whether the toolkit's unit writes a spec by now, beside which the kit's own would grow stale."""
+    """Return True if the toolkit's unit now writes a spec, so that the kit's own spec is no longer needed."""
     mine, units = record.values.get("cdi_path"), probe.cdi([UNIT_FOLDER])["path"]
     return bool(mine and units and os.path.realpath(mine) != os.path.realpath(units))
 
 
 def _generate(module, record, stale):
-    """Write the spec: where a stale one is, since it would be read beside a fresh one and its devices clash."""
+    """Write the spec. Replace an outdated one in place: with two specs the devices would conflict."""
     path = stale or module.params["cdi_path"]
     if not stale:
         record.values["cdi_path"] = path

@@ -1,25 +1,25 @@
 #!/usr/bin/python
-"""Folders and small files with owner, group and mode; those that the kit made are taken back while they are empty."""
+"""Create folders and a secret file with owner, group and mode. `absent` removes created folders that are empty."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: owned_folders
-short_description: Folders with owner, group and mode that a container's user can write
+short_description: Create folders with owner, group and mode that a container's user can write to
 description:
-  - The owner may be a number that no user of the host has. Contents are left alone.
-  - C(absent) removes folders that the kit made, as long as they are empty, and a secret that the kit wrote; folders that
-    were there get owner, group and mode back. What C(leftovers) names goes with its content.
+  - The owner may be a number that no user of the host has. The contents of the folders are left alone.
+  - C(absent) removes folders that the kit created if they are empty, and a secret that the kit wrote. Folders that
+    existed before get their owner, group and mode back. C(leftovers) are removed with their contents.
 options:
-  section: {description: Who asks., type: str, required: true}
-  paths: {description: The folders., type: list, elements: path, required: true}
+  section: {description: Name under which the folders are recorded., type: str, required: true}
+  paths: {description: Folders to create., type: list, elements: path, required: true}
   uid: {description: Owner., type: int, required: true}
   gid: {description: Group., type: int, required: true}
   mode: {description: "Mode, octal.", type: str, default: "2775"}
-  secret_path: {description: "File of mode 0640 for C(secret): jobs run as whoever logs in, in this group.", type: path}
-  secret: {description: Its content; empty leaves a file that is there., type: str, default: ""}
-  leftovers: {description: "The section's own files and folders, for C(absent) to remove.", type: list, elements: path, default: []}
-  state: {description: C(absent) takes them back., type: str, choices: [present, absent], default: present}
+  secret_path: {description: "File of mode 0640 for C(secret). Jobs run as the login user in this group.", type: path}
+  secret: {description: "Content of the file. If it is empty, an existing file stays.", type: str, default: ""}
+  leftovers: {description: "Files and folders of the section that C(absent) removes.", type: list, elements: path, default: []}
+  state: {description: C(absent) removes them., type: str, choices: [present, absent], default: present}
 """
 
 import os
@@ -133,7 +133,7 @@ def _take_back(module, record):
             os.rmdir(path)
             done.append("removed " + path)
         except OSError:
-            pass  # it holds a user's data, or is gone
+            pass  # the folder holds a user's data, or no longer exists
     for path, (uid, gid, mode) in mine.get("before", {}).items():
         if os.path.isdir(path):
             os.chown(path, uid, gid)

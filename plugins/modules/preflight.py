@@ -1,24 +1,24 @@
 #!/usr/bin/python
-"""Compare a host with what is required and tell every shortfall at once."""
+"""Compare a host with the requirements and report every shortfall at once."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: preflight
-short_description: Compare a host with what is required; tell every shortfall at once
+short_description: Compare a host with the requirements and report every shortfall at once
 description:
-  - Fails once with all shortfalls of level C(fail); warns of those of level C(warn). Changes nothing.
+  - Fails once with all shortfalls of level C(fail), and warns of those of level C(warn). Changes nothing.
 options:
   host:
     description: Name of the host in messages.
     type: str
     required: true
   limits:
-    description: The thresholds, as the role's defaults name them.
+    description: Thresholds, named as in the role's defaults.
     type: dict
     required: true
   levels:
-    description: C(fail), C(warn) or C(skip) by check.
+    description: Level of each check, C(fail), C(warn) or C(skip).
     type: dict
     default: {}
   disks:
@@ -27,24 +27,24 @@ options:
     elements: path
     default: []
   own_folders:
-    description: Folders of the kit. What they hold counts as free, since it is what the space is for.
+    description: Folders of the kit. Their contents count as free space, because the space is meant for them.
     type: list
     elements: path
     default: []
   mirrors:
-    description: URLs that have to answer; C({id}), C({codename}) and C({arch}) are filled in from the host.
+    description: URLs that must answer. C({id}), C({codename}) and C({arch}) are filled in from the host.
     type: list
     elements: str
     default: []
   proxy:
-    description: Proxy for those URLs.
+    description: Proxy for the mirrors.
     type: str
   no_proxy:
-    description: Hosts that are reached without it, parted by commas.
+    description: Comma-separated hosts that are reached without the proxy.
     type: str
     default: ""
   timeout_seconds:
-    description: How long a mirror may take to answer.
+    description: Time limit for the answer of a mirror, in seconds.
     type: int
     default: 10
 """
@@ -109,14 +109,14 @@ def main():
 
 def _network(params):
     mirrors, dns, offsets = {}, {}, []
-    os.environ["no_proxy"] = params["no_proxy"]  # urllib asks it, also beside a proxy of the caller's
+    os.environ["no_proxy"] = params["no_proxy"]  # urllib reads it even if the caller passes a proxy
     for url in params["mirrors"] if params["levels"].get("mirrors") != "skip" else []:
         mirrors[url], offset = _ask(url, params["proxy"], params["timeout_seconds"])
         offsets += [] if offset is None else [offset]
     for name in [urlsplit(url).hostname for url in params["mirrors"]]:
         if not params["proxy"] or proxy_bypass_environment(name):
             dns[name] = _resolve(name)
-    # The least: an answer that took long tells a later time than the mirror's clock.
+    # The smallest offset is the best estimate: a slow answer adds its delay to the offset.
     offset = min(offsets, key=abs) if offsets else None
     return {"mirrors": mirrors, "dns": dns, "clock_offset_seconds": offset}
 
@@ -130,13 +130,13 @@ def _resolve(name):
 
 
 def _ask(url, proxy, timeout):
-    """(why the mirror does not answer or None, this clock minus the mirror's in seconds or None)."""
+    """Return why the mirror does not answer, or None; and this clock minus the mirror's in seconds, or None."""
     opener = build_opener(ProxyHandler({"http": proxy, "https": proxy} if proxy else {}))
     try:
         with opener.open(Request(url, method="HEAD", headers={"User-Agent": "mixtral-run"}), timeout=timeout) as answer:
             told = answer.headers.get("Date")
     except HTTPError as error:
-        # It answers: a folder that may not be listed (403, 404) serves its files all the same.
+        # The mirror answers: a folder that may not be listed (403, 404) can still serve its files.
         if error.code >= 500:
             return "HTTP {}".format(error.code), None
         told = error.headers.get("Date")

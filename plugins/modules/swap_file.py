@@ -1,20 +1,20 @@
 #!/usr/bin/python
-"""A swap file of the wanted size: made as the filesystem allows, on now and at boot."""
+"""Create a swap file of the given size in the way that the filesystem needs, and enable it now and at boot."""
 
 from __future__ import annotations
 
 DOCUMENTATION = """
 module: swap_file
-short_description: A swap file of the wanted size, on now and at boot
+short_description: Create a swap file of the given size, enabled now and at boot
 description:
-  - Resizes by making a second file first, so that swap is off for a moment only, and nothing is lost when the disk is full.
+  - Resizes by writing a second file first, so that swap is off only for a moment and nothing is lost on a full disk.
 options:
   host: {description: Name of the host in messages., type: str, required: true}
-  path: {description: The file., type: path, required: true}
-  size_gib: {description: "Wanted size; -1: what RAM lacks to C(target_gib); 0: none.", type: float, default: -1}
-  target_gib: {description: RAM and swap together., type: float, default: 128}
-  swappiness: {description: "vm.swappiness; -1 leaves it alone.", type: int, default: -1}
-  state: {description: C(absent) takes the kit's swap file and setting back., type: str, choices: [present, absent], default: present}
+  path: {description: Path of the swap file., type: path, required: true}
+  size_gib: {description: "Size in GiB. -1 means the difference between C(target_gib) and RAM; 0 means no swap file.", type: float, default: -1}
+  target_gib: {description: "RAM and swap together, in GiB.", type: float, default: 128}
+  swappiness: {description: "Value of vm.swappiness; -1 leaves it alone.", type: int, default: -1}
+  state: {description: C(absent) removes the kit's swap file and setting., type: str, choices: [present, absent], default: present}
 """
 
 import math
@@ -29,7 +29,7 @@ FSTAB = "/etc/fstab"
 SYSCTL = "/etc/sysctl.d/60-mixtral-run.conf"
 SWAPPINESS = "/proc/sys/vm/swappiness"
 REFUSED = ("overlay", "tmpfs", "ramfs", "zfs", "nfs", "nfs4", "aufs", "fuse.overlayfs", "squashfs")
-# fallocate leaves unwritten extents, which swap takes on these; elsewhere zeros are written (XFS before Linux 4.18 too).
+# On these, swap accepts the unwritten extents that fallocate leaves. Elsewhere zeros are written (XFS before Linux 4.18 too).
 FALLOCATE = ("ext4", "xfs")
 KEEP_FREE_GIB = 5
 MIB = 2**20
@@ -58,12 +58,12 @@ def _wanted_mib(params):
     if params["size_gib"] >= 0:
         return int(params["size_gib"] * 1024)
     ram = probe.memory()["ram_gib"]
-    # 128 GB of modules show as some 125 GiB, which is enough.
+    # Memory modules of 128 GB show as about 125 GiB, which is enough.
     return 0 if ram >= params["target_gib"] * 0.95 else math.ceil(params["target_gib"] - ram) * 1024
 
 
 class Swap:
-    """One run of the module; `done` lists what changed, in words."""
+    """State of one run of the module. `done` lists the changes as phrases."""
 
     def __init__(self, module):
         self.module, self.check, self.path = module, module.check_mode, module.params["path"]
@@ -140,7 +140,7 @@ class Swap:
         fresh = self.path + ".new" if there else self.path
         self._write(fresh, wanted, filesystem)
         if there:
-            # The kernel renames no file that is in use as swap, so there is a moment without any.
+            # The kernel cannot rename a file that is in use as swap, so for a moment no swap is enabled.
             if self._is_on(self.path):
                 self._off(self.path, cleanup=fresh)
             os.rename(fresh, self.path)
@@ -148,7 +148,7 @@ class Swap:
         self.now_mib = wanted
 
     def _finish_switch(self):
-        """A run that was killed while it resized leaves PATH.new behind."""
+        """Remove PATH.new, which a run that was killed during a resize leaves behind."""
         fresh = self.path + ".new"
         if os.path.exists(fresh) and not self.check:
             run(["swapoff", fresh], timeout=600)
@@ -158,7 +158,7 @@ class Swap:
         remove(path)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         if filesystem == "btrfs":
-            run(["chattr", "+C", path])  # swap takes no copy-on-write file
+            run(["chattr", "+C", path])  # the kernel refuses a copy-on-write file as swap
         answer = (
             run(["fallocate", "--length", "{}M".format(mib), path], timeout=600) if filesystem in FALLOCATE else None
         )
@@ -175,7 +175,7 @@ class Swap:
         if answer.code:
             remove(path)
             if path == self.path and not self.check:
-                self.record.values.pop("path", None)  # there is nothing to take back
+                self.record.values.pop("path", None)  # nothing is left to remove
                 self.record.save()
             self._refuse(last_lines(answer, 2), "a swap file that the kernel takes",
                          "holes, copy-on-write or an overlay are not taken: put swap_path on ext4 or xfs")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Simulated hosts, a home with a key, and a state folder for the tests of the operator's side."""
+"""Fixtures for the tests of the operator's side: simulated hosts, a home folder with a key, and a state folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Run = Callable[..., tuple[BootstrapEnd, str]]
 
 @pytest.fixture(scope="session")
 def docker_engine() -> Iterator[None]:
-    """An engine that answers. The hosts' package server goes at the end, unless others of this checkout use it."""
+    """Require a Docker engine that answers. At the end, stop the package server unless this checkout still uses it."""
     reason = why_no_engine()
     if reason is not None:
         missing(reason)
@@ -48,14 +48,14 @@ def sshd_installed() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home folder with an SSH key, which an agent offers, and a state folder of its own."""
+    """Yield a home folder with an SSH key that an agent offers, and with its own state folder."""
     folder = tmp_path / "home"
     (folder / ".ssh").mkdir(parents=True, mode=0o700)
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
     key = folder / ".ssh/id_ed25519"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    # ssh looks for keys in the home folder of the user database, not of HOME: an agent offers this one.
+    # ssh looks for keys in the home folder of the user database, not in HOME, so an agent offers this key.
     agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(folder / "agent")], stdout=subprocess.DEVNULL)
     monkeypatch.setenv("SSH_AUTH_SOCK", str(folder / "agent"))
     while subprocess.run(["ssh-add", "-q", str(key)], check=False, capture_output=True).returncode:
@@ -67,7 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def light_hosts(home: Path, tmp_path: Path) -> Iterator[HostMaker]:
-    """A function that starts so many simulated hosts; they end with the test."""
+    """Yield a function that starts a number of simulated hosts. They stop at the end of the test."""
     started: list[LightHost] = []
 
     def make(count: int) -> list[LightHost]:
@@ -82,7 +82,7 @@ def light_hosts(home: Path, tmp_path: Path) -> Iterator[HostMaker]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """A function that bootstraps hosts with the small playbook; returns the end and all that was said."""
+    """Return a function that bootstraps hosts with the small playbook and returns the result and all output."""
     monkeypatch.setattr(module, "playbook", {"bootstrap": PLAYBOOKS / "small.yml"}.__getitem__)
 
     def call(*targets: str, more: tuple[str, ...] = (), **settings: Any) -> tuple[BootstrapEnd, str]:
@@ -100,7 +100,7 @@ def inventory_name(host: LightHost) -> str:
 
 @contextmanager
 def seen_arguments() -> Iterator[list[str]]:
-    """The arguments of all processes of this machine and its containers meanwhile, looked at ten times a second."""
+    """Collect the arguments of all processes of this machine and its containers, ten times a second."""
     seen: list[str] = []
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Docker engine of a simulated host: containers are files in a folder of the host."""
+"""Stand-in for the Docker engine of a simulated host. Its containers are files in a folder of the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ esac
 
 
 class StandInEngine:
-    """What the engine of a simulated host has and answers."""
+    """Stand-in engine of a simulated host: its containers and its answers."""
 
     def __init__(self, host: LightHost) -> None:
         self.folder = host.folder / "engine"
@@ -32,14 +32,14 @@ class StandInEngine:
         host.program("docker", STANDIN_DOCKER.format(folder=self.folder))
 
     def add(self, job: str, num_hosts: int = 1, ends_with: int = 0) -> None:
-        """A container that runs."""
+        """Add a running container."""
         cells = (job, "finetune", "running", "0", "false", "2026-01-01T00:00:00.0Z", "/out", str(num_hosts))
         (self.folder / "containers" / job).write_text("\t".join(cells) + "\n")
         (self.folder / f"{job}.exit").write_text(str(ends_with))
         self.print(job, "")
 
     def print(self, job: str, output: str, errors: str = "") -> None:
-        """What a container has printed, at one moment."""
+        """Set the output of a container; all lines have the same time."""
         for suffix, text in (("out", output), ("err", errors)):
             lines = [f"2026-01-01T00:00:00.000000001Z {line}\n" for line in text.splitlines()]
             (self.folder / f"{job}.{suffix}").write_text("".join(lines))

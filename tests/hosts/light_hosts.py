@@ -1,7 +1,7 @@
-"""Simulated hosts: one unprivileged sshd each, on a loopback port, with host keys and an environment of their own.
+"""Simulated hosts: one unprivileged sshd each, on a loopback port, with its own host key and environment.
 
-STAND-IN for machines: all share this machine's files and users. What a host "has" (nvidia-smi, docker, sudo) is a
-folder of programs that stands first on its PATH.
+STAND-IN for machines: all hosts share this machine's files and users. The programs of a host (nvidia-smi, docker, sudo)
+are in a folder that comes first on its PATH.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SSHD = "/usr/sbin/sshd"
 
 @dataclass
 class LightHost:
-    """A simulated host that can be started, killed and reimaged."""
+    """Simulated host that can be started, killed and reimaged."""
 
     name: str
     folder: Path
@@ -38,7 +38,7 @@ class LightHost:
         return f"{getpass.getuser()}@127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """The host comes up; returns once it answers."""
+        """Start the host and wait until it answers."""
         self.launch()
         wait_for([self])
 
@@ -53,7 +53,7 @@ class LightHost:
         )
 
     def stop(self) -> None:
-        """The host goes down; sessions on it end."""
+        """Stop the host and end its sessions."""
         if self.process is None:
             return
         for each in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
@@ -63,7 +63,7 @@ class LightHost:
         self.process = None
 
     def reimage(self) -> None:
-        """A new host key."""
+        """Restart the host with a new host key."""
         self.stop()
         for file in self.folder.glob("host_key*"):
             file.unlink()
@@ -82,7 +82,7 @@ def _make_key(path: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, from below those that the kernel gives to outgoing connections meanwhile."""
+    """Return free ports from below the range that the kernel uses for outgoing connections."""
     ports: list[int] = []
     while len(ports) < count:
         port = random.randrange(20000, 32000)
@@ -107,7 +107,7 @@ def make_hosts(folder: Path, count: int, authorized_keys: Path) -> list[LightHos
         for suffix in ("", ".pub"):
             shutil.copy(folder / f"host_key{suffix}", own / f"host_key{suffix}")
         host = LightHost(name=name, folder=own, port=port, programs=own / "bin")
-        # Root needs no sudo to become root, and not every machine has it.
+        # Root needs no sudo, and not every machine has it.
         host.program("sudo", STANDIN_SUDO)
         path = f"{own / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         (own / "sshd_config").write_text(

@@ -1,4 +1,4 @@
-"""Wrong settings and hosts that fall short: the message says host, expected, found and next, and nothing is changed."""
+"""Wrong settings and insufficient hosts: the message names host, expected, found and next, and nothing is changed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from mixtral_run.fleet.testhosts.__main__ import inventory
 ROOT = Path(__file__).parents[2]
 NAME = "bad-input"
 NOWHERE = "http://127.0.0.1:9"
-# What any login over SSH touches, and what belongs to the machine rather than to the host's installation.
+# All files except those that any login over SSH changes and those of the machine that the host runs on.
 FILES = (
     "find / -xdev -type f -not -path '/proc/*' -not -path '/home/*' -not -path '/root/*' -not -path '/tmp/*' "
     "-not -path '/var/log/*' -not -path '/run/*' -not -path '/var/lib/systemd/*' -not -name '*.pyc' "
@@ -75,7 +75,7 @@ def test_it_is_refused_in_words(inventory_file: Path, tags: str, variables: dict
     argv += ["--tags", tags, "--extra-vars", json.dumps(variables)]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    # Long lines are wrapped where a terminal is assumed.
+    # Ansible wraps long lines if it assumes a terminal.
     output = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 2, output
     missing = [words for words in expected if words not in output]

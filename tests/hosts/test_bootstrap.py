@@ -1,6 +1,6 @@
-"""bootstrap over simulated hosts with a small playbook: what goes wrong on one keeps no other from its end.
+"""bootstrap over simulated hosts with a small playbook: a failure on one host does not stop the others.
 
-The real playbook over real throw-away hosts is in test_end_to_end.py: simulated hosts share this machine's files.
+test_end_to_end.py runs the real playbook over throw-away hosts, because simulated hosts share this machine's files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.support.screen import on_terminal
 
 
 def command_line(playbook: Path) -> str:
-    """A program that is mixtral-run with another playbook for bootstrap."""
+    """Return a program that runs mixtral-run with another playbook for bootstrap."""
     return (
         "from pathlib import Path\nimport sys, mixtral_run.fleet.bootstrap.bootstrap as module\n"
         f"module.playbook = lambda name: Path({str(playbook)!r})\n"
@@ -116,7 +116,7 @@ def test_a_second_run_changes_nothing_and_check_changes_nothing(
     assert not (tmp_path / f"{inventory_name(host)}.conf").exists()
     end, _ = run(host.target)
     assert next(iter(end.progress.hosts.values())).changed == 1
-    end, _ = run()  # without a name: the fleet that was set up before
+    end, _ = run()  # no name means the fleet that was set up before
     assert next(iter(end.progress.hosts.values())).changed == 0
     with pytest.raises(ConfigError, match="nothing to retry"):
         last_request()
@@ -124,7 +124,7 @@ def test_a_second_run_changes_nothing_and_check_changes_nothing(
 
 def test_a_changed_host_key_is_refused_until_it_is_accepted(run: Run, light_hosts: HostMaker, home: Path) -> None:
     (host,) = light_hosts(1)
-    # The user's own file knows the old key as well, and stays as it is.
+    # The user's own known_hosts file contains the old key as well and stays unchanged.
     own = home / ".ssh/known_hosts"
     own.write_text(f"[127.0.0.1]:{host.port} {(host.folder / 'host_key.pub').read_text()}")
     before = own.read_text()
@@ -151,13 +151,13 @@ def test_a_users_inventory_is_taken_as_it_is(run: Run, light_hosts: HostMaker, t
         "mixtral_hosts:\n  hosts:\n"
         f"    rack-1: {{ansible_host: 127.0.0.1, ansible_port: {first.port}}}\n"
         f"    rack-2: {{ansible_host: 127.0.0.1, ansible_port: {second.port},"
-        # As a jump host would be given: the kit's own record of host keys still counts.
+        # A jump host is set in the same way. The kit's own record of host keys still applies.
         " ansible_ssh_common_args: '-o ConnectionAttempts=2'}\n"
     )
     end, _ = run(inventory=inventory, limit="rack-2")
     assert list(end.progress.hosts) == ["rack-2"]
     assert (tmp_path / "rack-2.conf").read_text() == "host rack-2 from the group\n"
-    # The remembered host is set up again with what stands in its inventory.
+    # The remembered host is set up again with the variables of its inventory.
     (tmp_path / "rack-2.conf").unlink()
     end, _ = run()
     assert not end.progress.bad
@@ -180,7 +180,7 @@ def test_a_host_of_an_inventory_is_not_set_up_without_its_variables(
         with pytest.raises(ConfigError, match=f"bootstrap -i {inventory} --limit rack-1"):
             run(words)
     assert remembered_hosts() == (known,)
-    # A job that goes there so leaves it as it is, too.
+    # A job that reaches the host by its address does not change the record either.
     StandInEngine(host)
     config = FinetuneConfig(load=Path("base"), save=Path("adapter"), mock_data=True)
     start("finetune", config, JobOptions(on=(host.target,), checkpoints_folder=str(tmp_path)))
@@ -194,7 +194,7 @@ def test_an_inventory_may_compute_its_hosts_from_the_environment(
     run: Run, light_hosts: HostMaker, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (host,) = light_hosts(1)
-    # As a cloud's plugin would: no key, no host.
+    # Like a cloud's inventory plugin, the script lists no host without its key.
     hosts = {"rack-1": {"ansible_host": "{{ 'local' ~ 'host' }}", "ansible_port": "{{ port }}", "port": host.port}}
     listing = {"all": {"hosts": list(hosts)}, "_meta": {"hostvars": hosts}}
     inventory = tmp_path / "cloud"
@@ -228,7 +228,7 @@ def test_ctrl_c_stops_within_a_second_and_says_what_was_left(light_hosts: HostMa
     process = subprocess.Popen(
         [sys.executable, "-c", command_line(PLAYBOOKS / "small.yml"), "bootstrap", host.target, "-e", variables],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        # A shell that starts us in the background has switched SIGINT off.
+        # A shell that starts the tests in the background disables SIGINT.
         preexec_fn=lambda: __import__("signal").signal(2, __import__("signal").default_int_handler),
     )  # fmt: skip
     plays = Path(os.environ["XDG_STATE_HOME"]) / "mixtral-run/plays"
@@ -241,7 +241,7 @@ def test_ctrl_c_stops_within_a_second_and_says_what_was_left(light_hosts: HostMa
     pressed = time.monotonic()
     process.send_signal(2)
     output, _ = process.communicate(timeout=30)
-    assert time.monotonic() - pressed < 1.5  # a second, and the interpreter's own end on a busy machine
+    assert time.monotonic() - pressed < 1.5  # one second, plus the interpreter's shutdown on a busy machine
     assert process.returncode == 130
     assert "stopped at Take a while" in output
     assert "retry: mixtral-run bootstrap --retry" in output
@@ -254,7 +254,7 @@ def test_the_token_is_in_no_argument_artifact_or_log(
     (host,) = light_hosts(1)
     token, secret = "hf_abcdefghijklmnopqrstuvwxyz", tmp_path / "token"
     secret.write_text(token + "\n")
-    monkeypatch.setenv("HF_TOKEN", token)  # as many have it on their laptops
+    monkeypatch.setenv("HF_TOKEN", token)  # as on many laptops
     secret.chmod(0o600)
     with seen_arguments() as seen:
         end, text = run(host.target, hf_token_file=secret, become_password="the sudo password")
@@ -312,7 +312,7 @@ def test_fifty_hosts_are_shown_and_read_within_two_minutes(light_hosts: HostMake
 
 
 def standin_nvidia_smi(driver: str) -> str:
-    """STAND-IN: answers the one query that the kit makes, for 8 GPUs."""
+    """Return a STAND-IN for nvidia-smi that answers the kit's only query, for 8 GPUs."""
     rows = "\n".join(f"{n}, NVIDIA H100 80GB HBM3, GPU-{n}, 81559, {driver}, 40, 0" for n in range(8))
     return f"#!/bin/sh\ncat <<'END'\n{rows}\nEND\n"
 
@@ -323,9 +323,9 @@ def test_a_host_alone_in_its_turn_keeps_no_later_one_from_its_end(
 ) -> None:
     first, second, third = light_hosts(3)
     assert first.process is not None
-    # The playbook as it is, over roles that do nothing but, in the middle, fail or cut the first host off.
+    # The real playbook runs stub roles. One of them fails on the first host or ends its connection.
     book = tmp_path / "playbooks/bootstrap.yml"
-    for folder in ("playbooks", "roles"):  # the real roles for the check of their variables alone
+    for folder in ("playbooks", "roles"):  # the real roles are used for the check of their variables only
         shutil.copytree(provisioning_folder() / folder, tmp_path / folder)
     break_off = f"pkill -9 -P {first.process.pid}; kill -9 {first.process.pid}" if lost else "exit 1"
     roles = ("preflight", "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "acceptance")

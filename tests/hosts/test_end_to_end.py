@@ -1,7 +1,7 @@
-"""From two bare hosts to an adapter here, by the command line, over real SSH, on throw-away hosts.
+"""From two bare hosts to an adapter on this machine, by the command line, over real SSH, on throw-away hosts.
 
-Only the GPUs are missing: jobs run on the CPU, at the rehearsal's size, in an image that one host builds of wheels and
-the other loads from an archive.
+Only the GPUs are missing: jobs run on the CPU, at the size of the rehearsal. One host builds the image from wheels, and
+the other loads it from an archive.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examp
 from tests.hosts.conftest import seen_arguments
 from tests.support.hub_server import COMMIT, NAME, serving
 
-# The first test pays for the image and for both hosts.
+# The first test includes the time to build the image and to start both hosts.
 pytestmark = pytest.mark.timeout(1800)
 
 NAMES = ("fleet-one", "fleet-two")
@@ -47,7 +47,7 @@ LAYOUT = (
 
 @dataclass
 class Operator:
-    """A laptop: its state folder and agent, and the command line run there."""
+    """Laptop of an operator: its state folder and agent, and the command line that runs there."""
 
     folder: Path
     environment: dict[str, str]
@@ -60,14 +60,14 @@ class Operator:
         return done
 
     def run(self, *words: str, code: int = 0) -> str:
-        """Run mixtral-run, check its exit code, return all it printed."""
+        """Run mixtral-run, check its exit code, and return all its output."""
         done = self.call(*words, code=code)
         return done.stdout + done.stderr
 
 
 @dataclass
 class Fleet:
-    """The throw-away hosts by name, as they are now."""
+    """Current throw-away hosts by name."""
 
     hosts: dict[str, targets.Host]
 
@@ -103,7 +103,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
 
 
 def bare_host(name: str) -> targets.Host:
-    """A host new from its installer. Its disk has the base image of builds, so that no registry is asked for it."""
+    """Start a freshly installed host. Its disk holds the base image of builds, so that no registry is needed."""
     return targets.reimage(name, disk=with_images("bookworm"))
 
 
@@ -119,7 +119,7 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
         "image_wheelhouse": f"{targets.SHOWN_CACHE}/wheelhouse",
         "image_archive": LAYERS_ON_HOST, "image_archive_on_host": True, "image_archive_name": ARCHIVE_NAME,
     }  # fmt: skip
-    del settings["image_requirements"]  # the whole image: every verb runs in it
+    del settings["image_requirements"]  # the complete image, because every verb runs in it
     (operator.folder / "variables.json").write_text(json.dumps(settings))
     yield fleet
     for name in NAMES:
@@ -127,20 +127,23 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
 
 
 def changed_hosts(output: str) -> dict[str, int]:
-    """How much a bootstrap changed by host, from the table at its end."""
+    """Return the number of changes per host, from the table at the end of a bootstrap."""
     rows = re.findall(r"^✓ (\S+)\s+done\s+(\d+)\s+\d+", output, re.MULTILINE)
     return {name: int(changed) for name, changed in rows}
 
 
 @pytest.fixture(scope="module")
 def bootstrapped(operator: Operator, fleet: Fleet) -> dict[str, int]:
-    """How much one bootstrap of both bare hosts changed on each."""
+    """Bootstrap both bare hosts and return the number of changes per host."""
     return changed_hosts(operator.run("bootstrap", *map(fleet.target, NAMES), *SETTINGS))
 
 
 @pytest.fixture(scope="module")
 def up(operator: Operator, fleet: Fleet, bootstrapped: dict[str, int]) -> Callable[..., str]:
-    """Call `up` for the first host with further words; the first call finds it set up, with the model's weights."""
+    """Return a function that calls `up` for the first host with further arguments.
+
+    The first call finds the host set up, with the model's weights.
+    """
     container = targets.container_name(NAMES[0])
     call("docker", "exec", container, "mkdir", "-p", MODELS)
     call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{MODELS}/tiny")
@@ -153,13 +156,13 @@ def up(operator: Operator, fleet: Fleet, bootstrapped: dict[str, int]) -> Callab
 
 @pytest.fixture(scope="module")
 def brought_up(up: Callable[..., str]) -> str:
-    """What `up` said the first time."""
+    """Return the output of the first `up`."""
     return up("--data-path", "my pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
 def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str], str]:
-    """Both hosts with a converted model, and an adapter on the first; gives a host's name for --on."""
+    """Return a function that gives a host's name for --on. Both hosts have a converted model, the first an adapter."""
     container = targets.container_name(NAMES[1])
     call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{CHECKPOINTS}/hf-model")
     convert = ("--hf-model-path", f"{CHECKPOINTS}/hf-model", "--output-path", "base", *LAYOUT[:4])
@@ -180,7 +183,7 @@ def test_check_tells_what_it_would_do_and_leaves_bare_hosts_as_they_are(operator
 def test_two_bare_hosts_are_set_up_by_one_command(fleet: Fleet, bootstrapped: dict[str, int]) -> None:
     assert set(bootstrapped) == {fleet.target(name).split("@")[1] for name in NAMES}
     assert min(bootstrapped.values()) > 0
-    # A loaded image or one of a registry has no such label.
+    # An image that was loaded or pulled from a registry has no such label.
     label = '{{ with .Config.Labels }}{{ index . "org.mixtral-run.inputs" }}{{ end }}'
     labels = [host.run("docker", "image", "inspect", IMAGE, "--format", label).strip() for host in fleet.hosts.values()]
     assert [len(each) for each in labels] == [64, 0]
@@ -239,7 +242,7 @@ def test_two_hosts_train_one_job(operator: Operator, set_up: Callable[[str], str
 
 def test_the_images_hf_downloads_the_model(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:
     host = fleet.hosts[NAMES[0]]
-    gateway = host.shell("ip route show default").split()[2]  # this machine, as the host sees it
+    gateway = host.shell("ip route show default").split()[2]  # this machine's address as seen from the host
     with serving(operator.folder / "hf-model", "0.0.0.0") as hub:
         model = {"hf_cache_model": NAME, "hf_cache_endpoint": f"http://{gateway}:{hub.server_address[1]}"}
         words = ("bootstrap", set_up(NAMES[0]), *SETTINGS, "--tags", "hf_cache", "-e", json.dumps(model))
@@ -265,7 +268,7 @@ def test_a_host_that_dies_stops_the_other(operator: Operator, fleet: Fleet, set_
 
 
 def answer_prompt(operator: Operator, words: tuple[str, ...], prompt: str, password: str) -> None:
-    """Run mixtral-run in a terminal, answer its prompt, and see that it ends well and shows nothing of the answer."""
+    """Run mixtral-run in a terminal, answer its prompt, and check that it succeeds without showing the answer."""
     terminal = pexpect.spawn(
         sys.executable, ["-m", "mixtral_run", *words],
         cwd=str(operator.folder), env=operator.environment, encoding="utf-8", timeout=240, dimensions=(40, 120),
@@ -281,7 +284,7 @@ def answer_prompt(operator: Operator, words: tuple[str, ...], prompt: str, passw
 def test_the_token_is_on_the_host_in_one_file_and_nowhere_else_and_nothing_listens(
     operator: Operator, fleet: Fleet, set_up: Callable[[str], str]
 ) -> None:
-    # Another one, typed in: no host has it yet, so it has to go all the way. What is looked for is in both.
+    # This other token is typed in. No host has it yet, so it must be sent. It contains TOKEN, which the test looks for.
     typed = TOKEN + "Typed"
     words = ("-e", "@variables.json", "--tags", "hf_cache", "--hf-token-file", "-")
     with seen_arguments() as seen:
@@ -301,7 +304,7 @@ def test_the_token_is_on_the_host_in_one_file_and_nowhere_else_and_nothing_liste
             check=False,
         )
         assert found.split() == [home, "0", "0"]
-        # Loopback is containerd's own.
+        # containerd itself listens on loopback.
         listening = {line.split()[3] for line in host.run("ss", "-Hltn").splitlines()}
         assert {each for each in listening if not each.startswith("127.")} == {"0.0.0.0:22", "[::]:22"}
     for file in (operator.folder / "state").rglob("*"):
@@ -321,7 +324,7 @@ def test_after_a_reimage_one_host_changes_and_the_other_does_not(
         f"{CHECKPOINTS}/adapter ",
     ):
         assert word in page.read_text()
-    # The same host name with a new key, an empty disk, and here a new port: the engine gives each container its own.
+    # The host has the same name, a new key, an empty disk, and a new port, which the engine assigns to each container.
     fleet.hosts[second] = bare_host(second)
     moved = fleet.target(second)
     words = ("bootstrap", fleet.target(first), moved, *SETTINGS)

@@ -1,4 +1,4 @@
-"""What `fetch` leaves behind: over a real sshd, from a simulated host."""
+"""Files that `fetch` leaves on the operator's machine, from a simulated host over a real sshd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.hosts.conftest import HostMaker
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the person is in, with something of theirs."""
+    """Return the current folder of the user, with one of the user's files in it."""
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")

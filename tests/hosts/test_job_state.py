@@ -1,4 +1,4 @@
-"""What `jobs` and `stop` say where an engine or a host does not answer: over a real sshd, with a stand-in engine."""
+"""Output of `jobs` and `stop` if an engine or a host does not answer, over a real sshd with a stand-in engine."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_start_of_a_name_stops_the_only_job_that_runs(light_hosts: HostMaker
     assert [line for line in engine.calls.read_text().splitlines() if line.startswith("stop")] == [
         "stop --time 330 finetune-2"
     ]
-    # Now that all have ended, and where several run, the start of a name does not say which.
+    # If all jobs have ended, or if several run, the prefix of a name is ambiguous.
     assert "Several jobs" in str(stop("finetune-", host.target).exception)
     for job in ("finetune-4", "finetune-5"):
         engine.add(job)
@@ -141,7 +141,7 @@ def test_the_two_outputs_of_a_job_stay_apart(light_hosts: HostMaker, follow: lis
     assert json.loads("\n".join(lines)) == json.loads(document)
     assert [line.rsplit(" ", 1)[-1] for line in done.stderr.splitlines()] == ["loading", "generating"]
     merged = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
-    # sshd reads the program's two pipes as it likes, so their order is not asked for.
+    # sshd reads the program's two pipes in any order, so the order between them is not checked.
     assert sorted(merged.stdout.splitlines()) == sorted(done.stdout.splitlines() + done.stderr.splitlines())
 
 

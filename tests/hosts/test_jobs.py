@@ -1,4 +1,4 @@
-"""Jobs in real containers of a real engine, reached over a real sshd. Only the program in the image is a stand-in."""
+"""Jobs in real containers of a real engine, over a real sshd. Only the program in the image is a stand-in."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_leaving_by_ctrl_c_twice_lets_the_job_go_on(options: JobOptions) -> None
     job = start("finetune", finetune(train_iters=80), options)
     said: list[str] = []
     before = signal.getsignal(signal.SIGALRM)
-    # The alarm interrupts this thread as Ctrl-C would, twice, and is off again when the test ends.
+    # The alarm interrupts this thread twice, as Ctrl-C would. It is disabled at the end of the test.
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 1.5, 1.0)
     try:
@@ -168,7 +168,7 @@ def test_the_token_reaches_a_job_by_file_and_is_seen_nowhere(
 ) -> None:
     token = "hf_0123456789abcdefghij"
     (Path(options.hf_home) / "token").write_text(token)
-    # As many have it on their laptops: in the environment, and in the file that huggingface_hub keeps.
+    # As on many laptops, the token is in the environment and in the file that huggingface_hub writes.
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, token)
     (home / ".cache/huggingface").mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_the_token_reaches_a_job_by_file_and_is_seen_nowhere(
         output = follow(job)
     assert f"token of {len(token)} characters" in output
     inspected = engine(Ssh(), job.hosts[0], "inspect", job.name).output
-    # What is looked at is what would show it: the container's whole record, and each program that was run for the job.
+    # Check that the data searched below would show it: the container's record, and every program run for the job.
     assert "PYTHONUNBUFFERED=1" in inspected
     for program in ("docker run", "ssh -o", "mixtral-run finetune --config"):
         assert any(program in words and (job.name in words or "--config" in words) for words in seen), program

@@ -1,4 +1,4 @@
-"""Every role on hosts with systemd, SSH and an engine of their own, by molecule: a scenario each, one for the chain."""
+"""Molecule scenarios of every role, and one of the whole chain, on hosts with systemd, SSH and their own engine."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ SCENARIOS = [
     "tests/molecule/bootstrap",
 ]  # fmt: skip
 SCENARIO_SECONDS = 1500
-# What runs every scenario: a change of it makes all of them run again.
+# Files that run the scenarios. If one of them changes, all scenarios run again.
 HARNESS = tuple(
     str(place.relative_to(ROOT))
     for place in (Path(testhosts.__file__).parent, Path(__file__), Path(scenario_results.__file__))
@@ -59,7 +59,7 @@ def run_scenario(scenario: Scenario, tmp_path: Path) -> None:
         "MOLECULE_GLOB": f"{scenario.folder}/molecule.yml",
         "MIXTRAL_RUN_ROOT": str(ROOT),
         "MIXTRAL_RUN_TEST_INVENTORY": str(tmp_path / "hosts.json"),
-        # State of a killed run, which says that hosts were created, is not found here.
+        # A folder of its own, so that molecule finds no state of a killed run, which would say that hosts exist.
         "MOLECULE_EPHEMERAL_DIRECTORY": str(tmp_path / "molecule"),
         "ANSIBLE_NOCOLOR": "1",
         "NO_COLOR": "1",

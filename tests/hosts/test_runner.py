@@ -1,4 +1,4 @@
-"""Real plays over simulated hosts: what the runner tells, keeps and leaves behind."""
+"""Real plays over simulated hosts: the progress that the runner reports, its artifacts, and its cleanup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.hosts.conftest import PLAYBOOKS, HostMaker
 
 def small_play(hosts: tuple[Host, ...], folder: Path, **variables: object) -> Play:
     options = connection_options(Ssh().known_hosts)
-    # Simulated hosts share this machine, whose newest Python may be a shim of some version manager.
+    # Simulated hosts share this machine, whose newest Python may be the shim of a version manager.
     values = {"small_folder": str(folder), "ansible_python_interpreter": sys.executable, **variables}
     return Play(playbook=PLAYBOOKS / "small.yml", hosts=hosts, variables=values, diff=True, ssh_args=tuple(options))
 

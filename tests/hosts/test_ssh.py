@@ -1,4 +1,4 @@
-"""Connections that are dropped before anything runs over them, as a jump host's MaxStartups does; with a real sshd."""
+"""Connections of a real sshd that are dropped before a command runs, as the MaxStartups of a jump host does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.hosts.light_hosts import SSHD, LightHost
 
 
 def dropping(host: LightHost, count: int, folder: Path) -> Host:
-    """A host that drops its first connections, and counts all."""
+    """Return a host that drops its first `count` connections and counts all of them."""
     script = folder / "connect"
     tries = shlex.quote(str(folder / "tries"))
     script.write_text(

@@ -1,4 +1,4 @@
-"""What stands in ~/.ssh/config holds: names, ports, users, keys and jump hosts, for plays and all the rest."""
+"""Names, ports, users, keys and jump hosts of ~/.ssh/config, which apply to plays and to all other connections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.hosts.light_hosts import LightHost
 
 @pytest.fixture(autouse=True)
 def ssh_of_this_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """STAND-IN for a user whose home this is: ssh looks for its file in the home of the user database, not of HOME."""
+    """Set up a STAND-IN for a user with this home, because ssh finds it in the user database and not in HOME."""
     folder = tmp_path / "programs"
     folder.mkdir()
     (folder / "ssh").write_text(f"#!/bin/sh\nexec /usr/bin/ssh -F '{home}/.ssh/config' \"$@\"\n")
@@ -31,7 +31,7 @@ def ssh_of_this_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def key(home: Path) -> Path:
-    """A key that no agent offers."""
+    """Return a key that no agent offers."""
     file = home / ".ssh/fleet key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(file)], check=True)
     return file
@@ -66,7 +66,7 @@ def test_name_port_user_and_key_come_from_there(
     me = entry("gpu-01", host, key, f"User {getpass.getuser()}")
     (home / ".ssh/config").write_text(me + entry("gpu-02", host, key, "User nobody-there"))
     end, text = run("gpu-01", "gpu-02", host.target)
-    # The key alone opens the door, and the user's name counts.
+    # The host accepts this key only, and the name of the user is taken from the file.
     assert "1 done, 2 unreachable in" in text
     assert text.count("refuses the key") >= 2
     (done,) = (each for each in end.progress.hosts.values() if each not in end.progress.bad)
@@ -93,7 +93,7 @@ def test_hosts_behind_a_jump_host_are_reached(
     own = ("GlobalKnownHostsFile none", f"UserKnownHostsFile {known}", "StrictHostKeyChecking yes")
     config.write_text(entry("bastion", jump, key, *own) + entry("gpu-01", host, key, "ProxyJump bastion"))
     _, text = run("gpu-01")
-    # Whom to trust on the way is the user's to say, and no matter of the host's own key.
+    # The user decides which jump host to trust. The host's own key plays no part in it.
     assert "The key of the jump host before gpu-01 is not" in text
     assert "--accept-new-host-key" not in text
     known.write_text(f"[127.0.0.1]:{jump.port} {(jump.folder / 'host_key.pub').read_text()}")
@@ -141,7 +141,7 @@ def test_a_jump_host_with_a_new_key_is_told_from_the_host_behind_it(
 
     trust_jump_host()
     run("gpu-01")
-    # Behind a jump host that is what it was, it is the host's own key still.
+    # If the jump host has not changed, the new key is the host's own.
     host.reimage()
     assert "--accept-new-host-key gpu-01 gpu-01" in run("gpu-01")[1]
     jump.reimage()

@@ -1,4 +1,4 @@
-"""The status page in a real browser: it sorts and filters offline, and takes nothing that a host says for HTML."""
+"""Status page in a real browser: it sorts and filters offline, and escapes all text that comes from a host."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_screenshot_has_the_schemes_background(chromium: str, tmp_path: Path, 
 
 
 def corner(png: Path) -> tuple[int, int, int]:
-    """Color of the first pixel: of the first row all PNG filters but Paeth leave it as it is, and that does, too."""
+    """Return the color of the first pixel, which every PNG filter leaves unchanged in the first row."""
     import zlib
 
     data, place, compressed = png.read_bytes(), 8, b""

@@ -1,4 +1,4 @@
-"""The test hosts themselves: what a killed run leaves is no host's, and the disks that they start from."""
+"""Tests of the test hosts themselves: the cleanup after a killed run, and the disks that the hosts start from."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ NAME = "leftover"
 @pytest.mark.timeout(900)  # the first time it builds the image
 @pytest.mark.parametrize("again", ["start", "remove"])
 def test_what_a_host_left_whose_engine_was_killed_is_cleared(docker_engine: None, again: str) -> None:
-    """Its swap is on still, so that its disk could not be removed; a host of its name began with that swap file."""
+    """Clear a host whose swap is still on. Its disk could not be removed, and the next host would get its swap file."""
     file = f"{hosts.DATA_FOLDER}/swapfile-{NAME}"
     host = hosts.start(NAME)
     try:
@@ -22,7 +22,7 @@ def test_what_a_host_left_whose_engine_was_killed_is_cleared(docker_engine: None
         if again == "start":
             assert not hosts.start(NAME).shell(f"ls {file}", check=False)
             with pytest.raises(TargetError, match="already in use"):
-                hosts.start(NAME)  # a host that runs is nobody's to take away
+                hosts.start(NAME)  # a running host is never taken over
     finally:
         hosts.remove(NAME)
     assert not hosts.left_of(NAME)
@@ -31,7 +31,7 @@ def test_what_a_host_left_whose_engine_was_killed_is_cleared(docker_engine: None
 
 @pytest.mark.timeout(1800)  # the first time it builds the image below the kit's
 def test_a_host_shares_nothing_that_an_engine_rewrites_with_the_disk_it_starts_from(docker_engine: None) -> None:
-    """Layers are hard links, which is what makes it quick; a file that an engine writes in place must be the host's."""
+    """Share the layers by hard links, which is fast, but copy every file that an engine writes in place."""
     source = disks.with_images("bookworm")
     own = "find . -path './overlay2/*/diff' -prune -o -type f -links +1 -print"
     shared = "find overlay2/*/diff -type f -links +1 -print -quit"

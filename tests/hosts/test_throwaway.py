@@ -1,4 +1,4 @@
-"""rehearse --host: a throw-away host where an engine answers; where none does, it says so and shows the way."""
+"""rehearse --host: it starts a throw-away host if an engine answers; otherwise it reports that and the next step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rehearse() -> subprocess.CompletedProcess[str]:
 
 
 def left_of(name: str) -> set[str]:
-    """What the engine still has of a throw-away host: container, disk and package server."""
+    """Return the objects of a throw-away host that the engine still has: container, disk and package server."""
     servers = call("docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{CONTAINER}$").split()
     return hosts.left_of(name) | set(servers)
 
@@ -44,17 +44,17 @@ def left_of(name: str) -> set[str]:
 def test_a_host_is_started_set_up_and_does_the_whole_job(
     docker_engine: None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))  # it lies in the real home
+    monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))  # the cache is in the real home folder
     write_private(known_hosts_file(), "".join(f"[127.0.0.1]:{port} {OLD_KEY}\n" for port in PORTS))
     done = rehearse()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert re.search(rf"^✓ {NAME} +done +[1-9]", done.stdout, re.MULTILINE)
     assert "PEFT over HF gives the same logits" in done.stdout
     assert "A bare host was set up over SSH, and the whole job ran in its container" in done.stdout
-    # Nothing of it stays: no container, no disk, and no host in the fleet.
+    # Nothing of the host remains: no container, no disk, and no entry in the fleet.
     assert not left_of(NAME)
     assert not remembered_hosts()
-    # Nor its key: the old ones stay, but for that of the port that it had.
+    # Its key is removed as well. The old keys stay, except the key of the port that the host had.
     assert len(known_hosts_file().read_text().splitlines()) == len(PORTS) - 1
 
 
@@ -70,7 +70,7 @@ def test_interrupted_it_leaves_nothing(
         told += (line := process.stdout.readline())
         assert line, told
     assert left_of(NAME) >= {container_name(NAME), CONTAINER}
-    while process.poll() is None:  # however often it is said
+    while process.poll() is None:  # repeated signals change nothing
         process.send_signal(how)
         time.sleep(0.5)
     assert process.returncode == 130, told + process.stdout.read()

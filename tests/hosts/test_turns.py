@@ -1,4 +1,4 @@
-"""--serial and --forks over simulated hosts: how many are on their way, and how many work, at the same time."""
+"""--serial and --forks over simulated hosts: the number of hosts in progress, and of hosts that work, at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.hosts.conftest import HostMaker
 
 
 def events(home: Path) -> list[dict[str, Any]]:
-    """What the only play told, in order."""
+    """Return the events of the only play in order."""
     files = list((home / "state/mixtral-run/plays").glob("*/artifacts/run/job_events/*.json"))
     return sorted((json.loads(file.read_text()) for file in files), key=lambda event: event["counter"])
 
@@ -25,7 +25,7 @@ def events(home: Path) -> list[dict[str, Any]]:
 def test_so_many_hosts_are_on_their_way_before_the_next_begins(
     light_hosts: HostMaker, home: Path, serial: str | None, at_once: int
 ) -> None:
-    # The kit's own playbook, of which only what every run does touches these hosts: a word, and no role.
+    # The kit's own playbook runs with only the tasks that every run has, so that no role touches these hosts.
     request = BootstrapRequest(
         hosts=tuple(host.target for host in light_hosts(3)), serial=serial, tags=("always",),
         extra_vars=(f"ansible_python_interpreter={sys.executable}",),
@@ -46,7 +46,7 @@ def test_so_many_hosts_work_at_the_same_time(
     light_hosts: HostMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     forks: int, most_tries: int, expected: list[str],
 ) -> None:  # fmt: skip
-    # Each host waits for the others to begin, which they do not where they have to wait for it.
+    # Each host waits for the others to begin. They cannot begin if they have to wait for this host to finish.
     seen, playbook = tmp_path / "seen", tmp_path / "meet.yml"
     script = (
         f"echo begin >>{seen}; for try in $(seq {most_tries}); do "

@@ -1,4 +1,4 @@
-"""What `up` reads of a host: over a real sshd, of files as the jobs write them."""
+"""State of a host that `up` reads over a real sshd, from files as the jobs write them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_what_is_done_is_read_with_its_records(light_hosts: HostMaker, tmp_path:
     options = JobOptions(checkpoints_folder=str(folder))
     bare = _what_is_done(Ssh(), host, UpConfig(mock_data=True), options)
     assert bare == Done(False, 0, False, {}, {}, {})
-    # A shell's echo would make line breaks of these.
+    # The echo of some shells would turn these into line breaks.
     odd = {"source": 'C:\\new\\t="ü"'}
     write(folder / "mixtral/latest_checkpointed_iteration.txt", "0\n")
     write(folder / "mixtral/mixtral_run.json", odd)

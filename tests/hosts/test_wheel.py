@@ -1,4 +1,4 @@
-"""The built wheel, installed where no checkout is: its playbooks and roles run from inside it."""
+"""Built wheel, installed without a checkout: its playbooks and roles run from the installed package."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def test_bootstrap_works_from_the_wheel_alone(wheel: Path, light_hosts: HostMake
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     own = next(venv.glob("lib/python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(own)
-    # What the kit depends on comes from this environment; a .pth file adds its folder but not the editable kit in it.
+    # The dependencies come from this environment. A .pth file adds its folder, but not the editable kit in it.
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
-    # A simulated host is this machine: no package is installed, only the readings of preflight are made, and fail.
+    # A simulated host is this machine, so no package is installed. Only the checks of preflight run, and they fail.
     variables = "ansible_python_interpreter=/usr/bin/python3 preflight_mirrors=[]"
     done = subprocess.run(
         [

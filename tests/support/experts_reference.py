@@ -1,4 +1,4 @@
-"""Reference of the experts' arithmetic, an expert at a time in float64, for comparison with the fast paths."""
+"""Reference implementation of the experts in float64, one expert at a time, for comparison with the fast paths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.kernels.grouped_mm import frozen_gradient, frozen_product
 from mixtral_run.model.lora_experts import Adapters, adapted_experts
 
-# Rows of each of four experts: even, uneven, an expert with none, all on one, a single row, none before the last.
+# Tokens of each of four experts: even, uneven, one without any, all on one, a single token, none before the last.
 ROUTINGS = (
     (16, 16, 16, 16),
     (3, 40, 1, 20),
@@ -71,7 +71,7 @@ def reference(case: Case, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """A stacked frozen weight with the interface of experts.ExpertLinear."""
+    """Stacked frozen weight with the interface of experts.ExpertLinear."""
 
     weight: Tensor
 
@@ -90,9 +90,10 @@ class FrozenWeight:
 
 @dataclass(frozen=True)
 class AdaptedCase:
-    """Inputs of both layers with their adapters, in float64. probs [rows]: the factor of each row in the result.
+    """Inputs of both layers with their adapters, in float64. probs [permuted tokens]: the factor of each in the result.
 
-    source [rows]: the token of each row. order: that of permute.py if rows are read through an index, else None.
+    source [permuted tokens]: the index of the original token. order: the order of permute.py if permuted tokens are
+    read through an index, else None.
     """
 
     tokens: Tensor
@@ -137,7 +138,7 @@ class AdaptedCase:
         )
 
     def cast_to_bf16(self) -> AdaptedCase:
-        """Return the case with its numbers rounded to bf16."""
+        """Return the case with its values rounded to bf16."""
 
         def round_all(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(each.bfloat16().double() for each in tensors)
@@ -164,7 +165,7 @@ class AdaptedCase:
     def fast(self, device: str, dtype: torch.dtype, strange: int = 0) -> list[Tensor]:
         """Compute `exact` by lora_experts.py, with probs and adapter matrices in fp32 if dtype is narrower.
 
-        strange: number of rows after the last offset; they are NaN, as is their gradient.
+        strange: number of rows after the last offset. They and their gradients are NaN.
         """
         tokens, probs, *halves = self._leaves(device, dtype)
         offsets = self.offsets.to(device)

@@ -1,6 +1,6 @@
-"""A small server on this machine that speaks the part of the hub's API that is used.
+"""Local server that implements the part of the hub's API that the kit uses.
 
-The real hub cannot be reached by a test; paths, headers and error codes are those that huggingface_hub expects.
+A test cannot reach the real hub. Paths, headers and error codes are those that huggingface_hub expects.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one folder as one model. `state` is what the account may do; `cut` names a file sent by half, once;
-    `commits` has the revisions that there are, all of the same files.
+    """Server of one folder as one model.
+
+    state: the access of the account (open, gated, missing or broken). cut: name of a file of which only half is sent,
+    once. commits: commit of each revision; all revisions have the same files.
     """
 
     daemon_threads = True
@@ -132,7 +134,7 @@ def serving(folder: Path, address: str = "127.0.0.1") -> Iterator[Hub]:
 
 
 def client_environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """What makes a process ask this hub, without a token, and keep what it downloads under tmp_path/hf-home."""
+    """Return the environment for a process that uses this hub without a token and downloads to tmp_path/hf-home."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf-home"),

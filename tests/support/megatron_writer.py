@@ -1,4 +1,4 @@
-"""Megatron's own checkpoint writer, whose files the kit has to read, on machines without a GPU."""
+"""Patch that lets Megatron's own checkpoint writer, whose files the kit has to read, run without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 
 
 def let_it_write_from_a_cpu() -> None:
-    """It waits for the GPU's copies (dist_checkpointing/strategies/filesystem_async.py:230); a CPU's have ended."""
+    """Disable the writer's wait for copies from the GPU, because copies on a CPU are complete when they return.
+
+    The writer waits in dist_checkpointing/strategies/filesystem_async.py:230.
+    """
     torch.cuda.synchronize = _nothing_to_wait_for
 
 

@@ -1,4 +1,4 @@
-"""What a test needs and this machine may lack: the test is left out by name, and in CI that is a failure."""
+"""Requirements of tests that this machine may lack. Such a test is skipped with the reason; in CI it fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def missing(reason: str) -> NoReturn:
-    """End the test for want of something."""
+    """End the test because this machine lacks something that it needs."""
     if os.environ.get("CI"):
         pytest.fail(f"CI has to run this test: {reason}")
     pytest.skip(reason)

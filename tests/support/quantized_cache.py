@@ -1,4 +1,4 @@
-"""Starts over a base with experts in 8 or 4 bit, and ways to spoil what is kept of them."""
+"""Model loads with experts in 8 or 4 bit, and functions that damage the quantized cache."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ KEPT_NUMBERS = {"fp8": (1, (2956774260, 624785096)), "nf4": (1, (1562107598, 414
 
 
 def weight_to_keep() -> torch.Tensor:
-    """[64, 4096] bf16, the same everywhere: rows of many sizes, one of zeros."""
+    """Return a weight [64, 4096] in bf16, the same on every machine: rows of many magnitudes, and one of zeros."""
     numbers = (torch.arange(64 * 4096, dtype=torch.int64) * 2654435761 % 65521 - 32760).view(64, 4096)
     weight = (numbers * torch.arange(64)[:, None]).double() / 2**20
     return weight.bfloat16()
 
 
 def checksums_of(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
-    """CRC-32 of the bytes of each."""
+    """Return the CRC-32 of the bytes of each tensor."""
     return tuple(crc32(each.cpu().contiguous().view(-1).view(torch.uint8).numpy().data) for each in tensors)
 
 
 @dataclass
 class Start:
-    """What a start gave: the model's experts, its fingerprint, and what was said."""
+    """Result of a model load: the experts, the fingerprint, and the output."""
 
     experts: dict[str, torch.Tensor]
     fingerprint: str
@@ -91,7 +91,7 @@ def same(first: Start, second: Start) -> bool:
 
 
 def took(run: Start) -> bool:
-    """Whether it took what was kept, and had nothing to complain of."""
+    """Return True if the load read the quantized cache without a warning and without writing it."""
     return (
         "from the quantized cache" in run.said and "!" not in run.said and "Writing the quantized cache" not in run.said
     )
@@ -121,7 +121,7 @@ def flip(file: Path, position: int) -> None:
 
 
 def wipe_experts(base: Path) -> None:
-    """Nothing of the base's experts can be read any more, and nobody can tell but by reading them."""
+    """Overwrite the experts of the base with 0xff bytes. Sizes and times stay, so that only a read shows the change."""
     places = []
     if (base / LATEST).exists():
         folder = next(base.glob("iter_*"))

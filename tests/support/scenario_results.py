@@ -1,7 +1,7 @@
-"""Results of molecule scenarios, kept under the hash of everything that a scenario depends on.
+"""Results of molecule scenarios, cached under the hash of everything that a scenario depends on.
 
-A scenario takes minutes and few commits touch what it tests. `Scenario.passed` returns an earlier result as long as no
-input changed; the hash takes in too much rather than too little. MIXTRAL_RUN_TEST_NO_CACHE=1 runs every scenario.
+A scenario takes minutes, and few commits change its inputs. `Scenario.passed` returns an earlier result if no input
+changed. The hash covers too many inputs rather than too few. MIXTRAL_RUN_TEST_NO_CACHE=1 runs every scenario.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMPORT = re.compile(r"^[ ]*(?:from|import)[ ]+(mixtral_run[\w.]*)(?:[ ]+import[ 
 
 @dataclass(frozen=True)
 class Passed:
-    """A scenario that passed: the time of day at which it ended, in words, and how long it took."""
+    """Scenario that passed: the time at which it ended, as text, and its duration."""
 
     when: str
     seconds: float
@@ -45,10 +45,10 @@ class Passed:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One molecule scenario of a checkout, and where results are kept.
+    """Molecule scenario of a checkout, and the folder of its results.
 
-    folder: the scenario's, relative to root. harness: files and folders that run it, relative to root (the test hosts,
-    the test, this module). results: folder of the results of all checkouts.
+    folder: the folder of the scenario, relative to root. harness: files and folders that run it, relative to root (the
+    test hosts, the test, this module). results: the folder with the results of all checkouts.
     """
 
     root: Path
@@ -67,7 +67,7 @@ class Scenario:
             found.update(_files(self.root / place))
         found.update(self._imported(path for path in found if path.suffix == ".py"))
         texts = [path for path in _files(self.root / self.folder) if path.suffix == ".yml"]
-        if any("disk:" in path.read_text(encoding="utf-8") for path in texts):  # the images on it are built of these
+        if any("disk:" in path.read_text(encoding="utf-8") for path in texts):  # its images contain these files
             found.update(_files(self.root / "roles/image/files"))
         if any("playbooks/" in path.read_text(encoding="utf-8") for path in texts):
             playbooks = list(_files(self.root / "playbooks"))
@@ -76,14 +76,14 @@ class Scenario:
         roles = self._roles(texts)
         for role in roles:
             found.update(path for path in _files(self.root / "roles" / role) if "molecule" not in path.parts)
-        if "image" in roles:  # the image holds the kit
+        if "image" in roles:  # the image contains the kit
             found.update(_files(self.root / "mixtral_run"))
         return sorted(found)
 
     def key(self, engine: str = "") -> str:
-        """Return the hash of the inputs' names, modes and contents, and of the versions of everything that reads them.
+        """Return the hash of the inputs' names, modes and contents, and of the versions of all programs that read them.
 
-        engine: the version of the engine that carries the hosts.
+        engine: the version of the Docker engine that runs the test hosts.
         """
         digest = hashlib.sha256()
         packages = sorted({f"{each.name}=={each.version}" for each in importlib.metadata.distributions()})
@@ -96,7 +96,7 @@ class Scenario:
         return digest.hexdigest()
 
     def passed(self, key: str) -> Passed | None:
-        """Return the result under this key. None: there is none, it is too old, or results are not to be used."""
+        """Return the result under this key. Return None if it is missing or too old, or if the cache is disabled."""
         file = self._file(key)
         if os.environ.get(NO_CACHE, "0") not in ("", "0") or not file.exists():
             return None
@@ -105,7 +105,7 @@ class Scenario:
         return Passed(**json.loads(file.read_text(encoding="utf-8")))
 
     def record(self, key: str, seconds: float) -> None:
-        """Keep that the scenario passed under this key, and drop what is too old to count."""
+        """Store that the scenario passed under this key, and delete results that are too old."""
         self.results.mkdir(parents=True, exist_ok=True)
         for old in self.results.glob(f"{self.name}-*.json"):
             if time.time() - old.stat().st_mtime > MAX_AGE_DAYS * 86400:
@@ -116,7 +116,7 @@ class Scenario:
         unfinished.replace(self._file(key))
 
     def _imported(self, paths: Iterable[Path]) -> set[Path]:
-        """Return the modules of the kit that these Python files import, and those that these import in turn."""
+        """Return the modules of the kit that these Python files import, directly or indirectly."""
         found: set[Path] = set()
         waiting = list(paths)
         while waiting:
@@ -142,7 +142,7 @@ class Scenario:
         return ("/".join(parts[:2]),) if parts[0] == "roles" else ()
 
     def _roles(self, texts: list[Path]) -> set[str]:
-        """Return the roles that the files use, and those that these use in turn; every role if a name is computed."""
+        """Return the roles that the files use, directly or indirectly, or every role if a name is computed."""
         known = {path.name for path in (self.root / "roles").iterdir() if path.is_dir()}
         roles: set[str] = set()
         waiting = [*texts, *(path for place in self._own_role() for path in _files(self.root / place))]

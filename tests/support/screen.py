@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal, and what a person would see there."""
+"""Run a program on a pseudo-terminal and read the screen as a person would see it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = re.compile(r"\x1b\[(?P<arguments>[?\d;]*)(?P<control>[A-Za-z])|(?P<text>
 
 @dataclass
 class Screen:
-    """What a terminal shows; knows the controls that a moving table is drawn with, and refuses others."""
+    """Contents of a terminal. It supports the control sequences that a live table needs, and refuses others."""
 
     height: int
     width: int
@@ -81,7 +81,7 @@ class Screen:
 
 
 def on_terminal(program: str, words: Sequence[str], height: int, width: int = 100, seconds: int = 120) -> Screen:
-    """Run Python code to its end on a terminal of that size; it must end well and leave the terminal as it was."""
+    """Run Python code to its end on a terminal of this size. It must succeed and restore the terminal's settings."""
     settings = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS", "NO_COLOR")}
     child = pexpect.spawn(
         sys.executable, ["-c", program, *words], dimensions=(height, width), encoding="utf-8", timeout=seconds,

@@ -1,4 +1,4 @@
-"""A tiny random Mixtral in the released HF layout, several shards, for tests."""
+"""Tiny random Mixtral in the released HF layout with several shards, for tests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_tiny(
     fused: bool = False,
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write the model; returns its tensors by their released names."""
+    """Write the model and return its tensors by their released names."""
     directory.mkdir(parents=True, exist_ok=True)
     config = TINY_CONFIG | {"torch_dtype": str(dtype).removeprefix("torch.")} | changes
     (directory / "config.json").write_text(json.dumps(config))
@@ -68,7 +68,7 @@ def write_tiny(
 
 
 def fuse(architecture: MixtralArchitecture, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights as transformers 5 names them in memory."""
+    """Return the same weights under the names that Transformers 5 uses in memory."""
     stored = {name: tensor for name, tensor in tensors.items() if fused_place(architecture, name) is None}
     for name, shape in fused_tensors(architecture).items():
         stored[name] = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)

@@ -1,8 +1,8 @@
-"""How vLLM reads a LoRA directory for Mixtral, written anew from its documented key scheme; vLLM is not run here.
+"""Model of vLLM's reader of a LoRA directory for Mixtral, written from its documented key scheme. vLLM is not run.
 
-Read in vllm-project/vllm: vllm/lora/peft_helper.py (fields of adapter_config.json and what is refused), lora_model.py
-(which names are expected), utils.py (the names of modules, and of every expert's three), lora_weights.py (`pack_moe`:
-the three of all experts, stacked), docs/features/lora.md. Scaling is lora_alpha / r.
+Sources in vllm-project/vllm: vllm/lora/peft_helper.py (fields of adapter_config.json, and refused values),
+lora_model.py (expected names), utils.py (names of modules, and of the three linear layers of every expert),
+lora_weights.py (`pack_moe`: these three of all experts, stacked), docs/features/lora.md. Scaling is lora_alpha / r.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Stacked:
-    """A module as vLLM computes with it: for each slice A [E, r, in] and B [E, out, r], or without E."""
+    """Module as vLLM computes with it: A [E, r, in] and B [E, out, r] of each slice, or without the dimension E."""
 
     a: list[torch.Tensor | None]
     b: list[torch.Tensor | None]
 
 
 def expected_modules(num_experts: int) -> list[str]:
-    """What may be the end of a module's name; experts in the order in which they are stacked."""
+    """Return the allowed suffixes of module names, with the experts in the order in which they are stacked."""
     experts = [f"experts.{e}.{w}" for e in range(num_experts) for w in ("w1", "w2", "w3")]
     return [*(name for names in PACKED.values() for name in names), *LINEARS, *experts]
 
 
 def load(folder: Path, num_layers: int, num_experts: int, max_lora_rank: int) -> tuple[dict[str, Stacked], float]:
-    """Modules by vLLM's own names, and the scaling. Raises ValueError or AssertionError where vLLM does."""
+    """Return the modules by vLLM's own names, and the scaling. Raise ValueError or AssertionError as vLLM does."""
     config = json.loads((folder / "adapter_config.json").read_text())
     missing = {"r", "lora_alpha", "target_modules"} - set(config)
     if missing:
@@ -84,7 +84,7 @@ def _module_of(key: str) -> tuple[str, str]:
 
 
 def add_to(tensors: dict[str, torch.Tensor], modules: dict[str, Stacked], scaling: float) -> dict[str, torch.Tensor]:
-    """The HF model's tensors with what vLLM adds to each product added to its weight: `W + scaling · B·A`."""
+    """Return the HF model's tensors with the LoRA of each module added to its weight: `W + scaling · B·A`."""
     merged = dict(tensors)
     for module, stacked in modules.items():
         prefix, _, kind = module.rpartition(".")

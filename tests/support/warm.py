@@ -1,11 +1,12 @@
 """Start Python programs by forking a process that has already imported torch, Megatron and Transformers.
 
-A new interpreter spends three seconds of CPU time on those imports, and a verb that starts a job pays twice. `run`
-gives what `subprocess.run` of the same words gives, in a process of its own with its own pid, environment, folder and
-streams. Where a fork could differ from a new interpreter, `run` starts a new one: other environment variables than at
-the server's start (libraries read them when they are imported), a GPU, or an operating system without pidfd. For
-commands with their own HF_… variables there is a second server, which has not imported the libraries that read them.
-MIXTRAL_RUN_TEST_FRESH=1 starts new ones throughout, to see whether a failure has to do with forking.
+A new interpreter spends three seconds of CPU time on these imports, and a command that starts a job spends them twice.
+`run` returns the same result as `subprocess.run` with the same arguments, from a process with its own pid, environment,
+folder and streams. If a fork could differ from a new interpreter, `run` starts a new one: if environment variables
+differ from those at the server's start (libraries read them when they are imported), on a GPU, or on an operating
+system without pidfd. For commands with their own HF_… variables there is a second server, which has not imported the
+libraries that read them. MIXTRAL_RUN_TEST_FRESH=1 always starts a new interpreter, to check if a failure depends on
+forking.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ HF_LIBRARIES = ("transformers.models.auto.tokenization_auto", "transformers.toke
 
 
 class WarmServer:
-    """The server process and its socket."""
+    """Server process and its socket."""
 
     def __init__(self, modules: Sequence[str]) -> None:
-        """Start it with more modules than those that every command needs."""
+        """Start the server, which imports `modules` in addition to the modules that every command needs."""
         self._folder = Path(tempfile.mkdtemp(prefix="mixtral-run-warm-"))
         self._socket = str(self._folder / "socket")
         lifeline, self._end = os.pipe()
@@ -60,18 +61,18 @@ class WarmServer:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End the server. A fork of this process that comes here as well leaves it alone."""
+        """Stop the server. In a fork of this process, do nothing."""
         if os.getpid() != self._owner:
             return
         atexit.unregister(self.close)
         os.close(self._end)
-        # A fork that is still there may hold the other end of the lifeline.
+        # A fork that still runs may hold the other end of the lifeline.
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def connect(self) -> socket.socket:
-        """Wait for the server's imports, the first time."""
+        """Connect to the server. The first call waits for its imports."""
         until = time.monotonic() + START_SECONDS
         while True:
             connection = socket.socket(socket.AF_UNIX)
@@ -86,7 +87,7 @@ class WarmServer:
 
 
 class WarmProcess:
-    """A process that was forked for a command, and is no child of this one."""
+    """Process that was forked for a command. It is not a child of this process."""
 
     def __init__(
         self, server: WarmServer, argv: Sequence[str], env: Mapping[str, str], stdout: int, stderr: int
@@ -96,7 +97,7 @@ class WarmProcess:
         with Path(os.devnull).open("rb") as nothing:
             sent = socket.send_fds(self._connection, [request], [nothing.fileno(), stdout, stderr])
             self._connection.sendall(request[sent:])
-        # Unbuffered: `fileno` is readable exactly when the process has ended.
+        # The stream is unbuffered, so that `fileno` is readable exactly when the process has ended.
         self._answers = self._connection.makefile("rb", buffering=0)
         self.pid: int = self._answer()["pid"]
         self.returncode: int | None = None
@@ -112,7 +113,7 @@ class WarmProcess:
         return self._connection.fileno()
 
     def wait(self) -> int:
-        """Return the exit code; minus the number of a signal that ended the process."""
+        """Return the exit code, or the negative number of the signal that ended the process."""
         if self.returncode is None:
             self.returncode = int(self._answer()["status"])
             self._answers.close()
@@ -131,7 +132,7 @@ def _server(modules: Sequence[str]) -> WarmServer:
 
 
 def _server_for(env: Mapping[str, str]) -> WarmServer | None:
-    """Return the server, started if it is the first call. Return None if a fork would differ in this environment."""
+    """Return the server; the first call starts it. Return None if a fork would differ in this environment."""
     import torch
 
     names = {name for name in env.keys() | ENVIRONMENT.keys() if env.get(name) != ENVIRONMENT.get(name)}
@@ -143,7 +144,7 @@ def _server_for(env: Mapping[str, str]) -> WarmServer | None:
 
 
 def run(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run Python with the words `argv` and keep its output. `env` is its whole environment."""
+    """Run Python with the arguments `argv` and capture its output. `env` is its complete environment."""
     server = _server_for(env)
     if server is None:
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, check=False)
@@ -154,7 +155,7 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProc
         os.close(out_end)
         os.close(err_end)
     try:
-        # First all output, as subprocess does: whoever holds a stream may still write.
+        # Read all output first, as subprocess does, because any process that holds a stream may still write.
         stdout, stderr = _read_all(out, err)
     except BaseException:
         process.kill()
@@ -223,7 +224,7 @@ def _wait_for_all(ranks: Sequence[WarmProcess]) -> list[int]:
 
 
 def _free_port() -> int:
-    """Return a port below those that the system gives to outgoing connections, so nobody takes it in between."""
+    """Return a port below the range that the system uses for outgoing connections, so that no connection takes it."""
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as trial:
             try:
@@ -235,5 +236,5 @@ def _free_port() -> int:
 
 
 def can_fork(env: Mapping[str, str]) -> bool:
-    """Return True if `run` forks in this environment, and does not start a new interpreter."""
+    """Return True if `run` forks in this environment instead of starting a new interpreter."""
     return _server_for(env) is not None

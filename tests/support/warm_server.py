@@ -1,11 +1,9 @@
-"""A process that has imported torch, Megatron and Transformers, and forks for every command that a test asks for.
+"""Server process that has imported torch, Megatron and Transformers, and forks for every command of a test.
 
-`python -m tests.support.warm_server SOCKET LIFELINE [MODULE …]` imports the modules as well, then listens on the
-Unix socket
-SOCKET until the pipe LIFELINE is closed. tests/support/warm.py is the client. A request is a line of JSON (`argv` as
-after the
-interpreter's name, `cwd`, `env`) with the three standard streams. The answers are two lines of JSON: `{"pid": …}` at
-once and `{"status": …}` at the end.
+`python -m tests.support.warm_server SOCKET LIFELINE [MODULE …]` also imports the modules, then listens on the Unix
+socket SOCKET until the pipe LIFELINE is closed. tests/support/warm.py is the client. A request is a line of JSON
+(`argv` as after the interpreter's name, `cwd`, `env`) with the three standard streams. The answers are two lines of
+JSON: `{"pid": …}` at once and `{"status": …}` at the end.
 
 The server only imports. A fork of a process with threads would inherit locks that nobody releases, so the server
 refuses to start if an import has started a thread.
@@ -44,18 +42,18 @@ def import_what_commands_need(more: Sequence[str]) -> None:
 
     for name in (*FINETUNE.preload, *IMPORTED, *more):
         importlib.import_module(name)
-    # Importing for the product silences warnings; each command decides about that for itself.
+    # The import of the product silences warnings, but each command decides about that itself.
     warnings.filters[:] = [each for each in warnings.filters if each != EVERYTHING_IGNORED]
     num_threads = len(list(Path("/proc/self/task").iterdir()))
     if num_threads != 1:
         raise RuntimeError(f"Imports started {num_threads - 1} threads. Forking after that is not safe.")
-    # Shared pages stay shared: the collector writes into every object that it looks at.
+    # Freeze all objects: the garbage collector writes into every object that it visits, which would copy shared pages.
     gc.collect()
     gc.freeze()
 
 
 class Server:
-    """Forks and reports. `serve` returns in forked processes only."""
+    """Server that forks for each request and reports the exit. `serve` returns in forked processes only."""
 
     def __init__(self, listener: socket.socket, lifeline: int) -> None:
         self._listener = listener
@@ -84,7 +82,7 @@ class Server:
         while not data.endswith(b"\n"):
             more = client.recv(MAX_REQUEST_BYTES)
             if not more:
-                # The client was interrupted. The next one is served all the same.
+                # The client was interrupted. Continue with the next one.
                 for stream in streams:
                     os.close(stream)
                 client.close()
@@ -115,7 +113,7 @@ class Server:
         client.close()
 
     def _close(self) -> None:
-        """In a forked process: nothing of the server's stays open."""
+        """Close all descriptors of the server in a forked process."""
         self._selector.close()
         self._listener.close()
         os.close(self._lifeline)
@@ -130,12 +128,12 @@ def _send(client: socket.socket, message: dict[str, int]) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Run the command in this process as a new interpreter would: `-m MODULE`, `-c CODE` or a script, and its words."""
+    """Run the command in this process as a new interpreter would: `-m MODULE`, `-c CODE` or a script, and arguments."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    # A new process has seeds of its own; the random module sees to that itself.
+    # A new process has its own seeds. The random module reseeds itself after a fork.
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].default_generator.seed()
     util.spawnv_passfds = _fork_server_passing(util.spawnv_passfds)
@@ -167,8 +165,8 @@ def _code_of(argv: Sequence[str], main: types.ModuleType) -> types.CodeType:
 def _fork_server_passing(start: Callable[..., int]) -> Callable[..., int]:
     """Wrap `multiprocessing.util.spawnv_passfds`, so that Python's fork server is forked as well.
 
-    The product's launcher starts that server and would wait for its imports. Like every fork server it must come before
-    threads; the product starts it first of all.
+    The product's launcher starts that server and would wait for its imports. Like every fork server it must start
+    before any thread, so the product starts it first.
     """
 
     def started(path: str, args: Sequence[str], descriptors: Sequence[int]) -> int:
@@ -186,7 +184,7 @@ def _fork_server_passing(start: Callable[..., int]) -> Callable[..., int]:
 
 
 def _run_fork_server(program: str, descriptors: Sequence[int]) -> None:
-    """Never returns: above lies the stack of the command, with cleanup that is not this process's."""
+    """Run the fork server and exit without returning, because the command's stack has cleanup of another process."""
     code = 1
     try:
         open_ones = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
@@ -196,10 +194,10 @@ def _run_fork_server(program: str, descriptors: Sequence[int]) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Held, and of the parent.
+        # Replace the locks and state that the fork took over from the parent, which may be held.
         forkserver._forkserver._lock = threading.Lock()
         resource_tracker._resource_tracker.__init__()
-        # Workers take from here what their main module is.
+        # Workers read their main module from here.
         sys.modules["__main__"] = types.ModuleType("__main__")
         exec(program, sys.modules["__main__"].__dict__)  # noqa: S102
         code = 0

@@ -1,1 +1,1 @@
-"""What the kit's Ansible modules share. Runs on the hosts: Python 3.8 and the standard library are all it may use."""
+"""Code that the kit's Ansible modules share. It runs on the hosts, with Python 3.8 and its standard library only."""

@@ -1,4 +1,4 @@
-"""Reading and writing apt's source files: pure functions on their text."""
+"""Pure functions that read and write the text of apt's source files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ DISABLED = "# mixtral-run: the same repository is in {}; two entries with differ
 
 
 def render(fields):
-    """A deb822 stanza from (name, value) pairs; empty values are left out."""
+    """Return a deb822 stanza from (name, value) pairs, without empty values."""
     return "".join("{}: {}\n".format(name, value) for name, value in fields if value)
 
 
 def expand(text, os_release, architecture):
-    """`{id}`, `{codename}` and `{arch}` filled in from the host."""
+    """Replace `{id}`, `{codename}` and `{arch}` in `text` by the values of the host."""
     values = {"id": os_release["id"], "codename": os_release["codename"], "arch": architecture}
     return re.sub(r"\{(id|codename|arch)\}", lambda match: values[match.group(1)], text)
 
 
 def same_repository(first, second):
-    """Whether two URIs name one repository, whatever their scheme and final slash."""
+    """Return True if two URIs name the same repository, apart from their scheme and final slash."""
     return _bare(first) == _bare(second)
 
 
@@ -28,9 +28,9 @@ def _bare(uri):
 
 
 def without(text, uri, name, keeper):
-    """The text of source file `name` with every entry for `uri` switched off; the same text where there is none.
+    """Return the text of the source file `name` with every entry for `uri` disabled, or the same text if there is none.
 
-    A one-line file gets its lines commented out; a deb822 stanza gets `Enabled: no`.
+    Entries of a one-line file are commented out; a deb822 stanza gets `Enabled: no`.
     """
     if name.endswith(".sources"):
         return _stanzas_without(text, uri, keeper)
@@ -50,7 +50,7 @@ def _stanzas_without(text, uri, keeper):
         off = re.search(r"^Enabled:\s*(no|false|0)", stanzas[number], re.MULTILINE | re.IGNORECASE)
         if uris and not off and any(same_repository(word, uri) for word in uris.group(1).split()):
             kept = re.sub(r"^Enabled:.*\n?", "", stanzas[number], flags=re.MULTILINE | re.IGNORECASE)
-            # Behind blank lines that are still before it: one within would end the stanza.
+            # Insert after leading blank lines: a blank line within the stanza would end it.
             start = len(kept) - len(kept.lstrip())
             stanzas[number] = kept[:start] + DISABLED.format(keeper) + "Enabled: no\n" + kept[start:]
     return "".join(stanzas)

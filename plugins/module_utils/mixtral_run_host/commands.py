@@ -1,4 +1,4 @@
-"""Running programs on the host: argv only, never a shell, always with a limit."""
+"""Functions that run programs on the host from an argument list, never by a shell, and always with a time limit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TIMED_OUT = 124
 
 
 def run(argv, timeout=60, stdin=None, environment=None):
-    """Run a program; returns its exit code and texts. 127: there is none; 124: it ran past `timeout` seconds.
+    """Run a program and return its exit code and output. 127: it is not installed; 124: it exceeded `timeout` seconds.
 
-    A sick driver can hang nvidia-smi for ever: whoever reads a host must come back.
+    The limit is needed because nvidia-smi hangs forever on a failed driver.
     """
     env = dict(os.environ, LC_ALL="C", DEBIAN_FRONTEND="noninteractive")
     env["PATH"] = env.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
@@ -38,6 +38,6 @@ def run(argv, timeout=60, stdin=None, environment=None):
 
 
 def last_lines(result, count=8):
-    """The end of what a program printed, for a message."""
+    """Return the last `count` lines of a program's output, for a message."""
     lines = (result.out + "\n" + result.err).strip().splitlines()
     return "\n".join(line.rstrip() for line in lines[-count:])

@@ -1,7 +1,7 @@
-"""Merging settings into daemon.json and taking them back: pure functions on JSON values.
+"""Pure functions on JSON values that merge settings into daemon.json and remove them again.
 
-`owned` is a list of entries, one a value that the kit put there:
-  {"path": ["log-opts", "max-size"], "value": "100m", "before": …}   a value; "before" only where there was another
+`owned` is a list of entries, one for each value that the kit added:
+  {"path": ["log-opts", "max-size"], "value": "100m", "before": …}   a value; "before" only if it replaced another
   {"path": ["registry-mirrors"], "items": ["https://…"]}             items added to a list
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 
-# `systemctl reload docker` applies these; every other key waits for a restart (moby, daemon/config/config.go: reload).
-# "features" is read again by a reload, but what people set there, cdi and containerd-snapshotter, counts at the start alone.
+# `systemctl reload docker` applies these; every other key needs a restart (moby, daemon/config/config.go: reload).
+# A reload also reads "features", but its usual settings, cdi and containerd-snapshotter, take effect at the start only.
 RELOADABLE = frozenset(
     (
         "allow-nondistributable-artifacts",
@@ -31,10 +31,10 @@ RELOADABLE = frozenset(
 
 
 def merge(current, wanted, owned):
-    """`current` with `wanted` merged in recursively, and what the kit then owns. Neither argument is changed.
+    """Return `current` with `wanted` merged in recursively, and the entries that the kit then owns. Change no argument.
 
-    What `owned` lists and `wanted` no longer has is taken back first, unless somebody has changed it since. Values that
-    the host already had stay the host's. With an empty `wanted` everything owned is taken back.
+    Entries of `owned` that `wanted` no longer has are removed first, unless somebody has changed them since. Values
+    that the host already had are not owned by the kit. An empty `wanted` removes everything that is owned.
     """
     settings = copy.deepcopy(current)
     leaves = dict(_leaves(wanted))
@@ -55,7 +55,7 @@ def merge(current, wanted, owned):
 
 
 def needs(before, after):
-    """What a change of the file asks of the engine: "none", "reload" or "restart", and the keys that differ."""
+    """Return the action that a change of the file needs, "none", "reload" or "restart", and the keys that differ."""
     keys = sorted(key for key in set(before) | set(after) if before.get(key) != after.get(key))
     if not keys:
         return "none", keys
@@ -86,7 +86,7 @@ def _put(settings, path, value, entry):
     if isinstance(value, list):
         return _put_items(parent, path, value, entry)
     if isinstance(value, dict) and isinstance(parent.get(key), dict):
-        return entry  # an empty object wanted, an object there
+        return entry  # an empty object is wanted, and an object exists
     if key in parent and parent[key] == value and type(parent[key]) is type(value):
         return entry
     fresh = {"path": list(path), "value": value}
@@ -130,7 +130,7 @@ def _take_back(settings, entry):
             if not parent[key]:
                 del parent[key]
     elif parent[key] != entry["value"]:
-        return  # somebody has changed it since: theirs now
+        return  # somebody has changed the value since, so the kit no longer owns it
     elif "before" in entry:
         parent[key] = entry["before"]
     else:

@@ -1,4 +1,4 @@
-"""Whether somebody works on a host, so that engine and GPUs have to be left alone. Looks, and changes nothing."""
+"""Read-only checks if containers or GPU processes run on a host, so that the engine and the GPUs must be left alone."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import glob
 from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
 from ansible.module_utils.mixtral_run_host.files import read_text
 
-# What `systemctl is-active` says of a unit that certainly does not run. Anything else, or no answer, may be a running one.
+# Answers of `systemctl is-active` for a unit that does not run. With any other answer, or none, the unit may run.
 STOPPED = ("inactive", "failed", "unknown")
 
 
 def why_busy():
-    """Why the engine must not be stopped now, in words; empty when nothing runs."""
+    """Return the reason why the engine must not be stopped now, or an empty string if nothing runs."""
     return _containers() or _gpu_processes()
 
 
 def compute_pids():
-    """Processes that compute on the host's GPUs; none where nvidia-smi does not tell."""
+    """Return the IDs of the processes that compute on the host's GPUs, or an empty list if nvidia-smi fails."""
     answer = run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], timeout=30)
     return [word for word in answer.out.split() if word.isdigit()] if answer.code == 0 else []
 
 
 def _containers():
-    # Asking a stopped engine would start it, where its socket listens.
+    # A request to a stopped engine would start it through its systemd socket.
     state = run(["systemctl", "is-active", "docker.service"]).out.strip()
     if state not in STOPPED:
         answer = run(["docker", "ps", "--format", "{{.Names}}"], timeout=30)
@@ -32,7 +32,7 @@ def _containers():
             return "{} ({})".format(_count(len(names)), ", ".join(names[:5])) if names else ""
         if answer.code != MISSING:
             return "the engine runs and does not say what runs in it: {}".format(last_lines(answer, 1))
-    # Each container has a shim, which goes on while the engine is stopped (live-restore).
+    # Each container has a shim, which continues while the engine is stopped (live-restore).
     shims = [path for path in glob.glob("/proc/[0-9]*/comm") if _command(path).startswith("containerd-shim")]
     return "{} beside the engine".format(_count(len(shims))) if shims else ""
 
@@ -41,7 +41,7 @@ def _command(path):
     try:
         return read_text(path, "")
     except OSError:
-        return ""  # it ended meanwhile
+        return ""  # the process has ended in the meantime
 
 
 def _count(number):

@@ -1,4 +1,4 @@
-"""Whole-file writes, and the records of what the kit put on a host."""
+"""Atomic file writes, the kit's records of its changes to a host, and the form of its error messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import tempfile
 
 RECORD_FOLDER = "/var/lib/mixtral-run"
-"""What the kit did to this host, one JSON file a module; `state: absent` takes back what is written here, no more."""
+"""Records of the kit's changes to this host, one JSON file per module. `state: absent` reverts only these changes."""
 
 
 def read_text(path, default=None):
-    """The text of a file; `default` where it does not exist."""
+    """Return the text of a file, or `default` if it does not exist."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -20,7 +20,7 @@ def read_text(path, default=None):
 
 
 def write_text(path, text, mode=0o644, owner=None):
-    """Replace a file in one step: a reader, or a crash, sees the old text or the new one. `owner`: (uid, gid)."""
+    """Replace a file atomically: readers see the old or the new text, also after a crash. `owner`: (uid, gid)."""
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o755, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".mixtral-run-", dir=folder)
@@ -39,7 +39,7 @@ def write_text(path, text, mode=0o644, owner=None):
 
 
 def remove(path):
-    """Remove a file; returns whether there was one."""
+    """Remove a file. Return True if it existed."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def remove(path):
 
 
 class Record:
-    """A JSON object in RECORD_FOLDER. `values` is changed in place and written by `save()`, but not in check mode."""
+    """JSON object in RECORD_FOLDER. Callers change `values` in place; `save()` writes it, except in check mode."""
 
     def __init__(self, name, folder=RECORD_FOLDER, check_mode=False):
         self.path = os.path.join(folder, name + ".json")
@@ -56,7 +56,7 @@ class Record:
         try:
             self.values = json.loads(read_text(self.path, "{}"))
         except ValueError:
-            # A record that cannot be read is as good as none: nothing is taken back then, which harms nobody.
+            # An unreadable record counts as empty: `absent` then removes nothing, which is safe.
             self.values = {}
 
     def save(self):
@@ -71,7 +71,7 @@ class Record:
 
 
 def explain(what, **parts):
-    """One message of the kit's form: what failed, then where, expected, found, next, each on its line."""
+    """Return an error message in the kit's form: what failed, then where, expected, found and next, one per line."""
     labels = (("where", "where"), ("expected", "expected"), ("found", "found"), ("next", "next_step"))
     lines = ["  {:<9} {}".format(label + ":", parts[key]) for label, key in labels if parts.get(key)]
     return "\n".join([what] + lines)

@@ -1,4 +1,4 @@
-"""Download a model into the host's HF cache with `hf download` of huggingface_hub, in a container of the kit's image.
+"""Download of a model into the host's HF cache by `hf download` of huggingface_hub, in a container of the kit's image.
 
 The host itself needs no Python package. The container runs as the owner of the cache, reads the token from the cache's
 own file, and uses the host's certificates.
@@ -22,9 +22,9 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 class HubDownload:
-    """One model of the hub, and the image whose `hf` fetches it.
+    """Download of one model from the hub with the `hf` of an image.
 
-    proxy and no_proxy reach the container through the environment: a proxy's address may hold a password.
+    proxy and no_proxy reach the container through the environment, because a proxy's address may contain a password.
     """
 
     def __init__(self, image, home, model, revision, patterns, endpoint, proxy, no_proxy, uid, gid):
@@ -41,8 +41,11 @@ class HubDownload:
         return last_lines(answer, 2) or "docker image inspect failed" if answer.code else None
 
     def missing_bytes(self):
-        """Return how many bytes are still to come, about: `hf` rounds. None where the hub gives no listing: why is in
-        the error of the download itself. Nothing is written. Raises ModelError where no file matches."""
+        """Return the approximate number of bytes that are still missing (`hf` rounds sizes). Write nothing.
+
+        Return None if the hub gives no listing; the error of the download itself then states the reason.
+        Raise ModelError if no file matches.
+        """
         answer = run(self.argv(["--dry-run"], listing=True), timeout=LISTING_SECONDS, environment=self._environment)
         if answer.code:
             return None
@@ -55,8 +58,8 @@ class HubDownload:
         return sum(_size_of(each.get("size")) for each in listed if each.get("file") not in here)
 
     def fetch(self):
-        """Download what is missing; return the commit and the files of its snapshot. Raises ModelError."""
-        # A play that was killed leaves its container at work: its download continues and is waited for.
+        """Download the missing files. Return the commit and the files of its snapshot. Raise ModelError on failure."""
+        # The container of a play that was killed continues its download, so wait for it.
         run(["docker", "wait", self._container], timeout=DOWNLOAD_SECONDS)
         answer = run(self.argv([], self._container), timeout=DOWNLOAD_SECONDS, environment=self._environment)
         if answer.code:
@@ -68,7 +71,7 @@ class HubDownload:
         return commit, self.files(commit)
 
     def files(self, commit):
-        """Return the files of a snapshot that match the patterns: links into blobs/, named by their hashes."""
+        """Return the files of a snapshot. They are links into blobs/, where each file is named by its hash."""
         folder = os.path.join(self._snapshots(), commit)
         found = []
         for parent, _, names in os.walk(folder):
@@ -89,7 +92,7 @@ class HubDownload:
                     yield os.path.relpath(os.path.join(parent, name), self._snapshots()).partition("/")[2]
 
     def argv(self, words, name=None, listing=False):
-        """Return the argument list of docker for one `hf download`. listing: the cache of the host is not written to."""
+        """Return docker's argument list for one `hf download`. listing: mount the cache of the host read-only."""
         argv = ["docker", "run", "--rm", "--network", "host", "--user", self._user]
         argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         argv += ["--name", name] if name else []
@@ -134,12 +137,12 @@ class HubDownload:
 
 
 def _size_of(text):
-    """Return the bytes of a size as `hf` prints it: `3.0M`; `-` for a file that is there."""
+    """Return the number of bytes of a size that `hf` prints: `3.0M`, or `-` for a file that exists (0 bytes)."""
     match = re.match(r"([0-9.]+)([KMGT]?)\Z", text if isinstance(text, str) else "")
     return float(match.group(1)) * _UNITS[match.group(2)] if match else 0.0
 
 
 def _plain(text):
-    """Return what `hf` says, without colors and hints."""
+    """Return the last lines that `hf` printed, without colors and hints."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in text.splitlines()]
     return "\n".join([line for line in lines if line and not line.startswith("Hint:")][-4:])

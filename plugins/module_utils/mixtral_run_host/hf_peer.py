@@ -1,4 +1,4 @@
-"""A model in the HF cache of another host of the fleet, read over SSH with a key that may do nothing else there."""
+"""Client that reads a model in the HF cache of another host over SSH, with a key that allows nothing else there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ansible.module_utils.mixtral_run_host.model_cache import ModelError, checke
 
 
 class Peer:
-    """What `serve_model.py` on another host answers."""
+    """Connection to `serve_model.py` on another host."""
 
     def __init__(self, address, port, user, model, key_path, known_hosts_path):
         self.target, self._model = "{}@{}:{}".format(user, address, port), model
@@ -25,7 +25,7 @@ class Peer:
             "GlobalKnownHostsFile=/dev/null",
             "ConnectTimeout=20",
             "ServerAliveInterval=15",
-            # Weights do not shrink.
+            # Weights do not compress.
             "Compression=no",
             "LogLevel=ERROR",
         ):
@@ -34,7 +34,7 @@ class Peer:
         self._listing = None
 
     def commit(self, revision):
-        """The commit that a revision names there, and with it what `files` tells."""
+        """Return the commit that a revision names on the other host, and store the listing for `files`."""
         answer = run(self._argv + ["list " + revision], timeout=120)
         if answer.code:
             raise ModelError(
@@ -51,13 +51,13 @@ class Peer:
         return commit
 
     def files(self, commit, patterns):
-        """Files of the model whose path matches one of `patterns`."""
+        """Return the files of the model whose path matches one of `patterns`. Call `commit` first."""
         assert self._listing is not None and self._listing[0] == commit
         return matching(self._listing[1], patterns)
 
     @contextlib.contextmanager
     def open_file(self, _commit, file, start):
-        """A stream of the file's bytes from `start` on, and True: it can resume."""
+        """Yield a stream of the file's bytes from `start` on, and True, because the other host can resume."""
         argv = self._argv + ["get {} {}".format(file.digest, start)]
         process = subprocess.Popen(
             argv,

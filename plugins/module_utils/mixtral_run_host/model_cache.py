@@ -1,7 +1,7 @@
-"""One model in the HF cache: its files by size and hash, copied in with resumption and verified, published last.
+"""One model in the HF cache. Files are copied with resumption, verified by size and hash, and published last.
 
 Layout (huggingface_hub, file_download.py): models--ORG--NAME/{blobs/HASH, refs/REVISION, snapshots/COMMIT/FILE → blob}.
-A large file's blob is named by its SHA-256, a small one's by its git hash, so a cache can be verified by itself.
+The blob of a large file is named by its SHA-256, that of a small file by its git hash, so a cache can verify itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RemoteFile = namedtuple("RemoteFile", "path size digest")
 
 
 class ModelError(Exception):
-    """A model that cannot be put into the cache. `remedy` is the next step."""
+    """Error that prevents a model from being put into the cache. `remedy` is the next step for the user."""
 
     def __init__(self, what, remedy):
         super().__init__(what)
@@ -26,11 +26,11 @@ class ModelError(Exception):
 
 
 def checked_files(listed, source):
-    """Return the files that another machine lists, as RemoteFile. Raises ModelError for names that would leave the cache.
+    """Return the files that another machine lists, as RemoteFile. Raise ModelError if a path would leave the cache.
 
-    listed: what the machine answered, [path, size, hash] each. Root writes by these values, so that the machine is not
-    trusted: paths are relative, without `..`, links and control characters; a hash is hexadecimal digits; a size is a
-    count of bytes.
+    listed: the machine's answer, a list of [path, size, hash]. Root writes files by these values, so the machine is not
+    trusted: a path must be relative, without `..` and control characters; a hash must be hexadecimal digits; a size
+    must be a number of bytes; and no path may be a file and a folder at the same time.
     """
     if not isinstance(listed, list):
         raise ModelError("{}: the answer is no list of files".format(source), _UNTRUSTED)
@@ -48,7 +48,7 @@ def checked_files(listed, source):
 
 
 def checked_commit(value, source):
-    """Return a commit that another machine names; it becomes a folder's name. Raises ModelError for anything but a hash."""
+    """Return the commit that another machine names, which becomes a folder's name. Raise ModelError if it is no hash."""
     if not _is_digest(value):
         raise ModelError("{}: it names the commit {!a:.200}".format(source, value), _UNTRUSTED)
     return value
@@ -78,7 +78,7 @@ def _parents(path):
 
 
 def _chunks(stream, what):
-    """What a stream holds, bit by bit. Raises ModelError where it breaks off with an error, after what had come."""
+    """Yield the content of a stream in chunks. If it breaks off, yield the part that arrived, then raise ModelError."""
     while True:
         try:
             chunk = stream.read(CHUNK)
@@ -94,7 +94,7 @@ def _chunks(stream, what):
 
 
 def digest_of(path, like):
-    """The hash of a file, of the kind that `like` is: 64 digits are SHA-256, 40 are git's SHA-1 of a blob."""
+    """Return the hash of a file, of the same kind as `like`: SHA-256 for 64 digits, git's SHA-1 of a blob for 40."""
     if len(like) == 64:
         digest = hashlib.sha256()
     else:
@@ -106,7 +106,7 @@ def digest_of(path, like):
 
 
 class ModelCache:
-    """One model's folder in an HF cache."""
+    """Folder of one model in an HF cache."""
 
     def __init__(self, home, model, uid=-1, gid=-1):
         self.folder = os.path.join(home, "hub", "models--" + model.replace("/", "--"))
@@ -116,14 +116,14 @@ class ModelCache:
         return os.path.join(self.folder, "blobs", digest)
 
     def has(self, file):
-        """By name and size; the hash was verified when the blob got its name."""
+        """Return True if the blob exists with the right size. Its hash was verified before it got its name."""
         try:
             return os.path.getsize(self.blob(file.digest)) == file.size
         except OSError:
             return False
 
     def fetch(self, source, commit, file):
-        """Fetch one file from another host, continuing an interrupted copy. Raises ModelError for a wrong size or hash."""
+        """Fetch one file from another host; resume an interrupted copy. Raise ModelError for a wrong size or hash."""
         partial = self.blob(file.digest) + ".incomplete"
         os.makedirs(os.path.dirname(partial), exist_ok=True)
         start = os.path.getsize(partial) if os.path.exists(partial) else 0
@@ -141,7 +141,7 @@ class ModelCache:
         self.settle(partial, file)
 
     def settle(self, partial, file):
-        """Give a complete file its name; remove it and raise ModelError where it is not what it should be."""
+        """Verify a file and rename it to its blob name. Raise ModelError if it is short, or remove it and raise if wrong."""
         size = os.path.getsize(partial)
         if size < file.size:
             raise ModelError(
@@ -160,7 +160,7 @@ class ModelCache:
         os.rename(partial, self.blob(file.digest))
 
     def check(self, file):
-        """Raise ModelError, and remove the file, where its content is not what its name says."""
+        """Remove the file and raise ModelError if its content does not match the hash in its name."""
         found = digest_of(self.blob(file.digest), file.digest)
         if found != file.digest:
             os.unlink(self.blob(file.digest))
@@ -170,7 +170,7 @@ class ModelCache:
             )
 
     def publish(self, revision, commit, files):
-        """Make the snapshot visible: links first, the name of the revision last. Returns whether anything changed."""
+        """Publish the snapshot: create its links first and the revision's reference last. Return True on a change."""
         changed = False
         snapshot = os.path.join(self.folder, "snapshots", commit)
         for file in files:

@@ -1,4 +1,4 @@
-"""Fingerprints of OpenPGP keys, without gpg, which a minimal host lacks (RFC 9580, sections 4.2, 5.5.4 and 6.2)."""
+"""Fingerprints of OpenPGP keys without gpg, which a minimal host lacks (RFC 9580, sections 4.2, 5.5.4 and 6.2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ PUBLIC_KEY = 6
 
 
 def primary_fingerprints(data):
-    """Fingerprints, in upper-case hex, of the primary keys in a key file, armored or binary. ValueError: not a key."""
+    """Return the fingerprints (upper-case hex) of the primary keys in an armored or binary key file.
+
+    Raise ValueError if it contains no supported public key.
+    """
     found = [_fingerprint(body) for tag, body in _packets(_dearmored(data)) if tag == PUBLIC_KEY]
     if not found:
         raise ValueError("no OpenPGP public key in it")

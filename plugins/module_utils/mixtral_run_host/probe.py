@@ -1,4 +1,4 @@
-"""Reading a host: every function looks, none changes anything, and none raises for what is merely absent."""
+"""Functions that read the state of a host. None of them changes anything or raises because something is absent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NVIDIA_VENDOR, BRIDGE_CLASS = "0x10de", "0x0680"
 
 
 def os_release(path="/etc/os-release"):
-    """{"id": "ubuntu", "version": "22.04", "codename": "jammy", "name": …}; empty strings where not told."""
+    """Return {"id": "ubuntu", "version": "22.04", "codename": "jammy", "name": …}. Missing fields are empty strings."""
     values = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', read_text(path, ""), re.MULTILINE))
     return {
         "id": values.get("ID", ""),
@@ -35,12 +35,12 @@ def os_release(path="/etc/os-release"):
 
 
 def architecture():
-    """Debian's word for it: amd64, arm64 …"""
+    """Return Debian's name of the architecture, such as amd64 or arm64."""
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
 
 def memory():
-    """RAM and active swap in GiB."""
+    """Return RAM and active swap in GiB."""
     kib = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo", ""), re.MULTILINE))
     return {
         "ram_gib": round(int(kib.get("MemTotal", 0)) / 2**20, 1),
@@ -49,7 +49,7 @@ def memory():
 
 
 def disk(path):
-    """Free and total GiB, and the filesystem, of the nearest existing parent of `path`."""
+    """Return free and total GiB and the filesystem type of the nearest existing parent of `path`."""
     there = path
     while not os.path.isdir(there) and there != "/":
         there = os.path.dirname(there)
@@ -63,7 +63,7 @@ def disk(path):
 
 
 def held_gib(path, folders):
-    """What `folders` hold of the filesystem that `path` is to lie on; 0 where that cannot be told within two minutes."""
+    """Return the GiB that `folders` occupy on the filesystem of `path`, or 0 if two minutes do not suffice to measure."""
     while not os.path.isdir(path) and path != "/":
         path = os.path.dirname(path)
     device = os.stat(path).st_dev
@@ -77,7 +77,7 @@ def held_gib(path, folders):
 
 
 def filesystem(path):
-    """Type of the filesystem that holds `path`, from the longest mount point above it."""
+    """Return the type of the filesystem that contains `path`, found by the longest mount point above it."""
     best, kind = "", "unknown"
     real = os.path.realpath(path)
     for line in read_text("/proc/self/mounts", "").splitlines():
@@ -90,10 +90,10 @@ def filesystem(path):
 
 
 def gpus(timeout=30):
-    """{"gpus": [...], "driver": "550.54.15", "error": None, "sick": False}.
+    """Return {"gpus": [...], "driver": "550.54.15", "error": None, "sick": False}.
 
-    The error is nvidia-smi's own word, or why there is none; sick: it is there and does not answer, which is no sign that
-    the host has no GPU.
+    error: the message of nvidia-smi, or the reason why there is none. sick: nvidia-smi is installed but fails or hangs;
+    such a host must not be treated as one without GPUs.
     """
     query = run(["nvidia-smi", "--query-gpu=" + ",".join(GPU_FIELDS), "--format=csv,noheader,nounits"], timeout=timeout)
     found = {"gpus": [], "driver": None, "error": None, "sick": query.code not in (0, MISSING)}
@@ -113,7 +113,7 @@ def gpus(timeout=30):
 
 
 def why_sick(state, host):
-    """The message of a driver that is there and does not answer, from what gpus() found."""
+    """Return the error message for an installed driver that does not answer, from the result of gpus()."""
     return explain(
         "The NVIDIA driver does not answer: the host is not taken for one without GPUs.",
         where=host,
@@ -142,13 +142,13 @@ def _number(text):
 
 
 def kernel_driver(path="/proc/driver/nvidia/version"):
-    """Version of the loaded kernel module; None where none is loaded."""
+    """Return the version of the loaded NVIDIA kernel module, or None if none is loaded."""
     match = re.search(r"Kernel Module[^\n]*?\s(\d+\.\d+(?:\.\d+)?)\s", read_text(path, ""))
     return match.group(1) if match else None
 
 
 def fabric_manager():
-    """Whether the host has NVSwitches, and what its fabric manager says."""
+    """Return if the host has NVSwitches, and if its fabric manager is active, with its version."""
     version = run(["nv-fabricmanager", "--version"], timeout=15)
     number = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.out)
     active = run(["systemctl", "is-active", "nvidia-fabricmanager"], timeout=15)
@@ -170,13 +170,13 @@ def has_nvswitch():
 
 
 def clock_synchronized():
-    """What the host's time service says: True, False, or None where none answers."""
+    """Return True or False as reported by the host's time service, or None if none answers."""
     answer = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=15)
     return {"yes": True, "no": False}.get(answer.out.strip())
 
 
 def engine():
-    """The Docker engine as it runs: version, runtimes, CDI devices, running containers; "error" where it does not."""
+    """Return the running engine's version, runtimes, CDI devices, container count and root, or "error" if it fails."""
     answer = run(["docker", "info", "--format", "{{json .}}"], timeout=30)
     found = {"version": None, "runtimes": [], "cdi_devices": [], "containers_running": 0, "root": None, "error": None}
     try:
@@ -198,7 +198,7 @@ def engine():
 
 
 def cdi(folders=CDI_FOLDERS):
-    """The NVIDIA CDI spec: its path, number of GPUs, and driver version; all None where there is none."""
+    """Return path, number of GPUs and driver version of the NVIDIA CDI spec. All are None if there is no spec."""
     for folder in folders:
         for path in sorted(
             glob.glob(os.path.join(folder, "nvidia*.y*ml")) + glob.glob(os.path.join(folder, "nvidia*.json"))
@@ -206,7 +206,7 @@ def cdi(folders=CDI_FOLDERS):
             text = read_text(path, "")
             if "nvidia.com/gpu" not in text:
                 continue
-            # Names stand on lines of their own in YAML and JSON alike; a GPU is listed by index, and often by UUID too.
+            # Names are on separate lines in both YAML and JSON. A GPU is listed by its index and often by its UUID too.
             indices = set(re.findall(r'["\']?name["\']?:\s*["\']?(\d+)["\']?\s*(?:,|$)', text, re.MULTILINE))
             driver = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)", text)
             return {"path": path, "gpus": len(indices), "driver": driver.group(1) if driver else None}
@@ -220,13 +220,13 @@ def toolkit_version():
 
 
 def swap_files():
-    """Active swap: [{"path": …, "size_gib": …}]."""
+    """Return the active swap as [{"path": …, "size_gib": …}]."""
     rows = [line.split() for line in read_text("/proc/swaps", "").splitlines()[1:]]
     return [{"path": row[0], "size_gib": round(int(row[2]) / 2**20, 2)} for row in rows]
 
 
 def identity():
-    """What tells this installation of the host from an earlier one of the same name."""
+    """Return the values that distinguish this installation of the host from an earlier one of the same name."""
     key = (read_text("/etc/ssh/ssh_host_ed25519_key.pub") or "").split()
     return {
         "machine_id": read_text("/etc/machine-id", "").strip(),
@@ -235,7 +235,7 @@ def identity():
 
 
 def images(label="org.mixtral-run.inputs"):
-    """Images that the kit built or loaded: [{"id", "tags", "inputs"}]."""
+    """Return the images with the kit's label as [{"id", "tag"}]."""
     answer = run(
         ["docker", "images", "--filter", "label=" + label, "--format", "{{.ID}} {{.Repository}}:{{.Tag}}"], timeout=30
     )
@@ -243,7 +243,7 @@ def images(label="org.mixtral-run.inputs"):
 
 
 def records(folder=RECORD_FOLDER):
-    """What the kit wrote down about this host, by name of the record."""
+    """Return the kit's records of this host by name. An unreadable record is None."""
     found = {}
     for path in sorted(glob.glob(os.path.join(folder, "*.json"))):
         try:
@@ -254,7 +254,7 @@ def records(folder=RECORD_FOLDER):
 
 
 def machine(disks=()):
-    """What the host is, apart from what the kit puts there: nothing is asked of an engine."""
+    """Return the state of the host without the kit's additions. The Docker engine is not queried."""
     driver = gpus()
     return {
         "os": os_release(),
@@ -272,7 +272,7 @@ def machine(disks=()):
 
 
 def host(disks=()):
-    """Everything above at once."""
+    """Return the complete state: `machine` plus engine, images, toolkit, CDI spec and records."""
     return dict(
         machine(disks),
         engine=engine(),

@@ -1,4 +1,4 @@
-"""What a host lacks, from what it has and what is required: pure functions, all shortfalls at once."""
+"""Pure functions that compare the state of a host with the requirements and list all shortfalls at once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ LEGACY = {("ubuntu", "20.04"): "Ubuntu 20.04 is past its end of life: upgrade wh
 
 
 def version(text):
-    """ "22.04" → (22, 4), for comparing."""
+    """Return a version as a tuple of integers for comparison: "22.04" → (22, 4)."""
     return tuple(int(part) for part in re.findall(r"\d+", str(text or "")))
 
 
 def collect(state, limits, levels):
-    """Every shortfall of `state` against `limits`, but those whose check is "skip"; RAM made up by others' swap only warns."""
+    """Return every shortfall of `state` against `limits`, except those whose check has the level "skip".
+
+    A checker may lower the level "fail" to "warn", as for RAM that the host's existing swap makes up for.
+    """
     found = []
     for check in CHECKS:
         level = levels.get(check, "fail")
@@ -42,7 +45,7 @@ def collect(state, limits, levels):
 
 
 def render(host, shortfalls):
-    """The message a person acts on."""
+    """Return the message that lists the shortfalls and the next steps."""
     count = len(shortfalls)
     lines = ["{} is not ready: {} shortfall{}.".format(host, count, "" if count == 1 else "s")]
     for item in shortfalls:
@@ -87,7 +90,7 @@ def _gpus(state, limits):
 
 
 def _gpu_memory(state, limits):
-    # A card sold as 32 GB shows a little less: firmware keeps some.
+    # A GPU sold with 32 GB shows a little less, because the firmware reserves some memory.
     least = limits["gpu_memory_gib"] * 0.95
     small = [
         "GPU {} has {:g} GiB".format(gpu["index"], gpu["memory_gib"])
@@ -137,7 +140,7 @@ def _install_fabric_manager(driver):
     branch = driver.split(".")[0]
     if version(driver) < (580,):
         return "`sudo apt-get install nvidia-fabricmanager-{}={}-1`".format(branch, driver)
-    # With 580 NVIDIA's repository dropped the branch from the name (gpu-driver-container#451); Ubuntu's archive has it still.
+    # Since 580 the package name in NVIDIA's repository has no branch (gpu-driver-container#451), in Ubuntu's it still has.
     return "`sudo apt-get install nvidia-fabricmanager={}-1` (in Ubuntu's own archive nvidia-fabricmanager-{})".format(
         driver, branch
     )
@@ -145,7 +148,7 @@ def _install_fabric_manager(driver):
 
 def _ram(state, limits):
     ram, swap, least = state["memory"]["ram_gib"], state["memory"]["swap_gib"], limits["ram_gib"]
-    # 128 GB of modules show as some 125 GiB: firmware and the kernel keep a part.
+    # Memory modules of 128 GB show as about 125 GiB, because the firmware and the kernel reserve a part.
     if ram + _planned_swap(ram, limits) >= least * 0.95:
         return
     wanted, found = "{:g} GiB of RAM".format(least), "{:g} GiB of RAM and {:g} GiB of swap".format(ram, swap)
@@ -156,7 +159,7 @@ def _ram(state, limits):
 
 
 def _planned_swap(ram, limits):
-    """What the swap role is going to make: so many GiB, or (negative) what RAM lacks to its target."""
+    """Return the GiB of swap that the swap role will create. A negative setting means RAM's difference to the target."""
     planned = float(limits["planned_swap_gib"])
     return planned if planned >= 0 else max(0, float(limits["swap_target_gib"]) - ram)
 

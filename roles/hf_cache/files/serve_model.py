@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Serves one model of this host's HF cache over SSH: the one thing that the key of a fetch may do here.
+"""Serve one model of this host's HF cache over SSH. The temporary key of another host may run only this program.
 
     serve_model.py FOLDER        FOLDER: HF_HOME/hub/models--ORG--NAME
 
@@ -21,7 +21,7 @@ def list_files(folder, revision):
     snapshot = folder / "snapshots" / commit
     if not snapshot.is_dir():
         return f"{folder} has no revision {revision}"
-    # All that the hub gave is a link into blobs/; experts that finetune keeps beside it are not.
+    # Every file of the hub is a link into blobs/; the quantized cache that finetune writes next to them is not.
     links = sorted(each for each in snapshot.rglob("*") if each.is_symlink() and each.is_file())
     files = [[str(each.relative_to(snapshot)), each.stat().st_size, each.resolve().name] for each in links]
     json.dump({"commit": commit, "files": files}, sys.stdout)
