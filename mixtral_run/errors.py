@@ -108,7 +108,7 @@ def from_mapping(values: Mapping[str, object]) -> MixtralRunError:
     Only the classes of this module are built, whatever the values say.
     """
     exit_code = values.get("exit_code")
-    by_code = EXIT_CODES.get(exit_code) if isinstance(exit_code, int) else None
+    by_code = {**EXIT_CODES, Stopped.exit_code: Stopped}.get(exit_code) if isinstance(exit_code, int) else None
     error_class = _CLASSES.get(str(values.get("class")), by_code or MixtralRunError)
     problems = values.get("problems")
     error = error_class(str(values.get("what")), problems=[str(each) for each in _list(problems)])

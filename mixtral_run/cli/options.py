@@ -115,7 +115,7 @@ def _merge(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("The config file is not valid JSON.", where=str(file), found=str(error)) from error
     if not isinstance(values, dict):
         raise ConfigError("The config file must hold a JSON object.", where=str(file), found=type(values).__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -117,7 +118,7 @@ class Config:
                 continue
             try:
                 accepted[name] = _from_json_value(annotations[name], values[name])
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 problems.append(f"{flag_of(name)}: {error}")
         if problems:
             # The limits of the other fields belong to the same error: otherwise the next run would fail on them.
@@ -163,6 +164,8 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         if isinstance(value, tuple) and not value:
             found.append(f"{flag}: expected at least one of {', '.join(limits['choices'])}; found none")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isinf(value):
+            found.append(f"{flag}: expected a finite number; found {value}")
         # `not value >= limit` instead of `value < limit`, so that NaN breaks every limit.
         if limits.get("minimum") is not None and not value >= limits["minimum"]:
             found.append(f"{flag}: expected at least {limits['minimum']}; found {value}")

@@ -23,7 +23,8 @@ try:
     import mixtral_run.launch.run_job  # noqa: F401 - every process calls it
 
     for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(",")):
-        importlib.import_module(_name)
+        with contextlib.suppress(Exception):
+            importlib.import_module(_name)
 
     if torch.version.cuda is not None:
         with contextlib.suppress(ImportError):

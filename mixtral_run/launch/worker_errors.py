@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mixtral_run.errors import EXIT_CODES, MixtralRunError, TrainingError, from_mapping, to_mapping
+from mixtral_run.errors import MixtralRunError, TrainingError, from_mapping, to_mapping
 
 ERROR_DIRECTORY_VARIABLE = "MIXTRAL_RUN_ERROR_DIRECTORY"
 """Environment variable of a process that `run_job` started: the folder for its error, which its parent reads."""
@@ -23,11 +23,17 @@ _LOST_PEER = (
 
 
 def hand_over_error(error: MixtralRunError) -> None:
-    """Write the error of this process for the parent, which prints each distinct error once."""
+    """Write the error of this process for the parent, which prints each distinct error once.
+
+    If the file cannot be written, because the disk is full for example, print the error here.
+    """
     file = _file("error")
     unfinished = file.with_suffix(".partial")
-    unfinished.write_text(json.dumps(to_mapping(error)), encoding="utf-8")
-    unfinished.rename(file)
+    try:
+        unfinished.write_text(json.dumps(to_mapping(error)), encoding="utf-8")
+        unfinished.rename(file)
+    except OSError:
+        print(f"[rank {os.environ.get('RANK', '0')}] ✗ {error}", file=sys.stderr, flush=True)
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -54,15 +60,17 @@ def collect_error(folder: Path, failure: object) -> MixtralRunError:
     """
     errors: dict[object, MixtralRunError] = {}
     for file in sorted(folder.glob("rank-*.error")):
-        error = from_mapping(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            error = from_mapping(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a process that was killed while it wrote
+            continue
         # `found` may differ between ranks by a number.
         errors.setdefault((type(error), error.what, error.where, error.problems, error.next_command), error)
     distinct = list(errors.values())
     if len(distinct) == 1:
         return distinct[0]
     if distinct:
-        error_class = EXIT_CODES.get(distinct[0].exit_code, TrainingError)
-        return error_class("Several processes failed.", problems=[str(error) for error in distinct])
+        return type(distinct[0])("Several processes failed.", problems=[str(error) for error in distinct])
     silent = {int(file.stem.removeprefix("rank-")) for file in folder.glob("rank-*.consequence")}
     lines = [_describe_end(process) for process in _first_to_end(failure, silent)]
     return TrainingError(

@@ -117,7 +117,7 @@ def test_broken_limits_are_reported_together() -> None:
         config.check()
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_an_invalid_learning_rate_is_refused(value: float) -> None:
     config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, lr=value)
     assert any(problem.startswith("--lr:") for problem in config.problems())
@@ -141,3 +141,8 @@ def test_default_layout() -> None:
     config = ConvertConfig(hf_model_path="m", output_path=Path("o"))
     assert (config.tensor_model_parallel_size, config.expert_model_parallel_size) == (2, 4)
     assert config.expert_tensor_parallel_size == 1
+
+
+def test_a_number_that_no_float_holds_is_a_problem_of_its_setting() -> None:
+    with pytest.raises(ConfigError, match="--lr: "):
+        FinetuneConfig.from_mapping({"load": "a", "save": "b", "mock_data": True, "lr": 10**400})

@@ -7,7 +7,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mixtral_run.errors import MixtralRunError, TrainingError
+from mixtral_run.errors import MixtralRunError, Stopped, TrainingError
 from mixtral_run.launch.worker_errors import (
     ERROR_DIRECTORY_VARIABLE,
     collect_error,
@@ -55,3 +55,30 @@ def test_ranks_that_only_learned_of_a_failed_write_are_a_consequence() -> None:
     assert is_consequence(CheckpointException("write", {}))
     cause = (OSError(28, "No space left on device"), StackSummary())
     assert not is_consequence(CheckpointException("write", {0: cause}))
+
+
+def test_an_error_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk is often both the error and the reason why its file cannot be written."""
+    monkeypatch.setenv(ERROR_DIRECTORY_VARIABLE, str(tmp_path / "missing"))
+    monkeypatch.setenv("RANK", "1")
+    hand_over_error(TrainingError("The disk is full."))
+    assert "[rank 1] ✗ The disk is full." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"what": "x"', "[]", "3"])
+def test_a_file_that_was_cut_off_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    (tmp_path / "rank-0.error").write_text(content)
+    monkeypatch.setenv(ERROR_DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    hand_over_error(TrainingError("The memory is full."))
+    assert collected(tmp_path, ended(0, -9, 1000), ended(1, 6, 1000)).what == "The memory is full."
+
+
+def test_several_that_stopped_on_request_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ERROR_DIRECTORY_VARIABLE, str(tmp_path))
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        hand_over_error(Stopped(f"Stopped after iteration {rank}."))
+    assert collected(tmp_path, ended(0, 130, 1000), ended(1, 130, 1000)).exit_code == 130
