@@ -76,8 +76,9 @@ def _target(name, folder, path):
 
 
 def open_file(name, folder, flags=os.O_RDONLY):
-    """Open a file of a folder's descriptor and return its descriptor, or None if it is no regular file with one name.
+    """Open a file of a folder's descriptor and return its descriptor, or None if it is no regular file.
 
+    A file to write must have one name only, because another user's file can have its second name here.
     Raise FileNotFoundError if it does not exist.
     """
     try:
@@ -87,7 +88,7 @@ def open_file(name, folder, flags=os.O_RDONLY):
             return None
         raise
     now = os.fstat(handle)
-    if stat.S_ISREG(now.st_mode) and now.st_nlink == 1:
+    if stat.S_ISREG(now.st_mode) and (now.st_nlink == 1 or not flags & (os.O_WRONLY | os.O_RDWR)):
         return handle
     os.close(handle)
     return None
