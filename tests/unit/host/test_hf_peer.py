@@ -62,6 +62,10 @@ def test_it_lists_and_gives_from_a_byte_on(cache: ModelCache) -> None:
         "get ../../../token 0",
         "list ../../..",
         "list a/../b",
+        "list /etc/alternatives",
+        "list .",
+        "list ./main",
+        "get " + "a" * 64 + " " + "9" * 30,
         "get " + "a" * 64 + " 0; id",
         "list main\nlist main",
     ],
@@ -75,6 +79,17 @@ def test_anything_else_is_refused(cache: ModelCache, command: str) -> None:
 def test_what_is_not_there_is_told(cache: ModelCache) -> None:
     assert b"has no revision other" in serve(cache, "list other").stderr
     assert b"No such file" in serve(cache, "get " + "a" * 40 + " 0").stderr
+
+
+@pytest.mark.parametrize("revision", ["sub", "snapshots", "other"])
+def test_only_a_commit_is_listed(cache: ModelCache, tmp_path: Path, revision: str) -> None:
+    """A reference holds a path, and a folder beside the commits holds links."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/link").symlink_to(tmp_path / "home/token")
+    (Path(cache.folder) / "refs/other").write_text(str(tmp_path / "outside"))
+    (Path(cache.folder) / "snapshots/sub").symlink_to(tmp_path / "outside")
+    done = serve(cache, f"list {revision}")
+    assert (done.returncode, done.stdout) == (1, b"") and f"has no revision {revision}".encode() in done.stderr
 
 
 @pytest.fixture
