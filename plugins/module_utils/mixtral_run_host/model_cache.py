@@ -19,6 +19,8 @@ from ansible.module_utils.mixtral_run_host.files import replace_in
 from ansible.module_utils.mixtral_run_host.folders import UnsafePath, open_file, open_folder
 
 CHUNK = 1 << 20
+_SIZE_LIMIT = 1 << 50
+"""Bytes. No file of a model is nearly as large."""
 RemoteFile = namedtuple("RemoteFile", "path size digest")
 
 
@@ -35,14 +37,14 @@ def checked_files(listed, source):
 
     listed: the machine's answer, a list of [path, size, hash]. Root writes files by these values, so the machine is not
     trusted: a path must be relative, without `..` and control characters; a hash must be hexadecimal digits; a size
-    must be a number of bytes; and no path may be a file and a folder at the same time.
+    must be a number of bytes below 1 PiB; and no path may be a file and a folder at the same time.
     """
     if not isinstance(listed, list):
         raise ModelError("{}: the answer is no list of files".format(source), _UNTRUSTED)
     files = []
     for each in listed:
         path, size, digest = each if isinstance(each, list) and len(each) == 3 else (None, None, None)
-        if not (_is_relative(path) and isinstance(size, int) and size >= 0 and _is_digest(digest)):
+        if not (_is_relative(path) and isinstance(size, int) and 0 <= size < _SIZE_LIMIT and _is_digest(digest)):
             raise ModelError("{}: it lists {!a:.200}".format(source, each), _UNTRUSTED)
         files.append(RemoteFile(path, size, digest))
     folders = {path for file in files for path in _parents(file.path)}
@@ -149,6 +151,13 @@ class ModelCache:
                         out.truncate(0)
                         start = 0
                     for chunk in _chunks(answer, file.path):
+                        start += len(chunk)
+                        if start > file.size:
+                            os.unlink(_partial_name(file), dir_fd=blobs)
+                            raise ModelError(
+                                "{}: more than the {} bytes that were listed arrived".format(file.path, file.size),
+                                "run again: the file is fetched anew",
+                            )
                         out.write(chunk)
                 out.flush()
             self._settle(blobs, out, file)

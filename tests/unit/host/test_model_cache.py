@@ -132,6 +132,36 @@ def test_a_connection_that_breaks_off_is_told_and_what_came_is_kept(
     assert Path(cache.blob(file.digest)).read_bytes() == data
 
 
+class EndlessSource:
+    """STAND-IN for a host that sends more than it listed; it counts the chunks that were read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    @contextlib.contextmanager
+    def open_file(self, _commit: str, _file: RemoteFile, _start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+        source = self
+
+        class Stream(io.BytesIO):
+            def read(self, _size: int | None = -1) -> bytes:
+                source.read += 1
+                return b"x" * 100 if source.read < 50 else b""
+
+        yield Stream(), True
+
+
+@pytest.mark.parametrize("here", [0, 100])
+def test_no_more_is_written_than_was_listed(tmp_path: Path, here: int) -> None:
+    file, source = RemoteFile("w.safetensors", 250, "a" * 64), EndlessSource()
+    cache = ModelCache(str(tmp_path), MODEL)
+    partial = Path(cache.blob(file.digest) + ".incomplete")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * here)
+    with pytest.raises(ModelError, match="more than the 250 bytes that were listed arrived"):
+        cache.fetch(source, COMMIT, file)
+    assert source.read == 3 - here // 100 and not list(partial.parent.iterdir())
+
+
 @pytest.fixture
 def victim(tmp_path: Path) -> Path:
     """Return a file outside the cache that a user of the host wants root to write or to give away."""
@@ -248,6 +278,8 @@ HOSTILE_FILES = [
     ["x.json", 4, "a" * 64 + "\n"],
     ["x.json", 4, ["a"]],
     ["x.json", -1, "a" * 64],
+    ["x.json", 1 << 50, "a" * 64],
+    ["x.json", 10**400, "a" * 64],
     ["x.json", "4", "a" * 64],
     [["x.json"], 4, "a" * 64],
     ["x.json", 4],
