@@ -65,7 +65,7 @@ def test_a_new_folder_that_becomes_a_link_gives_nothing_away(
 
     monkeypatch.setattr(os, "makedirs", race)
     before = outside.stat().st_uid
-    with pytest.raises(OSError, match="Not a directory|symbolic links"):
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
         MODULE._set_line(str(tmp_path / "ops/.ssh/authorized_keys"), user, "mark", "key mark\n")
     assert outside.stat().st_uid == before and not list(outside.iterdir())
 
