@@ -31,6 +31,8 @@ options:
 """
 
 import fnmatch
+import re
+import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -188,17 +190,23 @@ def _apt(params, words):
     argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
     argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
     direct, environment = [name.strip().lstrip(".") for name in params["no_proxy"].split(",") if name.strip()], {}
-    if params["proxy"] and "*" not in direct:
-        argv += ["-o", "Acquire::http::Proxy=" + params["proxy"], "-o", "Acquire::https::Proxy=" + params["proxy"]]
-        # apt also reads this variable. It compares each entry, including blanks, with the end of the host name.
-        environment["no_proxy"] = ",".join(direct)
-    until = time.monotonic() + params["lock_timeout_seconds"]
-    while True:
-        answer = run(argv + words, timeout=APT_SECONDS, environment=environment)
-        locked = answer.code and "Could not get lock" in answer.out + answer.err
-        if not locked or time.monotonic() >= until:
-            return answer
-        time.sleep(RETRY_SECONDS)
+    with tempfile.NamedTemporaryFile("w", prefix="mixtral-run-", suffix=".conf", encoding="utf-8") as settings:
+        if params["proxy"] and "*" not in direct:
+            # Every user sees the arguments of a program, and a proxy's address may contain a password. The file is
+            # readable by root only. Like an argument, it overrides /etc/apt; the environment would not.
+            address = re.sub(r'[\x00-\x20\x7f"\\]', lambda found: "%{:02X}".format(ord(found.group())), params["proxy"])
+            settings.writelines('Acquire::{}::Proxy "{}";\n'.format(each, address) for each in ("http", "https"))
+            settings.flush()
+            argv += ["--config-file=" + settings.name]
+            # apt also reads this variable. It compares each entry, including blanks, with the end of the host name.
+            environment["no_proxy"] = ",".join(direct)
+        until = time.monotonic() + params["lock_timeout_seconds"]
+        while True:
+            answer = run(argv + words, timeout=APT_SECONDS, environment=environment)
+            locked = answer.code and "Could not get lock" in answer.out + answer.err
+            if not locked or time.monotonic() >= until:
+                return answer
+            time.sleep(RETRY_SECONDS)
 
 
 def _install(module, names, removed):

@@ -17,14 +17,16 @@ options:
   environment: {description: "Environment variables of the service, such as HTTP_PROXY.", type: dict, default: {}}
   containerd_root: {description: "Root folder of containerd, which holds images from Docker 29 on. Empty means its default.", type: str, default: ""}
   restart_when_busy: {description: Restart even while containers run., type: bool, default: false}
-  reload_only: {description: "Perform only the reload or restart that is due, and leave users and files alone.", type: bool, default: false}
+  reload_only: {description: "Perform only the reload or restart that is due, and leave users and files alone. An engine that does not run stays stopped.", type: bool, default: false}
   state: {description: C(absent) removes the users and files that the kit added., type: str, choices: [present, absent], default: present}
 """
 
 import grp
 import os
 import pwd
+import re
 import shutil
+import stat
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -43,6 +45,8 @@ OPTIONS = {
 
 DOCKER_DROP_IN = "/etc/systemd/system/docker.service.d/mixtral-run.conf"
 CONTAINERD_DROP_IN = "/etc/systemd/system/containerd.service.d/mixtral-run.conf"
+DROP_IN_MODE = 0o600
+"""The address of a proxy may contain a password."""
 START_SECONDS = 90
 NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
@@ -75,6 +79,7 @@ class Engine:
         self.due_record = Record("daemon_json", check_mode=self.check)
 
     def files(self):
+        self._refuse_unit_syntax()
         environment = "".join(
             'Environment="{}={}"\n'.format(*pair) for pair in sorted(self.params["environment"].items())
         )
@@ -83,12 +88,29 @@ class Engine:
         for path, lines in ((DOCKER_DROP_IN, environment), (CONTAINERD_DROP_IN, start)):
             wanted = "# Written by mixtral-run.\n[Service]\n" + lines if lines else None
             if read_text(path) == wanted:
+                if wanted and stat.S_IMODE(os.stat(path).st_mode) != DROP_IN_MODE:
+                    self.done.append("mode of {}".format(path))
+                    if not self.check:
+                        os.chmod(path, DROP_IN_MODE)
                 continue
             self.done.append("{} {}".format("wrote" if wanted else "removed", path))
             if not self.check:
                 self._make_due("restart", os.path.basename(os.path.dirname(path)))
-                write_text(path, wanted) if wanted else remove(path)
+                write_text(path, wanted, mode=DROP_IN_MODE) if wanted else remove(path)
                 run(["systemctl", "daemon-reload"])
+
+    def _refuse_unit_syntax(self):
+        """Fail if a value would end its line or its quotes in a unit, where it could set any option of a service."""
+        values = dict(self.params["environment"], containerd_root=self.params["containerd_root"])
+        for name in sorted(values):
+            if re.search(r'[\x00-\x1f\x7f"\\]', name + str(values[name])):
+                self.module.fail_json(
+                    msg=explain(
+                        "A setting of the engine's service is not usable.", where=ascii(name),
+                        expected="no control characters, quotes or backslashes",
+                        next_step="correct docker_proxy, docker_no_proxy or docker_containerd_root",
+                    )
+                )  # fmt: skip
 
     def users(self):
         mine = self.record.values.setdefault("users", [])
@@ -118,6 +140,7 @@ class Engine:
                 run(["gpasswd", "--delete", user, "docker"])
 
     def service(self):
+        """Enable and start the engine, or perform what is due."""
         if run(["systemctl", "cat", "docker.service"]).code:
             if self.check or self.params["reload_only"]:
                 # A bare host in check mode, or a host whose engine was removed before the toolkit.
@@ -129,15 +152,26 @@ class Engine:
                     next_step="run the docker role; where it says that its packages wait, end what they wait for first",
                 )
             )
+        if self.params["reload_only"]:
+            self._perform_due()
+            return
         if run(["systemctl", "is-enabled", "docker.service"]).out.strip() != "enabled":
             self.done.append("enabled the engine")
             if not self.check:
                 run(["systemctl", "enable", "docker.service", "containerd.service"])
+        if not _is_active():
+            self._look_for_hook()
+            self._act("start", "started the engine")
+        else:
+            self._perform_due()
+
+    def _perform_due(self):
+        """Reload or restart the engine if that is due. A stopped engine stays stopped and reads its files when it starts."""
+        if not _is_active():
+            return
         self._look_for_hook()
         due = self.due_record.values.get("due", "none")
-        if run(["systemctl", "is-active", "docker.service"]).out.strip() != "active":
-            self._act("start", "started the engine")
-        elif due == "reload":
+        if due == "reload":
             self._act("reload", "reloaded the engine's settings")
         elif due == "restart":
             self.deferred = "" if self.params["restart_when_busy"] else engine_use.why_busy()
@@ -171,15 +205,20 @@ class Engine:
             self.done.append("took {} out of group docker".format(user))
             if not self.check:
                 run(["gpasswd", "--delete", user, "docker"])
+        installed = not run(["systemctl", "cat", "docker.service"]).code
         for path in (DOCKER_DROP_IN, CONTAINERD_DROP_IN):
             if os.path.exists(path):
                 self.done.append("removed {}".format(path))
                 if not self.check:
+                    if installed and _is_active():
+                        self._make_due("restart", os.path.basename(os.path.dirname(path)))
                     remove(path)
                     run(["systemctl", "daemon-reload"])
         self.record.save()
-        if not run(["systemctl", "cat", "docker.service"]).code and self.due_record.values.get("due"):
-            self.service()
+        if installed and self.due_record.values.get("due"):
+            self._perform_due()
+            if not _is_active():
+                self._forget_due()  # the engine reads its files when it starts
 
     def _make_due(self, what, key):
         values = self.due_record.values
@@ -207,10 +246,13 @@ class Engine:
                     next_step="mend what the lines above name; /etc/docker/daemon.json.mixtral-run.bak is the file as it was",
                 )
             )
+        self._forget_due()
+        self._look_for_hook()
+
+    def _forget_due(self):
         self.due_record.values.pop("due", None)
         self.due_record.values.pop("keys", None)
         self.due_record.save()
-        self._look_for_hook()
 
 
 def _started_at():
@@ -221,6 +263,10 @@ def _started_at():
     if not shown.isdigit() or shown == "0":
         return 0
     return time.time() - time.clock_gettime(time.CLOCK_MONOTONIC) + int(shown) / 1e6
+
+
+def _is_active():
+    return run(["systemctl", "is-active", "docker.service"]).out.strip() == "active"
 
 
 def _answers():

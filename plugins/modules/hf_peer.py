@@ -95,13 +95,16 @@ def _set_line(authorized, user, mark, line=""):
     Several hosts may ask at the same time, in separate processes. A lock on the folder makes them wait for each other.
     """
     folder = os.path.dirname(authorized)
-    if not os.path.isdir(folder):
+    missing = not os.path.isdir(folder)
+    if missing:
         if not line:
             return
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        os.chown(folder, user.pw_uid, user.pw_gid)
-    lock = os.open(folder, os.O_RDONLY)
+    # The user can replace the new folder by a link before it gets its owner.
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if missing else 0))
     try:
+        if missing:
+            os.fchown(lock, user.pw_uid, user.pw_gid)
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = read_text(authorized) or ""
         kept = "".join(each for each in text.splitlines(True) if not each.rstrip("\n").endswith(" " + mark))

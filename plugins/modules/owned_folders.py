@@ -8,6 +8,8 @@ module: owned_folders
 short_description: Create folders with owner, group and mode that a container's user can write to
 description:
   - The owner may be a number that no user of the host has. The contents of the folders are left alone.
+  - A path that leads through a link which root does not own is refused, because the owner of a folder could lead root
+    elsewhere.
   - C(absent) removes folders that the kit created if they are empty, and a secret that the kit wrote. Folders that
     existed before get their owner, group and mode back. C(leftovers) are removed with their contents.
 options:
@@ -22,12 +24,14 @@ options:
   state: {description: C(absent) removes them., type: str, choices: [present, absent], default: present}
 """
 
+import contextlib
 import os
 import shutil
 import stat
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, read_text, remove, write_text
+from ansible.module_utils.mixtral_run_host.files import Record, explain, replace_in
+from ansible.module_utils.mixtral_run_host.folders import UnsafePath, open_file, open_folder
 
 SECRET_MODE = 0o640
 
@@ -48,7 +52,18 @@ def main():
         supports_check_mode=True,
     )
     record = Record("folders", check_mode=module.check_mode)
-    done = _present(module, record) if module.params["state"] == "present" else _absent(module, record)
+    try:
+        done = _present(module, record) if module.params["state"] == "present" else _absent(module, record)
+    except UnsafePath as error:
+        module.fail_json(
+            msg=explain(
+                "A folder is not used.",
+                where=error.filename,
+                expected="folders, or links that belong to root",
+                found=error.strerror,
+                next_step="remove the link, or create it anew as root",
+            )
+        )
     module.exit_json(changed=bool(done), done=done)
 
 
@@ -58,23 +73,28 @@ def _present(module, record):
     theirs = mine.setdefault("before", {})
     mode = int(params["mode"], 8)
     for path in params["paths"]:
-        if not os.path.isdir(path):
+        try:
+            folder = open_folder(path)
+        except FileNotFoundError:
             done.append("made " + path)
             if module.check_mode:
                 continue
             missing = _missing_parents(path)
             mine["folders"] += [each for each in missing if each not in mine["folders"]]
             record.save()
-            os.makedirs(path, exist_ok=True)
-        now = os.stat(path)
-        if (now.st_uid, now.st_gid) != (params["uid"], params["gid"]) or stat.S_IMODE(now.st_mode) != mode:
-            done.append("owner, group and mode of " + path)
-            if not module.check_mode:
-                if path not in mine["folders"]:
-                    theirs.setdefault(path, [now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)])
-                    record.save()
-                os.chown(path, params["uid"], params["gid"])
-                os.chmod(path, mode)  # after chown, which clears the set-group-id bit
+            folder = open_folder(path, make=True)
+        try:
+            now = os.fstat(folder)
+            if (now.st_uid, now.st_gid) != (params["uid"], params["gid"]) or stat.S_IMODE(now.st_mode) != mode:
+                done.append("owner, group and mode of " + path)
+                if not module.check_mode:
+                    if path not in mine["folders"]:
+                        theirs.setdefault(path, [now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)])
+                        record.save()
+                    os.fchown(folder, params["uid"], params["gid"])
+                    os.fchmod(folder, mode)  # after fchown, which clears the set-group-id bit
+        finally:
+            os.close(folder)
     done += _secret(module, record, mine)
     return done
 
@@ -82,19 +102,39 @@ def _present(module, record):
 def _secret(module, record, mine):
     params = module.params
     path, text = params["secret_path"], params["secret"].strip()
-    if not path or not text:
-        return []
-    fine = read_text(path) == text + "\n"
-    if fine:
-        now = os.stat(path)
-        fine = stat.S_IMODE(now.st_mode) == SECRET_MODE and (now.st_uid, now.st_gid) == (params["uid"], params["gid"])
-    if fine:
+    if not path or not text or _is_written(path, text + "\n", (SECRET_MODE, params["uid"], params["gid"])):
         return []
     if not module.check_mode:
         mine["secret"] = path
         record.save()
-        write_text(path, text + "\n", mode=SECRET_MODE, owner=(params["uid"], params["gid"]))
+        with _folder_of(path, make=True) as folder:
+            replace_in(folder, os.path.basename(path), text + "\n", SECRET_MODE, (params["uid"], params["gid"]))
     return ["wrote " + path]
+
+
+def _is_written(path, text, wanted):
+    """Return True if the file has this text and the `wanted` mode, owner and group."""
+    try:
+        with _folder_of(path) as folder:
+            handle = open_file(os.path.basename(path), folder)
+    except FileNotFoundError:
+        return False
+    if handle is None:
+        return False
+    with os.fdopen(handle, "rb") as file:
+        now = os.fstat(file.fileno())
+        found = file.read(len(text.encode()) + 1)
+    return found == text.encode() and (stat.S_IMODE(now.st_mode), now.st_uid, now.st_gid) == wanted
+
+
+@contextlib.contextmanager
+def _folder_of(path, make=False):
+    """Open the folder that holds `path`, for the time of a block."""
+    folder = open_folder(os.path.dirname(path), make=make)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _missing_parents(path):
@@ -126,22 +166,35 @@ def _take_back(module, record):
     done = ["forgot the folders of " + module.params["section"]]
     if module.check_mode:
         return done
-    if mine["secret"] and remove(mine["secret"]):
+    if mine["secret"] and _is_removed(os.unlink, mine["secret"]):
         done.append("removed " + mine["secret"])
     for path in sorted(mine["folders"], key=len, reverse=True):
-        try:
-            os.rmdir(path)
+        if _is_removed(os.rmdir, path):
             done.append("removed " + path)
-        except OSError:
-            pass  # the folder holds a user's data, or no longer exists
     for path, (uid, gid, mode) in mine.get("before", {}).items():
-        if os.path.isdir(path):
-            os.chown(path, uid, gid)
-            os.chmod(path, mode)
-            done.append("owner, group and mode of {} as they were".format(path))
+        try:
+            folder = open_folder(path)
+        except (FileNotFoundError, NotADirectoryError, UnsafePath):
+            continue  # the folder that the kit changed no longer exists
+        try:
+            os.fchown(folder, uid, gid)
+            os.fchmod(folder, mode)
+        finally:
+            os.close(folder)
+        done.append("owner, group and mode of {} as they were".format(path))
     del record.values[module.params["section"]]
     record.save()
     return done
+
+
+def _is_removed(remove, path):
+    """Remove a file or an empty folder. Return False if it holds a user's data or no longer exists."""
+    try:
+        with _folder_of(path) as folder:
+            remove(os.path.basename(path), dir_fd=folder)
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

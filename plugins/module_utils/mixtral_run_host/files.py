@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
+
+from ansible.module_utils.mixtral_run_host.folders import open_folder
 
 RECORD_FOLDER = "/var/lib/mixtral-run"
 """Records of the kit's changes to this host, one JSON file per module. `state: absent` reverts only these changes."""
@@ -20,21 +22,32 @@ def read_text(path, default=None):
 
 
 def write_text(path, text, mode=0o644, owner=None):
-    """Replace a file atomically: readers see the old or the new text, also after a crash. `owner`: (uid, gid)."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, mode=0o755, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".mixtral-run-", dir=folder)
+    """Replace a file atomically: readers see the old or the new text, also after a crash. `owner`: (uid, gid).
+
+    Raise UnsafePath if the path of its folder leads through a link of a user other than root.
+    """
+    folder = open_folder(os.path.dirname(path), make=True, mode=0o755)
+    try:
+        replace_in(folder, os.path.basename(path), text, mode, owner)
+    finally:
+        os.close(folder)
+
+
+def replace_in(folder, name, text, mode=0o644, owner=None):
+    """Replace a file in the folder of a descriptor, as write_text does."""
+    temporary = ".mixtral-run-" + uuid.uuid4().hex
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if owner is not None:
-            os.chown(temporary, *owner)
-        os.chmod(temporary, mode)
-        os.rename(temporary, path)
+            if owner is not None:
+                os.fchown(file.fileno(), *owner)
+            os.fchmod(file.fileno(), mode)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
-        os.unlink(temporary)
+        os.unlink(temporary, dir_fd=folder)
         raise
 
 

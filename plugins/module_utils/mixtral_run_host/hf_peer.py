@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 import subprocess
+import tempfile
 
 from ansible.module_utils.mixtral_run_host.commands import last_lines, run
 from ansible.module_utils.mixtral_run_host.model_cache import ModelError, checked_commit, checked_files, matching
+
+_ERROR_BYTES = 2000
 
 
 class Peer:
@@ -59,18 +62,24 @@ class Peer:
     def open_file(self, _commit, file, start):
         """Yield a stream of the file's bytes from `start` on, and True, because the other host can resume."""
         argv = self._argv + ["get {} {}".format(file.digest, start)]
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=dict(os.environ, LC_ALL="C"),
-        )
-        try:
-            yield process.stdout, True
-        finally:
-            process.stdout.close()
-            error = process.stderr.read().decode("utf-8", "replace").strip()
-            process.stderr.close()
-            if process.wait() and error:
+        # A pipe for the errors would fill up, and both sides would wait, while only the file is read.
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=dict(os.environ, LC_ALL="C"),
+            )
+            try:
+                yield process.stdout, True
+            except BaseException:
+                process.kill()  # the other host may send nothing more, and never end
+                raise
+            finally:
+                process.stdout.close()
+                code = process.wait()
+            errors.seek(0)
+            error = errors.read(_ERROR_BYTES).decode("utf-8", "replace").strip()
+            if code and error:
                 raise ModelError("{}: {}".format(self.target, error), "run again: it goes on there")

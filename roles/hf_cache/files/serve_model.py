@@ -14,12 +14,14 @@ import shutil
 import sys
 from pathlib import Path
 
+DIGEST = "[0-9a-f]{40}|[0-9a-f]{64}"
+
 
 def list_files(folder, revision):
     reference = folder / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     snapshot = folder / "snapshots" / commit
-    if not snapshot.is_dir():
+    if re.fullmatch(DIGEST, commit) is None or not snapshot.is_dir():
         return f"{folder} has no revision {revision}"
     # Every file of the hub is a link into blobs/; the quantized cache that finetune writes next to them is not.
     links = sorted(each for each in snapshot.rglob("*") if each.is_symlink() and each.is_file())
@@ -35,7 +37,7 @@ def get_file(folder, digest, start):
 
 
 def main(folder, command):
-    asked = re.fullmatch(r"list (?!.*\.\.)([\w./-]+)|get ([0-9a-f]{40}|[0-9a-f]{64}) ([0-9]+)", command)
+    asked = re.fullmatch(rf"list (?![/.])(?!.*\.\.)([\w./-]+)|get ({DIGEST}) ([0-9]{{1,18}})", command)
     if asked is None:
         return "only list REVISION and get HASH START are served"
     try:

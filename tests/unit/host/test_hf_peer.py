@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,10 @@ def test_it_lists_and_gives_from_a_byte_on(cache: ModelCache) -> None:
         "get ../../../token 0",
         "list ../../..",
         "list a/../b",
+        "list /etc/alternatives",
+        "list .",
+        "list ./main",
+        "get " + "a" * 64 + " " + "9" * 30,
         "get " + "a" * 64 + " 0; id",
         "list main\nlist main",
     ],
@@ -75,6 +81,17 @@ def test_anything_else_is_refused(cache: ModelCache, command: str) -> None:
 def test_what_is_not_there_is_told(cache: ModelCache) -> None:
     assert b"has no revision other" in serve(cache, "list other").stderr
     assert b"No such file" in serve(cache, "get " + "a" * 40 + " 0").stderr
+
+
+@pytest.mark.parametrize("revision", ["sub", "snapshots", "other"])
+def test_only_a_commit_is_listed(cache: ModelCache, tmp_path: Path, revision: str) -> None:
+    """A reference holds a path, and a folder beside the commits holds links."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/link").symlink_to(tmp_path / "home/token")
+    (Path(cache.folder) / "refs/other").write_text(str(tmp_path / "outside"))
+    (Path(cache.folder) / "snapshots/sub").symlink_to(tmp_path / "outside")
+    done = serve(cache, f"list {revision}")
+    assert (done.returncode, done.stdout) == (1, b"") and f"has no revision {revision}".encode() in done.stderr
 
 
 @pytest.fixture
@@ -112,6 +129,36 @@ def test_a_model_is_taken_over_and_resumed(peer: Peer, tmp_path: Path) -> None:
     snapshot = Path(mine.folder) / "snapshots" / COMMIT
     assert {each.name for each in snapshot.iterdir()} == {"config.json", "model.safetensors"}
     assert (snapshot / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def _replace_ssh(tmp_path: Path, *lines: str) -> None:
+    (tmp_path / "bin/ssh").write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+
+
+def test_a_host_that_prints_many_errors_does_not_block_the_copy(peer: Peer, tmp_path: Path) -> None:
+    _replace_ssh(tmp_path, "head -c 1000000 /dev/zero | tr '\\0' e >&2", "printf whole", "exit 3")
+    found = []
+
+    def read() -> None:
+        try:
+            with peer.open_file(COMMIT, RemoteFile("x", 5, "a" * 64), 0) as (stream, _):
+                found.append(stream.read())
+        except ModelError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [b"whole", "ops@gpu-01:22: " + "e" * 2000]
+
+
+def test_a_host_that_never_ends_is_left_when_the_copy_fails(peer: Peer, tmp_path: Path) -> None:
+    _replace_ssh(tmp_path, "head -c 2000000 /dev/zero", "exec sleep 60")
+    mine = ModelCache(str(tmp_path / "mine"), "org/model")
+    before = time.monotonic()
+    with pytest.raises(ModelError, match="more than the 3 bytes"):
+        mine.fetch(peer, COMMIT, RemoteFile("x", 3, "a" * 64))
+    assert time.monotonic() - before < 30
 
 
 def test_a_damaged_blob_of_the_other_host_is_refused(peer: Peer, cache: ModelCache, tmp_path: Path) -> None:

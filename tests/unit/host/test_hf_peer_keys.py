@@ -50,6 +50,26 @@ def test_it_opens_and_closes_and_leaves_the_rest(user: pwd.struct_passwd, tmp_pa
     assert keys.read_text() == OWN + "\n" and not list((tmp_path / "programs").iterdir())
 
 
+def test_a_new_folder_that_becomes_a_link_gives_nothing_away(
+    user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user replaces the folder of the keys by a link as soon as root created it."""
+    outside, create = tmp_path / "outside", os.makedirs
+    outside.mkdir()
+
+    def race(path: str, *args: int, **options: bool | int) -> None:
+        create(path, *args, **options)
+        if path.endswith("/.ssh"):
+            Path(path).rmdir()
+            Path(path).symlink_to(outside)
+
+    monkeypatch.setattr(os, "makedirs", race)
+    before = outside.stat().st_uid
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
+        MODULE._set_line(str(tmp_path / "ops/.ssh/authorized_keys"), user, "mark", "key mark\n")
+    assert outside.stat().st_uid == before and not list(outside.iterdir())
+
+
 def test_hosts_that_ask_at_once_take_no_line_of_each_other(
     user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

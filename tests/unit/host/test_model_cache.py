@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from http.client import IncompleteRead
 from pathlib import Path
@@ -131,6 +132,131 @@ def test_a_connection_that_breaks_off_is_told_and_what_came_is_kept(
     assert Path(cache.blob(file.digest)).read_bytes() == data
 
 
+class EndlessSource:
+    """STAND-IN for a host that sends more than it listed; it counts the chunks that were read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    @contextlib.contextmanager
+    def open_file(self, _commit: str, _file: RemoteFile, _start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+        source = self
+
+        class Stream(io.BytesIO):
+            def read(self, _size: int | None = -1) -> bytes:
+                source.read += 1
+                return b"x" * 100 if source.read < 50 else b""
+
+        yield Stream(), True
+
+
+@pytest.mark.parametrize("here", [0, 100])
+def test_no_more_is_written_than_was_listed(tmp_path: Path, here: int) -> None:
+    file, source = RemoteFile("w.safetensors", 250, "a" * 64), EndlessSource()
+    cache = ModelCache(str(tmp_path), MODEL)
+    partial = Path(cache.blob(file.digest) + ".incomplete")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * here)
+    with pytest.raises(ModelError, match="more than the 250 bytes that were listed arrived"):
+        cache.fetch(source, COMMIT, file)
+    assert source.read == 3 - here // 100 and not list(partial.parent.iterdir())
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """Return a file outside the cache that a user of the host wants root to write or to give away."""
+    path = tmp_path / "outside" / "passwd"
+    path.parent.mkdir()
+    path.write_text("root")
+    return path
+
+
+def _model_folder(home: Path) -> Path:
+    folder = Path(ModelCache(str(home), MODEL).folder)
+    for name in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+@pytest.mark.parametrize("suffix", [".incomplete", ""])
+def test_a_file_is_not_written_through_a_planted_name(tmp_path: Path, victim: Path, kind: str, suffix: str) -> None:
+    home = tmp_path / "home"
+    name = _model_folder(home) / "blobs" / (_listed(FILES)[0].digest + suffix)
+    if kind == "link":
+        name.symlink_to(victim)
+    elif kind == "hard link":
+        name.hardlink_to(victim)
+    else:
+        os.mkfifo(name)
+    cache = _fetch(Source(FILES), home)
+    assert victim.read_text() == "root"
+    for file in _listed(FILES):
+        cache.check(file)
+
+
+@pytest.mark.parametrize("name", ["refs/main", "refs/main.partial"])
+def test_a_reference_is_not_written_through_a_link(tmp_path: Path, victim: Path, name: str) -> None:
+    folder = _model_folder(tmp_path / "home")
+    (folder / name).symlink_to(victim)
+    _fetch(Source(FILES), tmp_path / "home")
+    assert victim.read_text() == "root" and (folder / "refs/main").read_text() == COMMIT
+    assert not (folder / "refs/main").is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")
+@pytest.mark.parametrize("place", ["..", "blobs", "refs", "snapshots", f"snapshots/{COMMIT}/sub"])
+def test_a_folder_that_is_a_link_of_the_owner_is_refused(tmp_path: Path, victim: Path, place: str) -> None:
+    home = tmp_path / "home"
+    folder = _model_folder(home)
+    link = folder.parent if place == ".." else folder / place
+    if link.exists():
+        link.rename(tmp_path / "moved")
+    link.symlink_to(victim.parent)
+    os.chown(link, 4321, 4321, follow_symlinks=False)
+    with pytest.raises(ModelError, match="does not belong to root"):
+        _fetch(Source(FILES), home)
+    assert [path.name for path in victim.parent.iterdir()] == ["passwd"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_only_files_of_the_cache_get_its_owner(tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user replaces a folder by a link after its files were listed and before they get their owner."""
+    home = tmp_path / "home"
+    sub = _model_folder(home) / "snapshots" / COMMIT / "sub"
+    sub.mkdir()
+    (sub / "passwd").touch()
+    (sub.parent / "hard").hardlink_to(victim)
+    change = os.chown
+
+    def race(path: str, *args: int, **options: bool | int) -> None:
+        if Path(path).name == "passwd" and not sub.is_symlink():
+            sub.rename(tmp_path / "moved")
+            sub.symlink_to(victim.parent)
+        change(path, *args, **options)
+
+    monkeypatch.setattr(os, "chown", race)
+    cache = ModelCache(str(home), MODEL, 4321, 4321)
+    cache.publish("main", COMMIT, [])
+    assert (victim.stat().st_uid, victim.parent.stat().st_uid) == (0, 0)
+    assert (tmp_path / "moved/passwd").stat().st_uid == 4321
+    assert Path(cache.folder).stat().st_uid == (Path(cache.folder) / "refs/main").stat().st_uid == 4321
+
+
+def test_a_file_in_the_place_of_a_link_is_replaced(tmp_path: Path) -> None:
+    beside = _model_folder(tmp_path) / "snapshots" / COMMIT / "config.json"
+    beside.write_text("written by a program that makes no links")
+    _fetch(Source(FILES), tmp_path)
+    assert beside.is_symlink() and beside.read_bytes() == FILES["config.json"]
+
+
+def test_a_folder_in_the_place_of_a_link_is_told(tmp_path: Path) -> None:
+    (_model_folder(tmp_path) / "snapshots" / COMMIT / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json: a folder named config\.json") as failure:
+        _fetch(Source(FILES), tmp_path)
+    assert failure.value.remedy == "remove it"
+
+
 def test_hashes_are_gits_and_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert digest_of(str(tmp_path / "x"), "0" * 40) == hashlib.sha1(b"blob 3\0abc").hexdigest()
@@ -152,6 +278,8 @@ HOSTILE_FILES = [
     ["x.json", 4, "a" * 64 + "\n"],
     ["x.json", 4, ["a"]],
     ["x.json", -1, "a" * 64],
+    ["x.json", 1 << 50, "a" * 64],
+    ["x.json", 10**400, "a" * 64],
     ["x.json", "4", "a" * 64],
     [["x.json"], 4, "a" * 64],
     ["x.json", 4],

@@ -71,3 +71,85 @@ def test_what_the_section_left_goes_with_it_whether_or_not_folders_were_recorded
     assert call_module(MODULE, **given, state="absent")["done"] == [f"removed {path}" for path in leftovers[:3]]
     assert (kept / "inside").exists() and not any(Path(path).exists() for path in leftovers)
     assert not call_module(MODULE, **given, state="absent")["changed"]
+
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")
+
+
+@pytest.fixture
+def outside(settings: dict, tmp_path: Path) -> Path:
+    """Return a folder of root with a file, both of which a user of the host wants to own."""
+    folder = tmp_path / "outside"
+    folder.mkdir(mode=0o755)
+    (folder / "token").write_text("hf_secret\n")
+    (folder / "token").chmod(0o600)
+    return folder
+
+
+@AS_ROOT
+@pytest.mark.parametrize("place", ["last", "on the way"])
+def test_a_link_of_the_folders_owner_is_refused(settings: dict, tmp_path: Path, outside: Path, place: str) -> None:
+    link = tmp_path / "hub"
+    link.symlink_to(outside if place == "last" else tmp_path)
+    os.chown(link, UID, GID, follow_symlinks=False)
+    settings["paths"] = [str(link if place == "last" else link / outside.name)]
+    before = _figures(outside)
+    result = call_module(MODULE, **settings)
+    assert result["failed"] and "does not belong to root" in result["msg"] and str(link) in result["msg"]
+    assert _figures(outside) == before
+
+
+def test_a_link_that_root_made_is_followed(settings: dict, tmp_path: Path, outside: Path) -> None:
+    (tmp_path / "there").symlink_to(outside.name)
+    assert call_module(MODULE, **settings)["changed"]
+    assert _figures(outside) == (0o2775, UID, GID)
+    assert not call_module(MODULE, **settings)["changed"]
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_the_token_replaces_what_stands_in_its_place(settings: dict, outside: Path, kind: str) -> None:
+    token = Path(settings["secret_path"])
+    token.parent.mkdir(parents=True)
+    if kind == "link":
+        token.symlink_to(outside / "token")
+    elif kind == "hard link":
+        token.hardlink_to(outside / "token")
+    else:
+        os.mkfifo(token)
+    before = _figures(outside / "token")
+    assert f"wrote {token}" in call_module(MODULE, **settings)["done"]
+    assert token.is_file() and not token.is_symlink() and _figures(token) == (0o640, UID, GID)
+    assert _figures(outside / "token") == before
+
+
+def test_the_owner_is_set_on_the_file_that_was_written(
+    settings: dict, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user replaces the temporary file by a link just before its owner is set by name."""
+    change = os.chown
+
+    def race(path: str | int, *args: int, **options: bool) -> None:
+        if ".mixtral-run-" in str(path):
+            Path(path).unlink()
+            Path(path).symlink_to(outside / "token")
+        change(path, *args, **options)
+
+    monkeypatch.setattr(os, "chown", race)
+    before = _figures(outside / "token")
+    call_module(MODULE, **settings)
+    assert _figures(outside / "token") == before
+
+
+@AS_ROOT
+def test_what_is_taken_back_is_not_reached_by_a_link(settings: dict, outside: Path) -> None:
+    there = Path(settings["paths"][1])
+    there.mkdir()
+    settings["secret_path"] = str(there / "token")
+    call_module(MODULE, **settings)
+    (there / "token").unlink()
+    there.rmdir()
+    there.symlink_to(outside)
+    os.chown(there, UID, GID, follow_symlinks=False)
+    before = _figures(outside)
+    call_module(MODULE, **settings, state="absent")
+    assert (outside / "token").exists() and _figures(outside) == before

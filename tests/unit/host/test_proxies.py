@@ -80,6 +80,37 @@ def test_apt_asks_a_mirror(mirror: str, tmp_path: Path, monkeypatch, no_proxy: s
     assert ("404  File not found" in answer.out + answer.err) is answers, answer
 
 
+def test_the_arguments_of_apt_hold_no_password(programs: Programs, tmp_path: Path) -> None:  # noqa: F811
+    programs.put(
+        "apt-get",
+        f'for word; do case "$word" in --config-file=*) cp -p "${{word#*=}}" {tmp_path}/given.conf ;; esac; done',
+    )
+    params = {"proxy": 'http://me:p%40"s s@p:3128', "no_proxy": "", "lock_timeout_seconds": 0}
+    assert load_module("apt_packages")._apt(params, ["update"]).code == 0
+    assert programs.calls("apt-get") and not any("p%40" in call for call in programs.calls())
+    given = tmp_path / "given.conf"
+    address = "http://me:p%40%22s%20s@p:3128"
+    assert given.read_text() == f'Acquire::http::Proxy "{address}";\nAcquire::https::Proxy "{address}";\n'
+    assert given.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is asked itself")
+def test_the_proxy_overrides_the_one_of_the_hosts_own_settings(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "apt.conf").write_text('Acquire::http::Proxy "http://old:1"; Acquire::https::Proxy "http://old:1";\n')
+    (tmp_path / "apt-get").write_text('#!/bin/sh\nexec apt-config "$@"\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    module = load_module("apt_packages")
+    real = module.run
+    # apt-config does not know --yes, which only apt-get has.
+    monkeypatch.setattr(module, "run", lambda argv, **rest: real([word for word in argv if word != "--yes"], **rest))
+    params = {"proxy": "http://me:p%40;#//s@p:3128", "no_proxy": "", "lock_timeout_seconds": 0}
+    shown = module._apt(params, ["dump"])
+    assert 'Acquire::http::Proxy "http://me:p%40;#//s@p:3128";' in shown.out, shown
+    assert "//old:1" not in shown.out
+
+
 @pytest.mark.parametrize(
     ("proxy", "no_proxy", "given"),
     [("", "localhost", "none none "), ("http://p:3128", "*", "none none "),
