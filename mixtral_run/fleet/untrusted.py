@@ -17,10 +17,13 @@ MAX_NAME_BYTES = 255
 
 # ECMA-48 sequences in their 7-bit form (ESC …) and 8-bit form (C1). A string sequence (OSC, DCS, SOS, PM, APC) is
 # removed with its content only if it is terminated on the same line: an unterminated one must not hide other text.
+# The content excludes each character that begins such a sequence: a text of introducers alone is then read once, and
+# not once for each introducer.
 _CONTROL = re.compile(
     r"""
       (?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]                                              # CSI: colors, cursor, erase
-    | (?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)   # title, clipboard, links, …
+    | (?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])                                     # title, clipboard, links, …
+      [^\x07\x1b\n\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c)
     | \x1b[ -/]*[0-~]                                                              # other escapes: reset, charset
     | [\x00-\x08\x0b-\x1f\x7f-\x9f]                                                # every other control character
     | [\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]                               # reordering of the text

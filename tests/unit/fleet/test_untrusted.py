@@ -22,6 +22,8 @@ from mixtral_run.fleet.untrusted import local_name, local_path, one_line, parse_
         ("\x9b31mred", "red"),
         ("\x9d0;title\x9ctext", "text"),
         ("\x1b]0;never ended\nnext line", "0;never ended\nnext line"),
+        ("\x9d0;never ended\x9d0;title\x9ctext", "0;never endedtext"),
+        ("\x1b]0;never ended\x900;title\x07text", "0;never endedtext"),
         ("\x1b\x1b[2J[2Jtwice", "[2Jtwice"),
         ("ab\x08\x08cd\x07\x00\x7f", "abcd"),
         ("evil \u202egpj.exe", "evil gpj.exe"),
@@ -55,7 +57,20 @@ def test_no_input_leaves_a_control_character() -> None:
                 assert not any("\x7f" <= character <= "\x9f" for character in text)
 
 
-@pytest.mark.parametrize("piece", ["\x1b]", "\x1b[", "\x1b[0;", "\x1bP", "\x1b", "\r"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "\x1b]",
+        "\x1b[",
+        "\x1b[0;",
+        "\x1bP",
+        "\x1b",
+        "\r",
+        *(chr(code) for code in range(0x80, 0xA0)),
+        "\x90\x98",
+        "\x9dx",
+    ],
+)
 def test_a_long_hostile_text_takes_no_time(piece: str) -> None:
     began = time.monotonic()
     printable(piece * 200_000)
