@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import PurePosixPath
 
 import pytest
 
-from mixtral_run.fleet.untrusted import local_name, local_path, one_line, parse_json, printable
+from mixtral_run.fleet.untrusted import folded, local_name, local_path, one_line, parse_json, printable
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,7 @@ def test_a_plain_name_is_taken(name: str) -> None:
     [
         ("/etc/passwd", "absolute"), ("../a", r"\.\."), ("a/../../b", r"\.\."), ("a/..", r"\.\."), ("", "empty"),
         (".", "empty"), ("a/\x1b[m", "control"), ("peft/" + "a" * 5000, "5,000 bytes"),
+        ("a/" * 101, "101 parts"), ("a/" * 500_000, "500,000 parts"), (("a" * 250 + "/") * 12, "3,011 bytes"),
     ],
 )  # fmt: skip
 def test_a_path_that_leaves_its_folder_is_refused(path: str, problem: str) -> None:
@@ -123,3 +125,10 @@ def test_a_path_that_leaves_its_folder_is_refused(path: str, problem: str) -> No
 
 def test_a_path_within_its_folder_is_taken() -> None:
     assert str(local_path("./peft//sub/a")) == "peft/sub/a"
+    assert len(local_path("a/" * 100).parts) == 100
+
+
+@pytest.mark.parametrize("other", ["PEFT/Stra\u00dfe-\u00e9", "peft/strasse-E\u0301", "pe\u200cft/STRASSE-\u00c9"])
+def test_paths_that_some_filesystem_takes_for_the_same_are_folded_to_one(other: str) -> None:
+    assert folded(PurePosixPath(other)) == folded(PurePosixPath("peft/strasse-\u00e9"))
+    assert folded(PurePosixPath(other)) != folded(PurePosixPath("peft/strasse-e"))
