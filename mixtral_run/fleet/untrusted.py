@@ -14,13 +14,20 @@ from typing import Any, NoReturn
 
 MAX_NAME_BYTES = 255
 """The longest file name that common filesystems accept."""
+MAX_PATH_BYTES = 3000
+"""The longest path below a local folder. Linux accepts 4,096 bytes, the folder included."""
+MAX_PATH_PARTS = 100
+"""The most parts of a path. `Path.mkdir(parents=True)` calls itself once for each folder that is missing."""
 
 # ECMA-48 sequences in their 7-bit form (ESC …) and 8-bit form (C1). A string sequence (OSC, DCS, SOS, PM, APC) is
 # removed with its content only if it is terminated on the same line: an unterminated one must not hide other text.
+# The content excludes each character that begins such a sequence: a text of introducers alone is then read once, and
+# not once for each introducer.
 _CONTROL = re.compile(
     r"""
       (?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]                                              # CSI: colors, cursor, erase
-    | (?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)   # title, clipboard, links, …
+    | (?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])                                     # title, clipboard, links, …
+      [^\x07\x1b\n\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c)
     | \x1b[ -/]*[0-~]                                                              # other escapes: reset, charset
     | [\x00-\x08\x0b-\x1f\x7f-\x9f]                                                # every other control character
     | [\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]                               # reordering of the text
@@ -104,11 +111,28 @@ def local_path(path: str) -> PurePosixPath:
     """Return a relative path from a host as the parts of a local path below some folder.
 
     Raises:
-        ValueError: the path is absolute or empty, holds `..`, or has a part that `local_name` refuses.
+        ValueError: the path is absolute or empty, holds `..`, has a part that `local_name` refuses, has more than
+            MAX_PATH_PARTS parts or is longer than MAX_PATH_BYTES.
     """
     if path.startswith("/"):
         raise ValueError(f"the path {one_line(path)!r} is absolute")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
         raise ValueError(f"the path {one_line(path)!r} " + ("holds '..'" if parts else "is empty"))
-    return PurePosixPath(*(local_name(part) for part in parts))
+    if len(parts) > MAX_PATH_PARTS:
+        raise ValueError(f"the path {one_line(path[:200], 40)!r} has {len(parts):,} parts, more than {MAX_PATH_PARTS}")
+    found = PurePosixPath(*(local_name(part) for part in parts))
+    length = len(str(found).encode())
+    if length > MAX_PATH_BYTES:
+        raise ValueError(f"the path {one_line(path, 40)!r} has {length:,} bytes, more than {MAX_PATH_BYTES:,}")
+    return found
+
+
+def folded(path: PurePosixPath) -> PurePosixPath:
+    """Return a path such that two paths are equal if some filesystem takes them for the same one.
+
+    Filesystems of macOS and Windows ignore case and the form of Unicode characters, and HFS+ ignores format characters.
+    """
+    text = unicodedata.normalize("NFD", str(path))
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text.casefold()))
+    return PurePosixPath("".join(character for character in text if unicodedata.category(character) != "Cf"))

@@ -73,7 +73,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "apt-lock",
         "Another program holds apt's lock",
-        r"could not get lock /var/lib/(dpkg|apt)|unable to acquire the dpkg frontend lock|unable to lock .*administration directory"
+        r"could not get lock /var/lib/(dpkg|apt)|unable to acquire the dpkg frontend lock|unable to lock .{0,80}administration directory"
         r"|failed to lock apt",
         "On a new host, unattended-upgrades runs for some minutes after boot and locks the package database.",
         ("mixtral-run bootstrap --retry    # waits for the lock up to docker_apt_lock_timeout_seconds",),

@@ -16,11 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from mixtral_run.fleet.untrusted import local_path, one_line
+from mixtral_run.fleet.untrusted import MAX_PATH_BYTES, MAX_PATH_PARTS, folded, local_path, one_line
 
 MAX_MEMBERS = 200_000
 MAX_HEADER_BYTES = 1 << 20
 """The longest header of one member, its extended headers included. Python reads a header into memory as a whole."""
+MAX_ALL_HEADER_BYTES = 512 << 20
+"""The headers of all members together. GNU tar sends 1.5 KiB for a member whose name is longer than 100 bytes."""
+MAX_GLOBAL_HEADERS = 100
+"""The keys of all global headers. tarfile copies them for every member."""
 BLOCK_BYTES = 1 << 20
 TAIL_BYTES = 2 * tarfile.RECORDSIZE
 """tarfile reads a stream in records. Its last header is in the last record, or begins in the one before."""
@@ -116,9 +120,12 @@ class _Unpacker:
     """Folders that were made, and their modification times."""
     links: dict[PurePosixPath, str] = field(default_factory=dict)
     """Symbolic links and their targets, to be created at the end."""
+    folded_links: set[PurePosixPath] = field(default_factory=set)
+    """The paths of `links` as a filesystem compares them that ignores case."""
 
     def run(self) -> Received:
         reader = _BoundedReader(self.stream, MAX_HEADER_BYTES)
+        header_bytes = member_end = 0
         with contextlib.ExitStack() as stack:
             with _damaged():
                 archive = stack.enter_context(tarfile.open(fileobj=reader, mode="r|"))  # type: ignore[call-overload]
@@ -133,6 +140,11 @@ class _Unpacker:
                     break
                 if count == MAX_MEMBERS:
                     raise RefusedError(f"the archive has more than {MAX_MEMBERS:,} members")
+                # tarfile keeps every member and its headers, which a stream does not need.
+                archive.members.clear()
+                header_bytes += member.offset_data - member_end
+                member_end = archive.offset
+                _check_headers(header_bytes, archive)
                 reader.allowed = max(member.size, 0) + MAX_HEADER_BYTES
                 self._take(archive, member)
         self._make_links()
@@ -148,7 +160,7 @@ class _Unpacker:
         if path.parts[0] != self.name:
             raise RefusedError(f"the archive holds {one_line(str(path), 80)!r}, expected only {one_line(self.name)!r}")
         for parent in path.parents:
-            if parent in self.files or parent in self.links:
+            if parent in self.files or self._is_link(parent):
                 raise RefusedError(f"{str(path)!r} is inside of something that is not a folder")
         if path in self.files or path in self.links or path in self.folders:
             raise RefusedError(f"{str(path)!r} occurs twice")
@@ -159,7 +171,7 @@ class _Unpacker:
         elif member.isreg():
             self._write(archive, member, path)
         elif member.issym():
-            self.links[path] = member.linkname
+            self._add_link(path, member.linkname)
         elif member.islnk():
             self._link_to_file(path, local_path(member.linkname))
         else:
@@ -211,6 +223,17 @@ class _Unpacker:
             raise RefusedError(f"{str(path)!r} occurs twice")
         return target
 
+    def _add_link(self, path: PurePosixPath, target: str) -> None:
+        if len(target) > MAX_PATH_BYTES or target.count("/") > MAX_PATH_PARTS:
+            raise RefusedError(
+                f"{str(path)!r} is a link to a path of more than {MAX_PATH_BYTES:,} bytes or {MAX_PATH_PARTS} parts"
+            )
+        self.links[path] = target
+        self.folded_links.add(folded(path))
+
+    def _is_link(self, path: PurePosixPath) -> bool:
+        return bool(self.folded_links) and folded(path) in self.folded_links
+
     def _make_links(self) -> None:
         for path, target in self.links.items():
             self._check_link(path, target)
@@ -231,8 +254,16 @@ class _Unpacker:
                 place.append(str(local_path(step)))
             if not place or place[0] != self.name:
                 raise outside
-            if number < len(steps) and PurePosixPath(*place) in self.links:
+            if number < len(steps) and self._is_link(PurePosixPath(*place)):
                 raise RefusedError(f"{str(path)!r} is a link that leads through another link")
+
+
+def _check_headers(header_bytes: int, archive: tarfile.TarFile) -> None:
+    """Raise RefusedError if the headers so far take more memory or time than those of a folder need."""
+    if header_bytes > MAX_ALL_HEADER_BYTES:
+        raise RefusedError(f"the headers of the archive are longer than {size_text(MAX_ALL_HEADER_BYTES)}")
+    if len(archive.pax_headers) > MAX_GLOBAL_HEADERS:
+        raise RefusedError(f"the archive has more than {MAX_GLOBAL_HEADERS} global headers")
 
 
 @contextlib.contextmanager

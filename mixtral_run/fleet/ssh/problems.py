@@ -37,7 +37,7 @@ def connection_error(host: Host, errors: str) -> HostError:
 
 def _changed_jump_host(host: Host, errors: str) -> HostError:
     named = re.search(r"host key for (\S+) has changed", errors, re.I)
-    recorded = re.search(r"^Offending .*key in (.+):(\d+)\s*$", errors, re.I | re.M)
+    recorded = re.search(_OFFENDING, errors, re.I | re.M)
     jump_host = named.group(1) if named else "JUMP_HOST"
     file = ["-f", recorded.group(1)] if recorded else []
     return HostError(
@@ -50,6 +50,10 @@ def _changed_jump_host(host: Host, errors: str) -> HostError:
         f"ssh {host.address}, which asks whether to accept the new key",
     )
 
+
+# ssh passes on what the host prints, and that may be long. Bounded repetitions keep the search linear in its length.
+_CHANGED_KEY = r"host key .{0,400}has changed|identification has changed"
+_OFFENDING = r"^Offending .{0,80}key in (.{1,4096}):(\d{1,9})\s*$"
 
 _CONNECTION_PROBLEMS = (
     (
@@ -90,7 +94,7 @@ _DROPPED = r"(kex|ssh)_exchange_identification|^Connection (closed|reset) by \S+
 
 def is_changed_key(errors: str) -> bool:
     """Return True if ssh refused a host because its key differs from the recorded one."""
-    return bool(re.search(r"host key .*has changed|identification has changed", errors, re.I))
+    return bool(re.search(_CHANGED_KEY, errors, re.I))
 
 
 def _fingerprint(errors: str) -> str:

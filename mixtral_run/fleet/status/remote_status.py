@@ -10,10 +10,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sys
 from typing import Any
 
 LABEL_JOB = "org.mixtral-run.job"
+# The user of the jobs owns the folders of the checkpoints and of the models. Nothing in them may make the answer so
+# long or so odd that the reader (`answer.py`) refuses the answer as a whole.
+MAX_ENTRIES = 1000
+MAX_MARKER_BYTES = 64
+MAX_RECORD_BYTES = 1 << 20
+MAX_NUMBER = 10**12
 
 
 def read_status(folders: dict[str, str]) -> dict[str, Any]:
@@ -78,11 +85,15 @@ def cached_models(hf_home: str) -> list[str]:
     for name in sorted(_names(hub)):
         if name.startswith("models--") and _names(os.path.join(hub, name, "snapshots")):
             found.append(name[len("models--") :].replace("--", "/"))
-    return found
+    return found[:MAX_ENTRIES]
 
 
 def checkpoints(folder: str, depth: int = 3) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the converted checkpoints and the adapters below a folder that have the marker of a complete one."""
+    """Return the converted checkpoints and the adapters below a folder that have the marker of a complete one.
+
+    A folder whose marker or record cannot be read or is not in its form is left out. At most MAX_ENTRIES of each kind
+    are returned.
+    """
     bases: list[dict[str, Any]] = []
     adapters: list[dict[str, Any]] = []
     for path, names, files in os.walk(folder):
@@ -92,15 +103,34 @@ def checkpoints(folder: str, depth: int = 3) -> tuple[list[dict[str, Any]], list
             continue
         names[:] = []
         try:
-            with open(os.path.join(path, "latest_checkpointed_iteration.txt"), encoding="utf-8") as file:
-                iteration = int(file.read().strip())
-            record = _record(path, iteration)
-        except (OSError, ValueError):
+            kind, entry = _checkpoint(path)
+        except (OSError, ValueError, RecursionError):
             continue
-        entry = {"path": path, "iteration": iteration, "architecture": record.get("architecture") or {}}
-        entry["fingerprint"] = record.get("fingerprint") or (record.get("base") or {}).get("fingerprint")
-        (adapters if record.get("kind") == "adapter" else bases).append(entry)
+        found = adapters if kind == "adapter" else bases
+        if len(found) < MAX_ENTRIES:
+            found.append(entry)
     return bases, adapters
+
+
+def _checkpoint(path: str) -> tuple[Any, dict[str, Any]]:
+    """Return the kind and the entry of the checkpoint in a folder.
+
+    Raises:
+        OSError, ValueError, RecursionError: the marker or the record cannot be read, or is not in its form.
+    """
+    iteration = int(_text(os.path.join(path, "latest_checkpointed_iteration.txt"), MAX_MARKER_BYTES))
+    if not 0 <= iteration <= MAX_NUMBER:
+        raise ValueError("an iteration that no training reaches")
+    record = _record(path, iteration)
+    base = _object(record.get("base"))
+    fingerprint = record.get("fingerprint") or base.get("fingerprint")
+    if not isinstance(fingerprint, (str, type(None))):
+        raise ValueError("a fingerprint that is not text")
+    architecture = _object(record.get("architecture"))
+    if not all(_is_plain(value) for value in architecture.values()):
+        raise ValueError("an architecture that is not made of plain values")
+    entry = {"path": path, "iteration": iteration, "architecture": architecture, "fingerprint": fingerprint}
+    return record.get("kind"), entry
 
 
 def _record(path: str, iteration: int) -> dict[str, Any]:
@@ -109,10 +139,40 @@ def _record(path: str, iteration: int) -> dict[str, Any]:
         os.path.join(path, "mixtral_run.json"),
     ):
         if os.path.exists(file):
-            with open(file, encoding="utf-8") as stream:
-                record: dict[str, Any] = json.load(stream)
-                return record
+            return _object(json.loads(_text(file, MAX_RECORD_BYTES)))
     return {}
+
+
+def _text(path: str, max_bytes: int) -> str:
+    """Return the text of a regular file of at most `max_bytes`. Raises OSError or ValueError for anything else.
+
+    Pipes and devices are not opened. O_NONBLOCK and the second check hold if the file is replaced in between.
+    """
+    if not os.path.isfile(path):
+        raise ValueError("not a regular file")
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError("the file is too long")
+    return data.decode("utf-8")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return a JSON object; {} for null or another empty value. Raises ValueError for anything else."""
+    if value and not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value or {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Return True for text, null, a flag, a finite number of common size, or a list of these without further lists."""
+    if isinstance(value, list):
+        return not any(isinstance(each, list) for each in value) and all(_is_plain(each) for each in value)
+    if isinstance(value, (int, float)):
+        return abs(value) <= MAX_NUMBER  # False for NaN
+    return value is None or isinstance(value, str)
 
 
 def jobs() -> list[dict[str, str]]:

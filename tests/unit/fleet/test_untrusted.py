@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import PurePosixPath
 
 import pytest
 
-from mixtral_run.fleet.untrusted import local_name, local_path, one_line, parse_json, printable
+from mixtral_run.fleet.untrusted import folded, local_name, local_path, one_line, parse_json, printable
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,8 @@ from mixtral_run.fleet.untrusted import local_name, local_path, one_line, parse_
         ("\x9b31mred", "red"),
         ("\x9d0;title\x9ctext", "text"),
         ("\x1b]0;never ended\nnext line", "0;never ended\nnext line"),
+        ("\x9d0;never ended\x9d0;title\x9ctext", "0;never endedtext"),
+        ("\x1b]0;never ended\x900;title\x07text", "0;never endedtext"),
         ("\x1b\x1b[2J[2Jtwice", "[2Jtwice"),
         ("ab\x08\x08cd\x07\x00\x7f", "abcd"),
         ("evil \u202egpj.exe", "evil gpj.exe"),
@@ -55,7 +58,20 @@ def test_no_input_leaves_a_control_character() -> None:
                 assert not any("\x7f" <= character <= "\x9f" for character in text)
 
 
-@pytest.mark.parametrize("piece", ["\x1b]", "\x1b[", "\x1b[0;", "\x1bP", "\x1b", "\r"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "\x1b]",
+        "\x1b[",
+        "\x1b[0;",
+        "\x1bP",
+        "\x1b",
+        "\r",
+        *(chr(code) for code in range(0x80, 0xA0)),
+        "\x90\x98",
+        "\x9dx",
+    ],
+)
 def test_a_long_hostile_text_takes_no_time(piece: str) -> None:
     began = time.monotonic()
     printable(piece * 200_000)
@@ -99,6 +115,7 @@ def test_a_plain_name_is_taken(name: str) -> None:
     [
         ("/etc/passwd", "absolute"), ("../a", r"\.\."), ("a/../../b", r"\.\."), ("a/..", r"\.\."), ("", "empty"),
         (".", "empty"), ("a/\x1b[m", "control"), ("peft/" + "a" * 5000, "5,000 bytes"),
+        ("a/" * 101, "101 parts"), ("a/" * 500_000, "500,000 parts"), (("a" * 250 + "/") * 12, "3,011 bytes"),
     ],
 )  # fmt: skip
 def test_a_path_that_leaves_its_folder_is_refused(path: str, problem: str) -> None:
@@ -108,3 +125,10 @@ def test_a_path_that_leaves_its_folder_is_refused(path: str, problem: str) -> No
 
 def test_a_path_within_its_folder_is_taken() -> None:
     assert str(local_path("./peft//sub/a")) == "peft/sub/a"
+    assert len(local_path("a/" * 100).parts) == 100
+
+
+@pytest.mark.parametrize("other", ["PEFT/Stra\u00dfe-\u00e9", "peft/strasse-E\u0301", "pe\u200cft/STRASSE-\u00c9"])
+def test_paths_that_some_filesystem_takes_for_the_same_are_folded_to_one(other: str) -> None:
+    assert folded(PurePosixPath(other)) == folded(PurePosixPath("peft/strasse-\u00e9"))
+    assert folded(PurePosixPath(other)) != folded(PurePosixPath("peft/strasse-e"))

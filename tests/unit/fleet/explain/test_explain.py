@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,14 @@ def test_a_recorded_failure_is_explained_by_its_host(tmp_path: Path, monkeypatch
     assert "gpu-01" in explain("")
     with pytest.raises(ConfigError):
         explain("zzz qqq")
+
+
+def test_a_long_hostile_log_takes_no_time() -> None:
+    began = time.monotonic()
+    assert recognize("unable to lock " * 50_000) is None
+    assert time.monotonic() - began < 5
+
+
+def test_a_locked_administration_directory_is_recognized() -> None:
+    failure = recognize("E: Unable to lock the administration directory (/var/lib/dpkg/), are you root?")
+    assert failure is not None and failure.name == "apt-lock"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import tarfile
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -111,6 +114,94 @@ def test_too_many_members_are_refused(new: Path, monkeypatch: pytest.MonkeyPatch
     received(stream(entries[:3]), new)
     with pytest.raises(RefusedError, match="more than 3 members"):
         unpack(io.BytesIO(stream(entries)), new.parent / "other", "peft", limit_bytes=GIB)
+
+
+def pax_stream(num_members: int, header_bytes: int, global_headers: dict[str, str] | None = None) -> IO[bytes]:
+    """Return a stream of empty files, each with an extended header; nothing of it is held in memory."""
+
+    def pieces() -> Iterator[bytes]:
+        if global_headers:
+            yield tarfile.TarInfo.create_pax_global_header(global_headers)  # type: ignore[attr-defined]
+        yield stream([PEFT])[:512]
+        for number in range(num_members):
+            entry = tarfile.TarInfo(f"peft/{number}")
+            entry.pax_headers = {"comment": "x" * header_bytes}
+            yield entry.tobuf(tarfile.PAX_FORMAT)
+        yield b"\0" * 10240
+
+    class Pieces(io.RawIOBase):
+        rest, source = b"", pieces()
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self.rest = self.rest or next(self.source, b"")
+            size = min(len(buffer), len(self.rest))
+            buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+            return size
+
+    return io.BufferedReader(Pieces())
+
+
+def test_headers_are_not_kept_in_memory(new: Path) -> None:
+    source = pax_stream(100, 500_000)
+    tracemalloc.start()
+    try:
+        assert unpack(source, new, "peft", limit_bytes=GIB).num_files == 100
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_headers_of_all_members_are_bounded(new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ALL_HEADER_BYTES", 100_000)
+    assert unpack(pax_stream(8, 10_000), new, "peft", limit_bytes=GIB).num_files == 8
+    with pytest.raises(RefusedError, match="headers of the archive"):
+        unpack(pax_stream(12, 10_000), new.parent / "other", "peft", limit_bytes=GIB)
+
+
+def test_content_does_not_count_as_headers(new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ALL_HEADER_BYTES", 3 * 512)
+    entries: list[Entry] = [PEFT, ("peft/a", FILE, b"x" * 100_001), ("peft/b", FILE, b"x" * 100_001)]
+    assert received(stream(entries), new) == "2 files, 200,002 bytes"
+
+
+def test_many_global_headers_are_refused(new: Path) -> None:
+    assert unpack(pax_stream(1, 1, {"comment": "x"}), new, "peft", limit_bytes=GIB).num_files == 1
+    with pytest.raises(RefusedError, match="more than 100 global headers"):
+        unpack(pax_stream(1, 1, {f"k{n}": "x" for n in range(101)}), new.parent / "other", "peft", limit_bytes=GIB)
+
+
+@pytest.mark.parametrize("kind", [FILE, FOLDER, LINK])
+def test_deeply_nested_folders_are_refused(kind: bytes, new: Path) -> None:
+    with pytest.raises(ValueError, match="1,501 parts"):
+        received(stream([("peft/" + "a/" * 1499 + "b", kind, *(["b"] if kind == LINK else []))]), new)
+    assert everything(new) == set()
+
+
+@pytest.mark.parametrize("target", ["a/" * 102, "a" * 3001, "./" * 1000])
+def test_a_link_to_a_long_path_is_refused(target: str, new: Path) -> None:
+    with pytest.raises(RefusedError, match="link to a path of more than"):
+        received(stream([PEFT, ("peft/l", LINK, target)]), new)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("L", "l"), ("stra\u00dfe", "STRASSE"), ("\u00e9", "e\u0301"), ("ab", "a\u200cb")]
+)
+def test_a_path_through_a_link_is_refused_whatever_the_filesystem_ignores(first: str, second: str, new: Path) -> None:
+    link = (f"peft/a/b/{first}", LINK, "../..")
+    with pytest.raises(RefusedError, match="not a folder"):
+        received(stream([PEFT, link, (f"peft/a/b/{second}/x", LINK, "../../../..")]), new)
+    with pytest.raises(RefusedError, match="through another link"):
+        received(stream([link, ("peft/x", LINK, f"a/b/{second}/../../y")]), new.parent / "other")
+
+
+def test_names_that_differ_in_case_arrive_where_the_filesystem_keeps_them_apart(new: Path) -> None:
+    (new / "probe").touch()
+    if (new / "PROBE").exists():
+        pytest.skip("this filesystem ignores case")
+    assert received(stream([PEFT, ("peft/a", FILE, b"x"), ("peft/A", FILE, b"y")]), new) == "2 files, 2 bytes"
 
 
 def test_a_folder_with_links_inside_of_it_arrives_as_it_is(new: Path) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.ssh.connection import Answer, Ssh, connection_options, destination, ssh_argv
-from mixtral_run.fleet.ssh.problems import connection_error, is_dropped
+from mixtral_run.fleet.ssh.problems import connection_error, is_changed_key, is_dropped
 
 KNOWN = Path("/state/known hosts")
 HOST = parse_host("gpu-01")
@@ -150,3 +151,11 @@ def test_a_line_without_end_comes_in_parts(tmp_path: Path, monkeypatch: pytest.M
     assert ssh.stream(HOST, ["true"], found.append) == 0
     assert "".join(found) == "x" * 5_000_000 + "end" and found[-1] == "end"
     assert max(map(len, found)) <= 2 * 2**20
+
+
+def test_a_long_hostile_error_takes_no_time() -> None:
+    began = time.monotonic()
+    assert not is_changed_key("host key " * 100_000)
+    changed = "host identification has changed\nssh_exchange_identification\n"
+    connection_error(HOST, changed + "Offending " + "key in " * 10_000 + ":1" * 10_000 + "x")
+    assert time.monotonic() - began < 5
