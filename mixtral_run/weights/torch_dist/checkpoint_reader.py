@@ -109,13 +109,15 @@ class Reader:
         self.files = set(reached)
         for file, expected in sorted(reached.items()):
             path = self.folder / file
-            if Path(file).name != file:
+            if Path(file).name != file or not file.isprintable():
                 problems.append(f"{METADATA_NAME}: {file!r} is not a file of this folder")
             elif not path.is_file():
                 problems.append(f"{file}: missing ({expected:,} bytes)")
             elif path.stat().st_size < expected:
                 problems.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
         for key, stored in metadata.state_dict_metadata.items():
+            if type(key) is not str or not key.isprintable():
+                raise ValueError("the name of a tensor is not a printable text")
             if isinstance(stored, BytesStorageMetadata):
                 self.objects.add(key)
                 if (key, None) not in infos:

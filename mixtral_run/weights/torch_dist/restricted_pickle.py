@@ -27,6 +27,8 @@ class DisallowedGlobalError(pickle.UnpicklingError):
     """A pickle names a function or class that has no place in a checkpoint. It was not called."""
 
     def __init__(self, name: str) -> None:
+        # The pickle's own text, which must not steer the terminal.
+        name = name[:200] if name.isprintable() else ascii(name[:200])
         super().__init__(f"it asks to call {name}, which has no place in a checkpoint; nothing of it was run")
         self.name = name
 

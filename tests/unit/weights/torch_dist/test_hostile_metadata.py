@@ -196,3 +196,19 @@ def test_many_chunks_are_compared_soon() -> None:
     assert are_disjoint_within((32, 8, 32, 8), boxes)
     assert not are_disjoint_within((32, 8, 32, 8), [*boxes, ((31, 7, 30, 7), (1, 1, 1, 1))])
     assert time.process_time() - began < 2
+
+
+def test_no_control_character_of_a_pickle_reaches_the_terminal(tmp_path: Path) -> None:
+    with pytest.raises(DisallowedGlobalError) as named:
+        load_metadata(io.BytesIO(b"\x80\x03cevil\n\x1b[2J\n."))
+    assert "evil" in str(named.value) and "\x1b" not in str(named.value) + named.value.name
+    for place in ("file", "key"):
+        (tmp_path / place).mkdir()
+        metadata = metadata_of((0, 0))
+        if place == "file":
+            metadata.storage_data[MetadataIndex("k", (0, 0))].relative_path = "\x1b[2J"
+        else:
+            metadata.state_dict_metadata["\x1b[2J"] = metadata.state_dict_metadata.pop("k")
+        with pytest.raises(WeightsError, match=r"not a (file of this folder|printable text)") as caught:
+            opened(checkpoint(tmp_path / place, metadata))
+        assert "\x1b" not in str(caught.value)
