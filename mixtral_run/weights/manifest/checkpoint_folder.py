@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from mixtral_run.weights.manifest.manifest import (
 LATEST = "latest_checkpointed_iteration.txt"
 CONVERTED_ITERATION = 1
 """The iteration that `convert` writes; training in the same folder continues from it."""
+
+_ITERATION = re.compile(r"release|(?:iter_)?([0-9]{1,18})")
+"""Texts of the marker; with `iter_`, names of an iteration's folder."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def adapter_manifest_of(checkpoint: Checkpoint) -> AdapterManifest:
 
 def iteration_of(folder: Path) -> int:
     """Return the number of an `iter_…` folder; 0 for `release`."""
-    return int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
+    found = _ITERATION.fullmatch(folder.name)
+    return int(found[1]) if found and folder.name.startswith("iter_") else 0
 
 
 def iteration_folder_of(path: Path) -> Path:
@@ -99,9 +104,15 @@ def newest_iteration(folder: Path) -> Path:
         ) from error
     except UnicodeDecodeError as error:
         raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error
-    iteration_folder = folder / (
-        "release" if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text
-    )
+    # The name of a folder in this one and nothing else, so that no marker leads elsewhere.
+    if _ITERATION.fullmatch(text) is None:
+        raise WeightsError(
+            "The checkpoint's marker is damaged.",
+            where=str(marker),
+            expected="the number of an iteration, or release",
+            found=ascii(text) if len(text) <= 40 else f"{text[:40]!a}…",
+        )
+    iteration_folder = folder / (f"iter_{int(text):07d}" if text.isdecimal() else text)
     if not iteration_folder.is_dir():
         raise WeightsError(
             "The checkpoint's newest iteration is missing.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
@@ -158,6 +159,8 @@ class ExportManifest(Manifest):
 
 
 _CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
+"""Control characters, among them those that turn the direction of writing."""
 T = TypeVar("T")
 M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
 
@@ -222,15 +225,19 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
         raise _damaged(path, [f"not valid JSON: {error}"]) from error
     if not isinstance(values, dict):
         raise _damaged(path, [f"expected a JSON object; found {_shown(values)}"])
+    if (place := _unprintable(values)) is not None:
+        raise _damaged(path, [f"{place}: holds a control character"])
     found = values.get("format")
     if type(found) is not int:
         raise _damaged(path, [f"format: expected {FORMAT}; found {_shown(found)}"])
     if found != FORMAT:
+        version = values.get("kit_version")
+        version = version if isinstance(version, str) and len(version) <= 40 else "of unknown version"
         raise WeightsError(
             f"{MANIFEST_NAME} has a format that this version of mixtral-run does not understand.",
             where=str(path),
             expected=f"format {FORMAT}, which mixtral-run {__version__} reads",
-            found=f"format {found}, written by mixtral-run {values.get('kit_version', 'of unknown version')}",
+            found=f"format {_shown(found)}, written by mixtral-run {version}",
             next_command="pip install --upgrade mixtral-run" if found > FORMAT else how_to_make,
         )
     if not isinstance(values.get("kind"), str):
@@ -239,6 +246,8 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
 
 
 _MISSING = object()
+_LARGEST = 2**31 - 1
+"""The largest size or iteration; products of a few of them are still exact and quick."""
 _INTEGER_SIZES = tuple(field.name for field in dataclass_fields(MixtralArchitecture) if field.type in ("int", int))
 
 
@@ -261,22 +270,25 @@ class Fields:
         return found if found is None or isinstance(found, str) else self._refuse(name, "a text or null", found, None)
 
     def whole_number(self, name: str, *, at_least: int) -> int:
-        """Return an integer that is not below `at_least`."""
+        """Return an integer from `at_least` to the largest that a size of a model or an iteration may have."""
         found = self.values.get(name, _MISSING)
-        if isinstance(found, int) and not isinstance(found, bool) and found >= at_least:
+        if isinstance(found, int) and not isinstance(found, bool) and at_least <= found <= _LARGEST:
             return found
-        return self._refuse(name, f"a whole number, {at_least} or more", found, at_least)
+        return self._refuse(name, f"a whole number, {at_least} or more and at most {_LARGEST:,}", found, at_least)
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return a finite number; without a default it has to be there."""
-        found: Any = self.values.get(name, _MISSING if default is None else default)
-        if type(found) in (int, float):
-            try:
-                if math.isfinite(found):
-                    return float(found)
-            except OverflowError:  # an integer of hundreds of digits
-                pass
-        return self._refuse(name, "a number", found, 1.0)
+    def positive(self, name: str) -> float:
+        """Return a finite number above 0, which has to be there."""
+        found: Any = self.values.get(name, _MISSING)
+        number = _finite(found)
+        return number if number is not None and number > 0 else self._refuse(name, "a number above 0", found, 1.0)
+
+    def dropout(self, name: str) -> float:
+        """Return a number from 0 to 0.99, the limits of --lora-dropout; 0 if it is missing."""
+        found: Any = self.values.get(name, 0.0)
+        number = _finite(found)
+        if number is not None and 0 <= number <= 0.99:
+            return number
+        return self._refuse(name, "a number from 0 to 0.99", found, 0.0)
 
     def mapping(self, name: str, default: Mapping[str, Any] | None = None) -> Fields:
         """Return the fields of an inner object; without a default it has to be there."""
@@ -292,20 +304,22 @@ class Fields:
         inner = self.mapping("architecture")
         names = [field.name for field in dataclass_fields(MixtralArchitecture)]
         sizes: dict[str, Any] = {
-            name: inner.whole_number(name, at_least=1) if name in _INTEGER_SIZES else inner.number(name)
+            name: inner.whole_number(name, at_least=1) if name in _INTEGER_SIZES else inner.positive(name)
             for name in names
         }
-        inner.problems += [f"{inner._prefix}{name}: unknown" for name in inner.values if name not in names]
+        inner.problems += [f"{inner._prefix}{name[:40]}: unknown" for name in inner.values if name not in names]
         return MixtralArchitecture(**sizes)
 
     def lora(self) -> LoraSettings:
         """Return an adapter's settings."""
         inner = self.mapping("lora")
-        rank, alpha = inner.whole_number("lora_rank", at_least=1), inner.number("lora_alpha")
-        dropout = inner.number("lora_dropout", default=0.0)
+        rank, alpha = inner.whole_number("lora_rank", at_least=1), inner.positive("lora_alpha")
+        dropout = inner.dropout("lora_dropout")
         targets = inner.values.get("lora_target_modules", _MISSING)
-        if not isinstance(targets, list) or not targets or any(each not in LORA_TARGET_MODULES for each in targets):
-            targets = inner._refuse("lora_target_modules", f"some of {', '.join(LORA_TARGET_MODULES)}", targets, [])
+        known = isinstance(targets, list) and targets and all(each in LORA_TARGET_MODULES for each in targets)
+        if not known or len(set(targets)) != len(targets):
+            expected = f"some of {', '.join(LORA_TARGET_MODULES)}, each once"
+            targets = inner._refuse("lora_target_modules", expected, targets, [])
         return LoraSettings(rank, alpha, dropout, tuple(targets))
 
     def base(self) -> BaseReference:
@@ -355,6 +369,36 @@ def wrong_kind(folder: Path, kind: str, label: str, how_to_make: str) -> Weights
         found=f"{known[kind]}, kind {kind!r}" if kind in known else f"unknown kind {_shown(kind)}",
         next_command=how_to_make,
     )
+
+
+def _finite(value: object) -> float | None:
+    """Return a finite number of JSON as a float, None for anything else."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _unprintable(values: Mapping[str, Any]) -> str | None:
+    """Return the top-level field, quoted, in which a key or text could move a terminal's cursor; None if none could.
+
+    Line breaks and tabs are only left to the settings of a training run, which may hold a template.
+    """
+    for name, value in values.items():
+        left_alone = "\n\t" if name == "training" else ""
+        waiting: list[Any] = [name, value]
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, Mapping):
+                waiting += [*each.keys(), *each.values()]
+            elif isinstance(each, list):
+                waiting += each
+            elif isinstance(each, str) and not set(_CONTROL.findall(each)) <= set(left_alone):
+                return ascii(name[:40])
+    return None
 
 
 def _shown(value: object) -> str:

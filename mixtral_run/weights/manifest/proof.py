@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from isal.isal_zlib import crc32
@@ -44,8 +44,13 @@ def _read_proof(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("files", {}), dict):
             raise ValueError("not a proof")
+        for name in content.get("files", {}):
+            # A part of this folder: the proof may come from anybody.
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not name.isprintable():
+                raise ValueError(f"{name[:40]!a} is not a file of this folder")
         return content
-    except (OSError, ValueError) as error:
+    # RecursionError: the JSON is nested thousands deep.
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -66,6 +71,9 @@ def check_proof(folder: Path, reader: Reader, advance: Callable[[int], None]) ->
     try:
         chunks = _read_proof(folder)["chunks"]
         wanted = {(each["key"], tuple(each["offset"])): (int(each["crc32"], 16), each["tensors"]) for each in chunks}
+        for _, names in wanted.values():
+            if not isinstance(names, list) or not all(isinstance(each, str) and each.isprintable() for each in names):
+                raise ValueError("the names of a chunk's tensors are not a list of texts")
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder / PROOF_NAME, error) from error
     items = [item for key in reader.tensors for item in reader.chunks(key)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.weights.torch_dist.chunk_grid import are_disjoint_within, whole_numbers
 from mixtral_run.weights.torch_dist.item_reader import FileSlice, NotPlainError, payload_start
 from mixtral_run.weights.torch_dist.metadata import METADATA_NAME, StoredItem, hostile, read_metadata, unreadable
 from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, in_own_words
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 Bits = NDArray[np.unsignedinteger[Any]]
@@ -93,9 +95,12 @@ class Reader:
     def _read_items(self, metadata: Metadata) -> list[str]:
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-        infos = {}
+        infos: dict[tuple[str, tuple[int, ...] | None], _StorageInfo] = {}
         for index, info in metadata.storage_data.items():
-            offset = None if index.offset is None else tuple(index.offset)
+            offset = None if index.offset is None else whole_numbers(index.offset)
+            whole_numbers((info.offset, info.length))
+            if type(index.fqn) is not str or type(info.relative_path) is not str or (index.fqn, offset) in infos:
+                raise ValueError("a key or a file's name is not a text, or a part has two places")
             infos[(index.fqn, offset)] = info
         reached: dict[str, int] = {}
         problems = []
@@ -104,13 +109,15 @@ class Reader:
         self.files = set(reached)
         for file, expected in sorted(reached.items()):
             path = self.folder / file
-            if Path(file).name != file:
+            if Path(file).name != file or not file.isprintable():
                 problems.append(f"{METADATA_NAME}: {file!r} is not a file of this folder")
             elif not path.is_file():
                 problems.append(f"{file}: missing ({expected:,} bytes)")
             elif path.stat().st_size < expected:
                 problems.append(f"{file}: truncated: expected {expected:,} bytes; found {path.stat().st_size:,}")
         for key, stored in metadata.state_dict_metadata.items():
+            if type(key) is not str or not key.isprintable():
+                raise ValueError("the name of a tensor is not a printable text")
             if isinstance(stored, BytesStorageMetadata):
                 self.objects.add(key)
                 if (key, None) not in infos:
@@ -120,19 +127,27 @@ class Reader:
                 problems += self._read_tensor(key, stored, infos)
         return problems
 
-    def _read_tensor(self, key: str, stored: TensorStorageMetadata, infos: dict[Any, Any]) -> list[str]:
+    def _read_tensor(self, key: str, stored: TensorStorageMetadata, infos: Mapping[Any, _StorageInfo]) -> list[str]:
+        import torch
+
+        if type(stored.properties.dtype) is not torch.dtype:
+            raise TypeError(f"the dtype of {key} is none of torch's")
         dtype = str(stored.properties.dtype).removeprefix("torch.")
-        self.tensors[key] = TensorInfo(tuple(stored.size), dtype, stored.properties.dtype.itemsize)
+        shape = whole_numbers(stored.size)
+        self.tensors[key] = TensorInfo(shape, dtype, stored.properties.dtype.itemsize)
         items = []
         for chunk in stored.chunks:
-            info = infos.get((key, tuple(chunk.offsets)))
+            offset = whole_numbers(chunk.offsets)
+            info = infos.get((key, offset))
             if info is None:
                 return [f"{METADATA_NAME}: {key} at {list(chunk.offsets)} has no place in a file"]
             place = (info.relative_path, info.offset, info.length)
-            items.append(StoredItem(key, tuple(chunk.offsets), tuple(chunk.sizes), *place))
+            items.append(StoredItem(key, offset, whole_numbers(chunk.sizes), *place))
         covered = sum(prod(item.shape or ()) for item in items)
-        if covered != prod(stored.size):
-            return [f"{METADATA_NAME}: {key}: chunks hold {covered:,} of {prod(stored.size):,} elements"]
+        if covered != prod(shape):
+            return [f"{METADATA_NAME}: {key}: chunks hold {covered:,} of {prod(shape):,} elements"]
+        if not are_disjoint_within(shape, [(item.offset or (), item.shape or ()) for item in items]):
+            return [f"{METADATA_NAME}: {key}: chunks overlap, or reach beyond the tensor"]
         self._chunks[key] = sorted(items, key=lambda item: item.offset or ())
         self.num_chunks += len(items)
         return []

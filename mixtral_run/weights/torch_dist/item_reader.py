@@ -14,11 +14,11 @@ from math import prod
 from typing import Any
 
 from mixtral_run.weights.torch_dist import item_writer
-from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, UnpicklingError, load_tensor
+from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, load_tensor
 
 _HEADER_BYTES = 30
-_MISREAD = (zipfile.BadZipFile, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError, struct.error)
-"""The exceptions that a damaged zip or pickle raises."""
+_LONGEST_BYTE_ORDER = 16
+"""Bytes of the largest entry that is read as the name of a byte order, `little` or `big`."""
 
 
 class NotPlainError(Exception):
@@ -69,10 +69,10 @@ def payload_start(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
         return item_writer.PAGE
     try:
         return _start_in_zip(item, shape, dtype)
-    except DisallowedGlobalError:
+    except (DisallowedGlobalError, NotPlainError, OSError, MemoryError):
         raise
-    except _MISREAD as error:
-        raise NotPlainError(str(error)) from error
+    except Exception as error:  # a damaged zip or pickle raises anything, AssertionError among it
+        raise NotPlainError(f"{type(error).__name__}: {error}") from error
 
 
 def _is_of_this_kit(item: FileSlice, shape: tuple[int, ...], dtype: str) -> bool:
@@ -113,7 +113,7 @@ def _start_in_zip(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
     stream.detach()
     with zipfile.ZipFile(item) as archive:
         (entry,) = [each for each in archive.infolist() if each.filename.endswith("/data/0")]
-        orders = [archive.read(each) for each in archive.infolist() if each.filename.endswith("/byteorder")]
+        orders = [_byte_order(archive, each) for each in archive.infolist() if each.filename.endswith("/byteorder")]
     if not isinstance(tensor, torch.Tensor):
         raise NotPlainError(f"a {type(tensor).__name__}")
     if not tensor.is_contiguous() or tensor.storage_offset() or tuple(tensor.shape) != shape:
@@ -124,8 +124,15 @@ def _start_in_zip(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != prod(shape) * tensor.dtype.itemsize:
         raise NotPlainError(f"{entry.file_size:,} bytes, compression method {entry.compress_type}")
     if orders not in ([], [b"little"]):
-        raise NotPlainError(f"byte order {orders!r}")
+        raise NotPlainError("a byte order other than little-endian")
     item.seek(entry.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", item.read(4))
     start: int = entry.header_offset + _HEADER_BYTES + name_length + extra_length
     return start
+
+
+def _byte_order(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """Return the content of a short entry that is stored as it is; others may be of any size when decompressed."""
+    if entry.compress_type != zipfile.ZIP_STORED or max(entry.file_size, entry.compress_size) > _LONGEST_BYTE_ORDER:
+        raise NotPlainError(f"a byte order of {entry.file_size:,} bytes, compression method {entry.compress_type}")
+    return archive.read(entry)

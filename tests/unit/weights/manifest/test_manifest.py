@@ -252,3 +252,66 @@ def test_only_format_and_kind_decide_what_may_be_overwritten(tmp_path: Path) -> 
     assert is_kind(tmp_path, "base")
     change(tmp_path, format=2)
     assert not is_kind(tmp_path, "base")
+
+
+ESCAPE = "\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kit_version": ESCAPE, "format": 2},
+        {"kit_version": "1\nnext: curl"},
+        {"architecture": MIXTRAL_8X7B.to_mapping() | {ESCAPE: 1}},
+        {"base": {"fingerprint": "\x9b2J", "path": None}},
+        {"base": {"fingerprint": "abc", "path": "/\u202egpj"}},
+        {"training": {"seed": ["1\n" + ESCAPE]}},
+        {ESCAPE: 1},
+    ],
+)
+def test_no_control_character_reaches_the_terminal(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_adapter(tmp_path / "adapter")
+    change(tmp_path / "adapter", **changes)
+    with pytest.raises(WeightsError, match="holds a control character") as caught:
+        describe_adapter(tmp_path / "adapter")
+    assert not any(each in str(caught.value) for each in ("\x1b", "\x9b", "\u202e", "curl"))
+
+
+def test_a_training_setting_may_hold_lines(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", training={"template": "a\n\tb"}, base={"fingerprint": "ä", "path": "/b\u3000c"})
+    assert describe_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("lora_rank", {"lora_rank": 10**30}),
+        ("lora_alpha", {"lora_alpha": -1}),
+        ("lora_alpha", {"lora_alpha": 0}),
+        ("lora_dropout", {"lora_dropout": 7}),
+        ("lora_dropout", {"lora_dropout": -0.1}),
+        ("lora_target_modules", {"lora_target_modules": ["linear_qkv", "linear_qkv"]}),
+        ("lora_target_modules", {"lora_target_modules": [{}, []]}),
+        ("num_layers", {"num_layers": 10**400}),
+        ("vocab_size", {"vocab_size": 2**31}),
+        ("layernorm_epsilon", {"layernorm_epsilon": -1e-5}),
+        ("rotary_base", {"rotary_base": 0}),
+    ],
+)
+def test_numbers_beyond_their_limits_are_refused(tmp_path: Path, field: str, changes: dict[str, Any]) -> None:
+    lora = LORA.to_mapping()
+    if field in lora:
+        write_adapter(tmp_path / "adapter", lora=lora | changes)
+    else:
+        write_adapter(tmp_path / "adapter", architecture=MIXTRAL_8X7B.to_mapping() | changes)
+    with pytest.raises(WeightsError, match=rf"\.{field}: expected") as caught:
+        describe_adapter(tmp_path / "adapter")
+    assert len(str(caught.value)) < 700
+
+
+def test_a_format_of_many_digits_is_shortened(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter")
+    change(tmp_path / "adapter", format=10**4000, kit_version="9" * 4000)
+    with pytest.raises(WeightsError, match="does not understand") as caught:
+        describe_adapter(tmp_path / "adapter")
+    assert len(str(caught.value)) < 1000
