@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from mixtral_run.fleet.plays.provisioning import provisioning_folder
@@ -24,8 +25,9 @@ def _load(sources):
         exec(compile(text, name, "exec"), sys.modules[name].__dict__)
 """
 
-_ORDER = ("files", "commands", "probe")
-"""Modules of mixtral_run_host that are sent, in the order of their imports."""
+_NEEDED = ("commands", "probe")
+"""Modules of mixtral_run_host that `remote_status` imports. Those that they import are sent as well."""
+_IMPORT = re.compile(r"^from ansible\.module_utils\.mixtral_run_host\.(\w+) import ", re.MULTILINE)
 
 
 def status_payload() -> bytes:
@@ -33,7 +35,10 @@ def status_payload() -> bytes:
     prefix = "ansible.module_utils.mixtral_run_host"
     folder = provisioning_folder() / "plugins" / "module_utils" / "mixtral_run_host"
     sources = dict.fromkeys(("ansible", "ansible.module_utils", prefix), "")
-    sources |= {f"{prefix}.{name}": _read(folder / f"{name}.py") for name in _ORDER}
+    modules: dict[str, str] = {}
+    for name in _NEEDED:
+        _add_module(modules, folder, name)
+    sources |= {f"{prefix}.{name}": text for name, text in modules.items()}
     program = _read(Path(__file__).with_name("remote_status.py"))
     # `from __future__` must come first in a program, so this program is compiled separately.
     return "\n".join(
@@ -43,6 +48,16 @@ def status_payload() -> bytes:
             f'exec(compile({json.dumps(program)}, "remote_status", "exec"), {{"__name__": "__main__"}})',
         )
     ).encode()
+
+
+def _add_module(modules: dict[str, str], folder: Path, name: str) -> None:
+    """Add a module's text to `modules`, after those that it imports."""
+    if name in modules:
+        return
+    text = _read(folder / f"{name}.py")
+    for imported in _IMPORT.findall(text):
+        _add_module(modules, folder, imported)
+    modules[name] = text
 
 
 def _read(path: Path) -> str:
