@@ -101,7 +101,7 @@ def _parse(module, path, text):
                 where=path,
                 expected="a JSON object",
                 found=str(error),
-                next_step="mend it by hand (the engine cannot read it either), then run again",
+                next_step="correct it by hand (the engine cannot read it either), then run again",
             )
         )
     if not isinstance(current, dict):
@@ -140,7 +140,7 @@ def _validate(module, path, settings):
                 where=path,
                 expected="settings that `dockerd --validate` accepts",
                 found=last_lines(answer, 3),
-                next_step="mend docker_daemon_settings, or what the file already holds",
+                next_step="correct docker_daemon_settings, or what the file already holds",
             )
         )
 

@@ -243,7 +243,7 @@ class Engine:
                     where="docker.service",
                     expected="`docker info` answers within {} s".format(START_SECONDS),
                     found=last_lines(journal, 12),
-                    next_step="mend what the lines above name; /etc/docker/daemon.json.mixtral-run.bak is the file as it was",
+                    next_step="correct what the lines above name; /etc/docker/daemon.json.mixtral-run.bak is the file as it was",
                 )
             )
         self._forget_due()

@@ -327,7 +327,7 @@ def _build_remedy(answer):
         ("SSLError", "a proxy signs for itself: give its certificates by image_ca_bundle"),
         ("pull access denied", "the base image is not to be had: set image_base_image, or load it on the host first"),
     )
-    return next((step for words, step in steps if words in text), "mend what the lines above name, then run again")
+    return next((step for words, step in steps if words in text), "correct what the lines above name, then run again")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def why_sick(state, host):
         where=host,
         expected="`nvidia-smi` ends with 0",
         found=state["error"],
-        next_step="mend the driver (`dmesg | grep -i nvrm`; after an upgrade, reboot); on a host without GPUs, remove its packages",
+        next_step="repair the driver (`dmesg | grep -i nvrm`; after an upgrade, reboot); on a host without GPUs, remove its packages",
     )
 
 
