@@ -153,8 +153,8 @@ def apart_where_all_have_room(model: MixtralModel) -> float:
     expected = model.logits(tokens)
     dispatcher = all_gather(model.mesh, model.architecture.num_experts, unlimited=True)
     # What would be too little is not asked for.
-    with patch.object(capacity, "SPARE", 0.5), model.dispatching(dispatcher):
-        return float((model.logits(tokens) - expected).abs().max())
+    with patch.object(capacity, "SPARE", 0.5):
+        return float((model.logits(tokens, dispatcher=dispatcher) - expected).abs().max())
 
 
 def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:
