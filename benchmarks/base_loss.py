@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
+from mixtral_run.config.training import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model

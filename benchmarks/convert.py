@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 def stream(source: Path, target: Path, workers: int | None) -> dict[str, float]:
     import torch.distributed.checkpoint  # noqa: F401 - imported before the clock starts
 
-    from mixtral_run.config.verbs import ConvertConfig
+    from mixtral_run.config.weights import ConvertConfig
     from mixtral_run.report import Report
     from mixtral_run.weights.convert.to_megatron import convert
 

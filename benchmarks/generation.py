@@ -46,7 +46,7 @@ class Gaps:
 
 def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.lora import MODULES, build_ours, write_profile
-    from mixtral_run.config.verbs import LaunchConfig
+    from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.inference.decode import Decoding
     from mixtral_run.inference.generate import Sampling, continue_rows
     from mixtral_run.model.parallel.mesh import open_mesh

@@ -72,7 +72,7 @@ def compare(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def make_bases(work: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The HF model, and its checkpoint where one is asked for."""
-    from mixtral_run.config.verbs import ConvertConfig
+    from mixtral_run.config.weights import ConvertConfig
     from mixtral_run.report import Report
     from mixtral_run.weights.convert.to_megatron import convert
 
@@ -98,7 +98,8 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
     """What the process of one measurement does: seconds, the processor's seconds, GB read and written."""
     import torch
 
-    from mixtral_run.config.verbs import LORA_TARGET_MODULES, VerifyConfig
+    from mixtral_run.config.lora import LORA_TARGET_MODULES
+    from mixtral_run.config.weights import VerifyConfig
     from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
     from mixtral_run.model.parallel.mesh import open_mesh

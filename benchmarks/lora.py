@@ -79,7 +79,7 @@ def modules_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from mixtral_run.config.verbs import LaunchConfig
+    from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.cuda_graph import backward_of
     from mixtral_run.train.data.samples import MockSamples, batches

@@ -114,7 +114,7 @@ def main() -> None:
     import torch
 
     from benchmarks.lora import build_ours
-    from mixtral_run.config.verbs import LaunchConfig
+    from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.step import trainable
 

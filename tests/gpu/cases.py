@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.all_gather import gather, sum_to_owners
 from mixtral_run.model.dispatch.overflow import RowCapacity

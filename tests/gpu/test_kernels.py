@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.permute import permute, sort_by_expert, unpermute
 from mixtral_run.model.kernels.router_probs import row_products

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.lora import build_ours
 from benchmarks.modes import run_case
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.memory_model import GIB

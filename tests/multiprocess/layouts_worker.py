@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from mixtral_run.config.verbs import RECOMPUTE, FinetuneConfig
+from mixtral_run.config.training import RECOMPUTE, FinetuneConfig
 from mixtral_run.inference.decode import FixedShapeDecoding
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.dispatch import capacity

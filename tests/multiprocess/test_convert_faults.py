@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.verbs import ConvertConfig, VerifyConfig
+from mixtral_run.config.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.convert import to_megatron as convert_module

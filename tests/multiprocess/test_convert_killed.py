@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.verbs import ConvertConfig, VerifyConfig
+from mixtral_run.config.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.verbs import ExportConfig
+from mixtral_run.config.weights import ExportConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
@@ -221,7 +221,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     check_adapter_fits(adapter, describe_base(tmp_path / "near"))
     with pytest.raises(WeightsError, match="another base"):
         check_adapter_fits(adapter, describe_base(tmp_path / "other"))
-    from mixtral_run.config.verbs import VerifyConfig
+    from mixtral_run.config.weights import VerifyConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.load_model import load_for_inference
 
@@ -244,7 +244,7 @@ def bad_hf_directories(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_a_bad_hf_directory_is_told_as_convert_tells_it(tmp_path: Path) -> None:
-    from mixtral_run.config.verbs import ConvertConfig
+    from mixtral_run.config.weights import ConvertConfig
     from mixtral_run.weights.convert.to_megatron import convert
 
     for name, folder in bad_hf_directories(tmp_path).items():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_run.config.verbs import ExportConfig
+from mixtral_run.config.weights import ExportConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report

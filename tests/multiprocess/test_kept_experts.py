@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Report
@@ -352,7 +352,7 @@ import sys, threading
 from pathlib import Path
 import torch
 from mixtral_run.weights.manifest.describe import describe_base
-from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh

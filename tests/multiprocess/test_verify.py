@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.mapping import hf_to_megatron

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32
 
-from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
-from mixtral_run.config.verbs import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.untrusted import one_line
 

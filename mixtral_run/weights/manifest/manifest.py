@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mixtral_run import __version__
-from mixtral_run.config.verbs import LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.cuda_graph import CapturedBackward

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from mixtral_run.config.gpus import HOPPER
-from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import available, choose

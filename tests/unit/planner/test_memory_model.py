@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.plan import PlanConfig
-from mixtral_run.config.verbs import RECOMPUTE
+from mixtral_run.config.training import RECOMPUTE
 from mixtral_run.errors import ConfigError
 from mixtral_run.planner.memory_model import (
     GIB,

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.config.trial import SmokeConfig
-from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import (
     HostFacts,
