@@ -34,8 +34,8 @@ QUANTIZATION_NAMES = {
 """Values of quant_method, and the names that people know."""
 
 UNQUANTIZED = (
-    "give the model that was quantized, in bf16 or fp16; finetune --base-precision nf4 or fp8 stores its experts in 4 or "
-    "8 bit"
+    "give the model that was quantized, in bf16 or fp16; finetune --base-precision nf4 or fp8 then stores "
+    "its experts in 4 or 8 bit"
 )
 """The way on for every quantized model."""
 

@@ -30,13 +30,14 @@ from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.quantized_experts import CacheOptions, ExpertCache
 from mixtral_run.weights.adapter.schema import is_of_optimizer
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
 from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
 from mixtral_run.weights.manifest.base_checkpoint import is_of_model
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, newest_iteration
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 from mixtral_run.weights.manifest.manifest import write_manifest
+from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 
 
 def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | None = None) -> None:
@@ -108,6 +109,10 @@ class _HfReading:
         """Fill the shards' own storage; do nothing after a failure."""
         if self._failed:
             return
+        for shard in shards.values():
+            # Rows of padding, which no HF tensor fills.
+            if shard.key in VOCABULARY_KEYS and shard.global_shape[0] > self._weights.architecture.vocab_size:
+                shard.data.detach().zero_()
         try:
             self._sums.extend(read_into(self._weights, map(target_of, shards.values())))
         except WeightsError as error:

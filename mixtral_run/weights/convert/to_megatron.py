@@ -20,8 +20,8 @@ from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
 from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity
 from mixtral_run.weights.convert.write_proof import write_proof
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_problems
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on_one_disk, output_problems
 from mixtral_run.weights.io.files import sync_path, write_atomically
@@ -289,7 +289,7 @@ def _write_sidecars(
     copy_tokenizer(weights.directory, folder / "tokenizer")
     megatron_files.write_common(iteration_folder, a, dtype, tp, ep, CONVERTED_ITERATION)
     megatron_files.write_run_config(iteration_folder, a, dtype, tp, ep)
-    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a), dtype, plan.stored_items())
+    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a, tp), dtype, plan.stored_items())
     megatron_files.write_metadata_json(iteration_folder)
     write_manifest(
         folder,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, shortened
@@ -18,14 +18,14 @@ from mixtral_run.report import Report
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.mapping import hf_to_megatron
-from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader, TensorInfo
 from mixtral_run.weights.verify.compare_tensors import Comparing, Difference
 from mixtral_run.weights.verify.quantized_cache import verify_quantized_caches
 
@@ -211,15 +211,30 @@ def compare_with_source(load: Path, against: Path, report: Report) -> int:
     return result.comparison.num_tensors
 
 
-def _expected_tensors(checkpoint: Checkpoint) -> dict[str, hf_to_megatron.Shape]:
+def _expected_tensors(checkpoint: Checkpoint, reader: Reader) -> dict[str, hf_to_megatron.Shape]:
     manifest = checkpoint.manifest
     if isinstance(manifest, BaseManifest):
-        return hf_to_megatron.megatron_tensors(manifest.architecture)
+        return hf_to_megatron.megatron_tensors(manifest.architecture, _parts_of_vocabulary(reader))
     return adapter_tensors(manifest.architecture, manifest.lora)
 
 
+def _parts_of_vocabulary(reader: Reader) -> int:
+    """Return the TP in which the vocabulary was cut, and by which it was padded."""
+    key = hf_to_megatron.EMBEDDING_KEY
+    return reader.layout_of(key, 0) if key in reader.tensors else 1
+
+
+def _num_parameters(checkpoint: Checkpoint, found: Mapping[str, TensorInfo]) -> int:
+    """Return the number of parameters without padding of the vocabulary."""
+    most = checkpoint.architecture.vocab_size
+    return sum(
+        prod((min(info.shape[0], most), *info.shape[1:]) if key in hf_to_megatron.VOCABULARY_KEYS else info.shape)
+        for key, info in found.items()
+    )
+
+
 def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
-    expected = _expected_tensors(checkpoint)
+    expected = _expected_tensors(checkpoint, reader)
     found = {key: info for key, info in reader.tensors.items() if not is_of_optimizer(key)}
     problems = [f"{key}: missing" for key in expected if key not in found]
     problems += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
@@ -236,7 +251,7 @@ def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
         iteration=checkpoint.iteration,
         dtype=", ".join(dtypes),
         layout=_layout(reader, found),
-        num_parameters=sum(int(np.prod(info.shape)) for info in found.values()),
+        num_parameters=_num_parameters(checkpoint, found),
         num_bytes=sum(info.num_bytes for info in found.values()),
         num_tensors=len(found),
         num_chunks=sum(len(reader.chunks(key)) for key in found),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights, read_header
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
+from mixtral_run.weights.hf.safetensors_files import read_header
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from tests.support.tiny import write_tiny
 
