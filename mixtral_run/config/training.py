@@ -18,7 +18,7 @@ QUANTIZED_CACHE_MODES = ("yes", "use", "no")
 """Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
 RECOMPUTE = ("none", "selective", "full", "offload")
-"""How much of a layer the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
+"""Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
 the inputs of the layers in host memory."""
 
 RUNS_AGAIN = ("full", "offload")

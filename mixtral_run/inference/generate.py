@@ -20,6 +20,7 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
+from mixtral_run.train.model_limits import length_problems
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
 
@@ -61,6 +62,9 @@ def generate(config: GenerateConfig) -> None:
             found=f"{longest} tokens",
             next_command="a smaller --max-new-tokens, or a shorter prompt",
         )
+    too_long = length_problems("a prompt and --max-new-tokens, together", longest, base)
+    if too_long:
+        raise ConfigError("A prompt and its generated tokens exceed the model's window.", problems=too_long)
     with open_mesh(config) as mesh:
         report = _report(config, mesh)
         started = time.perf_counter()

@@ -110,6 +110,12 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
     else:
         needed = peft.num_bytes
     problems += disk_problems(config.output_path, needed + _SIDECAR_BYTES)
+    if config.merge and weights is not None and not weights.as_stored:
+        problems.append(
+            f"--merge copies safetensors files of one dtype; {'; '.join(weights.notes)}. "
+            "Merge by way of a checkpoint: mixtral-run convert --hf-model-path MODEL --output-path BASE, then "
+            "mixtral-run convert --from-megatron BASE --adapter ADAPTER --output-path OUTPUT"
+        )
     if problems:
         raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
     if weights is not None:

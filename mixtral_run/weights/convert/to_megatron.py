@@ -72,6 +72,9 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     _print_summary(weights, report)
     report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
+    size, padded = (weights.architecture.padded_vocab_size(tp) for tp in (1, config.tensor_model_parallel_size))
+    if padded != size:
+        report.say(f"  the vocabulary is padded from {size:,} to {padded:,} rows, as Megatron pads it")
     with (
         interrupts() as signals,
         Staging(config.output_path, LATEST) as staging,
@@ -251,6 +254,8 @@ def _print_summary(weights: HFWeights, report: Report) -> None:
         f"  {a.num_layers} layers, hidden {a.hidden_size}, {a.num_attention_heads} heads in {a.num_query_groups} "
         f"groups, {a.num_experts} experts of {a.ffn_hidden_size}, top-{a.moe_router_topk}"
     )
+    for note in weights.notes:
+        report.warn(note)
 
 
 def _empty_object() -> bytes:

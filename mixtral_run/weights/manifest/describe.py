@@ -41,6 +41,11 @@ class BaseDescription:
     weights: HFWeights | None = None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about what of an HF model is not used, or used in another form."""
+        return () if self.weights is None else self.weights.notes
+
+    @property
     def tokenizer(self) -> Path:
         """Return the folder of the tokenizer's files."""
         return self.folder / "tokenizer" if self.weights is None else self.folder

@@ -64,9 +64,22 @@ class VerifyResult:
     kept: dict[str, Any] = field(default_factory=dict)
     """The caches of quantized experts next to a base, by precision."""
 
-    @property
-    def _only_cache_problems(self) -> bool:
-        return all(problem.startswith("quantised-") for problem in self.problems)
+    def _next_command(self) -> str | None:
+        """Return what helps against the problems; None if their lines say it."""
+        if all(problem.startswith("quantised-") for problem in self.problems):
+            return None
+        if self.comparison is not None and not self.comparison.num_tensors:
+            return "give --against the model that was converted"
+        if self.kind == "adapter":
+            if self.comparison is not None:
+                return "give --against the model that the adapter was trained on"
+            return "copy the adapter again from where it was trained"
+        if self.kind == "hf":
+            return "give --against another copy of the same model, or --load the one that is right"
+        return (
+            "mixtral-run convert --hf-model-path … --output-path … --overwrite writes it again; if only --against "
+            "differs, verify --proof says whether the checkpoint is what was written"
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -79,9 +92,7 @@ class VerifyResult:
                 "The checkpoint does not hold what it should.",
                 where=self.path,
                 problems=shortened(list(self.problems)),
-                next_command=None
-                if self._only_cache_problems
-                else "mixtral-run convert --overwrite, which writes it again",
+                next_command=self._next_command(),
             )
         return self
 
@@ -110,6 +121,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         if config.against is not None and not result.problems:
             check = _before_download(config.load, checkpoint.architecture)
             weights = open_hf_weights(resolve(str(config.against), report, check))
+            for note in weights.notes:
+                report.warn(note)
             if isinstance(manifest, BaseManifest):
                 comparison, problems = _compare_base(manifest, reader, weights, report)
             else:
@@ -139,6 +152,8 @@ def _check_files(load: Path) -> None:
 def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
     """Verify an HF directory, which is a base as well: compute its fingerprint, and compare it with --against."""
     weights = open_hf_weights(config.load)
+    for note in weights.notes:
+        report.warn(note)
     if config.proof:
         raise ConfigError(
             "An HF directory has no proof.json.",

@@ -169,7 +169,7 @@ def test_paths_of_the_container_on_the_host() -> None:
 def test_facts_are_parsed() -> None:
     lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
     text = "\n".join((*lines, "image=1", "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
-    facts, told = parse_facts(text)
+    facts, reported = parse_facts(text)
     assert facts == HostFacts(
         docker=("sudo", "-n", "docker"),
         uid=1,
@@ -180,7 +180,7 @@ def test_facts_are_parsed() -> None:
         address="10.0.0.1",
         interface="eth0",
     )
-    assert told["image"] == "1"
+    assert reported["image"] == "1"
 
 
 def test_a_name_on_the_hub_stays_one() -> None:
