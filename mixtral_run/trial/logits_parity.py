@@ -96,12 +96,14 @@ def reference_logits(
     """
     from transformers import AutoModelForCausalLM
 
+    first = stored if stored is not None and stored.itemsize < dtype.itemsize else dtype
     model = AutoModelForCausalLM.from_pretrained(
         # HF's grouped product of experts does not support float64.
-        str(hf_model_path), dtype=stored or dtype, local_files_only=True,
+        str(hf_model_path), dtype=first, local_files_only=True,
         **({"experts_implementation": "eager"} if dtype is torch.float64 else {}),
     )  # fmt: skip
-    model.to(dtype)
+    if first != dtype:
+        model.type(dtype)
     if peft_path is not None:
         from peft import PeftModel, __version__
 

@@ -32,7 +32,11 @@ from mixtral_run.weights.mapping import hf_to_megatron
 
 DOWNLOAD_AGAIN = "download the named files again; a finished download is checked by `hf cache verify`"
 SAVE_AGAIN = "save the model again with transformers' save_pretrained, or ask whoever made it; its files are whole"
-"""Advice for files that are not what their headers say, and for files that are whole but not a Mixtral's."""
+BINS = (
+    "use the model's safetensors files, where its maker has them; download only files again that are missing or cut off"
+)
+"""Advice for files that are not what their headers say, for files that are whole but not a Mixtral's, and for pickled
+files."""
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -80,7 +84,7 @@ def open_hf_weights(directory: Path) -> HFWeights:
     headers = read_bins(directory) if is_bin else read_headers(directory)
     problems, notes = list(headers.problems), [*config_notes(config), *headers.notes]
     if not headers.entries:
-        raise _unusable(directory, problems or ["the files hold no tensors"], DOWNLOAD_AGAIN)
+        raise _unusable(directory, problems or ["the files hold no tensors"], BINS if is_bin else DOWNLOAD_AGAIN)
     foreign = foreign_form(headers.entries)
     if foreign is not None:
         raise _unusable(directory, [*problems, foreign.what], foreign.next_command)
@@ -89,7 +93,8 @@ def open_hf_weights(directory: Path) -> HFWeights:
     matching = _Matching(architecture, entries, headers)
     dtype, cast = matching.settle_dtype(config)
     if problems or matching.problems:
-        advice = DOWNLOAD_AGAIN if problems else matching.advice(directory)
+        whole = matching.advice(directory)
+        advice = whole if not problems else BINS if is_bin else DOWNLOAD_AGAIN
         raise _unusable(directory, [*problems, *matching.problems], advice)
     name, item_size = DTYPES[dtype]
     notes += lines

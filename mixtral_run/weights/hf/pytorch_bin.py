@@ -28,7 +28,7 @@ _WORDS = {
 
 def has_bins(directory: Path) -> bool:
     """Return True if the weights of a model are there in the pickled format."""
-    return any((directory / name).exists() for name in (BIN_NAME, BIN_INDEX_NAME))
+    return (directory / BIN_INDEX_NAME).exists() or any(directory.glob("pytorch_model*.bin"))
 
 
 def read_bins(directory: Path) -> Headers:
@@ -40,12 +40,15 @@ def read_bins(directory: Path) -> Headers:
             names = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             return Headers({}, problems=(f"{BIN_INDEX_NAME}: not an index ({type(error).__name__}: {error})",))
+    elif not (directory / BIN_NAME).exists():
+        found = ", ".join(sorted(file.name for file in directory.glob("pytorch_model*.bin"))[:3])
+        return Headers({}, problems=(f"neither {BIN_INDEX_NAME} nor {BIN_NAME} is there; found {found}",))
     entries: dict[str, TensorEntry] = {}
     problems: list[str] = []
     for name in names:
         try:
             entries |= _entries(directory / name)
-        except OSError as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             problems.append(f"{name}: cannot be read ({error.strerror})")
         except DisallowedGlobalError as error:
             problems.append(f"{name}: refused, because its pickle would run {error.name}")
