@@ -19,10 +19,11 @@ from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.load_model import load_for_inference, pick_dtype
+from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.adapter.peft_directory import check_peft
 from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_base
 
 PROMPTS = (
     "The three states of matter that people meet every day are",
@@ -55,7 +56,7 @@ def compare_logits(config: VerifyConfig) -> None:
     """Compare, print, write `logits_file`. All ranks must call. Raises CheckFailed if the logits differ."""
     assert config.against is not None
     base = describe_base(config.load)
-    adapter = describe_adapter(config.adapter) if config.adapter is not None else None
+    adapter = describe_given_adapter(config.adapter, base.architecture) if config.adapter is not None else None
     if adapter is not None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)

@@ -43,6 +43,11 @@ def read_bins(directory: Path) -> Headers:
     elif not (directory / BIN_NAME).exists():
         found = ", ".join(sorted(file.name for file in directory.glob("pytorch_model*.bin"))[:3])
         return Headers({}, problems=(f"neither {BIN_INDEX_NAME} nor {BIN_NAME} is there; found {found}",))
+    return read_bin_files(directory, names)
+
+
+def read_bin_files(directory: Path, names: list[str]) -> Headers:
+    """Return the tensors of files that torch.save wrote, with the problems of those that cannot be used."""
     entries: dict[str, TensorEntry] = {}
     problems: list[str] = []
     for name in names:

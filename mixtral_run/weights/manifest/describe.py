@@ -105,7 +105,9 @@ def describe_adapter(folder: Path) -> AdapterDescription:
 
 
 def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
-    """Raise WeightsError if the adapter was trained on another base, as far as the base's fingerprint is known."""
+    """Raise WeightsError if the adapter was trained on another base, as far as both fingerprints are known."""
+    if adapter.base_fingerprint == UNKNOWN_FINGERPRINT:
+        return
     known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
     if base.fingerprint not in (known, UNKNOWN_FINGERPRINT):
         raise WeightsError(
