@@ -87,3 +87,28 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dic
     """Rewrite model.safetensors with the tensors that `change` returns."""
     file = folder / "model.safetensors"
     save_file({name: each.contiguous() for name, each in change(load_file(file)).items()}, file)
+
+
+def write_sentencepiece(file: Path, *, model_type: int = 2, dummy_prefix: int = 1, unknown_type: int = 2) -> None:
+    """Write the same vocabulary as a SentencePiece model: the protocol buffer of sentencepiece_model.proto, by hand."""
+    types = {"<unk>": unknown_type, "<s>": 3, "</s>": 3}
+    pieces = b"".join(
+        _block(1, _block(1, piece.encode()) + b"\x15\0\0\0\0" + _number(3, types.get(piece, 1))) for piece in PIECES
+    )
+    trainer = _number(3, model_type) + _number(4, len(PIECES)) + _number(40, 0) + _number(41, 1) + _number(42, 2)
+    rules = _block(1, b"identity") + _number(3, dummy_prefix) + _number(4, 0) + _number(5, 1)
+    file.write_bytes(pieces + _block(2, trainer) + _block(3, rules))
+
+
+def _number(field: int, value: int) -> bytes:
+    found = b""
+    for part in (field << 3, value):
+        while part > 127:
+            found, part = found + bytes([part & 127 | 128]), part >> 7
+        found += bytes([part])
+    return found
+
+
+def _block(field: int, content: bytes) -> bytes:
+    head = _number(field, len(content))
+    return bytes([head[0] | 2]) + head[1:] + content
