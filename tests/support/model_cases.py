@@ -63,7 +63,9 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: An
 def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer that puts `▁` for a space and before a text, as Mixtral's does."""
     made = Tokenizer(
-        models.BPE(vocab={piece: number for number, piece in enumerate(PIECES)}, merges=[], unk_token="<unk>")
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(PIECES)}, merges=[], unk_token="<unk>", fuse_unk=True
+        )
     )
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.train.data.prompt import load_tokenizer
@@ -74,8 +75,9 @@ def test_the_same_tokens_as_with_tokenizer_json(tmp_path: Path) -> None:
     folder = only_the_model(tmp_path / "model")
     assert tokenizer_problems(folder) == []
     made = load_tokenizer(folder)
+    theirs = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in TEXTS:
-        assert ids(made, text) == ids(plain, text), text
+        assert ids(made, text) == ids(plain, text) == theirs.encode(text), text
     assert made("ab")["input_ids"] == plain("ab")["input_ids"]  # <s> before it
     assert sorted(file.name for file in folder.glob("tokenizer*")) == ["tokenizer.model", "tokenizer_config.json"]
 
@@ -124,7 +126,7 @@ def test_models_of_another_kind_are_refused_before_the_weights_are_copied(
 
 
 def test_a_model_with_symbols_of_its_own_is_refused(tmp_path: Path) -> None:
-    """The one of Mixtral 8x22B Instruct (v3) has symbols that a text may contain, which tokenizer.json cannot express."""
+    """The one of Mixtral 8x22B Instruct (v3) has symbols that a text may contain: tokenizer.json has no such thing."""
     shutil.copyfile(of_mistral_common("mistral_instruct_tokenizer_240323.model.v3"), tmp_path / "tokenizer.model")
     (problem,) = tokenizer_problems(tmp_path)
     assert "no pieces of type 4" in problem
