@@ -62,11 +62,8 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: An
 
 def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer that puts `▁` for a space and before a text, as Mixtral's does."""
-    made = Tokenizer(
-        models.BPE(
-            vocab={piece: number for number, piece in enumerate(PIECES)}, merges=[], unk_token="<unk>", fuse_unk=True
-        )
-    )
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])

@@ -40,6 +40,7 @@ def tokenizer_json(path: Path, added: Mapping[str, int] | None = None) -> dict[s
     if len(vocabulary) < len(pieces):
         raise NotReadableError("two pieces have the same text")
     special = {piece.text: vocabulary[piece.text] for piece in pieces if piece.type in (_UNKNOWN, _CONTROL)}
+    _check_added(added or {}, vocabulary)
     unknown = next((piece.text for piece in pieces if piece.type == _UNKNOWN), None)
     begin = "<s>" if "<s>" in special else None
     prefix = [{"SpecialToken": {"id": begin, "type_id": 0}}] if begin else []
@@ -88,6 +89,16 @@ def tokenizer_json(path: Path, added: Mapping[str, int] | None = None) -> dict[s
             "merges": _merges(pieces, vocabulary),
         },
     }
+
+
+def _check_added(added: Mapping[str, int], vocabulary: Mapping[str, int]) -> None:
+    """Raise NotReadableError unless the added tokens have the ids that follow the model's, without gaps."""
+    new = {text: number for text, number in added.items() if text not in vocabulary}
+    wrong = [f"{text!r} has id {number}" for text, number in added.items() if vocabulary.get(text, number) != number]
+    expected = range(len(vocabulary), len(vocabulary) + len(new))
+    if wrong or sorted(new.values()) != list(expected):
+        found = ", ".join(wrong or [f"{text!r} {number}" for text, number in list(new.items())[:3]])
+        raise NotReadableError(f"the ids of added tokens do not follow the model's {len(vocabulary)}: {found}")
 
 
 def _merges(pieces: list[_Piece], vocabulary: Mapping[str, int]) -> list[list[str]]:

@@ -84,13 +84,17 @@ def test_the_same_tokens_as_with_tokenizer_json(tmp_path: Path) -> None:
 
 def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
     folder = only_the_model(tmp_path / "model")
-    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 98}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 101}))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["added_tokens_decoder"] = {"97": {"content": "<|im_start|>", "special": True}}
+    settings["added_tokens_decoder"] = {"100": {"content": "<|im_start|>", "special": True}}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "</s>"]) == [97, 98, 2]
-    assert tokenizer.eos_token_id == 98
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "</s>"]) == [100, 101, 2]
+    assert tokenizer.eos_token_id == 101
+    for wrong in ({"<|im_end|>": 97}, {"<|im_end|>": 102}, {"a": 101, "<|im_end|>": 101}):
+        (folder / "added_tokens.json").write_text(json.dumps(wrong))
+        (problem,) = tokenizer_problems(folder)
+        assert "the ids of added tokens do not follow the model's 100" in problem
 
 
 def test_a_folder_with_tokenizer_json_is_read_as_it_is(tmp_path: Path) -> None:
