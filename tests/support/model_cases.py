@@ -42,6 +42,19 @@ RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The values of config.json by model, as released."""
 
+
+def at_small_width(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a released config at small width, with its own ratio of heads to groups and an odd vocabulary where it is."""
+    groups = 2
+    heads = config["num_attention_heads"] // config["num_key_value_heads"] * groups
+    small = {
+        "hidden_size": heads * 8, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "num_local_experts": 4, "head_dim": None,
+        "vocab_size": 104 + config["vocab_size"] % 64, "max_position_embeddings": 256,
+    }  # fmt: skip
+    return {**config, **small, **changes}
+
+
 SPECIAL = ("<unk>", "<s>", "</s>")
 CHARACTERS = ("▁", "\n", "\t", *(chr(number) for number in range(0x21, 0x7F)))
 PIECES = (*SPECIAL, *CHARACTERS)
@@ -53,7 +66,7 @@ SHAPE: dict[str, Any] = {
 
 def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Write a tiny Mixtral with one safetensors file, whose tokenizer has an id for each character."""
-    write_tiny(folder, dtype=dtype, num_shards=1, **{**SHAPE, **changes})
+    write_tiny(folder, dtype=dtype, num_shards=1, **{**SHAPE, "torch_dtype": str(dtype)[6:], **changes})
     (folder / "model.safetensors.index.json").unlink()
     (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
     write_tokenizer(folder)
