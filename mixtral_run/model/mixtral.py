@@ -63,7 +63,7 @@ class MixtralModel(torch.nn.Module):
         self.gpt = GPTModel(
             config,
             TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=RMSNorm),
-            vocab_size=architecture.vocab_size,
+            vocab_size=architecture.padded_vocab_size(mesh.tensor_size),
             max_sequence_length=architecture.max_position_embeddings,
             # The layers rotate queries and keys themselves: positions may be those of a cache or of packed samples.
             position_embedding_type="none",
@@ -71,6 +71,8 @@ class MixtralModel(torch.nn.Module):
         for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
             # Megatron marks its weights only if it also initializes them.
             mark(split, split=True)
+        if architecture.padded_vocab_size(mesh.tensor_size) != architecture.vocab_size:
+            self.gpt.output_layer.register_forward_hook(self._without_padding)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
 
@@ -120,6 +122,18 @@ class MixtralModel(torch.nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1]
         return logits
+
+    def _without_padding(self, _: object, __: object, outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Return the output layer's logits with those of the vocabulary's padding at -inf: they get no probability.
+
+        Gathered logits are cut instead.
+        """
+        logits, bias = outputs
+        size, width = self.architecture.vocab_size, logits.shape[-1]
+        if width == self.architecture.padded_vocab_size(self.mesh.tensor_size):
+            return logits[..., :size], bias
+        keep = min(width, max(0, size - self.mesh.tensor_rank * width))
+        return torch.nn.functional.pad(logits[..., :keep], (0, width - keep), value=float("-inf")), bias
 
     def _output_of_last(self) -> RemovableHandle:
         """Return a context in which the output layer sees only the last of hidden states [sequence, batch, hidden]."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.load_model import load_for_inference
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct_load
 from mixtral_run.weights.manifest.describe import describe_base
 from tests.multiprocess.layouts_worker import config_of, train

@@ -17,7 +17,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.hf.fingerprint import fingerprint, fingerprint_of_checksums
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct
 from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
 from mixtral_run.weights.manifest.describe import describe_base
@@ -68,7 +68,7 @@ from pathlib import Path
 import torch
 from mixtral_run.weights.load import read_parts as direct
 from mixtral_run.weights.mapping import hf_to_megatron as mapping
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 
 hf, dtype, workers = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 weights = open_hf_weights(hf)

@@ -22,7 +22,7 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load.read_parts import BLOCK_BYTES, default_workers
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load import read_parts
 from mixtral_run.weights.load.read_parts import Target
 from mixtral_run.weights.load.reshard import fill
@@ -255,7 +255,7 @@ import torch
 from mixtral_run.weights.mapping import hf_to_megatron as mapping
 from mixtral_run.weights.load.reshard import fill
 from mixtral_run.weights.load.read_parts import Target
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 architecture, dtype = open_hf_weights(Path(sys.argv[1])).architecture, getattr(torch, sys.argv[3])

@@ -18,7 +18,7 @@ from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.quantized_experts import CacheOptions
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_FC1_KEY, LINEAR_FC2_KEY

@@ -28,6 +28,7 @@ def finetune(config: FinetuneConfig) -> None:
     FINETUNE.import_ahead()
 
     from mixtral_run.planner.choose import settled
+    from mixtral_run.train.init_adapter import with_adapter_settings
     from mixtral_run.train.preflight import check_training, with_base_here
 
-    run_job(FINETUNE, settled(with_base_here(config)), check_training)
+    run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from mixtral_run import __version__
 from mixtral_run.weights.convert.copy_plan import Job, Plan
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.io.disk import allocate
 from mixtral_run.weights.io.files import sync_path
 

@@ -10,7 +10,7 @@ from typing import Any
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import (
     LATEST,
     adapter_manifest_of,
@@ -39,6 +39,11 @@ class BaseDescription:
     dtype: str
     fingerprint: str
     weights: HFWeights | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about what of an HF model is not used, or used in another form."""
+        return () if self.weights is None else self.weights.notes
 
     @property
     def tokenizer(self) -> Path:
@@ -100,7 +105,9 @@ def describe_adapter(folder: Path) -> AdapterDescription:
 
 
 def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
-    """Raise WeightsError if the adapter was trained on another base, as far as the base's fingerprint is known."""
+    """Raise WeightsError if the adapter was trained on another base, as far as both fingerprints are known."""
+    if adapter.base_fingerprint == UNKNOWN_FINGERPRINT:
+        return
     known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
     if base.fingerprint not in (known, UNKNOWN_FINGERPRINT):
         raise WeightsError(

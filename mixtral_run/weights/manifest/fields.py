@@ -16,7 +16,9 @@ T = TypeVar("T")
 _MISSING = object()
 _LARGEST = 2**31 - 1
 """The largest size or iteration; products of a few of them are still exact and quick."""
-_INTEGER_SIZES = tuple(field.name for field in dataclass_fields(MixtralArchitecture) if field.type in ("int", int))
+_INTEGER_SIZES = tuple(
+    field.name for field in dataclass_fields(MixtralArchitecture) if str(field.type).startswith("int")
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class Fields:
     def architecture(self) -> MixtralArchitecture:
         """Return the model's sizes, all of which have to be there."""
         inner = self.mapping("architecture")
-        names = [field.name for field in dataclass_fields(MixtralArchitecture)]
+        # Only models with a window record it.
+        has_window = inner.values.get("sliding_window") is not None
+        known = [field.name for field in dataclass_fields(MixtralArchitecture)]
+        names = [name for name in known if name != "sliding_window" or has_window]
         sizes: dict[str, Any] = {
             name: inner.whole_number(name, at_least=1) if name in _INTEGER_SIZES else inner.positive(name)
             for name in names
