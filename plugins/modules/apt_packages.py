@@ -36,9 +36,10 @@ import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain
+
+from ..module_utils.mixtral_run_host import engine_use
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain
 
 OPTIONS = {
     "section": {"type": "str", "required": True},

@@ -26,8 +26,9 @@ import glob
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host import apt_sources, openpgp, probe
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 
 OPTIONS = {
     "name": {"type": "str", "required": True},

@@ -44,9 +44,10 @@ import os
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import daemon_settings
-from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host import daemon_settings
+from ..module_utils.mixtral_run_host.commands import MISSING, last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 
 OPTIONS = {
     "section": {"type": "str", "required": True},

@@ -30,9 +30,10 @@ import stat
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host import engine_use
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 
 OPTIONS = {
     "users": {"type": "list", "elements": "str", "default": []},

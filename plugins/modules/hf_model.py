@@ -42,10 +42,11 @@ import re
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, explain, write_text
-from ansible.module_utils.mixtral_run_host.hf_download import HubDownload
-from ansible.module_utils.mixtral_run_host.hf_peer import Peer
-from ansible.module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+
+from ..module_utils.mixtral_run_host.files import Record, explain, write_text
+from ..module_utils.mixtral_run_host.hf_download import HubDownload
+from ..module_utils.mixtral_run_host.hf_peer import Peer
+from ..module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
 
 SPARE_GIB = 5
 

@@ -30,8 +30,9 @@ import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import read_text, remove, write_text
 
 PROGRAMS = "/var/lib/mixtral-run/serve-model"
 

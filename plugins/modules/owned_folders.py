@@ -30,8 +30,9 @@ import shutil
 import stat
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, explain, replace_in
-from ansible.module_utils.mixtral_run_host.folders import UnsafePath, open_file, open_folder
+
+from ..module_utils.mixtral_run_host.files import Record, explain, replace_in
+from ..module_utils.mixtral_run_host.folders import UnsafePath, open_file, open_folder
 
 SECRET_MODE = 0o640
 

@@ -21,9 +21,10 @@ import math
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host import probe
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 
 FSTAB = "/etc/fstab"
 SYSCTL = "/etc/sysctl.d/60-mixtral-run.conf"

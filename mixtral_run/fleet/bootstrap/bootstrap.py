@@ -126,7 +126,7 @@ def bootstrap(
     end, interrupted = None, False
     if reachable:
         running = starter(_play(request, reachable, ssh))
-        end, interrupted = _show(running, progress, stream, request.diff, notices)
+        end, interrupted = show_play(running, progress, stream, request.diff, notices)
     elif notices:
         with make_view(progress, stream) as view:
             view.update(notices)
@@ -229,9 +229,13 @@ def _hosts_at_once(serial: str, num_hosts: int) -> int:
     return max(1, num_hosts * int(serial[:-1]) // 100) if serial.endswith("%") else int(serial)
 
 
-def _show(
+def show_play(
     running: RunningPlay, progress: FleetProgress, stream: TextIO, diff: bool, notices: list[Any]
 ) -> tuple[PlayEnd, bool]:
+    """Run a play to its end and show it. Return its end and whether the user interrupted it.
+
+    Raises MixtralRunError if Ansible could not run the playbook to its end.
+    """
     interrupted = False
     with make_view(progress, stream, diff) as view:
         view.update(notices)

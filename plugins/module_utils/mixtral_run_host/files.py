@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 
-from ansible.module_utils.mixtral_run_host.folders import open_folder
+from .folders import open_folder
 
 RECORD_FOLDER = "/var/lib/mixtral-run"
 """Records of the kit's changes to this host, one JSON file per module. `state: absent` reverts only these changes."""

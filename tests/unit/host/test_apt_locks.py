@@ -62,11 +62,13 @@ def _preflight(programs: Programs) -> subprocess.CompletedProcess[str]:  # noqa:
 def test_python_is_installed_once_the_lock_is_free(programs: Programs, verb: str, lock: str) -> None:  # noqa: F811
     _apt_get(programs, verb, lock, 2)
     done = _preflight(programs)
-    assert done.returncode == 0 and done.stdout == "installed by mixtral-run: python3\n", done.stderr
+    assert done.returncode == 0 and done.stdout == "mixtral-run begins\ninstalled by mixtral-run: python3\n", (
+        done.stderr
+    )
     assert len(programs.calls("sleep")) == 2
 
 
 def test_what_else_apt_says_ends_it_at_once(programs: Programs) -> None:  # noqa: F811
     programs.put("apt-get", "echo 'E: Unable to locate package python3' >&2; exit 100")
     done = _preflight(programs)
-    assert done.returncode == 1 and "Unable to locate" in done.stderr and not programs.calls("sleep")
+    assert done.returncode == 9 and "Unable to locate" in done.stdout and not programs.calls("sleep")

@@ -40,10 +40,15 @@ NO_PROXY = pytest.mark.parametrize(("no_proxy", "answers"), [("localhost,127.0.0
 @NO_PROXY
 def test_preflight_asks_a_mirror(mirror: str, tmp_path, monkeypatch, no_proxy: str, answers: bool) -> None:
     module = load_module("preflight")
-    monkeypatch.setattr(module.probe, "machine", lambda _: {"disks": []})
+    monkeypatch.setattr(module.probe, "machine", lambda _: {"disks": [], "memory": {"ram_gib": 1}})
     monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
     url = mirror + "/{arch}/$(ARCH)"
-    result = call_module(module, tmp_path, host="gpu-01", limits={}, mirrors=[url], proxy=DEAD_PROXY, no_proxy=no_proxy)
+    limits = {"planned_swap_gib": 0, "free_gib": 1}
+    folders = {**dict.fromkeys(("hf_cache", "swap", "tmp"), str(tmp_path)), "data_root": "", "containerd_root": ""}
+    result = call_module(
+        module, tmp_path, host="gpu-01", limits=limits, mirrors=[url], proxy=DEAD_PROXY, no_proxy=no_proxy,
+        folders=folders, image="kit",
+    )  # fmt: skip
     state = result["ansible_facts"]["mixtral_run"]
     arch = module.probe.architecture()
     assert (state["mirrors"] == {f"{mirror}/{arch}/{arch}": None}) is answers
