@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -225,7 +226,9 @@ def _play(
         ssh_args=(*KEEP_CONNECTION, *connection_options(ssh.known_hosts)),
         become_password=request.become_password,
     )
-    end, interrupted = show_play(starter(play), progress, stream, request.diff and check, [])
+    # In check mode the list says it all, except for differences of files.
+    shown = stream if request.diff or not check else io.StringIO()
+    end, interrupted = show_play(starter(play), progress, shown, request.diff, [])
     forget_old_plays()
     record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
     log = end.artifacts / "stdout"
