@@ -43,10 +43,10 @@ import json
 import os
 import tempfile
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.mixtral_run_host import daemon_settings
 from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
 from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ansible.module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "section": {"type": "str", "required": True},
@@ -57,7 +57,7 @@ OPTIONS = {
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):

@@ -29,10 +29,10 @@ import shutil
 import stat
 import time
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.mixtral_run_host import engine_use
 from ansible.module_utils.mixtral_run_host.commands import last_lines, run
 from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ansible.module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "users": {"type": "list", "elements": "str", "default": []},
@@ -52,7 +52,7 @@ NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):

@@ -77,6 +77,7 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
+    params["limits"] = shortfalls.with_numbers(params["limits"])
     wrong = [
         "{}: {}".format(name, level)
         for name, level in params["levels"].items()

@@ -20,7 +20,19 @@ CHECKS = (
     "mirrors",
     "clock",
 )
+TEXTS = ("architecture", "driver_version")
+"""Limits that are no numbers, even if they look like one."""
 LEGACY = {("ubuntu", "20.04"): "Ubuntu 20.04 is past its end of life: upgrade when you can"}
+
+
+def with_numbers(limits):
+    """Return the limits with numbers that are text as numbers: `-e NAME=VALUE` of Ansible passes text only."""
+    return {
+        name: float(value)
+        if isinstance(value, str) and re.match(r"-?\d+(\.\d+)?$", value) and name not in TEXTS
+        else value
+        for name, value in limits.items()
+    }
 
 
 def version(text):
@@ -86,7 +98,7 @@ def _gpus(state, limits):
         if not state["gpus"] and state["driver"]["error"]:
             found += " ({})".format(state["driver"]["error"])
         remedy = "look at `nvidia-smi -L` and `dmesg | grep -i xid`; for fewer GPUs set preflight_num_gpus"
-        yield "{} GPUs".format(limits["num_gpus"]), found, remedy
+        yield "{:g} GPUs".format(limits["num_gpus"]), found, remedy
 
 
 def _gpu_memory(state, limits):
