@@ -31,6 +31,10 @@ options:
     type: list
     elements: path
     default: []
+  engine:
+    description: "Settings of the engine to come: settings, defaults, needed and conflicting, as in M(engine_conflicts)."
+    type: dict
+    default: {}
   mirrors:
     description: URLs that must answer. C({id}), C({codename}) and C({arch}) are filled in from the host.
     type: list
@@ -58,7 +62,8 @@ from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener, proxy_bypass_environment
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import apt_sources, probe, shortfalls
+from ansible.module_utils.mixtral_run_host import apt_sources, engine_unit, probe, shortfalls
+from ansible.module_utils.mixtral_run_host.files import Record
 
 
 def main():
@@ -69,6 +74,7 @@ def main():
             "levels": {"type": "dict", "default": {}},
             "disks": {"type": "list", "elements": "path", "default": []},
             "own_folders": {"type": "list", "elements": "path", "default": []},
+            "engine": {"type": "dict", "default": {}},
             "mirrors": {"type": "list", "elements": "str", "default": []},
             "proxy": {"type": "str"},
             "no_proxy": {"type": "str", "default": ""},
@@ -95,6 +101,7 @@ def main():
     for each in state["disks"]:
         if each["free_gib"] < params["limits"]["free_gib"]:
             each["held_gib"] = probe.held_gib(each["path"], params["own_folders"])
+    state["engine_conflicts"] = _engine_conflicts(params["engine"])
     state.update(_network(params))
     found = shortfalls.collect(state, params["limits"], params["levels"])
     failures = [item for item in found if item.level == "fail"]
@@ -106,6 +113,12 @@ def main():
     if failures:
         module.fail_json(msg=shortfalls.render(params["host"], failures), shortfalls=listed, ansible_facts=facts)
     module.exit_json(changed=False, shortfalls=listed, ansible_facts=facts)
+
+
+def _engine_conflicts(settings):
+    given = {"settings": {}, "defaults": {}, "needed": {}, "conflicting": [], "path": "/etc/docker/daemon.json"}
+    owned = Record("daemon_json").values.get("sections", {}).get("docker", [])
+    return engine_unit.conflicts(dict(given, **settings), owned)[0]
 
 
 def _network(params):

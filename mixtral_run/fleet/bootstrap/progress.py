@@ -147,7 +147,7 @@ class FleetProgress:
                 host.ok += 1
                 return notices
             message = failure_message(result)
-            repeated = any(failure.message[:200] in message for failure in host.failures)
+            repeated = any(_is_deferred(failure, message) for failure in host.failures)
             host.failures.append(Failure(role, task, message))
             host.phase = Phase.FAILED
             if repeated:
@@ -196,8 +196,13 @@ def _unrescued(failures: list[Failure], num_rescued: int) -> list[Failure]:
 
     A play that defers a failure reports it again at its end: that failure is the only one then.
     """
-    deferred = [failure for failure in failures[:-1] if failure.message[:200] in failures[-1].message]
+    deferred = [failure for failure in failures[:-1] if _is_deferred(failure, failures[-1].message)]
     return deferred[:1] or failures[num_rescued:]
+
+
+def _is_deferred(failure: Failure, message: str) -> bool:
+    """Return True if a message at the end of a play repeats this failure: `TASK: message`."""
+    return failure.message[:200] in message or bool(failure.task and message.startswith(f"{failure.task}: "))
 
 
 _NO_RESULT = "Module result deserialization failed"

@@ -16,6 +16,7 @@ CHECKS = (
     "fabric_manager",
     "ram",
     "disk",
+    "engine",
     "dns",
     "mirrors",
     "clock",
@@ -190,6 +191,11 @@ def _disk(state, limits):
             )
 
 
+def _engine(state, _limits):
+    """Yield the conflicts between the host's Docker engine and the docker role's settings."""
+    yield from state.get("engine_conflicts", [])
+
+
 def _dns(state, _limits):
     for name, error in state["dns"].items():
         if error:
@@ -222,6 +228,7 @@ _CHECKERS = {
     "fabric_manager": _fabric_manager,
     "ram": _ram,
     "disk": _disk,
+    "engine": _engine,
     "dns": _dns,
     "mirrors": _mirrors,
     "clock": _clock,
