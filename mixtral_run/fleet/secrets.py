@@ -24,7 +24,7 @@ def token_problem(path: Path) -> str | None:
     if len(words) != 1:
         return f"expected one token; found {f'{len(words)} words' if words else 'nothing'}"
     if not all("!" <= letter <= "~" and letter not in "\"'=" for letter in words[0]):
-        return "expected the token alone, such as hf_...; found quotes, an equals sign, or characters that are not ASCII"
+        return "expected the token alone, such as hf_...; found quotes, an equals sign, or other than ASCII"
     return None
 
 

@@ -53,7 +53,7 @@ class HostProgress:
     warnings: list[str] = field(default_factory=list)
     changed_tasks: list[str] = field(default_factory=list)
     hidden_tasks: list[str] = field(default_factory=list)
-    """Tasks whose results are hidden (no_log), so that only the count at the end tells whether they changed something."""
+    """Tasks with hidden results (no_log): only the count at the end tells whether they changed something."""
 
     @property
     def failure(self) -> Failure | None:
