@@ -34,18 +34,18 @@ options:
 import json
 import time
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.mixtral_run_host import engine_use, gpu_driver, gpu_floors, probe
 from ..module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
 from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.start import run_module
 
 KIT_VERSION = "import mixtral_run; print(mixtral_run.__version__)"
 
 
 def main():
-    module = AnsibleModule(
-        argument_spec={
+    run_module(
+        act,
+        {
             "host": {"type": "str", "required": True},
             "image": {"type": "str", "required": True},
             "checkpoint_folder": {"type": "path", "required": True},
@@ -61,8 +61,10 @@ def main():
             "measure_when_busy": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
-        supports_check_mode=True,
     )
+
+
+def act(module):
     params = module.params
     record = Record("acceptance", check_mode=module.check_mode)
     known = dict(record.values)

@@ -26,11 +26,10 @@ import shutil
 import tarfile
 import tempfile
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.mixtral_run_host import probe, shortfalls, space
 from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.start import run_module
 
 LABEL = "org.mixtral-run.inputs"
 VARIANTS = (("cu130", "580"), ("cu126", "525"))
@@ -58,7 +57,10 @@ def main():
         gid={"type": "int", "default": 1000},
         timeout_seconds={"type": "int", "default": 5400},
     )
-    module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
+    run_module(act, spec)
+
+
+def act(module):
     image = Image(module)
     if module.params["state"] == "absent":
         image.leave()

@@ -24,11 +24,10 @@ options:
 import json
 import os
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ..module_utils.mixtral_run_host import gpu_driver, probe
 from ..module_utils.mixtral_run_host.commands import Result, last_lines, run
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "host": {"type": "str", "required": True},
@@ -52,7 +51,7 @@ print(count.value)
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):

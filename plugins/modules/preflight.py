@@ -51,6 +51,10 @@ options:
     type: list
     elements: path
     default: []
+  engine:
+    description: "Settings of the engine to come: settings, defaults, needed and conflicting, as in M(engine_conflicts)."
+    type: dict
+    default: {}
   mirrors:
     description: URLs that must answer. C({id}), C({codename}) and C({arch}) are filled in from the host.
     type: list
@@ -79,7 +83,8 @@ from urllib.request import ProxyHandler, Request, build_opener, proxy_bypass_env
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.mixtral_run_host import apt_sources, probe, shortfalls, space
+from ..module_utils.mixtral_run_host import apt_sources, engine_unit, probe, shortfalls, space
+from ..module_utils.mixtral_run_host.files import Record
 
 
 def main():
@@ -95,6 +100,7 @@ def main():
             "docker_version": {"type": "str", "default": ""},
             "login_output": {"type": "str", "default": ""},
             "own_folders": {"type": "list", "elements": "path", "default": []},
+            "engine": {"type": "dict", "default": {}},
             "mirrors": {"type": "list", "elements": "str", "default": []},
             "proxy": {"type": "str"},
             "no_proxy": {"type": "str", "default": ""},
@@ -103,6 +109,7 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
+    params["limits"] = shortfalls.with_numbers(params["limits"])
     wrong = [
         "{}: {}".format(name, level)
         for name, level in params["levels"].items()
@@ -119,6 +126,7 @@ def main():
     state = probe.machine(params["disks"])
     state["space"] = _space(params, state["memory"]["ram_gib"])
     state["printed_at_login"] = params["login_output"].strip()
+    state["engine_conflicts"] = _engine_conflicts(params["engine"])
     state.update(_network(params))
     found = shortfalls.collect(state, params["limits"], params["levels"])
     failures = [item for item in found if item.level == "fail"]
@@ -141,6 +149,12 @@ def _space(params, ram_gib):
     image = space.image_place(params["image"], params["docker_version"])
     checkpoints = params["disks"], float(limits["free_gib"])
     return space.by_filesystem(space.needs(folders, wanted, checkpoints, swap_gib, image), params["own_folders"])
+
+
+def _engine_conflicts(settings):
+    given = {"settings": {}, "defaults": {}, "needed": {}, "conflicting": [], "path": "/etc/docker/daemon.json"}
+    owned = Record("daemon_json").values.get("sections", {}).get("docker", [])
+    return engine_unit.conflicts(dict(given, **settings), owned)[0]
 
 
 def _network(params):

@@ -8,7 +8,9 @@ from mixtral_run.fleet.testhosts.hosts import Host
 UNSTEADY = (
     "/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
     "/var/lib/systemd", "/home/ops/.ansible", "/home/ops/.cache", "/home/ops/.local", "/etc/ld.so.cache",
-    "/etc/mtab", "/opt/test-cache",
+    "/etc/mtab", "/etc/group-", "/etc/gshadow-", "/opt/test-cache",
+    # Images, containers and volumes stay.
+    "/var/lib/docker", "/var/lib/containerd",
 )  # fmt: skip
 # Path, type, mode, owner, group, target of a link; then the digests of the files that are not a package's own.
 FILES = r"""

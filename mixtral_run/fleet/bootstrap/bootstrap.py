@@ -18,6 +18,7 @@ from mixtral_run.fleet.explain.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
+from mixtral_run.fleet.secrets import token_problem
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
 from mixtral_run.fleet.ssh.problems import connection_error
@@ -150,14 +151,9 @@ def _check_request(request: BootstrapRequest) -> None:
     problems = []
     parse_extra_vars(request.extra_vars)
     token = request.hf_token_file
-    if token is not None:
-        try:
-            words = token.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--hf-token-file {token}: {getattr(error, 'strerror', None) or 'not a text file'}")
-        else:
-            if len(words) != 1:
-                problems.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
+    problem = token_problem(token) if token is not None else None
+    if problem is not None:
+        problems.append(f"--hf-token-file {token}: {problem}")
     roles = role_names()
     unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
     if unknown:

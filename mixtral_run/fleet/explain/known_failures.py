@@ -62,6 +62,17 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("become", "root", "password"),
     ),
     KnownFailure(
+        "requiretty",
+        "sudo asks for a terminal",
+        r"you must have a tty to run sudo|no tty present",
+        "The setting `Defaults requiretty` of sudo refuses commands without a terminal, and Ansible has none.",
+        (
+            "ssh -t HOST sudo visudo    # add the line: Defaults:USER !requiretty",
+            "mixtral-run bootstrap root@HOST    # without sudo, where root may log in",
+        ),
+        ("sudo", "tty", "terminal"),
+    ),
+    KnownFailure(
         "unreachable",
         "The host does not answer",
         r"connection timed out|no route to host|connection refused|does not answer\.|could not resolve hostname|cannot be reached"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
 
 from . import gpu_shortfalls, space
@@ -22,11 +23,24 @@ CHECKS = (
     "login",
     "ram",
     "disk",
+    "engine",
     "dns",
     "mirrors",
     "clock",
 )
+TEXTS = ("architecture", "driver_version", "driver_supported")
+"""Limits that are no numbers, even if they look like one."""
 LEGACY = {("ubuntu", "20.04"): "Ubuntu 20.04 is past its end of life: upgrade when you can"}
+
+
+def with_numbers(limits):
+    """Return the limits with numbers that are text as numbers: `-e NAME=VALUE` of Ansible passes text only."""
+    return {
+        name: float(value)
+        if isinstance(value, str) and re.match(r"-?\d+(\.\d+)?$", value) and name not in TEXTS
+        else value
+        for name, value in limits.items()
+    }
 
 
 def collect(state, limits, levels):
@@ -87,7 +101,7 @@ def _gpus(state, limits):
         if not state["gpus"] and state["driver"]["error"]:
             found += " ({})".format(state["driver"]["error"])
         remedy = "look at `nvidia-smi -L` and `dmesg | grep -i xid`; for fewer GPUs set preflight_num_gpus"
-        yield "{} GPUs".format(limits["num_gpus"]), found, remedy
+        yield "{:g} GPUs".format(limits["num_gpus"]), found, remedy
 
 
 def _gpu_memory(state, limits):
@@ -133,6 +147,11 @@ def _login(state, _limits):
         yield "warn", "a login shell that prints nothing for a command", repr(state["printed_at_login"][:80]), remedy
 
 
+def _engine(state, _limits):
+    """Yield the conflicts between the host's Docker engine and the docker role's settings."""
+    yield from state.get("engine_conflicts", [])
+
+
 def _dns(state, _limits):
     for name, error in state["dns"].items():
         if error:
@@ -169,6 +188,7 @@ _CHECKERS = {
     "login": _login,
     "ram": _ram,
     "disk": _disk,
+    "engine": _engine,
     "dns": _dns,
     "mirrors": _mirrors,
     "clock": _clock,

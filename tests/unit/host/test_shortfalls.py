@@ -190,3 +190,20 @@ def test_the_command_that_holds_packages_holds_every_part(programs: Programs, tm
 def test_versions_compare_as_numbers() -> None:
     assert shortfalls.version("9.10") > shortfalls.version("9.9")
     assert shortfalls.version("525.85.12") >= shortfalls.version("525")
+
+
+def test_numbers_that_are_text_are_compared_as_numbers() -> None:
+    """`-e preflight_free_gib=1` of Ansible passes text."""
+    texts = {name: str(value) if isinstance(value, int) else value for name, value in LIMITS.items()}
+    limits = shortfalls.with_numbers(texts)
+    assert limits == LIMITS and limits["driver_version"] == "525"
+    assert shortfalls.collect(GOOD, limits, {}) == []
+    (found,) = shortfalls.collect(GOOD, shortfalls.with_numbers({**LIMITS, "num_gpus": "9"}), {})
+    assert found.expected == "9 GPUs"
+
+
+def test_a_conflict_with_the_engine_is_a_shortfall_and_a_warning_stays_one() -> None:
+    conflicts = [("fail", "a", "b", "c"), ("warn", "d", "e", "f")]
+    found = _collect(engine_conflicts=conflicts)
+    assert [tuple(each) for each in found] == [("engine", *("fail", "a", "b", "c")), ("engine", "warn", "d", "e", "f")]
+    assert [each.level for each in _collect({"engine": "warn"}, engine_conflicts=conflicts)] == ["warn", "warn"]
