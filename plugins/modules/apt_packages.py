@@ -255,7 +255,8 @@ def _absent(module, record, apt):
         )
     dragged = []
     if mine:
-        plan, _ = apt.simulate(["remove"] + mine)
+        # The kit's own packages are held: without the option apt plans nothing.
+        plan, _ = apt.simulate(["remove", "--allow-change-held-packages"] + mine)
         dragged = [name for name in plan.removed if name not in mine]
         _refuse_dragged(module, dragged, set(), mine, installed)
     footprint = _footprint(module, record)

@@ -40,7 +40,7 @@ class Footprint:
         brought = set(self._record.values.get(self._key, {}).get("brought", [])) & set(installed)
         if not mine or not brought:
             return []
-        plan, _ = apt.simulate(["autoremove"] + mine)
+        plan, _ = apt.simulate(["autoremove", "--allow-change-held-packages"] + mine)
         return sorted(brought & set(plan.removed) - set(mine))
 
     def sweep(self, names):
