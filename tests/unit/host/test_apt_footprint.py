@@ -33,7 +33,8 @@ class Host:
             "apt-get",
             'case "$*" in',
             # Like apt, it plans nothing for packages that are held.
-            "*--simulate*remove*--allow-change-held-packages*|*--simulate*install*) ;; *--simulate*remove*) exit 100 ;; esac",
+            "*--simulate*remove*--allow-change-held-packages*|*--simulate*install*) ;;",
+            "*--simulate*remove*) exit 100 ;; esac",
             'case "$*" in',
             f'*--simulate*install*) cat <<"END"\n{INSTALL}\nEND',
             ";; *--simulate*autoremove*) echo 'Remv engine [1]'; echo 'Remv libdep [1]'; echo 'Remv old-kernel [1]'",
