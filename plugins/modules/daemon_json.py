@@ -119,9 +119,9 @@ def _wanted(module, current, owned, argv):
     params = module.params
     if params["state"] == "absent":
         return {}, []
-    settled = engine_flags.settle(
-        params["settings"], params["defaults"], params["needed"], current, owned, engine_flags.flags(argv)
-    )
+    given = engine_flags.flags(argv)
+    defaults = engine_unit.usable_defaults(params["defaults"], current, given)
+    settled = engine_flags.settle(params["settings"], defaults, params["needed"], current, owned, given)
     if settled.conflicts:
         lines = ["  - expected {}; found {}\n    next: {}".format(*conflict) for conflict in settled.conflicts]
         module.fail_json(

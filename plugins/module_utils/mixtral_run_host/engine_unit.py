@@ -12,6 +12,7 @@ from . import engine_flags
 from .commands import run
 from .files import read_text
 
+DATA_ROOT = "/var/lib/docker"
 SNAP = ("/snap/docker/current", "/var/lib/snapd/snap/docker/current")
 ROOTLESS = ("/home/*/.config/systemd/user/docker.service", "/root/.config/systemd/user/docker.service")
 _PROPERTIES = "ExecStart,EnvironmentFiles,Environment,FragmentPath,DropInPaths"
@@ -60,8 +61,17 @@ def conflicts(params, owned):
         current = {}  # daemon_json reports it
     given = engine_flags.flags(unit()["argv"][1:])
     current = current if isinstance(current, dict) else {}
-    settled = engine_flags.settle(params["settings"], params["defaults"], params["needed"], current, owned, given)
+    defaults = usable_defaults(params["defaults"], current, given)
+    settled = engine_flags.settle(params["settings"], defaults, params["needed"], current, owned, given)
     return found + [("fail",) + tuple(each) for each in settled.conflicts], settled.kept
+
+
+def usable_defaults(defaults, current, given):
+    """Return the defaults without live-restore if the engine is in a swarm, where it does not start with it."""
+    root = (given.get("data-root") or [current.get("data-root") or DATA_ROOT])[-1]
+    if not os.path.exists(os.path.join(root, "swarm", "docker-state.json")):
+        return defaults
+    return {key: value for key, value in defaults.items() if key != "live-restore"}
 
 
 def _other_engines(packages):

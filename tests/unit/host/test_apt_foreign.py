@@ -140,3 +140,30 @@ def test_a_source_that_contradicts_another_is_left_aside(
     assert (host.folder / "parts").read_text().split() == ["a.list", "docker.sources"]
     assert any("b.list" in words and "Conflicting values" in words for words in warned)
     assert (host.sources / "sources.list.d/b.list").exists()
+
+
+BROKEN = "dpkg: error processing package agent (--configure):"
+
+
+def _interrupted(host: Host, name: str) -> None:
+    host.programs.put(
+        "dpkg", f'case "$1" in --audit) echo {name} ;; *) echo "{BROKEN.replace("agent", name)}" >&2; exit 1 ;; esac'
+    )
+
+
+def test_a_package_of_somebody_that_dpkg_cannot_configure_is_named_and_stops_nothing(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupted(host, "agent")
+    warned: list[str] = []
+    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.warn", lambda _, words: warned.append(words))
+    assert host.call(conflicting=[], remove_dependents=True)["changed"] and len(host.installs) == 1
+    assert any("cannot configure agent, which is not the kit's" in words for words in warned)
+
+
+def test_a_package_of_the_kit_that_dpkg_cannot_configure_is_a_failure(host: Host) -> None:
+    _interrupted(host, "docker-ce")
+    result = host.call(conflicting=[], remove_dependents=True)
+    assert (
+        result["failed"] and "dpkg cannot finish what was begun." in result["msg"] and "where:    dpkg" in result["msg"]
+    )

@@ -74,3 +74,11 @@ def test_what_else_apt_says_ends_it_at_once(programs: Programs) -> None:  # noqa
     programs.put("apt-get", "echo 'E: Unable to locate package python3' >&2; exit 100")
     done = _preflight(programs)
     assert done.returncode == 9 and "Unable to locate" in done.stdout and not programs.calls("sleep")
+
+
+def test_preflight_installs_python_under_any_umask(programs: Programs) -> None:  # noqa: F811
+    programs.put("python3", "exit 127")
+    programs.put("apt-get", f"umask > {programs.folder}/umask")
+    script = f"umask 077; {preflight_script()}"
+    assert subprocess.run(["/bin/sh", "-c", script], check=False, capture_output=True).returncode == 0
+    assert (programs.folder / "umask").read_text().strip() == "0022"

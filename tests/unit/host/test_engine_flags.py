@@ -1,5 +1,7 @@
 """dockerd starts only if no setting is both on its command line and in daemon.json; the host's own settings stay."""
 
+from pathlib import Path
+
 import pytest
 from ansible.module_utils.mixtral_run_host import daemon_settings, engine_flags, engine_unit
 from ansible.module_utils.mixtral_run_host.commands import Result
@@ -126,6 +128,54 @@ def test_variables_of_the_unit_are_expanded() -> None:
     words = ["/usr/sbin/dockerd", "-H", "fd://", "$DOCKER_OPTS", "--data-root=${ROOT}", "$NONE"]
     found = engine_flags.expand(words, {"DOCKER_OPTS": "--log-driver=local --debug", "ROOT": "/data"})
     assert found == ["/usr/sbin/dockerd", "-H", "fd://", "--log-driver=local", "--debug", "--data-root=/data"]
+
+
+NO_SETTINGS = {"settings": {}, "defaults": {}, "needed": {}, "path": "/no/daemon.json"}
+
+
+@pytest.fixture
+def other_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return the folder that stands for `/` of a host without any engine."""
+    monkeypatch.setattr(engine_unit, "SNAP", tuple(f"{tmp_path}{path}" for path in engine_unit.SNAP))
+    monkeypatch.setattr(engine_unit, "ROOTLESS", tuple(f"{tmp_path}{path}" for path in engine_unit.ROOTLESS))
+    monkeypatch.setattr(engine_unit, "run", lambda *_: Result(1, "", ""))
+    return tmp_path
+
+
+def _conflicts() -> list:
+    return engine_unit.conflicts({**NO_SETTINGS, "conflicting": ["docker.io"]}, [])[0]
+
+
+def test_docker_from_snap_is_a_conflict_and_rootless_docker_a_warning(other_engines: Path) -> None:
+    assert _conflicts() == []
+    (other_engines / "snap/docker/current").mkdir(parents=True)
+    unit = other_engines / "home/ana/.config/systemd/user/docker.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    (snap, rootless) = _conflicts()
+    assert snap[0] == "fail" and "same socket" in snap[2] and "snap remove docker" in snap[3]
+    assert rootless[0] == "warn" and "ana" in rootless[2] and "docker context use default" in rootless[3]
+
+
+@pytest.mark.parametrize(("owner", "conflict"), [("docker.io", True), ("docker-ce", False)])
+def test_a_unit_that_starts_a_program_of_a_removed_package_is_a_conflict(
+    other_engines: Path, monkeypatch: pytest.MonkeyPatch, owner: str, conflict: bool
+) -> None:
+    monkeypatch.setattr(engine_unit, "unit", lambda: {"argv": ["/usr/sbin/dockerd"], "files": ["/etc/x.conf"]})
+    monkeypatch.setattr(engine_unit, "run", lambda *_: Result(0, f"{owner}: /usr/sbin/dockerd\n", ""))
+    found = _conflicts()
+    assert bool(found) is conflict
+    assert not conflict or ("/etc/x.conf starts /usr/sbin/dockerd of the package docker.io" in found[0][2])
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_an_engine_in_a_swarm_does_not_get_live_restore(tmp_path: Path, by_flag: bool) -> None:
+    current = {} if by_flag else {"data-root": str(tmp_path)}
+    given = {"data-root": [str(tmp_path)]} if by_flag else {}
+    assert engine_unit.usable_defaults(DEFAULTS, current, given) == DEFAULTS
+    (tmp_path / "swarm").mkdir()
+    (tmp_path / "swarm/docker-state.json").touch()
+    assert set(DEFAULTS) - set(engine_unit.usable_defaults(DEFAULTS, current, given)) == {"live-restore"}
 
 
 def test_the_unit_is_read_with_the_files_that_somebody_wrote(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
