@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mixtral_run.config.verbs import LORA_TARGET_MODULES, FinetuneConfig
+from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh

@@ -96,7 +96,7 @@ def take_host_options(flags: dict[str, Any]) -> dict[str, Any]:
 
 def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     """Run a verb on the hosts of --on. Raise ConfigError if they are more than the verb can use."""
-    from mixtral_run.config.verbs import LaunchConfig
+    from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.jobs.job_spec import JobOptions
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.fields import Config, setting
+from mixtral_run.config.fields import setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS
-from mixtral_run.config.verbs import BASE_PRECISIONS, DATA, LAYOUT, LORA, LORA_TARGET_MODULES, MEMORY, OUTPUT
+from mixtral_run.config.lora import LoraShapeConfig
+from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OUTPUT
+from mixtral_run.config.training import BASE_PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(Config):
+class PlanConfig(LoraShapeConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job.", minimum=1, section=LAYOUT)
@@ -32,16 +34,6 @@ class PlanConfig(Config):
     )
     seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
     micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
-    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
-    lora_dropout: float = setting(
-        0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
-    )
-    lora_target_modules: tuple[str, ...] = setting(
-        LORA_TARGET_MODULES,
-        help="Layers that get an adapter, separated by commas.",
-        choices=LORA_TARGET_MODULES,
-        section=LORA,
-    )
     base_precision: str = setting(
         "bf16", help="Storage of the frozen experts.", choices=BASE_PRECISIONS, section=MEMORY
     )

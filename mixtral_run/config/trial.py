@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.fields import Config, setting
-from mixtral_run.config.verbs import DATA, LAYOUT, MEMORY, OUTPUT, PROCESSES, LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OUTPUT, PROCESSES
 
 
 @dataclass(frozen=True, kw_only=True)

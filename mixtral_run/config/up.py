@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.fields import setting
-from mixtral_run.config.verbs import LAYOUT, OUTPUT, FinetuneConfig
+from mixtral_run.config.sections import LAYOUT, OUTPUT
+from mixtral_run.config.training import FinetuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.fields import flag_of
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.config.up import UpConfig
-from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig
+from mixtral_run.config.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host

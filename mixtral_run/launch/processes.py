@@ -21,7 +21,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from mixtral_run.config.fields import flag_of
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.worker_errors import collect_error
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import MixtralRunError, from_os_error
 from mixtral_run.launch import processes
 from mixtral_run.launch.process_exit import exit_with

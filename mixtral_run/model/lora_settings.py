@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig
 
 
 @dataclass(frozen=True)

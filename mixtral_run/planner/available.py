@@ -9,7 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.verbs import LaunchConfig, VerifyConfig
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.launch.processes import is_worker, process_count
 from mixtral_run.planner.memory_model import CONTEXT
 from mixtral_run.report import Report

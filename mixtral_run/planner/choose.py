@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 
-from mixtral_run.config.verbs import RECOMPUTE, FinetuneConfig
+from mixtral_run.config.training import RECOMPUTE, FinetuneConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory

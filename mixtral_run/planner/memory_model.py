@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 
 from mixtral_run.config.gpus import HOPPER
-from mixtral_run.config.verbs import LORA_TARGET_MODULES, RUNS_AGAIN
+from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.planner import policy

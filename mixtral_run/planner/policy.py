@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from mixtral_run.config.verbs import RUNS_AGAIN
+from mixtral_run.config.training import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.kernels.requirements import Capability, grouped_mm_runs_on_device
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral_run.config.verbs import DataConfig, FinetuneConfig, PretrainConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
@@ -48,7 +48,7 @@ ORDER_SETTINGS = ("data_path", "mock_data", "pack", "seq_length", "global_batch_
 class Run:
     """State of a training run, the same on every rank."""
 
-    config: DataConfig
+    config: TrainingConfig
     mesh: Mesh
     report: Report
     model: MixtralModel
@@ -140,7 +140,7 @@ def _full_step(
 
 
 def _load(
-    config: DataConfig, base: BaseDescription, mesh: Mesh, report: Report, lora: LoraSettings | None
+    config: TrainingConfig, base: BaseDescription, mesh: Mesh, report: Report, lora: LoraSettings | None
 ) -> tuple[MixtralModel, float]:
     """Return the model and the seconds that loading took."""
     started = time.perf_counter()
@@ -334,7 +334,7 @@ def _report_lora(run: Run, config: FinetuneConfig) -> None:
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 
 
-def _meter(config: DataConfig, base: BaseDescription, mesh: Mesh, file: Path | None) -> Meter:
+def _meter(config: TrainingConfig, base: BaseDescription, mesh: Mesh, file: Path | None) -> Meter:
     if file is not None and mesh.is_first:
         file.parent.mkdir(parents=True, exist_ok=True)
     return Meter(

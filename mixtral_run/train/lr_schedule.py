@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from mixtral_run.config.verbs import DataConfig
+from mixtral_run.config.training import TrainingConfig
 
 
-def learning_rate(config: DataConfig, iteration: int) -> float:
+def learning_rate(config: TrainingConfig, iteration: int) -> float:
     """Return the rate of an iteration, counted from 0: linear warm-up to `lr`, cosine decay to `min_lr` at the end."""
     if iteration < config.lr_warmup_iters:
         return config.lr * (iteration + 1) / config.lr_warmup_iters

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.generate import GenerateConfig
-from mixtral_run.config.verbs import DataConfig, FinetuneConfig, LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
@@ -39,7 +40,7 @@ RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
 
 
-def check_training(config: DataConfig, world_size: int) -> BaseDescription:
+def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     """Check settings, base, layout, data files and output folder. Raises one error with all problems."""
     errors: list[MixtralRunError] = []
     base = None
@@ -68,7 +69,7 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
     if isinstance(config, FinetuneConfig):
         config = settled(config, base)
-    if isinstance(config, DataConfig):
+    if isinstance(config, TrainingConfig):
         errors = _errors(config, processes.process_count(config), base)
     else:
         errors = _start_errors(config)
@@ -87,7 +88,7 @@ def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
     return []
 
 
-def _errors(config: DataConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
+def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
     """Return the problems of settings, data files and output folder. Without a base some checks are left out."""
     errors = _start_errors(config)
     problems: list[str] = []

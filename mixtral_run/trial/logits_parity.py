@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report

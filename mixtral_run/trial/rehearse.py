@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.config.trial import RehearseConfig
-from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig, VerifyConfig
+from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig
 from mixtral_run.config.trial import SmokeConfig
-from mixtral_run.config.verbs import ConvertConfig, FinetuneConfig, PretrainConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job

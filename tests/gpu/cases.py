@@ -1,4 +1,4 @@
-"""What workers under torchrun have in common: OUT.json TPxEP:WORD:WORD …, each case in its layout."""
+"""Command line that the workers under torchrun share: OUT.json TPxEP:WORD:WORD …, each case in its layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 
 

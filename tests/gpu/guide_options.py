@@ -1,4 +1,4 @@
-"""What the guide's run is asked for."""
+"""Options of the guide's run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.make_mixtral import add_size_options
-from mixtral_run.config.verbs import BASE_PRECISIONS, RECOMPUTE
+from mixtral_run.config.training import BASE_PRECISIONS, RECOMPUTE
 
 STEPS = ("convert", "mock", "real", "generate", "export", "smoke")
 

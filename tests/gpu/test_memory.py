@@ -1,4 +1,4 @@
-"""What a GPU says of its memory, and the plan beside what a step really takes."""
+"""GPU memory as reported, and the plan next to the memory that a step really takes."""
 
 import argparse
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.lora import build_ours
 from benchmarks.modes import run_case
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.memory_model import GIB

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.data.samples import MockSamples, batches

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.cuda_graph import CapturedBackward, backward_of

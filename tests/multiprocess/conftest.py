@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.trial.random_mixtral import write_random_mixtral

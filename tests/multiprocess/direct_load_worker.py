@@ -40,7 +40,7 @@ def counted_reads() -> Iterator[list[int]]:
 
 
 def own_bytes(parameters: dict[str, torch.Tensor], item_size: int, tp: int) -> int:
-    """What the parameters are in the HF files; of linear_proj, whose columns are split, rows are read whole."""
+    """Return the parameters as the HF files have them. Rows of linear_proj, whose columns are split, are read whole."""
     return sum(
         parameter.numel() * item_size * (tp if "linear_proj" in name else 1) for name, parameter in parameters.items()
     )

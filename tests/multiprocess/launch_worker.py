@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, WeightsError, to_mapping
 from mixtral_run.launch.run_job import Job, run_job
 

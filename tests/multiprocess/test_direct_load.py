@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.verbs import ExportConfig
+from mixtral_run.config.weights import ExportConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
@@ -143,7 +143,7 @@ def test_slices_of_all_ranks_are_the_chunks(tmp_path: Path, monkeypatch: pytest.
     assert fingerprint_of_checksums(weights.architecture, weights.dtype, checksums) == fingerprint(weights)
 
 
-def test_ranks_that_read_other_bytes_are_told(tmp_path: Path) -> None:
+def test_ranks_that_read_other_bytes_are_reported(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf")
     weights = open_hf_weights(tmp_path / "hf")
     shape = (weights.architecture.vocab_size, weights.architecture.hidden_size)
@@ -221,7 +221,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     check_adapter_fits(adapter, describe_base(tmp_path / "near"))
     with pytest.raises(WeightsError, match="another base"):
         check_adapter_fits(adapter, describe_base(tmp_path / "other"))
-    from mixtral_run.config.verbs import VerifyConfig
+    from mixtral_run.config.weights import VerifyConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.load_model import load_for_inference
 
@@ -243,8 +243,8 @@ def bad_hf_directories(tmp_path: Path) -> dict[str, Path]:
     return made
 
 
-def test_a_bad_hf_directory_is_told_as_convert_tells_it(tmp_path: Path) -> None:
-    from mixtral_run.config.verbs import ConvertConfig
+def test_a_bad_hf_directory_is_reported_as_convert_reports_it(tmp_path: Path) -> None:
+    from mixtral_run.config.weights import ConvertConfig
     from mixtral_run.weights.convert.to_megatron import convert
 
     for name, folder in bad_hf_directories(tmp_path).items():
@@ -281,10 +281,10 @@ def test_verify_of_an_hf_directory(small_hf_model: Path, small_checkpoint: Path,
         *("--logits-file", str(tmp_path / "logits.json")),
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["kind"], told["ok"]) == ("hf", True)
-    assert told["record"]["fingerprint"] == read_values(small_checkpoint)["fingerprint"]
-    assert told["num_parameters"] == MixtralArchitecture.from_hf_directory(small_hf_model).num_parameters
+    reported = json.loads(done.stdout)
+    assert (reported["kind"], reported["ok"]) == ("hf", True)
+    assert reported["record"]["fingerprint"] == read_values(small_checkpoint)["fingerprint"]
+    assert reported["num_parameters"] == MixtralArchitecture.from_hf_directory(small_hf_model).num_parameters
     assert json.loads((tmp_path / "logits.json").read_text())["largest_difference"] <= 1e-5
     write_tiny(tmp_path / "other")
     done = mixtral_run("verify", "--load", str(small_hf_model), "--against", str(tmp_path / "other"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config.verbs import ExportConfig
+from mixtral_run.config.weights import ExportConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config.verbs import ConvertConfig, ExportConfig, VerifyConfig
+from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export

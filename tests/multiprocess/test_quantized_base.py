@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.model.kernels.quantized.quantized_mm import quantize_to
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.verbs import ConvertConfig, ExportConfig
+from mixtral_run.config.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export

@@ -1,4 +1,4 @@
-"""What passes through memory while weights are converted, checked and brought back does not grow with the model."""
+"""The memory of conversion, verification and conversion back does not grow with the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny import write_tiny
 STEPS = """
 import sys, threading
 from pathlib import Path
-from mixtral_run.config.verbs import ConvertConfig, VerifyConfig
+from mixtral_run.config.weights import ConvertConfig, VerifyConfig
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.convert.to_hf import to_hf

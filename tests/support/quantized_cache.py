@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32
 
-from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
@@ -27,7 +27,7 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 RECORD = "mixtral_run.json"
 
 KEPT_NUMBERS = {"fp8": (1, (2956774260, 624785096)), "nf4": (1, (1562107598, 4143949998))}
-"""What quantizing `weight_to_keep` has to give on every device: the version, CRC-32 of values and scales."""
+"""Expected result of quantizing `weight_to_keep` on every device: the version, CRC-32 of values and scales."""
 
 
 def weight_to_keep() -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mixtral_run.config.verbs import DataConfig, FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import DATA_SETTINGS, read_example_file, where_of
@@ -17,7 +17,9 @@ from mixtral_run.weights.manifest.describe import BaseDescription
 FileSamples = Samples | PackedSamples
 
 
-def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> tuple[SampleSource, FileSamples | None]:
+def open_samples(
+    config: TrainingConfig, base: BaseDescription, report: Report
+) -> tuple[SampleSource, FileSamples | None]:
     """Return the training samples and those of --valid-data-path, and print a line about each.
 
     Raises one error with all unusable examples of both files.
@@ -36,7 +38,7 @@ def open_samples(config: DataConfig, base: BaseDescription, report: Report) -> t
 
 
 def _open_files(
-    config: DataConfig, base: BaseDescription, files: Mapping[str, Path], report: Report
+    config: TrainingConfig, base: BaseDescription, files: Mapping[str, Path], report: Report
 ) -> dict[str, FileSamples]:
     tokenizer = load_tokenizer(base.tokenizer)
     found: dict[str, FileSamples] = {}

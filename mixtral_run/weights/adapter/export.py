@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.verbs import ExportConfig
+from mixtral_run.config.weights import ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report

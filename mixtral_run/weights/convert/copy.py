@@ -19,7 +19,7 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.weights.convert.copy_plan import Job, PlacedChunk, Plan
 from mixtral_run.weights.convert.journal import JobSums, Journal
 from mixtral_run.weights.hf.safetensors_files import HFWeights
-from mixtral_run.weights.io.disk import allocate, drop_from_cache, fits_in_memory, lies_in_memory
+from mixtral_run.weights.io.disk import allocate, drop_from_cache, fits_in_memory, is_in_memory
 from mixtral_run.weights.io.interrupts import Interrupts
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 from mixtral_run.weights.io.pace import Pace, num_cores
@@ -89,7 +89,7 @@ class _Copying:
         self._advance = advance
         self._interrupts = interrupts
         self._stop = threading.Event()
-        self._in_memory = lies_in_memory(folder)
+        self._in_memory = is_in_memory(folder)
         # With at most one core for each file, no worker waits for another one to write.
         self._pace = Pace(workers, mappable=self._in_memory and num_cores() > len(plan.files))
         # If source and result fit, they stay in the page cache for the next step; else they would displace other data.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from isal.isal_zlib import crc32
 
-from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.checkpoint import check_tensors, open_adapter

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError, shortened
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.copy import copy_all, unwritable

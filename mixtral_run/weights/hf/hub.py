@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.fields import Config
-from mixtral_run.config.verbs import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
+from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import EXAMPLE_NAME, MixtralArchitecture
 from mixtral_run.report import Report, repeating

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report

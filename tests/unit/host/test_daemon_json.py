@@ -128,7 +128,7 @@ def test_link_mode_owner_and_attributes_of_the_file_stay(file: Path, tmp_path: P
     assert file.is_symlink() and json.loads(managed.read_text()) == json.loads(THEIRS)
 
 
-def test_a_file_that_is_no_json_is_left_and_told(file: Path) -> None:
+def test_a_file_that_is_no_json_is_left_and_reported(file: Path) -> None:
     file.write_text("{,}")
     result = _call(file, settings={"live-restore": True})
     assert result["failed"] and "not valid JSON; it was left" in result["msg"] and str(file) in result["msg"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, FixedShapeDecoding, decoding_of
 from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.processes import num_processes
 

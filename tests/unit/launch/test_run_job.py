@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.verbs import FinetuneConfig, LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.launch import processes, run_job
 from mixtral_run.launch.stop_request import StopRequest
@@ -45,7 +46,7 @@ def as_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work(folder: Path) -> None:
-    config_class = "mixtral_run.config.verbs:FinetuneConfig"
+    config_class = "mixtral_run.config.training:FinetuneConfig"
     threads = torch.get_num_threads()
     run_job._work(str(folder), JOB.entry_point, config_class, CONFIG.to_json(), threads, {"FROM_PARENT": "set"})
 
@@ -78,7 +79,7 @@ def test_the_parent_starts_processes_with_the_config_as_json(monkeypatch: pytest
     preloaded, (count, target, entry_point, config_class, config_json, threads, _) = started
     assert preloaded == ((),)
     assert (count, target, entry_point) == (4, run_job._work, JOB.entry_point)
-    assert (config_class, config_json) == ("mixtral_run.config.verbs:LaunchConfig", config.to_json())
+    assert (config_class, config_json) == ("mixtral_run.config.launch:LaunchConfig", config.to_json())
     assert isinstance(threads, int) and threads >= 1
     assert calls == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.verbs import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings

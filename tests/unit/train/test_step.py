@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch

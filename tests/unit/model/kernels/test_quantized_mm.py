@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
 from mixtral_run.model.kernels.quantized import quantized_mm

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mixtral_run.config.verbs import LORA_TARGET_MODULES, LaunchConfig
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model

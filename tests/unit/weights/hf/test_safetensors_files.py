@@ -54,13 +54,15 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     with files[2].open("r+b") as stream:
         stream.write((10**12).to_bytes(8, "little"))
     files[3].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    told = problems_of(tmp_path)
-    assert f"{files[0].name}: missing" in told
-    assert f"{files[1].name}: truncated: expected {size:,} bytes; found {size - 1000:,} (1,000 bytes missing)" in told
-    assert f"{files[2].name}: corrupt header: it says 1,000,000,000,000 bytes long" in told
-    assert f"{files[2].stat().st_size:,} bytes" in told
-    assert f"{files[3].name}: a Git LFS pointer" in told
-    assert "tensor" not in told.replace("safetensors", "")  # what follows from the above is not told again
+    reported = problems_of(tmp_path)
+    assert f"{files[0].name}: missing" in reported
+    assert (
+        f"{files[1].name}: truncated: expected {size:,} bytes; found {size - 1000:,} (1,000 bytes missing)" in reported
+    )
+    assert f"{files[2].name}: corrupt header: it says 1,000,000,000,000 bytes long" in reported
+    assert f"{files[2].stat().st_size:,} bytes" in reported
+    assert f"{files[3].name}: a Git LFS pointer" in reported
+    assert "tensor" not in reported.replace("safetensors", "")  # what follows from the above is not reported again
 
 
 def rewrite_header(file: Path, change: dict[str, dict[str, object]]) -> None:
@@ -127,13 +129,13 @@ def test_missing_foreign_misshapen_and_mixed_tensors(tmp_path: Path) -> None:
     index = json.loads(index_file.read_text())
     index["weight_map"]["vision.weight"] = SHARD_2
     index_file.write_text(json.dumps(index))
-    told = problems_of(tmp_path)
-    assert f"{SHARD_2}: tensor {gone} is missing" in told
-    assert f"{SHARD_2}: tensor vision.weight is missing" in told
-    assert f"{odd}: expected shape" in told
-    assert "found [3, 5]" in told
-    assert f"F16 1 tensors (such as {cast})" in told
-    assert "inv_freq" not in told
+    reported = problems_of(tmp_path)
+    assert f"{SHARD_2}: tensor {gone} is missing" in reported
+    assert f"{SHARD_2}: tensor vision.weight is missing" in reported
+    assert f"{odd}: expected shape" in reported
+    assert "found [3, 5]" in reported
+    assert f"F16 1 tensors (such as {cast})" in reported
+    assert "inv_freq" not in reported
 
 
 def test_tensor_of_another_model(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from mixtral_run import __version__
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.plan import PlanConfig
-from mixtral_run.config.verbs import ConvertConfig, ExportConfig, FinetuneConfig, VerifyConfig
+from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.lora_settings import LoraSettings

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config.verbs import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Report
@@ -189,7 +189,7 @@ def test_another_run_is_keeping_them(own_checkpoint: Path) -> None:
     assert leftovers(own_checkpoint) == []
 
 
-def test_no_room_is_told_once(mounted: Path, small_checkpoint: Path) -> None:
+def test_missing_disk_space_is_reported_once(mounted: Path, small_checkpoint: Path) -> None:
     base = mounted / "base"
     shutil.copytree(small_checkpoint, base)
     done = start(base)
@@ -329,7 +329,7 @@ def test_runs_that_start_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_converting_again_takes_it_away(own_checkpoint: Path, small_hf_model: Path, mounted: Path) -> None:
-    """Whether the folder is replaced or, as a mount point, cleared."""
+    """Return True if the folder is replaced; a mount point is cleared instead."""
     start(own_checkpoint)
     shutil.copytree(own_checkpoint, mounted, dirs_exist_ok=True)
     for folder in (own_checkpoint, mounted):
@@ -352,7 +352,7 @@ import sys, threading
 from pathlib import Path
 import torch
 from mixtral_run.weights.manifest.describe import describe_base
-from mixtral_run.config.verbs import VerifyConfig
+from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh

@@ -1,0 +1,77 @@
+"""Settings that every job has: the layout of the model and the start of the processes. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtral_run.config.fields import Config, flag_of, setting
+from mixtral_run.config.sections import LAYOUT, MEMORY, PROCESSES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Config):
+    """Layout of a model over processes."""
+
+    tensor_model_parallel_size: int = setting(
+        2, help="Processes that share each attention layer (TP).", minimum=1, section=LAYOUT
+    )
+    expert_model_parallel_size: int = setting(
+        4, help="Processes that share the experts of a layer (EP).", minimum=1, section=LAYOUT
+    )
+    expert_tensor_parallel_size: int = setting(
+        1,
+        help="Processes that share one expert (ETP). Only 1 is possible: each adapter needs its whole expert.",
+        minimum=1,
+        section=LAYOUT,
+    )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.expert_tensor_parallel_size != 1:
+            found.append(
+                "--expert-tensor-parallel-size: expected 1 (each expert has one adapter, which needs the whole "
+                f"expert); found {self.expert_tensor_parallel_size}"
+            )
+        return found
+
+    def world_size_problems(self, world_size: int) -> list[str]:
+        """Return a line for each size of the layout that does not divide `world_size`."""
+        return [
+            f"{flag_of(name)}: expected a divisor of the {world_size} processes started; found {size}"
+            for name, size in (
+                ("tensor_model_parallel_size", self.tensor_model_parallel_size),
+                ("expert_model_parallel_size", self.expert_model_parallel_size),
+            )
+            if size >= 1 and world_size % size
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(ParallelConfig):
+    """Start of the processes of a job."""
+
+    nproc_per_node: int | None = setting(
+        None,
+        help="Processes to start on this machine. Default: one per GPU, or 2 on CPU.",
+        minimum=1,
+        section=PROCESSES,
+    )
+    device: str = setting(
+        "auto",
+        help="Device to run on. auto takes the GPUs if there are any.",
+        choices=("auto", "cuda", "cpu"),
+        section=PROCESSES,
+    )
+    dtype: str = setting(
+        "auto",
+        help="Precision of weights and activations. auto keeps the checkpoint's own; float16 becomes bf16 on GPUs and "
+        "fp32 on CPU.",
+        choices=("auto", "bf16", "fp32"),
+        section=MEMORY,
+    )
+    distributed_timeout_minutes: int = setting(
+        10, help="Minutes that a process waits for the others before the job fails.", minimum=1, section=PROCESSES
+    )
+    seed: int = setting(
+        1234, help="Random seed of weights, data order, dropout and sampling.", minimum=0, section=PROCESSES
+    )

@@ -1,0 +1,34 @@
+"""Settings of the adapters, which `finetune` and `plan` share. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtral_run.config.fields import Config, setting
+from mixtral_run.config.sections import LORA
+
+LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""The linear layers that can have an adapter, by Megatron's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraShapeConfig(Config):
+    """Settings of the adapters that decide how much memory they take."""
+
+    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
+    lora_dropout: float = setting(
+        0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
+    )
+    lora_target_modules: tuple[str, ...] = setting(
+        LORA_TARGET_MODULES,
+        help="Layers that get an adapter, separated by commas.",
+        choices=LORA_TARGET_MODULES,
+        section=LORA,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(LoraShapeConfig):
+    """All settings of the adapters."""
+
+    lora_alpha: float = setting(32.0, help="Adapters are scaled by alpha / rank.", above=0, section=LORA)

@@ -1,0 +1,163 @@
+"""Settings of `finetune` and `pretrain`. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.config.data import DataConfig
+from mixtral_run.config.fields import setting
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.lora import LoraConfig
+from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OPTIMIZER, OUTPUT
+
+BASE_PRECISIONS = ("bf16", "fp8", "nf4")
+"""Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
+
+QUANTIZED_CACHE_MODES = ("yes", "use", "no")
+"""Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
+
+RECOMPUTE = ("none", "selective", "full", "offload")
+"""Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
+the inputs of the layers in host memory."""
+
+RUNS_AGAIN = ("full", "offload")
+"""The values of RECOMPUTE that recompute a whole layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(DataConfig, LaunchConfig):
+    """Base model, data and optimizer of a training run."""
+
+    load: Path = setting(
+        help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
+        "the hub).",
+        section=LAYOUT,
+    )
+    micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
+    global_batch_size: int = setting(8, help="Samples per iteration over all processes.", minimum=1, section=DATA)
+    train_iters: int = setting(10, help="Iterations to train.", minimum=1, section=OPTIMIZER)
+    log_interval: int = setting(1, help="Iterations between log lines.", minimum=1, section=OUTPUT)
+    lr: float = setting(1e-4, help="Peak learning rate, reached after the warmup.", above=0, section=OPTIMIZER)
+    min_lr: float = setting(1e-5, help="Learning rate at the end of the cosine decay.", minimum=0, section=OPTIMIZER)
+    lr_warmup_iters: int = setting(0, help="Iterations of linear warmup.", minimum=0, section=OPTIMIZER)
+    weight_decay: float = setting(0.01, help="Decoupled weight decay.", minimum=0, section=OPTIMIZER)
+    clip_grad: float = setting(
+        1.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
+    )
+    recompute: str | None = setting(
+        None,
+        help="Activations that the backward pass recomputes. selective: those of norms, SwiGLU and permutation. full: "
+        "all of a layer. offload: as full, with the inputs of the layers in host memory. Default: for LoRA on GPUs the "
+        "least that fits by the plan, else none.",
+        choices=RECOMPUTE,
+        section=MEMORY,
+    )
+    recompute_activations: bool = setting(False, help="The same as --recompute full.", section=MEMORY)
+    cuda_graphs: bool = setting(
+        True,
+        help="On GPUs: capture the forward and backward pass of a micro batch as a CUDA graph if that is faster.",
+        section=MEMORY,
+    )
+
+    @property
+    def recomputation(self) -> str:
+        """One of RECOMPUTE; none if neither setting was given."""
+        return "full" if self.recompute_activations else self.recompute or "none"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.recompute_activations and self.recompute not in (None, "full"):
+            found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
+        if self.min_lr > self.lr:
+            found.append(f"--min-lr: expected at most --lr ({self.lr}); found {self.min_lr}")
+        if self.lr_warmup_iters >= self.train_iters:
+            found.append(
+                f"--lr-warmup-iters: expected fewer than --train-iters ({self.train_iters}); "
+                f"found {self.lr_warmup_iters}"
+            )
+        tp = self.tensor_model_parallel_size
+        if tp >= 1 and self.seq_length % tp:
+            found.append(
+                f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
+                f"is split; found {self.seq_length}"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(LoraConfig, TrainingConfig):
+    """LoRA fine-tuning of a base model."""
+
+    valid_data_path: Path | None = setting(
+        None, help="JSONL validation set. Its loss is reported every --eval-interval iterations.", section=DATA
+    )
+    eval_interval: int = setting(
+        100,
+        help="Iterations between evaluations of --valid-data-path. One runs before the first iteration and one after "
+        "the last.",
+        minimum=1,
+        section=DATA,
+    )
+    save: Path = setting(
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
+    )
+    resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
+    pack: bool = setting(
+        False,
+        help="Pack several samples into one row of --seq-length tokens, without attention between them. Batch sizes "
+        "then count rows.",
+        section=DATA,
+    )
+    base_precision: str = setting(
+        "bf16",
+        help="Storage of the frozen experts. bf16: as --dtype. fp8: 8 bit, multiplied in 8 bit on H100 and H200. nf4: "
+        "4 bit, for GPUs of 40 GB.",
+        choices=BASE_PRECISIONS,
+        section=MEMORY,
+    )
+    quantized_cache: str = setting(
+        "yes",
+        help="Cache of the fp8 or nf4 experts, in LOAD/quantised-fp8 (45 GB) or LOAD/quantised-nf4 (24 GB). yes: read "
+        "it, or create it if it is missing. use: only read it. no: ignore it.",
+        choices=QUANTIZED_CACHE_MODES,
+        aliases=("keep_quantised",),
+        section=MEMORY,
+    )
+    layout: str = setting(
+        "given",
+        help="auto: replace the given TP and EP by the fastest layout that fits by the plan, with EP before TP.",
+        choices=("given", "auto"),
+        section=LAYOUT,
+    )
+    save_interval: int = setting(
+        500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
+    )
+    tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.pack and self.mock_data:
+            found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Training of all weights for a few iterations; nothing is saved."""
+
+    optimizer: str = setting(
+        "sgd",
+        help="sgd keeps no state. adamw keeps two numbers per weight.",
+        choices=("sgd", "adamw"),
+        section=OPTIMIZER,
+    )
+    global_batch_size: int = setting(
+        0, help="Samples per iteration over all processes. 0: one micro batch per process.", minimum=0, section=DATA
+    )
+    clip_grad: float = setting(
+        0.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
+    )
+    metrics_file: Path | None = setting(
+        None, help="JSONL file to write the metrics of each iteration to as well.", section=OUTPUT
+    )
