@@ -86,7 +86,7 @@ def shortfalls(places):
         total = sum(need.gib for need in place["needs"])
         if place["free_gib"] + place["held_gib"] >= total:
             continue
-        parts = ", ".join("{:g} GiB for {} under {}".format(*_told(need)) for need in place["needs"])
+        parts = ", ".join("{:g} GiB for {} under {}".format(*_words(need)) for need in place["needs"])
         found = "{:g} GiB free".format(place["free_gib"])
         if place["held_gib"]:
             found += ", and {:g} GiB that checkpoints and HF cache hold there, counted as free".format(
@@ -102,7 +102,7 @@ def shortfalls(places):
         )
 
 
-def _told(need):
+def _words(need):
     return round(need.gib, 2), need.what, need.path
 
 
