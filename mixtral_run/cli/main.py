@@ -18,6 +18,7 @@ from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
 
 VERBS: dict[str, str] = {
     "bootstrap": "Set up bare hosts over SSH: Docker, NVIDIA toolkit, swap, HF cache, image, acceptance test.",
+    "teardown": "Take back from hosts what bootstrap added; checkpoints and models stay.",
     "status": "Show the state of every host and where hosts differ: table, JSON or HTML page.",
     "explain": "Explain a failure and what to do.",
     "up": "Go from a bare host to an adapter here: bootstrap, convert, finetune, export, fetch.",

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -37,6 +38,11 @@ PATH = re.compile(
 FUNCTION = re.compile(r"(mixtral_run/[\w/]+\.py):([A-Za-z_]\w*(?:\.\w+)?)")
 # Files that a run, a user or a placeholder names.
 ELSEWHERE = re.compile(r"NAME|inventory/hosts\.yml")
+
+
+def test_the_lists_of_tasks_are_current() -> None:
+    scope = runpy.run_path(str(ROOT / "docs/make_task_lists.py"))
+    assert text_of("docs/tasks.md") == scope["page"](), "run python docs/make_task_lists.py"
 
 
 def text_of(document: str) -> str:
@@ -89,6 +95,8 @@ def test_a_command_with_an_unknown_flag_is_found() -> None:
 
 
 FOREIGN_FLAGS = {
+    "--list-tasks",
+    "--start-at-task",
     "--extra-index-url",
     "--index-url",
     "--max-lora-rank",
@@ -96,7 +104,7 @@ FOREIGN_FLAGS = {
     "--hidden-size",
     "--ffn-hidden-size",
 }
-"""Flags of pip, vLLM and the benchmarks."""
+"""Flags of pip, vLLM, Ansible and the benchmarks."""
 
 
 @pytest.mark.parametrize("document", NAMED)

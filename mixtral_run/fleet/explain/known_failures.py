@@ -62,6 +62,17 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("become", "root", "password"),
     ),
     KnownFailure(
+        "requiretty",
+        "sudo asks for a terminal",
+        r"you must have a tty to run sudo|no tty present",
+        "The setting `Defaults requiretty` of sudo refuses commands without a terminal, and Ansible has none.",
+        (
+            "ssh -t HOST sudo visudo    # add the line: Defaults:USER !requiretty",
+            "mixtral-run bootstrap root@HOST    # without sudo, where root may log in",
+        ),
+        ("sudo", "tty", "terminal"),
+    ),
+    KnownFailure(
         "unreachable",
         "The host does not answer",
         r"connection timed out|no route to host|connection refused|does not answer\.|could not resolve hostname|cannot be reached"
@@ -92,7 +103,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "The versions of the driver's kernel module and library differ",
         r"driver/library version mismatch|kernel module \S+, library \S+",
         "An unattended upgrade replaced the library while the old kernel module stayed loaded.",
-        ("ssh HOST sudo reboot", "ssh HOST sudo apt-mark hold 'nvidia-driver-*'    # prevents it in future"),
+        (
+            "ssh HOST sudo reboot",
+            "ssh HOST \"dpkg --get-selections '*nvidia*' 'linux-image-*' 'linux-headers-*' 'linux-modules-*' 'linux-generic*'"
+            ' | grep -v deinstall | cut -f1 | xargs sudo apt-mark hold"    # prevents it: driver, libraries, modules and kernel stay together',
+        ),
         ("nvidia", "nvml", "upgrade"),
     ),
     KnownFailure(
@@ -101,8 +116,8 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"system not yet initialized|cuda(?: ?error:? ?|_error_)\D{0,24}802|error 802|nvidia-fabricmanager",
         "Hosts with NVSwitches need a running nvidia-fabricmanager of exactly the driver's version.",
         (
-            "ssh HOST 'sudo apt-get install nvidia-fabricmanager-550=$(nvidia-smi --query-gpu=driver_version "
-            "--format=csv,noheader -i 0)-1'    # 550 is the driver branch; from 580 on, NVIDIA's repository omits it",
+            "ssh HOST 'sudo apt-get install \"nvidia-fabricmanager=$(nvidia-smi --query-gpu=driver_version "
+            "--format=csv,noheader -i 0)-*\"'    # below 580, and in Ubuntu's archive: nvidia-fabricmanager-BRANCH=…",
             "ssh HOST sudo systemctl enable --now nvidia-fabricmanager",
         ),
         ("nvswitch", "802", "cuinit", "fabric"),
@@ -132,7 +147,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "No NVIDIA driver answers",
         r"nvidia-smi has failed because it couldn't communicate|no nvidia driver|no devices were found|nvidia-smi: (command )?not found",
         "The driver is not installed, or its module is not loaded (for example after a kernel upgrade without a rebuild).",
-        ("ssh HOST sudo ubuntu-drivers install --gpgpu, then reboot", "ssh HOST dkms status"),
+        (
+            "ssh HOST 'sudo ubuntu-drivers install --gpgpu nvidia:580-server && sudo apt-get install nvidia-utils-580-server'"
+            "    # Ubuntu; then reboot. Debian: nvidia-open from NVIDIA's repository",
+            "ssh HOST 'dkms status; modinfo -F version nvidia; modinfo -k NEWEST_KERNEL -F version nvidia'",
+        ),
         ("nvidia-smi", "driver", "module"),
     ),
     KnownFailure(

@@ -15,6 +15,7 @@ SEEN = {
     "jump-host-key": "The jump host bastion before gpu-01 has another host key than ssh knows: it was reimaged, or",
     "ssh-key": "ubuntu@10.0.0.1: Permission denied (publickey).",
     "sudo": "Missing sudo password",
+    "requiretty": "sudo: sorry, you must have a tty to run sudo",
     "unreachable": "ssh: connect to host gpu-01 port 22: No route to host",
     "apt-lock": "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 1234 (unattended-upgr)",
     "apt-signed-by": "E: Conflicting values set for option Signed-By regarding source https://download.docker.com/",
