@@ -73,7 +73,7 @@ def setting_options(config_class: type[Config]) -> Decorator:
         for item in reversed(dataclasses.fields(config_class)):
             for alias in item.metadata["aliases"]:
                 decorated = _option(item, annotations[item.name], alias, hidden=True)(decorated)
-            decorated = _option(item, annotations[item.name], item.name)(decorated)
+            decorated = _option(item, annotations[item.name], item.name, hidden=item.metadata["hidden"])(decorated)
         return decorated
 
     return decorate

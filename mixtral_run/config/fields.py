@@ -29,6 +29,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     aliases: tuple[str, ...] = (),
+    hidden: bool = False,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -39,10 +40,13 @@ def setting(
         minimum: Inclusive lower limit.
         maximum: Inclusive upper limit.
         above: Exclusive lower limit.
-        aliases: Former names of the field. They remain valid as hidden flags and as keys of a JSON file.
+        aliases: Other names of the field. They are valid as hidden flags and as keys of a config file.
+        hidden: True for a former setting, which --help and `config init` leave out.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata={"help": help, "section": section, "aliases": aliases, **limits})
+    return field(
+        default=default, metadata={"help": help, "section": section, "aliases": aliases, "hidden": hidden, **limits}
+    )
 
 
 def flag_of(name: str) -> str:

@@ -163,13 +163,13 @@ def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path:
     (tmp_path / "pairs.jsonl").write_text('{"instruction": 1}\n')
     done = mixtral_run(
         "finetune", "--load", "nowhere", "--data-path", str(tmp_path / "pairs.jsonl"), "--save", str(tmp_path),
-        "--device", "cpu", "--nproc-per-node", "3",
+        "--device", "cpu", "--nproc-per-node", "3", "--tensor-model-parallel-size", "2",
     )  # fmt: skip
     assert done.returncode == 5
     for words in (
         "4 things stand in the way.",
         "where:    nowhere",
-        "The layout TP2/EP4 does not fit 3 processes.",
+        "The layout TP2 does not fit 3 processes.",
         "line 1: 'instruction': expected text; found a number",
         f"--save {tmp_path}: expected a new or empty folder",
     ):

@@ -94,6 +94,7 @@ def test_broken_limits_are_reported_together() -> None:
     config = FinetuneConfig(
         load=Path("a"),
         save=Path("b"),
+        tensor_model_parallel_size=2,
         expert_tensor_parallel_size=2,
         lora_rank=0,
         lora_dropout=1.5,
