@@ -12,6 +12,7 @@ import click
 
 from mixtral_run import __version__
 from mixtral_run.cli.command import close_to, or_words
+from mixtral_run.config.foreign_names import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
 from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
@@ -33,6 +34,7 @@ VERBS: dict[str, str] = {
     "generate": "Continue prompts with a base model, with or without an adapter.",
     "export": "Write an adapter as a PEFT directory, or merged into an HF model.",
     "smoke": "Convert, train, fine-tune and generate on this machine; pass or fail.",
+    "config": "Write a config file with all settings of a verb, commented.",
     "rehearse": "Run the whole job at small size and prove every step.",
 }
 """Line of each verb in `mixtral-run --help`. The verb is a function of that name in `commands/VERB.py`, or in the
@@ -58,11 +60,13 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if not ctx.resilient_parsing and _with_dashes(args[0]) not in VERBS:
-            meant = or_words(close_to(_with_dashes(args[0]), VERBS))
+            word = _with_dashes(args[0]).lower()
+            meant = or_words(close_to(word, VERBS))
+            close = f"mixtral-run {meant}" if meant else "mixtral-run --help"
             raise ConfigError(
                 f"There is no verb {args[0]!r}.",
                 expected=f"one of {', '.join(VERBS)}",
-                next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
+                next_command=FOREIGN_VERBS.get(word, close),
             )
         return super().resolve_command(ctx, args)
 

@@ -7,6 +7,7 @@ and the check before any work all read that declaration. `check()` reports all p
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import types
@@ -16,6 +17,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from mixtral_run.config.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
 
@@ -116,8 +118,10 @@ class Config:
         problems = [_unknown(name, fields) for name in values if name not in fields]
         accepted: dict[str, Any] = {}
         for name, item in fields.items():
-            if name not in values:
-                if item.default is MISSING and item.default_factory is MISSING:
+            is_required = item.default is MISSING and item.default_factory is MISSING
+            # A name without a value in a YAML file, as `config init` writes it.
+            if name not in values or (is_required and values[name] is None):
+                if is_required:
                     problems.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
                 continue
             try:
@@ -151,8 +155,12 @@ def _aliases(item: dataclasses.Field[Any]) -> tuple[str, ...]:
 def _unknown(name: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
     for item in fields.values():
         if name in _aliases(item):
-            return f"'{name}' is the former name of '{item.name}': expected one of them; found both"
-    return f"unknown setting '{name}'"
+            return f"'{name}' is another name of '{item.name}': expected one of them; found both"
+    answer = answer_to(name, [each.replace("_", "-") for each in fields], lambda each: f"'{each.replace('-', '_')}'")
+    close = difflib.get_close_matches(name, [each for each in fields if not fields[each].metadata["hidden"]], 1)
+    if answer is None and close:
+        answer = f"did you mean '{close[0]}'?"
+    return f"unknown setting '{name}'" + (f"; {answer}" if answer else "")
 
 
 def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:

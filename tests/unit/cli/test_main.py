@@ -53,7 +53,7 @@ def test_all_problems_of_a_command_line_are_reported_at_once() -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "✗ The settings cannot be used as they are.",
-        "  - --tp: there is no such flag; did you mean --tensor-model-parallel-size?",
+        "  - --tp: there is no such flag; write --tensor-model-parallel-size",
         "  - --hf: there is no such flag; did you mean --hf-model-path or --hf-home?",
         "  - --overwrite: expected no value; found 'yes'",
         "  - --ouput: there is no such flag; did you mean --output-path?",

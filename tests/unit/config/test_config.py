@@ -79,7 +79,7 @@ def test_former_names_are_accepted_as_keys_but_not_with_the_current_one() -> Non
     config = FinetuneConfig.from_mapping(values)
     assert config.quantized_cache == "use"
     assert "keep_quantised" not in config.to_mapping()
-    with pytest.raises(ConfigError, match="'keep_quantised' is the former name of 'quantized_cache'"):
+    with pytest.raises(ConfigError, match="'keep_quantised' is another name of 'quantized_cache'"):
         FinetuneConfig.from_mapping(values | {"quantized_cache": "use"})
 
 
