@@ -117,6 +117,14 @@ def main() -> NoReturn:
         if known is None:
             raise
         _fail(known, error)
+    except RuntimeError as error:
+        from mixtral_run.launch.processes import is_worker
+        from mixtral_run.launch.worker_errors import is_consequence
+
+        # The process that failed first reports the reason.
+        if not is_worker() or debugging() or not is_consequence(error):
+            raise
+        sys.exit(1)
     sys.exit(0)
 
 

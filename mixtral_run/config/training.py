@@ -100,7 +100,9 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         section=DATA,
     )
     save: Path = setting(
-        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.",
+        aliases=("output_path",),
+        section=OUTPUT,
     )
     resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
     pack: bool = setting(

@@ -71,7 +71,9 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
             return needed_bytes(config, workload, layout) <= USABLE * gpu.total
 
         layout = spread_layout(config, base.architecture, world_size, recompute, fits)
-    if not config.has_layout:
+    if not config.has_layout and not (
+        world_size % layout.tensor_model_parallel_size or world_size % layout.expert_model_parallel_size
+    ):
         count = "1 process" if world_size == 1 else f"{world_size} processes"
         say(f"Layout: {layout} for {count}, chosen by the planner")
     return _with_layout(config, layout)
