@@ -40,6 +40,12 @@ VERBS: dict[str, str] = {
 """Line of each verb in `mixtral-run --help`. The verb is a function of that name in `commands/VERB.py`, or in the
 module that MODULES names."""
 
+TRAIN_MODULES = (
+    "huggingface_hub", "isal", "matplotlib", "megatron", "numpy", "peft", "psutil", "safetensors", "tensorboard",
+    "tokenizers", "torch", "transformers",
+)  # fmt: skip
+"""Modules of the extra `train`. An operator's laptop does without them."""
+
 MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
 
 
@@ -117,6 +123,10 @@ def main() -> NoReturn:
         if known is None:
             raise
         _fail(known, error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_MODULES:
+            raise
+        _fail(_missing_extra(str(error.name)), error)
     except RuntimeError as error:
         from mixtral_run.launch.processes import is_worker
         from mixtral_run.launch.worker_errors import is_consequence
@@ -126,6 +136,16 @@ def main() -> NoReturn:
             raise
         sys.exit(1)
     sys.exit(0)
+
+
+def _missing_extra(name: str) -> ConfigError:
+    return ConfigError(
+        "This verb needs packages that are not installed here.",
+        expected="the extra `train` of mixtral-run: torch, megatron-core, transformers and others",
+        found=f"no module named {name!r} in {sys.prefix}",
+        next_command="pip install '.[train]' in a checkout, or with a wheel in place of the dot; or run the verb on a "
+        "host, which has them: --on HOST",
+    )
 
 
 def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:

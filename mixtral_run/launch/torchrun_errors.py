@@ -8,9 +8,11 @@ hidden where the kit has reported the error, and its exit code becomes the kit's
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -69,16 +71,20 @@ def _no_handler(parameters: object) -> NoReturn:
 def runs_the_kit(argv: Sequence[str]) -> bool:
     """Return True for the arguments of `torchrun … -m mixtral_run …`."""
     return any(
-        word in ("-m", "--module") and following == "mixtral_run"
-        for word, following in zip(argv[1:], argv[2:], strict=False)
+        word in ("-m", "--module") and following == "mixtral_run" for word, following in itertools.pairwise(argv)
     )
 
 
 def exit_code_of(failure: object) -> int | None:
-    """Return the exit code of the first process in torch's ChildFailedError that reported its error; else None."""
+    """Return the exit code of the first process in torch's ChildFailedError that reported its error.
+
+    Return None if there is none, or if a signal other than torchrun's SIGTERM ended a process: nobody reported that.
+    """
     if type(failure).__name__ != "ChildFailedError":
         return None
     failures = sorted(getattr(failure, "failures", {}).values(), key=lambda each: each.timestamp)
+    if any(each.exitcode < 0 and each.exitcode != -signal.SIGTERM for each in failures):
+        return None
     return next((each.exitcode for each in failures if each.exitcode in REPORTED_EXIT_CODES), None)
 
 

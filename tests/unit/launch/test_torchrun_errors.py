@@ -74,7 +74,8 @@ class ChildFailedError(Exception):
         # Ended by torchrun, which left one process that reported its error.
         (ChildFailedError((1, -15), (2, 6)), 6),
         # A traceback, and a process that the kernel killed: torchrun's summary says more.
-        (ChildFailedError((1, 1), (2, -9)), None),
+        (ChildFailedError((1, 1), (2, -15)), None),
+        (ChildFailedError((1, -9), (2, 6)), None),
         (ChildFailedError((1, 130)), 130),
         (ValueError(), None),
     ],
