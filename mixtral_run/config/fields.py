@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import shlex
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +34,7 @@ def setting(
     above: float | None = None,
     aliases: tuple[str, ...] = (),
     hidden: bool = False,
+    unit: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -44,11 +47,11 @@ def setting(
         above: Exclusive lower limit.
         aliases: Other names of the field. They are valid as hidden flags and as keys of a config file.
         hidden: True for a former setting, which --help and `config init` leave out.
+        unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    return field(
-        default=default, metadata={"help": help, "section": section, "aliases": aliases, "hidden": hidden, **limits}
-    )
+    others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
+    return field(default=default, metadata={**others, **limits})
 
 
 def flag_of(name: str) -> str:
@@ -89,6 +92,20 @@ class Config:
             raise ConfigError("The settings cannot be used as they are.", problems=problems)
         return self
 
+    def flags(self, names: Collection[str]) -> list[str]:
+        """Return the words of a command line that set those fields of `names` whose values are not the default."""
+        words = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name not in names or value == item.default:
+                continue
+            if isinstance(value, bool):
+                words.append(flag_of(item.name) if value else f"--no-{flag_of(item.name)[2:]}")
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else format(value, _format_of(value))
+                words += [flag_of(item.name), shlex.quote(text)]
+        return words
+
     def to_mapping(self) -> dict[str, Any]:
         """Return the fields as JSON values. Paths become text."""
         return {item.name: _to_json_value(getattr(self, item.name)) for item in dataclasses.fields(self)}
@@ -125,7 +142,8 @@ class Config:
                     problems.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
                 continue
             try:
-                accepted[name] = _from_json_value(annotations[name], values[name])
+                value = _without_unit(values[name]) if item.metadata["unit"] else values[name]
+                accepted[name] = _from_json_value(annotations[name], value)
             except (TypeError, ValueError, OverflowError) as error:
                 problems.append(f"{flag_of(name)}: {error}")
         if problems:
@@ -186,6 +204,23 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         if limits.get("above") is not None and not value > limits["above"]:
             found.append(f"{flag}: expected more than {limits['above']}; found {value}")
     return found
+
+
+def _format_of(value: object) -> str:
+    return "g" if isinstance(value, float) else ""
+
+
+_BYTES = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
+
+
+def _without_unit(value: Any) -> Any:
+    """Return `80GB` or `80 GiB` as a number of GiB. GB are powers of ten, GiB powers of two; other values stay."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b)\s*", value, re.IGNORECASE)
+    if found is None or found[2].lower() not in _BYTES:
+        raise ValueError(f"expected a number of GiB, or a number with GB or GiB; found {value!r}")
+    return round(float(found[1]) * _BYTES[found[2].lower()] / 2**30, 3)
 
 
 def _to_json_value(value: Any) -> Any:

@@ -261,9 +261,10 @@ def _refusal(
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
+    others = " ".join(["", *config.flags({"base_precision", "lora_rank", "lora_dropout", "lora_target_modules"})])
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
-        f"--micro-batch-size {config.micro_batch_size} --all"
+        f"--micro-batch-size {config.micro_batch_size}{others} --all"
     )
     changes = [
         re.sub(r" ?--gpus (\d+)", r" on \1 GPUs", flags).strip()
