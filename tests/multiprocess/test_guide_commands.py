@@ -81,3 +81,11 @@ def test_every_command_of_the_guide_is_understood(command: str) -> None:
     flags = {word[2:] for word in words[6:] if word.startswith("--")}
     renamed = {"output_path": "save"} if words[5] == "finetune" else {}
     assert flags and all(getattr(config, renamed.get(flag, flag)) for flag in flags)
+
+
+def test_readme_and_document_have_the_same_steps() -> None:
+    readme = (GUIDE.parents[1] / "README.md").read_text().splitlines()
+    rows = [line for line in readme[readme.index("| manual step | command of the kit |") :] if line.startswith("|")]
+    steps = GUIDE.read_text().split("## Steps")[1].split("## ")[0].split("\n")
+    shown = [line for line in steps if line.startswith("|")]
+    assert len(shown) > 10 and rows[: len(shown)] == shown

@@ -21,7 +21,7 @@ _secret = partial(click.option, cls=Option, section="Login and secrets")
 @click.command(
     cls=VerbCommand,
     examples=(
-        "up ubuntu@gpu-01 --data-path my.jsonl --layout auto",
+        "up ubuntu@gpu-01 --data-path my.jsonl",
         "up gpu-01 --data-path my.jsonl --base-precision fp8 --hf-token-file token.txt --output-path my-adapter",
     ),
 )

@@ -207,7 +207,10 @@ def test_a_larger_micro_batch_that_is_faster_is_told() -> None:
     """One H200, bf16: 9,429 tokens a second at 2,048 x 1 without recomputation, 10,185 at 2,048 x 4, selective."""
     words = ["plan", "--gpus", "1", "--gpu-memory", "139.8", "--seq-length", "2048"]
     shown = CliRunner().invoke(root, words, env={"COLUMNS": "200"}).output
-    assert "  or, estimated 8% faster: --micro-batch-size 4 " in shown and "--recompute selective --seq-length 2048, 131.9 GiB" in shown
+    assert (
+        "  or, estimated 8% faster: --micro-batch-size 4 " in shown
+        and "--recompute selective --seq-length 2048, 131.9 GiB" in shown
+    )
     told = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
     assert (told["micro_batch_size"], told["recompute"]) == (4, "selective")
     assert told["rate"] == pytest.approx(10185 / 9429, abs=0.01)
