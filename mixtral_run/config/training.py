@@ -77,7 +77,7 @@ class TrainingConfig(DataConfig, LaunchConfig):
                 f"found {self.lr_warmup_iters}"
             )
         tp = self.tensor_model_parallel_size
-        if tp >= 1 and self.seq_length % tp:
+        if tp is not None and tp >= 1 and self.seq_length % tp:
             found.append(
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
@@ -100,7 +100,9 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         section=DATA,
     )
     save: Path = setting(
-        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.",
+        aliases=("output_path",),
+        section=OUTPUT,
     )
     resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
     init_adapter: Path | None = setting(
@@ -130,11 +132,12 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         aliases=("keep_quantised",),
         section=MEMORY,
     )
-    layout: str = setting(
-        "given",
-        help="auto: replace the given TP and EP by the fastest layout that fits by the plan, with EP before TP.",
+    layout: str | None = setting(
+        None,
+        help="Former setting. auto: the planner chooses TP and EP, whatever was given. given: TP2/EP4 unless given.",
         choices=("given", "auto"),
         section=LAYOUT,
+        hidden=True,
     )
     save_interval: int = setting(
         500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT

@@ -79,12 +79,16 @@ def num_processes(config: LaunchConfig) -> int:
     count = process_count(config)
     problems = config.world_size_problems(count)
     if problems:
-        tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
-        sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep}
+        given = {
+            "tensor_model_parallel_size": config.tensor_model_parallel_size,
+            "expert_model_parallel_size": config.expert_model_parallel_size,
+        }
+        sizes = {name: size for name, size in given.items() if size is not None}
         smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
-        least = math.lcm(tp, ep)
+        least = math.lcm(*sizes.values())
+        letters = "/".join(f"{name[0].upper()}P{size}" for name, size in sizes.items())
         raise ConfigError(
-            f"The layout TP{tp}/EP{ep} does not fit {count} process{'es' if count != 1 else ''}.",
+            f"The layout {letters} does not fit {count} process{'es' if count != 1 else ''}.",
             problems=problems,
             next_command=f"{flag_of('nproc_per_node')} {least}, or {smaller}" if _can_start(config, least) else smaller,
         )

@@ -29,7 +29,7 @@ from mixtral_run.weights.manifest.describe import (
 )
 from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
-LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
+JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
 METRICS = "metrics.jsonl"
 """File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
@@ -58,7 +58,7 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     return base
 
 
-def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
+def with_base_here(config: JobConfigT) -> JobConfigT:
     """Return the config with --load as a directory; a model on the hub is downloaded.
 
     Before the download everything that needs no weights is checked, and raised as by `check_training` and
@@ -68,10 +68,9 @@ def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
     return with_models_here(config, report, lambda model: _check_before_download(config, model))
 
 
-def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
+def _check_before_download(config: TrainingConfig | GenerateConfig, model: HubModel) -> None:
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
-    if isinstance(config, FinetuneConfig):
-        config = settled(config, base)
+    config = settled(config, base)
     if isinstance(config, TrainingConfig):
         errors = _errors(config, processes.process_count(config), base)
     else:
@@ -96,7 +95,8 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
     errors = _start_errors(config)
     problems: list[str] = []
     if not errors:
-        replicas = world_size // config.tensor_model_parallel_size
+        tp = config.tensor_model_parallel_size
+        replicas = 1 if tp is None else world_size // tp
         problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:
@@ -164,7 +164,7 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     """Return the reasons why the base cannot be split into the config's layout."""
-    return base.architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
 
 
 def output_problems(save: Path, *, resume: bool) -> list[str]:

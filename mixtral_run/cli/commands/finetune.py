@@ -14,7 +14,7 @@ from mixtral_run.train.jobs import FINETUNE
 @click.command(
     cls=VerbCommand,
     examples=(
-        "finetune --load mixtral --data-path my.jsonl --save adapter --layout auto",
+        "finetune --load mixtral --data-path my.jsonl --save adapter",
         "finetune --on gpu-01 --load mixtral --data-path my.jsonl --save adapter --base-precision fp8",
     ),
 )

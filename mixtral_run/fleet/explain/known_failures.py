@@ -2,28 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class KnownFailure:
-    """A failure with a known cause and remedy."""
-
-    name: str
-    """Short name for `mixtral-run explain NAME`."""
-    title: str
-    pattern: str
-    """Regular expression that matches output of the failure, regardless of case."""
-    cause: str
-    commands: tuple[str, ...]
-    words: tuple[str, ...] = ()
-    """Words that users search for."""
-
-    def commands_for(self, host: str) -> tuple[str, ...]:
-        """Return the commands with HOST replaced by the name of a host."""
-        return tuple(re.sub(r"\bHOST\b", lambda _: host, command) for command in self.commands)
-
+from mixtral_run.fleet.explain.data_failures import DATA_FAILURES
+from mixtral_run.fleet.explain.known_failure import KnownFailure
 
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
@@ -160,7 +140,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"cuda out of memory|cuda error: out of memory|outofmemoryerror",
         "The layout needs too much memory on one GPU for weights and activations, or another job uses the GPU.",
         (
-            "mixtral-run plan --gpus 8 --gpu-memory 80    # lists layouts that fit; finetune --layout auto uses the best",
+            "mixtral-run plan --gpus 8 --gpu h100    # lists layouts that fit; finetune uses the best by default",
             "mixtral-run finetune … --recompute-activations --micro-batch-size 1",
             "mixtral-run finetune … --expert-model-parallel-size 8 --tensor-model-parallel-size 1, or a shorter --seq-length",
             "mixtral-run jobs    # shows whether another job runs on the host",
@@ -176,7 +156,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
             "mixtral-run bootstrap HOST --tags swap    # adds swap",
             "ssh HOST 'dmesg | grep -i oom'; mixtral-run status HOST",
         ),
-        ("oom", "ram", "memory", "convert", "converting", "sigkill", "swap"),
+        ("oom", "ram", "memory", "convert", "converting", "conversion", "killed", "sigkill", "swap"),
     ),
     KnownFailure(
         "shared-memory",
@@ -226,7 +206,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
             "accept the terms on https://huggingface.co/mistralai/Mixtral-8x7B-v0.1",
             "mixtral-run bootstrap HOST --tags hf_cache --hf-token-file FILE",
         ),
-        ("huggingface", "token", "401", "gated", "download", "hf"),
+        ("huggingface", "token", "401", "gated", "hf"),
     ),
     KnownFailure(
         "hub-unreachable",
@@ -238,7 +218,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
             "set hf_cache_proxy or hf_cache_endpoint in group_vars, then: mixtral-run bootstrap HOST --tags hf_cache",
             "copy the model to the host and name its folder: --hf-model-path /data/hf/Mixtral-8x7B-v0.1",
         ),
-        ("huggingface", "download", "proxy", "hf"),
+        ("huggingface", "download", "downloading", "proxy", "hf"),
     ),
     KnownFailure(
         "pull-limit",
@@ -266,7 +246,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"permission denied: '?/|permissionerror|read-only file system",
         "The container runs with your uid. The folder on the host belongs to another user or is mounted read-only.",
         ("ssh HOST 'sudo chown -R \"$(id -u):$(id -g)\" FOLDER'",),
-        ("permission", "mount", "volume", "chown"),
+        ("permission", "mount", "mounted", "volume", "chown"),
     ),
     KnownFailure(
         "docker-permission",
@@ -338,4 +318,5 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ),
         ("ecc", "hardware", "gpu"),
     ),
+    *DATA_FAILURES,
 )

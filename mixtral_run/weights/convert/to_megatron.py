@@ -27,6 +27,7 @@ from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
 from mixtral_run.weights.manifest.checkpoint_folder import CONVERTED_ITERATION, LATEST
+from mixtral_run.weights.manifest.folder_kind import HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist import megatron_files
@@ -205,6 +206,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     what = "an earlier checkpoint of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
     try:
+        refuse_other_kinds("--hf-model-path", Path(model).expanduser(), HF_MODEL)
         weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, problems)))
     except WeightsError as error:
         error.problems = (*error.problems, *_layout_problems(config, model), *problems)

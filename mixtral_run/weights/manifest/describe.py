@@ -18,6 +18,7 @@ from mixtral_run.weights.manifest.checkpoint_folder import (
     open_checkpoint,
     unreadable,
 )
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import (
     UNKNOWN_FINGERPRINT,
     BaseManifest,
@@ -69,6 +70,7 @@ def describe_base(load: Path) -> BaseDescription:
 
     Raises WeightsError if LOAD is not a complete base checkpoint, or with all problems of the HF model.
     """
+    refuse_other_kinds("--load", load, BASE, HF_MODEL)
     try:
         is_hf_model = is_hf_directory(load) and not (load / LATEST).exists()
     except OSError as error:
@@ -92,6 +94,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
 
     Raises WeightsError if FOLDER is not a complete adapter checkpoint.
     """
+    refuse_other_kinds("--adapter", folder, ADAPTER)
     checkpoint = open_checkpoint(folder)
     manifest = adapter_manifest_of(checkpoint)
     return AdapterDescription(

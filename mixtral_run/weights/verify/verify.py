@@ -22,6 +22,7 @@ from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_h
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.mapping import hf_to_megatron
@@ -105,6 +106,9 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     report = report or (Report.on_stderr() if config.json else Report())
     if is_on_hub(config.load):
         config = dataclasses.replace(config, load=resolve(str(config.load), report))
+    refuse_other_kinds("--load", config.load, BASE, ADAPTER, HF_MODEL)
+    if config.against is not None:
+        refuse_other_kinds("--against", config.against, HF_MODEL)
     if is_hf_directory(config.load) and not (config.load / LATEST).exists():
         return _verify_hf(config, report)
     if config.proof:
