@@ -15,6 +15,7 @@ import torch
 
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import TrainingError
+from mixtral_run.launch.heartbeat import note_step
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
@@ -250,6 +251,7 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
         consumed_samples=run.start * config.global_batch_size,
     )
     for iteration, batch in zip(range(run.start, config.train_iters), stream, strict=False):
+        note_step(iteration + 1, on_gpu=run.mesh.device.type == "cuda" and run.mesh.world_size > 1)
         rate = learning_rate(config, iteration)
         with _first_pass(run) if iteration == run.start else nullcontext():
             result = run.step(batch, rate)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixtral_run.launch.heartbeat import note_progress
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
@@ -138,6 +139,7 @@ def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], 
     total = torch.zeros((), dtype=torch.float64, device=backward.model.mesh.device)
     for micro in batch.micro_batches:
         total += backward(micro, batch.num_loss_tokens)
+        note_progress()
     return total
 
 
