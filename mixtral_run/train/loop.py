@@ -22,6 +22,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
+from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.packing import PackedSamples
@@ -33,6 +34,7 @@ from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
 from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_resume, leftovers, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
+from mixtral_run.train.run_folder import own_output
 from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
@@ -65,7 +67,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune with LoRA and save adapters. All ranks must call."""
     base = describe_base(config.load)
     lora = LoraSettings.from_config(config)
-    with open_mesh(config) as mesh:
+    with own_output(config.save / LOCK_NAME, "finetune"), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         samples, validation_samples = open_samples(config, base, report)
         model, seconds = _load(config, base, mesh, report, lora)
@@ -104,7 +106,8 @@ def finetune(config: FinetuneConfig) -> None:
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations and save nothing. All ranks must call."""
     base = describe_base(config.load)
-    with open_mesh(config) as mesh:
+    lock = lock_file_of(config.metrics_file) if config.metrics_file is not None else None
+    with own_output(lock, "pretrain"), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
+from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
@@ -105,6 +106,10 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
                 read_examples(path, setting)
             except MixtralRunError as error:
                 errors.append(error)
+    if isinstance(config, PretrainConfig) and config.metrics_file is not None:
+        file = config.metrics_file
+        problems += writing_problems(file.parent, f"--metrics-file {file}")
+        problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
     if isinstance(config, FinetuneConfig):
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
@@ -165,12 +170,12 @@ def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
 
 def output_problems(save: Path, *, resume: bool) -> list[str]:
     """Return the reasons why adapters cannot be written into `save`."""
-    problems = writing_problems(save, f"--save {save}")
+    problems = writing_problems(save, f"--save {save}") or lock_problems(save / LOCK_NAME, f"--save {save}")
     if problems:
         return problems
     if resume:
         return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
-    if save.is_dir() and {*save.iterdir()} - {*leftovers(save)}:
+    if save.is_dir() and {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME}:
         return [f"--save {save}: expected a new or empty folder, or --resume; found files"]
     return []
 

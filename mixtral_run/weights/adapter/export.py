@@ -59,7 +59,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
         weights = _check(config, adapter, peft, report)
         _describe(adapter, report)
-        with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
+        with interrupts(), Staging(config.output_path, MANIFEST_NAME, "mixtral-run export") as staging:
             staging.clear()
             if config.merge:
                 assert weights is not None

@@ -78,7 +78,7 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
         files = _check(config, checkpoint, reader, report)
         num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
-        with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
+        with interrupts(), Staging(config.output_path, MANIFEST_NAME, "mixtral-run convert") as staging:
             staging.clear()
             report.step(2, _STEPS, f"Write {len(files)} files ({num_bytes / GIB:,.2f} GiB)")
             with report.progress(num_bytes, "written") as progress:

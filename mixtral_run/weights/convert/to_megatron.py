@@ -74,7 +74,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
     with (
         interrupts() as signals,
-        Staging(config.output_path, LATEST) as staging,
+        Staging(config.output_path, LATEST, "mixtral-run convert") as staging,
         _work(weights, plan, staging, report) as journal,
     ):
         report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
