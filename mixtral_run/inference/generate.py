@@ -21,6 +21,7 @@ from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
 from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.adapter_files import report_without_checksums
 from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
 
 
@@ -64,6 +65,8 @@ def generate(config: GenerateConfig) -> None:
     with open_mesh(config) as mesh:
         report = _report(config, mesh)
         started = time.perf_counter()
+        if adapter is not None:
+            report_without_checksums(adapter.files, adapter.folder, report)
         model = load_for_inference(config, base, mesh, adapter)
         report.say(
             f"Loaded {config.load}{' with ' + str(config.adapter) if adapter else ''} "

@@ -23,6 +23,7 @@ from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory,
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
+from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, BaseManifest, is_kind, read_manifest, write_manifest
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
@@ -53,6 +54,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
     started = time.monotonic()
     report.step(1, _STEPS, f"Read the adapter {config.adapter}")
     adapter = open_adapter(config.adapter)
+    check_adapter(adapter.checkpoint, report)
     with Reader(adapter.checkpoint.iteration_folder) as reader:
         check_tensors(adapter, reader)
         factors = Factors(reader, adapter.lora, adapter.places)

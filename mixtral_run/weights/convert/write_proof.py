@@ -54,7 +54,7 @@ def _small_files(folder: Path) -> list[str]:
     # `.partial` files were left by an interrupted run and replaced since.
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".distcp", ".partial"))
     names = (path.relative_to(folder).as_posix() for path in files)
-    # The journal and the lock are removed; Megatron changes the marker when it saves a later iteration next to this one.
+    # Journal and lock are removed; Megatron changes the marker when it saves a later iteration next to this one.
     return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST, LOCK_NAME))
 
 
