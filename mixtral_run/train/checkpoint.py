@@ -30,6 +30,7 @@ from mixtral_run.train.adapter_writer import AdapterWriter
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.quantized_experts import CacheOptions, ExpertCache
 from mixtral_run.train.random_state import gather_random_state, write_random_state
+from mixtral_run.train.save_failure import save_failure
 from mixtral_run.train.soundness import check_sound
 from mixtral_run.weights.adapter.schema import is_of_optimizer
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
@@ -157,15 +158,6 @@ def _load_into(shards: dict[str, ShardedTensor], folder: Path, wanted: Callable[
     with BaseReader(folder, wanted) as reader:
         reader.read(shards.values())
         reader.agree()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the cause; torch lists the ranks' own errors in `failures`."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {type(cause).__name__}: {cause}".splitlines()[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def optimizer_shards(model: MixtralModel, optimizer: torch.optim.Optimizer) -> dict[str, ShardedTensor]:
@@ -299,7 +291,7 @@ def _as_training_errors(folder: Path, iteration: int, partial: Path | None) -> I
         raise TrainingError(
             f"The adapter of iteration {iteration} cannot be saved.",
             where=str(folder),
-            found=_reason(error),
+            found=save_failure(error, folder),
             next_command=f"df -h {folder}, then the same command with --resume",
         ) from error
 

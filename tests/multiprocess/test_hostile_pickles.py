@@ -60,7 +60,8 @@ def own(made: Path, tmp_path: Path) -> Path:
     shutil.copytree(made, tmp_path / "own")
     for manifest in (tmp_path / "own" / "adapter").glob("iter_*/mixtral_run.json"):
         values = json.loads(manifest.read_text())
-        del values["crc32"], values["files"]
+        for name in ("crc32", "files"):
+            values.pop(name, None)
         manifest.write_text(json.dumps(values))
     return tmp_path / "own"
 

@@ -184,7 +184,12 @@ class _Writer:
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            raise WeightsError("The HF model cannot be written.", where=str(file), found=error.strerror) from error
+            raise WeightsError(
+                "The HF model cannot be written.",
+                where=str(file),
+                found=error.strerror,
+                next_command=f"df -h {file.parent.parent}, then the same command again",
+            ) from error
 
     def _blocks(self, name: str) -> Iterator[memoryview]:
         ranges, crc = self._ranges[name], 0
