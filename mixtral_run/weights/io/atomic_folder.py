@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from mixtral_run.errors import WeightsError
 from mixtral_run.run_lock import LOCK_NAME, acquire, lock_problems, release
 from mixtral_run.weights.io.disk import exchange
 from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomically
@@ -101,8 +102,9 @@ def _being_moved(output: Path) -> frozenset[str]:
     """
     try:
         note = json.loads((work_folder(output) / _MOVING).read_text(encoding="utf-8"))
-        return frozenset() if (output / note["marker"]).exists() else frozenset([*note["old"], *note["new"]])
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [each for each in (*note["old"], *note["new"]) if Path(each).name == each]
+        return frozenset() if (output / note["marker"]).exists() else frozenset(names)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
 
 
@@ -141,7 +143,11 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self._lock = acquire(self.folder / LOCK_NAME, self._command, self.output)
-        self._take_back()
+        try:
+            self._take_back()
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -209,7 +215,7 @@ class Staging:
         note = self.folder / _MOVING
         if not note.is_file():
             return
-        moved = json.loads(note.read_text(encoding="utf-8"))["new"]
+        moved = self._noted(note)
         if not (self.output / self.marker).exists():
             for name in moved:
                 if not (self.folder / name).exists() and (self.output / name).exists():
@@ -217,6 +223,21 @@ class Staging:
         elif not (self.folder / self.marker).exists():
             self.clear()  # everything was moved
         note.unlink(missing_ok=True)
+
+    def _noted(self, note: Path) -> list[str]:
+        """Return the entries that an interrupted move was about. Raises WeightsError if its note is damaged."""
+        try:
+            names = json.loads(note.read_text(encoding="utf-8"))["new"]
+            if isinstance(names, list) and all(isinstance(each, str) and Path(each).name == each for each in names):
+                return names
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise WeightsError(
+            "The note of an interrupted move is damaged: it is not known which files were moved.",
+            where=str(note),
+            expected="the names of files in this folder",
+            next_command=f"rm -r {self.folder}, then the same command with --overwrite",
+        )
 
 
 def _remove(entry: Path) -> None:
