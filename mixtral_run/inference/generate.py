@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.decode import Decoding, decoding_of
+from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
@@ -74,9 +75,11 @@ def generate(config: GenerateConfig) -> None:
         )
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
         started = time.perf_counter()
-        with report.progress(config.max_new_tokens, "generating", "tokens") as progress:
+        with stop_requests(mesh) as stop, report.progress(config.max_new_tokens, "generating", "tokens") as progress:
             decoding = None if config.cuda_graphs else Decoding
-            outputs = continue_rows(model, rows, tokenizer.eos_token_id, sampling, progress.advance, decoding)
+            outputs = continue_rows(
+                model, rows, tokenizer.eos_token_id, sampling, progress.advance, decoding, stop.agreed
+            )
         seconds = time.perf_counter() - started
         answers = [
             Answer(
@@ -89,6 +92,8 @@ def generate(config: GenerateConfig) -> None:
         ]
         if mesh.is_first:
             _print_answers(config, report, answers, seconds)
+            if StopRequest.ended_a_run:
+                report.warn("Stopped as requested: these are the texts so far")
 
 
 def _report(config: GenerateConfig, mesh: Mesh) -> Report:
@@ -136,6 +141,7 @@ def continue_rows(
     sampling: Sampling,
     on_token: Callable[[int], None] | None = None,
     decoding: type[Decoding] | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to and including `end_token`. All ranks must call with the same rows.
 
@@ -148,6 +154,7 @@ def continue_rows(
         sampling: how tokens are chosen, and how many.
         on_token: called with 1 after each pass.
         decoding: class of the passes (decode.py). Default: the fastest.
+        stopped: called after each pass by all ranks; True on all of them ends the generation with the tokens so far.
     """
     mesh = model.mesh
     lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
@@ -171,7 +178,7 @@ def continue_rows(
                 running[index] = token != end_token
         if on_token is not None:
             on_token(1)
-        if not any(running):
+        if not any(running) or (stopped is not None and stopped()):
             break
         tokens = chosen[:, None]
     passes.end()
