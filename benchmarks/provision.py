@@ -40,9 +40,9 @@ class Run:
 
     seconds: float
     here_cpu_seconds: float = 0.0
-    """Of ansible-playbook and its workers."""
+    """CPU seconds of ansible-playbook and its workers."""
     hosts_cpu_seconds: float | None = None
-    """Of all hosts together; None where the engine keeps its groups elsewhere."""
+    """CPU seconds of all hosts together. None if the engine keeps its control groups elsewhere."""
     tasks: int = 0
     changed: int = 0
     by_role: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def _cpu_here() -> float:
 
 
 def _cpu_file(name: str) -> Path | None:
-    """Where the kernel counts a host's CPU time: the second hierarchy of groups, by either driver, or the first."""
+    """Return the file in which the kernel counts the CPU time of a host, for cgroup v2 with either driver, or v1."""
     container = call("docker", "inspect", "--format", "{{.Id}}", hosts.container_name(name)).strip()
     places = (f"system.slice/docker-{container}.scope/cpu.stat", f"docker/{container}/cpu.stat",
               f"cpuacct/docker/{container}/cpuacct.usage")  # fmt: skip
@@ -114,8 +114,8 @@ def _by_role(output: str) -> dict[str, tuple[int, float]]:
         elif RAN.match(line) and not counted:
             ran[role] += 1
             counted = True
-        elif told := ROLE_SECONDS.match(line):
-            seconds[told.group(1)] = float(told.group(2))
+        elif reported := ROLE_SECONDS.match(line):
+            seconds[reported.group(1)] = float(reported.group(2))
     return {role: (count, seconds.get(role, 0.0)) for role, count in ran.items()}
 
 

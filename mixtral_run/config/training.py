@@ -10,7 +10,7 @@ from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
-from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OPTIMIZER, OUTPUT
+from mixtral_run.config.sections import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 """Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
@@ -19,7 +19,7 @@ QUANTIZED_CACHE_MODES = ("yes", "use", "no")
 """Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
 RECOMPUTE = ("none", "selective", "full", "offload")
-"""How much of a layer the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
+"""Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
 the inputs of the layers in host memory."""
 
 RUNS_AGAIN = ("full", "offload")
@@ -104,6 +104,12 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
         help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
     )
     resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
+    init_adapter: Path | None = setting(
+        None,
+        help="Adapter to start from: a directory that PEFT saved, or an adapter that finetune saved. Its rank, alpha "
+        "and target modules are taken.",
+        section=LORA,
+    )
     pack: bool = setting(
         False,
         help="Pack several samples into one row of --seq-length tokens, without attention between them. Batch sizes "

@@ -21,9 +21,11 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer, prompt_tokens
 from mixtral_run.train.load_model import load_for_inference
+from mixtral_run.train.model_limits import length_problems
+from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.adapter_files import report_without_checksums
-from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_base
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Sampling:
 def generate(config: GenerateConfig) -> None:
     """Load the model, generate a text for every prompt, and print the texts. All ranks must call."""
     base = describe_base(config.load)
-    adapter = describe_adapter(config.adapter) if config.adapter is not None else None
+    adapter = describe_given_adapter(config.adapter, base.architecture) if config.adapter is not None else None
     if adapter is not None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
@@ -63,10 +65,13 @@ def generate(config: GenerateConfig) -> None:
             found=f"{longest} tokens",
             next_command="a smaller --max-new-tokens, or a shorter prompt",
         )
+    too_long = length_problems("a prompt and --max-new-tokens, together", longest, base)
+    if too_long:
+        raise ConfigError("A prompt and its generated tokens exceed the model's window.", problems=too_long)
     with open_mesh(config) as mesh:
         report = _report(config, mesh)
         started = time.perf_counter()
-        if adapter is not None:
+        if adapter is not None and not isinstance(adapter, PeftDescription):
             report_without_checksums(adapter.files, adapter.folder, report)
         model = load_for_inference(config, base, mesh, adapter)
         report.say(

@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,21 @@ from mixtral_run.train.quantized_experts import CacheOptions, ExpertCache
 from mixtral_run.train.random_state import gather_random_state, write_random_state
 from mixtral_run.train.save_failure import save_failure
 from mixtral_run.train.soundness import check_sound
-from mixtral_run.weights.adapter.schema import is_of_optimizer
+from mixtral_run.weights.adapter.given_adapter import PeftDescription
+from mixtral_run.weights.adapter.peft_factors import PeftFactors
+from mixtral_run.weights.adapter.schema import LINEAR_KEYS, is_of_optimizer, linear_in_key
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
-from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
+from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
 from mixtral_run.weights.manifest.adapter_files import NEXT_MARKER, TOKENIZER, checksums
 from mixtral_run.weights.manifest.base_checkpoint import is_of_model
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, newest_iteration
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 from mixtral_run.weights.manifest.manifest import write_manifest
 from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 
 
 def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | None = None) -> None:
@@ -115,6 +119,10 @@ class _HfReading:
         """Fill the shards' own storage; do nothing after a failure."""
         if self._failed:
             return
+        for shard in shards.values():
+            # Rows of padding, which no HF tensor fills.
+            if shard.key in VOCABULARY_KEYS and shard.global_shape[0] > self._weights.architecture.vocab_size:
+                shard.data.detach().zero_()
         try:
             self._sums.extend(read_into(self._weights, map(target_of, shards.values())))
         except WeightsError as error:
@@ -135,9 +143,28 @@ class _HfReading:
 
 
 def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
-    """Fill the model's adapters, after all of their files were compared with their checksums. All ranks must call."""
+    """Fill the model's adapters, after all files of an adapter of the kit were compared with their checksums.
+
+    All ranks must call.
+    """
+    if isinstance(adapter, PeftDescription):
+        for shard in _shards(model, adapters=True).values():
+            _fill_from_peft(target_of(shard), adapter.factors)
+        return
     check_adapter_files(adapter, model.mesh)
     _load_into(_shards(model, adapters=True), adapter.folder, is_of_model)
+
+
+def _fill_from_peft(target: Target, factors: PeftFactors) -> None:
+    """Fill a rank's part of A or B, of one layer or of several experts of a layer."""
+    module = next(module for module in LINEAR_KEYS if f".{module}." in target.key)
+    read = factors.linear_in if target.key == linear_in_key(module) else factors.linear_out
+    *leading, row, column = target.offset
+    *counts, rows, columns = target.shape
+    into = target.data.view(target.shape)
+    for index in product(*map(range, counts)):
+        matrix = read(module, tuple(first + at for first, at in zip(leading, index, strict=True)))
+        into[index].copy_(matrix[row : row + rows, column : column + columns])
 
 
 def _shards(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:

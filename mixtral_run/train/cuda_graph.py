@@ -192,7 +192,7 @@ class CapturedBackward(Backward):
         if self._most is not None:
             positions, boundaries, owner = rest
             packed = Packed(boundaries, owner, self._most.longest)
-        with self.model.dispatching(self.dispatcher):
-            loss = (self.model.losses(tokens, labels, positions=positions, packed=packed) * weights).sum()
-            loss.backward()
+        losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
+        loss = (losses * weights).sum()
+        loss.backward()
         return loss.detach()

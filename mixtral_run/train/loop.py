@@ -28,6 +28,7 @@ from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import SampleSource, batches
 from mixtral_run.train.data.sources import open_samples
+from mixtral_run.train.init_adapter import load_init_adapter
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
@@ -107,6 +108,7 @@ def finetune(config: FinetuneConfig) -> None:
             if validation_samples is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
                 run.validation = Validation(validation_samples, config.micro_batch_size, report, file)
+            load_init_adapter(config, base, model, report)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _report_lora(run, config)

@@ -16,7 +16,9 @@ from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
+from mixtral_run.train.model_limits import length_problems, report_notes
 from mixtral_run.train.run_folder import METRICS, VALIDATION, num_checkpoints
+from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -50,6 +52,7 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     if errors:
         raise joined(errors)
     assert base is not None
+    report_notes(base, Report())
     return base
 
 
@@ -96,6 +99,7 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
     fits = not errors
     if base is not None:
         problems += layout_problems(config, base)
+        problems += length_problems("--seq-length", config.seq_length, base)
     for setting in DATA_SETTINGS:
         path = getattr(config, setting, None)
         if path is not None:
@@ -216,8 +220,9 @@ def check_inference(config: GenerateConfig) -> None:
         if problems:
             errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
         if config.adapter is not None:
-            check_adapter_fits(describe_adapter(config.adapter), base)
+            check_adapter_fits(describe_given_adapter(config.adapter, base.architecture), base)
     except MixtralRunError as error:
         errors.append(error)
     if errors:
         raise joined(errors)
+    report_notes(base, Report.on_stderr() if config.json else Report())

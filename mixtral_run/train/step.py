@@ -82,18 +82,21 @@ class EagerBackward(Backward):
     """The eager pass."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        with self.model.dispatching(self.dispatcher):
-            loss = losses_of(self.model, micro) / num_loss_tokens
-            loss.backward()
+        loss = losses_of(self.model, micro, self.dispatcher) / num_loss_tokens
+        loss.backward()
         return loss.detach()
 
 
-def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
-    """Return the sum of a micro batch's losses under its mask, an fp32 scalar on the device. All ranks must call."""
+def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatcher[Any] | None = None) -> Tensor:
+    """Return the sum of a micro batch's losses under its mask, an fp32 scalar on the device.
+
+    dispatcher: of this pass; None for the layers' own. All ranks must call.
+    """
     device = model.mesh.device
     packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
     positions = micro.position_ids.to(device) if packed is not None else None
-    losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
+    tokens, labels = micro.tokens.to(device), micro.labels.to(device)
+    losses = model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=dispatcher)
     return (losses * micro.loss_mask.to(device)).sum()
 
 

@@ -99,8 +99,8 @@ def _digest(context):
     digest = hashlib.sha256()
     for name, content in sorted(context.items()):
         # The name of a wheel states its version and build. Hashing gigabytes of wheels on each run would add nothing.
-        told = content if isinstance(content, bytes) else f"{content.name} {content.stat().st_size}".encode()
-        digest.update(f"{name} {len(told)}\n".encode() + told)
+        reported = content if isinstance(content, bytes) else f"{content.name} {content.stat().st_size}".encode()
+        digest.update(f"{name} {len(reported)}\n".encode() + reported)
     return digest.hexdigest()
 
 

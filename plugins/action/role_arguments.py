@@ -24,17 +24,17 @@ class ActionModule(ActionBase):
 
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
-        faults = []
+        problems = []
         for role in self._task.args["roles"]:
             options = _options(Path(self._task.args["folder"]) / role)
             given = self._templar.template({name: task_vars[name] for name in options if name in task_vars})
             checked = ArgumentSpecValidator(options).validate(given, validate_role_argument_spec=True)
-            faults += [f"  - {role}: {_plain(message, given, options)}" for message in checked.error_messages]
-        if faults:
-            faults.append(
+            problems += [f"  - {role}: {_plain(message, given, options)}" for message in checked.error_messages]
+        if problems:
+            problems.append(
                 "  next: correct them where they are set, in the inventory, group_vars or -e; see the role's README"
             )
-            message = "Variables are not as the roles take them; nothing was changed.\n" + "\n".join(faults)
+            message = "Variables are not as the roles take them; nothing was changed.\n" + "\n".join(problems)
             return {**result, "failed": True, "msg": message}
         return {**result, "changed": False}
 
@@ -51,8 +51,8 @@ def _plain(message, given, options):
     if other is None:
         return message
     name, found, expected = other.groups()
-    told = found if options[name].get("no_log") else f"{given[name]!r}"
-    return f"{name}: expected {expected}; found {told}"
+    reported = found if options[name].get("no_log") else f"{given[name]!r}"
+    return f"{name}: expected {expected}; found {reported}"
 
 
 def _options(role):

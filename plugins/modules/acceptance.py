@@ -131,6 +131,7 @@ def _defer_when_busy(module, stamp, changes):
 
 def _container_argv(params, has_gpus):
     argv = ["docker", "run", "--rm", "--network", "none", "--shm-size", params["shared_memory"]]
+    argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "16384"]
     argv += [word for limit in params["ulimits"] for word in ("--ulimit", limit)]
     argv += ["--gpus", "all"] if has_gpus else []
     argv += ["--user", "{}:{}".format(params["uid"], params["gid"])]

@@ -27,7 +27,7 @@ options:
   peer_port: {description: Port of the other host's SSH server., type: int, default: 22}
   peer_user: {description: User that reads the model on the other host., type: str}
   peer_key: {description: Private key for the copy., type: str}
-  peer_fault: {description: Reason why the other host did not open its cache., type: str, default: ""}
+  peer_problem: {description: Reason why the other host did not open its cache., type: str, default: ""}
   peer_host_keys: {description: "SSH host keys of the other host.", type: list, elements: str, default: []}
   uid: {description: Owner of the files., type: int, required: true}
   gid: {description: Group of the files., type: int, required: true}
@@ -68,7 +68,7 @@ def main():
             "peer_port": {"type": "int", "default": 22},
             "peer_user": {"type": "str"},
             "peer_key": {"type": "str", "no_log": True},
-            "peer_fault": {"type": "str", "default": ""},
+            "peer_problem": {"type": "str", "default": ""},
             "peer_host_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "uid": {"type": "int", "required": True},
             "gid": {"type": "int", "required": True},
@@ -83,9 +83,9 @@ def main():
     try:
         known = _recorded(record, name, cache, params)
         if known is None:
-            if params["peer_fault"]:
+            if params["peer_problem"]:
                 raise ModelError(
-                    "{}: {}".format(params["peer"], params["peer_fault"]),
+                    "{}: {}".format(params["peer"], params["peer_problem"]),
                     "hf_cache_peer names a host whose bootstrap has fetched the model",
                 )
             if params["peer"] and not params["peer_key"]:

@@ -134,16 +134,16 @@ def _ask(url, proxy, timeout):
     opener = build_opener(ProxyHandler({"http": proxy, "https": proxy} if proxy else {}))
     try:
         with opener.open(Request(url, method="HEAD", headers={"User-Agent": "mixtral-run"}), timeout=timeout) as answer:
-            told = answer.headers.get("Date")
+            reported = answer.headers.get("Date")
     except HTTPError as error:
         # The mirror answers: a folder that may not be listed (403, 404) can still serve its files.
         if error.code >= 500:
             return "HTTP {}".format(error.code), None
-        told = error.headers.get("Date")
+        reported = error.headers.get("Date")
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error)), None
     try:
-        return None, time.time() - parsedate_to_datetime(told).timestamp()
+        return None, time.time() - parsedate_to_datetime(reported).timestamp()
     except (TypeError, ValueError):
         return None, None
 

@@ -135,7 +135,7 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     blobs = tmp_path / "models--mistralai--Tiny-Mixtral" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "earlier").write_bytes(b"x" * 2**20)
-    told: list[int] = []
+    reported: list[int] = []
     seen = threading.Event()
 
     class Counting(Report):
@@ -143,8 +143,8 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
             class Count(Progress):
                 def advance(self, amount: int) -> None:
-                    told.append(amount)
-                    if sum(told) >= total:
+                    reported.append(amount)
+                    if sum(reported) >= total:
                         seen.set()
 
             yield Count()
@@ -153,4 +153,4 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (blobs / "now.incomplete").write_bytes(b"x" * 2**19)
         (blobs / "whole").write_bytes(b"x" * 2**19)
         assert seen.wait(30)
-    assert sum(told) == 2**20
+    assert sum(reported) == 2**20

@@ -205,7 +205,7 @@ def test_smoke(small_hf_model: Path, tmp_path: Path) -> None:
     assert "Traceback" not in again.stderr
 
 
-def test_everything_wrong_with_a_run_is_told_at_once(small_checkpoint: Path, tmp_path: Path) -> None:
+def test_everything_wrong_with_a_run_is_reported_at_once(small_checkpoint: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text(
         '{"instruction": "a", "response": "b"}\n{"instruction": "a"}\nnot json\n{"instruction": "a", "response": " "}\n'
@@ -304,7 +304,7 @@ def test_a_pair_without_room_for_its_response_stops_the_run_once(small_checkpoin
         *TINY_RUN,
     )
     assert done.returncode == 2
-    # Both processes found it; it is told once of each file, and no adapter is left.
+    # Both processes found it; it is reported once for each file, and no adapter is left.
     assert done.stderr.count("line 1") == 2
     assert f"--data-path {long}" in done.stderr and f"--valid-data-path {long}" in done.stderr
     assert "Traceback" not in done.stderr

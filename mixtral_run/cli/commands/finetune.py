@@ -28,9 +28,10 @@ def finetune(config: FinetuneConfig) -> None:
     FINETUNE.import_ahead()
 
     from mixtral_run.planner.choose import settled
+    from mixtral_run.train.init_adapter import with_adapter_settings
     from mixtral_run.train.preflight import check_training, is_complete, with_base_here
 
-    config = settled(with_base_here(config))
+    config = settled(with_adapter_settings(with_base_here(config)))
     if is_complete(config):
         return
     run_job(FINETUNE, config, check_training)

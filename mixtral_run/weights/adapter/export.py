@@ -20,8 +20,8 @@ from mixtral_run.weights.adapter.peft_directory import PeftDirectory
 from mixtral_run.weights.adapter.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
 from mixtral_run.weights.hf import fingerprint
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
@@ -114,6 +114,12 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
     else:
         needed = peft.num_bytes
     problems += disk_problems(config.output_path, needed + _SIDECAR_BYTES)
+    if config.merge and weights is not None and not weights.as_stored:
+        problems.append(
+            f"--merge copies safetensors files of one dtype; {'; '.join(weights.notes)}. "
+            "Merge by way of a checkpoint: mixtral-run convert --hf-model-path MODEL --output-path BASE, then "
+            "mixtral-run convert --from-megatron BASE --adapter ADAPTER --output-path OUTPUT"
+        )
     if problems:
         raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
     if weights is not None:

@@ -14,7 +14,8 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes
 from mixtral_run.weights.adapter.merge_journal import MergeJournal
 from mixtral_run.weights.hf.fingerprint import read_source
-from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, HFWeights, Source
+from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, Source
 from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors
 
 BLOCK_BYTES = 8 * 2**20

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 from mixtral_run import __version__
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.io.crc import crc_of
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME
 

@@ -21,7 +21,7 @@ from isal.isal_zlib import crc32
 
 from mixtral_run import __version__
 from mixtral_run.weights.convert.copy_plan import Job, PlacedChunk, Plan
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.io.disk import allocate
 from mixtral_run.weights.io.files import sync_path
 

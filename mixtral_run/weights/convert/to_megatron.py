@@ -20,8 +20,8 @@ from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
 from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity, stale_jobs
 from mixtral_run.weights.convert.write_proof import write_proof
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_problems
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on_one_disk, output_problems
 from mixtral_run.weights.io.files import sync_path, write_atomically
@@ -72,6 +72,9 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     _print_summary(weights, report)
     report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
+    size, padded = (weights.architecture.padded_vocab_size(tp) for tp in (1, config.tensor_model_parallel_size))
+    if padded != size:
+        report.say(f"  the vocabulary is padded from {size:,} to {padded:,} rows, as Megatron pads it")
     with (
         interrupts() as signals,
         Staging(config.output_path, LATEST, "mixtral-run convert") as staging,
@@ -266,6 +269,8 @@ def _print_summary(weights: HFWeights, report: Report) -> None:
         f"  {a.num_layers} layers, hidden {a.hidden_size}, {a.num_attention_heads} heads in {a.num_query_groups} "
         f"groups, {a.num_experts} experts of {a.ffn_hidden_size}, top-{a.moe_router_topk}"
     )
+    for note in weights.notes:
+        report.warn(note)
 
 
 def _empty_object() -> bytes:
@@ -304,7 +309,7 @@ def _write_sidecars(
     copy_tokenizer(weights.directory, folder / "tokenizer")
     megatron_files.write_common(iteration_folder, a, dtype, tp, ep, CONVERTED_ITERATION)
     megatron_files.write_run_config(iteration_folder, a, dtype, tp, ep)
-    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a), dtype, plan.stored_items())
+    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a, tp), dtype, plan.stored_items())
     megatron_files.write_metadata_json(iteration_folder)
     write_manifest(
         folder,

@@ -10,7 +10,7 @@ from mixtral_run import __version__
 from mixtral_run.run_lock import LOCK_NAME
 from mixtral_run.weights.convert.copy_plan import Plan
 from mixtral_run.weights.convert.journal import JOURNAL_NAME, JobSums
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.io.crc import crc_of
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST

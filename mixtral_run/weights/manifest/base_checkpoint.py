@@ -25,7 +25,6 @@ from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 _MODEL_PREFIXES = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
-_VOCABULARY_KEYS = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
 
 
 def is_of_model(key: str) -> bool:
@@ -103,7 +102,8 @@ def check_base(checkpoint: Checkpoint, reader: Reader, report: Report) -> None:
     found = {key: info.shape for key, info in reader.tensors.items()}
     wrong = []
     for key, shape in expected.items():
-        if key in _VOCABULARY_KEYS and key in found and found[key][0] > shape[0] and found[key][1:] == shape[1:]:
+        stored = found.get(key, ())
+        if key in hf_to_megatron.VOCABULARY_KEYS and stored[:1] > shape[:1] and stored[1:] == shape[1:]:
             report.say(f"  {key}: {found[key][0] - shape[0]:,} rows of padding are left out")
         elif found.get(key) != shape:
             wrong.append(

@@ -10,7 +10,7 @@ from typing import Any
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import (
     LATEST,
     adapter_manifest_of,
@@ -42,6 +42,11 @@ class BaseDescription:
     weights: HFWeights | None = None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about what of an HF model is not used, or used in another form."""
+        return () if self.weights is None else self.weights.notes
+
+    @property
     def tokenizer(self) -> Path:
         """Return the folder of the tokenizer's files."""
         return self.folder / "tokenizer" if self.weights is None else self.folder
@@ -58,9 +63,9 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
-    files: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict, kw_only=True)
     """CRC-32 of the iteration's files by name; empty if an earlier version of the kit wrote the adapter."""
-    state: RunState = field(default_factory=RunState)
+    state: RunState = field(default_factory=RunState, kw_only=True)
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -100,13 +105,15 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
-        manifest.files,
-        manifest.state,
+        files=manifest.files,
+        state=manifest.state,
     )
 
 
 def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
-    """Raise WeightsError if the adapter was trained on another base, as far as the base's fingerprint is known."""
+    """Raise WeightsError if the adapter was trained on another base, as far as both fingerprints are known."""
+    if adapter.base_fingerprint == UNKNOWN_FINGERPRINT:
+        return
     known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
     if base.fingerprint not in (known, UNKNOWN_FINGERPRINT):
         raise WeightsError(

@@ -94,7 +94,8 @@ class HubDownload:
     def argv(self, words, name=None, listing=False):
         """Return docker's argument list for one `hf download`. listing: mount the cache of the host read-only."""
         argv = ["docker", "run", "--rm", "--network", "host", "--user", self._user]
-        argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+        argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "4096"]
+        argv += ["--read-only", "--tmpfs", "/tmp:mode=1777", "--tmpfs", "/home/mixtral:mode=1777"]
         argv += ["--name", name] if name else []
         argv += ["--mount", "type=bind,source={},target={}".format(self._home, HOME) + ",readonly" * listing]
         argv += ["--env", "HF_HUB_CACHE=" + LISTING_CACHE] if listing else []

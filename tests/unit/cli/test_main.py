@@ -179,9 +179,9 @@ def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path:
 def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
-    told = mixtral_run("finetune", "--config", str(file))
-    assert "--lora-rank: expected at least 1; found 0" in told.stderr
-    told = mixtral_run(
+    reported = mixtral_run("finetune", "--config", str(file))
+    assert "--lora-rank: expected at least 1; found 0" in reported.stderr
+    reported = mixtral_run(
         "finetune",
         "--config",
         str(file),
@@ -192,9 +192,9 @@ def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
         "--expert-model-parallel-size",
         "1",
     )
-    assert "--lora-rank" not in told.stderr
-    assert "This is not a whole checkpoint." in told.stderr
-    assert told.returncode == 5
+    assert "--lora-rank" not in reported.stderr
+    assert "This is not a whole checkpoint." in reported.stderr
+    assert reported.returncode == 5
 
 
 def test_an_unreadable_config_file_is_named(tmp_path: Path) -> None:

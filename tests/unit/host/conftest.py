@@ -32,7 +32,7 @@ def load_module(name: str):
 
 
 class _Ended(Exception):
-    """What a module gives back, at the moment when it would end its process."""
+    """Result of a module, raised at the moment when the module would end its process."""
 
 
 def call_module(module, record_folder, check_mode=False, **params):

@@ -46,7 +46,7 @@ def test_packages_are_installed_once_the_lock_is_free(
     assert len([call for call in programs.calls("apt-get") if f" {verb}" in call]) == 4
 
 
-def test_a_lock_that_is_never_freed_is_told(programs: Programs, settings: dict) -> None:  # noqa: F811
+def test_a_lock_that_is_never_freed_is_reported(programs: Programs, settings: dict) -> None:  # noqa: F811
     _apt_get(programs, "update", LISTS, 10**6)
     result = call_module(PACKAGES, **settings, lock_timeout_seconds=0)
     assert result["failed"] and LISTS in result["msg"] and "another package manager runs: wait" in result["msg"]

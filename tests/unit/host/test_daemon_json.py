@@ -69,7 +69,7 @@ def test_a_file_that_only_the_kit_wrote_goes_with_it(file: Path) -> None:
     assert not file.exists()
 
 
-def test_a_file_that_is_no_json_is_left_and_told(file: Path) -> None:
+def test_a_file_that_is_no_json_is_left_and_reported(file: Path) -> None:
     file.write_text("{,}")
     result = _call(file, settings={"live-restore": True})
     assert result["failed"] and "not valid JSON; it was left" in result["msg"] and str(file) in result["msg"]

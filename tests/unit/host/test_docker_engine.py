@@ -1,4 +1,4 @@
-"""What a change of settings does to engine and containerd."""
+"""Effects of changed settings on the engine and containerd."""
 
 import json
 import stat

@@ -35,7 +35,7 @@ PLAY = """
         ),
     ],
 )
-def test_every_problem_of_a_host_is_told_and_no_other_hosts(
+def test_every_problem_of_a_host_is_reported_and_no_other_hosts(
     tmp_path: Path, variables: dict, problems: list[str]
 ) -> None:
     (tmp_path / "play.yml").write_text(PLAY.format(root=ROOT))

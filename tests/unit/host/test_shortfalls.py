@@ -1,4 +1,4 @@
-"""Every shortfall of a host is told, and a host without one passes."""
+"""Every shortfall of a host is reported, and a host without one passes."""
 
 import copy
 
@@ -90,13 +90,13 @@ def test_fabric_manager_goes_by_the_name_that_its_branch_has(driver: str | None,
     assert words in item.remedy and "None" not in item.remedy and "enable --now" in item.remedy
 
 
-def test_a_mismatch_is_told_by_both_its_signs() -> None:
+def test_a_mismatch_is_reported_by_both_its_signs() -> None:
     error = "Failed to initialize NVML: Driver/library version mismatch"
     checks = {item.check for item in _collect(gpus=[], driver={"user": None, "kernel": None, "error": error})}
     assert checks == {"gpus", "driver", "driver_agreement"}
 
 
-def test_all_are_told_at_once_with_the_hosts_name() -> None:
+def test_all_are_reported_at_once_with_the_hosts_name() -> None:
     found = _collect(gpus=GOOD["gpus"][:4], memory__ram_gib=8.0, architecture="arm64")
     text = shortfalls.render("gpu-07", found)
     assert "gpu-07 is not ready: 3 shortfalls." in text
@@ -118,7 +118,7 @@ def test_swap_that_the_kit_is_going_to_make_counts_as_ram(planned: float, target
     assert [item.check for item in found] == (["ram"] if is_short else [])
 
 
-def test_what_the_kit_holds_there_counts_as_free_and_is_told() -> None:
+def test_what_the_kit_holds_there_counts_as_free_and_is_reported() -> None:
     disk = {"path": "/data", "free_gib": 100.0, "filesystem": "ext4"}
     assert _collect(disks=[{**disk, "held_gib": 400.0}]) == []
     (item,) = _collect(disks=[{**disk, "held_gib": 399.0}])

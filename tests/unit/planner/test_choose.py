@@ -89,7 +89,7 @@ def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.Cap
     assert (config.tensor_model_parallel_size, config.recompute) == (2, "full")
 
 
-def test_a_host_without_the_ram_is_told(on_gpus: Any) -> None:
+def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
     on_gpus(8, 32, ram=79)
     error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)

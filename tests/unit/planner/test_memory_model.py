@@ -202,14 +202,14 @@ def test_the_verb_prints_a_table_and_json() -> None:
     assert sum(first["parts_gib"].values()) == pytest.approx(first["total_gib"], abs=0.05)
 
 
-def test_a_larger_micro_batch_that_is_faster_is_told() -> None:
+def test_a_larger_micro_batch_that_is_faster_is_reported() -> None:
     """One H200, bf16: 9,429 tokens a second at 2,048 x 1 without recomputation, 10,185 at 2,048 x 4, selective."""
     words = ["plan", "--gpus", "1", "--gpu-memory", "139.8", "--seq-length", "2048"]
     shown = CliRunner().invoke(root, words, env={"COLUMNS": "200"}).output
     assert "  or, estimated 8% faster: --micro-batch-size 4 " in shown and "--recompute selective, 131.9 GiB" in shown
-    told = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
-    assert (told["micro_batch_size"], told["recompute"]) == (4, "selective")
-    assert told["rate"] == pytest.approx(10185 / 9429, abs=0.01)
+    reported = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
+    assert (reported["micro_batch_size"], reported["recompute"]) == (4, "selective")
+    assert reported["rate"] == pytest.approx(10185 / 9429, abs=0.01)
     # No room for more; and on cards that small of eight, a larger one would compute again.
     for other in (["--gpu-memory", "110"], ["--gpus", "8", "--gpu-memory", "32"]):
         again = CliRunner().invoke(root, [*words, *other], env={"COLUMNS": "200"}).output
@@ -245,8 +245,8 @@ def test_the_verb_says_when_nothing_fits() -> None:
 def test_what_is_proposed_where_nothing_fits_does_fit(words: str, ways: list[str]) -> None:
     refused = CliRunner().invoke(root, ["plan", *words.split()])
     assert isinstance(refused.exception, ConfigError)
-    told = f"the same with {' or '.join(ways)}, which fits" if ways else "GPUs with more memory"
-    assert refused.exception.next_command == told
+    reported = f"the same with {' or '.join(ways)}, which fits" if ways else "GPUs with more memory"
+    assert refused.exception.next_command == reported
     for way in ways:
         assert CliRunner().invoke(root, ["plan", *words.split(), *way.split()]).exit_code == 0, way
 

@@ -76,15 +76,15 @@ def test_the_summary_names_error_remedy_log_and_retry(events: list[dict[str, Any
     assert text.rstrip().endswith("retry: mixtral-run bootstrap --retry")
 
 
-def test_a_warning_of_many_hosts_is_told_once() -> None:
+def test_a_warning_of_many_hosts_is_reported_once() -> None:
     progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
     for name in progress.hosts:
         data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow"]}}
         progress.fold({"event": "runner_on_ok", "event_data": data})
     text = summary(progress, seconds=1, log=None, retry=None, check=False)
-    (told,) = (line for line in text.splitlines() if line.startswith("! "))
-    assert told.startswith("! gpu-00, gpu-01, ")
-    assert told.endswith(" and 42 more: the clock is slow")
+    (reported,) = (line for line in text.splitlines() if line.startswith("! "))
+    assert reported.startswith("! gpu-00, gpu-01, ")
+    assert reported.endswith(" and 42 more: the clock is slow")
 
 
 def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
@@ -150,14 +150,14 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_failure_that_a_play_tells_again_at_its_end_is_the_first_one() -> None:
     progress = FleetProgress({"gpu-01-2222": "gpu-01:2222"})
     rows = (("docker", "Install the engine", "E: broken"), ("", "Fail the hosts", "Install the engine: E: broken"))
-    told = []
+    reported = []
     for role, task, message in rows:
         data = {"host": "gpu-01-2222", "role": role, "task": task, "res": {"msg": message}}
-        told += progress.fold({"event": "runner_on_failed", "event_data": data})
+        reported += progress.fold({"event": "runner_on_failed", "event_data": data})
     end = {"failures": {"gpu-01-2222": 1}, "rescued": {"gpu-01-2222": 1}, "processed": {"gpu-01-2222": 1}}
     progress.fold({"event": "playbook_on_stats", "event_data": end})
     (host,) = progress.hosts.values()
     assert host.phase is Phase.FAILED
     assert host.failure is not None
     assert (host.failure.role, host.failure.task) == ("docker", "Install the engine")
-    assert [notice.host for notice in told] == ["gpu-01:2222"]
+    assert [notice.host for notice in reported] == ["gpu-01:2222"]

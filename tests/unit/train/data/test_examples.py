@@ -81,7 +81,7 @@ def test_a_conversation_is_its_turns(tmp_path: Path) -> None:
         ('{"instruction": "a", ' + conversation("user", "assistant")[1:], ["'response' is missing; the keys are"]),
     ],
 )  # fmt: skip
-def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, problems: list[str]) -> None:
+def test_a_broken_conversation_is_named(tmp_path: Path, line: str, problems: list[str]) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n{line}\n", "utf-8")
     found = refused(path).problems
@@ -104,7 +104,7 @@ def test_a_faulty_conversation_is_named(tmp_path: Path, line: str, problems: lis
         ('{"instruction": "", "response": "b"}', "'instruction' is empty"),
     ],
 )
-def test_a_faulty_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+def test_a_broken_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", "utf-8")
     problems = refused(path).problems
@@ -112,7 +112,7 @@ def test_a_faulty_line_is_named(tmp_path: Path, line: str, problem: str) -> None
     assert problems[0].startswith(f"line 3: {problem}")
 
 
-def test_both_problems_of_a_line_are_told(tmp_path: Path) -> None:
+def test_both_problems_of_a_line_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": 1, "response": ""}', "utf-8")
     assert refused(path).problems == (

@@ -22,7 +22,7 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load.read_parts import BLOCK_BYTES, default_workers
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
@@ -189,7 +189,7 @@ def test_another_run_is_keeping_them(own_checkpoint: Path) -> None:
     assert leftovers(own_checkpoint) == []
 
 
-def test_no_room_is_told_once(mounted: Path, small_checkpoint: Path) -> None:
+def test_missing_disk_space_is_reported_once(mounted: Path, small_checkpoint: Path) -> None:
     base = mounted / "base"
     shutil.copytree(small_checkpoint, base)
     done = start(base)
@@ -329,7 +329,7 @@ def test_runs_that_start_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_converting_again_takes_it_away(own_checkpoint: Path, small_hf_model: Path, mounted: Path) -> None:
-    """Whether the folder is replaced or, as a mount point, cleared."""
+    """Return True if the folder is replaced; a mount point is cleared instead."""
     start(own_checkpoint)
     shutil.copytree(own_checkpoint, mounted, dirs_exist_ok=True)
     for folder in (own_checkpoint, mounted):

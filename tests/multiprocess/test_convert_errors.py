@@ -1,4 +1,4 @@
-"""What convert refuses, how it says so, and that nothing half-made is left."""
+"""Inputs that convert refuses: the message, and nothing unfinished is left."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_an_empty_folder_is_used(tmp_path: Path, tiny: Path) -> None:
     assert read_values(tmp_path / "out")["kind"] == "base"
 
 
-def test_no_space_is_told_before_work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_is_reported_before_work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic_folder, "free_bytes", lambda _: 1_000_000)
     error = refused(tiny, tmp_path / "out")
     assert isinstance(error, ConfigError)
@@ -162,17 +162,17 @@ def test_cut_off_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tiny: P
     with pytest.raises(ConfigError, match=f"found mixtral-run convert, process {process.pid} on"):
         convert_quietly(tiny, output, 2, 4)
     process.send_signal(how)
-    _, told = process.communicate(timeout=60)
+    _, reported = process.communicate(timeout=60)
     assert not output.exists()
     if how == signal.SIGINT:
-        assert (process.returncode, told.strip()) == (130, "Interrupted.")
+        assert (process.returncode, reported.strip()) == (130, "Interrupted.")
     with pytest.raises(WeightsError):
         verify(VerifyConfig(load=unfinished), Report.silent())
     with journal.open("a") as stream:
         stream.write('{"job": 64, "sour')  # a line that was being written
-    told_again = io.StringIO()
-    convert(ConvertConfig(hf_model_path=str(tiny), output_path=output), Report(told_again))
-    assert "continuing after" in told_again.getvalue()
+    reported_again = io.StringIO()
+    convert(ConvertConfig(hf_model_path=str(tiny), output_path=output), Report(reported_again))
+    assert "continuing after" in reported_again.getvalue()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     assert content(output) == content(tmp_path / "whole")
@@ -221,9 +221,9 @@ def test_a_disk_that_fills_up_during_the_copy(tmp_path: Path, tiny: Path, mounte
         assert words in str(caught.value)
     assert not output.exists()
     (mounted / "ballast").unlink()
-    told = io.StringIO()
-    convert(config, Report(told))
-    assert "continuing after" in told.getvalue()
+    reported = io.StringIO()
+    convert(config, Report(reported))
+    assert "continuing after" in reported.getvalue()
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     assert content(output) == content(tmp_path / "whole")
     assert sorted(entry.name for entry in mounted.iterdir()) == ["out"]
@@ -274,7 +274,7 @@ def test_other_ranks_of_torchrun_return_at_once(tmp_path: Path, tiny: Path) -> N
 
 
 def test_memory_that_fills_up_is_an_error_and_no_bus_error(mounted: Path) -> None:
-    """What is mapped into a process ends it where there is no page for what it writes, unless one was asked for."""
+    """A write into a mapped file without a free page kills the process, unless the space was reserved before."""
     length = 200 * 2**20
     with (mounted / "file").open("wb+") as stream:
         os.ftruncate(stream.fileno(), length)

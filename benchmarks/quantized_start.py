@@ -1,7 +1,7 @@
-"""How long a start with a base in 8 or 4 bit takes, and what it reads: quantized, quantized and kept, taken from there.
+"""Time and bytes read of a start with a base in 8 or 4 bit: without the cache, creating it, and reading it.
 
-    python -m benchmarks.kept_start                    # 1.6 GB in bf16, on the CPU
-    python -m benchmarks.kept_start --layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --device cuda \\
+    python -m benchmarks.quantized_start                    # 1.6 GB in bf16, on the CPU
+    python -m benchmarks.quantized_start --layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --device cuda \\
         --folder /on/the/disk                           # Mixtral 8x7B on one GPU: 187 GB of disk, and 45 or 24
 
 Each measurement is a process of its own and begins with the base and what is kept beside it out of the page cache. The
@@ -59,8 +59,8 @@ def compare(work: Path, options: argparse.Namespace) -> dict[str, Any]:
                 for way in WAYS:
                     one = measured(base, precision, way)
                     found.setdefault(f"{name} {precision} {way}", []).append(one)
-                    told = ", ".join(f"{what} {value:,.2f}" for what, value in one.items())
-                    print(f"round {number + 1}: {name} {precision} {way:<9} {told}", flush=True)
+                    reported = ", ".join(f"{what} {value:,.2f}" for what, value in one.items())
+                    print(f"round {number + 1}: {name} {precision} {way:<9} {reported}", flush=True)
     return {
         name: {
             what: round((max if "peak" in what else statistics.median)(each[what] for each in rounds), 3)
@@ -89,13 +89,13 @@ def measured(base: Path, precision: str, way: str) -> dict[str, float]:
         if file.is_file():
             with file.open("rb") as stream:
                 drop_from_cache(stream.fileno())
-    command = [sys.executable, "-m", "benchmarks.kept_start", *sys.argv[1:], "--run", str(base), precision, way]
+    command = [sys.executable, "-m", "benchmarks.quantized_start", *sys.argv[1:], "--run", str(base), precision, way]
     one, memory = process_memory.measured(command)
     return {**one, "peak_anonymous_mb": round(memory.peak_anonymous_bytes / 1e6)}
 
 
 def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, float]:
-    """What the process of one measurement does: seconds, the processor's seconds, GB read and written."""
+    """Run one measurement in this process; print seconds, CPU seconds, GB read and written."""
     import torch
 
     from mixtral_run.config.lora import LORA_TARGET_MODULES

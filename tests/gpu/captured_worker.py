@@ -1,7 +1,7 @@
 """Run under torchrun: eager steps that dispatch by all-to-all, and captured steps that dispatch through symmetric
 memory and by all-gather, in several layouts, written as JSON.
 
-torchrun … recorded_worker.py OUT.json TPxEP:RECOMPUTE:PRECISION …
+torchrun … captured_worker.py OUT.json TPxEP:RECOMPUTE:PRECISION …
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def train(mesh: Mesh, recompute: str, precision: str, way: str) -> list[tuple[fl
         data_parallel_rank=mesh.data_rank,
         data_parallel_size=mesh.data_size,
     )
-    recorded = way != "eager"
+    captured = way != "eager"
     with (
         exchanged_by(collectives=way == "all-gather"),
-        backward_of(model, 2 * SEQ_LENGTH, captured=recorded) as backward,
+        backward_of(model, 2 * SEQ_LENGTH, captured=captured) as backward,
     ):
-        assert isinstance(backward, CapturedBackward) == recorded
-        if recorded and mesh.expert_size > 1:
+        assert isinstance(backward, CapturedBackward) == captured
+        if captured and mesh.expert_size > 1:
             kind = SymmetricMemoryDispatcher if way == "symmetric memory" else AllGatherDispatcher
             assert isinstance(backward.dispatcher, kind)
-        if not recorded:
+        if not captured:
             backward = EagerBackward(model)
         results = [train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(STEPS)]
     return [(result.loss, result.grad_norm) for result in results]

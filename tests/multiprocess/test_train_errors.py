@@ -12,7 +12,7 @@ RUN = (sys.executable, "-m", "mixtral_run", "finetune", "--device", "cpu", "--np
 TP2_EP2 = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2")
 
 
-def told_in_words(text: str, *, once: str) -> bool:
+def reported_in_words(text: str, *, once: str) -> bool:
     return "Traceback" not in text and text.count(once) == 1 and "next:" in text
 
 
@@ -27,7 +27,7 @@ def test_memory_that_runs_out_in_a_step(small_checkpoint: Path, tmp_path: Path) 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9, 2 * 10**9)),
     )
     assert done.returncode == 6, done.stderr
-    assert told_in_words(done.stderr, once="This machine's memory is full"), done.stderr
+    assert reported_in_words(done.stderr, once="This machine's memory is full"), done.stderr
     assert "--micro-batch-size" in done.stderr
 
 
@@ -43,7 +43,7 @@ def test_a_disk_that_fills_up_before_a_save(small_checkpoint: Path, mounted: Pat
                 ballast.write_bytes(bytes(shutil.disk_usage(mounted).free - 65536))
         errors = run.stderr.read()
     assert run.returncode == 6, errors
-    assert told_in_words(errors, once="The adapter of iteration 20 cannot be saved"), errors
+    assert reported_in_words(errors, once="The adapter of iteration 20 cannot be saved"), errors
     assert describe_adapter(save).iteration == 10
     assert not list(save.glob(".iter_*"))
     ballast.unlink()

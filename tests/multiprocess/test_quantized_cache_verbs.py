@@ -1,4 +1,4 @@
-"""What the verbs say and do of experts kept beside a base."""
+"""The verbs with a quantized cache next to the base."""
 
 import json
 from pathlib import Path
@@ -34,10 +34,10 @@ def test_the_verb_keeps_reads_and_does_without(own_checkpoint: Path, tmp_path: P
 
 def test_verify_names_and_checks_it(own_checkpoint: Path) -> None:
     start(own_checkpoint)
-    told = json.loads(mixtral_run("verify", "--load", str(own_checkpoint), "--json").stdout)
-    assert told["ok"]
-    assert told["kept"]["fp8"]["used"]
-    assert told["kept"]["fp8"]["num_bytes"] == sum(
+    reported = json.loads(mixtral_run("verify", "--load", str(own_checkpoint), "--json").stdout)
+    assert reported["ok"]
+    assert reported["kept"]["fp8"]["used"]
+    assert reported["kept"]["fp8"]["num_bytes"] == sum(
         file.stat().st_size for file in folder_of(own_checkpoint).glob("*.safetensors")
     )
     whole = mixtral_run("verify", "--load", str(own_checkpoint), "--proof")
@@ -55,7 +55,7 @@ def test_verify_names_and_checks_it(own_checkpoint: Path) -> None:
     assert "quantised-fp8 is not used" in stale.stdout
 
 
-def test_verify_of_an_hf_model_reads_what_is_kept_beside_it(own_hf_model: Path) -> None:
+def test_verify_of_an_hf_model_reads_its_quantized_cache(own_hf_model: Path) -> None:
     start(own_hf_model)
     whole = mixtral_run("verify", "--load", str(own_hf_model))
     assert "quantised-fp8: every byte is what was written" in whole.stdout, whole.stderr

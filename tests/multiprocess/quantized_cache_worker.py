@@ -1,6 +1,6 @@
 """Run under torchrun: every rank's experts quantized, kept, and read again, in several layouts, written as JSON.
 
-torchrun … kept_worker.py BASE OUT.json PRECISION DTYPE TPxEP [TPxEP …]
+torchrun … quantized_cache_worker.py BASE OUT.json PRECISION DTYPE TPxEP [TPxEP …]
 """
 
 from __future__ import annotations

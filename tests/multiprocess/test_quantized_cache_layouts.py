@@ -10,7 +10,7 @@ import pytest
 
 from tests.multiprocess.conftest import SMALL, torchrun
 
-WORKER = Path(__file__).parent / "kept_worker.py"
+WORKER = Path(__file__).parent / "quantized_cache_worker.py"
 
 
 @pytest.mark.parametrize(
