@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.checkpoints import CheckpointConfig
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launch import LaunchConfig
@@ -86,7 +87,7 @@ class TrainingConfig(DataConfig, LaunchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(LoraConfig, TrainingConfig):
+class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
 
     valid_data_path: Path | None = setting(
@@ -148,6 +149,8 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
+        if self.keep_best and self.valid_data_path is None:
+            found.append("--keep-best: expected --valid-data-path, whose loss decides; found none")
         return found
 
 

@@ -29,6 +29,9 @@ def finetune(config: FinetuneConfig) -> None:
 
     from mixtral_run.planner.choose import settled
     from mixtral_run.train.init_adapter import with_adapter_settings
-    from mixtral_run.train.preflight import check_training, with_base_here
+    from mixtral_run.train.preflight import check_training, is_complete, with_base_here
 
-    run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)
+    config = settled(with_adapter_settings(with_base_here(config)))
+    if is_complete(config):
+        return
+    run_job(FINETUNE, config, check_training)

@@ -6,10 +6,12 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import quote
 
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
 from mixtral_run.fleet.bootstrap.progress import FleetProgress
@@ -23,6 +25,7 @@ from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_vari
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
 from mixtral_run.fleet.ssh.problems import connection_error
 from mixtral_run.fleet.state import read_json, state_folder, write_json
+from mixtral_run.run_lock import all_of
 
 CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
@@ -115,6 +118,30 @@ def bootstrap(
     request = _with_own_inventory(request)
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     accepted = _accepted(request, hosts)
+    with _one_bootstrap(request, hosts):
+        return _set_up(request, hosts, accepted, stream, starter, began)
+
+
+@contextmanager
+def _one_bootstrap(request: BootstrapRequest, hosts: tuple[Host, ...]) -> Iterator[None]:
+    """Hold a lock of each host on this machine, unless nothing is changed. Raises ConfigError with all holders."""
+    if request.check:
+        yield
+        return
+    folder = state_folder("locks")
+    locks = [(host.name, folder / f"{quote(host.inventory_name, safe='')}.lock") for host in hosts]
+    with all_of(locks, "mixtral-run bootstrap", "Another bootstrap sets up some of these hosts."):
+        yield
+
+
+def _set_up(
+    request: BootstrapRequest,
+    hosts: tuple[Host, ...],
+    accepted: tuple[Host, ...],
+    stream: TextIO,
+    starter: Callable[[Play], RunningPlay],
+    began: float,
+) -> BootstrapEnd:
     ssh = Ssh()
     progress = FleetProgress({host.inventory_name: host.name for host in hosts})
     print(f"Connecting to {len(hosts)} host{'s' if len(hosts) != 1 else ''} …", file=stream, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mixtral_run.weights.manifest.manifest import (
     BaseManifest,
     read_manifest,
 )
+from mixtral_run.weights.manifest.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    files: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    """CRC-32 of the iteration's files by name; empty if an earlier version of the kit wrote the adapter."""
+    state: RunState = field(default_factory=RunState, kw_only=True)
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -104,6 +108,8 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
+        files=manifest.files,
+        state=manifest.state,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.hf.safetensors_files import is_hf_directory
+from mixtral_run.weights.hf.hf_weights import is_hf_directory
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME
 
 PEFT_CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.weights import VerifyConfig
-from mixtral_run.errors import CheckFailed, ConfigError, shortened
+from mixtral_run.errors import CheckFailed, ConfigError, WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
@@ -21,6 +21,7 @@ from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.io.atomic_folder import GIB
+from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
@@ -114,6 +115,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     if config.proof:
         _check_files(config.load)
     checkpoint = open_checkpoint(config.load)
+    if checkpoint.kind == "adapter":
+        _check_adapter(checkpoint, report)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
         _print_table(result, report)
@@ -151,6 +154,16 @@ def _check_files(load: Path) -> None:
             problems=shortened(problems),
             next_command="copy them again from where the checkpoint was made, or mixtral-run convert --overwrite",
         )
+
+
+def _check_adapter(checkpoint: Checkpoint, report: Report) -> None:
+    """Raise CheckFailed naming each file of an adapter that differs from what was written, before it is read."""
+    try:
+        check_adapter(checkpoint, report)
+    except WeightsError as error:
+        raise CheckFailed(
+            error.what, where=error.where, problems=error.problems, next_command=error.next_command
+        ) from error
 
 
 def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
