@@ -91,7 +91,7 @@ def act(module):
     repository = apt_sources.expand(module.params["repository"], probe.os_release(), architecture)
     module.params["repository"] = repository.replace("$(ARCH)", architecture)
     own_source = "{}/sources.list.d/{}.sources".format(SOURCES, module.params["section"].replace("_", "-"))
-    apt = Apt(module.params, own_source)
+    apt = Apt(module.params, own_source, module.warn)
     if module.params["state"] == "present":
         _present(module, record, apt)
     else:
@@ -159,8 +159,6 @@ def _present(module, record, apt):
             answer = apt.mark("hold" if params["hold"] else "unhold", unheld)
             if answer.code:
                 _fail(module, "The hold cannot be set.", answer, where="apt-mark")
-    for words in apt.warnings():
-        module.warn(words)
     now = _packages()[0] if changed and not module.check_mode else installed
     after = "".join("{} {}\n".format(name, now.get(name) or "(to be installed)") for name in params["names"])
     module.exit_json(

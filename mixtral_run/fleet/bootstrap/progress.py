@@ -226,7 +226,8 @@ def failure_message(result: Mapping[str, Any]) -> str:
     generic = message in ("", "non-zero return code") or message.startswith(("MODULE FAILURE", _NO_RESULT))
     details = [str(result.get(key) or "").strip() for key in ("stderr", "module_stderr", "stdout", "module_stdout")]
     printed = str(result.get("module_stdout") or "")
-    if message.startswith(_NO_RESULT) and '"changed"' in printed:
+    # Every result of a module holds its arguments: it is there, and something else was printed before it.
+    if message.startswith(_NO_RESULT) and '"invocation"' in printed:
         return _PRINTING_LOGIN.format(found=printed.strip().splitlines()[0][:200])
     if generic:
         message = next((detail for detail in details if detail), message) or "it failed without a message"

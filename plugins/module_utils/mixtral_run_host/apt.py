@@ -26,12 +26,14 @@ def source_texts(folder=SOURCES):
 
 
 class Apt:
-    """apt-get with the settings of a module: lock_timeout_seconds, proxy, no_proxy. own_source: the kit's source file."""
+    """apt-get with the settings of a module: lock_timeout_seconds, proxy, no_proxy.
 
-    def __init__(self, params, own_source=""):
-        self.params, self.own_source = params, own_source
-        self.aside = {}
-        """Source files of somebody else that apt cannot read, with its message. They are left out, not changed."""
+    own_source: the kit's source file. warn: takes a sentence about a source of somebody else that apt cannot read.
+    """
+
+    def __init__(self, params, own_source="", warn=None):
+        self.params, self.own_source, self._warn = params, own_source, warn
+        self.aside = set()  # files that apt cannot read; they are left out, not changed
         self._parts = None
 
     def run(self, words):
@@ -60,14 +62,6 @@ class Apt:
             answer = run(["dpkg", "--set-selections"], stdin="".join(f"{name} {state}\n" for name in names).encode())
         return answer
 
-    def warnings(self):
-        """Return a sentence for each source that was left aside."""
-        return [
-            "apt cannot read {}, which is not the kit's: {}. It was left out here; other apt commands on this host fail "
-            "until it is corrected or removed".format(path, message)
-            for path, message in sorted(self.aside.items())
-        ]
-
     def _leave_aside(self, text):
         """Leave out the source files that `text` complains of. Return True if there are further ones."""
         found = apt_output.unreadable(text)
@@ -79,7 +73,12 @@ class Apt:
         # One of the entries that contradict each other stays: the kit's own, or else the first, often the system's.
         stays = [self.own_source] if self.own_source in files else [] if file else files[:1]
         fresh = [path for path in files if path not in stays and path not in self.aside]
-        self.aside.update(dict.fromkeys(fresh, message))
+        self.aside.update(fresh)
+        for path in fresh if self._warn else []:
+            self._warn(
+                "apt cannot read {}, which is not the kit's: {}. It was left out here; other apt commands on this host "
+                "fail until it is corrected or removed".format(path, message)
+            )
         return bool(fresh)
 
     def _source_options(self):

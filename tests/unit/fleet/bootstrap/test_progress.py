@@ -196,7 +196,7 @@ def test_what_sudo_said_is_shown_instead_of_the_missing_result() -> None:
 
 
 def test_a_start_up_file_that_prints_is_named_as_the_cause() -> None:
-    printed = '{"greeting": "welcome"}\n{"changed": true, "msg": "fine"}'
+    printed = '{"greeting": "welcome"}\n{"failed": true, "invocation": {"module_args": {}}}'
     failed = _event("runner_on_failed", msg=NO_RESULT.replace("No start", "Extra data"), module_stdout=printed)
     progress, _ = folded([failed, _end(failures={"gpu-01": 1})])
     assert progress.hosts["gpu-01"].failure is not None
