@@ -23,8 +23,9 @@ from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.cuda_graph import backward_of
+from mixtral_run.train.data.open_template import open_chat_template
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.prompt import TOKENIZER_FOLDER
+from mixtral_run.train.data.prompt import TOKENIZER_FOLDER, load_tokenizer
 from mixtral_run.train.data.samples import SampleSource, batches
 from mixtral_run.train.data.sources import open_samples
 from mixtral_run.train.load_model import load_for_training, loaded
@@ -40,7 +41,7 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
 
-ORDER_SETTINGS = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
+ORDER_SETTINGS = ("data_path", "chat_template", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
 """Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
 
 
@@ -168,7 +169,7 @@ def _train_and_save(
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    description = _describe(config, base)
+    description = _describe(config, base) if run.mesh.is_first else {}
     saved = done = run.start
     _evaluate(run, done, stop, write)
     for metrics in _iterations(run, stop):
@@ -216,7 +217,15 @@ def _describe(config: FinetuneConfig, base: BaseDescription) -> dict[str, object
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
         "data_sha256": None if config.data_path is None else _sha256(config.data_path),
+        "chat_template": _template_record(config, base),
     }
+
+
+def _template_record(config: FinetuneConfig, base: BaseDescription) -> dict[str, str | None] | None:
+    """Return what mixtral_run.json says about the chat template; None for mock data, which have no messages."""
+    if config.data_path is None:
+        return None
+    return open_chat_template(config.chat_template, load_tokenizer(base.tokenizer)).record.to_mapping()
 
 
 def _evaluate(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Mapping[str, float]], None]) -> None:

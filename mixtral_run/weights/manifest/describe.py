@@ -23,6 +23,7 @@ from mixtral_run.weights.manifest.manifest import (
     BaseManifest,
     read_manifest,
 )
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    chat_template: TemplateRecord | None = None
+    """The template that the adapter was trained with; None for adapters of earlier versions."""
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -96,6 +99,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
+        chat_template=manifest.chat_template,
     )
 
 
