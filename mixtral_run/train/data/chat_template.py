@@ -16,25 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.encoded import EncodedExample
 from mixtral_run.train.data.example import ASSISTANT, USER, Example, Message
+from mixtral_run.train.data.example_problem import ExampleProblem
 from mixtral_run.train.data.text_encoder import TextEncoder
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 MIXTRAL = "mixtral"
 """Name of Mixtral-Instruct's form."""
-
-
-class ExampleProblem(ConfigError):
-    """An example that the template cannot take. problem: the reason in one line, without the example's place."""
-
-    def __init__(self, problem: str, place: str | None = None) -> None:
-        super().__init__("The example does not fit the chat template.", where=place, found=problem)
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[type[ExampleProblem], tuple[str, str | None]]:
-        return type(self), (self.problem, self.where)
 
 
 class ChatTemplate(ABC):
@@ -70,12 +59,13 @@ class ChatTemplate(ABC):
         Raises:
             ExampleProblem: the template cannot take the example, or nothing of it is learned.
         """
-        if example.text is not None:
-            ids = [self._bos_id, *self._encoder.text_ids(example.text), self._eos_id]
-            return EncodedExample(np.asarray(ids, dtype=np.int32), ((1, len(ids)),))
         try:
-            _check_turns(example.messages)
-            ids, spans = self._encode_messages(example)
+            if example.text is not None:
+                ids = [self._bos_id, *self._encoder.text_ids(example.text), self._eos_id]
+                spans = [(1, len(ids))]
+            else:
+                _check_turns(example.messages)
+                ids, spans = self._encode_messages(example)
         except ExampleProblem as error:
             raise ExampleProblem(error.problem, example.place) from error
         learned = tuple((max(1, begin), end) for begin, end in spans if end > max(1, begin))

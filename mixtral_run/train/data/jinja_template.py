@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mixtral_run.train.data.chat_template import ChatTemplate, ExampleProblem
+from mixtral_run.train.data.chat_template import ChatTemplate
 from mixtral_run.train.data.example import ASSISTANT, SYSTEM, Example, Message
+from mixtral_run.train.data.example_problem import ExampleProblem
 from mixtral_run.train.data.template_sandbox import Rendered, SandboxedTemplate, TemplateFailed
 from mixtral_run.train.data.text_encoder import TextEncoder, texts_of
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -62,21 +63,21 @@ class JinjaTemplate(ChatTemplate):
         conversation = self._conversation(messages, tools)
         with conversation.bounded():
             text = conversation.render(len(conversation.messages), prompt=True).text
-        return self._encoder.encode(text, hidden=conversation.hidden)[0]
+        return conversation.encode(text)[0]
 
     def _encode_messages(self, example: Example) -> tuple[list[int], list[Span]]:
         conversation = self._conversation(example.messages, example.tools)
         with conversation.bounded():
             whole = conversation.render(len(conversation.messages))
             spans = conversation.learned_spans(whole)
-        ids, places = self._encoder.encode(whole.text, hidden=conversation.hidden)
+        ids, places = conversation.encode(whole.text)
         learned = []
         for number, ((begin, end), is_learned) in enumerate(spans, start=1):
             first, last = _tokens_of(begin, end, places)
             stop = self._end_of_turn(ids, places, (first, last), whole.text)
             if not conversation.has_generation:
                 last = stop or 0
-            elif stop is None and last < len(ids) and ids[last] in self._encoder.added_ids:
+            elif stop is None and last < len(ids) and self._is_added(ids, places, last, whole.text):
                 # A block is learned as it is, with the end of the turn if the template writes it behind the block.
                 last += 1
             elif stop is None and number == len(spans):
@@ -98,11 +99,14 @@ class JinjaTemplate(ChatTemplate):
     def _end_of_turn(self, ids: list[int], places: list[Span], span: Span, text: str) -> int | None:
         """Return the end of an answer's tokens: after the control token that ends the turn. None if there is none."""
         first, last = span
-        control = self._encoder.added_ids
-        end = next((place for place in range(last, first, -1) if ids[place - 1] in control), None)
+        end = next((end for end in range(last, first, -1) if self._is_added(ids, places, end - 1, text)), None)
         if end is None or text[places[end - 1][1] : places[last - 1][1]].strip():
             return None
         return end
+
+    def _is_added(self, ids: list[int], places: list[Span], place: int, text: str) -> bool:
+        begin, end = places[place]
+        return self._encoder.is_added(ids[place], text[begin:end])
 
 
 class _Conversation:
@@ -147,6 +151,10 @@ class _Conversation:
                 raise ExampleProblem("a text contains a control token, and the template does not write it as it is")
         return rendered
 
+    def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        """Return the ids of a rendering, and the place of each in it. Raises ExampleProblem."""
+        return self._encoder.encode(text, hidden=self.hidden)
+
     @property
     def has_generation(self) -> bool:
         return self._template.has_generation
@@ -177,14 +185,14 @@ class _Conversation:
                 continue
             before = self.render(place, prompt=True).text
             after = whole if place + 1 == len(self.messages) else self.render(place + 1).text
-            self._check_beginning(after, whole, f"the conversation up to message {place + 1}")
-            self._check_beginning(before, after, f"the prompt for message {place + 1}")
+            self._check_beginning(after, f"the conversation up to message {place + 1}", whole, "the whole")
+            self._check_beginning(before, f"the prompt for message {place + 1}", after, "the conversation with it")
             if len(before) == len(after):
                 raise ExampleProblem(f"the template writes nothing for message {place + 1}")
             spans.append(((len(before), len(after)), message.learned))
         return spans
 
-    def _check_beginning(self, text: str, longer: str, what: str) -> None:
+    def _check_beginning(self, text: str, name: str, longer: str, name_of_longer: str) -> None:
         """Raise ExampleProblem, with the first difference, unless `longer` begins with `text`."""
         if longer.startswith(text):
             return
@@ -192,10 +200,12 @@ class _Conversation:
             (place for place, (one, other) in enumerate(zip(text, longer, strict=False)) if one != other),
             min(len(text), len(longer)),
         )
-        shown, found = (self._encoder.show(each[place : place + 30]) for each in (text, longer))
+        # A few characters before, so that a difference within a word can be read.
+        begin = max(0, place - 12)
+        found, expected = (self._encoder.show(each[begin : place + 24]) for each in (text, longer))
         raise ExampleProblem(
-            f"{what} is not how the conversation begins in the template: at character {place + 1} expected {shown!r}; "
-            f"found {found!r}"
+            f"the template does not write one conversation step by step: {name} has {found!r} where {name_of_longer} "
+            f"has {expected!r} (character {place + 1})"
         )
 
 

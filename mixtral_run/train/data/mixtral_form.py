@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from mixtral_run.train.data.chat_template import MIXTRAL, ChatTemplate, ExampleProblem
+from mixtral_run.train.data.chat_template import MIXTRAL, ChatTemplate
 from mixtral_run.train.data.example import ASSISTANT, SYSTEM, TOOL, USER, Example, Message
+from mixtral_run.train.data.example_problem import ExampleProblem
 from mixtral_run.train.data.text_encoder import TextEncoder
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 

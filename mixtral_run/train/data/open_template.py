@@ -42,10 +42,12 @@ def open_chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatT
     record = _own_record(tokenizer)
     if record is None:
         return template_of(TemplateRecord(MIXTRAL_TEMPLATE), tokenizer)
-    form = template_of(TemplateRecord(MIXTRAL_TEMPLATE), tokenizer)
-    own = template_of(record, tokenizer)
-    # The form's tokens equal mistral-common's, which those of the Jinja template do not with every tokenizer.json.
-    return form if isinstance(form, MixtralForm) and _writes_mixtral_form(record, tokenizer, form) else own
+    if "[INST]" in (record.text or ""):
+        # The form's tokens equal mistral-common's, which those of the Jinja template do not with every tokenizer.json.
+        form = template_of(TemplateRecord(MIXTRAL_TEMPLATE), tokenizer)
+        if isinstance(form, MixtralForm) and _writes_mixtral_form(record, tokenizer, form):
+            return form
+    return template_of(record, tokenizer)
 
 
 def template_of_adapter(
@@ -94,8 +96,11 @@ def template_of(record: TemplateRecord, tokenizer: PreTrainedTokenizerBase, wher
     if record.text is None:
         return MixtralForm(TextEncoder(tokenizer), bos_id, eos_id)
     encoder = TextEncoder(tokenizer, record.text + (record.tools_text or ""))
-    place = where or f"chat template of {tokenizer.name_or_path}"
-    return JinjaTemplate(record, encoder, tokenizer.special_tokens_map, bos_id, eos_id, place)
+    return JinjaTemplate(record, encoder, tokenizer.special_tokens_map, bos_id, eos_id, where or _place(tokenizer))
+
+
+def _place(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"chat template of {tokenizer.name_or_path}"
 
 
 def _own_record(tokenizer: PreTrainedTokenizerBase) -> TemplateRecord | None:
@@ -145,7 +150,7 @@ def _writes_mixtral_form(record: TemplateRecord, tokenizer: PreTrainedTokenizerB
         turns = [rf" ?{question.format(text)} ?{answer}{eos}" for text, answer in ((first, "A1"), (second, "A2"))]
         return rf"{bos}{''.join(turns)} ?"
 
-    template = SandboxedTemplate(record.text or "", "", tokenizer.special_tokens_map)
+    template = SandboxedTemplate(record.text or "", _place(tokenizer), tokenizer.special_tokens_map)
     with_system = pattern("Q1", r"S\n\nQ2") if form.is_v3 else pattern(r"S\n\nQ1", "Q2")
     # The first releases refuse a system message.
     return _renders(template, conversation, pattern("Q1", "Q2")) and _renders(

@@ -18,7 +18,7 @@ from typing import Any
 
 from mixtral_run.errors import ConfigError, MixtralRunError
 
-SECONDS, GROWTH_BYTES = 20.0, 2 * 1024**3
+SECONDS, GROWTH_BYTES = 5.0, 2 * 1024**3
 """Processor time and additional memory of one conversation's renderings; a usual one takes a millisecond."""
 LONGEST_TEMPLATE = 1_000_000
 """Characters of a template; the longest of released models has 20,000."""
@@ -75,7 +75,7 @@ class SandboxedTemplate:
                 found=repr(text[:60]),
             )
         self.has_generation = _GENERATION.search(text) is not None
-        self._special_tokens = dict(special_tokens)
+        self._special_tokens, self._where = dict(special_tokens), where
         try:
             with _bounded():
                 self._template: Any = _compile_jinja_template(text)
@@ -90,12 +90,12 @@ class SandboxedTemplate:
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
-        """Bound time and memory of the renderings within. Raises TemplateFailed where they are exceeded."""
+        """Bound time and memory of the renderings within. Raises ConfigError if they are exceeded."""
         try:
             with _bounded():
                 yield
         except TooLong as error:
-            raise TemplateFailed(f"it takes more than {SECONDS:g} seconds") from error
+            raise self._excess("time", f"{SECONDS:g} seconds") from error
 
     def render(
         self,
@@ -104,7 +104,12 @@ class SandboxedTemplate:
         *,
         add_generation_prompt: bool,
     ) -> Rendered:
-        """Render a conversation as `apply_chat_template` does. Raises TemplateFailed."""
+        """Render a conversation as `apply_chat_template` does.
+
+        Raises:
+            TemplateFailed: the template cannot write this conversation.
+            ConfigError: it writes far more than the conversation has, or needs too much memory.
+        """
         longest = 1_000_000 + 64 * sum(map(_num_characters, [*messages, *(tools or ())]))
         blocks: list[str] = []
         generated: list[tuple[int, int]] = []
@@ -121,13 +126,23 @@ class SandboxedTemplate:
                     blocks.append(block)
                     length += len(block)
                     if length > longest:
-                        raise TemplateFailed(f"it writes more than {longest:,} characters")
-        except (TooLong, TemplateFailed, MixtralRunError):
+                        raise self._excess("output", f"{longest:,} characters")
+        except MixtralRunError:
             raise
+        except (MemoryError, OverflowError) as error:
+            raise self._excess("memory", f"{GROWTH_BYTES // 1024**2:,} MiB") from error
         except Exception as error:
             # A template can fail in any way that Python code can.
             raise TemplateFailed(_first_line(error)) from error
         return Rendered("".join(blocks), tuple(sorted((begin, end) for begin, end in generated if end > begin)))
+
+    def _excess(self, what: str, limit: str) -> ConfigError:
+        return ConfigError(
+            f"The chat template needs too much {what} for one conversation.",
+            where=self._where,
+            expected=f"at most {limit}",
+            next_command="another template: --chat-template mixtral, or a file",
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.train.data.example_problem import ExampleProblem
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -52,7 +53,7 @@ class TextEncoder:
             for number, token in sorted(tokenizer.added_tokens_decoder.items())
             if (token.special or token.content in template) and token.content.strip()
         }
-        self.added_ids = frozenset(int(number) for number in tokenizer.added_tokens_decoder)
+        self._added = {int(number): token.content for number, token in tokenizer.added_tokens_decoder.items()}
         self._names = list(self.control)
         self._places = {name: place for place, name in enumerate(self._names)}
         longest_first = sorted(self._names, key=len, reverse=True)
@@ -65,8 +66,15 @@ class TextEncoder:
         return _copied(self.definition)
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of a text in which control tokens are plain text."""
+        """Return the ids of a text in which control tokens are plain text.
+
+        Raises ExampleProblem for a text with the stand-in of a control token.
+        """
         ids: list[int] = self._as_text.encode(text, add_special_tokens=False).ids
+        if not self._stand_in_ids.isdisjoint(ids):
+            raise ExampleProblem(
+                "a text contains characters of Unicode's plane 15, which stand for control tokens here"
+            )
         return [self._ids.get(number, number) for number in ids] if self._ids else ids
 
     def has_control(self, text: str) -> bool:
@@ -84,15 +92,24 @@ class TextEncoder:
     def encode(self, text: str, *, hidden: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Return ids and the places [begin, end) of the tokens in `text`.
 
-        Control tokens in the text become tokens. hidden: stand-ins of `hide` in the text become plain text.
+        Control tokens in the text become tokens. hidden: stand-ins of `hide` in the text become plain text. Raises
+        ExampleProblem if that cannot be told apart.
         """
         encoding: Encoding
         if not hidden:
             encoding = self._plain.encode(text, add_special_tokens=False)
             return encoding.ids, encoding.offsets
-        marked = self._pattern.sub(lambda found: self._stand_in_of_token(found[0]), text)
+        marked, count = self._pattern.subn(lambda found: self._stand_in_of_token(found[0]), text)
         encoding = self._as_text.encode(self.show(marked), add_special_tokens=False)
-        return [self._ids.get(number, number) for number in encoding.ids], encoding.offsets
+        ids: list[int] = encoding.ids
+        if sum(number in self._stand_in_ids for number in ids) != count:
+            # As with `normalized: true`, with which a token is found at the begin of a word only.
+            raise ExampleProblem("a text contains a control token, and the tokenizer does not find all those around it")
+        return [self._ids.get(number, number) for number in ids], encoding.offsets
+
+    def is_added(self, number: int, text: str) -> bool:
+        """Return True if an id is that of an added token, and stands for its text: bytes have ids as well."""
+        return self._added.get(number) == text.strip()
 
     def _stand_in_of_text(self, name: str) -> str:
         return chr(_TEXT + self._places[name]) + _FILLING * (len(name) - 1)
@@ -114,6 +131,7 @@ class TextEncoder:
         # The post-processor refers to control tokens by their texts, and is not used.
         values["post_processor"] = None
         copy = _copied(json.dumps(values))
+        self._stand_in_ids = {copy.token_to_id(self._stand_in_of_token(name)) for name in self._names}
         found = {copy.token_to_id(text): number for text, number in numbers.items()}
         return copy, {copied: number for copied, number in found.items() if copied not in (None, number)}
 
