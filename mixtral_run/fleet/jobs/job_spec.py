@@ -35,7 +35,7 @@ RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
 """Config fields that name the output of a job, in the order of preference."""
-WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
+WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file", "data_cache")
 """All config fields that name a path that a job writes. smoke also writes its --load."""
 LOCAL_INPUTS = ("data_path", "valid_data_path", "prompts_file")
 """Config fields whose file may be on the operator's machine. It is then sent to the host."""

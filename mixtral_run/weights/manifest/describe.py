@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    """The newest and the lowest validation loss; empty if the run had no validation set."""
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -96,6 +98,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
+        manifest.validation,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.examples import Example, read_example_file, read_examples
-from mixtral_run.train.data.samples import Samples
+from tests.support.samples import samples_of
 
 GOOD = '{"instruction": "a", "response": "b"}'
 
@@ -165,7 +165,7 @@ def test_the_weight_of_an_answer_decides_whether_it_is_learned(tmp_path: Path, t
     path.write_text(json.dumps({"messages": messages}), "utf-8")
     (example,) = read_examples(path)
     assert example.learned == (False, True, False)
-    row = Samples([example], tiny_tokenizer, 96).row(0)
+    row = samples_of([example], tiny_tokenizer, 96).row(0)
     learned = [int(label) for label, counts in zip(row.labels, row.loss_mask, strict=True) if counts]
     assert tiny_tokenizer.decode(learned, skip_special_tokens=True).strip() == "4"
 
