@@ -89,8 +89,10 @@ class TrainingConfig(DataConfig, LaunchConfig):
 class FinetuneConfig(LoraConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
 
-    valid_data_path: Path | None = setting(
-        None, help="JSONL validation set. Its loss is reported every --eval-interval iterations.", section=DATA
+    valid_data_path: tuple[str, ...] = setting(
+        (),
+        help="Validation set, in any form of --data-path. Its loss is reported every --eval-interval iterations.",
+        section=DATA,
     )
     eval_interval: int = setting(
         100,

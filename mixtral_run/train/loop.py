@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mixtral_run.config.data_sources import content_sha256
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
@@ -40,7 +40,17 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
 
-ORDER_SETTINGS = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed")
+ORDER_SETTINGS = (
+    "data_path",
+    "data_format",
+    "field",
+    "skip_bad_examples",
+    "mock_data",
+    "pack",
+    "seq_length",
+    "global_batch_size",
+    "seed",
+)
 """Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
 
 
@@ -215,7 +225,7 @@ def _describe(config: FinetuneConfig, base: BaseDescription) -> dict[str, object
         "lora": LoraSettings.from_config(config).to_mapping(),
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
-        "data_sha256": None if config.data_path is None else _sha256(config.data_path),
+        "data_sha256": content_sha256(config.data_path),
     }
 
 
@@ -298,19 +308,15 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
 
 def _changed_order(config: FinetuneConfig, adapter: AdapterDescription) -> list[str]:
     """Return the settings that determine the order of samples and have changed since the run stopped."""
-    now = config.to_mapping()
+    now, before = config.to_mapping(), config.with_current_names(adapter.training)
     changed = [
-        f"--{name.replace('_', '-')} {now[name]} (was {adapter.training[name]})"
+        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
         for name in ORDER_SETTINGS
-        if adapter.training.get(name, now[name]) != now[name]
+        if before.get(name, now[name]) != now[name]
     ]
-    if not changed and config.data_path is not None and adapter.data_sha256 not in (None, _sha256(config.data_path)):
-        changed.append(f"--data-path {config.data_path} (its content has changed)")
+    if not changed and adapter.data_sha256 not in (None, content_sha256(config.data_path)):
+        changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
     return changed
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _remove_leftovers(save: Path) -> None:

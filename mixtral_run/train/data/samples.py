@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.examples import Example, first_problems
-from mixtral_run.train.data.prompt import encode_conversation
+from mixtral_run.train.data.example import Example
+from mixtral_run.train.data.examples import first_problems
+from mixtral_run.train.data.instruct_encoding import encode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,13 +166,12 @@ class Samples:
     def _encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
         problems = []
         for example in examples:
-            row, responses = _row_of(encode_conversation(tokenizer, example.turns))
-            if example.learned:
-                responses = [each for each, learned in zip(responses, example.learned, strict=True) if learned]
+            encoded = encode(tokenizer, example)
+            row, responses = encoded.tokens, list(encoded.learned)
             length, num_prompt = len(row), responses[0][0]
             if num_prompt > self._seq_length:
                 problems.append(
-                    f"line {example.line}: {length:,} tokens, {num_prompt:,} of them in the instruction; "
+                    f"{example.place}: {length:,} tokens, {num_prompt:,} of them in the instruction; "
                     "nothing of the response is left"
                 )
                 continue
@@ -192,17 +192,6 @@ class Samples:
                 problems=first_problems(problems),
                 next_command="a larger --seq-length, or shorter instructions",
             )
-
-
-def _row_of(turns: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return a conversation's tokens, and begin and end of each response among them."""
-    row: list[int] = []
-    responses = []
-    for prompt, answer in turns:
-        begin = len(row) + len(prompt)
-        row += prompt + answer
-        responses.append((begin, len(row)))
-    return row, responses
 
 
 class MockSamples:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import DATA_SETTINGS, read_example_file, where_of
+from mixtral_run.train.data.examples import DATA_SETTINGS, ReadOptions, read_examples
+from mixtral_run.train.data.mixture import mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
@@ -24,7 +24,7 @@ def open_samples(
 
     Raises one error with all unusable examples of both files.
     """
-    files = {name: path for name in DATA_SETTINGS if (path := getattr(config, name, None)) is not None}
+    files = {name: texts for name in DATA_SETTINGS if (texts := getattr(config, name, ()))}
     found = _open_files(config, base, files, report) if files else {}
     samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
     validation_samples = found.get("valid_data_path")
@@ -38,23 +38,25 @@ def open_samples(
 
 
 def _open_files(
-    config: TrainingConfig, base: BaseDescription, files: Mapping[str, Path], report: Report
+    config: TrainingConfig, base: BaseDescription, files: Mapping[str, tuple[str, ...]], report: Report
 ) -> dict[str, FileSamples]:
     tokenizer = load_tokenizer(base.tokenizer)
     found: dict[str, FileSamples] = {}
     errors: list[MixtralRunError] = []
-    for name, path in files.items():
+    for name, texts in files.items():
+        stream = read_examples(texts, ReadOptions.of(config), name)
         try:
-            file = read_example_file(path, name)
-            samples = Samples(file.examples, tokenizer, config.seq_length, where_of(name, path))
-            check_token_ids(
-                tokenizer, samples.highest_id, base.architecture.vocab_size, base.tokenizer, where_of(name, path)
-            )
+            examples = list(stream)
+            weights = [source.weight for source in stream.sources]
+            if shares := mixed_indices(stream.counts_by_source, weights):
+                examples = [examples[index] for index in shares]
+            samples = Samples(examples, tokenizer, config.seq_length, stream.where)
+            check_token_ids(tokenizer, samples.highest_id, base.architecture.vocab_size, base.tokenizer, stream.where)
         except MixtralRunError as error:
             errors.append(error)
             continue
-        if unused := file.describe_unused():
-            report.warn(f"{where_of(name, path)}: {unused}")
+        for remark in stream.remarks():
+            report.warn(f"{stream.where}: {remark}")
         found[name] = PackedSamples(samples) if isinstance(config, FinetuneConfig) and config.pack else samples
     if errors:
         raise joined(errors)

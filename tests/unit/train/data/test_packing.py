@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples, pack_lengths
 from mixtral_run.train.data.samples import Samples, batches
+from tests.support.examples import examples_of
 
 SEQ = 256
 
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(read_examples(INSTRUCTIONS), tiny_tokenizer, SEQ)
+    return Samples(examples_of(INSTRUCTIONS), tiny_tokenizer, SEQ)
 
 
 @pytest.mark.parametrize("seed", range(5))
