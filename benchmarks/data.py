@@ -3,8 +3,8 @@
     python -m benchmarks.data --examples 100000
 
 Each measurement is a process of its own. `first` tokenizes, `second` is the next start with the same file, `rank` opens
-the cache as a rank does and reads an epoch of rows. The rival tokenizes each conversation as one text, without the spans
-that are learned, which is less work; its cache is Arrow.
+the cache as a rank does and reads an epoch of rows. The rival tokenizes each conversation as one text, without the
+spans that are learned, which is less work; its cache is Arrow.
 """
 
 from __future__ import annotations
@@ -53,15 +53,19 @@ def write_examples(path: Path, count: int) -> None:
 
 def kit(part: str, folder: Path, data: Path) -> dict[str, Any]:
     from mixtral_run.config.training import FinetuneConfig
+    from mixtral_run.model.architecture import MIXTRAL_8X7B
     from mixtral_run.report import Report
     from mixtral_run.train.data.samples import batches
     from mixtral_run.train.data.sources import open_data
-    from mixtral_run.model.architecture import MIXTRAL_8X7B
     from mixtral_run.weights.manifest.describe import BaseDescription
 
     base = BaseDescription(folder / "base", MIXTRAL_8X7B, "bfloat16", "0-0")
     config = FinetuneConfig(
-        load=base.folder, save=folder / "adapter", data_path=data, seq_length=SEQ_LENGTH, pack=part == "kit-rank"
+        load=base.folder,
+        save=folder / "adapter",
+        data_path=(str(data),),
+        seq_length=SEQ_LENGTH,
+        pack=part == "kit-rank",
     )
     started = time.perf_counter()
     opened = open_data(config, base, Report(sys.stderr), verify=part != "kit-rank")
@@ -84,9 +88,8 @@ def rival(folder: Path, data: Path) -> dict[str, Any]:
     started = time.perf_counter()
     loaded = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=str(folder / "arrow"))
     read = time.perf_counter()
-    done = loaded.map(
-        as_token_ids, batched=True, num_proc=cpus(), remove_columns=loaded.column_names, fn_kwargs={"tokenizer": tokenizer}
-    )
+    options = {"remove_columns": loaded.column_names, "fn_kwargs": {"tokenizer": tokenizer}}
+    done = loaded.map(as_token_ids, batched=True, num_proc=cpus(), **options)
     seconds = time.perf_counter() - started
     return {"open_seconds": seconds, "read_seconds": read - started, "tokens": sum(map(len, done[:1000]["input_ids"]))}
 
@@ -130,7 +133,8 @@ def main() -> None:
         for part in arguments.parts:
             words = [sys.executable, "-m", "benchmarks.data", "--examples", str(arguments.examples)]
             found, memory = measured([*words, "--folder", str(work), "--child", part])
-            found |= {"peak_gb_of_all": memory.peak_resident_bytes / 1e9, "anonymous_gb": memory.peak_anonymous_bytes / 1e9}
+            found["peak_gb_of_all"] = memory.peak_resident_bytes / 1e9
+            found["anonymous_gb"] = memory.peak_anonymous_bytes / 1e9
             if part.endswith("first"):
                 found["examples_per_second"] = arguments.examples / found["open_seconds"]
             print(part, json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)

@@ -93,8 +93,10 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
 class FinetuneConfig(LoraConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
 
-    valid_data_path: Path | None = setting(
-        None, help="JSONL validation set. Its loss is reported every --eval-interval iterations.", section=DATA
+    valid_data_path: tuple[str, ...] = setting(
+        (),
+        help="Validation set, in any form of --data-path. Its loss is reported every --eval-interval iterations.",
+        section=DATA,
     )
     valid_fraction: float = setting(
         0.0,
@@ -155,7 +157,7 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
     @property
     def has_validation(self) -> bool:
         """True if the run has a validation set."""
-        return self.valid_data_path is not None or self.valid_fraction > 0
+        return bool(self.valid_data_path) or self.valid_fraction > 0
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -163,7 +165,7 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
         if self.valid_fraction >= 1:
             found.append(f"--valid-fraction: expected less than 1; found {self.valid_fraction:g}")
-        if self.valid_fraction and self.valid_data_path is not None:
+        if self.valid_fraction and self.valid_data_path:
             found.append("--valid-fraction and --valid-data-path: expected one of them; found both")
         if self.valid_fraction and self.mock_data:
             found.append("--valid-fraction: expected --data-path; found --mock-data")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.data_sources import combined_sha256, content_sha256
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.config.up import UpConfig
@@ -17,9 +17,10 @@ from mixtral_run.config.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS
 from mixtral_run.fleet.jobs.fetch import fetch
 from mixtral_run.fleet.jobs.job_log import JobFollower
-from mixtral_run.fleet.jobs.job_spec import CHECKPOINTS, JobOptions, host_path
+from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
@@ -179,10 +180,9 @@ def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None
     ]
     known = done.adapter.get("data_sha256")
     # A file that does not exist here is a file of the host and is not compared.
-    if known and config.data_path is not None and config.data_path.is_file():
-        found = hashlib.sha256(config.data_path.read_bytes()).hexdigest()
-        if found != known:
-            problems.append(f"--data-path: the adapter was trained on another file than {config.data_path}")
+    found = content_sha256(config.data_path)
+    if known and found not in (None, known):
+        problems.append(f"--data-path: the adapter was trained on another file than {', '.join(config.data_path)}")
     below, base = done.adapter.get("base", {}).get("fingerprint"), done.base.get("fingerprint")
     if below and base and any(one != other for one, other in zip(below.split("-"), base.split("-"), strict=False)):
         problems.append(f"--load: the adapter was trained on another base than {config.load}")
@@ -279,4 +279,4 @@ def _settings_of(ssh: Ssh, host: Host, job: str) -> Mapping[str, Any]:
         training = parse_json(settings)
     except ValueError:
         return {}
-    return {"training": training, "data_sha256": sums.partition(" ")[0]}
+    return {"training": training, "data_sha256": combined_sha256([line.split()[0] for line in sums.splitlines()])}

@@ -41,7 +41,18 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
 
-ORDER_SETTINGS = ("data_path", "mock_data", "pack", "seq_length", "global_batch_size", "seed", "valid_fraction")
+ORDER_SETTINGS = (
+    "data_path",
+    "data_format",
+    "field",
+    "skip_bad_examples",
+    "valid_fraction",
+    "mock_data",
+    "pack",
+    "seq_length",
+    "global_batch_size",
+    "seed",
+)
 """Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
 
 
@@ -356,14 +367,14 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
 
 def _changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha256: str | None) -> list[str]:
     """Return the settings that determine the order of samples and have changed since the run stopped."""
-    now = config.to_mapping()
+    now, before = config.to_mapping(), config.with_current_names(adapter.training)
     changed = [
-        f"--{name.replace('_', '-')} {now[name]} (was {adapter.training[name]})"
+        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
         for name in ORDER_SETTINGS
-        if adapter.training.get(name, now[name]) != now[name]
+        if before.get(name, now[name]) != now[name]
     ]
     if not changed and data_sha256 is not None and adapter.data_sha256 not in (None, data_sha256):
-        changed.append(f"--data-path {config.data_path} (its content has changed)")
+        changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
     return changed
 
 

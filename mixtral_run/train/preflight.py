@@ -13,7 +13,7 @@ from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples
+from mixtral_run.train.data.examples import DATA_SETTINGS, ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.early_stopping import BestLoss
@@ -128,10 +128,10 @@ def _errors(
     if base is not None:
         problems += layout_problems(config, base)
     for setting in DATA_SETTINGS if reads_data else ():
-        path = getattr(config, setting, None)
-        if path is not None:
+        texts = getattr(config, setting, ())
+        if texts:
             try:
-                read_examples(path, setting)
+                read_examples(texts, ReadOptions.of(config), setting).check()
             except MixtralRunError as error:
                 errors.append(error)
     if isinstance(config, FinetuneConfig):

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from mixtral_run.train.data.encoded import EncodedExample
-from mixtral_run.train.data.examples import Example
-from mixtral_run.train.data.prompt import encode_conversation, load_tokenizer
+from mixtral_run.train.data.example import Example
+from mixtral_run.train.data.instruct_encoding import encode
+from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.weights.hf.tokenizer_files import TOKENIZER_FILES
+
+VERSION = 1
+"""Version of the kit's own encoding. Increase it when the same example gets other tokens."""
 
 Encode = Callable[[Example], EncodedExample]
 
@@ -26,24 +28,19 @@ class Encoding:
     tokenizer_folder: Path
 
     def load(self) -> Encode:
-        """Return the function that encodes an example."""
+        """Return the function that encodes an example. It raises ConfigError for one that the template cannot take."""
         tokenizer = load_tokenizer(self.tokenizer_folder)
+        return lambda example: encode(tokenizer, example)
 
-        def encode(example: Example) -> EncodedExample:
-            row: list[int] = []
-            learned = []
-            turns = encode_conversation(tokenizer, example.turns)
-            for (prompt, answer), counts in zip(turns, example.learned or [True] * len(turns), strict=True):
-                begin = len(row) + len(prompt)
-                row += prompt + answer
-                learned += [(begin, len(row))] if counts else []
-            return EncodedExample(np.asarray(row, np.int32), tuple(learned))
-
-        return encode
+    def facts(self) -> dict[str, int]:
+        """Return what a run must know about the tokenizer: the id for padding, and the number of ids."""
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        # Any valid id pads: padding is masked out of the loss, and follows every token that attention covers.
+        return {"padding_id": int(tokenizer.eos_token_id), "tokenizer_size": max(tokenizer.get_vocab().values()) + 1}
 
     def fingerprint(self) -> str:
-        """Return a hash of everything that decides the token ids; no tokenizer is loaded."""
-        digest = hashlib.sha256(f"tokenizers {version('tokenizers')}\n".encode())
+        """Return a hash of everything that decides the token ids. No tokenizer is loaded, so that it takes no time."""
+        digest = hashlib.sha256(f"{VERSION}, tokenizers {version('tokenizers')}\n".encode())
         for name in TOKENIZER_FILES:
             file = self.tokenizer_folder / name
             if file.is_file():
@@ -53,10 +50,10 @@ class Encoding:
 
 def content_digest(example: Example) -> int:
     """Return a hash of 64 bits of an example's texts. It depends on nothing else, so that duplicates share it."""
-    digest = hashlib.sha256(json.dumps(example.turns, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    return int.from_bytes(digest.digest()[:8], "little")
-
-
-def place_of(example: Example) -> str:
-    """Return where an example stands in its file."""
-    return f"line {example.line}"
+    content = [
+        [message.role, message.content.strip(), list(message.tool_calls), message.tool_call_id, message.name]
+        for message in example.messages
+        if message.content.strip() or message.tool_calls
+    ]
+    text = json.dumps([content, example.text, list(example.tools)], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

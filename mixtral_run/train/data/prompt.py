@@ -102,10 +102,12 @@ def encode_turn(tokenizer: PreTrainedTokenizerBase, instruction: str, response: 
     before it differently.
     """
     prompt = _encode(tokenizer, prompt_text(instruction))
-    row = _encode(tokenizer, f"{prompt_text(instruction)} {response.strip()}")
+    # The blanks at its beginning are learned: they may be the indentation of code.
+    response = response.rstrip()
+    row = _encode(tokenizer, f"{prompt_text(instruction)} {response}")
     # If a tokenizer merges across the end of the prompt, no generation could produce that token; then the response is
     # encoded by itself. Neither Mixtral's tokenizer nor the kit's does so.
-    answer = row[len(prompt) :] if row[: len(prompt)] == prompt else _encode(tokenizer, response.strip())
+    answer = row[len(prompt) :] if row[: len(prompt)] == prompt else _encode(tokenizer, response)
     return [_special(tokenizer, "bos_token_id"), *prompt], [*answer, _special(tokenizer, "eos_token_id")]
 
 
@@ -115,6 +117,11 @@ def encode_conversation(
     """Return `encode_turn` of each turn of a conversation. Concatenated they are the whole row, with one <s>."""
     encoded = [encode_turn(tokenizer, instruction, response) for instruction, response in turns]
     return [(prompt[1:] if number else prompt, answer) for number, (prompt, answer) in enumerate(encoded)]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of `<s>text</s>`, for continued pre-training."""
+    return [_special(tokenizer, "bos_token_id"), *_encode(tokenizer, text), _special(tokenizer, "eos_token_id")]
 
 
 def prompt_text(instruction: str) -> str:

@@ -101,7 +101,7 @@ class Samples:
         seq_length: tokens of a row.
         padding_id: any valid id: padding is masked out of the loss, and follows every token that attention covers.
         where: the file, for errors.
-        chosen: numbers of the examples to use, in ascending order; None: all.
+        chosen: numbers of the examples to use, some perhaps several times; None: all, each once.
 
     Raises:
         ConfigError: examples are so long that nothing of their response is left; their lines are listed.
@@ -195,6 +195,12 @@ class Samples:
                 problems=[*problems[:NUM_PROBLEMS_SHOWN], *more],
                 next_command="a larger --seq-length, or shorter instructions",
             )
+
+
+def has_response(arrays: TokenArrays, seq_length: int) -> NDArray[np.bool_]:
+    """Return for each example whether something of it is learned in a row of `seq_length` tokens."""
+    found: NDArray[np.bool_] = _first_learned(arrays) <= seq_length
+    return found
 
 
 def _first_learned(arrays: TokenArrays) -> NDArray[np.int64]:

@@ -1,33 +1,29 @@
-"""The samples of a training run: the examples of a file or mock data, and the validation set."""
+"""The samples of a training run: examples of data files or mock data, and the validation set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.distributed as dist
 
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
-from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError, joined
+from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.cache_folder import CacheFolder, default_folder
-from mixtral_run.train.data.content_hash import file_sha256, refuse_changed
-from mixtral_run.train.data.encoding import Encoding
-from mixtral_run.train.data.examples import DATA_SETTINGS, read_example_file, where_of
+from mixtral_run.train.data.cached_examples import CachedExamples, ExampleCaches
+from mixtral_run.train.data.examples import DATA_SETTINGS
+from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
-from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
+from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource, has_response
 from mixtral_run.train.data.split import split_by_digest
-from mixtral_run.train.data.token_cache import CacheWriter, TokenCache
-from mixtral_run.train.data.tokenize import TokenizingProgress, tokenized
 from mixtral_run.weights.manifest.describe import BaseDescription
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+TRAINING, VALIDATION = DATA_SETTINGS
 FileSamples = Samples | PackedSamples
 
 
@@ -38,16 +34,16 @@ class TrainingData:
     Attributes:
         samples: to train on.
         validation: to evaluate, if there are any.
-        sha256: of --data-path; None for mock data.
+        sha256: of the content of --data-path; None for mock data and for a dataset on the hub.
         identity: a hash of all token ids, which every rank must agree on.
-        warnings: what the reading of the files reported.
+        remarks: what the reading of the data reported.
     """
 
     samples: SampleSource
     validation: FileSamples | None = None
     sha256: str | None = None
     identity: str = ""
-    warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int | None:
@@ -56,8 +52,8 @@ class TrainingData:
 
     def describe(self, config: TrainingConfig, report: Report) -> None:
         """Print a line about the samples of the run, and one about the validation set. config: with its iterations."""
-        for warning in self.warnings:
-            report.warn(warning)
+        for remark in self.remarks:
+            report.warn(remark)
         report.say(f"Data: {self.samples.describe()}")
         if self.num_samples is not None:
             epochs = config.iterations * config.global_batch_size / self.num_samples
@@ -78,23 +74,23 @@ def open_data(config: TrainingConfig, base: BaseDescription, report: Report, *, 
     Raises:
         MixtralRunError: one error with all unusable examples of all files.
     """
-    files = {name: path for name in DATA_SETTINGS if (path := getattr(config, name, None)) is not None}
-    if not files:
-        return TrainingData(MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
-    opened: dict[str, _OpenFile] = {}
+    settings = {name: texts for name in DATA_SETTINGS if (texts := getattr(config, name, ()))}
+    opened: dict[str, CachedExamples] = {}
     errors: list[MixtralRunError] = []
-    reader = _Reader(config, base, report, verify)
-    for name, path in files.items():
+    caches = ExampleCaches(config, base, report, verify=verify) if settings else None
+    for name, texts in settings.items():
+        assert caches is not None
         try:
-            opened[name] = reader.open(path, name)
+            opened[name] = caches.open(texts, name)
         except MixtralRunError as error:
             errors.append(error)
-    if not errors:
-        try:
-            return _training_data(config, base, opened, reader.padding_id)
-        except MixtralRunError as error:
-            errors.append(error)
-    raise joined(errors)
+    try:
+        data = _training_data(config, base, opened)
+    except MixtralRunError as error:
+        errors.append(error)
+    if errors:
+        raise joined(errors)
+    return data
 
 
 def open_data_everywhere(config: TrainingConfig, base: BaseDescription, report: Report) -> TrainingData:
@@ -136,84 +132,66 @@ def check_same(identities: list[str]) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _OpenFile:
-    cache: TokenCache
-    sha256: str
-    where: str
-
-
-class _Reader:
-    """Opens the token caches of a run's data files; makes them if they are missing."""
-
-    def __init__(self, config: TrainingConfig, base: BaseDescription, report: Report, verify: bool) -> None:
-        self._base, self._report, self._verify = base, report, verify
-        self._encoding = Encoding(base.tokenizer)
-        self._tokenizer = load_tokenizer(base.tokenizer)
-        self.padding_id = int(self._tokenizer.eos_token_id)
-        save = config.save if isinstance(config, FinetuneConfig) else None
-        self._folder = CacheFolder(
-            config.data_cache or default_folder(save),
-            int(config.data_cache_gib * 2**30),
-            60.0 * config.distributed_timeout_minutes,
-        )
-
-    def open(self, path: Path, setting: str) -> _OpenFile:
-        """Return the cache of a file."""
-        where = where_of(setting, path)
-        try:
-            sha256 = file_sha256(path, self._folder.path if self._folder.path.is_dir() else None)
-        except OSError as error:
-            raise ConfigError("The data cannot be read.", where=where, found=error.strerror) from error
-        key = {"content": sha256, "encoding": self._encoding.fingerprint()}
-        make = self._make(path, setting, sha256)
-        cache = self._folder.open_or_make(key, make, self._report, verify=self._verify)
-        check_token_ids(
-            self._tokenizer, cache.arrays.highest_id, self._base.architecture.vocab_size, self._base.tokenizer, where
-        )
-        return _OpenFile(cache, sha256, where)
-
-    def _make(
-        self, path: Path, setting: str, sha256: str
-    ) -> Callable[[CacheWriter, Callable[[str], None]], Mapping[str, Any]]:
-        def make(writer: CacheWriter, note: Callable[[str], None]) -> Mapping[str, Any]:
-            file = read_example_file(path, setting)
-            progress = TokenizingProgress(len(file.examples), self._report.say, note)
-            for chunk in tokenized(file.examples, self._encoding, progress.advance):
-                writer.add(chunk.encoded, chunk.digests, chunk.places)
-            progress.finish()
-            refuse_changed(path, sha256)
-            unused = file.describe_unused()
-            return {"warnings": [] if unused is None else [unused]}
-
-        return make
-
-
-def _training_data(
-    config: TrainingConfig, base: BaseDescription, opened: Mapping[str, _OpenFile], padding_id: int
-) -> TrainingData:
-    mock = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
+def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mapping[str, CachedExamples]) -> TrainingData:
+    """Return the samples of opened caches. Raises one error with all problems of all of them."""
     parts: dict[str, Samples] = {}
+    remarks = [f"{each.where}: {remark}" for each in opened.values() for remark in each.remarks]
     errors: list[MixtralRunError] = []
-    fraction = config.valid_fraction if isinstance(config, FinetuneConfig) else 0.0
-    for name, file in opened.items():
-        chosen: dict[str, NDArray[np.int64] | None] = {name: None}
+    for setting, examples in opened.items():
         try:
-            if name == "data_path" and fraction:
-                training, validation = split_by_digest(file.cache.arrays.digests, fraction, file.where)
-                chosen = {"data_path": training, "valid_data_path": validation}
-            for part, numbers in chosen.items():
-                parts[part] = Samples(file.cache.arrays, config.seq_length, padding_id, file.where, numbers)
+            for name, chosen in _parts(config, setting, examples, remarks).items():
+                parts[name] = Samples(
+                    examples.cache.arrays, config.seq_length, examples.padding_id, examples.where, chosen
+                )
         except MixtralRunError as error:
             errors.append(error)
     if errors:
         raise joined(errors)
     packs = isinstance(config, FinetuneConfig) and config.pack
     ready: dict[str, FileSamples] = {name: PackedSamples(each) if packs else each for name, each in parts.items()}
+    mock = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
     return TrainingData(
-        ready.get("data_path", mock),
-        ready.get("valid_data_path"),
-        opened["data_path"].sha256 if "data_path" in opened else None,
-        " ".join(file.cache.identity for file in opened.values()),
-        tuple(f"{file.where}: {each}" for file in opened.values() for each in file.cache.notes.get("warnings", ())),
+        ready.get(TRAINING, mock),
+        ready.get(VALIDATION),
+        opened[TRAINING].sha256 if TRAINING in opened else None,
+        " ".join(examples.cache.identity for examples in opened.values()),
+        tuple(remarks),
     )
+
+
+def _parts(
+    config: TrainingConfig, setting: str, examples: CachedExamples, remarks: list[str]
+) -> dict[str, NDArray[np.int64] | None]:
+    """Return the examples for training, for validation or for both. None: all of them. Remarks are added."""
+    arrays = examples.cache.arrays
+    fitting: NDArray[np.int64] | None = None
+    if config.skip_bad_examples:
+        keep = has_response(arrays, config.seq_length)
+        if not keep.all():
+            fitting = np.flatnonzero(keep)
+            remarks.append(
+                f"{examples.where}: {len(keep) - len(fitting):,} examples are longer than --seq-length "
+                f"{config.seq_length:,} before their response begins, and are left out."
+            )
+    found = {setting: fitting}
+    if setting == TRAINING and isinstance(config, FinetuneConfig) and config.valid_fraction:
+        chosen = np.arange(len(arrays)) if fitting is None else fitting
+        training, validation = split_by_digest(arrays.digests[chosen], config.valid_fraction, examples.where)
+        found = {TRAINING: chosen[training], VALIDATION: chosen[validation]}
+    if setting == TRAINING:
+        found[TRAINING] = _mixed(examples, found[TRAINING], remarks)
+    return found
+
+
+def _mixed(examples: CachedExamples, chosen: NDArray[np.int64] | None, remarks: list[str]) -> NDArray[np.int64] | None:
+    """Return the examples of an epoch, repeated as the weights of the sources demand."""
+    weights = [source.weight for source in examples.sources]
+    counts = list(examples.counts)
+    if chosen is not None:
+        counts = np.diff(np.searchsorted(chosen, np.cumsum([0, *examples.counts]))).tolist()
+    indices = mixed_indices(counts, weights)
+    if indices is None:
+        return chosen
+    described = describe_mixture([source.text for source in examples.sources], counts, weights)
+    remarks += [described] if described else []
+    return indices if chosen is None else chosen[indices]

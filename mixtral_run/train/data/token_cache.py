@@ -86,10 +86,11 @@ class CacheWriter:
         """Write cache.json last. Everything is on the disk when this returns."""
         self.close()
         arrays = {name: {"count": self._counts[name], "crc32": self._sums[name]} for name in DTYPES}
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT, "kit_version": __version__, "key": dict(key), "arrays": arrays,
             "highest_id": self._highest_id, "notes": dict(notes),
         }  # fmt: skip
+        content["crc32"] = _sum_of(content)
         write_atomically(self._folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")
         sync_folder_and_files(self._folder)
 
@@ -127,6 +128,8 @@ def open_cache(folder: Path, *, verify: bool) -> TokenCache:
         counts = {name: int(described["arrays"][name]["count"]) for name in DTYPES}
         sums = {name: int(described["arrays"][name]["crc32"]) for name in DTYPES}
         highest_id, notes = int(described["highest_id"]), dict(described["notes"])
+        if described.pop("crc32") != _sum_of(described):
+            raise ValueError(f"{DESCRIPTION}: its content has changed")
         _check_sizes(folder, counts)
         if verify:
             _check_sums(folder, sums)
@@ -143,6 +146,11 @@ def open_cache(folder: Path, *, verify: bool) -> TokenCache:
     content = TokenArrays(**arrays | {"spans": arrays["spans"].reshape(-1, 2)}, highest_id=highest_id, mapped=tokens)
     identity = f"{folder.name}-{crc32(json.dumps([counts, sums]).encode()):08x}"
     return TokenCache(folder, content, notes, identity, folder_bytes(folder), in_use)
+
+
+def _sum_of(description: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of a description's content."""
+    return int(crc32(json.dumps(description, sort_keys=True).encode()))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixtral_run.errors import TrainingError
-from mixtral_run.train.data.encoding import Encode, Encoding, content_digest, place_of
-from mixtral_run.train.data.examples import Example
+from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.train.data.encoding import Encode, Encoding, content_digest
+from mixtral_run.train.data.example import Example
 from mixtral_run.train.data.token_arrays import DTYPES, EncodedChunk
 
 if TYPE_CHECKING:
@@ -35,27 +35,40 @@ CHUNKS_AHEAD = 4
 
 @dataclass(frozen=True)
 class TokenizedChunk:
-    """Some examples of the stream, in its order. digests: uint64, `content_digest` of each."""
+    """Some examples of the stream, in its order, without those that the chat template cannot take.
+
+    Attributes:
+        encoded: their tokens.
+        digests: uint64, `content_digest` of each.
+        sources, places: the number of each one's source, and where it stands there.
+        problems: source, place and reason of each example that is left out.
+    """
 
     encoded: EncodedChunk
     digests: NDArray[np.uint64]
+    sources: list[int]
     places: list[str]
+    problems: list[tuple[int, str, str]]
+
+
+Numbered = tuple[int, Example]
+"""An example with the number of its source."""
 
 
 def tokenized(
-    examples: Iterable[Example], encoding: Encoding, advance: Callable[[int], None], processes: int | None = None
+    examples: Iterable[Numbered], encoding: Encoding, advance: Callable[[int], None], processes: int | None = None
 ) -> Iterator[TokenizedChunk]:
     """Yield all examples as token ids, in their order.
 
     Args:
-        examples: a stream; a few thousand of them are in memory at a time.
+        examples: a stream with the number of each one's source; a few thousand are in memory at a time.
         encoding: loaded in every process that tokenizes.
         advance: called with the number of examples that were tokenized.
         processes: to start. Default: one for each CPU that this process may use, up to MOST_PROCESSES.
 
     Raises:
         TrainingError: a process that tokenizes was killed.
-        MixtralRunError: from the encoding.
+        MixtralRunError: the tokenizer or the chat template cannot be used.
     """
     stream = iter(examples)
     first = list(itertools.islice(stream, FEW))
@@ -63,7 +76,7 @@ def tokenized(
     chunks = _chunks(itertools.chain(first, stream))
     found = _here(chunks, encoding) if len(first) < FEW or count == 1 else _in_processes(chunks, encoding, count)
     for chunk in found:
-        advance(len(chunk.places))
+        advance(len(chunk.places) + len(chunk.problems))
         yield chunk
 
 
@@ -71,19 +84,19 @@ def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def _chunks(examples: Iterable[Numbered]) -> Iterator[list[Numbered]]:
     stream = iter(examples)
     while chunk := list(itertools.islice(stream, CHUNK)):
         yield chunk
 
 
-def _here(chunks: Iterable[list[Example]], encoding: Encoding) -> Iterator[TokenizedChunk]:
+def _here(chunks: Iterable[list[Numbered]], encoding: Encoding) -> Iterator[TokenizedChunk]:
     encode = encoding.load()
     for chunk in chunks:
         yield _tokenize(encode, chunk)
 
 
-def _in_processes(chunks: Iterable[list[Example]], encoding: Encoding, count: int) -> Iterator[TokenizedChunk]:
+def _in_processes(chunks: Iterable[list[Numbered]], encoding: Encoding, count: int) -> Iterator[TokenizedChunk]:
     waiting: deque[Future[TokenizedChunk]] = deque()
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(count, context, initializer=_start, initargs=(encoding,))
@@ -124,14 +137,25 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _tokenize_in_process(chunk: list[Example]) -> TokenizedChunk:
+def _tokenize_in_process(chunk: list[Numbered]) -> TokenizedChunk:
     assert _encode is not None
     return _tokenize(_encode, chunk)
 
 
-def _tokenize(encode: Encode, chunk: list[Example]) -> TokenizedChunk:
-    digests = np.asarray([content_digest(example) for example in chunk], DTYPES["digests"])
-    return TokenizedChunk(EncodedChunk.of(map(encode, chunk)), digests, [place_of(example) for example in chunk])
+def _tokenize(encode: Encode, chunk: list[Numbered]) -> TokenizedChunk:
+    found, problems = [], []
+    for source, example in chunk:
+        try:
+            found.append((source, example, encode(example)))
+        except ConfigError as error:
+            problems.append((source, example.place, getattr(error, "problem", error.what)))
+    return TokenizedChunk(
+        EncodedChunk.of(encoded for _, _, encoded in found),
+        np.asarray([content_digest(example) for _, example, _ in found], DTYPES["digests"]),
+        [source for source, _, _ in found],
+        [example.place for _, example, _ in found],
+        problems,
+    )
 
 
 class TokenizingProgress:

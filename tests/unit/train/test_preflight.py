@@ -64,7 +64,7 @@ def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapt
 def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:
     data = tmp_path / "my.jsonl"
     data.write_text("one")
-    now = config(tmp_path, mock_data=False, data_path=data)
+    now = config(tmp_path, mock_data=False, data_path=(str(data),))
     lora = LoraSettings.from_config(now)
     known = AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), "of other content")
     assert _changed_order(now, known, "of this one") == [f"--data-path {data} (its content has changed)"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples, Packing, pack_lengths
 from mixtral_run.train.data.samples import Samples, batches
+from tests.support.examples import examples_of
 from tests.support.samples import samples_of
 
 SEQ = 256
@@ -23,7 +23,7 @@ SEQ = 256
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return samples_of(read_examples(INSTRUCTIONS), tiny_tokenizer, SEQ)
+    return samples_of(examples_of(INSTRUCTIONS), tiny_tokenizer, SEQ)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,13 +8,13 @@ import torch
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import Example, read_examples
 from mixtral_run.train.data.prompt import encode_conversation, encode_turn
 from mixtral_run.train.data.samples import GlobalBatch, MockSamples, Samples, SampleSource, ShuffledOrder, batches
+from tests.support.examples import conversation, examples_of, turns_of
 from tests.support.samples import samples_of
 
 BOS, EOS = 1, 2
-EXAMPLES = read_examples(INSTRUCTIONS)
+EXAMPLES = examples_of(INSTRUCTIONS)
 SEQ = 104
 LAYOUTS = [(1, 12), (1, 4), (1, 1), (2, 3), (2, 6), (3, 2), (4, 3), (6, 1), (12, 1)]  # DP size, micro batch size
 
@@ -40,14 +40,14 @@ def test_the_loss_covers_the_response_and_its_end_alone(samples: Samples, tiny_t
         row = samples.row(index)
         counted = row.labels[row.loss_mask == 1].tolist()
         assert counted[-1] == EOS
-        assert tiny_tokenizer.decode(counted[:-1]) == f" {example.response}"
+        assert tiny_tokenizer.decode(counted[:-1]) == f" {turns_of(example)[0][1]}"
         assert len(counted) == samples.num_loss_tokens(index)
 
 
 def test_labels_are_the_tokens_one_place_on(samples: Samples, tiny_tokenizer: Any) -> None:
     for index, example in enumerate(EXAMPLES):
         row = samples.row(index)
-        prompt, answer = encode_turn(tiny_tokenizer, example.instruction, example.response)
+        prompt, answer = encode_turn(tiny_tokenizer, *turns_of(example)[0])
         whole = prompt + answer
         assert row.tokens[: len(whole) - 1].tolist() == whole[:-1]
         assert row.labels[: len(whole) - 1].tolist() == whole[1:]
@@ -72,7 +72,7 @@ def test_dtypes_and_shapes_are_what_the_model_takes(samples: Samples) -> None:
 
 
 def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
-    lengths = [sum(map(len, encode_turn(tiny_tokenizer, p.instruction, p.response))) for p in EXAMPLES]
+    lengths = [sum(map(len, encode_turn(tiny_tokenizer, *turns_of(p)[0]))) for p in EXAMPLES]
     whole = samples_of(EXAMPLES, tiny_tokenizer, max(lengths) - 1)
     assert whole.num_truncated == 0
     assert whole.longest == max(lengths)
@@ -90,15 +90,15 @@ def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
 
 def test_a_truncated_sample_ends_without_an_end_of_sequence(tiny_tokenizer: Any) -> None:
     example = EXAMPLES[30]
-    prompt, answer = encode_turn(tiny_tokenizer, example.instruction, example.response)
+    prompt, answer = encode_turn(tiny_tokenizer, *turns_of(example)[0])
     row = samples_of([example], tiny_tokenizer, len(prompt) + 2).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:3]
     assert row.loss_mask[-1] == 1
 
 
 def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(tiny_tokenizer: Any) -> None:
-    example = Example("Say it.", "Gladly, and more than once.", 7)
-    prompt, answer = encode_turn(tiny_tokenizer, example.instruction, example.response)
+    example = conversation("Say it.", "Gladly, and more than once.", place="line 7")
+    prompt, answer = encode_turn(tiny_tokenizer, *turns_of(example)[0])
     row = samples_of([example], tiny_tokenizer, len(prompt)).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:1]
     with pytest.raises(ConfigError, match="line 7: "):
@@ -107,7 +107,7 @@ def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(t
 
 def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
     turns = (("Say it.", "Gladly, and more than once."), ("Again.", "No."), ("Why?", "Once is enough."))
-    example = Example(*turns[-1], 1, turns[:2])
+    example = conversation(*(text for turn in turns for text in turn))
     parts = encode_conversation(tiny_tokenizer, turns)
     whole = [token for part in parts for token in (*part[0], *part[1])]
     samples = samples_of([example], tiny_tokenizer, len(whole) + 3)
@@ -125,7 +125,10 @@ def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
 
 
 def test_examples_without_room_for_their_response_are_all_listed(tiny_tokenizer: Any) -> None:
-    examples = [Example("short", "fine", 1), *(Example("word " * 60, "lost", line) for line in range(2, 15))]
+    examples = [
+        conversation("short", "fine"),
+        *(conversation("word " * 60, "lost", place=f"line {line}") for line in range(2, 15)),
+    ]
     with pytest.raises(ConfigError) as caught:
         samples_of(examples, tiny_tokenizer, 32)
     assert "13 of 14 examples are longer than --seq-length 32" in str(caught.value)
