@@ -41,9 +41,9 @@ class BestLoss:
         """Return True if `patience` evaluations in a row had no new lowest loss. 0: never."""
         return 0 < patience <= self.num_without_improvement
 
-    def to_mapping(self) -> dict[str, Any] | None:
-        """Return the state for a checkpoint's manifest; None before the first evaluation."""
-        return None if self.iteration is None else asdict(self)
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the state for a checkpoint's manifest; empty before the first evaluation."""
+        return {} if self.iteration is None else asdict(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> Self:

@@ -25,7 +25,7 @@ from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adap
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import TOKENIZER_FOLDER
-from mixtral_run.train.data.samples import SampleSource, batches
+from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.load_model import load_for_training, loaded
@@ -43,6 +43,7 @@ from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescri
 
 ORDER_SETTINGS = (
     "data_path",
+    "chat_template",
     "data_format",
     "field",
     "skip_bad_examples",
@@ -67,14 +68,13 @@ class Run:
     mesh: Mesh
     report: Report
     model: MixtralModel
-    samples: SampleSource
+    data: TrainingData
     meter: Meter
     step: Step
     load_seconds: float
     start: int = 0
     validation: Validation | None = None
     best: BestLoss = field(default_factory=BestLoss)
-    data_sha256: str | None = None
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -106,7 +106,7 @@ def finetune(config: FinetuneConfig) -> None:
             if mesh.is_first and not config.resume:
                 _remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
-            run = Run(config, mesh, report, model, samples, meter, step, seconds, data_sha256=data.sha256)
+            run = Run(config, mesh, report, model, data, meter, step, seconds)
             if data.validation is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
                 run.validation = Validation(data.validation, config.micro_batch_size, report, file)
@@ -131,7 +131,7 @@ def pretrain(config: PretrainConfig) -> None:
         with backward_of(model, tokens, captured=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
             meter = _meter(config, base, mesh, config.metrics_file)
-            run = Run(config, mesh, report, model, data.samples, meter, step, seconds)
+            run = Run(config, mesh, report, model, data, meter, step, seconds)
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
             with stop_requests(mesh) as stop:
                 for metrics in _iterations(run, stop):
@@ -267,7 +267,8 @@ def _describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[s
         "lora": LoraSettings.from_config(config).to_mapping(),
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
-        "data_sha256": run.data_sha256,
+        "data_sha256": run.data.sha256,
+        "chat_template": run.data.chat_template,
         "validation": run.best.to_mapping(),
     }
 
@@ -310,7 +311,7 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
     """Train to the end or until a stop is requested. Yield the metrics of each iteration."""
     config = run.config
     stream = batches(
-        run.samples,
+        run.data.samples,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
@@ -357,7 +358,7 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
     load_optimizer(run.model, optimizer, adapter)
     run.best = BestLoss.from_mapping(adapter.validation)
     run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
-    changed = _changed_order(config, adapter, run.data_sha256)
+    changed = _changed_order(config, adapter, run.data.sha256)
     if changed:
         run.report.warn(
             f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"

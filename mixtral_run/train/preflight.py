@@ -14,6 +14,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import DATA_SETTINGS, ReadOptions, read_examples
+from mixtral_run.train.data.open_template import file_problems
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.early_stopping import BestLoss
@@ -134,6 +135,7 @@ def _errors(
                 read_examples(texts, ReadOptions.of(config), setting).check()
             except MixtralRunError as error:
                 errors.append(error)
+    problems += file_problems(config.chat_template)
     if isinstance(config, FinetuneConfig):
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
@@ -227,14 +229,15 @@ def leftovers(save: Path) -> list[Path]:
 def check_inference(config: GenerateConfig) -> None:
     """Check base, layout and adapter. Raises one error with all problems."""
     errors = _start_errors(config)
+    problems = file_problems(config.chat_template)
     try:
         base = describe_base(config.load)
-        problems = layout_problems(config, base)
-        if problems:
-            errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
+        problems += layout_problems(config, base)
         if config.adapter is not None:
             check_adapter_fits(describe_adapter(config.adapter), base)
     except MixtralRunError as error:
         errors.append(error)
+    if problems:
+        errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
     if errors:
         raise joined(errors)

@@ -38,6 +38,7 @@ class CachedExamples:
         remarks: what the reading reported.
         padding_id: id that fills rows.
         sha256: of the content, as the manifest of an adapter has it; None for a dataset on the hub.
+        chat_template: as the manifest of an adapter has it.
     """
 
     cache: TokenCache
@@ -47,6 +48,7 @@ class CachedExamples:
     remarks: tuple[str, ...]
     padding_id: int
     sha256: str | None
+    chat_template: Mapping[str, Any]
 
 
 class ExampleCaches:
@@ -62,7 +64,7 @@ class ExampleCaches:
     def __init__(self, config: TrainingConfig, base: BaseDescription, report: Report, *, verify: bool) -> None:
         self._base, self._report, self._verify = base, report, verify
         self._options = ReadOptions.of(config)
-        self._encoding = Encoding(base.tokenizer)
+        self._encoding = Encoding(base.tokenizer, config.chat_template)
         save = config.save if isinstance(config, FinetuneConfig) else None
         self._folder = CacheFolder(
             config.data_cache or default_folder(save),
@@ -94,6 +96,7 @@ class ExampleCaches:
             tuple(map(str, notes["remarks"])),
             int(notes["padding_id"]),
             content_sha256(texts, self._sha256),
+            notes["chat_template"],
         )
 
     def _sha256(self, path: Path) -> str:

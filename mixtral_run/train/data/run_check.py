@@ -21,7 +21,7 @@ def run_check(config: CheckConfig) -> None:
         encode: Encode | None = None
         decode = None
         if config.load is not None:
-            encode, decode = load_encoder(_tokenizer_folder(config.load, report))
+            encode, decode = load_encoder(_tokenizer_folder(config.load, report), config.chat_template)
         result = check_data(config, encode, decode)
         document |= _encodable(result.to_mapping())
         if not config.json:

@@ -35,6 +35,7 @@ class TrainingData:
         samples: to train on.
         validation: to evaluate, if there are any.
         sha256: of the content of --data-path; None for mock data and for a dataset on the hub.
+        chat_template: what a manifest says about it; None for mock data, which have no messages.
         identity: a hash of all token ids, which every rank must agree on.
         remarks: what the reading of the data reported.
     """
@@ -42,6 +43,7 @@ class TrainingData:
     samples: SampleSource
     validation: FileSamples | None = None
     sha256: str | None = None
+    chat_template: Mapping[str, Any] | None = None
     identity: str = ""
     remarks: tuple[str, ...] = ()
 
@@ -154,6 +156,7 @@ def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mappin
         ready.get(TRAINING, mock),
         ready.get(VALIDATION),
         opened[TRAINING].sha256 if TRAINING in opened else None,
+        opened[TRAINING].chat_template if TRAINING in opened else None,
         " ".join(examples.cache.identity for examples in opened.values()),
         tuple(remarks),
     )

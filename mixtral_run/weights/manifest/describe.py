@@ -23,6 +23,7 @@ from mixtral_run.weights.manifest.manifest import (
     BaseManifest,
     read_manifest,
 )
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class AdapterDescription:
     data_sha256: str | None
     validation: Mapping[str, Any] = field(default_factory=dict)
     """The newest and the lowest validation loss; empty if the run had no validation set."""
+    chat_template: TemplateRecord | None = None
+    """The template that the adapter was trained with; None for adapters of earlier versions."""
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -99,6 +102,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.training,
         manifest.data_sha256,
         manifest.validation,
+        manifest.chat_template,
     )
 
 

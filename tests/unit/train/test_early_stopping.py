@@ -58,4 +58,4 @@ def test_a_resumed_run_counts_on(stopped: int) -> None:
 )
 def test_a_checkpoint_without_a_validation_loss_begins_anew(values: Any) -> None:
     assert BestLoss.from_mapping(values) == BestLoss()
-    assert BestLoss().to_mapping() is None
+    assert BestLoss().to_mapping() == {}

@@ -87,7 +87,7 @@ def test_a_run_that_stopped_early_is_not_resumed_by_the_same_command(
 
 
 def test_iterations_of_epochs_are_compared_once_they_are_known(tmp_path: Path, adapter: AdapterDescription) -> None:
-    asked = config(tmp_path, mock_data=False, data_path=tmp_path / "x.jsonl", epochs=2.0)
+    asked = config(tmp_path, mock_data=False, data_path=(str(tmp_path / "x.jsonl"),), epochs=2.0)
     assert check_resume(asked, None) is adapter
     with pytest.raises(ConfigError, match="nothing left to train") as caught:
         check_resume(asked.with_iterations(2000, 8), None)

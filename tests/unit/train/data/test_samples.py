@@ -8,10 +8,9 @@ import torch
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.prompt import encode_conversation, encode_turn
 from mixtral_run.train.data.samples import GlobalBatch, MockSamples, Samples, SampleSource, ShuffledOrder, batches
 from tests.support.examples import conversation, examples_of, turns_of
-from tests.support.samples import samples_of
+from tests.support.samples import encode_conversation, encode_turn, samples_of
 
 BOS, EOS = 1, 2
 EXAMPLES = examples_of(INSTRUCTIONS)

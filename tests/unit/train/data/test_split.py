@@ -15,7 +15,7 @@ from mixtral_run.train.data.split import split_by_digest
 
 def digests_of(path: Path, lines: list[dict[str, object]]) -> dict[str, int]:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {example.instruction: content_digest(example) for example in read_examples(path)}
+    return {example.messages[0].content: content_digest(example) for example in read_examples([str(path)])}
 
 
 def test_the_content_alone_decides(tmp_path: Path) -> None:
