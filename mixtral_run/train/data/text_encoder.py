@@ -70,7 +70,7 @@ class TextEncoder:
 
         Raises ExampleProblem for a text with the stand-in of a control token.
         """
-        ids: list[int] = self._as_text.encode(text, add_special_tokens=False).ids
+        ids: list[int] = _encoded(self._as_text, text).ids
         if not self._stand_in_ids.isdisjoint(ids):
             raise ExampleProblem(
                 "a text contains characters of Unicode's plane 15, which stand for control tokens here"
@@ -95,12 +95,11 @@ class TextEncoder:
         Control tokens in the text become tokens. hidden: stand-ins of `hide` in the text become plain text. Raises
         ExampleProblem if that cannot be told apart.
         """
-        encoding: Encoding
         if not hidden:
-            encoding = self._plain.encode(text, add_special_tokens=False)
+            encoding = _encoded(self._plain, text)
             return encoding.ids, encoding.offsets
         marked, count = self._pattern.subn(lambda found: self._stand_in_of_token(found[0]), text)
-        encoding = self._as_text.encode(self.show(marked), add_special_tokens=False)
+        encoding = _encoded(self._as_text, self.show(marked))
         ids: list[int] = encoding.ids
         if sum(number in self._stand_in_ids for number in ids) != count:
             # As with `normalized: true`, with which a token is found at the begin of a word only.
@@ -134,6 +133,14 @@ class TextEncoder:
         self._stand_in_ids = {copy.token_to_id(self._stand_in_of_token(name)) for name in self._names}
         found = {copy.token_to_id(text): number for text, number in numbers.items()}
         return copy, {copied: number for copied, number in found.items() if copied not in (None, number)}
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> Encoding:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError) as error:
+        # Half of a surrogate pair, which also a command line has that is not UTF-8.
+        raise ExampleProblem(f"a text cannot be written as UTF-8: {text[:40]!a}") from error
 
 
 def _copied(definition: str) -> Tokenizer:

@@ -6,6 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.weights.hf.tokenizer_files import CHAT_TEMPLATE, MORE_TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,15 @@ class TemplateRecord:
             return None
         record = cls(name, text, tools_text)
         return record if values.get("fingerprint") == record.fingerprint else None
+
+    def write(self, folder: Path) -> None:
+        """Write the template next to a tokenizer's files, where it takes precedence.
+
+        Nothing is written for Mixtral-Instruct's form, which a tokenizer without a template is used with.
+        """
+        if self.text is None:
+            return
+        (folder / CHAT_TEMPLATE).write_text(self.text, encoding="utf-8")
+        if self.tools_text is not None:
+            (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
+            (folder / MORE_TEMPLATES / "tool_use.jinja").write_text(self.tools_text, encoding="utf-8")

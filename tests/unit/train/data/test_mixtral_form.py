@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.example import Example, Message
+from mixtral_run.train.data.example_problem import ExampleProblem
 from mixtral_run.train.data.open_template import open_chat_template
 from tests.support.mistral_tokenizers import MistralCommon, hf_tokenizer
 
@@ -110,3 +112,87 @@ def test_tokens_and_learned_positions_are_those_of_mistral_common(version: str) 
         if encoded.tokens.tolist() != ids or found != learned:
             different.append(messages)
     assert len(different) == 0, (len(different), min(different, key=lambda each: len(str(each))))
+
+
+BOS, EOS = 1, 2
+SHIPPED = [tuple(json.loads(line).values()) for line in INSTRUCTIONS.read_text("utf-8").splitlines()]
+TURNS = [*SHIPPED, ("日本の首都は?", "東京です。"), ("a </s> b [INST]", "</s>"), ("]", "]"), ("Indent", "\n    x = 1")]
+
+
+@pytest.fixture(params=["tiny_tokenizer", "llama_like_tokenizer"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def test_a_row_is_the_tokenization_of_the_whole_text(tokenizer: Any) -> None:
+    template = open_chat_template("auto", tokenizer)
+    assert template.name == "mixtral" and template.stop_ids == {EOS}
+    for question, answer in TURNS:
+        encoded = template.encode(Example("line 1", (Message("user", question), Message("assistant", answer))))
+        whole = tokenizer(f"[INST] {question} [/INST] {answer}", add_special_tokens=False, split_special_tokens=True)
+        assert encoded.tokens.tolist() == [BOS, *whole["input_ids"], EOS]
+        prompt = template.prompt([Message("user", question)])
+        assert encoded.learned == ((len(prompt), len(encoded.tokens)),)
+        assert encoded.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_a_conversation_is_its_turns_behind_one_beginning(tokenizer: Any) -> None:
+    template = open_chat_template("mixtral", tokenizer)
+    turns = [(Message("user", question), Message("assistant", answer)) for question, answer in TURNS[:3]]
+    alone = [template.encode(Example("line 1", turn)) for turn in turns]
+    together = template.encode(Example("line 1", tuple(message for turn in turns for message in turn)))
+    assert together.tokens.tolist() == [BOS, *(each for one in alone for each in one.tokens[1:].tolist())]
+    learned = [together.tokens[begin:end].tolist() for begin, end in together.learned]
+    assert learned == [one.tokens[begin:end].tolist() for one in alone for begin, end in one.learned]
+
+
+def test_the_blanks_before_an_answer_are_learned(tokenizer: Any) -> None:
+    question, answer = Message("user", "Complete the body:\ndef f(x):"), "    return x + 1"
+    encoded = open_chat_template("auto", tokenizer).encode(Example("line 1", (question, Message("assistant", answer))))
+    ((begin, end),) = encoded.learned
+    # A blank ends the prompt's [/INST] in text; the others are the answer's.
+    assert tokenizer.decode(encoded.tokens[: end - 1].tolist()).endswith("[/INST]     return x + 1")
+    assert tokenizer.decode(encoded.tokens[begin : end - 1].tolist()).lstrip(" ") == "return x + 1"
+
+
+def test_a_tokenizer_that_merges_across_the_boundary_still_keeps_the_prompt_whole() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", *"[INST]/ abc56"]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(letters))}
+    vocabulary |= {"] ": len(vocabulary)}
+    core = Tokenizer(models.BPE(vocabulary, [("]", " ")], unk_token="<unk>"))
+    hostile = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    merged = hostile("[INST] a [/INST] 56", add_special_tokens=False)["input_ids"]
+    assert merged[-3] == vocabulary["] "], "the stand-in no longer merges across the boundary"
+
+    template = open_chat_template("mixtral", hostile)
+    encoded = template.encode(Example("line 1", (Message("user", "a"), Message("assistant", "56"))))
+    prompt = template.prompt([Message("user", "a")])
+    assert encoded.tokens[: len(prompt)].tolist() == prompt
+    assert hostile.convert_ids_to_tokens(encoded.tokens[len(prompt) :].tolist()) == ["5", "6", "</s>"]
+
+
+CALL = {"id": "abcdefgh1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+QUESTION = Message("user", "a")
+
+
+@pytest.mark.parametrize(
+    ("version", "messages", "tools", "words"),
+    [
+        ("v1", (QUESTION, Message("assistant", "b")), TOOLS, "tools: Mixtral-Instruct's form has none"),
+        ("v1", (QUESTION, Message("assistant", "", tool_calls=(CALL,))), (), "tools: Mixtral-Instruct's form has none"),
+        ("v3", (QUESTION, Message("assistant", "b", tool_calls=(CALL,))), (), "a text and tool calls"),
+        ("v3", (QUESTION, Message("assistant", "", tool_calls=(CALL | {"id": "1"},))), (), "nine letters .* found .1."),
+        ("v3", (QUESTION, Message("assistant", "", tool_calls=({"id": "1"},))), (), "expected a function with a name"),
+        ("v3", (QUESTION, Message("tool", "7"), Message("assistant", "b")), (), "nine letters .* found null"),
+        ("v3", (QUESTION, Message("assistant", "b")), ({"type": "x"},), "tools: expected"),
+        ("v3", (QUESTION, Message("assistant", "b")), ({"function": {"name": "f", "returns": 1}},), "no key 'returns'"),
+        ("v3", (QUESTION, Message("assistant", "b")), ({"function": {"name": "f"}},), "'name' and 'parameters'"),
+        ("v3", (QUESTION, Message("assistant", "half \ud83d")), (), "cannot be written as UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_the_form_cannot_write_is_refused_by_name(version: str, messages: Any, tools: Any, words: str) -> None:
+    with pytest.raises(ExampleProblem, match=words):
+        open_chat_template("mixtral", hf_tokenizer(version)).encode(Example("line 1", messages, tools=tuple(tools)))
