@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import DATA_SETTINGS, ReadOptions, read_examples
+from mixtral_run.train.data.examples import ReadOptions, read_examples
 from mixtral_run.train.data.mixture import mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer

@@ -93,7 +93,7 @@ def test_bad_examples_are_left_out_on_request_and_reported(tmp_path: Path) -> No
     stream = read_examples([str(path)], SKIP)
     assert len(list(stream)) == 2
     (remark,) = stream.remarks()
-    assert remark.startswith("12 examples cannot be used and are left out: line 2: broken JSON")
+    assert remark.startswith("12 examples left out, as not usable: line 2: broken JSON")
     assert "line 11: " in remark and "line 12: " not in remark and "and 2 more" in remark
     path.write_text("{\n" * 3, "utf-8")
     error = refused(path, options=SKIP)
@@ -111,7 +111,7 @@ def test_keys_that_are_not_used_are_counted(tmp_path: Path) -> None:
     assert stream.unused_keys == {"category": 2, "id": 1, "messages: name": 2}
     unused, trimmed = stream.remarks()
     assert "'category' (2), 'messages: name' (2), 'id' (1)" in unused
-    assert trimmed.startswith("1 conversations do not end with the assistant")
+    assert trimmed.startswith("1 conversation not ended by the assistant")
 
 
 def test_half_of_a_surrogate_pair_has_line_and_column(tmp_path: Path) -> None:
