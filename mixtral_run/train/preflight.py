@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
@@ -13,7 +14,7 @@ from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import DATA_SETTINGS, ReadOptions, read_examples
+from mixtral_run.train.data.examples import ReadOptions, read_examples
 from mixtral_run.train.data.open_template import file_problems
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.train.data.encoded import EncodedExample
 from mixtral_run.train.data.example import Example
-from mixtral_run.train.data.examples import NUM_PROBLEMS_SHOWN, ExampleStream, ReadOptions, read_examples
+from mixtral_run.train.data.examples import NUM_PROBLEMS_SHOWN, ExampleStream, ReadOptions, counted, read_examples
 from mixtral_run.train.data.length_advice import Advice, LengthRow, advise, histogram
 
 NUM_RENDERED = 3
@@ -89,13 +90,19 @@ class CheckResult:
         return {"ok": not self.num_bad, **asdict(self)}
 
 
-def check_data(config: CheckConfig, encode: Encode | None, decode: Callable[[list[int]], str] | None) -> CheckResult:
+def check_data(
+    config: CheckConfig,
+    encode: Encode | None,
+    decode: Callable[[list[int]], str] | None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> CheckResult:
     """Read all data and return what was found. Problems of examples are in the result.
 
     Args:
         config: the sources; standard input is already copied to a file.
         encode: gives the tokens of an example; None counts none.
         decode: gives the text of tokens; None with `encode`.
+        advance: called with 1 after each example.
 
     Raises:
         ConfigError: a file cannot be read, or there is no example at all.
@@ -104,18 +111,22 @@ def check_data(config: CheckConfig, encode: Encode | None, decode: Callable[[lis
     result = CheckResult(config.data_path, config.seq_length)
     lengths = _LengthCount(config.seq_length)
     seen: set[bytes] = set()
+    shown = _Shown()
     for example in stream.examples():
+        advance(1)
         digest = content_digest(example)
-        if digest in seen:
+        is_new = digest not in seen
+        if not is_new:
             result.num_duplicates += 1
             result.duplicates += [example.place] if len(result.duplicates) < NUM_PROBLEMS_SHOWN else []
         seen.add(digest)
         encoded = _encoded(encode, example, stream)
         if encoded is not None:
             lengths.add(encoded)
-        if len(result.rendered) < NUM_RENDERED and (encode is None or encoded is not None):
-            result.rendered.append(_rendered(example, encoded, decode))
+        if is_new and (encode is None or encoded is not None):
+            shown.offer(example, encoded)
     _take_over(stream, result)
+    result.rendered = [_rendered(example, encoded, decode) for example, encoded in shown.chosen()]
     if not result.num_examples and not result.num_bad:
         stream.raise_problems()
     result.lengths = lengths.result() if encode is not None and len(lengths.lengths) else None
@@ -150,6 +161,24 @@ def _take_over(stream: ExampleStream, result: CheckResult) -> None:
     result.num_trimmed = stream.num_trimmed
     result.remarks = stream.remarks()
     result.num_bad, result.problems = stream.problems.num_examples, stream.problems.lines()
+
+
+class _Shown:
+    """The first examples of each kind, of which a few are rendered: of different kinds if there are several."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[object, list[tuple[Example, EncodedExample | None]]] = {}
+
+    def offer(self, example: Example, encoded: EncodedExample | None) -> None:
+        roles = tuple(message.role for message in example.messages[:4])
+        kept = self._kinds.setdefault(roles, [])
+        if len(kept) < NUM_RENDERED:
+            kept.append((example, encoded))
+
+    def chosen(self) -> list[tuple[Example, EncodedExample | None]]:
+        """Return the examples to render: the first of each kind, then the second of each, and so on."""
+        rounds = itertools.zip_longest(*self._kinds.values())
+        return [each for one in rounds for each in one if each is not None][:NUM_RENDERED]
 
 
 class _LengthCount:
@@ -225,10 +254,9 @@ def load_encoder(folder: Path, chat_template: str) -> tuple[Encode, Callable[[li
 
 
 def problem_error(result: CheckResult) -> ConfigError:
-    """Return the error for data with bad examples."""
+    """Return the error for data with bad examples. Their problems are in the result, which is printed before it."""
     return ConfigError(
-        f"{result.num_bad:,} examples cannot be used.",
+        f"{counted(result.num_bad, 'example')} cannot be used.",
         where=" ".join(result.sources),
-        problems=result.problems,
         next_command="correct them, or finetune --skip-bad-examples to leave them out",
     )

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from mixtral_run.train.data.check import CheckResult, Lengths, Part, Rendered
+from mixtral_run.train.data.examples import counted
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _BEGIN, _END = "⟦", "⟧"
 _BAR_WIDTH = 40
 _MOST_CHARACTERS = 1500
-_CONTROL = re.compile(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move the cursor, turn the direction of a text, or cannot be printed."""
 
 
 def colored(stream: TextIO) -> bool:
@@ -23,18 +25,18 @@ def colored(stream: TextIO) -> bool:
 
 def check_lines(result: CheckResult, *, color: bool) -> list[str]:
     """Return the lines of a result. color: show what is learned in color, and in brackets otherwise."""
-    return [printable(line) if not color else line for line in _lines(result, color)]
+    return list(_lines(result, color))
 
 
 def printable(text: str) -> str:
     """Return a text without characters that change a terminal: data are not trusted."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1] if found[0] != "\xa0" else " ", text)
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _lines(result: CheckResult, color: bool) -> Iterator[str]:
-    yield f"{' '.join(map(printable, result.sources))}: {result.num_examples:,} examples"
+    yield f"{' '.join(map(printable, result.sources))}: {counted(result.num_examples, 'example')}"
     yield "  shapes: " + (", ".join(f"{name} {count:,}" for name, count in result.counts_by_shape.items()) or "none")
-    places = f" ({'; '.join(result.duplicates)}{'; …' * (result.num_duplicates > len(result.duplicates))})"
+    places = f" ({printable('; '.join(result.duplicates))}{'; …' * (result.num_duplicates > len(result.duplicates))})"
     yield f"  exact duplicates: {result.num_duplicates:,}{places if result.num_duplicates else ''}"
     yield f"  examples that cannot be used: {result.num_bad:,}"
     yield from (f"    - {printable(problem)}" for problem in result.problems)
@@ -62,8 +64,8 @@ def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
         bar = "█" * max(round(_BAR_WIDTH * row.num_examples / most), int(row.num_examples > 0))
         yield f"    {row.above + 1:>7,} – {row.up_to:>7,}  {row.num_examples:>9,}  {bar}".rstrip()
     yield (
-        f"  --seq-length {result.seq_length:,}: {lengths.num_truncated:,} examples are truncated; of "
-        f"{lengths.num_unlearned:,} nothing is left to learn"
+        f"  --seq-length {result.seq_length:,} truncates {counted(lengths.num_truncated, 'example')}; "
+        f"of {lengths.num_unlearned:,} nothing is left to learn"
     )
     yield "  --seq-length   truncated   nothing left   padding   rows with --pack, at least"
     for choice in lengths.advice.choices:

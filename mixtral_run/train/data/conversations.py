@@ -94,7 +94,7 @@ def _order_problem(roles: Sequence[str], messages: Sequence[Message]) -> str:
 
 def _read_message(entry: Mapping[str, Any], where: str, key: str, learned: bool, turns: Turns) -> None:
     values = {name: value for name, value in entry.items() if value is not None}
-    name = "role" if "role" in values else "from"
+    name = "from" if "from" in values and "role" not in values else "role"
     given = values.get(name)
     role = ROLE_NAMES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
@@ -108,11 +108,11 @@ def _read_message(entry: Mapping[str, Any], where: str, key: str, learned: bool,
     if problem is None and given == "function_call":
         content, (calls, problem) = "", _call_of_text(content)
     elif role == ASSISTANT and values.get("tool_calls"):
-        calls, more = _tool_calls(values["tool_calls"])
-        problem = problem or more
+        calls, of_calls = _tool_calls(values["tool_calls"])
+        turns.problems += [f"{where}: 'tool_calls': {of_calls}"] if of_calls else []
     elif values.get("tool_calls"):
         turns.unused.add(f"{key}: tool_calls of the {role}")
-    if problem is None and not content.strip() and role != TOOL and not calls:
+    if problem is None and not content.strip() and role != TOOL and not values.get("tool_calls") and not calls:
         if role == SYSTEM and not turns.messages:
             return  # Exports of chats have an empty system message.
         problem = "is empty"
@@ -169,16 +169,16 @@ def _weight(values: Mapping[str, Any], where: str) -> tuple[list[str], bool | No
 def _tool_calls(calls: object) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
     """Return an assistant's calls of tools, and what is wrong about them."""
     if not isinstance(calls, (list, tuple)):
-        return (), f"and 'tool_calls': expected a list; found {json_type(calls)}"
+        return (), f"expected a list; found {json_type(calls)}"
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return (), "and 'tool_calls': expected {'id', 'type', 'function': {'name', 'arguments'}}"
+            return (), "expected {'id', 'type', 'function': {'name', 'arguments'}}"
         arguments = function.get("arguments", {})
         if not isinstance(arguments, (str, dict)):
-            return (), f"and 'tool_calls': 'arguments': expected text or an object; found {json_type(arguments)}"
+            return (), f"'arguments': expected text or an object; found {json_type(arguments)}"
         if problem := half_of_a_surrogate(json.dumps(function, ensure_ascii=False, default=str)):
-            return (), f"and 'tool_calls': {problem}"
+            return (), problem
     return tuple(calls), None
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mixtral_run.config.data import AUTO, DATA_SETTINGS, DataConfig, ExampleConfig
+from mixtral_run.config.data import AUTO, DataConfig, ExampleConfig
 from mixtral_run.config.data_sources import DataSource, parse_source
 from mixtral_run.config.fields import flag_of
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
@@ -18,8 +18,6 @@ from mixtral_run.train.data.data_files import DataFile, files_of
 from mixtral_run.train.data.example import Example
 from mixtral_run.train.data.records import BadRecord, Record
 from mixtral_run.train.data.shapes import REQUIRED, Converted, convert
-
-__all__ = ("DATA_SETTINGS", "ExampleStream", "Problems", "ReadOptions", "first_problems", "read_examples", "where_of")
 
 NUM_PROBLEMS_SHOWN = 10
 EXAMPLE_LINES = (
@@ -164,14 +162,14 @@ class ExampleStream:
             found.append(f"{_unused(self.unused_keys)} Their texts are not learned.")
         if self.num_trimmed:
             found.append(
-                f"{self.num_trimmed:,} conversations do not end with the assistant: what follows its last answer is "
-                "left out."
+                f"{counted(self.num_trimmed, 'conversation')} not ended by the assistant: what follows its last answer "
+                "is left out."
             )
         if self.problems.num_examples and self.options.skip_bad_examples:
             places = "; ".join(self.problems.first)
             more = self.problems.num_lines - len(self.problems.first)
             found.append(
-                f"{self.problems.num_examples:,} examples cannot be used and are left out: {places}"
+                f"{counted(self.problems.num_examples, 'example')} left out, as not usable: {places}"
                 f"{f'; and {more:,} more' if more else ''}."
             )
         return found
@@ -219,6 +217,11 @@ def read_examples(
 ) -> ExampleStream:
     """Return the examples of sources, as `--data-path` names them. setting: the setting, for errors."""
     return ExampleStream([parse_source(text) for text in sources], options or ReadOptions(), setting)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 example", "2,000 examples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def where_of(setting: str, *texts: str) -> str:

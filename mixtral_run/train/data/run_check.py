@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data import CheckConfig
-from mixtral_run.report import Report, json_document
-from mixtral_run.train.data.check import Encode, check_data, load_encoder, problem_error
+from mixtral_run.report import Report, json_document, repeating
+from mixtral_run.train.data.check import CheckResult, Encode, check_data, load_encoder, problem_error
 from mixtral_run.train.data.check_screen import check_lines, colored
 from mixtral_run.train.data.stdin_copy import with_stdin_copied
+
+_PROGRESS_SECONDS = 5.0
 
 
 def run_check(config: CheckConfig) -> None:
@@ -22,13 +25,28 @@ def run_check(config: CheckConfig) -> None:
         decode = None
         if config.load is not None:
             encode, decode = load_encoder(_tokenizer_folder(config.load, report), config.chat_template)
-        result = check_data(config, encode, decode)
+        result = _check_with_progress(config, encode, decode)
         document |= _encodable(result.to_mapping())
         if not config.json:
             for line in check_lines(result, color=colored(sys.stdout)):
                 report.say(line)
         if result.num_bad:
             raise problem_error(result)
+
+
+def _check_with_progress(
+    config: CheckConfig, encode: Encode | None, decode: Callable[[list[int]], str] | None
+) -> CheckResult:
+    """Check data, and print the number of examples to standard error from time to time."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+
+    report = Report(sys.stderr)
+    with repeating(_PROGRESS_SECONDS, lambda: report.say(f"… {done:,} examples")):
+        return check_data(config, encode, decode, advance)
 
 
 def _encodable(value: Any) -> Any:

@@ -90,7 +90,17 @@ def convert(record: Mapping[str, Any], data_format: str = AUTO, fields: Mapping[
     else:
         used = _convert_pair(values, _PAIRS[shape], found)
     found.unused |= {origins.get(key, key) for key in values if key not in used}
+    for key in origins.values():
+        # Of an object that holds a field, the other keys are not used.
+        found.unused |= _beside(record, key) if key not in record else set()
+        found.unused -= {key.split(".")[0]} if key not in record else set()
     return found
+
+
+def _beside(record: Mapping[str, Any], path: str) -> set[str]:
+    root, _, rest = path.partition(".")
+    inside = record[root]
+    return {f"{root}.{key}" for key in inside if key != rest.split(".")[0]} if isinstance(inside, Mapping) else set()
 
 
 def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:

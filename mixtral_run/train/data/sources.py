@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
+from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.report import Report
 from mixtral_run.train.data.cached_examples import CachedExamples, ExampleCaches
-from mixtral_run.train.data.examples import DATA_SETTINGS
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource, has_response

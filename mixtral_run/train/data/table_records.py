@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,8 @@ def hub_records(source: DataSource, where: str) -> Iterator[Record]:
     with _translated(f"The dataset {source.location} on the hub", where, _HUB_HELP):
         import datasets
 
-        datasets.disable_progress_bars()
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         split = source.split or _split_of(name, revision, source, where)
         yield from _rows_of_dataset(datasets.load_dataset(name, source.subset, revision=revision, split=split))
 
