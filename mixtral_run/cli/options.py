@@ -125,6 +125,8 @@ def _read_mapping(file: Path) -> dict[str, Any]:
 def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden: bool = False) -> Decorator:
     """Return the click option of a field. name: the field's own name, or one of its aliases."""
     wanted, _ = plain_type(annotation)
+    if item.metadata["positional"]:
+        return click.argument(item.name, nargs=-1, metavar=f"{item.metadata['positional']}...")
     choices = item.metadata["choices"]
     flag = flag_of(name)
     settings = {

@@ -29,6 +29,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     aliases: tuple[str, ...] = (),
+    positional: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -40,9 +41,11 @@ def setting(
         maximum: Inclusive upper limit.
         above: Exclusive lower limit.
         aliases: Former names of the field. They remain valid as hidden flags and as keys of a JSON file.
+        positional: Name of the words of the command line that give the field, which then has no flag.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata={"help": help, "section": section, "aliases": aliases, **limits})
+    described = {"help": help, "section": section, "aliases": aliases, "positional": positional}
+    return field(default=default, metadata={**described, **limits})
 
 
 def flag_of(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    """The newest and the lowest validation loss; empty if the run had no validation set."""
     chat_template: TemplateRecord | None = None
     """The template that the adapter was trained with; None for adapters of earlier versions."""
 
@@ -99,7 +101,8 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
-        chat_template=manifest.chat_template,
+        manifest.validation,
+        manifest.chat_template,
     )
 
 

@@ -74,6 +74,7 @@ class AdapterManifest(Manifest):
     """Manifest of one iteration of an adapter checkpoint.
 
     training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
+    validation: the newest and the lowest validation loss, as train/early_stopping.py keeps them; empty without any.
     chat_template: the template that it was trained with; None for adapters of earlier versions.
     """
 
@@ -87,6 +88,7 @@ class AdapterManifest(Manifest):
     base: BaseReference
     training: Mapping[str, Any]
     data_sha256: str | None
+    validation: Mapping[str, Any]
     chat_template: TemplateRecord | None
 
     @classmethod
@@ -100,6 +102,7 @@ class AdapterManifest(Manifest):
             base=fields.base(),
             training=fields.mapping("training", default={}).values,
             data_sha256=fields.optional_text("data_sha256"),
+            validation=fields.mapping("validation", default={}).values,
             chat_template=fields.chat_template(),
         )
 
