@@ -163,6 +163,22 @@ class VerbCommand(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}mixtral-run {example}\n")
 
 
+class VerbGroup(click.Group):
+    """A verb with verbs of its own."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and args[0] not in self.commands:
+            meant = or_words(close_to(args[0], self.commands))
+            raise ConfigError(
+                f"There is no verb {args[0]!r} of {ctx.command_path}.",
+                expected=f"one of {', '.join(self.commands)}",
+                next_command=f"{ctx.command_path} {meant}" if meant else f"{ctx.command_path} --help",
+            )
+        return super().resolve_command(ctx, args)
+
+
 def close_to(word: str, names: Iterable[str]) -> list[str]:
     """Return the names that `word` may mean, the closest first.
 

@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "convert": "Convert HF weights to a Megatron torch_dist checkpoint, streamed.",
     "verify": "Describe a checkpoint; compare it with its source bit by bit.",
     "plan": "Print the memory per GPU of each layout of a LoRA run; the best that fits comes first.",
+    "data": "Check data before a training run: shapes, lengths, what is learned, what is wrong.",
     "finetune": "Fine-tune a base model with LoRA, one adapter per expert.",
     "pretrain": "Train all weights for a few iterations, to prove that a layout trains.",
     "generate": "Continue prompts with a base model, with or without an adapter.",

@@ -115,6 +115,8 @@ def _merged_values(config_class: type[Config], file: Path | None, flags: dict[st
 def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden: bool = False) -> Decorator:
     """Return the click option of a field. name: the field's own name, or one of its aliases."""
     wanted, _ = plain_type(annotation)
+    if item.metadata["positional"]:
+        return click.argument(item.name, nargs=-1, metavar=f"{item.metadata['positional']}...")
     choices = item.metadata["choices"]
     flag = flag_of(name)
     settings = {

@@ -1,30 +1,133 @@
-"""Settings of the data of a training run. Standard library only."""
+"""Settings of the data of a training run, and of `data check`. Standard library only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mixtral_run.config.fields import Config, setting
-from mixtral_run.config.sections import DATA
+from mixtral_run.config.data_sources import source_problems
+from mixtral_run.config.fields import Config, flag_of, setting
+from mixtral_run.config.sections import DATA, LAYOUT, OUTPUT
+
+DATA_SETTINGS = ("data_path", "valid_data_path")
+"""Settings that name sources of examples."""
+AUTO = "auto"
+SHAPES = ("instruction", "alpaca", "dolly", "prompt", "question", "messages", "sharegpt", "text")
+"""Shapes of an example: which keys hold what (train/data/shapes.py)."""
+FIELDS = (
+    "instruction", "input", "context", "response", "output", "prompt", "completion", "question", "answer", "messages",
+    "conversations", "text", "system", "tools",
+)  # fmt: skip
+"""Keys of the shapes, which --field maps other keys to."""
+SOURCE_FORMS = (
+    "JSONL, JSON, CSV, TSV, Parquet or Arrow, also compressed; a folder of such files; '-' for standard input; or "
+    "OWNER/NAME[@REVISION][:SPLIT] on the hub"
+)
+
+AUTO_TEMPLATE, MIXTRAL_TEMPLATE = CHAT_TEMPLATES = ("auto", "mixtral")
+"""Values of --chat-template that name no file."""
+
+
+def chat_template_setting(section: str, more: str = "") -> Any:
+    """Declare --chat-template. section: of --help. more: a further sentence of its help."""
+    text = (
+        "Chat template: auto (the tokenizer's own; Mixtral-Instruct's form if it has none), mixtral, or a file with a "
+        "Jinja template."
+    )
+    return setting(AUTO_TEMPLATE, help=f"{text} {more}".rstrip(), section=section)
+
+
+def chat_template_problems(choice: str) -> list[str]:
+    """Return the problem of an empty --chat-template, which usually comes from an unset shell variable."""
+    return [] if choice else [f"--chat-template: expected {', '.join(CHAT_TEMPLATES)} or a file; found an empty text"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Config):
+class ExampleConfig(Config):
+    """How records of data become examples."""
+
+    data_format: str = setting(
+        AUTO,
+        help="Shape of the examples. auto: recognize it in each example by its keys.",
+        choices=(AUTO, *SHAPES),
+        section=DATA,
+    )
+    field: tuple[str, ...] = setting(
+        (),
+        help="Other name of a key: --field response=solution takes 'solution' as the response. Repeat it for several.",
+        section=DATA,
+    )
+
+    @classmethod
+    def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values by current names; the text of a single source becomes a list, as older configs have it."""
+        found = super().with_current_names(values)
+        for name in DATA_SETTINGS:
+            if isinstance(found.get(name), (str, Path)):
+                found[name] = [str(found[name])]
+        return found
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        seen: set[str] = set()
+        for pair in self.field:
+            name, equals, key = pair.partition("=")
+            if not equals or not key or name not in FIELDS:
+                found.append(f"--field: expected NAME=KEY with a NAME of {', '.join(FIELDS)}; found {pair!r}")
+            elif name in seen:
+                found.append(f"--field {name}: expected once; found twice")
+            seen.add(name)
+        for name in DATA_SETTINGS:
+            texts = getattr(self, name, ())
+            found += source_problems(flag_of(name), texts, weights=name == "data_path")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ExampleConfig):
     """Source of the samples, and their length."""
 
-    data_path: Path | None = setting(
-        None, help='JSONL file of {"instruction": …, "response": …} or {"messages": […]}.', section=DATA
+    data_path: tuple[str, ...] = setting(
+        (),
+        help=f"Training data: {SOURCE_FORMS}. Repeat it for several sources; PATH:WEIGHT sets the share of each among "
+        "the samples.",
+        section=DATA,
+    )
+    skip_bad_examples: bool = setting(
+        False, help="Leave out examples that cannot be used, and report how many, instead of ending.", section=DATA
     )
     mock_data: bool = setting(False, help="Train on random tokens instead of a file.", section=DATA)
     seq_length: int = setting(
         512, help="Tokens per sample. Shorter samples are padded, longer ones are cut.", minimum=2, section=DATA
     )
+    chat_template: str = chat_template_setting(DATA)
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.mock_data and self.data_path is not None:
+        found = super().problems() + chat_template_problems(self.chat_template)
+        if self.mock_data and self.data_path:
             found.append("--mock-data and --data-path: expected one of them; found both")
-        if not self.mock_data and self.data_path is None:
+        if not self.mock_data and not self.data_path:
             found.append("--data-path FILE or --mock-data: expected one of them; found neither")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(ExampleConfig):
+    """A check of data before a training run."""
+
+    data_path: tuple[str, ...] = setting((), help=f"Data to check: {SOURCE_FORMS}.", section=DATA, positional="PATH")
+    load: Path | None = setting(
+        None,
+        help="Base model whose tokenizer counts the tokens: a converted checkpoint, or an HF model (its directory, or "
+        "its name on the hub). Default: count no tokens.",
+        section=LAYOUT,
+    )
+    seq_length: int = setting(512, help="Tokens per sample of the planned run.", minimum=2, section=DATA)
+    chat_template: str = chat_template_setting(DATA)
+    json: bool = setting(False, help="Print the result as JSON.", section=OUTPUT)
+
+    def problems(self) -> list[str]:
+        found = super().problems() + chat_template_problems(self.chat_template)
+        return found + ([] if self.data_path else ["PATH: expected at least one; found none"])

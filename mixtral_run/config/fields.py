@@ -35,6 +35,7 @@ def setting(
     aliases: tuple[str, ...] = (),
     hidden: bool = False,
     unit: str | None = None,
+    positional: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -48,10 +49,11 @@ def setting(
         aliases: Other names of the field. They are valid as hidden flags and as keys of a config file.
         hidden: True for a former setting, which --help and `config init` leave out.
         unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
+        positional: Name of the words of the command line that give the field, which then has no flag.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
     others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
-    return field(default=default, metadata={**others, **limits})
+    return field(default=default, metadata={**others, "positional": positional, **limits})
 
 
 def flag_of(name: str) -> str:

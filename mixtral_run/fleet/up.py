@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.data_sources import combined_sha256, content_sha256
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launch import CONVERTED_LAYOUT
 from mixtral_run.config.training import FinetuneConfig
@@ -18,9 +18,10 @@ from mixtral_run.config.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS
 from mixtral_run.fleet.jobs.fetch import fetch
 from mixtral_run.fleet.jobs.job_log import JobFollower
-from mixtral_run.fleet.jobs.job_spec import CHECKPOINTS, JobOptions, host_path
+from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
@@ -82,12 +83,12 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         report.step(2, STEPS, f"Convert {config.hf_model_path} → {config.load}")
         if _run(host, "convert", _convert_config(config), options):
             _check_same_base(host, config, _what_is_done(ssh, host, config, options))
-    if done.trained_iteration >= config.train_iters:
+    if _is_trained(config, done):
         report.step(3, STEPS, f"Finetune: {config.save} is at iteration {done.trained_iteration}")
     else:
         report.step(3, STEPS, f"Finetune → {config.save}")
         _finetune(host, config, done, options)
-    if done.exported and done.trained_iteration >= config.train_iters and not done.export_is_old:
+    if done.exported and _is_trained(config, done) and not done.export_is_old:
         report.step(4, STEPS, f"Export: {exported} exists")
     else:
         report.step(4, STEPS, f"Export → {exported}")
@@ -180,10 +181,9 @@ def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None
     ]
     known = done.adapter.get("data_sha256")
     # A file that does not exist here is a file of the host and is not compared.
-    if known and config.data_path is not None and config.data_path.is_file():
-        found = hashlib.sha256(config.data_path.read_bytes()).hexdigest()
-        if found != known:
-            problems.append(f"--data-path: the adapter was trained on another file than {config.data_path}")
+    found = content_sha256(config.data_path)
+    if known and found not in (None, known):
+        problems.append(f"--data-path: the adapter was trained on another file than {', '.join(config.data_path)}")
     below, base = done.adapter.get("base", {}).get("fingerprint"), done.base.get("fingerprint")
     if below and base and any(one != other for one, other in zip(below.split("-"), base.split("-"), strict=False)):
         problems.append(f"--load: the adapter was trained on another base than {config.load}")
@@ -198,6 +198,26 @@ def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None
 
 def _inside(path: Path) -> str:
     return str(path) if path.is_absolute() else f"{CHECKPOINTS}/{path}"
+
+
+def _is_trained(config: FinetuneConfig, done: Done) -> bool:
+    """Return True if the adapter on the host has all its iterations, or its run stopped early."""
+    record: Mapping[str, Any] = done.adapter
+    best = record.get("validation")
+    if isinstance(best, dict) and config.early_stopping_patience:
+        without = best.get("num_without_improvement", 0)
+        if isinstance(without, int) and without >= config.early_stopping_patience:
+            return True
+    if config.epochs is None:
+        return done.trained_iteration >= config.iterations
+    # Only the host knows the data, and with them the iterations that the epochs are.
+    trained = record.get("training", {})
+    iterations = trained.get("train_iters")
+    return (
+        trained.get("epochs") == config.epochs
+        and isinstance(iterations, int)
+        and (done.trained_iteration >= iterations)
+    )
 
 
 def _export_folder(config: UpConfig) -> Path:
@@ -224,7 +244,7 @@ def _finetune(host: Host, config: UpConfig, done: Done, options: JobOptions) -> 
     followed = _run(host, "finetune", _finetune_config(config, done), options)
     if followed:
         now = _what_is_done(Ssh(), host, config, options)
-        if now.trained_iteration < config.train_iters:
+        if not _is_trained(config, now):
             # The followed job was started with fewer iterations.
             _run(host, "finetune", _finetune_config(config, now), options)
 
@@ -260,4 +280,4 @@ def _settings_of(ssh: Ssh, host: Host, job: str) -> Mapping[str, Any]:
         training = parse_json(settings)
     except ValueError:
         return {}
-    return {"training": training, "data_sha256": sums.partition(" ")[0]}
+    return {"training": training, "data_sha256": combined_sha256([line.split()[0] for line in sums.splitlines()])}

@@ -201,7 +201,7 @@ def workload_of(
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
         cuda_graphs=config.cuda_graphs,
-        has_validation=config.valid_data_path is not None,
+        has_validation=config.has_validation,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
@@ -14,8 +15,11 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
-from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples
+from mixtral_run.train.data.examples import ReadOptions, read_examples
+from mixtral_run.train.data.open_template import file_problems
 from mixtral_run.train.data.samples import batch_size_problems
+from mixtral_run.train.data.sources import TrainingData, open_data
+from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.model_limits import length_problems, report_notes
 from mixtral_run.train.run_folder import METRICS, VALIDATION, num_checkpoints
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
@@ -40,6 +44,10 @@ RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
 
 
+class RunCompleteError(ConfigError):
+    """--resume finds that the run has reached its end: nothing is wrong, and there is nothing to do."""
+
+
 def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     """Check settings, base, layout, data files and output folder. Raises one error with all problems."""
     errors: list[MixtralRunError] = []
@@ -48,12 +56,25 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
         base = describe_base(config.load)
     except MixtralRunError as error:
         errors.append(error)
-    errors += _errors(config, world_size, base)
-    if errors:
-        raise joined(errors)
+    if errors or _errors(config, world_size, base, reads_data=False):
+        # The data are read only for their own problems, which is quicker than to tokenize them.
+        raise joined(errors + _errors(config, world_size, base, reads_data=True))
     assert base is not None
     report_notes(base, Report())
+    report = Report() if processes.rank() == 0 else Report.silent()
+    data = open_data(config, base, report, verify=True)
+    _held[:] = [data]
+    if not config.knows_iterations:
+        replicas = world_size // (config.tensor_model_parallel_size or 1)
+        batch = config.global_batch_size or config.micro_batch_size * replicas
+        config = config.with_iterations(data.num_samples, batch)
+        if errors := _errors(config, world_size, base, reads_data=False, iterations_are_new=True):
+            raise joined(errors)
     return base
+
+
+_held: list[TrainingData] = []
+"""The data of the job that this process starts: as long as they are open, no other job removes their cache."""
 
 
 def with_base_here(config: JobConfigT) -> JobConfigT:
@@ -70,7 +91,7 @@ def _check_before_download(config: TrainingConfig | GenerateConfig, model: HubMo
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
     config = settled(config, base)
     if isinstance(config, TrainingConfig):
-        errors = _errors(config, processes.process_count(config), base)
+        errors = _errors(config, processes.process_count(config), base, reads_data=True)
     else:
         errors = _start_errors(config)
         problems = layout_problems(config, base)
@@ -88,10 +109,25 @@ def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
     return []
 
 
-def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
-    """Return the problems of settings, data files and output folder. Without a base some checks are left out."""
+def _errors(
+    config: TrainingConfig,
+    world_size: int,
+    base: BaseDescription | None,
+    *,
+    reads_data: bool,
+    iterations_are_new: bool = False,
+) -> list[MixtralRunError]:
+    """Return the problems of settings, data files and output folder.
+
+    Args:
+        config: of the run. Without its iterations, which --epochs leaves open, some checks are left out.
+        world_size: processes of the job.
+        base: None if it cannot be used; then some checks are left out.
+        reads_data: read the data files as well.
+        iterations_are_new: the settings were not checked with the iterations that --epochs are.
+    """
     errors = _start_errors(config)
-    problems: list[str] = []
+    problems = config.warmup_problems() if iterations_are_new else []
     if not errors:
         tp = config.tensor_model_parallel_size
         replicas = 1 if tp is None else world_size // tp
@@ -100,17 +136,18 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
     if base is not None:
         problems += layout_problems(config, base)
         problems += length_problems("--seq-length", config.seq_length, base)
-    for setting in DATA_SETTINGS:
-        path = getattr(config, setting, None)
-        if path is not None:
+    for setting in DATA_SETTINGS if reads_data else ():
+        texts = getattr(config, setting, ())
+        if texts:
             try:
-                read_examples(path, setting)
+                read_examples(texts, ReadOptions.of(config), setting).check()
             except MixtralRunError as error:
                 errors.append(error)
     if isinstance(config, PretrainConfig) and config.metrics_file is not None:
         file = config.metrics_file
         problems += writing_problems(file.parent, f"--metrics-file {file}")
         problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
+    problems += file_problems(config.chat_template)
     if isinstance(config, FinetuneConfig):
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
@@ -120,7 +157,8 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
             except MixtralRunError as error:
                 errors.append(error)
         if base is not None:
-            problems += disk_problems(config.save, adapter_bytes(config, base, start))
+            needed = adapter_bytes(config, base, start) if config.knows_iterations else 0
+            problems += disk_problems(config.save, needed)
             refusal = memory_error(config, base, world_size) if fits and not problems else None
             errors += [refusal] if refusal is not None else []
     if problems:
@@ -129,38 +167,28 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
 
 
 def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:
-    """Return the adapter that --resume continues from. Raises ConfigError or WeightsError if it cannot continue."""
+    """Return the adapter that --resume continues from.
+
+    Raises ConfigError or WeightsError if it cannot continue, RunCompleteError if the run has reached its end.
+    """
     adapter = describe_adapter(config.save)
     check_adapter_fits(adapter, base)
     _check_same_lora(config, adapter)
-    if adapter.iteration >= config.train_iters:
-        raise ConfigError(
-            "There is nothing left to train.",
+    best = BestLoss.from_mapping(adapter.validation)
+    if best.is_over(config.early_stopping_patience):
+        raise RunCompleteError(
+            f"The run is complete: it stopped early, after {best.num_without_improvement} evaluations without a loss "
+            f"below that of iteration {best.best_iteration}. A larger --early-stopping-patience trains on",
             where=str(adapter.folder),
-            expected=f"--train-iters above {adapter.iteration}, at which the adapter is",
-            found=f"--train-iters {config.train_iters}",
+        )
+    if config.knows_iterations and adapter.iteration >= config.iterations:
+        length = "--epochs" if config.epochs is not None else "--train-iters"
+        raise RunCompleteError(
+            f"The run is complete: {adapter.folder} is iteration {adapter.iteration} of {config.iterations}. A larger "
+            f"{length} trains on",
+            where=str(adapter.folder),
         )
     return adapter
-
-
-def is_complete(config: FinetuneConfig) -> bool:
-    """Return True, and report it, if --resume finds that the run has reached its last iteration.
-
-    Raises ConfigError or WeightsError as `check_resume` does if the checkpoint is not one of this run.
-    """
-    if not config.resume or not (config.save / LATEST).exists():
-        return False
-    adapter = describe_adapter(config.save)
-    if adapter.iteration < config.train_iters:
-        return False
-    check_adapter_fits(adapter, describe_base(config.load))
-    _check_same_lora(config, adapter)
-    if processes.rank() == 0:
-        Report().done(
-            f"The run is complete: {adapter.folder} is iteration {adapter.iteration} of {config.train_iters}. A larger "
-            "--train-iters trains on"
-        )
-    return True
 
 
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
@@ -176,14 +204,17 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
 
 
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one."""
+    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one.
+
+    Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
+    """
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
     return 3 * 4 * parameters * num_checkpoints(config, start)
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
     """Return the bytes that the run's own checkpoints will take on the disk of the base."""
-    if not on_one_disk(config.save, base.folder):
+    if not config.knows_iterations or not on_one_disk(config.save, base.folder):
         return 0
     start = describe_adapter(config.save).iteration if config.resume else 0
     return adapter_bytes(config, base, start)
@@ -214,15 +245,16 @@ def leftovers(save: Path) -> list[Path]:
 def check_inference(config: GenerateConfig) -> None:
     """Check base, layout and adapter. Raises one error with all problems."""
     errors = _start_errors(config)
+    problems = file_problems(config.chat_template)
     try:
         base = describe_base(config.load)
-        problems = layout_problems(config, base)
-        if problems:
-            errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
+        problems += layout_problems(config, base)
         if config.adapter is not None:
             check_adapter_fits(describe_given_adapter(config.adapter, base.architecture), base)
     except MixtralRunError as error:
         errors.append(error)
+    if problems:
+        errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
     if errors:
         raise joined(errors)
     report_notes(base, Report.on_stderr() if config.json else Report())

@@ -46,7 +46,7 @@ def num_checkpoints(config: FinetuneConfig, start: int) -> int:
 
     start: the iteration after which the run continues. A new checkpoint is complete before an old one is removed.
     """
-    written = config.train_iters // config.save_interval - start // config.save_interval + 1
+    written = config.iterations // config.save_interval - start // config.save_interval + 1
     return written if config.keep_last is None else min(written, config.keep_last + config.keep_best + 1)
 
 

@@ -184,7 +184,7 @@ def _finetune(paths: Paths, layout: dict[str, Any]) -> str:
         FinetuneConfig(
             **layout,
             load=paths.checkpoint,
-            data_path=paths.examples,
+            data_path=(str(paths.examples),),
             save=paths.adapter,
             seq_length=PLAN.seq_length,
             micro_batch_size=PLAN.micro_batch_size,
@@ -229,7 +229,8 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 def _generate(paths: Paths, layout: dict[str, Any]) -> str:
-    example = read_examples(paths.examples)[0]
+    example = next(iter(read_examples([str(paths.examples)])))
+    instruction, response = (message.content for message in example.messages)
     file = paths.work / "answers.json"
     run_job(
         GENERATE,
@@ -237,21 +238,21 @@ def _generate(paths: Paths, layout: dict[str, Any]) -> str:
             **layout,
             load=paths.checkpoint,
             adapter=paths.adapter,
-            instruction=(example.instruction,),
+            instruction=(instruction,),
             max_new_tokens=PLAN.max_new_tokens,
             output_file=file,
         ).check(),
         lambda config, _: check_inference(config),
     )
     answer = json.loads(file.read_text(encoding="utf-8"))[0]["text"]
-    if answer != example.response:
+    if answer != response:
         raise CheckFailed(
             "Generation did not return the learned response.",
-            where=f"instruction: {example.instruction}",
-            expected=example.response,
+            where=f"instruction: {instruction}",
+            expected=response,
             found=answer,
         )
-    return f"“{example.instruction}” → “{answer}”"
+    return f"“{instruction}” → “{answer}”"
 
 
 def _export(paths: Paths) -> str:

@@ -68,7 +68,7 @@ def follow(job: RunningJob) -> str:
 def test_a_job_runs_with_its_config_and_data_and_is_fetched(options: JobOptions, tmp_path: Path) -> None:
     data = tmp_path / "my 'data'.jsonl"
     data.write_text('{"instruction": "hello"}\n')
-    job = start("finetune", finetune(mock_data=False, data_path=data, train_iters=3), options)
+    job = start("finetune", finetune(mock_data=False, data_path=(str(data),), train_iters=3), options)
     output = follow(job)
     assert f"finetune as {os.getuid()}:{os.getgid()} in /checkpoints" in output
     assert 'data {"instruction": "hello"}' in output

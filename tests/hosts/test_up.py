@@ -45,7 +45,7 @@ def test_a_job_that_trains_on_something_else_is_not_followed(light_hosts: HostMa
     (made,) = light_hosts(1)
     host, data = parse_host(made.target), tmp_path / "my.jsonl"
     data.write_text("first")
-    config = FinetuneConfig(load=Path("mixtral"), save=Path("adapter"), data_path=data)
+    config = FinetuneConfig(load=Path("mixtral"), save=Path("adapter"), data_path=(str(data),))
     spec = make_spec("finetune-1", "finetune", config, JobOptions(), 1)
     job = made.folder / "home/.local/state/mixtral-run/jobs/finetune-1"
     write(job / "config.json", spec.config_json())

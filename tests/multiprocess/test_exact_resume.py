@@ -17,9 +17,9 @@ from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, Weight
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.adapter_check import check_adapter_files
-from mixtral_run.train.preflight import is_complete
+from mixtral_run.train.preflight import check_resume
 from mixtral_run.weights.adapter.export import export
-from mixtral_run.weights.manifest.describe import describe_adapter
+from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.conftest import mixtral_run
@@ -100,7 +100,7 @@ def test_a_finished_run_says_so(own: Path, small_checkpoint: Path, data: Path) -
     assert "The run is complete" in done.stdout and "iteration 6 of 6" in done.stdout
     config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume=True, lora_rank=8)
     with pytest.raises(ConfigError, match="the checkpoint has 4; found 8"):
-        is_complete(config)
+        check_resume(config, describe_base(small_checkpoint))
 
 
 def test_the_random_state_counts(own: Path, whole: Path, small_checkpoint: Path, data: Path) -> None:

@@ -16,8 +16,8 @@ import yaml
 from mixtral_run import __version__
 from mixtral_run.cli.command import PROBLEMS
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.train.data.examples import read_examples
-from mixtral_run.train.data.prompt import encode_conversation
+from tests.support.examples import examples_of
+from tests.support.samples import instruct_form
 
 ROOT = Path(__file__).parents[2]
 # Lab notes are a diary: they name commands and files as they were.
@@ -213,23 +213,19 @@ def test_training_data_are_taken_as_they_are_shown(document: str, tmp_path: Path
     whole = [line for line in lines if "…" not in line]
     data = tmp_path / "shown.jsonl"
     data.write_text("\n".join(whole), encoding="utf-8")
-    pairs = read_examples(data)
+    pairs = examples_of(data)
     assert len(pairs) == len(whole) == (1 if document == "README.md" else 2)
     if document == "README.md":
         return
     shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
     for pair in pairs:
-        turns = encode_conversation(llama_like_tokenizer, pair.turns)
-        row = "".join(
-            f"{llama_like_tokenizer.decode(prompt).strip()} {llama_like_tokenizer.decode(answer).strip()}"
-            for prompt, answer in turns
-        )
-        assert re.sub(r"<s> *", "<s>", row) in shown, row
+        row = llama_like_tokenizer.decode(instruct_form(llama_like_tokenizer).encode(pair).tokens.tolist())
+        assert re.sub(r"(<s>|</s>) *", r"\1", row) in shown, row
 
 
 def test_the_readme_names_every_verb() -> None:
     rows = [line.split("|")[1] for line in text_of("README.md").splitlines() if line.startswith("| `")]
-    assert {name for row in rows for name in re.findall(r"`([a-z]+)`", row)} == set(VERBS)
+    assert {name for row in rows for name in re.findall(r"`([a-z]+)(?: check)?`", row)} == set(VERBS)
 
 
 def test_every_dependency_has_a_reason() -> None:

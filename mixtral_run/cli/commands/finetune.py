@@ -7,7 +7,10 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.launch.processes import is_worker, rank
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.report import Report
+from mixtral_run.train.data.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import FINETUNE
 
 
@@ -23,15 +26,17 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune a base model with LoRA: attention and experts, with one adapter per expert."""
     from mixtral_run.planner.available import ask_ahead
 
+    config = with_stdin_copied(config, is_worker=is_worker())
     # Both start processes that work while this one imports torch.
     ask_ahead(config)
     FINETUNE.import_ahead()
 
     from mixtral_run.planner.choose import settled
     from mixtral_run.train.init_adapter import with_adapter_settings
-    from mixtral_run.train.preflight import check_training, is_complete, with_base_here
+    from mixtral_run.train.preflight import RunCompleteError, check_training, with_base_here
 
-    config = settled(with_adapter_settings(with_base_here(config)))
-    if is_complete(config):
-        return
-    run_job(FINETUNE, config, check_training)
+    try:
+        run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)
+    except RunCompleteError as complete:
+        if rank() == 0:
+            Report().done(complete.what)

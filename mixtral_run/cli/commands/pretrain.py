@@ -7,7 +7,9 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.training import PretrainConfig
+from mixtral_run.launch.processes import is_worker
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.train.data.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import PRETRAIN
 
 
@@ -23,6 +25,7 @@ def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
     from mixtral_run.planner.available import ask_ahead
 
+    config = with_stdin_copied(config, is_worker=is_worker())
     # Both start processes that work while this one imports torch.
     if not config.has_layout:
         ask_ahead(config)

@@ -9,12 +9,22 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.data import CHAT_TEMPLATES, DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.jobs.container_paths import (
+    CHECKPOINTS,
+    HF_HOME,
+    JOB_FOLDER,
+    KERNELS,
+    data_inside,
+    mount_for,
+    path_inside,
+)
 from mixtral_run.fleet.untrusted import one_line
 
 LABEL_JOB = "org.mixtral-run.job"
@@ -22,31 +32,16 @@ LABEL_VERB = "org.mixtral-run.verb"
 LABEL_OUTPUT = "org.mixtral-run.output"
 LABEL_NUM_HOSTS = "org.mixtral-run.num_hosts"
 
-CHECKPOINTS = "/checkpoints"
-HF_HOME = "/huggingface"
-JOB_FOLDER = "/job"
-"""Folders of the container: the host's checkpoints, its HF cache, and the files of the job."""
-KERNELS = "/kernels"
-"""Folder of the container with the kernels that earlier jobs of the same user compiled on the host."""
-
 STOP_SECONDS = 330
 """Time that a job has to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
 """Config fields that name the output of a job, in the order of preference."""
-WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
+WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file", "data_cache")
 """All config fields that name a path that a job writes. smoke also writes its --load."""
-LOCAL_INPUTS = ("data_path", "valid_data_path", "prompts_file")
-"""Config fields whose file may be on the operator's machine. It is then sent to the host."""
-
-
-OF_THE_IMAGE = (
-    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, KERNELS, "/lib", "/lib64", "/opt/mixtral-run", "/proc",
-    "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia",
-    "/usr/sbin",
-)  # fmt: skip
-"""Folders of the image that a job needs. A host folder that is or contains one of them is not mounted."""
+LOCAL_INPUTS = ("prompts_file", "chat_template")
+"""Config fields, apart from those of data, whose file may be on the operator's machine. It is then sent to the host."""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
 """Limits for pinned memory (NCCL), thread stacks, and open files, for which Docker 29 allows 1,024."""
@@ -162,8 +157,13 @@ def make_spec(
     mounts: dict[str, None] = {}
     for item in dataclasses.fields(config):
         value = values[item.name]
-        is_path = plain_type(types[item.name])[0] is Path or (
-            item.name == "hf_model_path" and str(value).startswith("/")
+        if item.name in DATA_SETTINGS:
+            values[item.name] = data_inside(item.name, value, files, mounts)
+            continue
+        is_path = (
+            plain_type(types[item.name])[0] is Path
+            or (item.name == "hf_model_path" and str(value).startswith("/"))
+            or (item.name == "chat_template" and value not in CHAT_TEMPLATES)
         )
         if value is None or not is_path or (verb != "smoke" and _may_be_on_hub(item.name, value)):
             continue
@@ -172,8 +172,8 @@ def make_spec(
             files.append((Path(value), sent))
             values[item.name] = f"{JOB_FOLDER}/{sent}"
             continue
-        values[item.name] = path = _inside(value, flag_of(item.name))
-        mount = _mount_for(path, item.name in WRITTEN or (verb, item.name) == ("smoke", "load"), flag_of(item.name))
+        values[item.name] = path = path_inside(value, flag_of(item.name))
+        mount = mount_for(path, item.name in WRITTEN or (verb, item.name) == ("smoke", "load"), flag_of(item.name))
         if mount:
             mounts[mount] = None
     if options.nccl_timeout and "distributed_timeout_minutes" in values:
@@ -187,36 +187,6 @@ def make_spec(
 def _may_be_on_hub(name: str, value: str) -> bool:
     """Return True if a value may name a model on the hub. Only the job can tell it from a folder below CHECKPOINTS."""
     return name in HF_MODEL_SETTINGS and may_be_hub_name(value)
-
-
-def _inside(value: str, flag: str) -> str:
-    path = PurePosixPath(value)
-    if ".." in path.parts:
-        raise ConfigError(f"{flag}: a path on a host must not contain '..'.", found=value)
-    return str(path if path.is_absolute() else PurePosixPath(CHECKPOINTS) / path)
-
-
-def _mount_for(path: str, is_written: bool, flag: str) -> str | None:
-    """Return the host folder to mount for a path: its parent, which exists before the job writes the path.
-
-    An input whose parent would hide a part of the image is mounted by itself. Raises ConfigError if that is impossible
-    as well.
-    """
-    if any(path == each or path.startswith(each + "/") for each in (CHECKPOINTS, HF_HOME)):
-        return None
-    parent = str(PurePosixPath(path).parent)
-    mount = path if parent == "/" or (not is_written and _hides_image(parent)) else parent
-    if _hides_image(mount):
-        raise ConfigError(
-            f"{flag}: the host's {mount} cannot be mounted: it would hide a folder of the container.",
-            expected="a path below the host's checkpoints folder, such as NAME, or elsewhere, such as /data/NAME",
-            found=path,
-        )
-    return mount
-
-
-def _hides_image(folder: str) -> bool:
-    return any(each == folder or each.startswith(folder.rstrip("/") + "/") for each in OF_THE_IMAGE)
 
 
 def _outermost(folders: Mapping[str, None]) -> tuple[str, ...]:

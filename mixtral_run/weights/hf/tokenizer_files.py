@@ -16,13 +16,15 @@ from mixtral_run.weights.hf.sentencepiece_model import NotReadableError, tokeniz
 
 JSON_NAME, MODEL_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+"""File of the default chat template, and folder of those for other purposes, such as tool_use."""
 TOKENIZER_FILES = (
     JSON_NAME,
     MODEL_NAME,
     CONFIG_NAME,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "merges.txt",
     "vocab.json",
@@ -34,8 +36,9 @@ TOKENIZER_FILES = (
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy those of the tokenizer's files and the two configs that exist; return their names."""
     target.mkdir(parents=True, exist_ok=True)
-    found = _tokenizer_files(source)
+    found = tokenizer_files(source)
     for name in found:
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return found
 
@@ -44,7 +47,7 @@ def tokenizer_problems(source: Path) -> list[str]:
     """Return a line for each file that this user may not read or the kit cannot; checked before weights are copied."""
     problems = [
         f"{source / name}: cannot be read by this user"
-        for name in _tokenizer_files(source)
+        for name in tokenizer_files(source)
         if not os.access(source / name, os.R_OK)
     ]
     if not problems and (source / MODEL_NAME).is_file() and not (source / JSON_NAME).is_file():
@@ -68,8 +71,9 @@ def readable_tokenizer(folder: Path) -> Iterator[Path]:
     content = _made_json(folder)
     with TemporaryDirectory(prefix="mixtral-run-tokenizer-") as made:
         target = Path(made)
-        for name in _tokenizer_files(folder):
+        for name in tokenizer_files(folder):
             if name not in (MODEL_NAME, "config.json", "generation_config.json", "added_tokens.json"):
+                (target / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, target / name)
         (target / JSON_NAME).write_text(json.dumps(content), encoding="utf-8")
         # The class would make a tokenizer of its own from the vocabulary.
@@ -106,5 +110,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _tokenizer_files(source: Path) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (source / name).is_file()]
+def tokenizer_files(source: Path) -> list[str]:
+    """Return the names of the tokenizer's files in a folder, relative to it, and those of the two configs."""
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    return found + sorted(f"{MORE_TEMPLATES}/{path.name}" for path in (source / MORE_TEMPLATES).glob("*.jinja"))

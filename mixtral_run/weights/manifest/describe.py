@@ -25,6 +25,7 @@ from mixtral_run.weights.manifest.manifest import (
     read_manifest,
 )
 from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    validation: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """The newest and the lowest validation loss; empty if the run had no validation set."""
+    chat_template: TemplateRecord | None = field(default=None, kw_only=True)
+    """The template that the adapter was trained with; None for adapters of earlier versions."""
     files: Mapping[str, int] = field(default_factory=dict, kw_only=True)
     """CRC-32 of the iteration's files by name; empty if an earlier version of the kit wrote the adapter."""
     state: RunState = field(default_factory=RunState, kw_only=True)
@@ -110,6 +115,8 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.data_sha256,
         files=manifest.files,
         state=manifest.state,
+        validation=manifest.validation,
+        chat_template=manifest.chat_template,
     )
 
 

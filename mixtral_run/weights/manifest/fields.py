@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
@@ -11,8 +12,11 @@ from typing import Any, TypeVar
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 T = TypeVar("T")
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
+"""Control characters, among them those that turn the direction of writing."""
 _MISSING = object()
 _LARGEST = 2**31 - 1
 """The largest size or iteration; products of a few of them are still exact and quick."""
@@ -108,6 +112,16 @@ class Fields:
         inner = self.mapping("base")
         return BaseReference(inner.text("fingerprint"), inner.optional_text("path"))
 
+    def chat_template(self) -> TemplateRecord | None:
+        """Return the chat template of an adapter; None if it is missing or null."""
+        found = self.values.get("chat_template")
+        if found is None:
+            return None
+        record = TemplateRecord.parse(found)
+        if record is None or _CONTROL.search(record.name):
+            return self._refuse("chat_template", "a template's name and texts, with their fingerprint", found, None)
+        return record
+
     def checksums(self) -> dict[str, int]:
         """Return all fields of this object as CRC-32, which are stored as hexadecimal text."""
         found = {}
@@ -132,6 +146,28 @@ def _finite(value: object) -> float | None:
     except OverflowError:  # an integer of hundreds of digits
         return None
     return number if math.isfinite(number) else None
+
+
+def unprintable(values: Mapping[str, Any]) -> str | None:
+    """Return the top-level field, quoted, in which a key or text could move a terminal's cursor; None if none could.
+
+    Line breaks and tabs are only left to the settings of a training run. A chat template, which comes from a model, may
+    hold anything: it is never printed.
+    """
+    for name, value in values.items():
+        if name == "chat_template":
+            continue
+        left_alone = "\n\t" if name == "training" else ""
+        waiting: list[Any] = [name, value]
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, Mapping):
+                waiting += [*each.keys(), *each.values()]
+            elif isinstance(each, list):
+                waiting += each
+            elif isinstance(each, str) and not set(_CONTROL.findall(each)) <= set(left_alone):
+                return ascii(name[:40])
+    return None
 
 
 def shown(value: object) -> str:

@@ -7,7 +7,6 @@ that a folder is either understood by every verb or refused by every verb with t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.fields import BaseReference, Fields, shown
+from mixtral_run.weights.manifest.fields import BaseReference, Fields, shown, unprintable
 from mixtral_run.weights.manifest.run_state import RunState
 from mixtral_run.weights.manifest.self_checksum import FIELD as CHECKSUM
 from mixtral_run.weights.manifest.self_checksum import checksum_problems, with_checksum
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 MANIFEST_NAME = "mixtral_run.json"
 FORMAT = 1
@@ -79,6 +79,8 @@ class AdapterManifest(Manifest):
     training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
     files, tokenizer_files: CRC-32 by name of the other files of the iteration, and of those of the tokenizer; empty if
     an earlier version of the kit wrote the adapter.
+    validation: the newest and the lowest validation loss, as train/early_stopping.py keeps them; empty without any.
+    chat_template: the template that it was trained with; None for adapters of earlier versions.
     """
 
     KINDS = ("adapter",)
@@ -94,6 +96,8 @@ class AdapterManifest(Manifest):
     files: Mapping[str, int]
     tokenizer_files: Mapping[str, int]
     state: RunState
+    validation: Mapping[str, Any]
+    chat_template: TemplateRecord | None
 
     @classmethod
     def parse(cls, fields: Fields) -> AdapterManifest:
@@ -109,6 +113,8 @@ class AdapterManifest(Manifest):
             files=fields.mapping("files", default={}).checksums(),
             tokenizer_files=fields.mapping("tokenizer_files", default={}).checksums(),
             state=RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
+            validation=fields.mapping("validation", default={}).values,
+            chat_template=fields.chat_template(),
         )
 
 
@@ -160,8 +166,6 @@ class ExportManifest(Manifest):
 
 
 _CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
-"""Control characters, among them those that turn the direction of writing."""
 M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
 
 
@@ -226,7 +230,7 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
         raise _damaged(path, [f"not valid JSON: {error}"]) from error
     if not isinstance(values, dict):
         raise _damaged(path, [f"expected a JSON object; found {shown(values)}"])
-    if (place := _unprintable(values)) is not None:
+    if (place := unprintable(values)) is not None:
         raise _damaged(path, [f"{place}: holds a control character"])
     found = values.get("format")
     if type(found) is not int:
@@ -275,22 +279,3 @@ def wrong_kind(folder: Path, kind: str, label: str, how_to_make: str) -> Weights
         found=f"{known[kind]}, kind {kind!r}" if kind in known else f"unknown kind {shown(kind)}",
         next_command=how_to_make,
     )
-
-
-def _unprintable(values: Mapping[str, Any]) -> str | None:
-    """Return the top-level field, quoted, in which a key or text could move a terminal's cursor; None if none could.
-
-    Line breaks and tabs are only left to the settings of a training run, which may hold a template.
-    """
-    for name, value in values.items():
-        left_alone = "\n\t" if name == "training" else ""
-        waiting: list[Any] = [name, value]
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, Mapping):
-                waiting += [*each.keys(), *each.values()]
-            elif isinstance(each, list):
-                waiting += each
-            elif isinstance(each, str) and not set(_CONTROL.findall(each)) <= set(left_alone):
-                return ascii(name[:40])
-    return None

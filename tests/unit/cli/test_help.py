@@ -14,12 +14,12 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.command import PROBLEMS, SECTIONS, VerbCommand
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.config import generate, plan, training, trial, up, weights
+from mixtral_run.config import data, generate, plan, training, trial, up, weights
 from mixtral_run.config.fields import Config
 
 BLOCKED = (
     "torch", "ansible_runner", "ansible", "megatron", "transformers", "numpy", "rich", "safetensors", "yaml",
-    "matplotlib",
+    "matplotlib", "pyarrow", "datasets", "pandas",
 )  # fmt: skip
 PROGRAM = f"""
 import sys, time
@@ -37,12 +37,15 @@ finally:
     print("SECONDS", time.process_time() - began, "MODULES", len(sys.modules), file=sys.stderr)
 """
 LIMIT_SECONDS = 0.3
+GROUPS = {"data": ("check",)}
+LEAVES = [f"{verb} {below}".strip() for verb in VERBS for below in GROUPS.get(verb, ("",))]
+"""All verbs, with those below another one."""
 LIMIT_MODULES = 400
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
+@pytest.mark.parametrize("verb", ["", *GROUPS, *LEAVES])
 def test_help_is_fast_and_needs_nothing_heavy(verb: str) -> None:
-    argv = [sys.executable, "-c", PROGRAM, *([verb] if verb else []), "--help"]
+    argv = [sys.executable, "-c", PROGRAM, *verb.split(), "--help"]
     fastest = None
     # CPU time and the best of three, so that other processes of this machine do not count.
     for _ in range(3):
@@ -60,19 +63,25 @@ def test_help_is_fast_and_needs_nothing_heavy(verb: str) -> None:
 
 
 def command(verb: str) -> VerbCommand:
-    found = root.get_command(click.Context(root), verb)
+    first, *below = verb.split()
+    found = root.get_command(click.Context(root), first)
+    for name in below:
+        assert isinstance(found, click.Group)
+        found = found.get_command(click.Context(found), name)
     assert isinstance(found, VerbCommand)
     return found
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", LEAVES)
 def test_examples_are_accepted_by_the_command_line(verb: str) -> None:
     examples = command(verb).examples
     assert len(examples) == 2
     for example in examples:
         words = shlex.split(example)
-        assert words[0] == verb
-        context = command(verb).make_context(verb, words[1:], parent=click.Context(root, **root.context_settings))
+        depth = len(verb.split())
+        assert words[:depth] == verb.split()
+        parent = click.Context(root, **root.context_settings)
+        context = command(verb).make_context(words[depth - 1], words[depth:], parent=parent)
         assert not context.meta[PROBLEMS]
         if "config" in context.params:
             assert not _config_problems(context)
@@ -82,7 +91,7 @@ def _config_problems(context: click.Context) -> list[str]:
     """Problems of the settings of an example: it must name what the verb needs."""
     name = f"{str(context.info_name).capitalize()}Config"
     config_class: type[Config] = next(
-        vars(module)[name] for module in (training, weights, generate, plan, trial, up) if name in vars(module)
+        vars(module)[name] for module in (training, weights, generate, plan, trial, up, data) if name in vars(module)
     )
     fields = {item.name for item in dataclasses.fields(config_class)}
     values = {
@@ -91,9 +100,9 @@ def _config_problems(context: click.Context) -> list[str]:
     return config_class.from_mapping(values).problems()
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", LEAVES)
 def test_help_ends_with_whole_examples(verb: str) -> None:
-    shown = CliRunner().invoke(root, [verb, "--help"], env={"COLUMNS": "80"}).output
+    shown = CliRunner().invoke(root, [*verb.split(), "--help"], env={"COLUMNS": "80"}).output
     assert shown.split("Examples:\n")[1].splitlines() == [f"  mixtral-run {each}" for each in command(verb).examples]
 
 
@@ -106,7 +115,7 @@ def test_help_of_finetune_has_its_sections_in_order() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", LEAVES)
 def test_every_option_is_in_a_known_section(verb: str) -> None:
     context = click.Context(command(verb), parent=click.Context(root, **root.context_settings))
     for each in command(verb).get_params(context):

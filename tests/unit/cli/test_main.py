@@ -169,7 +169,7 @@ def test_what_looks_like_a_flag_may_be_a_value() -> None:
 
 def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    (tmp_path / "pairs.jsonl").write_text('{"instruction": 1}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"instruction": 1, "response": "b"}\n')
     done = mixtral_run(
         "finetune", "--load", "nowhere", "--data-path", str(tmp_path / "pairs.jsonl"), "--save", str(tmp_path),
         "--device", "cpu", "--nproc-per-node", "3", "--tensor-model-parallel-size", "2",

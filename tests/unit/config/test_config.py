@@ -45,7 +45,7 @@ def test_round_trip_keeps_every_kind_of_value() -> None:
     config = FinetuneConfig(
         load=Path("a b"),
         save=Path("ü"),
-        data_path=Path("x.jsonl"),
+        data_path=("x.jsonl",),
         lora_target_modules=("linear_qkv",),
         lr=3e-4,
         nproc_per_node=4,

@@ -30,18 +30,18 @@ def done(config: UpConfig, data: Path) -> Done:
 
 
 def test_the_same_run_is_done_and_a_longer_one_goes_on(data: Path) -> None:
-    before = done(UpConfig(data_path=data), data)
-    _check_same_training(HOST, UpConfig(data_path=data), before)
-    _check_same_training(HOST, UpConfig(data_path=data, train_iters=20), before)
-    _check_same_training(HOST, UpConfig(data_path=Path("/data/on the host.jsonl")), before)
-    _check_same_training(HOST, UpConfig(data_path=data), Done(False, 0, False, {}))
+    before = done(UpConfig(data_path=(str(data),)), data)
+    _check_same_training(HOST, UpConfig(data_path=(str(data),)), before)
+    _check_same_training(HOST, UpConfig(data_path=(str(data),), train_iters=20), before)
+    _check_same_training(HOST, UpConfig(data_path=("/data/on the host.jsonl",)), before)
+    _check_same_training(HOST, UpConfig(data_path=(str(data),)), Done(False, 0, False, {}))
 
 
 def test_another_file_or_setting_is_reported(data: Path) -> None:
-    before = done(UpConfig(data_path=data), data)
+    before = done(UpConfig(data_path=(str(data),)), data)
     data.write_text('{"instruction": "a", "response": "other"}\n')
     with pytest.raises(ConfigError) as caught:
-        _check_same_training(HOST, UpConfig(data_path=data, lora_rank=8, seq_length=1024), before)
+        _check_same_training(HOST, UpConfig(data_path=(str(data),), lora_rank=8, seq_length=1024), before)
     text = str(caught.value)
     assert "trained on another file" in text
     assert "--lora-rank: the adapter was trained with 16; found 8" in text
@@ -50,18 +50,18 @@ def test_another_file_or_setting_is_reported(data: Path) -> None:
 
 
 def test_another_base_is_reported(data: Path) -> None:
-    before = done(UpConfig(data_path=data), data)
+    before = done(UpConfig(data_path=(str(data),)), data)
     record = {"source": "/models/mine", "fingerprint": "quick-whole"}
     same = dataclasses.replace(before, base=record, adapter={**before.adapter, "base": {"fingerprint": "quick-whole"}})
     for model in ("/models/mine", UpConfig.hf_model_path):
-        config = UpConfig(data_path=data, hf_model_path=model)
+        config = UpConfig(data_path=(str(data),), hf_model_path=model)
         _check_same_base(HOST, config, same)
         _check_same_training(HOST, config, same)
     with pytest.raises(ConfigError, match="--hf-model-path /models/mine"):
-        _check_same_base(HOST, UpConfig(data_path=data, hf_model_path="/models/other"), same)
+        _check_same_base(HOST, UpConfig(data_path=(str(data),), hf_model_path="/models/other"), same)
     other = dataclasses.replace(same, base={**record, "fingerprint": "quick-other"})
     with pytest.raises(ConfigError, match="--load: the adapter was trained on another base than mixtral"):
-        _check_same_training(HOST, UpConfig(data_path=data), other)
+        _check_same_training(HOST, UpConfig(data_path=(str(data),)), other)
 
 
 def test_a_folder_of_somebody_else_is_reported_before_the_work(tmp_path: Path) -> None:

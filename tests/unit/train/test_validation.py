@@ -16,12 +16,13 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_examples
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.summary import ValidationSummary
 from mixtral_run.train.validation import Validation, ValidationMetrics, rows_by_pass
 from tests.multiprocess.conftest import SMALL
+from tests.support.examples import examples_of
+from tests.support.samples import samples_of
 from tests.unit.model.recompute.test_recompute import model_of
 
 VOCABULARY = 2048
@@ -37,7 +38,7 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(read_examples(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
+    return samples_of(examples_of(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
 
 
 def model(mesh: Mesh, recompute: str = "none", dropout: float = 0.0) -> MixtralModel:

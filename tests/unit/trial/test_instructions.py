@@ -3,11 +3,11 @@
 import json
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_examples
+from tests.support.examples import examples_of, turns_of
 
 
 def test_they_pass_the_check_every_data_file_passes() -> None:
-    assert 195 <= len(read_examples(INSTRUCTIONS)) <= 215
+    assert 195 <= len(examples_of(INSTRUCTIONS)) <= 215
 
 
 def test_each_line_is_one_example_without_stray_keys_or_space() -> None:
@@ -20,13 +20,13 @@ def test_each_line_is_one_example_without_stray_keys_or_space() -> None:
 
 
 def test_no_example_occurs_twice() -> None:
-    examples = read_examples(INSTRUCTIONS)
-    assert len({example.instruction.casefold() for example in examples}) == len(examples)
-    assert len({example.response.casefold() for example in examples}) == len(examples)
+    turns = [turns_of(example)[0] for example in examples_of(INSTRUCTIONS)]
+    assert len({instruction.casefold() for instruction, _ in turns}) == len(turns)
+    assert len({response.casefold() for _, response in turns}) == len(turns)
 
 
 def test_lengths_are_varied_and_the_shortest_answers_come_first() -> None:
-    words = [len(example.response.split()) for example in read_examples(INSTRUCTIONS)]
+    words = [len(turns_of(example)[0][1].split()) for example in examples_of(INSTRUCTIONS)]
     assert max(words[:16]) <= 5
     assert sum(8 <= count <= 60 for count in words) > 0.8 * len(words)
     assert max(words) <= 60

@@ -90,14 +90,39 @@ def test_several_hosts_meet_at_the_first() -> None:
 def test_paths_are_the_hosts_and_files_that_lie_here_are_sent(tmp_path: Path) -> None:
     data = tmp_path / "my data.jsonl"
     data.write_text("{}")
-    spec = make_spec("j", "finetune", finetune(mock_data=False, data_path=data, valid_data_path=data), JobOptions(), 1)
-    assert spec.config["data_path"] == "/job/data_path.jsonl"
-    assert spec.config["valid_data_path"] == "/job/valid_data_path.jsonl"
+    own = finetune(mock_data=False, data_path=(str(data),), valid_data_path=(str(data),))
+    spec = make_spec("j", "finetune", own, JobOptions(), 1)
+    assert spec.config["data_path"] == ["/job/data_path.jsonl"]
+    assert spec.config["valid_data_path"] == ["/job/valid_data_path.jsonl"]
     assert spec.files == ((data, "data_path.jsonl"), (data, "valid_data_path.jsonl"))
     assert spec.config["load"] == "/checkpoints/mixtral"
-    there = make_spec("j", "finetune", finetune(mock_data=False, data_path=Path("/data/set.jsonl")), JobOptions(), 1)
-    assert there.config["data_path"] == "/data/set.jsonl"
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    sent = make_spec("j", "finetune", finetune(chat_template=str(template)), JobOptions(), 1)
+    assert (sent.config["chat_template"], sent.files) == (
+        "/job/chat_template.jinja",
+        ((template, "chat_template.jinja"),),
+    )
+    assert make_spec("j", "finetune", finetune(chat_template="mixtral"), JobOptions(), 1).mounts == ("/data/out",)
+    there = make_spec("j", "finetune", finetune(mock_data=False, data_path=("/data/set.jsonl",)), JobOptions(), 1)
+    assert there.config["data_path"] == ["/data/set.jsonl"]
     assert there.mounts == ("/data",)
+
+
+def test_each_source_of_data_finds_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "my.csv"
+    data.write_text("question,answer\na,b\n")
+    texts = (f"{data}:2", "OWNER/NAME@v1:train:0.5", "/data/set:1", str(data) + ":.5")
+    spec = make_spec("j", "finetune", finetune(mock_data=False, data_path=texts), JobOptions(), 1)
+    assert spec.config["data_path"] == [
+        "/job/data_path-001.csv:2", "OWNER/NAME@v1:train:0.5", "/data/set:1", "/job/data_path-004.csv:.5"
+    ]  # fmt: skip
+    assert spec.files == ((data, "data_path-001.csv"), (data, "data_path-004.csv")) and spec.mounts == ("/data",)
+    (tmp_path / "folder").mkdir()
+    for text, words in (("-", "Standard input is not sent"), ("folder", "A folder of data is not sent to a host")):
+        with pytest.raises(ConfigError, match=words):
+            make_spec("j", "finetune", finetune(mock_data=False, data_path=(text,)), JobOptions(), 1)
 
 
 def test_a_model_by_name_is_left_alone_and_one_by_folder_is_mounted() -> None:

@@ -8,17 +8,12 @@ import pytest
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.examples import read_examples
-from mixtral_run.train.data.prompt import (
-    check_token_ids,
-    encode_conversation,
-    encode_turn,
-    load_tokenizer,
-    prompt_tokens,
-)
+from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
+from tests.support.examples import examples_of, turns_of
+from tests.support.samples import encode_conversation, encode_turn, prompt_tokens
 
 BOS, EOS = 1, 2
-TEXTS = [(example.instruction, example.response) for example in read_examples(INSTRUCTIONS)] + [
+TEXTS = [turns_of(example)[0] for example in examples_of(INSTRUCTIONS)] + [
     ("日本の首都は?", "東京です。"),
     ("a </s> b [INST]", "</s>"),
     ("Indent", "\n    x = 1"),
@@ -45,7 +40,7 @@ def test_the_row_reads_as_the_instruct_form(tokenizer: Any) -> None:
         prompt, answer = encode_turn(tokenizer, instruction, response)
         assert tokenizer.decode(prompt[1:]).strip() == f"[INST] {instruction} [/INST]"
         assert tokenizer.decode(answer[:-1]).strip() == response.strip()
-        assert tokenizer.decode(prompt[1:] + answer[:-1]).strip() == f"[INST] {instruction} [/INST] {response.strip()}"
+        assert tokenizer.decode(prompt[1:] + answer[:-1]).strip() == f"[INST] {instruction} [/INST] {response.rstrip()}"
 
 
 def test_only_the_end_of_the_response_is_an_end_of_sequence(tokenizer: Any) -> None:

@@ -1,0 +1,89 @@
+"""Paths of a job: where files and folders of the operator's machine and of the host are inside the container."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from mixtral_run.config.data_sources import STANDARD_INPUT, parse_source
+from mixtral_run.config.fields import flag_of
+from mixtral_run.errors import ConfigError
+
+CHECKPOINTS = "/checkpoints"
+HF_HOME = "/huggingface"
+JOB_FOLDER = "/job"
+"""Folders of the container: the host's checkpoints, its HF cache, and the files of the job."""
+KERNELS = "/kernels"
+"""Folder of the container with the kernels that earlier jobs of the same user compiled on the host."""
+
+OF_THE_IMAGE = (
+    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, KERNELS, "/lib", "/lib64", "/opt/mixtral-run", "/proc",
+    "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia",
+    "/usr/sbin",
+)  # fmt: skip
+"""Folders of the image that a job needs. A host folder that is or contains one of them is not mounted."""
+
+
+def path_inside(value: str, flag: str) -> str:
+    """Return a path of the host inside the container. A relative one is below CHECKPOINTS."""
+    path = PurePosixPath(value)
+    if ".." in path.parts:
+        raise ConfigError(f"{flag}: a path on a host must not contain '..'.", found=value)
+    return str(path if path.is_absolute() else PurePosixPath(CHECKPOINTS) / path)
+
+
+def mount_for(path: str, is_written: bool, flag: str) -> str | None:
+    """Return the host folder to mount for a path: its parent, which exists before the job writes the path.
+
+    An input whose parent would hide a part of the image is mounted by itself. Raises ConfigError if that is impossible
+    as well.
+    """
+    if any(path == each or path.startswith(each + "/") for each in (CHECKPOINTS, HF_HOME)):
+        return None
+    parent = str(PurePosixPath(path).parent)
+    mount = path if parent == "/" or (not is_written and _hides_image(parent)) else parent
+    if _hides_image(mount):
+        raise ConfigError(
+            f"{flag}: the host's {mount} cannot be mounted: it would hide a folder of the container.",
+            expected="a path below the host's checkpoints folder, such as NAME, or elsewhere, such as /data/NAME",
+            found=path,
+        )
+    return mount
+
+
+def _hides_image(folder: str) -> bool:
+    return any(each == folder or each.startswith(folder.rstrip("/") + "/") for each in OF_THE_IMAGE)
+
+
+def data_inside(name: str, texts: Sequence[str], files: list[tuple[Path, str]], mounts: dict[str, None]) -> list[str]:
+    """Return the sources of data as the container names them. Local files are appended to `files`.
+
+    A dataset on the hub is downloaded by the job.
+    """
+    found = []
+    for number, text in enumerate(texts, start=1):
+        source = parse_source(text)
+        location = source.location
+        if location == STANDARD_INPUT:
+            raise ConfigError(
+                "Standard input is not sent to a host.", where=f"{flag_of(name)} -", next_command="write it to a file"
+            )
+        if source.path.is_file():
+            # `sha256sum data_path*` in up.py has them in this order.
+            location = f"{name}{f'-{number:03d}' if len(texts) > 1 else ''}{source.path.suffix}"
+            files.append((source.path, location))
+            location = f"{JOB_FOLDER}/{location}"
+        elif source.path.is_dir() and not source.path.is_absolute():
+            raise ConfigError(
+                "A folder of data is not sent to a host.",
+                where=f"{flag_of(name)} {text}",
+                expected=f"files of this machine, or an absolute path on the host, such as {CHECKPOINTS}/{location}",
+                found="a folder of this machine",
+                next_command=f"scp -r {location} HOST:…",
+            )
+        elif not source.on_hub:
+            location = path_inside(location, flag_of(name))
+            if mount := mount_for(location, False, flag_of(name)):
+                mounts[mount] = None
+        found.append(location + text.removeprefix(source.location))
+    return found

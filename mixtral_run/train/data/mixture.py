@@ -1,0 +1,55 @@
+"""Shares of several sources among the samples of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mixtral_run.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDArray[np.int64] | None:
+    """Return the examples of one epoch, as indices into the examples of all sources one after the other.
+
+    The sources have the shares that the weights give them. Every example is there at least once. Examples of a source
+    whose share is larger than its size are repeated, all of them equally often but for one time.
+
+    Args:
+        counts: examples of each source.
+        weights: relative, as Megatron's --data-path takes them; None for every source if none was given.
+
+    Returns:
+        The indices, int64; None if there are no weights: then an epoch is every example once.
+    """
+    if not any(weight is not None for weight in weights):
+        return None
+    shares = [weight or 0.0 for weight in weights]
+    empty = [number + 1 for number, count in enumerate(counts) if not count]
+    if empty:
+        raise ConfigError(f"Source {empty[0]} of the data has a weight and no example that can be used.")
+    # The source that is largest for its share is taken once.
+    total = max(count / share for count, share in zip(counts, shares, strict=True))
+    found: list[NDArray[np.int64]] = []
+    begin = 0
+    for count, share in zip(counts, shares, strict=True):
+        found.append(begin + np.arange(max(count, round(total * share)), dtype=np.int64) % count)
+        begin += count
+    return np.concatenate(found)
+
+
+def describe_mixture(texts: Sequence[str], counts: Sequence[int], weights: Sequence[float | None]) -> str | None:
+    """Return one line about how often each source is taken in an epoch; None without weights."""
+    if not all(weight is not None for weight in weights):
+        return None
+    shares = [weight or 0.0 for weight in weights]
+    total = max(count / share for count, share in zip(counts, shares, strict=True))
+    parts = [
+        f"{text}: {count:,} examples, {share / sum(shares):.1%} of the samples, each {total * share / count:,.1f} times"
+        for text, count, share in zip(texts, counts, shares, strict=True)
+    ]
+    return "An epoch takes " + "; ".join(parts)
