@@ -15,7 +15,7 @@ from mixtral_run.train.data.encoded import EncodedExample
 from mixtral_run.train.data.example import Example
 from mixtral_run.train.data.open_template import open_chat_template
 from mixtral_run.train.data.prompt import load_tokenizer
-from mixtral_run.weights.hf.tokenizer_files import TOKENIZER_FILES
+from mixtral_run.weights.hf.tokenizer_files import tokenizer_files
 
 VERSION = 1
 """Version of the kit's own encoding. Increase it when the same example gets other tokens."""
@@ -51,10 +51,10 @@ class Encoding:
             digest.update(f"{self.chat_template}\n".encode())
         else:
             digest.update(f"file {hashlib.sha256(_content(Path(self.chat_template))).hexdigest()}\n".encode())
-        for name in TOKENIZER_FILES:
-            file = self.tokenizer_folder / name
-            if file.is_file():
-                digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        for name in tokenizer_files(self.tokenizer_folder):
+            digest.update(
+                f"{name} {hashlib.sha256((self.tokenizer_folder / name).read_bytes()).hexdigest()}\n".encode()
+            )
         return digest.hexdigest()
 
 

@@ -55,9 +55,8 @@ class JinjaTemplate(ChatTemplate):
         )
 
     def describe(self) -> str:
-        source = "the tokenizer's own" if self.name.startswith("tokenizer") else self.name
         how = "its generation blocks" if self._template.has_generation else "what it adds for each answer"
-        return f"{source}; learned is {how}"
+        return f"{self.record.describe()}; learned is {how}"
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         conversation = self._conversation(messages, tools)

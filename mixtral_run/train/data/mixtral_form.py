@@ -51,7 +51,7 @@ class MixtralForm(ChatTemplate):
         self.adds_blank = encoder.text_ids("a") == encoder.text_ids("[/INST] a")[len(encoder.text_ids("[/INST]")) :]
 
     def describe(self) -> str:
-        return f"Mixtral-Instruct's form, as tokenizer {'v3' if self.is_v3 else 'v1'} of mistral-common writes it"
+        return f"{self.record.describe()}, as tokenizer {'v3' if self.is_v3 else 'v1'} of mistral-common writes it"
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return [self._bos_id, *(number for piece in self._pieces(messages, tools) for number in piece.ids)]

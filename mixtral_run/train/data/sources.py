@@ -19,6 +19,7 @@ from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource, has_response
 from mixtral_run.train.data.split import split_by_digest
 from mixtral_run.weights.manifest.describe import BaseDescription
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,9 +54,15 @@ class TrainingData:
         return None if isinstance(self.samples, MockSamples) else len(self.samples)  # type: ignore[arg-type]
 
     def describe(self, config: TrainingConfig, report: Report) -> None:
-        """Print a line about the samples of the run, and one about the validation set. config: with its iterations."""
+        """Print a line each about the chat template, the samples of the run, and the validation set.
+
+        config: with its iterations.
+        """
         for remark in self.remarks:
             report.warn(remark)
+        template = TemplateRecord.parse(self.chat_template)
+        if template is not None:
+            report.say(f"Chat template: {template.describe()}")
         report.say(f"Data: {self.samples.describe()}")
         if self.num_samples is not None:
             epochs = config.iterations * config.global_batch_size / self.num_samples

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy those of the tokenizer's files and the two configs that exist; return their names."""
     target.mkdir(parents=True, exist_ok=True)
-    found = _tokenizer_files(source)
+    found = tokenizer_files(source)
     for name in found:
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
@@ -37,11 +37,12 @@ def tokenizer_problems(source: Path) -> list[str]:
     """Return a line for each file that this user may not read; checked before the weights are copied."""
     return [
         f"{source / name}: cannot be read by this user"
-        for name in _tokenizer_files(source)
+        for name in tokenizer_files(source)
         if not os.access(source / name, os.R_OK)
     ]
 
 
-def _tokenizer_files(source: Path) -> list[str]:
+def tokenizer_files(source: Path) -> list[str]:
+    """Return the names of the tokenizer's files in a folder, relative to it, and those of the two configs."""
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     return found + sorted(f"{MORE_TEMPLATES}/{path.name}" for path in (source / MORE_TEMPLATES).glob("*.jinja"))

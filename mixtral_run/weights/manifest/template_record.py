@@ -30,6 +30,12 @@ class TemplateRecord:
         """Return the SHA-256 of the texts."""
         return hashlib.sha256(json.dumps([self.text, self.tools_text]).encode()).hexdigest()
 
+    def describe(self) -> str:
+        """Return the template's name in words."""
+        if self.text is None:
+            return "Mixtral-Instruct's form"
+        return "the tokenizer's own" if self.name == "tokenizer" else self.name
+
     def to_mapping(self) -> dict[str, str | None]:
         """Return the record as JSON values."""
         found = {"name": self.name, "text": self.text, "tools_text": self.tools_text}

@@ -91,6 +91,14 @@ def test_paths_are_the_hosts_and_files_that_lie_here_are_sent(tmp_path: Path) ->
     assert spec.config["valid_data_path"] == ["/job/valid_data_path.jsonl"]
     assert spec.files == ((data, "data_path.jsonl"), (data, "valid_data_path.jsonl"))
     assert spec.config["load"] == "/checkpoints/mixtral"
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    sent = make_spec("j", "finetune", finetune(chat_template=str(template)), JobOptions(), 1)
+    assert (sent.config["chat_template"], sent.files) == (
+        "/job/chat_template.jinja",
+        ((template, "chat_template.jinja"),),
+    )
+    assert make_spec("j", "finetune", finetune(chat_template="mixtral"), JobOptions(), 1).mounts == ("/data/out",)
     there = make_spec("j", "finetune", finetune(mock_data=False, data_path=("/data/set.jsonl",)), JobOptions(), 1)
     assert there.config["data_path"] == ["/data/set.jsonl"]
     assert there.mounts == ("/data",)

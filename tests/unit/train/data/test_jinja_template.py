@@ -5,6 +5,7 @@ import pickle
 import random
 import resource
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,3 +312,17 @@ def test_no_text_stands_for_a_control_token(chatml: Any, choice: str) -> None:
                 ids = encoded.tokens[:-1].tolist() if example.text else encoded.tokens[: encoded.learned[0][0]].tolist()
                 shown = 1 if choice == "auto" and not example.text else 0
                 assert ids.count(chatml.eos_token_id) == shown and 2 not in ids
+
+
+def test_the_example_in_the_documentation_is_what_training_learns(tiny_tokenizer: Any) -> None:
+    text = (Path(__file__).parents[4] / "docs" / "concepts" / "chat_templates.md").read_text("utf-8")
+    block = text[text.index("    <|im_start|>user") :].split("\n\n")[0]
+    shown = "".join(f"{line.removeprefix('    ')}\n" for line in block.splitlines())
+    tokenizer = as_chatml(tiny_tokenizer)
+    turns = (("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3 more?"), ("assistant", "7."))
+    encoded = open_chat_template("auto", tokenizer).encode(Example("line 1", tuple(Message(*turn) for turn in turns)))
+    pieces, before = [], 0
+    for begin, end in encoded.learned:
+        pieces += [tokenizer.decode(encoded.tokens[before:begin]), f"⟦{tokenizer.decode(encoded.tokens[begin:end])}⟧"]
+        before = end
+    assert "".join([*pieces, tokenizer.decode(encoded.tokens[before:])]) == shown

@@ -29,6 +29,7 @@ from mixtral_run.weights.manifest.manifest import (
     read_values,
     write_manifest,
 )
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 ONE_PROCESS: dict[str, Any] = {
     "device": "cpu",
@@ -99,7 +100,22 @@ def test_a_base_and_an_adapter_are_read_back(tmp_path: Path) -> None:
     assert (adapter.kind, adapter.iteration, adapter.manifest.lora) == ("adapter", 10, LORA)
     assert adapter.manifest.base.path == "/base"
     assert describe_adapter(tmp_path / "adapter" / "iter_0000010").training == {"seed": 1}
+    assert describe_adapter(tmp_path / "adapter").chat_template is None
+    # A template comes from a model, and may hold anything.
+    record = TemplateRecord("tokenizer", "{{ messages }}\r\n\t\x1b[2J\u202e", "{{ tools }}")
+    write_adapter(tmp_path / "other", chat_template=record.to_mapping())
+    assert describe_adapter(tmp_path / "other").chat_template == record
     assert describe_base(tmp_path / "base").fingerprint == "abc-def"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"text": "{{ 1 }}"}, {"fingerprint": None}, {"name": 3}, {"text": []}, {"name": "a\x1b[2J"}, None]
+)
+def test_a_damaged_template_of_an_adapter_is_refused(tmp_path: Path, changes: Any) -> None:
+    values = "a template" if changes is None else TemplateRecord("mine.jinja", "{{ messages }}").to_mapping() | changes
+    write_adapter(tmp_path / "adapter", chat_template=values)
+    with pytest.raises(WeightsError, match="chat_template: expected a template's name and texts"):
+        describe_adapter(tmp_path / "adapter")
 
 
 def test_a_quantized_cache_and_exports_are_read_back(tmp_path: Path) -> None:
