@@ -196,10 +196,11 @@ class ExampleStream:
     def _error(self) -> ConfigError:
         total = self.problems.num_examples + sum(self.counts_by_source)
         return ConfigError(
-            f"The {self._what} data cannot be used as they are: {self.problems.num_examples:,} of {total:,} examples.",
+            f"The {self._what} data cannot be used as they are.",
             where=self.where,
             problems=self.problems.lines(),
             expected=_expected(self.options),
+            found=f"{self.problems.num_examples:,} of {counted(total, 'example')} that cannot be used",
             next_command="correct them, or --skip-bad-examples to leave them out",
         )
 

@@ -9,7 +9,7 @@ from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import ReadOptions, read_examples
-from mixtral_run.train.data.mixture import mixed_indices
+from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
@@ -51,6 +51,8 @@ def _open_files(
             weights = [source.weight for source in stream.sources]
             if shares := mixed_indices(stream.counts_by_source, weights):
                 examples = [examples[index] for index in shares]
+                texts = tuple(source.location for source in stream.sources)
+                report.say(describe_mixture(texts, stream.counts_by_source, weights) or "")
             samples = Samples(examples, tokenizer, config.seq_length, stream.where)
             check_token_ids(tokenizer, samples.highest_id, base.architecture.vocab_size, base.tokenizer, stream.where)
         except MixtralRunError as error:

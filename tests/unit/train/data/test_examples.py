@@ -84,7 +84,7 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     error = refused(path)
     assert [problem.split(":")[0] for problem in error.problems[:10]] == [f"line {number}" for number in range(1, 11)]
     assert error.problems[10:] == ("and 1,490 more",)
-    assert "1,500 of 1,501 examples" in error.what and "--skip-bad-examples" in str(error.next_command)
+    assert "1,500 of 1,501 examples" in str(error.found) and "--skip-bad-examples" in str(error.next_command)
 
 
 def test_bad_examples_are_left_out_on_request_and_reported(tmp_path: Path) -> None:
