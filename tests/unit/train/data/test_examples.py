@@ -214,6 +214,8 @@ def test_shares_are_those_of_the_weights_and_every_example_is_there() -> None:
     )
     with pytest.raises(ConfigError, match="Source 2"):
         mixed_indices([3, 0], [1, 1])
+    with pytest.raises(ConfigError, match="too far apart"):
+        mixed_indices([10, 10**9], [0.99, 0.01])
 
 
 def test_the_hash_of_data_is_that_of_the_file_or_of_all(tmp_path: Path) -> None:
@@ -235,6 +237,7 @@ def test_standard_input_is_copied_once(tmp_path: Path, monkeypatch: pytest.Monke
     (text,) = config.data_path
     assert parse_source(text).weight == 2.0 and parse_source(text).path.read_bytes() == content
     assert [turns_of(each) for each in read_examples(config.data_path)] == [[("a", "b")]]
+    assert read_examples(config.data_path).where == "--data-path - (standard input)"
     parse_source(text).path.unlink()
     assert with_stdin_copied(config) is config
     with pytest.raises(ConfigError, match="under torchrun"):
