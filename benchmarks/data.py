@@ -135,8 +135,10 @@ def main() -> None:
             found, memory = measured([*words, "--folder", str(work), "--child", part])
             found["peak_gb_of_all"] = memory.peak_resident_bytes / 1e9
             found["anonymous_gb"] = memory.peak_anonymous_bytes / 1e9
+            found["cpu_seconds"] = memory.cpu_seconds
             if part.endswith("first"):
                 found["examples_per_second"] = arguments.examples / found["open_seconds"]
+                found["examples_per_cpu_second"] = arguments.examples / found["cpu_seconds"]
             print(part, json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
     finally:
         if arguments.folder is None:

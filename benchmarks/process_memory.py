@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 from collections import Counter
@@ -26,6 +27,13 @@ class FamilyMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.peak_anonymous_bytes = 0
         self.peak_resident_bytes = 0
+        self._cpu_seconds: dict[int, float] = {}
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of all of them, those that have ended included; unlike the time of a clock it is the same on a busy
+        machine."""
+        return sum(self._cpu_seconds.values())
 
     def __enter__(self) -> FamilyMemory:
         self._thread.start()
@@ -41,6 +49,7 @@ class FamilyMemory:
             for pid in family:
                 family += _children(pid)
             now = [_memory(pid) for pid in family]
+            self._cpu_seconds |= {pid: seconds for pid in family if (seconds := _cpu_seconds(pid))}
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, sum(one["RssAnon"] for one in now))
             self.peak_resident_bytes = max(self.peak_resident_bytes, sum(one["VmRSS"] for one in now))
 
@@ -70,6 +79,15 @@ def _children(pid: int) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process in user and kernel mode so far; 0 for one that ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(pid: int) -> Counter[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from mixtral_run.config.hub_names import hub_name_and_revision, may_be_hub_name
 
 STANDARD_INPUT = "-"
+STDIN_COPY_PREFIX = "mixtral-run-stdin-"
+"""Beginning of the name of the file into which standard input is copied."""
 _WEIGHT = re.compile(r"(?P<rest>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
 _SPLIT = re.compile(r"(?P<rest>[^:]+)(:(?P<subset>[\w.-]+))?:(?P<split>\w[\w.-]*(\[[^\]]*\])?)")
 _BLOCK = 1 << 20
@@ -40,6 +42,12 @@ class DataSource:
     def path(self) -> Path:
         """The file or folder."""
         return Path(self.location).expanduser()
+
+    @property
+    def name(self) -> str:
+        """The source as errors and reports name it."""
+        is_copy = not self.on_hub and self.path.name.startswith(STDIN_COPY_PREFIX)
+        return "- (standard input)" if is_copy else self.text
 
 
 def parse_source(text: str) -> DataSource:

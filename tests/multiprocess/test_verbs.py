@@ -246,7 +246,7 @@ def test_everything_wrong_with_a_run_is_reported_at_once(small_checkpoint: Path,
     for part in (
         "query groups",
         "--global-batch-size",
-        "line 2: 'response' is missing",
+        "line 2: the keys fit no shape: 'instruction'; instruction needs 'response'",
         "line 3: broken JSON",
         "line 4: 'response' is empty",
         "The validation data cannot be used as they are.",

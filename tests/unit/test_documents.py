@@ -60,16 +60,22 @@ def commands(program: str) -> list[str]:
     return sorted({re.sub(r"\s+#.*$", "", command).replace("\\|", "|").replace("\n", " ").strip() for command in found})
 
 
+GROUPS = ("data",)
+"""Verbs that have verbs of their own."""
+
+
 def kit_commands() -> list[str]:
     """Return the kit's commands; a mention such as `mixtral-run VERB --help` or `mixtral-run rehearse` is none."""
     found = [command for command in commands("mixtral-run") if command.split()[1] in VERBS and "…" not in command]
-    return [command for command in found if len(command.split()) > 2]
+    return [command for command in found if len(command.split()) > (3 if command.split()[1] in GROUPS else 2)]
 
 
 def parsed(command: str) -> click.Context:
     """Parse a command without running it. Raises UsageError for an unknown flag or a value of the wrong kind."""
     words = shlex.split(command)[1:]
     verb = root.get_command(click.Context(root), words[0])
+    if isinstance(verb, click.Group):
+        verb = verb.get_command(click.Context(verb), words.pop(1))
     assert verb is not None, words[0]
     context = verb.make_context(words[0], words[1:], parent=click.Context(root, **root.context_settings))
     # A missing argument raises; unknown flags and values of the wrong kind are collected.

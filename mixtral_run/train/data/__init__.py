@@ -1,1 +1,1 @@
-"""JSONL to token ids, packing, order of samples."""
+"""Files of any format to examples, token ids, packing, order of samples; `data check`."""

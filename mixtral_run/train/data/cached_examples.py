@@ -107,7 +107,7 @@ class ExampleCaches:
         found: list[_Hashed] = []
         errors: list[MixtralRunError] = []
         for number, source in enumerate(sources):
-            where = where_of(setting, source.text)
+            where = where_of(setting, source.name)
             try:
                 files = files_of(source, where).files
                 found += [self._hashed_file(number, file, len(files) + len(sources) > 2, where) for file in files]

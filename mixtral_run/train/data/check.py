@@ -108,7 +108,7 @@ def check_data(
         ConfigError: a file cannot be read, or there is no example at all.
     """
     stream = read_examples(config.data_path, ReadOptions.of(config), "data_path")
-    result = CheckResult(config.data_path, config.seq_length)
+    result = CheckResult(tuple(source.name for source in stream.sources), config.seq_length)
     lengths = _LengthCount(config.seq_length)
     seen: set[bytes] = set()
     shown = _Shown()

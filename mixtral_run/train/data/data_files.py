@@ -74,7 +74,7 @@ def _records_of_file(path: Path, where: str) -> Iterator[Record | BadRecord]:
 def files_of(source: DataSource, where: str) -> FoundFiles:
     """Return the files of a source. Raises ConfigError if there are none."""
     if source.on_hub:
-        return FoundFiles((DataFile(source, None, source.text),))
+        return FoundFiles((DataFile(source, None, source.name),))
     path = source.path
     if source.location == STANDARD_INPUT:
         raise ValueError("standard input must be copied to a file first (stdin_copy.py)")
@@ -83,7 +83,7 @@ def files_of(source: DataSource, where: str) -> FoundFiles:
             path.stat()
             if not path.is_file():
                 raise ConfigError("The data are neither a file nor a folder.", where=where, expected="a file or folder")
-            return FoundFiles((DataFile(source, path, path.name),))
+            return FoundFiles((DataFile(source, path, source.name if source.name != source.text else path.name),))
         return _files_of_folder(source, path, where)
     except OSError as error:
         raise ConfigError(

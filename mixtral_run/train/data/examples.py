@@ -100,7 +100,7 @@ class ExampleStream:
     @property
     def where(self) -> str:
         """The flag and its sources, for errors."""
-        return where_of(self._setting, *(source.text for source in self.sources))
+        return where_of(self._setting, *(source.name for source in self.sources))
 
     def __iter__(self) -> Iterator[Example]:
         """Yield the good examples. At the end raise ConfigError with all problems, unless bad ones are left out."""
@@ -120,7 +120,7 @@ class ExampleStream:
                 continue
             found += [(number, file) for file in files.files]
             if files.left_out:
-                self.notes.append(f"{source.text} {files.left_out}.")
+                self.notes.append(f"{source.name} {files.left_out}.")
         several = len(found) > 1
         for number, file in found:
             try:
@@ -196,10 +196,11 @@ class ExampleStream:
     def _error(self) -> ConfigError:
         total = self.problems.num_examples + sum(self.counts_by_source)
         return ConfigError(
-            f"The {self._what} data cannot be used as they are: {self.problems.num_examples:,} of {total:,} examples.",
+            f"The {self._what} data cannot be used as they are.",
             where=self.where,
             problems=self.problems.lines(),
             expected=_expected(self.options),
+            found=f"{self.problems.num_examples:,} of {counted(total, 'example')} that cannot be used",
             next_command="correct them, or --skip-bad-examples to leave them out",
         )
 
@@ -208,8 +209,8 @@ class ExampleStream:
         return "validation" if self._setting == "valid_data_path" else "training"
 
     def _where(self, source: DataSource, name: str | None = None) -> str:
-        inside = f" ({name})" if name and source.location.rstrip("/").rpartition("/")[2] != name != source.text else ""
-        return where_of(self._setting, source.text) + inside
+        inside = f" ({name})" if name and not source.on_hub and source.path.name != name else ""
+        return where_of(self._setting, source.name) + inside
 
 
 def read_examples(

@@ -12,6 +12,9 @@ from mixtral_run.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+MOST_SAMPLES = 200_000_000
+"""Samples of the largest epoch: 1.6 GB of indices."""
+
 
 def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDArray[np.int64] | None:
     """Return the examples of one epoch, as indices into the examples of all sources one after the other.
@@ -32,6 +35,7 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDA
     empty = [number + 1 for number, count in enumerate(counts) if not count]
     if empty:
         raise ConfigError(f"Source {empty[0]} of the data has a weight and no example that can be used.")
+    _check_size(counts, shares)
     # The source that is largest for its share is taken once.
     total = max(count / share for count, share in zip(counts, shares, strict=True))
     found: list[NDArray[np.int64]] = []
@@ -40,6 +44,18 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDA
         found.append(begin + np.arange(max(count, round(total * share)), dtype=np.int64) % count)
         begin += count
     return np.concatenate(found)
+
+
+def _check_size(counts: Sequence[int], shares: Sequence[float]) -> None:
+    """Raise ConfigError for shares with which an epoch would not fit into memory."""
+    total = sum(shares) * max(count / share for count, share in zip(counts, shares, strict=True))
+    if total > MOST_SAMPLES:
+        raise ConfigError(
+            "The weights of the data are too far apart: an epoch takes every example at least once.",
+            expected=f"an epoch of at most {MOST_SAMPLES:,} samples",
+            found=f"{total:,.0f} samples from {sum(counts):,} examples",
+            next_command="a larger weight for the largest source, or fewer examples in it",
+        )
 
 
 def describe_mixture(texts: Sequence[str], counts: Sequence[int], weights: Sequence[float | None]) -> str | None:

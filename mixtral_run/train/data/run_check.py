@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data import CheckConfig
+from mixtral_run.errors import MixtralRunError, joined
 from mixtral_run.report import Report, json_document, repeating
 from mixtral_run.train.data.check import CheckResult, Encode, check_data, load_encoder, problem_error
 from mixtral_run.train.data.check_screen import check_lines, colored
@@ -17,21 +18,27 @@ _PROGRESS_SECONDS = 5.0
 
 
 def run_check(config: CheckConfig) -> None:
-    """Check data and print the result. Raises ConfigError if examples cannot be used."""
+    """Check data and print the result. Raises one error if examples cannot be used or the tokenizer cannot be read."""
     with json_document(config.json) as document:
         report = Report.on_stderr() if config.json else Report()
         config = with_stdin_copied(config)
         encode: Encode | None = None
         decode = None
+        errors: list[MixtralRunError] = []
         if config.load is not None:
-            encode, decode = load_encoder(_tokenizer_folder(config.load, report), config.chat_template)
+            try:
+                encode, decode = load_encoder(_tokenizer_folder(config.load, report), config.chat_template)
+            except MixtralRunError as error:
+                # The data are checked all the same, without counting tokens.
+                errors.append(error)
         result = _check_with_progress(config, encode, decode)
         document |= _encodable(result.to_mapping())
         if not config.json:
             for line in check_lines(result, color=colored(sys.stdout)):
                 report.say(line)
-        if result.num_bad:
-            raise problem_error(result)
+        errors += [problem_error(result)] if result.num_bad else []
+        if errors:
+            raise joined(errors)
 
 
 def _check_with_progress(

@@ -202,6 +202,6 @@ def _mixed(examples: CachedExamples, chosen: NDArray[np.int64] | None, remarks: 
     indices = mixed_indices(counts, weights)
     if indices is None:
         return chosen
-    described = describe_mixture([source.text for source in examples.sources], counts, weights)
+    described = describe_mixture([source.name for source in examples.sources], counts, weights)
     remarks += [described] if described else []
     return indices if chosen is None else chosen[indices]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
-from mixtral_run.config.data_sources import STANDARD_INPUT, parse_source
+from mixtral_run.config.data_sources import STANDARD_INPUT, STDIN_COPY_PREFIX, parse_source
 from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.errors import ConfigError
 
@@ -55,7 +55,7 @@ def _copied(name: str) -> Path:
         raise ConfigError(
             "Standard input is a terminal.", where=where, next_command="zcat FILE.gz | mixtral-run … -, or a file"
         )
-    handle, text = tempfile.mkstemp(prefix="mixtral-run-stdin-")
+    handle, text = tempfile.mkstemp(prefix=STDIN_COPY_PREFIX)
     path = Path(text)
     owner = os.getpid()
     # A process that is forked later must not remove it.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.train.data.example_problem import ExampleProblem
+from mixtral_run.train.data.word_cache import WordCache, gives_the_same_ids
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -65,11 +66,23 @@ class TextEncoder:
     def _plain(self) -> Tokenizer:
         return _copied(self.definition)
 
+    @cached_property
+    def _words(self) -> WordCache | None:
+        return WordCache(self.definition) if gives_the_same_ids(self.definition) else None
+
+    @cached_property
+    def _not_by_words(self) -> re.Pattern[str]:
+        """A pattern of texts with stand-ins, surrogates, or added tokens that are not control tokens."""
+        others = [re.escape(content) for content in self._added.values() if content and content not in self._places]
+        return re.compile("|".join(["[\ud800-\udfff\U000f0000-\U0010ffff]", *others]))
+
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text in which control tokens are plain text.
 
         Raises ExampleProblem for a text with the stand-in of a control token.
         """
+        if self._words is not None and self._not_by_words.search(text) is None:
+            return self._words.text_ids(text)
         ids: list[int] = _encoded(self._as_text, text).ids
         if not self._stand_in_ids.isdisjoint(ids):
             raise ExampleProblem(

@@ -193,6 +193,15 @@ def test_json_has_everything_even_if_keys_cannot_be_printed(tmp_path: Path) -> N
     assert found["problems"][0].startswith("line 2: broken JSON") and found["error"]["exit_code"] == 2
 
 
+def test_a_model_without_a_tokenizer_and_bad_data_are_reported_together(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(lines(PAIR) + "\n{\n")
+    done = CliRunner().invoke(root, ["data", "check", str(path), "--load", str(tmp_path / "none")])
+    assert "1 example\n  shapes: instruction 1" in done.output
+    for words in ("2 things stand in the way", str(tmp_path / "none"), "1 example cannot be used"):
+        assert words in str(done.exception)
+
+
 DOCUMENTED = {
     "alpaca.json": json.dumps(
         [{"instruction": "Name the capital.", "input": "Australia", "output": "Canberra."},

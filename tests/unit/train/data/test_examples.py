@@ -84,7 +84,7 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     error = refused(path)
     assert [problem.split(":")[0] for problem in error.problems[:10]] == [f"line {number}" for number in range(1, 11)]
     assert error.problems[10:] == ("and 1,490 more",)
-    assert "1,500 of 1,501 examples" in error.what and "--skip-bad-examples" in str(error.next_command)
+    assert "1,500 of 1,501 examples" in str(error.found) and "--skip-bad-examples" in str(error.next_command)
 
 
 def test_bad_examples_are_left_out_on_request_and_reported(tmp_path: Path) -> None:
@@ -217,6 +217,8 @@ def test_shares_are_those_of_the_weights_and_every_example_is_there() -> None:
     )
     with pytest.raises(ConfigError, match="Source 2"):
         mixed_indices([3, 0], [1, 1])
+    with pytest.raises(ConfigError, match="too far apart"):
+        mixed_indices([10, 10**9], [0.99, 0.01])
 
 
 def test_the_hash_of_data_is_that_of_the_file_or_of_all(tmp_path: Path) -> None:
@@ -238,6 +240,7 @@ def test_standard_input_is_copied_once(tmp_path: Path, monkeypatch: pytest.Monke
     (text,) = config.data_path
     assert parse_source(text).weight == 2.0 and parse_source(text).path.read_bytes() == content
     assert [turns_of(each) for each in read_examples(config.data_path)] == [[("a", "b")]]
+    assert read_examples(config.data_path).where == "--data-path - (standard input)"
     parse_source(text).path.unlink()
     assert with_stdin_copied(config) is config
     with pytest.raises(ConfigError, match="under torchrun"):

@@ -97,6 +97,14 @@ def test_blocks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert values(path) == ROWS
 
 
+def test_a_number_at_the_end_of_a_block_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_records, "_BLOCK", 1)
+    path = tmp_path / "data"
+    path.write_text('[12345, {"a": 1}]')
+    bad = BadRecord("entry 1 (line 1)", "expected a JSON object; found a number")
+    assert records(path) == [bad, Record("entry 2 (line 1)", {"a": 1})]
+
+
 def test_places_are_lines_and_entries(tmp_path: Path) -> None:
     path = tmp_path / "data"
     for name, places in {
