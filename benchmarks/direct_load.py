@@ -23,7 +23,7 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_base
 from mixtral_run.train.data.samples import batches
-from mixtral_run.train.data.sources import open_samples
+from mixtral_run.train.data.sources import open_data
 from mixtral_run.train.step import train_step, trainable
 from mixtral_run.weights.manifest.describe import describe_base
 
@@ -61,7 +61,7 @@ def measure(config: FinetuneConfig, mesh: Mesh) -> dict[str, float]:
     marks.append(_now(mesh))
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
     stream = batches(
-        open_samples(config, base, Report.silent())[0],
+        open_data(config, base, Report.silent()).samples,
         seed=config.seed,
         micro_batch_size=1,
         global_batch_size=mesh.data_size,

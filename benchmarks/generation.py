@@ -62,7 +62,7 @@ def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
         def generated(count: int, on_token: Callable[[object], None] | None = None) -> None:
             # No token is the end.
-            continue_rows(model, prompts, -1, Sampling(count, 0.0, 1.0, 1), on_token, kind)
+            continue_rows(model, prompts, (), Sampling(count, 0.0, 1.0, 1), on_token, kind)
 
         gaps = Gaps()
         generated(arguments.tokens, gaps.put)

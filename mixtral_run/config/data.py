@@ -26,6 +26,23 @@ SOURCE_FORMS = (
     "OWNER/NAME[@REVISION][:SPLIT] on the hub"
 )
 
+AUTO_TEMPLATE, MIXTRAL_TEMPLATE = CHAT_TEMPLATES = ("auto", "mixtral")
+"""Values of --chat-template that name no file."""
+
+
+def chat_template_setting(section: str, more: str = "") -> Any:
+    """Declare --chat-template. section: of --help. more: a further sentence of its help."""
+    text = (
+        "Chat template: auto (the tokenizer's own; Mixtral-Instruct's form if it has none), mixtral, or a file with a "
+        "Jinja template."
+    )
+    return setting(AUTO_TEMPLATE, help=f"{text} {more}".rstrip(), section=section)
+
+
+def chat_template_problems(choice: str) -> list[str]:
+    """Return the problem of an empty --chat-template, which usually comes from an unset shell variable."""
+    return [] if choice else [f"--chat-template: expected {', '.join(CHAT_TEMPLATES)} or a file; found an empty text"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleConfig(Config):
@@ -85,9 +102,10 @@ class DataConfig(ExampleConfig):
     seq_length: int = setting(
         512, help="Tokens per sample. Shorter samples are padded, longer ones are cut.", minimum=2, section=DATA
     )
+    chat_template: str = chat_template_setting(DATA)
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        found = super().problems() + chat_template_problems(self.chat_template)
         if self.mock_data and self.data_path:
             found.append("--mock-data and --data-path: expected one of them; found both")
         if not self.mock_data and not self.data_path:
@@ -107,7 +125,9 @@ class CheckConfig(ExampleConfig):
         section=LAYOUT,
     )
     seq_length: int = setting(512, help="Tokens per sample of the planned run.", minimum=2, section=DATA)
+    chat_template: str = chat_template_setting(DATA)
     json: bool = setting(False, help="Print the result as JSON.", section=OUTPUT)
 
     def problems(self) -> list[str]:
-        return super().problems() + ([] if self.data_path else ["PATH: expected at least one; found none"])
+        found = super().problems() + chat_template_problems(self.chat_template)
+        return found + ([] if self.data_path else ["PATH: expected at least one; found none"])

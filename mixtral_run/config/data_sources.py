@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,18 +112,20 @@ def source_problems(flag: str, texts: Sequence[str], *, weights: bool = True) ->
     return found
 
 
-def content_sha256(texts: Sequence[str]) -> str | None:
+def content_sha256(texts: Sequence[str], sha256: Callable[[Path], str] | None = None) -> str | None:
     """Return a hash of the content of the sources; None if one cannot be read or is on the hub.
 
-    That of one file is its SHA-256; several are the hash of their hashes in order (`combined_sha256`).
+    That of one file is its SHA-256; several are the hash of their hashes in order (`combined_sha256`). sha256: returns
+    the SHA-256 of a file; by default the file is read.
     """
+    of_file = sha256 or _sha256
     found = []
     for source in map(parse_source, texts):
         if source.on_hub:
             return None
         files = sorted(each for each in source.path.rglob("*") if each.is_file()) if source.path.is_dir() else None
         try:
-            found += [_sha256(each) for each in files or [source.path]]
+            found += [of_file(each) for each in files or [source.path]]
         except OSError:
             return None
     return combined_sha256(found)

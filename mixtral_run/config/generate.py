@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.data import chat_template_problems, chat_template_setting
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.sections import LAYOUT, MEMORY, OUTPUT, PROMPTS
@@ -25,10 +26,13 @@ class GenerateConfig(LaunchConfig):
     )
     instruction: tuple[str, ...] = setting(
         (),
-        help="Instruction, put into the template that finetune trains with; may be given several times.",
+        help="Instruction, put into the chat template; may be given several times.",
         section=PROMPTS,
     )
     prompts_file: Path | None = setting(None, help="Text file with one instruction per line.", section=PROMPTS)
+    chat_template: str = chat_template_setting(
+        PROMPTS, "With --adapter, auto is the template that the adapter was trained with."
+    )
     max_new_tokens: int = setting(
         128, help="Largest number of tokens to add to each prompt.", minimum=1, section=PROMPTS
     )
@@ -49,7 +53,7 @@ class GenerateConfig(LaunchConfig):
     output_file: Path | None = setting(None, help="JSON file to write the answers to as well.", section=OUTPUT)
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        found = super().problems() + chat_template_problems(self.chat_template)
         if not (self.prompt or self.instruction or self.prompts_file):
             found.append("--prompt, --instruction or --prompts-file: expected at least one; found none")
         found += ["--prompt: expected text; found an empty one" for each in self.prompt if not each]

@@ -9,6 +9,7 @@ from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
+from mixtral_run.config.schedule import ScheduleConfig
 from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OPTIMIZER, OUTPUT
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
@@ -26,7 +27,7 @@ RUNS_AGAIN = ("full", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(DataConfig, LaunchConfig):
+class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
     """Base model, data and optimizer of a training run."""
 
     load: Path = setting(
@@ -36,11 +37,19 @@ class TrainingConfig(DataConfig, LaunchConfig):
     )
     micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
     global_batch_size: int = setting(8, help="Samples per iteration over all processes.", minimum=1, section=DATA)
-    train_iters: int = setting(10, help="Iterations to train.", minimum=1, section=OPTIMIZER)
+    data_cache: Path | None = setting(
+        None,
+        help="Folder for the token ids of the data files, so that another run with the same data, tokenizer and chat "
+        "template starts at once. Default: .mixtral-run-tokens next to --save, or in the HF cache.",
+        section=DATA,
+    )
+    data_cache_gib: float = setting(
+        100.0,
+        help="Largest size of --data-cache. Caches that were not used for the longest time are removed first.",
+        above=0,
+        section=DATA,
+    )
     log_interval: int = setting(1, help="Iterations between log lines.", minimum=1, section=OUTPUT)
-    lr: float = setting(1e-4, help="Peak learning rate, reached after the warmup.", above=0, section=OPTIMIZER)
-    min_lr: float = setting(1e-5, help="Learning rate at the end of the cosine decay.", minimum=0, section=OPTIMIZER)
-    lr_warmup_iters: int = setting(0, help="Iterations of linear warmup.", minimum=0, section=OPTIMIZER)
     weight_decay: float = setting(0.01, help="Decoupled weight decay.", minimum=0, section=OPTIMIZER)
     clip_grad: float = setting(
         1.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
@@ -69,13 +78,8 @@ class TrainingConfig(DataConfig, LaunchConfig):
         found = super().problems()
         if self.recompute_activations and self.recompute not in (None, "full"):
             found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
-        if self.min_lr > self.lr:
-            found.append(f"--min-lr: expected at most --lr ({self.lr}); found {self.min_lr}")
-        if self.lr_warmup_iters >= self.train_iters:
-            found.append(
-                f"--lr-warmup-iters: expected fewer than --train-iters ({self.train_iters}); "
-                f"found {self.lr_warmup_iters}"
-            )
+        if self.epochs is not None and self.mock_data:
+            found.append("--epochs: expected --data-path; found --mock-data, which has no end")
         tp = self.tensor_model_parallel_size
         if tp >= 1 and self.seq_length % tp:
             found.append(
@@ -94,12 +98,25 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         help="Validation set, in any form of --data-path. Its loss is reported every --eval-interval iterations.",
         section=DATA,
     )
+    valid_fraction: float = setting(
+        0.0,
+        help="Share of the examples of --data-path that is the validation set, and is not trained on, instead of "
+        "--valid-data-path. A hash of its content decides for each example: duplicates are on one side.",
+        minimum=0,
+        section=DATA,
+    )
     eval_interval: int = setting(
         100,
-        help="Iterations between evaluations of --valid-data-path. One runs before the first iteration and one after "
+        help="Iterations between evaluations of the validation set. One runs before the first iteration and one after "
         "the last.",
         minimum=1,
         section=DATA,
+    )
+    early_stopping_patience: int = setting(
+        0,
+        help="Stop after so many evaluations in a row without a new lowest validation loss. 0: never.",
+        minimum=0,
+        section=OPTIMIZER,
     )
     save: Path = setting(
         help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
@@ -137,10 +154,26 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
     )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
+    @property
+    def has_validation(self) -> bool:
+        """True if the run has a validation set."""
+        return bool(self.valid_data_path) or self.valid_fraction > 0
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
+        if self.valid_fraction >= 1:
+            found.append(f"--valid-fraction: expected less than 1; found {self.valid_fraction:g}")
+        if self.valid_fraction and self.valid_data_path:
+            found.append("--valid-fraction and --valid-data-path: expected one of them; found both")
+        if self.valid_fraction and self.mock_data:
+            found.append("--valid-fraction: expected --data-path; found --mock-data")
+        if self.early_stopping_patience and not self.has_validation:
+            found.append(
+                "--early-stopping-patience: expected --valid-data-path or --valid-fraction, whose loss decides; found "
+                "neither"
+            )
         return found
 
 

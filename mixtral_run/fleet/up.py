@@ -82,12 +82,12 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         report.step(2, STEPS, f"Convert {config.hf_model_path} → {config.load}")
         if _run(host, "convert", _convert_config(config), options):
             _check_same_base(host, config, _what_is_done(ssh, host, config, options))
-    if done.trained_iteration >= config.train_iters:
+    if _is_trained(config, done):
         report.step(3, STEPS, f"Finetune: {config.save} is at iteration {done.trained_iteration}")
     else:
         report.step(3, STEPS, f"Finetune → {config.save}")
         _finetune(host, config, done, options)
-    if done.exported and done.trained_iteration >= config.train_iters and not done.export_is_old:
+    if done.exported and _is_trained(config, done) and not done.export_is_old:
         report.step(4, STEPS, f"Export: {exported} exists")
     else:
         report.step(4, STEPS, f"Export → {exported}")
@@ -199,6 +199,26 @@ def _inside(path: Path) -> str:
     return str(path) if path.is_absolute() else f"{CHECKPOINTS}/{path}"
 
 
+def _is_trained(config: FinetuneConfig, done: Done) -> bool:
+    """Return True if the adapter on the host has all its iterations, or its run stopped early."""
+    record: Mapping[str, Any] = done.adapter
+    best = record.get("validation")
+    if isinstance(best, dict) and config.early_stopping_patience:
+        without = best.get("num_without_improvement", 0)
+        if isinstance(without, int) and without >= config.early_stopping_patience:
+            return True
+    if config.epochs is None:
+        return done.trained_iteration >= config.iterations
+    # Only the host knows the data, and with them the iterations that the epochs are.
+    trained = record.get("training", {})
+    iterations = trained.get("train_iters")
+    return (
+        trained.get("epochs") == config.epochs
+        and isinstance(iterations, int)
+        and (done.trained_iteration >= iterations)
+    )
+
+
 def _export_folder(config: UpConfig) -> Path:
     return config.save.with_name(config.save.name + "-peft")
 
@@ -223,7 +243,7 @@ def _finetune(host: Host, config: UpConfig, done: Done, options: JobOptions) -> 
     followed = _run(host, "finetune", _finetune_config(config, done), options)
     if followed:
         now = _what_is_done(Ssh(), host, config, options)
-        if now.trained_iteration < config.train_iters:
+        if not _is_trained(config, now):
             # The followed job was started with fewer iterations.
             _run(host, "finetune", _finetune_config(config, now), options)
 

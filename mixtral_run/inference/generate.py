@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +18,10 @@ from mixtral_run.inference.decode import Decoding, decoding_of
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer, prompt_tokens
+from mixtral_run.train.data.chat_template import ChatTemplate
+from mixtral_run.train.data.example import USER, Message
+from mixtral_run.train.data.open_template import open_chat_template, template_of_adapter
+from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.load_model import load_for_inference
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
@@ -26,7 +29,7 @@ from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_a
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and the generated text. finished: generation ended with the end-of-sequence token."""
+    """A prompt and the generated text. finished: generation ended with a token that ends a turn."""
 
     prompt: str
     text: str
@@ -51,7 +54,13 @@ def generate(config: GenerateConfig) -> None:
     if adapter is not None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
-    texts, rows = _prompts(config, tokenizer)
+    recorded = adapter.chat_template if adapter is not None else None
+    template, warnings = (
+        (open_chat_template(config.chat_template, tokenizer), [])
+        if config.adapter is None
+        else template_of_adapter(config.chat_template, recorded, tokenizer, config.adapter)
+    )
+    texts, rows = _prompts(config, tokenizer, template)
     check_token_ids(tokenizer, max(max(row) for row in rows), base.architecture.vocab_size, base.tokenizer)
     longest = max(len(row) for row in rows) + config.max_new_tokens
     if longest > base.architecture.max_position_embeddings:
@@ -63,6 +72,10 @@ def generate(config: GenerateConfig) -> None:
         )
     with open_mesh(config) as mesh:
         report = _report(config, mesh)
+        for warning in warnings:
+            report.warn(warning)
+        if len(texts) > len(config.prompt):
+            report.say(f"Chat template: {template.describe()}")
         started = time.perf_counter()
         model = load_for_inference(config, base, mesh, adapter)
         report.say(
@@ -73,14 +86,14 @@ def generate(config: GenerateConfig) -> None:
         started = time.perf_counter()
         with report.progress(config.max_new_tokens, "generating", "tokens") as progress:
             decoding = None if config.cuda_graphs else Decoding
-            outputs = continue_rows(model, rows, tokenizer.eos_token_id, sampling, progress.advance, decoding)
+            outputs = continue_rows(model, rows, template.stop_ids, sampling, progress.advance, decoding)
         seconds = time.perf_counter() - started
         answers = [
             Answer(
                 prompt=text,
-                text=str(tokenizer.decode(output, skip_special_tokens=True)).strip(),
+                text=_text_of(output, tokenizer, template.stop_ids),
                 num_tokens=len(output),
-                finished=bool(output) and output[-1] == tokenizer.eos_token_id,
+                finished=bool(output) and output[-1] in template.stop_ids,
             )
             for text, output in zip(texts, outputs, strict=True)
         ]
@@ -94,7 +107,15 @@ def _report(config: GenerateConfig, mesh: Mesh) -> Report:
     return Report.on_stderr() if config.json else Report()
 
 
-def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[list[int]]]:
+def _text_of(output: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> str:
+    """Return the text of generated tokens. The token that ends it need not be a special one of the tokenizer."""
+    ends = bool(output) and output[-1] in stop_ids
+    return str(tokenizer.decode(output[:-1] if ends else output, skip_special_tokens=True)).strip()
+
+
+def _prompts(
+    config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> tuple[list[str], list[list[int]]]:
     instructions = list(config.instruction)
     if config.prompts_file is not None:
         try:
@@ -103,9 +124,9 @@ def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
             raise ConfigError(
                 "The prompts cannot be read.", where=str(config.prompts_file), found=str(error)
             ) from error
-        instructions += [line for line in lines if line.strip()]
+        instructions += [line.strip() for line in lines if line.strip()]
     rows = [tokenizer.encode(text) for text in config.prompt]
-    rows += [prompt_tokens(tokenizer, text) for text in instructions]
+    rows += [template.prompt([Message(USER, text)]) for text in instructions]
     if not rows:
         raise ConfigError("There is no prompt.", where=str(config.prompts_file), found="an empty file")
     return [*config.prompt, *instructions], rows
@@ -129,19 +150,21 @@ def _print_answers(config: GenerateConfig, report: Report, answers: Sequence[Ans
 def continue_rows(
     model: MixtralModel,
     rows: Sequence[Sequence[int]],
-    end_token: int,
+    end_tokens: Collection[int],
     sampling: Sampling,
     on_token: Callable[[int], None] | None = None,
     decoding: type[Decoding] | None = None,
 ) -> list[list[int]]:
-    """Return the new tokens of each row, up to and including `end_token`. All ranks must call with the same rows.
+    """Return the new tokens of each row, up to and including one of `end_tokens`.
+
+    All ranks must call with the same rows.
 
     Rows of different length are padded on the left; padding is masked out of attention and takes no position.
 
     Args:
         model: in evaluation mode.
         rows: token ids of each prompt.
-        end_token: id of the end-of-sequence token.
+        end_tokens: ids of the tokens that end a text.
         sampling: how tokens are chosen, and how many.
         on_token: called with 1 after each pass.
         decoding: class of the passes (decode.py). Default: the fastest.
@@ -149,7 +172,8 @@ def continue_rows(
     mesh = model.mesh
     lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
     longest = int(lengths.max())
-    tokens = torch.full((len(rows), longest), end_token, dtype=torch.int64, device=mesh.device)
+    # Padding is masked: any id of the model will do.
+    tokens = torch.full((len(rows), longest), rows[0][0], dtype=torch.int64, device=mesh.device)
     for index, row in enumerate(rows):
         tokens[index, longest - len(row) :] = torch.tensor(row, device=mesh.device)
     decoding = decoding or decoding_of(model, len(rows), sampling.max_new_tokens)
@@ -165,7 +189,7 @@ def continue_rows(
         for index, token in enumerate(chosen.tolist()):
             if running[index]:
                 outputs[index].append(token)
-                running[index] = token != end_token
+                running[index] = token not in end_tokens
         if on_token is not None:
             on_token(1)
         if not any(running):

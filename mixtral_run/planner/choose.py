@@ -121,7 +121,7 @@ def workload_of(
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
         cuda_graphs=config.cuda_graphs,
-        has_validation=bool(config.valid_data_path),
+        has_validation=config.has_validation,
     )
 
 

@@ -7,26 +7,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from mixtral_run.config.data_sources import content_sha256
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh, everywhere, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.prompt import TOKENIZER_FOLDER
-from mixtral_run.train.data.samples import SampleSource, batches
-from mixtral_run.train.data.sources import open_samples
+from mixtral_run.train.data.samples import batches
+from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
+from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
@@ -42,9 +43,11 @@ from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescri
 
 ORDER_SETTINGS = (
     "data_path",
+    "chat_template",
     "data_format",
     "field",
     "skip_bad_examples",
+    "valid_fraction",
     "mock_data",
     "pack",
     "seq_length",
@@ -52,6 +55,9 @@ ORDER_SETTINGS = (
     "seed",
 )
 """Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
+
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass
@@ -62,12 +68,13 @@ class Run:
     mesh: Mesh
     report: Report
     model: MixtralModel
-    samples: SampleSource
+    data: TrainingData
     meter: Meter
     step: Step
     load_seconds: float
     start: int = 0
     validation: Validation | None = None
+    best: BestLoss = field(default_factory=BestLoss)
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -76,7 +83,8 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings.from_config(config)
     with open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
-        samples, validation_samples = open_samples(config, base, report)
+        config, data = _open_data(config, base, report)
+        samples = data.samples
         model, seconds = _load(config, base, mesh, report, lora)
         base = loaded(model, base)
         optimizer = torch.optim.AdamW(
@@ -98,10 +106,10 @@ def finetune(config: FinetuneConfig) -> None:
             if mesh.is_first and not config.resume:
                 _remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
-            run = Run(config, mesh, report, model, samples, meter, step, seconds)
-            if validation_samples is not None:
+            run = Run(config, mesh, report, model, data, meter, step, seconds)
+            if data.validation is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
-                run.validation = Validation(validation_samples, config.micro_batch_size, report, file)
+                run.validation = Validation(data.validation, config.micro_batch_size, report, file)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _report_lora(run, config)
@@ -117,19 +125,27 @@ def pretrain(config: PretrainConfig) -> None:
         report = Report() if mesh.is_first else Report.silent()
         one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
-        samples, _ = open_samples(config, base, report)
+        config, data = _open_data(config, base, report)
         model, seconds = _load(config, base, mesh, report, None)
         tokens = config.micro_batch_size * config.seq_length
         with backward_of(model, tokens, captured=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
             meter = _meter(config, base, mesh, config.metrics_file)
-            run = Run(config, mesh, report, model, samples, meter, step, seconds)
+            run = Run(config, mesh, report, model, data, meter, step, seconds)
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
             with stop_requests(mesh) as stop:
                 for metrics in _iterations(run, stop):
                     if mesh.is_first:
                         report.say(metrics.line(_processor(mesh)))
-        report.done(f"Pretraining complete: {config.train_iters} iterations in {run.meter.total_seconds:.1f} s")
+        report.done(f"Pretraining complete: {config.iterations} iterations in {run.meter.total_seconds:.1f} s")
+
+
+def _open_data(config: ConfigT, base: BaseDescription, report: Report) -> tuple[ConfigT, TrainingData]:
+    """Return the data, and the config with the iterations that --epochs are. All ranks must call."""
+    data = open_data_everywhere(config, base, report)
+    config = config.with_iterations(data.num_samples, config.global_batch_size)
+    data.describe(config, report)
+    return config, data
 
 
 def _full_step(
@@ -178,22 +194,38 @@ def _train_and_save(
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    description = _describe(config, base)
     saved = done = run.start
-    _evaluate(run, done, stop, write)
+    _evaluate(run, config, done, stop, write)
     for metrics in _iterations(run, stop):
         done = metrics.iteration
-        if run.mesh.is_first and (done % config.log_interval == 0 or done == config.train_iters):
+        if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
             run.report.say(metrics.line(_processor(run.mesh)))
             write(done, metrics.scalars())
-        if done % config.eval_interval == 0 or done == config.train_iters:
-            _evaluate(run, done, stop, write)
-        if done % config.save_interval == 0 and done != config.train_iters:
-            _save(run, optimizer, config, base, done, description)
+        is_best = (done % config.eval_interval == 0 or done == config.iterations) and _evaluate(
+            run, config, done, stop, write
+        )
+        is_over = _is_over(run, config)
+        if not is_over and done != config.iterations and (done % config.save_interval == 0 or is_best):
+            _save(run, optimizer, config, base, done)
             saved = done
             run.meter.restart()
+        if is_over:
+            break
     if done != saved:
-        _save(run, optimizer, config, base, done, description)
+        _save(run, optimizer, config, base, done)
+    _report_end(run, config, done)
+
+
+def _is_over(run: Run, config: FinetuneConfig) -> bool:
+    """Return True on all ranks if --early-stopping-patience ends the run. All ranks must call."""
+    if not config.early_stopping_patience:
+        return False
+    return everywhere(run.best.is_over(config.early_stopping_patience), run.mesh.device)
+
+
+def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
+    """Write the summary and print the end of the run. All ranks must call."""
+    is_over = run.best.is_over(config.early_stopping_patience)
     summary = summarize(
         run.meter,
         run.mesh,
@@ -202,12 +234,22 @@ def _train_and_save(
         recompute=config.recomputation,
         base_precision=config.base_precision,
         validation=run.validation.results if run.validation is not None else (),
+        last_iteration=done,
+        train_iters=config.iterations,
+        epochs=config.epochs,
+        best=run.best,
+        stopped_early=is_over and done < config.iterations,
     )
     if run.mesh.is_first:
         summary.write(config.save)
-    if done < config.train_iters:
-        run.report.warn(f"Stopped at iteration {done} of {config.train_iters}, as requested; --resume continues it")
+    if done < config.iterations and not is_over:
+        run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues it")
         return
+    if done < config.iterations:
+        run.report.say(
+            f"Stopped early at iteration {done} of {config.iterations}: {run.best.num_without_improvement} evaluations "
+            f"without a validation loss below {run.best.best_loss:.4f}, that of iteration {run.best.best_iteration}"
+        )
     run.report.done(
         f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
         f"adapter in {config.save}"
@@ -218,26 +260,44 @@ def _train_and_save(
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
 
 
-def _describe(config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
-    """Return what each checkpoint's mixtral_run.json says about the run."""
+def _describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
+    """Return what a checkpoint's mixtral_run.json says about the run so far."""
     return {
         "dtype": "float32",
         "lora": LoraSettings.from_config(config).to_mapping(),
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
-        "data_sha256": content_sha256(config.data_path),
+        "data_sha256": run.data.sha256,
+        "chat_template": run.data.chat_template,
+        "validation": run.best.to_mapping(),
     }
 
 
-def _evaluate(run: Run, iteration: int, stop: StopRequest, write: Callable[[int, Mapping[str, float]], None]) -> None:
-    """Evaluate the validation set, if there is one. Its time counts for no iteration."""
+def _evaluate(
+    run: Run,
+    config: FinetuneConfig,
+    iteration: int,
+    stop: StopRequest,
+    write: Callable[[int, Mapping[str, float]], None],
+) -> bool:
+    """Evaluate the validation set, if there is one. Its time counts for no iteration.
+
+    Returns True if the iteration's checkpoint is to be saved, as its loss is the lowest and a later end may want it.
+    """
     if run.validation is None:
-        return
+        return False
     metrics = run.validation.evaluate(run.model, iteration, stop.agreed)
-    if metrics is not None and run.mesh.is_first:
-        run.report.say(metrics.line(run.config.train_iters))
-        write(iteration, {"validation_loss": metrics.loss})
     run.meter.restart()
+    if metrics is None:
+        return False
+    if run.mesh.is_first:
+        run.report.say(metrics.line(config.iterations))
+        write(iteration, {"validation_loss": metrics.loss})
+    # A resumed run evaluates where it starts; a run without the interruption would not have done so.
+    if iteration % config.eval_interval != 0 and iteration != config.iterations:
+        return False
+    is_best = run.best.record(iteration, metrics.loss)
+    return everywhere(is_best, run.mesh.device) and config.early_stopping_patience > 0
 
 
 def _first_pass(run: Run) -> AbstractContextManager[None]:
@@ -251,7 +311,7 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
     """Train to the end or until a stop is requested. Yield the metrics of each iteration."""
     config = run.config
     stream = batches(
-        run.samples,
+        run.data.samples,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
@@ -259,7 +319,7 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
         data_parallel_size=run.mesh.data_size,
         consumed_samples=run.start * config.global_batch_size,
     )
-    for iteration, batch in zip(range(run.start, config.train_iters), stream, strict=False):
+    for iteration, batch in zip(range(run.start, config.iterations), stream, strict=False):
         rate = learning_rate(config, iteration)
         with _first_pass(run) if iteration == run.start else nullcontext():
             result = run.step(batch, rate)
@@ -282,10 +342,9 @@ def _save(
     config: FinetuneConfig,
     base: BaseDescription,
     iteration: int,
-    description: dict[str, object],
 ) -> None:
     started = time.perf_counter()
-    folder = save_adapter(run.model, optimizer, config.save, iteration, description)
+    folder = save_adapter(run.model, optimizer, config.save, iteration, _describe(run, config, base))
     if run.mesh.is_first and not (config.save / TOKENIZER_FOLDER).exists():
         partial = config.save / f".{TOKENIZER_FOLDER}.partial"
         copy_tokenizer(base.tokenizer, partial)
@@ -297,8 +356,9 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
     adapter = check_resume(config, base)
     load_adapter(run.model, adapter)
     load_optimizer(run.model, optimizer, adapter)
+    run.best = BestLoss.from_mapping(adapter.validation)
     run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
-    changed = _changed_order(config, adapter)
+    changed = _changed_order(config, adapter, run.data.sha256)
     if changed:
         run.report.warn(
             f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
@@ -306,7 +366,7 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, 
     return adapter.iteration
 
 
-def _changed_order(config: FinetuneConfig, adapter: AdapterDescription) -> list[str]:
+def _changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha256: str | None) -> list[str]:
     """Return the settings that determine the order of samples and have changed since the run stopped."""
     now, before = config.to_mapping(), config.with_current_names(adapter.training)
     changed = [
@@ -314,7 +374,7 @@ def _changed_order(config: FinetuneConfig, adapter: AdapterDescription) -> list[
         for name in ORDER_SETTINGS
         if before.get(name, now[name]) != now[name]
     ]
-    if not changed and adapter.data_sha256 not in (None, content_sha256(config.data_path)):
+    if not changed and data_sha256 is not None and adapter.data_sha256 not in (None, data_sha256):
         changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
     return changed
 
@@ -344,7 +404,7 @@ def _meter(config: TrainingConfig, base: BaseDescription, mesh: Mesh, file: Path
     if file is not None and mesh.is_first:
         file.parent.mkdir(parents=True, exist_ok=True)
     return Meter(
-        train_iters=config.train_iters,
+        train_iters=config.iterations,
         global_batch_size=config.global_batch_size,
         seq_length=config.seq_length,
         world_size=mesh.world_size,

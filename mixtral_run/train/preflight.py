@@ -15,7 +15,10 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.train.data.examples import ReadOptions, read_examples
+from mixtral_run.train.data.open_template import file_problems
 from mixtral_run.train.data.samples import batch_size_problems
+from mixtral_run.train.data.sources import TrainingData, open_data
+from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -49,11 +52,23 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
         base = describe_base(config.load)
     except MixtralRunError as error:
         errors.append(error)
-    errors += _errors(config, world_size, base)
-    if errors:
-        raise joined(errors)
+    if errors or _errors(config, world_size, base, reads_data=False):
+        # The data are read only for their own problems, which is quicker than to tokenize them.
+        raise joined(errors + _errors(config, world_size, base, reads_data=True))
     assert base is not None
+    report = Report() if processes.rank() == 0 else Report.silent()
+    data = open_data(config, base, report, verify=True)
+    _held[:] = [data]
+    if not config.knows_iterations:
+        batch = config.global_batch_size or config.micro_batch_size * world_size // config.tensor_model_parallel_size
+        config = config.with_iterations(data.num_samples, batch)
+        if errors := _errors(config, world_size, base, reads_data=False, iterations_are_new=True):
+            raise joined(errors)
     return base
+
+
+_held: list[TrainingData] = []
+"""The data of the job that this process starts: as long as they are open, no other job removes their cache."""
 
 
 def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
@@ -71,7 +86,7 @@ def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
     if isinstance(config, FinetuneConfig):
         config = settled(config, base)
     if isinstance(config, TrainingConfig):
-        errors = _errors(config, processes.process_count(config), base)
+        errors = _errors(config, processes.process_count(config), base, reads_data=True)
     else:
         errors = _start_errors(config)
         problems = layout_problems(config, base)
@@ -89,23 +104,39 @@ def _start_errors(config: LaunchConfig) -> list[MixtralRunError]:
     return []
 
 
-def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | None) -> list[MixtralRunError]:
-    """Return the problems of settings, data files and output folder. Without a base some checks are left out."""
+def _errors(
+    config: TrainingConfig,
+    world_size: int,
+    base: BaseDescription | None,
+    *,
+    reads_data: bool,
+    iterations_are_new: bool = False,
+) -> list[MixtralRunError]:
+    """Return the problems of settings, data files and output folder.
+
+    Args:
+        config: of the run. Without its iterations, which --epochs leaves open, some checks are left out.
+        world_size: processes of the job.
+        base: None if it cannot be used; then some checks are left out.
+        reads_data: read the data files as well.
+        iterations_are_new: the settings were not checked with the iterations that --epochs are.
+    """
     errors = _start_errors(config)
-    problems: list[str] = []
+    problems = config.warmup_problems() if iterations_are_new else []
     if not errors:
         replicas = world_size // config.tensor_model_parallel_size
         problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:
         problems += layout_problems(config, base)
-    for setting in DATA_SETTINGS:
+    for setting in DATA_SETTINGS if reads_data else ():
         texts = getattr(config, setting, ())
         if texts:
             try:
                 read_examples(texts, ReadOptions.of(config), setting).check()
             except MixtralRunError as error:
                 errors.append(error)
+    problems += file_problems(config.chat_template)
     if isinstance(config, FinetuneConfig):
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
@@ -115,7 +146,8 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
             except MixtralRunError as error:
                 errors.append(error)
         if base is not None:
-            problems += disk_problems(config.save, adapter_bytes(config, base, start))
+            needed = adapter_bytes(config, base, start) if config.knows_iterations else 0
+            problems += disk_problems(config.save, needed)
             refusal = memory_error(config, base, world_size) if fits and not problems else None
             errors += [refusal] if refusal is not None else []
     if problems:
@@ -135,25 +167,39 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     ]
     if problems:
         raise ConfigError("--resume needs the settings that the adapter was started with.", problems=problems)
-    if adapter.iteration >= config.train_iters:
+    best = BestLoss.from_mapping(adapter.validation)
+    if best.is_over(config.early_stopping_patience):
+        raise ConfigError(
+            "There is nothing left to train: the run stopped early.",
+            where=str(adapter.folder),
+            expected=f"--early-stopping-patience above {best.num_without_improvement}, the evaluations without a "
+            f"validation loss below that of iteration {best.best_iteration}",
+            found=f"--early-stopping-patience {config.early_stopping_patience}",
+        )
+    if config.knows_iterations and adapter.iteration >= config.iterations:
+        length = f"--epochs {config.epochs:g}, which are " if config.epochs is not None else "--train-iters "
         raise ConfigError(
             "There is nothing left to train.",
             where=str(adapter.folder),
-            expected=f"--train-iters above {adapter.iteration}, at which the adapter is",
-            found=f"--train-iters {config.train_iters}",
+            expected=f"more iterations than {adapter.iteration}, at which the adapter is",
+            found=f"{length}{config.iterations}",
+            next_command="a larger --epochs" if config.epochs is not None else "a larger --train-iters",
         )
     return adapter
 
 
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, at each save."""
+    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, at each save.
+
+    Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
+    """
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    return 3 * 4 * parameters * (config.train_iters // config.save_interval - start // config.save_interval + 1)
+    return 3 * 4 * parameters * (config.iterations // config.save_interval - start // config.save_interval + 1)
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
     """Return the bytes that the run's own checkpoints will take on the disk of the base."""
-    if not on_one_disk(config.save, base.folder):
+    if not config.knows_iterations or not on_one_disk(config.save, base.folder):
         return 0
     start = describe_adapter(config.save).iteration if config.resume else 0
     return adapter_bytes(config, base, start)
@@ -184,14 +230,15 @@ def leftovers(save: Path) -> list[Path]:
 def check_inference(config: GenerateConfig) -> None:
     """Check base, layout and adapter. Raises one error with all problems."""
     errors = _start_errors(config)
+    problems = file_problems(config.chat_template)
     try:
         base = describe_base(config.load)
-        problems = layout_problems(config, base)
-        if problems:
-            errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
+        problems += layout_problems(config, base)
         if config.adapter is not None:
             check_adapter_fits(describe_adapter(config.adapter), base)
     except MixtralRunError as error:
         errors.append(error)
+    if problems:
+        errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
     if errors:
         raise joined(errors)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.metrics import Meter, peak_memory_gib
 from mixtral_run.train.preflight import SUMMARY
 from mixtral_run.train.validation import ValidationMetrics
@@ -54,6 +55,10 @@ class Summary:
         seconds_per_iteration: the median without the first iteration, which warms up; the rates are of this median.
         peak_memory_gib: of each process in the order of ranks; on GPUs as torch counts it, without the CUDA context and
             NCCL.
+        last_iteration, train_iters: at which the run ended, and at which it was to end.
+        epochs: of --epochs; None if --train-iters was given.
+        best_iteration, best_validation_loss: of the lowest validation loss, iterations before a --resume included.
+        stopped_early: True if --early-stopping-patience ended the run.
     """
 
     iterations: int
@@ -71,6 +76,12 @@ class Summary:
     recompute: str
     base_precision: str
     validation: ValidationSummary | None
+    last_iteration: int
+    train_iters: int
+    epochs: float | None
+    best_iteration: int | None
+    best_validation_loss: float | None
+    stopped_early: bool
 
     def line(self, processor: str) -> str:
         """Return a line to print. processor: 'GPU' or 'process'."""
@@ -94,7 +105,12 @@ def summarize(
     load_seconds: float,
     recompute: str,
     base_precision: str,
-    validation: Sequence[ValidationMetrics] = (),
+    validation: Sequence[ValidationMetrics],
+    last_iteration: int,
+    train_iters: int,
+    epochs: float | None,
+    best: BestLoss,
+    stopped_early: bool,
 ) -> Summary:
     """Return the summary of the meter's measurements, the same on every rank. All ranks must call."""
     peaks: list[float | None] = [None] * mesh.world_size
@@ -117,4 +133,10 @@ def summarize(
         recompute=recompute,
         base_precision=base_precision,
         validation=ValidationSummary.of(validation),
+        last_iteration=last_iteration,
+        train_iters=train_iters,
+        epochs=epochs,
+        best_iteration=best.best_iteration,
+        best_validation_loss=best.best_loss if best.best_iteration is not None else None,
+        stopped_early=stopped_early,
     )

@@ -205,10 +205,10 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                 model.logits(torch.tensor([row], device=mesh.device))[0].double().cpu().tolist() for row in ROWS
             ]
         sampling = Sampling(6, 0.0, 1.0, 0)
-        results["greedy"] = continue_rows(model, ROWS, 2, sampling)
-        results["greedy_staying"] = continue_rows(model, ROWS, 2, sampling, decoding=FixedShapeDecoding)
-        results["greedy_alone"] = [continue_rows(model, [row], 2, sampling)[0] for row in ROWS]
-        results["drawn"] = continue_rows(model, ROWS, 2, Sampling(6, 1.0, 0.9, 7))
+        results["greedy"] = continue_rows(model, ROWS, {2}, sampling)
+        results["greedy_staying"] = continue_rows(model, ROWS, {2}, sampling, decoding=FixedShapeDecoding)
+        results["greedy_alone"] = [continue_rows(model, [row], {2}, sampling)[0] for row in ROWS]
+        results["drawn"] = continue_rows(model, ROWS, {2}, Sampling(6, 1.0, 0.9, 7))
         run = train(config, mesh, 0, 6)
         results["figures"] = run["figures"]
         if saved_elsewhere is None:

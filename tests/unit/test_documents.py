@@ -15,8 +15,8 @@ import yaml
 from mixtral_run import __version__
 from mixtral_run.cli.command import PROBLEMS
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.train.data.instruct_encoding import encode
 from tests.support.examples import examples_of
+from tests.support.samples import instruct_form
 
 ROOT = Path(__file__).parents[2]
 # Lab notes are a diary: they name commands and files as they were.
@@ -213,7 +213,7 @@ def test_training_data_are_taken_as_they_are_shown(document: str, tmp_path: Path
         return
     shown = re.sub(r"^    ", "", text, flags=re.MULTILINE)
     for pair in pairs:
-        row = llama_like_tokenizer.decode(encode(llama_like_tokenizer, pair).tokens.tolist())
+        row = llama_like_tokenizer.decode(instruct_form(llama_like_tokenizer).encode(pair).tokens.tolist())
         assert re.sub(r"(<s>|</s>) *", r"\1", row) in shown, row
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.data import DATA_SETTINGS
+from mixtral_run.config.data import CHAT_TEMPLATES, DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.errors import ConfigError
@@ -38,9 +38,9 @@ RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path")
 """Config fields that name the output of a job, in the order of preference."""
-WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file")
+WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file", "data_cache")
 """All config fields that name a path that a job writes. smoke also writes its --load."""
-LOCAL_INPUTS = ("prompts_file",)
+LOCAL_INPUTS = ("prompts_file", "chat_template")
 """Config fields, apart from those of data, whose file may be on the operator's machine. It is then sent to the host."""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
@@ -155,8 +155,10 @@ def make_spec(
         if item.name in DATA_SETTINGS:
             values[item.name] = data_inside(item.name, value, files, mounts)
             continue
-        is_path = plain_type(types[item.name])[0] is Path or (
-            item.name == "hf_model_path" and str(value).startswith("/")
+        is_path = (
+            plain_type(types[item.name])[0] is Path
+            or (item.name == "hf_model_path" and str(value).startswith("/"))
+            or (item.name == "chat_template" and value not in CHAT_TEMPLATES)
         )
         if value is None or not is_path or (verb != "smoke" and _may_be_on_hub(item.name, value)):
             continue

@@ -235,9 +235,14 @@ def _rendered(example: Example, encoded: EncodedExample | None, decode: Callable
     return Rendered(example.place, tuple(parts))
 
 
-def load_encoder(folder: Path) -> tuple[Encode, Callable[[list[int]], str]]:
-    """Return the functions that encode an example and decode tokens with the tokenizer in `folder`."""
-    from mixtral_run.train.data.instruct_encoding import encode
+def load_encoder(folder: Path, chat_template: str) -> tuple[Encode, Callable[[list[int]], str]]:
+    """Return the functions that encode an example and decode tokens.
+
+    Args:
+        folder: of the tokenizer.
+        chat_template: of --chat-template.
+    """
+    from mixtral_run.train.data.open_template import open_chat_template
     from mixtral_run.train.data.prompt import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -245,7 +250,7 @@ def load_encoder(folder: Path) -> tuple[Encode, Callable[[list[int]], str]]:
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=False))
 
-    return lambda example: encode(tokenizer, example), decode
+    return open_chat_template(chat_template, tokenizer).encode, decode
 
 
 def problem_error(result: CheckResult) -> ConfigError:

@@ -1,16 +1,22 @@
-"""Shares of several sources among the samples of an epoch. Standard library only."""
+"""Shares of several sources among the samples of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mixtral_run.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MOST_SAMPLES = 200_000_000
 """Samples of the largest epoch: 1.6 GB of indices."""
 
 
-def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDArray[np.int64] | None:
     """Return the examples of one epoch, as indices into the examples of all sources one after the other.
 
     The sources have the shares that the weights give them. Every example is there at least once. Examples of a source
@@ -21,10 +27,10 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> lis
         weights: relative, as Megatron's --data-path takes them; None for every source if none was given.
 
     Returns:
-        The indices; an empty list if there are no weights: then an epoch is every example once.
+        The indices, int64; None if there are no weights: then an epoch is every example once.
     """
     if not any(weight is not None for weight in weights):
-        return []
+        return None
     shares = [weight or 0.0 for weight in weights]
     empty = [number + 1 for number, count in enumerate(counts) if not count]
     if empty:
@@ -32,12 +38,12 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> lis
     _check_size(counts, shares)
     # The source that is largest for its share is taken once.
     total = max(count / share for count, share in zip(counts, shares, strict=True))
-    found: list[int] = []
+    found: list[NDArray[np.int64]] = []
     begin = 0
     for count, share in zip(counts, shares, strict=True):
-        found += [begin + position % count for position in range(max(count, round(total * share)))]
+        found.append(begin + np.arange(max(count, round(total * share)), dtype=np.int64) % count)
         begin += count
-    return found
+    return np.concatenate(found)
 
 
 def _check_size(counts: Sequence[int], shares: Sequence[float]) -> None:
@@ -54,7 +60,7 @@ def _check_size(counts: Sequence[int], shares: Sequence[float]) -> None:
 
 def describe_mixture(texts: Sequence[str], counts: Sequence[int], weights: Sequence[float | None]) -> str | None:
     """Return one line about how often each source is taken in an epoch; None without weights."""
-    if not mixed_indices(counts, weights):
+    if not all(weight is not None for weight in weights):
         return None
     shares = [weight or 0.0 for weight in weights]
     total = max(count / share for count, share in zip(counts, shares, strict=True))

@@ -2,32 +2,97 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.train.data.samples import Row, Samples, ShuffledOrder
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+
+@dataclass(frozen=True)
+class Packing:
+    """Items assigned to rows. Row r has `items[offsets[r]:offsets[r + 1]]`, in this order."""
+
+    items: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> NDArray[np.int64]:
+        """Return the items of a row."""
+        return self.items[self.offsets[index] : self.offsets[index + 1]]
+
+
+def pack_lengths(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> Packing:
     """Assign items to rows of `capacity` tokens: best-fit decreasing, the longest item first into the fullest row.
 
-    Deterministic. Every item of at most `capacity` tokens is in exactly one row.
+    Deterministic. Every item, of at most `capacity` tokens, is in exactly one row. Of several rows with as much free
+    space the first takes the item. All items of one length are assigned together, so that a million take seconds.
     """
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for item in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        at = bisect.bisect_left(free, (lengths[item], -1))
-        if at < len(free):
-            left, row = free.pop(at)
-        else:
-            left, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(item)
-        bisect.insort(free, (left - lengths[item], row))
-    return rows
+    sizes = np.asarray(lengths, np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    values, counts = np.unique(sizes, return_counts=True)
+    free = _FreeRows(capacity)
+    chosen = [free.take(int(length), int(count)) for length, count in zip(values[::-1], counts[::-1], strict=True)]
+    row_of = np.concatenate([np.empty(0, np.int64), *chosen])
+    # Within a row the items stay in the order in which they were assigned.
+    by_row = np.argsort(row_of, kind="stable")
+    offsets = np.zeros(free.num_rows + 1, np.int64)
+    np.cumsum(np.bincount(row_of, minlength=free.num_rows), out=offsets[1:])
+    return Packing(order[by_row], offsets)
+
+
+class _FreeRows:
+    """The rows by their number of free tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._by_free: dict[int, list[NDArray[np.int64]]] = {}
+        self._values = 0  # bit f is set if a row has f free tokens
+        self.num_rows = 0
+
+    def take(self, length: int, count: int) -> NDArray[np.int64]:
+        """Return the row of each of `count` items of `length` tokens, and reduce the rows' free tokens."""
+        found = []
+        while count:
+            rows, left = self._fullest(length, count)
+            # A row that took an item is now the fullest that takes the next one, as long as an item fits.
+            each = left // length if length else count
+            used = -(-count // each)
+            rows, rest = rows[:used], rows[used:]
+            taken = np.repeat(rows, each)[:count]
+            found.append(taken)
+            self._put(left, rest)
+            full, last = (rows, 0) if count >= each * len(rows) else (rows[:-1], count - each * (len(rows) - 1))
+            self._put(left - each * length, full)
+            self._put(left - last * length, rows[len(full) :])
+            count -= len(taken)
+        return np.concatenate(found)
+
+    def _fullest(self, length: int, count: int) -> tuple[NDArray[np.int64], int]:
+        """Remove and return the rows with the fewest free tokens that take an item, in ascending order."""
+        fitting = self._values >> length
+        if not fitting:
+            each = self._capacity // length if length else count
+            new = np.arange(self.num_rows, self.num_rows + -(-count // each), dtype=np.int64)
+            self.num_rows += len(new)
+            return new, self._capacity
+        left = length + (fitting & -fitting).bit_length() - 1
+        self._values &= ~(1 << left)
+        parts = self._by_free.pop(left)
+        return (parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))), left
+
+    def _put(self, left: int, rows: NDArray[np.int64]) -> None:
+        if len(rows):
+            self._by_free.setdefault(left, []).append(rows)
+            self._values |= 1 << left
 
 
 class PackedSamples:
@@ -38,12 +103,18 @@ class PackedSamples:
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
-        self._rows = pack_lengths([samples.num_positions(index) for index in range(len(samples))], samples.seq_length)
+        positions = samples.num_positions_of_all
+        self._rows = pack_lengths(positions, samples.seq_length)
         self._order = ShuffledOrder(len(self._rows))
-        lengths = [self._lengths(index) for index in range(len(self))]
-        # The last length is that of the padding, which may be 0.
-        self.num_padding_tokens = sum(row[-1] for row in lengths)
-        self.most = PackedSizes(max(map(len, lengths)), max(map(max, lengths)))
+        starts = self._rows.offsets[:-1]
+        in_rows = positions[self._rows.items]
+        # Every row has at least one example. The padding, which may be 0, counts as one more.
+        padding = samples.seq_length - np.add.reduceat(in_rows, starts)
+        self.num_padding_tokens = int(padding.sum())
+        self.num_loss_tokens_total = samples.num_loss_tokens_total
+        self._loss_tokens = np.add.reduceat(samples.num_loss_tokens_of_all[self._rows.items], starts)
+        longest = max(int(in_rows.max()), int(padding.max()))
+        self.most = PackedSizes(int(np.diff(self._rows.offsets).max()) + 1, longest)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,8 +138,10 @@ class PackedSamples:
 
     def row(self, index: int) -> Row:
         """Return the examples one after the other, followed by the padding as a sample of its own."""
-        parts = [self._samples.row(each) for each in self._rows[index]]
-        *lengths, padding = self._lengths(index)
+        items = self._rows.row(index).tolist()
+        parts = [self._samples.row(each) for each in items]
+        lengths = [self._samples.num_positions(each) for each in items]
+        padding = self.seq_length - sum(lengths)
         cut = list(zip(parts, lengths, strict=True))
         if padding:
             # An example's own row ends in at least as much padding as is left here.
@@ -81,13 +154,8 @@ class PackedSamples:
             tuple(lengths),
         )
 
-    def _lengths(self, index: int) -> list[int]:
-        """Return the lengths of a row's examples, and that of its padding, which may be 0."""
-        lengths = [self._samples.num_positions(each) for each in self._rows[index]]
-        return [*lengths, self.seq_length - sum(lengths)]
-
     def num_loss_tokens(self, index: int) -> int:
-        return sum(self._samples.num_loss_tokens(each) for each in self._rows[index])
+        return int(self._loss_tokens[index])
 
 
 def _tail(row: Row, count: int) -> Row:

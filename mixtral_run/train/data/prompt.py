@@ -1,17 +1,11 @@
-"""Tokenization in the chat format of Mixtral-Instruct: `<s>[INST] instruction [/INST] response</s>`, and
-`[INST] …` again for each further turn.
-
-Training and generation share it, so that prompts are tokenized as in training.
-Source: the chat template in tokenizer_config.json of mistralai/Mixtral-8x7B-Instruct-v0.1.
-"""
+"""Loading of tokenizers, and their check against the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.errors import WeightsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,56 +84,9 @@ def check_token_ids(
         )
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
-    """Return the ids of `<s>[INST] instruction [/INST]`, the prompt in training and generation."""
-    return [_special(tokenizer, "bos_token_id"), *_encode(tokenizer, prompt_text(instruction))]
-
-
-def encode_turn(tokenizer: PreTrainedTokenizerBase, instruction: str, response: str) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt, and those of the response with </s>. Concatenated they are the whole row.
-
-    The response is encoded together with the prompt, because SentencePiece and byte-level tokenizers treat the space
-    before it differently.
-    """
-    prompt = _encode(tokenizer, prompt_text(instruction))
-    # The blanks at its beginning are learned: they may be the indentation of code.
-    response = response.rstrip()
-    row = _encode(tokenizer, f"{prompt_text(instruction)} {response}")
-    # If a tokenizer merges across the end of the prompt, no generation could produce that token; then the response is
-    # encoded by itself. Neither Mixtral's tokenizer nor the kit's does so.
-    answer = row[len(prompt) :] if row[: len(prompt)] == prompt else _encode(tokenizer, response)
-    return [_special(tokenizer, "bos_token_id"), *prompt], [*answer, _special(tokenizer, "eos_token_id")]
-
-
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], list[int]]]:
-    """Return `encode_turn` of each turn of a conversation. Concatenated they are the whole row, with one <s>."""
-    encoded = [encode_turn(tokenizer, instruction, response) for instruction, response in turns]
-    return [(prompt[1:] if number else prompt, answer) for number, (prompt, answer) in enumerate(encoded)]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of `<s>text</s>`, for continued pre-training."""
-    return [_special(tokenizer, "bos_token_id"), *_encode(tokenizer, text), _special(tokenizer, "eos_token_id")]
-
-
 def prompt_text(instruction: str) -> str:
     """Return the prompt without <s>: `[INST] instruction [/INST]`."""
     return f"[INST] {instruction.strip()} [/INST]"
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # split_special_tokens: a "</s>" within a text is plain text, not the end-of-sequence token.
-    encoded: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return list(encoded["input_ids"])
-
-
-def _special(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    number = getattr(tokenizer, name)
-    if not isinstance(number, int):
-        raise ConfigError("The tokenizer lacks a special token.", expected=name, found=repr(number))
-    return number
 
 
 def _first_line(error: Exception) -> str:

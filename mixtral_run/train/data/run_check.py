@@ -27,7 +27,7 @@ def run_check(config: CheckConfig) -> None:
         errors: list[MixtralRunError] = []
         if config.load is not None:
             try:
-                encode, decode = load_encoder(_tokenizer_folder(config.load, report))
+                encode, decode = load_encoder(_tokenizer_folder(config.load, report), config.chat_template)
             except MixtralRunError as error:
                 # The data are checked all the same, without counting tokens.
                 errors.append(error)

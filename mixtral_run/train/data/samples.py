@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.example import Example
-from mixtral_run.train.data.examples import first_problems
-from mixtral_run.train.data.instruct_encoding import encode
+from mixtral_run.train.data.token_arrays import TokenArrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
+
+NUM_PROBLEMS_SHOWN = 10
 
 # Separate streams, so that the shuffling and the mock tokens of one seed are independent.
 _SHUFFLE_STREAM, _MOCK_STREAM = 0, 1
@@ -92,42 +91,50 @@ class ShuffledOrder:
 
 
 class Samples:
-    """All examples as tokens, padded or truncated to `seq_length`; shuffled anew each epoch.
+    """Examples as rows of `seq_length` tokens, padded or truncated; shuffled anew each epoch.
 
     n tokens give n − 1 positions with a label, so that an example of up to seq_length + 1 tokens fits.
     `num_padding_tokens` and `num_truncated` count what was padded and truncated; `highest_id` is the highest token id.
 
     Args:
-        examples: at least one.
-        tokenizer: encodes them (prompt.py).
+        arrays: the encoded examples.
         seq_length: tokens of a row.
+        padding_id: any valid id: padding is masked out of the loss, and follows every token that attention covers.
         where: the file, for errors.
+        chosen: numbers of the examples to use, some perhaps several times; None: all, each once.
 
     Raises:
         ConfigError: examples are so long that nothing of their response is left; their lines are listed.
     """
 
     def __init__(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_length: int, where: str | None = None
+        self,
+        arrays: TokenArrays,
+        seq_length: int,
+        padding_id: int,
+        where: str | None = None,
+        chosen: NDArray[np.int64] | None = None,
     ) -> None:
-        if not examples:
+        self._arrays, self._seq_length, self._padding_id = arrays, seq_length, padding_id
+        self._chosen = chosen
+        lengths = self._of_chosen(np.diff(arrays.offsets))
+        if not len(lengths):
             raise ValueError("Samples needs at least one example")
-        self._seq_length = seq_length
-        # The tokens, and begin and end of each response among them.
-        self._rows: list[tuple[NDArray[np.int64], list[tuple[int, int]]]] = []
-        self.num_tokens = 0
-        self.num_loss_tokens_total = 0
-        self.num_padding_tokens = 0
-        self.num_truncated = 0
-        self.longest = 0
-        self.highest_id = 0
-        # Any valid id will do: padding is masked out of the loss, and follows every token that causal attention covers.
-        self._padding_id = int(tokenizer.eos_token_id)
-        self._encode(examples, tokenizer, where)
-        self._order = ShuffledOrder(len(self._rows))
+        self._refuse_without_response(lengths, where)
+        # Tokens of each row, with the label of its last position.
+        self._lengths = np.minimum(lengths, seq_length + 1)
+        self.num_loss_tokens_of_all = self._of_chosen(_learned_tokens(arrays, seq_length + 1))
+        self.num_positions_of_all = self._lengths - 1
+        self.num_tokens = int(self._lengths.sum())
+        self.num_loss_tokens_total = int(self.num_loss_tokens_of_all.sum())
+        self.num_padding_tokens = len(self) * seq_length - int(self.num_positions_of_all.sum())
+        self.num_truncated = int((lengths > seq_length + 1).sum())
+        self.longest = int(lengths.max())
+        self.highest_id = arrays.highest_id
+        self._order = ShuffledOrder(len(self))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._lengths)
 
     @property
     def seq_length(self) -> int:
@@ -147,51 +154,70 @@ class Samples:
 
     def num_positions(self, index: int) -> int:
         """Return the number of positions of a row that an example fills; the rest is padding."""
-        return len(self._rows[index][0]) - 1
+        return int(self.num_positions_of_all[index])
 
     def row(self, index: int) -> Row:
-        tokens, responses = self._rows[index]
-        length = self._seq_length
-        padded = np.full(length + 1, self._padding_id, dtype=np.int64)
-        padded[: len(tokens)] = tokens
-        mask = np.zeros(length, dtype=np.float32)
-        # Position i predicts token i + 1: the loss of a response starts at its prompt's last token.
-        for begin, end in responses:
-            mask[begin - 1 : end - 1] = 1.0
+        length, number = int(self._lengths[index]), self._number(index)
+        padded = np.full(self._seq_length + 1, self._padding_id, dtype=np.int64)
+        padded[:length] = self._arrays.tokens_of(number, length)
+        mask = np.zeros(self._seq_length, dtype=np.float32)
+        first, last = self._arrays.span_offsets[number : number + 2].tolist()
+        # Position i predicts token i + 1: the loss of a response starts at its prompt's last token. No position
+        # predicts the first token.
+        for begin, end in self._arrays.spans[first:last].tolist():
+            mask[max(begin, 1) - 1 : min(end, length) - 1] = 1.0
         return Row(padded[:-1], padded[1:], mask)
 
     def num_loss_tokens(self, index: int) -> int:
-        return sum(end - begin for begin, end in self._rows[index][1])
+        return int(self.num_loss_tokens_of_all[index])
 
-    def _encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, where: str | None) -> None:
-        problems = []
-        for example in examples:
-            encoded = encode(tokenizer, example)
-            row, responses = encoded.tokens, list(encoded.learned)
-            length, num_prompt = len(row), responses[0][0]
-            if num_prompt > self._seq_length:
-                problems.append(
-                    f"{example.place}: {length:,} tokens, {num_prompt:,} of them in the instruction; "
-                    "nothing of the response is left"
-                )
-                continue
-            tokens = np.asarray(row[: self._seq_length + 1], dtype=np.int64)
-            responses = [(begin, min(end, len(tokens))) for begin, end in responses if begin < len(tokens)]
-            self._rows.append((tokens, responses))
-            self.num_truncated += length > len(tokens)
-            self.num_tokens += len(tokens)
-            self.num_loss_tokens_total += sum(end - begin for begin, end in responses)
-            self.num_padding_tokens += self._seq_length - (len(tokens) - 1)
-            self.longest = max(self.longest, length)
-            self.highest_id = max(self.highest_id, int(tokens.max()))
-        if problems:
+    def _number(self, index: int) -> int:
+        return index if self._chosen is None else int(self._chosen[index])
+
+    def _of_chosen(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return values if self._chosen is None else values[self._chosen]
+
+    def _refuse_without_response(self, lengths: NDArray[np.int64], where: str | None) -> None:
+        """Raise ConfigError if truncation leaves nothing to learn of some examples."""
+        prompts = self._of_chosen(_first_learned(self._arrays))
+        too_long = np.flatnonzero(prompts > self._seq_length)
+        if len(too_long):
+            problems = [
+                f"{self._arrays.place(self._number(index))}: {lengths[index]:,} tokens, {prompts[index]:,} of them in "
+                "the instruction; nothing of the response is left"
+                for index in too_long[: NUM_PROBLEMS_SHOWN + 1].tolist()
+            ]
+            more = [f"and {len(too_long) - NUM_PROBLEMS_SHOWN:,} more"] if len(too_long) > NUM_PROBLEMS_SHOWN else []
             raise ConfigError(
-                f"{len(problems):,} of {len(examples):,} examples are longer than --seq-length {self._seq_length:,} "
+                f"{len(too_long):,} of {len(lengths):,} examples are longer than --seq-length {self._seq_length:,} "
                 "before their response begins.",
                 where=where,
-                problems=first_problems(problems),
+                problems=[*problems[:NUM_PROBLEMS_SHOWN], *more],
                 next_command="a larger --seq-length, or shorter instructions",
             )
+
+
+def has_response(arrays: TokenArrays, seq_length: int) -> NDArray[np.bool_]:
+    """Return for each example whether something of it is learned in a row of `seq_length` tokens."""
+    found: NDArray[np.bool_] = _first_learned(arrays) <= seq_length
+    return found
+
+
+def _first_learned(arrays: TokenArrays) -> NDArray[np.int64]:
+    """Return the first learned token of each example, the number of its tokens if none is learned."""
+    has_one = np.diff(arrays.span_offsets) > 0
+    first = np.diff(arrays.offsets)
+    first[has_one] = arrays.spans[arrays.span_offsets[:-1][has_one], 0]
+    return first
+
+
+def _learned_tokens(arrays: TokenArrays, longest: int) -> NDArray[np.int64]:
+    """Return how many of the first `longest` tokens of each example are learned; the very first one never is."""
+    in_each = np.diff(np.clip(arrays.spans, 1, longest), axis=1)[:, 0]
+    # Differences of running sums: spans of one example are next to each other.
+    sums = np.concatenate([[0], np.cumsum(in_each, dtype=np.int64)])
+    counts: NDArray[np.int64] = sums[arrays.span_offsets[1:]] - sums[arrays.span_offsets[:-1]]
+    return counts
 
 
 class MockSamples:

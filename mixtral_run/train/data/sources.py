@@ -1,66 +1,200 @@
-"""The samples of a training run: the examples of a file or mock data, and the validation set."""
+"""The samples of a training run: examples of data files or mock data, and the validation set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
 
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
-from mixtral_run.errors import MixtralRunError, joined
+from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import ReadOptions, read_examples
+from mixtral_run.train.data.cached_examples import CachedExamples, ExampleCaches
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
-from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource
+from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource, has_response
+from mixtral_run.train.data.split import split_by_digest
 from mixtral_run.weights.manifest.describe import BaseDescription
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TRAINING, VALIDATION = DATA_SETTINGS
 FileSamples = Samples | PackedSamples
 
 
-def open_samples(
-    config: TrainingConfig, base: BaseDescription, report: Report
-) -> tuple[SampleSource, FileSamples | None]:
-    """Return the training samples and those of --valid-data-path, and print a line about each.
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Samples of a run.
 
-    Raises one error with all unusable examples of both files.
+    Attributes:
+        samples: to train on.
+        validation: to evaluate, if there are any.
+        sha256: of the content of --data-path; None for mock data and for a dataset on the hub.
+        chat_template: what a manifest says about it; None for mock data, which have no messages.
+        identity: a hash of all token ids, which every rank must agree on.
+        remarks: what the reading of the data reported.
     """
-    files = {name: texts for name in DATA_SETTINGS if (texts := getattr(config, name, ()))}
-    found = _open_files(config, base, files, report) if files else {}
-    samples = found.get("data_path", MockSamples(base.architecture.vocab_size, config.seq_length, config.seed))
-    validation_samples = found.get("valid_data_path")
-    report.say(f"Data: {samples.describe()}")
-    if "data_path" in found:
-        epochs = config.train_iters * config.global_batch_size / len(found["data_path"])
-        report.say(f"  {config.train_iters:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
-    if validation_samples is not None:
-        report.say(f"Validation set: {validation_samples.describe()}")
-    return samples, validation_samples
+
+    samples: SampleSource
+    validation: FileSamples | None = None
+    sha256: str | None = None
+    chat_template: Mapping[str, Any] | None = None
+    identity: str = ""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples of an epoch; None for mock data, which have no end."""
+        return None if isinstance(self.samples, MockSamples) else len(self.samples)  # type: ignore[arg-type]
+
+    def describe(self, config: TrainingConfig, report: Report) -> None:
+        """Print a line about the samples of the run, and one about the validation set. config: with its iterations."""
+        for remark in self.remarks:
+            report.warn(remark)
+        report.say(f"Data: {self.samples.describe()}")
+        if self.num_samples is not None:
+            epochs = config.iterations * config.global_batch_size / self.num_samples
+            report.say(f"  {config.iterations:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
+        if self.validation is not None:
+            report.say(f"Validation set: {self.validation.describe()}")
 
 
-def _open_files(
-    config: TrainingConfig, base: BaseDescription, files: Mapping[str, tuple[str, ...]], report: Report
-) -> dict[str, FileSamples]:
-    tokenizer = load_tokenizer(base.tokenizer)
-    found: dict[str, FileSamples] = {}
+def open_data(config: TrainingConfig, base: BaseDescription, report: Report, *, verify: bool = False) -> TrainingData:
+    """Return the samples of a run. Data that are not in the token cache yet are tokenized into it.
+
+    Args:
+        config: of the run.
+        base: its tokenizer is used.
+        report: shows the progress of the tokenization.
+        verify: compare an existing cache with its checksums.
+
+    Raises:
+        MixtralRunError: one error with all unusable examples of all files.
+    """
+    settings = {name: texts for name in DATA_SETTINGS if (texts := getattr(config, name, ()))}
+    opened: dict[str, CachedExamples] = {}
     errors: list[MixtralRunError] = []
-    for name, texts in files.items():
-        stream = read_examples(texts, ReadOptions.of(config), name)
+    caches = ExampleCaches(config, base, report, verify=verify) if settings else None
+    for name, texts in settings.items():
+        assert caches is not None
         try:
-            examples = list(stream)
-            weights = [source.weight for source in stream.sources]
-            if shares := mixed_indices(stream.counts_by_source, weights):
-                examples = [examples[index] for index in shares]
-                texts = tuple(source.location for source in stream.sources)
-                report.say(describe_mixture(texts, stream.counts_by_source, weights) or "")
-            samples = Samples(examples, tokenizer, config.seq_length, stream.where)
-            check_token_ids(tokenizer, samples.highest_id, base.architecture.vocab_size, base.tokenizer, stream.where)
+            opened[name] = caches.open(texts, name)
         except MixtralRunError as error:
             errors.append(error)
-            continue
-        for remark in stream.remarks():
-            report.warn(f"{stream.where}: {remark}")
-        found[name] = PackedSamples(samples) if isinstance(config, FinetuneConfig) and config.pack else samples
+    try:
+        data = _training_data(config, base, opened)
+    except MixtralRunError as error:
+        errors.append(error)
     if errors:
         raise joined(errors)
+    return data
+
+
+def open_data_everywhere(config: TrainingConfig, base: BaseDescription, report: Report) -> TrainingData:
+    """Return `open_data` on every rank, after a check that all have the same. All ranks must call.
+
+    Raises the error of any rank on all of them, and TrainingError if the tokens differ between ranks.
+    """
+    mine: TrainingData | None = None
+    outcome: MixtralRunError | str
+    try:
+        mine = open_data(config, base, report)
+        outcome = mine.identity
+    except MixtralRunError as error:
+        outcome = error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for each in outcomes:
+        if isinstance(each, MixtralRunError):
+            raise each
+    check_same(outcomes)
+    assert mine is not None
+    return mine
+
+
+def check_same(identities: list[str]) -> None:
+    """Raise TrainingError unless all ranks have the same tokens."""
+    by_identity: dict[str, list[int]] = {}
+    for rank, identity in enumerate(identities):
+        by_identity.setdefault(identity, []).append(rank)
+    if len(by_identity) > 1:
+        raise TrainingError(
+            "The processes do not have the same data.",
+            problems=[
+                f"ranks {', '.join(map(str, ranks[:8]))}{', …' * (len(ranks) > 8)}: tokens {identity}"
+                for identity, ranks in by_identity.items()
+            ],
+            expected="the same files, and the same tokenizer with the base, on every host",
+            next_command="sha256sum of the data files and of the tokenizer's on each host",
+        )
+
+
+def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mapping[str, CachedExamples]) -> TrainingData:
+    """Return the samples of opened caches. Raises one error with all problems of all of them."""
+    parts: dict[str, Samples] = {}
+    remarks = [f"{each.where}: {remark}" for each in opened.values() for remark in each.remarks]
+    errors: list[MixtralRunError] = []
+    for setting, examples in opened.items():
+        try:
+            for name, chosen in _parts(config, setting, examples, remarks).items():
+                parts[name] = Samples(
+                    examples.cache.arrays, config.seq_length, examples.padding_id, examples.where, chosen
+                )
+        except MixtralRunError as error:
+            errors.append(error)
+    if errors:
+        raise joined(errors)
+    packs = isinstance(config, FinetuneConfig) and config.pack
+    ready: dict[str, FileSamples] = {name: PackedSamples(each) if packs else each for name, each in parts.items()}
+    mock = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
+    return TrainingData(
+        ready.get(TRAINING, mock),
+        ready.get(VALIDATION),
+        opened[TRAINING].sha256 if TRAINING in opened else None,
+        opened[TRAINING].chat_template if TRAINING in opened else None,
+        " ".join(examples.cache.identity for examples in opened.values()),
+        tuple(remarks),
+    )
+
+
+def _parts(
+    config: TrainingConfig, setting: str, examples: CachedExamples, remarks: list[str]
+) -> dict[str, NDArray[np.int64] | None]:
+    """Return the examples for training, for validation or for both. None: all of them. Remarks are added."""
+    arrays = examples.cache.arrays
+    fitting: NDArray[np.int64] | None = None
+    if config.skip_bad_examples:
+        keep = has_response(arrays, config.seq_length)
+        if not keep.all():
+            fitting = np.flatnonzero(keep)
+            remarks.append(
+                f"{examples.where}: {len(keep) - len(fitting):,} examples are longer than --seq-length "
+                f"{config.seq_length:,} before their response begins, and are left out."
+            )
+    found = {setting: fitting}
+    if setting == TRAINING and isinstance(config, FinetuneConfig) and config.valid_fraction:
+        chosen = np.arange(len(arrays)) if fitting is None else fitting
+        training, validation = split_by_digest(arrays.digests[chosen], config.valid_fraction, examples.where)
+        found = {TRAINING: chosen[training], VALIDATION: chosen[validation]}
+    if setting == TRAINING:
+        found[TRAINING] = _mixed(examples, found[TRAINING], remarks)
     return found
+
+
+def _mixed(examples: CachedExamples, chosen: NDArray[np.int64] | None, remarks: list[str]) -> NDArray[np.int64] | None:
+    """Return the examples of an epoch, repeated as the weights of the sources demand."""
+    weights = [source.weight for source in examples.sources]
+    counts = list(examples.counts)
+    if chosen is not None:
+        counts = np.diff(np.searchsorted(chosen, np.cumsum([0, *examples.counts]))).tolist()
+    indices = mixed_indices(counts, weights)
+    if indices is None:
+        return chosen
+    described = describe_mixture([source.name for source in examples.sources], counts, weights)
+    remarks += [described] if described else []
+    return indices if chosen is None else chosen[indices]

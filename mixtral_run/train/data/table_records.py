@@ -60,6 +60,18 @@ def hub_records(source: DataSource, where: str) -> Iterator[Record]:
         yield from _rows_of_dataset(datasets.load_dataset(name, source.subset, revision=revision, split=split))
 
 
+def hub_files(source: DataSource, where: str) -> tuple[list[Path], str]:
+    """Return the Arrow files of a dataset on the hub in HF_HOME, and which of their rows are its split."""
+    name, revision = hub_name_and_revision(source.location)
+    with _translated(f"The dataset {source.location} on the hub", where, _HUB_HELP):
+        import datasets
+
+        datasets.disable_progress_bars()
+        split = source.split or _split_of(name, revision, source, where)
+        dataset = datasets.load_dataset(name, source.subset, revision=revision, split=split)
+        return [Path(each["filename"]) for each in dataset.cache_files], f"{split}, {len(dataset)} rows"
+
+
 _HUB_HELP = (
     "check name, subset, split and revision; HF_ENDPOINT, HTTPS_PROXY and HF_HUB_OFFLINE; for a dataset that is gated "
     "or private, hf auth login or HF_TOKEN in the environment"

@@ -207,6 +207,8 @@ def _merge(adapter: OpenAdapter, weights: HFWeights, factors: Factors, folder: P
         expected = f"fingerprint {adapter.base_fingerprint}"
         raise _another_base(adapter, str(weights.directory), expected, f"fingerprint {found}")
     copy_tokenizer(weights.directory, folder)
+    if adapter.manifest.chat_template is not None:
+        adapter.manifest.chat_template.write(folder)
     return len(weights.sources), weights.num_bytes
 
 

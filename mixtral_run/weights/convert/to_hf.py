@@ -89,6 +89,9 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
             fingerprint = _check_fingerprint(config, checkpoint, writer, report)
             _write_sidecars(config, checkpoint, files, num_bytes, staging.folder, fingerprint)
             copy_tokenizer(tokenizer, staging.folder)
+            template = None if config.adapter is None else open_adapter(config.adapter).manifest.chat_template
+            if template is not None:
+                template.write(staging.folder)
             staging.publish()
     num_tensors = sum(len(tensors) for tensors in files.values())
     result = ToHFResult(config.output_path, num_tensors, len(files), num_bytes, fingerprint, time.monotonic() - started)

@@ -17,14 +17,15 @@ from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, hub_name_and_revisio
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import EXAMPLE_NAME, MixtralArchitecture
 from mixtral_run.report import Report, repeating
-from mixtral_run.weights.hf.tokenizer_files import TOKENIZER_FILES
+from mixtral_run.weights.hf.tokenizer_files import MORE_TEMPLATES, TOKENIZER_FILES
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import how_to_restore
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 # The released repositories hold the weights a second time, as consolidated.*.pt: 93 GB that the kit never reads.
-_WANTED = ("model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+_DESCRIPTION = (*TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja")
+_WANTED = ("model*.safetensors", "model.safetensors.index.json", *_DESCRIPTION)
 _POLL_SECONDS = 1.0
 
 
@@ -88,7 +89,7 @@ def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = N
 
 def resolve_description(hf_model_path: str, report: Report) -> Path:
     """Return a directory with the model's config.json and tokenizer, without weights; otherwise as `resolve`."""
-    return _local_directory(hf_model_path) or _download(hf_model_path, TOKENIZER_FILES, report)
+    return _local_directory(hf_model_path) or _download(hf_model_path, _DESCRIPTION, report)
 
 
 def _local_directory(hf_model_path: str) -> Path | None:

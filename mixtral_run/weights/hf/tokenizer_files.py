@@ -6,13 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+"""File of the default chat template, and folder of those for other purposes, such as tool_use."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "merges.txt",
     "vocab.json",
@@ -26,6 +28,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     found = _tokenizer_files(source)
     for name in found:
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return found
 
@@ -40,4 +43,5 @@ def tokenizer_problems(source: Path) -> list[str]:
 
 
 def _tokenizer_files(source: Path) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    return found + sorted(f"{MORE_TEMPLATES}/{path.name}" for path in (source / MORE_TEMPLATES).glob("*.jinja"))

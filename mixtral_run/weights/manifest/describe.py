@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mixtral_run.weights.manifest.manifest import (
     BaseManifest,
     read_manifest,
 )
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    """The newest and the lowest validation loss; empty if the run had no validation set."""
+    chat_template: TemplateRecord | None = None
+    """The template that the adapter was trained with; None for adapters of earlier versions."""
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -96,6 +101,8 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
+        manifest.validation,
+        manifest.chat_template,
     )
 
 

@@ -7,20 +7,18 @@ that a folder is either understood by every verb or refused by every verb with t
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mixtral_run import __version__
-from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.fields import BaseReference, Fields, shown, unprintable
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 MANIFEST_NAME = "mixtral_run.json"
 FORMAT = 1
@@ -28,14 +26,6 @@ FORMAT = 1
 
 UNKNOWN_FINGERPRINT = ""
 """Fingerprint of a base whose weights are still on the hub, or that another program saved."""
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """The base of an adapter or of a quantized cache. path: its folder on the machine that wrote the manifest."""
-
-    fingerprint: str
-    path: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +74,8 @@ class AdapterManifest(Manifest):
     """Manifest of one iteration of an adapter checkpoint.
 
     training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
+    validation: the newest and the lowest validation loss, as train/early_stopping.py keeps them; empty without any.
+    chat_template: the template that it was trained with; None for adapters of earlier versions.
     """
 
     KINDS = ("adapter",)
@@ -96,6 +88,8 @@ class AdapterManifest(Manifest):
     base: BaseReference
     training: Mapping[str, Any]
     data_sha256: str | None
+    validation: Mapping[str, Any]
+    chat_template: TemplateRecord | None
 
     @classmethod
     def parse(cls, fields: Fields) -> AdapterManifest:
@@ -108,6 +102,8 @@ class AdapterManifest(Manifest):
             base=fields.base(),
             training=fields.mapping("training", default={}).values,
             data_sha256=fields.optional_text("data_sha256"),
+            validation=fields.mapping("validation", default={}).values,
+            chat_template=fields.chat_template(),
         )
 
 
@@ -159,8 +155,6 @@ class ExportManifest(Manifest):
 
 
 _CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
-"""Control characters, among them those that turn the direction of writing."""
 T = TypeVar("T")
 M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
 
@@ -224,12 +218,12 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, [f"not valid JSON: {error}"]) from error
     if not isinstance(values, dict):
-        raise _damaged(path, [f"expected a JSON object; found {_shown(values)}"])
-    if (place := _unprintable(values)) is not None:
+        raise _damaged(path, [f"expected a JSON object; found {shown(values)}"])
+    if (place := unprintable(values)) is not None:
         raise _damaged(path, [f"{place}: holds a control character"])
     found = values.get("format")
     if type(found) is not int:
-        raise _damaged(path, [f"format: expected {FORMAT}; found {_shown(found)}"])
+        raise _damaged(path, [f"format: expected {FORMAT}; found {shown(found)}"])
     if found != FORMAT:
         version = values.get("kit_version")
         version = version if isinstance(version, str) and len(version) <= 40 else "of unknown version"
@@ -237,109 +231,12 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
             f"{MANIFEST_NAME} has a format that this version of mixtral-run does not understand.",
             where=str(path),
             expected=f"format {FORMAT}, which mixtral-run {__version__} reads",
-            found=f"format {_shown(found)}, written by mixtral-run {version}",
+            found=f"format {shown(found)}, written by mixtral-run {version}",
             next_command="pip install --upgrade mixtral-run" if found > FORMAT else how_to_make,
         )
     if not isinstance(values.get("kind"), str):
-        raise _damaged(path, [f"kind: expected a text; found {_shown(values.get('kind'))}"])
+        raise _damaged(path, [f"kind: expected a text; found {shown(values.get('kind'))}"])
     return values
-
-
-_MISSING = object()
-_LARGEST = 2**31 - 1
-"""The largest size or iteration; products of a few of them are still exact and quick."""
-_INTEGER_SIZES = tuple(field.name for field in dataclass_fields(MixtralArchitecture) if field.type in ("int", int))
-
-
-class Fields:
-    """Typed access to a JSON object. Problems are collected, so that one error can name all of them."""
-
-    def __init__(self, values: Mapping[str, Any], problems: list[str], prefix: str = "") -> None:
-        self.values = values
-        self.problems = problems
-        self._prefix = prefix
-
-    def text(self, name: str) -> str:
-        """Return a text that has to be there."""
-        found = self.values.get(name, _MISSING)
-        return found if isinstance(found, str) else self._refuse(name, "a text", found, "")
-
-    def optional_text(self, name: str) -> str | None:
-        """Return a text, or None if it is missing or null."""
-        found = self.values.get(name)
-        return found if found is None or isinstance(found, str) else self._refuse(name, "a text or null", found, None)
-
-    def whole_number(self, name: str, *, at_least: int) -> int:
-        """Return an integer from `at_least` to the largest that a size of a model or an iteration may have."""
-        found = self.values.get(name, _MISSING)
-        if isinstance(found, int) and not isinstance(found, bool) and at_least <= found <= _LARGEST:
-            return found
-        return self._refuse(name, f"a whole number, {at_least} or more and at most {_LARGEST:,}", found, at_least)
-
-    def positive(self, name: str) -> float:
-        """Return a finite number above 0, which has to be there."""
-        found: Any = self.values.get(name, _MISSING)
-        number = _finite(found)
-        return number if number is not None and number > 0 else self._refuse(name, "a number above 0", found, 1.0)
-
-    def dropout(self, name: str) -> float:
-        """Return a number from 0 to 0.99, the limits of --lora-dropout; 0 if it is missing."""
-        found: Any = self.values.get(name, 0.0)
-        number = _finite(found)
-        if number is not None and 0 <= number <= 0.99:
-            return number
-        return self._refuse(name, "a number from 0 to 0.99", found, 0.0)
-
-    def mapping(self, name: str, default: Mapping[str, Any] | None = None) -> Fields:
-        """Return the fields of an inner object; without a default it has to be there."""
-        found = self.values.get(name, _MISSING if default is None else default)
-        if not isinstance(found, Mapping):
-            # An empty object would be reported field by field as well: those problems go to a list of their own.
-            self._refuse(name, "an object", found, None)
-            return Fields({}, [], f"{self._prefix}{name}.")
-        return Fields(found, self.problems, f"{self._prefix}{name}.")
-
-    def architecture(self) -> MixtralArchitecture:
-        """Return the model's sizes, all of which have to be there."""
-        inner = self.mapping("architecture")
-        names = [field.name for field in dataclass_fields(MixtralArchitecture)]
-        sizes: dict[str, Any] = {
-            name: inner.whole_number(name, at_least=1) if name in _INTEGER_SIZES else inner.positive(name)
-            for name in names
-        }
-        inner.problems += [f"{inner._prefix}{name[:40]}: unknown" for name in inner.values if name not in names]
-        return MixtralArchitecture(**sizes)
-
-    def lora(self) -> LoraSettings:
-        """Return an adapter's settings."""
-        inner = self.mapping("lora")
-        rank, alpha = inner.whole_number("lora_rank", at_least=1), inner.positive("lora_alpha")
-        dropout = inner.dropout("lora_dropout")
-        targets = inner.values.get("lora_target_modules", _MISSING)
-        known = isinstance(targets, list) and targets and all(each in LORA_TARGET_MODULES for each in targets)
-        if not known or len(set(targets)) != len(targets):
-            expected = f"some of {', '.join(LORA_TARGET_MODULES)}, each once"
-            targets = inner._refuse("lora_target_modules", expected, targets, [])
-        return LoraSettings(rank, alpha, dropout, tuple(targets))
-
-    def base(self) -> BaseReference:
-        """Return the reference to the base."""
-        inner = self.mapping("base")
-        return BaseReference(inner.text("fingerprint"), inner.optional_text("path"))
-
-    def checksums(self) -> dict[str, int]:
-        """Return all fields of this object as CRC-32, which are stored as hexadecimal text."""
-        found = {}
-        for name, text in self.values.items():
-            try:
-                found[name] = int(text, 16)
-            except (TypeError, ValueError):
-                self._refuse(name, "a CRC-32 in hexadecimal", text, None)
-        return found
-
-    def _refuse(self, name: str, expected: str, found: object, stand_in: T) -> T:
-        self.problems.append(f"{self._prefix}{name}: expected {expected}; found {_shown(found)}")
-        return stand_in
 
 
 def _parse(folder: Path, values: dict[str, Any], parse: Callable[[Fields], M]) -> M:
@@ -366,46 +263,6 @@ def wrong_kind(folder: Path, kind: str, label: str, how_to_make: str) -> Weights
         f"This is not {label}.",
         where=str(folder / MANIFEST_NAME),
         expected=label,
-        found=f"{known[kind]}, kind {kind!r}" if kind in known else f"unknown kind {_shown(kind)}",
+        found=f"{known[kind]}, kind {kind!r}" if kind in known else f"unknown kind {shown(kind)}",
         next_command=how_to_make,
     )
-
-
-def _finite(value: object) -> float | None:
-    """Return a finite number of JSON as a float, None for anything else."""
-    if type(value) not in (int, float):
-        return None
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _unprintable(values: Mapping[str, Any]) -> str | None:
-    """Return the top-level field, quoted, in which a key or text could move a terminal's cursor; None if none could.
-
-    Line breaks and tabs are only left to the settings of a training run, which may hold a template.
-    """
-    for name, value in values.items():
-        left_alone = "\n\t" if name == "training" else ""
-        waiting: list[Any] = [name, value]
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, Mapping):
-                waiting += [*each.keys(), *each.values()]
-            elif isinstance(each, list):
-                waiting += each
-            elif isinstance(each, str) and not set(_CONTROL.findall(each)) <= set(left_alone):
-                return ascii(name[:40])
-    return None
-
-
-def _shown(value: object) -> str:
-    """Return a short text of a value for a message."""
-    if value is _MISSING or value is None:
-        return "nothing"
-    if isinstance(value, (Mapping, list)):
-        return "an object" if isinstance(value, Mapping) else "a list"
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"

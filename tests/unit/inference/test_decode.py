@@ -56,10 +56,10 @@ def test_one_token_at_a_time_gives_the_logits_of_whole_rows(kind: type[Decoding]
 def test_a_row_that_has_ended_does_not_change_the_others() -> None:
     rows, sampling = [[1, 5, 9], [1, 2], [7]], Sampling(12, 0.0, 1.0, 0)
     with random_model() as model:
-        free = [continue_rows(model, [row], -1, sampling)[0] for row in rows]
+        free = [continue_rows(model, [row], (), sampling)[0] for row in rows]
         ends = free[0][1]
         for kind in (Decoding, FixedShapeDecoding):
-            found = continue_rows(model, rows, ends, sampling, decoding=kind)
+            found = continue_rows(model, rows, {ends}, sampling, decoding=kind)
             for mine, alone in zip(found, free, strict=True):
                 count = alone.index(ends) + 1 if ends in alone else len(alone)
                 assert mine == alone[:count]
@@ -102,8 +102,8 @@ def test_generation_stays_eager_if_the_capture_fails(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with random_model() as model:
         rows, sampling = [[1, 5, 9], [1, 2]], Sampling(6, 0.0, 1.0, 0)
-        found = continue_rows(model, rows, 0, sampling, decoding=CapturedDecoding)
-        assert found == continue_rows(model, rows, 0, sampling, decoding=Decoding)
+        found = continue_rows(model, rows, {0}, sampling, decoding=CapturedDecoding)
+        assert found == continue_rows(model, rows, {0}, sampling, decoding=Decoding)
     assert len(replayed) == (problem == "its logits differ")
     assert [record.message for record in caplog.records] == [
         f"Generation is not captured as a CUDA graph, and slower: {problem}."

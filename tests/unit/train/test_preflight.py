@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -66,8 +67,32 @@ def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:
     now = config(tmp_path, mock_data=False, data_path=(str(data),))
     lora = LoraSettings.from_config(now)
     known = AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), "of other content")
-    assert _changed_order(now, known) == [f"--data-path {data} (its content has changed)"]
-    assert _changed_order(now, AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), None)) == []
+    assert _changed_order(now, known, "of this one") == [f"--data-path {data} (its content has changed)"]
+    assert _changed_order(now, known, "of other content") == []
+    assert _changed_order(now, AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), None), "of this one") == []
+
+
+def test_a_run_that_stopped_early_is_not_resumed_by_the_same_command(
+    tmp_path: Path, adapter: AdapterDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"iteration": 500, "loss": 2.0, "best_iteration": 300, "best_loss": 1.0, "num_without_improvement": 2}
+    over = dataclasses.replace(adapter, validation=best)
+    monkeypatch.setattr(preflight, "describe_adapter", lambda _: over)
+    asked = {"train_iters": 900, "valid_fraction": 0.1}
+    with pytest.raises(ConfigError, match="stopped early") as caught:
+        check_resume(config(tmp_path, **asked, early_stopping_patience=2), None)
+    assert "--early-stopping-patience above 2" in str(caught.value) and "iteration 300" in str(caught.value)
+    for patience in (0, 3):
+        assert check_resume(config(tmp_path, **asked, early_stopping_patience=patience), None) is over
+
+
+def test_iterations_of_epochs_are_compared_once_they_are_known(tmp_path: Path, adapter: AdapterDescription) -> None:
+    asked = config(tmp_path, mock_data=False, data_path=(str(tmp_path / "x.jsonl"),), epochs=2.0)
+    assert check_resume(asked, None) is adapter
+    with pytest.raises(ConfigError, match="nothing left to train") as caught:
+        check_resume(asked.with_iterations(2000, 8), None)
+    assert "--epochs 2, which are 500" in str(caught.value) and "more iterations than 500" in str(caught.value)
+    assert check_resume(asked.with_iterations(2001, 8), None) is adapter
 
 
 def test_only_checkpoints_to_come_need_disk_space(tmp_path: Path) -> None:

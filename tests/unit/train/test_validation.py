@@ -22,6 +22,7 @@ from mixtral_run.train.summary import ValidationSummary
 from mixtral_run.train.validation import Validation, ValidationMetrics, rows_by_pass
 from tests.multiprocess.conftest import SMALL
 from tests.support.examples import examples_of
+from tests.support.samples import samples_of
 from tests.unit.model.recompute.test_recompute import model_of
 
 VOCABULARY = 2048
@@ -37,7 +38,7 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(examples_of(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
+    return samples_of(examples_of(INSTRUCTIONS)[:9], tiny_tokenizer, 128)
 
 
 def model(mesh: Mesh, recompute: str = "none", dropout: float = 0.0) -> MixtralModel:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.train.data.prompt import load_tokenizer
-from mixtral_run.train.data.samples import Samples
 from mixtral_run.trial.random_mixtral import split_into_shards, tensor_shapes, write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, TINY, tokenizer_texts, write_rehearsal_examples
 from tests.support.examples import examples_of
+from tests.support.samples import samples_of
 
 SMALL = replace(TINY, num_layers=2, hidden_size=64, ffn_hidden_size=96, kv_channels=8)
 
@@ -181,7 +181,7 @@ def test_the_plan_fits_its_examples(tmp_path: Path, tiny_tokenizer_folder: Path)
     write_rehearsal_examples(path)
     tokenizer = load_tokenizer(tiny_tokenizer_folder)
     examples = examples_of(path)
-    samples = Samples(examples, tokenizer, PLAN.seq_length)
+    samples = samples_of(examples, tokenizer, PLAN.seq_length)
     assert len(samples) == PLAN.num_examples
     assert samples.num_truncated == 0
     answers = [samples.num_loss_tokens(index) for index in range(len(samples))]

@@ -32,12 +32,13 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.samples import Samples, batches
+from mixtral_run.train.data.samples import batches
 from mixtral_run.train.step import train_step, trainable
 from tests.multiprocess.conftest import SMALL
 from tests.support.examples import examples_of
 from tests.support.experts_reference import ROUTINGS
 from tests.support.quantized_cache import KEPT_NUMBERS, checksums_of, weight_to_keep
+from tests.support.samples import samples_of
 
 
 @pytest.mark.parametrize("size", [1e-6, 0.02, 300.0])
@@ -210,7 +211,7 @@ def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture 
 
 def test_training_is_close_to_a_full_precision_base(mesh: Mesh, tiny_tokenizer: Any) -> None:
     architecture = dataclasses.replace(SMALL, vocab_size=1024)
-    samples = PackedSamples(Samples(examples_of(INSTRUCTIONS), tiny_tokenizer, 128))
+    samples = PackedSamples(samples_of(examples_of(INSTRUCTIONS), tiny_tokenizer, 128))
     runs = {}
     for precision in ("bf16", "fp8", "nf4"):
         model = model_in(mesh, precision, architecture)

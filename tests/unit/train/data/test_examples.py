@@ -18,9 +18,9 @@ from mixtral_run.config.data_sources import DataSource, combined_sha256, content
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.train.data.examples import ReadOptions, read_examples
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
-from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.data.stdin_copy import with_stdin_copied
 from tests.support.examples import conversation, examples_of, turns_of
+from tests.support.samples import samples_of
 
 GOOD = '{"instruction": "a", "response": "b"}'
 SKIP = ReadOptions(skip_bad_examples=True)
@@ -136,7 +136,7 @@ def test_the_weight_of_an_answer_decides_what_the_loss_covers(tmp_path: Path, ti
     ]  # fmt: skip
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": messages}), "utf-8")
-    row = Samples(examples_of(path), tiny_tokenizer, 96).row(0)
+    row = samples_of(examples_of(path), tiny_tokenizer, 96).row(0)
     learned = [int(label) for label, counts in zip(row.labels, row.loss_mask, strict=True) if counts]
     assert tiny_tokenizer.decode(learned, skip_special_tokens=True).strip() == "4"
 
@@ -144,7 +144,7 @@ def test_the_weight_of_an_answer_decides_what_the_loss_covers(tmp_path: Path, ti
 def test_indentation_and_plain_text_are_learned(tmp_path: Path, tiny_tokenizer: Any) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": "f(x):", "response": "    return x + 1"}\n{"text": " All of it."}', "utf-8")
-    samples = Samples(examples_of(path), tiny_tokenizer, 96)
+    samples = samples_of(examples_of(path), tiny_tokenizer, 96)
     for index, text in ((0, "     return x + 1</s>"), (1, " All of it.</s>")):
         row = samples.row(index)
         assert tiny_tokenizer.decode(row.labels[row.loss_mask == 1].tolist()) == text
@@ -199,15 +199,18 @@ def test_settings_of_data_are_checked_together() -> None:
 
 def test_shares_are_those_of_the_weights_and_every_example_is_there() -> None:
     counts, weights = [10, 300, 7], [0.5, 0.3, 0.2]
-    found = mixed_indices(counts, weights)
+    mixed = mixed_indices(counts, weights)
+    assert mixed is not None
+    found = mixed.tolist()
     borders = [0, 10, 310, 317]
     taken = [[i for i in found if low <= i < high] for low, high in itertools.pairwise(borders)]
     for indices, weight, count in zip(taken, weights, counts, strict=True):
         assert abs(len(indices) / len(found) - weight) < 0.002
         times = [indices.count(index) for index in set(indices)]
         assert len(times) == count and max(times) - min(times) <= 1
-    assert mixed_indices([3, 4], [None, None]) == []
-    assert sorted(mixed_indices([2, 2], [7, 7])) == [0, 1, 2, 3]
+    assert mixed_indices([3, 4], [None, None]) is None
+    even = mixed_indices([2, 2], [7, 7])
+    assert even is not None and sorted(even.tolist()) == [0, 1, 2, 3]
     assert describe_mixture(["a", "b"], [10, 90], [1, 1]) == (
         "An epoch takes a: 10 examples, 50.0% of the samples, each 9.0 times; b: 90 examples, 50.0% of the samples, "
         "each 1.0 times"

@@ -1,41 +1,104 @@
 """Packing of examples into rows: each one once and complete, in a row with space for it, separated by lengths."""
 
+import bisect
+import hashlib
+import json
 import random
+import time
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.packing import PackedSamples, pack_lengths
+from mixtral_run.train.data.packing import PackedSamples, Packing, pack_lengths
 from mixtral_run.train.data.samples import Samples, batches
 from tests.support.examples import examples_of
+from tests.support.samples import samples_of
 
 SEQ = 256
 
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(examples_of(INSTRUCTIONS), tiny_tokenizer, SEQ)
+    return samples_of(examples_of(INSTRUCTIONS), tiny_tokenizer, SEQ)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_item_is_in_one_row_that_takes_it(seed: int) -> None:
     numbers = random.Random(seed)
     lengths = [numbers.randint(1, 100) for _ in range(300)]
-    rows = pack_lengths(lengths, 100)
+    rows = rows_of(pack_lengths(lengths, 100))
     assert sorted(item for row in rows for item in row) == list(range(300))
     assert all(sum(lengths[item] for item in row) <= 100 for row in rows)
     # Longest first into the fullest row is never worse than 11/9 of the best, which cannot be below the sum.
     assert len(rows) <= 11 / 9 * (sum(lengths) / 100) + 5
-    assert pack_lengths(lengths, 100) == rows
+    assert rows == packed_one_by_one(lengths, 100)
+
+
+def rows_of(packing: Packing) -> list[list[int]]:
+    return [packing.row(index).tolist() for index in range(len(packing))]
+
+
+def packed_one_by_one(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing, item by item: what the kit did before it packed all items of one length together."""
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    for item in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        at = bisect.bisect_left(free, (lengths[item], -1))
+        if at < len(free):
+            left, row = free.pop(at)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        bisect.insort(free, (left - lengths[item], row))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("seed", "count", "capacity", "num_rows", "first", "middle", "digest"),
+    [
+        (0, 5000, 512, 1010, [94], [1029, 1100, 366], "f79ec8d35320d4ef"),
+        (1, 3000, 64, 626, [660], [643, 680, 556], "ff35bf49d0b91d01"),
+        (2, 2000, 2048, 395, [15], [1087, 1440, 1411], "704ebc2546a9cb7a"),
+    ],
+)
+def test_rows_are_those_of_earlier_releases(
+    seed: int, count: int, capacity: int, num_rows: int, first: list[int], middle: list[int], digest: str
+) -> None:
+    """Checkpoints resume in the order of rows; these numbers come from the release that packed item by item."""
+    numbers = random.Random(seed)
+    lengths = [min(capacity, 1 + int(numbers.expovariate(1 / (capacity / 5)))) for _ in range(count)]
+    rows = rows_of(pack_lengths(lengths, capacity))
+    assert (len(rows), rows[0], rows[len(rows) // 2][:6]) == (num_rows, first, middle)
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("largest", [0, 1, 3, 7, 40])
+def test_few_distinct_lengths_are_packed_as_one_by_one(largest: int) -> None:
+    for seed in range(20):
+        numbers = random.Random(seed)
+        lengths = [numbers.randint(0, largest) for _ in range(numbers.randint(1, 200))]
+        assert rows_of(pack_lengths(lengths, 40)) == packed_one_by_one(lengths, 40)
+
+
+def test_a_million_lengths_are_packed_in_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(1, 2048, 1_000_000)
+    started = time.process_time()
+    packing = pack_lengths(lengths, 2048)
+    assert time.process_time() - started < 20
+    sums = np.add.reduceat(lengths[packing.items], packing.offsets[:-1])
+    assert sums.max() <= 2048 and np.array_equal(np.sort(packing.items), np.arange(1_000_000))
+    assert len(packing) <= 1.02 * lengths.sum() / 2048
 
 
 def test_items_that_fill_a_row_stay_alone() -> None:
-    assert pack_lengths([5, 5, 5], 5) == [[0], [1], [2]]
-    assert pack_lengths([3, 2, 3, 2], 5) == [[0, 1], [2, 3]]
-    assert pack_lengths([], 5) == []
+    assert rows_of(pack_lengths([5, 5, 5], 5)) == [[0], [1], [2]]
+    assert rows_of(pack_lengths([3, 2, 3, 2], 5)) == [[0, 1], [2, 3]]
+    assert rows_of(pack_lengths([], 5)) == []
 
 
 def test_rows_hold_the_examples_unchanged(samples: Samples) -> None:

@@ -8,14 +8,9 @@ import pytest
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.prompt import (
-    check_token_ids,
-    encode_conversation,
-    encode_turn,
-    load_tokenizer,
-    prompt_tokens,
-)
+from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from tests.support.examples import examples_of, turns_of
+from tests.support.samples import encode_conversation, encode_turn, prompt_tokens
 
 BOS, EOS = 1, 2
 TEXTS = [turns_of(example)[0] for example in examples_of(INSTRUCTIONS)] + [

@@ -8,9 +8,9 @@ import torch
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.prompt import encode_conversation, encode_turn
-from mixtral_run.train.data.samples import GlobalBatch, MockSamples, Samples, SampleSource, batches
+from mixtral_run.train.data.samples import GlobalBatch, MockSamples, Samples, SampleSource, ShuffledOrder, batches
 from tests.support.examples import conversation, examples_of, turns_of
+from tests.support.samples import encode_conversation, encode_turn, samples_of
 
 BOS, EOS = 1, 2
 EXAMPLES = examples_of(INSTRUCTIONS)
@@ -20,7 +20,7 @@ LAYOUTS = [(1, 12), (1, 4), (1, 1), (2, 3), (2, 6), (3, 2), (4, 3), (6, 1), (12,
 
 @pytest.fixture(scope="module")
 def samples(tiny_tokenizer: Any) -> Samples:
-    return Samples(EXAMPLES, tiny_tokenizer, SEQ)
+    return samples_of(EXAMPLES, tiny_tokenizer, SEQ)
 
 
 def take(source: SampleSource, count: int, **settings: int) -> list[GlobalBatch]:
@@ -72,14 +72,14 @@ def test_dtypes_and_shapes_are_what_the_model_takes(samples: Samples) -> None:
 
 def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
     lengths = [sum(map(len, encode_turn(tiny_tokenizer, *turns_of(p)[0]))) for p in EXAMPLES]
-    whole = Samples(EXAMPLES, tiny_tokenizer, max(lengths) - 1)
+    whole = samples_of(EXAMPLES, tiny_tokenizer, max(lengths) - 1)
     assert whole.num_truncated == 0
     assert whole.longest == max(lengths)
     assert whole.num_tokens == sum(lengths)
     assert whole.num_padding_tokens == sum(max(lengths) - length for length in lengths)
 
     seq = max(lengths) - 10
-    cut = Samples(EXAMPLES, tiny_tokenizer, seq)
+    cut = samples_of(EXAMPLES, tiny_tokenizer, seq)
     assert cut.num_truncated == sum(length > seq + 1 for length in lengths) > 0
     assert cut.num_padding_tokens == sum(max(0, seq + 1 - length) for length in lengths)
     assert f"truncated {cut.num_truncated}" in cut.describe()
@@ -90,7 +90,7 @@ def test_padding_and_truncation_are_counted(tiny_tokenizer: Any) -> None:
 def test_a_truncated_sample_ends_without_an_end_of_sequence(tiny_tokenizer: Any) -> None:
     example = EXAMPLES[30]
     prompt, answer = encode_turn(tiny_tokenizer, *turns_of(example)[0])
-    row = Samples([example], tiny_tokenizer, len(prompt) + 2).row(0)
+    row = samples_of([example], tiny_tokenizer, len(prompt) + 2).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:3]
     assert row.loss_mask[-1] == 1
 
@@ -98,10 +98,10 @@ def test_a_truncated_sample_ends_without_an_end_of_sequence(tiny_tokenizer: Any)
 def test_the_shortest_length_that_leaves_one_token_of_the_response_is_accepted(tiny_tokenizer: Any) -> None:
     example = conversation("Say it.", "Gladly, and more than once.", place="line 7")
     prompt, answer = encode_turn(tiny_tokenizer, *turns_of(example)[0])
-    row = Samples([example], tiny_tokenizer, len(prompt)).row(0)
+    row = samples_of([example], tiny_tokenizer, len(prompt)).row(0)
     assert row.labels[row.loss_mask == 1].tolist() == answer[:1]
     with pytest.raises(ConfigError, match="line 7: "):
-        Samples([example], tiny_tokenizer, len(prompt) - 1)
+        samples_of([example], tiny_tokenizer, len(prompt) - 1)
 
 
 def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
@@ -109,7 +109,7 @@ def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
     example = conversation(*(text for turn in turns for text in turn))
     parts = encode_conversation(tiny_tokenizer, turns)
     whole = [token for part in parts for token in (*part[0], *part[1])]
-    samples = Samples([example], tiny_tokenizer, len(whole) + 3)
+    samples = samples_of([example], tiny_tokenizer, len(whole) + 3)
     row = samples.row(0)
     assert row.tokens[: len(whole)].tolist() == whole
     assert row.labels[row.loss_mask == 1].tolist() == [token for _, answer in parts for token in answer]
@@ -117,7 +117,7 @@ def test_of_a_conversation_every_answer_counts(tiny_tokenizer: Any) -> None:
     # Cut within the second answer, and before it.
     cut = len(parts[0][0]) + len(parts[0][1]) + len(parts[1][0])
     for length, answers in ((cut, [*parts[0][1], parts[1][1][0]]), (cut - 1, parts[0][1])):
-        shorter = Samples([example], tiny_tokenizer, length)
+        shorter = samples_of([example], tiny_tokenizer, length)
         row = shorter.row(0)
         assert row.labels[row.loss_mask == 1].tolist() == answers
         assert shorter.num_loss_tokens(0) == len(answers) and shorter.num_truncated == 1
@@ -129,7 +129,7 @@ def test_examples_without_room_for_their_response_are_all_listed(tiny_tokenizer:
         *(conversation("word " * 60, "lost", place=f"line {line}") for line in range(2, 15)),
     ]
     with pytest.raises(ConfigError) as caught:
-        Samples(examples, tiny_tokenizer, 32)
+        samples_of(examples, tiny_tokenizer, 32)
     assert "13 of 14 examples are longer than --seq-length 32" in str(caught.value)
     assert [problem.split(":")[0] for problem in caught.value.problems[:10]] == [
         f"line {line}" for line in range(2, 12)
@@ -188,8 +188,15 @@ def test_each_epoch_holds_every_sample_once_in_an_order_of_its_own(samples: Samp
     assert [samples.index_of(place, 6) for place in range(size)] != epochs[0]
 
 
+def test_the_order_is_that_of_earlier_releases() -> None:
+    order = ShuffledOrder(1000)
+    places = (0, 1, 2, 999, 1000, 1001, 2500)
+    assert [order.index_of(place, 5) for place in places] == [559, 640, 569, 914, 120, 46, 729]
+    assert [order.index_of(place, 1234) for place in range(5)] == [117, 947, 680, 102, 258]
+
+
 def test_a_global_batch_larger_than_the_data_goes_round(tiny_tokenizer: Any) -> None:
-    few = Samples(EXAMPLES[:3], tiny_tokenizer, 40)
+    few = samples_of(EXAMPLES[:3], tiny_tokenizer, 40)
     (batch,) = take(few, 1, micro_batch_size=3)
     rows = [tuple(row[0].tolist()) for row in rows_of(batch)]
     assert {rows.count(row) for row in rows} == {4}
