@@ -49,8 +49,7 @@ class Journal:
         whole = _whole_lines(self.path)
         self.is_new = not whole or whole[0] != {"identity": wanted}
         for line in [] if self.is_new else whole[1:]:
-            sources = {name: int(crc) for name, crc in line["sources"].items()}
-            self.done[int(line["job"])] = JobSums(sources, tuple(line["chunks"]))
+            self.done[line["job"]] = JobSums(line["sources"], tuple(line["chunks"]))
         self._identity = wanted
 
     def start(self, jobs: Sequence[Job]) -> None:
@@ -98,14 +97,23 @@ def _line(number: int, sums: JobSums) -> dict[str, Any]:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = []
+    lines: list[dict[str, Any]] = []
     # A line that was being written when the machine lost power may hold anything.
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             line = json.loads(text) if text.endswith("\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
-        if not isinstance(line, dict):
+        if not isinstance(line, dict) or (lines and not _is_job(line)):
             break
         lines.append(line)
     return lines
+
+
+def _is_job(line: dict[str, Any]) -> bool:
+    """Return True if a value of the journal has the form of a job's line."""
+    if line.keys() != {"job", "sources", "chunks"}:
+        return False
+    number, sources, chunks = line["job"], line["sources"], line["chunks"]
+    sums = [*sources.values(), *chunks] if isinstance(sources, dict) and isinstance(chunks, list) else [None]
+    return type(number) is int and number >= 0 and all(type(crc) is int and 0 <= crc < 2**32 for crc in sums)
