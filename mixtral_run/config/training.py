@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.checkpoints import CheckpointConfig
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launch import LaunchConfig
@@ -77,7 +78,7 @@ class TrainingConfig(DataConfig, LaunchConfig):
                 f"found {self.lr_warmup_iters}"
             )
         tp = self.tensor_model_parallel_size
-        if tp >= 1 and self.seq_length % tp:
+        if tp is not None and tp >= 1 and self.seq_length % tp:
             found.append(
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
@@ -86,7 +87,7 @@ class TrainingConfig(DataConfig, LaunchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(LoraConfig, TrainingConfig):
+class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
 
     valid_data_path: Path | None = setting(
@@ -100,7 +101,9 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         section=DATA,
     )
     save: Path = setting(
-        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.",
+        aliases=("output_path",),
+        section=OUTPUT,
     )
     resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
     init_adapter: Path | None = setting(
@@ -130,11 +133,12 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         aliases=("keep_quantised",),
         section=MEMORY,
     )
-    layout: str = setting(
-        "given",
-        help="auto: replace the given TP and EP by the fastest layout that fits by the plan, with EP before TP.",
+    layout: str | None = setting(
+        None,
+        help="Former setting. auto: the planner chooses TP and EP, whatever was given. given: TP2/EP4 unless given.",
         choices=("given", "auto"),
         section=LAYOUT,
+        hidden=True,
     )
     save_interval: int = setting(
         500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
@@ -145,6 +149,8 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
+        if self.keep_best and self.valid_data_path is None:
+            found.append("--keep-best: expected --valid-data-path, whose loss decides; found none")
         return found
 
 

@@ -178,9 +178,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             found=error.strerror,
             next_command=f"ls -ld {directory} {path}",
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # ValueError: also an integer of thousands of digits. RecursionError: nested thousands deep.
+    except (ValueError, RecursionError) as error:
         raise WeightsError(
-            "The HF model's config.json is not valid JSON.", where=str(path), found=str(error)
+            "The HF model's config.json is not valid JSON.", where=str(path), found=str(error)[:200]
         ) from error
     if not isinstance(values, dict):
         raise WeightsError("The HF model's config.json is not a JSON object.", where=str(path))

@@ -59,6 +59,10 @@ _HEAD = Decision(HARMLESS, "describes a classification head; `architectures` dec
 _TRANSFORMERS = Decision(HARMLESS, "how transformers runs the model, not what it computes")
 _TOKENS = Decision(HARMLESS, "the tokenizer's own special tokens are used")
 
+LARGEST_SIZE = 2**31 - 1
+MOST_EXPERTS = 100_000
+"""Limits that no model reaches. Above them a damaged config.json would keep the kit busy for hours."""
+
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -220,22 +224,25 @@ def _size_problems(values: Mapping[str, Any]) -> list[str]:
     for name in _SIZES:
         found = values.get("num_experts") if name == "num_local_experts" and name not in values else values.get(name)
         if not _is_size(found):
-            problems.append(f"{name}: expected a whole number above 0; found {found!r}")
+            problems.append(f"{name}: expected a whole number above 0; found {_short(found)}")
     other = values.get("num_experts")
     if other is not None and values.get("num_local_experts", other) != other:
         problems.append(f"num_experts: expected num_local_experts ({values['num_local_experts']!r}); found {other!r}")
     problems += [
-        f"{name}: expected a whole number above 0; found {values[name]!r}"
+        f"{name}: expected a whole number above 0; found {_short(values[name])}"
         for name in ("head_dim", "max_position_embeddings", "sliding_window")
         if values.get(name) is not None and not _is_size(values[name])
     ]
     problems += [
-        f"{name}: expected a number above 0; found {values[name]!r}"
+        f"{name}: expected a number above 0; found {_short(values[name])}"
         for name in ("rms_norm_eps", "rope_theta")
         if values.get(name) is not None and not _is_positive(values[name])
     ]
     if problems:
         return problems
+    experts = values["num_hidden_layers"] * (values.get("num_local_experts") or values["num_experts"])
+    if experts > MOST_EXPERTS:
+        return [f"num_hidden_layers × num_local_experts: expected at most {MOST_EXPERTS:,}; found {experts:,}"]
     heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
     if heads % groups:
         problems.append(f"num_key_value_heads: expected a divisor of {heads} attention heads; found {groups}")
@@ -289,12 +296,17 @@ def _accepted(value: object, decision: Decision) -> bool:
     return value is None or any(value == each and type(value) is type(each) for each in decision.accepted)
 
 
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of over 40 digits"
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_SIZE
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e300
 
 
 def _shown(accepted: tuple[Any, ...]) -> str:

@@ -7,15 +7,17 @@ from typing import TypeVar
 
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
+from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.data.examples import DATA_SETTINGS, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.model_limits import length_problems, report_notes
+from mixtral_run.train.run_folder import METRICS, VALIDATION, num_checkpoints
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
@@ -29,12 +31,8 @@ from mixtral_run.weights.manifest.describe import (
 )
 from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
-LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
+JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
-METRICS = "metrics.jsonl"
-"""File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
-VALIDATION = "validation.jsonl"
-"""File next to it: the evaluations of the validation set, a JSON object a line."""
 SUMMARY = "summary.json"
 """File next to it: the summary of train/summary.py."""
 TENSORBOARD = "tensorboard"
@@ -58,7 +56,7 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     return base
 
 
-def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
+def with_base_here(config: JobConfigT) -> JobConfigT:
     """Return the config with --load as a directory; a model on the hub is downloaded.
 
     Before the download everything that needs no weights is checked, and raised as by `check_training` and
@@ -68,10 +66,9 @@ def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
     return with_models_here(config, report, lambda model: _check_before_download(config, model))
 
 
-def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
+def _check_before_download(config: TrainingConfig | GenerateConfig, model: HubModel) -> None:
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
-    if isinstance(config, FinetuneConfig):
-        config = settled(config, base)
+    config = settled(config, base)
     if isinstance(config, TrainingConfig):
         errors = _errors(config, processes.process_count(config), base)
     else:
@@ -96,7 +93,8 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
     errors = _start_errors(config)
     problems: list[str] = []
     if not errors:
-        replicas = world_size // config.tensor_model_parallel_size
+        tp = config.tensor_model_parallel_size
+        replicas = 1 if tp is None else world_size // tp
         problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:
@@ -109,6 +107,10 @@ def _errors(config: TrainingConfig, world_size: int, base: BaseDescription | Non
                 read_examples(path, setting)
             except MixtralRunError as error:
                 errors.append(error)
+    if isinstance(config, PretrainConfig) and config.metrics_file is not None:
+        file = config.metrics_file
+        problems += writing_problems(file.parent, f"--metrics-file {file}")
+        problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
     if isinstance(config, FinetuneConfig):
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
@@ -130,14 +132,7 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     """Return the adapter that --resume continues from. Raises ConfigError or WeightsError if it cannot continue."""
     adapter = describe_adapter(config.save)
     check_adapter_fits(adapter, base)
-    saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
-    problems = [
-        f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
-        for name in ("lora_rank", "lora_alpha", "lora_target_modules")
-        if saved[name] != asked[name]
-    ]
-    if problems:
-        raise ConfigError("--resume needs the settings that the adapter was started with.", problems=problems)
+    _check_same_lora(config, adapter)
     if adapter.iteration >= config.train_iters:
         raise ConfigError(
             "There is nothing left to train.",
@@ -148,10 +143,42 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     return adapter
 
 
+def is_complete(config: FinetuneConfig) -> bool:
+    """Return True, and report it, if --resume finds that the run has reached its last iteration.
+
+    Raises ConfigError or WeightsError as `check_resume` does if the checkpoint is not one of this run.
+    """
+    if not config.resume or not (config.save / LATEST).exists():
+        return False
+    adapter = describe_adapter(config.save)
+    if adapter.iteration < config.train_iters:
+        return False
+    check_adapter_fits(adapter, describe_base(config.load))
+    _check_same_lora(config, adapter)
+    if processes.rank() == 0:
+        Report().done(
+            f"The run is complete: {adapter.folder} is iteration {adapter.iteration} of {config.train_iters}. A larger "
+            "--train-iters trains on"
+        )
+    return True
+
+
+def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
+    """Raise ConfigError if the run's adapters are not those of the checkpoint."""
+    saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
+    problems = [
+        f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
+        for name in ("lora_rank", "lora_alpha", "lora_target_modules")
+        if saved[name] != asked[name]
+    ]
+    if problems:
+        raise ConfigError("--resume needs the settings that the adapter was started with.", problems=problems)
+
+
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, at each save."""
+    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one."""
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    return 3 * 4 * parameters * (config.train_iters // config.save_interval - start // config.save_interval + 1)
+    return 3 * 4 * parameters * num_checkpoints(config, start)
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
@@ -164,17 +191,17 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     """Return the reasons why the base cannot be split into the config's layout."""
-    return base.architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
 
 
 def output_problems(save: Path, *, resume: bool) -> list[str]:
     """Return the reasons why adapters cannot be written into `save`."""
-    problems = writing_problems(save, f"--save {save}")
+    problems = writing_problems(save, f"--save {save}") or lock_problems(save / LOCK_NAME, f"--save {save}")
     if problems:
         return problems
     if resume:
         return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
-    if save.is_dir() and {*save.iterdir()} - {*leftovers(save)}:
+    if save.is_dir() and {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME}:
         return [f"--save {save}: expected a new or empty folder, or --resume; found files"]
     return []
 

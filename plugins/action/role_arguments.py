@@ -29,6 +29,7 @@ class ActionModule(ActionBase):
             options = _options(Path(self._task.args["folder"]) / role)
             given = self._templar.template({name: task_vars[name] for name in options if name in task_vars})
             checked = ArgumentSpecValidator(options).validate(given, validate_role_argument_spec=True)
+            problems += [f"  - {role}: {words}" for words in _dicts_as_text(given, options)]
             problems += [f"  - {role}: {_plain(message, given, options)}" for message in checked.error_messages]
         if problems:
             problems.append(
@@ -37,6 +38,18 @@ class ActionModule(ActionBase):
             message = "Variables are not as the roles take them; nothing was changed.\n" + "\n".join(problems)
             return {**result, "failed": True, "msg": message}
         return {**result, "changed": False}
+
+
+def _dicts_as_text(given, options):
+    """Return a problem for each dict that is given as text, which the roles could not merge with other settings.
+
+    Numbers and booleans may be text: `-e NAME=VALUE` passes nothing else, and the roles convert them.
+    """
+    return [
+        f"{name}: expected a dict; found the text {given[name]!r}; give it as JSON: -e '{{\"{name}\": {{…}}}}'"
+        for name in given
+        if options[name]["type"] == "dict" and isinstance(given[name], str)
+    ]
 
 
 _OF_ANOTHER_TYPE = re.compile(r"argument '(\w+)' is of type (\S+) and we were unable to convert to (\w+)")

@@ -41,18 +41,19 @@ import os
 import re
 import tempfile
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, explain, write_text
-from ansible.module_utils.mixtral_run_host.hf_download import HubDownload
-from ansible.module_utils.mixtral_run_host.hf_peer import Peer
-from ansible.module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.files import Record, explain, write_text
+from ..module_utils.mixtral_run_host.hf_download import HubDownload
+from ..module_utils.mixtral_run_host.hf_peer import Peer
+from ..module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.start import run_module
 
 SPARE_GIB = 5
 
 
 def main():
-    module = AnsibleModule(
-        argument_spec={
+    run_module(
+        act,
+        {
             "host": {"type": "str", "required": True},
             "home": {"type": "path", "required": True},
             "model": {"type": "str", "required": True},
@@ -74,8 +75,10 @@ def main():
             "gid": {"type": "int", "required": True},
             "verify": {"type": "bool", "default": False},
         },
-        supports_check_mode=True,
     )
+
+
+def act(module):
     params = module.params
     record = Record("hf_models", check_mode=module.check_mode)
     cache = ModelCache(params["home"], params["model"], params["uid"], params["gid"])

@@ -30,8 +30,10 @@ import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import read_text, remove, write_text
+from ..module_utils.mixtral_run_host.start import UMASK
 
 PROGRAMS = "/var/lib/mixtral-run/serve-model"
 
@@ -48,6 +50,7 @@ def main():
             "hours": {"type": "int", "default": 12},
         }
     )
+    os.umask(UMASK)
     params = module.params
     name = params["user"] or os.environ.get("SUDO_USER") or "root"
     try:

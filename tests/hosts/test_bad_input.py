@@ -56,7 +56,7 @@ def inventory_file(docker_engine: None, tmp_path_factory: pytest.TempPathFactory
                 f"{NAME} is not ready: 5 shortfalls.",
                 "expected 8 GPUs; found 4 GPUs",
                 "expected NVIDIA driver 525 or newer; found driver 470.82.01",
-                "expected 90000 GiB free under /srv/checkpoints",
+                "90000 GiB for checkpoints under /srv/checkpoints",
                 f"expected {NOWHERE} answers",
                 "no time service has synchronized it",
             ],

@@ -183,7 +183,8 @@ def test_smoke(small_hf_model: Path, tmp_path: Path) -> None:
         str(tmp_path / "c"),
         "--work-path",
         str(tmp_path / "w"),
-        *TWO,
+        "--nproc-per-node",
+        "2",
         *TINY_RUN,
         "--train-iters",
         "2",
@@ -194,6 +195,7 @@ def test_smoke(small_hf_model: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert [step["name"] for step in report["steps"]] == ["convert", "pretrain 2", "LoRA 2", "generate"]
     assert all(step["seconds"] > 0 and step["peak_memory_gib"] > 0 for step in report["steps"])
+    assert done.stderr.count("Layout: TP1/EP2 for 2 processes, chosen by the planner") == 3
     # A checkpoint that a step cannot use: the table says so, the exit code is a failed check's.
     for chunk in (tmp_path / "c" / "iter_0000001").glob("*.distcp"):
         chunk.unlink()
@@ -278,6 +280,7 @@ def test_a_layout_that_does_not_fit_the_processes(small_checkpoint: Path, tmp_pa
         "--mock-data",
         "--save",
         str(tmp_path / "s"),
+        *("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "4"),
         "--nproc-per-node",
         "2",
     )

@@ -44,7 +44,7 @@ RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def at_small_width(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a released config at small width, with its ratio of heads to groups and the rest of its vocabulary."""
+    """Return a released config at small width, with its own ratio of heads to groups; an odd vocabulary stays odd."""
     groups = 2
     heads = config["num_attention_heads"] // config["num_key_value_heads"] * groups
     small = {

@@ -14,7 +14,7 @@ from mixtral_run.train.jobs import FINETUNE
 @click.command(
     cls=VerbCommand,
     examples=(
-        "finetune --load mixtral --data-path my.jsonl --save adapter --layout auto",
+        "finetune --load mixtral --data-path my.jsonl --save adapter",
         "finetune --on gpu-01 --load mixtral --data-path my.jsonl --save adapter --base-precision fp8",
     ),
 )
@@ -29,6 +29,9 @@ def finetune(config: FinetuneConfig) -> None:
 
     from mixtral_run.planner.choose import settled
     from mixtral_run.train.init_adapter import with_adapter_settings
-    from mixtral_run.train.preflight import check_training, with_base_here
+    from mixtral_run.train.preflight import check_training, is_complete, with_base_here
 
-    run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)
+    config = settled(with_adapter_settings(with_base_here(config)))
+    if is_complete(config):
+        return
+    run_job(FINETUNE, config, check_training)

@@ -17,7 +17,7 @@ from mixtral_run.errors import ConfigError, WeightsError, shortened
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.copy import copy_all, unwritable
 from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
-from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity
+from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity, stale_jobs
 from mixtral_run.weights.convert.write_proof import write_proof
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights, open_hf_weights
@@ -27,6 +27,7 @@ from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
 from mixtral_run.weights.manifest.checkpoint_folder import CONVERTED_ITERATION, LATEST
+from mixtral_run.weights.manifest.folder_kind import HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist import megatron_files
@@ -77,7 +78,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         report.say(f"  the vocabulary is padded from {size:,} to {padded:,} rows, as Megatron pads it")
     with (
         interrupts() as signals,
-        Staging(config.output_path, LATEST) as staging,
+        Staging(config.output_path, LATEST, "mixtral-run convert") as staging,
         _work(weights, plan, staging, report) as journal,
     ):
         report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
@@ -113,11 +114,15 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
 @contextmanager
 def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> Iterator[Journal]:
     """Open the journal of this conversion; if the work ends early, the finished jobs stay for the same command."""
-    journal = Journal(staging.folder, identity(weights, plan))
+    journal = Journal(staging.folder, identity(weights, plan), plan.jobs)
     folder = _iteration_folder(staging)
+    if journal.damage is not None:
+        report.warn(f"{journal.path} is damaged ({journal.damage}): the conversion begins anew")
     if journal.is_new or not all((folder / name).is_file() for name in plan.files):
         staging.clear()
         journal.done.clear()
+    elif journal.done:
+        _drop_stale(weights, plan, folder, journal, report)
     try:
         yield journal
     except BaseException as error:
@@ -131,6 +136,17 @@ def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> I
         if isinstance(error, OSError) and not isinstance(error, PermissionError):
             raise unwritable(Path(error.filename or staging.folder), error) from error
         raise
+
+
+def _drop_stale(weights: HFWeights, plan: Plan, folder: Path, journal: Journal, report: Report) -> None:
+    """Read what an interrupted run copied, and forget the jobs whose bytes are not what it noted."""
+    num_bytes = _num_copied(weights, plan, journal)
+    with report.progress(num_bytes, "checked") as progress:
+        stale = stale_jobs(plan, folder, journal.done, progress.advance)
+    for number in stale:
+        del journal.done[number]
+    if stale:
+        report.warn(f"{len(stale):,} parts in {folder} are not what was written: they are copied again")
 
 
 def _copy(
@@ -205,6 +221,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     what = "an earlier checkpoint of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
     try:
+        refuse_other_kinds("--hf-model-path", Path(model).expanduser(), HF_MODEL)
         weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, problems)))
     except WeightsError as error:
         error.problems = (*error.problems, *_layout_problems(config, model), *problems)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mixtral_run.errors import WeightsError
@@ -68,7 +68,11 @@ def read_headers(directory: Path) -> Headers:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             wanted = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            for file in wanted.values():
+                # The index may come from anybody, and so may the name of a file elsewhere.
+                if not file.isprintable() or file in (".", "..") or PurePosixPath(file).name != file or len(file) > 200:
+                    raise ValueError(f"{file[:60]!a} is not the name of a file of this folder")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             return Headers({}, problems=(f"{INDEX_NAME}: not a safetensors index ({type(error).__name__}: {error})",))
     elif single.is_file():
         wanted = {}
@@ -99,7 +103,7 @@ def read_headers(directory: Path) -> Headers:
 
 def read_header(file: Path) -> list[TensorEntry]:
     """Return the tensors of one file in the order of their bytes. Raises WeightsError with all problems."""
-    name = file.name
+    name, length = file.name, 0
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -114,7 +118,7 @@ def read_header(file: Path) -> list[TensorEntry]:
         raise _unusable(f"{name}: missing") from None
     except OSError as error:
         raise _unusable(f"{name}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unusable(f"{name}: corrupt header: {length:,} bytes that are not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _unusable(f"{name}: corrupt header: a JSON {type(header).__name__}, not an object")
@@ -165,7 +169,7 @@ def _entry(file: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     numbers = (*shape, begin, end)
     if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
         raise ValueError(f"expected whole numbers in shape and data_offsets; found {str(value)[:100]}")
-    if dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise ValueError(f"unknown dtype {dtype!r}")
     num_bytes = prod(shape) * ITEM_SIZES[dtype]
     if end - begin != num_bytes:

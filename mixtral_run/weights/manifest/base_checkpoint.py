@@ -19,6 +19,7 @@ from mixtral_run.weights.manifest.checkpoint_folder import (
     iteration_of,
     open_checkpoint,
 )
+from mixtral_run.weights.manifest.folder_kind import BASE, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, UNKNOWN_FINGERPRINT, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME
 from mixtral_run.weights.mapping import hf_to_megatron
@@ -37,6 +38,7 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Ch
 
     Without a mixtral_run.json the architecture is that of the HF model's config.json. Raises WeightsError.
     """
+    refuse_other_kinds("--from-megatron", path, BASE)
     described = None if hf_model_path is None else resolve_description(hf_model_path, report)
     architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
     iteration_folder = iteration_folder_of(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from mixtral_run.weights.manifest.checkpoint_folder import (
     open_checkpoint,
     unreadable,
 )
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import (
     UNKNOWN_FINGERPRINT,
     BaseManifest,
     read_manifest,
 )
+from mixtral_run.weights.manifest.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
+    files: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    """CRC-32 of the iteration's files by name; empty if an earlier version of the kit wrote the adapter."""
+    state: RunState = field(default_factory=RunState, kw_only=True)
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -69,6 +74,7 @@ def describe_base(load: Path) -> BaseDescription:
 
     Raises WeightsError if LOAD is not a complete base checkpoint, or with all problems of the HF model.
     """
+    refuse_other_kinds("--load", load, BASE, HF_MODEL)
     try:
         is_hf_model = is_hf_directory(load) and not (load / LATEST).exists()
     except OSError as error:
@@ -92,6 +98,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
 
     Raises WeightsError if FOLDER is not a complete adapter checkpoint.
     """
+    refuse_other_kinds("--adapter", folder, ADAPTER)
     checkpoint = open_checkpoint(folder)
     manifest = adapter_manifest_of(checkpoint)
     return AdapterDescription(
@@ -101,6 +108,8 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
+        files=manifest.files,
+        state=manifest.state,
     )
 
 

@@ -19,6 +19,9 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.fields import BaseReference, Fields, shown
+from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.manifest.self_checksum import FIELD as CHECKSUM
+from mixtral_run.weights.manifest.self_checksum import checksum_problems, with_checksum
 
 MANIFEST_NAME = "mixtral_run.json"
 FORMAT = 1
@@ -74,6 +77,8 @@ class AdapterManifest(Manifest):
     """Manifest of one iteration of an adapter checkpoint.
 
     training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
+    files, tokenizer_files: CRC-32 by name of the other files of the iteration, and of those of the tokenizer; empty if
+    an earlier version of the kit wrote the adapter.
     """
 
     KINDS = ("adapter",)
@@ -86,6 +91,9 @@ class AdapterManifest(Manifest):
     base: BaseReference
     training: Mapping[str, Any]
     data_sha256: str | None
+    files: Mapping[str, int]
+    tokenizer_files: Mapping[str, int]
+    state: RunState
 
     @classmethod
     def parse(cls, fields: Fields) -> AdapterManifest:
@@ -98,6 +106,9 @@ class AdapterManifest(Manifest):
             base=fields.base(),
             training=fields.mapping("training", default={}).values,
             data_sha256=fields.optional_text("data_sha256"),
+            files=fields.mapping("files", default={}).checksums(),
+            tokenizer_files=fields.mapping("tokenizer_files", default={}).checksums(),
+            state=RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
         )
 
 
@@ -155,9 +166,10 @@ M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportMa
 
 
 def write_manifest(folder: Path, kind: str, **values: Any) -> None:
-    """Write the manifest of a folder; the file is on the disk when this returns."""
+    """Write the manifest of a folder; the file is on the disk when this returns. That of an adapter has a checksum."""
     content = {"format": FORMAT, "kind": kind, "kit_version": __version__, **values}
-    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+    text = with_checksum(content) if kind in AdapterManifest.KINDS else json.dumps(content, indent=2) + "\n"
+    write_atomically(folder / MANIFEST_NAME, text)
 
 
 def read_manifest(folder: Path, expected: type[M]) -> M:
@@ -237,6 +249,8 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
 def _parse(folder: Path, values: dict[str, Any], parse: Callable[[Fields], M]) -> M:
     fields = Fields(values, [])
     manifest = parse(fields)
+    if not fields.problems and {CHECKSUM, "files"} & values.keys():
+        fields.problems += checksum_problems((folder / MANIFEST_NAME).read_bytes())
     if fields.problems:
         raise _damaged(folder / MANIFEST_NAME, fields.problems)
     return manifest

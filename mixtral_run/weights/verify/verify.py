@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.weights import VerifyConfig
-from mixtral_run.errors import CheckFailed, ConfigError, shortened
+from mixtral_run.errors import CheckFailed, ConfigError, WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
@@ -21,7 +21,9 @@ from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.io.atomic_folder import GIB
+from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.mapping import hf_to_megatron
@@ -105,11 +107,16 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     report = report or (Report.on_stderr() if config.json else Report())
     if is_on_hub(config.load):
         config = dataclasses.replace(config, load=resolve(str(config.load), report))
+    refuse_other_kinds("--load", config.load, BASE, ADAPTER, HF_MODEL)
+    if config.against is not None:
+        refuse_other_kinds("--against", config.against, HF_MODEL)
     if is_hf_directory(config.load) and not (config.load / LATEST).exists():
         return _verify_hf(config, report)
     if config.proof:
         _check_files(config.load)
     checkpoint = open_checkpoint(config.load)
+    if checkpoint.kind == "adapter":
+        _check_adapter(checkpoint, report)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
         _print_table(result, report)
@@ -147,6 +154,16 @@ def _check_files(load: Path) -> None:
             problems=shortened(problems),
             next_command="copy them again from where the checkpoint was made, or mixtral-run convert --overwrite",
         )
+
+
+def _check_adapter(checkpoint: Checkpoint, report: Report) -> None:
+    """Raise CheckFailed naming each file of an adapter that differs from what was written, before it is read."""
+    try:
+        check_adapter(checkpoint, report)
+    except WeightsError as error:
+        raise CheckFailed(
+            error.what, where=error.where, problems=error.problems, next_command=error.next_command
+        ) from error
 
 
 def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:

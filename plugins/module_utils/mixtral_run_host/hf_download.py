@@ -10,8 +10,8 @@ import json
 import os
 import re
 
-from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
-from ansible.module_utils.mixtral_run_host.model_cache import ModelError, checked_commit, checked_files
+from .commands import MISSING, TIMED_OUT, last_lines, run
+from .model_cache import ModelError, checked_commit, checked_files
 
 HOME = "/huggingface"
 LISTING_CACHE = "/tmp/listing"

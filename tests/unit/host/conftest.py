@@ -25,7 +25,7 @@ from ansible.module_utils.mixtral_run_host.files import Record  # noqa: E402 - f
 def load_module(name: str):
     """An Ansible module of the kit as a Python module."""
     file = ROOT / f"plugins/modules/{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kit_module_{name}", file)
+    spec = importlib.util.spec_from_file_location(f"ansible.modules.{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

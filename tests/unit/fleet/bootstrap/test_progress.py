@@ -161,3 +161,44 @@ def test_a_failure_that_a_play_tells_again_at_its_end_is_the_first_one() -> None
     assert host.failure is not None
     assert (host.failure.role, host.failure.task) == ("docker", "Install the engine")
     assert [notice.host for notice in reported] == ["gpu-01:2222"]
+
+
+def _event(kind: str, host: str = "gpu-01", task: str = "Write it", **result: Any) -> dict[str, Any]:
+    return {"event": kind, "event_data": {"host": host, "role": "x", "task": task, "res": result}}
+
+
+def _end(**counts: dict[str, int]) -> dict[str, Any]:
+    return {"event": "playbook_on_stats", "event_data": {"processed": {"gpu-01": 1}, **counts}}
+
+
+def test_a_hidden_task_that_changed_something_counts_as_changed() -> None:
+    hidden = _event("runner_on_ok", censored="the output has been hidden")
+    progress, _ = folded([_event("runner_on_ok", task="Other", changed=True), hidden, _end(changed={"gpu-01": 2})])
+    host = progress.hosts["gpu-01"]
+    assert (host.changed, host.changed_tasks) == (2, ["x · Other", "x · Write it"])
+    progress, _ = folded([hidden, _end(changed={})])
+    assert (progress.hosts["gpu-01"].changed, progress.hosts["gpu-01"].changed_tasks) == (0, [])
+
+
+NO_RESULT = "Module result deserialization failed: No start of json char found"
+
+
+def test_what_sudo_said_is_shown_instead_of_the_missing_result() -> None:
+    said = "sudo: sorry, you must have a tty to run sudo"
+    failed = _event("runner_on_failed", msg=NO_RESULT, module_stdout="", module_stderr=said + "\n")
+    deferred = _event("runner_on_failed", task="Fail", msg=f"Write it: {NO_RESULT}")
+    progress, notices = folded([failed, deferred, _end(failures={"gpu-01": 1}, rescued={"gpu-01": 1})])
+    assert progress.hosts["gpu-01"].failure is not None
+    assert progress.hosts["gpu-01"].failure.message == said
+    assert len([notice for notice in notices if notice.kind == "failed"]) == 1
+    text = summary(progress, seconds=1, log=None, retry=None, check=False)
+    assert "requiretty" in text and "visudo" in text and NO_RESULT not in text
+
+
+def test_a_start_up_file_that_prints_is_named_as_the_cause() -> None:
+    printed = '{"greeting": "welcome"}\n{"changed": true, "msg": "fine"}'
+    failed = _event("runner_on_failed", msg=NO_RESULT.replace("No start", "Extra data"), module_stdout=printed)
+    progress, _ = folded([failed, _end(failures={"gpu-01": 1})])
+    assert progress.hosts["gpu-01"].failure is not None
+    message = progress.hosts["gpu-01"].failure.message
+    assert '{"greeting": "welcome"}' in message and "~/.bashrc" in message and "next:" in message

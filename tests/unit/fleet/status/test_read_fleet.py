@@ -20,7 +20,7 @@ def read(**more: Any) -> HostStatus:
     found = {
         "os": {"name": "Ubuntu 24.04"}, "kernel": "6.8", "driver": {"user": "580.1", "kernel": "580.1", "error": None},
         "gpus": [gpu], "engine": {"version": "28", "error": None, "cdi_devices": [], "runtimes": []},
-        "fabric_manager": {"nvswitch": True, "active": True, "version": "580.1"}, "toolkit": "1.18",
+        "fabric_manager": {"nvswitch": True, "active": True, "version": "580.1"}, "toolkit": "1.18", "gpu_remarks": [],
         "cdi": {"gpus": 1}, "image": {"digests": [], "inputs": "ab", "id": "cd"}, "swap": [],
         "memory": {"ram_gib": 128}, "disks": [{"path": "/", "free_gib": 900}], "models": [], "checkpoints": [],
         "adapters": [], "jobs": [], "records": {"acceptance": {"stamp": {"identity": IDENTITY}, "at": "now"}},
@@ -42,6 +42,7 @@ def test_a_sound_host_warns_of_nothing() -> None:
         ({"fabric_manager": {"nvswitch": True, "active": False, "version": "580.1"}}, "CUDA will fail"),
         ({"fabric_manager": {"nvswitch": True, "active": True, "version": "570.2"}}, "CUDA will fail"),
         ({"driver": {"user": "580.1", "kernel": "570.2", "error": None}}, "reboot"),
+        ({"gpu_remarks": ["GPU 0: In Progress, N/A; expected Completed"]}, "GPU 0: In Progress"),
         ({"image": None}, "image is missing"),
         ({"disks": [{"path": "/", "free_gib": 1}]}, "1 GiB free"),
     ],
