@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed
+from mixtral_run.launch import processes
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer
@@ -55,6 +56,13 @@ class LogitsComparison:
 def compare_logits(config: VerifyConfig) -> None:
     """Compare, print, write `logits_file`. All ranks must call. Raises CheckFailed if the logits differ."""
     assert config.against is not None
+    against = open_hf_weights(config.against)
+    if against.renamed:
+        if processes.rank() == 0:
+            Report.on_stderr().warn(
+                f"logits are not compared: transformers does not find the weights of {config.against} by their names"
+            )
+        return
     base = describe_base(config.load)
     adapter = describe_given_adapter(config.adapter, base.architecture) if config.adapter is not None else None
     if adapter is not None:
@@ -70,17 +78,11 @@ def compare_logits(config: VerifyConfig) -> None:
         dtype = pick_dtype(config.dtype, base, mesh.device)
         # float64 excludes HF's rounding, as large as the kit's, from the difference; it needs twice the memory.
         exact = dtype is torch.float32 and base.architecture.num_parameters * 8 <= LARGEST_EXACT_BYTES
-        stored = _stored_dtype(config.against)
+        stored: torch.dtype | None = getattr(torch, against.dtype) if against.recast else None
         theirs = reference_logits(config.against, config.peft_path, rows, torch.float64 if exact else dtype, stored)
         comparison = _compare(ours, theirs, config, str(dtype).removeprefix("torch."))
     report = Report.on_stderr() if config.json else Report()
     _report_comparison(comparison, config, report)
-
-
-def _stored_dtype(directory: Path) -> torch.dtype | None:
-    """Return the dtype to which weights of several dtypes are cast, None if all have one dtype."""
-    weights = open_hf_weights(directory)
-    return getattr(torch, weights.dtype) if weights.recast else None
 
 
 def reference_logits(

@@ -11,6 +11,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mixtral_run import __version__
 from mixtral_run.errors import ConfigError, WeightsError
@@ -19,6 +21,7 @@ from mixtral_run.report import Progress, Report
 from mixtral_run.weights.hf import hub as source
 from tests.multiprocess.test_convert import run_cli
 from tests.support.hub_server import NAME, Hub, client_environment, serving
+from tests.support.model_cases import change_config
 from tests.support.tiny import write_tiny
 
 
@@ -85,6 +88,31 @@ def test_of_another_model_only_its_config_is_downloaded(tmp_path: Path, hub: Hub
     assert done.returncode == WeightsError.exit_code
     assert "llama" in done.stderr
     assert hub.sent == ["config.json"]
+
+
+def test_a_quantized_model_is_refused_by_its_config_before_anything_else_is_downloaded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    change_config(hub.folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    for file in hub.folder.glob("model*"):
+        # Such repositories have names of their own for the weights.
+        file.rename(hub.folder / f"gptq_{file.name}")
+    done = convert_from(hub, tmp_path)
+    assert done.returncode == WeightsError.exit_code
+    assert "quantized with GPTQ, 4 bit" in done.stderr and "ownload" not in done.stderr
+    assert hub.sent == ["config.json"]
+
+
+def test_weights_in_the_pickled_format_are_downloaded_where_there_are_no_others(hub: Hub, tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in hub.folder.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (hub.folder / "model.safetensors.index.json").unlink()
+    torch.save(tensors, hub.folder / "pytorch_model.bin")
+    done = convert_from(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pytorch_model.bin" in hub.sent and "read from pytorch_model.bin" in done.stdout + done.stderr
 
 
 def test_neither_a_directory_nor_a_name(tmp_path: Path, hub: Hub) -> None:

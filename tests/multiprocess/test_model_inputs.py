@@ -17,6 +17,7 @@ from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.inference.generate import generate
 from mixtral_run.report import Report
 from mixtral_run.train.preflight import check_training
+from mixtral_run.trial.logits_parity import compare_logits
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
@@ -210,3 +211,13 @@ def test_generation_with_the_adapter_of_peft_is_that_of_hf(odd: Path) -> None:
     wanted = peft_model(odd).generate(input_ids=tokens, max_new_tokens=12, do_sample=False)[0, tokens.shape[1] :]
     (answer,) = json.loads(done.stdout)
     assert answer["text"] == tokenizer.decode(wanted, skip_special_tokens=True).strip()
+
+
+def test_logits_are_not_compared_where_transformers_finds_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model")
+    change_weights(model, lambda tensors: {f"_orig_mod.{name}": each for name, each in tensors.items()})
+    check_round_trip(model, tmp_path, 2)
+    compare_logits(VerifyConfig(load=tmp_path / "base", against=model))
+    assert "logits are not compared" in capsys.readouterr().err

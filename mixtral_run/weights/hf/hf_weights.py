@@ -46,7 +46,8 @@ class HFWeights:
     """A checked HF model with every tensor of the released layout, all of one dtype.
 
     notes: lines for the user about what is not used, or used in another form. as_stored: False if the sources are not
-    simply the tensors of `files`, because some were cast or the files are not safetensors.
+    simply the tensors of `files`, because some were cast or the files are not safetensors. renamed: the tensors have
+    other names in the files, under which transformers does not find them.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class HFWeights:
     notes: tuple[str, ...] = ()
     recast: tuple[str, ...] = ()
     as_stored: bool = True
+    renamed: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -110,6 +112,7 @@ def open_hf_weights(directory: Path) -> HFWeights:
         tuple(notes),
         tuple(cast),
         as_stored=not (is_bin or cast or renamed),
+        renamed=renamed,
     )
 
 

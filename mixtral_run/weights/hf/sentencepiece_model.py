@@ -17,6 +17,22 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 """Types of pieces in sentencepiece_model.proto."""
 _BYTE_PAIRS = 2
 _SPACE = "▁"
+_NORMALIZER: dict[str, Any] = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": _SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    ],
+}
+_DECODER: dict[str, Any] = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
 
 
 class NotReadableError(ValueError):
@@ -53,13 +69,7 @@ def tokenizer_json(path: Path, added: Mapping[str, int] | None = None) -> dict[s
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             for text, number in sorted({**(added or {}), **special}.items(), key=lambda item: item[1])
         ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": _SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-            ],
-        },
+        "normalizer": _NORMALIZER,
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -67,15 +77,7 @@ def tokenizer_json(path: Path, added: Mapping[str, int] | None = None) -> dict[s
             "pair": [*prefix, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {begin: {"id": begin, "ids": [special[begin]], "tokens": [begin]}} if begin else {},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": _DECODER,
         "model": {
             "type": "BPE",
             "dropout": None,
