@@ -122,7 +122,7 @@ def captured(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable
 def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
-    with open_mesh(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
+    with open_mesh(LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=size, device="cuda")) as mesh:
         exchange = open_symmetric_memory(mesh, ARCHITECTURE, MOST, torch.bfloat16)
         assert exchange is not None, "these GPUs do not read from each other"
         capacity = RowCapacity(mesh.device)
