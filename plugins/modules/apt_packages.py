@@ -66,6 +66,8 @@ OPTIONS = {
 }
 
 DPKG_SECONDS = 1800
+# The kit's own holds are no reason to refuse; a simulation comes before they are taken off.
+REMOVE = ["remove", "--allow-change-held-packages"]
 
 
 def main():
@@ -166,7 +168,7 @@ def _dragged(module, apt, wrong, removed, installed, held):
         _fail(module, "The packages cannot be installed; nothing was changed.", answer, wrong)
     if answer.code and removed:
         # A check before the first run: apt does not know the repository yet. What depends on the packages, it knows.
-        plan, _ = apt.simulate(["remove"] + removed)
+        plan, _ = apt.simulate(REMOVE + removed)
     mine = set(module.params["names"])
     dragged = [name for name in plan.removed if name not in mine and (name not in removed or name in held)]
     dragged += [name for name in plan.changed if name in held and name not in mine]
@@ -234,7 +236,9 @@ def _absent(module, record, apt):
         )
     dragged = []
     if mine:
-        plan, _ = apt.simulate(["remove"] + mine)
+        plan, answer = apt.simulate(REMOVE + mine)
+        if answer.code:
+            _fail(module, "The packages cannot be removed; nothing was changed.", answer, where="apt")
         dragged = [name for name in plan.removed if name not in mine]
         _refuse_dragged(module, dragged, set(), mine, installed)
     if not module.check_mode and changed:
@@ -246,7 +250,7 @@ def _absent(module, record, apt):
                 _fail(module, "The hold cannot be taken back.", answer, where="apt-mark")
         if mine:
             apt.mark("unhold", mine)
-            answer = apt.run(["remove"] + mine)
+            answer = apt.run(REMOVE + mine)
             if answer.code and any(name in _packages()[0] for name in mine):
                 _fail(module, "The packages cannot be removed.", answer, where="apt")
         del record.values[params["section"]]
