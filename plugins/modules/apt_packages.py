@@ -79,6 +79,8 @@ OPTIONS = {
 }
 
 DPKG_SECONDS = 1800
+# The kit's own holds are no reason to refuse; a simulation comes before they are taken off.
+REMOVE = ["remove", "--allow-change-held-packages"]
 
 
 def main():
@@ -180,7 +182,7 @@ def _dragged(module, apt, wrong, removed, installed, held):
         _fail(module, "The packages cannot be installed; nothing was changed.", answer, wrong)
     if answer.code and removed:
         # A check before the first run: apt does not know the repository yet. What depends on the packages, it knows.
-        plan, _ = apt.simulate(["remove"] + removed)
+        plan, _ = apt.simulate(REMOVE + removed)
     mine = set(module.params["names"])
     dragged = [name for name in plan.removed if name not in mine and (name not in removed or name in held)]
     dragged += [name for name in plan.changed if name in held and name not in mine]
@@ -253,8 +255,9 @@ def _absent(module, record, apt):
         )
     dragged = []
     if mine:
-        # The kit's own packages are held: without the option apt plans nothing.
-        plan, _ = apt.simulate(["remove", "--allow-change-held-packages"] + mine)
+        plan, answer = apt.simulate(REMOVE + mine)
+        if answer.code:
+            _fail(module, "The packages cannot be removed; nothing was changed.", answer, where="apt")
         dragged = [name for name in plan.removed if name not in mine]
         _refuse_dragged(module, dragged, set(), mine, installed)
     footprint = _footprint(module, record)
@@ -268,7 +271,7 @@ def _absent(module, record, apt):
                 _fail(module, "The hold cannot be taken back.", answer, where="apt-mark")
         if mine:
             apt.mark("unhold", mine)
-            answer = apt.run(["remove"] + mine + unneeded)
+            answer = apt.run(REMOVE + mine + unneeded)
             if answer.code and any(name in _packages()[0] for name in mine):
                 _fail(module, "The packages cannot be removed.", answer, where="apt")
         for words in footprint.sweep(record.values[params["section"]]):
