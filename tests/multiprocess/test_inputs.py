@@ -65,5 +65,5 @@ def test_data_of_many_forms_are_trained_on_with_their_shares(small_checkpoint: P
     assert "4 examples" in done.stdout
     assert "1 example left out, as not usable: line 4 of a.csv: the keys fit no shape: 'answer', 'id'" in done.stdout
     assert "'id' (2)" in done.stdout
-    assert re.search(r"a\.csv: 2 examples, 50\.0% of the samples, each 1\.0 times", done.stdout)
+    assert re.search(r"a\.csv:0\.5: 2 examples, 50\.0% of the samples, each 1\.0 times", done.stdout)
     assert not list(Path(tempfile.gettempdir()).glob("mixtral-run-stdin-*"))
