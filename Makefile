@@ -2,6 +2,7 @@
 # make check  lint and unit tests: a few minutes, for every change
 # make test   the whole test suite, in two lanes; what CI runs after make lint
 # make test-all  the same without taking over any result of an earlier run
+# make soak   kills, damaged input and a simulated fleet, for 30 minutes; writes the table of docs/reliability.md
 # make lint   ruff, mypy, import-linter, yamllint, ansible-lint
 
 PYTHON ?= python3
@@ -11,10 +12,11 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+SOAK_ARGS ?=
 # Two at a time. The first two take nearly all of the time, each on one processor.
 LINTERS := lint-mypy lint-ansible lint-ruff lint-imports lint-yaml
 
-.PHONY: demo check test test-all lint $(LINTERS) venv clean help
+.PHONY: demo check test test-all soak lint $(LINTERS) venv clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -31,6 +33,9 @@ test: venv
 
 test-all: export MIXTRAL_RUN_TEST_NO_CACHE := 1
 test-all: test
+
+soak: venv
+	$(BIN)/python -m tests.soak --write $(SOAK_ARGS)
 
 lint: venv
 	@$(MAKE) --no-print-directory --keep-going -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(LINTERS)

@@ -1,4 +1,4 @@
-"""How long saving an adapter with AdamW's moments takes: by Megatron's own strategy, and by the kit's.
+"""Time to save an adapter with AdamW's moments: by Megatron's own strategy, and by the kit's.
 
     python -m benchmarks.adapter_save                       # Mixtral 8x7B's at rank 16, 2.6 GB, two processes
     python -m benchmarks.adapter_save --layers 8 --folder /on/the/disk

@@ -1,4 +1,4 @@
-"""What keeping the frozen base in 8 or 4 bit does to the loss of fine-tuning, on a base that knows something.
+"""Effect of a frozen base in 8 or 4 bit on the loss of fine-tuning, on a base that was trained before.
 
     python -m benchmarks.base_loss [--base-steps 600] [--steps 200] [--device cuda|cpu] [--tiny]
 
@@ -93,17 +93,17 @@ class ByteSamples:
 
 
 def texts() -> tuple[bytes, bytes]:
-    """What the base learns from, and what the adapters do."""
+    """Training data of the base and of the adapters."""
     root = Path(sysconfig.get_path("stdlib"))
     others = {"site-packages", "dist-packages", "test", "tests"}
     files = [path for path in sorted(root.rglob("*.py")) if others.isdisjoint(path.relative_to(root).parts)]
-    kept_back = files[::KEPT_BACK]
-    learnt = b"".join(path.read_bytes() for path in sorted(set(files) - set(kept_back)))
-    return learnt, INSTRUCTIONS.read_bytes() + b"".join(path.read_bytes() for path in kept_back)
+    validation_set = files[::KEPT_BACK]
+    learnt = b"".join(path.read_bytes() for path in sorted(set(files) - set(validation_set)))
+    return learnt, INSTRUCTIONS.read_bytes() + b"".join(path.read_bytes() for path in validation_set)
 
 
 def configs(arguments: argparse.Namespace) -> tuple[PretrainConfig, FinetuneConfig]:
-    """How the base and the adapters are trained. Nothing is loaded from disk or saved to it."""
+    """Settings of the training of the base and of the adapters. Nothing is loaded from disk or saved to it."""
     nowhere = Path("nowhere")
     common: dict[str, Any] = {
         "load": nowhere,
@@ -214,7 +214,7 @@ def dtype_on(mesh: Mesh) -> torch.dtype:
 
 
 def compared(losses: Sequence[float], with_: Sequence[float]) -> dict[str, float]:
-    """How far losses are from those of the same steps of another run, as shares of the latter."""
+    """Return the relative difference of losses from those of the same steps of another run."""
     apart = [abs(one - other) / other for one, other in zip(losses, with_, strict=True)]
     last, other_last = (sum(each[-LAST:]) for each in (losses, with_))
     return {"mean": sum(apart) / len(apart), "max": max(apart), "last": last / other_last - 1}

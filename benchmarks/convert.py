@@ -1,4 +1,4 @@
-"""How fast `mixtral-run convert` is, beside copying the same bytes and beside the usual way; and a start without it.
+"""Speed of `mixtral-run convert` next to a copy of the same bytes and next to the usual way; and a start without it.
 
     python -m benchmarks.convert                       # 1.6 GB, disk to disk and RAM to RAM
     python -m benchmarks.convert --layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --rounds 3 \\
@@ -88,8 +88,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     of_way = (work / ("checkpoint" if way == "load" else "hf")).resolve()
                     one = measured(place, way, of_way, work / "out")
                     found.setdefault((place, way), []).append(one)
-                    told = ", ".join(f"{name} {value:,.2f}" for name, value in one.items())
-                    print(f"round {number + 1}: {place} {way:<6} {told}", flush=True)
+                    reported = ", ".join(f"{name} {value:,.2f}" for name, value in one.items())
+                    print(f"round {number + 1}: {place} {way:<6} {reported}", flush=True)
     result: dict[str, Any] = {place: {} for place in options.places}
     for (place, way), rounds in found.items():
         medians = {name: round(statistics.median(one[name] for one in rounds), 3) for name in rounds[0]}
@@ -100,10 +100,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def headline(result: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """What is looked at first, of the place measured first."""
+    """Return the first result of the place that was measured first."""
     ways = next(iter(result.values()))
-    told = {f"{way}_mb_s": round(ways[way]["gb_s"] * 1e3, 1) for way in ("stream", "copy", "usual") if way in ways}
-    return told | {f"{way}_peak_rss_mb": ways[way]["peak_rss_mb"] for way in ("stream", "usual") if way in ways}
+    reported = {f"{way}_mb_s": round(ways[way]["gb_s"] * 1e3, 1) for way in ("stream", "copy", "usual") if way in ways}
+    return reported | {f"{way}_peak_rss_mb": ways[way]["peak_rss_mb"] for way in ("stream", "usual") if way in ways}
 
 
 def measured(place: str, way: str, source: Path, target: Path) -> dict[str, float]:
@@ -139,7 +139,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """What the process of one measurement does."""
+    """Run one measurement in this process."""
     if options.run in ("direct", "load"):
         return direct(options.source, options.processes)
     if options.run == "stream":

@@ -1,6 +1,6 @@
 """Time a token of generation on Mixtral's full width: recorded passes, launched ones and HF transformers.
 
-    python -m benchmarks.generation [--layers 32] [--rows 1,8] [--sides recorded,launched,peer] [--gpus 1]
+    python -m benchmarks.generation [--layers 32] [--rows 1,8] [--sides captured,launched,peer] [--gpus 1]
         [--adapted] [--base-precision bf16|fp8|nf4] [--profile FILE]
 
 Every measurement is a process of its own, or one a GPU with EP over them. Weights are random, prompts are of 512 random
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = 512
-SIDES = ("recorded", "launched", "peer")
+SIDES = ("captured", "launched", "peer")
 
 
 class Gaps:
@@ -125,7 +125,7 @@ def measure(side: str, rows: int, arguments: argparse.Namespace) -> dict[str, An
     words = ["-m", "benchmarks.generation", "--child", side, "--rows", str(rows), "--layers", str(arguments.layers)]
     words += ["--tokens", str(arguments.tokens), "--base-precision", arguments.base_precision]
     words += ["--adapted"] if arguments.adapted else []
-    words += ["--profile", str(arguments.profile)] if arguments.profile and side == "recorded" else []
+    words += ["--profile", str(arguments.profile)] if arguments.profile and side == "captured" else []
     found = measured(words, 1 if side == "peer" else arguments.gpus)
     return found or dict.fromkeys(("ms", "tok_s", "start_ms"), float("nan"))
 
@@ -139,7 +139,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--adapted", action="store_true", help="our sides with adapters on everything")
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our sides")
-    parser.add_argument("--profile", type=Path, help="write the kernels of 32 recorded tokens there, -ROWS in the name")
+    parser.add_argument(
+        "--profile", type=Path, help="write the kernels of 32 tokens of a captured pass there, -ROWS in the name"
+    )
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

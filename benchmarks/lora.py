@@ -172,14 +172,14 @@ def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
 
 
 def write_profile(step: Callable[[], object], path: Path | None) -> None:
-    """Kernels of one step by time; taken and not told where there is no path."""
+    """Kernels of one step by time; recorded but not printed without a path."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as captured:
         step()
         torch.cuda.synchronize()
-    table = recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    table = captured.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
     if path is not None:
         path.write_text(table)
 
@@ -229,7 +229,7 @@ def main() -> None:
         "--recompute", default="none", choices=("none", "selective", "full", "offload"), help="of our side"
     )
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
-    parser.add_argument("--eager", action="store_true", help="our side without a recorded pass; over EP row by row")
+    parser.add_argument("--eager", action="store_true", help="our side without a CUDA graph; over EP row by row")
     parser.add_argument("--attention-only", action="store_true", help="no adapters on the experts, on both sides")
     parser.add_argument("--collectives", action="store_true", help="our side with all-gather, not GPU from GPU")
     parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)

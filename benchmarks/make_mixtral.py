@@ -116,7 +116,7 @@ def make(folder: Path, architecture: MixtralArchitecture, *, num_shards: int, se
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    _write_beside(folder, architecture, {n: f for f, shard in zip(names, shards, strict=True) for n, _ in shard})
+    _write_next_to(folder, architecture, {n: f for f, shard in zip(names, shards, strict=True) for n, _ in shard})
     return total
 
 
@@ -140,7 +140,7 @@ def _runs(file: Path, position: int, shard: list[tuple[str, tuple[int, ...]]]) -
         position += size
 
 
-def _write_beside(folder: Path, architecture: MixtralArchitecture, weight_map: dict[str, str]) -> None:
+def _write_next_to(folder: Path, architecture: MixtralArchitecture, weight_map: dict[str, str]) -> None:
     write_tokenizer(folder, tokenizer_texts(), architecture.vocab_size, architecture.max_position_embeddings)
     index = {
         "metadata": {"total_size": architecture.num_parameters * _ITEM_SIZE},

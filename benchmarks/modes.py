@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
-    parser.add_argument("--eager", action="store_true", help="nothing recorded")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     arguments = parser.parse_args()
 
     import torch

@@ -28,7 +28,7 @@ LAYERS = 3
 ROUNDS = 7
 
 
-def recorded(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Callable[[], float]:
+def captured(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Callable[[], float]:
     """Milliseconds of one call each time it is called."""
     for weight in weights:
         call(weight)
@@ -66,7 +66,7 @@ def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: 
     def ours(weight: Tensor) -> Tensor:
         return grouped_product(left, weight, offsets, (inner, half) if gradient else None, transposed=not gradient)
 
-    timers = {"torch": recorded(torchs, weights), "ours": recorded(ours, weights)}
+    timers = {"torch": captured(torchs, weights), "ours": captured(ours, weights)}
     found: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():

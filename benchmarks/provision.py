@@ -1,5 +1,7 @@
 """Tasks and seconds of bootstrap, role by role: first run, run without changes, and 8 hosts against one.
 
+A run without changes stands beside a play of the shape of a common role for Docker alone (docker_role_shape.yml).
+
     python -m benchmarks.provision [--hosts 8]
 
 Starts throw-away hosts on this machine's Docker engine, so numbers of different machines do not compare; the second
@@ -29,6 +31,7 @@ from mixtral_run.fleet.testhosts.engine import why_no_engine
 from mixtral_run.fleet.testhosts.shell import call
 
 ROOT = Path(__file__).parents[1]
+SHAPE = "benchmarks/docker_role_shape.yml"
 TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(?:(?P<role>\w+) : )?.*\] \*+$")
 RAN = re.compile(r"^(ok|changed): \[")
 ROLE_SECONDS = re.compile(r"^(\S+) -+ ([\d.]+)s$")
@@ -40,16 +43,16 @@ class Run:
 
     seconds: float
     here_cpu_seconds: float = 0.0
-    """Of ansible-playbook and its workers."""
+    """CPU seconds of ansible-playbook and its workers."""
     hosts_cpu_seconds: float | None = None
-    """Of all hosts together; None where the engine keeps its groups elsewhere."""
+    """CPU seconds of all hosts together. None if the engine keeps its control groups elsewhere."""
     tasks: int = 0
     changed: int = 0
     by_role: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
-def run_playbook(inventory_file: Path, names: list[str]) -> Run:
-    """Run bootstrap on hosts; a task counts when it ran on one. Raises RuntimeError with the output where it fails."""
+def run_playbook(inventory_file: Path, names: list[str], playbook: str = "playbooks/bootstrap.yml") -> Run:
+    """Run a playbook on hosts; a task counts when it ran on one. Raises RuntimeError with the output where it fails."""
     variables = {
         "image_source": "archive",
         "image_archive": kit_image.ARCHIVE_ON_HOST,
@@ -64,7 +67,7 @@ def run_playbook(inventory_file: Path, names: list[str]) -> Run:
         "ANSIBLE_NOCOLOR": "1",
     }
     argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory_file)]
-    argv += ["--limit", ",".join(names), "--extra-vars", json.dumps(variables), "playbooks/bootstrap.yml"]
+    argv += ["--limit", ",".join(names), "--extra-vars", json.dumps(variables), playbook]
     files = [_cpu_file(name) for name in names]
     before, mesh, began = _cpu_seconds(files), _cpu_here(), time.perf_counter()
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -86,7 +89,7 @@ def _cpu_here() -> float:
 
 
 def _cpu_file(name: str) -> Path | None:
-    """Where the kernel counts a host's CPU time: the second hierarchy of groups, by either driver, or the first."""
+    """Return the file in which the kernel counts the CPU time of a host, for cgroup v2 with either driver, or v1."""
     container = call("docker", "inspect", "--format", "{{.Id}}", hosts.container_name(name)).strip()
     places = (f"system.slice/docker-{container}.scope/cpu.stat", f"docker/{container}/cpu.stat",
               f"cpuacct/docker/{container}/cpuacct.usage")  # fmt: skip
@@ -114,8 +117,8 @@ def _by_role(output: str) -> dict[str, tuple[int, float]]:
         elif RAN.match(line) and not counted:
             ran[role] += 1
             counted = True
-        elif told := ROLE_SECONDS.match(line):
-            seconds[told.group(1)] = float(told.group(2))
+        elif reported := ROLE_SECONDS.match(line):
+            seconds[reported.group(1)] = float(reported.group(2))
     return {role: (count, seconds.get(role, 0.0)) for role, count in ran.items()}
 
 
@@ -149,7 +152,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _measure(names: list[str], repeats: int, inventory_file: Path) -> dict[str, float]:
+def _measure(names: list[str], repeats: int, inventory_file: Path) -> dict[str, float | None]:
     kit_image.image_archive()
     for name in names:
         hosts.start(name)
@@ -158,16 +161,28 @@ def _measure(names: list[str], repeats: int, inventory_file: Path) -> dict[str, 
     _print("First run, one host", first)
     second = _median([run_playbook(inventory_file, names[:1]) for _ in range(repeats)])
     _print(f"Run without changes, one host (median of {repeats})", second)
+    run_playbook(inventory_file, names[:1], SHAPE)  # it sets modes of its own; from then on it changes nothing
+    shape = _median([run_playbook(inventory_file, names[:1], SHAPE) for _ in range(repeats)])
+    _print(f"One role for Docker alone, by its shape, one host (median of {repeats})", shape)
+    if len(names) == 1:
+        return _result(first, second, shape, None)
     all_first = run_playbook(inventory_file, names)
     _print(f"First run of the other {len(names) - 1} hosts beside it", all_first)
     together = _median([run_playbook(inventory_file, names) for _ in range(repeats)])
     _print(f"Run without changes, {len(names)} hosts (median of {repeats})", together)
+    return _result(first, second, shape, together)
+
+
+def _result(first: Run, second: Run, shape: Run, together: Run | None) -> dict[str, float | None]:
     return {
         "first_seconds": round(first.seconds, 1),
         "second_seconds": round(second.seconds, 1),
         "second_tasks": second.tasks,
         "second_changed": second.changed,
-        "eight_hosts_ratio": round(together.seconds / second.seconds, 2),
+        "docker_role_shape_seconds": round(shape.seconds, 1),
+        "docker_role_shape_changed": shape.changed,
+        "all_hosts_seconds": round(together.seconds, 1) if together else None,
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 

@@ -1,7 +1,10 @@
-"""Make the pictures of README.md from a real rehearsal on this machine: `python docs/make_pictures.py`.
+"""Make the pictures of README.md from real runs on this machine: `python docs/make_pictures.py [rehearse] [bootstrap]`.
 
-Runs `mixtral-run rehearse` on a pseudo-terminal and writes docs/pictures/rehearse.svg (the terminal, in color) and
-docs/pictures/loss.png (the loss plot that the rehearsal writes). Takes about a minute on 2 cores.
+rehearse: run `mixtral-run rehearse` on a pseudo-terminal and write docs/pictures/rehearse.svg (the terminal, in color)
+and docs/pictures/loss.png (the loss plot that the rehearsal writes). Takes about a minute on 2 cores.
+
+bootstrap: run `mixtral-run bootstrap` on two throw-away hosts and write docs/pictures/bootstrap.svg, the live view in
+the middle of the run. Needs a Docker engine and takes a few minutes.
 """
 
 from __future__ import annotations
@@ -24,13 +27,23 @@ from rich.text import Text
 PICTURES = Path(__file__).parent / "pictures"
 WIDTH = 132
 FIRST_LINE = "[4/7]"
-"""The picture begins here: the whole run is too long for a README."""
+"""The picture of the rehearsal begins here: the whole run is too long for a README."""
+HOSTS = ("gpu-01", "gpu-02")
+LIVE_VIEW_AT = "Install the NVIDIA container toolkit"
+"""The picture of the live view is taken while this task runs."""
 CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
 
 
 def main() -> None:
-    """Run the rehearsal and write both pictures. Raises RuntimeError if the terminal lost a part of the table."""
+    """Make the pictures named on the command line, or all."""
     PICTURES.mkdir(exist_ok=True)
+    makers = {"rehearse": rehearse, "bootstrap": bootstrap}
+    for name in sys.argv[1:] or makers:
+        makers[name]()
+
+
+def rehearse() -> None:
+    """Run the rehearsal and write its pictures. Raises RuntimeError if the terminal lost a part of the table."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "rehearsal"
         lines = screen(run([sys.executable, "-m", "mixtral_run", "rehearse", "--work-path", "rehearsal"], Path(folder)))
@@ -40,16 +53,42 @@ def main() -> None:
     if lost:
         # Some sandboxes' pseudo-terminals drop output when it comes fast.
         raise RuntimeError(f"The terminal lost these rows of the table: {', '.join(lost)}. Run the script again.")
-    draw(lines, PICTURES / "rehearse.svg")
-
-
-def draw(lines: list[str], picture: Path) -> None:
-    """Write the lines from FIRST_LINE on as an SVG of a terminal, in the colors that they carry."""
     start = next(number for number, line in enumerate(lines) if line.startswith(FIRST_LINE))
+    draw(lines[start:], PICTURES / "rehearse.svg", "mixtral-run rehearse")
+
+
+def bootstrap() -> None:
+    """Bootstrap two throw-away hosts and write the picture of the live view. The hosts are removed."""
+    testhosts = [sys.executable, "-m", "mixtral_run.fleet.testhosts"]
+    subprocess.run([*testhosts, "up", *HOSTS], check=True)
+    try:
+        found = subprocess.run([*testhosts, "inventory", *HOSTS], check=True, capture_output=True)
+        with tempfile.TemporaryDirectory() as folder:
+            inventory = Path(folder) / "hosts.json"
+            inventory.write_bytes(found.stdout)
+            words = ["bootstrap", "-i", str(inventory), "-e", '{"preflight_num_gpus": 0}']
+            words += ["--tags", "preflight,docker,nvidia_container_toolkit"]
+            output = run([sys.executable, "-m", "mixtral_run", *words], Path(folder))
+    finally:
+        subprocess.run([*testhosts, "down", *HOSTS], check=True)
+    draw(live_view(output), PICTURES / "bootstrap.svg", "mixtral-run bootstrap ubuntu@gpu-01 ubuntu@gpu-02")
+
+
+def live_view(output: str) -> list[str]:
+    """Return the lines of the terminal when the last host reached LIVE_VIEW_AT, and the table at the end."""
+    # Every frame of the live view begins by moving the cursor up.
+    frame_end = output.index("\x1b[2K\x1b[1A", output.rindex(LIVE_VIEW_AT))
+    end = screen(output)
+    table = next(number for number, line in enumerate(end) if line.split()[:2] == ["host", "result"])
+    return [*(line for line in screen(output[:frame_end]) if line.strip()), "", *end[table : table + len(HOSTS) + 3]]
+
+
+def draw(lines: list[str], picture: Path, title: str) -> None:
+    """Write the lines as an SVG of a terminal, in the colors that they carry."""
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
-    for line in lines[start:]:
+    for line in lines:
         console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
-    text = console.export_svg(title="mixtral-run rehearse", theme=MONOKAI)
+    text = console.export_svg(title=title, theme=MONOKAI)
     # No font is loaded from elsewhere: the browser's monospace font serves.
     text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
     picture.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from mixtral_run.config.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
 PROBLEMS = "mixtral_run.problems"
@@ -125,9 +126,15 @@ class VerbCommand(click.Command):
         return any(isinstance(each, click.Argument) for each in self.params)
 
     def _meant(self, flag: str) -> str:
-        """Return "; did you mean …?" for an unknown flag, or nothing if no flag of the verb is close to it."""
+        """Return the kit's own flag for one of another program, else "; did you mean …?" for one that is close to it.
+
+        Return nothing if no flag of the verb is close.
+        """
         options = [each for each in self.params if isinstance(each, click.Option) and not each.hidden]
         names = [name for each in options for name in (*each.opts, *each.secondary_opts) if name.startswith("--")]
+        foreign = answer_to(flag.lstrip("-"), [name[2:] for name in names], lambda name: f"--{name}")
+        if foreign is not None:
+            return f"; {foreign}"
         if len(flag) < 4:
             return ""
         found = [name for name in names if name.startswith(flag)]

@@ -12,12 +12,14 @@ import click
 
 from mixtral_run import __version__
 from mixtral_run.cli.command import close_to, or_words
+from mixtral_run.config.foreign_names import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
 from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
 
 VERBS: dict[str, str] = {
     "bootstrap": "Set up bare hosts over SSH: Docker, NVIDIA toolkit, swap, HF cache, image, acceptance test.",
+    "teardown": "Take back from hosts what bootstrap added; checkpoints and models stay.",
     "status": "Show the state of every host and where hosts differ: table, JSON or HTML page.",
     "explain": "Explain a failure and what to do.",
     "up": "Go from a bare host to an adapter here: bootstrap, convert, finetune, export, fetch.",
@@ -34,10 +36,17 @@ VERBS: dict[str, str] = {
     "generate": "Continue prompts with a base model, with or without an adapter.",
     "export": "Write an adapter as a PEFT directory, or merged into an HF model.",
     "smoke": "Convert, train, fine-tune and generate on this machine; pass or fail.",
+    "config": "Write a config file with all settings of a verb, commented.",
     "rehearse": "Run the whole job at small size and prove every step.",
 }
 """Line of each verb in `mixtral-run --help`. The verb is a function of that name in `commands/VERB.py`, or in the
 module that MODULES names."""
+
+TRAIN_MODULES = (
+    "huggingface_hub", "isal", "matplotlib", "megatron", "numpy", "peft", "psutil", "safetensors", "tensorboard",
+    "tokenizers", "torch", "transformers",
+)  # fmt: skip
+"""Modules of the extra `train`. An operator's laptop does without them."""
 
 MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
 
@@ -59,11 +68,13 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if not ctx.resilient_parsing and _with_dashes(args[0]) not in VERBS:
-            meant = or_words(close_to(_with_dashes(args[0]), VERBS))
+            word = _with_dashes(args[0]).lower()
+            meant = or_words(close_to(word, VERBS))
+            close = f"mixtral-run {meant}" if meant else "mixtral-run --help"
             raise ConfigError(
                 f"There is no verb {args[0]!r}.",
                 expected=f"one of {', '.join(VERBS)}",
-                next_command=f"mixtral-run {meant}" if meant else "mixtral-run --help",
+                next_command=FOREIGN_VERBS.get(word, close),
             )
         return super().resolve_command(ctx, args)
 
@@ -114,7 +125,29 @@ def main() -> NoReturn:
         if known is None:
             raise
         _fail(known, error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_MODULES:
+            raise
+        _fail(_missing_extra(str(error.name)), error)
+    except RuntimeError as error:
+        from mixtral_run.launch.processes import is_worker
+        from mixtral_run.launch.worker_errors import is_consequence
+
+        # The process that failed first reports the reason.
+        if not is_worker() or debugging() or not is_consequence(error):
+            raise
+        sys.exit(1)
     sys.exit(0)
+
+
+def _missing_extra(name: str) -> ConfigError:
+    return ConfigError(
+        "This verb needs packages that are not installed here.",
+        expected="the extra `train` of mixtral-run: torch, megatron-core, transformers and others",
+        found=f"no module named {name!r} in {sys.prefix}",
+        next_command="pip install '.[train]' in a checkout, or with a wheel in place of the dot; or run the verb on a "
+        "host, which has them: --on HOST",
+    )
 
 
 def _fail(error: MixtralRunError, cause: Exception) -> NoReturn:

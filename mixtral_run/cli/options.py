@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import click
 
 from mixtral_run.cli.command import PROBLEMS, Option
+from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
+from mixtral_run.cli.input_problems import input_problems
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.errors import ConfigError, described
 
@@ -38,7 +40,7 @@ def config_options(
         def command(**flags: Any) -> None:
             given = take_host_options(flags)
             try:
-                config = merged_config(config_class, flags.pop("config"), flags)
+                config = merged_config(config_class, flags.pop("config"), flags, on_hosts="on" in given)
             except ConfigError as error:
                 if errors_as_json and flags.get("json"):
                     document = {"ok": False, "error": described(error)}
@@ -66,60 +68,48 @@ def setting_options(config_class: type[Config]) -> Decorator:
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         decorated: Callable[..., None] = click.option(
             "--config",
-            type=click.Path(path_type=Path, readable=False),  # `_read_mapping` reports an unreadable file
-            help="JSON file of settings, with the names of the flags. Flags on the command line take precedence.",
+            type=click.Path(path_type=Path, readable=False),  # `read_config_file` reports an unreadable file
+            help="YAML, TOML or JSON file of settings, with the names of the flags. Flags on the command line take "
+            "precedence. `mixtral-run config init VERB` writes one.",
         )(function)
         annotations = field_types(config_class)
         for item in reversed(dataclasses.fields(config_class)):
             for alias in item.metadata["aliases"]:
                 decorated = _option(item, annotations[item.name], alias, hidden=True)(decorated)
-            decorated = _option(item, annotations[item.name], item.name)(decorated)
+            decorated = _option(item, annotations[item.name], item.name, hidden=item.metadata["hidden"])(decorated)
         return decorated
 
     return decorate
 
 
-def merged_config(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:
+def merged_config(
+    config_class: type[ConfigT], file: Path | None, flags: dict[str, Any], *, on_hosts: bool = False
+) -> ConfigT:
     """Return the checked config of a file and of the flags given with it.
 
-    Raises ConfigError with all problems of the settings, and with the words of the command line that the verb does not
-    understand.
+    Raises ConfigError with all problems of the settings, with the words of the command line that the verb does not
+    understand, and with the inputs that are missing. on_hosts: inputs are not looked at, as they belong to a host.
     """
     context = click.get_current_context()
     not_understood = context.meta.get(PROBLEMS, [])
+    values: dict[str, Any] = {}
     try:
-        config = _merge(config_class, file, flags).check()
+        values = _merged_values(config_class, file, flags)
+        config = config_class.from_mapping(values, where=str(file or "command line")).check()
         if not_understood:
             raise ConfigError("The settings cannot be used as they are.")
     except ConfigError as error:
-        error.problems = (*not_understood, *error.problems)
+        inputs = [] if on_hosts else input_problems(config_class, values or flags)
+        error.problems = (*not_understood, *error.problems, *inputs)
         error.where = error.where or "command line"
         error.next_command = error.next_command or f"{context.command_path} --help"
         raise
     return config
 
 
-def _merge(config_class: type[ConfigT], file: Path | None, flags: dict[str, Any]) -> ConfigT:
-    values: dict[str, Any] = {}
-    where = "command line"
-    if file is not None:
-        where = str(file)
-        try:
-            values = config_class.with_current_names(_read_mapping(file))
-        except OSError as error:
-            raise ConfigError("The config file cannot be read.", where=where, found=error.strerror) from error
-    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
-    return config_class.from_mapping(values, where=where)
-
-
-def _read_mapping(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("The config file is not valid JSON.", where=str(file), found=str(error)) from error
-    if not isinstance(values, dict):
-        raise ConfigError("The config file must hold a JSON object.", where=str(file), found=type(values).__name__)
-    return values
+def _merged_values(config_class: type[Config], file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    values = config_class.with_current_names(read_config_file(file)) if file is not None else {}
+    return values | {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
 def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden: bool = False) -> Decorator:

@@ -7,15 +7,19 @@ and the check before any work all read that declaration. `check()` reports all p
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
+import re
+import shlex
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from mixtral_run.config.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
 
@@ -29,6 +33,8 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     aliases: tuple[str, ...] = (),
+    hidden: bool = False,
+    unit: str | None = None,
     positional: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
@@ -40,12 +46,14 @@ def setting(
         minimum: Inclusive lower limit.
         maximum: Inclusive upper limit.
         above: Exclusive lower limit.
-        aliases: Former names of the field. They remain valid as hidden flags and as keys of a JSON file.
+        aliases: Other names of the field. They are valid as hidden flags and as keys of a config file.
+        hidden: True for a former setting, which --help and `config init` leave out.
+        unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
         positional: Name of the words of the command line that give the field, which then has no flag.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    described = {"help": help, "section": section, "aliases": aliases, "positional": positional}
-    return field(default=default, metadata={**described, **limits})
+    others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
+    return field(default=default, metadata={**others, "positional": positional, **limits})
 
 
 def flag_of(name: str) -> str:
@@ -86,6 +94,20 @@ class Config:
             raise ConfigError("The settings cannot be used as they are.", problems=problems)
         return self
 
+    def flags(self, names: Collection[str]) -> list[str]:
+        """Return the words of a command line that set those fields of `names` whose values are not the default."""
+        words = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name not in names or value == item.default:
+                continue
+            if isinstance(value, bool):
+                words.append(flag_of(item.name) if value else f"--no-{flag_of(item.name)[2:]}")
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else format(value, _format_of(value))
+                words += [flag_of(item.name), shlex.quote(text)]
+        return words
+
     def to_mapping(self) -> dict[str, Any]:
         """Return the fields as JSON values. Paths become text."""
         return {item.name: _to_json_value(getattr(self, item.name)) for item in dataclasses.fields(self)}
@@ -115,12 +137,15 @@ class Config:
         problems = [_unknown(name, fields) for name in values if name not in fields]
         accepted: dict[str, Any] = {}
         for name, item in fields.items():
-            if name not in values:
-                if item.default is MISSING and item.default_factory is MISSING:
+            is_required = item.default is MISSING and item.default_factory is MISSING
+            # A name without a value in a YAML file, as `config init` writes it.
+            if name not in values or (is_required and values[name] is None):
+                if is_required:
                     problems.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
                 continue
             try:
-                accepted[name] = _from_json_value(annotations[name], values[name])
+                value = _without_unit(values[name]) if item.metadata["unit"] else values[name]
+                accepted[name] = _from_json_value(annotations[name], value)
             except (TypeError, ValueError, OverflowError) as error:
                 problems.append(f"{flag_of(name)}: {error}")
         if problems:
@@ -150,8 +175,12 @@ def _aliases(item: dataclasses.Field[Any]) -> tuple[str, ...]:
 def _unknown(name: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
     for item in fields.values():
         if name in _aliases(item):
-            return f"'{name}' is the former name of '{item.name}': expected one of them; found both"
-    return f"unknown setting '{name}'"
+            return f"'{name}' is another name of '{item.name}': expected one of them; found both"
+    answer = answer_to(name, [each.replace("_", "-") for each in fields], lambda each: f"'{each.replace('-', '_')}'")
+    close = difflib.get_close_matches(name, [each for each in fields if not fields[each].metadata["hidden"]], 1)
+    if answer is None and close:
+        answer = f"did you mean '{close[0]}'?"
+    return f"unknown setting '{name}'" + (f"; {answer}" if answer else "")
 
 
 def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
@@ -177,6 +206,23 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         if limits.get("above") is not None and not value > limits["above"]:
             found.append(f"{flag}: expected more than {limits['above']}; found {value}")
     return found
+
+
+def _format_of(value: object) -> str:
+    return "g" if isinstance(value, float) else ""
+
+
+_BYTES = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
+
+
+def _without_unit(value: Any) -> Any:
+    """Return `80GB` or `80 GiB` as a number of GiB. GB are powers of ten, GiB powers of two; other values stay."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b)\s*", value, re.IGNORECASE)
+    if found is None or found[2].lower() not in _BYTES:
+        raise ValueError(f"expected a number of GiB, or a number with GB or GiB; found {value!r}")
+    return round(float(found[1]) * _BYTES[found[2].lower()] / 2**30, 3)
 
 
 def _to_json_value(value: Any) -> Any:

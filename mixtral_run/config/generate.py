@@ -20,7 +20,9 @@ class GenerateConfig(LaunchConfig):
         "the hub).",
         section=LAYOUT,
     )
-    adapter: Path | None = setting(None, help="Adapter checkpoint that finetune saved.", section=LAYOUT)
+    adapter: Path | None = setting(
+        None, help="Adapter checkpoint that finetune saved, or a PEFT directory.", section=LAYOUT
+    )
     prompt: tuple[str, ...] = setting(
         (), help="Prompt, used without a template; may be given several times.", section=PROMPTS
     )

@@ -7,16 +7,25 @@ from dataclasses import dataclass
 from mixtral_run.config.fields import Config, flag_of, setting
 from mixtral_run.config.sections import LAYOUT, MEMORY, PROCESSES
 
+CONVERTED_LAYOUT = (2, 4)
+"""TP and EP that `convert` writes by default. A checkpoint loads in every other layout."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
     """Layout of a model over processes."""
 
-    tensor_model_parallel_size: int = setting(
-        2, help="Processes that share each attention layer (TP).", minimum=1, section=LAYOUT
+    tensor_model_parallel_size: int | None = setting(
+        None,
+        help="Processes that share each attention layer (TP). Default: the planner chooses.",
+        minimum=1,
+        section=LAYOUT,
     )
-    expert_model_parallel_size: int = setting(
-        4, help="Processes that share the experts of a layer (EP).", minimum=1, section=LAYOUT
+    expert_model_parallel_size: int | None = setting(
+        None,
+        help="Processes that share the experts of a layer (EP). Default: the planner chooses.",
+        minimum=1,
+        section=LAYOUT,
     )
     expert_tensor_parallel_size: int = setting(
         1,
@@ -34,15 +43,28 @@ class ParallelConfig(Config):
             )
         return found
 
+    @property
+    def layout_sizes(self) -> tuple[int, int]:
+        """TP and EP of a settled config, which has both. Raises ValueError if one is still left to the planner."""
+        tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
+        if tp is None or ep is None:
+            raise ValueError("the layout is still left to the planner")
+        return tp, ep
+
+    @property
+    def has_layout(self) -> bool:
+        """True if both TP and EP are known."""
+        return None not in (self.tensor_model_parallel_size, self.expert_model_parallel_size)
+
     def world_size_problems(self, world_size: int) -> list[str]:
-        """Return a line for each size of the layout that does not divide `world_size`."""
+        """Return a line for each known size of the layout that does not divide `world_size`."""
         return [
             f"{flag_of(name)}: expected a divisor of the {world_size} processes started; found {size}"
             for name, size in (
                 ("tensor_model_parallel_size", self.tensor_model_parallel_size),
                 ("expert_model_parallel_size", self.expert_model_parallel_size),
             )
-            if size >= 1 and world_size % size
+            if size is not None and size >= 1 and world_size % size
         ]
 
 

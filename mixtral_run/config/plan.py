@@ -25,9 +25,11 @@ class PlanConfig(LoraShapeConfig):
     )
     gpu_memory: float | None = setting(
         None,
-        help=f"Memory of one GPU in GiB. Default: that of --gpu, else {DEFAULT_MEMORY_GIB:g}.",
+        help="Memory of one GPU in GiB, or with a unit: 80GB are 74.5 GiB. A GPU that is sold with 80 GB has 79.1 GiB: "
+        f"--gpu knows. Default: that of --gpu, else {DEFAULT_MEMORY_GIB:g}.",
         above=0,
         section=MEMORY,
+        unit="GiB",
     )
     load: Path | None = setting(
         None, help="Converted checkpoint or HF model to plan for. Default: Mixtral 8x7B.", section=LAYOUT
@@ -39,9 +41,10 @@ class PlanConfig(LoraShapeConfig):
     )
     host_memory: float | None = setting(
         None,
-        help="RAM of one host in GiB, as the limit of --recompute offload. Default: no limit.",
+        help="RAM of one host in GiB, or with a unit, as the limit of --recompute offload. Default: no limit.",
         above=0,
         section=MEMORY,
+        unit="GiB",
     )
     all: bool = setting(False, help="Also show the layouts that do not fit.", section=OUTPUT)
     json: bool = setting(False, help="Print the plan as JSON.", section=OUTPUT)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.checkpoints import CheckpointConfig
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
 from mixtral_run.config.schedule import ScheduleConfig
-from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OPTIMIZER, OUTPUT
+from mixtral_run.config.sections import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 """Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
@@ -19,7 +20,7 @@ QUANTIZED_CACHE_MODES = ("yes", "use", "no")
 """Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
 RECOMPUTE = ("none", "selective", "full", "offload")
-"""How much of a layer the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
+"""Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
 the inputs of the layers in host memory."""
 
 RUNS_AGAIN = ("full", "offload")
@@ -81,7 +82,7 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
         if self.epochs is not None and self.mock_data:
             found.append("--epochs: expected --data-path; found --mock-data, which has no end")
         tp = self.tensor_model_parallel_size
-        if tp >= 1 and self.seq_length % tp:
+        if tp is not None and tp >= 1 and self.seq_length % tp:
             found.append(
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
@@ -90,7 +91,7 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(LoraConfig, TrainingConfig):
+class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
 
     valid_data_path: tuple[str, ...] = setting(
@@ -119,9 +120,17 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         section=OPTIMIZER,
     )
     save: Path = setting(
-        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.", section=OUTPUT
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.",
+        aliases=("output_path",),
+        section=OUTPUT,
     )
     resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
+    init_adapter: Path | None = setting(
+        None,
+        help="Adapter to start from: a directory that PEFT saved, or an adapter that finetune saved. Its rank, alpha "
+        "and target modules are taken.",
+        section=LORA,
+    )
     pack: bool = setting(
         False,
         help="Pack several samples into one row of --seq-length tokens, without attention between them. Batch sizes "
@@ -143,11 +152,12 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         aliases=("keep_quantised",),
         section=MEMORY,
     )
-    layout: str = setting(
-        "given",
-        help="auto: replace the given TP and EP by the fastest layout that fits by the plan, with EP before TP.",
+    layout: str | None = setting(
+        None,
+        help="Former setting. auto: the planner chooses TP and EP, whatever was given. given: TP2/EP4 unless given.",
         choices=("given", "auto"),
         section=LAYOUT,
+        hidden=True,
     )
     save_interval: int = setting(
         500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
@@ -163,6 +173,10 @@ class FinetuneConfig(LoraConfig, TrainingConfig):
         found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
+        if self.keep_best and not self.has_validation:
+            found.append(
+                "--keep-best: expected --valid-data-path or --valid-fraction, whose loss decides; found neither"
+            )
         if self.valid_fraction >= 1:
             found.append(f"--valid-fraction: expected less than 1; found {self.valid_fraction:g}")
         if self.valid_fraction and self.valid_data_path:

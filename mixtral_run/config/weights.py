@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.fields import Config, setting
-from mixtral_run.config.launch import LaunchConfig, ParallelConfig
+from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig, ParallelConfig
 from mixtral_run.config.sections import COMPARISON, LAYOUT, OUTPUT, PROCESSES
 
 
@@ -14,6 +14,12 @@ from mixtral_run.config.sections import COMPARISON, LAYOUT, OUTPUT, PROCESSES
 class ConvertConfig(ParallelConfig):
     """Conversion of HF weights to Megatron torch_dist, and back."""
 
+    tensor_model_parallel_size: int = setting(
+        CONVERTED_LAYOUT[0], help="TP of the checkpoint. It loads in every other layout.", minimum=1, section=LAYOUT
+    )
+    expert_model_parallel_size: int = setting(
+        CONVERTED_LAYOUT[1], help="EP of the checkpoint. It loads in every other layout.", minimum=1, section=LAYOUT
+    )
     hf_model_path: str | None = setting(
         None,
         help="HF model to convert: its directory, or its name on the hub (NAME@REVISION for a revision other than "

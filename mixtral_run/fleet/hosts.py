@@ -152,7 +152,7 @@ def inventory_names(listing: Mapping[str, Any]) -> list[str]:
 def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
     """Return the hosts in the output of `ansible-inventory --list`, templates resolved.
 
-    Raises ConfigError for an invalid port.
+    Raises ConfigError for an invalid port, or options of ssh with an open quotation mark.
     """
     variables: Mapping[str, Any] = listing.get("_meta", {}).get("hostvars", {})
     return tuple(_inventory_host(name, variables.get(name, {}), inventory) for name in inventory_names(listing))
@@ -180,13 +180,22 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
             found=repr(port),
         )
     options = " ".join(str(variables.get(key) or "") for key in ("ansible_ssh_common_args", "ansible_ssh_extra_args"))
+    try:
+        ssh_options = tuple(shlex.split(options))
+    except ValueError as error:
+        raise ConfigError(
+            f"{name}: its options of ssh cannot be split into words.",
+            where=str(inventory),
+            expected="ansible_ssh_common_args and ansible_ssh_extra_args as a shell reads them",
+            found=f"{options!r}: {error}",
+        ) from error
     return Host(
         name=name,
         address=str(first("ansible_host", "ansible_ssh_host") or name),
         user=str(user) if user else None,
         port=int(port) if port else None,
         identity_file=str(Path(str(key)).expanduser()) if key else None,
-        ssh_options=tuple(shlex.split(options)),
+        ssh_options=ssh_options,
         inventory=str(inventory.expanduser().resolve()),
     )
 

@@ -9,6 +9,25 @@ from pathlib import Path
 from mixtral_run.fleet.state import state_folder, write_private
 
 
+def token_problem(path: Path) -> str | None:
+    """Return why a file holds no token that can be used, or None. The text does not show the content.
+
+    The role removes a byte order mark, blanks around the token and quotes, so they are no problem.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        return "expected text in UTF-8; found something else, such as UTF-16: save it as UTF-8"
+    except OSError as error:
+        return error.strerror or "it cannot be read"
+    words = text.replace("\ufeff", "").strip().strip("\"'").split()
+    if len(words) != 1:
+        return f"expected one token; found {f'{len(words)} words' if words else 'nothing'}"
+    if not all("!" <= letter <= "~" and letter not in "\"'=" for letter in words[0]):
+        return "expected the token alone, such as hf_...; found quotes, an equals sign, or other than ASCII"
+    return None
+
+
 @contextmanager
 def token_file(source: str | None, ask: Callable[[], str]) -> Iterator[Path | None]:
     """Yield the file that holds a token.

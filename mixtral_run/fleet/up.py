@@ -11,6 +11,7 @@ from typing import Any
 
 from mixtral_run.config.data_sources import combined_sha256, content_sha256
 from mixtral_run.config.fields import flag_of
+from mixtral_run.config.launch import CONVERTED_LAYOUT
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.config.up import UpConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig
@@ -227,8 +228,8 @@ def _convert_config(config: UpConfig) -> ConvertConfig:
     return ConvertConfig(
         hf_model_path=config.hf_model_path,
         output_path=config.load,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
+        tensor_model_parallel_size=config.tensor_model_parallel_size or CONVERTED_LAYOUT[0],
+        expert_model_parallel_size=config.expert_model_parallel_size or CONVERTED_LAYOUT[1],
     ).check()
 
 

@@ -59,15 +59,15 @@ class Decoding:
     def _pass(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model = self._model
         dispatch = policy.decoding_dispatch(tokens.numel(), model.mesh.expert_size)
-        with model.dispatching(self._all_gather if dispatch.has_fixed_shapes else None):
-            logits = model.logits(
-                tokens,
-                # Padding takes no position.
-                positions=(positions[None] - self._padding[:, None]).clamp(min=0),
-                mask=mask,
-                cache=self.cache,
-                last_only=True,
-            )
+        logits = model.logits(
+            tokens,
+            # Padding takes no position.
+            positions=(positions[None] - self._padding[:, None]).clamp(min=0),
+            mask=mask,
+            cache=self.cache,
+            last_only=True,
+            dispatcher=self._all_gather if dispatch.has_fixed_shapes else None,
+        )
         return logits[:, -1]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.decode import Decoding, decoding_of
+from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
@@ -23,8 +24,11 @@ from mixtral_run.train.data.example import USER, Message
 from mixtral_run.train.data.open_template import open_chat_template, template_of_adapter
 from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.load_model import load_for_inference
+from mixtral_run.train.model_limits import length_problems
+from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.weights.manifest.adapter_files import report_without_checksums
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_base
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Sampling:
 def generate(config: GenerateConfig) -> None:
     """Load the model, generate a text for every prompt, and print the texts. All ranks must call."""
     base = describe_base(config.load)
-    adapter = describe_adapter(config.adapter) if config.adapter is not None else None
+    adapter = describe_given_adapter(config.adapter, base.architecture) if config.adapter is not None else None
     if adapter is not None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
@@ -70,6 +74,9 @@ def generate(config: GenerateConfig) -> None:
             found=f"{longest} tokens",
             next_command="a smaller --max-new-tokens, or a shorter prompt",
         )
+    too_long = length_problems("a prompt and --max-new-tokens, together", longest, base)
+    if too_long:
+        raise ConfigError("A prompt and its generated tokens exceed the model's window.", problems=too_long)
     with open_mesh(config) as mesh:
         report = _report(config, mesh)
         for warning in warnings:
@@ -77,6 +84,8 @@ def generate(config: GenerateConfig) -> None:
         if len(texts) > len(config.prompt):
             report.say(f"Chat template: {template.describe()}")
         started = time.perf_counter()
+        if adapter is not None and not isinstance(adapter, PeftDescription):
+            report_without_checksums(adapter.files, adapter.folder, report)
         model = load_for_inference(config, base, mesh, adapter)
         report.say(
             f"Loaded {config.load}{' with ' + str(config.adapter) if adapter else ''} "
@@ -84,9 +93,9 @@ def generate(config: GenerateConfig) -> None:
         )
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
         started = time.perf_counter()
-        with report.progress(config.max_new_tokens, "generating", "tokens") as progress:
+        with stop_requests(mesh) as stop, report.progress(config.max_new_tokens, "generating", "tokens") as progress:
             decoding = None if config.cuda_graphs else Decoding
-            outputs = continue_rows(model, rows, template.stop_ids, sampling, progress.advance, decoding)
+            outputs = continue_rows(model, rows, template.stop_ids, sampling, progress.advance, decoding, stop.agreed)
         seconds = time.perf_counter() - started
         answers = [
             Answer(
@@ -99,6 +108,8 @@ def generate(config: GenerateConfig) -> None:
         ]
         if mesh.is_first:
             _print_answers(config, report, answers, seconds)
+            if StopRequest.ended_a_run:
+                report.warn("Stopped as requested: these are the texts so far")
 
 
 def _report(config: GenerateConfig, mesh: Mesh) -> Report:
@@ -154,6 +165,7 @@ def continue_rows(
     sampling: Sampling,
     on_token: Callable[[int], None] | None = None,
     decoding: type[Decoding] | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to and including one of `end_tokens`.
 
@@ -168,6 +180,7 @@ def continue_rows(
         sampling: how tokens are chosen, and how many.
         on_token: called with 1 after each pass.
         decoding: class of the passes (decode.py). Default: the fastest.
+        stopped: called after each pass by all ranks; True on all of them ends the generation with the tokens so far.
     """
     mesh = model.mesh
     lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
@@ -192,7 +205,7 @@ def continue_rows(
                 running[index] = token not in end_tokens
         if on_token is not None:
             on_token(1)
-        if not any(running):
+        if not any(running) or (stopped is not None and stopped()):
             break
         tokens = chosen[:, None]
     passes.end()

@@ -8,13 +8,18 @@ import signal
 import sys
 from typing import NoReturn
 
+from mixtral_run.launch.torchrun_errors import print_once
+
 
 def exit_with(message: str, exit_code: int) -> NoReturn:
-    """Print `message` to stderr, with the rank if this process has one, and end the process.
+    """Print `message` to stderr, once for all processes of a torchrun on this host, and end the process.
 
-    Further SIGINT and SIGTERM change neither the exit code nor the output.
+    Without a folder of torchrun's, each process of a job prints it, with its rank. Further SIGINT and SIGTERM change
+    neither the exit code nor the output.
     """
     _ignore_signals(exit_code)
+    if print_once(message):
+        sys.exit(exit_code)
     rank = os.environ.get("RANK")
     prefix = f"[rank {rank}] " if rank is not None else ""
     print(prefix + message, file=sys.stderr, flush=True)

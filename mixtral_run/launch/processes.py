@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -23,6 +24,8 @@ from pathlib import Path
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.launch.hang_watch import watching
+from mixtral_run.launch.parent_death import FORK_SERVER_PARENT
 from mixtral_run.launch.worker_errors import collect_error
 
 SHUTDOWN_SECONDS = 300
@@ -79,12 +82,16 @@ def num_processes(config: LaunchConfig) -> int:
     count = process_count(config)
     problems = config.world_size_problems(count)
     if problems:
-        tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
-        sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep}
+        given = {
+            "tensor_model_parallel_size": config.tensor_model_parallel_size,
+            "expert_model_parallel_size": config.expert_model_parallel_size,
+        }
+        sizes = {name: size for name, size in given.items() if size is not None}
         smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
-        least = math.lcm(tp, ep)
+        least = math.lcm(*sizes.values())
+        letters = "/".join(f"{name[0].upper()}P{size}" for name, size in sizes.items())
         raise ConfigError(
-            f"The layout TP{tp}/EP{ep} does not fit {count} process{'es' if count != 1 else ''}.",
+            f"The layout {letters} does not fit {count} process{'es' if count != 1 else ''}.",
             problems=problems,
             next_command=f"{flag_of('nproc_per_node')} {least}, or {smaller}" if _can_start(config, least) else smaller,
         )
@@ -113,11 +120,16 @@ def import_ahead(modules: Sequence[str]) -> None:
         return
     # Imports ask whether there are GPUs. By default that initializes CUDA, and forked processes could not use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["mixtral_run.launch.preload"])
+    preloaded = ["mixtral_run.launch.fork_server", "mixtral_run.launch.preload"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
     os.environ[PRELOAD_VARIABLE] = ",".join(modules)
+    # The kernel takes the end of the thread that starts a process for the end of its parent.
+    if threading.current_thread() is threading.main_thread():
+        os.environ[FORK_SERVER_PARENT] = str(os.getpid())
     _fork_server_environment.update(os.environ)
     forkserver.ensure_running()
     del os.environ[PRELOAD_VARIABLE]
+    os.environ.pop(FORK_SERVER_PARENT, None)
     atexit.register(_kill_fork_server)
 
 
@@ -135,8 +147,8 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
     The parent passes SIGINT and SIGTERM on; the processes then have SHUTDOWN_SECONDS to save.
 
     Raises:
-        MixtralRunError: The error that a process left with `hand_over_error`, else a TrainingError that names the
-            process and how it ended.
+        MixtralRunError: The error of a hang (hang_watch.py), else the error that a process left with
+            `hand_over_error`, else a TrainingError that names the process and how it ended.
         KeyboardInterrupt: A signal ended the job before a process could stop on request.
     """
     from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
@@ -161,8 +173,11 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
             start_method="forkserver",
         )
         try:
-            elastic_launch(job, work)(folder, *arguments)
+            with watching(Path(folder)) as watch:
+                elastic_launch(job, work)(folder, *arguments)
         except ChildFailedError as failure:
+            if watch.error is not None:
+                raise watch.error from None
             if all(each.exitcode == STOPPED for each in failure.failures.values()):
                 return
             raise collect_error(Path(folder), failure) from None

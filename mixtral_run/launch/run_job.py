@@ -12,11 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import MixtralRunError, from_os_error
 from mixtral_run.launch import processes
+from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE, start_heartbeat
+from mixtral_run.launch.parent_death import JOB_PARENT, end_with_parent, watch_parent
 from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.launch.worker_errors import ERROR_DIRECTORY_VARIABLE, hand_over_error, is_consequence, leave_quietly
 from mixtral_run.report import debugging, quiet_libraries
@@ -61,6 +64,9 @@ def run_job(job: Job, config: ConfigT, check: Callable[[ConfigT, int], object] |
     if check is not None:
         check(config, processes.process_count(config))
     if processes.is_worker():
+        watch_parent()
+        if DIRECTORY_VARIABLE in os.environ:
+            start_heartbeat(Path(os.environ[DIRECTORY_VARIABLE]), processes.rank(), config.distributed_timeout_minutes)
         job(config)
         return
     count = processes.num_processes(config)
@@ -91,6 +97,7 @@ def _work(
     from mixtral_run.launch.stop_request import StopRequest
     from mixtral_run.model.parallel.mesh import end_with_the_job
 
+    end_with_parent(JOB_PARENT)
     end_with_the_job()
     os.environ[ERROR_DIRECTORY_VARIABLE] = error_directory
     os.environ.update(environment)
@@ -98,6 +105,7 @@ def _work(
     quiet_libraries()
     try:
         config = _resolve(config_class).from_json(config_json)
+        start_heartbeat(Path(error_directory), processes.rank(), config.distributed_timeout_minutes)
         Job(entry_point)(config)
     except KeyboardInterrupt:
         exit_with("Interrupted.", 130)

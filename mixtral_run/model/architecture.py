@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.hf_config import DEFAULT_POSITIONS, config_problems, rotary_base
 
-# Megatron pads the vocabulary to a multiple of this times TP; Mixtral's 32,000 divides evenly up to TP 8.
-_REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "num_local_experts",
-    "num_experts_per_tok",
-)
-
+VOCABULARY_MULTIPLE = 128
+"""Megatron's default of --make-vocab-size-divisible-by: a vocabulary that TP does not divide is padded to a multiple of
+this times TP."""
 
 EXAMPLE_NAME = "mistralai/Mixtral-8x7B-v0.1"
 """Example of a name on the hub, for messages."""
@@ -44,6 +36,22 @@ class MixtralArchitecture:
     max_position_embeddings: int
     rotary_base: float  # rope_theta
     layernorm_epsilon: float  # rms_norm_eps
+    sliding_window: int | None = None  # None: attention to all earlier tokens
+
+    @property
+    def longest_sequence(self) -> int:
+        """Return the number of tokens up to which attention to all earlier tokens is the model's own."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """Return the rows of embedding and output layer, over all ranks of TP.
+
+        A vocabulary that TP divides is not padded; another one is padded as Megatron pads it.
+        """
+        if self.vocab_size % tensor_model_parallel_size == 0:
+            return self.vocab_size
+        multiple = VOCABULARY_MULTIPLE * tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
 
     @property
     def qkv_size(self) -> int:
@@ -92,7 +100,6 @@ class MixtralArchitecture:
             for what, count in (
                 ("attention heads", self.num_attention_heads),
                 ("query groups", self.num_query_groups),
-                ("vocabulary entries", self.vocab_size),
             )
             if count % tp
         ]
@@ -104,12 +111,15 @@ class MixtralArchitecture:
 
     def differing(self, other: MixtralArchitecture) -> list[str]:
         """Return the names of the fields whose values differ from another architecture's."""
-        mine, theirs = self.to_mapping(), other.to_mapping()
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return [name for name in mine if mine[name] != theirs[name]]
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return all fields by name."""
-        return dataclasses.asdict(self)
+        """Return all fields by name, without a sliding window that is not there."""
+        found = dataclasses.asdict(self)
+        if self.sliding_window is None:
+            del found["sliding_window"]
+        return found
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -121,24 +131,7 @@ class MixtralArchitecture:
         """Build an architecture from the content of config.json. Raises WeightsError with everything that is not
         Mixtral's.
         """
-        problems = []
-        if values.get("model_type") != "mixtral":
-            problems.append(f"model_type: expected 'mixtral'; found {values.get('model_type')!r}")
-        problems += [
-            f"{name}: expected a whole number above 0; found {values.get(name)!r}"
-            for name in _REQUIRED
-            if not isinstance(values.get(name), int) or isinstance(values.get(name), bool) or values[name] < 1
-        ]
-        if values.get("tie_word_embeddings"):
-            problems.append("tie_word_embeddings: expected false; found true")
-        if values.get("sliding_window") is not None:
-            problems.append(f"sliding_window: expected null; found {values['sliding_window']!r}")
-        if values.get("hidden_act", "silu") != "silu":
-            problems.append(f"hidden_act: expected 'silu'; found {values['hidden_act']!r}")
-        rope = values.get("rope_parameters") or {}
-        rope_type = rope.get("rope_type") or (values.get("rope_scaling") or {}).get("rope_type") or "default"
-        if rope_type != "default":
-            problems.append(f"rope_type: expected 'default'; found {rope_type!r}")
+        problems = config_problems(values)
         if problems:
             raise WeightsError("This is not a Mixtral model that can be converted.", where=where, problems=problems)
         heads = values["num_attention_heads"]
@@ -149,43 +142,50 @@ class MixtralArchitecture:
             num_attention_heads=heads,
             num_query_groups=values["num_key_value_heads"],
             kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
-            num_experts=values["num_local_experts"],
+            num_experts=values.get("num_local_experts") or values["num_experts"],
             moe_router_topk=values["num_experts_per_tok"],
             vocab_size=values["vocab_size"],
-            max_position_embeddings=values.get("max_position_embeddings", 32768),
-            rotary_base=float(rope.get("rope_theta") or values.get("rope_theta") or 1e6),
-            layernorm_epsilon=float(values.get("rms_norm_eps", 1e-5)),
+            max_position_embeddings=values.get("max_position_embeddings") or DEFAULT_POSITIONS,
+            rotary_base=rotary_base(values),
+            layernorm_epsilon=float(values.get("rms_norm_eps") or 1e-5),
+            sliding_window=values.get("sliding_window"),
         )
 
     @classmethod
     def from_hf_directory(cls, directory: Path) -> Self:
         """Read DIRECTORY/config.json. Raises WeightsError if it is missing, broken or of another model."""
-        path = directory / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise WeightsError(
-                "The HF model has no config.json.",
-                where=str(path),
-                expected="a directory as downloaded from the hub",
-                found=_content(directory),
-                next_command=f"a directory that has one, or a name on the hub, such as {EXAMPLE_NAME}",
-            ) from error
-        except OSError as error:
-            raise WeightsError(
-                "The HF model's config.json cannot be read.",
-                where=str(path),
-                expected="a directory as downloaded from the hub, which this user may read",
-                found=error.strerror,
-                next_command=f"ls -ld {directory} {path}",
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise WeightsError(
-                "The HF model's config.json is not valid JSON.", where=str(path), found=str(error)
-            ) from error
-        if not isinstance(values, dict):
-            raise WeightsError("The HF model's config.json is not a JSON object.", where=str(path))
-        return cls.from_hf_config(values, where=str(path))
+        return cls.from_hf_config(read_config(directory), where=str(directory / "config.json"))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the content of DIRECTORY/config.json. Raises WeightsError if it is missing or broken."""
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            "The HF model has no config.json.",
+            where=str(path),
+            expected="a directory as downloaded from the hub",
+            found=_content(directory),
+            next_command=f"a directory that has one, or a name on the hub, such as {EXAMPLE_NAME}",
+        ) from error
+    except OSError as error:
+        raise WeightsError(
+            "The HF model's config.json cannot be read.",
+            where=str(path),
+            expected="a directory as downloaded from the hub, which this user may read",
+            found=error.strerror,
+            next_command=f"ls -ld {directory} {path}",
+        ) from error
+    # ValueError: also an integer of thousands of digits. RecursionError: nested thousands deep.
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            "The HF model's config.json is not valid JSON.", where=str(path), found=str(error)[:200]
+        ) from error
+    if not isinstance(values, dict):
+        raise WeightsError("The HF model's config.json is not a JSON object.", where=str(path))
+    return values
 
 
 def _content(directory: Path) -> str:

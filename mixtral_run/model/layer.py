@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixtral_run.config.training import RUNS_AGAIN
 from mixtral_run.model.attention import Attention, AttentionInputs
+from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
@@ -23,8 +25,16 @@ from mixtral_run.model.parallel.megatron import (
 from mixtral_run.model.recompute.offload import Offload
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs that all layers share in one pass. dispatcher: None for the layers' own."""
+
+    attention: AttentionInputs
+    dispatcher: TokenDispatcher[Any] | None = None
+
+
 class MixtralLayer(MegatronModule, BaseTransformerLayer):
-    """A layer with the interface that Megatron's TransformerBlock calls; `attention_mask` carries AttentionInputs.
+    """A layer with the interface that Megatron's TransformerBlock calls; `attention_mask` carries LayerInputs.
 
     recompute: `none` saves all activations; `selective` recomputes norms, activations and permutations in the backward
     pass (recompute/recipe.py); `full` saves only the layer's input and runs the layer again; `offload` also moves that
@@ -39,6 +49,8 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         recompute: str = "none",
         base_precision: str = "bf16",
         offload: Offload | None = None,
+        *,
+        dispatcher: TokenDispatcher[Any],
         **_: Any,
     ) -> None:
         super().__init__(config)
@@ -49,9 +61,9 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         self.input_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.self_attention = Attention(config, layer_number, lora)
         self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.mlp = MoELayer(config, layer_number, lora, base_precision)
+        self.mlp = MoELayer(config, layer_number, lora, base_precision, dispatcher=dispatcher)
 
-    def forward(self, hidden_states: Tensor, attention_mask: AttentionInputs, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, attention_mask: LayerInputs, **_: Any) -> tuple[Tensor, None]:
         """Return the output for hidden_states [sequence (/ TP), batch, hidden], of the same shape, and no
         cross-attention context.
         """
@@ -59,7 +71,7 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
             return self._run_again(hidden_states, attention_mask), None
         return self._compute(hidden_states, attention_mask), None
 
-    def _run_again(self, hidden: Tensor, inputs: AttentionInputs) -> Tensor:
+    def _run_again(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         # use_reentrant=False would pass each tensor of the layer through hooks, which costs the host as much as another
         # forward pass. The reentrant form needs an input with a gradient, which frozen embeddings do not have.
         entry = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
@@ -85,10 +97,10 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         apply_prefix_mapping(result, {f"{prefix}input_layernorm.": f"{prefix}self_attention.linear_qkv.layer_norm_"})
         return result
 
-    def _compute(self, hidden: Tensor, inputs: AttentionInputs) -> Tensor:
+    def _compute(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         selective = self.recompute == "selective" and self.training
         recipe = self.input_layernorm.recipe(hidden) if selective else None
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), inputs, recipe)
+        hidden = hidden + self.self_attention(self.input_layernorm(hidden), inputs.attention, recipe)
         recipe = self.pre_mlp_layernorm.recipe(hidden) if selective else None
-        output: Tensor = hidden + self.mlp(self.pre_mlp_layernorm(hidden), recipe)
+        output: Tensor = hidden + self.mlp(self.pre_mlp_layernorm(hidden), recipe, inputs.dispatcher)
         return output

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from mixtral_run.model.cast_adapters import refresh
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
-from mixtral_run.model.layer import MixtralLayer
+from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.packed_attention import Packed, has_packed_attention
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
@@ -56,12 +57,13 @@ class MixtralModel(torch.nn.Module):
             "recompute": settings.recompute,
             "base_precision": settings.base_precision,
             "offload": Offload(mesh.device),
+            "dispatcher": unlimited_dispatcher(mesh.expert_group, architecture.num_experts),
         }
         layer = ModuleSpec(module=MixtralLayer, params=params)
         self.gpt = GPTModel(
             config,
             TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=RMSNorm),
-            vocab_size=architecture.vocab_size,
+            vocab_size=architecture.padded_vocab_size(mesh.tensor_size),
             max_sequence_length=architecture.max_position_embeddings,
             # The layers rotate queries and keys themselves: positions may be those of a cache or of packed samples.
             position_embedding_type="none",
@@ -69,18 +71,27 @@ class MixtralModel(torch.nn.Module):
         for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
             # Megatron marks its weights only if it also initializes them.
             mark(split, split=True)
+        if architecture.padded_vocab_size(mesh.tensor_size) != architecture.vocab_size:
+            self.gpt.output_layer.register_forward_hook(self._without_padding)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
 
     def losses(
-        self, tokens: Tensor, labels: Tensor, *, positions: Tensor | None = None, packed: Packed | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        positions: Tensor | None = None,
+        packed: Packed | None = None,
+        dispatcher: TokenDispatcher[Any] | None = None,
     ) -> Tensor:
         """Return the cross entropy of each label, fp32 [batch, sequence]. tokens, labels: int64 [batch, sequence].
 
         packed: boundaries of samples if rows hold several; positions: [batch, sequence], which restart at 0 in each
-        sample. All ranks of the TP and EP groups must call.
+        sample. dispatcher: of this pass and its backward pass; None for the layers' own. All ranks of the TP and EP
+        groups must call.
         """
-        inputs = self._inputs(tokens.shape[1], positions, None, None, packed)
+        inputs = self._inputs(self._attention_inputs(tokens.shape[1], positions, None, None, packed), dispatcher)
         losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
         return losses
 
@@ -92,6 +103,7 @@ class MixtralModel(torch.nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
+        dispatcher: TokenDispatcher[Any] | None = None,
     ) -> Tensor:
         """Return logits [batch, sequence, vocabulary], whole on every rank, for tokens int64 [batch, sequence].
 
@@ -100,15 +112,28 @@ class MixtralModel(torch.nn.Module):
             mask: see AttentionInputs.
             cache: is filled, and its length advanced.
             last_only: return only the last position, [batch, 1, vocabulary]; not under sequence parallelism.
+            dispatcher: of this pass; None for the layers' own.
 
         All ranks of the TP and EP groups must call.
         """
-        inputs = self._inputs(tokens.shape[1], positions, mask, cache)
+        inputs = self._inputs(self._attention_inputs(tokens.shape[1], positions, mask, cache), dispatcher)
         with self._output_of_last() if last_only else nullcontext():
             logits: Tensor = self.gpt(tokens, None, inputs, runtime_gather_output=True)
         if cache is not None:
             cache.length += tokens.shape[1]
         return logits
+
+    def _without_padding(self, _: object, __: object, outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Return the output layer's logits with those of the vocabulary's padding at -inf: they get no probability.
+
+        Gathered logits are cut instead.
+        """
+        logits, bias = outputs
+        size, width = self.architecture.vocab_size, logits.shape[-1]
+        if width == self.architecture.padded_vocab_size(self.mesh.tensor_size):
+            return logits[..., :size], bias
+        keep = min(width, max(0, size - self.mesh.tensor_rank * width))
+        return torch.nn.functional.pad(logits[..., :keep], (0, width - keep), value=float("-inf")), bias
 
     def _output_of_last(self) -> RemovableHandle:
         """Return a context in which the output layer sees only the last of hidden states [sequence, batch, hidden]."""
@@ -137,24 +162,6 @@ class MixtralModel(torch.nn.Module):
             if done is not None:
                 done(number, experts)
 
-    @contextmanager
-    def dispatching(self, dispatcher: TokenDispatcher[Any] | None) -> Iterator[None]:
-        """Use this dispatcher in all layers while the context lasts; None leaves the layers' own in place."""
-        if dispatcher is None:
-            yield
-            return
-        assert self.mesh.expert_size > 1, "with all experts in one process tokens are only permuted"
-        dispatcher.begin_pass()
-        layers = [layer.mlp for layer in self.gpt.decoder.layers]
-        own = [layer.dispatcher for layer in layers]
-        for layer in layers:
-            layer.dispatcher = dispatcher
-        try:
-            yield
-        finally:
-            for layer, before in zip(layers, own, strict=True):
-                layer.dispatcher = before
-
     @property
     def is_capturable(self) -> bool:
         """Return True if the experts' products read the numbers of rows on the GPU: such a pass never waits for the
@@ -171,7 +178,13 @@ class MixtralModel(torch.nn.Module):
         """Return this rank's experts, layer by layer."""
         return [layer.mlp.experts for layer in self.gpt.decoder.layers]
 
-    def _inputs(
+    def _inputs(self, attention: AttentionInputs, dispatcher: TokenDispatcher[Any] | None) -> LayerInputs:
+        if dispatcher is not None:
+            assert self.mesh.expert_size > 1, "with all experts in one process tokens are only permuted"
+            dispatcher.begin_pass()
+        return LayerInputs(attention, dispatcher)
+
+    def _attention_inputs(
         self,
         length: int,
         positions: Tensor | None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mixtral_run.model.dispatch.all_to_all import AllToAllDispatcher
@@ -16,7 +17,7 @@ from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
 from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig, parallel_state
+from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe
 
@@ -78,8 +79,7 @@ class _RouterLogits(torch.autograd.Function):
 class MoELayer(MegatronModule):
     """Router, token dispatcher and experts of one layer.
 
-    dispatcher: a permutation where this process has all experts, otherwise an all-to-all without a limit of capacity.
-    MixtralModel.dispatching puts another in its place for the duration of a pass.
+    dispatcher: takes any routing of any number of tokens. A pass may be given another one.
     """
 
     def __init__(
@@ -88,24 +88,29 @@ class MoELayer(MegatronModule):
         layer_number: int,
         lora: LoraSettings | None,
         base_precision: str = "bf16",
-        **_: Any,
+        *,
+        dispatcher: TokenDispatcher[Any],
     ) -> None:
         super().__init__(config)
         self.router = Router(config)
         self.experts = Experts(config, layer_number, lora, base_precision)
-        self.dispatcher = unlimited_dispatcher(config.num_moe_experts)
+        self._dispatcher = dispatcher
 
-    def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, recipe: Recipe | None = None, dispatcher: TokenDispatcher[Any] | None = None
+    ) -> Tensor:
         """Return the layer's output for hidden [sequence (/ TP), batch, hidden], of the same shape.
 
-        recipe: how to recompute `hidden` in the backward pass. All ranks of the expert group must call.
+        recipe: how to recompute `hidden` in the backward pass. dispatcher: of this pass; None for the layer's own. All
+        ranks of the expert group must call.
         """
+        dispatcher = dispatcher or self._dispatcher
         tokens = hidden.reshape(-1, hidden.shape[-1])
         probs, experts = self.router(tokens)
-        inputs, trip = self.dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=self.experts.adapted)
+        inputs, trip = dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=self.experts.adapted)
         outputs = self._compute(inputs)
         del inputs  # its memory is needed by the exchange
-        return self.dispatcher.combine(outputs, trip).view_as(hidden)
+        return dispatcher.combine(outputs, trip).view_as(hidden)
 
     def _compute(self, inputs: ExpertInputs) -> Tensor:
         if self.experts.adapted:
@@ -114,7 +119,9 @@ class MoELayer(MegatronModule):
         return outputs
 
 
-def unlimited_dispatcher(num_experts: int) -> TokenDispatcher[Any]:
-    """Return the dispatcher of this process's expert group that takes any routing of any number of tokens."""
-    group = parallel_state.get_expert_model_parallel_group()
+def unlimited_dispatcher(group: dist.ProcessGroup, num_experts: int) -> TokenDispatcher[Any]:
+    """Return the dispatcher of an expert-parallel group that takes any routing of any number of tokens.
+
+    It permutes tokens if this process has all experts, otherwise it exchanges them by all-to-all.
+    """
     return LocalDispatcher(num_experts) if group.size() == 1 else AllToAllDispatcher(group, num_experts)

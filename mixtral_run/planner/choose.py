@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
-from mixtral_run.config.training import RECOMPUTE, FinetuneConfig
+from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
+from mixtral_run.config.training import RECOMPUTE, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
@@ -22,27 +26,32 @@ from mixtral_run.planner.memory_model import (
     memory,
 )
 from mixtral_run.planner.ranking import Choice, ranked
+from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
+JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
-def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> FinetuneConfig:
-    """Return the config with the settings that are left to the planner: --layout auto, and --recompute if not given.
 
-    On a CPU: EP over all processes, no recomputation. Processes that this program started get a config that is settled
-    already.
+def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfigT:
+    """Return the config with the settings that are left to the planner: TP and EP, and --recompute of a LoRA run.
+
+    LoRA on GPUs gets the fastest layout that fits by the memory model, everything else the layout of spread.py. Given
+    settings are kept. What was chosen is printed in one line, by the first process. Processes that this program started
+    get a config that is settled already.
 
     Args:
         config: the settings as given.
         base: the description of --load if it is known already; then nothing is printed.
 
     Raises:
-        ConfigError: --layout auto finds no layout that fits.
+        ConfigError: No layout of a LoRA run fits, and none was given.
     """
-    if config.layout != "auto" and _has_recompute(config):
+    config = _without_former_setting(config)
+    if config.has_layout and not (isinstance(config, FinetuneConfig) and not _has_recompute(config)):
         return config
-    quiet = base is not None
+    say = _report_of(config).say if base is None else Report.silent().say
     try:
         base = base or describe_base(config.load)
     except WeightsError:
@@ -50,21 +59,65 @@ def settled(config: FinetuneConfig, base: BaseDescription | None = None) -> Fine
         return config
     world_size = processes.process_count(config)
     gpu = available_gpu(config.device, world_size)
+    if isinstance(config, FinetuneConfig) and gpu is not None:
+        return cast(JobConfigT, _settled_lora(config, base, world_size, gpu, say))
+    recompute = config.recomputation if isinstance(config, TrainingConfig) else "none"
     if gpu is None:
-        return _settled_on_cpu(config, base, world_size)
+        layout = spread_layout(config, base.architecture, world_size, recompute)
+    else:
+        workload = job_workload(config, base, world_size, gpu.compute_capability)
+
+        def fits(layout: Layout) -> bool:
+            return needed_bytes(config, workload, layout) <= USABLE * gpu.total
+
+        layout = spread_layout(config, base.architecture, world_size, recompute, fits)
+    if not config.has_layout and not (
+        world_size % layout.tensor_model_parallel_size or world_size % layout.expert_model_parallel_size
+    ):
+        count = "1 process" if world_size == 1 else f"{world_size} processes"
+        say(f"Layout: {layout} for {count}, chosen by the planner")
+    return _with_layout(config, layout)
+
+
+def _settled_lora(
+    config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu, say: Callable[[str], None]
+) -> FinetuneConfig:
     candidates = _candidates(config, base, world_size, gpu)
     fitting = [each for each in candidates if each.fits]
-    if not fitting and config.layout == "auto":
-        raise _refusal(config, base, world_size, gpu, "auto", candidates)
-    # If the layout is given and nothing fits, `memory_error` reports it.
-    chosen = fitting[0].layout if fitting else dataclasses.replace(_layout_of(config), recompute=RECOMPUTE[-1])
-    if fitting and processes.rank() == 0 and not quiet:
-        pinned = fitting[0].host_bytes
-        Report().say(
-            f"Plan: {chosen}, recompute {chosen.recompute}: {fitting[0].memory.total / GIB:.1f} of "
-            f"{gpu.total / GIB:.1f} GiB a GPU" + (f", {pinned / GIB:.1f} GiB of host RAM" if pinned else "")
-        )
-    return dataclasses.replace(config, layout="given", **dataclasses.asdict(chosen))
+    if not fitting and not config.has_layout:
+        raise _refusal(config, base, world_size, gpu, "every layout", candidates)
+    if not fitting:
+        # `memory_error` reports it.
+        return dataclasses.replace(config, recompute=RECOMPUTE[-1])
+    chosen, pinned = fitting[0].layout, fitting[0].host_bytes
+    say(
+        f"Plan: {chosen}, recompute {chosen.recompute}: {fitting[0].memory.total / GIB:.1f} of "
+        f"{gpu.total / GIB:.1f} GiB a GPU" + (f", {pinned / GIB:.1f} GiB of host RAM" if pinned else "")
+    )
+    return _with_layout(config, chosen)
+
+
+def _without_former_setting(config: JobConfigT) -> JobConfigT:
+    """Return the config without --layout, which earlier versions had: auto ignored TP and EP, given had TP2/EP4."""
+    if not isinstance(config, FinetuneConfig) or config.layout is None:
+        return config
+    tp, ep = (None, None) if config.layout == "auto" else CONVERTED_LAYOUT
+    if config.layout == "given":
+        tp, ep = config.tensor_model_parallel_size or tp, config.expert_model_parallel_size or ep
+    return dataclasses.replace(config, layout=None, tensor_model_parallel_size=tp, expert_model_parallel_size=ep)
+
+
+def _with_layout(config: JobConfigT, layout: Layout) -> JobConfigT:
+    settings = dataclasses.asdict(layout)
+    if not isinstance(config, FinetuneConfig):
+        del settings["recompute"]
+    return dataclasses.replace(config, **settings)
+
+
+def _report_of(config: LaunchConfig) -> Report:
+    if processes.rank() != 0:
+        return Report.silent()
+    return Report.on_stderr() if getattr(config, "json", False) else Report()
 
 
 def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int) -> ConfigError | None:
@@ -72,7 +125,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
 
     Return None if the run fits, or runs on a CPU.
     """
-    if base.architecture.layout_problems(*_sizes(config)):
+    if not config.has_layout or base.architecture.layout_problems(*config.layout_sizes):
         return None
     gpu = available_gpu(config.device, world_size)
     if gpu is None:
@@ -81,7 +134,13 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     workload = workload_of(config, base, world_size, gpu.compute_capability)
     if memory(fit_dispatch(workload, layout, gpu.free), layout).total <= gpu.free:
         return _host_refusal(workload, layout)
-    anything = dataclasses.replace(config, layout="auto", recompute=None, recompute_activations=False)
+    anything = dataclasses.replace(
+        config,
+        tensor_model_parallel_size=None,
+        expert_model_parallel_size=None,
+        recompute=None,
+        recompute_activations=False,
+    )
     found = f"{layout}, --recompute {layout.recompute}"
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
 
@@ -103,11 +162,32 @@ def peer_access_fits(
     return fit_dispatch(workload, layout, usable + memory(workload, layout).context).peer_access
 
 
+def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, capability: tuple[int, int]) -> Workload:
+    """Return the model and the batch of a job without LoRA. capability: compute capability of the GPUs."""
+    whole = _weight_bytes_each(config, base)
+    batch: dict[str, Any] = {}
+    if isinstance(config, TrainingConfig):
+        batch = {"seq_length": config.seq_length, "micro_batch_size": config.micro_batch_size}
+    return Workload(
+        architecture=base.architecture,
+        gpus=world_size,
+        weight_bytes=whole,
+        expert_bytes=whole,
+        gpus_per_host=processes.host_process_count(world_size),
+        compute_capability=capability,
+        **batch,
+    )
+
+
+def _weight_bytes_each(config: LaunchConfig, base: BaseDescription) -> int:
+    return 4 if config.dtype == "fp32" or (config.dtype == "auto" and base.dtype == "float32") else 2
+
+
 def workload_of(
     config: FinetuneConfig, base: BaseDescription, world_size: int, capability: tuple[int, int]
 ) -> Workload:
     """Return the run as the memory model sees it. capability: compute capability of the GPUs."""
-    whole = 4 if config.dtype == "fp32" or (config.dtype == "auto" and base.dtype == "float32") else 2
+    whole = _weight_bytes_each(config, base)
     return Workload(
         architecture=base.architecture,
         gpus=world_size,
@@ -129,24 +209,8 @@ def _has_recompute(config: FinetuneConfig) -> bool:
     return config.recompute_activations or config.recompute is not None
 
 
-def _sizes(config: FinetuneConfig) -> tuple[int, int]:
-    return config.tensor_model_parallel_size, config.expert_model_parallel_size
-
-
 def _layout_of(config: FinetuneConfig) -> Layout:
-    return Layout(*_sizes(config), config.recomputation)
-
-
-def _settled_on_cpu(config: FinetuneConfig, base: BaseDescription, world_size: int) -> FinetuneConfig:
-    config = dataclasses.replace(config, recompute=config.recomputation)
-    if config.layout != "auto":
-        return config
-    return dataclasses.replace(
-        config,
-        layout="given",
-        tensor_model_parallel_size=1,
-        expert_model_parallel_size=math.gcd(world_size, base.architecture.num_experts),
-    )
+    return Layout(*config.layout_sizes, config.recomputation)
 
 
 def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:
@@ -162,10 +226,9 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
         each
         for each in choices
         if each.layout.recompute in recompute
-        and (config.layout == "auto" or str(each.layout) == str(_layout_of(config)))
-        # Every data-parallel replica takes the same number of micro batches.
-        and config.global_batch_size * each.layout.tensor_model_parallel_size % (config.micro_batch_size * world_size)
-        == 0
+        and config.tensor_model_parallel_size in (None, each.layout.tensor_model_parallel_size)
+        and config.expert_model_parallel_size in (None, each.layout.expert_model_parallel_size)
+        and allows(config, each.layout.tensor_model_parallel_size, world_size)
     ]
 
 
@@ -189,13 +252,19 @@ def _refusal(
     config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu, tried: str, choices: list[Choice]
 ) -> ConfigError:
     """Return the error of a run that does not fit: its largest parts, and what fits instead. tried: the layout."""
-    layout, workload = _layout_of(config), workload_of(config, base, world_size, gpu.compute_capability)
+    workload = workload_of(config, base, world_size, gpu.compute_capability)
+    if config.has_layout:
+        layout = _layout_of(config)
+    else:
+        # The smallest one comes first if none fits.
+        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation)
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
+    others = " ".join(["", *config.flags({"base_precision", "lora_rank", "lora_dropout", "lora_target_modules"})])
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
-        f"--micro-batch-size {config.micro_batch_size} --all"
+        f"--micro-batch-size {config.micro_batch_size}{others} --all"
     )
     changes = [
         re.sub(r" ?--gpus (\d+)", r" on \1 GPUs", flags).strip()

@@ -198,8 +198,9 @@ def weight_bytes(workload: Workload, layout: Layout) -> float:
     hidden = shape.hidden_size
     experts = shape.num_layers * shape.num_experts * 3 * hidden * shape.ffn_hidden_size
     split = shape.num_layers * hidden * (shape.qkv_size + shape.projection_size) + 2 * shape.vocab_size * hidden
+    padding = 2 * hidden * (shape.padded_vocab_size(layout.tensor_model_parallel_size) - shape.vocab_size)
     whole = shape.num_parameters - experts - split
-    dense = (split / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
+    dense = ((split + padding) / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
     expert_bytes: float = workload.expert_bytes
     if workload.expert_bytes == 1:
         # An fp32 scale for each output channel.
@@ -276,7 +277,7 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     """Return the larger of the temporary bytes of the loss and of one layer's backward pass."""
     shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
     local, how = layout.expert_model_parallel_size == 1, execution(workload, layout)
-    loss = tokens * shape.vocab_size * LOSS_BYTES / tp
+    loss = tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
     rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
     # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
     layer = rows * (
@@ -312,7 +313,7 @@ def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
     if not (workload.has_validation and execution(workload, layout).captured):
         return 0.0
     shape, tp, ep = workload.architecture, layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    loss = workload.tokens * shape.vocab_size * LOSS_BYTES / tp
+    loss = workload.tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
     rows = shape.moe_router_topk * workload.tokens * (1.0 if ep == 1 else IMBALANCE) / tp
     layer = rows * (_row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * 4)
     if workload.expert_bytes < 1:

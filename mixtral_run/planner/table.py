@@ -30,6 +30,10 @@ SHORT_PARTS = {
     "other": ("buffers", "context"),
 }
 """The columns on a terminal of 80 characters."""
+RUN_SETTINGS = {
+    "load", "seq_length", "micro_batch_size", "lora_rank", "lora_dropout", "lora_target_modules", "base_precision",
+}  # fmt: skip
+"""Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,17 @@ def show_plan(config: PlanConfig) -> None:
             expected=f"at most {USABLE:.0%} of {gpu.memory_gib:g} GiB on {where}"
             + (f", {USABLE_OF_HOST:.0%} of {config.host_memory:g} GiB of a host's RAM" if config.host_memory else ""),
             found=_smallest(choices),
-            next_command=f"the same with {' or '.join(changes)}, which fits" if changes else "GPUs with more memory",
+            next_command=_next_plan(config, changes) if changes else "GPUs with more memory",
         )
+
+
+def _next_plan(config: PlanConfig, changes: list[str]) -> str:
+    """Return the command with the first change, and the other changes. Each of them makes the run fit."""
+    first = changes[0].split()
+    changed = {word.removeprefix("--").replace("-", "_") for word in first if word.startswith("--")}
+    kept = config.flags({item.name for item in dataclasses.fields(config)} - changed - {"json"})
+    others = f"; or, in its place, {' or '.join(changes[1:])}" if len(changes) > 1 else ""
+    return f"{' '.join(['mixtral-run plan', *kept, *first])}, which fits{others}"
 
 
 def planned_gpu(config: PlanConfig) -> PlannedGpu:
@@ -115,10 +128,10 @@ def _base(load: Path) -> BaseDescription | HubModel:
 
 
 def _title(config: PlanConfig, workload: Workload, gpu: PlannedGpu) -> str:
+    size = f"{gpu.memory_gib:g} GiB ({gpu.memory_gib * GIB / 1e9:.1f} GB)"
     return (
-        f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, "
-        f"{config.gpus} × {gpu.memory_gib:g} GiB, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, "
-        "RAM a host"
+        f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, {config.gpus} × "
+        f"{size}, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, RAM a host"
     )
 
 
@@ -139,17 +152,27 @@ def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: 
         report.say("GPU: Hopper (H100, H200) is assumed; plan with --gpu for another model")
     elif gpu.source == "this machine":
         report.say(f"GPU: compute capability {gpu.capability}, as in this machine")
+    _report_unit(config, report)
     if not best.fits:
         return
-    precision = "" if config.base_precision == "bf16" else f" --base-precision {config.base_precision}"
-    report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{precision}")
+    settings = " ".join(["", *config.flags(RUN_SETTINGS)])
+    report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{settings}")
     faster = faster_micro_batch(workload, best, gpu.memory_gib * GIB)
     if faster is not None:
         size, choice, rate = faster
+        others = " ".join(["", *config.flags(RUN_SETTINGS - {"micro_batch_size"})])
         report.say(
-            f"  or, estimated {rate - 1:.0%} faster: --micro-batch-size {size} {choice.layout.flags()}{precision}, "
+            f"  or, estimated {rate - 1:.0%} faster: --micro-batch-size {size} {choice.layout.flags()}{others}, "
             f"{choice.memory.total / GIB:.1f} GiB a GPU"
         )
+
+
+def _report_unit(config: PlanConfig, report: Report) -> None:
+    """Report that GB of a data sheet are not GiB, if --gpu-memory is the number by which a GPU is sold."""
+    sold = [name for name, model in GPU_MODELS.items() if model.sold_as == config.gpu_memory]
+    if config.gpu is None and sold:
+        has = " or ".join(f"{GPU_MODELS[name].memory_gib:g} GiB (--gpu {name})" for name in sold)
+        report.warn(f"--gpu-memory is in GiB; a GPU that is sold with {config.gpu_memory:g} GB has {has}")
 
 
 def _worth_showing(choices: list[Choice]) -> list[Choice]:

@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,29 @@ from mixtral_run.model.parallel.megatron import (
     ShardedTensor,
     dist_checkpointing,
 )
-from mixtral_run.model.parallel.mesh import is_out_of_memory
+from mixtral_run.model.parallel.mesh import Mesh, is_out_of_memory
+from mixtral_run.train.adapter_check import check_adapter_files
 from mixtral_run.train.adapter_writer import AdapterWriter
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.quantized_experts import CacheOptions, ExpertCache
-from mixtral_run.weights.adapter.schema import is_of_optimizer
+from mixtral_run.train.random_state import gather_random_state, write_random_state
+from mixtral_run.train.save_failure import save_failure
+from mixtral_run.train.soundness import check_sound
+from mixtral_run.weights.adapter.given_adapter import PeftDescription
+from mixtral_run.weights.adapter.peft_factors import PeftFactors
+from mixtral_run.weights.adapter.schema import LINEAR_KEYS, is_of_optimizer, linear_in_key
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
-from mixtral_run.weights.load.read_parts import PartSum, checksums_of, read_into
+from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
+from mixtral_run.weights.manifest.adapter_files import NEXT_MARKER, TOKENIZER, checksums
 from mixtral_run.weights.manifest.base_checkpoint import is_of_model
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, newest_iteration
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 from mixtral_run.weights.manifest.manifest import write_manifest
+from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 
 
 def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | None = None) -> None:
@@ -108,6 +119,10 @@ class _HfReading:
         """Fill the shards' own storage; do nothing after a failure."""
         if self._failed:
             return
+        for shard in shards.values():
+            # Rows of padding, which no HF tensor fills.
+            if shard.key in VOCABULARY_KEYS and shard.global_shape[0] > self._weights.architecture.vocab_size:
+                shard.data.detach().zero_()
         try:
             self._sums.extend(read_into(self._weights, map(target_of, shards.values())))
         except WeightsError as error:
@@ -128,8 +143,28 @@ class _HfReading:
 
 
 def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
-    """Fill the model's adapters. All ranks must call."""
+    """Fill the model's adapters, after all files of an adapter of the kit were compared with their checksums.
+
+    All ranks must call.
+    """
+    if isinstance(adapter, PeftDescription):
+        for shard in _shards(model, adapters=True).values():
+            _fill_from_peft(target_of(shard), adapter.factors)
+        return
+    check_adapter_files(adapter, model.mesh)
     _load_into(_shards(model, adapters=True), adapter.folder, is_of_model)
+
+
+def _fill_from_peft(target: Target, factors: PeftFactors) -> None:
+    """Fill a rank's part of A or B, of one layer or of several experts of a layer."""
+    module = next(module for module in LINEAR_KEYS if f".{module}." in target.key)
+    read = factors.linear_in if target.key == linear_in_key(module) else factors.linear_out
+    *leading, row, column = target.offset
+    *counts, rows, columns = target.shape
+    into = target.data.view(target.shape)
+    for index in product(*map(range, counts)):
+        matrix = read(module, tuple(first + at for first, at in zip(leading, index, strict=True)))
+        into[index].copy_(matrix[row : row + rows, column : column + columns])
 
 
 def _shards(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:
@@ -150,15 +185,6 @@ def _load_into(shards: dict[str, ShardedTensor], folder: Path, wanted: Callable[
     with BaseReader(folder, wanted) as reader:
         reader.read(shards.values())
         reader.agree()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the cause; torch lists the ranks' own errors in `failures`."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {type(cause).__name__}: {cause}".splitlines()[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def optimizer_shards(model: MixtralModel, optimizer: torch.optim.Optimizer) -> dict[str, ShardedTensor]:
@@ -193,6 +219,9 @@ def save_adapter(
     folder: Path,
     iteration: int,
     description: Mapping[str, Any],
+    *,
+    state: RunState | None = None,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write FOLDER/iter_… with adapters and optimizer state, then point LATEST at it. All ranks must call.
 
@@ -202,13 +231,16 @@ def save_adapter(
         folder: the adapter's folder.
         iteration: the number of finished iterations.
         description: goes into the iteration's mixtral_run.json, next to the architecture.
+        state: goes there as well; --resume continues with it.
+        tokenizer: folder whose files are copied next to the iterations if they are not there.
 
     Returns:
         The iteration's folder.
 
     Raises:
-        TrainingError: it cannot be written; earlier iterations are unchanged.
+        TrainingError: it is spoiled, or cannot be written; earlier iterations are unchanged.
     """
+    check_sound(model, optimizer, folder, iteration)
     final = folder / f"iter_{iteration:07d}"
     partial = folder / f".{final.name}.partial"
     first = model.mesh.is_first
@@ -216,21 +248,58 @@ def save_adapter(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            if tokenizer is not None:
+                _copy_tokenizer(tokenizer, folder)
         dist.barrier()
         shards: dict[str, Any] = {**_shards(model, adapters=True), **optimizer_shards(model, optimizer)}
         shards |= {"checkpoint_version": 3.0, "iteration": iteration}
         dist_checkpointing.save(shards, str(partial), AdapterWriter())
+        sums = _checksums_of_shards(model.mesh, partial)
+        random_state = gather_random_state(model.mesh)
         if first:
-            architecture = model.architecture.to_mapping()
-            write_manifest(partial, "adapter", architecture=architecture, iteration=iteration, **description)
+            write_random_state(partial, random_state)
+            names = [each.name for each in partial.iterdir() if each.name not in sums]
+            write_manifest(
+                partial,
+                "adapter",
+                architecture=model.architecture.to_mapping(),
+                iteration=iteration,
+                **description,
+                state=(state or RunState()).to_mapping(),
+                tokenizer_files=_checksums_of_tokenizer(folder),
+                files={**sums, **checksums(partial, names)},
+            )
             sync_folder_and_files(partial)
+            # What is left of it shows that a save was cut off between the two renames.
+            write_atomically(folder / NEXT_MARKER, f"{iteration}\n")
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
             sync_folder_and_files(folder)
-            write_atomically(folder / LATEST, f"{iteration}\n")
+            (folder / NEXT_MARKER).rename(folder / LATEST)
+            sync_folder_and_files(folder)
         dist.barrier()
     return final
+
+
+def _checksums_of_shards(mesh: Mesh, folder: Path) -> dict[str, str]:
+    """Return the checksums of all .distcp files; each rank reads its own. All ranks must call."""
+    own = [each.name for each in folder.glob(f"__{mesh.rank}_*.distcp")]
+    gathered: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(gathered, checksums(folder, own))
+    return {name: crc for each in gathered for name, crc in each.items()}
+
+
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    if not (folder / TOKENIZER).exists():
+        partial = folder / f".{TOKENIZER}.partial"
+        copy_tokenizer(tokenizer, partial)
+        partial.rename(folder / TOKENIZER)
+
+
+def _checksums_of_tokenizer(folder: Path) -> dict[str, str]:
+    files = [each.name for each in (folder / TOKENIZER).glob("*") if each.is_file()]
+    return checksums(folder / TOKENIZER, files)
 
 
 @contextmanager
@@ -249,17 +318,18 @@ def _as_training_errors(folder: Path, iteration: int, partial: Path | None) -> I
         raise TrainingError(
             f"The adapter of iteration {iteration} cannot be saved.",
             where=str(folder),
-            found=_reason(error),
+            found=save_failure(error, folder),
             next_command=f"df -h {folder}, then the same command with --resume",
         ) from error
 
 
 def load_optimizer(model: MixtralModel, optimizer: torch.optim.Optimizer, adapter: AdapterDescription) -> None:
-    """Load the moments of AdamW that `save_adapter` wrote. All ranks must call."""
+    """Load the moments of AdamW that `save_adapter` wrote, without a check of the files. All ranks must call."""
+    steps = adapter.iteration if adapter.state.optimizer_steps is None else adapter.state.optimizer_steps
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(adapter.iteration), device=parameter.device),
+                "step": torch.tensor(float(steps), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

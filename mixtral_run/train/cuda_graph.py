@@ -168,12 +168,15 @@ class CapturedBackward(Backward):
         self._graphs[adds] = graph, loss
 
     def _warm_up(self) -> None:
+        # A resumed run warms up as well, and must draw the same dropout as a run that was not interrupted.
+        random_state = torch.cuda.get_rng_state(self.model.mesh.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 self._pass(adds=False)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(random_state, self.model.mesh.device)
         # Before the capture frees the allocator's blocks: each gradient would hold the large block it was cut from.
         self._drop_gradients()
 
@@ -189,7 +192,7 @@ class CapturedBackward(Backward):
         if self._most is not None:
             positions, boundaries, owner = rest
             packed = Packed(boundaries, owner, self._most.longest)
-        with self.model.dispatching(self.dispatcher):
-            loss = (self.model.losses(tokens, labels, positions=positions, packed=packed) * weights).sum()
-            loss.backward()
+        losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
+        loss = (losses * weights).sum()
+        loss.backward()
         return loss.detach()

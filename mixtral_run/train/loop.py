@@ -14,32 +14,45 @@ from typing import TypeVar
 import torch
 
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
-from mixtral_run.errors import TrainingError
+from mixtral_run.launch.heartbeat import note_step
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, everywhere, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
+from mixtral_run.run_lock import LOCK_NAME, lock_file_of
+from mixtral_run.train.bad_steps import BadSteps
 from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.prompt import TOKENIZER_FOLDER
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
 from mixtral_run.train.early_stopping import BestLoss
+from mixtral_run.train.init_adapter import load_init_adapter
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.preflight import METRICS, TENSORBOARD, VALIDATION, check_resume, leftovers, reserved_bytes
+from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, check_resume, leftovers, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
+from mixtral_run.train.random_state import restore_random_state
+from mixtral_run.train.run_folder import (
+    METRICS,
+    VALIDATION,
+    drop_later_lines,
+    growing_files,
+    own_output,
+    remove_old_checkpoints,
+    report_disk_use,
+)
 from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
-from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
+from mixtral_run.weights.manifest.adapter_files import report_without_checksums
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
+from mixtral_run.weights.manifest.run_state import RunState
 
 ORDER_SETTINGS = (
     "data_path",
@@ -72,6 +85,7 @@ class Run:
     meter: Meter
     step: Step
     load_seconds: float
+    bad_steps: BadSteps
     start: int = 0
     validation: Validation | None = None
     best: BestLoss = field(default_factory=BestLoss)
@@ -81,7 +95,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Fine-tune with LoRA and save adapters. All ranks must call."""
     base = describe_base(config.load)
     lora = LoraSettings.from_config(config)
-    with open_mesh(config) as mesh:
+    with own_output(config.save / LOCK_NAME, "finetune"), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         config, data = _open_data(config, base, report)
         samples = data.samples
@@ -102,17 +116,21 @@ def finetune(config: FinetuneConfig) -> None:
         most = samples.most if isinstance(samples, PackedSamples) else None
         captured = config.cuda_graphs and (most is None or most.pay(config.seq_length))
         with backward_of(model, tokens, captured=captured, peer_access=peer_access, most=most) as backward:
-            step = optimizer_step(model, optimizer, config.clip_grad, backward)
+            bad = BadSteps(config, mesh, report)
+            refuses = bad.refuses if bad.is_active else None
+            step = optimizer_step(model, optimizer, config.clip_grad, backward, refuses)
             if mesh.is_first and not config.resume:
                 _remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
-            run = Run(config, mesh, report, model, data, meter, step, seconds)
+            run = Run(config, mesh, report, model, data, meter, step, seconds, bad)
             if data.validation is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
                 run.validation = Validation(data.validation, config.micro_batch_size, report, file)
+            load_init_adapter(config, base, model, report)
             if config.resume:
                 run.start = _resume(run, optimizer, config, base)
             _report_lora(run, config)
+            report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
                 _train_and_save(run, optimizer, config, base, stop, write)
@@ -121,7 +139,8 @@ def finetune(config: FinetuneConfig) -> None:
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations and save nothing. All ranks must call."""
     base = describe_base(config.load)
-    with open_mesh(config) as mesh:
+    lock = lock_file_of(config.metrics_file) if config.metrics_file is not None else None
+    with own_output(lock, "pretrain"), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)
@@ -131,7 +150,7 @@ def pretrain(config: PretrainConfig) -> None:
         with backward_of(model, tokens, captured=config.cuda_graphs) as backward:
             step, how = _full_step(config, model, backward, steps_in_backward=config.global_batch_size == one_each)
             meter = _meter(config, base, mesh, config.metrics_file)
-            run = Run(config, mesh, report, model, data, meter, step, seconds)
+            run = Run(config, mesh, report, model, data, meter, step, seconds, BadSteps(config, mesh, report))
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
             with stop_requests(mesh) as stop:
                 for metrics in _iterations(run, stop):
@@ -320,18 +339,13 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
         consumed_samples=run.start * config.global_batch_size,
     )
     for iteration, batch in zip(range(run.start, config.iterations), stream, strict=False):
+        note_step(iteration + 1, on_gpu=run.mesh.device.type == "cuda" and run.mesh.world_size > 1)
         rate = learning_rate(config, iteration)
         with _first_pass(run) if iteration == run.start else nullcontext():
             result = run.step(batch, rate)
-        if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
-            raise TrainingError(
-                "The loss or its gradient is not a number.",
-                where=f"iteration {iteration + 1}",
-                found=f"lm loss {result.loss}, grad norm {result.grad_norm}",
-                next_command="a smaller --lr, or --lr-warmup-iters",
-            )
+        run.bad_steps.note(result, iteration + 1, batch)
         run.meter.tick()
-        yield run.meter.measure(iteration + 1, result.loss, result.grad_norm, rate)
+        yield run.meter.measure(iteration + 1, result.loss, result.grad_norm, rate, skipped=not result.taken)
         if stop.agreed():
             return
 
@@ -344,18 +358,34 @@ def _save(
     iteration: int,
 ) -> None:
     started = time.perf_counter()
-    folder = save_adapter(run.model, optimizer, config.save, iteration, _describe(run, config, base))
-    if run.mesh.is_first and not (config.save / TOKENIZER_FOLDER).exists():
-        partial = config.save / f".{TOKENIZER_FOLDER}.partial"
-        copy_tokenizer(base.tokenizer, partial)
-        partial.rename(config.save / TOKENIZER_FOLDER)
+    state = RunState(
+        optimizer_steps=run.bad_steps.num_taken,
+        num_skipped=run.bad_steps.num_skipped,
+        recent_losses=run.bad_steps.recent,
+        validation_loss=run.validation.loss_at(iteration) if run.validation is not None else None,
+        run_files=growing_files(config.save) if run.mesh.is_first else {},
+    )
+    description = _describe(run, config, base)
+    folder = save_adapter(
+        run.model, optimizer, config.save, iteration, description, state=state, tokenizer=base.tokenizer
+    )
     run.report.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+    if run.mesh.is_first:
+        remove_old_checkpoints(config.save, config.keep_last, config.keep_best, run.report)
 
 
 def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
     adapter = check_resume(config, base)
+    report_without_checksums(adapter.files, adapter.folder, run.report)
     load_adapter(run.model, adapter)
     load_optimizer(run.model, optimizer, adapter)
+    steps = adapter.iteration if adapter.state.optimizer_steps is None else adapter.state.optimizer_steps
+    run.bad_steps.restore(adapter.state.recent_losses, steps, adapter.state.num_skipped)
+    if run.mesh.is_first:
+        drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
+    other_dropout = restore_random_state(adapter.folder, run.mesh)
+    if other_dropout is not None and config.lora_dropout:
+        run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
     run.best = BestLoss.from_mapping(adapter.validation)
     run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
     changed = _changed_order(config, adapter, run.data.sha256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,10 @@ from mixtral_run.model.architecture import MixtralArchitecture
 
 @dataclass(frozen=True)
 class IterationMetrics:
-    """One iteration of the whole job; rates are over the iterations since the last line."""
+    """One iteration of the whole job; rates are over the iterations since the last line.
+
+    skipped: the step was not taken (bad_steps.py), and its loss may not be a number.
+    """
 
     iteration: int
     train_iters: int
@@ -34,6 +38,7 @@ class IterationMetrics:
     tflops_per_process: float
     peak_memory_gib: float
     eta_seconds: float
+    skipped: bool = False
 
     def scalars(self) -> dict[str, float]:
         """Return the values for TensorBoard."""
@@ -115,7 +120,9 @@ class Meter:
         """Count an iteration. Call it at the end of each one, after its results reached the host."""
         self._pending += 1
 
-    def measure(self, iteration: int, loss: float, grad_norm: float, learning_rate: float) -> IterationMetrics:
+    def measure(
+        self, iteration: int, loss: float, grad_norm: float, learning_rate: float, *, skipped: bool = False
+    ) -> IterationMetrics:
         """Return the metrics over the iterations since the last call."""
         now = time.perf_counter()
         seconds = (now - self._last) / max(self._pending, 1)
@@ -139,9 +146,15 @@ class Meter:
             tflops_per_process=self.tflops_per_process(seconds),
             peak_memory_gib=peak_memory_gib(self._device),
             eta_seconds=forecast * (self._train_iters - iteration),
+            skipped=skipped,
         )
         if self._file is not None:
-            append(self._file, json.dumps(asdict(metrics)) + "\n")
+            # JSON has no NaN.
+            values = {
+                name: None if isinstance(each, float) and not math.isfinite(each) else each
+                for name, each in asdict(metrics).items()
+            }
+            append(self._file, json.dumps(values) + "\n")
         return metrics
 
     def restart(self) -> None:

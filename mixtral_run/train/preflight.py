@@ -8,17 +8,21 @@ from typing import TypeVar
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
+from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.data.examples import ReadOptions, read_examples
 from mixtral_run.train.data.open_template import file_problems
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.early_stopping import BestLoss
+from mixtral_run.train.model_limits import length_problems, report_notes
+from mixtral_run.train.run_folder import METRICS, VALIDATION, num_checkpoints
+from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -31,17 +35,17 @@ from mixtral_run.weights.manifest.describe import (
 )
 from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
-LaunchConfigT = TypeVar("LaunchConfigT", bound=LaunchConfig)
+JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
-METRICS = "metrics.jsonl"
-"""File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
-VALIDATION = "validation.jsonl"
-"""File next to it: the evaluations of the validation set, a JSON object a line."""
 SUMMARY = "summary.json"
 """File next to it: the summary of train/summary.py."""
 TENSORBOARD = "tensorboard"
 RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
+
+
+class RunCompleteError(ConfigError):
+    """--resume finds that the run has reached its end: nothing is wrong, and there is nothing to do."""
 
 
 def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
@@ -56,11 +60,13 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
         # The data are read only for their own problems, which is quicker than to tokenize them.
         raise joined(errors + _errors(config, world_size, base, reads_data=True))
     assert base is not None
+    report_notes(base, Report())
     report = Report() if processes.rank() == 0 else Report.silent()
     data = open_data(config, base, report, verify=True)
     _held[:] = [data]
     if not config.knows_iterations:
-        batch = config.global_batch_size or config.micro_batch_size * world_size // config.tensor_model_parallel_size
+        replicas = world_size // (config.tensor_model_parallel_size or 1)
+        batch = config.global_batch_size or config.micro_batch_size * replicas
         config = config.with_iterations(data.num_samples, batch)
         if errors := _errors(config, world_size, base, reads_data=False, iterations_are_new=True):
             raise joined(errors)
@@ -71,7 +77,7 @@ _held: list[TrainingData] = []
 """The data of the job that this process starts: as long as they are open, no other job removes their cache."""
 
 
-def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
+def with_base_here(config: JobConfigT) -> JobConfigT:
     """Return the config with --load as a directory; a model on the hub is downloaded.
 
     Before the download everything that needs no weights is checked, and raised as by `check_training` and
@@ -81,10 +87,9 @@ def with_base_here(config: LaunchConfigT) -> LaunchConfigT:
     return with_models_here(config, report, lambda model: _check_before_download(config, model))
 
 
-def _check_before_download(config: LaunchConfig, model: HubModel) -> None:
+def _check_before_download(config: TrainingConfig | GenerateConfig, model: HubModel) -> None:
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
-    if isinstance(config, FinetuneConfig):
-        config = settled(config, base)
+    config = settled(config, base)
     if isinstance(config, TrainingConfig):
         errors = _errors(config, processes.process_count(config), base, reads_data=True)
     else:
@@ -124,11 +129,13 @@ def _errors(
     errors = _start_errors(config)
     problems = config.warmup_problems() if iterations_are_new else []
     if not errors:
-        replicas = world_size // config.tensor_model_parallel_size
+        tp = config.tensor_model_parallel_size
+        replicas = 1 if tp is None else world_size // tp
         problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:
         problems += layout_problems(config, base)
+        problems += length_problems("--seq-length", config.seq_length, base)
     for setting in DATA_SETTINGS if reads_data else ():
         texts = getattr(config, setting, ())
         if texts:
@@ -136,6 +143,10 @@ def _errors(
                 read_examples(texts, ReadOptions.of(config), setting).check()
             except MixtralRunError as error:
                 errors.append(error)
+    if isinstance(config, PretrainConfig) and config.metrics_file is not None:
+        file = config.metrics_file
+        problems += writing_problems(file.parent, f"--metrics-file {file}")
+        problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
     problems += file_problems(config.chat_template)
     if isinstance(config, FinetuneConfig):
         unwritable, start = output_problems(config.save, resume=config.resume), 0
@@ -156,9 +167,32 @@ def _errors(
 
 
 def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:
-    """Return the adapter that --resume continues from. Raises ConfigError or WeightsError if it cannot continue."""
+    """Return the adapter that --resume continues from.
+
+    Raises ConfigError or WeightsError if it cannot continue, RunCompleteError if the run has reached its end.
+    """
     adapter = describe_adapter(config.save)
     check_adapter_fits(adapter, base)
+    _check_same_lora(config, adapter)
+    best = BestLoss.from_mapping(adapter.validation)
+    if best.is_over(config.early_stopping_patience):
+        raise RunCompleteError(
+            f"The run is complete: it stopped early, after {best.num_without_improvement} evaluations without a loss "
+            f"below that of iteration {best.best_iteration}. A larger --early-stopping-patience trains on",
+            where=str(adapter.folder),
+        )
+    if config.knows_iterations and adapter.iteration >= config.iterations:
+        length = "--epochs" if config.epochs is not None else "--train-iters"
+        raise RunCompleteError(
+            f"The run is complete: {adapter.folder} is iteration {adapter.iteration} of {config.iterations}. A larger "
+            f"{length} trains on",
+            where=str(adapter.folder),
+        )
+    return adapter
+
+
+def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
+    """Raise ConfigError if the run's adapters are not those of the checkpoint."""
     saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
     problems = [
         f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
@@ -167,34 +201,15 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     ]
     if problems:
         raise ConfigError("--resume needs the settings that the adapter was started with.", problems=problems)
-    best = BestLoss.from_mapping(adapter.validation)
-    if best.is_over(config.early_stopping_patience):
-        raise ConfigError(
-            "There is nothing left to train: the run stopped early.",
-            where=str(adapter.folder),
-            expected=f"--early-stopping-patience above {best.num_without_improvement}, the evaluations without a "
-            f"validation loss below that of iteration {best.best_iteration}",
-            found=f"--early-stopping-patience {config.early_stopping_patience}",
-        )
-    if config.knows_iterations and adapter.iteration >= config.iterations:
-        length = f"--epochs {config.epochs:g}, which are " if config.epochs is not None else "--train-iters "
-        raise ConfigError(
-            "There is nothing left to train.",
-            where=str(adapter.folder),
-            expected=f"more iterations than {adapter.iteration}, at which the adapter is",
-            found=f"{length}{config.iterations}",
-            next_command="a larger --epochs" if config.epochs is not None else "a larger --train-iters",
-        )
-    return adapter
 
 
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, at each save.
+    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one.
 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
     parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    return 3 * 4 * parameters * (config.iterations // config.save_interval - start // config.save_interval + 1)
+    return 3 * 4 * parameters * num_checkpoints(config, start)
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
@@ -207,17 +222,17 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     """Return the reasons why the base cannot be split into the config's layout."""
-    return base.architecture.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
+    return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
 
 
 def output_problems(save: Path, *, resume: bool) -> list[str]:
     """Return the reasons why adapters cannot be written into `save`."""
-    problems = writing_problems(save, f"--save {save}")
+    problems = writing_problems(save, f"--save {save}") or lock_problems(save / LOCK_NAME, f"--save {save}")
     if problems:
         return problems
     if resume:
         return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
-    if save.is_dir() and {*save.iterdir()} - {*leftovers(save)}:
+    if save.is_dir() and {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME}:
         return [f"--save {save}: expected a new or empty folder, or --resume; found files"]
     return []
 
@@ -235,10 +250,11 @@ def check_inference(config: GenerateConfig) -> None:
         base = describe_base(config.load)
         problems += layout_problems(config, base)
         if config.adapter is not None:
-            check_adapter_fits(describe_adapter(config.adapter), base)
+            check_adapter_fits(describe_given_adapter(config.adapter, base.architecture), base)
     except MixtralRunError as error:
         errors.append(error)
     if problems:
         errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
     if errors:
         raise joined(errors)
+    report_notes(base, Report.on_stderr() if config.json else Report())

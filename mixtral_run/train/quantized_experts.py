@@ -130,12 +130,12 @@ class ExpertCache:
         """Create the files on rank 0; the other ranks open them to write their own parts."""
         mesh = self._model.mesh
         size = self._files.num_bytes / 1e6
-        keeping: CacheBuilder | None = None
+        builder: CacheBuilder | None = None
         files: list[Any] = [None]
         if mesh.is_first:
             try:
-                keeping = begin(self._base.folder, self._files, self._options.reserve_bytes, self._exists_by_now)
-                files[0] = keeping.files
+                builder = begin(self._base.folder, self._files, self._options.reserve_bytes, self._exists_by_now)
+                files[0] = builder.files
                 self._say(f"Writing the quantized cache {self._files.folder}, {size:,.0f} MB, for the next start")
             except CacheNotWritten as error:
                 if error.expected:
@@ -148,7 +148,7 @@ class ExpertCache:
         # Among the ranks that hold the same experts, the first one writes.
         writes = dist.get_rank(mesh.expert_data_group) == 0
         writer = Writer(files[0], self._first_expert()) if writes else None
-        return CacheBuild(keeping, writer, self._record(), self._report_failure)
+        return CacheBuild(builder, writer, self._record(), self._report_failure)
 
     def _record(self) -> dict[str, Any]:
         """Return the contents of the cache's record, except for the base's fingerprint and the checksums."""
@@ -194,12 +194,12 @@ class CacheBuild:
 
     def __init__(
         self,
-        keeping: CacheBuilder | None = None,
+        builder: CacheBuilder | None = None,
         writer: Writer | None = None,
         values: Mapping[str, Any] | None = None,
         report_failure: Callable[[str], None] | None = None,
     ) -> None:
-        self._keeping = keeping
+        self._builder = builder
         self._writer = writer
         self._values = values
         self._report_failure = report_failure
@@ -222,7 +222,7 @@ class CacheBuild:
             self._writer.finish()
         mine = (self._writer.checksums, self._writer.failure) if self._writer is not None else ({}, None)
         everyones = _of_all_ranks(mine)
-        if self._keeping is None:
+        if self._builder is None:
             return
         failure = next((why for _, why in everyones if why), None)
         if failure is None:
@@ -231,11 +231,11 @@ class CacheBuild:
                 base["tensors"] = {name: f"{crc:08x}" for name, crc in sources.items()}
             checksums = {name: crc for some, _ in everyones for name, crc in some.items()}
             try:
-                self._keeping.commit(checksums, **{**self._values, "base": base})
+                self._builder.commit(checksums, **{**self._values, "base": base})
                 return
             except OSError as error:
                 failure = os_error_text(error)
-        self._keeping.abandon()
+        self._builder.abandon()
         assert self._report_failure is not None
         self._report_failure(failure)
 
@@ -243,8 +243,8 @@ class CacheBuild:
         """Remove the unfinished cache."""
         if self._writer is not None:
             self._writer.finish()
-        if self._keeping is not None:
-            self._keeping.abandon()
+        if self._builder is not None:
+            self._builder.abandon()
 
 
 def stored_tensors(experts: Experts) -> dict[tuple[str, str], Tensor]:

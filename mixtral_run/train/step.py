@@ -7,7 +7,7 @@ are the same in every layout and for every micro batch size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixtral_run.launch.heartbeat import note_progress
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
@@ -31,11 +32,19 @@ BUCKET_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of the whole job, the same on every rank. loss: mean over the `num_tokens` response tokens."""
+    """Result of the whole job, the same on every rank. loss: mean over the `num_tokens` response tokens.
+
+    taken: False if the step was refused and changed nothing.
+    """
 
     loss: float
     grad_norm: float
     num_tokens: int
+    taken: bool = True
+
+
+Refuses = Callable[[float, float], bool]
+"""Decides by loss and gradient norm, alike on all ranks, that a step is not taken. All ranks call it."""
 
 
 class Step(Protocol):
@@ -73,30 +82,37 @@ class EagerBackward(Backward):
     """The eager pass."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        with self.model.dispatching(self.dispatcher):
-            loss = losses_of(self.model, micro) / num_loss_tokens
-            loss.backward()
+        loss = losses_of(self.model, micro, self.dispatcher) / num_loss_tokens
+        loss.backward()
         return loss.detach()
 
 
-def losses_of(model: MixtralModel, micro: MicroBatch) -> Tensor:
-    """Return the sum of a micro batch's losses under its mask, an fp32 scalar on the device. All ranks must call."""
+def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatcher[Any] | None = None) -> Tensor:
+    """Return the sum of a micro batch's losses under its mask, an fp32 scalar on the device.
+
+    dispatcher: of this pass; None for the layers' own. All ranks must call.
+    """
     device = model.mesh.device
     packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
     positions = micro.position_ids.to(device) if packed is not None else None
-    losses = model.losses(micro.tokens.to(device), micro.labels.to(device), positions=positions, packed=packed)
+    tokens, labels = micro.tokens.to(device), micro.labels.to(device)
+    losses = model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=dispatcher)
     return (losses * micro.loss_mask.to(device)).sum()
 
 
 def optimizer_step(
-    model: MixtralModel, optimizer: torch.optim.Optimizer, clip_grad: float, backward: Backward | None = None
+    model: MixtralModel,
+    optimizer: torch.optim.Optimizer,
+    clip_grad: float,
+    backward: Backward | None = None,
+    refuses: Refuses | None = None,
 ) -> Step:
     """Return `train_step` as a Step."""
 
     def step(batch: GlobalBatch, rate: float) -> StepResult:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        return train_step(model, optimizer, batch, clip_grad, backward)
+        return train_step(model, optimizer, batch, clip_grad, backward, refuses)
 
     return step
 
@@ -107,10 +123,13 @@ def train_step(
     batch: GlobalBatch,
     clip_grad: float,
     backward: Backward | None = None,
+    refuses: Refuses | None = None,
 ) -> StepResult:
     """Take one step over this rank's part of a global batch. All ranks must call.
 
-    backward: the pass over a micro batch. Default: eager, with all-to-all dispatch.
+    Args:
+        backward: the pass over a micro batch. Default: eager, with all-to-all dispatch.
+        refuses: asked before the optimizer changes anything, which waits for the GPU. Default: every step is taken.
     """
     mesh = model.mesh
     # The same as `trainable`, whose search through the model would let the GPU wait for a millisecond.
@@ -122,11 +141,16 @@ def train_step(
         total = _gradients_of(batch, parameters, EagerBackward(model))
     sum_gradients(parameters, mesh)
     norm = gradient_norm(parameters, mesh)
+    found = torch.stack((sum_over(total, mesh.data_group), norm.double()))
+    if refuses is not None:
+        mean_loss, grad_norm = found.tolist()
+        if refuses(mean_loss, grad_norm):
+            return StepResult(mean_loss, grad_norm, batch.num_loss_tokens, taken=False)
     if clip_grad > 0:
         factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
     optimizer.step()
-    mean_loss, grad_norm = torch.stack((sum_over(total, mesh.data_group), norm.double())).tolist()
+    mean_loss, grad_norm = found.tolist()
     return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
 
 
@@ -138,6 +162,7 @@ def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], 
     total = torch.zeros((), dtype=torch.float64, device=backward.model.mesh.device)
     for micro in batch.micro_batches:
         total += backward(micro, batch.num_loss_tokens)
+        note_progress()
     return total
 
 

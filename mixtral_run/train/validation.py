@@ -63,6 +63,10 @@ class Validation:
         self._report, self._file = report, file
         self.results: list[ValidationMetrics] = []
 
+    def loss_at(self, iteration: int) -> float | None:
+        """Return the loss after an iteration; None if there was no evaluation then."""
+        return next((each.loss for each in reversed(self.results) if each.iteration == iteration), None)
+
     def evaluate(self, model: MixtralModel, iteration: int, stopped: Callable[[], bool]) -> ValidationMetrics | None:
         """Evaluate the whole validation set. Return None if a stop was requested meanwhile. All ranks must call.
 

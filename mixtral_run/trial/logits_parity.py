@@ -15,13 +15,16 @@ from torch import Tensor
 
 from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed
+from mixtral_run.launch import processes
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.data.prompt import load_tokenizer
 from mixtral_run.train.load_model import load_for_inference, pick_dtype
+from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.adapter.peft_directory import check_peft
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_adapter, describe_base
+from mixtral_run.weights.manifest.describe import check_adapter_fits, describe_base
 
 PROMPTS = (
     "The three states of matter that people meet every day are",
@@ -53,8 +56,15 @@ class LogitsComparison:
 def compare_logits(config: VerifyConfig) -> None:
     """Compare, print, write `logits_file`. All ranks must call. Raises CheckFailed if the logits differ."""
     assert config.against is not None
+    against = open_hf_weights(config.against)
+    if against.renamed:
+        if processes.rank() == 0:
+            Report.on_stderr().warn(
+                f"logits are not compared: transformers does not find the weights of {config.against} by their names"
+            )
+        return
     base = describe_base(config.load)
-    adapter = describe_adapter(config.adapter) if config.adapter is not None else None
+    adapter = describe_given_adapter(config.adapter, base.architecture) if config.adapter is not None else None
     if adapter is not None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
@@ -68,26 +78,35 @@ def compare_logits(config: VerifyConfig) -> None:
         dtype = pick_dtype(config.dtype, base, mesh.device)
         # float64 excludes HF's rounding, as large as the kit's, from the difference; it needs twice the memory.
         exact = dtype is torch.float32 and base.architecture.num_parameters * 8 <= LARGEST_EXACT_BYTES
-        theirs = reference_logits(config.against, config.peft_path, rows, torch.float64 if exact else dtype)
+        stored: torch.dtype | None = getattr(torch, against.dtype) if against.recast else None
+        theirs = reference_logits(config.against, config.peft_path, rows, torch.float64 if exact else dtype, stored)
         comparison = _compare(ours, theirs, config, str(dtype).removeprefix("torch."))
     report = Report.on_stderr() if config.json else Report()
     _report_comparison(comparison, config, report)
 
 
 def reference_logits(
-    hf_model_path: Path, peft_path: Path | None, rows: Sequence[Sequence[int]], dtype: torch.dtype
+    hf_model_path: Path,
+    peft_path: Path | None,
+    rows: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Return HF's logits, computed on the CPU in `dtype`: for each row fp64 [tokens, vocabulary].
 
-    peft_path: the adapter that PEFT loads on the model, or None.
+    peft_path: the adapter that PEFT loads on the model, or None. stored: the dtype to which all weights are cast first,
+    as transformers itself casts weights of several dtypes.
     """
     from transformers import AutoModelForCausalLM
 
+    first = stored if stored is not None and stored.itemsize < dtype.itemsize else dtype
     model = AutoModelForCausalLM.from_pretrained(
         # HF's grouped product of experts does not support float64.
-        str(hf_model_path), dtype=dtype, local_files_only=True,
+        str(hf_model_path), dtype=first, local_files_only=True,
         **({"experts_implementation": "eager"} if dtype is torch.float64 else {}),
     )  # fmt: skip
+    if first != dtype:
+        model.type(dtype)
     if peft_path is not None:
         from peft import PeftModel, __version__
 
@@ -113,6 +132,16 @@ def _compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], config: VerifyCon
     )
 
 
+def _next_command(comparison: LogitsComparison, config: VerifyConfig) -> str:
+    """Return the command that separates rounding, the layout and damaged weights as causes of a difference."""
+    words = f"mixtral-run verify --load {config.load} --against {config.against}"
+    if comparison.dtype != "float32":
+        return f"{words} --dtype fp32, in which rounding is too small to matter"
+    if (config.tensor_model_parallel_size, config.expert_model_parallel_size) != (1, 1):
+        return f"{words}, in one process: TP1/EP1"
+    return f"{words} --proof, which reads every byte of the checkpoint"
+
+
 def _report_comparison(comparison: LogitsComparison, config: VerifyConfig, report: Report) -> None:
     if config.logits_file is not None:
         write_atomically(
@@ -130,6 +159,6 @@ def _report_comparison(comparison: LogitsComparison, config: VerifyConfig, repor
             where=str(config.load),
             expected=f"logits within {comparison.tolerance:.0e}",
             found=f"a difference of {comparison.largest_difference:.3e}; logits reach {comparison.largest_logit:.3g}",
-            next_command=f"mixtral-run verify --load {config.load} --against {config.against} --no-logits",
+            next_command=_next_command(comparison, config),
         )
     report.done(text)

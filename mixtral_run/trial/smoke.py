@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.launch import CONVERTED_LAYOUT
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig
 from mixtral_run.config.trial import SmokeConfig
 from mixtral_run.config.weights import ConvertConfig
@@ -16,10 +17,11 @@ from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.planner.choose import settled
 from mixtral_run.report import Report
 from mixtral_run.train.jobs import FINETUNE, GENERATE, PRETRAIN
 from mixtral_run.train.metrics import read_metrics
-from mixtral_run.train.preflight import check_inference, check_training
+from mixtral_run.train.preflight import check_inference, check_training, layout_problems
 from mixtral_run.trial.sizes import tokenizer_texts
 from mixtral_run.trial.steps import Steps
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -59,9 +61,7 @@ def smoke(config: SmokeConfig) -> None:
 def check_smoke(config: SmokeConfig) -> None:
     """Raise ConfigError if there is no checkpoint and no single source for it."""
     if _converted(config):
-        problems = describe_base(config.load).architecture.layout_problems(
-            config.tensor_model_parallel_size, config.expert_model_parallel_size
-        )
+        problems = layout_problems(config, describe_base(config.load))
         if problems:
             raise ConfigError("The settings cannot be used as they are.", problems=problems)
     elif (config.hf_model_path is None) == (config.random_layers is None):
@@ -108,8 +108,8 @@ def _convert(config: SmokeConfig, report: Report) -> str:
         ConvertConfig(
             hf_model_path=source,
             output_path=config.load,
-            tensor_model_parallel_size=config.tensor_model_parallel_size,
-            expert_model_parallel_size=config.expert_model_parallel_size,
+            tensor_model_parallel_size=config.tensor_model_parallel_size or CONVERTED_LAYOUT[0],
+            expert_model_parallel_size=config.expert_model_parallel_size or CONVERTED_LAYOUT[1],
         ),
         report,
     )
@@ -144,7 +144,7 @@ def _pretrain(config: SmokeConfig) -> str:
     settings = PretrainConfig(
         **{**_training_settings(config), "global_batch_size": 0}, lr=1e-4, min_lr=1e-4, metrics_file=metrics
     )
-    run_job(PRETRAIN, settings.check(), check_training)
+    run_job(PRETRAIN, settled(settings.check()), check_training)
     return _speed(metrics)
 
 
@@ -152,7 +152,7 @@ def _finetune(config: SmokeConfig) -> str:
     save = config.work_path / "adapter"
     shutil.rmtree(save, ignore_errors=True)
     settings = FinetuneConfig(**_training_settings(config), save=save, tensorboard=False)
-    run_job(FINETUNE, settings.check(), check_training)
+    run_job(FINETUNE, settled(settings.check()), check_training)
     return _speed(save / "metrics.jsonl")
 
 
@@ -168,18 +168,15 @@ def _speed(metrics_file: Path) -> str:
 
 def _generate(config: SmokeConfig) -> str:
     file = config.work_path / "answers.json"
-    run_job(
-        GENERATE,
-        GenerateConfig(
-            **_launch_settings(config),
-            load=config.load,
-            adapter=config.work_path / "adapter",
-            prompt=(PROMPT,),
-            max_new_tokens=32,
-            output_file=file,
-        ).check(),
-        lambda config, _: check_inference(config),
+    settings = GenerateConfig(
+        **_launch_settings(config),
+        load=config.load,
+        adapter=config.work_path / "adapter",
+        prompt=(PROMPT,),
+        max_new_tokens=32,
+        output_file=file,
     )
+    run_job(GENERATE, settled(settings.check()), lambda checked, _: check_inference(checked))
     answer = json.loads(file.read_text(encoding="utf-8"))[0]
     if not answer["num_tokens"]:
         raise CheckFailed("Generation returned no token.", where=str(config.load))

@@ -90,17 +90,21 @@ def _required(path, variable):
 
 def _running_kit():
     found = importlib.util.find_spec("mixtral_run")
-    if found is None or not found.submodule_search_locations:
+    if found is not None and found.submodule_search_locations:
+        return Path(next(iter(found.submodule_search_locations)))
+    # The collection contains the package.
+    beside = Path(__file__).resolve().parents[2] / "mixtral_run"
+    if not (beside / "__init__.py").is_file():
         raise AnsibleActionFail("Ansible runs without the package mixtral_run beside it: set image_kit_folder")
-    return Path(next(iter(found.submodule_search_locations)))
+    return beside
 
 
 def _digest(context):
     digest = hashlib.sha256()
     for name, content in sorted(context.items()):
         # The name of a wheel states its version and build. Hashing gigabytes of wheels on each run would add nothing.
-        told = content if isinstance(content, bytes) else f"{content.name} {content.stat().st_size}".encode()
-        digest.update(f"{name} {len(told)}\n".encode() + told)
+        reported = content if isinstance(content, bytes) else f"{content.name} {content.stat().st_size}".encode()
+        digest.update(f"{name} {len(reported)}\n".encode() + reported)
     return digest.hexdigest()
 
 

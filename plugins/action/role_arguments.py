@@ -24,19 +24,32 @@ class ActionModule(ActionBase):
 
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
-        faults = []
+        problems = []
         for role in self._task.args["roles"]:
             options = _options(Path(self._task.args["folder"]) / role)
             given = self._templar.template({name: task_vars[name] for name in options if name in task_vars})
             checked = ArgumentSpecValidator(options).validate(given, validate_role_argument_spec=True)
-            faults += [f"  - {role}: {_plain(message, given, options)}" for message in checked.error_messages]
-        if faults:
-            faults.append(
+            problems += [f"  - {role}: {words}" for words in _dicts_as_text(given, options)]
+            problems += [f"  - {role}: {_plain(message, given, options)}" for message in checked.error_messages]
+        if problems:
+            problems.append(
                 "  next: correct them where they are set, in the inventory, group_vars or -e; see the role's README"
             )
-            message = "Variables are not as the roles take them; nothing was changed.\n" + "\n".join(faults)
+            message = "Variables are not as the roles take them; nothing was changed.\n" + "\n".join(problems)
             return {**result, "failed": True, "msg": message}
         return {**result, "changed": False}
+
+
+def _dicts_as_text(given, options):
+    """Return a problem for each dict that is given as text, which the roles could not merge with other settings.
+
+    Numbers and booleans may be text: `-e NAME=VALUE` passes nothing else, and the roles convert them.
+    """
+    return [
+        f"{name}: expected a dict; found the text {given[name]!r}; give it as JSON: -e '{{\"{name}\": {{…}}}}'"
+        for name in given
+        if options[name]["type"] == "dict" and isinstance(given[name], str)
+    ]
 
 
 _OF_ANOTHER_TYPE = re.compile(r"argument '(\w+)' is of type (\S+) and we were unable to convert to (\w+)")
@@ -51,8 +64,8 @@ def _plain(message, given, options):
     if other is None:
         return message
     name, found, expected = other.groups()
-    told = found if options[name].get("no_log") else f"{given[name]!r}"
-    return f"{name}: expected {expected}; found {told}"
+    reported = found if options[name].get("no_log") else f"{given[name]!r}"
+    return f"{name}: expected {expected}; found {reported}"
 
 
 def _options(role):

@@ -20,6 +20,10 @@ options:
   shared_memory: {description: "Size of shared memory, for docker run --shm-size.", type: str, default: 32g}
   ulimits: {description: "Resource limits, for docker run --ulimit.", type: list, elements: str, default: []}
   floors: {description: Minimum values by name., type: dict, default: {}}
+  model_floors:
+    description: Higher minimum values by GPU model, a word of the GPU's name. They raise those of C(floors).
+    type: dict
+    default: {}
   size_mib: {description: "Size of the messages and of the test file, in MiB.", type: int, default: 256}
   timeout_seconds: {description: "Time limit of the measurement, in seconds.", type: int, default: 900}
   force: {description: Measure again even if nothing changed., type: bool, default: false}
@@ -30,17 +34,18 @@ options:
 import json
 import time
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import engine_use, probe
-from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host import engine_use, gpu_driver, gpu_floors, probe
+from ..module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.start import run_module
 
 KIT_VERSION = "import mixtral_run; print(mixtral_run.__version__)"
 
 
 def main():
-    module = AnsibleModule(
-        argument_spec={
+    run_module(
+        act,
+        {
             "host": {"type": "str", "required": True},
             "image": {"type": "str", "required": True},
             "checkpoint_folder": {"type": "path", "required": True},
@@ -49,14 +54,17 @@ def main():
             "shared_memory": {"type": "str", "default": "32g"},
             "ulimits": {"type": "list", "elements": "str", "default": []},
             "floors": {"type": "dict", "default": {}},
+            "model_floors": {"type": "dict", "default": {}},
             "size_mib": {"type": "int", "default": 256},
             "timeout_seconds": {"type": "int", "default": 900},
             "force": {"type": "bool", "default": False},
             "measure_when_busy": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
-        supports_check_mode=True,
     )
+
+
+def act(module):
     params = module.params
     record = Record("acceptance", check_mode=module.check_mode)
     known = dict(record.values)
@@ -64,9 +72,12 @@ def main():
         record.values.clear()
         record.save()
         module.exit_json(changed=bool(known))
-    stamp = _stamp(module)
+    gpus = probe.gpus()
+    if gpus["sick"]:
+        module.fail_json(msg=probe.why_sick(gpus, params["host"]))
+    stamp = _stamp(module, gpus)
     # Containers must see every GPU of the host: a CPU image on a GPU host is not accepted.
-    params["floors"] = dict({"num_gpus": len(stamp["gpus"])}, **params["floors"])
+    params["floors"] = dict({"num_gpus": len(stamp["gpus"])}, **_floors(params, gpus))
     if stamp["image"] is None:
         if module.check_mode:
             module.exit_json(changed=True, why="the image is not on the host yet")
@@ -90,10 +101,13 @@ def main():
     module.exit_json(changed=True, report=report, stamp=stamp, why="; ".join(changes) or "forced")
 
 
-def _stamp(module):
-    gpus = probe.gpus()
-    if gpus["sick"]:
-        module.fail_json(msg=probe.why_sick(gpus, module.params["host"]))
+def _floors(params, gpus):
+    floors = {name: float(value) for name, value in params["floors"].items()}
+    names = [gpu["name"] for gpu in gpus["gpus"]]
+    return gpu_floors.floors_for(floors, params["model_floors"], names, bool(gpu_driver.nvswitch()))
+
+
+def _stamp(module, gpus):
     image = run(["docker", "image", "inspect", "--format", "{{.Id}}", module.params["image"]], timeout=30)
     return {
         "identity": probe.identity(),
@@ -131,6 +145,7 @@ def _defer_when_busy(module, stamp, changes):
 
 def _container_argv(params, has_gpus):
     argv = ["docker", "run", "--rm", "--network", "none", "--shm-size", params["shared_memory"]]
+    argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "16384"]
     argv += [word for limit in params["ulimits"] for word in ("--ulimit", limit)]
     argv += ["--gpus", "all"] if has_gpus else []
     argv += ["--user", "{}:{}".format(params["uid"], params["gid"])]

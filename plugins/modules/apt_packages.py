@@ -16,7 +16,18 @@ options:
   versions: {description: Versions by package. They override C(version)., type: dict, default: {}}
   conflicting: {description: Packages to remove in the same transaction., type: list, elements: str, default: []}
   hold: {description: Hold the packages so that unattended upgrades leave them alone., type: bool, default: true}
-  repository: {description: "URI of the repository. The module fails with a message that names it if it does not answer.", type: str, default: ""}
+  repository:
+    description:
+      - URI of the repository, with C({id}) and C({arch}) filled in from the host. The module fails with a message that names
+        it if it does not answer. A repository of somebody else that does not answer is a warning that names its file.
+    type: str
+    default: ""
+  remove_dependents:
+    description:
+      - Let packages go that depend on the removed ones, and change packages that somebody holds. Without it the module
+        fails before it changes anything, and lists them.
+    type: bool
+    default: false
   restart_when_busy:
     description:
       - C(false) states that running containers depend on these packages. The scripts of the engine's packages stop and
@@ -27,18 +38,27 @@ options:
   lock_timeout_seconds: {description: "Time to wait for another package manager, in seconds.", type: int, default: 300}
   proxy: {description: Proxy for apt., type: str}
   no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
-  state: {description: "C(absent) removes the packages that C(present) installed, and restores the holds of the others.", type: str, choices: [present, absent], default: present}
+  leftovers:
+    description: Files and empty folders that C(absent) removes with the packages, unless they were there before them.
+    type: list
+    elements: path
+    default: []
+  groups:
+    description: Groups of the system that C(absent) removes with the packages, unless they were there before or have members.
+    type: list
+    elements: str
+    default: []
+  state: {description: "C(absent) removes the packages that C(present) installed with their settings and the dependencies that nothing else needs, and restores the holds of the others.", type: str, choices: [present, absent], default: present}
 """
 
 import fnmatch
-import re
-import tempfile
-import time
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host import apt_output, apt_sources, engine_use, probe
+from ..module_utils.mixtral_run_host.apt import SOURCES, Apt, source_texts
+from ..module_utils.mixtral_run_host.apt_footprint import Footprint
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "section": {"type": "str", "required": True},
@@ -48,27 +68,36 @@ OPTIONS = {
     "conflicting": {"type": "list", "elements": "str", "default": []},
     "hold": {"type": "bool", "default": True},
     "repository": {"type": "str", "default": ""},
+    "remove_dependents": {"type": "bool", "default": False},
     "restart_when_busy": {"type": "bool", "default": True},
     "lock_timeout_seconds": {"type": "int", "default": 300},
     "proxy": {"type": "str"},
     "no_proxy": {"type": "str", "default": ""},
+    "leftovers": {"type": "list", "elements": "path", "default": []},
+    "groups": {"type": "list", "elements": "str", "default": []},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
 
-APT_SECONDS = 1800
-RETRY_SECONDS = 2
+DPKG_SECONDS = 1800
+# The kit's own holds are no reason to refuse; a simulation comes before they are taken off.
+REMOVE = ["remove", "--allow-change-held-packages"]
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):
     record = Record("packages", check_mode=module.check_mode)
+    architecture = probe.architecture()
+    repository = apt_sources.expand(module.params["repository"], probe.os_release(), architecture)
+    module.params["repository"] = repository.replace("$(ARCH)", architecture)
+    own_source = "{}/sources.list.d/{}.sources".format(SOURCES, module.params["section"].replace("_", "-"))
+    apt = Apt(module.params, own_source, module.warn)
     if module.params["state"] == "present":
-        _present(module, record)
+        _present(module, record, apt)
     else:
-        _absent(module, record)
+        _absent(module, record, apt)
 
 
 def _packages():
@@ -93,7 +122,7 @@ def _wanted_version(params, name):
     return params["versions"].get(name) or params["version"]
 
 
-def _present(module, record):
+def _present(module, record, apt):
     params = module.params
     installed, held = _packages()
     wrong = [
@@ -109,28 +138,83 @@ def _present(module, record):
     fresh = [name for name in params["names"] if name not in installed and name not in mine]
     _defer_when_busy(module, [name for name in wrong + removed if name in installed], installed)
     changed = bool(wrong or removed or unheld)
-    before = "".join("{} {}\n".format(name, installed[name]) for name in params["names"] + removed if name in installed)
+    dragged, new = [], []
+    if wrong or removed:
+        if not module.check_mode:
+            _finish_dpkg(module)
+            _refresh(module, apt)
+        dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine))
+    listed = params["names"] + removed + dragged
+    before = "".join("{} {}\n".format(name, installed[name]) for name in listed if name in installed)
     if changed and not module.check_mode:
         mine += fresh
+        _footprint(module, record).note(fresh, new)
         for name in unheld:
             if name not in mine:
                 holds.setdefault(name, name in held)
         record.save()  # before the change, so that `absent` knows what to remove even if this run is killed
         if wrong or removed:
-            _install(module, wrong, removed)
+            _install(module, apt, wrong, removed)
             # An upgrade of a held package removes the hold.
             unheld = params["names"]
         if unheld:
-            _checked(module, ["apt-mark", "hold" if params["hold"] else "unhold"] + unheld, "The hold cannot be set.")
+            answer = apt.mark("hold" if params["hold"] else "unhold", unheld)
+            if answer.code:
+                _fail(module, "The hold cannot be set.", answer, where="apt-mark")
     now = _packages()[0] if changed and not module.check_mode else installed
     after = "".join("{} {}\n".format(name, now.get(name) or "(to be installed)") for name in params["names"])
     module.exit_json(
         changed=changed,
         installed=wrong,
-        removed=removed,
+        removed=removed + dragged,
         versions={name: now.get(name) for name in params["names"]},
         diff={"before": before, "after": after, "before_header": "packages", "after_header": "packages"},
     )
+
+
+def _dragged(module, apt, wrong, removed, installed, held):
+    """Return the packages of somebody else that the transaction would remove, or change although they are held.
+
+    Return the packages that it would add too. Fail the module if there are any, unless `remove_dependents` allows it.
+    """
+    plan, answer = apt.simulate(["install"] + _words(module.params, wrong, removed))
+    if answer.code and not module.check_mode:
+        _fail(module, "The packages cannot be installed; nothing was changed.", answer, wrong)
+    if answer.code and removed:
+        # A check before the first run: apt does not know the repository yet. What depends on the packages, it knows.
+        plan, _ = apt.simulate(REMOVE + removed)
+    mine = set(module.params["names"])
+    dragged = [name for name in plan.removed if name not in mine and (name not in removed or name in held)]
+    dragged += [name for name in plan.changed if name in held and name not in mine]
+    _refuse_dragged(module, dragged, held, removed or wrong, installed)
+    return [name for name in dragged if name not in removed], plan.new
+
+
+def _refuse_dragged(module, dragged, held, because, installed):
+    if not dragged or module.params["remove_dependents"]:
+        return
+    told = [
+        "{} {}{}".format(name, installed.get(name) or "", " (held by somebody)" if name in held else "").strip()
+        for name in dragged
+    ]
+    variable = "{}_remove_dependents".format(module.params["section"])
+    module.fail_json(
+        msg=explain(
+            "Packages that somebody else installed would be removed or changed as well; nothing was changed.",
+            where="apt: " + ", ".join(because),
+            expected="no other package depends on the ones that go",
+            found=", ".join(told),
+            next_step="decide whether they may go: {}: true removes them; otherwise leave this role out".format(
+                variable
+            ),
+        ),
+        dragged=dragged,
+    )
+
+
+def _footprint(module, record):
+    params = module.params
+    return Footprint(record, params["section"], params["leftovers"], params["groups"])
 
 
 def _holds(params):
@@ -153,7 +237,7 @@ def _defer_when_busy(module, touched, installed):
     module.exit_json(changed=False, deferred=True, reason=why, installed=[], removed=[], versions=versions)
 
 
-def _absent(module, record):
+def _absent(module, record, apt):
     params = module.params
     installed, _ = _packages()
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
@@ -169,100 +253,118 @@ def _absent(module, record):
                 next_step="end it and run again, or set {}_restart_when_busy: true".format(params["section"]),
             )
         )
+    dragged = []
+    if mine:
+        plan, answer = apt.simulate(REMOVE + mine)
+        if answer.code:
+            _fail(module, "The packages cannot be removed; nothing was changed.", answer, where="apt")
+        dragged = [name for name in plan.removed if name not in mine]
+        _refuse_dragged(module, dragged, set(), mine, installed)
+    footprint = _footprint(module, record)
+    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in dragged]
     if not module.check_mode and changed:
         holds = record.values.pop(_holds(params), {})
         for verb, wanted in (("hold", True), ("unhold", False)):
             names = [name for name in holds if name in installed and holds[name] == wanted]
-            if names:
-                _checked(module, ["apt-mark", verb] + names, "The hold cannot be taken back.")
+            answer = apt.mark(verb, names) if names else None
+            if answer and answer.code:
+                _fail(module, "The hold cannot be taken back.", answer, where="apt-mark")
         if mine:
-            run(["apt-mark", "unhold"] + mine)
-            answer = _apt(params, ["remove"] + mine)
-            if answer.code:
-                _fail(module, "The packages cannot be removed.", answer, [])
+            apt.mark("unhold", mine)
+            answer = apt.run(REMOVE + mine + unneeded)
+            if answer.code and any(name in _packages()[0] for name in mine):
+                _fail(module, "The packages cannot be removed.", answer, where="apt")
+        for words in footprint.sweep(record.values[params["section"]]):
+            module.warn(words)
         del record.values[params["section"]]
         record.save()
-    module.exit_json(changed=changed, removed=mine)
+    gone = mine + unneeded + dragged
+    before = "".join("{} {}\n".format(name, installed[name]) for name in gone)
+    header = {"before_header": "packages", "after_header": "packages"}
+    module.exit_json(changed=changed, removed=gone, diff=dict(before=before, after="", **header))
 
 
-def _apt(params, words):
-    """Run apt-get and wait for its locks. Its own option waits for dpkg's lock, not for those of lists and archives."""
-    argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
-    argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
-    direct, environment = [name.strip().lstrip(".") for name in params["no_proxy"].split(",") if name.strip()], {}
-    with tempfile.NamedTemporaryFile("w", prefix="mixtral-run-", suffix=".conf", encoding="utf-8") as settings:
-        if params["proxy"] and "*" not in direct:
-            # Every user sees the arguments of a program, and a proxy's address may contain a password. The file is
-            # readable by root only. Like an argument, it overrides /etc/apt; the environment would not.
-            address = re.sub(r'[\x00-\x20\x7f"\\]', lambda found: "%{:02X}".format(ord(found.group())), params["proxy"])
-            settings.writelines('Acquire::{}::Proxy "{}";\n'.format(each, address) for each in ("http", "https"))
-            settings.flush()
-            argv += ["--config-file=" + settings.name]
-            # apt also reads this variable. It compares each entry, including blanks, with the end of the host name.
-            environment["no_proxy"] = ",".join(direct)
-        until = time.monotonic() + params["lock_timeout_seconds"]
-        while True:
-            answer = run(argv + words, timeout=APT_SECONDS, environment=environment)
-            locked = answer.code and "Could not get lock" in answer.out + answer.err
-            if not locked or time.monotonic() >= until:
-                return answer
-            time.sleep(RETRY_SECONDS)
+def _words(params, names, removed):
+    """Return the arguments of `apt-get install` for packages to install and to remove."""
+    words = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
+    words += [name + ("=" + _wanted_version(params, name) if _wanted_version(params, name) else "") for name in names]
+    return words + [name + "-" for name in removed]
 
 
-def _install(module, names, removed):
-    params = module.params
-    if run(["dpkg", "--audit"]).out.strip():
-        # An earlier run of the kit or of apt was killed before it finished.
-        _checked(
-            module, ["dpkg", "--force-confold", "--configure", "-a"], "dpkg cannot finish what was begun.", APT_SECONDS
+def _finish_dpkg(module):
+    """Complete what a killed run of apt or of the kit began. A package of somebody else that fails is a warning."""
+    if not run(["dpkg", "--audit"]).out.strip():
+        return
+    answer = run(["dpkg", "--force-confold", "--configure", "-a"], timeout=DPKG_SECONDS)
+    if not answer.code:
+        return
+    broken = apt_output.broken_packages(answer.out + answer.err)
+    if not broken or set(broken) & set(module.params["names"]):
+        _fail(module, "dpkg cannot finish what was begun.", answer, where="dpkg")
+    module.warn(
+        "dpkg was interrupted and cannot configure {}, which is not the kit's: `sudo dpkg --configure -a` on the host shows "
+        "why".format(", ".join(broken))
+    )
+
+
+def _install(module, apt, names, removed):
+    answer = apt.run(["install"] + _words(module.params, names, removed))
+    if not answer.code:
+        return
+    now, broken = _packages()[0], apt_output.broken_packages(answer.out + answer.err)
+    if broken and not set(broken) & set(module.params["names"]) and all(now.get(name) for name in names):
+        module.warn(
+            "The packages were installed, and dpkg cannot configure {}, which is not the kit's: `sudo dpkg --configure -a` "
+            "on the host shows why".format(", ".join(broken))
         )
-    _refresh(module)
-    words = [name + ("=" + _wanted_version(params, name) if _wanted_version(params, name) else "") for name in names]
-    words += [name + "-" for name in removed]
-    options = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
-    answer = _apt(params, ["install"] + options + words)
-    if answer.code:
-        _fail(module, "The packages cannot be installed.", answer, names)
+        return
+    _fail(module, "The packages cannot be installed.", answer, names)
 
 
-def _refresh(module):
+def _refresh(module, apt):
     # `apt-get update` exits with 0 even if a mirror does not answer, so its output is checked.
-    params = module.params
-    answer = _apt(params, ["-o", "Acquire::Retries=2", "update"])
-    bad = [line for line in (answer.out + answer.err).splitlines() if line.startswith(("Err:", "E:", "W:"))]
-    if params["repository"] and any(params["repository"].replace("$(ARCH)", "") in line for line in bad):
-        _fail(module, "The package repository does not answer.", answer, [])
-    if answer.code:
-        _fail(module, "The package lists cannot be read.", answer, [])
-    for line in bad:
-        module.warn(line)
+    answer = apt.run(["-o", "Acquire::Retries=2", "update"])
+    text, repository = answer.out + answer.err, module.params["repository"]
+    found, texts = apt_output.problems(text), source_texts()
+    if any(apt_output.belongs_to(problem.uri, repository) for problem in found):
+        _fail(module, "The package repository does not answer.", answer)
+    if answer.code and not found:
+        _fail(module, "The package lists cannot be read.", answer, where="apt")
+    for problem in found:
+        files = ", ".join(apt_output.files_naming(problem.uri, texts)) or "no source file names it"
+        module.warn(
+            "A package source that is not the kit's does not answer: {} ({}): {}. The kit's packages do not come from "
+            "it".format(problem.uri, files, problem.message)
+        )
 
 
-def _fail(module, what, answer, names):
+def _fail(module, what, answer, names=(), where=""):
     text = answer.out + answer.err
-    offered = run(["apt-cache", "madison"] + names).out.strip() if names else ""
+    offered = run(["apt-cache", "madison"] + list(names)).out.strip() if names else ""
     steps = {
         "Could not get lock": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
         "was not found": "pin a version that the repository offers:\n{}".format(offered),
+        "is not readable by user": "let everyone read the key and its folder: `sudo chmod 755 /etc/apt/keyrings; "
+        "sudo chmod 644 /etc/apt/keyrings/*`",
+        "is not bound": "the key binds itself with SHA-1, which this system refuses: use a mirror that signs with a newer key",
         "NO_PUBKEY": "the repository is signed with another key than the pinned one",
-        "Conflicting values": "two source files name the repository with different keys: remove one",
+        "dpkg was interrupted": "`sudo dpkg --configure -a` on the host, then run again",
+        "unmet dependencies": "`sudo apt-get --fix-broken install` on the host shows what is broken there, then run again",
+        "Read-only file system": "mount the file system writable; after an error of the disk the kernel mounts it read-only",
     }
+    broken = [name for name in apt_output.broken_packages(text) if name not in module.params["names"]]
     found = next((step for words, step in steps.items() if words in text), "run it by hand on the host to see more")
+    if broken:
+        found = "{} cannot be configured: `sudo dpkg --configure -a` on the host shows why".format(", ".join(broken))
     module.fail_json(
         msg=explain(
             what,
-            where=module.params["repository"] or "apt",
+            where=where or module.params["repository"] or "apt",
             expected=" ".join(names),
             found=last_lines(answer, 6),
             next_step=found,
         )
     )
-
-
-def _checked(module, argv, what, timeout=60):
-    answer = run(argv, timeout=timeout)
-    if answer.code:
-        _fail(module, what, answer, [])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ options:
 import glob
 import os
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import apt_sources, openpgp, probe
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host import apt_sources, openpgp, probe
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
+from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "name": {"type": "str", "required": True},
@@ -46,7 +46,7 @@ KEYRINGS = "/etc/apt/keyrings"
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):
@@ -80,7 +80,7 @@ def act(module):
         if key_text is not None:
             write_text(key, key_text)
         for path, text in rivals.items():
-            write_text(path, text)
+            rewrite(path, text)
         if before != wanted:
             write_text(source, wanted)
     header = {"before_header": source, "after_header": source}
@@ -106,7 +106,7 @@ def _absent(module, record):
             if text is None:
                 remove(path)
             else:
-                write_text(path, text)
+                rewrite(path, text)
         record.save()
     module.exit_json(changed=bool(theirs))
 

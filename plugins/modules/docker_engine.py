@@ -12,6 +12,8 @@ description:
   - Performs a reload or restart that is due, including one that an earlier run made due. A restart is deferred while
     containers or GPU processes run, or while the engine does not answer (C(deferred) is true then), unless
     C(restart_when_busy) is true.
+  - If the engine does not come up, the files are restored as they were when it last ran, it is started again, and the module
+    fails with the lines of the journal.
 options:
   users: {description: Users to add to the docker group., type: list, elements: str, default: []}
   environment: {description: "Environment variables of the service, such as HTTP_PROXY.", type: dict, default: {}}
@@ -29,10 +31,10 @@ import shutil
 import stat
 import time
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import engine_use
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host import engine_use
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
+from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "users": {"type": "list", "elements": "str", "default": []},
@@ -45,6 +47,8 @@ OPTIONS = {
 
 DOCKER_DROP_IN = "/etc/systemd/system/docker.service.d/mixtral-run.conf"
 CONTAINERD_DROP_IN = "/etc/systemd/system/containerd.service.d/mixtral-run.conf"
+DAEMON_JSON = "/etc/docker/daemon.json"
+REFUSED = ".mixtral-run.refused"
 DROP_IN_MODE = 0o600
 """The address of a proxy may contain a password."""
 START_SECONDS = 90
@@ -52,7 +56,7 @@ NVIDIA_HOOK = "nvidia-container-runtime-hook"
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):
@@ -95,6 +99,8 @@ class Engine:
                 continue
             self.done.append("{} {}".format("wrote" if wanted else "removed", path))
             if not self.check:
+                self.record.values.setdefault("rollback", {}).setdefault(path, read_text(path))
+                self.record.save()
                 self._make_due("restart", os.path.basename(os.path.dirname(path)))
                 write_text(path, wanted, mode=DROP_IN_MODE) if wanted else remove(path)
                 run(["systemctl", "daemon-reload"])
@@ -219,6 +225,10 @@ class Engine:
             self._perform_due()
             if not _is_active():
                 self._forget_due()  # the engine reads its files when it starts
+        else:
+            self._forget_due()
+        if not self.check:
+            _forget_refused()
 
     def _make_due(self, what, key):
         values = self.due_record.values
@@ -237,22 +247,78 @@ class Engine:
         answer = run(["systemctl", verb] + units, timeout=START_SECONDS * 2)
         if answer.code or not _answers():
             journal = run(["journalctl", "--unit=docker.service", "--lines=12", "--no-pager", "--output=cat"])
-            self.module.fail_json(
-                msg=explain(
-                    "The Docker engine does not {}.".format(verb),
-                    where="docker.service",
-                    expected="`docker info` answers within {} s".format(START_SECONDS),
-                    found=last_lines(journal, 12),
-                    next_step="correct what the lines above name; /etc/docker/daemon.json.mixtral-run.bak is the file as it was",
-                )
-            )
+            self._fail_and_roll_back(verb, units, journal)
         self._forget_due()
+        _forget_refused()
         self._look_for_hook()
 
+    def _fail_and_roll_back(self, verb, units, journal):
+        """Take back the settings that were written since the engine last ran, start it again, and fail the module."""
+        refused = self._roll_back()
+        end = "nothing of the kit's was changed since it last ran"
+        step = "correct what the lines above name, then `sudo systemctl restart docker`"
+        if refused:
+            run(["systemctl", "reset-failed", "docker.service", "containerd.service"])
+            # An engine that refused a reload still runs; a restart could stop its containers.
+            again = "reload" if verb == "reload" and _is_active() else "restart"
+            runs = not run(["systemctl", again] + units, timeout=START_SECONDS * 2).code and _answers()
+            end = "the settings were taken back, and it runs again as before" if runs else (
+                "the settings were taken back, and it does not run with those from before either")  # fmt: skip
+            step = "correct what the lines above name, then run again; the refused settings are in " + ", ".join(
+                refused
+            )
+        self.module.fail_json(
+            msg=explain(
+                "The Docker engine does not {}; {}.".format(verb, end),
+                where="docker.service",
+                expected="`docker info` answers within {} s".format(START_SECONDS),
+                found=last_lines(journal, 12),
+                next_step=step,
+            )
+        )
+
+    def _roll_back(self):
+        """Restore the files as they were when the engine last ran. Return the files that keep the refused content."""
+        refused = []
+        settings = self.due_record.values.pop("rollback", None)
+        if settings is not None:
+            refused.append(_restore(settings["path"], settings["text"]))
+            self.due_record.values["sections"] = settings["sections"]
+            if not settings["sections"]:
+                self.due_record.values.pop("sections")
+                self.due_record.values.pop("created", None)
+                remove(settings["path"] + ".mixtral-run.bak")
+        for path, text in self.record.values.pop("rollback", {}).items():
+            refused.append(_restore(path, text, DROP_IN_MODE))
+            run(["systemctl", "daemon-reload"])
+        self.record.save()
+        self._forget_due()
+        return [path for path in refused if path]
+
     def _forget_due(self):
-        self.due_record.values.pop("due", None)
-        self.due_record.values.pop("keys", None)
+        for name in ("due", "keys", "rollback"):
+            self.due_record.values.pop(name, None)
         self.due_record.save()
+        if self.record.values.pop("rollback", None) is not None:
+            self.record.save()
+
+
+def _forget_refused():
+    for path in (DAEMON_JSON, DOCKER_DROP_IN, CONTAINERD_DROP_IN):
+        remove(path + REFUSED)
+
+
+def _restore(path, text, mode=0o644):
+    """Write the former text, or remove the file if there was none. Return where the present one is kept, if it differs."""
+    now, kept = read_text(path), ""
+    if now is not None and now != text:
+        kept = path + REFUSED
+        write_text(kept, now, mode=0o600)
+    if text is None:
+        remove(path)
+    else:
+        rewrite(path, text, mode)
+    return kept
 
 
 def _started_at():

@@ -27,7 +27,7 @@ options:
   peer_port: {description: Port of the other host's SSH server., type: int, default: 22}
   peer_user: {description: User that reads the model on the other host., type: str}
   peer_key: {description: Private key for the copy., type: str}
-  peer_fault: {description: Reason why the other host did not open its cache., type: str, default: ""}
+  peer_problem: {description: Reason why the other host did not open its cache., type: str, default: ""}
   peer_host_keys: {description: "SSH host keys of the other host.", type: list, elements: str, default: []}
   uid: {description: Owner of the files., type: int, required: true}
   gid: {description: Group of the files., type: int, required: true}
@@ -41,18 +41,19 @@ import os
 import re
 import tempfile
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, explain, write_text
-from ansible.module_utils.mixtral_run_host.hf_download import HubDownload
-from ansible.module_utils.mixtral_run_host.hf_peer import Peer
-from ansible.module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.files import Record, explain, write_text
+from ..module_utils.mixtral_run_host.hf_download import HubDownload
+from ..module_utils.mixtral_run_host.hf_peer import Peer
+from ..module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.start import run_module
 
 SPARE_GIB = 5
 
 
 def main():
-    module = AnsibleModule(
-        argument_spec={
+    run_module(
+        act,
+        {
             "host": {"type": "str", "required": True},
             "home": {"type": "path", "required": True},
             "model": {"type": "str", "required": True},
@@ -68,14 +69,16 @@ def main():
             "peer_port": {"type": "int", "default": 22},
             "peer_user": {"type": "str"},
             "peer_key": {"type": "str", "no_log": True},
-            "peer_fault": {"type": "str", "default": ""},
+            "peer_problem": {"type": "str", "default": ""},
             "peer_host_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "uid": {"type": "int", "required": True},
             "gid": {"type": "int", "required": True},
             "verify": {"type": "bool", "default": False},
         },
-        supports_check_mode=True,
     )
+
+
+def act(module):
     params = module.params
     record = Record("hf_models", check_mode=module.check_mode)
     cache = ModelCache(params["home"], params["model"], params["uid"], params["gid"])
@@ -83,9 +86,9 @@ def main():
     try:
         known = _recorded(record, name, cache, params)
         if known is None:
-            if params["peer_fault"]:
+            if params["peer_problem"]:
                 raise ModelError(
-                    "{}: {}".format(params["peer"], params["peer_fault"]),
+                    "{}: {}".format(params["peer"], params["peer_problem"]),
                     "hf_cache_peer names a host whose bootstrap has fetched the model",
                 )
             if params["peer"] and not params["peer_key"]:

@@ -9,7 +9,7 @@ short_description: Allow another host to read one model of this host's HF cache 
 description:
   - C(open) creates a key pair and adds the public key to the login user's authorized_keys. The key is restricted to a
     program that reads this one model, has no terminal and no forwarding, and expires by itself. Returns the private key
-    and the SSH host keys. A problem is returned as C(fault), because the answer is excluded from logs.
+    and the SSH host keys. A problem is returned as C(problem), because the answer is excluded from logs.
   - C(closed) removes the line and the program.
 options:
   state: {description: C(open) allows the reading. C(closed) ends it., type: str, choices: [open, closed], required: true}
@@ -30,8 +30,10 @@ import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import read_text, remove, write_text
+
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import read_text, remove, write_text
+from ..module_utils.mixtral_run_host.start import UMASK
 
 PROGRAMS = "/var/lib/mixtral-run/serve-model"
 
@@ -48,12 +50,13 @@ def main():
             "hours": {"type": "int", "default": 12},
         }
     )
+    os.umask(UMASK)
     params = module.params
     name = params["user"] or os.environ.get("SUDO_USER") or "root"
     try:
         user = pwd.getpwnam(name)
     except KeyError:
-        module.exit_json(fault="there is no user {}".format(name))
+        module.exit_json(problem="there is no user {}".format(name))
     mark = "mixtral-run-model-for-" + re.sub(r"[^\w.-]", "-", params["asker"])
     program = os.path.join(PROGRAMS, mark + ".py")
     authorized = os.path.join(user.pw_dir, ".ssh", "authorized_keys")
@@ -63,11 +66,11 @@ def main():
         module.exit_json(changed=True)
     folder = os.path.join(params["home"], "hub", "models--" + params["model"].replace("/", "--"))
     if not os.path.isdir(os.path.join(folder, "snapshots")):
-        module.exit_json(fault="it does not have {}: there is no {}/snapshots".format(params["model"], folder))
+        module.exit_json(problem="it does not have {}: there is no {}/snapshots".format(params["model"], folder))
     write_text(program, params["server"], mode=0o755)
     private, public = _key_pair(mark)
     if private is None:
-        module.exit_json(fault=public)
+        module.exit_json(problem=public)
     until = time.strftime("%Y%m%d%H%MZ", time.gmtime(time.time() + params["hours"] * 3600))
     command = "/usr/bin/env python3 {} {}".format(program, folder)
     _set_line(authorized, user, mark, 'restrict,expiry-time="{}",command="{}" {}\n'.format(until, command, public))

@@ -24,7 +24,8 @@ ansible_facts:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe
+
+from ..module_utils.mixtral_run_host import probe
 
 
 def main():

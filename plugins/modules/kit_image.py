@@ -26,10 +26,10 @@ import shutil
 import tarfile
 import tempfile
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe, shortfalls
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host import probe, shortfalls, space
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.start import run_module
 
 LABEL = "org.mixtral-run.inputs"
 VARIANTS = (("cu130", "580"), ("cu126", "525"))
@@ -57,7 +57,10 @@ def main():
         gid={"type": "int", "default": 1000},
         timeout_seconds={"type": "int", "default": 5400},
     )
-    module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
+    run_module(act, spec)
+
+
+def act(module):
     image = Image(module)
     if module.params["state"] == "absent":
         image.leave()
@@ -212,6 +215,7 @@ class Image:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if answer.code:
+            self._refuse_if_disk_is_full(answer)
             self._refuse(
                 "The image cannot be built", "docker build ends with 0", last_lines(answer, 15), _build_remedy(answer)
             )
@@ -226,6 +230,7 @@ class Image:
         if answer.code == 0 and source != self.name:
             answer = run(["docker", "tag", source, self.name])
         if answer.code:
+            self._refuse_if_disk_is_full(answer)
             self._refuse(
                 "The image cannot be had from " + self.params["source"], expected, last_lines(answer, 4), remedy
             )
@@ -301,6 +306,16 @@ class Image:
                 "The Docker engine does not answer", "a running engine", last_lines(answer, 2), "run the docker role"
             )
 
+    def _refuse_if_disk_is_full(self, answer):
+        if "no space left on device" not in (answer.out + answer.err).lower():
+            return
+        engine = probe.engine()
+        root = space.CONTAINERD_ROOT if engine["containerd_images"] else engine["root"] or space.DATA_ROOT
+        found = "{:g} GiB free under {}; {}".format(probe.disk(root)["free_gib"], root, last_lines(answer, 2))
+        self._refuse("The engine has no space for the image", "space for the image where the engine stores images", found,
+                     "`docker system df` and `docker image prune` on the host, or a larger disk: docker_data_root, "
+                     "docker_containerd_root")  # fmt: skip
+
     def _refuse(self, what, expected, found, next_step):
         where = "{}: image {}".format(self.params["host"], self.name)
         self.module.fail_json(msg=explain(what + ".", where=where, expected=expected, found=found, next_step=next_step))
@@ -318,7 +333,6 @@ def _build_remedy(answer):
             "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors",
         ),
         ("429", "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors"),
-        ("No space left", "free disk space, or move images with docker_data_root and docker_containerd_root"),
         (
             "No matching distribution",
             "the wheelhouse or index lacks what the line above names, or has it for another Python",

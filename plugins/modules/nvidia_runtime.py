@@ -24,10 +24,10 @@ options:
 import json
 import os
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe
-from ansible.module_utils.mixtral_run_host.commands import Result, last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host import gpu_driver, probe
+from ..module_utils.mixtral_run_host.commands import Result, last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "host": {"type": "str", "required": True},
@@ -51,7 +51,7 @@ print(count.value)
 
 
 def main():
-    act(AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True))
+    run_module(act, OPTIONS)
 
 
 def act(module):
@@ -161,10 +161,27 @@ def _prove(module, record, state):
     if answer.code or answer.out.strip() != str(len(state["gpus"])):
         found = "{} GPUs".format(answer.out.strip()) if not answer.code else last_lines(answer, 4)
         _refuse(module, "{} GPUs answer a CUDA call in a container, as on the host".format(len(state["gpus"])), found,
-                "error 802: fabric manager; error 999 or 'unknown error': restart Docker, see `mixtral-run explain`")  # fmt: skip
+                _remedy(answer))  # fmt: skip
     record.values["proved"] = inputs
     record.save()
     return "{} GPUs answer a CUDA call in a container".format(answer.out.strip()), True
+
+
+def _remedy(answer):
+    if answer.code:
+        return "error 802: fabric manager; error 999 or 'unknown error': restart Docker, see `mixtral-run explain`"
+    cut = [number for number, mode in enumerate(gpu_driver.modes().get("mig.mode.current", [])) if mode == "Enabled"]
+    if cut:
+        gpus = ",".join(str(number) for number in cut)
+        return (
+            "GPU {0} is in MIG mode, of which CUDA sees one instance: `sudo nvidia-smi -mig 0 -i {0}` when idle".format(
+                gpus
+            )
+        )
+    return (
+        "CUDA sees one instance of a GPU in MIG mode: look at `nvidia-smi -L` and `nvidia-smi mig -lgi`; else at "
+        "NVIDIA_VISIBLE_DEVICES and CUDA_VISIBLE_DEVICES of the image"
+    )
 
 
 def _refuse(module, expected, found, next_step):

@@ -19,7 +19,13 @@ options:
   gid: {description: Group., type: int, required: true}
   mode: {description: "Mode, octal.", type: str, default: "2775"}
   secret_path: {description: "File of mode 0640 for C(secret). Jobs run as the login user in this group.", type: path}
-  secret: {description: "Content of the file. If it is empty, an existing file stays.", type: str, default: ""}
+  secret:
+    description:
+      - Content of the file. If it is empty, an existing file stays. A byte order mark, blanks and quotes around it are
+        removed.
+      - The action plugin fills it from C(secret_file), a file on the operator's machine.
+    type: str
+    default: ""
   leftovers: {description: "Files and folders of the section that C(absent) removes.", type: list, elements: path, default: []}
   state: {description: C(absent) removes them., type: str, choices: [present, absent], default: present}
 """
@@ -29,28 +35,30 @@ import os
 import shutil
 import stat
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host.files import Record, explain, replace_in
-from ansible.module_utils.mixtral_run_host.folders import UnsafePath, open_file, open_folder
+from ..module_utils.mixtral_run_host.files import Record, explain, replace_in
+from ..module_utils.mixtral_run_host.folders import UnsafePath, naming, open_file, open_folder
+from ..module_utils.mixtral_run_host.start import run_module
+
+OPTIONS = {
+    "section": {"type": "str", "required": True},
+    "paths": {"type": "list", "elements": "path", "required": True},
+    "uid": {"type": "int", "required": True},
+    "gid": {"type": "int", "required": True},
+    "mode": {"type": "str", "default": "2775"},
+    "secret_path": {"type": "path"},
+    "secret": {"type": "str", "default": "", "no_log": True},
+    "leftovers": {"type": "list", "elements": "path", "default": []},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+}
 
 SECRET_MODE = 0o640
 
 
 def main():
-    module = AnsibleModule(
-        argument_spec={
-            "section": {"type": "str", "required": True},
-            "paths": {"type": "list", "elements": "path", "required": True},
-            "uid": {"type": "int", "required": True},
-            "gid": {"type": "int", "required": True},
-            "mode": {"type": "str", "default": "2775"},
-            "secret_path": {"type": "path"},
-            "secret": {"type": "str", "default": "", "no_log": True},
-            "leftovers": {"type": "list", "elements": "path", "default": []},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        supports_check_mode=True,
-    )
+    run_module(act, OPTIONS)
+
+
+def act(module):
     record = Record("folders", check_mode=module.check_mode)
     try:
         done = _present(module, record) if module.params["state"] == "present" else _absent(module, record)
@@ -91,8 +99,9 @@ def _present(module, record):
                     if path not in mine["folders"]:
                         theirs.setdefault(path, [now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)])
                         record.save()
-                    os.fchown(folder, params["uid"], params["gid"])
-                    os.fchmod(folder, mode)  # after fchown, which clears the set-group-id bit
+                    with naming(path):
+                        os.fchown(folder, params["uid"], params["gid"])
+                        os.fchmod(folder, mode)  # after fchown, which clears the set-group-id bit
         finally:
             os.close(folder)
     done += _secret(module, record, mine)
@@ -101,15 +110,36 @@ def _present(module, record):
 
 def _secret(module, record, mine):
     params = module.params
-    path, text = params["secret_path"], params["secret"].strip()
+    path, text = params["secret_path"], _plain_secret(module)
     if not path or not text or _is_written(path, text + "\n", (SECRET_MODE, params["uid"], params["gid"])):
         return []
     if not module.check_mode:
         mine["secret"] = path
         record.save()
-        with _folder_of(path, make=True) as folder:
+        with naming(path), _folder_of(path, make=True) as folder:
             replace_in(folder, os.path.basename(path), text + "\n", SECRET_MODE, (params["uid"], params["gid"]))
     return ["wrote " + path]
+
+
+def _plain_secret(module):
+    """Return the secret without what editors and shells add: byte order mark, blanks, ends of lines and quotes.
+
+    Fail if more than one word is left, or a character that no HTTP header can hold. The message does not show it.
+    """
+    text = module.params["secret"].replace("\ufeff", "").strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    if not all("!" <= letter <= "~" and letter not in "\"'=" for letter in text):
+        module.fail_json(
+            msg=explain(
+                "The token cannot be used; nothing of it was written.",
+                where=module.params["secret_path"],
+                expected="one word of letters and digits, such as hf_...",
+                found="blanks, quotes, an equals sign, or characters that are not ASCII",
+                next_step="write the token alone into the file that hf_cache_token_file or --hf-token-file names",
+            )
+        )
+    return text
 
 
 def _is_written(path, text, wanted):

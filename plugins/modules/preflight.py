@@ -26,11 +26,35 @@ options:
     type: list
     elements: path
     default: []
+  folders:
+    description: Folders that need other space. The keys are data_root, containerd_root, hf_cache, swap and tmp.
+    type: dict
+    required: true
+  space:
+    description: Space for image, hf_cache and tmp, in GiB.
+    type: dict
+    default: {}
+  image:
+    description: Name of the image. A host that has it needs no space for it.
+    type: str
+    required: true
+  docker_version:
+    description: Version of docker-ce that will be installed, if it is pinned.
+    type: str
+    default: ""
+  login_output:
+    description: What the start-up files of the login user print for a command.
+    type: str
+    default: ""
   own_folders:
     description: Folders of the kit. Their contents count as free space, because the space is meant for them.
     type: list
     elements: path
     default: []
+  engine:
+    description: "Settings of the engine to come: settings, defaults, needed and conflicting, as in M(engine_conflicts)."
+    type: dict
+    default: {}
   mirrors:
     description: URLs that must answer. C({id}), C({codename}) and C({arch}) are filled in from the host.
     type: list
@@ -58,7 +82,9 @@ from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener, proxy_bypass_environment
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import apt_sources, probe, shortfalls
+
+from ..module_utils.mixtral_run_host import apt_sources, engine_unit, probe, shortfalls, space
+from ..module_utils.mixtral_run_host.files import Record
 
 
 def main():
@@ -68,7 +94,13 @@ def main():
             "limits": {"type": "dict", "required": True},
             "levels": {"type": "dict", "default": {}},
             "disks": {"type": "list", "elements": "path", "default": []},
+            "folders": {"type": "dict", "required": True},
+            "space": {"type": "dict", "default": {}},
+            "image": {"type": "str", "required": True},
+            "docker_version": {"type": "str", "default": ""},
+            "login_output": {"type": "str", "default": ""},
             "own_folders": {"type": "list", "elements": "path", "default": []},
+            "engine": {"type": "dict", "default": {}},
             "mirrors": {"type": "list", "elements": "str", "default": []},
             "proxy": {"type": "str"},
             "no_proxy": {"type": "str", "default": ""},
@@ -77,6 +109,7 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
+    params["limits"] = shortfalls.with_numbers(params["limits"])
     wrong = [
         "{}: {}".format(name, level)
         for name, level in params["levels"].items()
@@ -91,20 +124,37 @@ def main():
     release, arch = probe.os_release(), probe.architecture()
     params["mirrors"] = [apt_sources.expand(url, release, arch).replace("$(ARCH)", arch) for url in params["mirrors"]]
     state = probe.machine(params["disks"])
-    for each in state["disks"]:
-        if each["free_gib"] < params["limits"]["free_gib"]:
-            each["held_gib"] = probe.held_gib(each["path"], params["own_folders"])
+    state["space"] = _space(params, state["memory"]["ram_gib"])
+    state["printed_at_login"] = params["login_output"].strip()
+    state["engine_conflicts"] = _engine_conflicts(params["engine"])
     state.update(_network(params))
     found = shortfalls.collect(state, params["limits"], params["levels"])
     failures = [item for item in found if item.level == "fail"]
     for item in found:
         if item.level == "warn":
-            module.warn("{}: {}: expected {}; found {}".format(params["host"], item.check, item.expected, item.found))
+            words = "{}: {}: expected {}; found {}; next: {}"
+            module.warn(words.format(params["host"], item.check, item.expected, item.found, item.remedy))
     listed = [item._asdict() for item in found]
     facts = {"mixtral_run": state}
     if failures:
         module.fail_json(msg=shortfalls.render(params["host"], failures), shortfalls=listed, ansible_facts=facts)
     module.exit_json(changed=False, shortfalls=listed, ansible_facts=facts)
+
+
+def _space(params, ram_gib):
+    """Return the needs and the free space of each filesystem that the kit will write to."""
+    folders, limits = params["folders"], params["limits"]
+    swap_gib = space.swap_growth(folders["swap"], shortfalls.planned_swap(ram_gib, limits))
+    wanted = {name: float(gib) for name, gib in params["space"].items()}
+    image = space.image_place(params["image"], params["docker_version"])
+    checkpoints = params["disks"], float(limits["free_gib"])
+    return space.by_filesystem(space.needs(folders, wanted, checkpoints, swap_gib, image), params["own_folders"])
+
+
+def _engine_conflicts(settings):
+    given = {"settings": {}, "defaults": {}, "needed": {}, "conflicting": [], "path": "/etc/docker/daemon.json"}
+    owned = Record("daemon_json").values.get("sections", {}).get("docker", [])
+    return engine_unit.conflicts(dict(given, **settings), owned)[0]
 
 
 def _network(params):
@@ -134,16 +184,16 @@ def _ask(url, proxy, timeout):
     opener = build_opener(ProxyHandler({"http": proxy, "https": proxy} if proxy else {}))
     try:
         with opener.open(Request(url, method="HEAD", headers={"User-Agent": "mixtral-run"}), timeout=timeout) as answer:
-            told = answer.headers.get("Date")
+            reported = answer.headers.get("Date")
     except HTTPError as error:
         # The mirror answers: a folder that may not be listed (403, 404) can still serve its files.
         if error.code >= 500:
             return "HTTP {}".format(error.code), None
-        told = error.headers.get("Date")
+        reported = error.headers.get("Date")
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error)), None
     try:
-        return None, time.time() - parsedate_to_datetime(told).timestamp()
+        return None, time.time() - parsedate_to_datetime(reported).timestamp()
     except (TypeError, ValueError):
         return None, None
 

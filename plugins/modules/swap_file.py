@@ -20,10 +20,19 @@ options:
 import math
 import os
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.mixtral_run_host import probe
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host import probe
+from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
+from ..module_utils.mixtral_run_host.start import run_module
+
+OPTIONS = {
+    "host": {"type": "str", "required": True},
+    "path": {"type": "path", "required": True},
+    "size_gib": {"type": "float", "default": -1},
+    "target_gib": {"type": "float", "default": 128},
+    "swappiness": {"type": "int", "default": -1},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+}
 
 FSTAB = "/etc/fstab"
 SYSCTL = "/etc/sysctl.d/60-mixtral-run.conf"
@@ -36,17 +45,10 @@ MIB = 2**20
 
 
 def main():
-    module = AnsibleModule(
-        argument_spec={
-            "host": {"type": "str", "required": True},
-            "path": {"type": "path", "required": True},
-            "size_gib": {"type": "float", "default": -1},
-            "target_gib": {"type": "float", "default": 128},
-            "swappiness": {"type": "int", "default": -1},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        supports_check_mode=True,
-    )
+    run_module(act, OPTIONS)
+
+
+def act(module):
     swap = Swap(module)
     present = module.params["state"] == "present"
     swap.size(_wanted_mib(module.params) if present else 0)
@@ -206,7 +208,7 @@ class Swap:
             lines.append("{} none swap sw 0 0".format(path))
         after = "".join(line + "\n" for line in lines)
         if after != text and sorted(after.split()) != sorted(text.split()):
-            self._do("fstab: {}{}".format("" if wanted else "no ", path), lambda: write_text(FSTAB, after))
+            self._do("fstab: {}{}".format("" if wanted else "no ", path), lambda: rewrite(FSTAB, after))
 
     def _is_swap(self):
         with open(self.path, "rb") as file:

@@ -1,4 +1,4 @@
-"""What workers under torchrun have in common: OUT.json TPxEP:WORD:WORD …, each case in its layout."""
+"""Command line that the workers under torchrun share: OUT.json TPxEP:WORD:WORD …, each case in its layout."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ NEW = 24
 
 
 def run(mesh: Mesh, precision: str, which: str) -> list[list[float]]:
-    """Of each pass the largest difference of the two ways' logits, and the largest logit."""
+    """Return for each pass the largest difference between the logits of the two ways, and the largest logit."""
     model = small_model(mesh, "none", precision, sequence_parallel=False, adapted=which == "adapted").eval()
     for name, weight in model.named_parameters():
         if is_adapter(name):  # whose second halves begin with zeros
@@ -38,8 +38,8 @@ def run(mesh: Mesh, precision: str, which: str) -> list[list[float]]:
                 assert passes.is_captured
             passes.end()
         found.append(logits.float())
-    grown, recorded = found
-    return torch.stack(((grown - recorded).abs().amax((1, 2)), grown.abs().amax((1, 2))), dim=1).tolist()
+    grown, captured = found
+    return torch.stack(((grown - captured).abs().amax((1, 2)), grown.abs().amax((1, 2))), dim=1).tolist()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the guide's run is asked for."""
+"""Options of the guide's run."""
 
 from __future__ import annotations
 

@@ -47,9 +47,9 @@ from tests.gpu.guide_options import default_layouts, expected_rate, name_of, par
 from tests.gpu.guide_steps import MISTRAL_FINETUNE, ROOT, WANTED_GIB, Step, reached, run, table, training_figures
 
 GUIDES_LAYOUT = (2, 4)
-"""Of the conversion, however many GPUs there are: a checkpoint loads in any other."""
+"""Layout of the conversion for any number of GPUs. The checkpoint loads in every other layout."""
 FEWEST_ITERATIONS = 4
-"""Of real data's: with fewer the median says little."""
+"""Least number of iterations on real data. The median of fewer means little."""
 FOLDER = "mixtral-guide-run"
 
 
@@ -208,7 +208,7 @@ class GuideRun:
             raise SystemExit("Without a model there is nothing to run.")
 
     def measured_tflops(self) -> list[float]:
-        """Of an 8,192³ bf16 product on all GPUs at once, each GPU's."""
+        """Return the speed of an 8,192³ bf16 product on all GPUs at once, for each GPU."""
         started = [
             subprocess.Popen(
                 [sys.executable, str(ROOT / "benchmarks/lora.py"), "--child", "matmul", "--sizes", "1x1"],
@@ -336,7 +336,7 @@ class GuideRun:
         return [*words, "--nproc-per-node", str(self.count), "--device", "cuda" if self.gpus else "cpu"]
 
     def fits(self, precision: str) -> bool:
-        """Whether the real data's run fits into these GPUs in every layout, by the plan."""
+        """Return True if by the plan the run on real data fits into these GPUs in every layout."""
         if not self.gpus:
             return True
         seq, most = self.options.real_seq_length, USABLE * self.gpus[0][1]

@@ -20,13 +20,13 @@ from benchmarks.process_memory import FamilyMemory
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LINES = 30
 SAVE_SECONDS = 45
-"""How long a step that ran out of time may take to save what it has."""
+"""Seconds that a step whose time is up may take to save its state."""
 
 GUIDES_GPUS = 8
 MISTRAL_FINETUNE = 2966
 """Tokens a second and GPU of mistral-finetune on 8 H100, by its README."""
 WANTED_GIB = {"TP2/EP4": 27.0, "TP1/EP8": 18.0}
-"""Of a GPU, of 8, with mock data as the guide has it; by nvidia-smi."""
+"""Memory of one of 8 GPUs with mock data, as the guide gives it; by nvidia-smi."""
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _copied(process: subprocess.Popen[str], output: IO[str], started: float) -> 
 
 
 def _waited(process: subprocess.Popen[str], limit_seconds: float) -> bool:
-    """Whether it ended by itself in time; it has ended in any case, and all that it started."""
+    """Return True if the process ended by itself in time. In any case it and all its children have ended."""
     import psutil
 
     try:
@@ -145,7 +145,7 @@ def end_family(process: Any) -> None:
 
 
 def training_figures(folder: Path) -> dict[str, Any]:
-    """What a run's own files say, also of one that was cut off: its summary, or else its iterations so far."""
+    """Return the summary of a run, or the iterations so far of one that was cut off."""
     figures: dict[str, Any] = {}
     lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
     if lines:
@@ -166,7 +166,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
 
 
 def reached(step: Step, num_gpus: int) -> dict[str, bool]:
-    """Whether a step on the full model came to what is wanted; memory of training only where the guide's GPUs are."""
+    """Return the targets of a step on the full model, True where met. Memory counts on the GPUs of the guide only."""
     if step.name == "convert":
         gpu: float = step.figures["gpu_gib_taken"]
         return {"time": step.seconds < 100, "RAM": step.peak_resident_gb < 4, "GPU": gpu < 0.1}

@@ -100,7 +100,7 @@ def check(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
         assert worst <= near, f"{name}, {what}: {worst} further than it may be"
 
 
-def recorded(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable[[Numbers], list[Tensor]]:
+def captured(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable[[Numbers], list[Tensor]]:
     held = tuple(each.clone() for each in given)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -122,7 +122,7 @@ def recorded(run: Callable[[Numbers], list[Tensor]], given: Numbers) -> Callable
 def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     size = dist.get_world_size()
-    with open_mesh(LaunchConfig(expert_model_parallel_size=size, device="cuda")) as mesh:
+    with open_mesh(LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=size, device="cuda")) as mesh:
         exchange = open_symmetric_memory(mesh, ARCHITECTURE, MOST, torch.bfloat16)
         assert exchange is not None, "these GPUs do not read from each other"
         capacity = RowCapacity(mesh.device)
@@ -132,7 +132,7 @@ def main() -> None:
                 check(
                     f"{tokens} {routing}", by_symmetric_memory(exchange, capacity, given), by_collectives(mesh, given)
                 )
-        replay = recorded(lambda given: by_symmetric_memory(exchange, capacity, given), numbers(MOST, "random", 0))
+        replay = captured(lambda given: by_symmetric_memory(exchange, capacity, given), numbers(MOST, "random", 0))
         many = [numbers(MOST, "random", seed) for seed in range(ROUNDS)]
         # Replays follow each other without a wait, so that processes run ahead of each other.
         results = [[each.clone() for each in replay(given)] for given in many]

@@ -17,7 +17,7 @@ def test_this_machines_gpus_are_measured_and_accepted(tmp_path: Path) -> None:
     assert {"matrix_tflops", "host_to_device_gb_per_second", "all_reduce_gb_per_second"} <= set(report.figures)
 
 
-def test_too_few_gpus_are_told(tmp_path: Path) -> None:
+def test_too_few_gpus_are_reported(tmp_path: Path) -> None:
     report = measure(tmp_path, Floors(num_gpus=torch.cuda.device_count() + 1), size_mib=1)
     assert not report.accepted
     assert [problem.split(":")[0] for problem in report.problems] == ["num_gpus"]

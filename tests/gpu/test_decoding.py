@@ -15,7 +15,7 @@ SEVERAL = {2: ["1x2:bf16:adapted", "1x2:bf16:base", "2x1:bf16:adapted", "2x2:bf1
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_recorded_passes_give_the_logits_of_those_that_are_launched(count: int, tmp_path: Path) -> None:
+def test_captured_passes_give_the_logits_of_those_that_are_launched(count: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs")
     out = tmp_path / "out.json"

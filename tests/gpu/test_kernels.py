@@ -56,7 +56,7 @@ def test_permute(hidden: int) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
-def test_a_recorded_step_is_the_eager_step() -> None:
+def test_a_captured_step_is_the_eager_step() -> None:
     architecture = dataclasses.replace(
         MIXTRAL_8X7B,
         num_layers=2,
@@ -70,7 +70,7 @@ def test_a_recorded_step_is_the_eager_step() -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     losses: list[list[float]] = []
     with open_mesh(config) as mesh:
-        for recorded in (False, True):
+        for captured in (False, True):
             lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
             model = build_model(architecture, ModelSettings(torch.bfloat16, True, lora), mesh).train()
             generator = torch.Generator("cuda").manual_seed(3)
@@ -81,22 +81,22 @@ def test_a_recorded_step_is_the_eager_step() -> None:
             assert execution_of(model, 256).captured
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
-            backward = CapturedBackward(model) if recorded else None
+            backward = CapturedBackward(model) if captured else None
             losses.append([train_step(model, optimizer, next(stream), 1.0, backward).loss for _ in range(6)])
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert abs(losses[0][0] - losses[0][-1]) > 0.01
 
 
 @pytest.mark.parametrize("base_precision", ["bf16", "fp8"])
-def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_precision: str) -> None:
+def test_selective_recomputation_captured_or_not_is_near_a_step_without(base_precision: str) -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
     with open_mesh(config) as mesh:
-        for recompute, recorded in (("none", False), ("selective", False), ("selective", True)):
+        for recompute, captured in (("none", False), ("selective", False), ("selective", True)):
             model = small_model(mesh, recompute, base_precision)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
-            backward = CapturedBackward(model) if recorded else None
+            backward = CapturedBackward(model) if captured else None
             steps.append([train_step(model, optimizer, next(stream), 1.0, backward) for _ in range(6)])
     without, eager, again = steps
     assert again == eager
@@ -107,7 +107,7 @@ def test_selective_recomputation_recorded_or_not_is_near_a_step_without(base_pre
     assert abs(without[0].loss - without[-1].loss) > 0.01
 
 
-def test_a_recorded_step_of_packed_rows_is_the_eager_one() -> None:
+def test_a_captured_step_of_packed_rows_is_the_eager_one() -> None:
     """Rows of few samples and of many, each micro batch other ones; two of them in each step."""
     rows = [(128,), (40, 1, 60, 27), (5,) * 25 + (3,), (100, 28), (64, 64), (17, 50, 61), (1, 127), (90, 30, 8)]
     most = PackedSizes(max(map(len, rows)), max(map(max, rows)))
@@ -122,11 +122,11 @@ def test_a_recorded_step_of_packed_rows_is_the_eager_one() -> None:
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     steps: list[list[StepResult]] = []
     with open_mesh(config) as mesh:
-        for recorded in (False, True):
+        for captured in (False, True):
             model = small_model(mesh, "none", "bf16")
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=True)
-            with backward_of(model, 2 * SEQ_LENGTH, captured=recorded, most=most) as backward:
-                assert isinstance(backward, CapturedBackward) == recorded
+            with backward_of(model, 2 * SEQ_LENGTH, captured=captured, most=most) as backward:
+                assert isinstance(backward, CapturedBackward) == captured
                 steps.append([train_step(model, optimizer, parts[step % 2], 1.0, backward) for step in range(6)])
     eager, replayed = steps
     assert replayed[0].loss == pytest.approx(eager[0].loss, rel=1e-6)

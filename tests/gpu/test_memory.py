@@ -1,4 +1,4 @@
-"""What a GPU says of its memory, and the plan beside what a step really takes."""
+"""GPU memory as reported, and the plan next to the memory that a step really takes."""
 
 import argparse
 from collections.abc import Iterator

@@ -56,7 +56,7 @@ def inventory_file(docker_engine: None, tmp_path_factory: pytest.TempPathFactory
                 f"{NAME} is not ready: 5 shortfalls.",
                 "expected 8 GPUs; found 4 GPUs",
                 "expected NVIDIA driver 525 or newer; found driver 470.82.01",
-                "expected 90000 GiB free under /srv/checkpoints",
+                "90000 GiB for checkpoints under /srv/checkpoints",
                 f"expected {NOWHERE} answers",
                 "no time service has synchronized it",
             ],
@@ -82,3 +82,40 @@ def test_it_is_refused_in_words(inventory_file: Path, tags: str, variables: dict
     assert not missing, f"{missing} not in:\n{done.stdout}"
     assert f"{NAME} : " in output and "failed=1" in output
     assert host.shell(FILES) == before
+
+
+SUDO = "printf 'Defaults requiretty\\nops ALL=(ALL) NOPASSWD: ALL\\n' >/etc/sudoers.d/ops-tty"
+PRINTING = 'sed -i \'1i echo \\x27{"greeting": "welcome"}\\x27\' ~ops/.bashrc'
+UNDO = "rm -f /etc/sudoers.d/ops-tty; sed -i /greeting/d ~ops/.bashrc"
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (SUDO, ["sudo: sorry, you must have a tty to run sudo", "sudo visudo"]),
+        (PRINTING, ['{"greeting": "welcome"}', "~/.bashrc", "next:"]),
+    ],
+    ids=["sudo asks for a terminal", "a start-up file prints JSON"],
+)
+def test_what_a_host_says_instead_of_a_result_is_shown(
+    inventory_file: Path, tmp_path: Path, state: str, expected: list
+) -> None:
+    host = hosts.find(NAME)
+    host.shell(f"touch ~ops/.bashrc; {state}")
+    argv = [
+        str(Path(sys.executable).parent / "mixtral-run"),
+        "bootstrap",
+        "-i",
+        str(inventory_file),
+        "--tags",
+        "preflight",
+    ]
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "NO_COLOR": "1"}
+    try:
+        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        host.shell(UNDO)
+    output = done.stdout + done.stderr
+    assert done.returncode == 3, output
+    missing = [words for words in expected if words not in output]
+    assert not missing and "deserialization failed" not in output.partition("host  ")[2], output

@@ -212,7 +212,7 @@ def test_an_inventory_may_compute_its_hosts_from_the_environment(
         assert not file.is_file() or "it is a secret" not in file.read_text(errors="replace"), file
 
 
-def test_a_template_that_has_no_value_is_told_with_host_and_variable(tmp_path: Path, home: Path) -> None:
+def test_a_template_that_has_no_value_is_reported_with_host_and_variable(tmp_path: Path, home: Path) -> None:
     inventory = tmp_path / "hosts.yml"
     inventory.write_text("all: {hosts: {rack-1: {ansible_port: '{{ nowhere }}'}, rack-2: {}}}\n")
     with pytest.raises(ConfigError, match=r"rack-1: ansible_port: .*'nowhere' is undefined"):
@@ -280,7 +280,7 @@ def test_the_token_is_in_no_argument_artifact_or_log(
         ({"accept_new_host_key": ("gpu-99",)}, "--accept-new-host-key"),
     ],
 )
-def test_problems_are_told_before_anything_starts(run: Run, settings: dict[str, Any], word: str) -> None:
+def test_problems_are_reported_before_anything_starts(run: Run, settings: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         run("gpu-01", **settings)
     assert remembered_hosts() == ()
@@ -306,7 +306,7 @@ def test_fifty_hosts_are_shown_and_read_within_two_minutes(light_hosts: HostMake
     statuses = read_fleet(remembered_hosts())
     assert time.monotonic() - began < 120
     assert all(status.reachable and status.error is None for status in statuses)
-    differing = [status.name for status in statuses if any("driver" in told for told in status.differences)]
+    differing = [status.name for status in statuses if any("driver" in reported for reported in status.differences)]
     assert differing == [f"127.0.0.1:{hosts[7].port}"]
     assert sum(status.num_gpus for status in statuses) == 400
 

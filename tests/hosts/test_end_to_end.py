@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pexpect
@@ -28,7 +28,9 @@ from mixtral_run.fleet.testhosts.shell import call
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from tests.hosts.conftest import seen_arguments
+from tests.hosts.snapshot import difference, snapshot
 from tests.support.hub_server import COMMIT, NAME, serving
+from tests.support.killed import killed_after
 
 # The first test includes the time to build the image and to start both hosts.
 pytestmark = pytest.mark.timeout(1800)
@@ -37,6 +39,9 @@ NAMES = ("fleet-one", "fleet-two")
 IMAGE = "mixtral-run:local"
 CHECKPOINTS, MODELS = "/srv/checkpoints", "/srv/models"
 TOKEN = "hf_endToEndTokenThatMustNotLeak"
+POINTS = (6.0, 11.0)
+"""Seconds after which a bootstrap is killed: in an early role, and on a host that is set up in part. The long form has
+random points: benchmarks/killed_bootstrap.py."""
 SETTINGS = ("-e", "@variables.json", "--hf-token-file", "token")
 JOB = ("--checkpoints-folder", CHECKPOINTS, "--shm-size", "1g", "--ulimit", "none")
 LAYOUT = (
@@ -55,7 +60,10 @@ class Operator:
     def call(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run mixtral-run and check its exit code."""
         argv = [sys.executable, "-m", "mixtral_run", *words]
-        done = subprocess.run(argv, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            argv, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
         assert done.returncode == code, (done.stdout + done.stderr)[-6000:]
         return done
 
@@ -64,12 +72,25 @@ class Operator:
         done = self.call(*words, code=code)
         return done.stdout + done.stderr
 
+    def kill(self, seconds: float, *words: str) -> None:
+        """Run mixtral-run and kill it, with all that it started on this machine, after some seconds."""
+        argv = [sys.executable, "-m", "mixtral_run", *words]
+        assert killed_after(seconds, argv, self.folder, self.environment)
+
 
 @dataclass
 class Fleet:
     """Current throw-away hosts by name."""
 
-    hosts: dict[str, targets.Host]
+    hosts: dict[str, targets.Host] = field(default_factory=dict)
+    bare: dict[str, set[str]] = field(default_factory=dict)
+    """Packages and files of the second host before anything was done to it."""
+
+    def install(self, name: str) -> None:
+        """Install a host anew. Its disk holds the base image of builds, so that no registry is needed."""
+        self.hosts[name] = targets.reimage(name, disk=with_images("bookworm"))
+        if name == NAMES[1]:
+            self.bare[name] = snapshot(self.hosts[name])
 
     def target(self, name: str) -> str:
         return f"{targets.USER}@127.0.0.1:{self.hosts[name].port}"
@@ -102,16 +123,13 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     agent.wait()
 
 
-def bare_host(name: str) -> targets.Host:
-    """Start a freshly installed host. Its disk holds the base image of builds, so that no registry is needed."""
-    return targets.reimage(name, disk=with_images("bookworm"))
-
-
 @pytest.fixture(scope="module")
 def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
     fill_wheelhouse()
     image_archive()
-    fleet = Fleet({name: bare_host(name) for name in NAMES})
+    fleet = Fleet()
+    for name in NAMES:
+        fleet.install(name)
     settings = {
         **variables(), "preflight_num_gpus": 0,
         # The second host's port changes when it is reimaged.
@@ -325,9 +343,11 @@ def test_after_a_reimage_one_host_changes_and_the_other_does_not(
     ):
         assert word in page.read_text()
     # The host has the same name, a new key, an empty disk, and a new port, which the engine assigns to each container.
-    fleet.hosts[second] = bare_host(second)
+    fleet.install(second)
     moved = fleet.target(second)
     words = ("bootstrap", fleet.target(first), moved, *SETTINGS)
+    for point in POINTS:
+        operator.kill(point, "bootstrap", moved, *SETTINGS)
     changed = changed_hosts(operator.run(*words))
     assert changed[fleet.target(first).split("@")[1]] == 0
     assert changed[moved.split("@")[1]] > 0
@@ -335,6 +355,22 @@ def test_after_a_reimage_one_host_changes_and_the_other_does_not(
     assert [status["reimaged"] for status in statuses] == [False, False]
     assert [bool(status["image"]) for status in statuses] == [True, True]
     assert [bool(status["set_up"]) for status in statuses] == [True, True]
+
+
+def test_teardown_leaves_the_host_as_it_was(operator: Operator, fleet: Fleet, bootstrapped: dict[str, int]) -> None:
+    host, target = fleet.hosts[NAMES[1]], fleet.target(NAMES[1])
+    assert changed_hosts(operator.run("bootstrap", target, *SETTINGS)) == {target.split("@")[1]: 0}
+    words = ("teardown", target, "-e", "@variables.json")
+    host.run("docker", "run", "--detach", "--name", "job", "--label", "org.mixtral-run.job=job",
+             "--label", "org.mixtral-run.verb=finetune", "--entrypoint", "sleep", IMAGE, "1000000")  # fmt: skip
+    assert "job (finetune) is running" in operator.run(*words, "--yes", code=3)
+    host.run("docker", "rm", "--force", "job")
+    assert "--yes" in operator.run(*words, code=2)
+    assert difference(fleet.bare[NAMES[1]], snapshot(host))  # the comparison sees what bootstrap has added
+    told = json.loads(operator.call(*words, "--yes", "--json").stdout)
+    assert told["hosts"][0]["result"] == "done" and told["hosts"][0]["removed"]
+    assert difference(fleet.bare[NAMES[1]], snapshot(host)) == []
+    assert json.loads(operator.call(*words, "--yes", "--json").stdout)["hosts"][0]["removed"] == []
 
 
 def test_a_password_puts_the_key_there_once(operator: Operator, fleet: Fleet) -> None:

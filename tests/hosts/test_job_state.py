@@ -46,9 +46,9 @@ def test_an_engine_that_does_not_answer_is_not_one_without_jobs(light_hosts: Hos
     rows, errors = list_jobs([parse_host(host.target)])
     assert rows == []
     assert words in str(errors[0])
-    told = CliRunner().invoke(fleet_jobs.jobs, [host.target])
-    assert "No jobs" not in told.output
-    assert isinstance(told.exception, HostError)
+    reported = CliRunner().invoke(fleet_jobs.jobs, [host.target])
+    assert "No jobs" not in reported.output
+    assert isinstance(reported.exception, HostError)
 
 
 def test_a_host_without_jobs_has_none(light_hosts: HostMaker) -> None:
@@ -145,7 +145,7 @@ def test_the_two_outputs_of_a_job_stay_apart(light_hosts: HostMaker, follow: lis
     assert sorted(merged.stdout.splitlines()) == sorted(done.stdout.splitlines() + done.stderr.splitlines())
 
 
-def test_a_user_whose_sudo_asks_for_a_password_is_told_how_to_reach_the_engine(light_hosts: HostMaker) -> None:
+def test_a_user_whose_sudo_asks_for_a_password_is_reported_how_to_reach_the_engine(light_hosts: HostMaker) -> None:
     (host,) = light_hosts(1)
     StandInEngine(host).fail("permission denied while trying to connect to the docker API at unix:///run/docker.sock")
     host.program("sudo", "#!/bin/sh\necho 'sudo: a password is required' >&2; exit 1\n")

@@ -95,7 +95,7 @@ def test_stop_waits_for_the_save(options: JobOptions) -> None:
     assert saved.read_text() == "stopped"
 
 
-def test_a_failure_is_told_with_its_class_cause_and_command(options: JobOptions) -> None:
+def test_a_failure_is_reported_with_its_class_cause_and_command(options: JobOptions) -> None:
     job = start("finetune", finetune(seed=666), options)
     with pytest.raises(TrainingError) as caught:
         follow(job)
@@ -155,7 +155,7 @@ def test_jobs_are_found_from_any_machine_and_logs_shown(
         find_job("nothing-like-it", job.hosts)
 
 
-def test_what_a_host_lacks_is_told_before_anything_starts(options: JobOptions, light_hosts: HostMaker) -> None:
+def test_what_a_host_lacks_is_reported_before_anything_starts(options: JobOptions, light_hosts: HostMaker) -> None:
     import dataclasses
 
     with pytest.raises(HostError, match="--tags image"):

@@ -65,7 +65,7 @@ def test_cancelling_takes_less_than_a_second(light_hosts: HostMaker, tmp_path: P
     assert end.status == "canceled"
 
 
-def test_a_problem_before_the_first_host_is_told(light_hosts: HostMaker, tmp_path: Path) -> None:
+def test_a_problem_before_the_first_host_is_reported(light_hosts: HostMaker, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yml"
     broken.write_text("- hosts: all\n  tasks:\n    - no_such_module_anywhere:\n")
     hosts = tuple(parse_host(host.target) for host in light_hosts(1))

@@ -41,7 +41,7 @@ def test_a_dropped_connection_is_tried_again(light_hosts: HostMaker, tmp_path: P
     assert (tmp_path / "tries").read_text() == "\n\n\n"
 
 
-def test_one_that_is_always_dropped_is_told(light_hosts: HostMaker, tmp_path: Path) -> None:
+def test_one_that_is_always_dropped_is_reported(light_hosts: HostMaker, tmp_path: Path) -> None:
     (made,) = light_hosts(1)
     (status,) = read_fleet([dropping(made, 99, tmp_path)])
     assert not status.reachable

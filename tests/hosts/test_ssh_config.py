@@ -123,7 +123,7 @@ def test_hosts_behind_a_jump_host_are_reached(
     assert not status.reachable
 
 
-def test_a_jump_host_with_a_new_key_is_told_from_the_host_behind_it(
+def test_a_jump_host_with_a_new_key_is_reported_from_the_host_behind_it(
     run: Run, light_hosts: HostMaker, home: Path, key: Path, tmp_path: Path
 ) -> None:
     jump, host = light_hosts(2)
@@ -153,9 +153,9 @@ def test_a_jump_host_with_a_new_key_is_told_from_the_host_behind_it(
         assert f"expected: the key in {known}, line 1" in " ".join(text.split())
     (status,) = status_of_all()
     assert status.error is not None and f"jump host {name}" in status.error
-    told = re.search(r"if it was reimaged: (ssh-keygen .*?), then ssh gpu-01", " ".join(text.split()))
-    assert told is not None
-    subprocess.run(shlex.split(told.group(1)), check=True)
+    reported = re.search(r"if it was reimaged: (ssh-keygen .*?), then ssh gpu-01", " ".join(text.split()))
+    assert reported is not None
+    subprocess.run(shlex.split(reported.group(1)), check=True)
     trust_jump_host()
     end, _ = run("gpu-01", accept_new_host_key=("gpu-01",))
     assert not end.progress.bad

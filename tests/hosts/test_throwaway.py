@@ -65,15 +65,15 @@ def test_interrupted_it_leaves_nothing(
     monkeypatch.setenv("MIXTRAL_RUN_TEST_CACHE", str(CACHE))
     process = subprocess.Popen(REHEARSE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout
-    told = ""
-    while "Connecting to" not in told:
-        told += (line := process.stdout.readline())
-        assert line, told
+    reported = ""
+    while "Connecting to" not in reported:
+        reported += (line := process.stdout.readline())
+        assert line, reported
     assert left_of(NAME) >= {container_name(NAME), CONTAINER}
     while process.poll() is None:  # repeated signals change nothing
         process.send_signal(how)
         time.sleep(0.5)
-    assert process.returncode == 130, told + process.stdout.read()
+    assert process.returncode == 130, reported + process.stdout.read()
     assert not left_of(NAME)
 
 

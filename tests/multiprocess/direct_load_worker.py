@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.load_model import load_for_inference
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct_load
 from mixtral_run.weights.manifest.describe import describe_base
 from tests.multiprocess.layouts_worker import config_of, train
@@ -40,7 +40,7 @@ def counted_reads() -> Iterator[list[int]]:
 
 
 def own_bytes(parameters: dict[str, torch.Tensor], item_size: int, tp: int) -> int:
-    """What the parameters are in the HF files; of linear_proj, whose columns are split, rows are read whole."""
+    """Return the parameters as the HF files have them. Rows of linear_proj, whose columns are split, are read whole."""
     return sum(
         parameter.numel() * item_size * (tp if "linear_proj" in name else 1) for name, parameter in parameters.items()
     )

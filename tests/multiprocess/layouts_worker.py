@@ -36,7 +36,7 @@ ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
 
 
 class UnevenSamples(MockSamples):
-    """Of each row another number of tokens counts: a mean of the ranks' own means is not the mean over all tokens."""
+    """Return batches whose rows have different numbers of loss tokens: a mean of the ranks' means would be wrong."""
 
     def num_loss_tokens(self, index: int) -> int:
         return 1 + index * 5 % self.seq_length
@@ -148,13 +148,13 @@ def pretrain(config: FinetuneConfig, mesh: Mesh, *, within: bool) -> list[tuple[
 
 @torch.inference_mode()
 def apart_where_all_have_room(model: MixtralModel) -> float:
-    """How far logits are from those of rows sent one by one, with the same tokens in all processes, as in generate."""
+    """Return the largest difference from the logits of rows sent one by one, with the same tokens in all processes."""
     tokens = torch.tensor(ROWS[:1], device=model.mesh.device)
     expected = model.logits(tokens)
     dispatcher = all_gather(model.mesh, model.architecture.num_experts, unlimited=True)
     # What would be too little is not asked for.
-    with patch.object(capacity, "SPARE", 0.5), model.dispatching(dispatcher):
-        return float((model.logits(tokens) - expected).abs().max())
+    with patch.object(capacity, "SPARE", 0.5):
+        return float((model.logits(tokens, dispatcher=dispatcher) - expected).abs().max())
 
 
 def frozen(model: MixtralModel) -> dict[str, torch.Tensor]:

@@ -47,21 +47,21 @@ def test_the_bench_of_conversion_measures_every_way_it_is_asked_for(tmp_path: Pa
     sizes = ("--layers", "1", "--hidden-size", "512", "--ffn-hidden-size", "256", "--vocab-size", "1024")
     ways = ("copy", "stream", "read", "direct")
     words = (*sizes, "--rounds", "1", "--ways", *ways, "--folder", tmp_path / "disk", "--ram-folder", tmp_path / "ram")
-    told = told_by("convert", *words)
+    reported = output_of("convert", *words)
     for place in ("disk", "ram"):
-        assert set(told[place]) == set(ways)
-        assert all(each["gb_s"] > 0 and each["peak_anonymous_mb"] > 0 for each in told[place].values())
-        assert told[place]["direct"]["first_iteration_seconds"] > 0
+        assert set(reported[place]) == set(ways)
+        assert all(each["gb_s"] > 0 and each["peak_anonymous_mb"] > 0 for each in reported[place].values())
+        assert reported[place]["direct"]["first_iteration_seconds"] > 0
     assert not any(any((tmp_path / place).iterdir()) for place in ("disk", "ram"))
 
 
-def test_the_bench_of_starts_reads_less_where_experts_are_kept(tmp_path: Path) -> None:
+def test_the_bench_of_starts_reads_less_from_the_quantized_cache(tmp_path: Path) -> None:
     sizes = ("--layers", "2", "--hidden-size", "512", "--ffn-hidden-size", "1024", "--vocab-size", "1024")
-    told = told_by("kept_start", *sizes, "--rounds", "1", "--folder", tmp_path)
-    assert len(told) == 2 * 2 * 3
+    reported = output_of("quantized_start", *sizes, "--rounds", "1", "--folder", tmp_path)
+    assert len(reported) == 2 * 2 * 3
     for base in ("checkpoint", "hf"):
         for precision, least in (("fp8", 1.6), ("nf4", 2.5)):
-            quantized, kept, taken = (told[f"{base} {precision} {way}"] for way in ("quantised", "kept", "taken"))
+            quantized, kept, taken = (reported[f"{base} {precision} {way}"] for way in ("quantised", "kept", "taken"))
             assert quantized["gb_read"] > least * taken["gb_read"] > 0
             assert kept["gb_written"] > quantized["gb_written"]
     assert not any(tmp_path.iterdir())
@@ -69,13 +69,17 @@ def test_the_bench_of_starts_reads_less_where_experts_are_kept(tmp_path: Path) -
 
 def test_the_bench_of_saving_measures_both_ways(tmp_path: Path) -> None:
     sizes = ("--layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "512")
-    told = told_by("adapter_save", *sizes, "--rounds", "2", "--folder", tmp_path)
+    reported = output_of("adapter_save", *sizes, "--rounds", "2", "--folder", tmp_path)
     for way in ("megatron", "kit"):
-        assert len(told[f"{way}_seconds"]) == 2 and min(told[f"{way}_seconds"]) > 0 and told[f"{way}_peak_gb"] > 0
+        assert (
+            len(reported[f"{way}_seconds"]) == 2
+            and min(reported[f"{way}_seconds"]) > 0
+            and reported[f"{way}_peak_gb"] > 0
+        )
     assert not any(tmp_path.iterdir())
 
 
-def told_by(bench: str, *words: object) -> dict[str, Any]:
+def output_of(bench: str, *words: object) -> dict[str, Any]:
     """The JSON object that a bench ends with."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{bench}", *map(str, words)],
@@ -85,5 +89,5 @@ def told_by(bench: str, *words: object) -> dict[str, Any]:
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    reported: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return reported

@@ -19,7 +19,7 @@ from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.conftest import environment_of
 from tests.multiprocess.test_convert import convert_quietly
-from tests.multiprocess.test_convert_faults import content, refused
+from tests.multiprocess.test_convert_errors import content, refused
 from tests.support import warm
 from tests.support.tiny import write_tiny
 
@@ -193,9 +193,9 @@ def test_a_torn_end_of_the_journal_is_left_out(
             convert_quietly(tiny, output, 2, 4)
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:10]) + torn)
-    told = io.StringIO()
-    convert(ConvertConfig(hf_model_path=str(tiny), output_path=output), Report(told))
-    assert "continuing after" in told.getvalue()
+    reported = io.StringIO()
+    convert(ConvertConfig(hf_model_path=str(tiny), output_path=output), Report(reported))
+    assert "continuing after" in reported.getvalue()
     convert_quietly(tiny, tmp_path / "whole", 2, 4)
     assert content(output) == content(tmp_path / "whole")
 

@@ -13,7 +13,7 @@ import pytest
 from mixtral_run.weights.convert.copy import _Worker
 from mixtral_run.weights.io.interrupts import SAME_SECONDS
 from tests.multiprocess.test_convert import convert_quietly
-from tests.multiprocess.test_convert_faults import content
+from tests.multiprocess.test_convert_errors import content
 from tests.support.tiny import write_tiny
 
 NUM_QUICK = 32

@@ -17,7 +17,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.hf.fingerprint import fingerprint, fingerprint_of_checksums
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load import read_parts as direct
 from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
 from mixtral_run.weights.manifest.describe import describe_base
@@ -68,7 +68,7 @@ from pathlib import Path
 import torch
 from mixtral_run.weights.load import read_parts as direct
 from mixtral_run.weights.mapping import hf_to_megatron as mapping
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 
 hf, dtype, workers = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
 weights = open_hf_weights(hf)
@@ -143,7 +143,7 @@ def test_slices_of_all_ranks_are_the_chunks(tmp_path: Path, monkeypatch: pytest.
     assert fingerprint_of_checksums(weights.architecture, weights.dtype, checksums) == fingerprint(weights)
 
 
-def test_ranks_that_read_other_bytes_are_told(tmp_path: Path) -> None:
+def test_ranks_that_read_other_bytes_are_reported(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf")
     weights = open_hf_weights(tmp_path / "hf")
     shape = (weights.architecture.vocab_size, weights.architecture.hidden_size)
@@ -243,7 +243,7 @@ def bad_hf_directories(tmp_path: Path) -> dict[str, Path]:
     return made
 
 
-def test_a_bad_hf_directory_is_told_as_convert_tells_it(tmp_path: Path) -> None:
+def test_a_bad_hf_directory_is_reported_as_convert_reports_it(tmp_path: Path) -> None:
     from mixtral_run.config.weights import ConvertConfig
     from mixtral_run.weights.convert.to_megatron import convert
 
@@ -281,10 +281,10 @@ def test_verify_of_an_hf_directory(small_hf_model: Path, small_checkpoint: Path,
         *("--logits-file", str(tmp_path / "logits.json")),
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["kind"], told["ok"]) == ("hf", True)
-    assert told["record"]["fingerprint"] == read_values(small_checkpoint)["fingerprint"]
-    assert told["num_parameters"] == MixtralArchitecture.from_hf_directory(small_hf_model).num_parameters
+    reported = json.loads(done.stdout)
+    assert (reported["kind"], reported["ok"]) == ("hf", True)
+    assert reported["record"]["fingerprint"] == read_values(small_checkpoint)["fingerprint"]
+    assert reported["num_parameters"] == MixtralArchitecture.from_hf_directory(small_hf_model).num_parameters
     assert json.loads((tmp_path / "logits.json").read_text())["largest_difference"] <= 1e-5
     write_tiny(tmp_path / "other")
     done = mixtral_run("verify", "--load", str(small_hf_model), "--against", str(tmp_path / "other"))

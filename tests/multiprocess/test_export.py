@@ -289,13 +289,13 @@ def test_verify_describes_an_adapter_and_knows_its_base(base: Path, tmp_path: Pa
     write_adapter(base, tmp_path / "adapter", ALL)
     done = run_cli("verify", "--load", tmp_path / "adapter", "--json", "--against", base / "hf")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["kind"], told["iteration"], told["ok"]) == ("adapter", 10, True)
-    assert told["num_tensors"] == 8  # optimizer state is no part of it
-    assert told["num_parameters"] == sum(
+    reported = json.loads(done.stdout)
+    assert (reported["kind"], reported["iteration"], reported["ok"]) == ("adapter", 10, True)
+    assert reported["num_tensors"] == 8  # optimizer state is no part of it
+    assert reported["num_parameters"] == sum(
         torch.Size(shape).numel() for pair in adapter_shapes(tiny_architecture(base)).values() for shape in pair
     )
-    assert told["record"]["lora"]["lora_rank"] == RANK
+    assert reported["record"]["lora"]["lora_rank"] == RANK
     write_tiny(tmp_path / "other", seed=4)
     refusal = run_cli("verify", "--load", tmp_path / "adapter", "--against", tmp_path / "other")
     assert refusal.returncode == CheckFailed.exit_code

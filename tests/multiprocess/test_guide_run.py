@@ -130,7 +130,7 @@ while True:
     assert ends(int(pid.read_text()))
 
 
-def test_the_iterations_of_a_run_that_was_cut_off_are_told(tmp_path: Path) -> None:
+def test_the_iterations_of_a_run_that_was_cut_off_are_reported(tmp_path: Path) -> None:
     lines = [
         {"loss": 7.0 - number, "seconds": seconds, "tokens_per_second_per_process": 100 / seconds}
         | {"tflops_per_process": 1 / seconds, "peak_memory_gib": 2.0 + number}
@@ -144,7 +144,7 @@ def test_the_iterations_of_a_run_that_was_cut_off_are_told(tmp_path: Path) -> No
     assert training_figures(tmp_path / "nothing") == {}
 
 
-def test_too_small_a_folder_is_told_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_a_folder_is_reported_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = SimpleNamespace(total=137e9, used=0, free=137e9)
     monkeypatch.setattr("tests.gpu.guide_run.shutil.disk_usage", lambda _: room)
     guide = GuideRun(parsed(["--device", "cpu", "--ram-folder", str(tmp_path)], None))
@@ -181,7 +181,7 @@ def test_what_was_wanted_is_judged() -> None:
     assert "not run" in shown[2] and "no checkpoint of convert" in shown[2]
 
 
-def test_the_memory_of_gpus_is_the_most_that_nvidia_smi_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_gpus_is_the_highest_value_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(
         '#!/bin/sh\ncase "$*" in *loop-ms*) for used in 512 3072 1024; do echo "0, $used"; echo "1, 256"; done; '

@@ -7,6 +7,7 @@ nothing was (`test_the_payload_runs_without_restrictions`).
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -55,8 +56,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(made: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy to damage, whose adapter has no checksums: whoever poisons a file can also remove or correct them."""
     shutil.copytree(made, tmp_path / "own")
+    for manifest in (tmp_path / "own" / "adapter").glob("iter_*/mixtral_run.json"):
+        values = json.loads(manifest.read_text())
+        for name in ("crc32", "files"):
+            values.pop(name, None)
+        manifest.write_text(json.dumps(values))
     return tmp_path / "own"
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mixtral_run import __version__
 from mixtral_run.errors import ConfigError, WeightsError
@@ -19,6 +21,7 @@ from mixtral_run.report import Progress, Report
 from mixtral_run.weights.hf import hub as source
 from tests.multiprocess.test_convert import run_cli
 from tests.support.hub_server import NAME, Hub, client_environment, serving
+from tests.support.model_cases import change_config
 from tests.support.tiny import write_tiny
 
 
@@ -87,6 +90,31 @@ def test_of_another_model_only_its_config_is_downloaded(tmp_path: Path, hub: Hub
     assert hub.sent == ["config.json"]
 
 
+def test_a_quantized_model_is_refused_by_its_config_before_anything_else_is_downloaded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    change_config(hub.folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    for file in hub.folder.glob("model*"):
+        # Such repositories have names of their own for the weights.
+        file.rename(hub.folder / f"gptq_{file.name}")
+    done = convert_from(hub, tmp_path)
+    assert done.returncode == WeightsError.exit_code
+    assert "quantized with GPTQ, 4 bit" in done.stderr and "ownload" not in done.stderr
+    assert hub.sent == ["config.json"]
+
+
+def test_weights_in_the_pickled_format_are_downloaded_where_there_are_no_others(hub: Hub, tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in hub.folder.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (hub.folder / "model.safetensors.index.json").unlink()
+    torch.save(tensors, hub.folder / "pytorch_model.bin")
+    done = convert_from(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pytorch_model.bin" in hub.sent and "read from pytorch_model.bin" in done.stdout + done.stderr
+
+
 def test_neither_a_directory_nor_a_name(tmp_path: Path, hub: Hub) -> None:
     done = convert_from(hub, tmp_path, name="./no/such/folder")
     assert done.returncode == WeightsError.exit_code
@@ -135,7 +163,7 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     blobs = tmp_path / "models--mistralai--Tiny-Mixtral" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "earlier").write_bytes(b"x" * 2**20)
-    told: list[int] = []
+    reported: list[int] = []
     seen = threading.Event()
 
     class Counting(Report):
@@ -143,8 +171,8 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
             class Count(Progress):
                 def advance(self, amount: int) -> None:
-                    told.append(amount)
-                    if sum(told) >= total:
+                    reported.append(amount)
+                    if sum(reported) >= total:
                         seen.set()
 
             yield Count()
@@ -153,4 +181,4 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (blobs / "now.incomplete").write_bytes(b"x" * 2**19)
         (blobs / "whole").write_bytes(b"x" * 2**19)
         assert seen.wait(30)
-    assert sum(told) == 2**20
+    assert sum(reported) == 2**20

@@ -78,9 +78,9 @@ def test_verify_takes_a_name_on_both_sides(hub: Hub, call: Call, small_checkpoin
     assert compared.returncode == 0, compared.stderr
     assert json.loads(compared.stdout)["comparison"]["differences"] == []
     assert "logits against HF" in compared.stderr
-    told = call("verify", "--load", NAME, "--json")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["kind"] == "hf"
+    reported = call("verify", "--load", NAME, "--json")
+    assert reported.returncode == 0, reported.stderr
+    assert json.loads(reported.stdout)["kind"] == "hf"
     assert shards(hub) == sorted(file.name for file in hub.folder.glob("*.safetensors"))
 
 
@@ -91,10 +91,10 @@ def test_another_model_is_not_downloaded_to_be_compared(
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
     load = small_checkpoint if against == "checkpoint" else small_hf_model
-    told = call("verify", "--load", load, "--against", NAME, "--device", "cpu", "--json")
-    assert told.returncode == CheckFailed.exit_code, told.stderr
-    assert json.loads(told.stdout)["ok"] is False
-    assert "rotary_base: the checkpoint has" in told.stderr and "the HF model 12345.0" in told.stderr
+    reported = call("verify", "--load", load, "--against", NAME, "--device", "cpu", "--json")
+    assert reported.returncode == CheckFailed.exit_code, reported.stderr
+    assert json.loads(reported.stdout)["ok"] is False
+    assert "rotary_base: the checkpoint has" in reported.stderr and "the HF model 12345.0" in reported.stderr
     assert shards(hub) == []
 
 
@@ -104,9 +104,9 @@ def test_a_folder_that_was_moved_aside_is_no_name_on_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / ".base.replaced").mkdir(parents=True)
-    told = call(*verb, "runs/base", PYTHONPATH=str(Path(__file__).parents[2]))
-    assert told.returncode == WeightsError.exit_code, told.stderr
-    assert "mv runs/.base.replaced runs/base" in told.stderr
+    reported = call(*verb, "runs/base", PYTHONPATH=str(Path(__file__).parents[2]))
+    assert reported.returncode == WeightsError.exit_code, reported.stderr
+    assert "mv runs/.base.replaced runs/base" in reported.stderr
     assert hub.tokens == set()
 
 

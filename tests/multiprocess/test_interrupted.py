@@ -25,8 +25,8 @@ cli.main()
 def test_said_again_while_the_process_ends_it_changes_nothing(number: int, pause: float) -> None:
     process = subprocess.Popen([sys.executable, "-c", ENDING], stderr=subprocess.PIPE, text=True)
     assert process.stderr
-    told = process.stderr.readline()
+    reported = process.stderr.readline()
     while process.poll() is None:
         process.send_signal(number)
         time.sleep(pause)
-    assert (told + process.stderr.read(), process.returncode) == ("Interrupted.\n", 130)
+    assert (reported + process.stderr.read(), process.returncode) == ("Interrupted.\n", 130)

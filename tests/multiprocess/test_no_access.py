@@ -1,4 +1,4 @@
-"""Files and folders that this user may not read or write: told in words, by exit code, before any work."""
+"""Files and folders that this user may not read or write: reported in words, with the exit code, before any work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, small_hf_model: Path, small_checkpoint: Path) -> Iter
 
 
 @pytest.mark.parametrize(
-    ("words", "exit_code", "told"),
+    ("words", "exit_code", "reported"),
     [
         (("convert", "--hf-model-path", "closed", "--output-path", "o"), 5, ["closed/config.json", "ls -ld closed"]),
         (("convert", "--hf-model-path", "closed/x", "--output-path", "o"), 5, ["where:    closed/x", "ls -ld closed"]),
@@ -53,12 +53,12 @@ def folder(tmp_path: Path, small_hf_model: Path, small_checkpoint: Path) -> Iter
         (("finetune", "--load", "base", "--save", "closed/a", *LAYOUT), 2, ["--save closed/a: "]),
     ],
 )  # fmt: skip
-def test_it_is_told(folder: Path, words: tuple[str, ...], exit_code: int, told: list[str]) -> None:
+def test_it_is_reported(folder: Path, words: tuple[str, ...], exit_code: int, reported: list[str]) -> None:
     before = sorted(folder.iterdir())
     argv = [*AS_USER, sys.executable, "-m", "mixtral_run", *words]
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == exit_code, done.stderr
-    for piece in told:
+    for piece in reported:
         assert piece in done.stderr
     assert "Traceback" not in done.stderr
     assert "Copy" not in done.stdout

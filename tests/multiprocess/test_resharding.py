@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load import read_parts
 from mixtral_run.weights.load.read_parts import Target
 from mixtral_run.weights.load.reshard import fill
@@ -33,7 +33,7 @@ FC1_KEY = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 
 
 def parts_of(hf: Path, tp: int, ep: int, dtype: torch.dtype) -> list[Target]:
-    """What all ranks of a layout hold, not filled."""
+    """Return the tensors of all ranks of a layout, not filled."""
     units = hf_to_megatron.units(open_hf_weights(hf).architecture, tp, ep)
     chunks = [chunk for unit in units for chunk in unit.chunks]
     return [Target(c.key, c.offset, c.shape, torch.full(c.shape, float("nan"), dtype=dtype)) for c in chunks]
@@ -184,7 +184,7 @@ def test_a_part_that_reaches_beyond_the_stored_tensor(hf: Path, tmp_path: Path) 
     assert not target.data[4:].any()
 
 
-def test_all_tensors_that_the_checkpoint_lacks_are_told(hf: Path, tmp_path: Path) -> None:
+def test_all_tensors_that_the_checkpoint_lacks_are_reported(hf: Path, tmp_path: Path) -> None:
     convert_quietly(hf, tmp_path / "base", 2, 4)
     targets = [
         Target("decoder.layers.mlp.shared_experts.weight", (0, 0), (2, 2), torch.zeros(2, 2)),
@@ -235,7 +235,7 @@ def test_a_file_that_is_short_or_missing_is_named(hf: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_what_one_rank_finds_damaged_all_are_told(hf: Path, tmp_path: Path, precision: str) -> None:
+def test_damage_found_by_one_rank_is_reported_by_all(hf: Path, tmp_path: Path, precision: str) -> None:
     """The head of a chunk that the second of two ranks alone reads."""
     convert_quietly(hf, tmp_path / "base", 2, 4)
     item = item_at(tmp_path / "base" / "iter_0000001", FC1_KEY, (1, 7, 0, 0))
@@ -255,7 +255,7 @@ import torch
 from mixtral_run.weights.mapping import hf_to_megatron as mapping
 from mixtral_run.weights.load.reshard import fill
 from mixtral_run.weights.load.read_parts import Target
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 architecture, dtype = open_hf_weights(Path(sys.argv[1])).architecture, getattr(torch, sys.argv[3])

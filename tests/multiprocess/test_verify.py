@@ -90,9 +90,9 @@ def test_a_flipped_bit_is_found_and_named_with_exit_code_4(converted: Path, tmp_
     name = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
     assert name in done.stderr
     assert file in done.stderr
-    told = json.loads(done.stdout)
-    assert told["ok"] is False
-    assert told["comparison"]["differences"] == [
+    reported = json.loads(done.stdout)
+    assert reported["ok"] is False
+    assert reported["comparison"]["differences"] == [
         {
             "tensor": name,
             "key": hf_to_megatron.LINEAR_FC1_KEY,
@@ -155,7 +155,7 @@ def test_a_proof_of_an_earlier_version_names_no_files(converted: Path) -> None:
     assert verify(VerifyConfig(load=converted, proof=True), Report.silent()).problems == ()
 
 
-def test_damaged_metadata_is_told_whatever_the_byte(converted: Path) -> None:
+def test_damaged_metadata_is_reported_whatever_the_byte(converted: Path) -> None:
     path = converted / "iter_0000001" / ".metadata"
     whole = path.read_bytes()
     for place in range(0, len(whole), max(1, len(whole) // 400)):
@@ -180,7 +180,7 @@ def test_another_hf_model_differs_in_its_tensors(converted: Path, tmp_path: Path
         result.check()
 
 
-def test_another_size_or_dtype_is_told_in_words(converted: Path, tmp_path: Path) -> None:
+def test_another_size_or_dtype_is_reported_in_words(converted: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path / "wide", dtype=torch.bfloat16, intermediate_size=128)
     assert "ffn_hidden_size: the checkpoint has 96, the HF model 128" in verified(converted, tmp_path / "wide").problems
     write_tiny(tmp_path / "fp32")
@@ -245,10 +245,10 @@ def test_whatever_comes_out_is_one_json_object(
     damage(converted)
     done = run_cli("verify", "--load", converted, *flags, "--json")
     assert done.returncode == exit_code, done.stderr
-    told = json.loads(done.stdout)
-    assert told["ok"] is False
-    assert told["error"]["exit_code"] == exit_code
-    assert said in json.dumps(told["error"])
+    reported = json.loads(done.stdout)
+    assert reported["ok"] is False
+    assert reported["error"]["exit_code"] == exit_code
+    assert said in json.dumps(reported["error"])
     assert said in done.stderr
 
 
@@ -257,7 +257,7 @@ def test_logits_that_differ_are_not_ok_in_json(small_checkpoint: Path, small_hf_
     words = ("--load", small_checkpoint, "--against", small_hf_model, "--device", "cpu", "--logits-tolerance", "1e-30")
     done = run_cli("verify", *words, "--json")
     assert done.returncode == CheckFailed.exit_code, done.stderr
-    told = json.loads(done.stdout)
-    assert told["comparison"]["differences"] == []
-    assert told["ok"] is False
-    assert "does not compute the logits of HF" in told["error"]["what"]
+    reported = json.loads(done.stdout)
+    assert reported["comparison"]["differences"] == []
+    assert reported["ok"] is False
+    assert "does not compute the logits of HF" in reported["error"]["what"]

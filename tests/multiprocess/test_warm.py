@@ -101,7 +101,7 @@ def test_a_module_is_main_and_what_it_starts_is_its_own(tmp_path: Path, monkeypa
     assert ends[0].stdout.startswith("once\n[(0, '__mp_main__', 'yes',")
 
 
-def test_how_it_ends_is_told() -> None:
+def test_how_it_ends_is_reported() -> None:
     killed = forked(["-c", "import os; os.kill(os.getpid(), 9)"], environment_of())
     assert killed.returncode == -signal.SIGKILL
     raised = forked(["-c", "import atexit; atexit.register(print, 'at exit'); raise ValueError(3)"], environment_of())

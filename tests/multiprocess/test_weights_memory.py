@@ -1,4 +1,4 @@
-"""What passes through memory while weights are converted, checked and brought back does not grow with the model."""
+"""The memory of conversion, verification and conversion back does not grow with the model."""
 
 from __future__ import annotations
 

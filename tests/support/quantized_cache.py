@@ -18,7 +18,7 @@ from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.quantized_experts import CacheOptions
-from mixtral_run.weights.hf.safetensors_files import open_hf_weights
+from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.mapping.hf_to_megatron import LINEAR_FC1_KEY, LINEAR_FC2_KEY
@@ -27,7 +27,7 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 RECORD = "mixtral_run.json"
 
 KEPT_NUMBERS = {"fp8": (1, (2956774260, 624785096)), "nf4": (1, (1562107598, 4143949998))}
-"""What quantizing `weight_to_keep` has to give on every device: the version, CRC-32 of values and scales."""
+"""Expected result of quantizing `weight_to_keep` on every device: the version, CRC-32 of values and scales."""
 
 
 def weight_to_keep() -> torch.Tensor:

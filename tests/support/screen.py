@@ -24,7 +24,7 @@ class Screen:
     scrolled: list[str] = field(default_factory=list)
     """The lines that have left at the top."""
     scrolled_while_moving: int = 0
-    """How many of them while the cursor was hidden, as it is while something moves."""
+    """Number of them while the cursor was hidden, as it is while something moves."""
     cursor_shown: bool = True
     frames: list[list[str]] = field(default_factory=list)
     """The lines that were there whenever the cursor was shown again."""

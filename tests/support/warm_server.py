@@ -31,7 +31,7 @@ from typing import Any
 
 MAX_REQUEST_BYTES = 2**20
 IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.launcher.api", "torch.utils.tensorboard")
-"""What the processes of the product import late. Nothing of this reads HF_… variables."""
+"""Modules that the processes of the product import late. None of them reads HF_… variables."""
 EVERYTHING_IGNORED = ("ignore", None, Warning, None, 0)
 
 

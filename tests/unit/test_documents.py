@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -37,6 +38,11 @@ PATH = re.compile(
 FUNCTION = re.compile(r"(mixtral_run/[\w/]+\.py):([A-Za-z_]\w*(?:\.\w+)?)")
 # Files that a run, a user or a placeholder names.
 ELSEWHERE = re.compile(r"NAME|inventory/hosts\.yml")
+
+
+def test_the_lists_of_tasks_are_current() -> None:
+    scope = runpy.run_path(str(ROOT / "docs/make_task_lists.py"))
+    assert text_of("docs/tasks.md") == scope["page"](), "run python docs/make_task_lists.py"
 
 
 def text_of(document: str) -> str:
@@ -95,14 +101,19 @@ def test_a_command_with_an_unknown_flag_is_found() -> None:
 
 
 FOREIGN_FLAGS = {
+    "--list-tasks",
+    "--start-at-task",
     "--extra-index-url",
     "--index-url",
     "--max-lora-rank",
     "--layers",
     "--hidden-size",
     "--ffn-hidden-size",
+    "--learning-rate",
+    "--output-dir",
+    "--per-device-train-batch-size",
 }
-"""Flags of pip, vLLM and the benchmarks."""
+"""Flags of pip, vLLM, Ansible, the benchmarks and other trainers."""
 
 
 @pytest.mark.parametrize("document", NAMED)
@@ -116,7 +127,8 @@ def test_flags_exist(document: str) -> None:
         assert command_of_verb is not None
         options += command_of_verb.params
     known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)} | {"--help", "--version"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= known | FOREIGN_FLAGS
+    mentioned = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)}
+    assert mentioned <= known | FOREIGN_FLAGS
 
 
 @pytest.mark.parametrize("command", commands("python -m"))

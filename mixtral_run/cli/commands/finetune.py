@@ -7,8 +7,9 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.launch.processes import is_worker
+from mixtral_run.launch.processes import is_worker, rank
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.report import Report
 from mixtral_run.train.data.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import FINETUNE
 
@@ -16,7 +17,7 @@ from mixtral_run.train.jobs import FINETUNE
 @click.command(
     cls=VerbCommand,
     examples=(
-        "finetune --load mixtral --data-path my.jsonl --save adapter --layout auto",
+        "finetune --load mixtral --data-path my.jsonl --save adapter",
         "finetune --on gpu-01 --load mixtral --data-path my.jsonl --save adapter --base-precision fp8",
     ),
 )
@@ -31,6 +32,11 @@ def finetune(config: FinetuneConfig) -> None:
     FINETUNE.import_ahead()
 
     from mixtral_run.planner.choose import settled
-    from mixtral_run.train.preflight import check_training, with_base_here
+    from mixtral_run.train.init_adapter import with_adapter_settings
+    from mixtral_run.train.preflight import RunCompleteError, check_training, with_base_here
 
-    run_job(FINETUNE, settled(with_base_here(config)), check_training)
+    try:
+        run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)
+    except RunCompleteError as complete:
+        if rank() == 0:
+            Report().done(complete.what)

@@ -21,9 +21,14 @@ from mixtral_run.train.jobs import GENERATE
 @config_options(GenerateConfig)
 def generate(config: GenerateConfig) -> None:
     """Continue prompts with a base model, with or without an adapter."""
-    # The fork server imports while this process imports torch.
+    from mixtral_run.planner.available import ask_ahead
+
+    # Both start processes that work while this one imports torch.
+    if not config.has_layout:
+        ask_ahead(config)
     GENERATE.import_ahead()
 
+    from mixtral_run.planner.choose import settled
     from mixtral_run.train.preflight import check_inference, with_base_here
 
-    run_job(GENERATE, with_base_here(config), lambda settled, _: check_inference(settled))
+    run_job(GENERATE, settled(with_base_here(config)), lambda checked, _: check_inference(checked))

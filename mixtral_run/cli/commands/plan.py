@@ -12,7 +12,7 @@ from mixtral_run.config.plan import PlanConfig
 @click.command(
     cls=VerbCommand,
     examples=(
-        "plan --gpus 8 --gpu-memory 80 --seq-length 4096",
+        "plan --gpus 8 --gpu h100 --seq-length 4096",
         "plan --gpus 1 --gpu-memory 40 --base-precision nf4 --all",
     ),
 )

@@ -23,10 +23,15 @@ from mixtral_run.train.jobs import PRETRAIN
 @config_options(PretrainConfig)
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
+    from mixtral_run.planner.available import ask_ahead
+
     config = with_stdin_copied(config, is_worker=is_worker())
-    # The fork server imports while this process imports torch.
+    # Both start processes that work while this one imports torch.
+    if not config.has_layout:
+        ask_ahead(config)
     PRETRAIN.import_ahead()
 
+    from mixtral_run.planner.choose import settled
     from mixtral_run.train.preflight import check_training, with_base_here
 
-    run_job(PRETRAIN, with_base_here(config), check_training)
+    run_job(PRETRAIN, settled(with_base_here(config)), check_training)

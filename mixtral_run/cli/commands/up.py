@@ -21,7 +21,7 @@ _secret = partial(click.option, cls=Option, section="Login and secrets")
 @click.command(
     cls=VerbCommand,
     examples=(
-        "up ubuntu@gpu-01 --data-path my.jsonl --layout auto",
+        "up ubuntu@gpu-01 --data-path my.jsonl",
         "up gpu-01 --data-path my.jsonl --base-precision fp8 --hf-token-file token.txt --output-path my-adapter",
     ),
 )
@@ -42,7 +42,7 @@ def up(host: str, extra_vars: tuple[str, ...], hf_token_file: Path | None, ask_b
     from mixtral_run.fleet.up import up as job
 
     given = take_host_options(flags)
-    config = merged_config(UpConfig, flags.pop("config"), flags)
+    config = merged_config(UpConfig, flags.pop("config"), flags, on_hosts=True)
     password = str(click.prompt("sudo password", hide_input=True, err=True)) if ask_become_pass else None
     request = BootstrapRequest(
         hosts=(host,),

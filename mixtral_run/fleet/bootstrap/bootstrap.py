@@ -6,10 +6,12 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import quote
 
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
 from mixtral_run.fleet.bootstrap.progress import FleetProgress
@@ -18,10 +20,12 @@ from mixtral_run.fleet.explain.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
+from mixtral_run.fleet.secrets import token_problem
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
 from mixtral_run.fleet.ssh.problems import connection_error
 from mixtral_run.fleet.state import read_json, state_folder, write_json
+from mixtral_run.run_lock import all_of
 
 CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
@@ -114,6 +118,30 @@ def bootstrap(
     request = _with_own_inventory(request)
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     accepted = _accepted(request, hosts)
+    with _one_bootstrap(request, hosts):
+        return _set_up(request, hosts, accepted, stream, starter, began)
+
+
+@contextmanager
+def _one_bootstrap(request: BootstrapRequest, hosts: tuple[Host, ...]) -> Iterator[None]:
+    """Hold a lock of each host on this machine, unless nothing is changed. Raises ConfigError with all holders."""
+    if request.check:
+        yield
+        return
+    folder = state_folder("locks")
+    locks = [(host.name, folder / f"{quote(host.inventory_name, safe='')}.lock") for host in hosts]
+    with all_of(locks, "mixtral-run bootstrap", "Another bootstrap sets up some of these hosts."):
+        yield
+
+
+def _set_up(
+    request: BootstrapRequest,
+    hosts: tuple[Host, ...],
+    accepted: tuple[Host, ...],
+    stream: TextIO,
+    starter: Callable[[Play], RunningPlay],
+    began: float,
+) -> BootstrapEnd:
     ssh = Ssh()
     progress = FleetProgress({host.inventory_name: host.name for host in hosts})
     print(f"Connecting to {len(hosts)} host{'s' if len(hosts) != 1 else ''} …", file=stream, flush=True)
@@ -126,7 +154,7 @@ def bootstrap(
     end, interrupted = None, False
     if reachable:
         running = starter(_play(request, reachable, ssh))
-        end, interrupted = _show(running, progress, stream, request.diff, notices)
+        end, interrupted = show_play(running, progress, stream, request.diff, notices)
     elif notices:
         with make_view(progress, stream) as view:
             view.update(notices)
@@ -150,14 +178,9 @@ def _check_request(request: BootstrapRequest) -> None:
     problems = []
     parse_extra_vars(request.extra_vars)
     token = request.hf_token_file
-    if token is not None:
-        try:
-            words = token.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--hf-token-file {token}: {getattr(error, 'strerror', None) or 'not a text file'}")
-        else:
-            if len(words) != 1:
-                problems.append(f"--hf-token-file {token}: expected one token; found {len(words) or 'nothing'}")
+    problem = token_problem(token) if token is not None else None
+    if problem is not None:
+        problems.append(f"--hf-token-file {token}: {problem}")
     roles = role_names()
     unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
     if unknown:
@@ -229,9 +252,13 @@ def _hosts_at_once(serial: str, num_hosts: int) -> int:
     return max(1, num_hosts * int(serial[:-1]) // 100) if serial.endswith("%") else int(serial)
 
 
-def _show(
+def show_play(
     running: RunningPlay, progress: FleetProgress, stream: TextIO, diff: bool, notices: list[Any]
 ) -> tuple[PlayEnd, bool]:
+    """Run a play to its end and show it. Return its end and whether the user interrupted it.
+
+    Raises MixtralRunError if Ansible could not run the playbook to its end.
+    """
     interrupted = False
     with make_view(progress, stream, diff) as view:
         view.update(notices)

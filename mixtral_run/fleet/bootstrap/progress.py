@@ -52,6 +52,8 @@ class HostProgress:
     """Failed tasks in order. Failures that a rescue block handled are removed when the play ends."""
     warnings: list[str] = field(default_factory=list)
     changed_tasks: list[str] = field(default_factory=list)
+    hidden_tasks: list[str] = field(default_factory=list)
+    """Tasks with hidden results (no_log): only the count at the end tells whether they changed something."""
 
     @property
     def failure(self) -> Failure | None:
@@ -136,6 +138,8 @@ class FleetProgress:
             host.changed += 1
             host.changed_tasks.append(label)
             notices.append(Notice(host.name, "changed", label))
+        elif kind == "runner_on_ok" and result.get("censored"):
+            host.hidden_tasks.append(label)
         if kind == "runner_on_skipped":
             host.skipped += 1
         elif kind == "runner_on_failed":
@@ -143,7 +147,7 @@ class FleetProgress:
                 host.ok += 1
                 return notices
             message = failure_message(result)
-            repeated = any(failure.message[:200] in message for failure in host.failures)
+            repeated = any(_is_deferred(failure, message) for failure in host.failures)
             host.failures.append(Failure(role, task, message))
             host.phase = Phase.FAILED
             if repeated:
@@ -170,6 +174,10 @@ class FleetProgress:
                 continue
             # A rescue block handles the failure before it. Only the count at the end of the play shows it.
             host.failures = _unrescued(host.failures, int(rescued.get(name, 0)))
+            hidden = int((data.get("changed") or {}).get(name, 0)) - host.changed
+            if hidden > 0 and host.hidden_tasks:
+                host.changed += hidden
+                host.changed_tasks += host.hidden_tasks
             host.phase = Phase.FAILED if failures.get(name) else Phase.DONE if name in seen else Phase.WAITING
         return []
 
@@ -188,8 +196,23 @@ def _unrescued(failures: list[Failure], num_rescued: int) -> list[Failure]:
 
     A play that defers a failure reports it again at its end: that failure is the only one then.
     """
-    deferred = [failure for failure in failures[:-1] if failure.message[:200] in failures[-1].message]
+    deferred = [failure for failure in failures[:-1] if _is_deferred(failure, failures[-1].message)]
     return deferred[:1] or failures[num_rescued:]
+
+
+def _is_deferred(failure: Failure, message: str) -> bool:
+    """Return True if a message at the end of a play repeats this failure: `TASK: message`."""
+    return failure.message[:200] in message or bool(failure.task and message.startswith(f"{failure.task}: "))
+
+
+_NO_RESULT = "Module result deserialization failed"
+"""Beginning of Ansible's message if what the host printed is not the result of a module."""
+
+_PRINTING_LOGIN = """The host printed something of its own into the result of a task.
+  expected: nothing is printed at a login that runs a command
+  found:    {found}
+  next:     let the start-up files of the login (~/.bashrc, ~/.profile, /etc/profile.d, ~/.ssh/rc) print only in
+            interactive shells: put `case $- in *i*) ;; *) return ;; esac` before what prints"""
 
 
 def failure_message(result: Mapping[str, Any]) -> str:
@@ -200,8 +223,12 @@ def failure_message(result: Mapping[str, Any]) -> str:
         if isinstance(item, Mapping) and item.get("failed"):
             return failure_message(item)
     message = str(result.get("msg") or "").strip()
-    generic = message in ("", "non-zero return code", "MODULE FAILURE") or message.startswith("MODULE FAILURE")
+    generic = message in ("", "non-zero return code") or message.startswith(("MODULE FAILURE", _NO_RESULT))
     details = [str(result.get(key) or "").strip() for key in ("stderr", "module_stderr", "stdout", "module_stdout")]
+    printed = str(result.get("module_stdout") or "")
+    # Every result of a module holds its arguments: it is there, and something else was printed before it.
+    if message.startswith(_NO_RESULT) and '"invocation"' in printed:
+        return _PRINTING_LOGIN.format(found=printed.strip().splitlines()[0][:200])
     if generic:
         message = next((detail for detail in details if detail), message) or "it failed without a message"
     return message

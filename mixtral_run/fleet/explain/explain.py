@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES, KnownFailure
+from mixtral_run.fleet.explain.known_failure import KnownFailure
+from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES
 from mixtral_run.fleet.state import read_json, state_folder, write_json
 
 
@@ -31,11 +32,11 @@ def find(words: str) -> tuple[KnownFailure, ...]:
         if failure.name == words.strip().lower():
             return (failure,)
     pasted = recognize_all(words)
-    asked = set(re.findall(r"[a-z0-9_]{2,}", words.lower()))
+    asked = _tokens(words, 2) - _NOISE
     scored = []
     for failure in KNOWN_FAILURES:
-        handle = set(failure.name.split("-")) | {word for each in failure.words for word in each.split()}
-        described = set(re.findall(r"[a-z0-9_]{3,}", f"{failure.title} {failure.cause}".lower()))
+        handle = _tokens(" ".join((failure.name, *failure.words)), 2)
+        described = _tokens(f"{failure.title} {failure.cause}", 3)
         score = 3 * len(asked & handle) + len((asked & described) - _COMMON)
         if failure in pasted:
             score += 100
@@ -44,7 +45,16 @@ def find(words: str) -> tuple[KnownFailure, ...]:
     return tuple(failure for _, _, failure in sorted(scored)[:5])
 
 
+def _tokens(text: str, shortest: int) -> set[str]:
+    """Return the words of a text in lower case, without the s of a plural."""
+    return {re.sub(r"(?<=[a-z]{2})s$", "", word) for word in re.findall(rf"[a-z0-9_]{{{shortest},}}", text.lower())}
+
+
 _COMMON = {"the", "and", "not", "for", "that", "with", "host", "may", "its", "are", "was", "has", "one", "does", "into"}
+
+
+_NOISE = {"error", "issue", "problem", "failure", "failed", "fail"}
+"""Words of a question that say nothing about the failure."""
 
 
 def render(failure: KnownFailure) -> str:

@@ -2,28 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class KnownFailure:
-    """A failure with a known cause and remedy."""
-
-    name: str
-    """Short name for `mixtral-run explain NAME`."""
-    title: str
-    pattern: str
-    """Regular expression that matches output of the failure, regardless of case."""
-    cause: str
-    commands: tuple[str, ...]
-    words: tuple[str, ...] = ()
-    """Words that users search for."""
-
-    def commands_for(self, host: str) -> tuple[str, ...]:
-        """Return the commands with HOST replaced by the name of a host."""
-        return tuple(re.sub(r"\bHOST\b", lambda _: host, command) for command in self.commands)
-
+from mixtral_run.fleet.explain.data_failures import DATA_FAILURES
+from mixtral_run.fleet.explain.known_failure import KnownFailure
 
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
@@ -62,6 +42,17 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("become", "root", "password"),
     ),
     KnownFailure(
+        "requiretty",
+        "sudo asks for a terminal",
+        r"you must have a tty to run sudo|no tty present",
+        "The setting `Defaults requiretty` of sudo refuses commands without a terminal, and Ansible has none.",
+        (
+            "ssh -t HOST sudo visudo    # add the line: Defaults:USER !requiretty",
+            "mixtral-run bootstrap root@HOST    # without sudo, where root may log in",
+        ),
+        ("sudo", "tty", "terminal"),
+    ),
+    KnownFailure(
         "unreachable",
         "The host does not answer",
         r"connection timed out|no route to host|connection refused|does not answer\.|could not resolve hostname|cannot be reached"
@@ -92,7 +83,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "The versions of the driver's kernel module and library differ",
         r"driver/library version mismatch|kernel module \S+, library \S+",
         "An unattended upgrade replaced the library while the old kernel module stayed loaded.",
-        ("ssh HOST sudo reboot", "ssh HOST sudo apt-mark hold 'nvidia-driver-*'    # prevents it in future"),
+        (
+            "ssh HOST sudo reboot",
+            "ssh HOST \"dpkg --get-selections '*nvidia*' 'linux-image-*' 'linux-headers-*' 'linux-modules-*' 'linux-generic*'"
+            ' | grep -v deinstall | cut -f1 | xargs sudo apt-mark hold"    # prevents it: driver, libraries, modules and kernel stay together',
+        ),
         ("nvidia", "nvml", "upgrade"),
     ),
     KnownFailure(
@@ -101,8 +96,8 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"system not yet initialized|cuda(?: ?error:? ?|_error_)\D{0,24}802|error 802|nvidia-fabricmanager",
         "Hosts with NVSwitches need a running nvidia-fabricmanager of exactly the driver's version.",
         (
-            "ssh HOST 'sudo apt-get install nvidia-fabricmanager-550=$(nvidia-smi --query-gpu=driver_version "
-            "--format=csv,noheader -i 0)-1'    # 550 is the driver branch; from 580 on, NVIDIA's repository omits it",
+            "ssh HOST 'sudo apt-get install \"nvidia-fabricmanager=$(nvidia-smi --query-gpu=driver_version "
+            "--format=csv,noheader -i 0)-*\"'    # below 580, and in Ubuntu's archive: nvidia-fabricmanager-BRANCH=…",
             "ssh HOST sudo systemctl enable --now nvidia-fabricmanager",
         ),
         ("nvswitch", "802", "cuinit", "fabric"),
@@ -132,7 +127,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "No NVIDIA driver answers",
         r"nvidia-smi has failed because it couldn't communicate|no nvidia driver|no devices were found|nvidia-smi: (command )?not found",
         "The driver is not installed, or its module is not loaded (for example after a kernel upgrade without a rebuild).",
-        ("ssh HOST sudo ubuntu-drivers install --gpgpu, then reboot", "ssh HOST dkms status"),
+        (
+            "ssh HOST 'sudo ubuntu-drivers install --gpgpu nvidia:580-server && sudo apt-get install nvidia-utils-580-server'"
+            "    # Ubuntu; then reboot. Debian: nvidia-open from NVIDIA's repository",
+            "ssh HOST 'dkms status; modinfo -F version nvidia; modinfo -k NEWEST_KERNEL -F version nvidia'",
+        ),
         ("nvidia-smi", "driver", "module"),
     ),
     KnownFailure(
@@ -141,7 +140,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"cuda out of memory|cuda error: out of memory|outofmemoryerror",
         "The layout needs too much memory on one GPU for weights and activations, or another job uses the GPU.",
         (
-            "mixtral-run plan --gpus 8 --gpu-memory 80    # lists layouts that fit; finetune --layout auto uses the best",
+            "mixtral-run plan --gpus 8 --gpu h100    # lists layouts that fit; finetune uses the best by default",
             "mixtral-run finetune … --recompute-activations --micro-batch-size 1",
             "mixtral-run finetune … --expert-model-parallel-size 8 --tensor-model-parallel-size 1, or a shorter --seq-length",
             "mixtral-run jobs    # shows whether another job runs on the host",
@@ -157,7 +156,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
             "mixtral-run bootstrap HOST --tags swap    # adds swap",
             "ssh HOST 'dmesg | grep -i oom'; mixtral-run status HOST",
         ),
-        ("oom", "ram", "memory", "convert", "converting", "sigkill", "swap"),
+        ("oom", "ram", "memory", "convert", "converting", "conversion", "killed", "sigkill", "swap"),
     ),
     KnownFailure(
         "shared-memory",
@@ -207,7 +206,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
             "accept the terms on https://huggingface.co/mistralai/Mixtral-8x7B-v0.1",
             "mixtral-run bootstrap HOST --tags hf_cache --hf-token-file FILE",
         ),
-        ("huggingface", "token", "401", "gated", "download", "hf"),
+        ("huggingface", "token", "401", "gated", "hf"),
     ),
     KnownFailure(
         "hub-unreachable",
@@ -219,7 +218,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
             "set hf_cache_proxy or hf_cache_endpoint in group_vars, then: mixtral-run bootstrap HOST --tags hf_cache",
             "copy the model to the host and name its folder: --hf-model-path /data/hf/Mixtral-8x7B-v0.1",
         ),
-        ("huggingface", "download", "proxy", "hf"),
+        ("huggingface", "download", "downloading", "proxy", "hf"),
     ),
     KnownFailure(
         "pull-limit",
@@ -247,7 +246,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"permission denied: '?/|permissionerror|read-only file system",
         "The container runs with your uid. The folder on the host belongs to another user or is mounted read-only.",
         ("ssh HOST 'sudo chown -R \"$(id -u):$(id -g)\" FOLDER'",),
-        ("permission", "mount", "volume", "chown"),
+        ("permission", "mount", "mounted", "volume", "chown"),
     ),
     KnownFailure(
         "docker-permission",
@@ -319,4 +318,5 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ),
         ("ecc", "hardware", "gpu"),
     ),
+    *DATA_FAILURES,
 )

@@ -94,10 +94,23 @@ def fetch(
         (new / name).rename(target)
     finally:
         if old.exists() and not target.exists():
-            old.rename(target)
+            _put_back(old, target)
         shutil.rmtree(work, ignore_errors=True)
     say(f"  {received} from {host.name}")
     return target
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Give the earlier content its name again. Raises HostError that says where it is if the disk refuses that too."""
+    try:
+        old.rename(target)
+    except OSError as error:
+        raise HostError(
+            "What was fetched cannot be put in its place, nor what was there before.",
+            where=str(target),
+            found=error.strerror,
+            next_command=f"mv {old} {target}, which restores it, once the disk can be written to",
+        ) from error
 
 
 def _receive(ssh: Ssh, host: Host, path: str, folder: Path, say: Say) -> Received:

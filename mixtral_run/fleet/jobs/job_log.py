@@ -92,7 +92,7 @@ class JobFollower:
         BrokenPipeError, are raised too; the job then continues.
         """
         threads = [
-            threading.Thread(target=self._follow_or_tell, args=(log, new_only), name=log.host.name, daemon=True)
+            threading.Thread(target=self._follow_or_report, args=(log, new_only), name=log.host.name, daemon=True)
             for log in self._logs
         ]
         for thread in threads:
@@ -115,7 +115,7 @@ class JobFollower:
                 )
         self._raise_if_bad()
 
-    def _follow_or_tell(self, log: _HostLog, new_only: bool) -> None:
+    def _follow_or_report(self, log: _HostLog, new_only: bool) -> None:
         try:
             self._follow_host(log, new_only)
         except BaseException as problem:

@@ -46,6 +46,11 @@ LOCAL_INPUTS = ("prompts_file", "chat_template")
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
 """Limits for pinned memory (NCCL), thread stacks, and open files, for which Docker 29 allows 1,024."""
 
+CONFINEMENT = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "16384")
+"""A job needs no capability and no set-user-ID program. The limit counts threads: 8 processes use about 2,000."""
+READ_ONLY_ROOT = ("--read-only", "--tmpfs", "/tmp:exec,mode=1777", "--tmpfs", "/home/mixtral:exec,mode=1777")
+"""Only without GPUs: NVIDIA's CDI hooks write into the root of the container and fail where it is read-only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
@@ -200,7 +205,9 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
         argv += ["--label", f"{LABEL_OUTPUT}={host_path(spec.output, options)}"]
     if facts.num_gpus:
         argv += ["--device", "nvidia.com/gpu=all"] if facts.cdi else ["--gpus", "all"]
-    argv += ["--shm-size", options.shm_size, "--stop-timeout", str(STOP_SECONDS)]
+    else:
+        argv += READ_ONLY_ROOT
+    argv += [*CONFINEMENT, "--shm-size", options.shm_size, "--stop-timeout", str(STOP_SECONDS)]
     if options.ulimits != ("none",):
         argv += [word for limit in options.ulimits for word in ("--ulimit", limit)]
     argv += ["--user", f"{facts.uid}:{facts.gid}"]

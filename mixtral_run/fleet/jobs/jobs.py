@@ -29,6 +29,7 @@ from mixtral_run.fleet.jobs.job_spec import (
     JobSpec,
     check_same_gpus,
     container_argv,
+    host_path,
     make_spec,
     parse_facts,
 )
@@ -102,6 +103,7 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
         check_same_gpus(facts, [host.name for host in hosts])
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
     spec = make_spec(name, verb, config, options, len(hosts), rendezvous)
+    _refuse_same_output(ssh, hosts, spec)
     known = remembered_hosts()
     # The inventory of a remembered host is kept, even if the job connects as another user.
     remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
@@ -113,6 +115,25 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
         ssh.each(list(hosts), lambda host: engine(ssh, host, "rm", "--force", name))
         raise
     return job
+
+
+def _refuse_same_output(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
+    """Raise ConfigError if a job that runs on one of the hosts writes to the output of this one.
+
+    Jobs that start at the same moment are told apart by the lock that each of them takes in its output.
+    """
+    if spec.output is None:
+        return
+    output = host_path(spec.output, spec.options)
+    rows, _ = list_jobs(hosts, ssh)
+    same = [row for row in rows if row.running and row.output == output]
+    if same:
+        raise ConfigError(
+            "Another job writes to the same output.",
+            where=output,
+            problems=[f"{row.host.name}: {row.job} ({row.verb}), {row.state} since {row.since} UTC" for row in same],
+            next_command=f"mixtral-run stop {same[0].job}; or another output for this job",
+        )
 
 
 def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | HostError:

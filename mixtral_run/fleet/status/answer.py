@@ -34,6 +34,7 @@ ANSWER: dict[str, Schema] = {
         "version": maybe(TEXT), "error": maybe(TEXT), "cdi_devices": [maybe(TEXT)], "runtimes": [TEXT],
     },
     "fabric_manager": {"nvswitch": FLAG, "active": FLAG, "version": maybe(TEXT)},
+    "gpu_remarks": [TEXT],
     "toolkit": maybe(TEXT),
     # A number of GPUs; an older kit lists them.
     "cdi": {"gpus": ANYTHING},

@@ -15,6 +15,7 @@ def _load(sources):
     for name in sorted(sources, key=lambda each: each.count(".")):
         module = types.ModuleType(name)
         module.__path__ = []
+        module.__package__ = name.rpartition(".")[0]
         sys.modules[name] = module
     for name, text in sources.items():
         module = sys.modules[name]
@@ -25,9 +26,9 @@ def _load(sources):
         exec(compile(text, name, "exec"), sys.modules[name].__dict__)
 """
 
-_NEEDED = ("commands", "probe")
+_NEEDED = ("commands", "probe", "gpu_shortfalls")
 """Modules of mixtral_run_host that `remote_status` imports. Those that they import are sent as well."""
-_IMPORT = re.compile(r"^from ansible\.module_utils\.mixtral_run_host\.(\w+) import ", re.MULTILINE)
+_IMPORT = re.compile(r"^from \.(?:(\w+) import |\s*import ([\w, ]+)$)", re.MULTILINE)
 
 
 def status_payload() -> bytes:
@@ -55,8 +56,9 @@ def _add_module(modules: dict[str, str], folder: Path, name: str) -> None:
     if name in modules:
         return
     text = _read(folder / f"{name}.py")
-    for imported in _IMPORT.findall(text):
-        _add_module(modules, folder, imported)
+    for module, names in _IMPORT.findall(text):
+        for imported in [module] if module else names.split(", "):
+            _add_module(modules, folder, imported)
     modules[name] = text
 
 

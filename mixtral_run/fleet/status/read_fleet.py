@@ -201,6 +201,7 @@ def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     fabric = found["fabric_manager"]
     if fabric["nvswitch"] and (not fabric["active"] or (driver["user"] and fabric["version"] != driver["user"])):
         warnings.append(f"fabric manager {_fabric_manager(fabric)}, driver {driver['user']}: CUDA will fail")
+    warnings += found["gpu_remarks"]
     warnings += [
         f"{disk['path']}: {disk['free_gib']:g} GiB free"
         for disk in found["disks"][:1]

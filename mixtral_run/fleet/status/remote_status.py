@@ -25,10 +25,11 @@ MAX_NUMBER = 10**12
 
 def read_status(folders: dict[str, str]) -> dict[str, Any]:
     """Return all readings. `folders`: the checkpoints folder, the HF cache and the image name on this host."""
-    from ansible.module_utils.mixtral_run_host import probe  # type: ignore[import-untyped]
+    from ansible.module_utils.mixtral_run_host import gpu_shortfalls, probe  # type: ignore[import-untyped]
 
     found: dict[str, Any] = probe.host([folders["checkpoints"], folders["hf_home"], "/"])
     found["hostname"] = os.uname().nodename
+    found["gpu_remarks"] = gpu_shortfalls.remarks(found)
     found["xid_errors"] = xid_errors()
     found["swap_used_gib"] = swap_used_gib()
     found["image"] = image(folders["image"])

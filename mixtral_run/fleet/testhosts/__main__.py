@@ -91,6 +91,8 @@ def variables(releases: tuple[str, ...] = ("bookworm",)) -> dict[str, object]:
         **mirror.variables(),
         "preflight_ram_gib": 1,
         "preflight_free_gib": 1,
+        "preflight_space_gib": {"image": 0.5, "tmp": 0.1},
+        "preflight_driver_supported": "550",
         "preflight_disk_paths": [checkpoints],
         "preflight_mirrors": [f"{mirror.url}/linux/debian/gpg"],
         # Unlike a host, a container may not raise its limits.

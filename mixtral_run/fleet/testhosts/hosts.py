@@ -62,6 +62,10 @@ class StandIn:
     """Number of GPUs that the stand-in hook shows to a container; None for all."""
     fabric_manager: str | None = None
     """Version of the running fabric manager; None if there is none."""
+    fabric_state: str = "Completed"
+    """fabric.state of every GPU of a host with NVSwitches."""
+    mig: bool = False
+    persistence: bool = True
     serial: str = "000000000001"
 
 
@@ -153,13 +157,13 @@ def find(name: str) -> Host:
 def set_standin(host: Host, standin: StandIn | None) -> None:
     """Change the GPUs that a running host reports."""
     if standin is None:
-        host.shell(f"rm -f {STANDIN_FILE} /dev/nvidia-nvswitchctl /usr/bin/nvidia-smi")
+        host.shell(f"rm -f {STANDIN_FILE} /dev/nvidia-nvswitch0 /usr/bin/nvidia-smi")
         return
     put(host, (FILES / "nvidia-smi").read_text(), "/usr/bin/nvidia-smi", "755")
     if standin.serial == StandIn.serial:
         standin = replace(standin, serial=f"{abs(hash(host.name)) % 10**12:012d}")
     put(host, json.dumps({key: value for key, value in asdict(standin).items() if value is not None}), STANDIN_FILE)
-    host.shell("touch /dev/nvidia-nvswitchctl" if standin.nvswitch else "rm -f /dev/nvidia-nvswitchctl")
+    host.shell("touch /dev/nvidia-nvswitch0" if standin.nvswitch else "rm -f /dev/nvidia-nvswitch0")
     if standin.fabric_manager is None:
         host.shell("systemctl disable --now nvidia-fabricmanager 2>/dev/null; "
                    "rm -f /etc/systemd/system/nvidia-fabricmanager.service /usr/bin/nv-fabricmanager")  # fmt: skip

@@ -82,6 +82,7 @@ def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
     If the process has joined already, only the groups are built and destroyed: one job may try several layouts. Raises
     TrainingError if the body of the context runs out of memory.
     """
+    tensor_size, expert_size = config.layout_sizes
     device = pick_device(config.device)
     if device.type == "cpu":
         from mixtral_run.model.parallel.cpu import stand_in_for_cuda
@@ -96,8 +97,8 @@ def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
     leaves = True
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor_model_parallel_size,
-            expert_model_parallel_size=config.expert_model_parallel_size,
+            tensor_model_parallel_size=tensor_size,
+            expert_model_parallel_size=expert_size,
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
         )

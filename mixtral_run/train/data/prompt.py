@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.weights.hf.tokenizer_files import readable_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with readable_tokenizer(folder) as readable:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(readable), local_files_only=True)
+        tokenizer.name_or_path = str(folder)
+    except WeightsError:
+        raise
     except Exception as error:
         # transformers and tokenizers raise plain Exception, among others, on broken files.
         raise WeightsError("The tokenizer cannot be read.", where=str(folder), found=_first_line(error)) from error

@@ -10,6 +10,7 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.schema import Place, adapter_tensors, places
 from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint, adapter_manifest_of, open_checkpoint
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
@@ -35,6 +36,7 @@ class OpenAdapter:
 
 def open_adapter(path: Path) -> OpenAdapter:
     """Read the manifest. Raises WeightsError if `path` is not a complete adapter checkpoint."""
+    refuse_other_kinds("--adapter", path, ADAPTER)
     checkpoint = open_checkpoint(path)
     manifest = adapter_manifest_of(checkpoint)
     return OpenAdapter(checkpoint, manifest, places(manifest.architecture, manifest.lora))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from mixtral_run.report import Report
 from mixtral_run.weights.adapter.checkpoint import OpenAdapter, check_tensors, open_adapter
 from mixtral_run.weights.adapter.lora_factors import Factors
 from mixtral_run.weights.adapter.merge import merge_files
+from mixtral_run.weights.adapter.merge_journal import MERGE_JOURNAL, MergeJournal, identity
 from mixtral_run.weights.adapter.peft_directory import PeftDirectory
 from mixtral_run.weights.adapter.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
 from mixtral_run.weights.hf import fingerprint
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
+from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, BaseManifest, is_kind, read_manifest, write_manifest
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
@@ -53,23 +56,24 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
     started = time.monotonic()
     report.step(1, _STEPS, f"Read the adapter {config.adapter}")
     adapter = open_adapter(config.adapter)
+    check_adapter(adapter.checkpoint, report)
     with Reader(adapter.checkpoint.iteration_folder) as reader:
         check_tensors(adapter, reader)
         factors = Factors(reader, adapter.lora, adapter.places)
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
         weights = _check(config, adapter, peft, report)
         _describe(adapter, report)
-        with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
-            staging.clear()
+        with interrupts(), Staging(config.output_path, MANIFEST_NAME, "mixtral-run export") as staging:
             if config.merge:
                 assert weights is not None
-                count, size = _merge(adapter, weights, factors, staging.folder, report)
+                count, size = _merge(adapter, weights, factors, staging, report)
             else:
+                staging.clear()
                 _write_peft(config, adapter, peft, staging.folder, report)
                 count, size = len(peft.entries), peft.num_bytes
             report.step(3, _STEPS, "Wait for the disk")
             _write_record(config, adapter, staging.folder)
-            staging.publish()
+            staging.publish(spent=(MERGE_JOURNAL,))
     kind = "hf" if config.merge else "peft"
     result = ExportResult(config.output_path, kind, count, size, time.monotonic() - started)
     report.done("Export complete!")
@@ -110,6 +114,12 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
     else:
         needed = peft.num_bytes
     problems += disk_problems(config.output_path, needed + _SIDECAR_BYTES)
+    if config.merge and weights is not None and not weights.as_stored:
+        problems.append(
+            f"--merge copies safetensors files of one dtype; {'; '.join(weights.notes)}. "
+            "Merge by way of a checkpoint: mixtral-run convert --hf-model-path MODEL --output-path BASE, then "
+            "mixtral-run convert --from-megatron BASE --adapter ADAPTER --output-path OUTPUT"
+        )
     if problems:
         raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
     if weights is not None:
@@ -198,10 +208,26 @@ def _source_of(path: str | None) -> Path | None:
     return None if source is None else Path(source)
 
 
-def _merge(adapter: OpenAdapter, weights: HFWeights, factors: Factors, folder: Path, report: Report) -> tuple[int, int]:
+def _merge(
+    adapter: OpenAdapter, weights: HFWeights, factors: Factors, staging: Staging, report: Report
+) -> tuple[int, int]:
+    folder = staging.folder
+    journal = MergeJournal(folder, identity(weights, adapter.checkpoint.iteration_folder))
+    if journal.is_new:
+        staging.clear()
+    else:
+        report.say("  continuing after the files that an earlier run finished")
+    journal.start()
     report.step(2, _STEPS, f"Merge into {len(weights.files)} files ({weights.num_bytes / GIB:,.2f} GiB)")
-    with report.progress(weights.num_bytes, "merged") as progress:
-        crcs = merge_files(weights, factors, folder, progress.advance)
+    try:
+        with report.progress(weights.num_bytes, "merged") as progress:
+            crcs = merge_files(weights, factors, folder, journal, progress.advance)
+    except BaseException:
+        staging.keep = journal.has_files
+        if staging.keep:
+            with suppress(BrokenPipeError):
+                report.warn(f"Finished files stay in {folder}: the same command continues from there")
+        raise
     found = fingerprint_of_checksums(weights.architecture, weights.dtype, crcs)
     if found != adapter.base_fingerprint:
         expected = f"fingerprint {adapter.base_fingerprint}"

@@ -12,22 +12,33 @@ from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes
+from mixtral_run.weights.adapter.merge_journal import MergeJournal
 from mixtral_run.weights.hf.fingerprint import read_source
-from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, HFWeights, Source
+from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, Source
 from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors
 
 BLOCK_BYTES = 8 * 2**20
 
 
-def merge_files(weights: HFWeights, factors: Factors, folder: Path, advance: Callable[[int], None]) -> dict[str, int]:
+def merge_files(
+    weights: HFWeights, factors: Factors, folder: Path, journal: MergeJournal, advance: Callable[[int], None]
+) -> dict[str, int]:
     """Write every file of `weights` anew with `W + scale · B·A` for tensors with an adapter; others stay bit by bit.
 
-    The sum is computed in fp32 and cast once. Returns the CRC-32 of the source tensors by name.
+    The sum is computed in fp32 and cast once. Files that the journal has are not written again. Returns the CRC-32 of
+    the source tensors by name.
     """
     crcs: dict[str, int] = {}
     for file in weights.files:
         names = [name for name, source in weights.sources.items() if source.file == file]
-        crcs |= _merge_file(weights, factors, file, names, folder / file.name, advance)
+        found = journal.finished(file.name, names)
+        if found is None:
+            found = _merge_file(weights, factors, file, names, folder / file.name, advance)
+            journal.add(file.name, found)
+        else:
+            advance(sum(weights.sources[name].num_bytes for name in names))
+        crcs |= found
     index = weights.directory / INDEX_NAME
     if index.is_file():
         shutil.copyfile(index, folder / INDEX_NAME)
@@ -61,7 +72,12 @@ def _merge_file(
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
-        raise WeightsError("A file cannot be merged.", where=f"{file} → {target}", found=error.strerror) from error
+        raise WeightsError(
+            "A file cannot be merged.",
+            where=f"{file} → {target}",
+            found=error.strerror,
+            next_command=f"df -h {target.parent.parent}, then the same command again",
+        ) from error
     finally:
         os.close(descriptor)
     return crcs

@@ -18,8 +18,8 @@ from isal.isal_zlib import crc32
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.convert.copy_plan import Job, PlacedChunk, Plan
 from mixtral_run.weights.convert.journal import JobSums, Journal
-from mixtral_run.weights.hf.safetensors_files import HFWeights
-from mixtral_run.weights.io.disk import allocate, drop_from_cache, fits_in_memory, lies_in_memory
+from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.io.disk import allocate, drop_from_cache, fits_in_memory, is_in_memory
 from mixtral_run.weights.io.interrupts import Interrupts
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 from mixtral_run.weights.io.pace import Pace, num_cores
@@ -89,7 +89,7 @@ class _Copying:
         self._advance = advance
         self._interrupts = interrupts
         self._stop = threading.Event()
-        self._in_memory = lies_in_memory(folder)
+        self._in_memory = is_in_memory(folder)
         # With at most one core for each file, no worker waits for another one to write.
         self._pace = Pace(workers, mappable=self._in_memory and num_cores() > len(plan.files))
         # If source and result fit, they stay in the page cache for the next step; else they would displace other data.
@@ -281,10 +281,21 @@ class _Worker:
                 if not same:
                     chunks[piece.chunk] = crc32(block, chunks[piece.chunk])
                 self._write(job.chunks[piece.chunk], (piece.chunk_start * self._item_size) + first, block)
+        for number, chunk in enumerate(job.chunks):
+            chunks[number] = self._fill_padding(chunk, job.unit.num_filled(number), chunks[number])
         if same:
             chunks = list(sources.values())
         self._close_frames(job, chunks)
         return JobSums(sources, tuple(chunks))
+
+    def _fill_padding(self, chunk: PlacedChunk, num_filled: int, crc: int) -> int:
+        """Write zeros after a chunk's first `num_filled` elements, whose CRC-32 is `crc`; return that of all."""
+        end = chunk.chunk.num_elements * self._item_size
+        for first in range(num_filled * self._item_size, end, BLOCK_BYTES):
+            block = bytes(min(BLOCK_BYTES, end - first))
+            crc = crc32(block, crc)
+            self._write(chunk, first, block)
+        return crc
 
     def _copy_columns(self, job: Job) -> JobSums:
         name = job.unit.sources[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.item_writer import PAGE, Frame, frame
 from mixtral_run.weights.torch_dist.metadata import StoredItem

@@ -27,6 +27,7 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.io.interrupts import interrupts
+from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.base_checkpoint import check_base, is_as_converted, is_of_model, open_base
 from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint
 from mixtral_run.weights.manifest.manifest import (
@@ -75,10 +76,13 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     started = time.monotonic()
     report.step(1, _STEPS, f"Read {path}{f' and the adapter {config.adapter}' if config.adapter else ''}")
     checkpoint, tokenizer = open_base(path, config.hf_model_path, report)
-    with Reader(checkpoint.iteration_folder, is_of_model) as reader, _open_adapter(config, checkpoint) as factors:
+    with (
+        Reader(checkpoint.iteration_folder, is_of_model) as reader,
+        _open_adapter(config, checkpoint, report) as factors,
+    ):
         files = _check(config, checkpoint, reader, report)
         num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
-        with interrupts(), Staging(config.output_path, MANIFEST_NAME) as staging:
+        with interrupts(), Staging(config.output_path, MANIFEST_NAME, "mixtral-run convert") as staging:
             staging.clear()
             report.step(2, _STEPS, f"Write {len(files)} files ({num_bytes / GIB:,.2f} GiB)")
             with report.progress(num_bytes, "written") as progress:
@@ -101,11 +105,12 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
 
 
 @contextmanager
-def _open_adapter(config: ConvertConfig, checkpoint: Checkpoint) -> Iterator[Factors | None]:
+def _open_adapter(config: ConvertConfig, checkpoint: Checkpoint, report: Report) -> Iterator[Factors | None]:
     if config.adapter is None:
         yield None
         return
     adapter = open_adapter(config.adapter)
+    check_adapter(adapter.checkpoint, report)
     fingerprint = _recorded_fingerprint(checkpoint)
     if adapter.base_fingerprint != fingerprint:
         raise WeightsError(
@@ -182,7 +187,12 @@ class _Writer:
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            raise WeightsError("The HF model cannot be written.", where=str(file), found=error.strerror) from error
+            raise WeightsError(
+                "The HF model cannot be written.",
+                where=str(file),
+                found=error.strerror,
+                next_command=f"df -h {file.parent.parent}, then the same command again",
+            ) from error
 
     def _blocks(self, name: str) -> Iterator[memoryview]:
         ranges, crc = self._ranges[name], 0

@@ -17,16 +17,17 @@ from mixtral_run.errors import ConfigError, WeightsError, shortened
 from mixtral_run.report import Report
 from mixtral_run.weights.convert.copy import copy_all, unwritable
 from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
-from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity
+from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity, stale_jobs
 from mixtral_run.weights.convert.write_proof import write_proof
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_problems
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on_one_disk, output_problems
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
 from mixtral_run.weights.manifest.checkpoint_folder import CONVERTED_ITERATION, LATEST
+from mixtral_run.weights.manifest.folder_kind import HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist import megatron_files
@@ -72,9 +73,12 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
     _print_summary(weights, report)
     report.step(2, _STEPS, f"Plan TP{config.tensor_model_parallel_size}/EP{config.expert_model_parallel_size}")
     report.say(f"  {len(plan.files)} files, {plan.num_bytes / GIB:,.2f} GiB into {config.output_path}")
+    size, padded = (weights.architecture.padded_vocab_size(tp) for tp in (1, config.tensor_model_parallel_size))
+    if padded != size:
+        report.say(f"  the vocabulary is padded from {size:,} to {padded:,} rows, as Megatron pads it")
     with (
         interrupts() as signals,
-        Staging(config.output_path, LATEST) as staging,
+        Staging(config.output_path, LATEST, "mixtral-run convert") as staging,
         _work(weights, plan, staging, report) as journal,
     ):
         report.step(3, _STEPS, f"Copy {len(weights.sources):,} tensors")
@@ -110,11 +114,15 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
 @contextmanager
 def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> Iterator[Journal]:
     """Open the journal of this conversion; if the work ends early, the finished jobs stay for the same command."""
-    journal = Journal(staging.folder, identity(weights, plan))
+    journal = Journal(staging.folder, identity(weights, plan), plan.jobs)
     folder = _iteration_folder(staging)
+    if journal.damage is not None:
+        report.warn(f"{journal.path} is damaged ({journal.damage}): the conversion begins anew")
     if journal.is_new or not all((folder / name).is_file() for name in plan.files):
         staging.clear()
         journal.done.clear()
+    elif journal.done:
+        _drop_stale(weights, plan, folder, journal, report)
     try:
         yield journal
     except BaseException as error:
@@ -128,6 +136,17 @@ def _work(weights: HFWeights, plan: Plan, staging: Staging, report: Report) -> I
         if isinstance(error, OSError) and not isinstance(error, PermissionError):
             raise unwritable(Path(error.filename or staging.folder), error) from error
         raise
+
+
+def _drop_stale(weights: HFWeights, plan: Plan, folder: Path, journal: Journal, report: Report) -> None:
+    """Read what an interrupted run copied, and forget the jobs whose bytes are not what it noted."""
+    num_bytes = _num_copied(weights, plan, journal)
+    with report.progress(num_bytes, "checked") as progress:
+        stale = stale_jobs(plan, folder, journal.done, progress.advance)
+    for number in stale:
+        del journal.done[number]
+    if stale:
+        report.warn(f"{len(stale):,} parts in {folder} are not what was written: they are copied again")
 
 
 def _copy(
@@ -202,6 +221,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     what = "an earlier checkpoint of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
     try:
+        refuse_other_kinds("--hf-model-path", Path(model).expanduser(), HF_MODEL)
         weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, problems)))
     except WeightsError as error:
         error.problems = (*error.problems, *_layout_problems(config, model), *problems)
@@ -251,6 +271,8 @@ def _print_summary(weights: HFWeights, report: Report) -> None:
         f"  {a.num_layers} layers, hidden {a.hidden_size}, {a.num_attention_heads} heads in {a.num_query_groups} "
         f"groups, {a.num_experts} experts of {a.ffn_hidden_size}, top-{a.moe_router_topk}"
     )
+    for note in weights.notes:
+        report.warn(note)
 
 
 def _empty_object() -> bytes:
@@ -289,7 +311,7 @@ def _write_sidecars(
     copy_tokenizer(weights.directory, folder / "tokenizer")
     megatron_files.write_common(iteration_folder, a, dtype, tp, ep, CONVERTED_ITERATION)
     megatron_files.write_run_config(iteration_folder, a, dtype, tp, ep)
-    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a), dtype, plan.stored_items())
+    write_metadata(iteration_folder / ".metadata", hf_to_megatron.megatron_tensors(a, tp), dtype, plan.stored_items())
     megatron_files.write_metadata_json(iteration_folder)
     write_manifest(
         folder,

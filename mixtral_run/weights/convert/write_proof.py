@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mixtral_run import __version__
+from mixtral_run.run_lock import LOCK_NAME
 from mixtral_run.weights.convert.copy_plan import Plan
 from mixtral_run.weights.convert.journal import JOURNAL_NAME, JobSums
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.io.crc import crc_of
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -53,8 +54,8 @@ def _small_files(folder: Path) -> list[str]:
     # `.partial` files were left by an interrupted run and replaced since.
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".distcp", ".partial"))
     names = (path.relative_to(folder).as_posix() for path in files)
-    # The journal is removed; Megatron changes the marker when it saves a later iteration next to this one.
-    return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST))
+    # Journal and lock are removed; Megatron changes the marker when it saves a later iteration next to this one.
+    return sorted(name for name in names if name not in (PROOF_NAME, JOURNAL_NAME, LATEST, LOCK_NAME))
 
 
 def _revision(directory: Path) -> str | None:

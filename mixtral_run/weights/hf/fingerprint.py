@@ -12,7 +12,8 @@ from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.hf.safetensors_files import HFWeights, Source
+from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.hf.safetensors_files import Source
 from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors
 
 BLOCK_BYTES = 8 * 2**20

@@ -26,6 +26,9 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 # The released repositories hold the weights a second time, as consolidated.*.pt: 93 GB that the kit never reads.
 _DESCRIPTION = (*TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja")
 _WANTED = ("model*.safetensors", "model.safetensors.index.json", *_DESCRIPTION)
+# Where there are no safetensors files.
+_WANTED_BINS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", *_DESCRIPTION)
+_WEIGHTS = (".safetensors", ".bin")
 _POLL_SECONDS = 1.0
 
 
@@ -38,6 +41,8 @@ class HubModel:
     num_bytes: int
     missing_bytes: int
     cache: Path
+    patterns: tuple[str, ...] = _WANTED
+    """The files that are needed."""
 
     @property
     def dtype(self) -> str:
@@ -84,7 +89,7 @@ def resolve(hf_model_path: str, report: Report, check: BeforeDownload | None = N
         if check is not None:
             check(hub_model)
         _check_space(hub_model)
-    return _download(hf_model_path, _WANTED, report, hub_model)
+    return _download(hf_model_path, _WANTED if hub_model is None else hub_model.patterns, report, hub_model)
 
 
 def resolve_description(hf_model_path: str, report: Report) -> Path:
@@ -124,22 +129,31 @@ def ask(hf_model_path: str) -> HubModel | None:
 
     name, revision = hub_name_and_revision(hf_model_path)
     with _as_weights_errors(hf_model_path):
-        try:
-            files = snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), dry_run=True)
-        except DryRunError:
-            # The hub cannot be reached: the download itself reports why, or finds everything in the cache.
-            return None
-        if not any(file.filename.endswith(".safetensors") for file in files):
-            raise WeightsError(
-                "The hub's repository holds no safetensors weights.", where=hf_model_path, expected="model*.safetensors"
-            )
+        for patterns in (_WANTED, _WANTED_BINS):
+            try:
+                files = snapshot_download(name, revision=revision, allow_patterns=list(patterns), dry_run=True)
+            except DryRunError:
+                # The hub cannot be reached: the download itself reports why, or finds everything in the cache.
+                return None
+            if any(file.filename.endswith(_WEIGHTS) for file in files):
+                break
         folder = Path(snapshot_download(name, revision=revision, allow_patterns="config.json"))
+        # Quantized weights have names of their own: config.json says better than names why they cannot be read.
+        architecture = MixtralArchitecture.from_hf_directory(folder)
+        if not any(file.filename.endswith(_WEIGHTS) for file in files):
+            raise WeightsError(
+                "The hub's repository holds no weights that can be read.",
+                where=hf_model_path,
+                expected="model*.safetensors or pytorch_model*.bin",
+                next_command="give the name of the model's own repository, with weights in transformers' format",
+            )
     return HubModel(
         name=hf_model_path,
-        architecture=MixtralArchitecture.from_hf_directory(folder),
-        num_bytes=sum(file.file_size or 0 for file in files if file.filename.endswith(".safetensors")),
+        architecture=architecture,
+        num_bytes=sum(file.file_size or 0 for file in files if file.filename.endswith(_WEIGHTS)),
         missing_bytes=sum(file.file_size or 0 for file in files if file.will_download),
         cache=Path(constants.HF_HUB_CACHE),
+        patterns=patterns,
     )
 
 

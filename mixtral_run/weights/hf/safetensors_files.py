@@ -11,12 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mixtral_run.errors import WeightsError, shortened
-from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.errors import WeightsError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -52,54 +50,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class HFWeights:
-    """A checked HF model with every tensor of the released layout, all of one dtype."""
-
-    directory: Path
-    architecture: MixtralArchitecture
-    dtype: str
-    item_size: int
-    sources: Mapping[str, Source]
-    files: tuple[Path, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the size of all tensors together."""
-        return sum(source.num_bytes for source in self.sources.values())
-
-
-def is_hf_directory(folder: Path) -> bool:
-    """Return True if a folder looks like an HF model, however many problems it has."""
-    return any((folder / name).exists() for name in ("config.json", INDEX_NAME, SINGLE_NAME))
-
-
-def open_hf_weights(directory: Path) -> HFWeights:
-    """Read config.json and all headers. Raises one WeightsError with all of their problems."""
-    if not directory.is_dir():
-        raise WeightsError(
-            "The HF model directory does not exist.",
-            where=str(directory),
-            expected="a directory with config.json and safetensors files",
-        )
-    architecture = MixtralArchitecture.from_hf_directory(directory)
-    headers = read_headers(directory)
-    sources: dict[str, Source] = {}
-    dtype, problems = "BF16", list(headers.problems)
-    if headers.entries:
-        sources, dtype, more = _match(architecture, headers.entries, headers.unread)
-        problems += more
-    if problems:
-        raise WeightsError(
-            "The HF weights cannot be used.",
-            where=str(directory),
-            problems=shortened(problems),
-            next_command="download the named files again; a finished download is checked by `hf cache verify`",
-        )
-    name, item_size = DTYPES[dtype]
-    return HFWeights(directory, architecture, name, item_size, sources, headers.files)
-
-
-@dataclass(frozen=True)
 class Headers:
     """The headers of a model's files, and their problems."""
 
@@ -107,6 +57,7 @@ class Headers:
     files: tuple[Path, ...] = ()
     problems: tuple[str, ...] = ()
     unread: frozenset[str] = frozenset()  # tensors that the index places in files that cannot be used
+    notes: tuple[str, ...] = ()  # for the user, about files that can be used
 
 
 def read_headers(directory: Path) -> Headers:
@@ -117,14 +68,16 @@ def read_headers(directory: Path) -> Headers:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             wanted = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            for file in wanted.values():
+                # The index may come from anybody, and so may the name of a file elsewhere.
+                if not file.isprintable() or file in (".", "..") or PurePosixPath(file).name != file or len(file) > 200:
+                    raise ValueError(f"{file[:60]!a} is not the name of a file of this folder")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             return Headers({}, problems=(f"{INDEX_NAME}: not a safetensors index ({type(error).__name__}: {error})",))
     elif single.is_file():
         wanted = {}
     else:
-        found = sorted(path.name for path in directory.glob("*.bin"))
-        also = f"; found {', '.join(found[:3])}, which is the old pickled format" if found else ""
-        return Headers({}, problems=(f"neither {INDEX_NAME} nor {SINGLE_NAME} is there{also}",))
+        return Headers({}, problems=(f"neither {INDEX_NAME} nor {SINGLE_NAME} is there",))
     names = sorted(set(wanted.values())) or [SINGLE_NAME]
     entries: dict[str, TensorEntry] = {}
     problems: list[str] = []
@@ -150,7 +103,7 @@ def read_headers(directory: Path) -> Headers:
 
 def read_header(file: Path) -> list[TensorEntry]:
     """Return the tensors of one file in the order of their bytes. Raises WeightsError with all problems."""
-    name = file.name
+    name, length = file.name, 0
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -165,7 +118,7 @@ def read_header(file: Path) -> list[TensorEntry]:
         raise _unusable(f"{name}: missing") from None
     except OSError as error:
         raise _unusable(f"{name}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unusable(f"{name}: corrupt header: {length:,} bytes that are not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _unusable(f"{name}: corrupt header: a JSON {type(header).__name__}, not an object")
@@ -216,7 +169,7 @@ def _entry(file: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     numbers = (*shape, begin, end)
     if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
         raise ValueError(f"expected whole numbers in shape and data_offsets; found {str(value)[:100]}")
-    if dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise ValueError(f"unknown dtype {dtype!r}")
     num_bytes = prod(shape) * ITEM_SIZES[dtype]
     if end - begin != num_bytes:
@@ -248,55 +201,3 @@ def _extent_problems(entries: list[TensorEntry], data_start: int, size: int) -> 
             f"{entries[-1].file.name}: expected {reached:,} bytes; found {size:,} ({size - reached:,} too many)"
         )
     return problems
-
-
-def _match(
-    architecture: MixtralArchitecture, entries: Mapping[str, TensorEntry], unread: frozenset[str]
-) -> tuple[dict[str, Source], str, list[str]]:
-    """Find the bytes of every tensor of the released layout; report missing, misshapen and unknown tensors and dtypes.
-
-    unread: tensors of files whose problems are reported already.
-    """
-    problems: list[str] = []
-    sources: dict[str, Source] = {}
-    used: dict[str, TensorEntry] = {}
-    fused = hf_to_megatron.fused_tensors(architecture)
-    for name, shape in hf_to_megatron.hf_tensors(architecture).items():
-        stored, first = name, 0
-        place = hf_to_megatron.fused_place(architecture, name)
-        if name not in entries and place is not None and place[0] in entries:
-            stored, first = place
-        entry = entries.get(stored)
-        if entry is None:
-            if name not in unread and (place is None or place[0] not in unread):
-                problems.append(f"tensor {name} is missing")
-            continue
-        expected = shape if stored == name else fused[stored]
-        if entry.shape != expected and stored not in used:
-            problems.append(f"{entry.file.name}: {stored}: expected shape {list(expected)}; found {list(entry.shape)}")
-        used[stored] = entry
-        item_size = ITEM_SIZES[entry.dtype]
-        sources[name] = Source(entry.file, entry.start + first * item_size, prod(shape) * item_size)
-    problems += [
-        f"{entry.file.name}: tensor {name} is not part of a Mixtral model"
-        for name, entry in entries.items()
-        # Positions that older conversions stored; they follow from config.json.
-        if name not in used and not name.endswith(".rotary_emb.inv_freq")
-    ]
-    dtype, dtype_problems = _one_dtype(used)
-    return sources, dtype, problems + dtype_problems
-
-
-def _one_dtype(used: Mapping[str, TensorEntry]) -> tuple[str, list[str]]:
-    kinds: dict[str, list[TensorEntry]] = {}
-    for entry in used.values():
-        kinds.setdefault(entry.dtype, []).append(entry)
-    if not kinds:
-        return "BF16", []
-    dtype = max(kinds, key=lambda kind: len(kinds[kind]))
-    if dtype not in DTYPES:
-        return dtype, [f"dtype: expected one of {', '.join(DTYPES)}; found {dtype}"]
-    if len(kinds) == 1:
-        return dtype, []
-    counts = ", ".join(f"{kind} {len(entries)} tensors (such as {entries[0].name})" for kind, entries in kinds.items())
-    return dtype, [f"dtype: expected one for all tensors; found {counts}"]

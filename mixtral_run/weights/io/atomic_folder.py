@@ -6,14 +6,14 @@ moved up at the end; the marker file that makes the folder a complete one is mov
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import WeightsError
+from mixtral_run.run_lock import LOCK_NAME, acquire, lock_problems, release
 from mixtral_run.weights.io.disk import exchange
 from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomically
 
@@ -57,8 +57,11 @@ def output_problems(output: Path, *, overwrite: bool, is_ours: Callable[[Path], 
     problems = writing_problems(output, flag)
     if problems:
         return problems
+    problems = lock_problems(work_folder(output) / LOCK_NAME, flag)
+    if problems:
+        return problems
     entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
-    held = sorted(set(entries) - {work_folder(output).name, "lost+found"} - _being_moved(output))
+    held = sorted(set(entries) - {work_folder(output).name, LOCK_NAME, "lost+found"} - _being_moved(output))
     if not held:
         return []
     shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
@@ -99,8 +102,9 @@ def _being_moved(output: Path) -> frozenset[str]:
     """
     try:
         note = json.loads((work_folder(output) / _MOVING).read_text(encoding="utf-8"))
-        return frozenset() if (output / note["marker"]).exists() else frozenset([*note["old"], *note["new"]])
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [each for each in (*note["old"], *note["new"]) if Path(each).name == each]
+        return frozenset() if (output / note["marker"]).exists() else frozenset(names)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
 
 
@@ -126,47 +130,43 @@ class Staging:
     """The work folder, locked by one process at a time.
 
     A context manager: unless it was published or `keep` is set, the folder is removed at the end. `folder` may hold
-    what an earlier process left; `clear` removes it.
+    what an earlier process left; `clear` removes it. command: the command that writes, which the lock names to others.
     """
 
-    def __init__(self, output: Path, marker: str) -> None:
+    def __init__(self, output: Path, marker: str, command: str) -> None:
         self.output = output.resolve()
         self.folder = work_folder(output)
         self.marker = marker
         self.keep = False
-        self._lock = -1
+        self._command = command
+        self._lock: int | None = None
 
     def __enter__(self) -> Staging:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = acquire(self.folder / LOCK_NAME, self._command, self.output)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            self._lock = -1
-            raise ConfigError(
-                "Another process is writing to the output folder.",
-                where=str(self.folder),
-                next_command="wait for it to end",
-            ) from None
-        except OSError:
-            # Some network file systems have no locks; the work is the same without one.
-            pass
-        self._take_back()
+            self._take_back()
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock >= 0:
+        if self._lock is not None:
             self._take_back()
             if not self.keep:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
+            self._release()
+
+    def _release(self) -> None:
+        assert self._lock is not None
+        release(self.folder / LOCK_NAME, self._lock)
+        self._lock = None
 
     def clear(self) -> None:
         """Remove the content of the folder."""
         for entry in self.folder.iterdir():
-            _remove(entry)
+            if entry.name != LOCK_NAME:
+                _remove(entry)
 
     def publish(self, spent: tuple[str, ...] = ()) -> None:
         """Put the complete folder in its place, then remove what was there before.
@@ -174,14 +174,14 @@ class Staging:
         spent: files that only the work needed; they are removed at the very end.
         """
         sync_tree(self.folder)
+        spent = (*spent, LOCK_NAME)
         if _stays(self.output):
             self._move_up(spent)
         else:
             self._rename()
             for name in spent:
                 (self.output / name).unlink(missing_ok=True)
-        os.close(self._lock)
-        self._lock = -1
+        self._release()
 
     def _rename(self) -> None:
         replaced = replaced_folder(self.output)
@@ -215,7 +215,7 @@ class Staging:
         note = self.folder / _MOVING
         if not note.is_file():
             return
-        moved = json.loads(note.read_text(encoding="utf-8"))["new"]
+        moved = self._noted(note)
         if not (self.output / self.marker).exists():
             for name in moved:
                 if not (self.folder / name).exists() and (self.output / name).exists():
@@ -223,6 +223,21 @@ class Staging:
         elif not (self.folder / self.marker).exists():
             self.clear()  # everything was moved
         note.unlink(missing_ok=True)
+
+    def _noted(self, note: Path) -> list[str]:
+        """Return the entries that an interrupted move was about. Raises WeightsError if its note is damaged."""
+        try:
+            names = json.loads(note.read_text(encoding="utf-8"))["new"]
+            if isinstance(names, list) and all(isinstance(each, str) and Path(each).name == each for each in names):
+                return names
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise WeightsError(
+            "The note of an interrupted move is damaged: it is not known which files were moved.",
+            where=str(note),
+            expected="the names of files in this folder",
+            next_command=f"rm -r {self.folder}, then the same command with --overwrite",
+        )
 
 
 def _remove(entry: Path) -> None:

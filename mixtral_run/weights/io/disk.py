@@ -53,7 +53,7 @@ def drop_from_cache(descriptor: int, start: int = 0, num_bytes: int = 0) -> None
         os.posix_fadvise(descriptor, start, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
-def lies_in_memory(folder: Path) -> bool:
+def is_in_memory(folder: Path) -> bool:
     """Return True if a folder's files are only in RAM, as those of /dev/shm are."""
     device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"

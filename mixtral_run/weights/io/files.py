@@ -13,10 +13,10 @@ def replaced_folder(folder: Path) -> Path:
 
 def how_to_restore(folder: Path) -> str | None:
     """Return a command that restores the folder which an interrupted --overwrite moved aside; None without one."""
-    aside = replaced_folder(folder)
-    if folder.exists() or not aside.is_dir():
+    temporary = replaced_folder(folder)
+    if folder.exists() or not temporary.is_dir():
         return None
-    return f"mv {aside} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
+    return f"mv {temporary} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -19,7 +19,8 @@ import torch
 from isal.isal_zlib import crc32, crc32_combine
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.hf.safetensors_files import HFWeights, Source
+from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.hf.safetensors_files import Source
 from mixtral_run.weights.io.pace import num_cores
 from mixtral_run.weights.io.pread import read_whole
 from mixtral_run.weights.mapping.hf_to_megatron import Shape

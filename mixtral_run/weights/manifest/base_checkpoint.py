@@ -19,13 +19,13 @@ from mixtral_run.weights.manifest.checkpoint_folder import (
     iteration_of,
     open_checkpoint,
 )
+from mixtral_run.weights.manifest.folder_kind import BASE, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, UNKNOWN_FINGERPRINT, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 _MODEL_PREFIXES = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
-_VOCABULARY_KEYS = (hf_to_megatron.EMBEDDING_KEY, hf_to_megatron.OUTPUT_LAYER_KEY)
 
 
 def is_of_model(key: str) -> bool:
@@ -38,6 +38,7 @@ def open_base(path: Path, hf_model_path: str | None, report: Report) -> tuple[Ch
 
     Without a mixtral_run.json the architecture is that of the HF model's config.json. Raises WeightsError.
     """
+    refuse_other_kinds("--from-megatron", path, BASE)
     described = None if hf_model_path is None else resolve_description(hf_model_path, report)
     architecture = None if described is None else MixtralArchitecture.from_hf_directory(described)
     iteration_folder = iteration_folder_of(path)
@@ -103,7 +104,8 @@ def check_base(checkpoint: Checkpoint, reader: Reader, report: Report) -> None:
     found = {key: info.shape for key, info in reader.tensors.items()}
     wrong = []
     for key, shape in expected.items():
-        if key in _VOCABULARY_KEYS and key in found and found[key][0] > shape[0] and found[key][1:] == shape[1:]:
+        stored = found.get(key, ())
+        if key in hf_to_megatron.VOCABULARY_KEYS and stored[:1] > shape[:1] and stored[1:] == shape[1:]:
             report.say(f"  {key}: {found[key][0] - shape[0]:,} rows of padding are left out")
         elif found.get(key) != shape:
             wrong.append(

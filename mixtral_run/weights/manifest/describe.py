@@ -10,7 +10,7 @@ from typing import Any
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import (
     LATEST,
     adapter_manifest_of,
@@ -18,11 +18,13 @@ from mixtral_run.weights.manifest.checkpoint_folder import (
     open_checkpoint,
     unreadable,
 )
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import (
     UNKNOWN_FINGERPRINT,
     BaseManifest,
     read_manifest,
 )
+from mixtral_run.weights.manifest.run_state import RunState
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 
@@ -42,6 +44,11 @@ class BaseDescription:
     weights: HFWeights | None = None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about what of an HF model is not used, or used in another form."""
+        return () if self.weights is None else self.weights.notes
+
+    @property
     def tokenizer(self) -> Path:
         """Return the folder of the tokenizer's files."""
         return self.folder / "tokenizer" if self.weights is None else self.folder
@@ -58,10 +65,13 @@ class AdapterDescription:
     training: Mapping[str, Any]
     """Settings of the run that saved the adapter, by their names in its config."""
     data_sha256: str | None
-    validation: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """The newest and the lowest validation loss; empty if the run had no validation set."""
-    chat_template: TemplateRecord | None = None
+    chat_template: TemplateRecord | None = field(default=None, kw_only=True)
     """The template that the adapter was trained with; None for adapters of earlier versions."""
+    files: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    """CRC-32 of the iteration's files by name; empty if an earlier version of the kit wrote the adapter."""
+    state: RunState = field(default_factory=RunState, kw_only=True)
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -69,6 +79,7 @@ def describe_base(load: Path) -> BaseDescription:
 
     Raises WeightsError if LOAD is not a complete base checkpoint, or with all problems of the HF model.
     """
+    refuse_other_kinds("--load", load, BASE, HF_MODEL)
     try:
         is_hf_model = is_hf_directory(load) and not (load / LATEST).exists()
     except OSError as error:
@@ -92,6 +103,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
 
     Raises WeightsError if FOLDER is not a complete adapter checkpoint.
     """
+    refuse_other_kinds("--adapter", folder, ADAPTER)
     checkpoint = open_checkpoint(folder)
     manifest = adapter_manifest_of(checkpoint)
     return AdapterDescription(
@@ -101,13 +113,17 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         manifest.base.fingerprint,
         manifest.training,
         manifest.data_sha256,
-        manifest.validation,
-        manifest.chat_template,
+        files=manifest.files,
+        state=manifest.state,
+        validation=manifest.validation,
+        chat_template=manifest.chat_template,
     )
 
 
 def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
-    """Raise WeightsError if the adapter was trained on another base, as far as the base's fingerprint is known."""
+    """Raise WeightsError if the adapter was trained on another base, as far as both fingerprints are known."""
+    if adapter.base_fingerprint == UNKNOWN_FINGERPRINT:
+        return
     known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
     if base.fingerprint not in (known, UNKNOWN_FINGERPRINT):
         raise WeightsError(

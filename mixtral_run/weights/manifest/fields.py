@@ -1,4 +1,4 @@
-"""Typed access to the JSON object of a manifest. Standard library only."""
+"""Typed access to the JSON of a manifest. Problems are collected, so that one error can name all of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ from mixtral_run.weights.manifest.template_record import TemplateRecord
 T = TypeVar("T")
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 """Control characters, among them those that turn the direction of writing."""
+_MISSING = object()
+_LARGEST = 2**31 - 1
+"""The largest size or iteration; products of a few of them are still exact and quick."""
+_INTEGER_SIZES = tuple(
+    field.name for field in dataclass_fields(MixtralArchitecture) if str(field.type).startswith("int")
+)
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,6 @@ class BaseReference:
 
     fingerprint: str
     path: str | None
-
-
-_MISSING = object()
-_LARGEST = 2**31 - 1
-"""The largest size or iteration; products of a few of them are still exact and quick."""
-_INTEGER_SIZES = tuple(field.name for field in dataclass_fields(MixtralArchitecture) if field.type in ("int", int))
 
 
 class Fields:
@@ -84,7 +84,10 @@ class Fields:
     def architecture(self) -> MixtralArchitecture:
         """Return the model's sizes, all of which have to be there."""
         inner = self.mapping("architecture")
-        names = [field.name for field in dataclass_fields(MixtralArchitecture)]
+        # Only models with a window record it.
+        has_window = inner.values.get("sliding_window") is not None
+        known = [field.name for field in dataclass_fields(MixtralArchitecture)]
+        names = [name for name in known if name != "sliding_window" or has_window]
         sizes: dict[str, Any] = {
             name: inner.whole_number(name, at_least=1) if name in _INTEGER_SIZES else inner.positive(name)
             for name in names

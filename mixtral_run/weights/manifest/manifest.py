@@ -18,6 +18,9 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.fields import BaseReference, Fields, shown, unprintable
+from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.manifest.self_checksum import FIELD as CHECKSUM
+from mixtral_run.weights.manifest.self_checksum import checksum_problems, with_checksum
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 MANIFEST_NAME = "mixtral_run.json"
@@ -74,6 +77,8 @@ class AdapterManifest(Manifest):
     """Manifest of one iteration of an adapter checkpoint.
 
     training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
+    files, tokenizer_files: CRC-32 by name of the other files of the iteration, and of those of the tokenizer; empty if
+    an earlier version of the kit wrote the adapter.
     validation: the newest and the lowest validation loss, as train/early_stopping.py keeps them; empty without any.
     chat_template: the template that it was trained with; None for adapters of earlier versions.
     """
@@ -88,6 +93,9 @@ class AdapterManifest(Manifest):
     base: BaseReference
     training: Mapping[str, Any]
     data_sha256: str | None
+    files: Mapping[str, int]
+    tokenizer_files: Mapping[str, int]
+    state: RunState
     validation: Mapping[str, Any]
     chat_template: TemplateRecord | None
 
@@ -102,6 +110,9 @@ class AdapterManifest(Manifest):
             base=fields.base(),
             training=fields.mapping("training", default={}).values,
             data_sha256=fields.optional_text("data_sha256"),
+            files=fields.mapping("files", default={}).checksums(),
+            tokenizer_files=fields.mapping("tokenizer_files", default={}).checksums(),
+            state=RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
             validation=fields.mapping("validation", default={}).values,
             chat_template=fields.chat_template(),
         )
@@ -155,14 +166,14 @@ class ExportManifest(Manifest):
 
 
 _CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
-T = TypeVar("T")
 M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
 
 
 def write_manifest(folder: Path, kind: str, **values: Any) -> None:
-    """Write the manifest of a folder; the file is on the disk when this returns."""
+    """Write the manifest of a folder; the file is on the disk when this returns. That of an adapter has a checksum."""
     content = {"format": FORMAT, "kind": kind, "kit_version": __version__, **values}
-    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+    text = with_checksum(content) if kind in AdapterManifest.KINDS else json.dumps(content, indent=2) + "\n"
+    write_atomically(folder / MANIFEST_NAME, text)
 
 
 def read_manifest(folder: Path, expected: type[M]) -> M:
@@ -242,6 +253,8 @@ def read_values(folder: Path, how_to_make: str | None = None) -> dict[str, Any]:
 def _parse(folder: Path, values: dict[str, Any], parse: Callable[[Fields], M]) -> M:
     fields = Fields(values, [])
     manifest = parse(fields)
+    if not fields.problems and {CHECKSUM, "files"} & values.keys():
+        fields.problems += checksum_problems((folder / MANIFEST_NAME).read_bytes())
     if fields.problems:
         raise _damaged(folder / MANIFEST_NAME, fields.problems)
     return manifest

@@ -46,7 +46,12 @@ def _read_proof(folder: Path) -> dict[str, Any]:
             raise ValueError("not a proof")
         for name in content.get("files", {}):
             # A part of this folder: the proof may come from anybody.
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not name.isprintable():
+            if (
+                PurePosixPath(name).is_absolute()
+                or ".." in PurePosixPath(name).parts
+                or not name.isprintable()
+                or len(name) > 200
+            ):
                 raise ValueError(f"{name[:40]!a} is not a file of this folder")
         return content
     # RecursionError: the JSON is nested thousands deep.

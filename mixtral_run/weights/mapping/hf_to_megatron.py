@@ -33,6 +33,9 @@ ROUTER_KEY = "decoder.layers.mlp.router.weight"
 LINEAR_FC1_KEY = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 LINEAR_FC2_KEY = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
 
+VOCABULARY_KEYS = frozenset({EMBEDDING_KEY, OUTPUT_LAYER_KEY})
+"""Keys whose rows are the vocabulary, and may be padded."""
+
 VECTOR_KEYS = frozenset({FINAL_LAYERNORM_KEY, INPUT_LAYERNORM_KEY, PRE_MLP_LAYERNORM_KEY})
 """Keys whose tensors have one axis after those for layers; the others have rows and columns."""
 
@@ -84,6 +87,7 @@ class Unit:
 
     Either every piece is one run, and then the pieces of each source and those of each chunk follow one another without
     a gap, in this order; or the unit splits the columns of one source: its pieces have a run a row, side by side.
+    Elements of a chunk that no piece fills are padding of the vocabulary, at its end; they are zeros.
     """
 
     chunks: tuple[Chunk, ...]
@@ -93,6 +97,10 @@ class Unit:
     def sources(self) -> tuple[str, ...]:
         """Return the HF tensors of the unit, in the order of their first piece."""
         return tuple(dict.fromkeys(piece.source for piece in self.pieces))
+
+    def num_filled(self, chunk: int) -> int:
+        """Return the number of elements of a chunk that pieces fill; padding of the vocabulary follows them."""
+        return sum(piece.num_elements for piece in self.pieces if piece.chunk == chunk)
 
     @property
     def splits_columns(self) -> bool:
@@ -161,12 +169,12 @@ def fused_place(architecture: MixtralArchitecture, name: str) -> tuple[str, int]
     return prefix + "experts.gate_up_proj", (2 * int(expert) + (projection == "w3")) * size
 
 
-def megatron_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
-    """Return every tensor of the Megatron checkpoint with its global shape."""
-    a = architecture
+def megatron_tensors(architecture: MixtralArchitecture, tensor_parallel_size: int = 1) -> dict[str, Shape]:
+    """Return every tensor of the Megatron checkpoint with its global shape, which TP may pad along the vocabulary."""
+    a, vocabulary = architecture, architecture.padded_vocab_size(tensor_parallel_size)
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
     return {
-        EMBEDDING_KEY: (a.vocab_size, hidden),
+        EMBEDDING_KEY: (vocabulary, hidden),
         INPUT_LAYERNORM_KEY: (layers, hidden),
         LINEAR_QKV_KEY: (layers, a.qkv_size, hidden),
         LINEAR_PROJ_KEY: (layers, hidden, a.projection_size),
@@ -175,7 +183,7 @@ def megatron_tensors(architecture: MixtralArchitecture) -> dict[str, Shape]:
         LINEAR_FC1_KEY: (layers, experts, 2 * ffn, hidden),
         LINEAR_FC2_KEY: (layers, experts, hidden, ffn),
         FINAL_LAYERNORM_KEY: (hidden,),
-        OUTPUT_LAYER_KEY: (a.vocab_size, hidden),
+        OUTPUT_LAYER_KEY: (vocabulary, hidden),
     }
 
 
@@ -204,7 +212,8 @@ def units(
     """Yield the whole map for one layout, which must fit the architecture (`MixtralArchitecture.layout_problems`)."""
     a, tp = architecture, tensor_parallel_size
     hidden, ffn = a.hidden_size, a.ffn_hidden_size
-    yield _rows("model.embed_tokens.weight", EMBEDDING_KEY, (), (a.vocab_size, hidden), tp)
+    vocabulary = a.padded_vocab_size(tp)
+    yield _rows("model.embed_tokens.weight", EMBEDDING_KEY, (a.vocab_size, hidden), vocabulary, tp)
     for layer in range(a.num_layers):
         prefix, at = f"model.layers.{layer}.", (layer,)
         yield _whole(prefix + "input_layernorm.weight", INPUT_LAYERNORM_KEY, at, (hidden,))
@@ -218,7 +227,7 @@ def units(
             yield _whole(expert_name(layer, expert, "w3"), LINEAR_FC1_KEY, slot, (ffn, hidden), rank, first_row=ffn)
             yield _whole(expert_name(layer, expert, "w2"), LINEAR_FC2_KEY, slot, (hidden, ffn), rank)
     yield _whole("model.norm.weight", FINAL_LAYERNORM_KEY, (), (hidden,))
-    yield _rows("lm_head.weight", OUTPUT_LAYER_KEY, (), (a.vocab_size, hidden), tp)
+    yield _rows("lm_head.weight", OUTPUT_LAYER_KEY, (a.vocab_size, hidden), vocabulary, tp)
 
 
 @dataclass(frozen=True)
@@ -257,10 +266,12 @@ def _whole(name: str, key: str, leading: Shape, shape: Shape, rank: int = 0, fir
     return Unit((chunk,), (Piece(name, 0, 0, 0, prod(shape)),))
 
 
-def _rows(name: str, key: str, leading: Shape, shape: Shape, tp: int) -> Unit:
-    rows, columns = shape[0] // tp, shape[1]
-    chunks = tuple(Chunk(key, (*leading, t * rows, 0), (*_ones(leading), rows, columns), t) for t in range(tp))
-    pieces = tuple(Piece(name, t * rows * columns, t, 0, rows * columns) for t in range(tp))
+def _rows(name: str, key: str, shape: Shape, padded_rows: int, tp: int) -> Unit:
+    """Return the unit of a matrix whose rows are split over TP, after padding them to `padded_rows`."""
+    rows, columns = padded_rows // tp, shape[1]
+    chunks = tuple(Chunk(key, (t * rows, 0), (rows, columns), t) for t in range(tp))
+    filled = [min(rows, max(0, shape[0] - t * rows)) for t in range(tp)]
+    pieces = tuple(Piece(name, t * rows * columns, t, 0, count * columns) for t, count in enumerate(filled) if count)
     return Unit(chunks, pieces)
 
 

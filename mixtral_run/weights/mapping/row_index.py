@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.mapping.hf_to_megatron import VECTOR_KEYS, Shape, row_ranges
+from mixtral_run.weights.mapping.hf_to_megatron import VECTOR_KEYS, VOCABULARY_KEYS, Shape, row_ranges
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class SliceIndex:
     def slices(self, key: str, offset: Shape, shape: Shape) -> list[Slice]:
         """Return the slices that fill the block at `offset` of the global tensor `key`.
 
-        offset, shape: one number for each axis of the global tensor; the shape is 1 along layers and experts. Raises
-        KeyError for a tensor that no HF tensor makes up.
+        offset, shape: one number for each axis of the global tensor; the shape is 1 along layers and experts. Rows
+        beyond the vocabulary are padding, which no slice fills. Raises KeyError for a tensor that no HF tensor makes
+        up.
         """
         axes = 1 if key in VECTOR_KEYS else 2
         leading = offset[: len(offset) - axes]
@@ -82,7 +83,10 @@ class SliceIndex:
                 source_row = run.source_row + start - run.start
                 target = start - first
                 found.append(Slice(run.source, source_row, stop - start, run.columns, offset[-1], shape[-1], target))
-        assert sum(each.num_rows for each in found) == count, f"{key} {offset} {shape}: HF's rows do not cover it"
+        last = self._runs[key, leading][-1].stop
+        expected = max(0, min(first + count, last) - first)
+        assert expected == count or key in VOCABULARY_KEYS, f"{key} {offset} {shape}: beyond the tensor"
+        assert sum(each.num_rows for each in found) == expected, f"{key} {offset} {shape}: HF's rows do not cover it"
         return found
 
 

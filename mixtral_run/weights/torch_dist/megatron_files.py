@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.architecture import VOCABULARY_MULTIPLE, MixtralArchitecture
 from mixtral_run.weights.io.files import write_atomically
 
 
@@ -53,7 +53,8 @@ def megatron_args(
     """Return the model's sizes in the names of Megatron-LM's command line; `params_dtype` is a torch.dtype."""
     import torch
 
-    a = architecture
+    a, padded = architecture, architecture.padded_vocab_size(tensor_parallel_size)
+    window = {} if a.sliding_window is None else {"window_size": (a.sliding_window - 1, 0)}
     return {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
@@ -92,9 +93,9 @@ def megatron_args(
         "moe_aux_loss_coeff": 0.02,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
-        "padded_vocab_size": a.vocab_size,
+        "padded_vocab_size": padded,
         "vocab_size": a.vocab_size,
-        "make_vocab_size_divisible_by": 1,
+        "make_vocab_size_divisible_by": 1 if padded == a.vocab_size else VOCABULARY_MULTIPLE,
         "tokenizer_type": "HuggingFaceTokenizer",
         "tensor_model_parallel_size": tensor_parallel_size,
         "pipeline_model_parallel_size": 1,
@@ -111,6 +112,7 @@ def megatron_args(
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,
+        **window,
     }
 
 
@@ -126,6 +128,12 @@ def write_run_config(
 
     a = architecture
     torch_dtype = {"_target_": f"torch.{dtype}", "_call_": False}
+    padded = a.padded_vocab_size(tensor_parallel_size) != a.vocab_size
+    special: dict[str, Any] = {"should_pad_vocab": padded}
+    if padded:
+        special["make_vocab_size_divisible_by"] = VOCABULARY_MULTIPLE
+    if a.sliding_window is not None:
+        special["window_size"] = [a.sliding_window - 1, 0]
     model = {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         "num_layers": a.num_layers,
@@ -143,7 +151,7 @@ def write_run_config(
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
         "vocab_size": a.vocab_size,
-        "should_pad_vocab": False,
+        **special,
         "seq_length": a.max_position_embeddings,
         "position_embedding_type": "rope",
         "rotary_base": a.rotary_base,

@@ -12,7 +12,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from mixtral_run.weights.hf.fingerprint import read_source
-from mixtral_run.weights.hf.safetensors_files import HFWeights
+from mixtral_run.weights.hf.hf_weights import HFWeights
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mixtral_run.config.weights import VerifyConfig
-from mixtral_run.errors import CheckFailed, ConfigError, shortened
+from mixtral_run.errors import CheckFailed, ConfigError, WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.report import Report
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
+from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
-from mixtral_run.weights.hf.safetensors_files import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.io.atomic_folder import GIB
+from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.mapping import hf_to_megatron
-from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader, TensorInfo
 from mixtral_run.weights.verify.compare_tensors import Comparing, Difference
 from mixtral_run.weights.verify.quantized_cache import verify_quantized_caches
 
@@ -64,9 +66,22 @@ class VerifyResult:
     kept: dict[str, Any] = field(default_factory=dict)
     """The caches of quantized experts next to a base, by precision."""
 
-    @property
-    def _only_cache_problems(self) -> bool:
-        return all(problem.startswith("quantised-") for problem in self.problems)
+    def _next_command(self) -> str | None:
+        """Return what helps against the problems; None if their lines say it."""
+        if all(problem.startswith("quantised-") for problem in self.problems):
+            return None
+        if self.comparison is not None and not self.comparison.num_tensors:
+            return "give --against the model that was converted"
+        if self.kind == "adapter":
+            if self.comparison is not None:
+                return "give --against the model that the adapter was trained on"
+            return "copy the adapter again from where it was trained"
+        if self.kind == "hf":
+            return "give --against another copy of the same model, or --load the one that is right"
+        return (
+            "mixtral-run convert --hf-model-path … --output-path … --overwrite writes it again; if only --against "
+            "differs, verify --proof says whether the checkpoint is what was written"
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -79,9 +94,7 @@ class VerifyResult:
                 "The checkpoint does not hold what it should.",
                 where=self.path,
                 problems=shortened(list(self.problems)),
-                next_command=None
-                if self._only_cache_problems
-                else "mixtral-run convert --overwrite, which writes it again",
+                next_command=self._next_command(),
             )
         return self
 
@@ -94,11 +107,16 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     report = report or (Report.on_stderr() if config.json else Report())
     if is_on_hub(config.load):
         config = dataclasses.replace(config, load=resolve(str(config.load), report))
+    refuse_other_kinds("--load", config.load, BASE, ADAPTER, HF_MODEL)
+    if config.against is not None:
+        refuse_other_kinds("--against", config.against, HF_MODEL)
     if is_hf_directory(config.load) and not (config.load / LATEST).exists():
         return _verify_hf(config, report)
     if config.proof:
         _check_files(config.load)
     checkpoint = open_checkpoint(config.load)
+    if checkpoint.kind == "adapter":
+        _check_adapter(checkpoint, report)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
         _print_table(result, report)
@@ -110,6 +128,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         if config.against is not None and not result.problems:
             check = _before_download(config.load, checkpoint.architecture)
             weights = open_hf_weights(resolve(str(config.against), report, check))
+            for note in weights.notes:
+                report.warn(note)
             if isinstance(manifest, BaseManifest):
                 comparison, problems = _compare_base(manifest, reader, weights, report)
             else:
@@ -136,9 +156,21 @@ def _check_files(load: Path) -> None:
         )
 
 
+def _check_adapter(checkpoint: Checkpoint, report: Report) -> None:
+    """Raise CheckFailed naming each file of an adapter that differs from what was written, before it is read."""
+    try:
+        check_adapter(checkpoint, report)
+    except WeightsError as error:
+        raise CheckFailed(
+            error.what, where=error.where, problems=error.problems, next_command=error.next_command
+        ) from error
+
+
 def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
     """Verify an HF directory, which is a base as well: compute its fingerprint, and compare it with --against."""
     weights = open_hf_weights(config.load)
+    for note in weights.notes:
+        report.warn(note)
     if config.proof:
         raise ConfigError(
             "An HF directory has no proof.json.",
@@ -211,15 +243,30 @@ def compare_with_source(load: Path, against: Path, report: Report) -> int:
     return result.comparison.num_tensors
 
 
-def _expected_tensors(checkpoint: Checkpoint) -> dict[str, hf_to_megatron.Shape]:
+def _expected_tensors(checkpoint: Checkpoint, reader: Reader) -> dict[str, hf_to_megatron.Shape]:
     manifest = checkpoint.manifest
     if isinstance(manifest, BaseManifest):
-        return hf_to_megatron.megatron_tensors(manifest.architecture)
+        return hf_to_megatron.megatron_tensors(manifest.architecture, _parts_of_vocabulary(reader))
     return adapter_tensors(manifest.architecture, manifest.lora)
 
 
+def _parts_of_vocabulary(reader: Reader) -> int:
+    """Return the TP in which the vocabulary was cut, and by which it was padded."""
+    key = hf_to_megatron.EMBEDDING_KEY
+    return reader.layout_of(key, 0) if key in reader.tensors else 1
+
+
+def _num_parameters(checkpoint: Checkpoint, found: Mapping[str, TensorInfo]) -> int:
+    """Return the number of parameters without padding of the vocabulary."""
+    most = checkpoint.architecture.vocab_size
+    return sum(
+        prod((min(info.shape[0], most), *info.shape[1:]) if key in hf_to_megatron.VOCABULARY_KEYS else info.shape)
+        for key, info in found.items()
+    )
+
+
 def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
-    expected = _expected_tensors(checkpoint)
+    expected = _expected_tensors(checkpoint, reader)
     found = {key: info for key, info in reader.tensors.items() if not is_of_optimizer(key)}
     problems = [f"{key}: missing" for key in expected if key not in found]
     problems += [f"{key}: not part of such a checkpoint" for key in found if key not in expected]
@@ -236,7 +283,7 @@ def _describe(checkpoint: Checkpoint, reader: Reader) -> VerifyResult:
         iteration=checkpoint.iteration,
         dtype=", ".join(dtypes),
         layout=_layout(reader, found),
-        num_parameters=sum(int(np.prod(info.shape)) for info in found.values()),
+        num_parameters=_num_parameters(checkpoint, found),
         num_bytes=sum(info.num_bytes for info in found.values()),
         num_tensors=len(found),
         num_chunks=sum(len(reader.chunks(key)) for key in found),

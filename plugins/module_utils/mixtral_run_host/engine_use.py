@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 
-from ansible.module_utils.mixtral_run_host.commands import MISSING, last_lines, run
-from ansible.module_utils.mixtral_run_host.files import read_text
+from .commands import MISSING, last_lines, run
+from .files import read_text
 
 # Answers of `systemctl is-active` for a unit that does not run. With any other answer, or none, the unit may run.
 STOPPED = ("inactive", "failed", "unknown")

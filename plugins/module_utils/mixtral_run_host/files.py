@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import uuid
 
-from ansible.module_utils.mixtral_run_host.folders import open_folder
+from .folders import naming, open_folder
 
 RECORD_FOLDER = "/var/lib/mixtral-run"
 """Records of the kit's changes to this host, one JSON file per module. `state: absent` reverts only these changes."""
@@ -28,13 +30,39 @@ def write_text(path, text, mode=0o644, owner=None):
     """
     folder = open_folder(os.path.dirname(path), make=True, mode=0o755)
     try:
-        replace_in(folder, os.path.basename(path), text, mode, owner)
+        with naming(path):
+            replace_in(folder, os.path.basename(path), text, mode, owner)
     finally:
         os.close(folder)
 
 
-def replace_in(folder, name, text, mode=0o644, owner=None):
-    """Replace a file in the folder of a descriptor, as write_text does."""
+def rewrite(path, text, mode=0o644):
+    """Replace the text of somebody's file and keep everything else: link, mode, owner, group and extended attributes.
+
+    Extended attributes hold the context of SELinux and access lists. A file that does not exist gets `mode`.
+    """
+    real = os.path.realpath(path)
+    try:
+        now = os.stat(real)
+    except FileNotFoundError:
+        write_text(real, text, mode)
+        return
+    attributes = {}
+    with contextlib.suppress(OSError):  # the file system may have none
+        attributes = {name: os.getxattr(real, name) for name in os.listxattr(real)}
+    # The folder of the path as given is opened too: a link of another user than root is refused.
+    os.close(open_folder(os.path.dirname(path)))
+    folder = open_folder(os.path.dirname(real))
+    try:
+        owner = (now.st_uid, now.st_gid)
+        with naming(real):
+            replace_in(folder, os.path.basename(real), text, stat.S_IMODE(now.st_mode), owner, attributes)
+    finally:
+        os.close(folder)
+
+
+def replace_in(folder, name, text, mode=0o644, owner=None, attributes=None):
+    """Replace a file in the folder of a descriptor, as write_text does. attributes: extended attributes by name."""
     temporary = ".mixtral-run-" + uuid.uuid4().hex
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
@@ -44,6 +72,8 @@ def replace_in(folder, name, text, mode=0o644, owner=None):
             os.fsync(file.fileno())
             if owner is not None:
                 os.fchown(file.fileno(), *owner)
+            for attribute, value in (attributes or {}).items():
+                os.setxattr(file.fileno(), attribute, value)
             os.fchmod(file.fileno(), mode)
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
@@ -81,6 +111,8 @@ class Record:
                 write_text(self.path, text, mode=0o600)
         else:
             remove(self.path)
+            with contextlib.suppress(OSError):  # it holds other records, or models
+                os.rmdir(os.path.dirname(self.path))
 
 
 def explain(what, **parts):

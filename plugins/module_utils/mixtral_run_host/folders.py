@@ -22,11 +22,27 @@ class UnsafePath(OSError):
         super().__init__(errno.ELOOP, "a link on this path does not belong to root and is not followed", path)
 
 
-def open_folder(path, make=False, mode=0o777):
+@contextlib.contextmanager
+def naming(path):
+    """Name `path` in an OSError of the block: operations on descriptors name a part of it, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        if not (isinstance(error.filename, str) and error.filename.startswith("/")):
+            error.filename = path
+        raise
+
+
+def open_folder(path, make=False, mode=0o755):
     """Open a folder and return its descriptor. Raise UnsafePath if the path leads through a link of another user.
 
     make: create missing folders with `mode`, less the umask.
     """
+    with naming(path):
+        return _open_folder(path, make, mode)
+
+
+def _open_folder(path, make, mode):
     here = os.open("/", _FOLDER)
     pending, links = os.path.abspath(path).split("/")[::-1], 0
     try:

@@ -10,8 +10,8 @@ import json
 import os
 import re
 
-from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
-from ansible.module_utils.mixtral_run_host.model_cache import ModelError, checked_commit, checked_files
+from .commands import MISSING, TIMED_OUT, last_lines, run
+from .model_cache import ModelError, checked_commit, checked_files
 
 HOME = "/huggingface"
 LISTING_CACHE = "/tmp/listing"
@@ -94,7 +94,8 @@ class HubDownload:
     def argv(self, words, name=None, listing=False):
         """Return docker's argument list for one `hf download`. listing: mount the cache of the host read-only."""
         argv = ["docker", "run", "--rm", "--network", "host", "--user", self._user]
-        argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+        argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "4096"]
+        argv += ["--read-only", "--tmpfs", "/tmp:mode=1777", "--tmpfs", "/home/mixtral:mode=1777"]
         argv += ["--name", name] if name else []
         argv += ["--mount", "type=bind,source={},target={}".format(self._home, HOME) + ",readonly" * listing]
         argv += ["--env", "HF_HUB_CACHE=" + LISTING_CACHE] if listing else []

@@ -8,8 +8,8 @@ import os
 import subprocess
 import tempfile
 
-from ansible.module_utils.mixtral_run_host.commands import last_lines, run
-from ansible.module_utils.mixtral_run_host.model_cache import ModelError, checked_commit, checked_files, matching
+from .commands import last_lines, run
+from .model_cache import ModelError, checked_commit, checked_files, matching
 
 _ERROR_BYTES = 2000
 

@@ -15,8 +15,8 @@ import stat
 from collections import namedtuple
 from http.client import HTTPException, IncompleteRead
 
-from ansible.module_utils.mixtral_run_host.files import replace_in
-from ansible.module_utils.mixtral_run_host.folders import UnsafePath, open_file, open_folder
+from .files import replace_in
+from .folders import UnsafePath, open_file, open_folder
 
 CHUNK = 1 << 20
 _SIZE_LIMIT = 1 << 50

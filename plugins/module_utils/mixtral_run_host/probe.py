@@ -7,8 +7,9 @@ import json
 import os
 import re
 
-from ansible.module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, run
-from ansible.module_utils.mixtral_run_host.files import RECORD_FOLDER, explain, read_text
+from . import gpu_driver
+from .commands import MISSING, TIMED_OUT, run
+from .files import RECORD_FOLDER, explain, read_text
 
 GPU_FIELDS = (
     "index",
@@ -20,7 +21,6 @@ GPU_FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
 )
 CDI_FOLDERS = ("/etc/cdi", "/var/run/cdi")
-NVIDIA_VENDOR, BRIDGE_CLASS = "0x10de", "0x0680"
 
 
 def os_release(path="/etc/os-release"):
@@ -78,6 +78,17 @@ def held_gib(path, folders):
 
 def filesystem(path):
     """Return the type of the filesystem that contains `path`, found by the longest mount point above it."""
+    return _mount(path)[1]
+
+
+def mount_of(path):
+    """Return device number, mount point and type of the filesystem of the nearest existing parent of `path`."""
+    while not os.path.isdir(path) and path != "/":
+        path = os.path.dirname(path)
+    return (os.stat(path).st_dev,) + _mount(path)
+
+
+def _mount(path):
     best, kind = "", "unknown"
     real = os.path.realpath(path)
     for line in read_text("/proc/self/mounts", "").splitlines():
@@ -86,7 +97,7 @@ def filesystem(path):
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, each
-    return kind
+    return best, kind
 
 
 def gpus(timeout=30):
@@ -141,34 +152,6 @@ def _number(text):
         return 0.0
 
 
-def kernel_driver(path="/proc/driver/nvidia/version"):
-    """Return the version of the loaded NVIDIA kernel module, or None if none is loaded."""
-    match = re.search(r"Kernel Module[^\n]*?\s(\d+\.\d+(?:\.\d+)?)\s", read_text(path, ""))
-    return match.group(1) if match else None
-
-
-def fabric_manager():
-    """Return if the host has NVSwitches, and if its fabric manager is active, with its version."""
-    version = run(["nv-fabricmanager", "--version"], timeout=15)
-    number = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.out)
-    active = run(["systemctl", "is-active", "nvidia-fabricmanager"], timeout=15)
-    return {
-        "nvswitch": has_nvswitch(),
-        "active": active.out.strip() == "active",
-        "version": number.group(1) if number else None,
-    }
-
-
-def has_nvswitch():
-    if glob.glob("/dev/nvidia-nvswitch*") or glob.glob("/proc/driver/nvidia-nvswitch/devices/*"):
-        return True
-    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        bridge = read_text(os.path.join(os.path.dirname(vendor), "class"), "").startswith(BRIDGE_CLASS)
-        if bridge and read_text(vendor, "").strip() == NVIDIA_VENDOR:
-            return True
-    return False
-
-
 def clock_synchronized():
     """Return True or False as reported by the host's time service, or None if none answers."""
     answer = run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], timeout=15)
@@ -178,7 +161,8 @@ def clock_synchronized():
 def engine():
     """Return the running engine's version, runtimes, CDI devices, container count and root, or "error" if it fails."""
     answer = run(["docker", "info", "--format", "{{json .}}"], timeout=30)
-    found = {"version": None, "runtimes": [], "cdi_devices": [], "containers_running": 0, "root": None, "error": None}
+    found = {"version": None, "runtimes": [], "cdi_devices": [], "containers_running": 0, "root": None, "error": None,
+             "containerd_images": False}  # fmt: skip
     try:
         info = json.loads(answer.out)
     except ValueError:
@@ -194,6 +178,7 @@ def engine():
     ]
     found["containers_running"] = info.get("ContainersRunning", 0)
     found["root"] = info.get("DockerRootDir")
+    found["containerd_images"] = "io.containerd.snapshotter" in str(info.get("DriverStatus"))
     return found
 
 
@@ -255,17 +240,24 @@ def records(folder=RECORD_FOLDER):
 
 def machine(disks=()):
     """Return the state of the host without the kit's additions. The Docker engine is not queried."""
-    driver = gpus()
+    driver, kernel = gpus(), os.uname().release
+    modes = gpu_driver.modes() if driver["gpus"] else {}
     return {
         "os": os_release(),
-        "kernel": os.uname().release,
+        "kernel": kernel,
         "architecture": architecture(),
         "identity": identity(),
         "memory": memory(),
         "disks": [disk(path) for path in disks],
         "gpus": driver["gpus"],
-        "driver": {"user": driver["driver"], "kernel": kernel_driver(), "error": driver["error"]},
-        "fabric_manager": fabric_manager(),
+        "driver": {
+            "user": driver["driver"],
+            "kernel": gpu_driver.kernel_driver(),
+            "error": driver["error"],
+            **gpu_driver.modules_on_disk(kernel),
+        },
+        "gpu_modes": {name: modes.get(name, []) for name in ("persistence_mode", "mig.mode.current")},
+        "fabric_manager": gpu_driver.fabric_manager(modes, [gpu["name"] for gpu in driver["gpus"]]),
         "clock_synchronized": clock_synchronized(),
         "swap": swap_files(),
     }

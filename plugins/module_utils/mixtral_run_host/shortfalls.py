@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections import namedtuple
 
+from . import gpu_shortfalls, space
+from .gpu_shortfalls import version
+
 Shortfall = namedtuple("Shortfall", "check level expected found remedy")
 CHECKS = (
     "os",
@@ -13,19 +16,31 @@ CHECKS = (
     "gpu_memory",
     "driver",
     "driver_agreement",
+    "driver_next_boot",
     "fabric_manager",
+    "mig",
+    "persistence",
+    "login",
     "ram",
     "disk",
+    "engine",
     "dns",
     "mirrors",
     "clock",
 )
+TEXTS = ("architecture", "driver_version", "driver_supported")
+"""Limits that are no numbers, even if they look like one."""
 LEGACY = {("ubuntu", "20.04"): "Ubuntu 20.04 is past its end of life: upgrade when you can"}
 
 
-def version(text):
-    """Return a version as a tuple of integers for comparison: "22.04" → (22, 4)."""
-    return tuple(int(part) for part in re.findall(r"\d+", str(text or "")))
+def with_numbers(limits):
+    """Return the limits with numbers that are text as numbers: `-e NAME=VALUE` of Ansible passes text only."""
+    return {
+        name: float(value)
+        if isinstance(value, str) and re.match(r"-?\d+(\.\d+)?$", value) and name not in TEXTS
+        else value
+        for name, value in limits.items()
+    }
 
 
 def collect(state, limits, levels):
@@ -86,7 +101,7 @@ def _gpus(state, limits):
         if not state["gpus"] and state["driver"]["error"]:
             found += " ({})".format(state["driver"]["error"])
         remedy = "look at `nvidia-smi -L` and `dmesg | grep -i xid`; for fewer GPUs set preflight_num_gpus"
-        yield "{} GPUs".format(limits["num_gpus"]), found, remedy
+        yield "{:g} GPUs".format(limits["num_gpus"]), found, remedy
 
 
 def _gpu_memory(state, limits):
@@ -101,55 +116,10 @@ def _gpu_memory(state, limits):
         yield "{:g} GiB on each GPU".format(limits["gpu_memory_gib"]), "; ".join(small), "use GPUs with more memory"
 
 
-def _driver(state, limits):
-    driver = state["driver"]
-    wanted = "NVIDIA driver {} or newer".format(limits["driver_version"])
-    remedy = "install a newer driver: `sudo ubuntu-drivers install --gpgpu` or NVIDIA's repository, then reboot"
-    if driver["user"] is None and limits["num_gpus"] > 0:
-        yield wanted, driver["error"] or "none", remedy
-    elif driver["user"] and version(driver["user"]) < version(limits["driver_version"]):
-        yield wanted, "driver {}".format(driver["user"]), remedy
-
-
-def _driver_agreement(state, _limits):
-    driver = state["driver"]
-    mismatch = driver["error"] and "mismatch" in driver["error"].lower()
-    differ = driver["kernel"] and driver["user"] and driver["kernel"] != driver["user"]
-    if mismatch or differ:
-        found = driver["error"] if mismatch else "kernel module {}, library {}".format(driver["kernel"], driver["user"])
-        remedy = "an unattended upgrade replaced the library under the loaded module: reboot, then hold the driver's packages"
-        yield "kernel module and user-space library of one version", found, remedy
-
-
-def _fabric_manager(state, _limits):
-    fabric, driver = state["fabric_manager"], state["driver"]["user"]
-    if not fabric["nvswitch"]:
-        return
-    install = (
-        _install_fabric_manager(driver) if driver else "install the driver first, then fabric manager of its version"
-    )
-    if not fabric["active"]:
-        remedy = install + ", then `sudo systemctl enable --now nvidia-fabricmanager`"
-        yield "nvidia-fabricmanager running (this host has NVSwitches)", "it is not running", remedy
-    elif driver and fabric["version"] != driver:
-        remedy = install + ": with another version CUDA fails with error 802"
-        yield "fabric manager {}, as the driver".format(driver), "fabric manager {}".format(fabric["version"]), remedy
-
-
-def _install_fabric_manager(driver):
-    branch = driver.split(".")[0]
-    if version(driver) < (580,):
-        return "`sudo apt-get install nvidia-fabricmanager-{}={}-1`".format(branch, driver)
-    # Since 580 the package name in NVIDIA's repository has no branch (gpu-driver-container#451), in Ubuntu's it still has.
-    return "`sudo apt-get install nvidia-fabricmanager={}-1` (in Ubuntu's own archive nvidia-fabricmanager-{})".format(
-        driver, branch
-    )
-
-
 def _ram(state, limits):
     ram, swap, least = state["memory"]["ram_gib"], state["memory"]["swap_gib"], limits["ram_gib"]
     # Memory modules of 128 GB show as about 125 GiB, because the firmware and the kernel reserve a part.
-    if ram + _planned_swap(ram, limits) >= least * 0.95:
+    if ram + planned_swap(ram, limits) >= least * 0.95:
         return
     wanted, found = "{:g} GiB of RAM".format(least), "{:g} GiB of RAM and {:g} GiB of swap".format(ram, swap)
     if ram + swap >= least * 0.95:
@@ -158,24 +128,28 @@ def _ram(state, limits):
         yield wanted, found, "add RAM, or let the swap role make up for it: swap_size_gib, swap_target_gib"
 
 
-def _planned_swap(ram, limits):
+def planned_swap(ram, limits):
     """Return the GiB of swap that the swap role will create. A negative setting means RAM's difference to the target."""
     planned = float(limits["planned_swap_gib"])
     return planned if planned >= 0 else max(0, float(limits["swap_target_gib"]) - ram)
 
 
-def _disk(state, limits):
-    for each in state["disks"]:
-        held = each.get("held_gib", 0)
-        if each["free_gib"] + held < limits["free_gib"]:
-            found = "{:g} GiB free ({})".format(each["free_gib"], each["filesystem"])
-            if held:
-                found += ", and {:g} GiB that checkpoints and HF cache hold there, counted as free".format(held)
-            yield (
-                "{:g} GiB free under {}".format(limits["free_gib"], each["path"]),
-                found,
-                "free some space, or put checkpoints on a larger disk: hf_cache_checkpoint_folder, preflight_disk_paths",
-            )
+def _disk(state, _limits):
+    return space.shortfalls(state["space"])
+
+
+def _login(state, _limits):
+    if state["printed_at_login"]:
+        remedy = (
+            "let the start-up files of the login user (~/.bashrc, /etc/bash.bashrc) print in interactive shells only: "
+            "`case $- in *i*) ;; *) return ;; esac` before what prints"
+        )
+        yield "warn", "a login shell that prints nothing for a command", repr(state["printed_at_login"][:80]), remedy
+
+
+def _engine(state, _limits):
+    """Yield the conflicts between the host's Docker engine and the docker role's settings."""
+    yield from state.get("engine_conflicts", [])
 
 
 def _dns(state, _limits):
@@ -205,11 +179,16 @@ _CHECKERS = {
     "architecture": _architecture,
     "gpus": _gpus,
     "gpu_memory": _gpu_memory,
-    "driver": _driver,
-    "driver_agreement": _driver_agreement,
-    "fabric_manager": _fabric_manager,
+    "driver": gpu_shortfalls.driver,
+    "driver_agreement": gpu_shortfalls.agreement,
+    "driver_next_boot": gpu_shortfalls.next_boot,
+    "fabric_manager": gpu_shortfalls.fabric_manager,
+    "mig": gpu_shortfalls.mig,
+    "persistence": gpu_shortfalls.persistence,
+    "login": _login,
     "ram": _ram,
     "disk": _disk,
+    "engine": _engine,
     "dns": _dns,
     "mirrors": _mirrors,
     "clock": _clock,

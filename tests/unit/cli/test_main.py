@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mixtral_run.cli.main import root
-from mixtral_run.errors import ConfigError
+from mixtral_run.cli.main import main, root
+from mixtral_run.errors import (
+    CheckFailed,
+    ConfigError,
+    HostError,
+    MixtralRunError,
+    Stopped,
+    TrainingError,
+    WeightsError,
+)
+from mixtral_run.launch import process_exit
 
 
 def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +62,7 @@ def test_all_problems_of_a_command_line_are_reported_at_once() -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "✗ The settings cannot be used as they are.",
-        "  - --tp: there is no such flag; did you mean --tensor-model-parallel-size?",
+        "  - --tp: there is no such flag; write --tensor-model-parallel-size",
         "  - --hf: there is no such flag; did you mean --hf-model-path or --hf-home?",
         "  - --overwrite: expected no value; found 'yes'",
         "  - --ouput: there is no such flag; did you mean --output-path?",
@@ -163,13 +172,13 @@ def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path:
     (tmp_path / "pairs.jsonl").write_text('{"instruction": 1, "response": "b"}\n')
     done = mixtral_run(
         "finetune", "--load", "nowhere", "--data-path", str(tmp_path / "pairs.jsonl"), "--save", str(tmp_path),
-        "--device", "cpu", "--nproc-per-node", "3",
+        "--device", "cpu", "--nproc-per-node", "3", "--tensor-model-parallel-size", "2",
     )  # fmt: skip
     assert done.returncode == 5
     for words in (
         "4 things stand in the way.",
         "where:    nowhere",
-        "The layout TP2/EP4 does not fit 3 processes.",
+        "The layout TP2 does not fit 3 processes.",
         "line 1: 'instruction': expected text; found a number",
         f"--save {tmp_path}: expected a new or empty folder",
     ):
@@ -179,9 +188,9 @@ def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path:
 def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
-    told = mixtral_run("finetune", "--config", str(file))
-    assert "--lora-rank: expected at least 1; found 0" in told.stderr
-    told = mixtral_run(
+    reported = mixtral_run("finetune", "--config", str(file))
+    assert "--lora-rank: expected at least 1; found 0" in reported.stderr
+    reported = mixtral_run(
         "finetune",
         "--config",
         str(file),
@@ -192,9 +201,9 @@ def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
         "--expert-model-parallel-size",
         "1",
     )
-    assert "--lora-rank" not in told.stderr
-    assert "This is not a whole checkpoint." in told.stderr
-    assert told.returncode == 5
+    assert "--lora-rank" not in reported.stderr
+    assert "This is not a whole checkpoint." in reported.stderr
+    assert reported.returncode == 5
 
 
 def test_an_unreadable_config_file_is_named(tmp_path: Path) -> None:
@@ -233,3 +242,66 @@ def test_a_shell_completes_verbs_and_flags() -> None:
 def test_version() -> None:
     done = mixtral_run("--version")
     assert done.stdout.startswith("mixtral-run, version ")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("torch", ("finetune", "--load", "x", "--mock-data", "--save", "y")),
+        ("torch", ("generate", "--load", "x", "--prompt", "y")),
+    ],
+)
+def test_missing_packages_of_the_extra_are_reported_in_words(
+    module: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "mixtral_run", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "here",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"no module named '{module}'" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
+
+
+def test_exit_codes_are_those_of_the_documentation() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text().replace("\n", " ")
+    documented = readme.split("Exit codes: ")[1].split(".")[0]
+    numbers = {int(part.split()[0]): part.split(maxsplit=1)[1] for part in documented.split(", ")}
+    assert numbers == {
+        2: "settings or input", 3: "host", 4: "a check failed", 5: "weights", 6: "training", 130: "interrupted",
+    }  # fmt: skip
+    for error in (ConfigError, HostError, CheckFailed, WeightsError, TrainingError, Stopped):
+        assert error.exit_code in numbers
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("x"), HostError("x"), CheckFailed("x"), WeightsError("x"), TrainingError("x"), Stopped("x")],
+)
+def test_every_class_of_error_ends_the_program_with_its_code(
+    error: MixtralRunError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(root, "main", fail)
+    monkeypatch.setattr(process_exit, "_ignore_signals", lambda _: None)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    expected = {
+        "ConfigError": 2,
+        "HostError": 3,
+        "CheckFailed": 4,
+        "WeightsError": 5,
+        "TrainingError": 6,
+        "Stopped": 130,
+    }
+    assert caught.value.code == expected[type(error).__name__]
+    assert capsys.readouterr().err == "✗ x\n"

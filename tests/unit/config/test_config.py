@@ -79,7 +79,7 @@ def test_former_names_are_accepted_as_keys_but_not_with_the_current_one() -> Non
     config = FinetuneConfig.from_mapping(values)
     assert config.quantized_cache == "use"
     assert "keep_quantised" not in config.to_mapping()
-    with pytest.raises(ConfigError, match="'keep_quantised' is the former name of 'quantized_cache'"):
+    with pytest.raises(ConfigError, match="'keep_quantised' is another name of 'quantized_cache'"):
         FinetuneConfig.from_mapping(values | {"quantized_cache": "use"})
 
 
@@ -94,6 +94,7 @@ def test_broken_limits_are_reported_together() -> None:
     config = FinetuneConfig(
         load=Path("a"),
         save=Path("b"),
+        tensor_model_parallel_size=2,
         expert_tensor_parallel_size=2,
         lora_rank=0,
         lora_dropout=1.5,

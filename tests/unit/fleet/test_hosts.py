@@ -51,7 +51,7 @@ def test_what_is_no_host_is_refused(text: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_all_problems_of_a_command_line_are_told_at_once() -> None:
+def test_all_problems_of_a_command_line_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_hosts(["gpu-01", "gpu:x", "a b", "root@gpu-01"])
     assert len(caught.value.problems) == 3
@@ -97,7 +97,7 @@ def test_an_inventorys_group_is_read_with_its_children() -> None:
     assert [host.name for host in hosts_of_inventory(without_group, inventory)] == ["gpu-01", "gpu-02", "db"]
 
 
-def test_hosts_of_several_inventories_are_told_apart() -> None:
+def test_hosts_of_several_inventories_are_reported_apart() -> None:
     first, second = (
         Host("gpu-01", "10.0.0.1", inventory="/racks/a b.yml"),
         Host("gpu-02", "x", inventory="/racks/a b.yml"),

@@ -37,7 +37,7 @@ def test_the_same_run_is_done_and_a_longer_one_goes_on(data: Path) -> None:
     _check_same_training(HOST, UpConfig(data_path=(str(data),)), Done(False, 0, False, {}))
 
 
-def test_another_file_or_setting_is_told(data: Path) -> None:
+def test_another_file_or_setting_is_reported(data: Path) -> None:
     before = done(UpConfig(data_path=(str(data),)), data)
     data.write_text('{"instruction": "a", "response": "other"}\n')
     with pytest.raises(ConfigError) as caught:
@@ -49,7 +49,7 @@ def test_another_file_or_setting_is_told(data: Path) -> None:
     assert "gpu-01: /checkpoints/adapter, iteration 10" in text
 
 
-def test_another_base_is_told(data: Path) -> None:
+def test_another_base_is_reported(data: Path) -> None:
     before = done(UpConfig(data_path=(str(data),)), data)
     record = {"source": "/models/mine", "fingerprint": "quick-whole"}
     same = dataclasses.replace(before, base=record, adapter={**before.adapter, "base": {"fingerprint": "quick-whole"}})
@@ -64,7 +64,7 @@ def test_another_base_is_told(data: Path) -> None:
         _check_same_training(HOST, UpConfig(data_path=(str(data),)), other)
 
 
-def test_a_folder_of_somebody_else_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_folder_of_somebody_else_is_reported_before_the_work(tmp_path: Path) -> None:
     _check_target(tmp_path / "new")
     with pytest.raises(ConfigError, match="cannot be written here"):
         _check_target(tmp_path)

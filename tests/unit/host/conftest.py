@@ -25,14 +25,14 @@ from ansible.module_utils.mixtral_run_host.files import Record  # noqa: E402 - f
 def load_module(name: str):
     """An Ansible module of the kit as a Python module."""
     file = ROOT / f"plugins/modules/{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kit_module_{name}", file)
+    spec = importlib.util.spec_from_file_location(f"ansible.modules.{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 class _Ended(Exception):
-    """What a module gives back, at the moment when it would end its process."""
+    """Result of a module, raised at the moment when the module would end its process."""
 
 
 def call_module(module, record_folder, check_mode=False, **params):

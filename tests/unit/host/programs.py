@@ -27,13 +27,13 @@ class Programs:
         fresh.rename(path)
 
     def calls(self, beginning: str = "") -> list[str]:
-        """What was called, in order."""
+        """Return the calls in their order."""
         text = self._calls.read_text() if self._calls.exists() else ""
         return [line for line in text.splitlines() if line.startswith(beginning)]
 
 
 def preflight_script(proxy: str = "", no_proxy: str = "localhost,127.0.0.1") -> str:
-    """What preflight runs in the shell of a host that may have no Python."""
+    """Run preflight's commands in the shell of a host that may have no Python."""
     text = yaml.safe_load((ROLES / "preflight/vars/main.yml").read_text())["__preflight_python_script"]
     environment = jinja2.Environment(trim_blocks=True)
     environment.filters["quote"] = shlex.quote

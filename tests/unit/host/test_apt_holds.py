@@ -64,7 +64,7 @@ def test_holds_are_as_they_were_once_the_kit_leaves(host: Host, hold: bool, held
         assert host.names("installed") == {"kit", *THEIRS} and host.names("held") == held
     assert host.call(state="absent")["removed"] == ["kit"]
     assert host.names("installed") == THEIRS and host.names("held") == {"kept"}
-    assert not host.call(state="absent")["changed"] and not list((host.folder / "records").iterdir())
+    assert not host.call(state="absent")["changed"] and not list((host.folder / "records").glob("*"))
 
 
 def test_what_was_changed_first_counts(host: Host) -> None:

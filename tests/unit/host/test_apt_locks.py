@@ -1,6 +1,7 @@
 """A fresh host's own updates hold apt's locks, which apt-get does not wait for by itself: the kit does."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.unit.host.conftest import call_module, load_module
 from tests.unit.host.programs import Programs, preflight_script, programs  # noqa: F401 - a fixture
 
 PACKAGES = load_module("apt_packages")
+APT = sys.modules[PACKAGES.Apt.__module__]
 LISTS = "/var/lib/apt/lists/lock"
 ARCHIVES = "/var/cache/apt/archives/lock"
 
@@ -18,7 +20,7 @@ def _apt_get(programs: Programs, verb: str, lock: str, times: int) -> None:  # n
     counter = programs.folder / "tries"
     programs.put(
         "apt-get",
-        f'case " $* " in *" {verb} "*) ;; *) exit 0 ;; esac',
+        f'case " $* " in *--simulate*) exit 0 ;; *" {verb} "*) ;; *) exit 0 ;; esac',
         f"echo x >> {counter}",
         f'[ "$(wc -l < {counter})" -le {times} ] || exit 0',
         f"echo 'E: Could not get lock {lock}. It is held by process 7 (apt-get)' >&2; exit 100",
@@ -30,7 +32,7 @@ def settings(programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     programs.put("dpkg-query", "echo docker-ce 5:1 installed")
     for name in ("dpkg", "apt-mark", "apt-cache"):
         programs.put(name)
-    monkeypatch.setattr(PACKAGES, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(APT, "RETRY_SECONDS", 0.01)
     return {"record_folder": tmp_path / "records", "section": "tests", "names": ["tool"]}
 
 
@@ -43,10 +45,10 @@ def test_packages_are_installed_once_the_lock_is_free(
 ) -> None:
     _apt_get(programs, verb, lock, 3)
     assert call_module(PACKAGES, **settings)["changed"]
-    assert len([call for call in programs.calls("apt-get") if f" {verb}" in call]) == 4
+    assert len([call for call in programs.calls("apt-get") if f" {verb}" in call and "--simulate" not in call]) == 4
 
 
-def test_a_lock_that_is_never_freed_is_told(programs: Programs, settings: dict) -> None:  # noqa: F811
+def test_a_lock_that_is_never_freed_is_reported(programs: Programs, settings: dict) -> None:  # noqa: F811
     _apt_get(programs, "update", LISTS, 10**6)
     result = call_module(PACKAGES, **settings, lock_timeout_seconds=0)
     assert result["failed"] and LISTS in result["msg"] and "another package manager runs: wait" in result["msg"]
@@ -62,11 +64,21 @@ def _preflight(programs: Programs) -> subprocess.CompletedProcess[str]:  # noqa:
 def test_python_is_installed_once_the_lock_is_free(programs: Programs, verb: str, lock: str) -> None:  # noqa: F811
     _apt_get(programs, verb, lock, 2)
     done = _preflight(programs)
-    assert done.returncode == 0 and done.stdout == "installed by mixtral-run: python3\n", done.stderr
+    assert done.returncode == 0 and done.stdout == "mixtral-run begins\ninstalled by mixtral-run: python3\n", (
+        done.stderr
+    )
     assert len(programs.calls("sleep")) == 2
 
 
 def test_what_else_apt_says_ends_it_at_once(programs: Programs) -> None:  # noqa: F811
     programs.put("apt-get", "echo 'E: Unable to locate package python3' >&2; exit 100")
     done = _preflight(programs)
-    assert done.returncode == 1 and "Unable to locate" in done.stderr and not programs.calls("sleep")
+    assert done.returncode == 9 and "Unable to locate" in done.stdout and not programs.calls("sleep")
+
+
+def test_preflight_installs_python_under_any_umask(programs: Programs) -> None:  # noqa: F811
+    programs.put("python3", "exit 127")
+    programs.put("apt-get", f"umask > {programs.folder}/umask")
+    script = f"umask 077; {preflight_script()}"
+    assert subprocess.run(["/bin/sh", "-c", script], check=False, capture_output=True).returncode == 0
+    assert (programs.folder / "umask").read_text().strip() == "0022"

@@ -44,7 +44,7 @@ def test_what_was_there_comes_back(tmp_path: Path, before: dict[str, str]) -> No
     assert _files(tmp_path)["docker.asc"] == KEY and "another" in _files(tmp_path)["docker.sources"]
     assert _call(tmp_path, state="absent")["changed"]
     assert _files(tmp_path) == found
-    assert not _call(tmp_path, state="absent")["changed"] and not list((tmp_path / "records").iterdir())
+    assert not _call(tmp_path, state="absent")["changed"] and not list((tmp_path / "records").glob("*"))
 
 
 def test_a_source_that_is_as_wanted_is_not_the_kits(tmp_path: Path) -> None:

@@ -96,3 +96,21 @@ def test_a_unit_that_writes_elsewhere_or_nothing_is_no_obstacle(host: Host, writ
     host.unit(host.etc if writes else host.etc.with_name("else"))
     assert host.call()["changed"] and host.etc.read_text() == host.fresh
     assert not host.call()["changed"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("Enabled", "GPU 0 is in MIG mode"), ("Disabled", "`nvidia-smi mig -lgi`"), ("[N/A]", "MIG mode")],
+)
+def test_fewer_gpus_in_a_container_name_mig_as_a_cause(host: Host, tmp_path: Path, mode: str, words: str) -> None:
+    info = '{"ServerVersion": "29.1", "Runtimes": {"nvidia": {}}}'
+    host.programs.put(
+        "docker", f"case $1 in info) echo '{info}' ;; image) echo sha256:1 ;; run) echo 0 ;; esac", "exit 0"
+    )
+    host.programs.put(
+        "nvidia-smi",
+        f"case $1 in *mig.mode*) echo 'Enabled, {mode}, [N/A], [N/A]' ;;",
+        f"*) echo '0, H100, GPU-1, 81559, {host.version}, 31, 0' ;; esac",
+    )
+    result = call_module(MODULE, host.records, host="gpu-01", cdi_path=str(host.etc), image="kit")
+    assert result["failed"] and words in result["msg"] and "found:    0 GPUs" in result["msg"]

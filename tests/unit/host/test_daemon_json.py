@@ -1,6 +1,8 @@
 """daemon.json is written only when the engine finds it valid, and kept as it was; check mode shows the change."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ THEIRS = '{"debug": true}'
 @pytest.fixture
 def file(programs: Programs, tmp_path: Path) -> Path:  # noqa: F811
     """The file as somebody wrote it, beside an engine that validates and takes everything but the key `wrong`."""
+    programs.put("systemctl")
     programs.put(
         "dockerd",
         '[ "$1" != --help ] || { echo "      --validate   Validate daemon configuration and exit"; exit 0; }',
@@ -69,7 +72,63 @@ def test_a_file_that_only_the_kit_wrote_goes_with_it(file: Path) -> None:
     assert not file.exists()
 
 
-def test_a_file_that_is_no_json_is_left_and_told(file: Path) -> None:
+UNIT = (
+    "ExecStart={{ path=/usr/bin/dockerd ; argv[]=/usr/bin/dockerd -H fd:// {flags} ; ignore_errors=no ; pid=0 }}\n"
+    "FragmentPath=/lib/systemd/system/docker.service\n"
+)
+
+
+def test_what_the_unit_says_is_not_repeated_and_the_check_of_the_engine_gets_its_flags(
+    file: Path,
+    programs: Programs,  # noqa: F811
+) -> None:
+    programs.put("systemctl", f"cat <<'END'\n{UNIT.format(flags='--log-driver=journald')}END")
+    defaults = {"log-driver": "json-file", "live-restore": True}
+    result = _call(file, defaults=defaults)
+    assert json.loads(file.read_text()) == {"debug": True, "live-restore": True}
+    assert result["kept"] == ["the unit's flag --log-driver=journald"]
+    assert programs.calls("dockerd --validate")[0].endswith("-H fd:// --log-driver=journald")
+    assert not _call(file, defaults=defaults)["changed"]
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_a_flag_that_contradicts_a_setting_is_refused_before_anything_is_written(
+    file: Path,
+    programs: Programs,  # noqa: F811
+    check_mode: bool,
+) -> None:
+    programs.put("systemctl", f"cat <<'END'\n{UNIT.format(flags='--data-root=/old --debug')}END")
+    result = _call(file, check_mode=check_mode, settings={"data-root": "/data"})
+    assert result["failed"] and "nothing was changed" in result["msg"]
+    assert "--data-root=/old" in result["msg"] and "debug in one place only" in result["msg"]
+    assert _files(file) == {"daemon.json": THEIRS}
+
+
+def test_link_mode_owner_and_attributes_of_the_file_stay(file: Path, tmp_path: Path) -> None:
+    managed = tmp_path / "managed/daemon.json"
+    managed.parent.mkdir()
+    file.rename(managed)
+    file.symlink_to(managed)
+    managed.chmod(0o600)
+    if os.geteuid() == 0:
+        os.chown(managed, 0, 4321)
+    labelled = True
+    try:
+        os.setxattr(managed, "user.label", b"theirs")
+    except OSError:
+        labelled = False  # a file system without extended attributes
+    group = managed.stat().st_gid
+    _call(file, settings={"live-restore": True})
+    assert file.is_symlink() and json.loads(managed.read_text())["live-restore"] is True
+    now = managed.stat()
+    assert (stat.S_IMODE(now.st_mode), now.st_gid) == (0o600, group)
+    assert not labelled or os.getxattr(managed, "user.label") == b"theirs"
+    assert stat.S_IMODE(file.with_name("daemon.json.mixtral-run.bak").stat().st_mode) == 0o600
+    _call(file, state="absent")
+    assert file.is_symlink() and json.loads(managed.read_text()) == json.loads(THEIRS)
+
+
+def test_a_file_that_is_no_json_is_left_and_reported(file: Path) -> None:
     file.write_text("{,}")
     result = _call(file, settings={"live-restore": True})
     assert result["failed"] and "not valid JSON; it was left" in result["msg"] and str(file) in result["msg"]

@@ -1,4 +1,4 @@
-"""What a change of settings does to engine and containerd."""
+"""Effects of changed settings on the engine and containerd."""
 
 import json
 import stat
@@ -62,7 +62,7 @@ def test_the_engine_runs_without_the_kits_settings_once_they_are_removed(
         _start_engine(engine)
     assert call_module(MODULE, records, state="absent")["changed"]
     assert _changes(engine) == ["systemctl restart containerd.service docker.service"] * is_active
-    assert not list(tmp_path.glob("*.service.d/*")) and not list(records.iterdir())
+    assert not list(tmp_path.glob("*.service.d/*")) and not list(records.glob("*"))
 
 
 def test_a_restart_for_removed_settings_waits_for_running_work(
@@ -101,6 +101,49 @@ def test_a_value_that_leaves_its_line_is_refused(engine: Programs, tmp_path: Pat
     result = call_module(MODULE, tmp_path / "records", **values)
     assert result["failed"] and "no control characters" in result["msg"]
     assert not list(tmp_path.glob("*.service.d"))
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_settings_that_the_engine_does_not_start_with_are_taken_back(
+    engine: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    settings, drop_in = tmp_path / "daemon.json", tmp_path / "docker.service.d/mixtral-run.conf"
+    settings.write_text('{"wrong": 1, "debug": true}')
+    settings.chmod(0o640)
+    records = tmp_path / "records"
+    records.mkdir()
+    before = {"docker": [{"path": ["debug"], "value": True}]}
+    record = {"due": "restart", "keys": ["wrong"], "sections": {"docker": [{"path": ["wrong"], "value": 1}]}}
+    record["rollback"] = {"path": str(settings), "text": '{"debug": true}', "sections": before}
+    (records / "daemon_json.json").write_text(json.dumps(record))
+    _start_engine(engine)
+    # The engine starts only without the new settings.
+    good = f"! grep -q wrong {settings} && ! test -e {drop_in}" if comes_back else "false"
+    engine.put(
+        "systemctl",
+        f'case "$1" in is-active) echo active ;; is-enabled) echo enabled ;; restart) {good} ;; show) exit 0 ;; esac',
+    )
+    engine.put("journalctl", "echo 'the following directives are specified both as a flag: wrong'")
+    monkeypatch.setattr(MODULE, "START_SECONDS", 0.2)
+    result = call_module(MODULE, records, environment={"HTTP_PROXY": "http://p:1"})
+    words = "it runs again as before" if comes_back else "it does not run with those from before either"
+    assert result["failed"] and words in result["msg"] and "both as a flag: wrong" in result["msg"]
+    assert settings.read_text() == '{"debug": true}' and stat.S_IMODE(settings.stat().st_mode) == 0o640
+    assert not drop_in.exists()
+    refused = tmp_path / "daemon.json.mixtral-run.refused"
+    assert "wrong" in refused.read_text() and str(refused) in result["msg"] and ".bak" not in result["msg"]
+    assert json.loads((records / "daemon_json.json").read_text()) == {"sections": before}
+    assert _changes(engine)[-2:] == ["systemctl restart docker.service"] * 2
+
+
+def test_an_engine_that_starts_with_its_settings_keeps_nothing_to_take_back(engine: Programs, tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    records.mkdir()
+    rollback = {"path": str(tmp_path / "daemon.json"), "text": None, "sections": {}}
+    (records / "daemon_json.json").write_text(json.dumps({"due": "restart", "keys": ["x"], "rollback": rollback}))
+    _start_engine(engine)
+    call_module(MODULE, records, environment={"HTTP_PROXY": "http://p:1"})
+    assert not [file for file in records.glob("*") if "rollback" in file.read_text()]
 
 
 @pytest.mark.parametrize("state", ["active", "inactive"])

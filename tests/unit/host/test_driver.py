@@ -1,4 +1,4 @@
-"""What the driver decides: one that does not answer fails its host in words; only a host without one is a CPU host."""
+"""A driver that does not answer fails its host in words; only a host without a driver is a CPU host."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("check_mode", [False, True])
-def test_a_sick_driver_is_told(programs: Programs, tmp_path: Path, name: str, check_mode: bool) -> None:  # noqa: F811
+def test_a_sick_driver_is_reported(programs: Programs, tmp_path: Path, name: str, check_mode: bool) -> None:  # noqa: F811
     for program in ("docker", "systemctl", "nvidia-ctk"):
         programs.put(program, "exit 1")
     programs.put("nvidia-smi", SICK)

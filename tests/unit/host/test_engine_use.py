@@ -82,7 +82,8 @@ def test_a_change_of_the_engines_packages_waits_while_a_job_runs(
     assert call_module(PACKAGES, **{**settings, "restart_when_busy": True}, check_mode=check_mode)["changed"]
     host.put("docker")
     assert call_module(PACKAGES, **settings, check_mode=check_mode)["changed"]
-    assert bool([call for call in host.calls("apt-get") if " install " in call]) != check_mode
+    real = [call for call in host.calls("apt-get") if " install " in call and "--simulate" not in call]
+    assert bool(real) != check_mode
 
 
 def test_what_only_adds_a_package_does_not_wait(host: Programs, tmp_path: Path) -> None:
@@ -102,4 +103,4 @@ def test_the_engines_packages_are_not_removed_under_a_job(host: Programs, tmp_pa
     assert "next:     end it and run again" in result["msg"] and not host.calls("apt-get")
     host.put("docker")
     assert call_module(PACKAGES, **settings)["removed"] == ["docker-ce"]
-    assert not list((tmp_path / "records").iterdir())
+    assert not list((tmp_path / "records").glob("*"))

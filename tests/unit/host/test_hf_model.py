@@ -39,7 +39,7 @@ def test_links_above_a_folder_and_to_its_files_are_followed(share: Path, tmp_pat
     assert not _take(tmp_path, share)["changed"]
 
 
-def test_a_damaged_blob_of_a_cache_is_told(tmp_path: Path) -> None:
+def test_a_damaged_blob_of_a_cache_is_reported(tmp_path: Path) -> None:
     cache = tmp_path / "models--org--model"
     blob = cache / "blobs" / hashlib.sha256(b"whole").hexdigest()
     snapshot = cache / "snapshots" / ("c" * 40)

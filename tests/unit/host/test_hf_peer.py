@@ -1,4 +1,4 @@
-"""What a host shows of its HF cache to another host's key: one model, to be listed and read, and nothing beside it."""
+"""A host opens its HF cache to the key of another host for one model, to list and read, and for nothing else."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_anything_else_is_refused(cache: ModelCache, command: str) -> None:
     assert b"only list REVISION and get HASH START are served" in done.stderr
 
 
-def test_what_is_not_there_is_told(cache: ModelCache) -> None:
+def test_what_is_not_there_is_reported(cache: ModelCache) -> None:
     assert b"has no revision other" in serve(cache, "list other").stderr
     assert b"No such file" in serve(cache, "get " + "a" * 40 + " 0").stderr
 

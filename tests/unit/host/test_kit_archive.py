@@ -13,7 +13,7 @@ DOCKERFILE = Path(__file__).parents[3] / "roles/image/files/Dockerfile"
 
 
 def test_both_halves_are_the_whole_dockerfile() -> None:
-    """What the role's Dockerfile does is done once, by one half or the other, with the arguments of its last stage."""
+    """Every step of the role's Dockerfile runs once, in one of the two halves, with the arguments of its last stage."""
     below, upper = (half.splitlines() for half in kit_image._halves_of_dockerfile())
     whole = DOCKERFILE.read_text().splitlines()
     first = next(number for number, line in enumerate(upper) if line.startswith("COPY mixtral_run/"))

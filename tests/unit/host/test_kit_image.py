@@ -138,3 +138,21 @@ def test_it_is_built_again_when_an_input_changed_and_only_then(tmp_path: Path, m
         assert again == [True, False], change
     # A proxy is the way to the inputs, not one of them.
     assert not call_module(MODULE, tmp_path / "records", **given, proxy="http://p:3128")["changed"]
+
+
+@pytest.mark.parametrize(("containerd", "root"), [(True, "/var/lib/containerd"), (False, "/data/docker")])
+def test_a_full_disk_of_the_engine_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, containerd: bool, root: str
+) -> None:
+    def run(argv: list[str], **_: object) -> Result:
+        if argv[1] == "load":
+            return Result(1, "", "write /blobs/ingest: no space left on device\n")
+        return Result(int(argv[1] == "image"), "", "")
+
+    monkeypatch.setattr(MODULE, "run", run)
+    monkeypatch.setattr(MODULE.probe, "engine", lambda: {"containerd_images": containerd, "root": "/data/docker"})
+    monkeypatch.setattr(MODULE.probe, "disk", lambda path: {"free_gib": 0.1 if path == root else 9e9})
+    given = {"host": "gpu-01", "source": "archive", "name": "kit:local", "archive_name": "kit:a", "sent": "/a.tar"}
+    message = call_module(MODULE, tmp_path / "records", **given, inputs="1")["msg"]
+    assert message.startswith("The engine has no space for the image.")
+    assert f"0.1 GiB free under {root}" in message and "docker_data_root" in message and "again" not in message

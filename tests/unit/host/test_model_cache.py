@@ -118,7 +118,7 @@ class BreakingSource:
     ("error", "more"),
     [(ConnectionResetError("reset"), b""), (TimeoutError(), b""), (IncompleteRead(b"abc", 9), b"abc")],
 )
-def test_a_connection_that_breaks_off_is_told_and_what_came_is_kept(
+def test_a_connection_that_breaks_off_is_reported_and_what_came_is_kept(
     tmp_path: Path, error: Exception, more: bytes
 ) -> None:
     data = bytes(range(256)) * 20 + b"abcdef"
@@ -250,7 +250,7 @@ def test_a_file_in_the_place_of_a_link_is_replaced(tmp_path: Path) -> None:
     assert beside.is_symlink() and beside.read_bytes() == FILES["config.json"]
 
 
-def test_a_folder_in_the_place_of_a_link_is_told(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_a_link_is_reported(tmp_path: Path) -> None:
     (_model_folder(tmp_path) / "snapshots" / COMMIT / "config.json").mkdir()
     with pytest.raises(ModelError, match=r"config\.json: a folder named config\.json") as failure:
         _fetch(Source(FILES), tmp_path)

@@ -29,7 +29,7 @@ def _packet(body: bytes) -> bytes:
     return bytes([0x99]) + len(body).to_bytes(2, "big") + body  # old format, tag 6, length in two bytes
 
 
-def test_every_primary_key_is_told_so_that_a_second_one_cannot_hide() -> None:
+def test_every_primary_key_is_reported_so_that_a_second_one_cannot_hide() -> None:
     bodies = [bytes([4]) + text for text in (b"first", b"second")]
     expected = [hashlib.sha1(_packet(body)).hexdigest().upper() for body in bodies]
     assert primary_fingerprints(b"".join(_packet(body) for body in bodies)) == expected

@@ -51,7 +51,7 @@ def test_a_folder_that_was_there_gets_its_owner_and_mode_back_and_the_kits_own_g
     assert _figures(there) == before and (there / "mine").read_text() == "precious"
     assert not Path(settings["paths"][0]).parent.exists()
     assert not call_module(MODULE, **settings, state="absent")["changed"]
-    assert not list(settings["record_folder"].iterdir())
+    assert not list(settings["record_folder"].glob("*"))
 
 
 def test_what_the_section_left_goes_with_it_whether_or_not_folders_were_recorded(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,19 +39,6 @@ def test_why_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch, result: Result, 
     assert found["gpus"] == [] and found["driver"] is None and words in found["error"]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (dvs@build)\n",
-    ],
-)
-def test_version_of_the_kernel_module(tmp_path: Path, line: str) -> None:
-    (tmp_path / "version").write_text(line + "GCC version: 12.3.0\n")
-    assert probe.kernel_driver(str(tmp_path / "version")) == "550.54.15"
-    assert probe.kernel_driver(str(tmp_path / "none")) is None
-
-
 def test_cdi_spec_in_yaml_and_json(tmp_path: Path) -> None:
     names = ["0", "1", "GPU-abc", "all"]
     text = "kind: nvidia.com/gpu\ndevices:\n" + "".join(f'  - name: "{name}"\n' for name in names)
@@ -70,6 +58,27 @@ def test_filesystem_of_the_longest_mount(monkeypatch: pytest.MonkeyPatch) -> Non
     assert probe.filesystem("/data/my disk/x") == "xfs"
     assert probe.filesystem("/data") == "ext4"
     assert probe.filesystem("/database") == "overlay"
+
+
+def test_mount_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    device, mount, kind = probe.mount_of(str(tmp_path / "not/yet"))
+    told = subprocess.run(["findmnt", "-n", "-o", "TARGET,FSTYPE", "-T", tmp_path], capture_output=True, text=True)
+    assert [mount, kind] == told.stdout.split()
+    assert device == tmp_path.stat().st_dev
+
+
+@pytest.mark.parametrize(
+    ("status", "containerd"),
+    [
+        ([["driver-type", "io.containerd.snapshotter.v1"]], True),
+        ([["Backing Filesystem", "extfs"]], False),
+        (None, False),
+    ],
+)
+def test_where_the_engine_stores_images(monkeypatch: pytest.MonkeyPatch, status: object, containerd: bool) -> None:
+    info = {"ServerVersion": "29.1.0", "DriverStatus": status, "DockerRootDir": "/data"}
+    _answer(monkeypatch, Result(0, json.dumps(info), ""))
+    assert probe.engine()["containerd_images"] is containerd
 
 
 def test_a_hanging_program_comes_back() -> None:

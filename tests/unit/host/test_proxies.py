@@ -3,6 +3,7 @@
 import http.server
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +41,15 @@ NO_PROXY = pytest.mark.parametrize(("no_proxy", "answers"), [("localhost,127.0.0
 @NO_PROXY
 def test_preflight_asks_a_mirror(mirror: str, tmp_path, monkeypatch, no_proxy: str, answers: bool) -> None:
     module = load_module("preflight")
-    monkeypatch.setattr(module.probe, "machine", lambda _: {"disks": []})
+    monkeypatch.setattr(module.probe, "machine", lambda _: {"disks": [], "memory": {"ram_gib": 1}})
     monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
     url = mirror + "/{arch}/$(ARCH)"
-    result = call_module(module, tmp_path, host="gpu-01", limits={}, mirrors=[url], proxy=DEAD_PROXY, no_proxy=no_proxy)
+    limits = {"planned_swap_gib": 0, "free_gib": 1}
+    folders = {**dict.fromkeys(("hf_cache", "swap", "tmp"), str(tmp_path)), "data_root": "", "containerd_root": ""}
+    result = call_module(
+        module, tmp_path, host="gpu-01", limits=limits, mirrors=[url], proxy=DEAD_PROXY, no_proxy=no_proxy,
+        folders=folders, image="kit",
+    )  # fmt: skip
     state = result["ansible_facts"]["mixtral_run"]
     arch = module.probe.architecture()
     assert (state["mirrors"] == {f"{mirror}/{arch}/{arch}": None}) is answers
@@ -75,7 +81,7 @@ def test_apt_asks_a_mirror(mirror: str, tmp_path: Path, monkeypatch, no_proxy: s
     )
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
     params = {"proxy": DEAD_PROXY, "no_proxy": no_proxy, "lock_timeout_seconds": 0}
-    answer = load_module("apt_packages")._apt(params, ["update"])
+    answer = load_module("apt_packages").Apt(params).run(["update"])
     # The mirror has no index, and says so; the proxy is not there at all.
     assert ("404  File not found" in answer.out + answer.err) is answers, answer
 
@@ -86,7 +92,7 @@ def test_the_arguments_of_apt_hold_no_password(programs: Programs, tmp_path: Pat
         f'for word; do case "$word" in --config-file=*) cp -p "${{word#*=}}" {tmp_path}/given.conf ;; esac; done',
     )
     params = {"proxy": 'http://me:p%40"s s@p:3128', "no_proxy": "", "lock_timeout_seconds": 0}
-    assert load_module("apt_packages")._apt(params, ["update"]).code == 0
+    assert load_module("apt_packages").Apt(params).run(["update"]).code == 0
     assert programs.calls("apt-get") and not any("p%40" in call for call in programs.calls())
     given = tmp_path / "given.conf"
     address = "http://me:p%40%22s%20s@p:3128"
@@ -102,11 +108,12 @@ def test_the_proxy_overrides_the_one_of_the_hosts_own_settings(tmp_path: Path, m
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     module = load_module("apt_packages")
-    real = module.run
+    apt = sys.modules[module.Apt.__module__]
+    real = apt.run
     # apt-config does not know --yes, which only apt-get has.
-    monkeypatch.setattr(module, "run", lambda argv, **rest: real([word for word in argv if word != "--yes"], **rest))
+    monkeypatch.setattr(apt, "run", lambda argv, **rest: real([word for word in argv if word != "--yes"], **rest))
     params = {"proxy": "http://me:p%40;#//s@p:3128", "no_proxy": "", "lock_timeout_seconds": 0}
-    shown = module._apt(params, ["dump"])
+    shown = module.Apt(params).run(["dump"])
     assert 'Acquire::http::Proxy "http://me:p%40;#//s@p:3128";' in shown.out, shown
     assert "//old:1" not in shown.out
 

@@ -29,13 +29,16 @@ PLAY = """
         ({}, []),
         ({"swap_size_gib": "{{ 3 + 1 }}", "docker_users": "{{ ['ops'] }}"}, []),
         ({"swap_size_gib": "many"}, ["- swap: swap_size_gib: expected float; found 'many'\n", "next: correct them"]),
+        # `-e NAME=VALUE` passes text: numbers and booleans are converted, a dict would be merged as text.
+        ({"swap_size_gib": "4", "docker_live_restore": "no", "docker_log_max_files": "7"}, []),
+        ({"docker_default_ulimits": "{}"}, ["docker_default_ulimits: expected a dict; found the text '{}'", "-e '{"]),
         (
             {"docker_state": "gone", "swap_state": "{{ 'a' ~ 'way' }}"},
             ["docker: value of docker_state must be one of: present, absent, got: gone", "swap: ", "got: away"],
         ),
     ],
 )
-def test_every_problem_of_a_host_is_told_and_no_other_hosts(
+def test_every_problem_of_a_host_is_reported_and_no_other_hosts(
     tmp_path: Path, variables: dict, problems: list[str]
 ) -> None:
     (tmp_path / "play.yml").write_text(PLAY.format(root=ROOT))

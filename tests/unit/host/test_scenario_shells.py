@@ -1,4 +1,4 @@
-"""What the roles' scenarios assert in shell can fail: the shell itself forgives more than it seems."""
+"""Assertions in shell of the roles' scenarios can fail: the shell ignores more errors than it seems."""
 
 from collections.abc import Iterator
 from pathlib import Path

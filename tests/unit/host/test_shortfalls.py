@@ -1,33 +1,46 @@
-"""Every shortfall of a host is told, and a host without one passes."""
+"""Every shortfall of a host is reported, and a host without one passes."""
 
 import copy
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import shortfalls
+from ansible.module_utils.mixtral_run_host import gpu_shortfalls, shortfalls
+
+from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
 
 GOOD = {
     "os": {"id": "ubuntu", "version": "22.04", "codename": "jammy", "name": "Ubuntu 22.04"},
     "architecture": "amd64",
     "gpus": [{"index": index, "memory_gib": 79.6} for index in range(8)],
-    "driver": {"user": "550.54.15", "kernel": "550.54.15", "error": None},
-    "fabric_manager": {"nvswitch": True, "active": True, "version": "550.54.15"},
+    "driver": {
+        "user": "580.173.02", "kernel": "580.173.02", "error": None, "on_disk": "580.173.02",
+        "newest_kernel": "6.8.0-45-generic", "in_newest_kernel": "580.173.02",
+    },
+    "gpu_modes": {"persistence_mode": ["Enabled"] * 8, "mig.mode.current": ["Disabled"] * 8},
+    "fabric_manager": {
+        "nvswitch": True, "nvlink5": False, "active": True, "version": "580.173.02", "missing": [],
+        "state": ["Completed"] * 8, "status": ["Success"] * 8,
+    },
+    "printed_at_login": "",
     "memory": {"ram_gib": 125.4, "swap_gib": 0.0},
-    "disks": [{"path": "/data", "free_gib": 900.0, "filesystem": "ext4"}],
+    "space": [],
     "dns": {"pypi.org": None},
     "mirrors": {"https://pypi.org": None},
     "clock_offset_seconds": 0.4,
     "clock_synchronized": True,
-}
+}  # fmt: skip
 LIMITS = {
     "os": {"ubuntu": "20.04", "debian": "12"},
     "architecture": "amd64",
     "num_gpus": 8,
     "gpu_memory_gib": 32,
     "driver_version": "525",
+    "driver_supported": "580",
     "ram_gib": 128,
     "planned_swap_gib": 0,
     "swap_target_gib": 128,
-    "free_gib": 500,
     "clock_offset_seconds": 30,
 }
 
@@ -56,14 +69,28 @@ def test_a_good_host_has_none() -> None:
         ("architecture", "fail", "arm64", {"architecture": "arm64"}),
         ("gpus", "fail", "4 GPUs", {"gpus": GOOD["gpus"][:4]}),
         ("gpu_memory", "fail", "GPU 1 has 23.6 GiB", {"gpus": [*GOOD["gpus"], {"index": 1, "memory_gib": 23.6}]}),
-        ("driver", "fail", "driver 470.82.01", {"driver": {"user": "470.82.01", "kernel": None, "error": None},
+        ("driver", "fail", "driver 470.82.01", {"driver__user": "470.82.01", "driver__kernel": None,
                                                 "fabric_manager__nvswitch": False}),
-        ("driver_agreement", "fail", "kernel module 550.54.14, library 550.54.15", {"driver__kernel": "550.54.14"}),
+        ("driver", "warn", "driver 535.230.02", {"driver__user": "535.230.02", "driver__kernel": None,
+                                                 "fabric_manager__nvswitch": False}),
+        ("driver_agreement", "fail", "kernel module 580.65.06, library 580.173.02",
+         {"driver__kernel": "580.65.06", "driver__in_newest_kernel": None, "driver__on_disk": None}),
+        ("driver_next_boot", "warn", "none: after a reboot the host has no GPUs", {"driver__in_newest_kernel": ""}),
+        ("driver_next_boot", "warn", "580.173.02 loaded, 595.71.05 on disk", {"driver__in_newest_kernel": "595.71.05"}),
+        ("driver_next_boot", "warn", "580.173.02 loaded, 580.200.01 on disk",
+         {"driver__newest_kernel": None, "driver__in_newest_kernel": None, "driver__on_disk": "580.200.01"}),
         ("fabric_manager", "fail", "it is not running", {"fabric_manager__active": False}),
         ("fabric_manager", "fail", "fabric manager 535.1", {"fabric_manager__version": "535.1"}),
+        ("fabric_manager", "fail", "GPU 1: In Progress, N/A",
+         {"fabric_manager__state": ["Completed", "In Progress"], "fabric_manager__status": ["Success", "N/A"]}),
+        ("fabric_manager", "fail", "GPU 0: Completed, Insufficient Resources",
+         {"fabric_manager__state": ["Completed"], "fabric_manager__status": ["Insufficient Resources"]}),
+        ("fabric_manager", "fail", "missing: package nvlsm", {"fabric_manager__missing": ["package nvlsm"]}),
+        ("mig", "fail", "MIG mode on GPU 0, 2", {"gpu_modes__mig.mode.current": ["Enabled", "[N/A]", "Enabled"]}),
+        ("persistence", "warn", "off on GPU 0", {"gpu_modes__persistence_mode": ["Disabled", "Enabled"]}),
+        ("login", "warn", "Welcome to the machine", {"printed_at_login": "Welcome to the machine"}),
         ("ram", "fail", "64 GiB of RAM and 0 GiB of swap", {"memory__ram_gib": 64.0}),
         ("ram", "warn", "64 GiB of RAM and 64 GiB of swap", {"memory": {"ram_gib": 64.0, "swap_gib": 64.0}}),
-        ("disk", "fail", "100 GiB free (ext4)", {"disks": [{"path": "/", "free_gib": 100.0, "filesystem": "ext4"}]}),
         ("dns", "fail", "no such name", {"dns": {"pypi.org": "no such name"}}),
         ("mirrors", "fail", "timed out", {"mirrors": {"https://m": "timed out"}}),
         ("clock", "fail", "+600 s", {"clock_offset_seconds": 600.0}),
@@ -79,24 +106,24 @@ def test_each_shortfall(check: str, level: str, found: str, changes: dict) -> No
 @pytest.mark.parametrize(
     ("driver", "words"),
     [
-        ("570.172.08", "install nvidia-fabricmanager-570=570.172.08-1`"),
-        ("580.65.06", "install nvidia-fabricmanager=580.65.06-1` (in Ubuntu's own archive nvidia-fabricmanager-580)"),
+        ("570.172.08", "install 'nvidia-fabricmanager-570=570.172.08-*'`"),
+        ("580.65.06", "install 'nvidia-fabricmanager=580.65.06-*'` (in Ubuntu's own archive nvidia-fabricmanager-580)"),
         (None, "install the driver first"),
     ],
 )
 def test_fabric_manager_goes_by_the_name_that_its_branch_has(driver: str | None, words: str) -> None:
-    items = _collect(driver__user=driver, driver__kernel=driver, fabric_manager__active=False)
+    items = _collect(driver__user=driver, driver__kernel=None, fabric_manager__active=False)
     (item,) = [item for item in items if item.check == "fabric_manager"]
     assert words in item.remedy and "None" not in item.remedy and "enable --now" in item.remedy
 
 
-def test_a_mismatch_is_told_by_both_its_signs() -> None:
+def test_a_mismatch_is_reported_by_both_its_signs() -> None:
     error = "Failed to initialize NVML: Driver/library version mismatch"
-    checks = {item.check for item in _collect(gpus=[], driver={"user": None, "kernel": None, "error": error})}
+    checks = {item.check for item in _collect(gpus=[], driver__user=None, driver__kernel=None, driver__error=error)}
     assert checks == {"gpus", "driver", "driver_agreement"}
 
 
-def test_all_are_told_at_once_with_the_hosts_name() -> None:
+def test_all_are_reported_at_once_with_the_hosts_name() -> None:
     found = _collect(gpus=GOOD["gpus"][:4], memory__ram_gib=8.0, architecture="arm64")
     text = shortfalls.render("gpu-07", found)
     assert "gpu-07 is not ready: 3 shortfalls." in text
@@ -118,13 +145,65 @@ def test_swap_that_the_kit_is_going_to_make_counts_as_ram(planned: float, target
     assert [item.check for item in found] == (["ram"] if is_short else [])
 
 
-def test_what_the_kit_holds_there_counts_as_free_and_is_told() -> None:
-    disk = {"path": "/data", "free_gib": 100.0, "filesystem": "ext4"}
-    assert _collect(disks=[{**disk, "held_gib": 400.0}]) == []
-    (item,) = _collect(disks=[{**disk, "held_gib": 399.0}])
-    assert item.found.startswith("100 GiB free (ext4), and 399 GiB that checkpoints and HF cache hold")
+def test_before_a_reboot_into_another_driver_its_fabric_manager_is_installed() -> None:
+    (item,) = _collect(driver__in_newest_kernel="595.71.05")
+    assert "install 'nvidia-fabricmanager=595.71.05-*'" in item.remedy
+    (item,) = _collect(driver__in_newest_kernel="595.71.05", fabric_manager__nvswitch=False)
+    assert "fabricmanager" not in item.remedy
+
+
+def test_drivers_that_do_not_tell_of_the_fabric_pass() -> None:
+    assert _collect(fabric_manager__state=[], fabric_manager__status=[]) == []
+    assert _collect(fabric_manager__state=["[N/A]"], fabric_manager__status=["[N/A]"]) == []
+
+
+DPKG_STATUS = """Package: {name}
+Status: {status}
+Maintainer: nobody
+Architecture: all
+Version: 1
+Description: stand-in
+
+"""
+
+
+@pytest.mark.skipif(not shutil.which("dpkg"), reason="needs dpkg")
+def test_the_command_that_holds_packages_holds_every_part(programs: Programs, tmp_path: Path) -> None:  # noqa: F811
+    installed = {
+        "nvidia-driver-580-open", "libnvidia-compute-580", "nvidia-dkms-580-open", "nvidia-fabricmanager",
+        "linux-modules-nvidia-580-server-open-generic", "linux-image-6.8.0-45-generic", "linux-headers-generic",
+        "linux-generic",
+    }  # fmt: skip
+    others = {"bash": "install ok installed", "nvidia-old": "deinstall ok config-files"}
+    packages = {**dict.fromkeys(installed, "install ok installed"), **others}
+    (tmp_path / "db/info").mkdir(parents=True)
+    (tmp_path / "db/updates").mkdir()
+    text = "".join(DPKG_STATUS.format(name=name, status=status) for name, status in packages.items())
+    (tmp_path / "db/status").write_text(text)
+    programs.put("dpkg", f'exec {shutil.which("dpkg", path="/usr/bin:/bin")} --admindir={tmp_path}/db "$@"')
+    programs.put("sudo")
+    subprocess.run(["sh", "-c", gpu_shortfalls.HOLD], check=True)
+    (called,) = programs.calls("sudo")
+    assert called.split()[:3] == ["sudo", "apt-mark", "hold"] and set(called.split()[3:]) == installed
 
 
 def test_versions_compare_as_numbers() -> None:
     assert shortfalls.version("9.10") > shortfalls.version("9.9")
     assert shortfalls.version("525.85.12") >= shortfalls.version("525")
+
+
+def test_numbers_that_are_text_are_compared_as_numbers() -> None:
+    """`-e preflight_free_gib=1` of Ansible passes text."""
+    texts = {name: str(value) if isinstance(value, int) else value for name, value in LIMITS.items()}
+    limits = shortfalls.with_numbers(texts)
+    assert limits == LIMITS and limits["driver_version"] == "525"
+    assert shortfalls.collect(GOOD, limits, {}) == []
+    (found,) = shortfalls.collect(GOOD, shortfalls.with_numbers({**LIMITS, "num_gpus": "9"}), {})
+    assert found.expected == "9 GPUs"
+
+
+def test_a_conflict_with_the_engine_is_a_shortfall_and_a_warning_stays_one() -> None:
+    conflicts = [("fail", "a", "b", "c"), ("warn", "d", "e", "f")]
+    found = _collect(engine_conflicts=conflicts)
+    assert [tuple(each) for each in found] == [("engine", *("fail", "a", "b", "c")), ("engine", "warn", "d", "e", "f")]
+    assert [each.level for each in _collect({"engine": "warn"}, engine_conflicts=conflicts)] == ["warn", "warn"]

@@ -1,4 +1,4 @@
-"""How large the swap file gets, how its size changes, and where it is refused in words. Real swap: the scenario."""
+"""Size of the swap file, changes of the size, and refusals in words. Real swap is tested in the scenario."""
 
 import os
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_swap_in_use_that_does_not_fit_into_ram_stays_as_it_was(machine: Machine
 
 @pytest.mark.parametrize("filesystem", ["tmpfs", "zfs", "overlay", "nfs4"])
 @pytest.mark.parametrize("check_mode", [False, True])
-def test_a_filesystem_that_takes_no_swap_is_told_before_anything_is_written(
+def test_a_filesystem_that_takes_no_swap_is_reported_before_anything_is_written(
     machine: Machine, filesystem: str, check_mode: bool
 ) -> None:
     machine.filesystem = filesystem

@@ -43,6 +43,9 @@ def as_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(mesh, "_ends_with_the_job", False)
     monkeypatch.setattr(StopRequest, "ended_a_run", False)
+    # Both would watch, and change torch in, the process of all tests.
+    monkeypatch.setattr(run_job, "watch_parent", lambda: None)
+    monkeypatch.setattr(run_job, "start_heartbeat", lambda *_: None)
 
 
 def work(folder: Path) -> None:

@@ -105,9 +105,9 @@ def test_the_captured_pass_is_the_eager_one(mesh: Mesh) -> None:
     """The capture itself is tested on GPUs (tests/gpu/test_kernels.py)."""
     packed, _ = micro_batches()
     results = []
-    for recorded in (False, True):
+    for captured in (False, True):
         model = model_of(mesh, "none")
-        if recorded:
+        if captured:
             backward = CapturedBackward(model, None, PackedSizes(samples=6, longest=20))
             backward._inputs = backward._inputs_of(packed, 20)
             loss = float(backward._pass(adds=False))

@@ -7,15 +7,16 @@ from typing import Any
 import psutil
 import pytest
 
+from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.gpus import HOPPER
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import available, choose
 from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.planner.memory_model import CONTEXT, GIB
-from mixtral_run.weights.manifest.describe import BaseDescription
+from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 BASE = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "f")
 
@@ -46,24 +47,94 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_auto_takes_experts_before_attention(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
     on_gpus(8, 32)
-    config = settled(run(layout="auto"))
+    config = settled(run())
     assert (config.tensor_model_parallel_size, config.expert_model_parallel_size) == (1, 8)
-    assert (config.recompute, config.layout) == ("none", "given")
+    assert config.recompute == "none"
     assert "Plan: TP1/EP8, recompute none" in capsys.readouterr().out
     on_gpus(8, 139.8)
-    assert settled(run(layout="auto")).expert_model_parallel_size == 1
+    assert settled(run()).expert_model_parallel_size == 1
+
+
+def test_a_given_size_is_kept_and_the_other_one_chosen(on_gpus: Any) -> None:
+    on_gpus(8, 32)
+    assert settled(run(tensor_model_parallel_size=2)).layout_sizes == (2, 8)
+    assert settled(run(expert_model_parallel_size=4, base_precision="nf4")).layout_sizes == (1, 4)
+    on_gpus(4, None)
+    assert settled(run(tensor_model_parallel_size=4)).layout_sizes == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("former", "sizes"),
+    [
+        ({"layout": "auto"}, (1, 8)),
+        ({"layout": "auto", "tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, (1, 8)),
+        ({"layout": "given", "tensor_model_parallel_size": 4, "expert_model_parallel_size": 2}, (4, 2)),
+        ({"layout": "given"}, (2, 4)),
+    ],
+)
+def test_configs_of_earlier_versions_get_the_layout_that_they_had(
+    on_gpus: Any, former: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    on_gpus(8, 32)
+    values = run().to_mapping() | former
+    config = settled(FinetuneConfig.from_mapping(values).check())
+    assert (config.layout_sizes, config.layout) == (sizes, None)
+
+
+@pytest.mark.parametrize(
+    ("count", "gib", "settings", "sizes"),
+    [
+        # All weights are on one GPU of 140 GiB only without their gradients: SGD within the backward pass.
+        (8, 79.1, {}, (1, 8)),
+        (2, 139.7, {}, (1, 2)),
+        (8, 79.1, {"optimizer": "adamw"}, (1, 8)),
+        # The batch cannot be split over eight replicas.
+        (8, 79.1, {"global_batch_size": 4}, (2, 8)),
+        (8, None, {"global_batch_size": 2}, (4, 8)),
+        (3, None, {}, (1, 1)),
+        (6, None, {}, (1, 2)),
+    ],
+)
+def test_pretrain_takes_the_smallest_tp_and_the_largest_ep(
+    on_gpus: Any, count: int, gib: float | None, settings: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    on_gpus(count, gib)
+    config = PretrainConfig(load=Path("base"), mock_data=True, **settings)
+    assert settled(config).layout_sizes == sizes
+
+
+def test_generate_gets_a_layout_and_says_so_once(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpus(8, 79.1)
+    config = settled(GenerateConfig(load=Path("base"), prompt=("a",)))
+    assert config.layout_sizes == (1, 8)
+    assert capsys.readouterr().out == "Layout: TP1/EP8 for 8 processes, chosen by the planner\n"
+    # A quarter of the experts and all of attention leave too little of 27 GiB: attention is split as well.
+    on_gpus(4, 27)
+    assert settled(GenerateConfig(load=Path("base"), prompt=("a",))).layout_sizes == (2, 4)
+    given = GenerateConfig(load=Path("base"), prompt=("a",), tensor_model_parallel_size=2, expert_model_parallel_size=4)
+    assert settled(given) == given
+    capsys.readouterr()
+    settled(GenerateConfig(load=Path("base"), prompt=("a",), json=True))
+    printed = capsys.readouterr()
+    assert (printed.out, "Layout: " in printed.err) == ("", True)
+
+
+def test_a_base_that_cannot_be_read_is_left_to_the_checks(on_gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(8, 80)
+    monkeypatch.setattr(choose, "describe_base", describe_base)
+    assert settled(run()) == run()
 
 
 def test_auto_keeps_to_what_the_batch_allows(on_gpus: Any) -> None:
     on_gpus(8, 32)
     # Four samples cannot be shared out over eight replicas; over the four of TP2 they can.
-    assert settled(run(layout="auto", global_batch_size=4)).tensor_model_parallel_size == 2
+    assert settled(run(global_batch_size=4)).tensor_model_parallel_size == 2
 
 
 def test_auto_says_when_nothing_fits(on_gpus: Any) -> None:
     on_gpus(1, 80)
     with pytest.raises(ConfigError) as caught:
-        settled(run(layout="auto"))
+        settled(run())
     assert "mixtral-run plan --gpus 1 --gpu-memory 80 --seq-length 512" in str(caught.value)
 
 
@@ -85,11 +156,11 @@ def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.Cap
     assert memory_error(config, BASE, 8) is None
     assert "64.0 GiB of host RAM" in capsys.readouterr().out
     # Where another layout does without, it is taken.
-    config = settled(run(layout="auto", seq_length=24576))
+    config = settled(run(seq_length=24576))
     assert (config.tensor_model_parallel_size, config.recompute) == (2, "full")
 
 
-def test_a_host_without_the_ram_is_told(on_gpus: Any) -> None:
+def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
     on_gpus(8, 32, ram=79)
     error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)
@@ -116,15 +187,15 @@ def test_a_host_keeps_for_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_given_stays(on_gpus: Any) -> None:
     on_gpus(8, 139.8)
     for given in ({"recompute": "full"}, {"recompute_activations": True}, {"recompute": "none"}):
-        config = run(**given)
+        config = run(**given, tensor_model_parallel_size=2, expert_model_parallel_size=4)
         assert settled(config) == config
-    kept = settled(run(layout="auto", recompute_activations=True))
+    kept = settled(run(recompute_activations=True))
     assert kept.recomputation == "full"
 
 
 def test_on_a_cpu_nothing_is_refused(on_gpus: Any) -> None:
     on_gpus(2, None)
-    config = settled(run(layout="auto"))
+    config = settled(run())
     assert (config.tensor_model_parallel_size, config.expert_model_parallel_size, config.recompute) == (1, 2, "none")
     assert memory_error(config, BASE, 2) is None
 

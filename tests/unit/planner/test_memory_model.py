@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -202,19 +203,49 @@ def test_the_verb_prints_a_table_and_json() -> None:
     assert sum(first["parts_gib"].values()) == pytest.approx(first["total_gib"], abs=0.05)
 
 
-def test_a_larger_micro_batch_that_is_faster_is_told() -> None:
+def test_a_larger_micro_batch_that_is_faster_is_reported() -> None:
     """One H200, bf16: 9,429 tokens a second at 2,048 x 1 without recomputation, 10,185 at 2,048 x 4, selective."""
     words = ["plan", "--gpus", "1", "--gpu-memory", "139.8", "--seq-length", "2048"]
     shown = CliRunner().invoke(root, words, env={"COLUMNS": "200"}).output
-    assert "  or, estimated 8% faster: --micro-batch-size 4 " in shown and "--recompute selective, 131.9 GiB" in shown
-    told = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
-    assert (told["micro_batch_size"], told["recompute"]) == (4, "selective")
-    assert told["rate"] == pytest.approx(10185 / 9429, abs=0.01)
+    assert (
+        "  or, estimated 8% faster: --micro-batch-size 4 " in shown
+        and "--recompute selective --seq-length 2048, 131.9 GiB" in shown
+    )
+    reported = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["faster_micro_batch"]
+    assert (reported["micro_batch_size"], reported["recompute"]) == (4, "selective")
+    assert reported["rate"] == pytest.approx(10185 / 9429, abs=0.01)
     # No room for more; and on cards that small of eight, a larger one would compute again.
     for other in (["--gpu-memory", "110"], ["--gpus", "8", "--gpu-memory", "32"]):
         again = CliRunner().invoke(root, [*words, *other], env={"COLUMNS": "200"}).output
         assert "next: mixtral-run finetune" in again and "faster" not in again
         assert json.loads(CliRunner().invoke(root, [*words, *other, "--json"]).output)["faster_micro_batch"] is None
+
+
+def test_the_next_command_repeats_what_was_planned_for() -> None:
+    words = "--gpus 2 --gpu a40 --base-precision fp8 --seq-length 1024 --lora-rank 8 --lora-target-modules linear_qkv"
+    shown = CliRunner().invoke(root, ["plan", *words.split()], env={"COLUMNS": "200"}).output
+    lines = shown.splitlines()
+    (following,) = (line for line in lines if line.startswith("  next: mixtral-run finetune … "))
+    (faster,) = (line for line in lines if line.startswith("  or, estimated "))
+    for line in (following, faster):
+        for flag in ("--base-precision fp8", "--seq-length 1024", "--lora-rank 8", "--lora-target-modules linear_qkv"):
+            assert flag in line
+    assert "--micro-batch-size" not in following and faster.count("--micro-batch-size") == 1
+
+
+def test_gb_and_gib_are_told_apart() -> None:
+    base = ["plan", "--gpus", "8", "--seq-length", "2048"]
+    by_unit = {}
+    for size in ("80", "80GiB", "80 gb", "85.9GB"):
+        by_unit[size] = json.loads(CliRunner().invoke(root, [*base, "--gpu-memory", size, "--json"]).output)
+    assert [round(each["gpu_memory_gib"], 1) for each in by_unit.values()] == [80.0, 80.0, 74.5, 80.0]
+    shown = CliRunner().invoke(root, [*base, "--gpu-memory", "80"], env={"COLUMNS": "200"}).output
+    assert "8 × 80 GiB (85.9 GB)" in shown
+    assert "a GPU that is sold with 80 GB has 79.1 GiB (--gpu a100-80g) or 79.1 GiB (--gpu h100)" in shown
+    assert "is sold with" not in CliRunner().invoke(root, [*base, "--gpu-memory", "79"]).output
+    refused = CliRunner().invoke(root, [*base, "--gpu-memory", "80 gigs"]).exception
+    assert isinstance(refused, ConfigError)
+    assert refused.problems == ("--gpu-memory: expected a number of GiB, or a number with GB or GiB; found '80 gigs'",)
 
 
 def test_rates_between_and_beyond_what_was_measured() -> None:
@@ -245,8 +276,19 @@ def test_the_verb_says_when_nothing_fits() -> None:
 def test_what_is_proposed_where_nothing_fits_does_fit(words: str, ways: list[str]) -> None:
     refused = CliRunner().invoke(root, ["plan", *words.split()])
     assert isinstance(refused.exception, ConfigError)
-    told = f"the same with {' or '.join(ways)}, which fits" if ways else "GPUs with more memory"
-    assert refused.exception.next_command == told
+    reported = refused.exception.next_command
+    assert reported is not None
+    if not ways:
+        assert reported == "GPUs with more memory"
+        return
+    command, _, others = reported.partition(", which fits")
+    assert others == (f"; or, in its place, {' or '.join(ways[1:])}" if ways[1:] else "")
+    # The printed command is whole: it plans for the same GPUs and the same run, but for its change.
+    assert command.endswith(f" {ways[0]}")
+    assert CliRunner().invoke(root, shlex.split(command)[1:]).exit_code == 0
+    for flag, value in zip(words.split()[::2], words.split()[1::2], strict=True):
+        # 8 GPUs are the default, which is not repeated.
+        assert flag in ways[0] or f"{flag} {value}" in command or (flag, value) == ("--gpus", "8")
     for way in ways:
         assert CliRunner().invoke(root, ["plan", *words.split(), *way.split()]).exit_code == 0, way
 

@@ -9,7 +9,7 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.train.metrics import Meter
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.symlink_to("/dev/full")
     meter = Meter(

@@ -21,7 +21,7 @@ def test_a_cpu_is_measured_and_accepted(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_every_problem_is_told_and_the_exit_code_is_4(tmp_path: Path) -> None:
+def test_every_problem_is_reported_and_the_exit_code_is_4(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "mixtral_run.trial.acceptance", "--json", "--size-mib", "1"]
     argv += ["--checkpoint-folder", str(tmp_path / "none"), "--floors", '{"num_gpus": 8, "shared_memory_gib": 1e6}']
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)

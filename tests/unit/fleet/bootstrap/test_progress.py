@@ -76,15 +76,15 @@ def test_the_summary_names_error_remedy_log_and_retry(events: list[dict[str, Any
     assert text.rstrip().endswith("retry: mixtral-run bootstrap --retry")
 
 
-def test_a_warning_of_many_hosts_is_told_once() -> None:
+def test_a_warning_of_many_hosts_is_reported_once() -> None:
     progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
     for name in progress.hosts:
         data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow"]}}
         progress.fold({"event": "runner_on_ok", "event_data": data})
     text = summary(progress, seconds=1, log=None, retry=None, check=False)
-    (told,) = (line for line in text.splitlines() if line.startswith("! "))
-    assert told.startswith("! gpu-00, gpu-01, ")
-    assert told.endswith(" and 42 more: the clock is slow")
+    (reported,) = (line for line in text.splitlines() if line.startswith("! "))
+    assert reported.startswith("! gpu-00, gpu-01, ")
+    assert reported.endswith(" and 42 more: the clock is slow")
 
 
 def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
@@ -150,14 +150,55 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_failure_that_a_play_tells_again_at_its_end_is_the_first_one() -> None:
     progress = FleetProgress({"gpu-01-2222": "gpu-01:2222"})
     rows = (("docker", "Install the engine", "E: broken"), ("", "Fail the hosts", "Install the engine: E: broken"))
-    told = []
+    reported = []
     for role, task, message in rows:
         data = {"host": "gpu-01-2222", "role": role, "task": task, "res": {"msg": message}}
-        told += progress.fold({"event": "runner_on_failed", "event_data": data})
+        reported += progress.fold({"event": "runner_on_failed", "event_data": data})
     end = {"failures": {"gpu-01-2222": 1}, "rescued": {"gpu-01-2222": 1}, "processed": {"gpu-01-2222": 1}}
     progress.fold({"event": "playbook_on_stats", "event_data": end})
     (host,) = progress.hosts.values()
     assert host.phase is Phase.FAILED
     assert host.failure is not None
     assert (host.failure.role, host.failure.task) == ("docker", "Install the engine")
-    assert [notice.host for notice in told] == ["gpu-01:2222"]
+    assert [notice.host for notice in reported] == ["gpu-01:2222"]
+
+
+def _event(kind: str, host: str = "gpu-01", task: str = "Write it", **result: Any) -> dict[str, Any]:
+    return {"event": kind, "event_data": {"host": host, "role": "x", "task": task, "res": result}}
+
+
+def _end(**counts: dict[str, int]) -> dict[str, Any]:
+    return {"event": "playbook_on_stats", "event_data": {"processed": {"gpu-01": 1}, **counts}}
+
+
+def test_a_hidden_task_that_changed_something_counts_as_changed() -> None:
+    hidden = _event("runner_on_ok", censored="the output has been hidden")
+    progress, _ = folded([_event("runner_on_ok", task="Other", changed=True), hidden, _end(changed={"gpu-01": 2})])
+    host = progress.hosts["gpu-01"]
+    assert (host.changed, host.changed_tasks) == (2, ["x · Other", "x · Write it"])
+    progress, _ = folded([hidden, _end(changed={})])
+    assert (progress.hosts["gpu-01"].changed, progress.hosts["gpu-01"].changed_tasks) == (0, [])
+
+
+NO_RESULT = "Module result deserialization failed: No start of json char found"
+
+
+def test_what_sudo_said_is_shown_instead_of_the_missing_result() -> None:
+    said = "sudo: sorry, you must have a tty to run sudo"
+    failed = _event("runner_on_failed", msg=NO_RESULT, module_stdout="", module_stderr=said + "\n")
+    deferred = _event("runner_on_failed", task="Fail", msg=f"Write it: {NO_RESULT}")
+    progress, notices = folded([failed, deferred, _end(failures={"gpu-01": 1}, rescued={"gpu-01": 1})])
+    assert progress.hosts["gpu-01"].failure is not None
+    assert progress.hosts["gpu-01"].failure.message == said
+    assert len([notice for notice in notices if notice.kind == "failed"]) == 1
+    text = summary(progress, seconds=1, log=None, retry=None, check=False)
+    assert "requiretty" in text and "visudo" in text and NO_RESULT not in text
+
+
+def test_a_start_up_file_that_prints_is_named_as_the_cause() -> None:
+    printed = '{"greeting": "welcome"}\n{"failed": true, "invocation": {"module_args": {}}}'
+    failed = _event("runner_on_failed", msg=NO_RESULT.replace("No start", "Extra data"), module_stdout=printed)
+    progress, _ = folded([failed, _end(failures={"gpu-01": 1})])
+    assert progress.hosts["gpu-01"].failure is not None
+    message = progress.hosts["gpu-01"].failure.message
+    assert '{"greeting": "welcome"}' in message and "~/.bashrc" in message and "next:" in message

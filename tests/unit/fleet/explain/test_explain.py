@@ -15,6 +15,7 @@ SEEN = {
     "jump-host-key": "The jump host bastion before gpu-01 has another host key than ssh knows: it was reimaged, or",
     "ssh-key": "ubuntu@10.0.0.1: Permission denied (publickey).",
     "sudo": "Missing sudo password",
+    "requiretty": "sudo: sorry, you must have a tty to run sudo",
     "unreachable": "ssh: connect to host gpu-01 port 22: No route to host",
     "apt-lock": "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 1234 (unattended-upgr)",
     "apt-signed-by": "E: Conflicting values set for option Signed-By regarding source https://download.docker.com/",
@@ -40,6 +41,13 @@ SEEN = {
     "no-python": "/bin/sh: 1: /usr/bin/python3: not found",
     "clock": "E: Release file for http://deb.debian.org/debian/dists/bookworm/InRelease is not valid yet",
     "proxy-certificate": "SSLError: certificate verify failed: self-signed certificate in certificate chain",
+    "data-format": "The training data cannot be used as they are.",
+    "data-encoding": "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+    "data-empty": "The training data hold no example.",
+    "data-too-long": "3 of 8 examples are longer than --seq-length 512 before their response begins.",
+    "token-ids": "IndexError: index out of range in self",
+    "batch-size": "--global-batch-size: expected a multiple of 8 (--micro-batch-size 1 × 8 data-parallel processes)",
+    "loss-nan": "iteration 3/10 | consumed samples: 24 | lm loss: nan | grad norm: nan",
     "xid": "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
 }
 
@@ -83,6 +91,15 @@ def test_an_ordinary_line_is_none_of_them(text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "name"),
     [
+        # The issues of the hand-written guide, by their headings.
+        ("Out of Memory During Conversion", "host-memory"),
+        ("NCCL Timeout Errors", "nccl-timeout"),
+        ("HuggingFace Download Issues", "hub-unreachable"),
+        ("Shared Memory Errors", "shared-memory"),
+        ("Permission Denied on Mounted Volumes", "mount-permission"),
+        ("Permission denied errors", "mount-permission"),
+        ("permissions on mounts", "mount-permission"), ("conversion killed", "host-memory"),
+        ("my jsonl data", "data-format"), ("loss is nan", "loss-nan"), ("vocabulary", "token-ids"),
         ("nccl timeout", "nccl-timeout"), ("shm", "shared-memory"),
         ("gated model 401", "gated-model"), ("802", "fabric-manager"),
         ("out of memory while converting", "host-memory"), ("reimaged", "host-key"), ("apt-lock", "apt-lock"),

@@ -70,7 +70,7 @@ class ClosedPipe(io.StringIO):
         raise BrokenPipeError
 
 
-def test_a_reader_that_left_is_told_and_not_taken_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_left_is_reported_and_not_taken_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Fleet(monkeypatch, [running], [running])
     with pytest.raises(BrokenPipeError):
         fleet.follow(ClosedPipe())
@@ -82,10 +82,10 @@ def test_hosts_that_do_not_answer_for_a_while_are_waited_for(monkeypatch: pytest
     fleet.follow()
     assert fleet.stopped == []
     for host in ("gpu-01", "gpu-02"):
-        told = [line for line in fleet.said if host in line]
-        assert len(told) == 2
-        assert "does not answer" in told[0]
-        assert "answers again" in told[1]
+        reported = [line for line in fleet.said if host in line]
+        assert len(reported) == 2
+        assert "does not answer" in reported[0]
+        assert "answers again" in reported[1]
 
 
 def test_a_host_that_never_answers_again_is_lost_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_part_that_was_stopped_leaves_the_others_their_time_to_save(monkeypatc
     assert fleet.stopped == []
 
 
-def test_of_a_job_that_was_stopped_the_part_that_was_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_job_that_was_stopped_the_part_that_was_killed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Fleet(monkeypatch, [lambda host: ended(host, 143)], [*[running] * 10, lambda host: ended(host, 137)])
     with pytest.raises(TrainingError, match="gpu-02"):
         fleet.follow()

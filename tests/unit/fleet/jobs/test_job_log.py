@@ -79,9 +79,9 @@ def test_a_conversion_that_the_kernel_killed_without_a_word_is_explained(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     row = JobRow("convert-1", "convert", HOST, "exited", 137, True, "", "")
-    told = str(job_error(RunningJob("convert-1", "convert", (HOST,)), HOST, row, ["Converting a → b"]))
-    assert "The host's memory is full" in told
-    assert "bootstrap gpu-01 --tags swap" in told
+    reported = str(job_error(RunningJob("convert-1", "convert", (HOST,)), HOST, row, ["Converting a → b"]))
+    assert "The host's memory is full" in reported
+    assert "bootstrap gpu-01 --tags swap" in reported
     assert "(host-memory)" in explain("gpu-01")
 
 

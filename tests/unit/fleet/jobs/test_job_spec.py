@@ -35,7 +35,9 @@ def test_the_container_of_a_job() -> None:
         "docker", "run", "--detach", "--init", "--name", "finetune-1",
         "--label", "org.mixtral-run.job=finetune-1", "--label", "org.mixtral-run.verb=finetune",
         "--label", "org.mixtral-run.num_hosts=1", "--label", "org.mixtral-run.output=/data/out/my adapter",
-        "--device", "nvidia.com/gpu=all", "--shm-size", "32g", "--stop-timeout", "330",
+        "--device", "nvidia.com/gpu=all",
+        "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "16384",
+        "--shm-size", "32g", "--stop-timeout", "330",
         "--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--ulimit", "nofile=1048576:1048576",
         "--user", "1001:1002", "--group-add", "1000",
         "--mount", "type=bind,source=/var/lib/mixtral-run/checkpoints,target=/checkpoints",
@@ -54,6 +56,9 @@ def test_without_gpus_none_are_asked_for_and_without_cdi_all_by_the_runtime() ->
     none = container_argv(spec, dataclasses.replace(FACTS, num_gpus=0))
     assert "--gpus" not in none
     assert "--device" not in none
+    # NVIDIA's hooks fail in a read-only root; without GPUs there are none.
+    assert "--read-only" in none and none.count("--tmpfs") == 2
+    assert "--read-only" not in container_argv(spec, FACTS)
     runtime = container_argv(spec, dataclasses.replace(FACTS, cdi=False))
     assert runtime[runtime.index("--gpus") + 1] == "all"
 
@@ -194,7 +199,7 @@ def test_paths_of_the_container_on_the_host() -> None:
 def test_facts_are_parsed() -> None:
     lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
     text = "\n".join((*lines, "image=1", "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
-    facts, told = parse_facts(text)
+    facts, reported = parse_facts(text)
     assert facts == HostFacts(
         docker=("sudo", "-n", "docker"),
         uid=1,
@@ -205,7 +210,7 @@ def test_facts_are_parsed() -> None:
         address="10.0.0.1",
         interface="eth0",
     )
-    assert told["image"] == "1"
+    assert reported["image"] == "1"
 
 
 def test_a_name_on_the_hub_stays_one() -> None:

@@ -85,8 +85,8 @@ def test_only_what_was_dropped_at_its_start_is_tried_again(errors: str, again: b
 def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
     host = Host("gpu-01", "10.0.0.1", "ops", inventory="/racks/hosts.yml")
     for errors, flag in ((CHANGED, "--accept-new-host-key gpu-01"), ("Permission denied (publickey).", "--ask-pass")):
-        told = connection_error(host, errors).next_command or ""
-        assert f"mixtral-run bootstrap {flag} -i /racks/hosts.yml --limit gpu-01" in told
+        reported = connection_error(host, errors).next_command or ""
+        assert f"mixtral-run bootstrap {flag} -i /racks/hosts.yml --limit gpu-01" in reported
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def read(**more: Any) -> HostStatus:
     found = {
         "os": {"name": "Ubuntu 24.04"}, "kernel": "6.8", "driver": {"user": "580.1", "kernel": "580.1", "error": None},
         "gpus": [gpu], "engine": {"version": "28", "error": None, "cdi_devices": [], "runtimes": []},
-        "fabric_manager": {"nvswitch": True, "active": True, "version": "580.1"}, "toolkit": "1.18",
+        "fabric_manager": {"nvswitch": True, "active": True, "version": "580.1"}, "toolkit": "1.18", "gpu_remarks": [],
         "cdi": {"gpus": 1}, "image": {"digests": [], "inputs": "ab", "id": "cd"}, "swap": [],
         "memory": {"ram_gib": 128}, "disks": [{"path": "/", "free_gib": 900}], "models": [], "checkpoints": [],
         "adapters": [], "jobs": [], "records": {"acceptance": {"stamp": {"identity": IDENTITY}, "at": "now"}},
@@ -42,13 +42,14 @@ def test_a_sound_host_warns_of_nothing() -> None:
         ({"fabric_manager": {"nvswitch": True, "active": False, "version": "580.1"}}, "CUDA will fail"),
         ({"fabric_manager": {"nvswitch": True, "active": True, "version": "570.2"}}, "CUDA will fail"),
         ({"driver": {"user": "580.1", "kernel": "570.2", "error": None}}, "reboot"),
+        ({"gpu_remarks": ["GPU 0: In Progress, N/A; expected Completed"]}, "GPU 0: In Progress"),
         ({"image": None}, "image is missing"),
         ({"disks": [{"path": "/", "free_gib": 1}]}, "1 GiB free"),
     ],
 )
-def test_each_problem_is_told(reading: dict[str, Any], warning: str) -> None:
-    (told,) = read(**reading).warnings
-    assert warning in told
+def test_each_problem_is_reported(reading: dict[str, Any], warning: str) -> None:
+    (reported,) = read(**reading).warnings
+    assert warning in reported
 
 
 def test_what_could_not_be_read_is_not_shown_as_none() -> None:
@@ -61,11 +62,11 @@ def test_a_stamp_of_another_installation_tells_of_a_reimage(key: str) -> None:
     assert read(identity={**IDENTITY, key: "another"}).reimaged is True
 
 
-def test_a_user_who_may_not_use_the_engine_is_told_what_helps() -> None:
+def test_a_user_who_may_not_use_the_engine_is_reported_what_helps() -> None:
     words = "ops: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock"
-    told = str(_engine_problem(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
-    assert "may not access the engine" in told
-    assert '"docker_users": ["ops"]' in told and "--ask-become-pass" in told and "bootstrap gpu-01" in told
+    reported = str(_engine_problem(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
+    assert "may not access the engine" in reported
+    assert '"docker_users": ["ops"]' in reported and "--ask-become-pass" in reported and "bootstrap gpu-01" in reported
     down = str(
         _engine_problem(
             parse_host("ops@gpu-01"), Answer(3, "", "Cannot connect to the Docker daemon"), "cannot run jobs"

@@ -100,6 +100,6 @@ def test_the_pass_is_not_captured(mesh: Mesh) -> None:
     assert not execution_of(model_of(mesh, "offload"), 16).captured
 
 
-def test_host_memory_that_is_not_there_is_told() -> None:
+def test_host_memory_that_is_not_there_is_reported() -> None:
     with pytest.raises(TrainingError, match="--recompute offload"):
         Offload(torch.device("cpu")).buffer((2**52,), torch.float32)

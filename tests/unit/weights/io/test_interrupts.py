@@ -37,14 +37,18 @@ def test_a_signal_is_keyboard_interrupt(number: int) -> None:
 def test_a_delayed_signal_is_noted_and_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     # However long this process has to wait: the same request.
     monkeypatch.setattr(module, "SAME_SECONDS", 1e6)
-    told: list[bool] = []
+    reported: list[bool] = []
     reached = False
-    with pytest.raises(KeyboardInterrupt), interrupts() as signals, signals.held(lambda: told.append(signals.asked)):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        interrupts() as signals,
+        signals.held(lambda: reported.append(signals.asked)),
+    ):
         assert not signals.asked and signals.seconds == 0
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             send(number)
         reached = True
-    assert reached and told == [True]
+    assert reached and reported == [True]
     assert signals.seconds > 0
 
 

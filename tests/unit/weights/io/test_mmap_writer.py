@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.weights.io import mmap_writer
-from mixtral_run.weights.io.disk import lies_in_memory
+from mixtral_run.weights.io.disk import is_in_memory
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 
 
@@ -80,7 +80,7 @@ def test_a_kernel_that_makes_no_pages_is_left_to_the_caller(tmp_path: Path, monk
 
 
 def test_which_files_lie_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lies_in_memory(Path("/dev/shm"))
-    assert not lies_in_memory(Path("/proc"))
+    assert is_in_memory(Path("/dev/shm"))
+    assert not is_in_memory(Path("/proc"))
     monkeypatch.setattr("mixtral_run.weights.io.disk._MOUNTS", tmp_path / "missing")
-    assert not lies_in_memory(Path("/dev/shm"))
+    assert not is_in_memory(Path("/dev/shm"))

@@ -256,7 +256,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "adapter")
-    with pytest.raises(WeightsError, match=r"This is not an adapter\.(.|\n)*a base checkpoint, kind 'base'"):
+    with pytest.raises(WeightsError, match="This is a base checkpoint, not an adapter checkpoint"):
         describe_adapter(tmp_path / "base")
     (tmp_path / "adapter" / MANIFEST_NAME).write_text((next((tmp_path / "adapter").rglob(MANIFEST_NAME))).read_text())
     with pytest.raises(WeightsError, match=r"This is not a base checkpoint\.(.|\n)*an adapter, kind 'adapter'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from math import prod
 
@@ -9,6 +10,7 @@ import pytest
 
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.weights.mapping import hf_to_megatron
+from mixtral_run.weights.mapping.row_index import slice_index
 
 
 def random_architecture(seed: int) -> MixtralArchitecture:
@@ -167,3 +169,22 @@ def test_full_size_counts() -> None:
         == MIXTRAL_8X7B.num_parameters
     )
     assert len(hf_to_megatron.hf_tensors(MIXTRAL_8X7B)) == 995
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_vocabulary_that_tp_does_not_divide_is_padded_at_its_end(tp: int) -> None:
+    architecture = dataclasses.replace(random_architecture(4), vocab_size=2 * 128 + 3)
+    padded, width = 128 * tp * (2 if tp == 2 else 1), architecture.hidden_size
+    assert hf_to_megatron.megatron_tensors(architecture, tp)[hf_to_megatron.EMBEDDING_KEY] == (padded, width)
+    units = {unit.sources: unit for unit in hf_to_megatron.units(architecture, tp)}
+    for source in ("model.embed_tokens.weight", "lm_head.weight"):
+        unit, rows = units[(source,)], padded // tp
+        assert [chunk.offset for chunk in unit.chunks] == [(rank * rows, 0) for rank in range(tp)]
+        filled = [unit.num_filled(rank) // width for rank in range(tp)]
+        assert filled == [max(0, min(rows, 259 - rank * rows)) for rank in range(tp)] and sum(filled) == 259
+        assert [piece.source_start for piece in unit.pieces] == [piece.chunk * rows * width for piece in unit.pieces]
+    # A model at another TP, with another padding, finds its rows, and nothing beyond the vocabulary.
+    index = slice_index(architecture)
+    (found,) = index.slices(hf_to_megatron.OUTPUT_LAYER_KEY, (256, 0), (128, width))
+    assert (found.first_row, found.num_rows, found.target_row) == (256, 3, 0)
+    assert index.slices(hf_to_megatron.OUTPUT_LAYER_KEY, (384, 0), (128, width)) == []

@@ -1,0 +1,59 @@
+"""Inputs of a command line that are missing, for the error that reports problems of its settings.
+
+A command line whose settings are right has its inputs checked by its verb, in depth. One whose settings are wrong would
+otherwise report them only in the next run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixtral_run.config.fields import Config, flag_of
+from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+
+FOLDERS = ("load", "adapter", "init_adapter", "from_megatron", "hf_model_path", "against", "peft_path")
+FILES = ("data_path", "valid_data_path", "prompts_file")
+"""Settings that name an input: a folder, or a file or folder."""
+
+
+def input_problems(config_class: type[Config], values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each input in `values`, by setting, that does not exist or cannot be read here."""
+    found = []
+    for item in dataclasses.fields(config_class):
+        is_folder = item.name in FOLDERS
+        # A setting with a default path names a folder that the verb may create.
+        if not (is_folder or item.name in FILES) or isinstance(item.default, (Path, str)):
+            continue
+        given = values.get(item.name)
+        for each in given if isinstance(given, (tuple, list)) else [given]:
+            if isinstance(each, (str, Path)) and str(each) and not _may_be_elsewhere(item.name, str(each)):
+                problem = _problem(Path(each), is_folder)
+                found += [f"{flag_of(item.name)} {each}: {problem}"] if problem else []
+    return found
+
+
+def _may_be_elsewhere(name: str, value: str) -> bool:
+    """Return True for standard input, and for what may be a name on the hub; only the verb can ask the hub."""
+    if value == "-":
+        return True
+    if name in HF_MODEL_SETTINGS:
+        return may_be_hub_name(value)
+    return name in FILES and may_be_hub_name(value.partition(":")[0]) and "." not in Path(value).name
+
+
+def _problem(path: Path, is_folder: bool) -> str | None:
+    wanted = "a folder" if is_folder else "a file"
+    try:
+        if not path.exists():
+            return f"expected {wanted}; found nothing of that name"
+    except OSError as error:
+        return f"expected {wanted}; found {error.strerror}"
+    if is_folder and not path.is_dir():
+        return "expected a folder; found a file"
+    if not os.access(path, os.R_OK):
+        return f"expected {wanted} that this user may read; found no permission"
+    return None

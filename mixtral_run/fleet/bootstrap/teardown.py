@@ -1,0 +1,239 @@
+"""Teardown of hosts: list what goes and what stays, ask, then run the roles with `state: absent`."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, show_play
+from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
+from mixtral_run.fleet.bootstrap.view import summary
+from mixtral_run.fleet.explain.explain import recognize, record_failures
+from mixtral_run.fleet.hosts import Host, forget_hosts, shortened
+from mixtral_run.fleet.jobs.jobs import list_jobs
+from mixtral_run.fleet.plays.provisioning import playbook, role_names
+from mixtral_run.fleet.plays.runner import Play, RunningPlay, forget_old_plays, parse_extra_vars
+from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
+from mixtral_run.fleet.ssh.connection import Ssh, connection_options
+
+STAYS = (
+    "checkpoints, adapters, and models in the HF cache",
+    "containers, volumes, and images that the kit did not bring",
+    "the NVIDIA driver and the fabric manager",
+    "Python, and source files of others that name Docker's or NVIDIA's repository: they stay disabled",
+)
+"""What `state: absent` of the roles leaves on a host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeardownRequest:
+    """Settings of a teardown."""
+
+    hosts: tuple[str, ...] = ()
+    inventory: Path | None = None
+    limit: str | None = None
+    tags: tuple[str, ...] = ()
+    extra_vars: tuple[str, ...] = ()
+    forks: int | None = None
+    """None: as bootstrap."""
+    check: bool = False
+    diff: bool = False
+    become_password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A change that takes something back: the task, and what the module reports that it removes."""
+
+    task: str
+    removed: tuple[str, ...] = ()
+
+
+class TeardownProgress(FleetProgress):
+    """Progress of a teardown that also records what each changed task removes."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__(names)
+        self.removals: dict[str, list[Removal]] = {host.name: [] for host in self.hosts.values()}
+
+    def _result(self, host: HostProgress, kind: str, data: Mapping[str, Any], event: Mapping[str, Any]) -> list[Notice]:
+        notices = super()._result(host, kind, data, event)
+        result = data.get("res")
+        if kind == "runner_on_ok" and isinstance(result, Mapping) and result.get("changed"):
+            removed = result.get("removed")
+            names = tuple(str(each) for each in removed) if isinstance(removed, list) else ()
+            self.removals[host.name].append(Removal(host.changed_tasks[-1], names))
+        return notices
+
+
+@dataclass(frozen=True)
+class TeardownEnd:
+    """Result of a teardown. `text` is the summary for the terminal."""
+
+    progress: TeardownProgress
+    interrupted: bool
+    text: str
+    check: bool = False
+
+    def to_json(self) -> str:
+        """Return result, removals and failure of each host as JSON."""
+        hosts = [
+            {
+                "name": host.name,
+                "result": host.phase.value,
+                "removed": [
+                    {"task": each.task, "removed": list(each.removed)} for each in self.progress.removals[host.name]
+                ],
+                "failure": host.failure.message if host.failure else None,
+            }
+            for host in self.progress.hosts.values()
+        ]
+        return json.dumps({"check": self.check, "hosts": hosts, "stays": list(STAYS)}, indent=2, ensure_ascii=False)
+
+    def raise_if_bad(self) -> None:
+        """Raise HostError if the kit was not taken back from a host, KeyboardInterrupt if the user interrupted."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        bad = [host.name for host in self.progress.bad]
+        if bad:
+            raise HostError(f"The kit could not be taken back from {shortened(bad)}; the messages show what to do.")
+
+
+def teardown(
+    request: TeardownRequest,
+    confirm: Callable[[str], bool],
+    stream: TextIO | None = None,
+    starter: Callable[[Play], RunningPlay] = RunningPlay,
+) -> TeardownEnd | None:
+    """Take the kit back from hosts. Return None if `confirm`, which gets the list of what goes and stays, says no.
+
+    Raises ConfigError for invalid settings; HostError, before anything is changed, if a host runs jobs, cannot be
+    reached, or refuses a change in check mode.
+    """
+    stream = stream or sys.stdout
+    hosts, inventory = _hosts(request)
+    ssh = Ssh()
+    _refuse_unreachable(ssh, hosts)
+    _refuse_running_jobs(ssh, hosts)
+    print(f"Looking at what the kit has on {shortened([host.name for host in hosts])} …", file=stream, flush=True)
+    seen = _play(request, inventory, hosts, ssh, True, stream, starter)
+    if seen.interrupted or seen.progress.bad or request.check:
+        return seen
+    print(listing(seen.progress.removals), file=stream, flush=True)
+    if not any(seen.progress.removals.values()):
+        return seen
+    if not confirm(f"Take all of this back from {shortened([host.name for host in hosts])}?"):
+        return None
+    end = _play(request, inventory, hosts, ssh, False, stream, starter)
+    done = {name for name, host in end.progress.hosts.items() if host.phase is Phase.DONE}
+    if not request.tags:
+        forget_hosts(host for host in hosts if host.inventory_name in done)
+    return end
+
+
+def listing(removals: Mapping[str, Sequence[Removal]]) -> str:
+    """Return the text that lists what goes and what stays. Hosts from which the same goes are listed together."""
+    alike: dict[tuple[Removal, ...], list[str]] = {}
+    for name, found in removals.items():
+        alike.setdefault(tuple(found), []).append(name)
+    lines = []
+    for changes, names in alike.items():
+        if not changes:
+            lines.append(f"{shortened(names)}: nothing of the kit is there.")
+            continue
+        lines.append(f"{shortened(names)}: this goes")
+        lines += [f"  - {each.task}{_named(each.removed)}" for each in changes]
+    return "\n".join([*lines, "This stays", *(f"  - {each}" for each in STAYS)])
+
+
+def _named(removed: Iterable[str]) -> str:
+    words = ", ".join(removed)
+    return f": {words}" if words else ""
+
+
+def _hosts(request: TeardownRequest) -> tuple[tuple[Host, ...], Path | None]:
+    """Return the hosts and their inventory. Unlike other verbs, teardown never takes the whole fleet for no name."""
+    parse_extra_vars(request.extra_vars)
+    known = tuple(name for name in role_names() if name != "preflight")
+    unknown = [tag for tag in request.tags if tag not in known]
+    problems = [f"--tags: expected some of {', '.join(known)}; found {', '.join(unknown)}"] if unknown else []
+    if not request.hosts and request.inventory is None:
+        problems.append("no host is named: give HOST …, or -i INVENTORY")
+    if problems:
+        raise ConfigError("The settings cannot be used as they are.", problems=problems)
+    hosts = hosts_of(request.hosts, request.inventory, request.limit)
+    if request.inventory is None:
+        refuse_lost_variables(hosts)
+    return hosts, request.inventory or inventory_of(hosts)
+
+
+def _refuse_unreachable(ssh: Ssh, hosts: Sequence[Host]) -> None:
+    def problem(host: Host) -> str | None:
+        try:
+            ssh.check(host, ["true"], timeout_seconds=45)
+        except HostError as error:
+            return str(error)
+        return None
+
+    problems = [found for found in ssh.each(list(hosts), problem) if found]
+    if problems:
+        raise HostError("Hosts cannot be reached; nothing was changed.", problems=problems)
+
+
+def _refuse_running_jobs(ssh: Ssh, hosts: Sequence[Host]) -> None:
+    """Raise HostError if a host runs jobs, or does not say whether it does. A host without an engine runs none."""
+    rows, errors = list_jobs(hosts, ssh)
+    problems = [f"{row.host.name}: {row.job} ({row.verb}) is {row.state}" for row in rows if row.running]
+    for error in errors:
+        known = recognize(error.found or str(error))
+        if known is None or known.name != "engine-down":
+            problems.append(str(error))
+    if problems:
+        raise HostError(
+            "A host with jobs is not torn down; nothing was changed.",
+            problems=problems,
+            next_command="mixtral-run stop JOB, or wait: mixtral-run logs -f JOB",
+        )
+
+
+def _play(
+    request: TeardownRequest,
+    inventory: Path | None,
+    hosts: tuple[Host, ...],
+    ssh: Ssh,
+    check: bool,
+    stream: TextIO,
+    starter: Callable[[Play], RunningPlay],
+) -> TeardownEnd:
+    began = time.monotonic()
+    progress = TeardownProgress({host.inventory_name: host.name for host in hosts})
+    play = Play(
+        playbook=playbook("teardown"),
+        hosts=hosts,
+        inventory=inventory,
+        extra_vars=request.extra_vars,
+        tags=request.tags,
+        check=check,
+        diff=request.diff,
+        forks=min(request.forks or DEFAULT_FORKS, len(hosts)),
+        ssh_args=(*KEEP_CONNECTION, *connection_options(ssh.known_hosts)),
+        become_password=request.become_password,
+    )
+    # In check mode the list says it all, except for differences of files.
+    shown = stream if request.diff or not check else io.StringIO()
+    end, interrupted = show_play(starter(play), progress, shown, request.diff, [])
+    forget_old_plays()
+    record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
+    log = end.artifacts / "stdout"
+    seconds = time.monotonic() - began
+    text = summary(progress, seconds=seconds, log=log, retry=None, check=check)
+    if interrupted:
+        text += "\nStopped. The same command continues from there."
+    return TeardownEnd(progress, interrupted, text, check)

@@ -1,0 +1,68 @@
+"""Layout of the jobs that the memory model of LoRA runs does not describe: generation, full training, and all on a CPU.
+
+The smallest TP comes first and the largest EP with it: each process then reads and holds the fewest experts, and full
+training sums no gradients of experts. On GPUs a layout must also fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.training import PretrainConfig, TrainingConfig
+from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.planner.memory_model import Layout, Workload, memory, weight_bytes
+
+GENERATION_BYTES = 2 * 1024**3
+"""Assumed size of the key-value cache, the logits and the activations of `generate`."""
+FULL_ACTIVATIONS = 2
+"""Full training saves about twice as much for the backward pass as LoRA: the inputs of all layers."""
+
+
+def spread_layout(
+    config: LaunchConfig,
+    architecture: MixtralArchitecture,
+    num_processes: int,
+    recompute: str,
+    fits: Callable[[Layout], bool] = lambda _: True,
+) -> Layout:
+    """Return the layout with the smallest TP, and with the largest EP for it, that the run allows.
+
+    The sizes that `config` gives are kept. If no layout is possible, the one returned is for the checks to refuse.
+    """
+    possible = list(_possible(config, architecture, num_processes, recompute))
+    fitting = (layout for layout in possible if fits(layout))
+    fallback = Layout(config.tensor_model_parallel_size or 1, config.expert_model_parallel_size or 1, recompute)
+    return next(fitting, possible[-1] if possible else fallback)
+
+
+def _possible(
+    config: LaunchConfig, architecture: MixtralArchitecture, num_processes: int, recompute: str
+) -> Iterator[Layout]:
+    divisors = [each for each in range(1, num_processes + 1) if num_processes % each == 0]
+    given_tp, given_ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    for tp in divisors if given_tp is None else [given_tp]:
+        for ep in reversed(divisors) if given_ep is None else [given_ep]:
+            if not architecture.layout_problems(tp, ep) and allows(config, tp, num_processes):
+                yield Layout(tp, ep, recompute)
+
+
+def allows(config: LaunchConfig, tp: int, num_processes: int) -> bool:
+    """Return True if TP splits the sequence, and every data-parallel replica takes as many micro batches."""
+    if not isinstance(config, TrainingConfig):
+        return True
+    samples = config.micro_batch_size * num_processes
+    return config.seq_length % tp == 0 and config.global_batch_size * tp % samples == 0
+
+
+def needed_bytes(config: LaunchConfig, workload: Workload, layout: Layout) -> float:
+    """Return the estimated bytes of one GPU for `generate`, or for full training."""
+    lora = memory(workload, layout)
+    if not isinstance(config, PretrainConfig):
+        return weight_bytes(workload, layout) + lora.context + GENERATION_BYTES
+    held = 0.0
+    if config.optimizer == "adamw":
+        held = 3 * lora.weights  # gradients and two moments, in the dtype of the weights
+    elif config.clip_grad > 0 or config.global_batch_size:
+        held = lora.weights
+    return lora.weights + held + FULL_ACTIVATIONS * lora.activations + lora.buffers + lora.context

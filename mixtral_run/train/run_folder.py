@@ -1,0 +1,127 @@
+"""The folder that a training run writes to: one run at a time, the checkpoints that stay, the lines of its metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.errors import WeightsError
+from mixtral_run.launch import processes
+from mixtral_run.report import Report
+from mixtral_run.run_lock import one_run
+from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_iteration
+from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
+from mixtral_run.weights.manifest.run_state import FilePrefix
+
+METRICS = "metrics.jsonl"
+"""File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
+VALIDATION = "validation.jsonl"
+"""File next to it: the evaluations of the validation set, a JSON object a line."""
+GROWING = (METRICS, VALIDATION)
+
+
+@contextmanager
+def own_output(lock: Path | None, verb: str) -> Iterator[None]:
+    """Hold the lock of a run's output while the block runs, in the first rank. Do nothing without a lock.
+
+    Raises ConfigError in the first rank if another run holds it.
+    """
+    if lock is None or processes.rank() != 0:
+        yield
+        return
+    with one_run(lock, f"mixtral-run {verb}", lock.parent):
+        yield
+
+
+def num_checkpoints(config: FinetuneConfig, start: int) -> int:
+    """Return the largest number of checkpoints that the run writes and that are on the disk at once.
+
+    start: the iteration after which the run continues. A new checkpoint is complete before an old one is removed.
+    """
+    written = config.iterations // config.save_interval - start // config.save_interval + 1
+    return written if config.keep_last is None else min(written, config.keep_last + config.keep_best + 1)
+
+
+def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> None:
+    """Report what the checkpoints of the run take. num_bytes: of all that are on the disk at once."""
+    kept = "all stay" if config.keep_last is None else f"the newest {config.keep_last} stay"
+    best = ", and the best" if config.keep_best else ""
+    report.say(
+        f"Checkpoints take up to {num_bytes / GIB:,.2f} GiB in {config.save} ({kept}{best}); "
+        f"{free_bytes(config.save.absolute()) / GIB:,.2f} GiB are free"
+    )
+
+
+def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool, report: Report) -> None:
+    """Remove the checkpoints that are neither among the newest nor the best. One process calls, after a save."""
+    if keep_last is None:
+        return
+    newest = iteration_of(newest_iteration(save))
+    found = {iteration_of(each): each for each in save.glob("iter_*") if iteration_of(each) <= newest}
+    losses = {}
+    for iteration, folder in list(found.items()):
+        try:
+            losses[iteration] = read_manifest(folder, AdapterManifest).state.validation_loss
+        except WeightsError:
+            del found[iteration]  # not a checkpoint of this kit, or a damaged one: left to the user
+    kept = set(sorted(found)[-keep_last:])
+    known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
+    if keep_best and known:
+        kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    for iteration in sorted(set(found) - kept):
+        # Renamed first: a folder of which a part is gone must not have the name of a checkpoint.
+        leaving = save / f".{found[iteration].name}.partial"
+        shutil.rmtree(leaving, ignore_errors=True)
+        found[iteration].rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+        report.say(f"removed {found[iteration]}")
+
+
+def growing_files(save: Path) -> dict[str, FilePrefix]:
+    """Return size and checksum of the metrics and evaluations so far."""
+    found = {}
+    for name in GROWING:
+        if (save / name).is_file():
+            content = (save / name).read_bytes()
+            found[name] = FilePrefix(len(content), f"{zlib.crc32(content):08x}")
+    return found
+
+
+def drop_later_lines(save: Path, iteration: int, written: Any, report: Report) -> None:
+    """Remove the lines of iterations that a resumed run repeats. One process calls.
+
+    written: size and checksum of each file when the checkpoint was saved. A file that has changed since is reported.
+    """
+    for name in GROWING:
+        file = save / name
+        content = file.read_bytes() if file.is_file() else b""
+        prefix = written.get(name)
+        if prefix is not None:
+            head = content[: prefix.num_bytes]
+            if len(head) != prefix.num_bytes or f"{zlib.crc32(head):08x}" != prefix.crc32:
+                report.warn(f"{file} is not what was written up to iteration {iteration}: it is damaged or was edited")
+        # The evaluation at the iteration itself is repeated.
+        kept = _lines(content, (lambda at: at <= iteration) if name == METRICS else (lambda at: at < iteration))
+        if content and kept != content:
+            write_atomically(file, kept.decode("utf-8", errors="replace"))
+
+
+def _lines(content: bytes, wanted: Callable[[int], bool]) -> bytes:
+    """Return the lines whose iteration is wanted; a line that is cut off or odd is dropped."""
+    kept = []
+    for line in content.splitlines(keepends=True):
+        try:
+            iteration = json.loads(line)["iteration"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if line.endswith(b"\n") and type(iteration) is int and wanted(iteration):
+            kept.append(line)
+    return b"".join(kept)

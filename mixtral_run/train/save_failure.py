@@ -1,0 +1,54 @@
+"""Why a checkpoint could not be written, in the system's own word as far as it can be known."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_PROBE_BYTES = 2**20
+
+
+def save_failure(error: BaseException, folder: Path) -> str:
+    """Return one line that says why a save into `folder` failed.
+
+    torch's writer in C++ reports a failed write without the system's error, and so does an error that came from another
+    rank. Then the disk is asked by a write of its own: a full disk is still full.
+    """
+    ranks = getattr(error, "failures", None) or {}
+    causes = [cause for cause, *_ in ranks.values()] or [error]
+    for cause in causes:
+        for each in _chain(cause):
+            if isinstance(each, OSError) and each.strerror:
+                return each.strerror + (f": {each.filename}" if each.filename else "")
+    text = f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]
+    where = f"rank {next(iter(ranks))}: " if ranks else ""
+    word = _probe(folder)
+    return f"{word} ({where}{text})" if word else f"{where}{text}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what caused it."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop(0)
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting += [each.__cause__, each.__context__]
+
+
+def _probe(folder: Path) -> str | None:
+    """Return the system's error of a write into a folder; None if it succeeds."""
+    file = folder / f".probe-{os.getpid()}"
+    try:
+        with file.open("wb") as stream:
+            stream.write(bytes(_PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error.strerror
+    finally:
+        file.unlink(missing_ok=True)
+    return None

@@ -1,0 +1,96 @@
+"""Flags and verbs of other programs get the kit's own; suggestions never come from a first letter."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mixtral_run.cli.main import VERBS, root
+from mixtral_run.config.foreign_names import FOREIGN_FLAGS, FOREIGN_VERBS
+from mixtral_run.errors import ConfigError
+
+
+def problems(*words: str) -> tuple[str, ...]:
+    error = CliRunner().invoke(root, list(words)).exception
+    assert isinstance(error, ConfigError), error
+    return error.problems
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--learning-rate", "write --lr"),
+        ("--learning_rate", "write --lr"),
+        ("--output-dir", "write --save"),
+        ("--model", "write --load"),
+        ("--model_name_or_path", "write --load"),
+        ("--dataset", "write --data-path"),
+        ("--max-steps", "write --train-iters"),
+        ("--per_device_train_batch_size", "write --micro-batch-size"),
+        ("--gradient_accumulation_steps", "micro batch size × accumulation steps × data-parallel processes"),
+        ("--bf16", "write --dtype (with the value bf16"),
+        ("--lora-r", "write --lora-rank"),
+        ("--load-in-4bit", "write --base-precision (with the value nf4)"),
+        ("--deepspeed", "leave it out: the kit splits the model"),
+        ("--target-modules", "linear_qkv (q_proj, k_proj, v_proj)"),
+        ("--gradient_checkpointing", "write --recompute (with the value full)"),
+        ("--pipeline_model_parallel_size", "leave it out"),
+    ],
+)
+def test_a_foreign_flag_of_finetune_is_answered(flag: str, answer: str) -> None:
+    (line,) = [each for each in problems("finetune", flag, "x") if "no such flag" in each]
+    assert line.startswith(flag.replace("_", "-") + ": there is no such flag; ")
+    assert answer in line
+
+
+def test_epochs_are_answered_with_what_the_verb_has() -> None:
+    (line,) = [each for each in problems("finetune", "--num-train-epochs", "3") if "no such flag" in each]
+    assert "write --epochs" in line or "iterations are examples × epochs / --global-batch-size" in line
+
+
+def test_the_answer_depends_on_the_verb() -> None:
+    assert any("write --output-path" in each for each in problems("convert", "--output-dir", "x"))
+    assert any("write --hf-model-path" in each for each in problems("convert", "--model", "x"))
+    assert "--learning-rate: there is no such flag; the kit calls it --lr, which this verb does not have" in problems(
+        "convert", "--learning-rate", "1"
+    )
+    assert any("write --max-new-tokens" in each for each in problems("generate", "--max-tokens", "5"))
+
+
+@pytest.mark.parametrize(
+    ("word", "command"),
+    [
+        ("train", "mixtral-run finetune"), ("sft", "mixtral-run finetune"), ("merge", "mixtral-run export"),
+        ("merge_lora", "mixtral-run export"), ("Inference", "mixtral-run generate"), ("ps", "mixtral-run jobs"),
+    ],
+)  # fmt: skip
+def test_a_foreign_verb_is_answered(word: str, command: str) -> None:
+    error = CliRunner().invoke(root, [word]).exception
+    assert isinstance(error, ConfigError)
+    assert error.next_command is not None and error.next_command.startswith(command)
+
+
+def test_every_answer_names_what_exists() -> None:
+    for command in FOREIGN_VERBS.values():
+        assert command.split()[0] == "mixtral-run"
+        assert command.split()[1].strip(",") in {*VERBS, "--help"}
+    assert not set(FOREIGN_VERBS) & set(VERBS)
+    # --epochs, --warmup-ratio and the like may not exist in every version; each of them has a flag to fall back on.
+    flags: set[str] = set()
+    for verb in VERBS:
+        found = root.get_command(click.Context(root), verb)
+        assert found is not None
+        flags |= {name.lstrip("-") for each in found.params for name in each.opts}
+    optional = {"data-format", "chat-template"}
+    for name, foreign in FOREIGN_FLAGS.items():
+        assert bool(foreign.meant) != bool(foreign.note), name
+        assert not foreign.meant or {setting for setting, _ in foreign.meant} & (flags | optional), name
+
+
+@pytest.mark.parametrize("verb", ["finetune", "convert", "generate", "plan", "export"])
+def test_no_suggestion_shares_only_its_first_letter(verb: str) -> None:
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        for flag in (f"-{letter}", f"--{letter}", f"--{letter}qx", f"--{letter}-zzqq-jj"):
+            for line in problems(verb, flag, "1") if flag != "-h" else ():
+                assert not (line.startswith(f"{flag}:") and "did you mean" in line), line

@@ -1,0 +1,40 @@
+"""A file with a token is looked at before any host is: what the role cannot clean is refused, without showing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.fleet.secrets import token_problem
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"hf_abc", b"hf_abc\n", b"\xef\xbb\xbfhf_abc\r\n", b'"hf_abc"\n', b"  'hf_abc'"],
+    ids=["bare", "newline", "byte order mark", "quotes", "single quotes"],
+)
+def test_a_token_that_the_role_can_clean_is_no_problem(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "token").write_bytes(content)
+    assert token_problem(tmp_path / "token") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "found nothing"),
+        (b"\xef\xbb\xbf\n", "found nothing"),
+        (b"hf_abc hf_def", "found 2 words"),
+        (b"HF_TOKEN=hf_abc", "an equals sign"),
+        ("hf_abc\u200b".encode(), "other than ASCII"),
+        ("hf_abc".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_anything_else_is_refused_without_showing_it(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "token").write_bytes(content)
+    problem = token_problem(tmp_path / "token")
+    assert problem is not None and words in problem and "abc" not in problem
+
+
+def test_a_file_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    assert token_problem(tmp_path / "token") == "No such file or directory"

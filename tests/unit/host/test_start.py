@@ -1,0 +1,120 @@
+"""The kit's modules on hosts with a strict umask, read-only mounts and file servers that distrust root."""
+
+import ast
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.mixtral_run_host import files, start
+
+from tests.unit.host.conftest import ROOT, call_module, load_module
+
+FOLDERS = load_module("owned_folders")
+READING = {"host_state", "preflight", "role_arguments", "hf_peer"}
+"""Modules that change nothing, and one that answers its caller instead of failing."""
+
+
+@pytest.fixture(params=[0o027, 0o077])
+def umask(request: pytest.FixtureRequest):
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def test_folders_and_files_have_their_modes_under_any_umask(umask: None, tmp_path: Path) -> None:
+    paths = {"uid": os.geteuid(), "gid": os.getegid()}
+    call_module(FOLDERS, tmp_path / "records", section="x", paths=[str(tmp_path / "a/b/c")], mode="2775", **paths)
+    modes = {name: oct(stat.S_IMODE((tmp_path / name).stat().st_mode)) for name in ("a", "a/b", "a/b/c", "records")}
+    assert modes == {"a": "0o755", "a/b": "0o755", "a/b/c": "0o2775", "records": "0o755"}
+    # apt's own user reads the key.
+    source = load_module("apt_source")
+    source.write_text(str(tmp_path / "keyrings/docker.asc"), "key")
+    assert stat.S_IMODE((tmp_path / "keyrings").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "keyrings/docker.asc").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins/modules").glob("*.py")), ids=lambda path: path.stem)
+def test_every_module_that_changes_a_host_starts_in_the_same_way(path: Path) -> None:
+    calls = {node.func.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Name)}  # fmt: skip
+    assert ("run_module" in calls) is (path.stem not in READING)
+
+
+@pytest.mark.parametrize(
+    ("number", "filesystem", "words"),
+    [
+        (errno.EROFS, "ext4", "mount it writable"),
+        (errno.EPERM, "nfs4", "root_squash"),
+        (errno.EACCES, "nfs", "root_squash"),
+        (errno.EPERM, "ext4", "lsattr -d /srv/x"),
+        (errno.ENOSPC, "ext4", "free some space"),
+        (errno.EDQUOT, "ext4", "quota"),
+    ],
+)
+def test_a_refusal_of_the_system_has_path_and_next_step(
+    monkeypatch: pytest.MonkeyPatch, number: int, filesystem: str, words: str
+) -> None:
+    monkeypatch.setattr(start, "_filesystem", lambda _: filesystem)
+    message = start.refusal(OSError(number, os.strerror(number), "/srv/x"))
+    assert "/srv/x" in message and filesystem in message and os.strerror(number) in message and words in message
+
+
+@pytest.mark.parametrize("function", ["fchown", "mkdir", "open"])
+def test_a_module_reports_what_the_system_refuses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, function: str
+) -> None:
+    real = getattr(os, function)
+
+    def refuse(*words, **more):
+        if function == "open" and not words[1] & os.O_CREAT:
+            return real(*words, **more)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, function, refuse)
+    folder = tmp_path / "checkpoints"
+    more = {"secret_path": str(tmp_path / "token"), "secret": "hf_x"} if function == "open" else {}
+    paths = [] if function == "open" else [str(folder)]
+    result = call_module(FOLDERS, tmp_path, section="x", paths=paths, uid=0, gid=4321, **more)
+    assert result["failed"] and "The host refuses a change of a file or folder." in result["msg"]
+    named = {"fchown": folder, "mkdir": folder, "open": tmp_path}
+    assert str(named[function]) in result["msg"] and "Operation not permitted" in result["msg"]
+
+
+def test_a_file_that_somebody_linked_is_not_written_through_a_folder_of_another_user(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a link to another user")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    os.lchown(tmp_path / "link", 4321, 4321)
+    with pytest.raises(OSError, match="does not belong to root"):
+        files.rewrite(str(tmp_path / "link/file"), "new")
+    assert (tmp_path / "theirs/file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("hf_abc", "hf_abc\n"),
+        ("\ufeffhf_abc\r\n", "hf_abc\n"),
+        (' "hf_abc"\n', "hf_abc\n"),
+        ("'hf_abc'", "hf_abc\n"),
+        ("hf_abc hf_def", None),
+        ("HF_TOKEN=hf_abc", None),
+        ("hf_\u200babc", None),
+        ('hf_"abc', None),
+    ],
+)
+def test_a_token_is_written_without_what_editors_add_or_refused(tmp_path: Path, text: str, written: str | None) -> None:
+    file = tmp_path / "home/token"
+    settings = {"section": "x", "paths": [], "uid": os.geteuid(), "gid": os.getegid(), "secret_path": str(file)}
+    result = call_module(FOLDERS, tmp_path / "records", secret=text, **settings)
+    assert bool(result.get("failed")) is (written is None)
+    if written is None:
+        assert not file.exists() and "hf_abc" not in result["msg"] and "next:" in result["msg"]
+        return
+    assert file.read_text() == written and result["changed"]
+    assert not call_module(FOLDERS, tmp_path / "records", secret=text, **settings)["changed"]
+    assert call_module(FOLDERS, tmp_path / "records", secret="hf_other", **settings)["changed"]
