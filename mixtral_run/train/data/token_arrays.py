@@ -26,7 +26,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The arrays of TokenArrays by name. All are one-dimensional on the disk."""
 
-ROWS_BETWEEN_RELEASES = 2048
+ROWS_BETWEEN_RELEASES = 256
+"""Examples after which the pages that were read are unmapped. Each may have mapped half a megabyte around it."""
 
 
 @dataclass(eq=False)
