@@ -70,7 +70,7 @@ def save_rounds(options: argparse.Namespace) -> None:
 
     from mixtral_run.model.parallel.cpu import stand_in_for_cuda
     from mixtral_run.model.parallel.megatron import ShardedTensor, dist_checkpointing
-    from mixtral_run.train.adapter_writer import AdapterWriter
+    from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 
     stand_in_for_cuda()
     let_it_write_from_a_cpu()

@@ -21,10 +21,10 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.checkpoint import load_base
+from mixtral_run.train.checkpoints.checkpoint import load_base
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import open_data
-from mixtral_run.train.step import train_step, trainable
+from mixtral_run.train.steps.step import train_step, trainable
 from mixtral_run.weights.manifest.describe import describe_base
 
 

@@ -81,9 +81,9 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
 
     from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.model.parallel.mesh import open_mesh
-    from mixtral_run.train.cuda_graph import backward_of
     from mixtral_run.train.data.samples import MockSamples, batches
-    from mixtral_run.train.step import EagerBackward, train_step, trainable
+    from mixtral_run.train.steps.cuda_graph import backward_of
+    from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
@@ -119,7 +119,9 @@ def exchanged_by(*, collectives: bool) -> Iterator[None]:
     """While this lasts, `backward_of` takes what exchange it would, or collectives for however many tokens."""
     with ExitStack() as stack:
         if collectives:
-            stack.enter_context(patch("mixtral_run.train.cuda_graph.open_symmetric_memory", lambda *_, **__: None))
+            stack.enter_context(
+                patch("mixtral_run.train.steps.cuda_graph.open_symmetric_memory", lambda *_, **__: None)
+            )
             stack.enter_context(patch("mixtral_run.model.dispatch.capacity.MOST_TOKENS", 2**31))
         yield
 

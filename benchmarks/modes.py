@@ -53,9 +53,9 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
 
     from benchmarks.lora import timed_steps
     from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
-    from mixtral_run.train.cuda_graph import backward_of
     from mixtral_run.train.data.samples import MockSamples, batches
-    from mixtral_run.train.step import train_step, trainable
+    from mixtral_run.train.steps.cuda_graph import backward_of
+    from mixtral_run.train.steps.step import train_step, trainable
 
     size, recompute, *rest = case.split(":")
     seq, micro = (int(number) for number in size.split("x"))
@@ -116,7 +116,7 @@ def main() -> None:
     from benchmarks.lora import build_ours
     from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.model.parallel.mesh import open_mesh
-    from mixtral_run.train.step import trainable
+    from mixtral_run.train.steps.step import trainable
 
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     with open_mesh(config) as mesh:

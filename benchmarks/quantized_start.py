@@ -103,7 +103,7 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
     from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
     from mixtral_run.model.parallel.mesh import open_mesh
-    from mixtral_run.train.checkpoint import load_base
+    from mixtral_run.train.checkpoints.checkpoint import load_base
     from mixtral_run.train.quantized_experts import CacheOptions
     from mixtral_run.weights.manifest.describe import describe_base
 

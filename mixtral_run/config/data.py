@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data_sources import source_problems
-from mixtral_run.config.fields import Config, flag_of, setting
-from mixtral_run.config.sections import DATA, LAYOUT, OUTPUT
+from mixtral_run.config.fields import DATA, LAYOUT, OUTPUT, Config, flag_of, setting
 
 DATA_SETTINGS = ("data_path", "valid_data_path")
 """Settings that name sources of examples."""
 AUTO = "auto"
 SHAPES = ("instruction", "alpaca", "dolly", "prompt", "question", "messages", "sharegpt", "text")
-"""Shapes of an example: which keys hold what (train/data/shapes.py)."""
+"""Shapes of an example: which keys hold what (train/data/reading/shapes.py)."""
 FIELDS = (
     "instruction", "input", "context", "response", "output", "prompt", "completion", "question", "answer", "messages",
     "conversations", "text", "system", "tools",

@@ -22,6 +22,10 @@ from typing import Any, Self
 from mixtral_run.config.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
+LAYOUT, DATA, PROMPTS, OPTIMIZER = "Model and layout", "Data", "Prompts and sampling", "Optimizer"
+LORA, MEMORY, PROCESSES, COMPARISON, OUTPUT = "LoRA", "Memory and precision", "Processes", "Comparison", "Output"
+"""Sections of --help."""
+
 
 def setting(
     default: Any = MISSING,

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.data import chat_template_problems, chat_template_setting
-from mixtral_run.config.fields import setting
+from mixtral_run.config.fields import LAYOUT, MEMORY, OUTPUT, PROMPTS, setting
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.sections import LAYOUT, MEMORY, OUTPUT, PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True)

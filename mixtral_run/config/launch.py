@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixtral_run.config.fields import Config, flag_of, setting
-from mixtral_run.config.sections import LAYOUT, MEMORY, PROCESSES
+from mixtral_run.config.fields import LAYOUT, MEMORY, PROCESSES, Config, flag_of, setting
 
 CONVERTED_LAYOUT = (2, 4)
 """TP and EP that `convert` writes by default. A checkpoint loads in every other layout."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixtral_run.config.fields import Config, setting
-from mixtral_run.config.sections import LORA
+from mixtral_run.config.fields import LORA, Config, setting
 
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.fields import setting
+from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS
 from mixtral_run.config.lora import LoraShapeConfig
-from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OUTPUT
 from mixtral_run.config.training import BASE_PRECISIONS
 
 

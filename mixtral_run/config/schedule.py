@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from mixtral_run.config.fields import Config, setting
-from mixtral_run.config.sections import OPTIMIZER
+from mixtral_run.config.fields import OPTIMIZER, Config, setting
 
 DEFAULT_ITERATIONS = 10
 LR_SCHEDULERS = ("cosine", "linear", "constant")

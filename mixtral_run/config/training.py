@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.checkpoints import CheckpointConfig
 from mixtral_run.config.data import DataConfig
-from mixtral_run.config.fields import setting
+from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
 from mixtral_run.config.schedule import ScheduleConfig
-from mixtral_run.config.sections import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 """Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
@@ -87,6 +85,44 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
             )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Config):
+    """Checkpoints that stay, and steps that are not taken."""
+
+    keep_last: int | None = setting(
+        None,
+        help="Number of newest checkpoints that stay in --save. Older ones are removed after each save. Default: all.",
+        minimum=1,
+        section=OUTPUT,
+    )
+    keep_best: bool = setting(
+        False,
+        help="With --keep-last: also keep the checkpoint with the lowest validation loss. Only checkpoints at an "
+        "iteration with an evaluation count.",
+        section=OUTPUT,
+    )
+    max_loss_ratio: float | None = setting(
+        None,
+        help="Largest loss of an iteration, as a multiple of the median of the last 50. A larger one is not learned "
+        "from: the run stops, or skips the step under --skip-bad-steps. Default: no limit.",
+        above=1,
+        section=OPTIMIZER,
+    )
+    skip_bad_steps: int = setting(
+        0,
+        help="Number of steps that a run may skip because their loss exceeds --max-loss-ratio or is not a number. "
+        "Each batch is written to SAVE/bad_batches. One more stops the run.",
+        minimum=0,
+        section=OPTIMIZER,
+    )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.keep_best and self.keep_last is None:
+            found.append("--keep-best: expected --keep-last N with it; found none, so that all checkpoints stay")
         return found
 
 

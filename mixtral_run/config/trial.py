@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.fields import Config, setting
+from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PROCESSES, Config, setting
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.sections import DATA, LAYOUT, MEMORY, OUTPUT, PROCESSES
 
 
 @dataclass(frozen=True, kw_only=True)

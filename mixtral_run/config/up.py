@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.fields import setting
-from mixtral_run.config.sections import LAYOUT, OUTPUT
+from mixtral_run.config.fields import LAYOUT, OUTPUT, setting
 from mixtral_run.config.training import FinetuneConfig
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.fields import Config, setting
+from mixtral_run.config.fields import COMPARISON, LAYOUT, OUTPUT, PROCESSES, Config, setting
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig, ParallelConfig
-from mixtral_run.config.sections import COMPARISON, LAYOUT, OUTPUT, PROCESSES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Passes of generation: over the prompts, then over one more token of each sequence, with cached keys and values.
 
 A pass over one token launches as many kernels as a pass over thousands, so that the GPU waits for the host. With fixed
-shapes it is captured as a CUDA graph once and replayed, collectives included, as in training (train/cuda_graph.py).
+shapes it is captured as a CUDA graph once and replayed, collectives included, as in training
+(train/steps/cuda_graph.py).
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.data.chat_template import ChatTemplate
-from mixtral_run.train.data.example import USER, Message
-from mixtral_run.train.data.open_template import open_chat_template, template_of_adapter
-from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
+from mixtral_run.train.data.reading.example import USER, Message
+from mixtral_run.train.data.templates.chat_template import ChatTemplate
+from mixtral_run.train.data.templates.open_template import open_chat_template, template_of_adapter
+from mixtral_run.train.data.templates.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.load_model import load_for_inference
 from mixtral_run.train.model_limits import length_problems
 from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter

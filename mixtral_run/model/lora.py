@@ -7,7 +7,7 @@ hidden-wide one:
     row (linear_proj):    A's columns split, its partial result reduce-scattered; B replicated
 
 Under sequence parallelism the replicated matrix sees only this rank's part of the sequence: its gradient is partial,
-and train/step.py sums it over TP (param_sharding.is_partial). Adapters are stored in fp32.
+and train/steps/step.py sums it over TP (param_sharding.is_partial). Adapters are stored in fp32.
 """
 
 from __future__ import annotations

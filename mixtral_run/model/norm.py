@@ -24,7 +24,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        # Read by train/step.py: each TP rank saw only its part of the sequence.
+        # Read by train/steps/step.py: each TP rank saw only its part of the sequence.
         mark(self.weight, partial=config.sequence_parallel)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ LOSS_BYTES = 8
 IMBALANCE = 1.1
 """Rows of the busiest rank over the mean if experts are spread over ranks."""
 CAPTURE_OVERHEAD = 1.5 * GIB
-"""Fragmentation in the memory pool of a CUDA graph that saves activations (train/cuda_graph.py): 0.4 to 1.1 GiB."""
+"""Fragmentation in the pool of a CUDA graph that saves activations (train/steps/cuda_graph.py): 0.4 to 1.1 GiB."""
 USABLE = 0.97
 """Usable part of a GPU's memory; the rest is lost to fragmentation in the allocator."""
 USABLE_OF_HOST = 0.8

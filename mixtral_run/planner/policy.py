@@ -1,7 +1,7 @@
 """Policy of execution: which token dispatch a pass through the model uses, and whether it is captured as a CUDA graph.
 
-The planner asks before a run, `train/cuda_graph.py` and `inference/decode.py` ask during it. Both use these functions,
-so that the plan promises what the run does. Pure arithmetic on sizes and the GPU's compute capability.
+The planner asks before a run, `train/steps/cuda_graph.py` and `inference/decode.py` ask during it. Both use these
+functions, so that the plan promises what the run does. Pure arithmetic on sizes and the GPU's compute capability.
 
 Capture requires that nothing in the pass waits for the GPU. Two parts may wait:
 

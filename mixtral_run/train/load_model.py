@@ -11,7 +11,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.train.checkpoint import load_adapter, load_base
+from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_base
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits
 

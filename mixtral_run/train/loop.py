@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,73 +20,32 @@ from mixtral_run.model.parallel.mesh import Mesh, everywhere, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
-from mixtral_run.train.bad_steps import BadSteps
-from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
-from mixtral_run.train.cuda_graph import backward_of
+from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
+from mixtral_run.train.checkpoints.run_folder import (
+    METRICS,
+    VALIDATION,
+    own_output,
+    report_disk_use,
+)
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
-from mixtral_run.train.early_stopping import BestLoss
-from mixtral_run.train.init_adapter import load_init_adapter
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, check_resume, leftovers, reserved_bytes
+from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
-from mixtral_run.train.random_state import restore_random_state
-from mixtral_run.train.run_folder import (
-    METRICS,
-    VALIDATION,
-    drop_later_lines,
-    growing_files,
-    own_output,
-    remove_old_checkpoints,
-    report_disk_use,
-)
-from mixtral_run.train.sgd_in_backward import SgdInBackward
-from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
+from mixtral_run.train.run import Run
+from mixtral_run.train.run_checkpoints import remove_leftovers, resume_run, save_run
+from mixtral_run.train.steps.bad_steps import BadSteps
+from mixtral_run.train.steps.cuda_graph import backward_of
+from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
+from mixtral_run.train.steps.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
-from mixtral_run.weights.manifest.adapter_files import report_without_checksums
-from mixtral_run.weights.manifest.checkpoint_folder import LATEST
-from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
-from mixtral_run.weights.manifest.run_state import RunState
-
-ORDER_SETTINGS = (
-    "data_path",
-    "chat_template",
-    "data_format",
-    "field",
-    "skip_bad_examples",
-    "valid_fraction",
-    "mock_data",
-    "pack",
-    "seq_length",
-    "global_batch_size",
-    "seed",
-)
-"""Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
-
+from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
-
-
-@dataclass
-class Run:
-    """State of a training run, the same on every rank."""
-
-    config: TrainingConfig
-    mesh: Mesh
-    report: Report
-    model: MixtralModel
-    data: TrainingData
-    meter: Meter
-    step: Step
-    load_seconds: float
-    bad_steps: BadSteps
-    start: int = 0
-    validation: Validation | None = None
-    best: BestLoss = field(default_factory=BestLoss)
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -120,7 +77,7 @@ def finetune(config: FinetuneConfig) -> None:
             refuses = bad.refuses if bad.is_active else None
             step = optimizer_step(model, optimizer, config.clip_grad, backward, refuses)
             if mesh.is_first and not config.resume:
-                _remove_leftovers(config.save)
+                remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
             run = Run(config, mesh, report, model, data, meter, step, seconds, bad)
             if data.validation is not None:
@@ -128,7 +85,7 @@ def finetune(config: FinetuneConfig) -> None:
                 run.validation = Validation(data.validation, config.micro_batch_size, report, file)
             load_init_adapter(config, base, model, report)
             if config.resume:
-                run.start = _resume(run, optimizer, config, base)
+                run.start = resume_run(run, optimizer, config, base)
             _report_lora(run, config)
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
@@ -225,13 +182,13 @@ def _train_and_save(
         )
         is_over = _is_over(run, config)
         if not is_over and done != config.iterations and (done % config.save_interval == 0 or is_best):
-            _save(run, optimizer, config, base, done)
+            save_run(run, optimizer, config, base, done)
             saved = done
             run.meter.restart()
         if is_over:
             break
     if done != saved:
-        _save(run, optimizer, config, base, done)
+        save_run(run, optimizer, config, base, done)
     _report_end(run, config, done)
 
 
@@ -277,19 +234,6 @@ def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
     if summary.validation is not None:
         run.report.say(f"  {summary.validation.line(config.save)}")
     run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
-
-
-def _describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
-    """Return what a checkpoint's mixtral_run.json says about the run so far."""
-    return {
-        "dtype": "float32",
-        "lora": LoraSettings.from_config(config).to_mapping(),
-        "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
-        "training": config.to_mapping(),
-        "data_sha256": run.data.sha256,
-        "chat_template": run.data.chat_template,
-        "validation": run.best.to_mapping(),
-    }
 
 
 def _evaluate(
@@ -348,73 +292,6 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
         yield run.meter.measure(iteration + 1, result.loss, result.grad_norm, rate, skipped=not result.taken)
         if stop.agreed():
             return
-
-
-def _save(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    config: FinetuneConfig,
-    base: BaseDescription,
-    iteration: int,
-) -> None:
-    started = time.perf_counter()
-    state = RunState(
-        optimizer_steps=run.bad_steps.num_taken,
-        num_skipped=run.bad_steps.num_skipped,
-        recent_losses=run.bad_steps.recent,
-        validation_loss=run.validation.loss_at(iteration) if run.validation is not None else None,
-        run_files=growing_files(config.save) if run.mesh.is_first else {},
-    )
-    description = _describe(run, config, base)
-    folder = save_adapter(
-        run.model, optimizer, config.save, iteration, description, state=state, tokenizer=base.tokenizer
-    )
-    run.report.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
-    if run.mesh.is_first:
-        remove_old_checkpoints(config.save, config.keep_last, config.keep_best, run.report)
-
-
-def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
-    adapter = check_resume(config, base)
-    report_without_checksums(adapter.files, adapter.folder, run.report)
-    load_adapter(run.model, adapter)
-    load_optimizer(run.model, optimizer, adapter)
-    steps = adapter.iteration if adapter.state.optimizer_steps is None else adapter.state.optimizer_steps
-    run.bad_steps.restore(adapter.state.recent_losses, steps, adapter.state.num_skipped)
-    if run.mesh.is_first:
-        drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
-    other_dropout = restore_random_state(adapter.folder, run.mesh)
-    if other_dropout is not None and config.lora_dropout:
-        run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
-    run.best = BestLoss.from_mapping(adapter.validation)
-    run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
-    changed = _changed_order(config, adapter, run.data.sha256)
-    if changed:
-        run.report.warn(
-            f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
-        )
-    return adapter.iteration
-
-
-def _changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha256: str | None) -> list[str]:
-    """Return the settings that determine the order of samples and have changed since the run stopped."""
-    now, before = config.to_mapping(), config.with_current_names(adapter.training)
-    changed = [
-        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
-        for name in ORDER_SETTINGS
-        if before.get(name, now[name]) != now[name]
-    ]
-    if not changed and data_sha256 is not None and adapter.data_sha256 not in (None, data_sha256):
-        changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
-    return changed
-
-
-def _remove_leftovers(save: Path) -> None:
-    """Remove the files of a run that ended before its first checkpoint."""
-    if (save / LATEST).exists() or not save.is_dir():
-        return
-    for path in leftovers(save):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _report_lora(run: Run, config: FinetuneConfig) -> None:

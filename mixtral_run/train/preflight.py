@@ -15,13 +15,13 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
-from mixtral_run.train.data.examples import ReadOptions, read_examples
-from mixtral_run.train.data.open_template import file_problems
+from mixtral_run.train.checkpoints.run_folder import METRICS, VALIDATION, num_checkpoints
+from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
+from mixtral_run.train.data.templates.open_template import file_problems
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.model_limits import length_problems, report_notes
-from mixtral_run.train.run_folder import METRICS, VALIDATION, num_checkpoints
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems

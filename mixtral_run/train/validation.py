@@ -21,7 +21,7 @@ from mixtral_run.report import Report
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import MicroBatch, Samples, stacked
 from mixtral_run.train.metrics import append, format_seconds
-from mixtral_run.train.step import losses_of
+from mixtral_run.train.steps.step import losses_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mixtral_run.errors import CheckFailed
 from mixtral_run.launch import processes
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.data.prompt import load_tokenizer
+from mixtral_run.train.data.templates.prompt import load_tokenizer
 from mixtral_run.train.load_model import load_for_inference, pick_dtype
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.adapter.peft_directory import check_peft

@@ -19,7 +19,7 @@ from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.train.jobs import COMPARE_LOGITS, FINETUNE, GENERATE
 from mixtral_run.train.metrics import read_metrics
 from mixtral_run.train.preflight import check_inference, check_training

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.prompt import prompt_text
+from mixtral_run.train.data.templates.prompt import prompt_text
 
 TINY = MixtralArchitecture(
     num_layers=4,

@@ -140,7 +140,7 @@ def _pretrain(config: SmokeConfig) -> str:
     metrics = config.work_path / "pretrain-metrics.jsonl"
     metrics.unlink(missing_ok=True)
     # SGD with a small rate: the run proves that all weights get gradients and must not change them much. One micro
-    # batch per process, so that the gradients need not all be held (train/sgd_in_backward.py).
+    # batch per process, so that the gradients need not all be held (train/steps/sgd_in_backward.py).
     settings = PretrainConfig(
         **{**_training_settings(config), "global_batch_size": 0}, lr=1e-4, min_lr=1e-4, metrics_file=metrics
     )

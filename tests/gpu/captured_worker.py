@@ -12,9 +12,9 @@ from benchmarks.lora import exchanged_by
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.train.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.data.samples import MockSamples, batches
-from mixtral_run.train.step import EagerBackward, train_step, trainable
+from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of, execution_of
+from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
 from tests.gpu.cases import run_cases
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 

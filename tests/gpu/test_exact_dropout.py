@@ -5,9 +5,9 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
-from mixtral_run.train.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.data.samples import MockSamples, batches
-from mixtral_run.train.step import trainable
+from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
+from mixtral_run.train.steps.step import trainable
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 
 STEPS, CUT = 5, 2

@@ -15,9 +15,9 @@ from mixtral_run.model.moe import router_logits
 from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.rotary import Rotary, split_and_rotate
-from mixtral_run.train.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
-from mixtral_run.train.step import StepResult, train_step, trainable
+from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of, execution_of
+from mixtral_run.train.steps.step import StepResult, train_step, trainable
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -6,9 +6,9 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.data.samples import MockSamples, batches, stacked
-from mixtral_run.train.step import losses_of, train_step, trainable
+from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
+from mixtral_run.train.steps.step import losses_of, train_step, trainable
 from mixtral_run.train.validation import Validation
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
 

@@ -30,9 +30,9 @@ from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.checkpoint import save_adapter
+from mixtral_run.train.checkpoints.checkpoint import save_adapter
 from mixtral_run.train.metrics import append
-from mixtral_run.train.step import trainable
+from mixtral_run.train.steps.step import trainable
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.convert.to_megatron import convert

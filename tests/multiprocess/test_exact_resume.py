@@ -16,7 +16,7 @@ from mixtral_run.config.weights import ExportConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.adapter_check import check_adapter_files
+from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
 from mixtral_run.train.preflight import check_resume
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base

@@ -126,7 +126,7 @@ def load(own: Path, name: str) -> None:
     """Load as `generate` does, or the optimizer's state as `finetune --resume` does."""
     from mixtral_run.model.mixtral import is_adapter
     from mixtral_run.model.parallel.mesh import open_mesh
-    from mixtral_run.train.checkpoint import load_optimizer
+    from mixtral_run.train.checkpoints.checkpoint import load_optimizer
     from mixtral_run.train.load_model import load_for_inference
 
     base = describe_base(own / "base")

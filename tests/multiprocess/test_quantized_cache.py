@@ -356,7 +356,7 @@ from mixtral_run.config.weights import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.train.checkpoint import load_base
+from mixtral_run.train.checkpoints.checkpoint import load_base
 from mixtral_run.train.quantized_experts import CacheOptions
 
 base = describe_base(Path(sys.argv[1]))

@@ -22,7 +22,7 @@ from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from mixtral_run.fleet.status.page import page
 from mixtral_run.fleet.status.read_fleet import read_fleet, summary_rows, to_json
 from mixtral_run.report import Report
-from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.weights.convert import to_megatron
 from mixtral_run.weights.convert.journal import Journal
 from mixtral_run.weights.hf.hf_weights import open_hf_weights

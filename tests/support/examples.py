@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixtral_run.train.data.example import ASSISTANT, USER, Example, Message
-from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.reading.example import ASSISTANT, USER, Example, Message
+from mixtral_run.train.data.reading.examples import read_examples
 
 
 def examples_of(path: Path) -> list[Example]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixtral_run.config.data import MIXTRAL_TEMPLATE
-from mixtral_run.train.data.chat_template import ChatTemplate
-from mixtral_run.train.data.example import USER, Example, Message
-from mixtral_run.train.data.open_template import open_chat_template
+from mixtral_run.train.data.cache.token_arrays import TokenArrays
+from mixtral_run.train.data.reading.example import USER, Example, Message
 from mixtral_run.train.data.samples import Samples
-from mixtral_run.train.data.token_arrays import TokenArrays
+from mixtral_run.train.data.templates.chat_template import ChatTemplate
+from mixtral_run.train.data.templates.open_template import open_chat_template
 from tests.support.examples import conversation
 
 

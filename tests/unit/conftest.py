@@ -19,7 +19,7 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_tokenizer_folder: Path) -> Any:
-    from mixtral_run.train.data.prompt import load_tokenizer
+    from mixtral_run.train.data.templates.prompt import load_tokenizer
 
     return load_tokenizer(tiny_tokenizer_folder)
 

@@ -24,6 +24,6 @@ def data() -> None:
 @config_options(CheckConfig, errors_as_json=True)
 def check(config: CheckConfig) -> None:
     """Read data and show what a training run would learn from them. It needs no GPU, and no weights."""
-    from mixtral_run.train.data.run_check import run_check
+    from mixtral_run.train.data.check.run_check import run_check
 
     run_check(config)

@@ -10,7 +10,7 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.launch.processes import is_worker, rank
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.report import Report
-from mixtral_run.train.data.stdin_copy import with_stdin_copied
+from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import FINETUNE
 
 
@@ -32,7 +32,7 @@ def finetune(config: FinetuneConfig) -> None:
     FINETUNE.import_ahead()
 
     from mixtral_run.planner.choose import settled
-    from mixtral_run.train.init_adapter import with_adapter_settings
+    from mixtral_run.train.checkpoints.init_adapter import with_adapter_settings
     from mixtral_run.train.preflight import RunCompleteError, check_training, with_base_here
 
     try:

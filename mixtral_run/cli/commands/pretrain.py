@@ -9,7 +9,7 @@ from mixtral_run.cli.options import config_options
 from mixtral_run.config.training import PretrainConfig
 from mixtral_run.launch.processes import is_worker
 from mixtral_run.launch.run_job import run_job
-from mixtral_run.train.data.stdin_copy import with_stdin_copied
+from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import PRETRAIN
 
 

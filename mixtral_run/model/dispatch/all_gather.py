@@ -11,7 +11,7 @@ For p = 2 the traffic equals that of an all-to-all; for more processes it is lar
 where kernel launches take longer than the computation. GPUs that can read each other's memory read only the rows that
 they need (symmetric_memory.py), with the same capacity. Tensors whose number of rows only the GPU knows are allocated
 for the capacity (capacity.py), and kernels stop at the last of `offsets`. If more rows come than the capacity, they are
-counted (overflow.py) and the pass is invalid: train/step.py takes the step again by all-to-all.
+counted (overflow.py) and the pass is invalid: train/steps/step.py takes the step again by all-to-all.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.token_arrays import TokenArrays
+from mixtral_run.train.data.cache.token_arrays import TokenArrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.report import Report
-from mixtral_run.train.data.cached_examples import CachedExamples, ExampleCaches
+from mixtral_run.train.data.cache.cached_examples import CachedExamples, ExampleCaches
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource, has_response

@@ -8,9 +8,9 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.train.cuda_graph import CapturedBackward
 from mixtral_run.train.data.samples import MicroBatch
-from mixtral_run.train.step import EagerBackward
+from mixtral_run.train.steps.cuda_graph import CapturedBackward
+from mixtral_run.train.steps.step import EagerBackward
 from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
 

@@ -24,7 +24,7 @@ from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.memory_model import GIB, Layout, Workload, execution, memory
 from mixtral_run.planner.policy import Dispatch, Execution
 from mixtral_run.planner.ranking import relative_speed
-from mixtral_run.train import cuda_graph
+from mixtral_run.train.steps import cuda_graph
 from tests.multiprocess.conftest import SMALL
 
 

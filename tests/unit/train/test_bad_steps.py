@@ -16,11 +16,11 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, TrainingError
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.bad_steps import BadSteps
-from mixtral_run.train.checkpoint import save_adapter
+from mixtral_run.train.checkpoints.checkpoint import save_adapter
 from mixtral_run.train.data.samples import GlobalBatch
-from mixtral_run.train.soundness import problems_of
-from mixtral_run.train.step import StepResult, train_step, trainable
+from mixtral_run.train.steps.bad_steps import BadSteps
+from mixtral_run.train.steps.soundness import problems_of
+from mixtral_run.train.steps.step import StepResult, train_step, trainable
 from tests.unit.model.recompute.test_recompute import model_of
 from tests.unit.model.test_packed_attention import micro_batches
 

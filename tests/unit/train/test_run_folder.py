@@ -10,7 +10,7 @@ import pytest
 
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.report import Report
-from mixtral_run.train.run_folder import (
+from mixtral_run.train.checkpoints.run_folder import (
     drop_later_lines,
     growing_files,
     num_checkpoints,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
-from mixtral_run.train.data.prompt import load_tokenizer
+from mixtral_run.train.data.templates.prompt import load_tokenizer
 from mixtral_run.trial.random_mixtral import split_into_shards, tensor_shapes, write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, TINY, tokenizer_texts, write_rehearsal_examples
 from tests.support.examples import examples_of

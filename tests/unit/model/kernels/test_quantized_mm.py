@@ -33,7 +33,7 @@ from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
-from mixtral_run.train.step import train_step, trainable
+from mixtral_run.train.steps.step import train_step, trainable
 from tests.multiprocess.conftest import SMALL
 from tests.support.examples import examples_of
 from tests.support.experts_reference import ROUTINGS

@@ -11,9 +11,9 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
-from mixtral_run.train.cuda_graph import execution_of
 from mixtral_run.train.data.samples import GlobalBatch
-from mixtral_run.train.step import StepResult, train_step, trainable
+from mixtral_run.train.steps.cuda_graph import execution_of
+from mixtral_run.train.steps.step import StepResult, train_step, trainable
 from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import loss_of, model_of
 from tests.unit.model.test_packed_attention import micro_batches

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from mixtral_run.cli.main import root
 from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.check import CheckResult, check_data, load_encoder
-from mixtral_run.train.data.check_screen import check_lines, colored, printable
-from mixtral_run.train.data.length_advice import advise, histogram
+from mixtral_run.train.data.check.check import CheckResult, check_data, load_encoder
+from mixtral_run.train.data.check.check_screen import check_lines, colored, printable
+from mixtral_run.train.data.check.length_advice import advise, histogram
 
 ROOT = Path(__file__).parents[4]
 

@@ -16,9 +16,9 @@ import pytest
 from mixtral_run.config.data import CheckConfig, DataConfig
 from mixtral_run.config.data_sources import DataSource, combined_sha256, content_sha256, parse_source, source_problems
 from mixtral_run.errors import ConfigError, MixtralRunError
-from mixtral_run.train.data.examples import ReadOptions, read_examples
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
-from mixtral_run.train.data.stdin_copy import with_stdin_copied
+from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
+from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied
 from tests.support.examples import conversation, examples_of, turns_of
 from tests.support.samples import samples_of
 
@@ -302,7 +302,7 @@ def test_no_record_and_no_bytes_end_in_another_error(tmp_path: Path, seed: int) 
 
 MEASURE = """
 import resource, sys
-from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.reading.examples import read_examples
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 stream = read_examples(sys.argv[1:])
 stream.check()

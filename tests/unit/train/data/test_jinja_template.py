@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data import template_sandbox
-from mixtral_run.train.data.example import Example, Message
-from mixtral_run.train.data.example_problem import ExampleProblem
-from mixtral_run.train.data.open_template import open_chat_template
+from mixtral_run.train.data.reading.example import Example, Message
+from mixtral_run.train.data.reading.example_problem import ExampleProblem
+from mixtral_run.train.data.templates import template_sandbox
+from mixtral_run.train.data.templates.open_template import open_chat_template
 from tests.support.mistral_tokenizers import hf_tokenizer
 
 CHATML = (

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.example import Example, Message
-from mixtral_run.train.data.example_problem import ExampleProblem
-from mixtral_run.train.data.open_template import open_chat_template
+from mixtral_run.train.data.reading.example import Example, Message
+from mixtral_run.train.data.reading.example_problem import ExampleProblem
+from mixtral_run.train.data.templates.open_template import open_chat_template
 from tests.support.mistral_tokenizers import MistralCommon, hf_tokenizer
 
 NUM_CONVERSATIONS = 3_000

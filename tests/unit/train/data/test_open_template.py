@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.train.data.example import Example, Message
-from mixtral_run.train.data.open_template import file_problems, open_chat_template, template_of_adapter
-from mixtral_run.train.data.prompt import load_tokenizer
+from mixtral_run.train.data.reading.example import Example, Message
+from mixtral_run.train.data.templates.open_template import file_problems, open_chat_template, template_of_adapter
+from mixtral_run.train.data.templates.prompt import load_tokenizer
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 

@@ -8,7 +8,7 @@ import pytest
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.resources import INSTRUCTIONS
-from mixtral_run.train.data.prompt import check_token_ids, load_tokenizer
+from mixtral_run.train.data.templates.prompt import check_token_ids, load_tokenizer
 from tests.support.examples import examples_of, turns_of
 from tests.support.samples import encode_conversation, encode_turn, prompt_tokens
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mixtral_run.config.data import SHAPES
-from mixtral_run.train.data.example import Message
-from mixtral_run.train.data.shapes import Converted, convert
+from mixtral_run.train.data.reading.example import Message
+from mixtral_run.train.data.reading.shapes import Converted, convert
 
 S, U, A, T = "system", "user", "assistant", "tool"
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}

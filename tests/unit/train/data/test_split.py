@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.encoding import content_digest
-from mixtral_run.train.data.examples import read_examples
+from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.train.data.split import split_by_digest
+from mixtral_run.train.data.templates.encoding import content_digest
 
 
 def digests_of(path: Path, lines: list[dict[str, object]]) -> dict[str, int]:

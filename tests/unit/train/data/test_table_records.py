@@ -14,9 +14,9 @@ import pytest
 
 from mixtral_run.config.data_sources import parse_source
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.data_files import files_of, split_of
-from mixtral_run.train.data.examples import read_examples
-from mixtral_run.train.data.records import Record
+from mixtral_run.train.data.reading.data_files import files_of, split_of
+from mixtral_run.train.data.reading.examples import read_examples
+from mixtral_run.train.data.reading.records import Record
 from tests.support.dataset_hub import COMMIT, NAME, serving_dataset
 from tests.support.examples import turns_of
 

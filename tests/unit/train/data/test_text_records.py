@@ -16,9 +16,9 @@ import pytest
 
 from mixtral_run.config.data_sources import parse_source
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data import text_records
-from mixtral_run.train.data.data_files import files_of
-from mixtral_run.train.data.records import BadRecord, Record
+from mixtral_run.train.data.reading import text_records
+from mixtral_run.train.data.reading.data_files import files_of
+from mixtral_run.train.data.reading.records import BadRecord, Record
 
 ROWS = [{"instruction": "Größe?\u2028\x85", "response": 'a\n,"b" 🙂'}, {"instruction": "b", "response": "\tc\r\nd"}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)

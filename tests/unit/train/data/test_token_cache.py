@@ -16,13 +16,13 @@ import pytest
 
 from mixtral_run.errors import ConfigError, TrainingError
 from mixtral_run.report import Report
-from mixtral_run.train.data import content_hash
-from mixtral_run.train.data.cache_folder import NAME, CacheFolder, default_folder
-from mixtral_run.train.data.content_hash import file_sha256, refuse_changed
-from mixtral_run.train.data.encoded import EncodedExample
+from mixtral_run.train.data.cache import content_hash
+from mixtral_run.train.data.cache.cache_folder import NAME, CacheFolder, default_folder
+from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed
+from mixtral_run.train.data.cache.token_arrays import EncodedChunk, TokenArrays
+from mixtral_run.train.data.cache.token_cache import CacheWriter, DamagedCacheError, TokenCache, open_cache
 from mixtral_run.train.data.samples import Samples
-from mixtral_run.train.data.token_arrays import EncodedChunk, TokenArrays
-from mixtral_run.train.data.token_cache import CacheWriter, DamagedCacheError, TokenCache, open_cache
+from mixtral_run.train.data.templates.encoded import EncodedExample
 
 EXAMPLES = [
     ([1, 70, 71, 72, 2], ((3, 5),)),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mixtral_run.errors import TrainingError
-from mixtral_run.train.data import tokenize
-from mixtral_run.train.data.encoding import Encoding
-from mixtral_run.train.data.example import ASSISTANT, TOOL, USER, Example, Message
-from mixtral_run.train.data.token_arrays import EncodedChunk
-from mixtral_run.train.data.tokenize import TokenizingProgress, tokenized
+from mixtral_run.train.data.cache import tokenize
+from mixtral_run.train.data.cache.token_arrays import EncodedChunk
+from mixtral_run.train.data.cache.tokenize import TokenizingProgress, tokenized
+from mixtral_run.train.data.reading.example import ASSISTANT, TOOL, USER, Example, Message
+from mixtral_run.train.data.templates.encoding import Encoding
 from tests.support.samples import instruct_form
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from mixtral_run.train.data.text_encoder import TextEncoder
-from mixtral_run.train.data.word_cache import WordCache, gives_the_same_ids
+from mixtral_run.train.data.templates.text_encoder import TextEncoder
+from mixtral_run.train.data.templates.word_cache import WordCache, gives_the_same_ids
 from tests.support.mistral_tokenizers import hf_tokenizer
 
 PARTS = [

@@ -1,0 +1,1 @@
+"""Adapter checkpoints of a run: write, check, resume, remove."""

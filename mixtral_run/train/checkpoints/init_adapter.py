@@ -1,0 +1,56 @@
+"""Fine-tuning that continues an adapter: of an earlier run, or one that PEFT trained (`finetune --init-adapter`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.errors import MixtralRunError
+from mixtral_run.launch import processes
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.report import Report
+from mixtral_run.train.checkpoints.checkpoint import load_adapter
+from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits, describe_base
+
+
+def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the config with rank, alpha and target modules of --init-adapter, if there is one.
+
+    Raises WeightsError if the adapter cannot be used. A base that cannot be read is reported by `check_training`.
+    """
+    if config.init_adapter is None:
+        return config
+    try:
+        base = describe_base(config.load)
+    except MixtralRunError:
+        return config
+    lora = describe_init_adapter(config, base).lora
+    changed = dataclasses.replace(
+        config, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_target_modules=lora.target_modules
+    )
+    if processes.rank() == 0 and changed != config:
+        Report().say(
+            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}, "
+            f"{', '.join(lora.target_modules)}"
+        )
+    return changed
+
+
+def describe_init_adapter(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:
+    """Return the adapter to start from. Raises WeightsError if it cannot be used, or belongs to another base."""
+    assert config.init_adapter is not None
+    adapter = describe_given_adapter(config.init_adapter, base.architecture)
+    check_adapter_fits(adapter, base)
+    return adapter
+
+
+def load_init_adapter(config: FinetuneConfig, base: BaseDescription, model: MixtralModel, report: Report) -> None:
+    """Fill the adapters of the model from --init-adapter, if there is one. All ranks must call."""
+    if config.init_adapter is None or config.resume:
+        return
+    adapter = describe_init_adapter(config, base)
+    load_adapter(model, adapter)
+    named = adapter.base_name if isinstance(adapter, PeftDescription) else None
+    trained = f"; its config names the base {named}, which is not checked" if named else ""
+    report.say(f"Starting from the adapter {config.init_adapter}{trained}")

@@ -1,0 +1,1 @@
+"""The token cache: examples are tokenized once per host and memory-mapped."""

@@ -1,0 +1,190 @@
+"""Tokenization of a stream of examples: in this process if they are few, else in several processes."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.train.data.cache.token_arrays import DTYPES, EncodedChunk
+from mixtral_run.train.data.reading.example import Example
+from mixtral_run.train.data.templates.encoding import Encode, Encoding, content_digest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CHUNK = 256
+FEW = 4096
+"""Up to so many examples are tokenized in this process: starting others takes longer."""
+MOST_PROCESSES = 16
+"""One process reads and writes for the others; more than so many would wait for it."""
+CHUNKS_AHEAD = 4
+"""Chunks per process that wait to be tokenized or written, so that memory does not grow with the data."""
+
+
+@dataclass(frozen=True)
+class TokenizedChunk:
+    """Some examples of the stream, in its order, without those that the chat template cannot take.
+
+    Attributes:
+        encoded: their tokens.
+        digests: uint64, `content_digest` of each.
+        sources, places: the number of each one's source, and where it stands there.
+        problems: source, place and reason of each example that is left out.
+    """
+
+    encoded: EncodedChunk
+    digests: NDArray[np.uint64]
+    sources: list[int]
+    places: list[str]
+    problems: list[tuple[int, str, str]]
+
+
+Numbered = tuple[int, Example]
+"""An example with the number of its source."""
+
+
+def tokenized(
+    examples: Iterable[Numbered], encoding: Encoding, advance: Callable[[int], None], processes: int | None = None
+) -> Iterator[TokenizedChunk]:
+    """Yield all examples as token ids, in their order.
+
+    Args:
+        examples: a stream with the number of each one's source; a few thousand are in memory at a time.
+        encoding: loaded in every process that tokenizes.
+        advance: called with the number of examples that were tokenized.
+        processes: to start. Default: one for each CPU that this process may use, up to MOST_PROCESSES.
+
+    Raises:
+        TrainingError: a process that tokenizes was killed.
+        MixtralRunError: the tokenizer or the chat template cannot be used.
+    """
+    stream = iter(examples)
+    first = list(itertools.islice(stream, FEW))
+    count = processes or min(MOST_PROCESSES, _usable_cpus())
+    chunks = _chunks(itertools.chain(first, stream))
+    found = _here(chunks, encoding) if len(first) < FEW or count == 1 else _in_processes(chunks, encoding, count)
+    for chunk in found:
+        advance(len(chunk.places) + len(chunk.problems))
+        yield chunk
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chunks(examples: Iterable[Numbered]) -> Iterator[list[Numbered]]:
+    stream = iter(examples)
+    while chunk := list(itertools.islice(stream, CHUNK)):
+        yield chunk
+
+
+def _here(chunks: Iterable[list[Numbered]], encoding: Encoding) -> Iterator[TokenizedChunk]:
+    encode = encoding.load()
+    for chunk in chunks:
+        yield _tokenize(encode, chunk)
+
+
+def _in_processes(chunks: Iterable[list[Numbered]], encoding: Encoding, count: int) -> Iterator[TokenizedChunk]:
+    waiting: deque[Future[TokenizedChunk]] = deque()
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(count, context, initializer=_start, initargs=(encoding,))
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_tokenize_in_process, chunk))
+            if len(waiting) > count * CHUNKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "A process that tokenizes the data was killed.",
+            found="no result; the kernel does this when memory runs out: see dmesg",
+            next_command="the same command, with more free memory",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encode: Encode | None = None
+"""The encoding of a process that tokenizes."""
+
+
+def _start(encoding: Encoding) -> None:
+    """Prepare a process that tokenizes. It ends with the process that started it, even if that is killed."""
+    global _encode
+    # The processes share the CPUs; the tokenizer's own threads would only get in their way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encode = encoding.load()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _tokenize_in_process(chunk: list[Numbered]) -> TokenizedChunk:
+    assert _encode is not None
+    return _tokenize(_encode, chunk)
+
+
+def _tokenize(encode: Encode, chunk: list[Numbered]) -> TokenizedChunk:
+    found, problems = [], []
+    for source, example in chunk:
+        try:
+            found.append((source, example, encode(example)))
+        except ConfigError as error:
+            problems.append((source, example.place, getattr(error, "problem", error.what)))
+    return TokenizedChunk(
+        EncodedChunk.of(encoded for _, _, encoded in found),
+        np.asarray([content_digest(example) for _, example, _ in found], DTYPES["digests"]),
+        [source for source, _, _ in found],
+        [example.place for _, example, _ in found],
+        problems,
+    )
+
+
+class TokenizingProgress:
+    """Lines about the tokenization: how many examples are done, of about how many, and the speed.
+
+    say: prints a line. note: passes it on to processes that wait.
+    """
+
+    def __init__(self, about: int | None, say: Callable[[str], None], note: Callable[[str], None]) -> None:
+        self._about, self._say, self._note = about, say, note
+        self._done = 0
+        self._started = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count examples; print a line every five seconds."""
+        self._done += count
+        now = time.monotonic()
+        self._note(self._text(now))
+        if now - self._told >= 5.0:
+            self._told = now
+            self._say(f"  tokenizing: {self._text(now)}")
+
+    def finish(self) -> None:
+        """Print the last line if there was one before it."""
+        if self._told != self._started:
+            self._say(f"  tokenized {self._text(time.monotonic())}")
+
+    def _text(self, now: float) -> str:
+        of = ""
+        if self._about:
+            of = f" of about {max(self._about, self._done):,} ({min(1.0, self._done / self._about):.0%})"
+        return f"{self._done:,}{of} examples, {self._done / max(now - self._started, 1e-9):,.0f} a second"

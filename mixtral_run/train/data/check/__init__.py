@@ -1,0 +1,1 @@
+"""The verb `data check`."""

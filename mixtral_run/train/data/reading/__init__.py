@@ -1,0 +1,1 @@
+"""Readers of data files: records of any format, shapes of examples."""

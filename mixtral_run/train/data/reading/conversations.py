@@ -1,0 +1,203 @@
+"""Messages of conversations, as OpenAI's API and ShareGPT write them, to Message. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, TOOL, USER, Message
+from mixtral_run.train.data.reading.records import json_type
+
+ROLE_NAMES = {
+    "system": SYSTEM, "developer": SYSTEM,
+    "user": USER, "human": USER, "prompter": USER,
+    "assistant": ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT,
+    "model": ASSISTANT, "function_call": ASSISTANT,
+    "tool": TOOL, "function": TOOL, "observation": TOOL, "function_response": TOOL,
+}  # fmt: skip
+"""Names of roles in the data, of OpenAI's API and of ShareGPT."""
+_USED = frozenset({"role", "from", "content", "value", "tool_calls", "tool_call_id", "weight", "train"})
+
+
+@dataclass(slots=True)
+class Turns:
+    """Messages as they were read, with what is wrong about them and what is not used.
+
+    Attributes:
+        messages: valid only if there are no problems.
+        problems: a line each.
+        unused: keys of messages that are not used.
+        num_trimmed: messages after the assistant's last one, which are left out.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unused: set[str] = field(default_factory=set)
+    num_trimmed: int = 0
+
+
+def read_turns(entries: object, key: str, *, learned: bool = True) -> Turns:
+    """Read the messages under `key`, without checking their order. learned: whether the assistant's count in the loss,
+    unless a message has a weight.
+    """
+    turns = Turns()
+    if not isinstance(entries, (list, tuple)):
+        turns.problems.append(f"{key!r}: expected a list; found {json_type(entries)}")
+        return turns
+    for number, entry in enumerate(entries, start=1):
+        where = f"message {number}"
+        if isinstance(entry, dict):
+            _read_message(entry, where, key, learned, turns)
+        else:
+            turns.problems.append(f"{where}: expected a JSON object; found {json_type(entry)}")
+    return turns
+
+
+def finish_turns(turns: Turns, key: str) -> Turns:
+    """Trim what follows the assistant's last message, and check the order of the roles."""
+    if turns.problems:
+        return turns
+    messages = turns.messages
+    roles = [message.role for message in messages]
+    while messages and messages[-1].role != ASSISTANT:
+        messages.pop()
+        turns.num_trimmed += 1
+    order = _order_problem([message.role for message in messages], messages)
+    if not messages or order:
+        found = ", ".join(roles) or "none"
+        expected = "the user and the assistant in turn, with an answer of the assistant"
+        turns.problems.append(f"{key!r}: expected {expected}; found {found[:80]}{order}")
+    elif not any(message.learned for message in messages if message.role == ASSISTANT):
+        turns.problems.append(
+            f"{key!r}: expected an answer that is learned; found 'weight' 0 or 'train' false on every one"
+        )
+    return turns
+
+
+def _order_problem(roles: Sequence[str], messages: Sequence[Message]) -> str:
+    """Return the first place where the order of roles is broken, or nothing."""
+    start = 1 if roles[:1] == [SYSTEM] else 0
+    before = SYSTEM
+    for number in range(start, len(roles)):
+        calls = before == ASSISTANT and bool(messages[number - 1].tool_calls)
+        allowed = {
+            SYSTEM: (USER,), USER: (ASSISTANT,), TOOL: (TOOL, ASSISTANT), ASSISTANT: (TOOL,) if calls else (USER,)
+        }[before]  # fmt: skip
+        if roles[number] not in allowed:
+            called = " after calls of tools" if calls else ""
+            return f" (message {number + 1}: expected {' or '.join(allowed)}{called})"
+        before = roles[number]
+    return ""
+
+
+def _read_message(entry: Mapping[str, Any], where: str, key: str, learned: bool, turns: Turns) -> None:
+    values = {name: value for name, value in entry.items() if value is not None}
+    name = "from" if "from" in values and "role" not in values else "role"
+    given = values.get(name)
+    role = ROLE_NAMES.get(given.lower()) if isinstance(given, str) else None
+    if role is None:
+        shown = json.dumps(given, default=str)[:40]
+        turns.problems.append(f"{where}: {name!r}: expected {', '.join(ROLE_NAMES)}; found {shown}")
+        return
+    turns.unused |= {f"{key}: {each}" for each in values if each not in _USED and not (each == "name" and role == TOOL)}
+    content_key = "content" if "content" in values or "value" not in values else "value"
+    content, problem = _content(values.get(content_key))
+    calls: tuple[Mapping[str, Any], ...] = ()
+    if problem is None and given == "function_call":
+        content, (calls, problem) = "", _call_of_text(content)
+    elif role == ASSISTANT and values.get("tool_calls"):
+        calls, of_calls = _tool_calls(values["tool_calls"])
+        turns.problems += [f"{where}: 'tool_calls': {of_calls}"] if of_calls else []
+    elif values.get("tool_calls"):
+        turns.unused.add(f"{key}: tool_calls of the {role}")
+    if problem is None and not content.strip() and role != TOOL and not values.get("tool_calls") and not calls:
+        if role == SYSTEM and not turns.messages:
+            return  # Exports of chats have an empty system message.
+        problem = "is empty"
+    problem = problem or half_of_a_surrogate(content)
+    if problem is not None:
+        turns.problems.append(f"{where}: {content_key!r}{'' if problem.startswith('is ') else ':'} {problem}")
+    problems, counts = _weight(values, where)
+    turns.problems += problems
+    if counts is not None and role != ASSISTANT and counts:
+        turns.unused.add(f"{key}: weight or train of the {role}")
+    is_learned = role == ASSISTANT and (learned if counts is None else counts)
+    turns.messages.append(
+        Message(
+            role, content, is_learned, calls,
+            str(values["tool_call_id"]) if role == TOOL and "tool_call_id" in values else None,
+            str(values["name"]) if role == TOOL and "name" in values else None,
+        )
+    )  # fmt: skip
+
+
+def _content(content: object) -> tuple[str, str | None]:
+    """Return the text of a message's content, a text or a list of parts, and what is wrong about it."""
+    if content is None:
+        return "", None
+    if isinstance(content, str):
+        return content, None
+    if not isinstance(content, (list, tuple)):
+        return "", f"expected text; found {json_type(content)}"
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            found = part.get("type") if isinstance(part, dict) else part
+            return "", f"expected parts of the type 'text'; found {json.dumps(found, default=str)[:40]}"
+    return "".join(texts), None
+
+
+def _weight(values: Mapping[str, Any], where: str) -> tuple[list[str], bool | None]:
+    """Return the problems of `weight` and `train`, and whether the message is learned; None if neither is given."""
+    problems = []
+    weight, train = values.get("weight"), values.get("train")
+    if weight is not None and not (isinstance(weight, (int, float)) and weight in (0, 1)):
+        problems.append(f"{where}: 'weight': expected 0 or 1; found {json.dumps(weight, default=str)[:40]}")
+    if train is not None and not isinstance(train, bool):
+        problems.append(f"{where}: 'train': expected true or false; found {json.dumps(train, default=str)[:40]}")
+    if weight is None and train is None:
+        return problems, None
+    return problems, bool(1 if weight is None else weight) and bool(True if train is None else train)
+
+
+def _tool_calls(calls: object) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
+    """Return an assistant's calls of tools, and what is wrong about them."""
+    if not isinstance(calls, (list, tuple)):
+        return (), f"expected a list; found {json_type(calls)}"
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return (), "expected {'id', 'type', 'function': {'name', 'arguments'}}"
+        arguments = function.get("arguments", {})
+        if not isinstance(arguments, (str, dict)):
+            return (), f"'arguments': expected text or an object; found {json_type(arguments)}"
+        if problem := half_of_a_surrogate(json.dumps(function, ensure_ascii=False, default=str)):
+            return (), problem
+    return tuple(calls), None
+
+
+def _call_of_text(text: str) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
+    """Return the call that ShareGPT's `function_call` holds as text."""
+    try:
+        function = json.loads(text)
+    except (ValueError, RecursionError):
+        return (), "expected a function's call as JSON"
+    entries = function if isinstance(function, list) else [function]
+    return _tool_calls([{"type": "function", "function": each} for each in entries])
+
+
+def half_of_a_surrogate(text: str) -> str | None:
+    """Return a problem if a text has half of a surrogate pair, which no tokenizer takes."""
+    if text.isascii():
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start + 1}"
+    return None

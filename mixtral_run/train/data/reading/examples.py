@@ -1,0 +1,270 @@
+"""Examples of all sources of a setting: files to records, records to examples. They stream, in bounded memory.
+
+All problems are reported in one error after the last record, or counted with --skip-bad-examples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mixtral_run.config.data import AUTO, DataConfig, ExampleConfig
+from mixtral_run.config.data_sources import DataSource, parse_source
+from mixtral_run.config.fields import flag_of
+from mixtral_run.errors import ConfigError, MixtralRunError, joined
+from mixtral_run.train.data.reading.data_files import DataFile, files_of
+from mixtral_run.train.data.reading.example import Example
+from mixtral_run.train.data.reading.records import BadRecord, Record
+from mixtral_run.train.data.reading.shapes import REQUIRED, Converted, convert
+
+NUM_PROBLEMS_SHOWN = 10
+EXAMPLE_LINES = (
+    '{"instruction": "What is 7 times 8?", "response": "56"}',
+    '{"messages": [{"role": "user", "content": "What is 7 times 8?"}, {"role": "assistant", "content": "56"}]}',
+)
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How records become examples.
+
+    Attributes:
+        data_format: a shape, or auto.
+        fields: the record's key for each key of a shape that has another name there.
+        skip_bad_examples: leave bad examples out instead of raising.
+    """
+
+    data_format: str = AUTO
+    fields: Mapping[str, str] = field(default_factory=dict)
+    skip_bad_examples: bool = False
+
+    @classmethod
+    def of(cls, config: ExampleConfig) -> ReadOptions:
+        """Return the options that a config sets."""
+        pairs = [pair.partition("=") for pair in config.field]
+        skip = isinstance(config, DataConfig) and config.skip_bad_examples
+        return cls(config.data_format, {name: key for name, _, key in pairs}, skip)
+
+
+class Problems:
+    """The first ten problems, and the number of bad examples. More are not kept, so that memory stays bounded."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.num_lines = 0
+        self.num_examples = 0
+
+    def add(self, place: str, lines: Sequence[str]) -> None:
+        self.num_examples += 1
+        self.num_lines += len(lines)
+        free = NUM_PROBLEMS_SHOWN - len(self.first)
+        self.first += [f"{place}: {line}" for line in lines[:free]]
+
+    def lines(self) -> list[str]:
+        """Return the first problems and, if there are more, their number."""
+        more = self.num_lines - len(self.first)
+        return [*self.first, f"and {more:,} more"] if more else list(self.first)
+
+
+class ExampleStream:
+    """The examples of the sources in their order. Each iteration reads the files anew, in bounded memory.
+
+    After the end of an iteration:
+
+    Attributes:
+        problems: of bad examples.
+        unused_keys: keys that are not used, with the number of examples that have them.
+        counts_by_shape: number of examples of each shape.
+        counts_by_source: number of examples of each source, in the order of `sources`.
+        num_trimmed: conversations of which the end was trimmed: messages after the assistant's last one.
+        notes: lines about files that were left out.
+    """
+
+    def __init__(self, sources: Sequence[DataSource], options: ReadOptions, setting: str) -> None:
+        self.sources = tuple(sources)
+        self.options = options
+        self._setting = setting
+        self._reset()
+
+    def _reset(self) -> None:
+        self.problems = Problems()
+        self.unused_keys: Counter[str] = Counter()
+        self.counts_by_shape: Counter[str] = Counter()
+        self.counts_by_source = [0] * len(self.sources)
+        self.num_trimmed = 0
+        self.notes: list[str] = []
+
+    @property
+    def where(self) -> str:
+        """The flag and its sources, for errors."""
+        return where_of(self._setting, *(source.name for source in self.sources))
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the good examples. At the end raise ConfigError with all problems, unless bad ones are left out."""
+        yield from self.examples()
+        self.raise_problems()
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the good examples. Raises ConfigError at the end only for files that cannot be read."""
+        self._reset()
+        errors: list[MixtralRunError] = []
+        found: list[tuple[int, DataFile]] = []
+        for number, source in enumerate(self.sources):
+            try:
+                files = files_of(source, self._where(source))
+            except MixtralRunError as error:
+                errors.append(error)
+                continue
+            found += [(number, file) for file in files.files]
+            if files.left_out:
+                self.notes.append(f"{source.name} {files.left_out}.")
+        several = len(found) > 1
+        for number, file in found:
+            try:
+                for record in file.records(self._where(file.source, file.name)):
+                    example = self._example(record, f" of {file.name}" if several else "")
+                    if example is not None:
+                        self.counts_by_source[number] += 1
+                        yield example
+            except MixtralRunError as error:
+                errors.append(error)
+        if errors:
+            if self.problems.num_examples and not self.options.skip_bad_examples:
+                errors.append(self._error())
+            raise joined(errors)
+
+    def check(self) -> None:
+        """Read everything. Raises ConfigError with all problems."""
+        for _ in self:
+            pass
+
+    def raise_problems(self) -> None:
+        """Raise ConfigError if examples are bad and are not left out, or if there is no example at all."""
+        if self.problems.num_examples and not self.options.skip_bad_examples:
+            raise self._error()
+        if not any(self.counts_by_source):
+            left = self.problems.num_examples
+            raise ConfigError(
+                f"The {self._what} data hold no example{' that can be used' if left else ''}.",
+                where=self.where,
+                problems=self.problems.lines(),
+                expected=f"a JSON object a line: {' or '.join(EXAMPLE_LINES)}",
+                found=f"{left:,} that cannot be used" if left else "an empty file",
+            )
+
+    def remarks(self) -> list[str]:
+        """Return lines about everything that is not learned: for the user, after the end of an iteration."""
+        found = list(self.notes)
+        if self.unused_keys:
+            found.append(f"{_unused(self.unused_keys)} Their texts are not learned.")
+        if self.num_trimmed:
+            found.append(
+                f"{counted(self.num_trimmed, 'conversation')} not ended by the assistant: what follows its last answer "
+                "is left out."
+            )
+        if self.problems.num_examples and self.options.skip_bad_examples:
+            places = "; ".join(self.problems.first)
+            more = self.problems.num_lines - len(self.problems.first)
+            found.append(
+                f"{counted(self.problems.num_examples, 'example')} left out, as not usable: {places}"
+                f"{f'; and {more:,} more' if more else ''}."
+            )
+        return found
+
+    def _example(self, record: Record | BadRecord, of: str) -> Example | None:
+        """Return the example of a record, or None, and count."""
+        place = record.place + of
+        if isinstance(record, BadRecord):
+            self.problems.add(place, [record.problem])
+            return None
+        try:
+            found = convert(record.values, self.options.data_format, self.options.fields)
+        except RecursionError:
+            found = Converted(problems=["nested too deeply"])
+        if found.problems:
+            column = _surrogate_column(record.line) if any("surrogate" in each for each in found.problems) else ""
+            self.problems.add(place, [each + (column if "surrogate" in each else "") for each in found.problems])
+            return None
+        self.unused_keys.update(found.unused)
+        self.counts_by_shape[str(found.shape)] += 1
+        self.num_trimmed += found.num_trimmed > 0
+        return Example(place, found.messages, found.text, found.tools)
+
+    def _error(self) -> ConfigError:
+        total = self.problems.num_examples + sum(self.counts_by_source)
+        return ConfigError(
+            f"The {self._what} data cannot be used as they are.",
+            where=self.where,
+            problems=self.problems.lines(),
+            expected=_expected(self.options),
+            found=f"{self.problems.num_examples:,} of {counted(total, 'example')} that cannot be used",
+            next_command="correct them, or --skip-bad-examples to leave them out",
+        )
+
+    @property
+    def _what(self) -> str:
+        return "validation" if self._setting == "valid_data_path" else "training"
+
+    def _where(self, source: DataSource, name: str | None = None) -> str:
+        inside = f" ({name})" if name and not source.on_hub and source.path.name != name else ""
+        return where_of(self._setting, source.name) + inside
+
+
+def read_examples(
+    sources: Iterable[str], options: ReadOptions | None = None, setting: str = "data_path"
+) -> ExampleStream:
+    """Return the examples of sources, as `--data-path` names them. setting: the setting, for errors."""
+    return ExampleStream([parse_source(text) for text in sources], options or ReadOptions(), setting)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 example", "2,000 examples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def where_of(setting: str, *texts: str) -> str:
+    """Return `--data-path FILE`, the place that errors name."""
+    return f"{flag_of(setting)} {' '.join(texts)}"
+
+
+def first_problems(problems: list[str]) -> list[str]:
+    """Return the first ten problems and, if there are more, their number."""
+    shown = problems[:NUM_PROBLEMS_SHOWN]
+    more = len(problems) - len(shown)
+    return [*shown, f"and {more:,} more"] if more else shown
+
+
+def _expected(options: ReadOptions) -> str:
+    if options.data_format != AUTO:
+        return f"examples of the shape {options.data_format}: {', '.join(REQUIRED[options.data_format])}"
+    return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in REQUIRED.items())
+
+
+def _unused(keys: Counter[str]) -> str:
+    shown = keys.most_common(NUM_PROBLEMS_SHOWN)
+    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+    return (
+        "Keys that are not used, with the number of examples: "
+        + ", ".join(f"{key[:80]!r} ({count:,})" for key, count in shown)
+        + f"{more}."
+    )
+
+
+def _surrogate_column(line: str | None) -> str:
+    """Return the column of the escape of half a surrogate pair in a line of JSON, if only one place can be meant."""
+    if line is None:
+        return ""
+    columns, high = [], None
+    for escape in _ESCAPE.finditer(line):
+        code = int(escape[1], 16) if escape[1] else 0
+        if high is not None and 0xDC00 <= code < 0xE000 and escape.start() == high + 6:
+            columns.pop()
+            high = None
+            continue
+        high = escape.start() if 0xD800 <= code < 0xDC00 else None
+        if 0xD800 <= code < 0xE000:
+            columns.append(escape.start() + 1)
+    return f" (column {columns[0]} of the line)" if len(columns) == 1 else ""

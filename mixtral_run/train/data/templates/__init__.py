@@ -1,0 +1,1 @@
+"""Chat templates: examples to token ids and the spans that are learned."""

@@ -1,0 +1,1 @@
+"""One optimizer step: eager, captured, or within the backward pass."""
