@@ -16,7 +16,8 @@ from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, Weight
 from mixtral_run.report import Report
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
-from mixtral_run.weights.verify.verify import VerifyResult, verify
+from mixtral_run.weights.verify.result import VerifyResult
+from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.test_convert import convert_quietly, run_cli
 from tests.support.tiny import write_tiny
 
