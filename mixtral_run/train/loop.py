@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,23 +21,22 @@ from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.train.bad_steps import BadSteps
-from mixtral_run.train.checkpoint import load_adapter, load_optimizer, save_adapter
+from mixtral_run.train.checkpoint import save_adapter
 from mixtral_run.train.cuda_graph import backward_of
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
-from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.init_adapter import load_init_adapter
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, check_resume, leftovers, reserved_bytes
+from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
-from mixtral_run.train.random_state import restore_random_state
+from mixtral_run.train.resume import remove_leftovers, resume
+from mixtral_run.train.run import Run
 from mixtral_run.train.run_folder import (
     METRICS,
     VALIDATION,
-    drop_later_lines,
     growing_files,
     own_output,
     remove_old_checkpoints,
@@ -49,46 +46,10 @@ from mixtral_run.train.sgd_in_backward import SgdInBackward
 from mixtral_run.train.step import Backward, Step, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
-from mixtral_run.weights.manifest.adapter_files import report_without_checksums
-from mixtral_run.weights.manifest.checkpoint_folder import LATEST
-from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, describe_base
+from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 from mixtral_run.weights.manifest.run_state import RunState
 
-ORDER_SETTINGS = (
-    "data_path",
-    "chat_template",
-    "data_format",
-    "field",
-    "skip_bad_examples",
-    "valid_fraction",
-    "mock_data",
-    "pack",
-    "seq_length",
-    "global_batch_size",
-    "seed",
-)
-"""Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
-
-
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
-
-
-@dataclass
-class Run:
-    """State of a training run, the same on every rank."""
-
-    config: TrainingConfig
-    mesh: Mesh
-    report: Report
-    model: MixtralModel
-    data: TrainingData
-    meter: Meter
-    step: Step
-    load_seconds: float
-    bad_steps: BadSteps
-    start: int = 0
-    validation: Validation | None = None
-    best: BestLoss = field(default_factory=BestLoss)
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -120,7 +81,7 @@ def finetune(config: FinetuneConfig) -> None:
             refuses = bad.refuses if bad.is_active else None
             step = optimizer_step(model, optimizer, config.clip_grad, backward, refuses)
             if mesh.is_first and not config.resume:
-                _remove_leftovers(config.save)
+                remove_leftovers(config.save)
             meter = _meter(config, base, mesh, config.save / METRICS)
             run = Run(config, mesh, report, model, data, meter, step, seconds, bad)
             if data.validation is not None:
@@ -128,7 +89,7 @@ def finetune(config: FinetuneConfig) -> None:
                 run.validation = Validation(data.validation, config.micro_batch_size, report, file)
             load_init_adapter(config, base, model, report)
             if config.resume:
-                run.start = _resume(run, optimizer, config, base)
+                run.start = resume(run, optimizer, config, base)
             _report_lora(run, config)
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
@@ -372,49 +333,6 @@ def _save(
     run.report.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
     if run.mesh.is_first:
         remove_old_checkpoints(config.save, config.keep_last, config.keep_best, run.report)
-
-
-def _resume(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
-    adapter = check_resume(config, base)
-    report_without_checksums(adapter.files, adapter.folder, run.report)
-    load_adapter(run.model, adapter)
-    load_optimizer(run.model, optimizer, adapter)
-    steps = adapter.iteration if adapter.state.optimizer_steps is None else adapter.state.optimizer_steps
-    run.bad_steps.restore(adapter.state.recent_losses, steps, adapter.state.num_skipped)
-    if run.mesh.is_first:
-        drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
-    other_dropout = restore_random_state(adapter.folder, run.mesh)
-    if other_dropout is not None and config.lora_dropout:
-        run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
-    run.best = BestLoss.from_mapping(adapter.validation)
-    run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
-    changed = _changed_order(config, adapter, run.data.sha256)
-    if changed:
-        run.report.warn(
-            f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
-        )
-    return adapter.iteration
-
-
-def _changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha256: str | None) -> list[str]:
-    """Return the settings that determine the order of samples and have changed since the run stopped."""
-    now, before = config.to_mapping(), config.with_current_names(adapter.training)
-    changed = [
-        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
-        for name in ORDER_SETTINGS
-        if before.get(name, now[name]) != now[name]
-    ]
-    if not changed and data_sha256 is not None and adapter.data_sha256 not in (None, data_sha256):
-        changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
-    return changed
-
-
-def _remove_leftovers(save: Path) -> None:
-    """Remove the files of a run that ended before its first checkpoint."""
-    if (save / LATEST).exists() or not save.is_dir():
-        return
-    for path in leftovers(save):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _report_lora(run: Run, config: FinetuneConfig) -> None:

@@ -15,8 +15,8 @@ from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
-from mixtral_run.train.loop import _changed_order, _remove_leftovers
-from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems
+from mixtral_run.train.preflight import RunCompleteError, adapter_bytes, check_resume, output_problems
+from mixtral_run.train.resume import changed_order, remove_leftovers
 from mixtral_run.weights.manifest.describe import AdapterDescription
 
 
@@ -29,18 +29,18 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_start_again(tmp_path:
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / ".iter_0000005.partial/shard").mkdir(parents=True)
     assert output_problems(tmp_path, resume=False) == []
-    _remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("")
     assert output_problems(tmp_path, resume=False)
-    _remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert (tmp_path / "mine").exists()
 
 
 def test_nothing_of_a_complete_adapter_is_removed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
-    _remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert (tmp_path / "metrics.jsonl").exists()
 
 
@@ -55,7 +55,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescripti
 
 def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapter: AdapterDescription) -> None:
     assert check_resume(config(tmp_path, train_iters=501), None) is adapter
-    with pytest.raises(ConfigError, match="nothing left to train"):
+    with pytest.raises(RunCompleteError, match=r"is iteration 500 of 500\. A larger --train-iters trains on"):
         check_resume(config(tmp_path, train_iters=500), None)
     with pytest.raises(ConfigError, match="the checkpoint has 16; found 8"):
         check_resume(config(tmp_path, train_iters=501, lora_rank=8), None)
@@ -67,9 +67,9 @@ def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:
     now = config(tmp_path, mock_data=False, data_path=(str(data),))
     lora = LoraSettings.from_config(now)
     known = AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), "of other content")
-    assert _changed_order(now, known, "of this one") == [f"--data-path {data} (its content has changed)"]
-    assert _changed_order(now, known, "of other content") == []
-    assert _changed_order(now, AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), None), "of this one") == []
+    assert changed_order(now, known, "of this one") == [f"--data-path {data} (its content has changed)"]
+    assert changed_order(now, known, "of other content") == []
+    assert changed_order(now, AdapterDescription(tmp_path, 5, lora, "", now.to_mapping(), None), "of this one") == []
 
 
 def test_a_run_that_stopped_early_is_not_resumed_by_the_same_command(
@@ -81,7 +81,8 @@ def test_a_run_that_stopped_early_is_not_resumed_by_the_same_command(
     asked = {"train_iters": 900, "valid_fraction": 0.1}
     with pytest.raises(ConfigError, match="stopped early") as caught:
         check_resume(config(tmp_path, **asked, early_stopping_patience=2), None)
-    assert "--early-stopping-patience above 2" in str(caught.value) and "iteration 300" in str(caught.value)
+    assert isinstance(caught.value, RunCompleteError)
+    assert "2 evaluations" in str(caught.value) and "iteration 300" in str(caught.value)
     for patience in (0, 3):
         assert check_resume(config(tmp_path, **asked, early_stopping_patience=patience), None) is over
 
@@ -89,9 +90,8 @@ def test_a_run_that_stopped_early_is_not_resumed_by_the_same_command(
 def test_iterations_of_epochs_are_compared_once_they_are_known(tmp_path: Path, adapter: AdapterDescription) -> None:
     asked = config(tmp_path, mock_data=False, data_path=(str(tmp_path / "x.jsonl"),), epochs=2.0)
     assert check_resume(asked, None) is adapter
-    with pytest.raises(ConfigError, match="nothing left to train") as caught:
+    with pytest.raises(RunCompleteError, match=r"is iteration 500 of 500\. A larger --epochs trains on"):
         check_resume(asked.with_iterations(2000, 8), None)
-    assert "--epochs 2, which are 500" in str(caught.value) and "more iterations than 500" in str(caught.value)
     assert check_resume(asked.with_iterations(2001, 8), None) is adapter
 
 

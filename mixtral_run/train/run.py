@@ -1,0 +1,34 @@
+"""State of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mixtral_run.config.training import TrainingConfig
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.report import Report
+from mixtral_run.train.bad_steps import BadSteps
+from mixtral_run.train.data.sources import TrainingData
+from mixtral_run.train.early_stopping import BestLoss
+from mixtral_run.train.metrics import Meter
+from mixtral_run.train.step import Step
+from mixtral_run.train.validation import Validation
+
+
+@dataclass
+class Run:
+    """State of a training run, the same on every rank."""
+
+    config: TrainingConfig
+    mesh: Mesh
+    report: Report
+    model: MixtralModel
+    data: TrainingData
+    meter: Meter
+    step: Step
+    load_seconds: float
+    bad_steps: BadSteps
+    start: int = 0
+    validation: Validation | None = None
+    best: BestLoss = field(default_factory=BestLoss)
