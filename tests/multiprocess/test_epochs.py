@@ -72,7 +72,8 @@ def test_epochs_are_the_same_on_every_layout_and_after_a_resume(
     assert more.returncode == 0, more.stderr
     assert "Samples may repeat" not in more.stdout and "Token cache" not in more.stdout
     assert {path: path.stat().st_mtime_ns for path in cache.glob("*.bin")} == made and len(made) == 7
-    resumed = metrics_of(other)[count:]
+    # The lines of the iterations that are repeated were removed.
+    resumed = metrics_of(other)[4:]
     assert [each["iteration"] for each in resumed] == list(range(5, count + 1))
     for one, again in zip(whole[4:], resumed, strict=True):
         assert again["learning_rate"] == one["learning_rate"]
@@ -100,9 +101,9 @@ def test_a_run_that_does_not_get_better_stops(small_checkpoint: Path, numbers: P
     with (cache / "tokens.bin").open("r+b") as file:
         file.write(os.urandom(8))
     again = mixtral_run(*words, "--early-stopping-patience", "2", "--resume")
-    assert again.returncode == 2
-    assert "the run stopped early" in again.stderr and "--early-stopping-patience above 2" in again.stderr
+    assert again.returncode == 0
+    assert "The run is complete: it stopped early" in again.stdout and "--early-stopping-patience" in again.stdout
     more = mixtral_run(*words[:-1], "6", "--early-stopping-patience", "4", "--resume")
     assert more.returncode == 0, more.stderr
     assert f"The token cache {cache} is damaged and is made again (tokens.bin: expected CRC-32" in more.stdout
-    assert [each["iteration"] for each in metrics_of(save, "validation.jsonl")] == [0, 2, 4, 4, 6]
+    assert [each["iteration"] for each in metrics_of(save, "validation.jsonl")] == [0, 2, 4, 6]
