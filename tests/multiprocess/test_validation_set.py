@@ -50,7 +50,8 @@ def test_the_validation_set_is_evaluated(
     assert losses[0] == losses[1]
     more = mixtral_run("finetune", "--save", str(save), *words, *evaluation, "--train-iters", "6", "--resume")
     assert more.returncode == 0, more.stderr
-    found = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
-    assert [each["iteration"] for each in found] == [0, 2, 4, 5, 5, 6]
+    resumed = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
+    # The evaluation of the iteration from which it continues is repeated, and its line replaced.
+    assert [each["iteration"] for each in resumed] == [0, 2, 4, 5, 6]
     # The saved adapter is the one that was evaluated.
-    assert found[4]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)
+    assert resumed[3]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)
