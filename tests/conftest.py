@@ -1,6 +1,7 @@
 """For all tests: the marker of those on hosts (a lane of tests/lanes.py), and an environment that no test changes."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,22 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent
 HOSTS = ROOT / "hosts"
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def pytest_configure() -> None:
+    """Make the tests independent of how they were started.
+
+    A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and a process that was started by
+    another test runner may have signals blocked. All of this is inherited, by the processes that tests start too.
+    """
+    for number in STOPS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    os.umask(0o022)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -228,8 +228,6 @@ def test_ctrl_c_stops_within_a_second_and_says_what_was_left(light_hosts: HostMa
     process = subprocess.Popen(
         [sys.executable, "-c", command_line(PLAYBOOKS / "small.yml"), "bootstrap", host.target, "-e", variables],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        # A shell that starts the tests in the background disables SIGINT.
-        preexec_fn=lambda: __import__("signal").signal(2, __import__("signal").default_int_handler),
     )  # fmt: skip
     plays = Path(os.environ["XDG_STATE_HOME"]) / "mixtral-run/plays"
     until = time.monotonic() + 90

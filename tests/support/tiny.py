@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.mapping.hf_to_megatron import fused_place, fused_tensors, hf_tensors
+from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors
 
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -68,14 +68,18 @@ def write_tiny(
 
 
 def fuse(architecture: MixtralArchitecture, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the same weights under the names that Transformers 5 uses in memory."""
-    stored = {name: tensor for name, tensor in tensors.items() if fused_place(architecture, name) is None}
-    for name, shape in fused_tensors(architecture).items():
-        stored[name] = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)
-    for name, tensor in tensors.items():
-        place = fused_place(architecture, name)
-        if place is not None:
-            stored[place[0]].view(-1)[place[1] : place[1] + tensor.numel()] = tensor.view(-1)
+    """Return the same weights under the names that Transformers 5 uses in memory.
+
+    Written out, and not by the map of the product: a wrong map would write what it reads.
+    """
+    stored = {name: tensor for name, tensor in tensors.items() if ".block_sparse_moe." not in name}
+    for layer in range(architecture.num_layers):
+        old, new = f"model.layers.{layer}.block_sparse_moe.", f"model.layers.{layer}.mlp."
+        experts = [f"{old}experts.{expert}." for expert in range(architecture.num_experts)]
+        gate_up = [torch.cat([tensors[each + "w1.weight"], tensors[each + "w3.weight"]]) for each in experts]
+        stored[new + "gate.weight"] = tensors[old + "gate.weight"]
+        stored[new + "experts.gate_up_proj"] = torch.stack(gate_up)
+        stored[new + "experts.down_proj"] = torch.stack([tensors[each + "w2.weight"] for each in experts])
     return stored
 
 

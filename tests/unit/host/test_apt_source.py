@@ -1,8 +1,11 @@
 """A source and key that were there before the kit's are put back when it leaves; what it did not write it leaves."""
 
+import base64
+import hashlib
 from pathlib import Path
 
 import pytest
+from ansible.module_utils.mixtral_run_host.openpgp import primary_fingerprints
 
 from tests.unit.host.conftest import call_module, load_module
 
@@ -53,3 +56,58 @@ def test_a_source_that_is_as_wanted_is_not_the_kits(tmp_path: Path) -> None:
     found = _files(tmp_path)
     assert not _call(tmp_path)["changed"]
     assert not _call(tmp_path, state="absent")["changed"] and _files(tmp_path) == found
+
+
+def _key(name: bytes) -> tuple[bytes, str]:
+    """Return an OpenPGP packet with a public key of version 4, and its fingerprint (RFC 9580, 5.5.4.2)."""
+    body = b"\x04" + name
+    packet = b"\x99" + len(body).to_bytes(2, "big") + body
+    return packet, hashlib.sha1(packet).hexdigest().upper()
+
+
+def _armored(*packets: bytes) -> str:
+    text = base64.b64encode(b"".join(packets)).decode()
+    return f"-----BEGIN PGP PUBLIC KEY BLOCK-----\n\n{text}\n-----END PGP PUBLIC KEY BLOCK-----\n"
+
+
+GOOD, FINGERPRINT = _key(b"the repository's")
+STRANGE, _ = _key(b"somebody else's")
+BUNDLES = {
+    "strange second": _armored(GOOD, STRANGE),
+    "strange first": _armored(STRANGE, GOOD),
+    "strange in a block of its own": _armored(GOOD) + _armored(STRANGE),
+    "strange alone": _armored(STRANGE),
+    "twice": _armored(GOOD, GOOD),
+}
+
+
+@pytest.fixture
+def real_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprints(data: bytes) -> list[str]:
+        try:
+            return primary_fingerprints(data)
+        except ValueError:
+            return []
+
+    monkeypatch.setattr(MODULE, "_fingerprints", fingerprints)
+
+
+@pytest.mark.parametrize("there", BUNDLES)
+def test_a_key_file_that_trusts_another_key_too_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_fingerprints: None, there: str
+) -> None:
+    """apt trusts every key of the file: one that holds the pinned key and a strange one is not in place."""
+    monkeypatch.setattr(MODULE, "_open", lambda *_: _armored(GOOD).encode())
+    (tmp_path / "KEYRINGS/docker.asc").write_text(BUNDLES[there])
+    assert _call(tmp_path, key_fingerprint=FINGERPRINT)["changed"]
+    assert (tmp_path / "KEYRINGS/docker.asc").read_text() == _armored(GOOD)
+
+
+@pytest.mark.parametrize("sent", BUNDLES)
+def test_a_repository_that_sends_another_key_too_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_fingerprints: None, sent: str
+) -> None:
+    monkeypatch.setattr(MODULE, "_open", lambda *_: BUNDLES[sent].encode())
+    result = _call(tmp_path, key_fingerprint=FINGERPRINT)
+    assert result["failed"] and "is not the pinned one; nothing was changed" in result["msg"]
+    assert _files(tmp_path) == {} and not (tmp_path / "records").exists()

@@ -94,6 +94,8 @@ def test_a_good_host_has_none() -> None:
         ("dns", "fail", "no such name", {"dns": {"pypi.org": "no such name"}}),
         ("mirrors", "fail", "timed out", {"mirrors": {"https://m": "timed out"}}),
         ("clock", "fail", "+600 s", {"clock_offset_seconds": 600.0}),
+        ("clock", "fail", "-600 s", {"clock_offset_seconds": -600.0}),
+        ("clock", "fail", "-31 s", {"clock_offset_seconds": -31.0}),
         ("clock", "fail", "no time service", {"clock_offset_seconds": None, "clock_synchronized": False}),
     ],
 )  # fmt: skip

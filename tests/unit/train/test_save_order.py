@@ -1,0 +1,153 @@
+"""The order in which an adapter's save reaches the disk: content, names, marker.
+
+A power cut at any point leaves a checkpoint that LATEST names and that is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.errors import TrainingError
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.train.checkpoint import save_adapter
+from mixtral_run.train.step import trainable
+from tests.unit.model.recompute.test_recompute import model_of
+
+LATEST = "latest_checkpointed_iteration.txt"
+NEXT = f".{LATEST}.next"
+PARTIAL, FINAL = ".iter_0000004.partial", "iter_0000004"
+DESCRIPTION = {
+    "dtype": "float32", "base": {"fingerprint": "0-0", "path": None}, "training": {}, "data_sha256": None,
+    "lora": {"lora_rank": 4, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_target_modules": ["linear_qkv"]},
+}  # fmt: skip
+
+Call = tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as found:
+        yield found
+
+
+def trained(mesh: Mesh) -> tuple[MixtralModel, torch.optim.Optimizer]:
+    model = model_of(mesh, "none")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for each in trainable(model):
+        each.grad = torch.full_like(each, 0.5)
+    optimizer.step()
+    return model, optimizer
+
+
+class Disk:
+    """Records the calls of the system by which a save becomes lasting, with names relative to the adapter's folder.
+
+    It also checks at each of them what a process would find that starts now, and what a power cut would leave.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.calls: list[Call] = []
+        self.synced: set[tuple[str, int]] = set()
+        real = {"fsync": os.fsync, "rename": os.rename, "rmtree": shutil.rmtree}
+
+        def fsync(descriptor: int) -> None:
+            real["fsync"](descriptor)
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            size = os.fstat(descriptor).st_size
+            if path == folder or path.is_relative_to(folder):
+                self.synced.add((self.name(path), size))
+                self.note("fsync", path)
+
+        def rename(source: Path, target: Path, **more: int) -> None:
+            real["rename"](source, target, **more)
+            if Path(source).is_relative_to(folder):
+                self.note("rename", Path(source), Path(target))
+
+        def rmtree(path: Path, **more: bool) -> None:
+            existed = Path(path).exists()
+            real["rmtree"](path, **more)
+            if existed and Path(path).is_relative_to(folder):
+                self.note("remove", Path(path))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "rename", rename)
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+
+    def name(self, path: Path) -> str:
+        return str(path.relative_to(self.folder))
+
+    def note(self, *call: object) -> None:
+        self.calls.append((str(call[0]), *(self.name(each) for each in call[1:] if isinstance(each, Path))))
+        if (self.folder / LATEST).exists():
+            named = self.folder / f"iter_{int((self.folder / LATEST).read_text()):07d}"
+            assert (named / "mixtral_run.json").is_file() or (self.folder / NEXT).is_file(), self.calls
+        if (self.folder / FINAL).exists() and call[0] == "rename":
+            # It has its name only with everything in it.
+            assert {each.name for each in (self.folder / FINAL).iterdir()} >= {
+                ".metadata", "__0_0.distcp", "mixtral_run.json", "random_state.json", "common.pt",
+            }  # fmt: skip
+
+    def at(self, *call: str) -> int:
+        """Return the position of the last such call."""
+        assert call in self.calls, (call, self.calls)
+        return len(self.calls) - 1 - self.calls[::-1].index(call)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "the same iteration again"])
+def test_content_then_names_then_the_marker(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    model, optimizer = trained(mesh)
+    save_adapter(model, optimizer, tmp_path, 4 if again else 3, DESCRIPTION)
+    with monkeypatch.context() as patch:
+        disk = Disk(tmp_path, patch)
+        save_adapter(model, optimizer, tmp_path, 4, DESCRIPTION)
+
+    named, pointed = disk.at("rename", PARTIAL, FINAL), disk.at("rename", NEXT, LATEST)
+    note = disk.at("rename", f".{NEXT}.partial", NEXT)
+    # Every file is on the disk in its final size, and so is the folder with their names, before any name is final.
+    for file in (tmp_path / FINAL).iterdir():
+        assert (f"{PARTIAL}/{file.name}", file.stat().st_size) in disk.synced, file.name
+        assert disk.at("fsync", f"{PARTIAL}/{file.name}") < note
+    assert disk.at("fsync", PARTIAL) < note
+    # The manifest, by which a folder counts as whole, is written after torch flushed what it describes.
+    written = [number for number, call in enumerate(disk.calls) if call == ("fsync", f"{PARTIAL}/__0_0.distcp")]
+    assert written[0] < disk.at("rename", f"{PARTIAL}/.mixtral_run.json.partial", f"{PARTIAL}/mixtral_run.json")
+    # The note of the replacement, the old folder, the new name, the folder, the marker, the folder: in this order.
+    assert disk.at("fsync", f".{NEXT}.partial") < note < named < pointed
+    between = disk.calls[named + 1 : pointed]
+    assert ("fsync", ".") in between
+    assert ("fsync", ".") in disk.calls[pointed + 1 :]
+    if again:
+        assert note < disk.at("remove", FINAL) < named
+    else:
+        assert not [call for call in disk.calls if call[0] == "remove"]
+    assert (tmp_path / LATEST).read_text() == "4\n" and not (tmp_path / NEXT).exists()
+
+
+def test_a_save_that_fails_before_the_names_leaves_the_earlier_one(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(mesh)
+    save_adapter(model, optimizer, tmp_path, 3, DESCRIPTION)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == PARTIAL:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match="iteration 4 cannot be saved"):
+        save_adapter(model, optimizer, tmp_path, 4, DESCRIPTION)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -1,0 +1,114 @@
+"""Parts of a tensor that was cut in another way: numbers written out; chunks that leave something out are refused."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_run.errors import WeightsError
+from mixtral_run.weights.load.read_parts import Target
+from mixtral_run.weights.load.reshard import fill
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader, TensorInfo
+from mixtral_run.weights.torch_dist.metadata import StoredItem
+
+KEY = "decoder.layers.mlp.router.weight"
+VOCABULARY = "embedding.word_embeddings.weight"
+
+Chunks = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def checkpoint(folder: Path, key: str, shape: tuple[int, ...], chunks: Chunks) -> Any:
+    """STAND-IN for a Reader: chunks lie one after another in a file; an element is its index in the global tensor."""
+    items = []
+    for number, (offset, size) in enumerate(chunks):
+        values = [0]
+        for first, length, whole in zip(offset, size, shape, strict=True):
+            values = [value * whole + first + at for value in values for at in range(length)]
+        (folder / f"{number}.distcp").write_bytes(b"head" + struct.pack(f"<{len(values)}f", *values))
+        items.append(StoredItem(key, offset, size, f"{number}.distcp", 0, 4 + 4 * len(values)))
+    return SimpleNamespace(
+        folder=folder,
+        tensors={key: TensorInfo(shape, "float32", 4)},
+        chunks=lambda _: items,
+        payload_start=lambda _: 4,
+    )
+
+
+def part(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Target:
+    return Target(key, offset, shape, torch.full(shape, -1.0))
+
+
+def test_a_part_across_chunks_gets_its_own_elements(tmp_path: Path) -> None:
+    """Layer 1 of 2, each 4 × 3 and cut after its second row; the part takes rows 1 and 2, columns 1 and 2."""
+    chunks: Chunks = [((layer, row, 0), (1, 2, 3)) for layer in (0, 1) for row in (0, 2)]
+    target = part(KEY, (1, 1, 1), (1, 2, 2))
+    fill(checkpoint(tmp_path, KEY, (2, 4, 3), chunks), [target], workers=1)
+    # Element (1, r, c) of the global tensor is 12 + 3 · r + c.
+    assert target.data.tolist() == [[[16.0, 17.0], [19.0, 20.0]]]
+
+
+def test_chunks_of_several_layers_and_cut_columns_are_read(tmp_path: Path) -> None:
+    chunks: Chunks = [((0, 0, 0), (2, 4, 1)), ((0, 0, 1), (2, 4, 2))]
+    target = part(KEY, (1, 3, 0), (1, 1, 3))
+    fill(checkpoint(tmp_path, KEY, (2, 4, 3), chunks), [target], workers=1)
+    assert target.data.tolist() == [[[21.0, 22.0, 23.0]]]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "found"),
+    [
+        ([((0, 0, 0), (1, 1, 3)), ((0, 2, 0), (1, 2, 3))], "chunks hold 9 of 12 elements"),  # row 1 is in none
+        ([((0, 0, 0), (1, 4, 1)), ((0, 0, 2), (1, 4, 1))], "chunks hold 8 of 12 elements"),  # column 1
+        ([((0, 0, 0), (1, 3, 3))], "chunks hold 9 of 12 elements"),  # the last row
+        ([((0, 1, 0), (1, 3, 3))], "chunks hold 9 of 12 elements"),  # the first row
+        ([((1, 0, 0), (1, 4, 3))], "chunks hold 0 of 12 elements"),  # only another layer
+    ],
+)
+def test_a_gap_between_chunks_is_refused_before_anything_is_read(tmp_path: Path, chunks: Chunks, found: str) -> None:
+    target = part(KEY, (0, 0, 0), (1, 4, 3))
+    with pytest.raises(WeightsError) as refused:
+        fill(checkpoint(tmp_path, KEY, (2, 4, 3), chunks), [target], workers=1)
+    assert list(refused.value.problems) == [f"{KEY} at [0, 0, 0]: {found}"]
+    assert target.data.eq(-1.0).all()
+
+
+def test_a_gap_outside_of_the_part_is_none_of_its_business(tmp_path: Path) -> None:
+    target = part(KEY, (0, 2, 0), (1, 2, 3))
+    fill(checkpoint(tmp_path, KEY, (1, 4, 3), [((0, 2, 0), (1, 2, 3))]), [target], workers=1)
+    assert target.data.flatten().tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+
+
+def test_padding_of_the_vocabulary_is_the_only_thing_that_may_be_missing(tmp_path: Path) -> None:
+    """A part of rows 2 … 5 of a tensor that has rows 0 … 3."""
+    target = part(VOCABULARY, (2, 0), (4, 2))
+    fill(checkpoint(tmp_path, VOCABULARY, (4, 2), [((0, 0), (4, 2))]), [target], workers=1)
+    assert target.data.tolist() == [[4.0, 5.0], [6.0, 7.0], [-1.0, -1.0], [-1.0, -1.0]]
+    with pytest.raises(WeightsError, match="chunks hold 2 of 4 elements"):
+        fill(checkpoint(tmp_path, VOCABULARY, (4, 2), [((0, 0), (3, 2))]), [target], workers=1)
+
+
+def test_missing_tensors_and_other_axes_are_reported_together(tmp_path: Path) -> None:
+    reader = checkpoint(tmp_path, KEY, (1, 4, 3), [((0, 0, 0), (1, 4, 3))])
+    with pytest.raises(WeightsError) as refused:
+        fill(reader, [part(KEY, (0, 0), (4, 3)), part("nothing", (0,), (1,))], workers=1)
+    assert list(refused.value.problems) == [f"{KEY}: expected 2 axes; found shape [1, 4, 3]", "nothing: missing"]
+
+
+def test_rows_in_no_chunk_are_refused(tmp_path: Path) -> None:
+    """The reader of `verify` and `export` finds the same gap."""
+    stored = checkpoint(tmp_path, KEY, (1, 4, 3), [((0, 0, 0), (1, 1, 3)), ((0, 2, 0), (1, 2, 3))])
+    reader = Reader.__new__(Reader)
+    reader.folder, reader.tensors, reader._chunks = tmp_path, stored.tensors, {KEY: stored.chunks(KEY)}
+    reader._payloads, reader._descriptors = dict.fromkeys(stored.chunks(KEY), 4), {}
+    reader._lock = threading.Lock()
+    with reader:
+        # Elements are bits: 6.0 is the first of row 2.
+        assert reader.rows(KEY, (0,), 2, 4).view("f4").tolist() == [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]
+        with pytest.raises(WeightsError, match="do not cover"):
+            reader.rows(KEY, (0,), 0, 4)
