@@ -11,6 +11,8 @@ from pathlib import Path
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
+HIDDEN = "(secret hidden)"
+
 
 class ActionModule(ActionBase):
     """Action that passes the content of `secret_file` to the module, whose option `secret` hides it in all results."""
@@ -21,7 +23,17 @@ class ActionModule(ActionBase):
         file = arguments.pop("secret_file", "")
         if file and arguments.get("state", "present") == "present":
             arguments["secret"] = _text(Path(file).expanduser())
-        return {**result, **self._execute_module("owned_folders", module_args=arguments, task_vars=task_vars)}
+        answer = self._execute_module("owned_folders", module_args=arguments, task_vars=task_vars)
+        return {**result, **_without(answer, arguments.get("secret", ""))}
+
+
+def _without(answer, secret):
+    """Return the answer of a module with the secret replaced. A Python that fails on a host may print its input."""
+    secret = secret.strip().strip("'\"")
+    hidden = {
+        name: value.replace(secret, HIDDEN) for name, value in answer.items() if secret and isinstance(value, str)
+    }
+    return {**answer, **hidden}
 
 
 def _text(path):

@@ -278,6 +278,7 @@ def test_the_token_is_in_no_argument_artifact_or_log(
         ({"accept_new_host_key": ("gpu-99",)}, "--accept-new-host-key"),
     ],
 )
+@pytest.mark.usefixtures("home")  # with no hosts remembered
 def test_problems_are_reported_before_anything_starts(run: Run, settings: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         run("gpu-01", **settings)

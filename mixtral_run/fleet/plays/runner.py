@@ -102,6 +102,8 @@ def environment(play: Play) -> dict[str, str]:
         # ANSIBLE_SSH_ARGS come first on ssh's command line, and ssh uses the first value of an option.
         "ANSIBLE_SSH_ARGS": shlex.join(play.ssh_args),
         "ANSIBLE_HOST_KEY_CHECKING": "True",
+        # Ansible's debug output shows the arguments of modules, secrets included, and would be in the artifacts.
+        "ANSIBLE_DEBUG": "False",
         "ANSIBLE_DEPRECATION_WARNINGS": "False",
         "ANSIBLE_FORCE_COLOR": "False",
         "ANSIBLE_NOCOLOR": "True",

@@ -24,8 +24,16 @@ from ansible.module_utils.mixtral_run_host.files import Record  # noqa: E402 - f
 
 def load_module(name: str):
     """An Ansible module of the kit as a Python module."""
-    file = ROOT / f"plugins/modules/{name}.py"
-    spec = importlib.util.spec_from_file_location(f"ansible.modules.{name}", file)
+    return _load(f"plugins/modules/{name}.py", f"ansible.modules.{name}")
+
+
+def load_action(name: str):
+    """Return an action plugin of the kit as a Python module."""
+    return _load(f"plugins/action/{name}.py", f"ansible.plugins.action.{name}")
+
+
+def _load(path: str, name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

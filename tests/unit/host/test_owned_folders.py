@@ -1,12 +1,15 @@
 """Folders that jobs write and the token they read, whoever logs in; what was there before comes back as it was."""
 
+import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ansible.plugins.action import ActionBase
 
-from tests.unit.host.conftest import call_module, load_module
+from tests.unit.host.conftest import call_module, load_action, load_module
 
 MODULE = load_module("owned_folders")
 # Only root can give a file to another number.
@@ -153,3 +156,29 @@ def test_what_is_taken_back_is_not_reached_by_a_link(settings: dict, outside: Pa
     before = _figures(outside)
     call_module(MODULE, **settings, state="absent")
     assert (outside / "token").exists() and _figures(outside) == before
+
+
+def test_what_a_failing_python_prints_of_its_input_reaches_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text('\ufeff"hf_printedBack"\r\n')
+    sent = {}
+
+    def print_input(_self: object, _name: str, module_args: dict, task_vars: object) -> dict:
+        sent.update(module_args)
+        return {
+            "failed": True,
+            "rc": 1,
+            "module_stdout": f"params='{json.dumps(module_args)}'",
+            "module_stderr": "no zip",
+        }
+
+    plugin = load_action("owned_folders").ActionModule
+    monkeypatch.setattr(ActionBase, "run", lambda *_: {"changed": False})
+    monkeypatch.setattr(plugin, "_execute_module", print_input)
+    action = object.__new__(plugin)
+    action._task = SimpleNamespace(args={"section": "x", "secret_file": str(tmp_path / "token")})
+    answer = action.run()
+    assert "hf_printedBack" in sent["secret"] and "secret_file" not in sent
+    assert "hf_printedBack" not in str(answer)
+    assert answer["module_stderr"] == "no zip" and '"section": "x"' in answer["module_stdout"]
