@@ -140,7 +140,7 @@ class CacheFolder:
                 removed += sizes.pop(each)
         total = sum(sizes.values())
         report.say(
-            f"Token cache: {_size(sizes.get(newest, 0))} in {newest}; {len(sizes)} of them take {_size(total)} of at "
+            f"Token cache: {_size(sizes.get(newest, 0))} in {newest}; all {len(sizes)} there take {_size(total)} of at "
             f"most {_size(self.most_bytes)} (--data-cache-gib); `rm -r {self.path}` removes all"
         )
         if removed:

@@ -165,7 +165,7 @@ def test_the_oldest_caches_that_nobody_uses_are_removed(tmp_path: Path, capsys: 
     assert len(held.arrays) == 3 and newest.folder.is_dir()
     assert not left.exists(), "what a dead process left is removed"
     output = capsys.readouterr().out
-    assert f"in {newest.folder}; 2 of them take" in output and f"`rm -r {tmp_path / NAME}` removes all" in output
+    assert f"in {newest.folder}; all 2 there take" in output and f"`rm -r {tmp_path / NAME}` removes all" in output
     assert "of caches that were not used for the longest time were removed" in output
 
 
