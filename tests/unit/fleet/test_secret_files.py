@@ -90,6 +90,10 @@ def test_a_given_token_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     with token_file("~/token", lambda: pytest.fail("nothing is asked")) as path:
         assert path == tmp_path / "token"
     assert (tmp_path / "token").read_text() == "hf_abc"
+    # Only a dash alone stands for the question, whatever comes before or after it in the alphabet.
+    for name in ("+token", "--", "0"):
+        with token_file(name, lambda: pytest.fail("nothing is asked")) as path:
+            assert path == Path(name)
     with token_file(None, lambda: pytest.fail("nothing is asked")) as path:
         assert path is None
 

@@ -188,3 +188,21 @@ def test_a_vocabulary_that_tp_does_not_divide_is_padded_at_its_end(tp: int) -> N
     (found,) = index.slices(hf_to_megatron.OUTPUT_LAYER_KEY, (256, 0), (128, width))
     assert (found.first_row, found.num_rows, found.target_row) == (256, 3, 0)
     assert index.slices(hf_to_megatron.OUTPUT_LAYER_KEY, (384, 0), (128, width)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "offset", "leading", "first_row"),
+    [
+        ("decoder.layers.mlp.experts.experts.linear_fc1.weight", (3, 5, 7, 0), (3, 5), 7),
+        ("decoder.layers.mlp.experts.experts.linear_fc2.weight", (3, 5, 0, 9), (3, 5), 0),
+        ("decoder.layers.self_attention.linear_qkv.weight", (2, 6, 0), (2,), 6),
+        ("embedding.word_embeddings.weight", (80, 0), (), 80),
+        ("decoder.layers.pre_mlp_layernorm.weight", (4, 0), (4,), 0),
+        ("decoder.final_layernorm.weight", (0,), (), 0),
+    ],
+)
+def test_layer_expert_and_row_of_a_chunk(
+    key: str, offset: tuple[int, ...], leading: tuple[int, ...], first_row: int
+) -> None:
+    chunk = hf_to_megatron.Chunk(key, offset, (1,) * len(offset), 0)
+    assert (chunk.leading, chunk.first_row) == (leading, first_row)
