@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mixtral_run.config.data import DataConfig
+from mixtral_run.config.data import CheckConfig, DataConfig
 from mixtral_run.config.data_sources import source_problems
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data import content_hash
+from mixtral_run.train.data.check import check_data
 from mixtral_run.train.data.content_hash import file_sha256, refuse_changed
 from mixtral_run.train.data.data_files import DataFile, files_of
 from mixtral_run.train.data.example import ASSISTANT, USER, Example, Message
 from mixtral_run.train.data.example_problem import ExampleProblem
 from mixtral_run.train.data.examples import ReadOptions, read_examples
 from mixtral_run.train.data.open_template import open_chat_template
+from mixtral_run.train.data.sources import _overlap
+from mixtral_run.train.loop import _changed_order
 
 GOOD = '{"instruction": "a", "response": "b"}\n'
 TWICE = '{"instruction": "a", "response": "b", "response": "c"}'
@@ -150,6 +155,38 @@ def test_numbers_that_overflow_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         FinetuneConfig.from_mapping({"load": "x", "save": "y", "mock_data": True, **values}).check()
     assert f"--{name.replace('_', '-')}: expected" in str(caught.value)
+
+
+def test_examples_of_both_sets_are_reported() -> None:
+    def opened(digests: list[int]) -> Any:
+        return SimpleNamespace(
+            where="--valid-data-path v",
+            cache=SimpleNamespace(arrays=SimpleNamespace(digests=np.asarray(digests, "u8"))),
+        )
+
+    remark = _overlap({"data_path": opened([1, 2, 2**64 - 1]), "valid_data_path": opened([2, 2**64 - 1, 5, 2])})
+    assert remark is not None and remark.startswith("--valid-data-path v: 3 of 4 examples are in the training data")
+    assert _overlap({"data_path": opened([1]), "valid_data_path": opened([2])}) is None
+    assert _overlap({"data_path": opened([1])}) is None
+
+
+def test_changed_content_is_reported_with_other_changes() -> None:
+    config = FinetuneConfig(load=Path("x"), save=Path("y"), data_path=("a",), seq_length=64)
+    adapter: Any = SimpleNamespace(training={"data_path": ["a"], "seq_length": 32}, data_sha256="old")
+    changed = _changed_order(config, adapter, "new")
+    assert changed == ["--seq-length 64 (was 32)", "--data-path a (its content has changed)"]
+    assert _changed_order(config, adapter, "old") == changed[:1]
+
+
+def test_data_check_counts_what_the_template_refuses_as_not_usable(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 3)
+
+    def refuses(example: Example) -> Any:
+        raise ExampleProblem("odd", example.place)
+
+    result = check_data(CheckConfig(data_path=(str(path),)), refuses, lambda _: "")
+    assert (result.num_examples, result.num_bad) == (0, 3)
 
 
 TURNS = (Message(USER, "Hello there"), Message(ASSISTANT, "Hi you"))
