@@ -36,8 +36,11 @@ ROOMS: dict[str, tuple[str, str]] = {
     "io": ("mixtral_run/weights/io", "weights/io weights/convert train/test_save_order.py"),
     "data": ("mixtral_run/train/data", "train/data train/test_validation.py"),
     "lr_schedule": ("mixtral_run/train/lr_schedule.py", "train/test_lr_schedule.py"),
-    "checkpoint": ("mixtral_run/train/checkpoint.py", "train/test_save_order.py train/test_bad_steps.py"),
-    "step": ("mixtral_run/train/step.py", "train/test_step_arithmetic.py train/test_step.py train/test_bad_steps.py"),
+    "checkpoint": ("mixtral_run/train/checkpoints/checkpoint.py", "train/test_save_order.py train/test_bad_steps.py"),
+    "step": (
+        "mixtral_run/train/steps/step.py",
+        "train/test_step_arithmetic.py train/test_step.py train/test_bad_steps.py",
+    ),
     "planner": ("mixtral_run/planner", "planner"),
     "ssh": ("mixtral_run/fleet/ssh", "fleet/ssh fleet/test_secret_files.py fleet/test_hostile_hosts.py"),
     "secrets": ("mixtral_run/fleet/secrets.py", "fleet/test_secrets.py fleet/test_secret_files.py"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,13 @@ def _exists(text: str) -> bool:
         return False
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def _is_folder(text: str) -> bool:
     try:
         return Path(text).expanduser().is_dir()
@@ -106,7 +114,15 @@ def source_problems(flag: str, texts: Sequence[str], *, weights: bool = True) ->
     elif given and len(given) < len(sources):
         without = next(source.text for source in sources if source.weight is None)
         found.append(f"{flag}: expected a weight for every source or for none; found none for {without}")
-    found += [f"{flag} {source.text}: expected a weight above 0" for source in given if not source.weight]
+    found += [
+        f"{flag} {source.text}: expected a weight above 0"
+        for source in given
+        if not source.weight or math.isinf(source.weight)
+    ]
+    for source in sources:
+        path, _, weight = source.text.rpartition(":")
+        if weights and source.weight is None and weight and not _exists(source.text) and _is_file(path):
+            found.append(f"{flag} {source.text}: expected a weight above 0, such as {path}:0.5; found {weight!r}")
     if [source.location for source in sources].count(STANDARD_INPUT) > 1:
         found.append(f"{flag}: expected '-', the standard input, once")
     return found

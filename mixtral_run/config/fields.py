@@ -60,6 +60,10 @@ def setting(
     return field(default=default, metadata={**others, "positional": positional, **limits})
 
 
+LARGEST, LARGEST_WHOLE = 1e15, 2**63 - 1
+"""No amount, length or size of a job is larger; computing with larger numbers would overflow."""
+
+
 def flag_of(name: str) -> str:
     """Return the flag of a field: `lora_rank` → `--lora-rank`."""
     return "--" + name.replace("_", "-")
@@ -200,8 +204,10 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         if isinstance(value, tuple) and not value:
             found.append(f"{flag}: expected at least one of {', '.join(limits['choices'])}; found none")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isinf(value):
+        if isinstance(value, float) and math.isinf(value):
             found.append(f"{flag}: expected a finite number; found {value}")
+        elif isinstance(value, float) and abs(value) > LARGEST:
+            found.append(f"{flag}: expected a number between {-LARGEST:.0e} and {LARGEST:.0e}; found {value}")
         # `not value >= limit` instead of `value < limit`, so that NaN breaks every limit.
         if limits.get("minimum") is not None and not value >= limits["minimum"]:
             found.append(f"{flag}: expected at least {limits['minimum']}; found {value}")
@@ -244,6 +250,8 @@ def _from_json_value(annotation: Any, value: Any) -> Any:
         if optional:
             return None
         raise TypeError("expected a value; found null")
+    if isinstance(value, str) and "\0" in value:
+        raise TypeError(f"expected text without a character of code 0; found {value!r}")
     if typing.get_origin(wanted) is tuple:
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"expected a list; found {value!r}")
@@ -254,6 +262,8 @@ def _from_json_value(annotation: Any, value: Any) -> Any:
         if not isinstance(value, (str, Path)) or value == "":
             raise TypeError(f"expected a path; found {value!r}")
         return Path(value)
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        raise TypeError(f"expected a number of at most {LARGEST_WHOLE}; found one of {len(str(abs(value)))} digits")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (wanted in (int, float) and isinstance(value, bool)):

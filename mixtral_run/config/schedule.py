@@ -29,6 +29,7 @@ class ScheduleConfig(Config):
         help="Passes over the training data, instead of --train-iters. A part of an epoch is possible. The last "
         "iteration is filled from the next epoch.",
         above=0,
+        maximum=1e6,
         section=OPTIMIZER,
     )
     lr: float = setting(1e-4, help="Peak learning rate, reached after the warmup.", above=0, section=OPTIMIZER)

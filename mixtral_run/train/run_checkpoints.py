@@ -110,7 +110,8 @@ def changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha2
         for name in ORDER_SETTINGS
         if before.get(name, now[name]) != now[name]
     ]
-    if not changed and data_sha256 is not None and adapter.data_sha256 not in (None, data_sha256):
+    is_same_data = data_sha256 is None or adapter.data_sha256 in (None, data_sha256)
+    if not is_same_data and before.get("data_path", now["data_path"]) == now["data_path"]:
         changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
     return changed
 

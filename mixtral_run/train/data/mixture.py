@@ -34,7 +34,12 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDA
     shares = [weight or 0.0 for weight in weights]
     empty = [number + 1 for number, count in enumerate(counts) if not count]
     if empty:
-        raise ConfigError(f"Source {empty[0]} of the data has a weight and no example that can be used.")
+        raise ConfigError(
+            "A source of the data has a weight, and no example to train on.",
+            where=f"the source number {empty[0]} of --data-path",
+            expected="at least one example, which is neither left out nor in the validation set",
+            next_command="mixtral-run data check, with that source alone",
+        )
     _check_size(counts, shares)
     # The source that is largest for its share is taken once.
     total = max(count / share for count, share in zip(counts, shares, strict=True))

@@ -157,6 +157,8 @@ def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mappin
     if errors:
         raise joined(errors)
     packs = isinstance(config, FinetuneConfig) and config.pack
+    if overlap := _overlap(opened):
+        remarks.append(overlap)
     ready: dict[str, FileSamples] = {name: PackedSamples(each) if packs else each for name, each in parts.items()}
     mock = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
     return TrainingData(
@@ -166,6 +168,20 @@ def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mappin
         opened[TRAINING].chat_template if TRAINING in opened else None,
         " ".join(examples.cache.identity for examples in opened.values()),
         tuple(remarks),
+    )
+
+
+def _overlap(opened: Mapping[str, CachedExamples]) -> str | None:
+    """Return a line about examples of the validation set that are trained on; None if there are none."""
+    if len(opened) < 2:
+        return None
+    training, validation = (opened[name].cache.arrays.digests for name in (TRAINING, VALIDATION))
+    count = int(np.isin(validation, training).sum())
+    if not count:
+        return None
+    return (
+        f"{opened[VALIDATION].where}: {count:,} of {len(validation):,} examples are in the training data as well; "
+        "their loss does not show how the model does on new data."
     )
 
 

@@ -63,6 +63,12 @@ def peft_config_problems(values: Mapping[str, Any]) -> list[str]:
         pattern = values.get(name) or {}
         if not isinstance(pattern, Mapping) or not all(_is_positive(each) for each in pattern.values()):
             problems.append(f"{name}: expected numbers above 0 by names of modules; found {str(pattern)[:60]}")
+        else:
+            problems += [
+                f"{name}: expected names, or regular expressions without a repeated group; found {str(key)[:60]!r}"
+                for key in pattern
+                if not _is_pattern(str(key))
+            ]
     initialization = values.get("init_lora_weights")
     if initialization not in _INITIALIZATIONS:
         problems.append(
@@ -93,6 +99,15 @@ def version_of(values: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return major and minor of the PEFT that wrote the adapter, None if it does not say."""
     found = re.match(r"(\d+)\.(\d+)", str(values.get("peft_version") or ""))
     return (int(found[1]), int(found[2])) if found else None
+
+
+def _is_pattern(text: str) -> bool:
+    """Return True for a regular expression that is valid, and that no name of a module takes forever to match."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return re.search(r"\)\s*[*+{]", text) is None
 
 
 def _is_positive(value: object) -> bool:

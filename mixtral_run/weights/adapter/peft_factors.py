@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.adapter.peft_config import scale_of, version_of
 from mixtral_run.weights.adapter.schema import LINEAR_KEYS
@@ -155,6 +156,11 @@ class PeftFactors:
                     f"found {list(a.shape)} and {list(b.shape)}"
                 )
                 continue
+            if rank != self._config["r"] and not self._config.get("rank_pattern"):
+                self.problems.append(
+                    f"{name}: expected the r of adapter_config.json, {self._config['r']}; found {rank}"
+                )
+                continue
             part = _Part(place.rows, rank, scale_of(self._config, name, rank), _reader(a, b))
             self._parts.setdefault((module_of[place.key], place.leading), []).append(part)
 
@@ -255,4 +261,13 @@ def _read(entry: TensorEntry) -> Tensor:
     finally:
         os.close(descriptor)
     assert len(data) == prod(entry.shape) * DTYPES[entry.dtype][1]
-    return torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).view(entry.shape).float()
+    values = torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).view(entry.shape).float()
+    if not bool(values.isfinite().all()):
+        raise WeightsError(
+            "The PEFT adapter has weights that are no numbers.",
+            where=f"{entry.file}: {entry.name}",
+            expected="finite numbers",
+            found=f"{int((~values.isfinite()).sum()):,} of {values.numel():,} are NaN or infinite",
+            next_command="an earlier checkpoint of that training run, whose loss became NaN",
+        )
+    return values

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mixtral_run.train.checkpoint import _fill_from_peft
+from mixtral_run.train.checkpoints.checkpoint import _fill_from_peft
 from mixtral_run.weights.load.read_parts import Target
 
 FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.adapter."

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtral_run.train.checkpoint import save_adapter
-from mixtral_run.train.step import trainable
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.train.checkpoints.checkpoint import save_adapter
+from mixtral_run.train.steps.step import trainable
 from tests.unit.model.recompute.test_recompute import model_of
 
 LATEST = "latest_checkpointed_iteration.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,16 @@ class ExampleCaches:
             stream.where,
             stream.sources,
             tuple(int(count) for count in notes["counts"]),
-            tuple(map(str, notes["remarks"])),
+            (*self._left_out(stream.sources, setting), *map(str, notes["remarks"])),
             int(notes["padding_id"]),
             content_sha256(texts, self._sha256),
             notes["chat_template"],
         )
+
+    def _left_out(self, sources: Sequence[DataSource], setting: str) -> list[str]:
+        """Return lines about the files of folders that are not read; a cache does not depend on them."""
+        notes = ((source, files_of(source, where_of(setting, source.name)).left_out) for source in sources)
+        return [f"{source.name} {note}." for source, note in notes if note]
 
     def _sha256(self, path: Path) -> str:
         return file_sha256(path, self._folder.path if self._folder.path.is_dir() else None)
@@ -156,7 +162,7 @@ class ExampleCaches:
                     refuse_changed(path, sha256)
             return {
                 "counts": stream.counts_by_source,
-                "remarks": stream.remarks(),
+                "remarks": stream.remarks_on_content(),
                 **self._encoding.facts(),
             }
 
@@ -189,8 +195,10 @@ def _about(files: Sequence[_Hashed]) -> int | None:
     if not all(path.name.endswith(LINE_SUFFIXES) for path in paths):
         return None
     lines = 0
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(BLOCK_BYTES):
-                lines += block.count(b"\n")
+    # A file that is not there any more is reported where its content is read.
+    with contextlib.suppress(OSError):
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(BLOCK_BYTES):
+                    lines += block.count(b"\n")
     return lines

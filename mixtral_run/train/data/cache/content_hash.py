@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,7 +48,13 @@ def file_sha256(path: Path, folder: Path | None) -> str:
 
 def refuse_changed(path: Path, sha256: str) -> None:
     """Raise ConfigError if a file's content is no longer the one with this hash."""
-    if _whole(path, _state(path)) != sha256:
+    try:
+        is_same = _whole(path, _state(path)) == sha256
+    except OSError as error:
+        raise ConfigError(
+            "A data file cannot be read any more.", where=str(path), found=error.strerror or str(error)
+        ) from error
+    if not is_same:
         raise _changing(path)
 
 
@@ -93,7 +100,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Replace the index. What another process adds at the same moment is lost, and found again by reading the file."""
+    """Replace the index. What another process adds at the same moment is lost, and found again by reading the file.
+
+    Where it cannot be written, as in a cache that this user may only read, the file is read at the next start again.
+    """
     partial = folder / f"{INDEX_NAME}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(index), encoding="utf-8")
-    partial.rename(folder / INDEX_NAME)
+    try:
+        partial.write_text(json.dumps(index), encoding="utf-8")
+        partial.rename(folder / INDEX_NAME)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

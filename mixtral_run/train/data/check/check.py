@@ -118,6 +118,7 @@ def check_data(
     lengths = _LengthCount(config.seq_length)
     seen: set[bytes] = set()
     shown = _Shown()
+    num_refused = 0
     for example in stream.examples():
         advance(1)
         digest = content_digest(example)
@@ -127,11 +128,13 @@ def check_data(
             result.duplicates += [example.place] if len(result.duplicates) < NUM_PROBLEMS_SHOWN else []
         seen.add(digest)
         encoded = _encoded(encode, example, stream)
+        num_refused += encode is not None and encoded is None
         if encoded is not None:
             lengths.add(encoded)
         if is_new and (encode is None or encoded is not None):
             shown.offer(example, encoded)
     _take_over(stream, result)
+    result.num_examples -= num_refused
     result.rendered = [_rendered(example, encoded, decode) for example, encoded in shown.chosen()]
     if not result.num_examples and not result.num_bad:
         stream.raise_problems()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.data_sources import STANDARD_INPUT, DataSource
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import ConfigError, shortened
 from mixtral_run.train.data.reading.formats import CSV, JSON, JSONL, format_of, open_bytes
 from mixtral_run.train.data.reading.records import BadRecord, Record
 from mixtral_run.train.data.reading.table_records import (
@@ -40,12 +41,15 @@ class DataFile:
 
     def records(self, where: str) -> Iterator[Record | BadRecord]:
         """Yield the records in their order. Raises ConfigError if the file is of no format that is read, or damaged."""
-        if self.path is None:
-            yield from hub_records(self.source, where)
-        elif self.path.is_dir():
-            yield from saved_records(self.path, where)
-        else:
-            yield from _records_of_file(self.path, where)
+        try:
+            if self.path is None:
+                yield from hub_records(self.source, where)
+            elif self.path.is_dir():
+                yield from saved_records(self.path, where)
+            else:
+                yield from _records_of_file(self.path, where)
+        except OSError as error:
+            raise ConfigError("The data cannot be read.", where=where, found=error.strerror or str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +110,7 @@ def _files_of_folder(source: DataSource, folder: Path, where: str) -> FoundFiles
         return FoundFiles(
             (DataFile(source, folder / split, split),), f"reads the split {split}, not {others}" if others else None
         )
-    names = sorted(
-        str(each.relative_to(folder))
-        for each in folder.rglob("*")
-        if each.is_file() and _DATA_SUFFIX.search(each.name) and not _is_hidden(each.relative_to(folder))
-    )
+    names, kept_out = _names_in(folder, where)
     if not names:
         raise ConfigError(
             "The folder holds no data.",
@@ -118,14 +118,46 @@ def _files_of_folder(source: DataSource, folder: Path, where: str) -> FoundFiles
             expected="files that end in .jsonl, .json, .csv, .tsv, .parquet or .arrow, also compressed",
             found=", ".join(sorted(each.name for each in folder.iterdir())[:8]) or "an empty folder",
         )
-    return _of_split(source, folder, names, where)
+    return _of_split(source, folder, names, kept_out, where)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+def _names_in(folder: Path, where: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files of data in a folder, and of what else it holds. Hidden names are passed over.
+
+    Raises one ConfigError with everything that has the name of a file of data and cannot be read, and with the folders
+    that cannot be listed: their examples would be missing in silence.
+    """
+    names: list[str] = []
+    others: list[str] = []
+    problems: list[str] = []
+
+    def failed(error: OSError) -> None:
+        problems.append(f"{error.filename}: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=failed):
+        folders[:] = sorted(each for each in folders if not each.startswith((".", "_")))
+        linked = [each for each in folders if Path(parent, each).is_symlink()]
+        for each in [*linked, *(name for name in files if not name.startswith((".", "_")))]:
+            path = Path(parent, each)
+            name = str(path.relative_to(folder))
+            if each in linked or not _DATA_SUFFIX.search(each):
+                others.append(f"{name}/" if each in linked else name)
+            elif path.is_file():
+                names.append(name)
+            else:
+                found = "a link to a file that does not exist" if path.is_symlink() else "not a file"
+                problems.append(f"{name}: {found}")
+    if problems:
+        raise ConfigError(
+            "The folder holds data that cannot be read.",
+            where=where,
+            problems=shortened(sorted(problems)),
+            next_command=f"remove them from {folder}, or repair them",
+        )
+    return sorted(names), sorted(others)
 
 
-def _of_split(source: DataSource, folder: Path, names: list[str], where: str) -> FoundFiles:
+def _of_split(source: DataSource, folder: Path, names: list[str], others: list[str], where: str) -> FoundFiles:
     """Return the files of the source's split. Without one: all, or those of `train` if names tell splits apart."""
     splits = {name: split_of(name) for name in names}
     known = sorted({split for split in splits.values() if split is not None})
@@ -136,8 +168,16 @@ def _of_split(source: DataSource, folder: Path, names: list[str], where: str) ->
     if not taken:
         raise _no_split(where, str(split), known)
     left = [name for name in names if name not in taken]
-    note = f"reads the split {split}; {len(left):,} files are left out: {', '.join(left[:5])}" if left else None
+    notes = [f"reads the split {split}; {_left_out(left)}"] if left else []
+    notes += [f"holds names that are not of files of data; {_left_out(others)}"] if others else []
+    note = ", and ".join(notes) or None
     return FoundFiles(tuple(DataFile(source, folder / name, name) for name in taken), note)
+
+
+def _left_out(names: list[str]) -> str:
+    """Return how many files are left out, with the first names."""
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names):,} {'file is' if len(names) == 1 else 'files are'} left out: {shown}"
 
 
 def split_of(name: str) -> str | None:

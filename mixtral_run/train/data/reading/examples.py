@@ -17,7 +17,7 @@ from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.train.data.reading.data_files import DataFile, files_of
 from mixtral_run.train.data.reading.example import Example
 from mixtral_run.train.data.reading.records import BadRecord, Record
-from mixtral_run.train.data.reading.shapes import REQUIRED, Converted, convert
+from mixtral_run.train.data.reading.shapes import REQUIRED, Converted, convert, value_at
 
 NUM_PROBLEMS_SHOWN = 10
 EXAMPLE_LINES = (
@@ -81,6 +81,7 @@ class ExampleStream:
         counts_by_source: number of examples of each source, in the order of `sources`.
         num_trimmed: conversations of which the end was trimmed: messages after the assistant's last one.
         notes: lines about files that were left out.
+        empty: names of files without a record.
     """
 
     def __init__(self, sources: Sequence[DataSource], options: ReadOptions, setting: str) -> None:
@@ -96,6 +97,8 @@ class ExampleStream:
         self.counts_by_source = [0] * len(self.sources)
         self.num_trimmed = 0
         self.notes: list[str] = []
+        self.empty: list[str] = []
+        self._missing_fields = dict(self.options.fields)
 
     @property
     def where(self) -> str:
@@ -124,13 +127,18 @@ class ExampleStream:
         several = len(found) > 1
         for number, file in found:
             try:
+                record = None
                 for record in file.records(self._where(file.source, file.name)):
                     example = self._example(record, f" of {file.name}" if several else "")
                     if example is not None:
                         self.counts_by_source[number] += 1
                         yield example
+                self.empty += [file.name] if record is None else []
             except MixtralRunError as error:
                 errors.append(error)
+        if self._missing_fields and self._setting == "data_path" and not errors and len(self.empty) < len(found):
+            # The record's own key of that name would be learned in its place.
+            errors.append(self._no_such_fields())
         if errors:
             if self.problems.num_examples and not self.options.skip_bad_examples:
                 errors.append(self._error())
@@ -155,9 +163,24 @@ class ExampleStream:
                 found=f"{left:,} that cannot be used" if left else "an empty file",
             )
 
+    def _no_such_fields(self) -> ConfigError:
+        return ConfigError(
+            "No record has the keys that --field names.",
+            where=self.where,
+            problems=[f"--field {name}={key}: found no key {key!r}" for name, key in self._missing_fields.items()],
+            next_command="mixtral-run data check, without --field, which reports the keys",
+        )
+
     def remarks(self) -> list[str]:
         """Return lines about everything that is not learned: for the user, after the end of an iteration."""
-        found = list(self.notes)
+        return self.notes + self.remarks_on_content()
+
+    def remarks_on_content(self) -> list[str]:
+        """Return those of the lines that depend on the content of the files only."""
+        found = []
+        if self.empty:
+            shown = ", ".join(self.empty[:NUM_PROBLEMS_SHOWN]) + (", …" if self.empty[NUM_PROBLEMS_SHOWN:] else "")
+            found.append(f"{counted(len(self.empty), 'file')} without a record: {shown}.")
         if self.unused_keys:
             found.append(f"{_unused(self.unused_keys)} Their texts are not learned.")
         if self.num_trimmed:
@@ -177,6 +200,11 @@ class ExampleStream:
     def _example(self, record: Record | BadRecord, of: str) -> Example | None:
         """Return the example of a record, or None, and count."""
         place = record.place + of
+        if self._missing_fields and isinstance(record, Record):
+            for name in [
+                name for name, key in self._missing_fields.items() if value_at(record.values, key) is not None
+            ]:
+                del self._missing_fields[name]
         if isinstance(record, BadRecord):
             self.problems.add(place, [record.problem])
             return None

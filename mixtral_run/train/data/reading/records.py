@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mixtral_run.errors import ConfigError
 
 LONGEST_RECORD = 64 << 20
 """Characters of the longest record that is read. A longer one is a file of another form, and would fill the memory."""
@@ -31,6 +34,25 @@ class BadRecord:
 
     place: str
     problem: str
+
+
+def with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as `object_pairs_hook`. Raises ValueError if a key is there twice: one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def refuse_same_names(names: Sequence[str], where: str) -> None:
+    """Raise ConfigError if a table has two columns of one name, of which one would be lost."""
+    twice = sorted({name for name, count in Counter(names).items() if count > 1})
+    if twice:
+        raise ConfigError(
+            "The table has columns of the same name.", where=where, found=", ".join(map(repr, twice))[:200]
+        )
 
 
 def json_type(value: object) -> str:

@@ -106,18 +106,18 @@ def _beside(record: Mapping[str, Any], path: str) -> set[str]:
 def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values that are not null, by the keys of the shapes, and the record's key of each that was renamed."""
     values = {str(key): value for key, value in record.items() if value is not None}
-    origins = {name: key for name, key in fields.items() if _at(record, key) is not None}
+    origins = {name: key for name, key in fields.items() if value_at(record, key) is not None}
     for key in origins.values():
         values.pop(key, None)
     for name, key in origins.items():
         if name in values:
             # The record's own key of that name is not the one that was asked for.
             values[f"{name}, in place of which --field takes {key}"] = values[name]
-        values[name] = _at(record, key)
+        values[name] = value_at(record, key)
     return values, origins
 
 
-def _at(record: Mapping[str, Any], key: str) -> Any:
+def value_at(record: Mapping[str, Any], key: str) -> Any:
     """Return the value of a key, or of a path of keys with dots (`answers.text`); None if there is none."""
     if key in record:
         return record[key]

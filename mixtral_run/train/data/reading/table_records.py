@@ -12,7 +12,7 @@ from mixtral_run.config.data_sources import DataSource
 from mixtral_run.config.hub_names import hub_name_and_revision
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.reading.formats import ARROW_FILE, PARQUET, needs_pyarrow
-from mixtral_run.train.data.reading.records import Record
+from mixtral_run.train.data.reading.records import Record, refuse_same_names
 
 _BATCH_ROWS = 256
 """Rows that are turned into Python objects at a time."""
@@ -31,12 +31,15 @@ def table_records(stream: IO[bytes], path: Path, name: str, where: str) -> Itera
         # An explicit reader: `pyarrow.parquet.read_table` would hold the whole file.
         if name == PARQUET:
             with pyarrow.parquet.ParquetFile(str(path), memory_map=True) as file:
+                refuse_same_names(file.schema_arrow.names, where)
                 yield from _rows(file.iter_batches(_BATCH_ROWS))
         elif name == ARROW_FILE:
             with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_file(source) as reader:
+                refuse_same_names(reader.schema.names, where)
                 yield from _rows(reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
             with pyarrow.ipc.open_stream(stream) as reader:
+                refuse_same_names(reader.schema.names, where)
                 yield from _rows(reader)
 
 
@@ -73,7 +76,8 @@ def hub_files(source: DataSource, where: str) -> tuple[list[Path], str]:
 
 
 _HUB_HELP = (
-    "check name, subset, split and revision; HF_ENDPOINT, HTTPS_PROXY and HF_HUB_OFFLINE; for a dataset that is gated "
+    "there is no file or folder of that name here; for a dataset on the hub check name, subset, split "
+    "and revision; HF_ENDPOINT, HTTPS_PROXY and HF_HUB_OFFLINE; for a dataset that is gated "
     "or private, hf auth login or HF_TOKEN in the environment"
 )
 

@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.reading.records import LONGEST_RECORD, BadRecord, Record, as_record
+from mixtral_run.train.data.reading.records import (
+    LONGEST_RECORD,
+    BadRecord,
+    Record,
+    as_record,
+    refuse_same_names,
+    with_unique_keys,
+)
 
 _BLOCK = 1 << 20
 _NEAR_THE_END = 32
@@ -46,11 +53,11 @@ def jsonl_records(stream: IO[bytes], encoding: str, where: str) -> Iterator[Reco
 
 def _parsed(place: str, line: str) -> Record | BadRecord:
     try:
-        return as_record(place, json.loads(line.rstrip("\r\n")), line)
+        return as_record(place, json.loads(line.rstrip("\r\n"), object_pairs_hook=with_unique_keys), line)
     except json.JSONDecodeError as error:
         return BadRecord(place, f"broken JSON: {error.msg} at column {error.colno}")
     except ValueError as error:
-        # A number of thousands of digits.
+        # A number of thousands of digits, or a key that is there twice.
         return BadRecord(place, f"broken JSON: {str(error).split(';')[0]}")
     except RecursionError:
         return BadRecord(place, "broken JSON: nested too deeply")
@@ -95,7 +102,7 @@ class _Text:
     def __init__(self, blocks: Iterator[str], where: str) -> None:
         self._blocks, self._where = blocks, where
         self._text, self._at, self._counted, self._ended = "", 0, 0, False
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=with_unique_keys)
         self.line = 1
 
     def skip(self, count: int) -> None:
@@ -176,19 +183,11 @@ def csv_records(stream: IO[bytes], encoding: str, delimiter: str, where: str) ->
             continue
         if header is None:
             header = [name.strip() for name in row]
-            _check_header(header, where)
+            refuse_same_names(header, where)
         elif len(row) != len(header):
             yield BadRecord(f"line {line}", f"expected {len(header)} fields, as the header has; found {len(row)}")
         else:
             yield Record(f"line {line}", {name: field or None for name, field in zip(header, row, strict=True)})
-
-
-def _check_header(header: list[str], where: str) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            "The table has columns of the same name.", where=where, found=", ".join(map(repr, twice))[:200]
-        )
 
 
 def text_lines(stream: IO[bytes], encoding: str, where: str) -> Iterator[str]:
@@ -227,7 +226,11 @@ def _text_blocks(stream: IO[bytes], encoding: str, where: str) -> Iterator[str]:
                 f"The data are not {encoding.removesuffix('-sig').upper()}.",
                 where=where,
                 found=f"line {line}: byte 0x{error.object[error.start]:02x}",
-                next_command="iconv -f latin1 -t utf-8 FILE, if that is how it was saved",
+                next_command=(
+                    "iconv -f latin1 -t utf-8 FILE, if that is how it was saved"
+                    if encoding.startswith("utf-8")
+                    else "copy or download the file again, and compare its size with the source's"
+                ),
             ) from error
         lines += text.count("\n")
         if text:

@@ -68,7 +68,7 @@ class ChatTemplate(ABC):
                 ids, spans = self._encode_messages(example)
         except ExampleProblem as error:
             raise ExampleProblem(error.problem, example.place) from error
-        learned = tuple((max(1, begin), end) for begin, end in spans if end > max(1, begin))
+        learned = _disjoint([(max(1, begin), end) for begin, end in spans if end > max(1, begin)])
         if not learned:
             raise ExampleProblem("no token is learned", example.place)
         return EncodedExample(np.asarray(ids, dtype=np.int32), learned)
@@ -91,6 +91,17 @@ class ChatTemplate(ABC):
     def _details(self) -> list[str]:
         """Return whatever else decides the tokens."""
         return []
+
+
+def _disjoint(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return spans of the same tokens in their order, of which none overlap: each token counts once in the loss."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if found and begin < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return tuple(found)
 
 
 _PROBE = Example("probe", (Message(USER, "Hello"), Message(ASSISTANT, "Hi")))

@@ -12,6 +12,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, Example, Message
@@ -167,6 +168,8 @@ class _Conversation:
         flags = [message.learned for message in self.messages if message.role == ASSISTANT]
         if not whole.generated:
             raise ExampleProblem("the template's generation blocks are empty")
+        if any(end > begin for (_, end), (begin, _) in pairwise(whole.generated)):
+            raise ExampleProblem("the template has generation blocks inside of others")
         if all(flags):
             return [(span, True) for span in whole.generated]
         if len(whole.generated) != len(flags):

@@ -215,7 +215,7 @@ def test_shares_are_those_of_the_weights_and_every_example_is_there() -> None:
         "An epoch takes a: 10 examples, 50.0% of the samples, each 9.0 times; b: 90 examples, 50.0% of the samples, "
         "each 1.0 times"
     )
-    with pytest.raises(ConfigError, match="Source 2"):
+    with pytest.raises(ConfigError, match="the source number 2"):
         mixed_indices([3, 0], [1, 1])
     with pytest.raises(ConfigError, match="too far apart"):
         mixed_indices([10, 10**9], [0.99, 0.01])

@@ -213,3 +213,32 @@ def test_an_adapter_of_another_size_and_a_missing_file_are_refused(hf: Path, tmp
     shutil.rmtree(tmp_path / "peft")
     with pytest.raises(WeightsError, match="not a whole checkpoint"):
         describe_given_adapter(tmp_path / "peft", MixtralArchitecture.from_hf_directory(hf))
+
+
+def _with_config(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_wrong_ranks_and_patterns_and_weights_that_are_no_numbers_are_refused(hf: Path, tmp_path: Path) -> None:
+    architecture = MixtralArchitecture.from_hf_directory(hf)
+    folder = tmp_path / "peft"
+    trained_by_peft(hf, folder, target_modules=["o_proj"])
+    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    _with_config(folder, r=rank + 1)
+    with pytest.raises(WeightsError) as caught:
+        describe_given_adapter(folder, architecture)
+    assert f"expected the r of adapter_config.json, {rank + 1}; found {rank}" in caught.value.problems[0]
+    for pattern in ("(", "([a-z_.]+)+!"):
+        _with_config(folder, r=rank, alpha_pattern={pattern: 8})
+        with pytest.raises(WeightsError, match="without a repeated group"):
+            describe_given_adapter(folder, architecture)
+    _with_config(folder, alpha_pattern={})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    description = describe_given_adapter(folder, architecture)
+    with pytest.raises(WeightsError, match="no numbers") as caught:
+        dict(added(description, architecture))
+    assert name in str(caught.value.where)
