@@ -13,7 +13,7 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.report import Report
 from mixtral_run.train.data.samples import MockSamples
 from mixtral_run.train.loop import _iterations
-from mixtral_run.train.step import StepResult
+from mixtral_run.train.steps.step import StepResult
 
 # Two steps of warmup to 1.0, then a line down to 0.2, which the last step has.
 RATES = [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
