@@ -227,7 +227,7 @@ def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
             f"without a validation loss below {run.best.best_loss:.4f}, that of iteration {run.best.best_iteration}"
         )
     run.report.done(
-        f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
+        f"LoRA fine-tuning complete: {done} iterations in {format_seconds(run.meter.total_seconds)}, "
         f"adapter in {config.save}"
     )
     run.report.say(f"  {summary.line(_processor(run.mesh))}")

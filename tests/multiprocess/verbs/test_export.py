@@ -236,7 +236,8 @@ def test_merged_logits_through_the_command_line(base: Path, tmp_path: Path) -> N
     flags = ("--adapter", tmp_path / "adapter", "--output-path", tmp_path / "merged", "--hf-model-path", base / "hf")
     done = run_cli("export", *flags, "--merge")
     assert done.returncode == 0, done.stderr
-    assert "✓ Export complete!" in done.stdout
+    assert "✓ Export complete\n" in done.stdout
+    assert f"next: mixtral-run generate --load {tmp_path / 'merged'} --instruction …" in done.stdout
     (tmp_path / "byhand").mkdir()
     write_shards(tmp_path / "byhand", merged_by_hand(base, adapter), 1)
     (tmp_path / "byhand" / "config.json").write_text((base / "hf" / "config.json").read_text())

@@ -46,11 +46,11 @@ def test_the_guides_commands_run_as_they_stand(tmp_path: Path) -> None:
     convert, _, finetune, _ = COMMANDS
     done = run(convert, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("✓ Conversion complete!") == 1
+    assert done.stdout.count("✓ Conversion complete") == 1
     assert (tmp_path / "mixtral" / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
     done = run(finetune, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("✓ LoRA Fine-Tuning Complete! 10 iterations") == 1
+    assert done.stdout.count("✓ LoRA fine-tuning complete: 10 iterations") == 1
     assert "onto 8 × cpu as TP2/EP4, data-parallel 4" in done.stdout
     losses = [json.loads(line)["loss"] for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 10 and losses[-1] < losses[0]

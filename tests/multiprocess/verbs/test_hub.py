@@ -45,7 +45,7 @@ def test_download_that_breaks_off_goes_on_and_the_second_run_needs_none(tmp_path
     done = convert_from(hub, tmp_path, HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
     assert f"downloading {size:,} bytes of {NAME}" in done.stdout
-    assert "✓ Conversion complete!" in done.stdout
+    assert "✓ Conversion complete" in done.stdout
     assert hub.sent.count("model-00002-of-00003.safetensors") == 2
     assert hub.sent.count("model-00001-of-00003.safetensors") == 1
     assert "consolidated.00.pt" not in hub.sent

@@ -95,7 +95,7 @@ def test_finetune_prints_what_people_know(adapter: Path) -> None:
     line = next(line for line in out.splitlines() if line.startswith("iteration 4/4 | "))
     for part in ("lm loss: ", "tokens/s: ", "TFLOP/s/process: ", "peak GB: ", "ETA: ", "learning rate: 1.000E-04"):
         assert part in line
-    assert "✓ LoRA Fine-Tuning Complete!" in out
+    assert "✓ LoRA fine-tuning complete:" in out
     # One process speaks.
     assert out.count("iteration 4/4") == 1
 

@@ -83,7 +83,7 @@ def test_what_it_prints_and_writes(tmp_path: Path, tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line[:5] for line in lines if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
-    assert "✓ Conversion complete!" in lines
+    assert "✓ Conversion complete" in lines
     assert "MB/s, peak RSS" in done.stdout
     assert sorted(entry.name for entry in output.iterdir()) == [
         "iter_0000001",

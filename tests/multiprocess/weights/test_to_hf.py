@@ -196,7 +196,8 @@ def test_through_the_command_line(tmp_path: Path) -> None:
     flags = ("--from-megatron", tmp_path / "megatron", "--output-path", tmp_path / "again")
     done = run_cli("convert", *flags)
     assert done.returncode == 0, done.stderr
-    assert "✓ Conversion complete!" in done.stdout
+    assert "✓ Conversion complete\n" in done.stdout
+    assert f"next: mixtral-run generate --load {tmp_path / 'again'} --instruction …" in done.stdout
     from transformers import AutoModelForCausalLM
 
     tokens = torch.tensor([[1, 2, 3, 4]])
