@@ -33,7 +33,11 @@ def damaged_json(seeds: Sequence[bytes], draw: Random) -> bytes:
     """Return a JSON seed of which up to three values or keys are replaced or removed; now and then damaged bytes."""
     if draw.random() < 0.3:
         return damaged_bytes(seeds, draw)
-    values = json.loads(draw.choice(seeds))
+    seed = draw.choice(seeds)
+    try:
+        values = json.loads(seed)
+    except ValueError:  # a line with more than JSON in it
+        return damaged_bytes([seed], draw)
     for _ in range(draw.randint(1, 3)):
         places = _places(values)
         if not places:

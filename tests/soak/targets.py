@@ -24,7 +24,8 @@ from mixtral_run.fleet.status.read_fleet import read_fleet, summary_rows, to_jso
 from mixtral_run.report import Report
 from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.weights.convert import to_megatron
-from mixtral_run.weights.convert.journal import Journal
+from mixtral_run.weights.convert.copy_plan import make_plan
+from mixtral_run.weights.convert.journal import JobSums, Journal
 from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.manifest.manifest import is_kind, read_checkpoint_manifest
 from mixtral_run.weights.manifest.proof import check_files
@@ -139,12 +140,16 @@ def _base_targets(base: Path) -> list[Target]:
 def _journal(folder: Path, model: Path) -> Target:
     work = folder / "journal"
     work.mkdir()
-    line = {"job": 0, "sources": {"model.norm.weight": 1}, "chunks": [1, 2]}
-    seed = json.dumps({"identity": "wanted"}) + "\n" + json.dumps(line) + "\n"
-    del model
-    return Target(
-        "journal", [seed.encode()], damaged_lines, _file_reader(work / "journal.jsonl", lambda: Journal(work, "wanted"))
+    plan = make_plan(open_hf_weights(model), 1, 2, 1)
+    journal = Journal(work, "wanted", plan.jobs)
+    journal.start(plan.jobs)
+    journal.add(
+        (number, JobSums(dict.fromkeys(job.unit.sources, 1), (2,) * len(job.chunks)))
+        for number, job in enumerate(plan.jobs[:3])
     )
+    file = work / "journal.jsonl"
+    seed = file.read_bytes()
+    return Target("journal", [seed], damaged_lines, _file_reader(file, lambda: Journal(work, "wanted", plan.jobs)))
 
 
 def _data(folder: Path) -> Target:

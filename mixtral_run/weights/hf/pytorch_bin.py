@@ -7,13 +7,12 @@ Such a file stores the elements as they are, so that it is read like a safetenso
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixtral_run.weights.hf.safetensors_files import Headers, TensorEntry
-from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, in_own_words
+from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, load_without_elements
 
 BIN_NAME = "pytorch_model.bin"
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -94,14 +93,8 @@ def _entries(file: Path) -> dict[str, TensorEntry]:
 def _tensors(file: Path) -> dict[str, Any]:
     """Return the file's tensors by name, without elements."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    try:
-        # Tensors of this mode have no elements; torch.load then records where their storages begin in the file.
-        with FakeTensorMode():
-            found = torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise in_own_words(error) from None
+    found = load_without_elements(file)
     if not isinstance(found, Mapping):
         raise _NotWeightsError(f"holds a {type(found).__name__}, not tensors by name")
     inner = [name for name in ("state_dict", "model", "module") if isinstance(found.get(name), Mapping)]
