@@ -8,7 +8,7 @@ DATA_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "data-format",
         "The training data are not in a form that finetune knows",
-        r"not jsonl|(training|validation) data cannot be used as they are|is not valid json|expected a json object"
+        r"not jsonl|(training|validation) data cannot be used|is not valid json|expected a json object"
         r"|keyerror: '?(instruction|response|messages|text|prompt)",
         "An example has an instruction and a response, or messages with roles. The error names the lines that differ.",
         (
@@ -43,7 +43,7 @@ DATA_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "data-empty",
         "There is no example to train on",
-        r"data hold no example|found:? +an empty file|num_samples=0",
+        r"data (hold|contain) no (usable )?example|found:? +an empty file|num_samples=0",
         "The file is empty, or nothing of it is learned: a response is missing or every message has weight 0.",
         ("wc -l FILE; head -n 1 FILE",),
         ("data", "empty", "example", "sample"),
