@@ -104,6 +104,15 @@ class VerbCommand(click.Command):
             )
         return []
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. An error of its settings or inputs without a next command gets that of the verb's help."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            if not any("next:" in each for each in error.problems):
+                error.next_command = error.next_command or f"{ctx.command_path} --help"
+            raise
+
     def _understood(self, ctx: click.Context, args: Sequence[str], problems: list[str]) -> list[str]:
         """Return the words that click's parser accepts, and append a line to `problems` for each other word.
 

@@ -192,7 +192,7 @@ def _check_request(request: BootstrapRequest) -> None:
     if request.forks < 1:
         problems.append(f"--forks: expected at least 1; found {request.forks}")
     if problems:
-        raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="mixtral-run bootstrap --help")
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
 
 
 def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host, ...]:

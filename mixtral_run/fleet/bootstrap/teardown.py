@@ -168,7 +168,7 @@ def _hosts(request: TeardownRequest) -> tuple[tuple[Host, ...], Path | None]:
     if not request.hosts and request.inventory is None:
         problems.append("no host is named: give HOST …, or -i INVENTORY")
     if problems:
-        raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="mixtral-run teardown --help")
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     if request.inventory is None:
         refuse_lost_variables(hosts)

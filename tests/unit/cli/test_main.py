@@ -144,6 +144,15 @@ def test_former_names_of_flags_and_keys_are_accepted_and_hidden(tmp_path: Path) 
     assert not any("keep-quantised" in each for each in error.problems)
 
 
+@pytest.mark.parametrize(
+    "words", [("pretrain", "--load", "x", "--mock-data", "--detach"), ("teardown",), ("teardown", "h", "--json")]
+)
+def test_an_error_of_settings_names_a_next_command(words: tuple[str, ...]) -> None:
+    error = CliRunner().invoke(root, list(words), prog_name="mixtral-run").exception
+    assert isinstance(error, ConfigError)
+    assert error.next_command == f"mixtral-run {words[0]} --help"
+
+
 def test_an_unknown_verb_gets_a_suggestion() -> None:
     done = mixtral_run("convrt", "--hf-model-path", "x")
     assert done.returncode == 2
