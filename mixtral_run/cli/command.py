@@ -91,7 +91,8 @@ class VerbCommand(click.Command):
             extra = []
             name = error.param.metavar or str(error.param.name).upper() if error.param else "a word"
             missing = [f"{name} is missing"]
-        problems += [f"{word!r}: {self._refusal(word)}" for word in extra] + missing
+        doubtful = ctx.meta.get(DOUBTFUL, ())
+        problems += [f"{word!r}: {self._refusal(word)}" for word in extra if word not in doubtful] + missing
         if any(word.lower().endswith(CONFIG_SUFFIXES) for word in extra):
             # A config file without --config in front of it may hold any setting.
             ctx.meta.setdefault(MEANT, set()).update(name[2:] for name in self._flags())
@@ -129,9 +130,10 @@ class VerbCommand(click.Command):
                 word, has_value = words[stopped], "=" in words[stopped]
                 if isinstance(error, click.NoSuchOption):
                     problems.append(f"{error.option_name}: there is no such flag{self._meant(error.option_name)}")
-                    self._note_meant(ctx, error.option_name)
+                    meant = self._note_meant(ctx, error.option_name)
                     if not has_value and rest and not rest[0].startswith("-"):
-                        if self._takes_words():
+                        # The one word of `up HOST` is not the value of a flag whose meaning is known.
+                        if self._takes_words() and not (meant and self._takes_one_word()):
                             ctx.meta.setdefault(DOUBTFUL, set()).add(rest[0])
                         else:
                             del rest[0]
@@ -146,6 +148,9 @@ class VerbCommand(click.Command):
     def _takes_words(self) -> bool:
         return any(isinstance(each, click.Argument) for each in self.params)
 
+    def _takes_one_word(self) -> bool:
+        return [each.nargs for each in self.params if isinstance(each, click.Argument)] == [1]
+
     def _refusal(self, word: str) -> str:
         """Return why a word that no parameter takes is wrong."""
         if self._takes_words():
@@ -158,11 +163,15 @@ class VerbCommand(click.Command):
         options = [each for each in self.params if isinstance(each, click.Option) and not each.hidden]
         return [name for each in options for name in (*each.opts, *each.secondary_opts) if name.startswith("--")]
 
-    def _note_meant(self, ctx: click.Context, flag: str) -> None:
-        """Keep the setting that a flag of another program stands for, so that it is not reported as missing."""
+    def _note_meant(self, ctx: click.Context, flag: str) -> bool:
+        """Keep the setting that a flag of another program stands for, so that it is not reported as missing.
+
+        Return True if there is one.
+        """
         setting = setting_meant(flag.lstrip("-"), [name[2:] for name in self._flags()])
         if setting is not None:
             ctx.meta.setdefault(MEANT, set()).add(setting)
+        return setting is not None
 
     def _meant(self, flag: str) -> str:
         """Return the kit's own flag for one of another program, else "; did you mean …?" for one that is close to it.

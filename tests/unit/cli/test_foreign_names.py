@@ -95,6 +95,9 @@ def test_a_setting_for_which_a_foreign_flag_was_given_is_not_missing_as_well() -
         "--output-dir: there is no such flag; write --save",
     )
     assert not any("required" in each for each in problems("convert", "--model", "o/m", "--output-path", "o"))
+    for words in (("h", "--model", "m", "--bogus", "b"), ("--model", "m", "h")):
+        found = problems("up", *words, "--output-dir", "o", "--dataset", "d")
+        assert all("there is no such flag" in each for each in found), found
     found = problems("finetune", "--model", "o/m", "--data", "d.jsonl")
     assert [each.split()[0] for each in found if "is required" in each] == ["--save"]
 

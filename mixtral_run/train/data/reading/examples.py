@@ -162,7 +162,9 @@ class ExampleStream:
                 problems=self.problems.lines(),
                 expected=f"a JSON object a line: {' or '.join(EXAMPLE_LINES)}",
                 found=f"{left:,} that cannot be used" if left else "an empty file",
-                next_command=f"mixtral-run data check {shlex.join(source.text for source in self.sources)}",
+                next_command=f"mixtral-run data check {shlex.join(source.text for source in self.sources)}"
+                if left
+                else "the same command with a file that contains examples",
             )
 
     def _no_such_fields(self) -> ConfigError:
