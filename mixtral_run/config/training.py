@@ -151,7 +151,8 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     )
     early_stopping_patience: int = setting(
         0,
-        help="Stop after so many evaluations in a row without a new lowest validation loss. 0: never.",
+        help="Stop after so many evaluations in a row without a new lowest validation loss. Each new lowest loss is "
+        "saved, so that the best adapter is there. 0: never.",
         minimum=0,
         section=OPTIMIZER,
     )

@@ -41,6 +41,10 @@ class BestLoss:
         """Return True if `patience` evaluations in a row had no new lowest loss. 0: never."""
         return 0 < patience <= self.num_without_improvement
 
+    def evaluations(self) -> str:
+        """Return the number of evaluations without a new lowest loss, in words."""
+        return f"{self.num_without_improvement} evaluation{'s' if self.num_without_improvement != 1 else ''}"
+
     def to_mapping(self) -> dict[str, Any]:
         """Return the state for a checkpoint's manifest; empty before the first evaluation."""
         return {} if self.iteration is None else asdict(self)

@@ -223,17 +223,18 @@ def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
         return
     if done < config.iterations:
         run.report.say(
-            f"Stopped early at iteration {done} of {config.iterations}: {run.best.num_without_improvement} evaluations "
+            f"Stopped early at iteration {done} of {config.iterations}: {run.best.evaluations()} "
             f"without a validation loss below {run.best.best_loss:.4f}, that of iteration {run.best.best_iteration}"
         )
     run.report.done(
-        f"LoRA Fine-Tuning Complete! {done} iterations in {format_seconds(run.meter.total_seconds)}, "
+        f"LoRA fine-tuning complete: {done} iterations in {format_seconds(run.meter.total_seconds)}, "
         f"adapter in {config.save}"
     )
     run.report.say(f"  {summary.line(_processor(run.mesh))}")
     if summary.validation is not None:
         run.report.say(f"  {summary.validation.line(config.save)}")
-    run.report.say(f"  next: mixtral-run export --adapter {config.save} --output-path …")
+    best = config.save if summary.validation is None else summary.validation.best_adapter(config.save)
+    run.report.say(f"  next: mixtral-run export --adapter {best} --output-path …")
 
 
 def _evaluate(

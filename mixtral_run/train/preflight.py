@@ -180,7 +180,7 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     best = BestLoss.from_mapping(adapter.validation)
     if best.is_over(config.early_stopping_patience):
         raise RunCompleteError(
-            f"The run is complete: it stopped early, after {best.num_without_improvement} evaluations without a loss "
+            f"The run is complete: it stopped early, after {best.evaluations()} without a loss "
             f"below that of iteration {best.best_iteration}. A larger --early-stopping-patience trains on",
             where=str(adapter.folder),
         )

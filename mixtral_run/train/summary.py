@@ -42,8 +42,13 @@ class ValidationSummary:
         if self.lowest_loss == self.last_loss:
             return line
         line += f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
+        best = self.best_adapter(save)
+        return f"{line}, which --adapter {best} selects" if best != save else line
+
+    def best_adapter(self, save: Path) -> Path:
+        """Return the checkpoint in `save` with the lowest loss, or `save` if that is the last one or was not saved."""
         folder = save / f"iter_{self.lowest_iteration:07d}"
-        return f"{line}, which --adapter {folder} selects" if folder.is_dir() else line
+        return folder if self.lowest_loss < self.last_loss and folder.is_dir() else save
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from mixtral_run.train.steps.step import losses_of
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """One evaluation of the validation set. loss: mean over all response tokens, the same on every rank."""
+    """One evaluation of the validation set. loss: mean over all tokens that count in it, the same on every rank."""
 
     iteration: int
     loss: float
@@ -44,7 +44,7 @@ class ValidationMetrics:
                 f"validation {self.iteration:>{len(str(train_iters))}}/{train_iters}",
                 f"lm loss: {self.loss:.6E}",
                 f"perplexity: {self.perplexity:,.3f}",
-                f"response tokens: {self.num_tokens:,}",
+                f"tokens in the loss: {self.num_tokens:,}",
                 f"took {format_seconds(self.seconds)}",
             )
         )

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.multiprocess.conftest import mixtral_run, small_checkpoint, small_hf_model, torchrun  # noqa: F401
-from tests.multiprocess.layouts_worker import ROWS
+from tests.multiprocess.training.layouts_worker import ROWS
 
 NUM_GPUS = torch.cuda.device_count()
 WORKERS = Path(__file__).parent.parent / "multiprocess"
-WORKER = WORKERS / "layouts_worker.py"
-DIRECT_WORKER = WORKERS / "direct_load_worker.py"
+WORKER = WORKERS / "training" / "layouts_worker.py"
+DIRECT_WORKER = WORKERS / "weights" / "direct_load_worker.py"
 
 
 def test_rehearse(tmp_path: Path) -> None:

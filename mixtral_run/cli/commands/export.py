@@ -7,6 +7,7 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.weights import ExportConfig
+from mixtral_run.launch.imports import importing
 
 
 @click.command(
@@ -19,6 +20,7 @@ from mixtral_run.config.weights import ExportConfig
 @config_options(ExportConfig)
 def export(config: ExportConfig) -> None:
     """Write an adapter as a PEFT directory, or with --merge a full HF model with the adapter merged in."""
-    from mixtral_run.weights.adapter.export import export as job
+    with importing():
+        from mixtral_run.weights.adapter.export import export as job
 
     job(config)

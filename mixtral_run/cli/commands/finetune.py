@@ -7,6 +7,7 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.launch.imports import importing
 from mixtral_run.launch.processes import is_worker, rank
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.report import Report
@@ -24,16 +25,18 @@ from mixtral_run.train.jobs import FINETUNE
 @config_options(FinetuneConfig)
 def finetune(config: FinetuneConfig) -> None:
     """Fine-tune a base model with LoRA: attention and experts, with one adapter per expert."""
-    from mixtral_run.planner.available import ask_ahead
+    with importing():
+        from mixtral_run.planner.available import ask_ahead
 
     config = with_stdin_copied(config, is_worker=is_worker())
     # Both start processes that work while this one imports torch.
     ask_ahead(config)
     FINETUNE.import_ahead()
 
-    from mixtral_run.planner.choose import settled
-    from mixtral_run.train.checkpoints.init_adapter import with_adapter_settings
-    from mixtral_run.train.preflight import RunCompleteError, check_training, with_base_here
+    with importing():
+        from mixtral_run.planner.choose import settled
+        from mixtral_run.train.checkpoints.init_adapter import with_adapter_settings
+        from mixtral_run.train.preflight import RunCompleteError, check_training, with_base_here
 
     try:
         run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)

@@ -7,6 +7,7 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.training import PretrainConfig
+from mixtral_run.launch.imports import importing
 from mixtral_run.launch.processes import is_worker
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied
@@ -23,7 +24,8 @@ from mixtral_run.train.jobs import PRETRAIN
 @config_options(PretrainConfig)
 def pretrain(config: PretrainConfig) -> None:
     """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
-    from mixtral_run.planner.available import ask_ahead
+    with importing():
+        from mixtral_run.planner.available import ask_ahead
 
     config = with_stdin_copied(config, is_worker=is_worker())
     # Both start processes that work while this one imports torch.
@@ -31,7 +33,8 @@ def pretrain(config: PretrainConfig) -> None:
         ask_ahead(config)
     PRETRAIN.import_ahead()
 
-    from mixtral_run.planner.choose import settled
-    from mixtral_run.train.preflight import check_training, with_base_here
+    with importing():
+        from mixtral_run.planner.choose import settled
+        from mixtral_run.train.preflight import check_training, with_base_here
 
     run_job(PRETRAIN, settled(with_base_here(config)), check_training)

@@ -7,6 +7,7 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.trial import SmokeConfig
+from mixtral_run.launch.imports import importing
 
 
 @click.command(
@@ -19,11 +20,13 @@ from mixtral_run.config.trial import SmokeConfig
 @config_options(SmokeConfig)
 def smoke(config: SmokeConfig) -> None:
     """Convert if necessary, pretrain, fine-tune and generate on this machine, and print a table of pass or fail."""
-    from mixtral_run.train.jobs import FINETUNE
+    with importing():
+        from mixtral_run.train.jobs import FINETUNE
 
     # The fork server imports while this process imports torch.
     FINETUNE.import_ahead()
 
-    from mixtral_run.trial.smoke import smoke as job
+    with importing():
+        from mixtral_run.trial.smoke import smoke as job
 
     job(config)

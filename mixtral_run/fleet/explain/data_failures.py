@@ -10,8 +10,10 @@ DATA_FAILURES: tuple[KnownFailure, ...] = (
         "The training data are not in a form that finetune knows",
         r"not jsonl|(training|validation) data cannot be used|is not valid json|expected a json object"
         r"|keyerror: '?(instruction|response|messages|text|prompt)",
-        "An example has an instruction and a response, or messages with roles. The error names the lines that differ.",
+        "The keys of an example decide what is learned of it. The error names the examples that fit no shape; "
+        "docs/data.md lists the shapes.",
         (
+            "mixtral-run data check FILE --load MODEL    # shapes, problems by line, what would be learned",
             'a line of FILE.jsonl: {"instruction": "What is the capital of Australia?", "response": "Canberra."}',
             'or: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
         ),
@@ -54,6 +56,7 @@ DATA_FAILURES: tuple[KnownFailure, ...] = (
         r"longer than --seq-length|nothing of the response is left|token indices sequence length is longer",
         "Tokens beyond --seq-length are cut. If the instruction alone is longer, nothing of the response is left.",
         (
+            "mixtral-run data check FILE --load MODEL --seq-length 512    # lengths, and the --seq-length to choose",
             "mixtral-run plan --gpus 8 --seq-length 4096    # shows whether longer rows fit",
             "mixtral-run finetune … --seq-length 4096 --pack    # --pack fills rows with other examples",
         ),

@@ -52,7 +52,7 @@ def num_checkpoints(config: FinetuneConfig, start: int) -> int:
 
 def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> None:
     """Report what the checkpoints of the run take. num_bytes: of all that are on the disk at once."""
-    kept = "all stay" if config.keep_last is None else f"the newest {config.keep_last} stay"
+    kept = "none is removed" if config.keep_last is None else f"kept: the newest {config.keep_last}"
     best = ", and the best" if config.keep_best else ""
     report.say(
         f"Checkpoints take up to {num_bytes / GIB:,.2f} GiB in {config.save} ({kept}{best}); "

@@ -76,14 +76,16 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
             staging.publish(spent=(MERGE_JOURNAL,))
     kind = "hf" if config.merge else "peft"
     result = ExportResult(config.output_path, kind, count, size, time.monotonic() - started)
-    report.done("Export complete!")
+    report.done("Export complete")
     report.say(f"  {count:,} tensors, {size / 1e6:,.1f} MB in {result.seconds:,.1f} s, in {config.output_path}")
     if config.format == "vllm" and not config.merge:
         report.say(
             f"  next: vllm serve HF_MODEL --enable-lora --max-lora-rank {max_lora_rank(adapter.lora.rank)} "
             f"--lora-modules adapter={config.output_path}"
         )
-    elif not config.merge:
+    elif config.merge:
+        report.say(f"  next: mixtral-run generate --load {config.output_path} --instruction …")
+    else:
         report.say(f"  next: PeftModel.from_pretrained(model, '{config.output_path}')")
     return result
 

@@ -99,8 +99,9 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
             staging.publish()
     num_tensors = sum(len(tensors) for tensors in files.values())
     result = ToHFResult(config.output_path, num_tensors, len(files), num_bytes, fingerprint, time.monotonic() - started)
-    report.done("Conversion complete!")
+    report.done("Conversion complete")
     report.say(f"  {num_tensors:,} tensors, {num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s")
+    report.say(f"  next: mixtral-run generate --load {config.output_path} --instruction …")
     return result
 
 

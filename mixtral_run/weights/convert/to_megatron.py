@@ -102,7 +102,7 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         peak_rss_bytes=peak_rss_bytes(),
         num_workers=workers,
     )
-    report.done("Conversion complete!")
+    report.done("Conversion complete")
     report.say(
         f"  {result.num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s, {result.megabytes_per_second:,.0f} MB/s, "
         f"peak RSS {result.peak_rss_bytes / 1e6:,.0f} MB, {result.num_workers} workers"

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.unit.host.checks.test_shortfalls import _collect
 from tests.unit.host.conftest import load_module
-from tests.unit.host.test_shortfalls import _collect
 
 MODULE = load_module("preflight")
 ONE_O_CLOCK = "Thu, 01 Jan 1970 01:00:00 GMT"  # 3600 seconds since the epoch

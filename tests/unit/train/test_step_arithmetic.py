@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.parallel.param_sharding import mark
-from mixtral_run.train import step as module
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
+from mixtral_run.train.steps import step as module
 from mixtral_run.train.steps.step import StepResult, optimizer_step, sum_gradients, train_step
 
 CPU = torch.device("cpu")

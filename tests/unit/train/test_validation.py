@@ -116,6 +116,8 @@ def test_an_earlier_checkpoint_that_was_better_is_named(tmp_path: Path) -> None:
     assert summary.line(tmp_path).endswith("lowest 1.5000 at iteration 10")
     (tmp_path / "iter_0000010").mkdir()
     assert summary.line(tmp_path).endswith(f", which --adapter {tmp_path / 'iter_0000010'} selects")
+    assert summary.best_adapter(tmp_path) == tmp_path / "iter_0000010"
+    assert summary.best_adapter(tmp_path / "elsewhere") == tmp_path / "elsewhere"
     growing = ValidationSummary.of(found[:2])
     assert growing is not None and growing.line(tmp_path) == "validation loss 3.0000 before, 1.5000 at the end"
     assert ValidationSummary.of([]) is None

@@ -166,7 +166,7 @@ class TokenizingProgress:
 
     def __init__(self, about: int | None, say: Callable[[str], None], note: Callable[[str], None]) -> None:
         self._about, self._say, self._note = about, say, note
-        self._done = 0
+        self._done = self._done_when_told = 0
         self._started = self._told = time.monotonic()
 
     def advance(self, count: int) -> None:
@@ -175,12 +175,12 @@ class TokenizingProgress:
         now = time.monotonic()
         self._note(self._text(now))
         if now - self._told >= 5.0:
-            self._told = now
+            self._told, self._done_when_told = now, self._done
             self._say(f"  tokenizing: {self._text(now)}")
 
     def finish(self) -> None:
-        """Print the last line if there was one before it."""
-        if self._told != self._started:
+        """Print the last line if there was one before it, which says less."""
+        if self._told != self._started and self._done != self._done_when_told:
             self._say(f"  tokenized {self._text(time.monotonic())}")
 
     def _text(self, now: float) -> str:

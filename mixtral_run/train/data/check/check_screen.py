@@ -19,12 +19,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2
 
 
 def colored(stream: TextIO) -> bool:
-    """Return True if the learned part is shown in color: on a terminal, unless NO_COLOR is set."""
+    """Return True if the part that counts in the loss is shown in color: on a terminal, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def check_lines(result: CheckResult, *, color: bool) -> list[str]:
-    """Return the lines of a result. color: show what is learned in color, and in brackets otherwise."""
+    """Return the lines of a result. color: show what counts in the loss in color, and in brackets otherwise."""
     return list(_lines(result, color))
 
 
@@ -50,22 +50,22 @@ def _lines(result: CheckResult, color: bool) -> Iterator[str]:
     if result.rendered:
         yield ""
         marked = "green" if color else f"in {_BEGIN} {_END}"
-        yield f"What is {marked} is learned; the rest is context."
+        yield f"What is {marked} counts in the loss; the rest is context."
 
 
 def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
     yield (
         f"  tokens: {lengths.num_tokens:,}, of which {lengths.num_learned:,} "
-        f"({lengths.num_learned / max(lengths.num_tokens, 1):.0%}) are learned"
+        f"({lengths.num_learned / max(lengths.num_tokens, 1):.0%}) count in the loss"
     )
-    yield f"  length of an example: {lengths.shortest:,} to {lengths.longest:,} tokens, half up to {lengths.median:,}"
+    yield f"  length of an example: {lengths.shortest:,} to {lengths.longest:,} tokens, median {lengths.median:,}"
     most = max(row.num_examples for row in lengths.rows)
     for row in lengths.rows:
         bar = "█" * max(round(_BAR_WIDTH * row.num_examples / most), int(row.num_examples > 0))
         yield f"    {row.above + 1:>7,} – {row.up_to:>7,}  {row.num_examples:>9,}  {bar}".rstrip()
     yield (
         f"  --seq-length {result.seq_length:,} truncates {counted(lengths.num_truncated, 'example')}; "
-        f"of {lengths.num_unlearned:,} nothing is left to learn"
+        f"{lengths.num_unlearned:,} {'has' if lengths.num_unlearned == 1 else 'have'} nothing left to train on"
     )
     yield "  --seq-length   truncated   nothing left   padding   rows with --pack, at least"
     for choice in lengths.advice.choices:

@@ -71,7 +71,7 @@ def finish_turns(turns: Turns, key: str) -> Turns:
         turns.problems.append(f"{key!r}: expected {expected}; found {found[:80]}{order}")
     elif not any(message.learned for message in messages if message.role == ASSISTANT):
         turns.problems.append(
-            f"{key!r}: expected an answer that is learned; found 'weight' 0 or 'train' false on every one"
+            f"{key!r}: expected an answer that counts in the loss; found 'weight' 0 or 'train' false on every one"
         )
     return turns
 

@@ -186,11 +186,11 @@ class ExampleStream:
             shown = ", ".join(self.empty[:NUM_PROBLEMS_SHOWN]) + (", …" if self.empty[NUM_PROBLEMS_SHOWN:] else "")
             found.append(f"{counted(len(self.empty), 'file')} without a record: {shown}.")
         if self.unused_keys:
-            found.append(f"{_unused(self.unused_keys)} Their texts are not learned.")
+            found.append(f"{_unused(self.unused_keys)} Their texts are not trained on.")
         if self.num_trimmed:
             found.append(
-                f"{counted(self.num_trimmed, 'conversation')} not ended by the assistant: what follows its last answer "
-                "is left out."
+                f"{counted(self.num_trimmed, 'conversation')} {'does' if self.num_trimmed == 1 else 'do'} not end with "
+                "the assistant: what follows its last answer is left out."
             )
         if self.problems.num_examples and self.options.skip_bad_examples:
             places = "; ".join(self.problems.first)

@@ -70,7 +70,7 @@ class ChatTemplate(ABC):
             raise ExampleProblem(error.problem, example.place) from error
         learned = _disjoint([(max(1, begin), end) for begin, end in spans if end > max(1, begin)])
         if not learned:
-            raise ExampleProblem("no token is learned", example.place)
+            raise ExampleProblem("no token counts in the loss", example.place)
         return EncodedExample(np.asarray(ids, dtype=np.int32), learned)
 
     @cached_property
@@ -117,4 +117,4 @@ def _check_turns(messages: Sequence[Message]) -> None:
         if message.role == ASSISTANT and not message.content and not message.tool_calls:
             raise ExampleProblem(f"message {number}: the assistant's answer is empty")
     if not any(message.learned for message in messages if message.role == ASSISTANT):
-        raise ExampleProblem("no answer is learned: 'weight' 0 or 'train' false on every one")
+        raise ExampleProblem("no answer counts in the loss: 'weight' 0 or 'train' false on every one")

@@ -111,7 +111,7 @@ def test_keys_that_are_not_used_are_counted(tmp_path: Path) -> None:
     assert stream.unused_keys == {"category": 2, "id": 1, "messages: name": 2}
     unused, trimmed = stream.remarks()
     assert "'category' (2), 'messages: name' (2), 'id' (1)" in unused
-    assert trimmed.startswith("1 conversation not ended by the assistant")
+    assert trimmed.startswith("1 conversation does not end with the assistant")
 
 
 def test_half_of_a_surrogate_pair_has_line_and_column(tmp_path: Path) -> None:

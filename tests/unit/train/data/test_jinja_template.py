@@ -240,7 +240,7 @@ def test_only_answers_that_are_learned_are(chatml: Any, template: str) -> None:
         ((), "no messages"),
         ((Message("user", "a"),), "ends with the user"),
         ((Message("user", "a"), Message("assistant", "")), "message 2: the assistant's answer is empty"),
-        ((Message("user", "a"), Message("assistant", "b", False)), "no answer is learned"),
+        ((Message("user", "a"), Message("assistant", "b", False)), "no answer counts in the loss"),
     ],
 )
 @pytest.mark.parametrize("choice", ["auto", "mixtral"])

@@ -15,7 +15,7 @@ from mixtral_run.config.data import CheckConfig, DataConfig
 from mixtral_run.config.data_sources import source_problems
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data import content_hash
+from mixtral_run.train.data.cache import content_hash
 from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed
 from mixtral_run.train.data.check.check import check_data
 from mixtral_run.train.data.reading.data_files import DataFile, files_of
@@ -24,7 +24,7 @@ from mixtral_run.train.data.reading.example_problem import ExampleProblem
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.sources import _overlap
 from mixtral_run.train.data.templates.open_template import open_chat_template
-from mixtral_run.train.loop import _changed_order
+from mixtral_run.train.run_checkpoints import changed_order
 
 GOOD = '{"instruction": "a", "response": "b"}\n'
 TWICE = '{"instruction": "a", "response": "b", "response": "c"}'
@@ -173,9 +173,9 @@ def test_examples_of_both_sets_are_reported() -> None:
 def test_changed_content_is_reported_with_other_changes() -> None:
     config = FinetuneConfig(load=Path("x"), save=Path("y"), data_path=("a",), seq_length=64)
     adapter: Any = SimpleNamespace(training={"data_path": ["a"], "seq_length": 32}, data_sha256="old")
-    changed = _changed_order(config, adapter, "new")
+    changed = changed_order(config, adapter, "new")
     assert changed == ["--seq-length 64 (was 32)", "--data-path a (its content has changed)"]
-    assert _changed_order(config, adapter, "old") == changed[:1]
+    assert changed_order(config, adapter, "old") == changed[:1]
 
 
 def test_data_check_counts_what_the_template_refuses_as_not_usable(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ IN_TURN = "'messages': expected the user and the assistant in turn, with an answ
         ({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "train": 0}]}, [
             "message 2: 'train': expected true or false; found 0"]),
         ({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "train": False}]}, [
-            "'messages': expected an answer that is learned; found 'weight' 0 or 'train' false on every one"]),
+            "'messages': expected an answer that counts in the loss; found 'weight' 0 or 'train' false on every one"]),
         ({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "", "tool_calls": [{"id": 1}]}]}, [
             "message 2: 'tool_calls': expected {'id', 'type', 'function': {'name', 'arguments'}}"]),
         ({"instruction": "a", "response": 3}, ["'response': expected text; found a number"]),

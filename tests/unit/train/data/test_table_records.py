@@ -128,7 +128,9 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError) as caught:
         read_examples([f"{tmp_path}"]).check()
-    assert caught.value.problems[0].startswith("row 1 of a.parquet: 'messages': expected an answer that is learned")
+    assert caught.value.problems[0].startswith(
+        "row 1 of a.parquet: 'messages': expected an answer that counts in the loss"
+    )
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(ConfigError) as caught:
         read_examples([f"{tmp_path}"]).check()

@@ -76,17 +76,27 @@ def test_a_killed_process_is_named(tiny_tokenizer_folder: Path, monkeypatch: pyt
 
 
 def test_progress_is_reported_every_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter((100.0, 102.0, 106.0, 108.0, 112.0, 113.0))
+    clock = iter((100.0, 102.0, 106.0, 108.0, 112.0, 112.5, 113.0))
     monkeypatch.setattr(tokenize.time, "monotonic", lambda: next(clock))
     said: list[str] = []
     notes: list[str] = []
     progress = TokenizingProgress(1_000_000, said.append, notes.append)
-    for _ in range(4):
+    for _ in range(5):
         progress.advance(10_000)
     progress.finish()
     assert said == [
         "  tokenizing: 20,000 of about 1,000,000 (2%) examples, 3,333 a second",
         "  tokenizing: 40,000 of about 1,000,000 (4%) examples, 3,333 a second",
-        "  tokenized 40,000 of about 1,000,000 (4%) examples, 3,077 a second",
+        "  tokenized 50,000 of about 1,000,000 (5%) examples, 3,846 a second",
     ]
-    assert len(notes) == 4
+    assert len(notes) == 5
+
+
+def test_the_last_line_of_progress_does_not_repeat_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 109.0, 109.1))
+    monkeypatch.setattr(tokenize.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    progress = TokenizingProgress(None, said.append, lambda _: None)
+    progress.advance(36)
+    progress.finish()
+    assert said == ["  tokenizing: 36 examples, 4 a second"]

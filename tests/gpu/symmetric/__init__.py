@@ -1,0 +1,1 @@
+"""Exchange of tokens by symmetric memory."""

@@ -1,0 +1,1 @@
+"""Start, stop and death of the processes of a job."""

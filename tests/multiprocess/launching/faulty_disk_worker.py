@@ -1,0 +1,304 @@
+"""Run a writer once for each of its calls to a disk, which fails at that call: `python -m … SCENARIO FOLDER STEP`.
+
+STEP: 1 for every call, n for every n-th. This process has tests/support/faulty_disk.c preloaded. Each run is a fork. A
+line of JSON for each run that did not go right; the last line is the number of runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.weights import ConvertConfig, ExportConfig
+from mixtral_run.errors import MixtralRunError, from_os_error
+from mixtral_run.fleet import state
+from mixtral_run.fleet.hosts import parse_host
+from mixtral_run.fleet.jobs.fetch import fetch
+from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.parallel.mesh import open_mesh
+from mixtral_run.report import Report
+from mixtral_run.train.checkpoints.checkpoint import save_adapter
+from mixtral_run.train.metrics import append
+from mixtral_run.train.steps.step import trainable
+from mixtral_run.weights.adapter.export import export
+from mixtral_run.weights.convert.to_hf import to_hf
+from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.manifest.describe import describe_adapter
+from tests.support.tiny import write_tiny
+from tests.unit.fleet.hostile_tar import FILE, PEFT, stream
+from tests.unit.model.recompute.test_recompute import model_of
+
+ONE = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+LIBRARY = ctypes.CDLL(None)
+Content = Mapping[str, str]
+
+
+class Scenario(ABC):
+    """A writer. `write` runs with the disk that fails, on a copy of what `prepare` left in DISK.
+
+    eio_stays: an input or output error stays. Else it happens once.
+    """
+
+    eio_stays = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.disk = folder, folder / "disk"
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Write the inputs, and into `disk` the good state of an earlier run."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write the new state."""
+
+    @abstractmethod
+    def content(self) -> Content:
+        """Read the state as its users do; it is the earlier or the new one."""
+
+
+def files_of(folder: Path, pattern: str) -> Content:
+    found = {str(each.relative_to(folder)): each for each in folder.rglob(pattern) if each.is_file()}
+    return {name: hashlib.sha256(each.read_bytes()).hexdigest() for name, each in found.items()}
+
+
+class Convert(Scenario):
+    def prepare(self) -> None:
+        for number in (0, 1):
+            write_tiny(self.folder / f"hf-{number}", seed=number, num_shards=1, num_hidden_layers=1)
+        self._convert(0)
+
+    def write(self) -> None:
+        self._convert(1)
+
+    def _convert(self, number: int) -> None:
+        config = ConvertConfig(
+            hf_model_path=str(self.folder / f"hf-{number}"), output_path=self.disk / "base", overwrite=True, workers=1,
+            tensor_model_parallel_size=1, expert_model_parallel_size=1,
+        )  # fmt: skip
+        convert(config, Report.silent())
+
+    def content(self) -> Content:
+        (self.disk / "base" / "latest_checkpointed_iteration.txt").read_text()
+        return files_of(self.disk / "base", "*.distcp")
+
+
+class ConvertBack(Convert):
+    def prepare(self) -> None:
+        super().prepare()
+        shutil.move(self.disk / "base", self.folder / "base-0")
+        self._convert(1)
+        shutil.move(self.disk / "base", self.folder / "base-1")
+        self._back(0)
+
+    def write(self) -> None:
+        self._back(1)
+
+    def _back(self, number: int) -> None:
+        base = self.folder / f"base-{number}"
+        to_hf(ConvertConfig(from_megatron=base, output_path=self.disk / "hf", overwrite=True), Report.silent())
+
+    def content(self) -> Content:
+        (self.disk / "hf" / "mixtral_run.json").read_text()
+        return files_of(self.disk / "hf", "*.safetensors")
+
+
+def save(folder: Path, iteration: int) -> None:
+    lora = LoraSettings(4, 8.0, 0.0, ("linear_qkv",), 1)
+    with open_mesh(ONE) as mesh:
+        model = model_of(mesh, "none", modules=("linear_qkv",))
+        optimizer = torch.optim.AdamW(trainable(model), lr=iteration * 1e-2)
+        for parameter in trainable(model):
+            parameter.grad = torch.full_like(parameter, float(iteration))
+        optimizer.step()
+        description = {
+            "dtype": "float32", "base": {"fingerprint": "0-0", "path": None}, "training": {}, "data_sha256": None,
+            "lora": lora.to_mapping(),
+        }  # fmt: skip
+        save_adapter(model, optimizer, folder, iteration, description)
+
+
+class Save(Scenario):
+    # torch's writer in C++ does not pass the system's error on; the kit asks the disk afterwards.
+    eio_stays = True
+
+    def prepare(self) -> None:
+        save(self.disk / "adapter", 3)
+
+    def write(self) -> None:
+        save(self.disk / "adapter", 4)
+        append(self.disk / "adapter" / "metrics.jsonl", "{}\n")
+
+    def content(self) -> Content:
+        adapter = describe_adapter(self.disk / "adapter")
+        assert adapter.files.keys() == {each.name for each in adapter.folder.iterdir()} - {"mixtral_run.json"}
+        return files_of(adapter.folder, "*.distcp")
+
+
+class Export(Scenario):
+    def prepare(self) -> None:
+        for number in (3, 4):
+            save(self.folder / f"adapter-{number}", number)
+        self._export(3)
+
+    def write(self) -> None:
+        self._export(4)
+
+    def _export(self, number: int) -> None:
+        adapter = self.folder / f"adapter-{number}"
+        export(ExportConfig(adapter=adapter, output_path=self.disk / "peft", overwrite=True), Report.silent())
+
+    def content(self) -> Content:
+        (self.disk / "peft" / "mixtral_run.json").read_text()
+        return files_of(self.disk / "peft", "*.safetensors")
+
+
+class State(Scenario):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        os.environ["XDG_STATE_HOME"] = str(self.disk)
+
+    def prepare(self) -> None:
+        state.write_json(state.state_folder() / "fleet.json", {"hosts": 1})
+
+    def write(self) -> None:
+        state.write_json(state.state_folder("locks").parent / "fleet.json", {"hosts": 2})
+
+    def content(self) -> Content:
+        return {"hosts": str(state.read_json(self.disk / "mixtral-run" / "fleet.json", None)["hosts"])}
+
+
+class Fetch(Scenario):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        hostile = Path(__file__).parents[2] / "unit" / "fleet" / "hostile"
+        os.environ |= {"PATH": f"{hostile}{os.pathsep}{os.environ['PATH']}", "EVIL": str(self.folder / "sent")}
+        os.environ["XDG_STATE_HOME"] = str(self.folder / "state")
+
+    def prepare(self) -> None:
+        (self.disk / "here").mkdir(parents=True)
+        (self.disk / "here" / "earlier").write_text("content")
+        sent = stream([PEFT, ("peft/a", FILE, b"x" * 100_000), ("peft/b", FILE, b"y")])
+        (self.folder / "sent").write_bytes(sent)
+
+    def write(self) -> None:
+        ssh = Ssh(self.folder / "known_hosts")
+        fetch(parse_host("evil"), "/checkpoints/peft", self.disk / "here", ssh, overwrite=True)
+
+    def content(self) -> Content:
+        # A disk that refuses to move the earlier content back: the error says where it is.
+        aside = [*self.disk.glob(".mixtral-run-fetch-*/old")]
+        here = self.disk / "here"
+        return files_of(here if here.exists() else aside[0], "*")
+
+
+SCENARIOS = {each.__name__: each for each in (Convert, ConvertBack, Save, Export, State, Fetch)}
+
+
+def run(scenario: Scenario, good: Content, new: Content | None, at: int) -> str:
+    """Run the writer in this process; return what is wrong, or nothing."""
+    number = ERRORS[at % len(ERRORS)]
+    LIBRARY.faulty_disk_set(os.fsencode(scenario.disk), at, number, int(number != errno.EIO or scenario.eio_stays))
+    error: BaseException | None = None
+    try:
+        scenario.write()
+    except (MixtralRunError, OSError) as raised:
+        error = raised
+    except BaseException:
+        return f"{errno.errorcode[number]}: {traceback.format_exc()[-1500:]}"
+    LIBRARY.faulty_disk_set(b"", 0, 0, 0)
+    shown = from_os_error(error) if isinstance(error, OSError) else error
+    wrong = []
+    if error is not None and shown is None:
+        wrong.append(f"the user sees a traceback: {error!r}")
+    if isinstance(shown, MixtralRunError) and os.strerror(number) not in str(shown):
+        wrong.append(f"without the system's own word: {shown}")
+    if isinstance(shown, MixtralRunError) and shown.next_command is None:
+        wrong.append(f"without a next command: {shown}")
+    found = scenario.content()
+    if found not in (good, new):
+        wrong.append(f"neither the earlier nor the new state: {found}, after {shown}")
+    if error is None and new is not None and found != new:
+        wrong.append("no error, and not the new state")
+    scenario.write()
+    if new is not None and scenario.content() != new:
+        wrong.append("the same command afterwards does not write the new state")
+    return "; ".join(wrong) and f"call {at}, {errno.errorcode[number]}: {'; '.join(wrong)}"
+
+
+def prepare_in_fork(scenario: Scenario) -> None:
+    """Prepare in a fork: a process that has joined a job has threads, after which no fork is safe."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            scenario.prepare()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def in_fork(scenario: Scenario, good: Content, new: Content | None, at: int) -> dict[str, object]:
+    """Run the writer in a fork on a copy of the good state."""
+    backup = scenario.folder / "backup"
+    shutil.rmtree(scenario.disk, ignore_errors=True)
+    shutil.copytree(backup, scenario.disk, symlinks=True)
+    end, start = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        result: dict[str, object] = {}
+        try:
+            if new is None:
+                LIBRARY.faulty_disk_set(os.fsencode(scenario.disk), 0, 0, 0)
+                scenario.write()
+                result = {"calls": LIBRARY.faulty_disk_calls(), "content": scenario.content()}
+            else:
+                result = {"wrong": run(scenario, good, new, at)}
+        except BaseException:
+            result = {"wrong": f"call {at}: {traceback.format_exc()[-1500:]}"}
+        os.write(start, json.dumps(result).encode())
+        os._exit(0)
+    os.close(start)
+    with os.fdopen(end, "rb") as stream_:
+        content = stream_.read()
+    os.waitpid(pid, 0)
+    found: dict[str, object] = json.loads(content or b'{"wrong": "the process ended by a signal"}')
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[2])
+    scenario = SCENARIOS[sys.argv[1]](folder)
+    scenario.disk.mkdir(parents=True)
+    prepare_in_fork(scenario)
+    good = scenario.content()
+    shutil.copytree(scenario.disk, folder / "backup", symlinks=True)
+    whole = in_fork(scenario, good, None, 0)
+    calls, new = whole["calls"], whole["content"]
+    assert isinstance(calls, int) and isinstance(new, dict) and new != good, whole
+    step = int(sys.argv[3])
+    for at in range(1, calls + 1, step):
+        found = in_fork(scenario, good, new, at)
+        if found["wrong"]:
+            print(json.dumps(found["wrong"]), flush=True)
+    print(len(range(1, calls + 1, step)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""One model in every layout: HF's logits, the same losses, the same continuations, resumed across layouts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.multiprocess.conftest import torchrun
+from tests.multiprocess.training.layouts_worker import ROWS
+
+WORKER = Path(__file__).parent / "layouts_worker.py"
+FOUR = ("1x1", "2x1", "1x2", "2x2", "2x4")
+
+
+@pytest.fixture(scope="session")
+def results(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By '<processes>:<TP>x<EP>'. On four processes the layouts differ in data parallelism too, from 4 down to 2."""
+    folder = tmp_path_factory.mktemp("layouts")
+    found: dict[str, dict[str, Any]] = {}
+    for count, layouts in ((1, ("1x1",)), (2, ("2x2",)), (4, FOUR)):
+        out = folder / f"on{count}.json"
+        torchrun(count, WORKER, str(small_checkpoint), str(out), *layouts)
+        for layout, values in json.loads(out.read_text()).items():
+            found[f"{count}:{layout}"] = values
+    return found
+
+
+@pytest.fixture(scope="session")
+def hf_logits(small_hf_model: Path) -> list[torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(small_hf_model), dtype=torch.float32)
+    with torch.inference_mode():
+        return [model(torch.tensor([row])).logits[0].double() for row in ROWS]
+
+
+CASES = ["1:1x1", "2:2x2", *(f"4:{layout}" for layout in FOUR)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_hfs(case: str, results: dict[str, Any], hf_logits: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(results[case]["logits"], hf_logits, strict=True):
+        assert float((torch.tensor(ours, dtype=torch.float64) - theirs).abs().max()) <= 5e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradient_norms_equal(case: str, results: dict[str, Any]) -> None:
+    reference = results["1:1x1"]["figures"]
+    assert len(reference) == 6
+    # The losses do move: equality of standing still would show nothing.
+    assert abs(reference[0][0] - reference[-1][0]) > 1e-3
+    for (loss, norm), (expected_loss, expected_norm) in zip(results[case]["figures"], reference, strict=True):
+        assert loss == pytest.approx(expected_loss, abs=3e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("4:") and case != "4:1x1"])
+def test_a_run_saved_in_another_layout_goes_on_the_same(case: str, results: dict[str, Any]) -> None:
+    reference = results["1:1x1"]["figures"][3:]
+    for (loss, norm), (expected_loss, expected_norm) in zip(results[case]["resumed"], reference, strict=True):
+        assert loss == pytest.approx(expected_loss, abs=3e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", ["recomputed", "selective", "micro_batch_2"])
+def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, results: dict[str, Any]) -> None:
+    reference = results["1:1x1"]["figures"][:2]
+    for (loss, norm), (expected_loss, expected_norm) in zip(results[case][variant], reference, strict=True):
+        assert loss == pytest.approx(expected_loss, abs=3e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results: dict[str, Any]) -> None:
+    """Also where there is too little room, and the step is taken again."""
+    reference = results["1:1x1"]["figures"][:2]
+    assert len(results[case]["gathered"]) == 6
+    for variant, figures in results[case]["gathered"].items():
+        for (loss, norm), (expected_loss, expected_norm) in zip(figures, reference, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=3e-6), variant
+            assert norm == pytest.approx(expected_norm, rel=1e-4), variant
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gathered_tokens_all_have_room_where_they_are_to(case: str, results: dict[str, Any]) -> None:
+    """All processes have the same tokens, so that most rows may be one process's."""
+    assert results[case]["unlimited"] <= 5e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_validation_loss_is_the_same_in_every_layout(case: str, results: dict[str, Any]) -> None:
+    """Seven rows, one and three at once: some processes have none to look at in the last pass."""
+    reference = results["1:1x1"]["validation"][0][1]
+    assert reference > 1
+    for loss, one_by_one in results[case]["validation"]:
+        assert loss == pytest.approx(reference, abs=3e-6)
+        assert one_by_one == pytest.approx(reference, abs=3e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_samples_have_the_loss_they_have_alone(case: str, results: dict[str, Any]) -> None:
+    packed, alone = results[case]["packed"]
+    assert packed == pytest.approx(alone, rel=1e-6)
+    assert results[case]["packed, gathered"] == pytest.approx((packed, alone), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dropout_is_the_same_however_much_is_computed_again(case: str, results: dict[str, Any]) -> None:
+    dropped = results[case]["dropout"]
+    # Dropout changes the second step's loss: the first has B = 0.
+    assert abs(dropped["none"][1][0] - results[case]["figures"][1][0]) > 1e-6
+    assert dropped["offload"] == dropped["full"]
+    for mode in ("selective", "full"):
+        for (loss, norm), (expected_loss, expected_norm) in zip(dropped[mode], dropped["none"], strict=True):
+            assert loss == pytest.approx(expected_loss, abs=1e-6)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "variant", ["full", "full_within", "full_within_recomputed", "full_within_selective", "full_within_offload"]
+)
+def test_full_training_steps_within_the_backward_pass_as_after_it(
+    case: str, variant: str, results: dict[str, Any]
+) -> None:
+    reference = results["1:1x1"]["full"]
+    assert abs(reference[0][0] - reference[-1][0]) > 1e-2
+    for (loss, norm), (expected_loss, expected_norm) in zip(results[case][variant], reference, strict=True):
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_continuations_equal_hfs(case: str, results: dict[str, Any], small_hf_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(small_hf_model), dtype=torch.float32)
+    expected = []
+    for row in ROWS:
+        ids = torch.tensor([row])
+        whole = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+        expected.append(whole[0, len(row) :].tolist())
+    # A batch of rows of different length gives each row what it gets alone.
+    assert results[case]["greedy"] == expected
+    assert results[case]["greedy_alone"] == expected
+    # In shapes that stay, as GPUs have it recorded.
+    assert results[case]["greedy_staying"] == expected
+
+
+def test_drawing_is_seeded_and_the_same_everywhere(results: dict[str, Any]) -> None:
+    drawn = [results[case]["drawn"] for case in CASES]
+    assert all(each == drawn[0] for each in drawn)
+    assert drawn[0] != results["1:1x1"]["greedy"]

@@ -1,0 +1,57 @@
+"""`finetune --valid-data-path` as a user calls it: what it prints, what it leaves, and that it changes nothing."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.multiprocess.conftest import mixtral_run
+from tests.multiprocess.verbs.test_verbs import TINY_RUN, TWO, pairs  # noqa: F401
+
+
+def test_the_validation_set_is_evaluated(
+    small_checkpoint: Path,
+    pairs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Before the first iteration, at intervals and after the last; it is not trained on."""
+    validation_file, save = tmp_path / "validation.jsonl", tmp_path / "adapter"
+    lines = [{"instruction": f"Say {word}.", "response": word} for word in ("five", "six", "seven")]
+    validation_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--load", str(small_checkpoint), "--data-path", str(pairs), *TWO, *TINY_RUN, "--lr", "1e-3")
+    evaluation = ("--valid-data-path", str(validation_file), "--eval-interval", "2")
+    done = mixtral_run("finetune", "--save", str(save), *words, *evaluation, "--train-iters", "5")
+    assert done.returncode == 0, done.stderr
+    assert "Validation set: 3 examples" in done.stdout
+    shown = re.findall(r"validation (\d)/5 \| lm loss: (\S+) \| perplexity: ", done.stdout)
+    found = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
+    assert [int(iteration) for iteration, _ in shown] == [each["iteration"] for each in found] == [0, 2, 4, 5]
+    assert [float(loss) for _, loss in shown] == pytest.approx([each["loss"] for each in found], rel=1e-6)
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert all(each["perplexity"] == pytest.approx(math.exp(each["loss"])) for each in found)
+    summary = json.loads((save / "summary.json").read_text())["validation"]
+    lowest = min(found, key=lambda each: each["loss"])
+    assert summary == {
+        "first_loss": found[0]["loss"],
+        "last_loss": found[-1]["loss"],
+        "lowest_loss": lowest["loss"],
+        "lowest_iteration": lowest["iteration"],
+    }
+    assert f"validation loss {found[0]['loss']:.4f} before, {found[-1]['loss']:.4f} at the end" in done.stdout
+    # The adapter is that of a run without a validation set, bit by bit.
+    alone = mixtral_run("finetune", "--save", str(tmp_path / "alone"), *words, "--train-iters", "5")
+    assert alone.returncode == 0, alone.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (save, tmp_path / "alone")
+    ]
+    assert losses[0] == losses[1]
+    more = mixtral_run("finetune", "--save", str(save), *words, *evaluation, "--train-iters", "6", "--resume")
+    assert more.returncode == 0, more.stderr
+    resumed = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
+    # The evaluation of the iteration from which it continues is repeated, and its line replaced.
+    assert [each["iteration"] for each in resumed] == [0, 2, 4, 5, 6]
+    # The saved adapter is the one that was evaluated.
+    assert resumed[3]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)

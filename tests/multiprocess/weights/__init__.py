@@ -1,0 +1,1 @@
+"""Conversion, verification and loading of weights, with real process groups."""

@@ -1,0 +1,1 @@
+"""Packages and package sources."""

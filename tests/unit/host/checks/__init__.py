@@ -1,0 +1,1 @@
+"""Checks of a host before and after its setup."""

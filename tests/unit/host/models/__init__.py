@@ -1,0 +1,1 @@
+"""The HF cache of a host."""
