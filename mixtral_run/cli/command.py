@@ -9,16 +9,22 @@ config reports these problems together with those of its settings (`options.merg
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import click
 
-from mixtral_run.config.foreign_names import answer_to
+from mixtral_run.config.foreign_names import answer_to, setting_meant
 from mixtral_run.errors import ConfigError
 
 PROBLEMS = "mixtral_run.problems"
 """Key of a click context's `meta`: the lines for the words that were not understood."""
+MEANT = "mixtral_run.meant"
+"""Key of it: the set of settings, with dashes, that flags of other programs stand for. They are not missing."""
+DOUBTFUL = "mixtral_run.doubtful"
+"""Key of it: the set of words after unknown flags, of a verb that takes words. They may be values of these flags."""
+CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+"""Ends of the names of config files."""
 
 SECTIONS = (
     "Hosts", "Provisioning", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA",
@@ -84,9 +90,12 @@ class VerbCommand(click.Command):
         except click.MissingParameter as error:
             extra = []
             name = error.param.metavar or str(error.param.name).upper() if error.param else "a word"
-            missing = [f"{name}: expected; found none"]
-        refused = "expected nothing there" if self._takes_words() else "expected a flag before it; found none"
-        problems += [f"{word!r}: {refused}" for word in extra] + missing
+            missing = [f"{name} is missing"]
+        doubtful = ctx.meta.get(DOUBTFUL, ())
+        problems += [f"{word!r}: {self._refusal(word)}" for word in extra if word not in doubtful] + missing
+        if any(word.lower().endswith(CONFIG_SUFFIXES) for word in extra):
+            # A config file without --config in front of it may hold any setting.
+            ctx.meta.setdefault(MEANT, set()).update(name[2:] for name in self._flags())
         if missing or (problems and not any(each.name == "config" for each in self.params)):
             raise ConfigError(
                 "The command line cannot be understood.",
@@ -95,6 +104,15 @@ class VerbCommand(click.Command):
                 next_command=f"{ctx.command_path} --help",
             )
         return []
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. An error of its settings or inputs without a next command gets that of the verb's help."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            if not any("next:" in each for each in error.problems):
+                error.next_command = error.next_command or f"{ctx.command_path} --help"
+            raise
 
     def _understood(self, ctx: click.Context, args: Sequence[str], problems: list[str]) -> list[str]:
         """Return the words that click's parser accepts, and append a line to `problems` for each other word.
@@ -112,8 +130,13 @@ class VerbCommand(click.Command):
                 word, has_value = words[stopped], "=" in words[stopped]
                 if isinstance(error, click.NoSuchOption):
                     problems.append(f"{error.option_name}: there is no such flag{self._meant(error.option_name)}")
-                    if not has_value and not self._takes_words() and rest and not rest[0].startswith("-"):
-                        del rest[0]
+                    meant = self._note_meant(ctx, error.option_name)
+                    if not has_value and rest and not rest[0].startswith("-"):
+                        # The one word of `up HOST` is not the value of a flag whose meaning is known.
+                        if self._takes_words() and not (meant and self._takes_one_word()):
+                            ctx.meta.setdefault(DOUBTFUL, set()).add(rest[0])
+                        else:
+                            del rest[0]
                 elif has_value:
                     problems.append(f"{error.option_name}: expected no value; found {word.partition('=')[2]!r}")
                 else:
@@ -125,13 +148,37 @@ class VerbCommand(click.Command):
     def _takes_words(self) -> bool:
         return any(isinstance(each, click.Argument) for each in self.params)
 
+    def _takes_one_word(self) -> bool:
+        return [each.nargs for each in self.params if isinstance(each, click.Argument)] == [1]
+
+    def _refusal(self, word: str) -> str:
+        """Return why a word that no parameter takes is wrong."""
+        if self._takes_words():
+            return "expected nothing there"
+        if word.lower().endswith(CONFIG_SUFFIXES) and any(each.name == "config" for each in self.params):
+            return f"a flag before it is missing; write --config {word}"
+        return "a flag before it is missing"
+
+    def _flags(self) -> list[str]:
+        options = [each for each in self.params if isinstance(each, click.Option) and not each.hidden]
+        return [name for each in options for name in (*each.opts, *each.secondary_opts) if name.startswith("--")]
+
+    def _note_meant(self, ctx: click.Context, flag: str) -> bool:
+        """Keep the setting that a flag of another program stands for, so that it is not reported as missing.
+
+        Return True if there is one.
+        """
+        setting = setting_meant(flag.lstrip("-"), [name[2:] for name in self._flags()])
+        if setting is not None:
+            ctx.meta.setdefault(MEANT, set()).add(setting)
+        return setting is not None
+
     def _meant(self, flag: str) -> str:
         """Return the kit's own flag for one of another program, else "; did you mean …?" for one that is close to it.
 
         Return nothing if no flag of the verb is close.
         """
-        options = [each for each in self.params if isinstance(each, click.Option) and not each.hidden]
-        names = [name for each in options for name in (*each.opts, *each.secondary_opts) if name.startswith("--")]
+        names = self._flags()
         foreign = answer_to(flag.lstrip("-"), [name[2:] for name in names], lambda name: f"--{name}")
         if foreign is not None:
             return f"; {foreign}"
@@ -173,7 +220,7 @@ class VerbGroup(click.Group):
             meant = or_words(close_to(args[0], self.commands))
             raise ConfigError(
                 f"There is no verb {args[0]!r} of {ctx.command_path}.",
-                expected=f"one of {', '.join(self.commands)}",
+                expected=one_of(self.commands),
                 next_command=f"{ctx.command_path} {meant}" if meant else f"{ctx.command_path} --help",
             )
         return super().resolve_command(ctx, args)
@@ -187,9 +234,23 @@ def close_to(word: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, list(names), _MOST_SUGGESTED)
 
 
+def one_of(names: Collection[str]) -> str:
+    """Return `one of a, b`, or the only name."""
+    return ("one of " if len(names) > 1 else "") + ", ".join(names)
+
+
 def or_words(names: Sequence[str]) -> str:
     """Return `a`, `a or b`, or `a, b or c`."""
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return _joined(names, " or ")
+
+
+def and_words(names: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return _joined(names, " and ")
+
+
+def _joined(names: Sequence[str], last: str) -> str:
+    return last.join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _are_initials(letters: str, name: str) -> bool:

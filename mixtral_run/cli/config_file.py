@@ -11,6 +11,7 @@ from typing import Any
 
 from mixtral_run.errors import ConfigError
 
+_NEXT = "mixtral-run config init VERB -o FILE, which writes an example"
 _FORMATS = {".json": "JSON", ".yaml": "YAML", ".yml": "YAML", ".toml": "TOML"}
 
 
@@ -23,7 +24,9 @@ def read_config_file(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError("The config file cannot be read.", where=where, found=error.strerror) from error
+        raise ConfigError(
+            "The config file cannot be read.", where=where, found=error.strerror, next_command=_NEXT
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             "The config file cannot be read.", where=where, expected="text in UTF-8", found=str(error)
@@ -41,7 +44,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
             where=where,
             expected="names and values" if kind != "JSON" else "a JSON object",
             found=type(values).__name__,
-            next_command="mixtral-run config init VERB, which writes an example",
+            next_command=_NEXT,
         )
     return _with_underscores(values, where)
 

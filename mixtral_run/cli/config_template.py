@@ -24,6 +24,11 @@ CONFIGS: dict[str, type[Config]] = {
     "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""
+_ALTERNATIVE = {
+    "convert": "hf_model_path", "finetune": "data_path", "pretrain": "data_path", "up": "data_path",
+    "generate": "prompt",
+}  # fmt: skip
+"""The usual one of several settings of which a verb needs one."""
 _WIDTH = 110
 
 
@@ -41,6 +46,12 @@ def config_template(verb: str) -> str:
             if item.metadata["section"] == section:
                 lines += ["", *_setting(item)]
     return "\n".join(lines) + "\n"
+
+
+def required_settings(verb: str) -> list[str]:
+    """Return the settings of a verb that its file leaves open and that must be given; of alternatives the usual one."""
+    fields = dataclasses.fields(CONFIGS[verb])
+    return [item.name for item in fields if item.default is MISSING or item.name == _ALTERNATIVE.get(verb)]
 
 
 def _setting(item: dataclasses.Field[Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ FILES = ("data_path", "valid_data_path", "prompts_file")
 """Settings that name an input: a folder, or a file or folder."""
 
 
-def input_problems(config_class: type[Config], values: Mapping[str, Any]) -> list[str]:
-    """Return a line for each input in `values`, by setting, that does not exist or cannot be read here."""
+def input_problems(config_class: type[Config], values: Mapping[str, Any], doubtful: Collection[str] = ()) -> list[str]:
+    """Return a line for each input in `values`, by setting, that does not exist or cannot be read here.
+
+    doubtful: words that may be no inputs, but values of flags that were not understood; they are left out.
+    """
     found = []
     for item in dataclasses.fields(config_class):
         is_folder = item.name in FOLDERS
@@ -30,7 +33,9 @@ def input_problems(config_class: type[Config], values: Mapping[str, Any]) -> lis
             continue
         given = values.get(item.name)
         for each in given if isinstance(given, (tuple, list)) else [given]:
-            if isinstance(each, (str, Path)) and str(each) and not _may_be_elsewhere(item.name, str(each)):
+            if not isinstance(each, (str, Path)) or str(each) in ("", *doubtful):
+                continue
+            if not _may_be_elsewhere(item.name, str(each)):
                 problem = _problem(Path(each), is_folder)
                 found += [f"{flag_of(item.name)} {each}: {problem}"] if problem else []
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import traceback
 from typing import NoReturn
@@ -11,8 +12,8 @@ from typing import NoReturn
 import click
 
 from mixtral_run import __version__
-from mixtral_run.cli.command import close_to, or_words
-from mixtral_run.config.foreign_names import FOREIGN_VERBS
+from mixtral_run.cli.command import CONFIG_SUFFIXES, close_to, one_of, or_words
+from mixtral_run.config.foreign_verbs import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
 from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
@@ -68,19 +69,31 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if not ctx.resilient_parsing and _with_dashes(args[0]) not in VERBS:
-            word = _with_dashes(args[0]).lower()
-            meant = or_words(close_to(word, VERBS))
-            close = f"mixtral-run {meant}" if meant else "mixtral-run --help"
-            raise ConfigError(
-                f"There is no verb {args[0]!r}.",
-                expected=f"one of {', '.join(VERBS)}",
-                next_command=FOREIGN_VERBS.get(word, close),
-            )
+            raise _no_verb(args)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
+
+
+def _no_verb(words: list[str]) -> ConfigError:
+    """Return the error for a command line whose first word is no verb. It lists the verbs if it can propose none."""
+    word = _with_dashes(words[0]).lower()
+    command = FOREIGN_VERBS.get(word)
+    meant = or_words(close_to(word, VERBS))
+    if command is not None:
+        files = [each for each in words[1:] if each.lower().endswith(CONFIG_SUFFIXES)]
+        is_training = command.startswith(("mixtral-run finetune --load", "mixtral-run pretrain"))
+        verb = " ".join(command.split()[:2])
+        next_command = f"{verb} --config {shlex.quote(files[0])}" if is_training and files else command
+    else:
+        next_command = f"mixtral-run {meant}" if meant else "mixtral-run --help"
+    return ConfigError(
+        f"There is no verb {words[0]!r}.",
+        expected=None if command or meant else one_of(VERBS),
+        next_command=next_command,
+    )
 
 
 def _with_dashes(token: str) -> str:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from mixtral_run.cli.command import PROBLEMS, Option
+from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, Option
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.cli.input_problems import input_problems
-from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
+from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types, flag_of, plain_type
+from mixtral_run.config.foreign_names import setting_meant
 from mixtral_run.errors import ConfigError, described
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+BY_FLAG = "_by_flag"
+"""End of the name of the parameter for the flag of a positional setting, whose own name is that of the words."""
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -92,31 +96,57 @@ def merged_config(
     """
     context = click.get_current_context()
     not_understood = context.meta.get(PROBLEMS, [])
+    flags = _with_words(config_class, flags)
     values: dict[str, Any] = {}
+    in_file: dict[str, Any] = {}
     try:
-        values = _merged_values(config_class, file, flags)
+        in_file = config_class.with_current_names(read_config_file(file)) if file is not None else {}
+        values = in_file | flags
         config = config_class.from_mapping(values, where=str(file or "command line")).check()
         if not_understood:
-            raise ConfigError("The settings cannot be used as they are.")
+            raise ConfigError(SETTINGS_ERROR)
     except ConfigError as error:
-        inputs = [] if on_hosts else input_problems(config_class, values or flags)
-        error.problems = (*not_understood, *error.problems, *inputs)
-        error.where = error.where or "command line"
+        inputs = [] if on_hosts else input_problems(config_class, values or flags, context.meta.get(DOUBTFUL, ()))
+        names = [item.name for item in dataclasses.fields(config_class)]
+        known = [name.replace("_", "-") for name in names]
+        meant = context.meta.get(MEANT, set()) | {setting_meant(name, known) for name in values if name not in names}
+        problems = [each for each in (*error.problems, *inputs) if not _is_meant(each, meant)]
+        keys = [name for name, value in in_file.items() if name in names and name not in flags and value is not None]
+        error.problems = (*not_understood, *(_with_key(each, keys) for each in problems))
+        error.where = error.where or str(file or "command line")
         error.next_command = error.next_command or f"{context.command_path} --help"
         raise
     return config
 
 
-def _merged_values(config_class: type[Config], file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
-    values = config_class.with_current_names(read_config_file(file)) if file is not None else {}
-    return values | {name: value for name, value in flags.items() if value is not None and value != ()}
+def _with_words(config_class: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given; a positional setting has its words and the values of its flag."""
+    found = dict(flags)
+    for item in dataclasses.fields(config_class):
+        if item.metadata["positional"]:
+            found[item.name] = (*found.get(item.name, ()), *found.pop(item.name + BY_FLAG, ()))
+    return {name: value for name, value in found.items() if value is not None and value != ()}
+
+
+def _is_meant(problem: str, meant: Collection[str | None]) -> bool:
+    """Return True for a line that a setting is missing for which a name of another program was given."""
+    named = re.match(r"(.*?)(?: is required|: expected .*; found (?:neither|none)$)", problem)
+    flags = re.findall(r"--([a-z0-9-]+)", named[1]) if named else ()
+    return any(flag in meant for flag in flags)
+
+
+def _with_key(problem: str, keys: Collection[str]) -> str:
+    """Return a line about a setting of the config file with its key in place of the flag that it begins with."""
+    found = re.match(r"--([a-z0-9-]+)(?=[: ])", problem)
+    name = found[1].replace("-", "_") if found else ""
+    return name + problem[found.end() :] if found and name in keys else problem
 
 
 def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden: bool = False) -> Decorator:
     """Return the click option of a field. name: the field's own name, or one of its aliases."""
     wanted, _ = plain_type(annotation)
     if item.metadata["positional"]:
-        return click.argument(item.name, nargs=-1, metavar=f"{item.metadata['positional']}...")
+        return _words_or_flag(item)
     choices = item.metadata["choices"]
     flag = flag_of(name)
     settings = {
@@ -134,6 +164,20 @@ def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden:
     if choices:
         return click.option(flag, item.name, metavar="|".join(choices), **settings)
     return click.option(flag, item.name, type=_Value(wanted), **settings)
+
+
+def _words_or_flag(item: dataclasses.Field[Any]) -> Decorator:
+    """Return the click argument of a positional field, together with a flag that gives the same."""
+    word = item.metadata["positional"]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        flag = click.option(
+            flag_of(item.name), item.name + BY_FLAG, cls=Option, section=item.metadata["section"], multiple=True,
+            metavar=word, help=f"The same as {word}. {item.metadata['help']}",
+        )  # fmt: skip
+        return click.argument(item.name, nargs=-1, metavar=f"{word}...")(flag(function))
+
+    return decorate
 
 
 def _help_text(item: dataclasses.Field[Any], wanted: Any) -> str:

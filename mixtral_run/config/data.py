@@ -129,4 +129,4 @@ class CheckConfig(ExampleConfig):
 
     def problems(self) -> list[str]:
         found = super().problems() + chat_template_problems(self.chat_template)
-        return found + ([] if self.data_path else ["PATH: expected at least one; found none"])
+        return found + ([] if self.data_path else ["PATH is missing"])

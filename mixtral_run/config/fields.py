@@ -53,13 +53,15 @@ def setting(
         aliases: Other names of the field. They are valid as hidden flags and as keys of a config file.
         hidden: True for a former setting, which --help and `config init` leave out.
         unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
-        positional: Name of the words of the command line that give the field, which then has no flag.
+        positional: Name of the words of the command line that give the field, as its flag does.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
     others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
     return field(default=default, metadata={**others, "positional": positional, **limits})
 
 
+SETTINGS_ERROR = "Some settings are wrong."
+"""First line of an error that lists problems of settings."""
 LARGEST, LARGEST_WHOLE = 1e15, 2**63 - 1
 """No amount, length or size of a job is larger; computing with larger numbers would overflow."""
 
@@ -99,7 +101,7 @@ class Config:
         """Return self. Raise ConfigError with all problems if there are any."""
         problems = self.problems()
         if problems:
-            raise ConfigError("The settings cannot be used as they are.", problems=problems)
+            raise ConfigError(SETTINGS_ERROR, problems=problems)
         return self
 
     def flags(self, names: Collection[str]) -> list[str]:
@@ -160,7 +162,7 @@ class Config:
             # The limits of the other fields belong to the same error: otherwise the next run would fail on them.
             for name, value in accepted.items():
                 problems += _limit_problems(fields[name], value) if value is not None else []
-            raise ConfigError("The settings cannot be used as they are.", where=where, problems=problems)
+            raise ConfigError(SETTINGS_ERROR, where=where, problems=problems)
         return cls(**accepted)
 
     @classmethod
@@ -243,6 +245,9 @@ def _to_json_value(value: Any) -> Any:
     return value
 
 
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def _from_json_value(annotation: Any, value: Any) -> Any:
     """Convert a JSON value to the type of a field. Raise TypeError if it is of another type."""
     wanted, optional = plain_type(annotation)
@@ -267,5 +272,5 @@ def _from_json_value(annotation: Any, value: Any) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (wanted in (int, float) and isinstance(value, bool)):
-        raise TypeError(f"expected {wanted.__name__}; found {value!r}")
+        raise TypeError(f"expected {_TYPE_NAMES[wanted]}; found {value!r}")
     return value

@@ -1,10 +1,11 @@
-"""Names that other programs have for settings and verbs of the kit, with the kit's own. Standard library only.
+"""Names that other programs have for settings of the kit, with the kit's own. Standard library only.
 
 The names come from HF's Trainer, PEFT, TRL, Axolotl, LLaMA-Factory, Unsloth, torchtune, Megatron-LM and vLLM.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ class ForeignName:
     """The kit's answer to a name of another program.
 
     meant: the kit's settings, each with what to write where units or values differ; the first one that the verb has is
-    named. note: the answer if the kit has no such setting.
+    named. note: the answer if the verb has none of them. `{lora-rank}` in a text stands for that setting of the kit.
     """
 
     meant: tuple[tuple[str, str], ...] = ()
@@ -74,6 +75,14 @@ _VALID_FRACTION = _either(valid_fraction="a number between 0 and 1", valid_data_
 _SHARDING = _none("leave it out: the kit splits the model over the processes by itself, by TP and EP")
 _LORA_ALWAYS = _none("leave it out: finetune always trains LoRA adapters, pretrain always all weights")
 _LEFT_OUT = _none("leave it out: the kit decides it by itself")
+_ADAPTERS_ONLY = _none(
+    "leave it out: finetune always trains LoRA adapters (qlora: {base-precision} nf4); an adapter to start from is "
+    "{init-adapter}"
+)
+_ANSWERS_ONLY = _none("leave it out: only the answers are learned; records of the shape `text` are learned whole")
+_ADAMW_ALWAYS = ForeignName((("optimizer", ""),), "leave it out: finetune always uses AdamW")
+_METRICS = _none("leave it out: metrics go to SAVE/tensorboard and SAVE/metrics.jsonl, and nowhere else")
+_PER_EPOCH = "in iterations: examples / {global-batch-size} is one epoch"
 _FROM_LOAD = _none("leave it out: the sizes and the tokenizer are read from --load")
 _ADAM = _none("leave it out: AdamW runs with its usual values")
 _TOKEN = _none("a token is never given as a flag: log in with `hf auth login`, or bootstrap --hf-token-file FILE")
@@ -104,7 +113,6 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
             "dataset-name",
             "dataset-path",
             "dataset-dir",
-            "datasets",
             "data",
             "data-file",
             "data-files",
@@ -117,6 +125,7 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
         ),
         _DATA,
     ),
+    "datasets": _same("data-path", note="a list of paths; what Axolotl calls type is {data-format}"),
     **dict.fromkeys(
         ("validation-file", "valid-file", "eval-file", "eval-dataset", "eval-data", "val-data", "eval-instruct-data"),
         _VALID,
@@ -184,7 +193,35 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     **dict.fromkeys(
         ("resume-from-checkpoint", "resume-from", "auto-resume"), _same("resume", note="continues from --save")
     ),
-    "report-to": _same("tensorboard", note="metrics are in SAVE/metrics.jsonl as well"),
+    "saves-per-epoch": _same("save-interval", note=_PER_EPOCH),
+    "evals-per-epoch": _same("eval-interval", note=_PER_EPOCH),
+    "save-total-limit": _same("keep-last"),
+    **dict.fromkeys(
+        (
+            "report-to",
+            "wandb",
+            "use-wandb",
+            "wandb-project",
+            "wandb-entity",
+            "wandb-name",
+            "wandb-run-id",
+            "wandb-watch",
+            "wandb-log-model",
+            "run-name",
+            "logging-dir",
+            "tensorboard-dir",
+        ),
+        _METRICS,
+    ),
+    **dict.fromkeys(
+        ("train-on-inputs", "train-on-prompt", "mask-prompt", "completion-only-loss", "assistant-only-loss"),
+        _ANSWERS_ONLY,
+    ),
+    **dict.fromkeys(
+        ("lora-modules-to-save", "modules-to-save", "additional-target"),
+        _none("leave it out: only adapters are trained; no module is trained whole beside them"),
+    ),
+    "adapter": _ADAPTERS_ONLY,
     **dict.fromkeys(
         (
             "adapter-name-or-path",
@@ -216,7 +253,7 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     "do-sample": _same("temperature", note="above 0 samples"),
     "top-k": _same("top-p", note="a share of probability, not a number of tokens"),
     **dict.fromkeys(("messages", "question", "query", "input", "user-prompt"), _same("instruction")),
-    **dict.fromkeys(("optim", "optimizer"), _same("optimizer", note="finetune always uses AdamW")),
+    **dict.fromkeys(("optim", "optimizer"), _ADAMW_ALWAYS),
     **dict.fromkeys(("adam-beta1", "adam-beta2", "adam-epsilon", "adam-eps"), _ADAM),
     **dict.fromkeys(
         (
@@ -278,65 +315,11 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
 }
 """The kit's answer to a flag of another program, without its dashes."""
 
-FOREIGN_VERBS: dict[str, str] = {
-    **dict.fromkeys(
-        ("train", "sft", "lora", "qlora", "fine-tune", "fine-tuning", "finetuning", "tune", "ft", "peft", "run-sft"),
-        "mixtral-run finetune --load MODEL --data-path FILE.jsonl --save FOLDER",
-    ),
-    **dict.fromkeys(("pre-train", "pretraining", "full"), "mixtral-run pretrain --load MODEL --mock-data"),
-    **dict.fromkeys(
-        ("merge", "merge-lora", "merge-adapter", "merge-and-unload"),
-        "mixtral-run export --adapter ADAPTER --merge --hf-model-path MODEL --output-path FOLDER",
-    ),
-    **dict.fromkeys(
-        (
-            "chat",
-            "infer",
-            "inference",
-            "predict",
-            "sample",
-            "complete",
-            "completion",
-            "cli",
-            "run",
-            "ask",
-            "api",
-            "serve",
-        ),
-        "mixtral-run generate --load MODEL --adapter ADAPTER --instruction TEXT",
-    ),
-    **dict.fromkeys(
-        ("eval", "evaluate", "validate", "validation"),
-        "mixtral-run finetune … --valid-data-path FILE.jsonl, which reports the loss of a validation set",
-    ),
-    **dict.fromkeys(
-        ("download", "pull", "import", "hf-to-megatron", "from-hf", "load"),
-        "mixtral-run convert --hf-model-path NAME --output-path FOLDER, which downloads and converts",
-    ),
-    **dict.fromkeys(("to-hf", "megatron-to-hf"), "mixtral-run convert --from-megatron CHECKPOINT --output-path FOLDER"),
-    **dict.fromkeys(
-        ("quantize", "quantise", "quantization"),
-        "mixtral-run finetune … --base-precision nf4, which quantizes the frozen experts",
-    ),
-    **dict.fromkeys(
-        ("setup", "install", "provision", "init", "deploy", "prepare", "create"), "mixtral-run bootstrap USER@HOST"
-    ),
-    **dict.fromkeys(("doctor", "diagnose", "debug", "why", "troubleshoot"), "mixtral-run explain WORDS"),
-    **dict.fromkeys(("ps", "ls", "list", "queue"), "mixtral-run jobs"),
-    **dict.fromkeys(("kill", "cancel"), "mixtral-run stop JOB"),
-    **dict.fromkeys(("tail", "log", "follow"), "mixtral-run logs JOB -f"),
-    **dict.fromkeys(("get", "copy", "cp", "rsync"), "mixtral-run fetch JOB"),
-    **dict.fromkeys(("test", "check", "bench", "benchmark"), "mixtral-run smoke --load CHECKPOINT"),
-    **dict.fromkeys(("demo", "try", "quickstart"), "mixtral-run rehearse"),
-    **dict.fromkeys(("memory", "estimate", "layout", "layouts"), "mixtral-run plan --gpus 8 --gpu h100"),
-    **dict.fromkeys(
-        ("preprocess", "preprocess-data", "tokenize", "tokenise"),
-        "mixtral-run finetune --data-path FILE.jsonl, which tokenizes by itself",
-    ),
-    **dict.fromkeys(("inspect", "info", "describe", "show"), "mixtral-run verify --load CHECKPOINT"),
-    **dict.fromkeys(("help", "usage", "version"), "mixtral-run --help, or --version"),
-}
-"""The command of the kit for a verb of another program."""
+
+def setting_meant(name: str, known: Collection[str]) -> str | None:
+    """Return the setting of `known` that stands for one of another program, or None; see `answer_to`."""
+    foreign = _foreign(name)
+    return next((setting for setting, _ in foreign.meant if setting in known), None) if foreign else None
 
 
 def answer_to(name: str, known: Collection[str], show: Callable[[str], str]) -> str | None:
@@ -347,12 +330,25 @@ def answer_to(name: str, known: Collection[str], show: Callable[[str], str]) -> 
         known: the settings that can be given here, with dashes.
         show: writes a setting as it is given here: as a flag, or as a key of a file.
     """
-    foreign = FOREIGN_FLAGS.get(name.replace("_", "-").lower())
+    foreign = _foreign(name)
     if foreign is None:
         return None
-    for setting, note in foreign.meant:
-        if setting in known:
-            return f"write {show(setting)}" + (f" ({note})" if note else "")
-    if foreign.meant:
-        return f"the kit calls it {show(foreign.meant[0][0])}, which this verb does not have"
-    return foreign.note
+    setting = setting_meant(name, known)
+    if setting is not None:
+        note = dict(foreign.meant)[setting]
+        answer = f"write {show(setting)}" + (f" ({note})" if note else "")
+    elif foreign.note:
+        answer = foreign.note
+    elif _with_dashes(name) in dict(foreign.meant):
+        answer = "leave it out: other verbs have it, this one does not"
+    else:
+        answer = f"the kit calls it {show(foreign.meant[0][0])}, which this verb does not have"
+    return re.sub(r"\{([a-z-]+)\}", lambda found: show(found[1]), answer)
+
+
+def _foreign(name: str) -> ForeignName | None:
+    return FOREIGN_FLAGS.get(_with_dashes(name))
+
+
+def _with_dashes(name: str) -> str:
+    return name.replace("_", "-").lower()

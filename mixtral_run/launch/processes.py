@@ -25,6 +25,7 @@ from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.hang_watch import watching
+from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE
 from mixtral_run.launch.parent_death import FORK_SERVER_PARENT
 from mixtral_run.launch.worker_errors import collect_error
 
@@ -90,12 +91,26 @@ def num_processes(config: LaunchConfig) -> int:
         smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
         least = math.lcm(*sizes.values())
         letters = "/".join(f"{name[0].upper()}P{size}" for name, size in sizes.items())
+        more = _more_processes(config, least, count)
         raise ConfigError(
             f"The layout {letters} does not fit {count} process{'es' if count != 1 else ''}.",
             problems=problems,
-            next_command=f"{flag_of('nproc_per_node')} {least}, or {smaller}" if _can_start(config, least) else smaller,
+            next_command=f"{more}, or {smaller}" if more else smaller,
         )
     return count
+
+
+def _more_processes(config: LaunchConfig, least: int, count: int) -> str | None:
+    """Return the flag that starts `least` processes in place of `count`, or None if these machines cannot."""
+    if not is_worker():
+        return f"{flag_of('nproc_per_node')} {least}" if _can_start(config, least) else None
+    hosts = max(count // host_process_count(count), 1)
+    on_each = math.ceil(least / hosts)
+    fits = on_each * hosts % least == 0 and _can_start(config, on_each)
+    # A job of --on on several hosts runs under the kit's own torchrun, and has the kit's flag.
+    ours = DIRECTORY_VARIABLE in os.environ
+    flag = f"{flag_of('nproc_per_node')} {on_each}" if ours else f"torchrun --nproc_per_node {on_each} …"
+    return flag if fits else None
 
 
 def _can_start(config: LaunchConfig, count: int) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
@@ -42,6 +43,8 @@ SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
 RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
+_NOTHING_TO_RESUME = "--resume: found no checkpoint"
+_NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
 
 
 class RunCompleteError(ConfigError):
@@ -95,7 +98,7 @@ def _check_before_download(config: TrainingConfig | GenerateConfig, model: HubMo
     else:
         errors = _start_errors(config)
         problems = layout_problems(config, base)
-        errors += [ConfigError("The settings cannot be used as they are.", problems=problems)] if problems else []
+        errors += [ConfigError(SETTINGS_ERROR, problems=problems)] if problems else []
     if errors:
         raise joined(errors)
 
@@ -162,7 +165,7 @@ def _errors(
             refusal = memory_error(config, base, world_size) if fits and not problems else None
             errors += [refusal] if refusal is not None else []
     if problems:
-        errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
+        errors.append(ConfigError(SETTINGS_ERROR, problems=problems, next_command=_next_step(config, problems)))
     return errors
 
 
@@ -200,7 +203,13 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
         if saved[name] != asked[name]
     ]
     if problems:
-        raise ConfigError("--resume needs the settings that the adapter was started with.", problems=problems)
+        flags = [f"--lora-rank {saved['lora_rank']}", f"--lora-alpha {saved['lora_alpha']:g}"]
+        flags += [f"--lora-target-modules {','.join(saved['lora_target_modules'])}"]
+        raise ConfigError(
+            "--resume needs the settings that the adapter was started with.",
+            problems=problems,
+            next_command=f"the same command with {' '.join(flags)}; or without --resume, with a new --save",
+        )
 
 
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
@@ -231,10 +240,21 @@ def output_problems(save: Path, *, resume: bool) -> list[str]:
     if problems:
         return problems
     if resume:
-        return [] if (save / LATEST).exists() else [f"--resume: found no checkpoint in --save {save}"]
+        return [] if (save / LATEST).exists() else [f"{_NOTHING_TO_RESUME} in --save {save}"]
     if save.is_dir() and {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME}:
-        return [f"--save {save}: expected a new or empty folder, or --resume; found files"]
+        return [f"--save {save}: {_NOT_EMPTY}"]
     return []
+
+
+def _next_step(config: TrainingConfig, problems: list[str]) -> str:
+    """Return what to do next about problems of settings."""
+    if any(each.startswith(_NOTHING_TO_RESUME) for each in problems):
+        return "the same command without --resume, or with the --save of a run that has saved a checkpoint"
+    if isinstance(config, FinetuneConfig) and any(each.endswith(_NOT_EMPTY) for each in problems):
+        has_run = (config.save / LATEST).exists()
+        more = ", or with --resume, which continues the run that is there" if has_run else ""
+        return f"the same command with another --save{more}"
+    return f"mixtral-run {'finetune' if isinstance(config, FinetuneConfig) else 'pretrain'} --help"
 
 
 def leftovers(save: Path) -> list[Path]:
@@ -254,7 +274,7 @@ def check_inference(config: GenerateConfig) -> None:
     except MixtralRunError as error:
         errors.append(error)
     if problems:
-        errors.append(ConfigError("The settings cannot be used as they are.", problems=problems))
+        errors.append(ConfigError(SETTINGS_ERROR, problems=problems, next_command="mixtral-run generate --help"))
     if errors:
         raise joined(errors)
     report_notes(base, Report.on_stderr() if config.json else Report())

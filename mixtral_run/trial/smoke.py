@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import CONVERTED_LAYOUT
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig
@@ -63,7 +64,7 @@ def check_smoke(config: SmokeConfig) -> None:
     if _converted(config):
         problems = layout_problems(config, describe_base(config.load))
         if problems:
-            raise ConfigError("The settings cannot be used as they are.", problems=problems)
+            raise ConfigError(SETTINGS_ERROR, problems=problems)
     elif (config.hf_model_path is None) == (config.random_layers is None):
         raise ConfigError(
             "There is no checkpoint yet, and one source for it is needed.",

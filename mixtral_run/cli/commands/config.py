@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
-from mixtral_run.cli.command import Option, VerbCommand, close_to, or_words
+from mixtral_run.cli.command import Option, VerbCommand, and_words, close_to, or_words
 from mixtral_run.errors import ConfigError
 
 
-@click.command(cls=VerbCommand, examples=("config init finetune -o run.yaml", "config init smoke"))
+@click.command(
+    cls=VerbCommand, no_args_is_help=True, examples=("config init finetune -o run.yaml", "config init smoke")
+)
 @click.argument("action", metavar="init")
 @click.argument("verb", metavar="[VERB]", default="finetune")
 @click.option(
@@ -24,7 +27,7 @@ from mixtral_run.errors import ConfigError
 )
 def config(action: str, verb: str, output: Path | None) -> None:
     """Write a YAML file for --config with all settings of VERB (default: finetune), their help and their defaults."""
-    from mixtral_run.cli.config_template import CONFIGS, config_template
+    from mixtral_run.cli.config_template import CONFIGS, config_template, required_settings
 
     problems = []
     if action != "init":
@@ -58,4 +61,7 @@ def config(action: str, verb: str, output: Path | None) -> None:
         raise ConfigError(
             "The folder of the config file does not exist.", where=str(output), next_command=f"mkdir -p {output.parent}"
         ) from error
-    click.echo(f"✓ Wrote {output}\n  next: mixtral-run {verb} --config {output}")
+    needed = required_settings(verb)
+    fill_in = f"fill in {and_words(needed)}, then " if needed else ""
+    host = " USER@HOST" if verb == "up" else ""
+    click.echo(f"✓ Wrote {output}\n  next: {fill_in}mixtral-run {verb}{host} --config {shlex.quote(str(output))}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
 from mixtral_run.fleet.bootstrap.progress import FleetProgress
 from mixtral_run.fleet.bootstrap.view import make_view, summary
@@ -191,7 +192,7 @@ def _check_request(request: BootstrapRequest) -> None:
     if request.forks < 1:
         problems.append(f"--forks: expected at least 1; found {request.forks}")
     if problems:
-        raise ConfigError("The settings cannot be used as they are.", problems=problems)
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
 
 
 def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, show_play
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
@@ -167,7 +168,7 @@ def _hosts(request: TeardownRequest) -> tuple[tuple[Host, ...], Path | None]:
     if not request.hosts and request.inventory is None:
         problems.append("no host is named: give HOST …, or -i INVENTORY")
     if problems:
-        raise ConfigError("The settings cannot be used as they are.", problems=problems)
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     if request.inventory is None:
         refuse_lost_variables(hosts)

@@ -45,7 +45,7 @@ DATA_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "data-empty",
         "There is no example to train on",
-        r"data (hold no|contain no usable) example|found:? +an empty file|num_samples=0",
+        r"data (hold|contain) no (usable )?example|found:? +an empty file|num_samples=0",
         "The file is empty, or nothing of it is learned: a response is missing or every message has weight 0.",
         ("wc -l FILE; head -n 1 FILE",),
         ("data", "empty", "example", "sample"),

@@ -95,7 +95,7 @@ class JobOptions:
         if self.nccl_timeout is not None and self.nccl_timeout < 60:
             problems.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
         if problems:
-            raise ConfigError("The settings of the job cannot be used as they are.", problems=problems)
+            raise ConfigError("Some settings of the job are wrong.", problems=problems)
 
 
 @dataclass(frozen=True, kw_only=True)

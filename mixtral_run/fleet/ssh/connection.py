@@ -188,9 +188,16 @@ class Ssh:
             process.kill()
             process.wait()
             raise problem or HostError(f"{host.name} sent more than was asked for.", where=host.target)
-        if process.wait():
+        if code := process.wait():
+            if code == 255:
+                raise connection_error(host, errors.text()) from problem
             found = last_line(errors.text())
-            raise HostError(f"{host.name} did not send what was asked for.", found=found) from problem
+            raise HostError(
+                f"{host.name} did not send what was asked for.",
+                where=host.target,
+                found=found,
+                next_command=f"ssh {host.address}, and look whether it is there and this user may read it",
+            ) from problem
         if problem is not None:
             raise problem
 

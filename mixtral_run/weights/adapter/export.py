@@ -23,7 +23,7 @@ from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
 from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -123,7 +123,9 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
             "mixtral-run convert --from-megatron BASE --adapter ADAPTER --output-path OUTPUT"
         )
     if problems:
-        raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
+        raise ConfigError(
+            "The adapter cannot be exported as asked.", problems=problems, next_command=next_output(problems)
+        )
     if weights is not None:
         _check_base(adapter, weights)
     return weights
@@ -131,7 +133,9 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
 
 def _check_before_download(adapter: OpenAdapter, model: HubModel, problems: list[str]) -> None:
     if problems:
-        raise ConfigError("The adapter cannot be exported as asked.", problems=problems)
+        raise ConfigError(
+            "The adapter cannot be exported as asked.", problems=problems, next_command=next_output(problems)
+        )
     _check_architecture(adapter, model.architecture, model.name)
 
 

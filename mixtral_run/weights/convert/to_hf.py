@@ -24,7 +24,7 @@ from mixtral_run.weights.adapter.merge import Adding, row_blocks
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, header_of
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, output_problems
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, output_problems
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.io.interrupts import interrupts
 from mixtral_run.weights.manifest.adapter_files import check_adapter
@@ -139,7 +139,7 @@ def _check(
     )
     problems += disk_problems(config.output_path, reader.num_bytes + _SIDECAR_BYTES)
     if problems:
-        raise ConfigError("The HF model cannot be written.", problems=problems)
+        raise ConfigError("The HF model cannot be written.", problems=problems, next_command=next_output(problems))
     return _files(checkpoint, reader.tensors[LINEAR_QKV_KEY].item_size)
 
 

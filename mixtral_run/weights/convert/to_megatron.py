@@ -23,7 +23,7 @@ from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, resolve
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_problems
-from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, on_one_disk, output_problems
+from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, on_one_disk, output_problems
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.io.interrupts import Interrupts, interrupts
 from mixtral_run.weights.manifest.checkpoint_folder import CONVERTED_ITERATION, LATEST
@@ -229,12 +229,16 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     layout_problems = weights.architecture.layout_problems(tp, ep)
     if layout_problems:
-        raise ConfigError("The model cannot be converted as asked.", problems=shortened([*layout_problems, *problems]))
+        raise ConfigError(
+            "The model cannot be converted as asked.",
+            problems=shortened([*layout_problems, *problems]),
+            next_command="mixtral-run convert --help",
+        )
     plan = make_plan(weights, tp, ep, len(_empty_object()))
     problems += tokenizer_problems(weights.directory)
     problems += disk_problems(config.output_path, plan.num_bytes + _SIDECAR_BYTES)
     if problems:
-        raise ConfigError("The checkpoint cannot be written.", problems=problems)
+        raise ConfigError("The checkpoint cannot be written.", problems=problems, next_command=next_output(problems))
     return weights, plan
 
 
@@ -247,7 +251,12 @@ def _check_before_download(config: ConvertConfig, model: HubModel, problems: lis
     found = a.layout_problems(config.tensor_model_parallel_size, config.expert_model_parallel_size)
     found += [*problems, *disk_problems(config.output_path, needed)]
     if found:
-        raise ConfigError("The model cannot be converted as asked.", where=model.name, problems=found)
+        raise ConfigError(
+            "The model cannot be converted as asked.",
+            where=model.name,
+            problems=found,
+            next_command=next_output(found) or "mixtral-run convert --help",
+        )
 
 
 def _layout_problems(config: ConvertConfig, model: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
@@ -18,6 +18,7 @@ from mixtral_run.weights.io.disk import exchange
 from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomically
 
 GIB = 2**30
+_CAN_OVERWRITE = "--overwrite replaces it"
 _MOVING = ".moving.json"
 """File in the work folder while its content is moved up; it lists the new entries and those that they replace."""
 
@@ -69,8 +70,17 @@ def output_problems(output: Path, *, overwrite: bool, is_ours: Callable[[Path], 
         also = "; --overwrite replaces nothing else" if overwrite else ""
         return [f"{flag}: expected an empty or new folder{f' or {what}' if overwrite else ''}; found {shown}{also}"]
     if not overwrite:
-        return [f"{flag}: expected an empty or new folder; found {what} (--overwrite replaces it)"]
+        return [f"{flag}: expected an empty or new folder; found {what} ({_CAN_OVERWRITE})"]
     return []
+
+
+def next_output(problems: Sequence[str]) -> str | None:
+    """Return what to do next if problems of `output_problems` are among `problems`, else None."""
+    if not any(each.startswith("--output-path ") for each in problems):
+        return None
+    return "the same command with another --output-path" + (
+        ", or with --overwrite" if any(_CAN_OVERWRITE in each for each in problems) else ""
+    )
 
 
 def disk_problems(output: Path, needed: int) -> list[str]:

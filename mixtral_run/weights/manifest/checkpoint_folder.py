@@ -94,11 +94,12 @@ def newest_iteration(folder: Path) -> Path:
     except PermissionError as error:
         raise unreadable(folder, error) from error
     except OSError as error:
+        exists = folder.exists()
         raise WeightsError(
-            "This is not a whole checkpoint.",
+            "This is not a whole checkpoint." if exists else "There is no such folder.",
             where=str(folder),
             expected=f"a folder with {LATEST}, which is written last; as a base to load also an HF model's directory",
-            found="no such folder" if not folder.exists() else f"a folder without {LATEST}",
+            found=f"a folder without {LATEST}" if exists else None,
             next_command=how_to_restore(folder)
             or "mixtral-run convert --hf-model-path … --output-path … makes a base, mixtral-run finetune … an adapter",
         ) from error

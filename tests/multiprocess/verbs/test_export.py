@@ -277,7 +277,7 @@ def test_another_base_is_refused_at_the_start_and_at_the_end(base: Path, tmp_pat
 def test_what_is_no_adapter_or_not_a_whole_one(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "not an adapter" in str(refused(adapter=base / "base", output_path=out))
-    assert "not a whole checkpoint" in str(refused(adapter=tmp_path / "nothing", output_path=out))
+    assert "There is no such folder" in str(refused(adapter=tmp_path / "nothing", output_path=out))
     write_adapter(base, tmp_path / "adapter", ("linear_qkv",), lora_target_modules=["linear_qkv", "linear_fc2"])
     assert "linear_fc2.adapter.linear_in.weight: missing" in str(refused(adapter=tmp_path / "adapter", output_path=out))
     write_adapter(base, tmp_path / "wrong", ("linear_qkv",), lora_rank=8)

@@ -210,7 +210,7 @@ def test_what_is_not_whole_is_refused(converted: Path, tmp_path: Path) -> None:
     (converted / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(WeightsError, match="not a whole checkpoint"):
         verified(converted)
-    with pytest.raises(WeightsError, match="not a whole checkpoint"):
+    with pytest.raises(WeightsError, match="There is no such folder"):
         verified(tmp_path / "nowhere")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_wrong_flags_values_and_missing_inputs_are_one_error(tmp_path: Path) -> 
     assert error.exit_code == 2
     assert list(error.problems) == [
         "--trian-iters: there is no such flag; did you mean --train-iters or --lr-warmup-iters?",
-        "--lora-rank: expected int; found 'two'",
+        "--lora-rank: expected a whole number; found 'two'",
         f"--data-path {tmp_path / 'missing.jsonl'}: expected a file; found nothing of that name",
         "--load nowhere: expected a folder; found nothing of that name",
     ]
@@ -156,3 +157,19 @@ def test_required_settings_without_a_value_are_missing(tmp_path: Path) -> None:
     assert [each.split(":")[0] for each in problems] == ["--load is required", "--save is required"]
     with pytest.raises(ConfigError):
         FinetuneConfig.from_mapping({"load": "a", "save": None})
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_what_config_init_says_to_fill_in_is_all_that_a_verb_needs(verb: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    said = CliRunner().invoke(root, ["config", "init", verb, "-o", str(file)]).output
+    named = re.search(r"next: fill in (.*), then mixtral-run", said)
+    fill_in = re.split(", | and ", named[1]) if named else []
+    values = dict.fromkeys(fill_in, "x")
+    lists = {"data_path", "prompt"}
+    config_class = CONFIGS[verb]
+    config_class.from_mapping({name: [text] if name in lists else text for name, text in values.items()}).check()
+    for name in fill_in:
+        with pytest.raises(ConfigError):
+            config_class.from_mapping({key: text for key, text in values.items() if key != name}).check()
+    assert said.endswith(f"mixtral-run {verb}{' USER@HOST' if verb == 'up' else ''} --config {file}\n")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.config.foreign_names import FOREIGN_FLAGS, FOREIGN_VERBS
+from mixtral_run.config.foreign_names import FOREIGN_FLAGS
+from mixtral_run.config.foreign_verbs import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError
 
 
@@ -36,6 +39,13 @@ def problems(*words: str) -> tuple[str, ...]:
         ("--target-modules", "linear_qkv (q_proj, k_proj, v_proj)"),
         ("--gradient_checkpointing", "write --recompute (with the value full)"),
         ("--pipeline_model_parallel_size", "leave it out"),
+        ("--optim", "leave it out: finetune always uses AdamW"),
+        ("--train-on-inputs", "leave it out: only the answers are learned"),
+        ("--adapter", "qlora: --base-precision nf4"),
+        ("--save-total-limit", "write --keep-last"),
+        ("--lora-modules-to-save", "leave it out"),
+        ("--saves-per-epoch", "write --save-interval"),
+        ("--wandb_project", "SAVE/tensorboard and SAVE/metrics.jsonl"),
     ],
 )
 def test_a_foreign_flag_of_finetune_is_answered(flag: str, answer: str) -> None:
@@ -63,12 +73,60 @@ def test_the_answer_depends_on_the_verb() -> None:
     [
         ("train", "mixtral-run finetune"), ("sft", "mixtral-run finetune"), ("merge", "mixtral-run export"),
         ("merge_lora", "mixtral-run export"), ("Inference", "mixtral-run generate"), ("ps", "mixtral-run jobs"),
+        ("check", "mixtral-run data check FILE"), ("preprocess", "mixtral-run data check FILE"),
+        ("dpo", "mixtral-run finetune --help: it learns from answers; training on preferences"),
     ],
 )  # fmt: skip
 def test_a_foreign_verb_is_answered(word: str, command: str) -> None:
     error = CliRunner().invoke(root, [word]).exception
     assert isinstance(error, ConfigError)
     assert error.next_command is not None and error.next_command.startswith(command)
+    assert error.expected is None  # The list of all verbs would only hide the one that is meant.
+
+
+def test_a_config_file_without_its_flag_is_answered() -> None:
+    error = CliRunner().invoke(root, ["train", "x.yml"]).exception
+    assert isinstance(error, ConfigError) and error.next_command == "mixtral-run finetune --config x.yml"
+    assert problems("finetune", "run.toml") == ("'run.toml': a flag before it is missing; write --config run.toml",)
+
+
+def test_a_setting_for_which_a_foreign_flag_was_given_is_not_missing_as_well() -> None:
+    assert problems("finetune", "--load", ".", "--mock-data", "--output-dir", "o") == (
+        "--output-dir: there is no such flag; write --save",
+    )
+    assert not any("required" in each for each in problems("convert", "--model", "o/m", "--output-path", "o"))
+    for words in (("h", "--model", "m", "--bogus", "b"), ("--model", "m", "h")):
+        found = problems("up", *words, "--output-dir", "o", "--dataset", "d")
+        assert all("there is no such flag" in each for each in found), found
+    found = problems("finetune", "--model", "o/m", "--data", "d.jsonl")
+    assert [each.split()[0] for each in found if "is required" in each] == ["--save"]
+
+
+def test_a_file_for_another_program_is_answered_by_keys(tmp_path: Path) -> None:
+    file = tmp_path / "axolotl.yml"
+    file.write_text(
+        "base_model: m\noptimizer: adamw\nadapter: qlora\noutput_dir: o\nmicro_batch_size: two\n"
+        "datasets: [{path: a, type: alpaca}]\n"
+    )
+    found = problems("finetune", "--config", str(file), "--seed", "x")
+    assert found[0].startswith("unknown setting 'base_model'; write 'load' (")
+    assert found[1:] == (
+        "unknown setting 'optimizer'; leave it out: finetune always uses AdamW",
+        "unknown setting 'adapter'; leave it out: finetune always trains LoRA adapters (qlora: 'base_precision' nf4); "
+        "an adapter to start from is 'init_adapter'",
+        "unknown setting 'output_dir'; write 'save'",
+        "unknown setting 'datasets'; write 'data_path' (a list of paths; what Axolotl calls type is 'data_format')",
+        "--seed: expected a whole number; found 'x'",
+        "micro_batch_size: expected a whole number; found 'two'",
+    )
+
+
+def test_data_check_takes_the_flag_of_finetune(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "b"}\n')
+    shown = CliRunner().invoke(root, ["data", "check", "--data-path", str(tmp_path / "a.jsonl")])
+    assert (shown.exit_code, "1 example" in shown.output) == (0, True), shown.output
+    found = problems("data", "check", str(tmp_path / "a.jsonl"), "--valid-fraction", "0.2")
+    assert found == ("--valid-fraction: there is no such flag",)
 
 
 def test_every_answer_names_what_exists() -> None:
@@ -84,7 +142,7 @@ def test_every_answer_names_what_exists() -> None:
         flags |= {name.lstrip("-") for each in found.params for name in each.opts}
     optional = {"data-format", "chat-template"}
     for name, foreign in FOREIGN_FLAGS.items():
-        assert bool(foreign.meant) != bool(foreign.note), name
+        assert foreign.meant or foreign.note, name
         assert not foreign.meant or {setting for setting, _ in foreign.meant} & (flags | optional), name
 
 

@@ -61,15 +61,15 @@ def test_all_problems_of_a_command_line_are_reported_at_once() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "✗ The settings cannot be used as they are.",
+        "✗ Some settings are wrong.",
         "  - --tp: there is no such flag; write --tensor-model-parallel-size",
         "  - --hf: there is no such flag; did you mean --hf-model-path or --hf-home?",
         "  - --overwrite: expected no value; found 'yes'",
         "  - --ouput: there is no such flag; did you mean --output-path?",
         "  - --from-megatron: expected a value after it; found none",
-        "  - 'stray': expected a flag before it; found none",
-        "  - --tensor-model-parallel-size: expected int; found 'two'",
-        "  - --expert-model-parallel-size: expected int; found 'four'",
+        "  - 'stray': a flag before it is missing",
+        "  - --tensor-model-parallel-size: expected a whole number; found 'two'",
+        "  - --expert-model-parallel-size: expected a whole number; found 'four'",
         "  - --output-path is required: Folder to write; must be empty or new.",
         "  - --workers: expected at least 1; found 0",
         "  where:    command line",
@@ -87,12 +87,12 @@ def test_a_verb_without_a_config_reports_them_as_well() -> None:
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
-        (["logs"], ["JOB: expected; found none"]),
-        (["logs", "--tail", "3"], ["JOB: expected; found none"]),
+        (["logs"], ["JOB is missing"]),
+        (["logs", "--tail", "3"], ["JOB is missing"]),
         (["logs", "--tail", "3", "j"], []),
         (
             ["logs", "--tail=x", "--of"],
-            ["--tail: expected a whole number, 0 or more; found 'x'", "--of: there is", "JOB: expected; found none"],
+            ["--tail: expected a whole number, 0 or more; found 'x'", "--of: there is", "JOB is missing"],
         ),
         (["logs", "j", "k"], ["'k': expected nothing there"]),
         (["logs", "j", "--tail"], ["--tail: expected a value after it; found none"]),
@@ -130,15 +130,27 @@ def test_former_names_of_flags_and_keys_are_accepted_and_hidden(tmp_path: Path) 
         assert "--quantized-cache: expected one of yes, use, no; found maybe" in error.problems
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"keep_quantised": "maybe"}))
-    for words, found in (([], "maybe"), (["--quantized-cache", "perhaps"], "perhaps")):
+    for words, found in (
+        ([], "quantized_cache: {}; found maybe"),
+        (["--quantized-cache", "x"], "--quantized-cache: {}; found x"),
+    ):
         error = CliRunner().invoke(root, ["finetune", "--config", str(file), *words]).exception
         assert isinstance(error, ConfigError)
-        assert f"--quantized-cache: expected one of yes, use, no; found {found}" in error.problems
+        assert found.format("expected one of yes, use, no") in error.problems
         assert not any("keep_quantised" in each for each in error.problems)
     assert "keep-quantised" not in CliRunner().invoke(root, ["finetune", "--help"]).output
     error = CliRunner().invoke(root, ["finetune", "--keep-quantize", "no"]).exception
     assert isinstance(error, ConfigError)
     assert not any("keep-quantised" in each for each in error.problems)
+
+
+@pytest.mark.parametrize(
+    "words", [("pretrain", "--load", "x", "--mock-data", "--detach"), ("teardown",), ("teardown", "h", "--json")]
+)
+def test_an_error_of_settings_names_a_next_command(words: tuple[str, ...]) -> None:
+    error = CliRunner().invoke(root, list(words), prog_name="mixtral-run").exception
+    assert isinstance(error, ConfigError)
+    assert error.next_command == f"mixtral-run {words[0]} --help"
 
 
 def test_an_unknown_verb_gets_a_suggestion() -> None:
@@ -189,7 +201,8 @@ def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
     reported = mixtral_run("finetune", "--config", str(file))
-    assert "--lora-rank: expected at least 1; found 0" in reported.stderr
+    assert "  - lora_rank: expected at least 1; found 0\n" in reported.stderr
+    assert f"  where:    {file}\n" in reported.stderr
     reported = mixtral_run(
         "finetune",
         "--config",
@@ -201,8 +214,8 @@ def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
         "--expert-model-parallel-size",
         "1",
     )
-    assert "--lora-rank" not in reported.stderr
-    assert "This is not a whole checkpoint." in reported.stderr
+    assert "lora_rank" not in reported.stderr
+    assert "There is no such folder." in reported.stderr
     assert reported.returncode == 5
 
 

@@ -68,7 +68,7 @@ def test_unknown_missing_and_mistyped_keys_are_reported_together() -> None:
     text = str(caught.value)
     assert "unknown setting 'lod'" in text
     assert "--load is required" in text
-    assert "--train-iters: expected int; found 'ten'" in text
+    assert "--train-iters: expected a whole number; found 'ten'" in text
     assert "--lora-target-modules: expected a list" in text
     with pytest.raises(ConfigError, match="--lora-rank: expected at least 1; found 0"):
         FinetuneConfig.from_mapping({"save": "s", "lora_rank": 0})

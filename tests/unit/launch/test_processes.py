@@ -5,6 +5,7 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE
 from mixtral_run.launch.processes import num_processes
 
 
@@ -17,3 +18,23 @@ def test_more_processes_are_suggested_only_if_there_are_gpus_for_them(monkeypatc
             num_processes(config)
         assert ("--nproc-per-node 4" in str(caught.value)) == proposed
         assert f"--expert-model-parallel-size {experts}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "on_each_host", "proposed"), [("2", "2", 4), ("2", "1", 2), ("6", "2", None), ("3", "3", 4)]
+)
+def test_under_torchrun_its_own_flag_is_proposed(
+    world: str, on_each_host: str, proposed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": on_each_host}.items():
+        monkeypatch.setenv(name, value)
+    config = LaunchConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4, device="cpu")
+    with pytest.raises(ConfigError) as caught:
+        num_processes(config)
+    found = str(caught.value.next_command)
+    assert "--nproc-per-node" not in found
+    assert (f"torchrun --nproc_per_node {proposed} …, or " in found) == (proposed is not None), found
+    monkeypatch.setenv(DIRECTORY_VARIABLE, "/tmp")  # As in a job of --on on several hosts.
+    with pytest.raises(ConfigError) as caught:
+        num_processes(config)
+    assert str(caught.value.next_command).startswith(f"--nproc-per-node {proposed}, or " if proposed else "--tensor")

@@ -57,8 +57,22 @@ def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapt
     assert check_resume(config(tmp_path, train_iters=501), None) is adapter
     with pytest.raises(ConfigError, match="The run is complete"):
         check_resume(config(tmp_path, train_iters=500), None)
-    with pytest.raises(ConfigError, match="the checkpoint has 16; found 8"):
+    with pytest.raises(ConfigError, match="the checkpoint has 16; found 8") as caught:
         check_resume(config(tmp_path, train_iters=501, lora_rank=8), None)
+    assert "--lora-rank 16 --lora-alpha 32 --lora-target-modules linear_" in str(caught.value.next_command)
+
+
+def test_an_output_folder_that_cannot_be_used_names_the_next_command(tmp_path: Path) -> None:
+    def next_command(save: Path, *, resume: bool) -> str | None:
+        (error,) = preflight._errors(config(save, resume=resume), 2, None, reads_data=False)
+        return error.next_command
+
+    nothing = next_command(tmp_path / "new", resume=True)
+    assert nothing is not None and nothing.startswith("the same command without --resume")
+    (tmp_path / "mine").write_text("")
+    assert next_command(tmp_path, resume=False) == "the same command with another --save"
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert "or with --resume" in str(next_command(tmp_path, resume=False))
 
 
 def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:

@@ -267,5 +267,5 @@ def problem_error(result: CheckResult) -> ConfigError:
     return ConfigError(
         f"{counted(result.num_bad, 'example')} cannot be used.",
         where=" ".join(result.sources),
-        next_command="correct them, or finetune --skip-bad-examples to leave them out",
+        next_command="correct them, or mixtral-run finetune … --skip-bad-examples, which leaves them out",
     )

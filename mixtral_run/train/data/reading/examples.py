@@ -6,6 +6,7 @@ All problems are reported in one error after the last record, or counted with --
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,11 +157,14 @@ class ExampleStream:
         if not any(self.counts_by_source):
             left = self.problems.num_examples
             raise ConfigError(
-                f"The {self._what} data hold no example{' that can be used' if left else ''}.",
+                f"The {self._what} data contain no {'usable ' if left else ''}example.",
                 where=self.where,
                 problems=self.problems.lines(),
                 expected=f"a JSON object a line: {' or '.join(EXAMPLE_LINES)}",
                 found=f"{left:,} that cannot be used" if left else "an empty file",
+                next_command=f"mixtral-run data check {shlex.join(source.text for source in self.sources)}"
+                if left
+                else "the same command with a file that contains examples",
             )
 
     def _no_such_fields(self) -> ConfigError:
@@ -224,7 +228,7 @@ class ExampleStream:
     def _error(self) -> ConfigError:
         total = self.problems.num_examples + sum(self.counts_by_source)
         return ConfigError(
-            f"The {self._what} data cannot be used as they are.",
+            f"Some {self._what} data cannot be used.",
             where=self.where,
             problems=self.problems.lines(),
             expected=_expected(self.options),

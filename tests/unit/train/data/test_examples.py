@@ -39,7 +39,7 @@ def test_errors_name_the_setting(tmp_path: Path) -> None:
         stream.check()
     assert caught.value.where == f"--valid-data-path {tmp_path / 'missing.jsonl'}"
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ConfigError, match="The validation data hold no example"):
+    with pytest.raises(ConfigError, match="The validation data contain no"):
         read_examples([str(tmp_path / "empty.jsonl")], setting="valid_data_path").check()
 
 
@@ -97,7 +97,7 @@ def test_bad_examples_are_left_out_on_request_and_reported(tmp_path: Path) -> No
     assert "line 11: " in remark and "line 12: " not in remark and "and 2 more" in remark
     path.write_text("{\n" * 3, "utf-8")
     error = refused(path, options=SKIP)
-    assert "hold no example that can be used" in error.what and len(error.problems) == 3
+    assert "contain no usable example" in error.what and len(error.problems) == 3
 
 
 def test_keys_that_are_not_used_are_counted(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_settings_of_data_are_checked_together() -> None:
         assert words in found, words
     assert source_problems("--valid-data-path", ["a:1"], weights=False)
     assert DataConfig.from_mapping({"data_path": "a.jsonl"}) == DataConfig(data_path=("a.jsonl",))
-    assert CheckConfig().problems() == ["PATH: expected at least one; found none"]
+    assert CheckConfig().problems() == ["PATH is missing"]
 
 
 def test_shares_are_those_of_the_weights_and_every_example_is_there() -> None:

@@ -1,0 +1,67 @@
+"""Verbs of other programs, with the command of the kit for each. Standard library only."""
+
+from __future__ import annotations
+
+FOREIGN_VERBS: dict[str, str] = {
+    **dict.fromkeys(
+        ("train", "sft", "lora", "qlora", "fine-tune", "fine-tuning", "finetuning", "tune", "ft", "peft", "run-sft"),
+        "mixtral-run finetune --load MODEL --data-path FILE.jsonl --save FOLDER",
+    ),
+    **dict.fromkeys(("pre-train", "pretraining", "full"), "mixtral-run pretrain --load MODEL --mock-data"),
+    **dict.fromkeys(
+        ("merge", "merge-lora", "merge-adapter", "merge-and-unload"),
+        "mixtral-run export --adapter ADAPTER --merge --hf-model-path MODEL --output-path FOLDER",
+    ),
+    **dict.fromkeys(
+        (
+            "chat",
+            "infer",
+            "inference",
+            "predict",
+            "sample",
+            "complete",
+            "completion",
+            "cli",
+            "run",
+            "ask",
+            "api",
+            "serve",
+        ),
+        "mixtral-run generate --load MODEL --adapter ADAPTER --instruction TEXT",
+    ),
+    **dict.fromkeys(
+        ("eval", "evaluate", "validate", "validation"),
+        "mixtral-run finetune … --valid-data-path FILE.jsonl, which reports the loss of a validation set",
+    ),
+    **dict.fromkeys(
+        ("download", "pull", "import", "hf-to-megatron", "from-hf", "load"),
+        "mixtral-run convert --hf-model-path NAME --output-path FOLDER, which downloads and converts",
+    ),
+    **dict.fromkeys(("to-hf", "megatron-to-hf"), "mixtral-run convert --from-megatron CHECKPOINT --output-path FOLDER"),
+    **dict.fromkeys(
+        ("quantize", "quantise", "quantization"),
+        "mixtral-run finetune … --base-precision nf4, which quantizes the frozen experts",
+    ),
+    **dict.fromkeys(
+        ("setup", "install", "provision", "init", "deploy", "prepare", "create"), "mixtral-run bootstrap USER@HOST"
+    ),
+    **dict.fromkeys(("doctor", "diagnose", "debug", "why", "troubleshoot"), "mixtral-run explain WORDS"),
+    **dict.fromkeys(("ps", "ls", "list", "queue"), "mixtral-run jobs"),
+    **dict.fromkeys(("kill", "cancel"), "mixtral-run stop JOB"),
+    **dict.fromkeys(("tail", "log", "follow"), "mixtral-run logs JOB -f"),
+    **dict.fromkeys(("get", "copy", "cp", "rsync"), "mixtral-run fetch JOB"),
+    **dict.fromkeys(("test", "bench", "benchmark"), "mixtral-run smoke --load CHECKPOINT"),
+    **dict.fromkeys(("demo", "try", "quickstart"), "mixtral-run rehearse"),
+    **dict.fromkeys(("memory", "estimate", "layout", "layouts"), "mixtral-run plan --gpus 8 --gpu h100"),
+    **dict.fromkeys(
+        ("check", "check-data", "preprocess", "preprocess-data", "tokenize", "tokenise"),
+        "mixtral-run data check FILE; finetune tokenizes by itself",
+    ),
+    **dict.fromkeys(
+        ("dpo", "orpo", "kto", "ppo", "grpo", "rlhf", "reward", "rm"),
+        "mixtral-run finetune --help: it learns from answers; training on preferences or rewards is not offered",
+    ),
+    **dict.fromkeys(("inspect", "info", "describe", "show"), "mixtral-run verify --load CHECKPOINT"),
+    **dict.fromkeys(("help", "usage", "version"), "mixtral-run --help, or --version"),
+}
+"""The command of the kit for a verb of another program."""
