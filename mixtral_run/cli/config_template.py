@@ -13,9 +13,8 @@ from mixtral_run.cli.command import SECTIONS
 from mixtral_run.config.fields import Config
 from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.plan import PlanConfig
-from mixtral_run.config.training import FinetuneConfig, PretrainConfig
+from mixtral_run.config.training import FinetuneConfig, PretrainConfig, UpConfig
 from mixtral_run.config.trial import RehearseConfig, SmokeConfig
-from mixtral_run.config.up import UpConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 
 CONFIGS: dict[str, type[Config]] = {

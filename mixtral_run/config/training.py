@@ -1,4 +1,4 @@
-"""Settings of `finetune` and `pretrain`. Standard library only."""
+"""Settings of `finetune`, `pretrain` and `up`. Standard library only."""
 
 from __future__ import annotations
 
@@ -246,4 +246,25 @@ class PretrainConfig(TrainingConfig):
     )
     metrics_file: Path | None = setting(
         None, help="JSONL file to write the metrics of each iteration to as well.", section=OUTPUT
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpConfig(FinetuneConfig):
+    """All steps from a bare host to an adapter on this machine.
+
+    Relative paths are paths on the host, except those of data and `output_path`.
+    """
+
+    hf_model_path: str = setting(
+        "mistralai/Mixtral-8x7B-v0.1",
+        help="HF model to convert: its name on the hub, or its folder on the host.",
+        section=LAYOUT,
+    )
+    load: Path = setting(
+        Path("mixtral"), help="Converted checkpoint on the host; created if it is missing.", section=LAYOUT
+    )
+    save: Path = setting(Path("adapter"), help="Folder on the host for the checkpoints of the adapter.", section=OUTPUT)
+    output_path: Path = setting(
+        Path("adapter"), help="Folder on this machine for the exported adapter.", section=OUTPUT
     )

@@ -12,8 +12,7 @@ from typing import Any
 from mixtral_run.config.data_sources import combined_sha256, content_sha256
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launch import CONVERTED_LAYOUT
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.up import UpConfig
+from mixtral_run.config.training import FinetuneConfig, UpConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
