@@ -92,7 +92,7 @@ UNDO = "rm -f /etc/sudoers.d/ops-tty; sed -i /greeting/d ~ops/.bashrc"
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (SUDO, ["sudo: sorry, you must have a tty to run sudo", "sudo visudo"]),
+        (SUDO, ["sudo: sorry, you must have a tty to run sudo", "'Defaults:ops !requiretty'"]),
         (PRINTING, ['{"greeting": "welcome"}', "~/.bashrc", "next:"]),
     ],
     ids=["sudo asks for a terminal", "a start-up file prints JSON"],

@@ -97,7 +97,13 @@ def finetune_config(model: Path, tmp_path: Path, **settings: Any) -> FinetuneCon
     data.write_text(json.dumps(EXAMPLE) + "\n")
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1, "nproc_per_node": 1, "device": "cpu"}
     return FinetuneConfig(
-        load=model, data_path=(str(data),), save=tmp_path / "adapter", global_batch_size=1, train_iters=1, **layout, **settings
+        load=model,
+        data_path=(str(data),),
+        save=tmp_path / "adapter",
+        global_batch_size=1,
+        train_iters=1,
+        **layout,
+        **settings,
     )
 
 
