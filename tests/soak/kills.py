@@ -18,6 +18,7 @@ from pathlib import Path
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import tokenizer_texts
+from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 ARCHITECTURE = MixtralArchitecture(
     num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, kv_channels=16,
@@ -162,20 +163,25 @@ def _is_gone(group: int) -> bool:
     return False
 
 
-def _files(folder: Path, *patterns: str) -> dict[str, str]:
-    """Return the hash of every file of a folder, or of those that match one of the patterns."""
+def _files(folder: Path) -> dict[str, str]:
+    """Return the hash of every file of a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for pattern in patterns or ("*",)
-        for path in sorted(folder.rglob(pattern))
+        for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
 
 
 def _adapter(save: Path) -> tuple[str, dict[str, str]]:
-    """Return the name of the newest iteration and the hashes of its tensors and their metadata."""
+    """Return the name of the newest iteration and the hash of every stored part of its tensors."""
     newest = sorted(save.glob("iter_*"))[-1]
-    return newest.name, _files(newest, "*.distcp", ".metadata")
+    hashes = {}
+    with Reader(newest) as reader:
+        for key in sorted(reader.tensors):
+            for item in reader.chunks(key):
+                content = b"".join(bytes(block) for block in reader.payload(item, 2**20))
+                hashes[f"{key} {item.offset}"] = hashlib.sha256(content).hexdigest()
+    return newest.name, hashes
 
 
 def _losses(save: Path) -> list[tuple[int, float]]:
