@@ -28,7 +28,7 @@ demo: venv
 	$(BIN)/mixtral-run rehearse --host
 
 check: lint
-	$(BIN)/python -m pytest tests/unit $(TEST_ARGS)
+	$(BIN)/python -m tests.lanes --unit $(TEST_ARGS)
 
 test: venv
 	$(BIN)/python -m tests.lanes $(TEST_ARGS)
