@@ -91,7 +91,7 @@ def test_a_run_that_does_not_get_better_stops(small_checkpoint: Path, numbers: P
     done = mixtral_run(*words, "--early-stopping-patience", "2")
     assert done.returncode == 0, done.stderr
     assert "Stopped early at iteration 4 of 50: 2 evaluations without a validation loss below" in done.stdout
-    assert "that of iteration 0" in done.stdout and "Complete" in done.stdout
+    assert "that of iteration 0" in done.stdout and "fine-tuning complete" in done.stdout
     summary = json.loads((save / "summary.json").read_text())
     assert (summary["stopped_early"], summary["last_iteration"], summary["best_iteration"]) == (True, 4, 0)
     assert [each["iteration"] for each in metrics_of(save, "validation.jsonl")] == [0, 2, 4]
