@@ -30,7 +30,7 @@ from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examp
 from tests.hosts.conftest import seen_arguments
 from tests.hosts.snapshot import difference, snapshot
 from tests.support.hub_server import COMMIT, NAME, serving
-from tests.support.killed import killed_after
+from tests.support.killed import killed_at
 
 # The first test includes the time to build the image and to start both hosts.
 pytestmark = pytest.mark.timeout(1800)
@@ -39,9 +39,9 @@ NAMES = ("fleet-one", "fleet-two")
 IMAGE = "mixtral-run:local"
 CHECKPOINTS, MODELS = "/srv/checkpoints", "/srv/models"
 TOKEN = "hf_endToEndTokenThatMustNotLeak"
-POINTS = (6.0, 11.0)
-"""Seconds after which a bootstrap is killed: in an early role, and on a host that is set up in part. The long form has
-random points: benchmarks/killed_bootstrap.py."""
+POINTS = ("docker · Install Docker Engine", "nvidia_container_toolkit · Install the NVIDIA container toolkit")
+"""Lines of a bootstrap after which it is killed: one role is half done, then another. The long form has random points:
+benchmarks/killed_bootstrap.py."""
 SETTINGS = ("-e", "@variables.json", "--hf-token-file", "token")
 JOB = ("--checkpoints-folder", CHECKPOINTS, "--shm-size", "1g", "--ulimit", "none")
 LAYOUT = (
@@ -72,10 +72,10 @@ class Operator:
         done = self.call(*words, code=code)
         return done.stdout + done.stderr
 
-    def kill(self, seconds: float, *words: str) -> None:
-        """Run mixtral-run and kill it, with all that it started on this machine, after some seconds."""
+    def kill(self, text: str, *words: str) -> None:
+        """Run mixtral-run and kill it, with all that it started on this machine, once it prints `text`."""
         argv = [sys.executable, "-m", "mixtral_run", *words]
-        assert killed_after(seconds, argv, self.folder, self.environment)
+        assert killed_at(text, argv, self.folder, self.environment)
 
 
 @dataclass

@@ -28,6 +28,21 @@ def killed_after(seconds: float, argv: Sequence[str], folder: Path, environment:
     return True
 
 
+def killed_at(text: str, argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
+    """Run a command and kill it and all that it started once it prints `text`. Return False if it ended before."""
+    with subprocess.Popen(
+        argv, cwd=folder, env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        if not any(text in line for line in process.stdout):
+            return False
+        for session in _sessions(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(session, signal.SIGKILL)
+    return True
+
+
 def _sessions(leader: int) -> set[int]:
     """Return the process groups of a process and of all its descendants. Ansible runs in a session of its own."""
     import psutil
