@@ -30,8 +30,9 @@ def killed_after(seconds: float, argv: Sequence[str], folder: Path, environment:
 
 def killed_at(text: str, argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
     """Run a command and kill it and all that it started once it prints `text`. Return False if it ended before."""
+    environment = {**environment, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        argv, cwd=folder, env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True, stdin=subprocess.DEVNULL,
+        argv, cwd=folder, env=environment, start_new_session=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
