@@ -27,7 +27,7 @@ _ALTERNATIVE = {
     "convert": "hf_model_path", "finetune": "data_path", "pretrain": "data_path", "up": "data_path",
     "generate": "prompt",
 }  # fmt: skip
-"""The usual one of several settings of which a verb needs one."""
+"""The setting that the template fills in where a verb needs one of several."""
 _WIDTH = 110
 
 

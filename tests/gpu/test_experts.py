@@ -68,7 +68,7 @@ def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
         assert float((mine.double().cpu() - expected).norm()) <= 1e-2 * float(expected.norm())
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="other GPUs use the path in grouped_mm.py")
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("width", [256, 1000, 4096])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
@@ -89,7 +89,7 @@ def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> 
     assert torch.equal(narrow_outer_product(rows, inner, offsets, narrow_first=False), found.transpose(1, 2))
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="other GPUs use the path in grouped_mm.py")
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("width", [1000, 9000])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
@@ -109,7 +109,7 @@ def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int
     assert not found[0][count:].any()
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="other GPUs use the path in grouped_mm.py")
 @pytest.mark.parametrize("rank", [8, 16, 64])
 @pytest.mark.parametrize("width", [256, 1000])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
@@ -191,7 +191,7 @@ def test_our_own_product(
     assert float((found - expected).norm()) <= 4e-3 * float(expected.norm())
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="elsewhere grouped.py takes another way")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="other GPUs use the path in grouped_mm.py")
 def test_other_numbers_of_rows_compile_nothing_again() -> None:
     """Under EP the number of rows changes with each step; compiling again would take half a minute."""
     from triton.runtime.jit import JITFunction
