@@ -38,11 +38,6 @@ class MixtralArchitecture:
     layernorm_epsilon: float  # rms_norm_eps
     sliding_window: int | None = None  # None: attention to all earlier tokens
 
-    @property
-    def longest_sequence(self) -> int:
-        """Return the number of tokens up to which attention to all earlier tokens is the model's own."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
-
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Return the rows of embedding and output layer, over all ranks of TP.
 

@@ -133,7 +133,7 @@ def test_fields_that_nobody_knows_and_losses_that_are_left_out_are_reported_by_n
 def test_a_window_is_part_of_the_architecture_only_where_there_is_one() -> None:
     plain = MixtralArchitecture.from_hf_config(RELEASED, where="x")
     early = MixtralArchitecture.from_hf_config({**RELEASED, "sliding_window": 4096}, where="x")
-    assert plain.longest_sequence == 32768 and early.longest_sequence == 4096
+    assert plain.sliding_window is None and early.sliding_window == 4096
     assert "sliding_window" not in plain.to_mapping() and plain.differing(early) == ["sliding_window"]
     for each in (plain, early):
         assert MixtralArchitecture.from_mapping(each.to_mapping()) == each

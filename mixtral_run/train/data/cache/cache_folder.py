@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,26 @@ def default_folder(save: Path | None) -> Path:
     for place in places:
         if not writing_problems(place, ""):
             return place
-    return Path(tempfile.gettempdir()) / f"{NAME[1:]}-{os.getuid()}"
+    return _own_temporary_folder(Path(tempfile.gettempdir()) / f"{NAME[1:]}-{os.getuid()}")
+
+
+def _own_temporary_folder(path: Path) -> Path:
+    """Create a folder for this user alone. Raises ConfigError if another user may have put something there."""
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700)
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return path
+    raise ConfigError(
+        "The folder for token caches may have been filled by another user.",
+        where=str(path),
+        expected="a folder of this user, which no other user may write to",
+        found=f"{stat.filemode(found.st_mode)}, owner {found.st_uid}",
+        next_command="--data-cache FOLDER, a folder of your own",
+    )
 
 
 @dataclass(frozen=True)

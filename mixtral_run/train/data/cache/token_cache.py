@@ -122,6 +122,8 @@ def open_cache(folder: Path, *, verify: bool) -> TokenCache:
     Raises:
         DamagedCacheError: a file is missing, has another size or another content than when it was written.
     """
+    if not (folder / DESCRIPTION).is_file():  # to open a pipe would wait for its writer
+        raise DamagedCacheError("A token cache is damaged.", where=str(folder), found=f"{DESCRIPTION} is no file")
     in_use = _mark_in_use(folder / DESCRIPTION)
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))

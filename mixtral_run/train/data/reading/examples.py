@@ -262,13 +262,6 @@ def where_of(setting: str, *texts: str) -> str:
     return f"{flag_of(setting)} {' '.join(texts)}"
 
 
-def first_problems(problems: list[str]) -> list[str]:
-    """Return the first ten problems and, if there are more, their number."""
-    shown = problems[:NUM_PROBLEMS_SHOWN]
-    more = len(problems) - len(shown)
-    return [*shown, f"and {more:,} more"] if more else shown
-
-
 def _expected(options: ReadOptions) -> str:
     if options.data_format != AUTO:
         return f"examples of the shape {options.data_format}: {', '.join(REQUIRED[options.data_format])}"

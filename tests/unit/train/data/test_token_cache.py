@@ -261,3 +261,30 @@ def test_where_the_folder_is_by_default(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(os.getuid()) in default_folder(None).name
     (tmp_path / "file").write_text("")
     assert default_folder(tmp_path / "file" / "adapter") == default_folder(None)
+
+
+@pytest.mark.parametrize("state", ["link", "writable", "file"])
+def test_a_temporary_folder_of_somebody_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = default_folder(None)
+    assert own.stat().st_mode & 0o777 == 0o700 and default_folder(None) == own
+    own.rmdir()
+    if state == "link":
+        (tmp_path / "elsewhere").mkdir()
+        own.symlink_to(tmp_path / "elsewhere")
+    elif state == "file":
+        own.touch()
+    else:
+        own.mkdir()
+        own.chmod(0o777)
+    with pytest.raises(ConfigError, match="may have been filled by another user"):
+        default_folder(None)
+
+
+def test_a_pipe_in_the_place_of_the_description_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cache.json")
+    with pytest.raises(DamagedCacheError, match="damaged"):
+        open_cache(tmp_path, verify=True)
