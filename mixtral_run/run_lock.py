@@ -74,8 +74,12 @@ def holder_of(lock: Path) -> Holder | None:
 
 
 def lock_problems(lock: Path, flag: str) -> list[str]:
-    """Return a line if another process holds the lock. flag: the flag and the path that the lock protects."""
-    holder = holder_of(lock)
+    """Return a line if another run holds the lock. flag: the flag and the path that the lock protects.
+
+    In a job of several processes only the first one looks. It is also the one that takes the lock, perhaps before the
+    others, which torchrun started on this host or another, get here.
+    """
+    holder = holder_of(lock) if os.environ.get("RANK", "0") == "0" else None
     if holder is None:
         return []
     return [f"{flag}: expected no other run that writes there; found {holder} ({holder.how_to_end} asks it to end)"]

@@ -141,3 +141,13 @@ def test_without_locks_of_the_file_system_the_note_counts(tmp_path: Path, monkey
         assert lock_problems(lock, "--output-path x") == []
     with all_of([("x", lock)], "mixtral-run export", "No."):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_the_other_ranks_of_a_job_do_not_take_the_first_ones_lock_for_another_run(
+    tmp_path: Path, other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "out" / LOCK_NAME
+    monkeypatch.setenv("RANK", "0")
+    assert f"process {other.pid}" in lock_problems(lock, "--save out")[0]
+    monkeypatch.setenv("RANK", "1")
+    assert lock_problems(lock, "--save out") == []
