@@ -20,7 +20,8 @@ from mixtral_run.errors import ConfigError
 PROBLEMS = "mixtral_run.problems"
 """Key of a click context's `meta`: the lines for the words that were not understood."""
 MEANT = "mixtral_run.meant"
-"""Key of it: the set of settings, with dashes, that flags of other programs stand for. They are not missing."""
+"""Key of it: the set of settings, with dashes, that flags of other programs stand for, or whose own flag has no value.
+They are not missing."""
 DOUBTFUL = "mixtral_run.doubtful"
 """Key of it: the set of words after unknown flags, of a verb that takes words. They may be values of these flags."""
 CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
@@ -141,6 +142,7 @@ class VerbCommand(click.Command):
                     problems.append(f"{error.option_name}: expected no value; found {word.partition('=')[2]!r}")
                 else:
                     problems.append(f"{error.option_name}: expected a value after it; found none")
+                    ctx.meta.setdefault(MEANT, set()).add(str(error.option_name).lstrip("-"))
                 words = words[:stopped] + rest
             else:
                 return words

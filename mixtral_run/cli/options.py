@@ -17,10 +17,10 @@ from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, Option
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
-from mixtral_run.cli.input_problems import input_problems
+from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
 from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types, flag_of, plain_type
 from mixtral_run.config.foreign_names import setting_meant
-from mixtral_run.errors import ConfigError, described
+from mixtral_run.errors import ConfigError, described, joined
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 BY_FLAG = "_by_flag"
@@ -106,7 +106,8 @@ def merged_config(
         if not_understood:
             raise ConfigError(SETTINGS_ERROR)
     except ConfigError as error:
-        inputs = [] if on_hosts else input_problems(config_class, values or flags, context.meta.get(DOUBTFUL, ()))
+        doubtful = context.meta.get(DOUBTFUL, ())
+        inputs = [] if on_hosts else input_problems(config_class, values or flags, doubtful)
         names = [item.name for item in dataclasses.fields(config_class)]
         known = [name.replace("_", "-") for name in names]
         meant = context.meta.get(MEANT, set()) | {setting_meant(name, known) for name in values if name not in names}
@@ -115,6 +116,9 @@ def merged_config(
         error.problems = (*not_understood, *(_with_key(each, keys) for each in problems))
         error.where = error.where or str(file or "command line")
         error.next_command = error.next_command or f"{context.command_path} --help"
+        deeper = [] if on_hosts else errors_of_inputs(config_class, values or flags, doubtful)
+        if deeper:
+            raise joined([error, *deeper]) from None
         raise
     return config
 
@@ -130,7 +134,7 @@ def _with_words(config_class: type[Config], flags: dict[str, Any]) -> dict[str, 
 
 def _is_meant(problem: str, meant: Collection[str | None]) -> bool:
     """Return True for a line that a setting is missing for which a name of another program was given."""
-    named = re.match(r"(.*?)(?: is required|: expected .*; found (?:neither|none)$)", problem)
+    named = re.match(r"(.*?)(?: is required:|: expected .*; found (?:neither|none)$|; found neither$)", problem)
     flags = re.findall(r"--([a-z0-9-]+)", named[1]) if named else ()
     return any(flag in meant for flag in flags)
 
