@@ -40,7 +40,7 @@ from mixtral_run.train.run_checkpoints import remove_leftovers, resume_run, save
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
-from mixtral_run.train.steps.step import Backward, Step, optimizer_step, trainable
+from mixtral_run.train.steps.step import Backward, Step, adapter_optimizer, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
@@ -58,9 +58,7 @@ def finetune(config: FinetuneConfig) -> None:
         samples = data.samples
         model, seconds = _load(config, base, mesh, report, lora)
         base = loaded(model, base)
-        optimizer = torch.optim.AdamW(
-            trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
-        )
+        optimizer = adapter_optimizer(model, config)
         peer_access = mesh.device.type == "cuda" and peer_access_fits(
             config,
             base,
@@ -303,7 +301,7 @@ def _report_lora(run: Run, config: FinetuneConfig) -> None:
     run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
     run.report.say(
         f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
-        f"scale {config.lora_alpha / config.lora_rank:g}"
+        f"scale {LoraSettings.from_config(config).scale:g}"
     )
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 

@@ -196,14 +196,16 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
 
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
     """Raise ConfigError if the run's adapters are not those of the checkpoint."""
-    saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
+    settings = (adapter.lora, LoraSettings.from_config(config))
+    saved, asked = ({**each.to_mapping(), "lora_scaling": each.scaling} for each in settings)
     problems = [
         f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
-        for name in ("lora_rank", "lora_alpha", "lora_target_modules")
+        for name in ("lora_rank", "lora_alpha", "lora_scaling", "lora_target_modules")
         if saved[name] != asked[name]
     ]
     if problems:
         flags = [f"--lora-rank {saved['lora_rank']}", f"--lora-alpha {saved['lora_alpha']:g}"]
+        flags += [f"--lora-scaling {saved['lora_scaling']}"] if saved["lora_scaling"] != asked["lora_scaling"] else []
         flags += [f"--lora-target-modules {','.join(saved['lora_target_modules'])}"]
         raise ConfigError(
             "--resume needs the settings that the adapter was started with.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,13 @@ def test_a_finished_run_says_so(own: Path, small_checkpoint: Path, data: Path) -
     done = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume")
     assert (done.returncode, done.stderr) == (0, "")
     assert "The run is complete" in done.stdout and "iteration 6 of 6" in done.stdout
-    config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume=True, lora_rank=8)
-    with pytest.raises(ConfigError, match="the checkpoint has 4; found 8"):
-        check_resume(config, describe_base(small_checkpoint))
+    config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume=True)
+    for changes, refusal in (
+        ({"lora_rank": 8}, "the checkpoint has 4; found 8"),
+        ({"lora_rank": 4, "lora_scaling": "rslora"}, "--lora-scaling: the checkpoint has standard; found rslora"),
+    ):
+        with pytest.raises(ConfigError, match=refusal):
+            check_resume(replace(config, **changes), describe_base(small_checkpoint))
 
 
 def test_the_random_state_counts(own: Path, whole: Path, small_checkpoint: Path, data: Path) -> None:
