@@ -48,6 +48,12 @@ _JOB: tuple[Callable[..., Any], ...] = (
     ),
     _option("--checkpoints-folder", metavar="FOLDER", help="With --on: folder of the host that is /checkpoints."),
     _option("--hf-home", metavar="FOLDER", help="With --on: Hugging Face cache of the host."),
+    _option(
+        "--max-restarts",
+        type=WholeNumber(0),
+        metavar="N",
+        help="Start the whole job again up to N times if it fails in a way that repeating can cure.",
+    ),
     _option("--nccl-debug", metavar="LEVEL", help="With --on: value of NCCL_DEBUG, such as INFO."),
     _option(
         "--nccl-timeout",
@@ -69,7 +75,7 @@ _JOB: tuple[Callable[..., Any], ...] = (
 )
 _NAMES = (
     "on", "inventory", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder", "hf_home",
-    "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
+    "max_restarts", "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
 )  # fmt: skip
 
 
@@ -91,7 +97,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 def take_host_options(flags: dict[str, Any]) -> dict[str, Any]:
     """Remove the options of this module from a command's flags, and return those that were given."""
     taken = {name: flags.pop(name) for name in _NAMES if name in flags}
-    return {name: value for name, value in taken.items() if value not in (None, (), False)}
+    return {name: value for name, value in taken.items() if value is not None and value is not False and value != ()}
 
 
 def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
@@ -102,6 +108,10 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job
 
     options = JobOptions(**given)
+    if options.max_restarts:
+        raise ConfigError(
+            "--max-restarts needs --launcher NAME.", found=f"--on and --max-restarts {options.max_restarts}"
+        )
     hosts = [piece for word in options.on for piece in word.split(",") if piece]
     if len(hosts) > 1 and not isinstance(config, LaunchConfig):
         raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")
@@ -115,4 +125,4 @@ def refuse_without_on(given: dict[str, Any]) -> None:
     if given:
         named = {"environment": "--env", "ulimits": "--ulimit"}
         flags = ", ".join(named.get(name) or "--" + name.replace("_", "-") for name in given)
-        raise ConfigError("These settings need --on HOST.", found=flags)
+        raise ConfigError("These settings need --on HOST or --launcher NAME.", found=flags)

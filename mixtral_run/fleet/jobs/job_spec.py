@@ -65,6 +65,8 @@ class JobOptions:
     """Limits as `docker run --ulimit` takes them; "none" keeps the engine's defaults."""
     checkpoints_folder: str = "/var/lib/mixtral-run/checkpoints"
     hf_home: str = "/var/lib/mixtral-run/huggingface"
+    max_restarts: int | None = None
+    """Times that the whole job is started again; None is the default of the launcher."""
     nccl_debug: str | None = None
     nccl_timeout: int | None = None
     rendezvous_address: str | None = None
