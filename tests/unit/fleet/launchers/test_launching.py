@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import click
 import pytest
@@ -110,7 +111,7 @@ class StandIn:
     """STAND-IN for a scheduler, which knows one running and one ended job."""
 
     not_used = frozenset({"ulimits"})
-    called: list[str] = []
+    called: ClassVar[list[str]] = []
 
     def states(self, records: list[JobRecord]) -> list[JobState]:
         return [
@@ -120,10 +121,10 @@ class StandIn:
             for each in records
         ]
 
-    def stop(self, record: JobRecord, say: object) -> None:  # noqa: ARG002
+    def stop(self, record: JobRecord, say: object) -> None:
         self.called.append(f"stop {record.name}")
 
-    def fetch(self, record: JobRecord, target: Path, overwrite: bool, say: object) -> Path:  # noqa: ARG002
+    def fetch(self, record: JobRecord, target: Path, overwrite: bool, say: object) -> Path:
         self.called.append(f"fetch {record.output} {target}")
         return target
 
