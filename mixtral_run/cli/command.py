@@ -29,7 +29,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 SECTIONS = (
     "Hosts", "Provisioning", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA",
     "Memory and precision", "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts",
-    "Schedulers", "Slurm", "Other",
+    "Schedulers", "Slurm", "Kubernetes", "Other",
 )  # fmt: skip
 """Sections of --help in their order."""
 
