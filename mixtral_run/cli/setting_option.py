@@ -38,6 +38,10 @@ def option_of(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidde
         if choices:
             return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", **settings)
         return click.option(flag, item.name, type=_Value(typing.get_args(wanted)[0]), multiple=True, **settings)
+    if item.metadata["bare"]:
+        others = [each for each in choices if each != item.metadata["bare"]]
+        settings |= {"bare": item.metadata["bare"], "values": choices}
+        return click.option(flag, item.name, metavar=f"[{'|'.join(others)}]", **settings)
     if choices:
         return click.option(flag, item.name, metavar="|".join(choices), **settings)
     return click.option(flag, item.name, type=_Value(wanted), **settings)

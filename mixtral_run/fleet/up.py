@@ -235,7 +235,7 @@ def _convert_config(config: UpConfig) -> ConvertConfig:
 def _finetune_config(config: UpConfig, done: Done) -> FinetuneConfig:
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(FinetuneConfig)}
     # A stopped run continues from its newest checkpoint.
-    values["resume"] = config.resume or done.trained_iteration > 0
+    values["resume"] = config.resume or ("yes" if done.trained_iteration > 0 else None)
     return FinetuneConfig(**values).check()
 
 
