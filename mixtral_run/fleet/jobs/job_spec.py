@@ -86,7 +86,8 @@ class JobOptions:
                 problems.append(f"--env: expected NAME=VALUE; found {pair!r}")
             elif SECRET_VARIABLES.search(name):
                 problems.append(
-                    f"--env {name}: `docker inspect` would show the value; use bootstrap --hf-token-file for a token"
+                    f"--env {name}: `docker inspect` or a manifest would show the value; for a token use "
+                    "bootstrap --hf-token-file, or --token-secret with --launcher kubernetes"
                 )
         for limit in self.ulimits if self.ulimits != ("none",) else ():
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
