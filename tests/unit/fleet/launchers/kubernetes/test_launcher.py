@@ -20,8 +20,8 @@ from mixtral_run.fleet.launchers.kubernetes.kubectl import Cluster, Kubectl, app
 from mixtral_run.fleet.launchers.kubernetes.launcher import KubernetesLauncher
 from mixtral_run.fleet.launchers.kubernetes.state import Found, parse_found
 from mixtral_run.fleet.launchers.records import JobRecord, read_records, write_record
-from tests.unit.fleet.launchers.kubernetes.api_checks import check_job, check_object, check_train_job
 from tests.support.standin_kubectl import ended, install, job, pod
+from tests.unit.fleet.launchers.kubernetes.api_checks import check_job, check_object, check_train_job
 
 IMAGE = "registry.example.com/mixtral-run:0.2.0"
 LAUNCH = (
