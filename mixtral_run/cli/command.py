@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any
 
 import click
@@ -48,11 +48,11 @@ class Option(click.Option):
         *names: Any,
         section: str = "Options",
         bare: str | None = None,
-        values: Sequence[str] = (),
+        values: Container[str] = (),
         **settings: Any,
     ) -> None:
         super().__init__(*names, **settings)
-        self.section, self.bare, self.values = section, bare, tuple(values)
+        self.section, self.bare, self.values = section, bare, values
 
 
 class WholeNumber(click.ParamType[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,35 @@ VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "export", "smo
 
 _option = partial(click.option, cls=Option, section="On hosts")
 
+
+class _Times:
+    """The values that --wait may have, so that the word behind a bare --wait is not taken for one."""
+
+    def __contains__(self, word: object) -> bool:
+        return isinstance(word, str) and re.fullmatch(r"forever|\d+[a-z]?", word) is not None
+
+
 _TARGET: tuple[Callable[..., Any], ...] = (
     _option(
         "--on",
         multiple=True,
         metavar="HOST,…",
-        help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host.",
+        help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host. any: on the first "
+        "host of the fleet, or of -i INVENTORY, that is free.",
     ),
     _option("-i", "--inventory", type=click.Path(path_type=Path), help="With --on: Ansible inventory that names HOST."),
     _option("--detach", is_flag=True, help="With --on: start the job and return at once."),
 )
 _JOB: tuple[Callable[..., Any], ...] = (
+    _option(
+        "--wait",
+        metavar="[TIME]",
+        bare="forever",
+        values=_Times(),
+        help="With --on: wait until no other job uses the GPUs of the host, at most TIME, such as 30m or 2h. Without "
+        "--wait a busy host is refused.",
+    ),
+    _option("--share", is_flag=True, help="With --on: start next to another job that uses the GPUs of the host."),
     _option("--shm-size", metavar="SIZE", help="With --on: shared memory of the container.  [default: 32g]"),
     _option("--image", metavar="NAME", help="With --on: container image.  [default: mixtral-run:local]"),
     _option(
@@ -75,7 +94,7 @@ _JOB: tuple[Callable[..., Any], ...] = (
 )
 _NAMES = (
     "on", "inventory", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder", "hf_home",
-    "max_restarts", "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
+    "max_restarts", "wait", "share", "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
 )  # fmt: skip
 
 
