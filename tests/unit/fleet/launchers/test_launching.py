@@ -60,7 +60,7 @@ def test_every_verb_that_runs_on_hosts_has_the_options_of_all_launchers(verb: st
         (("--launcher", "pbs"), "There is no such launcher"),
         (("--launcher", "slurm", "--on", "gpu-01"), "expected --on or --launcher; found both"),
         (("--launcher", "slurm", "--nodes", "0"), "--nodes: expected at least 1; found 0"),
-        (("--launcher", "slurm", "--slurm-option", "nodes=3"), "the script sets it itself"),
+        (("--launcher", "slurm", "--slurm-option", "nodes=3"), "the script sets nodes itself"),
         (("--shm-size", "1g"), "need --on HOST or --launcher NAME"),
     ],
 )
