@@ -7,6 +7,7 @@ does. It answers from a folder: `steps.json` has what `get` sees at each call, `
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ FLAGS = {
     "delete": {
         "--selector": True, "--cascade": True, "--wait": True, "--timeout": True, "--ignore-not-found": False,
     },
+    "wait": {"--for": True, "--timeout": True},
+    "exec": {"--container": True},
     "config": {"--minify": False, "--output": True},
 }  # fmt: skip
 """Flags of each word that the kit uses, and whether a value follows."""
@@ -45,6 +48,9 @@ def parse(words: list[str]) -> tuple[str, list[str], dict[str, str]]:
     rest = list(words)
     while rest:
         word = rest.pop(0)
+        if word == "--":
+            plain += rest
+            break
         if not word.startswith("--"):
             plain.append(word)
             continue
@@ -65,7 +71,15 @@ def main(folder: Path, words: list[str]) -> None:
     settings = json.loads((folder / "settings.json").read_text())
     if word in settings.get("refused", {}):
         sys.exit(settings["refused"][word])
-    {"apply": apply, "get": get, "logs": logs, "delete": delete, "config": config}[word](folder, arguments, flags)
+    {
+        "apply": apply,
+        "get": get,
+        "wait": lambda *_: None,
+        "exec": run_here,
+        "logs": logs,
+        "delete": delete,
+        "config": config,
+    }[word](folder, arguments, flags)
 
 
 def apply(folder: Path, _: list[str], flags: dict[str, str]) -> None:
@@ -113,6 +127,13 @@ def delete(folder: Path, arguments: list[str], flags: dict[str, str]) -> None:
     if arguments[0].startswith("job") and "--selector" not in flags:
         (folder / "steps.stay").unlink(missing_ok=True)
     print("deleted")
+
+
+def run_here(folder: Path, arguments: list[str], flags: dict[str, str]) -> None:
+    # The volumes of every pod are a folder of this machine.
+    os.chdir(folder / "volumes")
+    words = [word.replace("/checkpoints", str(folder / "volumes/checkpoints")) for word in arguments[1:]]
+    os.execvp(words[0], words)
 
 
 def config(folder: Path, arguments: list[str], flags: dict[str, str]) -> None:

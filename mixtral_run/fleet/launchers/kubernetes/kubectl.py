@@ -128,13 +128,16 @@ class Kubectl:
         """Run `kubectl WORDS` and yield its standard output as a stream.
 
         Raises HostError, which begins with `what`, at the end of the context if the command failed, or sends more than
-        was read.
+        was read. It explains a HostError that the context raised, and takes its place.
         """
         process = _start(self.cluster.argv(*words))
         assert process.stdout is not None and process.stderr is not None
         errors = LastBytes(process.stderr)
+        problem: HostError | None = None
         try:
             yield process.stdout
+        except HostError as error:
+            problem = error
         except BaseException:
             process.kill()
             process.wait()
@@ -142,9 +145,11 @@ class Kubectl:
         if not drained(process.stdout):
             process.kill()
             process.wait()
-            raise HostError(what, where=str(self.cluster), found="more than was asked for")
+            raise problem or HostError(what, where=str(self.cluster), found="more than was asked for")
         if process.wait():
-            raise self.error(what, Answer(process.returncode, "", errors.text()))
+            raise self.error(what, Answer(process.returncode, "", errors.text())) from problem
+        if problem is not None:
+            raise problem
 
 
 def _start(argv: Sequence[str], *, stdin: bool = False, merge_errors: bool = False) -> subprocess.Popen[bytes]:

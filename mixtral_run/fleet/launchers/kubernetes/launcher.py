@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mixtral_run.config.launchers.kubernetes import KubernetesConfig
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs.fetch import fetch
 from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, STOP_SECONDS, JobSpec, make_spec
 from mixtral_run.fleet.jobs.jobs import KILLED, SIGNALLED
 from mixtral_run.fleet.launchers.kubernetes.follow import POLL_SECONDS, PodFollower
 from mixtral_run.fleet.launchers.kubernetes.kubectl import Cluster, Kubectl, logs_argv, resolved
 from mixtral_run.fleet.launchers.kubernetes.manifest import NODE, manifest
+from mixtral_run.fleet.launchers.kubernetes.pod import READER, reader_pod
 from mixtral_run.fleet.launchers.kubernetes.state import Found, Pod, parse_found, places
 from mixtral_run.fleet.launchers.kubernetes.yaml_text import to_yaml
 from mixtral_run.fleet.launchers.launcher import JobState, LaunchRequest, Say
@@ -27,6 +32,7 @@ from mixtral_run.fleet.launchers.records import JobRecord
 
 KINDS = {"job": "jobs.batch", "trainjob": "trainjobs.trainer.kubeflow.org"}
 """Names of the kinds for kubectl, with the group, which tells them from other kinds of the same name."""
+READY_SECONDS = 300
 OWN = "configmaps,services"
 """Kinds of the other objects of a job."""
 
@@ -68,6 +74,7 @@ class KubernetesLauncher:
                 "crd": settings.crd,
                 "container": "trainer" if settings.crd == "job" else NODE,
                 "num_nodes": str(settings.nodes),
+                "reader": json.dumps(reader_pod(spec, settings)),
             },
         )
 
@@ -153,12 +160,40 @@ class KubernetesLauncher:
         say(f"✓ {name} is removed from the cluster; what it saved is in {record.output or 'no file'}")
 
     def fetch(self, record: JobRecord, target: Path, overwrite: bool, say: Say) -> Path:
-        del target, overwrite, say
-        raise ConfigError(
-            "`fetch` does not reach the volumes of a cluster.",
-            where=f"{record.output}, in {_cluster(record)}",
-            next_command="a pod that mounts the volume, and `kubectl cp` (docs/kubernetes.md)",
-        )
+        kubectl = _kubectl(record)
+        pod = json.loads(record.extra["reader"])
+        if any("hostPath" in volume for volume in pod["spec"]["volumes"]):
+            # A folder of the nodes is another one on each node. The first pod of the job wrote the output.
+            seen = [each for each in _look(kubectl, record).newest_pods if each.node]
+            if not seen:
+                raise ConfigError(
+                    f"The node that has the output of {record.name} is not known: its pods are gone.",
+                    where=record.output,
+                    next_command="mixtral-run fetch NODE:/FOLDER, over SSH",
+                )
+            pod["spec"]["nodeName"] = seen[0].node
+        name = pod["metadata"]["name"]
+        what = f"The output of {record.name} could not be read."
+        say(f"Starting the pod {name}, which reads the volume …")
+        try:
+            kubectl.apply(what, to_yaml([pod]))
+            words = ("wait", f"pod/{name}", "--for=condition=Ready", f"--timeout={READY_SECONDS}s")
+            kubectl.check(what, *words, timeout_seconds=READY_SECONDS + 30)
+            return fetch(Host(name, name), record.output, target, _PodSource(kubectl, name), overwrite, say)
+        finally:
+            kubectl.run("delete", f"pod/{name}", "--wait=false", "--ignore-not-found=true")
+
+
+@dataclass(frozen=True)
+class _PodSource:
+    """A pod from which `fetch` reads."""
+
+    kubectl: Kubectl
+    pod: str
+
+    def receive(self, host: Host, command: Sequence[str]) -> AbstractContextManager[IO[bytes]]:
+        words = ("exec", self.pod, "--container", READER, "--", *command)
+        return self.kubectl.receive(f"{host.name} did not send what was asked for.", words)
 
 
 class _LastLook:

@@ -13,6 +13,9 @@ from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, STOP_SECONDS,
 Values = dict[str, Any]
 
 GPU = "nvidia.com/gpu"
+READER, LABEL_READER = "fetch", "org.mixtral-run.fetch"
+"""Name of the container, and label of the pod, that `fetch` reads through."""
+READER_SECONDS = 6 * 3600
 WRITABLE = ("/tmp", "/home/mixtral")
 """Folders that a job writes to where the root of its container is read-only, which is only without GPUs: the hooks of
 NVIDIA's toolkit write into the root."""
@@ -125,6 +128,39 @@ def placement(settings: KubernetesConfig) -> Values:
 def _tolerated(key: str, value: str, effect: str) -> Values:
     found = {"key": key, "operator": "Equal", "value": value} if value else {"key": key, "operator": "Exists"}
     return {**found, "effect": effect} if effect else dict(found)
+
+
+def reader_pod(spec: JobSpec, settings: KubernetesConfig) -> Values:
+    """Return a pod that only holds the volumes of a job, read-only, for `fetch`. It ends by itself."""
+    pod_volumes, mounts = volumes(spec, settings)
+    own = [each for each in mounts if each["name"].startswith("volume-")]
+    names = {each["name"] for each in own}
+    container: Values = {
+        "name": READER,
+        "image": spec.options.image,
+        "command": ["sleep", str(READER_SECONDS)],
+        "securityContext": {**container_security(settings), "readOnlyRootFilesystem": True},
+        "volumeMounts": [{**each, "readOnly": True} for each in own],
+    }
+    found: Values = {} if settings.pull_secret is None else {"imagePullSecrets": [{"name": settings.pull_secret}]}
+    metadata: Values = {"name": f"{spec.name}-{READER}", "labels": {LABEL_READER: spec.name}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "spec": {
+            **found,
+            "restartPolicy": "Never",
+            "activeDeadlineSeconds": READER_SECONDS,
+            "terminationGracePeriodSeconds": 0,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": pod_security(settings),
+            **placement(settings),
+            "containers": [container],
+            "volumes": [each for each in pod_volumes if each["name"] in names],
+        },
+    }
 
 
 def pod_spec(spec: JobSpec, settings: KubernetesConfig, program: Mapping[str, list[str]]) -> Values:
