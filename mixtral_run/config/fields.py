@@ -40,6 +40,7 @@ def setting(
     hidden: bool = False,
     unit: str | None = None,
     positional: str | None = None,
+    bare: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -54,10 +55,11 @@ def setting(
         hidden: True for a former setting, which --help and `config init` leave out.
         unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
         positional: Name of the words of the command line that give the field, as its flag does.
+        bare: Value that the flag means without one. A value follows the flag only if it is one of `choices`.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
     others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
-    return field(default=default, metadata={**others, "positional": positional, **limits})
+    return field(default=default, metadata={**others, "positional": positional, "bare": bare, **limits})
 
 
 SETTINGS_ERROR = "Some settings are wrong."

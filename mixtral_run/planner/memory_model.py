@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from mixtral_run.config.gpus import HOPPER
+from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
@@ -34,7 +34,6 @@ USABLE = 0.97
 """Usable part of a GPU's memory; the rest is lost to fragmentation in the allocator."""
 USABLE_OF_HOST = 0.8
 """Part of a host's RAM that --recompute offload may pin; the rest is for the processes themselves."""
-GPUS_PER_HOST = 8
 
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 """Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""

@@ -17,6 +17,7 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner.available import local_gpu
 from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
+from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
@@ -69,6 +70,8 @@ def show_plan(config: PlanConfig) -> None:
             narrow=(short, [_row(each, SHORT_PARTS) for each in shown]),
         )
         _report_best(config, workload, gpu, choices[0])
+        if config.hosts > 1 and choices[0].fits:
+            show_scaling(config, workload, choices[0])
     if not any(each.fits for each in choices):
         where = "the GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
         changes = remedies(workload, gpu.memory_gib * GIB, host)
@@ -197,6 +200,7 @@ def _smallest(choices: list[Choice]) -> str:
 
 def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices: list[Choice]) -> dict[str, Any]:
     fits = bool(choices) and choices[0].fits
+    scaled = scaling(config, workload, choices[0]) if fits and config.hosts > 1 else None
     faster = faster_micro_batch(workload, choices[0], gpu.memory_gib * GIB) if fits else None
     return {
         "gpus": config.gpus,
@@ -211,6 +215,7 @@ def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices
         }
         if faster is not None
         else None,
+        "scaling": dataclasses.asdict(scaled) if scaled is not None else None,
         "layouts": [
             {
                 **dataclasses.asdict(each.layout),

@@ -21,6 +21,7 @@ from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
+from mixtral_run.train.checkpoints.newest_good import settle_resume
 from mixtral_run.train.checkpoints.run_folder import (
     METRICS,
     VALIDATION,
@@ -54,6 +55,7 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings.from_config(config)
     with own_output(config.save / LOCK_NAME, "finetune"), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
+        config = settle_resume(config, mesh, report)
         config, data = _open_data(config, base, report)
         samples = data.samples
         model, seconds = _load(config, base, mesh, report, lora)

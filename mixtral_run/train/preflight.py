@@ -16,6 +16,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
+from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
 from mixtral_run.train.checkpoints.run_folder import METRICS, VALIDATION, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
@@ -26,6 +27,7 @@ from mixtral_run.train.model_limits import length_problems, report_notes
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
+from mixtral_run.weights.manifest.adapter_files import TOKENIZER
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import (
     AdapterDescription,
@@ -156,7 +158,7 @@ def _errors(
         problems += unwritable
         if base is not None and config.resume and not unwritable:
             try:
-                start = check_resume(config, base).iteration
+                start = _start_of(config, base)
             except MixtralRunError as error:
                 errors.append(error)
         if base is not None:
@@ -174,7 +176,19 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
 
     Raises ConfigError or WeightsError if it cannot continue, RunCompleteError if the run has reached its end.
     """
-    adapter = describe_adapter(config.save)
+    return _check_continues(config, base, describe_adapter(config.save))
+
+
+def _start_of(config: FinetuneConfig, base: BaseDescription) -> int:
+    """Return the iteration after which --resume continues; 0 if auto finds none. Raises as `check_resume` does."""
+    if config.resume != "auto":
+        return check_resume(config, base).iteration
+    adapter = newest_good(config.save).adapter
+    return 0 if adapter is None else _check_continues(config, base, adapter).iteration
+
+
+def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: AdapterDescription) -> AdapterDescription:
+    """Return the adapter. Raises as `check_resume` does if the run cannot continue from it."""
     check_adapter_fits(adapter, base)
     _check_same_lora(config, adapter)
     best = BestLoss.from_mapping(adapter.validation)
@@ -236,14 +250,20 @@ def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
 
 
-def output_problems(save: Path, *, resume: bool) -> list[str]:
-    """Return the reasons why adapters cannot be written into `save`."""
+def output_problems(save: Path, *, resume: str | None) -> list[str]:
+    """Return the reasons why adapters cannot be written into `save`. resume: the value of --resume."""
     problems = writing_problems(save, f"--save {save}") or lock_problems(save / LOCK_NAME, f"--save {save}")
     if problems:
         return problems
-    if resume:
+    if resume == "auto" and any(save.glob(ITERATIONS)):
+        return []
+    if resume == "yes":
         return [] if (save / LATEST).exists() else [f"{_NOTHING_TO_RESUME} in --save {save}"]
-    if save.is_dir() and {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME}:
+    other = {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME} if save.is_dir() else set()
+    if resume == "auto":
+        # All checkpoints were damaged before, and the run ended again before its first one.
+        other -= {save / TOKENIZER, *save.glob("damaged-*")}
+    if other:
         return [f"--save {save}: {_NOT_EMPTY}"]
     return []
 

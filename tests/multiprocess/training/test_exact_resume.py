@@ -99,13 +99,30 @@ def test_a_finished_run_says_so(own: Path, small_checkpoint: Path, data: Path) -
     done = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume")
     assert (done.returncode, done.stderr) == (0, "")
     assert "The run is complete" in done.stdout and "iteration 6 of 6" in done.stdout
-    config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume=True)
+    config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume="yes")
     for changes, refusal in (
         ({"lora_rank": 8}, "the checkpoint has 4; found 8"),
         ({"lora_rank": 4, "lora_scaling": "rslora"}, "--lora-scaling: the checkpoint has standard; found rslora"),
     ):
         with pytest.raises(ConfigError, match=refusal):
             check_resume(replace(config, **changes), describe_base(small_checkpoint))
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_may_be_repeated(
+    own: Path, whole: Path, small_checkpoint: Path, data: Path
+) -> None:
+    shard = next((own / "iter_0000006").glob("*.distcp"))
+    flip(shard, 1001)
+    plain = mixtral_run("finetune", *words(small_checkpoint, data, own), "--train-iters", "7", "--resume")
+    assert plain.returncode == 5 and shard.name in plain.stderr
+    done = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert f"iter_0000006 is damaged and is not used: {shard.name}" in done.stdout + done.stderr
+    assert "iteration 4/6 |" in done.stdout and "iteration 3/6 |" not in done.stdout
+    assert dict(tensors(whole / "iter_0000006")) == dict(tensors(own / "iter_0000006"))
+    assert (own / "damaged-iter_0000006" / shard.name).is_file()
+    again = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume", "auto")
+    assert again.returncode == 0 and "The run is complete" in again.stdout
 
 
 def test_the_random_state_counts(own: Path, whole: Path, small_checkpoint: Path, data: Path) -> None:

@@ -198,7 +198,7 @@ def test_paths_of_the_container_on_the_host() -> None:
 
 def test_facts_are_parsed() -> None:
     lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
-    text = "\n".join((*lines, "image=1", "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
+    text = "\n".join((*lines, "image=1", "checkpoints=1", "cordon=", "address=10.0.0.1", "interface=eth0"))
     facts, reported = parse_facts(text)
     assert facts == HostFacts(
         docker=("sudo", "-n", "docker"),

@@ -162,7 +162,7 @@ def resume_it(adapter: Path, other: Path) -> None:
     from mixtral_run.train.preflight import check_training
 
     base = other / "base"
-    config = FinetuneConfig(load=base, save=adapter, resume=True, mock_data=True, **ONE_PROCESS)
+    config = FinetuneConfig(load=base, save=adapter, resume="yes", mock_data=True, **ONE_PROCESS)
     check_training(config, 1)
 
 
