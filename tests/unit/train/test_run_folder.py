@@ -56,7 +56,7 @@ def kept(save: Path) -> list[int]:
     ],
 )
 def test_the_newest_and_the_best_stay(save: Path, last: int | None, best: bool, expected: list[int]) -> None:
-    remove_old_checkpoints(save, last, best, Report.silent())
+    remove_old_checkpoints(save, last, best)
     assert kept(save) == expected
     assert not list(save.glob(".iter_*"))
 
@@ -65,7 +65,7 @@ def test_folders_that_are_no_checkpoints_and_newer_ones_are_left_alone(save: Pat
     (save / "latest_checkpointed_iteration.txt").write_text("40\n")
     (save / "iter_0000005").mkdir()
     (save / "iter_0000005" / "mine").write_text("")
-    remove_old_checkpoints(save, 1, False, Report.silent())
+    remove_old_checkpoints(save, 1, False)
     assert kept(save) == [5, 40, 50]
 
 
