@@ -10,8 +10,8 @@ the results of a step on the host, and include all that the loop does between tw
 object; times are medians in seconds, and shares are of a step without saves:
 
     step          a step without saves
-    delay         what the step that saves, with the way's work after it, takes more
-    cost          what all --every steps from one save to the next take more, per save
+    delay         what the training waits in the calls that save, and ask whether a save is complete
+    slower        what the --every steps from one save to the next take more, without these calls
     cpu           what the first process computes more from one save to the next, which other jobs do not disturb
     write         until the checkpoint has its name
 """
@@ -125,6 +125,7 @@ def run_rounds(options: argparse.Namespace, step: Callable[[], None], savers: di
     seconds: dict[str, list[list[float]]] = {way: [[] for _ in range(options.every)] for way in WAYS}
     writes: dict[str, list[float]] = {way: [] for way in WAYS}
     computed: dict[str, list[float]] = {way: [] for way in WAYS}
+    waits: dict[str, list[float]] = {way: [] for way in WAYS}
     description = {
         "dtype": "float32", "base": {"fingerprint": "0-0", "path": None}, "training": {}, "data_sha256": None,
         "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_target_modules": ["linear_qkv"]},
@@ -134,26 +135,31 @@ def run_rounds(options: argparse.Namespace, step: Callable[[], None], savers: di
         for way in WAYS:
             saver = savers[way]
             computing = time.process_time()
+            waited = 0.0
             for place in range(options.every):
                 dist.barrier()
                 began = time.perf_counter()
                 step()
+                stepped = time.perf_counter()
                 written = saver.poll()
                 if place == 0 and way == "blocking":
                     saver.save(SaveRequest(number, description))
-                    written = time.perf_counter() - began
+                    written = time.perf_counter() - stepped
                 elif place == 0 and way == "background":
                     saver.save_in_background(SaveRequest(number, description))
+                waited += time.perf_counter() - stepped
                 if number:
-                    seconds[way][place].append(time.perf_counter() - began)
+                    seconds[way][place].append(stepped - began)
                     writes[way] += [written] if written is not None else []
+            if number:
+                waits[way].append(waited)
             began = time.perf_counter()
             late = saver.finish()
             if late is not None and number:
                 print(f"a save was {time.perf_counter() - began:.2f} s late: --every is too small", file=sys.stderr)
             if number:
                 computed[way].append(time.process_time() - computing)
-    return {"seconds": seconds, "writes": writes, "computed": computed}
+    return {"seconds": seconds, "writes": writes, "computed": computed, "waits": waits}
 
 
 def report(found: dict[str, Any], num_bytes: int, every: int) -> None:
@@ -161,14 +167,16 @@ def report(found: dict[str, Any], num_bytes: int, every: int) -> None:
     step = statistics.median(each for place in seconds["none"] for each in place)
     result: dict[str, Any] = {"mb": round(num_bytes / 1e6), "step": round(step, 4)}
     for way in WAYS[1:]:
-        delay = statistics.median(seconds[way][0]) - step
-        cost = sum(statistics.median(place) for place in seconds[way]) - every * step
+        delay = statistics.median(found["waits"][way])
+        slower = sum(statistics.median(place) for place in seconds[way]) - every * step
         cpu = statistics.median(found["computed"][way]) - statistics.median(found["computed"]["none"])
         write = statistics.median(found["writes"][way])
-        times = {"delay": delay, "cost": cost, "cpu": cpu, "write": write}
+        times = {"delay": delay, "slower": slower, "cpu": cpu, "write": write}
         result[way] = {name: round(each, 4) for name, each in times.items()}
-        result[way] |= {"delay_share": round(delay / step, 4), "cost_share": round(cost / step, 4)}
-        print(f"{way}: a step waits {delay / step:.1%} of a step, all costs of a save are {cost / step:.1%}")
+        result[way] |= {"delay_share": round(delay / step, 4), "slower_share": round(slower / step, 4)}
+        print(
+            f"{way}: a save delays a step by {delay / step:.1%}, and slows the next ones by {slower / step:.1%} of one"
+        )
     print(json.dumps(result))
 
 

@@ -16,6 +16,7 @@ from mixtral_run.train.checkpoints.run_folder import (
     drop_later_lines,
     growing_files,
     remove_old_checkpoints,
+    remove_partial_checkpoints,
     saves_before_the_end,
 )
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
@@ -148,6 +149,7 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
     run.bad_steps.restore(adapter.state.recent_losses, steps, adapter.state.num_skipped)
     if run.mesh.is_first:
         drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
+        remove_partial_checkpoints(config.save)
     other_dropout = restore_random_state(adapter.folder, run.mesh)
     if other_dropout is not None and config.lora_dropout:
         run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")

@@ -26,6 +26,8 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 """File next to it: the evaluations of the validation set, a JSON object a line."""
 GROWING = (METRICS, VALIDATION)
+PARTIAL = ".iter_*.partial"
+"""Folders of checkpoints that are not complete yet, or not any more."""
 
 
 @contextmanager
@@ -94,6 +96,15 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -
         shutil.rmtree(leaving, ignore_errors=True)
         removed.append(found[iteration])
     return removed
+
+
+def remove_partial_checkpoints(save: Path) -> None:
+    """Remove what a killed run left of a save, or of the removal of an old checkpoint. One process calls.
+
+    The run may never save this iteration again, if its --save-interval is another one now.
+    """
+    for folder in save.glob(PARTIAL):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def growing_files(save: Path) -> dict[str, FilePrefix]:

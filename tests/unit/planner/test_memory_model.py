@@ -24,7 +24,6 @@ from mixtral_run.planner.memory_model import (
     fit_dispatch,
     host_bytes,
     memory,
-    saved_copy_bytes,
     weight_bytes,
 )
 from mixtral_run.planner.policy import Dispatch
@@ -365,18 +364,7 @@ def test_the_verb_shows_offload_where_a_layout_needs_it() -> None:
     assert "TP1/EP8" not in without and "TP2/EP8" in without
     listed = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["layouts"]
     assert {each["host_gib"] for each in listed if each["recompute"] == "full"} == {0.0}
-
-
-def test_the_copy_of_a_save_in_the_background_has_each_parameter_once() -> None:
-    # Mixtral 8x7B at rank 16, by hand: 32 layers × 16 × (in + out) of each linear layer, 8 experts.
-    attention = (4096 + 6144) + (4096 + 4096)
-    experts = 8 * ((4096 + 2 * 14336) + (14336 + 4096))
-    whole = 12 * 32 * 16 * (attention + experts)
-    one_host = Workload(gpus=8)
-    assert saved_copy_bytes(one_host, Layout(1, 8, "none")) == saved_copy_bytes(one_host, Layout(2, 4, "none")) == whole
-    # Two hosts of one GPU each: half of the experts, and at most all of attention.
-    two = Workload(gpus=2, gpus_per_host=1)
-    assert saved_copy_bytes(two, Layout(1, 2, "none")) == 12 * 32 * 16 * (attention + experts / 2)
+    assert {each["saved_copy_gib"] for each in listed} == {2.45}  # 12 bytes a parameter of the adapters
     alone = ["plan", "--gpus", "1", "--gpu-memory", "110", "--seq-length", "32768", "--host-memory", "8"]
     with pytest.raises(ConfigError, match="80% of 8 GiB of a host's RAM"):
         CliRunner().invoke(root, alone, catch_exceptions=False)
