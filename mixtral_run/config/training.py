@@ -212,6 +212,12 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     save_interval: int = setting(
         500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
     )
+    save_in_background: bool = setting(
+        True,
+        help="Write checkpoints while the training continues, from a copy in host memory. The last one of a run is "
+        "written at once.",
+        section=OUTPUT,
+    )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
     @classmethod

@@ -188,6 +188,16 @@ def host_bytes(workload: Workload, layout: Layout) -> float:
     return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
 
 
+def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of RAM of a host that a save in the background copies: adapters and AdamW's moments, in fp32.
+
+    Each parameter is in the copy of one rank of the job. With several hosts it is at most this much on one of them.
+    """
+    whole = workload.architecture.num_adapter_parameters(workload.lora_rank, workload.lora_target_modules)
+    on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
+    return 3 * 4 * min(whole, on_host)
+
+
 def weight_bytes(workload: Workload, layout: Layout) -> float:
     """Return the bytes of the frozen weights on one GPU.
 

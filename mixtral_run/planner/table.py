@@ -15,7 +15,7 @@ from mixtral_run.config.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner.available import local_gpu
-from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload
+from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload, saved_copy_bytes
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies
@@ -151,6 +151,8 @@ def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: 
     report = Report()
     if best.fits:
         report.say("speed: estimated, relative to one GPU that holds everything and recomputes nothing")
+        copy = saved_copy_bytes(workload, best.layout)
+        report.say(f"a host's RAM: {copy / GIB:.1f} GiB more for saves in the background (--no-save-in-background)")
     if gpu.source == "assumed":
         report.say("GPU: Hopper (H100, H200) is assumed; plan with --gpu for another model")
     elif gpu.source == "this machine":
@@ -223,6 +225,7 @@ def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices
                 "relative_speed": round(each.relative_speed, 3),
                 "total_gib": round(each.memory.total / GIB, 2),
                 "host_gib": round(each.host_bytes / GIB, 2),
+                "saved_copy_gib": round(saved_copy_bytes(workload, each.layout) / GIB, 2),
                 "parts_gib": {name: round(getattr(each.memory, name) / GIB, 2) for name in PARTS},
             }
             for each in choices

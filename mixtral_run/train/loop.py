@@ -37,7 +37,7 @@ from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, 
 from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.run import Run
-from mixtral_run.train.run_checkpoints import remove_leftovers, resume_run, save_run
+from mixtral_run.train.run_checkpoints import RunCheckpoints, remove_leftovers, resume_run
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
@@ -89,8 +89,13 @@ def finetune(config: FinetuneConfig) -> None:
             _report_lora(run, config)
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
-            with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
-                _train_and_save(run, optimizer, config, base, stop, write)
+            with (
+                stop_requests(mesh) as stop,
+                tensorboard_scalars(board) as write,
+                RunCheckpoints(run, optimizer, config, base) as checkpoints,
+            ):
+                checkpoints.prepare()
+                _train_and_save(run, config, checkpoints, stop, write)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -164,9 +169,8 @@ def _load(
 
 def _train_and_save(
     run: Run,
-    optimizer: torch.optim.Optimizer,
     config: FinetuneConfig,
-    base: BaseDescription,
+    checkpoints: RunCheckpoints,
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
 ) -> None:
@@ -174,6 +178,7 @@ def _train_and_save(
     _evaluate(run, config, done, stop, write)
     for metrics in _iterations(run, stop):
         done = metrics.iteration
+        checkpoints.poll()
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
             run.report.say(metrics.line(_processor(run.mesh)))
             write(done, metrics.scalars())
@@ -182,13 +187,14 @@ def _train_and_save(
         )
         is_over = _is_over(run, config)
         if not is_over and done != config.iterations and (done % config.save_interval == 0 or is_best):
-            save_run(run, optimizer, config, base, done)
+            checkpoints.save(done, goes_on=True)
             saved = done
             run.meter.restart()
         if is_over:
             break
+    checkpoints.finish()
     if done != saved:
-        save_run(run, optimizer, config, base, done)
+        checkpoints.save(done, goes_on=False)
     _report_end(run, config, done)
 
 

@@ -17,7 +17,7 @@ from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
-from mixtral_run.train.checkpoints.run_folder import METRICS, VALIDATION, num_checkpoints
+from mixtral_run.train.checkpoints.run_folder import METRICS, PARTIAL, VALIDATION, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
@@ -44,7 +44,6 @@ SUMMARY = "summary.json"
 """File next to it: the summary of train/summary.py."""
 TENSORBOARD = "tensorboard"
 RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
-PARTIAL = ".iter_*.partial"
 _NOTHING_TO_RESUME = "--resume: found no checkpoint"
 _NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
 

@@ -26,6 +26,8 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 """File next to it: the evaluations of the validation set, a JSON object a line."""
 GROWING = (METRICS, VALIDATION)
+PARTIAL = ".iter_*.partial"
+"""Folders of checkpoints that are not complete yet, or not any more."""
 
 
 @contextmanager
@@ -50,6 +52,12 @@ def num_checkpoints(config: FinetuneConfig, start: int) -> int:
     return written if config.keep_last is None else min(written, config.keep_last + config.keep_best + 1)
 
 
+def saves_before_the_end(config: FinetuneConfig, start: int) -> bool:
+    """Return True if the run may save a checkpoint and train on. start: the iteration after which it continues."""
+    next_one = (start // config.save_interval + 1) * config.save_interval
+    return next_one < config.iterations or config.early_stopping_patience > 0
+
+
 def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> None:
     """Report what the checkpoints of the run take. num_bytes: of all that are on the disk at once."""
     kept = "none is removed" if config.keep_last is None else f"kept: the newest {config.keep_last}"
@@ -60,10 +68,13 @@ def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> N
     )
 
 
-def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool, report: Report) -> None:
-    """Remove the checkpoints that are neither among the newest nor the best. One process calls, after a save."""
+def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -> list[Path]:
+    """Remove the checkpoints that are neither among the newest nor the best; return them.
+
+    One process calls, after a save.
+    """
     if keep_last is None:
-        return
+        return []
     newest = iteration_of(newest_iteration(save))
     found = {iteration_of(each): each for each in save.glob("iter_*") if iteration_of(each) <= newest}
     losses = {}
@@ -76,13 +87,24 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool, r
     known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
     if keep_best and known:
         kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    removed = []
     for iteration in sorted(set(found) - kept):
         # Renamed first: a folder of which a part is gone must not have the name of a checkpoint.
         leaving = save / f".{found[iteration].name}.partial"
         shutil.rmtree(leaving, ignore_errors=True)
         found[iteration].rename(leaving)
         shutil.rmtree(leaving, ignore_errors=True)
-        report.say(f"removed {found[iteration]}")
+        removed.append(found[iteration])
+    return removed
+
+
+def remove_partial_checkpoints(save: Path) -> None:
+    """Remove what a killed run left of a save, or of the removal of an old checkpoint. One process calls.
+
+    The run may never save this iteration again, if its --save-interval is another one now.
+    """
+    for folder in save.glob(PARTIAL):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def growing_files(save: Path) -> dict[str, FilePrefix]:

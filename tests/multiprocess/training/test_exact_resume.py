@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -54,6 +55,8 @@ def whole(small_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathF
     done = mixtral_run("finetune", *words(small_checkpoint, data, save))
     assert done.returncode == 0, done.stderr
     assert "Checkpoints take up to" in done.stdout and "(none is removed); " in done.stdout
+    how = dict(re.findall(r"saved \S*/(iter_\d+) in \S+ s( in the background)?", done.stdout))
+    assert how == {"iter_0000003": " in the background", "iter_0000006": ""}
     return save
 
 
@@ -77,7 +80,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     own: Path, whole: Path, small_checkpoint: Path, data: Path
 ) -> None:
     """As if the run had been killed after its fifth iteration, in the middle of a line."""
-    shutil.rmtree(own / "iter_0000006")
+    (own / "iter_0000006").rename(own / ".iter_0000005.partial")
     (own / LATEST).write_text("3\n")
     (own / "summary.json").unlink()
     metrics = (own / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -86,6 +89,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     assert done.returncode == 0, done.stderr
     assert "iteration 4/6 |" in done.stdout and "iteration 3/6 |" not in done.stdout
     assert not done.stderr
+    assert not list(own.glob(".iter_*"))
     expected, found = dict(tensors(whole / "iter_0000006")), dict(tensors(own / "iter_0000006"))
     assert any(key.startswith("optimizer.exp_avg_sq.") for key in expected)
     assert expected == found
