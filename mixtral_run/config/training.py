@@ -199,6 +199,9 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     save_interval: int = setting(
         500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
     )
+    run_name: str | None = setting(
+        None, help="Name of the run in its plots and lists. Default: the name of the folder --save.", section=OUTPUT
+    )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
     @property

@@ -19,21 +19,18 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, everywhere, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
+from mixtral_run.results.run_files import METRICS, TENSORBOARD, VALIDATION
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
-from mixtral_run.train.checkpoints.run_folder import (
-    METRICS,
-    VALIDATION,
-    own_output,
-    report_disk_use,
-)
+from mixtral_run.train.checkpoints.run_folder import own_output, report_disk_use
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, reserved_bytes
+from mixtral_run.train.outcome import RunRecord, write_outcome
+from mixtral_run.train.preflight import adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.run import Run
 from mixtral_run.train.run_checkpoints import remove_leftovers, resume_run, save_run
@@ -87,10 +84,14 @@ def finetune(config: FinetuneConfig) -> None:
             if config.resume:
                 run.start = resume_run(run, optimizer, config, base)
             _report_lora(run, config)
+            record = RunRecord.of(config, base, data)
+            if mesh.is_first:
+                record.write(config.save)
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
                 _train_and_save(run, optimizer, config, base, stop, write)
+            _report_end(run, config, record)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -189,7 +190,7 @@ def _train_and_save(
             break
     if done != saved:
         save_run(run, optimizer, config, base, done)
-    _report_end(run, config, done)
+    run.last = done
 
 
 def _is_over(run: Run, config: FinetuneConfig) -> bool:
@@ -199,8 +200,9 @@ def _is_over(run: Run, config: FinetuneConfig) -> bool:
     return everywhere(run.best.is_over(config.early_stopping_patience), run.mesh.device)
 
 
-def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
-    """Write the summary and print the end of the run. All ranks must call."""
+def _report_end(run: Run, config: FinetuneConfig, record: RunRecord) -> None:
+    """Write the summary and the plot, and print the end of the run. All ranks must call."""
+    done = run.last
     is_over = run.best.is_over(config.early_stopping_patience)
     summary = summarize(
         run.meter,
@@ -217,7 +219,7 @@ def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
         stopped_early=is_over and done < config.iterations,
     )
     if run.mesh.is_first:
-        summary.write(config.save)
+        write_outcome(record, summary, config.save, run.report)
     if done < config.iterations and not is_over:
         run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues it")
         return

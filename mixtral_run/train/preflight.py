@@ -15,8 +15,9 @@ from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
+from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
-from mixtral_run.train.checkpoints.run_folder import METRICS, VALIDATION, num_checkpoints
+from mixtral_run.train.checkpoints.run_folder import num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
@@ -38,10 +39,6 @@ from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
-SUMMARY = "summary.json"
-"""File next to it: the summary of train/summary.py."""
-TENSORBOARD = "tensorboard"
-RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 PARTIAL = ".iter_*.partial"
 _NOTHING_TO_RESUME = "--resume: found no checkpoint"
 _NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
@@ -259,7 +256,7 @@ def _next_step(config: TrainingConfig, problems: list[str]) -> str:
 
 def leftovers(save: Path) -> list[Path]:
     """Return the files of a run that ended before its first checkpoint was complete."""
-    return [save / name for name in RUN_FILES if (save / name).exists()] + [*save.glob(PARTIAL)]
+    return [save / name for name in ALL_FILES if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
 def check_inference(config: GenerateConfig) -> None:

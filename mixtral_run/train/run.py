@@ -18,7 +18,10 @@ from mixtral_run.train.validation import Validation
 
 @dataclass
 class Run:
-    """State of a training run, the same on every rank."""
+    """State of a training run, the same on every rank.
+
+    start: iterations before the first one of this process; last: the last one.
+    """
 
     config: TrainingConfig
     mesh: Mesh
@@ -30,5 +33,6 @@ class Run:
     load_seconds: float
     bad_steps: BadSteps
     start: int = 0
+    last: int = 0
     validation: Validation | None = None
     best: BestLoss = field(default_factory=BestLoss)

@@ -14,18 +14,13 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.report import Report
+from mixtral_run.results.run_files import GROWING, METRICS
 from mixtral_run.run_lock import one_run
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_iteration
 from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
-
-METRICS = "metrics.jsonl"
-"""File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
-VALIDATION = "validation.jsonl"
-"""File next to it: the evaluations of the validation set, a JSON object a line."""
-GROWING = (METRICS, VALIDATION)
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """`finetune --valid-data-path` as a user calls it: what it prints, what it leaves, and that it changes nothing."""
 
+import hashlib
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.verbs.test_verbs import TINY_RUN, TWO, pairs  # noqa: F401
@@ -31,6 +34,7 @@ def test_the_validation_set_is_evaluated(
     assert [float(loss) for _, loss in shown] == pytest.approx([each["loss"] for each in found], rel=1e-6)
     assert found[-1]["loss"] < found[0]["loss"]
     assert all(each["perplexity"] == pytest.approx(math.exp(each["loss"])) for each in found)
+    record = check_record(save, pairs)
     summary = json.loads((save / "summary.json").read_text())["validation"]
     lowest = min(found, key=lambda each: each["loss"])
     assert summary == {
@@ -50,8 +54,34 @@ def test_the_validation_set_is_evaluated(
     assert losses[0] == losses[1]
     more = mixtral_run("finetune", "--save", str(save), *words, *evaluation, "--train-iters", "6", "--resume")
     assert more.returncode == 0, more.stderr
+    again = json.loads((save / "summary.json").read_text())
+    assert (again["id"], again["started"]) == (record["id"], record["started"])
+    assert again["settings"]["train_iters"] == 6 and again["losses"]["first_loss"] == losses[0][0]
     resumed = [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
     # The evaluation of the iteration from which it continues is repeated, and its line replaced.
     assert [each["iteration"] for each in resumed] == [0, 2, 4, 5, 6]
     # The saved adapter is the one that was evaluated.
     assert resumed[3]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)
+
+
+def check_record(save: Path, data: Path) -> dict[str, object]:
+    """Compare run.json, summary.json and loss.png with the other files of the run. Return run.json."""
+    record, summary = (json.loads((save / name).read_text()) for name in ("run.json", "summary.json"))
+    assert {name: summary[name] for name in record} == record
+    manifest = json.loads((save / "iter_0000005" / "mixtral_run.json").read_text())
+    assert record["settings"] == manifest["training"]
+    assert record["base"]["fingerprint"] == manifest["base"]["fingerprint"]
+    assert record["name"] == save.name
+    assert record["data"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert record["data"]["training"].startswith("4 examples") and record["data"]["validation"].startswith("3 examples")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert record["kit"]["commit"] == (head.stdout.strip() or None)
+    losses = [json.loads(line)["loss"] for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert summary["losses"] == {
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "lowest_loss": min(losses),
+        "lowest_iteration": losses.index(min(losses)) + 1,
+    }
+    assert imread(save / "loss.png").std() > 0.01
+    return record

@@ -1,0 +1,19 @@
+"""Names of the files that a training run writes next to its checkpoints."""
+
+from __future__ import annotations
+
+RUN = "run.json"
+"""What the run is: name, start, kit, settings, data. Written before the first iteration."""
+METRICS = "metrics.jsonl"
+"""The metrics of each iteration, a JSON object a line."""
+VALIDATION = "validation.jsonl"
+"""The evaluations of the validation set, a JSON object a line."""
+SUMMARY = "summary.json"
+"""The figures of the run, with everything of RUN. Written at the end."""
+LOSS_PLOT = "loss.png"
+"""The plot of the losses. Written at the end."""
+TENSORBOARD = "tensorboard"
+"""Folder of TensorBoard's scalars."""
+ALL_FILES = (RUN, METRICS, VALIDATION, SUMMARY, LOSS_PLOT, TENSORBOARD)
+GROWING = (METRICS, VALIDATION)
+"""Files that get a line at a time. A resumed run removes the lines of iterations that it repeats."""
