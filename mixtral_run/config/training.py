@@ -202,6 +202,20 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     run_name: str | None = setting(
         None, help="Name of the run in its plots and lists. Default: the name of the folder --save.", section=OUTPUT
     )
+    report: bool = setting(
+        True, help="Write SAVE/report.html and SAVE/loss.png at the end of the run, and after a stop.", section=OUTPUT
+    )
+    report_prompts: int = setting(
+        2,
+        help="Prompts of the validation set that are answered before the first iteration and after the last one, for "
+        "the report. 0: none.",
+        minimum=0,
+        maximum=16,
+        section=OUTPUT,
+    )
+    report_tokens: int = setting(
+        32, help="Most tokens of each of these answers.", minimum=1, maximum=512, section=OUTPUT
+    )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
     @property

@@ -16,7 +16,12 @@ from typing import Any
 MAX_BYTES = 512 * 2**20
 """No file of a run is larger; a larger one is not read."""
 _FILES = {"run": "run.json", "summary": "summary.json"}
-_LINES = {"metrics": "metrics.jsonl", "validation": "validation.jsonl"}
+_LINES = {
+    "metrics": "metrics.jsonl",
+    "validation": "validation.jsonl",
+    "router": "router.jsonl",
+    "generations": "generations.jsonl",
+}
 
 
 @dataclass
@@ -26,7 +31,8 @@ class RunData:
     Attributes:
         folder: of the run.
         run: run.json; summary: summary.json; both empty if there is none.
-        metrics, validation: the lines that have an iteration, in its order; the last of each iteration.
+        metrics, validation, router, generations: the lines that have an iteration, in its order; the last of each
+            iteration, or in router.jsonl of each iteration and kind of data.
         problems: files that are there and cannot be used, with the reason.
     """
 
@@ -35,6 +41,8 @@ class RunData:
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    router: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -58,6 +66,17 @@ def number(value: Any) -> float | None:
     if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
         return None
     return float(value)
+
+
+def numbers(values: Any) -> list[float]:
+    """Return the finite numbers of a JSON list; an empty list for anything else."""
+    found = map(number, values) if isinstance(values, list) else ()
+    return [each for each in found if each is not None]
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a JSON object as it is; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def curve(lines: list[dict[str, Any]], name: str) -> list[Any]:
@@ -126,9 +145,9 @@ def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and type(line.get("iteration")) is int and 0 <= line["iteration"] < 2**53:
-            by_iteration[line["iteration"]] = line
+            by_iteration[line["iteration"], str(line.get("of"))] = line
         else:
             num_bad += 1
     if num_bad:
         problems.append(f"{path.name}: {num_bad} of its lines cannot be read")
-    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+    return [by_iteration[key] for key in sorted(by_iteration)]

@@ -10,10 +10,16 @@ VALIDATION = "validation.jsonl"
 """The evaluations of the validation set, a JSON object a line."""
 SUMMARY = "summary.json"
 """The figures of the run, with everything of RUN. Written at the end."""
+ROUTER = "router.jsonl"
+"""Tokens by layer and expert, a JSON object a line."""
+GENERATIONS = "generations.jsonl"
+"""Answers to prompts of the validation set, before and after, a JSON object a line."""
+REPORT = "report.html"
+"""The page about the run. Written at the end."""
 LOSS_PLOT = "loss.png"
 """The plot of the losses. Written at the end."""
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's scalars."""
-ALL_FILES = (RUN, METRICS, VALIDATION, SUMMARY, LOSS_PLOT, TENSORBOARD)
-GROWING = (METRICS, VALIDATION)
+ALL_FILES = (RUN, METRICS, VALIDATION, ROUTER, GENERATIONS, SUMMARY, LOSS_PLOT, REPORT, TENSORBOARD)
+GROWING = (METRICS, VALIDATION, ROUTER, GENERATIONS)
 """Files that get a line at a time. A resumed run removes the lines of iterations that it repeats."""

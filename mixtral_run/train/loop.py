@@ -29,7 +29,7 @@ from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.outcome import RunRecord, write_outcome
+from mixtral_run.train.outcome.record import Outcome
 from mixtral_run.train.preflight import adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.run import Run
@@ -84,14 +84,13 @@ def finetune(config: FinetuneConfig) -> None:
             if config.resume:
                 run.start = resume_run(run, optimizer, config, base)
             _report_lora(run, config)
-            record = RunRecord.of(config, base, data)
-            if mesh.is_first:
-                record.write(config.save)
+            outcome = Outcome(config, base, data, mesh, report)
+            outcome.start()
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
-                _train_and_save(run, optimizer, config, base, stop, write)
-            _report_end(run, config, record)
+                _train_and_save(run, optimizer, config, base, stop, write, outcome)
+            _report_end(run, config, outcome)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -170,9 +169,13 @@ def _train_and_save(
     base: BaseDescription,
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
+    outcome: Outcome,
 ) -> None:
     saved = done = run.start
     _evaluate(run, config, done, stop, write)
+    if done == 0:
+        outcome.generations.write(run.model, done, stop.agreed, run.report)
+        run.meter.restart()
     for metrics in _iterations(run, stop):
         done = metrics.iteration
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
@@ -191,6 +194,8 @@ def _train_and_save(
     if done != saved:
         save_run(run, optimizer, config, base, done)
     run.last = done
+    if done != run.start and not stop.agreed():
+        outcome.generations.write(run.model, done, stop.agreed, run.report)
 
 
 def _is_over(run: Run, config: FinetuneConfig) -> bool:
@@ -200,8 +205,8 @@ def _is_over(run: Run, config: FinetuneConfig) -> bool:
     return everywhere(run.best.is_over(config.early_stopping_patience), run.mesh.device)
 
 
-def _report_end(run: Run, config: FinetuneConfig, record: RunRecord) -> None:
-    """Write the summary and the plot, and print the end of the run. All ranks must call."""
+def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome) -> None:
+    """Write the summary, the plot and the page, and print the end of the run. All ranks must call."""
     done = run.last
     is_over = run.best.is_over(config.early_stopping_patience)
     summary = summarize(
@@ -219,7 +224,7 @@ def _report_end(run: Run, config: FinetuneConfig, record: RunRecord) -> None:
         stopped_early=is_over and done < config.iterations,
     )
     if run.mesh.is_first:
-        write_outcome(record, summary, config.save, run.report)
+        outcome.end(summary)
     if done < config.iterations and not is_over:
         run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues it")
         return

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from matplotlib.image import imread
 
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.verbs.test_verbs import TINY_RUN, TWO, pairs  # noqa: F401
+from tests.support.html_page import Page, is_shown, value_at
+
+HOSTILE = "<script>x</script>"
 
 
 def test_the_validation_set_is_evaluated(
@@ -21,7 +25,7 @@ def test_the_validation_set_is_evaluated(
 ) -> None:
     """Before the first iteration, at intervals and after the last; it is not trained on."""
     validation_file, save = tmp_path / "validation.jsonl", tmp_path / "adapter"
-    lines = [{"instruction": f"Say {word}.", "response": word} for word in ("five", "six", "seven")]
+    lines = [{"instruction": f"Say {word}.", "response": word} for word in ("five", HOSTILE, "seven")]
     validation_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ("--load", str(small_checkpoint), "--data-path", str(pairs), *TWO, *TINY_RUN, "--lr", "1e-3")
     evaluation = ("--valid-data-path", str(validation_file), "--eval-interval", "2")
@@ -35,6 +39,7 @@ def test_the_validation_set_is_evaluated(
     assert found[-1]["loss"] < found[0]["loss"]
     assert all(each["perplexity"] == pytest.approx(math.exp(each["loss"])) for each in found)
     record = check_record(save, pairs)
+    check_report(save, lines)
     summary = json.loads((save / "summary.json").read_text())["validation"]
     lowest = min(found, key=lambda each: each["loss"])
     assert summary == {
@@ -85,3 +90,46 @@ def check_record(save: Path, data: Path) -> dict[str, object]:
     }
     assert imread(save / "loss.png").std() > 0.01
     return record
+
+
+def check_report(save: Path, examples: list[dict[str, str]]) -> None:
+    """Compare report.html with the files of the run and with the examples of its validation set."""
+    page = Page((save / "report.html").read_text(encoding="utf-8"))
+    page.check_offline_and_inert()
+    summary = json.loads((save / "summary.json").read_text())
+    summary["peak_memory_gib"] = max(summary["peak_memory_gib"])
+    shown = page.values()
+    assert {f"settings.{name}" for name in summary["settings"]} < {path for path, _ in shown}
+    for path, text in shown:
+        assert is_shown(text, value_at(summary, path)), (path, text)
+    curves = page.curves()
+    for name, file, key in (
+        ("loss", "metrics.jsonl", "loss"),
+        ("validation_loss", "validation.jsonl", "loss"),
+        ("learning_rate", "metrics.jsonl", "learning_rate"),
+        ("tokens_per_second", "metrics.jsonl", "tokens_per_second"),
+        ("peak_memory_gib", "metrics.jsonl", "peak_memory_gib"),
+        ("grad_norm", "metrics.jsonl", "grad_norm"),
+    ):
+        lines = [json.loads(line) for line in (save / file).read_text().splitlines()]
+        assert [point[0] for point in curves[name]] == pytest.approx([each["iteration"] for each in lines], abs=0.01)
+        assert [point[1] for point in curves[name]] == pytest.approx([each[key] for each in lines], rel=1e-3)
+    generated = [json.loads(line) for line in (save / "generations.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in generated] == [0, 5]
+    texts = [each.text for each in page.all("pre")]
+    for line in generated:
+        for example, answer in zip(examples[:2], line["answers"], strict=True):
+            assert example["instruction"] in answer["prompt"] and example["response"].startswith(
+                answer["expected"].strip()
+            )
+            assert 0 < answer["num_tokens"] <= 32
+            assert {as_shown(answer[name]) for name in ("prompt", "expected", "text")} <= set(texts)
+    assert {each.text.strip() for each in page.all("mark")} >= {"one</s>", "two</s>"}
+    [resume] = [text for text in texts if text.startswith("mixtral-run finetune")]
+    words = shlex.split(resume.replace("\\\n", ""))
+    assert words[-1] == "--resume" and words[words.index("--save") + 1] == str(save)
+
+
+def as_shown(text: str) -> str:
+    """Return a text with its control characters by their codes: a random model generates any."""
+    return "".join(each if each.isprintable() or each in "\n\t" else f"\\u{ord(each):04x}" for each in text)
