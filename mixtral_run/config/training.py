@@ -202,6 +202,9 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     run_name: str | None = setting(
         None, help="Name of the run in its plots and lists. Default: the name of the folder --save.", section=OUTPUT
     )
+    router_stats: bool = setting(
+        True, help="Count the tokens of each expert in each layer, in SAVE/router.jsonl.", section=OUTPUT
+    )
     report: bool = setting(
         True, help="Write SAVE/report.html and SAVE/loss.png at the end of the run, and after a stop.", section=OUTPUT
     )

@@ -84,13 +84,13 @@ def finetune(config: FinetuneConfig) -> None:
             if config.resume:
                 run.start = resume_run(run, optimizer, config, base)
             _report_lora(run, config)
-            outcome = Outcome(config, base, data, mesh, report)
+            outcome = Outcome(config, base, data, mesh, report, model.count_choices() if config.router_stats else None)
             outcome.start()
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
                 _train_and_save(run, optimizer, config, base, stop, write, outcome)
-            _report_end(run, config, outcome)
+            _report_end(run, config, outcome, backward.num_retaken)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -172,7 +172,7 @@ def _train_and_save(
     outcome: Outcome,
 ) -> None:
     saved = done = run.start
-    _evaluate(run, config, done, stop, write)
+    _evaluate(run, config, done, stop, write, outcome)
     if done == 0:
         outcome.generations.write(run.model, done, stop.agreed, run.report)
         run.meter.restart()
@@ -181,8 +181,11 @@ def _train_and_save(
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
             run.report.say(metrics.line(_processor(run.mesh)))
             write(done, metrics.scalars())
+        moved = outcome.router.note_training(done)
+        if moved is not None:
+            write(done, {"router_drift": moved})
         is_best = (done % config.eval_interval == 0 or done == config.iterations) and _evaluate(
-            run, config, done, stop, write
+            run, config, done, stop, write, outcome
         )
         is_over = _is_over(run, config)
         if not is_over and done != config.iterations and (done % config.save_interval == 0 or is_best):
@@ -191,6 +194,7 @@ def _train_and_save(
             run.meter.restart()
         if is_over:
             break
+    outcome.router.end_training(done)
     if done != saved:
         save_run(run, optimizer, config, base, done)
     run.last = done
@@ -205,7 +209,7 @@ def _is_over(run: Run, config: FinetuneConfig) -> bool:
     return everywhere(run.best.is_over(config.early_stopping_patience), run.mesh.device)
 
 
-def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome) -> None:
+def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome, num_retaken: int) -> None:
     """Write the summary, the plot and the page, and print the end of the run. All ranks must call."""
     done = run.last
     is_over = run.best.is_over(config.early_stopping_patience)
@@ -224,7 +228,7 @@ def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome) -> None:
         stopped_early=is_over and done < config.iterations,
     )
     if run.mesh.is_first:
-        outcome.end(summary)
+        outcome.end(summary, num_retaken)
     if done < config.iterations and not is_over:
         run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues it")
         return
@@ -250,6 +254,7 @@ def _evaluate(
     iteration: int,
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
+    outcome: Outcome,
 ) -> bool:
     """Evaluate the validation set, if there is one. Its time counts for no iteration.
 
@@ -257,7 +262,10 @@ def _evaluate(
     """
     if run.validation is None:
         return False
+    outcome.router.begin_validation()
     metrics = run.validation.evaluate(run.model, iteration, stop.agreed)
+    if metrics is not None:
+        outcome.router.end_validation(iteration)
     run.meter.restart()
     if metrics is None:
         return False

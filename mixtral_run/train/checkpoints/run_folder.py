@@ -14,7 +14,7 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.report import Report
-from mixtral_run.results.run_files import GROWING, METRICS
+from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
 from mixtral_run.run_lock import one_run
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
@@ -104,7 +104,9 @@ def drop_later_lines(save: Path, iteration: int, written: Any, report: Report) -
             if len(head) != prefix.num_bytes or f"{zlib.crc32(head):08x}" != prefix.crc32:
                 report.warn(f"{file} is not what was written up to iteration {iteration}: it is damaged or was edited")
         # The evaluation at the iteration itself is repeated.
-        kept = _lines(content, (lambda at: at <= iteration) if name == METRICS else (lambda at: at < iteration))
+        kept = _lines(
+            content, (lambda at: at <= iteration) if name in (METRICS, ROUTER) else (lambda at: at < iteration)
+        )
         if content and kept != content:
             write_atomically(file, kept.decode("utf-8", errors="replace"))
 

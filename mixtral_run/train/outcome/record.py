@@ -11,6 +11,7 @@ from typing import Any
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.model.router_counts import RouterCounts
 from mixtral_run.report import Report
 from mixtral_run.results import run_files
 from mixtral_run.results.kit import this_kit
@@ -22,6 +23,7 @@ from mixtral_run.train.data.templates.open_template import open_chat_template
 from mixtral_run.train.data.templates.prompt import load_tokenizer
 from mixtral_run.train.outcome.example_texts import Decode, example_texts, prompts_of
 from mixtral_run.train.outcome.generations import LONGEST_PROMPT, Generations
+from mixtral_run.train.outcome.router_log import RouterLog, router_summary
 from mixtral_run.train.summary import Summary
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.describe import BaseDescription
@@ -83,32 +85,43 @@ class Outcome:
         data: of the run.
         mesh: all ranks take part in the generations; the first one writes.
         report: gets a line about what cannot be written.
+        counts: of the model's routers; None if nothing is counted.
     """
 
     def __init__(
-        self, config: FinetuneConfig, base: BaseDescription, data: TrainingData, mesh: Mesh, report: Report
+        self,
+        config: FinetuneConfig,
+        base: BaseDescription,
+        data: TrainingData,
+        mesh: Mesh,
+        report: Report,
+        counts: RouterCounts | None,
     ) -> None:
         self._config, self._base, self._data, self._report = config, base, data, report
         self.record = RunRecord.of(config, base, data) if mesh.is_first else None
         wanted = config.report_prompts if config.report else 0
         prompts = prompts_of(data.validation, wanted, min(LONGEST_PROMPT, config.seq_length))
         file = config.save / run_files.GENERATIONS
+        self.router = RouterLog(counts, config.save, config.log_interval, config.iterations, is_first=mesh.is_first)
         self.generations = Generations(prompts, config.report_tokens, self._tokenizer, file)
         self._opened: tuple[Decode, frozenset[int]] | None = None
 
     def start(self) -> None:
-        """Write run.json."""
+        """Write run.json. All ranks must call."""
+        self.router.open()
         if self.record is not None:
             write_atomically(self._config.save / run_files.RUN, _json(asdict(self.record)))
 
-    def end(self, summary: Summary) -> None:
-        """Write summary.json, loss.png and report.html. One process calls.
+    def end(self, summary: Summary, num_retaken: int) -> None:
+        """Write summary.json, loss.png and report.html. num_retaken: see router_summary. One process calls.
 
         A plot or a page that cannot be written is reported and ends no run.
         """
         assert self.record is not None, "the first rank writes"
         save = self._config.save
-        document = {**asdict(summary), "losses": loss_summary(read_run(save)), **asdict(self.record)}
+        written = read_run(save)
+        found = {"losses": loss_summary(written), "router": router_summary(written, num_retaken)}
+        document = {**asdict(summary), **found, **asdict(self.record)}
         write_atomically(save / run_files.SUMMARY, _json(document))
         if not self._config.report:
             return

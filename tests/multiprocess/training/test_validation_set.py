@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -40,6 +41,7 @@ def test_the_validation_set_is_evaluated(
     assert all(each["perplexity"] == pytest.approx(math.exp(each["loss"])) for each in found)
     record = check_record(save, pairs)
     check_report(save, lines)
+    check_router(save, record)
     summary = json.loads((save / "summary.json").read_text())["validation"]
     lowest = min(found, key=lambda each: each["loss"])
     assert summary == {
@@ -69,7 +71,7 @@ def test_the_validation_set_is_evaluated(
     assert resumed[3]["loss"] == pytest.approx(found[3]["loss"], rel=1e-6)
 
 
-def check_record(save: Path, data: Path) -> dict[str, object]:
+def check_record(save: Path, data: Path) -> dict[str, Any]:
     """Compare run.json, summary.json and loss.png with the other files of the run. Return run.json."""
     record, summary = (json.loads((save / name).read_text()) for name in ("run.json", "summary.json"))
     assert {name: summary[name] for name in record} == record
@@ -98,6 +100,7 @@ def check_report(save: Path, examples: list[dict[str, str]]) -> None:
     page.check_offline_and_inert()
     summary = json.loads((save / "summary.json").read_text())
     summary["peak_memory_gib"] = max(summary["peak_memory_gib"])
+    summary["router"]["choices"] = sum(summary["router"]["tokens"][0])
     shown = page.values()
     assert {f"settings.{name}" for name in summary["settings"]} < {path for path, _ in shown}
     for path, text in shown:
@@ -133,3 +136,28 @@ def check_report(save: Path, examples: list[dict[str, str]]) -> None:
 def as_shown(text: str) -> str:
     """Return a text with its control characters by their codes: a random model generates any."""
     return "".join(each if each.isprintable() or each in "\n\t" else f"\\u{ord(each):04x}" for each in text)
+
+
+def check_router(save: Path, record: dict[str, Any]) -> None:
+    """Compare router.jsonl with the number of tokens of the data, and summary.json with router.jsonl."""
+    lines = [json.loads(line) for line in (save / "router.jsonl").read_text().splitlines()]
+    by_kind = {of: [line for line in lines if line["of"] == of] for of in ("training", "validation")}
+    assert [line["iteration"] for line in by_kind["training"]] == [1, 2, 3, 4, 5]
+    assert [line["iteration"] for line in by_kind["validation"]] == [0, 2, 4, 5]
+    for of, found in by_kind.items():
+        # Each iteration has all 4 examples. n tokens are n - 1 positions, each with 2 experts; padding does not count.
+        examples, tokens = (
+            int(each) for each in re.match(r"(\d+) examples, (\d+) tokens", record["data"][of]).groups()
+        )
+        for line in found:
+            assert {sum(row) for row in line["tokens"]} == {2 * (tokens - examples)} and len(line["tokens"]) == 2
+            first, now = ([[each / sum(row) for each in row] for row in one["tokens"]] for one in (found[0], line))
+            moved = [sum(abs(a - b) for a, b in zip(*rows, strict=True)) / 2 for rows in zip(first, now, strict=True)]
+            assert line["drift"] == pytest.approx(moved, abs=1e-6)
+    summary = json.loads((save / "summary.json").read_text())["router"]
+    training = [line["tokens"] for line in by_kind["training"]]
+    assert summary["tokens"] == [
+        [sum(each) for each in zip(*rows, strict=True)] for rows in zip(*training, strict=True)
+    ]
+    assert (summary["drift_of"], summary["drift"]) == ("validation", by_kind["validation"][-1]["drift"])
+    assert (summary["dropped_tokens"], summary["retaken_steps"]) == (0, 0)
