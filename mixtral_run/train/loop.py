@@ -88,7 +88,11 @@ def finetune(config: FinetuneConfig) -> None:
             outcome.start()
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
-            with stop_requests(mesh) as stop, tensorboard_scalars(board) as write:
+            with (
+                stop_requests(mesh) as stop,
+                tensorboard_scalars(board) as write,
+                report.training(config.iterations, run.start) as run.view,
+            ):
                 _train_and_save(run, optimizer, config, base, stop, write, outcome)
             _report_end(run, config, outcome, backward.num_retaken)
 
@@ -109,10 +113,9 @@ def pretrain(config: PretrainConfig) -> None:
             meter = _meter(config, base, mesh, config.metrics_file)
             run = Run(config, mesh, report, model, data, meter, step, seconds, BadSteps(config, mesh, report))
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
-            with stop_requests(mesh) as stop:
+            with stop_requests(mesh) as stop, report.training(config.iterations, 0) as run.view:
                 for metrics in _iterations(run, stop):
-                    if mesh.is_first:
-                        report.say(metrics.line(_processor(mesh)))
+                    _show(run, metrics)
         report.done(f"Pretraining complete: {config.iterations} iterations in {run.meter.total_seconds:.1f} s")
 
 
@@ -154,9 +157,10 @@ def _load(
     if isinstance(config, FinetuneConfig):
         precision = config.base_precision
         cache = CacheOptions(config.quantized_cache, report, reserved_bytes(config, base))
-    model = load_for_training(
-        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
-    )
+    with report.activity("loading"):
+        model = load_for_training(
+            config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
+        )
     seconds = time.perf_counter() - started
     report.say(f"Loaded in {seconds:.1f} s")
     return model, seconds
@@ -179,7 +183,7 @@ def _train_and_save(
     for metrics in _iterations(run, stop):
         done = metrics.iteration
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
-            run.report.say(metrics.line(_processor(run.mesh)))
+            _show(run, metrics)
             write(done, metrics.scalars())
         moved = outcome.router.note_training(done)
         if moved is not None:
@@ -200,6 +204,14 @@ def _train_and_save(
     run.last = done
     if done != run.start and not stop.agreed():
         outcome.generations.write(run.model, done, stop.agreed, run.report)
+
+
+def _show(run: Run, metrics: IterationMetrics) -> None:
+    """Show the figures of an iteration: in the view of a terminal, or as a line."""
+    if run.view is not None:
+        run.view.update(metrics.figures(_processor(run.mesh)))
+    else:
+        run.report.say(metrics.line(_processor(run.mesh)))
 
 
 def _is_over(run: Run, config: FinetuneConfig) -> bool:
@@ -271,6 +283,8 @@ def _evaluate(
         return False
     if run.mesh.is_first:
         run.report.say(metrics.line(config.iterations))
+        if run.view is not None:
+            run.view.validation.append((iteration, metrics.loss))
         write(iteration, {"validation_loss": metrics.loss})
     # A resumed run evaluates where it starts; a run without the interruption would not have done so.
     if iteration % config.eval_interval != 0 and iteration != config.iterations:

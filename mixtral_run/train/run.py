@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mixtral_run.config.training import TrainingConfig
+from mixtral_run.live import TrainingRow
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.report import Report
@@ -20,7 +21,7 @@ from mixtral_run.train.validation import Validation
 class Run:
     """State of a training run, the same on every rank.
 
-    start: iterations before the first one of this process; last: the last one.
+    start: iterations before the first one of this process; last: the last one. view: on a terminal, in the first rank.
     """
 
     config: TrainingConfig
@@ -34,5 +35,6 @@ class Run:
     bad_steps: BadSteps
     start: int = 0
     last: int = 0
+    view: TrainingRow | None = None
     validation: Validation | None = None
     best: BestLoss = field(default_factory=BestLoss)
