@@ -206,7 +206,7 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         wrong = [str(each) or "''" for each in chosen if each not in limits["choices"]]
         if wrong:
             found.append(f"{flag}: expected one of {', '.join(limits['choices'])}; found {', '.join(wrong)}")
-        if isinstance(value, tuple) and not value:
+        if value == () != item.default:
             found.append(f"{flag}: expected at least one of {', '.join(limits['choices'])}; found none")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if isinstance(value, float) and math.isinf(value):

@@ -17,6 +17,9 @@ BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 QUANTIZED_CACHE_MODES = ("yes", "use", "no")
 """Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
+LOGGERS = ("wandb", "mlflow")
+"""Services that --log-to names."""
+
 RECOMPUTE = ("none", "selective", "full", "offload")
 """Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
 the inputs of the layers in host memory."""
@@ -218,6 +221,12 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     )
     report_tokens: int = setting(
         32, help="Most tokens of each of these answers.", minimum=1, maximum=512, section=OUTPUT
+    )
+    log_to: tuple[str, ...] = setting(
+        (),
+        help="Log loss, learning rate, speed and settings to these services as well. Each needs its own package.",
+        choices=LOGGERS,
+        section=OUTPUT,
     )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 

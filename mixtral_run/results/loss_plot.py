@@ -16,7 +16,9 @@ Points = Sequence[tuple[float, float]]
 
 LOG_SCALE_RATIO = 8.0
 """A curve whose largest value exceeds its smallest by this factor is drawn on a logarithmic scale."""
-_TRAINING, _VALIDATION, _GRID = "#1f6feb", "#d1632a", "#d0d7de"
+Curve = tuple[str, Points, int, bool]
+"""Name, points, number of the color (0 or 1), and True to draw every point."""
+_COLORS, _GRID = ("#1f6feb", "#d1632a"), "#d0d7de"
 
 
 def write_loss_plot(path: Path, training: Points, validation: Points = (), *, title: str) -> None:
@@ -38,23 +40,36 @@ def write_loss_plot(path: Path, training: Points, validation: Points = (), *, ti
 
 def loss_figure(training: Points, validation: Points = (), *, title: str) -> Figure:
     """Return the figure. Its axes have plain numbers, on a logarithmic scale if the losses span orders of magnitude."""
+    curves = [("training", training, 0, False), *([("validation", validation, 1, True)] if validation else [])]
+    return _figure(curves, title=title)
+
+
+def write_loss_curves(path: Path, curves: Sequence[Curve], *, title: str) -> None:
+    """Write several curves into one plot, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(_figure(curves, title=title)).print_figure(str(path), format="png")
+
+
+def _figure(curves: Sequence[Curve], *, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120)
     axes = figure.subplots()
-    steps = [iteration for iteration, _ in training]
-    axes.plot(steps, [loss for _, loss in training], color=_TRAINING, linewidth=2, label="training")
-    if validation:
-        places = [iteration for iteration, _ in validation]
-        axes.plot(places, [loss for _, loss in validation], "o-", color=_VALIDATION, markersize=4, label="validation")
-        axes.legend(frameon=False)
-    values = [loss for _, loss in (*training, *validation) if math.isfinite(loss)]
+    for name, points, color, marked in curves:
+        steps, losses = [iteration for iteration, _ in points], [loss for _, loss in points]
+        axes.plot(steps, losses, "o-" if marked else "-", color=_COLORS[color], linewidth=2, markersize=4, label=name)
+    if len(curves) > 1:
+        # A name that begins with an underscore would be left out of a legend made of labels.
+        axes.legend(axes.get_lines(), [name for name, _, _, _ in curves], frameon=False)
+    values = [loss for _, points, _, _ in curves for _, loss in points if math.isfinite(loss)]
     _readable(axes, values)
     axes.set_xlabel("iteration")
     axes.set_ylabel("lm loss")
     axes.set_title(title, loc="left", parse_math=False)
     axes.grid(True, which="both", color=_GRID, linewidth=0.6)
-    _note_ends(axes, training)
+    if curves:
+        _note_ends(axes, curves[0][1])
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

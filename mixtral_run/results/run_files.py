@@ -20,6 +20,8 @@ LOSS_PLOT = "loss.png"
 """The plot of the losses. Written at the end."""
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's scalars."""
-ALL_FILES = (RUN, METRICS, VALIDATION, ROUTER, GENERATIONS, SUMMARY, LOSS_PLOT, REPORT, TENSORBOARD)
+WANDB = "wandb"
+"""Folder of Weights & Biases, with --log-to wandb."""
+ALL_FILES = (RUN, METRICS, VALIDATION, ROUTER, GENERATIONS, SUMMARY, LOSS_PLOT, REPORT, TENSORBOARD, WANDB)
 GROWING = (METRICS, VALIDATION, ROUTER, GENERATIONS)
 """Files that get a line at a time. A resumed run removes the lines of iterations that it repeats."""

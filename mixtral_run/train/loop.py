@@ -28,7 +28,8 @@ from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
-from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
+from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds
+from mixtral_run.train.outcome.log_to import scalar_loggers
 from mixtral_run.train.outcome.record import Outcome
 from mixtral_run.train.preflight import adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
@@ -90,7 +91,7 @@ def finetune(config: FinetuneConfig) -> None:
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with (
                 stop_requests(mesh) as stop,
-                tensorboard_scalars(board) as write,
+                scalar_loggers(config.log_to, outcome.record, config.save, report, tensorboard=board) as write,
                 report.training(config.iterations, run.start) as run.view,
             ):
                 _train_and_save(run, optimizer, config, base, stop, write, outcome)

@@ -24,6 +24,7 @@ from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.data.templates.open_template import file_problems
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.model_limits import length_problems, report_notes
+from mixtral_run.train.outcome.log_to import logger_problems
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
@@ -149,6 +150,7 @@ def _errors(
         problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
     problems += file_problems(config.chat_template)
     if isinstance(config, FinetuneConfig):
+        problems += logger_problems(config.log_to)
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
         if base is not None and config.resume and not unwritable:
