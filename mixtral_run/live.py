@@ -48,6 +48,11 @@ class Display:
         self._rows: list[Row] = []
         self._live: Live | None = None
 
+    @property
+    def has_rows(self) -> bool:
+        """True if anything is shown."""
+        return bool(self._rows)
+
     def add(self, row: Row) -> None:
         """Show a row below the others."""
         from rich.live import Live

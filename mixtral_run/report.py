@@ -168,7 +168,10 @@ class Report:
 
     @contextmanager
     def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
-        """Show a progress bar on a terminal, and a line every QUIET_SECONDS elsewhere. Its last state stays."""
+        """Show a progress bar on a terminal, and a line every QUIET_SECONDS elsewhere.
+
+        The last state of a bar stays, unless it was within a view.
+        """
         if not self.enabled:
             yield _Silent()
         elif self._is_live:
@@ -206,6 +209,8 @@ class Report:
     def _shown(self, row: Row, *, keep: bool) -> Iterator[None]:
         if self._display is None:
             self._display = Display(self._stream)
+        # A bar within the view of a training, such as that of each evaluation, leaves no line.
+        keep = keep and not self._display.has_rows
         self._display.add(row)
         try:
             yield
