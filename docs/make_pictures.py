@@ -1,7 +1,10 @@
-"""Make the pictures of README.md from real runs on this machine: `python docs/make_pictures.py [rehearse] [bootstrap]`.
+"""Make the pictures of README.md from real runs on this machine: `python docs/make_pictures.py [NAME …]`.
 
 rehearse: run `mixtral-run rehearse` on a pseudo-terminal and write docs/pictures/rehearse.svg (the terminal, in color)
 and docs/pictures/loss.png (the loss plot that the rehearsal writes). Takes about a minute on 2 cores.
+
+finetune: fine-tune the rehearsal's model on a pseudo-terminal, and write docs/pictures/finetune.svg (the live view in
+the middle of the run) and docs/pictures/report.png (the page about the run, by headless Chromium). Takes two minutes.
 
 bootstrap: run `mixtral-run bootstrap` on two throw-away hosts and write docs/pictures/bootstrap.svg, the live view in
 the middle of the run. Needs a Docker engine and takes a few minutes.
@@ -13,6 +16,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,15 @@ WIDTH = 132
 FIRST_LINE = "[4/7]"
 """The picture of the rehearsal begins here: the whole run is too long for a README."""
 HOSTS = ("gpu-01", "gpu-02")
+FINETUNE_WORDS = shlex.split(
+    "--load rehearsal/checkpoint --data-path rehearsal/pairs.jsonl --valid-fraction 0.3 --save my-adapter "
+    "--seq-length 64 --global-batch-size 8 --micro-batch-size 4 --train-iters 60 --eval-interval 10 --lr 3e-3 "
+    "--min-lr 3e-4 --lora-rank 8 --lr-warmup-iters 5 --tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
+    "--nproc-per-node 2 --device cpu"
+)
+FINETUNE_AT, LIVE_LINES = 45, 12
+"""The picture of the training is taken at this iteration, and has so many lines."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LIVE_VIEW_AT = "Install the NVIDIA container toolkit"
 """The picture of the live view is taken while this task runs."""
 CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
@@ -37,7 +50,7 @@ CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
 def main() -> None:
     """Make the pictures named on the command line, or all."""
     PICTURES.mkdir(exist_ok=True)
-    makers = {"rehearse": rehearse, "bootstrap": bootstrap}
+    makers = {"rehearse": rehearse, "finetune": finetune, "bootstrap": bootstrap}
     for name in sys.argv[1:] or makers:
         makers[name]()
 
@@ -55,6 +68,24 @@ def rehearse() -> None:
         raise RuntimeError(f"The terminal lost these rows of the table: {', '.join(lost)}. Run the script again.")
     start = next(number for number, line in enumerate(lines) if line.startswith(FIRST_LINE))
     draw(lines[start:], PICTURES / "rehearse.svg", "mixtral-run rehearse")
+
+
+def finetune() -> None:
+    """Fine-tune a tiny model, and write the live view and the page about the run."""
+    kit = [sys.executable, "-m", "mixtral_run"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run([*kit, "rehearse", "--work-path", "rehearsal"], cwd=folder, check=True, capture_output=True)
+        output = run([*kit, "finetune", *FINETUNE_WORDS], folder)
+        page = (folder / "my-adapter" / "report.html").as_uri()
+        browser = next(filter(None, map(shutil.which, BROWSERS)))
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1240"]
+        picture = f"--screenshot={PICTURES / 'report.png'}"
+        subprocess.run([browser, *options, picture, page], check=True, capture_output=True)
+    # Every frame of the live view begins by moving the cursor up.
+    end = output.index("\x1b[2K\x1b[1A", output.index(f"{FINETUNE_AT} of"))
+    lines = [line for line in screen(output[:end]) if line.strip()]
+    draw(lines[-LIVE_LINES:], PICTURES / "finetune.svg", "mixtral-run finetune --load mixtral --data-path my.jsonl …")
 
 
 def bootstrap() -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from mixtral_run.errors import described
+from mixtral_run.live import ActivityRow, BarRow, Display, Row, TrainingRow, is_live
 
 STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
 """Environment variable: `stderr` sends the reports of this process and of its child processes to standard error."""
@@ -73,34 +74,12 @@ class _Silent(Progress):
 
 
 class _Bar(Progress):
-    def __init__(self, total: int, what: str, unit: str, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.progress import Progress as RichProgress
-
-        amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-        self._bar = RichProgress(
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            *amounts,
-            TimeRemainingColumn(),
-            console=Console(file=stream),
-        )
-        self._task = self._bar.add_task(what, total=total)
-        self._bar.start()
+    def __init__(self, row: BarRow) -> None:
+        self._row, self._lock = row, threading.Lock()
 
     def advance(self, amount: int) -> None:
-        self._bar.advance(self._task, amount)
-
-    def close(self) -> None:
-        self._bar.stop()
+        with self._lock:
+            self._row.done += amount
 
 
 class _Lines(Progress):
@@ -141,6 +120,7 @@ class Report:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or (sys.stderr if os.environ.get(STREAM_VARIABLE) == "stderr" else sys.stdout)
         self.enabled = True
+        self._display: Display | None = None
 
     @classmethod
     def silent(cls) -> Report:
@@ -158,7 +138,7 @@ class Report:
         return cls(sys.stderr)
 
     def say(self, text: str = "") -> None:
-        if self.enabled:
+        if self.enabled and not (self._display is not None and self._display.say(text)):
             print(text, file=self._stream, flush=True)
 
     def step(self, number: int, total: int, text: str) -> None:
@@ -173,7 +153,14 @@ class Report:
 
     @contextmanager
     def waiting(self, what: str, every_seconds: float = 15.0) -> Iterator[None]:
-        """Print a line, and every `every_seconds` seconds the time elapsed, for work whose progress is unknown."""
+        """Print a line, and every `every_seconds` seconds the time elapsed, for work whose progress is unknown.
+
+        A terminal shows the time elapsed in one line instead.
+        """
+        if self._is_live:
+            with self.activity(what.removesuffix(" …")):
+                yield
+            return
         started = time.monotonic()
         self.say(f"  {what}")
         with repeating(every_seconds, lambda: self.say(f"… {what} ({time.monotonic() - started:.0f} s)")):
@@ -181,17 +168,54 @@ class Report:
 
     @contextmanager
     def progress(self, total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
-        """Show a progress bar on a terminal, and a line every QUIET_SECONDS elsewhere."""
+        """Show a progress bar on a terminal, and a line every QUIET_SECONDS elsewhere.
+
+        The last state of a bar stays, unless it was within a view.
+        """
         if not self.enabled:
             yield _Silent()
-        elif self._stream.isatty():
-            bar = _Bar(total, what, unit, self._stream)
-            try:
-                yield bar
-            finally:
-                bar.close()
+        elif self._is_live:
+            row = BarRow(total, what, unit)
+            with self._shown(row, keep=True):
+                yield _Bar(row)
         else:
             yield _Lines(total, what, unit, self._stream)
+
+    @contextmanager
+    def activity(self, what: str) -> Iterator[ActivityRow | None]:
+        """Show on a terminal that something is going on, and for how long; yield None elsewhere."""
+        if not self._is_live:
+            yield None
+            return
+        row = ActivityRow(what)
+        with self._shown(row, keep=False):
+            yield row
+
+    @contextmanager
+    def training(self, total: int, start: int) -> Iterator[TrainingRow | None]:
+        """Show on a terminal a view of the training; yield None elsewhere. start: iterations that are done."""
+        if not self._is_live:
+            yield None
+            return
+        row = TrainingRow(total, start)
+        with self._shown(row, keep=True):
+            yield row
+
+    @property
+    def _is_live(self) -> bool:
+        return self.enabled and is_live(self._stream)
+
+    @contextmanager
+    def _shown(self, row: Row, *, keep: bool) -> Iterator[None]:
+        if self._display is None:
+            self._display = Display(self._stream)
+        # A bar within the view of a training, such as that of each evaluation, leaves no line.
+        keep = keep and not self._display.has_rows
+        self._display.add(row)
+        try:
+            yield
+        finally:
+            self._display.remove(row, keep=keep)
 
     def table(
         self,

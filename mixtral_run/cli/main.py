@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "plan": "Print the memory per GPU of each layout of a LoRA run; the best that fits comes first.",
     "data": "Check data before a training run: shapes, lengths, what is learned, what is wrong.",
     "finetune": "Fine-tune a base model with LoRA, one adapter per expert.",
+    "runs": "List the runs of finetune; compare two; find the best.",
     "pretrain": "Train all weights for a few iterations, to prove that a layout trains.",
     "generate": "Continue prompts with a base model, with or without an adapter.",
     "export": "Write an adapter as a PEFT directory, or merged into an HF model.",

@@ -115,9 +115,12 @@ class Config:
                 continue
             if isinstance(value, bool):
                 words.append(flag_of(item.name) if value else f"--no-{flag_of(item.name)[2:]}")
+            elif isinstance(value, tuple):
+                # Only names from a list are separated by commas; other texts may contain them.
+                texts = [",".join(value)] if item.metadata["choices"] else map(str, value)
+                words += [word for text in texts for word in (flag_of(item.name), shlex.quote(text))]
             else:
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else format(value, _format_of(value))
-                words += [flag_of(item.name), shlex.quote(text)]
+                words += [flag_of(item.name), shlex.quote(format(value, _format_of(value)))]
         return words
 
     def to_mapping(self) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
         wrong = [str(each) or "''" for each in chosen if each not in limits["choices"]]
         if wrong:
             found.append(f"{flag}: expected one of {', '.join(limits['choices'])}; found {', '.join(wrong)}")
-        if isinstance(value, tuple) and not value:
+        if value == () != item.default:
             found.append(f"{flag}: expected at least one of {', '.join(limits['choices'])}; found none")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if isinstance(value, float) and math.isinf(value):
@@ -248,7 +251,7 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
 
 
 def _format_of(value: object) -> str:
-    return "g" if isinstance(value, float) else ""
+    return "g" if isinstance(value, float) and float(f"{value:g}") == value else ""
 
 
 _BYTES = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}

@@ -19,6 +19,9 @@ BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 QUANTIZED_CACHE_MODES = ("yes", "use", "no")
 """Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
+LOGGERS = ("wandb", "mlflow")
+"""Services that --log-to names."""
+
 RECOMPUTE = ("none", "selective", "full", "offload")
 """Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
 the inputs of the layers in host memory."""
@@ -216,6 +219,32 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
         True,
         help="Write checkpoints while the training continues, from a copy in host memory. The last one of a run is "
         "written at once.",
+        section=OUTPUT,
+    )
+    run_name: str | None = setting(
+        None, help="Name of the run in its plots and lists. Default: the name of the folder --save.", section=OUTPUT
+    )
+    router_stats: bool = setting(
+        True, help="Count the tokens of each expert in each layer, in SAVE/router.jsonl.", section=OUTPUT
+    )
+    report: bool = setting(
+        True, help="Write SAVE/report.html and SAVE/loss.png at the end of the run, and after a stop.", section=OUTPUT
+    )
+    report_prompts: int = setting(
+        2,
+        help="Prompts of the validation set that are answered before the first iteration and after the last one, for "
+        "the report. 0: none.",
+        minimum=0,
+        maximum=16,
+        section=OUTPUT,
+    )
+    report_tokens: int = setting(
+        32, help="Most tokens of each of these answers.", minimum=1, maximum=512, section=OUTPUT
+    )
+    log_to: tuple[str, ...] = setting(
+        (),
+        help="Log loss, learning rate, speed and settings to these services as well. Each needs its own package.",
+        choices=LOGGERS,
         section=OUTPUT,
     )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)

@@ -27,6 +27,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.rotary import Rotary
+from mixtral_run.model.router_counts import RouterCounts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -75,6 +76,7 @@ class MixtralModel(torch.nn.Module):
             self.gpt.output_layer.register_forward_hook(self._without_padding)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
+        self.router_counts: RouterCounts | None = None
 
     def losses(
         self,
@@ -172,6 +174,13 @@ class MixtralModel(torch.nn.Module):
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
         rank = lora.rank if lora is not None else 8
         return mesh.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
+
+    def count_choices(self) -> RouterCounts:
+        """Count from now on which experts the routers choose (router_counts.py), and return the counts."""
+        routers = [layer.mlp.router for layer in self.gpt.decoder.layers]
+        split = bool(self.gpt.config.sequence_parallel)
+        self.router_counts = RouterCounts(routers, self.architecture.num_experts, self.mesh, sequence_parallel=split)
+        return self.router_counts
 
     @property
     def experts(self) -> list[Experts]:

@@ -19,22 +19,20 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, everywhere, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
 from mixtral_run.report import Report
+from mixtral_run.results.run_files import METRICS, TENSORBOARD, VALIDATION
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
 from mixtral_run.train.checkpoints.newest_good import settle_resume
-from mixtral_run.train.checkpoints.run_folder import (
-    METRICS,
-    VALIDATION,
-    own_output,
-    report_disk_use,
-)
+from mixtral_run.train.checkpoints.run_folder import own_output, report_disk_use
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import TrainingData, open_data_everywhere
 from mixtral_run.train.load_model import load_for_training, loaded
 from mixtral_run.train.lr_schedule import learning_rate
-from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds, tensorboard_scalars
-from mixtral_run.train.preflight import TENSORBOARD, adapter_bytes, reserved_bytes
+from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds
+from mixtral_run.train.outcome.log_to import scalar_loggers
+from mixtral_run.train.outcome.record import Outcome
+from mixtral_run.train.preflight import adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.run import Run
 from mixtral_run.train.run_checkpoints import RunCheckpoints, remove_leftovers, resume_run
@@ -87,15 +85,19 @@ def finetune(config: FinetuneConfig) -> None:
             if config.resume:
                 run.start = resume_run(run, optimizer, config, base)
             _report_lora(run, config)
+            outcome = Outcome(config, base, data, mesh, report, model.count_choices() if config.router_stats else None)
+            outcome.start()
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with (
                 stop_requests(mesh) as stop,
-                tensorboard_scalars(board) as write,
+                scalar_loggers(config.log_to, outcome.record, config.save, report, tensorboard=board) as write,
                 RunCheckpoints(run, optimizer, config, base) as checkpoints,
+                report.training(config.iterations, run.start) as run.view,
             ):
                 checkpoints.prepare()
-                _train_and_save(run, config, checkpoints, stop, write)
+                _train_and_save(run, config, checkpoints, stop, write, outcome)
+            _report_end(run, config, outcome, backward.num_retaken)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -114,10 +116,9 @@ def pretrain(config: PretrainConfig) -> None:
             meter = _meter(config, base, mesh, config.metrics_file)
             run = Run(config, mesh, report, model, data, meter, step, seconds, BadSteps(config, mesh, report))
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
-            with stop_requests(mesh) as stop:
+            with stop_requests(mesh) as stop, report.training(config.iterations, 0) as run.view:
                 for metrics in _iterations(run, stop):
-                    if mesh.is_first:
-                        report.say(metrics.line(_processor(mesh)))
+                    _show(run, metrics)
         report.done(f"Pretraining complete: {config.iterations} iterations in {run.meter.total_seconds:.1f} s")
 
 
@@ -159,9 +160,10 @@ def _load(
     if isinstance(config, FinetuneConfig):
         precision = config.base_precision
         cache = CacheOptions(config.quantized_cache, report, reserved_bytes(config, base))
-    model = load_for_training(
-        config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
-    )
+    with report.activity("loading"):
+        model = load_for_training(
+            config, base, mesh, lora, recompute=config.recomputation, base_precision=precision, cache=cache
+        )
     seconds = time.perf_counter() - started
     report.say(f"Loaded in {seconds:.1f} s")
     return model, seconds
@@ -173,17 +175,24 @@ def _train_and_save(
     checkpoints: RunCheckpoints,
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
+    outcome: Outcome,
 ) -> None:
     saved = done = run.start
-    _evaluate(run, config, done, stop, write)
+    _evaluate(run, config, done, stop, write, outcome)
+    if done == 0:
+        outcome.generations.write(run.model, done, stop.agreed, run.report)
+        run.meter.restart()
     for metrics in _iterations(run, stop):
         done = metrics.iteration
         checkpoints.poll()
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
-            run.report.say(metrics.line(_processor(run.mesh)))
+            _show(run, metrics)
             write(done, metrics.scalars())
+        moved = outcome.router.note_training(done)
+        if moved is not None:
+            write(done, {"router_drift": moved})
         is_best = (done % config.eval_interval == 0 or done == config.iterations) and _evaluate(
-            run, config, done, stop, write
+            run, config, done, stop, write, outcome
         )
         is_over = _is_over(run, config)
         if not is_over and done != config.iterations and (done % config.save_interval == 0 or is_best):
@@ -192,10 +201,21 @@ def _train_and_save(
             run.meter.restart()
         if is_over:
             break
+    outcome.router.end_training(done)
     checkpoints.finish()
     if done != saved:
         checkpoints.save(done, goes_on=False)
-    _report_end(run, config, done)
+    run.last = done
+    if done != run.start and not stop.agreed():
+        outcome.generations.write(run.model, done, stop.agreed, run.report)
+
+
+def _show(run: Run, metrics: IterationMetrics) -> None:
+    """Show the figures of an iteration: in the view of a terminal, or as a line."""
+    if run.view is not None:
+        run.view.update(metrics.figures(_processor(run.mesh)))
+    else:
+        run.report.say(metrics.line(_processor(run.mesh)))
 
 
 def _is_over(run: Run, config: FinetuneConfig) -> bool:
@@ -205,8 +225,9 @@ def _is_over(run: Run, config: FinetuneConfig) -> bool:
     return everywhere(run.best.is_over(config.early_stopping_patience), run.mesh.device)
 
 
-def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
-    """Write the summary and print the end of the run. All ranks must call."""
+def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome, num_retaken: int) -> None:
+    """Write the summary, the plot and the page, and print the end of the run. All ranks must call."""
+    done = run.last
     is_over = run.best.is_over(config.early_stopping_patience)
     summary = summarize(
         run.meter,
@@ -223,7 +244,7 @@ def _report_end(run: Run, config: FinetuneConfig, done: int) -> None:
         stopped_early=is_over and done < config.iterations,
     )
     if run.mesh.is_first:
-        summary.write(config.save)
+        outcome.end(summary, num_retaken)
     if done < config.iterations and not is_over:
         run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues it")
         return
@@ -249,6 +270,7 @@ def _evaluate(
     iteration: int,
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
+    outcome: Outcome,
 ) -> bool:
     """Evaluate the validation set, if there is one. Its time counts for no iteration.
 
@@ -256,12 +278,17 @@ def _evaluate(
     """
     if run.validation is None:
         return False
+    outcome.router.begin_validation()
     metrics = run.validation.evaluate(run.model, iteration, stop.agreed)
+    if metrics is not None:
+        outcome.router.end_validation(iteration)
     run.meter.restart()
     if metrics is None:
         return False
     if run.mesh.is_first:
         run.report.say(metrics.line(config.iterations))
+        if run.view is not None:
+            run.view.validation.append((iteration, metrics.loss))
         write(iteration, {"validation_loss": metrics.loss})
     # A resumed run evaluates where it starts; a run without the interruption would not have done so.
     if iteration % config.eval_interval != 0 and iteration != config.iterations:

@@ -8,13 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mixtral_run.errors import TrainingError
+from mixtral_run.live import TrainingFigures
 from mixtral_run.model.architecture import MixtralArchitecture
 
 
@@ -44,6 +45,11 @@ class IterationMetrics:
         """Return the values for TensorBoard."""
         names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib")
         return {name: getattr(self, name) for name in names}
+
+    def figures(self, processor: str) -> TrainingFigures:
+        """Return the values for the live view. processor: 'GPU' or 'process'."""
+        values = {item.name: getattr(self, item.name) for item in fields(TrainingFigures) if item.name != "processor"}
+        return TrainingFigures(**values, processor=processor)
 
     def line(self, processor: str) -> str:
         """Return `iteration 10/10 | … | lm loss: 1.234567E+00 | …`. processor: 'GPU' or 'process'."""

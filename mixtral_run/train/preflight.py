@@ -15,15 +15,17 @@ from mixtral_run.launch import processes
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
+from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
-from mixtral_run.train.checkpoints.run_folder import METRICS, PARTIAL, VALIDATION, num_checkpoints
+from mixtral_run.train.checkpoints.run_folder import PARTIAL, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.data.templates.open_template import file_problems
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.model_limits import length_problems, report_notes
+from mixtral_run.train.outcome.log_to import logger_problems
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
@@ -40,10 +42,6 @@ from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
-SUMMARY = "summary.json"
-"""File next to it: the summary of train/summary.py."""
-TENSORBOARD = "tensorboard"
-RUN_FILES = (METRICS, VALIDATION, SUMMARY, TENSORBOARD)
 _NOTHING_TO_RESUME = "--resume: found no checkpoint"
 _NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
 
@@ -153,6 +151,7 @@ def _errors(
         problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
     problems += file_problems(config.chat_template)
     if isinstance(config, FinetuneConfig):
+        problems += logger_problems(config.log_to)
         unwritable, start = output_problems(config.save, resume=config.resume), 0
         problems += unwritable
         if base is not None and config.resume and not unwritable:
@@ -280,7 +279,7 @@ def _next_step(config: TrainingConfig, problems: list[str]) -> str:
 
 def leftovers(save: Path) -> list[Path]:
     """Return the files of a run that ended before its first checkpoint was complete."""
-    return [save / name for name in RUN_FILES if (save / name).exists()] + [*save.glob(PARTIAL)]
+    return [save / name for name in ALL_FILES if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
 def check_inference(config: GenerateConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mixtral_run.config.training import TrainingConfig
+from mixtral_run.live import TrainingRow
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.report import Report
@@ -18,7 +19,10 @@ from mixtral_run.train.validation import Validation
 
 @dataclass
 class Run:
-    """State of a training run, the same on every rank."""
+    """State of a training run, the same on every rank.
+
+    start: iterations before the first one of this process; last: the last one. view: on a terminal, in the first rank.
+    """
 
     config: TrainingConfig
     mesh: Mesh
@@ -30,5 +34,7 @@ class Run:
     load_seconds: float
     bad_steps: BadSteps
     start: int = 0
+    last: int = 0
+    view: TrainingRow | None = None
     validation: Validation | None = None
     best: BestLoss = field(default_factory=BestLoss)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -14,9 +13,7 @@ import torch.distributed as dist
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.metrics import Meter, peak_memory_gib
-from mixtral_run.train.preflight import SUMMARY
 from mixtral_run.train.validation import ValidationMetrics
-from mixtral_run.weights.io.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,6 @@ class Summary:
             f"peak {max(self.peak_memory_gib) * 1.073741824:.2f} GB on the fullest {processor}; "
             f"loaded in {self.load_seconds:.1f} s"
         )
-
-    def write(self, folder: Path) -> None:
-        """Write the summary into the adapter's folder, replacing that of an earlier run."""
-        write_atomically(folder / SUMMARY, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def summarize(

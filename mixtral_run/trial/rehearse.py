@@ -274,6 +274,6 @@ def _losses(paths: Paths) -> list[float]:
 
 
 def _plot(losses: list[float], path: Path) -> None:
-    from mixtral_run.trial.loss_plot import loss_plot
+    from mixtral_run.results.loss_plot import write_loss_plot
 
-    loss_plot(losses, path, title="Rehearsal: LoRA on a tiny Mixtral")
+    write_loss_plot(path, list(enumerate(losses, start=1)), title="Rehearsal: LoRA on a tiny Mixtral")

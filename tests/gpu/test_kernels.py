@@ -82,7 +82,10 @@ def test_a_captured_step_is_the_eager_step() -> None:
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
             stream = batches(MockSamples(1024, 128, 1), seed=1, micro_batch_size=2, global_batch_size=4)
             backward = CapturedBackward(model) if captured else None
+            counts = model.count_choices()
             losses.append([train_step(model, optimizer, next(stream), 1.0, backward).loss for _ in range(6)])
+            # The passes before the capture and the capture itself do not count.
+            assert counts.take().sum(dim=1).tolist() == [2 * 4 * 128 * 6] * 2
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert abs(losses[0][0] - losses[0][-1]) > 0.01
 

@@ -30,7 +30,12 @@ from pathlib import Path
 from typing import Any
 
 MAX_REQUEST_BYTES = 2**20
-IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.launcher.api", "torch.utils.tensorboard")
+IMPORTED = (
+    "matplotlib.backends.backend_agg",
+    "torch.distributed.checkpoint",
+    "torch.distributed.launcher.api",
+    "torch.utils.tensorboard",
+)
 """Modules that the processes of the product import late. None of them reads HF_… variables."""
 EVERYTHING_IGNORED = ("ignore", None, Warning, None, 0)
 

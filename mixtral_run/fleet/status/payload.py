@@ -31,6 +31,18 @@ _NEEDED = ("commands", "probe", "gpu_shortfalls")
 _IMPORT = re.compile(r"^from \.(?:(\w+) import |\s*import ([\w, ]+)$)", re.MULTILINE)
 
 
+def program_of(sources: dict[str, str], program: str) -> bytes:
+    """Return one Python text that creates modules from `sources`, by name, and then runs `program`."""
+    # `from __future__` must come first in a program, so this program is compiled separately.
+    return "\n".join(
+        (
+            _LOADER,
+            f"import json; _load(json.loads({json.dumps(json.dumps(sources))}))",
+            f'exec(compile({json.dumps(program)}, "program", "exec"), {{"__name__": "__main__"}})',
+        )
+    ).encode()
+
+
 def status_payload() -> bytes:
     """Return the program that prints a host's state: the readings of the roles and those of `remote_status`."""
     prefix = "ansible.module_utils.mixtral_run_host"
@@ -40,15 +52,7 @@ def status_payload() -> bytes:
     for name in _NEEDED:
         _add_module(modules, folder, name)
     sources |= {f"{prefix}.{name}": text for name, text in modules.items()}
-    program = _read(Path(__file__).with_name("remote_status.py"))
-    # `from __future__` must come first in a program, so this program is compiled separately.
-    return "\n".join(
-        (
-            _LOADER,
-            f"import json; _load(json.loads({json.dumps(json.dumps(sources))}))",
-            f'exec(compile({json.dumps(program)}, "remote_status", "exec"), {{"__name__": "__main__"}})',
-        )
-    ).encode()
+    return program_of(sources, _read(Path(__file__).with_name("remote_status.py")))
 
 
 def _add_module(modules: dict[str, str], folder: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.report import Report
+from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
 from mixtral_run.run_lock import one_run
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
@@ -21,11 +22,6 @@ from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_
 from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
 
-METRICS = "metrics.jsonl"
-"""File in the adapter's folder: the metrics of each iteration, a JSON object a line."""
-VALIDATION = "validation.jsonl"
-"""File next to it: the evaluations of the validation set, a JSON object a line."""
-GROWING = (METRICS, VALIDATION)
 PARTIAL = ".iter_*.partial"
 """Folders of checkpoints that are not complete yet, or not any more."""
 
@@ -131,7 +127,9 @@ def drop_later_lines(save: Path, iteration: int, written: Any, report: Report) -
             if len(head) != prefix.num_bytes or f"{zlib.crc32(head):08x}" != prefix.crc32:
                 report.warn(f"{file} is not what was written up to iteration {iteration}: it is damaged or was edited")
         # The evaluation at the iteration itself is repeated.
-        kept = _lines(content, (lambda at: at <= iteration) if name == METRICS else (lambda at: at < iteration))
+        kept = _lines(
+            content, (lambda at: at <= iteration) if name in (METRICS, ROUTER) else (lambda at: at < iteration)
+        )
         if content and kept != content:
             write_atomically(file, kept.decode("utf-8", errors="replace"))
 

@@ -120,6 +120,11 @@ class PackedSamples:
         return len(self._rows)
 
     @property
+    def examples(self) -> Samples:
+        """Return the examples, each in a row of its own."""
+        return self._samples
+
+    @property
     def seq_length(self) -> int:
         return self._samples.seq_length
 

@@ -58,6 +58,15 @@ class Row:
     lengths: tuple[int, ...] | None = None  # of the samples in a packed row, with padding as the last one
 
 
+@dataclass(frozen=True)
+class ExampleTokens:
+    """An example without padding. place: in its file. learned: begin and end of each span that is learned."""
+
+    place: str
+    tokens: tuple[int, ...]
+    learned: tuple[tuple[int, int], ...]
+
+
 class SampleSource(Protocol):
     """A source of samples: a file or mock data."""
 
@@ -167,6 +176,17 @@ class Samples:
         for begin, end in self._arrays.spans[first:last].tolist():
             mask[max(begin, 1) - 1 : min(end, length) - 1] = 1.0
         return Row(padded[:-1], padded[1:], mask)
+
+    def example(self, index: int) -> ExampleTokens:
+        """Return an example as far as a row holds it."""
+        length, number = int(self._lengths[index]), self._number(index)
+        first, last = self._arrays.span_offsets[number : number + 2].tolist()
+        spans = self._arrays.spans[first:last].tolist()
+        return ExampleTokens(
+            self._arrays.place(number),
+            tuple(self._arrays.tokens_of(number, length).tolist()),
+            tuple((begin, min(end, length)) for begin, end in spans if begin < length),
+        )
 
     def num_loss_tokens(self, index: int) -> int:
         return int(self.num_loss_tokens_of_all[index])

@@ -10,7 +10,7 @@ samples: the graph has as many as the fullest row of the run, most of them with 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -177,6 +177,9 @@ class CapturedBackward(Backward):
                 self._pass(adds=False)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.set_rng_state(random_state, self.model.mesh.device)
+        if self.model.router_counts is not None:
+            # It is the first micro batch of a step that captures.
+            self.model.router_counts.begin_step()
         # Before the capture frees the allocator's blocks: each gradient would hold the large block it was cut from.
         self._drop_gradients()
 
@@ -192,7 +195,9 @@ class CapturedBackward(Backward):
         if self._most is not None:
             positions, boundaries, owner = rest
             packed = Packed(boundaries, owner, self._most.longest)
-        losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
+        counts = self.model.router_counts
+        with counts.counting(weights) if counts is not None else nullcontext():
+            losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
         loss = (losses * weights).sum()
         loss.backward()
         return loss.detach()

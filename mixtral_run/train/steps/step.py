@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class Step(Protocol):
 
 
 class Backward(ABC):
-    """Forward and backward pass of a micro batch.
+    """Forward and backward pass of a micro batch. num_retaken: steps that `was_whole` had taken again.
 
     dispatcher: the exchange with experts of other ranks; None for the layers' own, which has no limit of capacity.
     """
@@ -64,6 +65,7 @@ class Backward(ABC):
         self.model = model
         self.dispatcher = dispatcher
         self.num_short = 0
+        self.num_retaken = 0
 
     @abstractmethod
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
@@ -75,6 +77,7 @@ class Backward(ABC):
         Otherwise the gradients are wrong.
         """
         whole = self.dispatcher is None or not self.dispatcher.overflowed(self.model.mesh)
+        self.num_retaken += not whole
         self.num_short = 0 if whole else self.num_short + 1
         return whole
 
@@ -97,8 +100,10 @@ def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatche
     packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
     positions = micro.position_ids.to(device) if packed is not None else None
     tokens, labels = micro.tokens.to(device), micro.labels.to(device)
-    losses = model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=dispatcher)
-    return (losses * micro.loss_mask.to(device)).sum()
+    mask = micro.loss_mask.to(device)
+    with model.router_counts.counting(mask) if model.router_counts is not None else nullcontext():
+        losses = model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=dispatcher)
+    return (losses * mask).sum()
 
 
 LR_RATIO = "lr_ratio"
@@ -157,6 +162,8 @@ def train_step(
     total = _gradients_of(batch, parameters, backward)
     if not backward.was_whole():
         total = _gradients_of(batch, parameters, EagerBackward(model))
+    if model.router_counts is not None:
+        model.router_counts.end_step()
     sum_gradients(parameters, mesh)
     norm = gradient_norm(parameters, mesh)
     found = torch.stack((sum_over(total, mesh.data_group), norm.double()))
@@ -177,6 +184,8 @@ def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], 
     # The first micro batch sets the gradients; adding to zeros would write and read them for nothing.
     for parameter in parameters:
         parameter.grad = None
+    if backward.model.router_counts is not None:
+        backward.model.router_counts.begin_step()
     total = torch.zeros((), dtype=torch.float64, device=backward.model.mesh.device)
     for micro in batch.micro_batches:
         total += backward(micro, batch.num_loss_tokens)

@@ -1,5 +1,6 @@
 """SIGTERM to a job, in the words that its containers run: it saves, ends as stopped, and goes on with --resume."""
 
+import json
 import os
 import signal
 import socket
@@ -71,6 +72,10 @@ def test_a_job_saves_when_it_is_stopped_and_goes_on(small_checkpoint: Path, tmp_
     stopped = int((config.save / "latest_checkpointed_iteration.txt").read_text())
     assert stopped >= 2
     assert not list(config.save.glob(".iter_*")) and len(list(config.save.glob("iter_*"))) == 2
+    assert f"Stopped on request at iteration {stopped} of 100000" in (config.save / "report.html").read_text()
+    assert json.loads((config.save / "summary.json").read_text())["last_iteration"] == stopped
+    routed = [json.loads(line) for line in (config.save / "router.jsonl").read_text().splitlines()]
+    assert sum(line["iterations"] for line in routed) == stopped
     more = ("--train-iters", str(stopped + 1), "--nproc-per-node", "2", "--resume")
     done = mixtral_run("finetune", "--config", str(tmp_path / "config.json"), *more)
     assert done.returncode == 0, done.stderr

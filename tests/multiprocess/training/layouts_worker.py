@@ -88,7 +88,7 @@ def train(
     given: AllGatherDispatcher | None = None,
     **loading: Any,
 ) -> dict:
-    """Losses and gradient norms of iterations start…stop; the model and its optimizer for what comes after.
+    """Losses, gradient norms and choices of the routers of iterations start…stop; the model and its optimizer.
 
     given: tokens are gathered where experts are spread. loading: for `load_for_training`.
     """
@@ -99,7 +99,7 @@ def train(
     if resume is not None:
         load_adapter(model, describe_adapter(resume))
         load_optimizer(model, optimizer, describe_adapter(resume))
-    before = frozen(model)
+    before, counts, router = frozen(model), model.count_choices(), []
     stream = batches(
         samples_of(config),
         seed=config.seed,
@@ -115,9 +115,10 @@ def train(
             group["lr"] = learning_rate(config, iteration)
         result = train_step(model, optimizer, batch, config.clip_grad, backward)
         figures.append((result.loss, result.grad_norm))
+        router.append(counts.take().tolist())
     after = frozen(model)
     assert all(torch.equal(after[name], weight) for name, weight in before.items()), "a frozen weight changed"
-    return {"figures": figures, "model": model, "optimizer": optimizer}
+    return {"figures": figures, "router": router, "model": model, "optimizer": optimizer}
 
 
 def pretrain(config: FinetuneConfig, mesh: Mesh, *, within: bool) -> list[tuple[float, float]]:
@@ -211,7 +212,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         results["greedy_alone"] = [continue_rows(model, [row], {2}, sampling)[0] for row in ROWS]
         results["drawn"] = continue_rows(model, ROWS, {2}, Sampling(6, 1.0, 0.9, 7))
         run = train(config, mesh, 0, 6)
-        results["figures"] = run["figures"]
+        results["figures"], results["router"] = run["figures"], {"plain": run["router"][:2]}
         if saved_elsewhere is None:
             half = train(config, mesh, 0, 3)
             description = {
@@ -222,8 +223,12 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         else:
             results["resumed"] = train(config, mesh, 3, 6, resume=saved_elsewhere)["figures"]
         recomputed = config_of(checkpoint, out, layout, recompute_activations=True)
-        results["recomputed"] = train(recomputed, mesh, 0, 2)["figures"]
-        results["selective"] = train(config_of(checkpoint, out, layout, recompute="selective"), mesh, 0, 2)["figures"]
+        for name, changed in (
+            ("recomputed", recomputed),
+            ("selective", config_of(checkpoint, out, layout, recompute="selective")),
+        ):
+            again = train(changed, mesh, 0, 2)
+            results[name], results["router"][name] = again["figures"], again["router"]
         results["gathered"] = {}
         for spare in (2.0, 0.5):
             # With too little room each step is taken again, row by row.
@@ -237,6 +242,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                         given=all_gather(mesh, num_experts),
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
+                results["router"][f"gathered: {mode}, {spare:g}"] = again["router"]
         results["unlimited"] = apart_where_all_have_room(run["model"])
         results["validation"] = validation_losses(config, run["model"], 1), validation_losses(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.multiprocess.conftest import torchrun
-from tests.multiprocess.training.layouts_worker import ROWS
+from tests.multiprocess.training.layouts_worker import ROWS, UnevenSamples
 
 WORKER = Path(__file__).parent / "layouts_worker.py"
 FOUR = ("1x1", "2x1", "1x2", "2x2", "2x4")
@@ -36,6 +36,29 @@ def hf_logits(small_hf_model: Path) -> list[torch.Tensor]:
         return [model(torch.tensor([row])).logits[0].double() for row in ROWS]
 
 
+@pytest.fixture(scope="session")
+def hf_choices(small_hf_model: Path) -> list[list[int]]:
+    """The tokens of each expert, layer by layer, in the first batch of the runs: by HF's model, and top 2 by hand."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(small_hf_model), dtype=torch.float32)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_pre_hook(lambda gate, inputs: seen.append((inputs[0], gate.weight)))
+    samples = UnevenSamples(model.config.vocab_size, 16, 1234)
+    counts = [[0] * 8 for _ in model.model.layers]
+    with torch.inference_mode():
+        for index in range(8):
+            seen.clear()
+            model(torch.tensor([samples.row(index).tokens.tolist()]))
+            for layer, (hidden, weight) in enumerate(seen):
+                logits = (hidden.reshape(16, -1).double() @ weight.double().T).tolist()
+                for token in logits[: samples.num_loss_tokens(index)]:
+                    for expert in sorted(range(8), key=lambda each: -token[each])[:2]:
+                        counts[layer][expert] += 1
+    return counts
+
+
 CASES = ["1:1x1", "2:2x2", *(f"4:{layout}" for layout in FOUR)]
 
 
@@ -43,6 +66,16 @@ CASES = ["1:1x1", "2:2x2", *(f"4:{layout}" for layout in FOUR)]
 def test_logits_equal_hfs(case: str, results: dict[str, Any], hf_logits: list[torch.Tensor]) -> None:
     for ours, theirs in zip(results[case]["logits"], hf_logits, strict=True):
         assert float((torch.tensor(ours, dtype=torch.float64) - theirs).abs().max()) <= 5e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_routers_choices_are_counted(case: str, results: dict[str, Any], hf_choices: list[list[int]]) -> None:
+    """With all ways of recomputation and dispatch; in one of them each step is taken twice."""
+    found, reference = results[case]["router"], results["1:1x1"]["router"]["plain"]
+    assert len(found) == 9
+    for name, (first, second) in found.items():
+        assert first == hf_choices, name
+        assert second == reference[1] != first, name
 
 
 @pytest.mark.parametrize("case", CASES)

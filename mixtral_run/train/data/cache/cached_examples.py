@@ -149,12 +149,13 @@ class ExampleCaches:
         self, stream: ExampleStream, files: Sequence[_Hashed]
     ) -> Callable[[CacheWriter, Callable[[str], None]], Mapping[str, Any]]:
         def make(writer: CacheWriter, note: Callable[[str], None]) -> Mapping[str, Any]:
-            progress = TokenizingProgress(_about(files), self._report.say, note)
-            for chunk in tokenized(_numbered(stream), self._encoding, progress.advance):
-                writer.add(chunk.encoded, chunk.digests, chunk.places)
-                for source, place, problem in chunk.problems:
-                    stream.problems.add(place, [problem])
-                    stream.counts_by_source[source] -= 1
+            with self._report.activity("tokenizing") as row:
+                progress = TokenizingProgress(_about(files), self._report.say, note, row)
+                for chunk in tokenized(_numbered(stream), self._encoding, progress.advance):
+                    writer.add(chunk.encoded, chunk.digests, chunk.places)
+                    for source, place, problem in chunk.problems:
+                        stream.problems.add(place, [problem])
+                        stream.counts_by_source[source] -= 1
             stream.raise_problems()
             progress.finish()
             for file in files:

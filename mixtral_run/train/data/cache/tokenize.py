@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.live import ActivityRow
 from mixtral_run.train.data.cache.token_arrays import DTYPES, EncodedChunk
 from mixtral_run.train.data.reading.example import Example
 from mixtral_run.train.data.templates.encoding import Encode, Encoding, content_digest
@@ -161,20 +162,29 @@ def _tokenize(encode: Encode, chunk: list[Numbered]) -> TokenizedChunk:
 class TokenizingProgress:
     """Lines about the tokenization: how many examples are done, of about how many, and the speed.
 
-    say: prints a line. note: passes it on to processes that wait.
+    say: prints a line. note: passes it on to processes that wait. row: shows it on a terminal instead of lines.
     """
 
-    def __init__(self, about: int | None, say: Callable[[str], None], note: Callable[[str], None]) -> None:
-        self._about, self._say, self._note = about, say, note
+    def __init__(
+        self,
+        about: int | None,
+        say: Callable[[str], None],
+        note: Callable[[str], None],
+        row: ActivityRow | None = None,
+    ) -> None:
+        self._about, self._say, self._note, self._row = about, say, note, row
         self._done = self._done_when_told = 0
         self._started = self._told = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """Count examples; print a line every five seconds."""
+        """Count examples; print a line every five seconds unless a row shows them."""
         self._done += count
         now = time.monotonic()
         self._note(self._text(now))
-        if now - self._told >= 5.0:
+        if self._row is not None:
+            self._row.text = self._text(now)
+            self._row.share = min(1.0, self._done / self._about) if self._about else -1.0
+        elif now - self._told >= 5.0:
             self._told, self._done_when_told = now, self._done
             self._say(f"  tokenizing: {self._text(now)}")
 

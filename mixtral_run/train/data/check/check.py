@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,14 @@ def _rendered(example: Example, encoded: EncodedExample | None, decode: Callable
             learned = message.role == "assistant" and message.learned
             parts += [Part(f"{message.role}: ", False), Part(message.content + calls, learned), Part("\n", False)]
         return Rendered(example.place, tuple(parts[:-1]))
-    tokens = encoded.tokens.tolist()
-    borders = [0, *(border for span in encoded.learned for border in span), len(tokens)]
+    return rendered_tokens(example.place, encoded.tokens.tolist(), encoded.learned, decode)
+
+
+def rendered_tokens(
+    place: str, tokens: list[int], learned: Sequence[tuple[int, int]], decode: Callable[[list[int]], str]
+) -> Rendered:
+    """Return the text of tokens, with the parts that are learned. learned: begin and end of each span."""
+    borders = [0, *(border for span in learned for border in span), len(tokens)]
     # Text up to a border, less the text up to the one before: decoders drop the space before a first word.
     texts = [decode(tokens[:border]) for border in borders]
     cuts = list(zip(texts, texts[1:], borders, borders[1:], strict=False))
@@ -241,7 +247,7 @@ def _rendered(example: Example, encoded: EncodedExample | None, decode: Callable
         for number, (before, after, begin, end) in enumerate(cuts)
         if begin < end
     ]
-    return Rendered(example.place, tuple(parts))
+    return Rendered(place, tuple(parts))
 
 
 def load_encoder(folder: Path, chat_template: str) -> tuple[Encode, Callable[[list[int]], str]]:

@@ -1,0 +1,260 @@
+"""The page about a run: one HTML file that loads nothing from elsewhere. All texts of data and files are escaped."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shlex
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.results.read_run import RunData, curve, mapping, number, numbers
+from mixtral_run.results.report_router import router_section
+from mixtral_run.results.svg import Series, escaped, line_chart
+
+MOST_CHARACTERS = 2000
+"""Longest text of a piece of an example or of an answer; the middle of a longer one is left out."""
+
+
+@dataclass(frozen=True)
+class ExampleText:
+    """An example of the training data as text. parts: each with True if its tokens are learned."""
+
+    place: str
+    parts: tuple[tuple[str, bool], ...]
+
+
+def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: str) -> str:
+    """Return the page.
+
+    Args:
+        data: the run, with its summary.
+        examples: of the training data.
+        best_adapter: path of the adapter that the commands use.
+    """
+    summary, name = data.summary, str(data.summary.get("name", data.folder.name))
+    kit = mapping(summary.get("kit"))
+    commit = (
+        f", commit {str(kit['commit'])[:12]}{' with changes' if kit.get('modified') else ''}"
+        if kit.get("commit")
+        else ""
+    )
+    about = f"{_state(summary)} · started {summary.get('started')} · mixtral-run {kit.get('version')}{commit}"
+    sections = [
+        _tiles(summary),
+        _curves(data),
+        router_section(data),
+        _generations(data),
+        _data_section(summary, examples),
+        _settings(mapping(summary.get("settings"))),
+        _commands(mapping(summary.get("settings")), best_adapter),
+    ]
+    template = string.Template(
+        importlib.resources.files("mixtral_run.resources").joinpath("report.html").read_text("utf-8")
+    )
+    return template.substitute(
+        title=escaped(f"{name} – LoRA run"), name=escaped(name), about=escaped(about), sections="\n".join(sections)
+    )
+
+
+def _state(summary: dict[str, Any]) -> str:
+    last, whole = summary.get("last_iteration"), summary.get("train_iters")
+    if summary.get("stopped_early"):
+        return f"Stopped early at iteration {last} of {whole}"
+    return f"Complete: {last} iterations" if last == whole else f"Stopped on request at iteration {last} of {whole}"
+
+
+def _tiles(summary: dict[str, Any]) -> str:
+    losses, validation = mapping(summary.get("losses")), mapping(summary.get("validation"))
+    cells = [
+        ("Loss, first → last", [_value("losses.first_loss", losses, ".4g"), _value("losses.last_loss", losses, ".4g")]),
+        (
+            "Validation loss, first → last",
+            [_value("validation.first_loss", validation, ".4g"), _value("validation.last_loss", validation, ".4g")],
+        ),
+        (
+            f"Lowest validation loss, at iteration {escaped(validation.get('lowest_iteration'))}",
+            [_value("validation.lowest_loss", validation, ".4g")],
+        ),
+        ("Tokens/s in the median iteration", [_value("tokens_per_second", summary, ",.0f")]),
+        ("TFLOP/s per process", [_value("tflops_per_process", summary, ".3g")]),
+        ("Seconds per iteration", [_value("seconds_per_iteration", summary, ".3g")]),
+        ("GiB on the fullest process", [_peak(summary)]),
+        ("Seconds of training", [_value("seconds", summary, ",.1f")]),
+        ("Seconds of loading", [_value("load_seconds", summary, ",.1f")]),
+    ]
+    tiles = "".join(
+        f'<div class="card tile"><b>{" → ".join(values)}</b><span>{label}</span></div>'
+        for label, values in cells
+        if all(values)
+    )
+    layout = (
+        f"{summary.get('num_processes')} × {summary.get('device')}, TP{summary.get('tensor_model_parallel_size')}/"
+        f"EP{summary.get('expert_model_parallel_size')}, base in {summary.get('base_precision')}, "
+        f"recompute {summary.get('recompute')}"
+    )
+    return f'<div class="tiles">{tiles}</div>\n<p class="quiet">{escaped(layout)}</p>'
+
+
+def _value(path: str, values: dict[str, Any], form: str) -> str:
+    """Return a number of summary.json as it is shown; an empty text if there is none."""
+    found = number(values.get(path.rpartition(".")[2]))
+    return "" if found is None else f'<span data-of="{path}">{found:{form}}</span>'
+
+
+def _peak(summary: dict[str, Any]) -> str:
+    peaks = numbers(summary.get("peak_memory_gib"))
+    return f'<span data-of="peak_memory_gib">{max(peaks):.2f}</span>' if peaks else ""
+
+
+def _curves(data: RunData) -> str:
+    losses = [
+        Series("loss", curve(data.metrics, "loss"), "a"),
+        Series("validation_loss", curve(data.validation, "loss"), "b", marked=True),
+    ]
+    charts = [
+        _chart("Loss", losses, ("training", "validation") if losses[1].points else ()),
+        *(
+            _chart(title, [Series(name, curve(data.metrics, name), style)], may_be_log=may_be_log)
+            for title, name, style, may_be_log in (
+                ("Learning rate", "learning_rate", "c", False),
+                ("Tokens/s", "tokens_per_second", "d", False),
+                ("Peak memory, GiB", "peak_memory_gib", "b", False),
+                ("Gradient norm", "grad_norm", "c", True),
+            )
+        ),
+    ]
+    return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
+
+
+def _chart(title: str, series: Sequence[Series], names: Sequence[str] = (), *, may_be_log: bool = True) -> str:
+    drawing = line_chart(series, f"{title} by iteration", may_be_log=may_be_log)
+    if not drawing:
+        return ""
+    legend = "".join(
+        f'<span><i class="{each.style}"></i>{escaped(name)}</span>'
+        for each, name in zip(series, names, strict=bool(names))
+    )
+    return f'<div class="card"><h3>{escaped(title)}</h3><div class="legend">{legend}</div>{drawing}</div>'
+
+
+def _generations(data: RunData) -> str:
+    """Return the answers before the first iteration and after the last one, prompt by prompt."""
+    if not data.generations:
+        return ""
+    first, last = data.generations[0], data.generations[-1]
+    by_prompt: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for line in [first] if first is last else [first, last]:
+        for answer in _dicts(line.get("answers")):
+            by_prompt.setdefault(str(answer.get("prompt")), []).append((line["iteration"], answer))
+    cards = []
+    for prompt, answers in by_prompt.items():
+        texts = [
+            ("Answer in the data", answers[0][1].get("expected")),
+            *(
+                (f"Generated after iteration {iteration}" if iteration else "Generated by the base", answer.get("text"))
+                for iteration, answer in answers
+            ),
+        ]
+        shown = "".join(f"<div><h3>{escaped(head)}</h3><pre>{_cut(text)}</pre></div>" for head, text in texts)
+        cards.append(
+            f'<div class="card stack"><h3>Prompt, {escaped(answers[0][1].get("place"))}</h3>'
+            f'<pre>{_cut(prompt)}</pre><div class="answers">{shown}</div></div>'
+        )
+    note = "Greedy, at most --report-tokens tokens each."
+    return f'<h2>Generations on the validation set</h2><p class="quiet">{note}</p>{"".join(cards)}'
+
+
+def _dicts(values: object) -> list[dict[str, Any]]:
+    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
+
+
+def _cut(text: object) -> str:
+    """Return a text for the page, without the middle if it is long."""
+    whole = str(text)
+    if len(whole) <= MOST_CHARACTERS:
+        return escaped(whole)
+    half = MOST_CHARACTERS // 2
+    left_out = f" … {len(whole) - 2 * half:,} characters … "
+    return escaped(whole[:half] + left_out + whole[-half:])
+
+
+def _data_section(summary: dict[str, Any], examples: Sequence[ExampleText]) -> str:
+    data, base = mapping(summary.get("data")), mapping(summary.get("base"))
+    rows = [
+        ("Training", "data.training", data.get("training")),
+        ("Validation", "data.validation", data.get("validation")),
+        ("SHA-256 of --data-path", "data.sha256", data.get("sha256")),
+        ("Fingerprint of the base", "base.fingerprint", base.get("fingerprint")),
+    ]
+    shown = "".join(
+        f"<div><h3>{escaped(each.place)}</h3><pre>"
+        + "".join(f"<mark>{_cut(text)}</mark>" if learned else _cut(text) for text, learned in each.parts)
+        + "</pre></div>"
+        for each in examples
+    )
+    note = '<p class="quiet">What is <mark>marked</mark> counts in the loss; the rest is context.</p>' if shown else ""
+    table = _table((title, path, value) for title, path, value in rows if value is not None)
+    return f'<h2>Data</h2><div class="card">{table}</div>{note}<div class="answers">{shown}</div>'
+
+
+def _table(rows: Iterable[tuple[str, str, object]]) -> str:
+    cells = "".join(
+        f'<tr><th scope="row">{escaped(title)}</th><td data-of="{escaped(path)}">{escaped(_shown(value))}</td></tr>'
+        for title, path, value in rows
+    )
+    return f"<table>{cells}</table>"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None else str(value)
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    defaults = {item.name: item.default for item in fields(FinetuneConfig) if item.default is not MISSING}
+    rows = [(f"--{name.replace('_', '-')}", f"settings.{name}", value) for name, value in settings.items()]
+    is_default = {
+        f"settings.{name}": name in defaults and _plain(defaults[name]) == value for name, value in settings.items()
+    }
+    given = _table(row for row in rows if not is_default[row[1]])
+    others = _table(row for row in rows if is_default[row[1]])
+    return (
+        f'<h2>Settings</h2><div class="card">{given}<details><summary>Settings with their default</summary>{others}'
+        "</details></div>"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else str(value) if hasattr(value, "parts") else value
+
+
+def _commands(settings: dict[str, Any], best_adapter: str) -> str:
+    try:
+        config = FinetuneConfig.from_mapping(settings)
+    except ConfigError:
+        return ""  # the settings of another version of the kit
+    names = {item.name for item in fields(config)} - {"resume"}
+    quoted, load = shlex.quote(best_adapter), shlex.quote(str(config.load))
+    commands = {
+        "Continue this run (a complete one with a larger --train-iters or --epochs)": _command(
+            ["mixtral-run finetune", *config.flags(names), "--resume"]
+        ),
+        "Export the adapter": f"mixtral-run export --adapter {quoted} --output-path peft-adapter",
+        "Generate with the adapter": (
+            f"mixtral-run generate --load {load} --adapter {quoted} --instruction 'Your question'"
+        ),
+    }
+    shown = "".join(f"<h3>{escaped(title)}</h3><pre>{escaped(command)}</pre>" for title, command in commands.items())
+    return f'<h2>Commands</h2><div class="card">{shown}</div>'
+
+
+def _command(words: Sequence[str]) -> str:
+    """Return a command for a shell, with each flag on a line of its own."""
+    return "".join(f" \\\n  {word}" if word.startswith("--") else f" {word}" for word in words).lstrip()
