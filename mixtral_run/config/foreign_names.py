@@ -82,6 +82,8 @@ _ADAPTERS_ONLY = _none(
 _ANSWERS_ONLY = _none("leave it out: only the answers are learned; records of the shape `text` are learned whole")
 _ADAMW_ALWAYS = ForeignName((("optimizer", ""),), "leave it out: finetune always uses AdamW")
 _METRICS = _none("leave it out: metrics go to SAVE/tensorboard and SAVE/metrics.jsonl, and nowhere else")
+_LOG_TO = ForeignName((("log-to", "with wandb or mlflow; TensorBoard's files are in SAVE/tensorboard"),), _METRICS.note)
+_WANDB = _none("leave it out: --log-to wandb takes the project, the entity and more from wandb's variables (WANDB_…)")
 _PER_EPOCH = "in iterations: examples / {global-batch-size} is one epoch"
 _FROM_LOAD = _none("leave it out: the sizes and the tokenizer are read from --load")
 _ADAM = _none("leave it out: AdamW runs with its usual values")
@@ -198,21 +200,17 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     "save-total-limit": _same("keep-last"),
     **dict.fromkeys(
         (
-            "report-to",
-            "wandb",
-            "use-wandb",
             "wandb-project",
             "wandb-entity",
-            "wandb-name",
             "wandb-run-id",
             "wandb-watch",
             "wandb-log-model",
-            "run-name",
-            "logging-dir",
-            "tensorboard-dir",
         ),
-        _METRICS,
+        _WANDB,
     ),
+    **dict.fromkeys(("report-to", "wandb", "use-wandb"), _LOG_TO),
+    "wandb-name": ForeignName((("run-name", ""),), _METRICS.note),
+    **dict.fromkeys(("run-name", "logging-dir", "tensorboard-dir"), _METRICS),
     **dict.fromkeys(
         ("train-on-inputs", "train-on-prompt", "mask-prompt", "completion-only-loss", "assistant-only-loss"),
         _ANSWERS_ONLY,

@@ -45,7 +45,10 @@ def problems(*words: str) -> tuple[str, ...]:
         ("--save-total-limit", "write --keep-last"),
         ("--lora-modules-to-save", "leave it out"),
         ("--saves-per-epoch", "write --save-interval"),
-        ("--wandb_project", "SAVE/tensorboard and SAVE/metrics.jsonl"),
+        ("--wandb_project", "WANDB_"),
+        ("--report_to", "write --log-to (with wandb or mlflow"),
+        ("--wandb-name", "write --run-name"),
+        ("--logging-dir", "SAVE/tensorboard and SAVE/metrics.jsonl"),
     ],
 )
 def test_a_foreign_flag_of_finetune_is_answered(flag: str, answer: str) -> None:
