@@ -87,7 +87,7 @@ class JobOptions:
         problems = []
         if not re.fullmatch(r"[1-9]\d*[kmgKMG]?b?", self.shm_size):
             problems.append(f"--shm-size: expected a size such as 64g; found {self.shm_size!r}")
-        if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", self.image):
+        if not re.fullmatch(r"/?[A-Za-z0-9][\w./:@-]*", self.image):
             problems.append(f"--image: expected the name of an image; found {self.image!r}")
         for pair in self.environment:
             name, equals, _ = pair.partition("=")

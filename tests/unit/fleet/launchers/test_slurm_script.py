@@ -235,6 +235,26 @@ def test_options_that_a_runtime_does_not_use_are_refused() -> None:
         assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("runtime", "image", "shown"),
+    [
+        ("enroot", "/shared/kit.sqsh", "--container-image=/shared/kit.sqsh "),
+        ("enroot", "me/kit:1", "--container-image=me/kit:1 "),
+        ("enroot", "reg.example.com:5000/me/kit:1", "--container-image=reg.example.com:5000#me/kit:1 "),
+        ("apptainer", "/shared/kit.sif", " /shared/kit.sif "),
+        ("apptainer", "me/kit:1", " docker://me/kit:1 "),
+        ("docker", "me/kit:1", " me/kit:1 "),
+    ],
+)
+def test_images_are_named_as_each_runtime_names_them(runtime: str, image: str, shown: str) -> None:
+    text = script(SlurmConfig(container_runtime=runtime), JobOptions(image=image))
+    assert shown in text.replace("'", "")
+
+
+def test_a_file_of_settings_may_give_the_time_as_a_number() -> None:
+    assert SlurmConfig.from_mapping({"time": 120}).check().time == "120"
+
+
 def test_a_verb_of_one_process_needs_no_torchrun() -> None:
     config = ConvertConfig(hf_model_path="/models/hf", output_path=Path("x"))
     own = LaunchRequest(
