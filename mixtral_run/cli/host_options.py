@@ -59,7 +59,8 @@ _JOB: tuple[Callable[..., Any], ...] = (
         "--max-restarts",
         type=WholeNumber(0),
         metavar="N",
-        help="Start the whole job again up to N times if it fails in a way that repeating can cure.",
+        help="Start the whole job again up to N times if it fails in a way that repeating can cure. A fine-tuning then "
+        "continues from its newest good checkpoint.  [default: 0; with --launcher slurm: 3]",
     ),
     _option("--nccl-debug", metavar="LEVEL", help="With --on: value of NCCL_DEBUG, such as INFO."),
     _option(

@@ -19,8 +19,11 @@ from mixtral_run.fleet.launchers.launcher import LaunchRequest
 
 MAX_RESTARTS = 3
 """Times that Slurm starts a job again, unless --max-restarts says otherwise."""
-LOG, OUTCOME, STOPPED, SCRIPT = "log.txt", "outcome", "stopped", "job.sh"
-"""Files of a job's folder: its output, the exit code of its last attempt, a mark of `stop`, the script."""
+UNDER_TORCHRUN = ("finetune", "pretrain", "generate")
+"""Verbs that run under torchrun on one node as well. Slurm signals every process of a step; those that the kit itself
+would start include a server that is not to be signaled while a run saves."""
+LOG, STOPPED, SCRIPT = "log.txt", "stopped", "job.sh"
+"""Files of a job's folder: its output, a mark of `stop`, the script. `outcome` is the exit code of the last attempt."""
 _DEFAULTS = JobOptions()
 
 
@@ -187,7 +190,7 @@ def _program(spec: JobSpec, config: Config, settings: SlurmConfig) -> list[str]:
     python = shlex.quote(settings.python) if bare else "python"
     file = "config.json" if bare else f"{JOB_FOLDER}/config.json"
     verb = f"-m mixtral_run {spec.verb} --config {file}"
-    if isinstance(config, LaunchConfig):
+    if settings.nodes > 1 or (isinstance(config, LaunchConfig) and spec.verb in UNDER_TORCHRUN):
         count = spec.config.get("nproc_per_node") or settings.gpus_per_node or 2
         lines = [
             f"set -- {python} -m mixtral_run.launch.torchrun --nnodes {settings.nodes} --nproc-per-node {count} \\",

@@ -68,7 +68,8 @@ class Login:
     ) -> int:
         for line in self.run(ssh, host, [each for each in command if each != "-F"]).output.splitlines():
             on_line(line)
-        stop.wait(5)
+        if "-F" in command:
+            stop.wait(5)
         return 0
 
     def send(self, ssh: Ssh, host: Host, command: Sequence[str], file: Path) -> None:
@@ -148,6 +149,12 @@ def test_its_output_is_followed_and_its_end_is_that_of_the_command(
 
 def test_it_is_listed_stopped_and_fetched(login: Login, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = submit(tmp_path, "--detach")
+    run("logs", "finetune", "--tail", "1")
+    assert capsys.readouterr().out == "two\n"
+    (folder / "log.txt").rename(folder / "elsewhere")
+    with pytest.raises(HostError, match=r"output of finetune-.* cannot be read"):
+        run("logs", "finetune")
+    (folder / "elsewhere").rename(folder / "log.txt")
     run("jobs")
     assert "running" in capsys.readouterr().out
     run("stop", "finetune")

@@ -12,7 +12,7 @@ import pytest
 
 from mixtral_run.config.launchers.slurm import SlurmConfig
 from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.launchers.launcher import LaunchRequest
@@ -233,6 +233,18 @@ def test_options_that_a_runtime_does_not_use_are_refused() -> None:
         with pytest.raises(ConfigError) as caught:
             script(SlurmConfig(container_runtime=runtime), options)
         assert problem in str(caught.value)
+
+
+def test_a_verb_that_starts_its_own_processes_does_so_on_one_node() -> None:
+    def program(nodes: int) -> str:
+        settings = SlurmConfig(nodes=nodes)
+        config = VerifyConfig(load=Path("mixtral"))
+        own = LaunchRequest(name="verify-1", verb="verify", config=config, options=JobOptions(), settings=settings)
+        return SlurmLauncher().render(own)
+
+    assert "set -- python -m mixtral_run verify" in program(1) and "torchrun" not in program(1)
+    assert "torchrun --nnodes 2" in program(2)
+    assert "torchrun --nnodes 1" in script(SlurmConfig(nodes=1))
 
 
 @pytest.mark.parametrize(
