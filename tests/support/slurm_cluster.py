@@ -56,9 +56,12 @@ def slurm_programs() -> SlurmPrograms:
             missing("Slurm's packages are taken from Debian or Ubuntu")
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "debs").mkdir(parents=True)
-        got = subprocess.run(
-            ["apt-get", "download", *PACKAGES], cwd=folder / "debs", capture_output=True, text=True, check=False
-        )
+        words = ["apt-get", "download", *PACKAGES]
+        got = subprocess.run(words, cwd=folder / "debs", capture_output=True, text=True, check=False)
+        if got.returncode and os.geteuid() == 0:
+            # The lists of packages are missing or old.
+            subprocess.run(["apt-get", "update"], capture_output=True, check=False)
+            got = subprocess.run(words, cwd=folder / "debs", capture_output=True, text=True, check=False)
         if got.returncode:
             missing(f"Slurm's packages cannot be downloaded: {got.stderr.strip()[-300:]}")
         for deb in (folder / "debs").glob("*.deb"):

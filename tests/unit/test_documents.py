@@ -101,6 +101,10 @@ def test_a_command_with_an_unknown_flag_is_found() -> None:
 
 
 FOREIGN_FLAGS = {
+    "--container-image",
+    "--nv",
+    "--signal",
+    "--test-only",
     "--list-tasks",
     "--from-file",
     "--selector",

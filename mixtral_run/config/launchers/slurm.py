@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from mixtral_run.config.fields import setting
 from mixtral_run.config.launchers.base import LauncherConfig
@@ -78,6 +80,14 @@ class SlurmConfig(LauncherConfig):
     python: str = setting(
         "python", help="With --container-runtime none: Python that has the kit, on all nodes.", section=SLURM
     )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str = "config") -> Self:
+        """Build the settings from JSON values. A number of minutes is a time limit too."""
+        minutes = values.get("time")
+        if isinstance(minutes, int) and not isinstance(minutes, bool):
+            values = {**values, "time": str(minutes)}
+        return super().from_mapping(values, where=where)
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -16,7 +16,7 @@ from mixtral_run.fleet.launchers.records import JobRecord, read_records
 from tests.support.slurm_cluster import GPUS, SlurmCluster, running_cluster
 
 PATIENCE_SECONDS = 120
-ITERATIONS = 30
+ITERATIONS = 20
 
 
 @pytest.fixture(scope="module")

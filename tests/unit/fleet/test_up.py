@@ -11,7 +11,7 @@ import pytest
 from mixtral_run.config.training import UpConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.up import Done, _check_same_base, _check_same_training, _check_target
+from mixtral_run.fleet.up import Done, _check_same_base, _check_same_training, _check_target, _finetune_config
 
 HOST = parse_host("gpu-01")
 
@@ -35,6 +35,12 @@ def test_the_same_run_is_done_and_a_longer_one_goes_on(data: Path) -> None:
     _check_same_training(HOST, UpConfig(data_path=(str(data),), train_iters=20), before)
     _check_same_training(HOST, UpConfig(data_path=("/data/on the host.jsonl",)), before)
     _check_same_training(HOST, UpConfig(data_path=(str(data),)), Done(False, 0, False, {}))
+
+
+def test_a_run_that_began_continues_and_the_first_one_takes_no_other_folder(data: Path) -> None:
+    config = UpConfig(data_path=(str(data),))
+    assert _finetune_config(config, done(config, data)).resume == "auto"
+    assert _finetune_config(config, Done(True, 0, False, {})).resume is None
 
 
 def test_another_file_or_setting_is_reported(data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ _SUBMIT_SCRIPT = 'command -v sbatch >/dev/null || exit 127; cd "$1" && shift && 
 class SlurmLauncher:
     """Slurm, through sbatch, scontrol and scancel on this machine or on a login node."""
 
-    not_used = frozenset({"on", "inventory", "rendezvous_address", "rendezvous_port"})
+    not_used = frozenset({"rendezvous_address", "rendezvous_port"})
 
     def render(self, request: LaunchRequest) -> str:
         """Return the batch script. Contact nothing."""
@@ -109,8 +110,10 @@ class SlurmLauncher:
 
     def print_log(self, record: JobRecord, tail: int | None) -> None:
         """Print the job's output so far."""
-        words = ["tail", "-n", "+1" if tail is None else str(tail), f"{record.extra['folder']}/{LOG}"]
-        print(_site(record).check(words, f"The output of {record.name} cannot be read"), end="")
+        site, file = _site(record), f"{record.extra['folder']}/{LOG}"
+        site.check(["head", "-c", "1", file], f"The output of {record.name} cannot be read")
+        # Streamed: the log of a long run does not fit into one answer.
+        site.stream(["tail", "-n", "+1" if tail is None else str(tail), file], print, threading.Event())
 
     def stop(self, record: JobRecord, say: Say) -> None:
         """Ask the job to save and end, and wait. A job that waits for nodes is canceled.

@@ -12,15 +12,18 @@ from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, plain_type
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.launchers.slurm import NAMED, SlurmConfig
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import INCURABLE, ConfigError
 from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS, HF_HOME, JOB_FOLDER, KERNELS
 from mixtral_run.fleet.jobs.job_spec import CONFINEMENT, READ_ONLY_ROOT, JobOptions, JobSpec, bind, host_path, make_spec
 from mixtral_run.fleet.launchers.launcher import LaunchRequest
 
 MAX_RESTARTS = 3
 """Times that Slurm starts a job again, unless --max-restarts says otherwise."""
-LOG, OUTCOME, STOPPED, SCRIPT = "log.txt", "outcome", "stopped", "job.sh"
-"""Files of a job's folder: its output, the exit code of its last attempt, a mark of `stop`, the script."""
+UNDER_TORCHRUN = ("finetune", "pretrain", "generate")
+"""Verbs that run under torchrun on one node as well. Slurm signals every process of a step; those that the kit itself
+would start include a server that is not to be signaled while a run saves."""
+LOG, STOPPED, SCRIPT = "log.txt", "stopped", "job.sh"
+"""Files of a job's folder: its output, a mark of `stop`, the script. `outcome` is the exit code of the last attempt."""
 _DEFAULTS = JobOptions()
 
 
@@ -93,7 +96,7 @@ def batch_script(spec: JobSpec, config: Config, settings: SlurmConfig) -> str:
         "END_OF_NODE",
         "",
         _srun(spec, settings),
-        _END.format(verb=spec.verb),
+        _END.format(verb=spec.verb, incurable="|".join(map(str, INCURABLE))),
     ]
     return "\n".join(parts)
 
@@ -187,7 +190,7 @@ def _program(spec: JobSpec, config: Config, settings: SlurmConfig) -> list[str]:
     python = shlex.quote(settings.python) if bare else "python"
     file = "config.json" if bare else f"{JOB_FOLDER}/config.json"
     verb = f"-m mixtral_run {spec.verb} --config {file}"
-    if isinstance(config, LaunchConfig):
+    if settings.nodes > 1 or (isinstance(config, LaunchConfig) and spec.verb in UNDER_TORCHRUN):
         count = spec.config.get("nproc_per_node") or settings.gpus_per_node or 2
         lines = [
             f"set -- {python} -m mixtral_run.launch.torchrun --nnodes {settings.nodes} --nproc-per-node {count} \\",
@@ -309,7 +312,7 @@ end() {{ say "$1"; exit "$code"; }}
 if [ "$code" -eq 0 ]; then end "{verb} is done"; fi
 if [ -e "$job_folder/stopped" ]; then end "stopped, as requested (exit code $code)"; fi
 case $code in
-    2|3|4|5) end "exit code $code: repeating cannot help, see the error above" ;;
+    {incurable}) end "exit code $code: repeating cannot help, see the error above" ;;
 esac
 if [ "$attempt" -ge "$max_restarts" ]; then
     end "exit code $code, and no restart is left (--max-restarts $max_restarts)"

@@ -12,7 +12,7 @@ import pytest
 
 from mixtral_run.config.launchers.slurm import SlurmConfig
 from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.launchers.launcher import LaunchRequest
@@ -233,6 +233,38 @@ def test_options_that_a_runtime_does_not_use_are_refused() -> None:
         with pytest.raises(ConfigError) as caught:
             script(SlurmConfig(container_runtime=runtime), options)
         assert problem in str(caught.value)
+
+
+def test_a_verb_that_starts_its_own_processes_does_so_on_one_node() -> None:
+    def program(nodes: int) -> str:
+        settings = SlurmConfig(nodes=nodes)
+        config = VerifyConfig(load=Path("mixtral"))
+        own = LaunchRequest(name="verify-1", verb="verify", config=config, options=JobOptions(), settings=settings)
+        return SlurmLauncher().render(own)
+
+    assert "set -- python -m mixtral_run verify" in program(1) and "torchrun" not in program(1)
+    assert "torchrun --nnodes 2" in program(2)
+    assert "torchrun --nnodes 1" in script(SlurmConfig(nodes=1))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "image", "shown"),
+    [
+        ("enroot", "/shared/kit.sqsh", "--container-image=/shared/kit.sqsh "),
+        ("enroot", "me/kit:1", "--container-image=me/kit:1 "),
+        ("enroot", "reg.example.com:5000/me/kit:1", "--container-image=reg.example.com:5000#me/kit:1 "),
+        ("apptainer", "/shared/kit.sif", " /shared/kit.sif "),
+        ("apptainer", "me/kit:1", " docker://me/kit:1 "),
+        ("docker", "me/kit:1", " me/kit:1 "),
+    ],
+)
+def test_images_are_named_as_each_runtime_names_them(runtime: str, image: str, shown: str) -> None:
+    text = script(SlurmConfig(container_runtime=runtime), JobOptions(image=image))
+    assert shown in text.replace("'", "")
+
+
+def test_a_file_of_settings_may_give_the_time_as_a_number() -> None:
+    assert SlurmConfig.from_mapping({"time": 120}).check().time == "120"
 
 
 def test_a_verb_of_one_process_needs_no_torchrun() -> None:
