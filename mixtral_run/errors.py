@@ -86,6 +86,9 @@ EXIT_CODES: dict[int, type[MixtralRunError]] = {
     for error in (MixtralRunError, ConfigError, HostError, CheckFailed, WeightsError, TrainingError)
 }
 
+INCURABLE = tuple(error.exit_code for error in (ConfigError, HostError, CheckFailed, WeightsError))
+"""Exit codes of a job that fails in the same way however often it is started."""
+
 _CLASSES: dict[str, type[MixtralRunError]] = {each.__name__: each for each in (*EXIT_CODES.values(), Stopped)}
 _TEXTS = ("what", "where", "expected", "found", "next_command")
 

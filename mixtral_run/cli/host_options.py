@@ -37,6 +37,13 @@ _TARGET: tuple[Callable[..., Any], ...] = (
         "host of the fleet, or of -i INVENTORY, that is free.",
     ),
     _option("-i", "--inventory", type=click.Path(path_type=Path), help="With --on: Ansible inventory that names HOST."),
+    _option(
+        "--min-hosts",
+        type=WholeNumber(1),
+        metavar="N",
+        help="With several hosts: if hosts are lost, start again on those that are left, if they are N or more. Data "
+        "order and learning rate stay the same.",
+    ),
     _option("--detach", is_flag=True, help="With --on: start the job and return at once."),
 )
 _JOB: tuple[Callable[..., Any], ...] = (
@@ -93,8 +100,9 @@ _JOB: tuple[Callable[..., Any], ...] = (
     ),
 )
 _NAMES = (
-    "on", "inventory", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder", "hf_home",
-    "max_restarts", "wait", "share", "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
+    "on", "inventory", "min_hosts", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder",
+    "hf_home", "max_restarts", "wait", "share", "nccl_debug", "nccl_timeout", "rendezvous_address",
+    "rendezvous_port",
 )  # fmt: skip
 
 
@@ -127,10 +135,6 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job
 
     options = JobOptions(**given)
-    if options.max_restarts:
-        raise ConfigError(
-            "--max-restarts needs --launcher NAME.", found=f"--on and --max-restarts {options.max_restarts}"
-        )
     hosts = [piece for word in options.on for piece in word.split(",") if piece]
     if len(hosts) > 1 and not isinstance(config, LaunchConfig):
         raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")

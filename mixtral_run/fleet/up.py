@@ -236,7 +236,8 @@ def _convert_config(config: UpConfig) -> ConvertConfig:
 def _finetune_config(config: UpConfig, done: Done) -> FinetuneConfig:
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(FinetuneConfig)}
     # A stopped run continues from its newest checkpoint.
-    values["resume"] = config.resume or ("yes" if done.trained_iteration > 0 else None)
+    # Also after a host was set up anew, if its checkpoints are on a disk that stayed.
+    values["resume"] = config.resume or ("auto" if done.trained_iteration > 0 else None)
     return FinetuneConfig(**values).check()
 
 

@@ -13,13 +13,15 @@ CHECKPOINTS = "/checkpoints"
 HF_HOME = "/huggingface"
 JOB_FOLDER = "/job"
 """Folders of the container: the host's checkpoints, its HF cache, and the files of the job."""
+JOB_STATE = "/job-state"
+"""Folder of the container that a job which is started again writes to; see `mixtral_run/launch/restarts.py`."""
 KERNELS = "/kernels"
 """Folder of the container with the kernels that earlier jobs of the same user compiled on the host."""
 
 OF_THE_IMAGE = (
-    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, KERNELS, "/lib", "/lib64", "/opt/mixtral-run", "/proc",
-    "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib", "/usr/local/nvidia",
-    "/usr/sbin",
+    "/bin", "/dev", "/etc", "/home/mixtral", JOB_FOLDER, JOB_STATE, KERNELS, "/lib", "/lib64", "/opt/mixtral-run",
+    "/proc", "/sbin", "/sys", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/cuda", "/usr/local/lib",
+    "/usr/local/nvidia", "/usr/sbin",
 )  # fmt: skip
 """Folders of the image that a job needs. A host folder that is or contains one of them is not mounted."""
 

@@ -16,6 +16,7 @@ from mixtral_run.errors import EXIT_CODES, HostError, MixtralRunError, Stopped, 
 from mixtral_run.fleet.explain.explain import recognize, record_failures
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.jobs import ENGINE_SCRIPT, SIGNALLED, JobRow, RunningJob, engine, list_jobs
+from mixtral_run.fleet.jobs.lost_hosts import HostLost, watch_hosts
 from mixtral_run.fleet.ssh.connection import Ssh
 
 RECONNECT_SECONDS = 2.0
@@ -41,6 +42,8 @@ class _HostLog:
     row: JobRow | None = None
     lost: bool = False
     """The host has not answered for PATIENCE_SECONDS."""
+    cut_off: bool = False
+    """The other hosts do not reach the host either: the job cannot go on."""
     removed: bool = False
     """The container was removed."""
     problem: BaseException | None = None
@@ -49,7 +52,7 @@ class _HostLog:
 
     @property
     def over(self) -> bool:
-        return self.row is not None or self.lost or self.removed
+        return self.row is not None or self.lost or self.removed or self.cut_off
 
     @property
     def bad(self) -> bool:
@@ -60,6 +63,10 @@ class _HostLog:
     def stopped(self) -> bool:
         """True if the container ended because of SIGINT or SIGTERM."""
         return self.row is not None and self.row.exit_code in SIGNALLED
+
+
+LOST_GRACE_SECONDS = 5
+"""The same, after a host was lost."""
 
 
 class Left(KeyboardInterrupt):
@@ -97,8 +104,11 @@ class JobFollower:
         ]
         for thread in threads:
             thread.start()
+        if len(self._logs) > 1 and self.job.addresses:
+            words = (self.job, self.ssh, self._alive, self._cut_off, self._leave.wait)
+            threading.Thread(target=watch_hosts, args=words, name="hosts", daemon=True).start()
         interrupts = 0
-        while any(thread.is_alive() for thread in threads):
+        while any(thread.is_alive() and not log.cut_off for thread, log in zip(threads, self._logs, strict=True)):
             try:
                 # Thread.join is not used: when Ctrl-C interrupts it, Python 3.11 regards the thread as ended.
                 self._leave.wait(0.2)
@@ -113,7 +123,14 @@ class JobFollower:
                     f"\n{self.job.name} is running. Ctrl-C again leaves it running; to end it: "
                     f"mixtral-run stop {self.job.name}"
                 )
+        self._leave.set()
         self._raise_if_bad()
+
+    def _alive(self) -> list[Host]:
+        return [log.host for log in self._logs if not log.over]
+
+    def _cut_off(self, host: Host) -> None:
+        next(log for log in self._logs if log.host == host).cut_off = True
 
     def _follow_or_report(self, log: _HostLog, new_only: bool) -> None:
         try:
@@ -202,13 +219,17 @@ class JobFollower:
         self._stopping = True
         row = dead[0].row
         how = "has no container of the job" if row is None else f"ended with exit code {row.exit_code}"
+        if dead[0].cut_off:
+            how = "is lost: neither this machine nor the other hosts reach it"
+        # Without all of its processes the job cannot save.
+        grace = LOST_GRACE_SECONDS if dead[0].cut_off else GRACE_SECONDS
         others = ", ".join(log.host.name for log in alive)
         self.say(f"✗ {dead[0].host.name} {how}: stopping the job on {others}")
-        words = ("stop", "--time", str(GRACE_SECONDS), self.job.name)
+        words = ("stop", "--time", str(grace), self.job.name)
         threading.Thread(
             target=lambda: self.ssh.each(
                 [log.host for log in alive],
-                lambda host: engine(self.ssh, host, *words, timeout_seconds=GRACE_SECONDS + 30),
+                lambda host: engine(self.ssh, host, *words, timeout_seconds=grace + 30),
             ),
             daemon=True,
         ).start()
@@ -220,6 +241,9 @@ class JobFollower:
         bad = [log for log in self._logs if log.bad]
         if not bad:
             return
+        for log in bad:
+            if log.cut_off:
+                raise HostLost(self.job, log.host)
         # The container that ended first is the cause; the others fail because of it. In a job that was stopped, the
         # cause is a container that ended for another reason.
         first = min(bad, key=lambda log: (log.stopped, log.ended))

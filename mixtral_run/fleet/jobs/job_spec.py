@@ -20,6 +20,7 @@ from mixtral_run.fleet.jobs.container_paths import (
     CHECKPOINTS,
     HF_HOME,
     JOB_FOLDER,
+    JOB_STATE,
     KERNELS,
     data_inside,
     mount_for,
@@ -32,6 +33,8 @@ LABEL_VERB = "org.mixtral-run.verb"
 LABEL_OUTPUT = "org.mixtral-run.output"
 LABEL_NUM_HOSTS = "org.mixtral-run.num_hosts"
 
+STATE_FOLDER = "state"
+"""Folder in a job's folder on the host that is JOB_STATE in the container."""
 STOP_SECONDS = 330
 """Time that a job has to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
@@ -65,6 +68,8 @@ class JobOptions:
     """Limits as `docker run --ulimit` takes them; "none" keeps the engine's defaults."""
     checkpoints_folder: str = "/var/lib/mixtral-run/checkpoints"
     hf_home: str = "/var/lib/mixtral-run/huggingface"
+    min_hosts: int | None = None
+    """Hosts that are enough to start again on, once others are lost."""
     max_restarts: int | None = None
     """Times that the whole job is started again; None is the default of the launcher."""
     nccl_debug: str | None = None
@@ -76,6 +81,10 @@ class JobOptions:
     """Longest time to wait for a free host, such as 2h; "forever"; None is not to wait."""
     share: bool = False
     """Start on hosts that run another job as well."""
+
+    def restarts_container(self, num_hosts: int) -> bool:
+        """Return True if the engine starts the container again. A job on several hosts starts again as a whole."""
+        return bool(self.max_restarts) and num_hosts == 1
 
     def check(self) -> None:
         """Raise ConfigError with all problems."""
@@ -103,6 +112,8 @@ class JobOptions:
             problems.append(f"--wait: expected a time such as 30m or 2h, or no value; found {self.wait!r}")
         if self.wait is not None and self.share:
             problems.append("--wait, --share: expected one of them; found both")
+        if self.min_hosts is not None and self.detach:
+            problems.append("--min-hosts: expected no --detach, as this command starts the job again; found both")
         if self.nccl_timeout is not None and self.nccl_timeout < 60:
             problems.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
         if problems:
@@ -218,6 +229,9 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
         argv += ["--device", "nvidia.com/gpu=all"] if facts.cdi else ["--gpus", "all"]
     else:
         argv += READ_ONLY_ROOT
+    if options.restarts_container(spec.num_hosts):
+        # The engine also does so after a reboot of the host, unless the job was stopped.
+        argv += ["--restart", f"on-failure:{options.max_restarts}"]
     argv += [*CONFINEMENT, "--shm-size", options.shm_size, "--stop-timeout", str(STOP_SECONDS)]
     if options.ulimits != ("none",):
         argv += [word for limit in options.ulimits for word in ("--ulimit", limit)]
@@ -228,6 +242,8 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
         argv += ["--network", "host"]
     argv += bind(options.checkpoints_folder, CHECKPOINTS) + bind(options.hf_home, HF_HOME)
     argv += bind(f"{facts.folder}/{spec.name}", JOB_FOLDER, read_only=True) + bind(facts.kernels, KERNELS)
+    if options.restarts_container(spec.num_hosts):
+        argv += bind(f"{facts.folder}/{spec.name}/{STATE_FOLDER}", JOB_STATE)
     for mount in spec.mounts:
         argv += bind(mount, mount)
     argv += ["--workdir", CHECKPOINTS]
@@ -261,7 +277,11 @@ def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
 def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
     config = ["--config", f"{JOB_FOLDER}/config.json"]
     if spec.num_hosts == 1:
-        return ["mixtral-run", spec.verb, *config]
+        program = ["mixtral-run", spec.verb, *config]
+        if not spec.options.restarts_container(1):
+            return program
+        resumes = ["--resumes"] if "resume" in spec.config else []
+        return ["python", "-m", "mixtral_run.launch.restarts", JOB_STATE, *resumes, *program]
     processes = spec.config.get("nproc_per_node") or facts.num_gpus or 2
     # Without --local-addr a host announces its name, which the other hosts may be unable to resolve.
     own = ["--local-addr", facts.address] if facts.address else []

@@ -9,8 +9,8 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
@@ -24,6 +24,7 @@ from mixtral_run.fleet.jobs.job_spec import (
     LABEL_NUM_HOSTS,
     LABEL_OUTPUT,
     LABEL_VERB,
+    STATE_FOLDER,
     STOP_SECONDS,
     HostFacts,
     JobOptions,
@@ -51,6 +52,8 @@ class RunningJob:
     name: str
     verb: str
     hosts: tuple[Host, ...]
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """Addresses by which the hosts reach each other, by the hosts' names; empty if they are not known."""
 
 
 KILLED = 137
@@ -111,7 +114,7 @@ def start(
     known = remembered_hosts()
     # The inventory of a remembered host is kept, even if the job connects as another user.
     remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
-    job = RunningJob(name, verb, hosts)
+    job = RunningJob(name, verb, hosts, {host.name: each.address for host, each in zip(hosts, facts, strict=True)})
     try:
         ssh.each(list(hosts), lambda host: _start_on(ssh, host, facts[hosts.index(host)], spec))
     except BaseException:
@@ -220,7 +223,7 @@ def _raise_all(errors: Sequence[HostError], what: str) -> None:
 def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
     folder = f"{facts.folder}/{spec.name}"
     # The container runs with --user as the caller, who owns these files.
-    ssh.check(host, ["mkdir", "-p", folder])
+    ssh.check(host, ["mkdir", "-p", folder, f"{folder}/{STATE_FOLDER}"])
     ssh.check(host, _write_argv(f"{folder}/config.json"), stdin=spec.config_json().encode())
     for file, name in spec.files:
         ssh.send(host, _write_argv(f"{folder}/{name}"), file)

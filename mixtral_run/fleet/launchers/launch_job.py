@@ -15,9 +15,9 @@ from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.launchers.launcher import LaunchRequest, launcher_of
 from mixtral_run.fleet.launchers.records import write_record
 
+ONLY_ON_HOSTS = frozenset({"on", "inventory", "min_hosts", "wait", "share"})
+"""Fields of JobOptions that belong to --on and not to a scheduler."""
 FLAGS = {"environment": "--env", "ulimits": "--ulimit", "on": "--on", "inventory": "--inventory"}
-ONLY_ON_HOSTS = ("wait", "share")
-"""Options of the queue of plain hosts. A scheduler has its own."""
 
 
 def launch_job(
@@ -33,7 +33,7 @@ def launch_job(
     problems = [
         f"{FLAGS.get(each) or flag_of(each)}: --launcher {name} does not use it"
         for each in given
-        if each in launcher.not_used or each in ONLY_ON_HOSTS
+        if each in launcher.not_used | ONLY_ON_HOSTS
     ]
     if settings.nodes > 1 and not isinstance(config, LaunchConfig):
         problems.append(f"--nodes: {verb} runs on one node; found {settings.nodes}")

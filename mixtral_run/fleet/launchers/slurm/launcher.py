@@ -32,7 +32,7 @@ _SUBMIT_SCRIPT = 'command -v sbatch >/dev/null || exit 127; cd "$1" && shift && 
 class SlurmLauncher:
     """Slurm, through sbatch, scontrol and scancel on this machine or on a login node."""
 
-    not_used = frozenset({"on", "inventory", "rendezvous_address", "rendezvous_port"})
+    not_used = frozenset({"rendezvous_address", "rendezvous_port"})
 
     def render(self, request: LaunchRequest) -> str:
         """Return the batch script. Contact nothing."""

@@ -12,7 +12,7 @@ from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, plain_type
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.launchers.slurm import NAMED, SlurmConfig
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import INCURABLE, ConfigError
 from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS, HF_HOME, JOB_FOLDER, KERNELS
 from mixtral_run.fleet.jobs.job_spec import CONFINEMENT, READ_ONLY_ROOT, JobOptions, JobSpec, bind, host_path, make_spec
 from mixtral_run.fleet.launchers.launcher import LaunchRequest
@@ -93,7 +93,7 @@ def batch_script(spec: JobSpec, config: Config, settings: SlurmConfig) -> str:
         "END_OF_NODE",
         "",
         _srun(spec, settings),
-        _END.format(verb=spec.verb),
+        _END.format(verb=spec.verb, incurable="|".join(map(str, INCURABLE))),
     ]
     return "\n".join(parts)
 
@@ -309,7 +309,7 @@ end() {{ say "$1"; exit "$code"; }}
 if [ "$code" -eq 0 ]; then end "{verb} is done"; fi
 if [ -e "$job_folder/stopped" ]; then end "stopped, as requested (exit code $code)"; fi
 case $code in
-    2|3|4|5) end "exit code $code: repeating cannot help, see the error above" ;;
+    {incurable}) end "exit code $code: repeating cannot help, see the error above" ;;
 esac
 if [ "$attempt" -ge "$max_restarts" ]; then
     end "exit code $code, and no restart is left (--max-restarts $max_restarts)"

@@ -51,6 +51,25 @@ def test_the_container_of_a_job() -> None:
     ]  # fmt: skip
 
 
+def test_a_container_that_is_started_again() -> None:
+    options = JobOptions(max_restarts=4)
+    argv = container_argv(make_spec("j", "finetune", finetune(), options, 1), FACTS)
+    assert argv[argv.index("--restart") + 1] == "on-failure:4"
+    assert "type=bind,source=/home/ops/jobs/j/state,target=/job-state" in argv
+    assert argv[argv.index("mixtral-run:local") + 1 :] == [
+        "python", "-m", "mixtral_run.launch.restarts", "/job-state", "--resumes",
+        "mixtral-run", "finetune", "--config", "/job/config.json",
+    ]  # fmt: skip
+    convert = ConvertConfig(hf_model_path="/models/hf", output_path=Path("x"))
+    assert "--resumes" not in container_argv(make_spec("j", "convert", convert, options, 1), FACTS)
+    # The containers of several hosts must start at the same time: the launcher starts them again.
+    several = container_argv(make_spec("j", "finetune", finetune(), options, 2, "10.0.0.1:29400"), FACTS)
+    assert "--restart" not in several and "mixtral_run.launch.restarts" not in several
+    assert "--restart" not in container_argv(
+        make_spec("j", "finetune", finetune(), JobOptions(max_restarts=0), 1), FACTS
+    )
+
+
 def test_without_gpus_none_are_asked_for_and_without_cdi_all_by_the_runtime() -> None:
     spec = make_spec("j", "finetune", finetune(), JobOptions(), 1)
     none = container_argv(spec, dataclasses.replace(FACTS, num_gpus=0))
