@@ -102,7 +102,8 @@ _JOB: tuple[Callable[..., Any], ...] = (
 )
 _NAMES = (
     "on", "inventory", "min_hosts", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder",
-    "hf_home", "max_restarts", "wait", "share", "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
+    "hf_home", "max_restarts", "wait", "share", "nccl_debug", "nccl_timeout", "rendezvous_address",
+    "rendezvous_port",
 )  # fmt: skip
 
 

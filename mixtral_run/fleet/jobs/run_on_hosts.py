@@ -19,6 +19,8 @@ from mixtral_run.fleet.selection import hosts_of
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 5.0, 300.0
 """Time before the second attempt of a job on several hosts, and before any later one."""
+ENDING = "2m"
+"""Value of --wait for a further attempt."""
 
 
 def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
@@ -29,7 +31,8 @@ def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
 
     Raises the error class that belongs to the job's exit code, or Left if the user left the running job.
     """
-    _check(options, 1 if options.on == (ANY,) else len(hosts_of(options.on, options.inventory, None)))
+    num_hosts = 1 if options.on == (ANY,) else len(hosts_of(options.on, options.inventory, None))
+    _check(options, num_hosts)
     restarts = 0
     while True:
         job = start_when_free(verb, config, options, _say)
@@ -50,7 +53,9 @@ def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
             seconds = min(LONGEST_SECONDS, SHORTEST_SECONDS * 2 ** max(restarts - 1, 0))
             _say(f"✗ {error.what} Starting again on {', '.join(left)} in {seconds:.0f} s")
             time.sleep(seconds)
-            options = dataclasses.replace(options, on=left)
+            # Containers of this attempt may still be ending.
+            wait = None if options.share else options.wait or ENDING
+            options = dataclasses.replace(options, on=left, wait=wait)
             config = _resuming(config)
     _say(f"✓ {job.name} is done")
     _say_output(job, config, options)

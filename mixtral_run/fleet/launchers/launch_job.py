@@ -16,7 +16,7 @@ from mixtral_run.fleet.launchers.launcher import LaunchRequest, launcher_of
 from mixtral_run.fleet.launchers.records import write_record
 
 ONLY_ON_HOSTS = frozenset({"on", "inventory", "min_hosts", "wait", "share"})
-"""Fields of JobOptions that belong to --on and not to a scheduler, which has its own queue."""
+"""Fields of JobOptions that belong to --on and not to a scheduler."""
 FLAGS = {"environment": "--env", "ulimits": "--ulimit", "on": "--on", "inventory": "--inventory"}
 
 

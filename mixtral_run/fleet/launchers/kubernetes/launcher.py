@@ -247,7 +247,10 @@ def _give_away(kubectl: Kubectl, kind: str, objects: Sequence[Mapping[str, Any]]
             return
         except HostError:
             pass
-    say(f"! the settings of {name} stay in the cluster after the job: kubectl delete configmap,service {name}")
+    say(
+        f"! the settings of {name} stay in the cluster after the job: kubectl delete configmap,service "
+        f"--selector {LABEL_JOB}={name}"
+    )
 
 
 def owned(objects: Sequence[Mapping[str, Any]], owner: Mapping[str, str]) -> list[dict[str, Any]]:

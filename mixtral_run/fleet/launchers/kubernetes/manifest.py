@@ -38,6 +38,7 @@ from mixtral_run.fleet.launchers.kubernetes.pod import (
     resources,
     volumes,
 )
+from mixtral_run.fleet.launchers.kubernetes.state import INDEX_LABEL
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 FINAL_EXIT_CODES = (2, 3, 4, 5)
@@ -190,16 +191,24 @@ def _config_map(spec: JobSpec, settings: KubernetesConfig, files: dict[str, byte
 
 
 def _service(spec: JobSpec, settings: KubernetesConfig) -> Values:
-    """Return the headless Service that gives the pods names. Peers look for each other before they count as ready."""
+    """Return the headless Service by which the pods find the first one, before it counts as ready.
+
+    Its name is the host name of the first pod: torchrun compares the two to tell whether the others connect to it. With
+    another name torchrun would ask DNS, which may not know the pod yet.
+    """
     ports = [{"name": "rendezvous", "port": spec.options.rendezvous_port}]
+    selector = {LABEL_JOB: spec.name, INDEX_LABEL: "0"}
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(spec, settings),
-        "spec": {
-            "clusterIP": "None", "publishNotReadyAddresses": True, "selector": {LABEL_JOB: spec.name}, "ports": ports
-        },
-    }  # fmt: skip
+        "metadata": {**_metadata(spec, settings), "name": _first_pod(spec)},
+        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": selector, "ports": ports},
+    }
+
+
+def _first_pod(spec: JobSpec) -> str:
+    """Return the host name of the first pod of an Indexed Job."""
+    return f"{spec.name}-0"
 
 
 def _owned(spec: JobSpec, settings: KubernetesConfig) -> Values:
@@ -251,9 +260,8 @@ def _program(spec: JobSpec, settings: KubernetesConfig) -> dict[str, list[str]]:
     own = [spec.verb, "--config", f"{JOB_FOLDER}/config.json"]
     if spec.num_hosts == 1:
         return {"command": ["mixtral-run"], "args": own}
-    # The name of the first pod, which the headless Service gives it. Kubernetes replaces $(POD_IP). A node may load the
-    # image for long before the others find it.
-    endpoint = f"{spec.name}-0.{spec.name}:{spec.options.rendezvous_port}"
+    # Kubernetes replaces $(POD_IP). A node may load the image for long before the others find its pod.
+    endpoint = f"{_first_pod(spec)}:{spec.options.rendezvous_port}"
     return {
         "command": ["python", "-m", "mixtral_run.launch.torchrun"],
         "args": [

@@ -178,7 +178,7 @@ def pod_spec(spec: JobSpec, settings: KubernetesConfig, program: Mapping[str, li
         "securityContext": container_security(settings),
         "volumeMounts": mounts,
     }
-    found: Values = {"subdomain": spec.name} if spec.num_hosts > 1 else {}
+    found: Values = {}
     if settings.service_account is not None:
         found["serviceAccountName"] = settings.service_account
     if settings.pull_secret is not None:

@@ -128,7 +128,9 @@ class Starts:
         self.waits: list[float] = []
         left = list(ends)
 
-        def start(verb: str, config: FinetuneConfig, options: JobOptions, _say: object) -> RunningJob:
+        def start(verb: str, config: FinetuneConfig, options: JobOptions, say: object) -> RunningJob:
+            # A further attempt waits for containers of the one before it that are still ending.
+            assert options.wait == ("2m" if self.started else None)
             self.started.append((options.on, config.resume))
             return RunningJob(f"job-{len(self.started)}", verb, tuple(map(parse_host, options.on)))
 

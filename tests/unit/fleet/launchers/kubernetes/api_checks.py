@@ -104,10 +104,13 @@ def check_job(objects: list[Values]) -> None:
     words = dict(word[2:].split("=", 1) for word in container["args"] if word.startswith("--") and "=" in word)
     assert (service is None) == (spec["completions"] == 1) == ("nnodes" not in words)
     if service is not None:
-        name, (port,) = service["metadata"]["name"], service["spec"]["ports"]
-        assert pod["subdomain"] == name
-        assert words["rdzv-endpoint"] == f"{job['metadata']['name']}-0.{name}:{port['port']}"
-        assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+        (port,) = service["spec"]["ports"]
+        # The host name of pod 0: torchrun knows by it, without DNS, that the others connect to it.
+        first = f"{job['metadata']['name']}-0"
+        assert service["metadata"]["name"] == first and words["rdzv-endpoint"] == f"{first}:{port['port']}"
+        # The controller of Jobs adds the label of the index.
+        labels = {**spec["template"]["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": "0"}
+        assert service["spec"]["selector"].items() <= labels.items() and len(service["spec"]["selector"]) == 2
         assert int(words["nnodes"]) == spec["completions"] and words["local-addr"] == "$(POD_IP)"
         assert "POD_IP" in {entry["name"] for entry in container["env"]}
         gpus = container["resources"].get("limits", {}).get("nvidia.com/gpu")

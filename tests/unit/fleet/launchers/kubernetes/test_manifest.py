@@ -132,7 +132,7 @@ def test_a_job_of_two_nodes() -> None:
     (container,) = pod["containers"]
     assert container["command"] == ["python", "-m", "mixtral_run.launch.torchrun"]
     assert container["args"] == [
-        "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=finetune-1-0.finetune-1:29400",
+        "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=finetune-1-0:29400",
         "--rdzv-id=finetune-1", "--rdzv-conf=join_timeout=1800,read_timeout=1800", "--local-addr=$(POD_IP)",
         "--max-restarts=0", "-m", "mixtral_run", "finetune", "--config", "/job/config.json",
     ]  # fmt: skip
