@@ -76,8 +76,8 @@ class RunCheckpoints:
         self._saver.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._saver.__exit__(*error)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._saver.__exit__(kind, error, trace)
 
     def prepare(self) -> None:
         """Prepare for saves in the background, if the run is to have any."""

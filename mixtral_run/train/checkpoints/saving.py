@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mixtral_run.launch.worker_errors import is_consequence
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.train.checkpoints.adapter_shards import adapter_shards, live_states
 from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
@@ -74,8 +75,9 @@ class AdapterSaver:
     def __enter__(self) -> AdapterSaver:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pending is not None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Without one of the ranks no save can be completed, and the job is to end at once.
+        if self._pending is not None and not (error is not None and is_consequence(error)):
             self._pending.join_after_error()
 
     @property

@@ -10,6 +10,8 @@ import pytest
 
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.report import Report
+from mixtral_run.run_lock import lock_problems
+from mixtral_run.train.checkpoints import run_folder
 from mixtral_run.train.checkpoints.run_folder import (
     drop_later_lines,
     growing_files,
@@ -138,3 +140,15 @@ def test_a_run_that_only_saves_at_its_end_needs_no_copy(
 ) -> None:
     config = FinetuneConfig(load=tmp_path, save=tmp_path, mock_data=True, **settings)  # type: ignore[arg-type]
     assert saves_before_the_end(config, start) is expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setattr(run_folder.processes, "rank", lambda: rank)
+    lock = tmp_path / "adapter" / ".mixtral-run.lock"
+    with run_folder.own_output(lock, "finetune"):
+        # Another run of the same folder is refused, which is what the lock is for.
+        assert bool(lock_problems(lock, "--save adapter")) is (rank == 0)
+    assert lock_problems(lock, "--save adapter") == []
+    with run_folder.own_output(None, "finetune"):
+        assert lock_problems(lock, "--save adapter") == []

@@ -195,6 +195,20 @@ def test_an_error_of_the_training_costs_no_checkpoint(training: Training, tmp_pa
     assert (tmp_path / LATEST).read_text() == "4\n"
 
 
+def test_after_the_loss_of_another_rank_nothing_is_waited_for(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError), training.saver(tmp_path) as saver:
+        saver.save_in_background(request(4))
+        assert gate.reached.wait(PATIENCE_SECONDS)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.1.1]:33333")
+    assert time.monotonic() - began < 10
+    gate.opened.set()
+    saver.finish()
+
+
 def test_a_disk_that_does_not_answer_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
     answered = threading.Event()
     task = BackgroundTask(lambda: bool(answered.wait()) and None, mesh, tmp_path / "iter_0000004", 0.3 / 60 / 0.9)
