@@ -67,9 +67,10 @@ def save_rounds(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     import torch
     import torch.distributed as dist
+    from megatron.core import dist_checkpointing
 
     from mixtral_run.model.parallel.cpu import stand_in_for_cuda
-    from mixtral_run.model.parallel.megatron import ShardedTensor, dist_checkpointing
+    from mixtral_run.model.parallel.megatron import ShardedTensor
     from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 
     stand_in_for_cuda()
@@ -96,7 +97,10 @@ def save_rounds(options: argparse.Namespace) -> None:
             folder.mkdir()
         dist.barrier()
         began = time.perf_counter()
-        dist_checkpointing.save(dict(shards), str(folder), AdapterWriter() if options.way == "kit" else None)
+        if options.way == "kit":
+            write_by_kit(AdapterWriter(shards), folder)
+        else:
+            dist_checkpointing.save(dict(shards), str(folder))
         dist.barrier()
         seconds.append(round(time.perf_counter() - began, 2))
         if rank == 0:
@@ -105,6 +109,16 @@ def save_rounds(options: argparse.Namespace) -> None:
     if rank == 0:
         print(json.dumps({"seconds": seconds, "gb": round(num_bytes / 1e9, 2)}))
     dist.destroy_process_group()
+
+
+def write_by_kit(writer: Any, folder: Path) -> None:
+    """What saving.py does with the tensors, without its checks and names."""
+    import torch.distributed as dist
+
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, writer.write(folder))
+    if dist.get_rank() == 0:
+        writer.finish(folder, written)
 
 
 if __name__ == "__main__":

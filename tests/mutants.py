@@ -36,7 +36,11 @@ ROOMS: dict[str, tuple[str, str]] = {
     "io": ("mixtral_run/weights/io", "weights/io weights/convert train/test_save_order.py"),
     "data": ("mixtral_run/train/data", "train/data train/test_validation.py"),
     "lr_schedule": ("mixtral_run/train/lr_schedule.py", "train/test_lr_schedule.py"),
-    "checkpoint": ("mixtral_run/train/checkpoints/checkpoint.py", "train/test_save_order.py train/test_bad_steps.py"),
+    "checkpoints": (
+        "mixtral_run/train/checkpoints",
+        "train/test_save_order.py train/test_bad_steps.py train/test_run_folder.py train/test_fill_from_peft.py "
+        "train/test_save_in_background.py",
+    ),
     "step": (
         "mixtral_run/train/steps/step.py",
         "train/test_step_arithmetic.py train/test_step.py train/test_bad_steps.py",

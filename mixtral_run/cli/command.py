@@ -9,7 +9,8 @@ config reports these problems together with those of its settings (`options.merg
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any
 
 import click
@@ -20,7 +21,8 @@ from mixtral_run.errors import ConfigError
 PROBLEMS = "mixtral_run.problems"
 """Key of a click context's `meta`: the lines for the words that were not understood."""
 MEANT = "mixtral_run.meant"
-"""Key of it: the set of settings, with dashes, that flags of other programs stand for. They are not missing."""
+"""Key of it: the set of settings, with dashes, that flags of other programs stand for, or whose own flag has no value.
+They are not missing."""
 DOUBTFUL = "mixtral_run.doubtful"
 """Key of it: the set of words after unknown flags, of a verb that takes words. They may be values of these flags."""
 CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
@@ -28,7 +30,8 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 SECTIONS = (
     "Hosts", "Provisioning", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA",
-    "Memory and precision", "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts", "Other",
+    "Memory and precision", "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts",
+    "Schedulers", "Slurm", "Kubernetes", "Other",
 )  # fmt: skip
 """Sections of --help in their order."""
 
@@ -36,11 +39,21 @@ _MOST_SUGGESTED = 3
 
 
 class Option(click.Option):
-    """An option with the section of --help that shows it."""
+    """An option with the section of --help that shows it.
 
-    def __init__(self, *names: Any, section: str = "Options", **settings: Any) -> None:
+    bare: the value that the flag means if none of `values` follows it; None if a value must follow.
+    """
+
+    def __init__(
+        self,
+        *names: Any,
+        section: str = "Options",
+        bare: str | None = None,
+        values: Container[str] = (),
+        **settings: Any,
+    ) -> None:
         super().__init__(*names, **settings)
-        self.section = section
+        self.section, self.bare, self.values = section, bare, values
 
 
 class WholeNumber(click.ParamType[Any]):
@@ -83,7 +96,7 @@ class VerbCommand(click.Command):
         if ctx.resilient_parsing:  # A shell completes an unfinished line.
             return super().parse_args(ctx, args)
         problems: list[str] = ctx.meta.setdefault(PROBLEMS, [])
-        words = self._understood(ctx, args, problems)
+        words = self._understood(ctx, self._with_bare_values(args), problems)
         missing: list[str] = []
         try:
             extra = super().parse_args(ctx, words)
@@ -114,6 +127,15 @@ class VerbCommand(click.Command):
                 error.next_command = error.next_command or f"{ctx.command_path} --help"
             raise
 
+    def _with_bare_values(self, args: Sequence[str]) -> list[str]:
+        """Return the words with `--flag=value` for each flag that stands alone and means that value."""
+        bare = {name: each for each in self.params if isinstance(each, Option) and each.bare for name in each.opts}
+        found = []
+        for word, following in itertools.zip_longest(args, args[1:], fillvalue=""):
+            option = bare.get(word)
+            found.append(f"{word}={option.bare}" if option and following not in option.values else word)
+        return found
+
     def _understood(self, ctx: click.Context, args: Sequence[str], problems: list[str]) -> list[str]:
         """Return the words that click's parser accepts, and append a line to `problems` for each other word.
 
@@ -141,6 +163,7 @@ class VerbCommand(click.Command):
                     problems.append(f"{error.option_name}: expected no value; found {word.partition('=')[2]!r}")
                 else:
                     problems.append(f"{error.option_name}: expected a value after it; found none")
+                    ctx.meta.setdefault(MEANT, set()).add(str(error.option_name).lstrip("-"))
                 words = words[:stopped] + rest
             else:
                 return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,35 @@ VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "export", "smo
 
 _option = partial(click.option, cls=Option, section="On hosts")
 
+
+class _Times:
+    """The values that --wait may have, so that the word behind a bare --wait is not taken for one."""
+
+    def __contains__(self, word: object) -> bool:
+        return isinstance(word, str) and re.fullmatch(r"forever|\d+[a-z]?", word) is not None
+
+
 _TARGET: tuple[Callable[..., Any], ...] = (
     _option(
         "--on",
         multiple=True,
         metavar="HOST,…",
-        help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host.",
+        help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host. any: on the first "
+        "host of the fleet, or of -i INVENTORY, that is free.",
     ),
     _option("-i", "--inventory", type=click.Path(path_type=Path), help="With --on: Ansible inventory that names HOST."),
     _option("--detach", is_flag=True, help="With --on: start the job and return at once."),
 )
 _JOB: tuple[Callable[..., Any], ...] = (
+    _option(
+        "--wait",
+        metavar="[TIME]",
+        bare="forever",
+        values=_Times(),
+        help="With --on: wait until no other job uses the GPUs of the host, at most TIME, such as 30m or 2h. Without "
+        "--wait a busy host is refused.",
+    ),
+    _option("--share", is_flag=True, help="With --on: start next to another job that uses the GPUs of the host."),
     _option("--shm-size", metavar="SIZE", help="With --on: shared memory of the container.  [default: 32g]"),
     _option("--image", metavar="NAME", help="With --on: container image.  [default: mixtral-run:local]"),
     _option(
@@ -48,6 +67,12 @@ _JOB: tuple[Callable[..., Any], ...] = (
     ),
     _option("--checkpoints-folder", metavar="FOLDER", help="With --on: folder of the host that is /checkpoints."),
     _option("--hf-home", metavar="FOLDER", help="With --on: Hugging Face cache of the host."),
+    _option(
+        "--max-restarts",
+        type=WholeNumber(0),
+        metavar="N",
+        help="Start the whole job again up to N times if it fails in a way that repeating can cure.",
+    ),
     _option("--nccl-debug", metavar="LEVEL", help="With --on: value of NCCL_DEBUG, such as INFO."),
     _option(
         "--nccl-timeout",
@@ -69,7 +94,7 @@ _JOB: tuple[Callable[..., Any], ...] = (
 )
 _NAMES = (
     "on", "inventory", "detach", "shm_size", "image", "environment", "ulimits", "checkpoints_folder", "hf_home",
-    "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
+    "max_restarts", "wait", "share", "nccl_debug", "nccl_timeout", "rendezvous_address", "rendezvous_port",
 )  # fmt: skip
 
 
@@ -91,7 +116,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 def take_host_options(flags: dict[str, Any]) -> dict[str, Any]:
     """Remove the options of this module from a command's flags, and return those that were given."""
     taken = {name: flags.pop(name) for name in _NAMES if name in flags}
-    return {name: value for name, value in taken.items() if value not in (None, (), False)}
+    return {name: value for name, value in taken.items() if value is not None and value is not False and value != ()}
 
 
 def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
@@ -102,6 +127,10 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job
 
     options = JobOptions(**given)
+    if options.max_restarts:
+        raise ConfigError(
+            "--max-restarts needs --launcher NAME.", found=f"--on and --max-restarts {options.max_restarts}"
+        )
     hosts = [piece for word in options.on for piece in word.split(",") if piece]
     if len(hosts) > 1 and not isinstance(config, LaunchConfig):
         raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")
@@ -115,4 +144,4 @@ def refuse_without_on(given: dict[str, Any]) -> None:
     if given:
         named = {"environment": "--env", "ulimits": "--ulimit"}
         flags = ", ".join(named.get(name) or "--" + name.replace("_", "-") for name in given)
-        raise ConfigError("These settings need --on HOST.", found=flags)
+        raise ConfigError("These settings need --on HOST or --launcher NAME.", found=flags)

@@ -1,23 +1,30 @@
-"""Inputs of a command line that are missing, for the error that reports problems of its settings.
+"""Inputs of a command line that are missing or wrong, for the error that reports problems of its settings.
 
-A command line whose settings are right has its inputs checked by its verb, in depth. One whose settings are wrong would
-otherwise report them only in the next run.
+A command line whose settings are right has its inputs checked by its verb. One whose settings are wrong would otherwise
+report them only in the next run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.data import DATA_SETTINGS, DataConfig
+from mixtral_run.config.data_sources import parse_source, source_problems
 from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.training import TrainingConfig
+from mixtral_run.errors import MixtralRunError
 
 FOLDERS = ("load", "adapter", "init_adapter", "from_megatron", "hf_model_path", "against", "peft_path")
 FILES = ("data_path", "valid_data_path", "prompts_file")
 """Settings that name an input: a folder, or a file or folder."""
+LARGEST_READ = 2**26
+"""Bytes of data files up to which their content is read before an error of the settings: about a second."""
 
 
 def input_problems(config_class: type[Config], values: Mapping[str, Any], doubtful: Collection[str] = ()) -> list[str]:
@@ -39,6 +46,56 @@ def input_problems(config_class: type[Config], values: Mapping[str, Any], doubtf
                 problem = _problem(Path(each), is_folder)
                 found += [f"{flag_of(item.name)} {each}: {problem}"] if problem else []
     return found
+
+
+def errors_of_inputs(
+    config_class: type[Config], values: Mapping[str, Any], doubtful: Collection[str] = ()
+) -> list[MixtralRunError]:
+    """Return the errors of the contents of inputs that exist: the base, and the data if they are small.
+
+    values, doubtful: as for `input_problems`.
+    """
+    config, unusable = config_class.rest_of(values)
+    found: list[MixtralRunError] = []
+    if isinstance(config, TrainingConfig) and "load" not in unusable and config.load.is_dir():
+        from mixtral_run.weights.manifest.describe import describe_base
+
+        with _collected_in(found):
+            describe_base(config.load)
+    if isinstance(config, DataConfig):
+        from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
+
+        for setting in DATA_SETTINGS:
+            texts = getattr(config, setting, ())
+            is_usable = unusable.isdisjoint({setting, "field", "data_format"}) and not source_problems(setting, texts)
+            if texts and is_usable and not {*texts} & {*doubtful} and _can_be_read_quickly(texts):
+                with _collected_in(found):
+                    read_examples(texts, ReadOptions.of(config), setting).check()
+    return found
+
+
+@contextlib.contextmanager
+def _collected_in(errors: list[MixtralRunError]) -> Iterator[None]:
+    """Append an error of the block to `errors` instead of raising it."""
+    try:
+        yield
+    except MixtralRunError as error:
+        errors.append(error)
+
+
+def _can_be_read_quickly(texts: Collection[str]) -> bool:
+    """Return True if all sources are files or folders of this host that exist and are small."""
+    num_bytes = 0
+    try:
+        for text in texts:
+            path = parse_source(text).path
+            if text == "-" or not path.exists():
+                return False
+            files = [path] if path.is_file() else path.rglob("*")
+            num_bytes += sum(each.stat().st_size for each in files if each.is_file())
+    except OSError:
+        return False
+    return num_bytes <= LARGEST_READ
 
 
 def _may_be_elsewhere(name: str, value: str) -> bool:

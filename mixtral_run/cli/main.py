@@ -22,6 +22,8 @@ VERBS: dict[str, str] = {
     "bootstrap": "Set up bare hosts over SSH: Docker, NVIDIA toolkit, swap, HF cache, image, acceptance test.",
     "teardown": "Take back from hosts what bootstrap added; checkpoints and models stay.",
     "status": "Show the state of every host and where hosts differ: table, JSON or HTML page.",
+    "cordon": "Let no new job start on hosts; who, when and why is recorded there.",
+    "uncordon": "Let hosts take jobs again.",
     "explain": "Explain a failure and what to do.",
     "up": "Go from a bare host to an adapter here: bootstrap, convert, finetune, export, fetch.",
     "jobs": "List the jobs that --on started.",
@@ -50,7 +52,7 @@ TRAIN_MODULES = (
 )  # fmt: skip
 """Modules of the extra `train`. An operator's laptop does without them."""
 
-MODULES = dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs")
+MODULES = {**dict.fromkeys(("jobs", "logs", "stop", "fetch"), "fleet_jobs"), "uncordon": "cordon"}
 
 
 class LazyGroup(click.Group):

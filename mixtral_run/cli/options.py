@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import typing
 from collections.abc import Callable, Collection
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, Option
+from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
-from mixtral_run.cli.input_problems import input_problems
-from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types, flag_of, plain_type
+from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
+from mixtral_run.cli.launcher_options import launch, launcher_options, take_launcher_options
+from mixtral_run.cli.setting_option import BY_FLAG, Decorator, option_of
+from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types
 from mixtral_run.config.foreign_names import setting_meant
-from mixtral_run.errors import ConfigError, described
+from mixtral_run.errors import ConfigError, described, joined
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-BY_FLAG = "_by_flag"
-"""End of the name of the parameter for the flag of a positional setting, whose own name is that of the words."""
-Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def config_options(
@@ -34,7 +31,7 @@ def config_options(
     """Give a command --config FILE and an option for every field of `config_class`; call it with the checked config.
 
     A flag takes precedence over the file, and the file over the default. A required setting may come from either. Verbs
-    that run on hosts also get --on and the options that belong to it.
+    that run on hosts also get --on, --launcher and the options that belong to them.
 
     Args:
         errors_as_json: With --json, print a ConfigError of the settings to stdout as well.
@@ -42,15 +39,18 @@ def config_options(
 
     def decorate(function: Callable[[ConfigT], None]) -> Callable[..., None]:
         def command(**flags: Any) -> None:
-            given = take_host_options(flags)
+            given, scheduled = take_host_options(flags), take_launcher_options(flags)
+            elsewhere = "on" in given or "launcher" in scheduled
             try:
-                config = merged_config(config_class, flags.pop("config"), flags, on_hosts="on" in given)
+                config = merged_config(config_class, flags.pop("config"), flags, on_hosts=elsewhere)
             except ConfigError as error:
                 if errors_as_json and flags.get("json"):
                     document = {"ok": False, "error": described(error)}
                     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
                 raise
-            if "on" in given:
+            if scheduled:
+                launch(function.__name__, config, given, scheduled)
+            elif "on" in given:
                 run_on_hosts(function.__name__, config, given)
             else:
                 refuse_without_on(given)
@@ -60,7 +60,7 @@ def config_options(
         command.__name__ = function.__name__
         decorated: Callable[..., None] = command
         if function.__name__ in HOST_VERBS:
-            decorated = host_options(decorated)
+            decorated = host_options(launcher_options(decorated))
         return setting_options(config_class)(decorated)
 
     return decorate
@@ -79,8 +79,8 @@ def setting_options(config_class: type[Config]) -> Decorator:
         annotations = field_types(config_class)
         for item in reversed(dataclasses.fields(config_class)):
             for alias in item.metadata["aliases"]:
-                decorated = _option(item, annotations[item.name], alias, hidden=True)(decorated)
-            decorated = _option(item, annotations[item.name], item.name, hidden=item.metadata["hidden"])(decorated)
+                decorated = option_of(item, annotations[item.name], alias, hidden=True)(decorated)
+            decorated = option_of(item, annotations[item.name], item.name, hidden=item.metadata["hidden"])(decorated)
         return decorated
 
     return decorate
@@ -106,7 +106,8 @@ def merged_config(
         if not_understood:
             raise ConfigError(SETTINGS_ERROR)
     except ConfigError as error:
-        inputs = [] if on_hosts else input_problems(config_class, values or flags, context.meta.get(DOUBTFUL, ()))
+        doubtful = context.meta.get(DOUBTFUL, ())
+        inputs = [] if on_hosts else input_problems(config_class, values or flags, doubtful)
         names = [item.name for item in dataclasses.fields(config_class)]
         known = [name.replace("_", "-") for name in names]
         meant = context.meta.get(MEANT, set()) | {setting_meant(name, known) for name in values if name not in names}
@@ -115,6 +116,9 @@ def merged_config(
         error.problems = (*not_understood, *(_with_key(each, keys) for each in problems))
         error.where = error.where or str(file or "command line")
         error.next_command = error.next_command or f"{context.command_path} --help"
+        deeper = [] if on_hosts else errors_of_inputs(config_class, values or flags, doubtful)
+        if deeper:
+            raise joined([error, *deeper]) from None
         raise
     return config
 
@@ -130,7 +134,7 @@ def _with_words(config_class: type[Config], flags: dict[str, Any]) -> dict[str, 
 
 def _is_meant(problem: str, meant: Collection[str | None]) -> bool:
     """Return True for a line that a setting is missing for which a name of another program was given."""
-    named = re.match(r"(.*?)(?: is required|: expected .*; found (?:neither|none)$)", problem)
+    named = re.match(r"(.*?)(?: is required:|: expected .*; found (?:neither|none)$|; found neither$)", problem)
     flags = re.findall(r"--([a-z0-9-]+)", named[1]) if named else ()
     return any(flag in meant for flag in flags)
 
@@ -140,76 +144,3 @@ def _with_key(problem: str, keys: Collection[str]) -> str:
     found = re.match(r"--([a-z0-9-]+)(?=[: ])", problem)
     name = found[1].replace("-", "_") if found else ""
     return name + problem[found.end() :] if found and name in keys else problem
-
-
-def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden: bool = False) -> Decorator:
-    """Return the click option of a field. name: the field's own name, or one of its aliases."""
-    wanted, _ = plain_type(annotation)
-    if item.metadata["positional"]:
-        return _words_or_flag(item)
-    choices = item.metadata["choices"]
-    flag = flag_of(name)
-    settings = {
-        "cls": Option, "section": item.metadata["section"], "help": _help_text(item, wanted), "hidden": hidden
-    }  # fmt: skip
-    if wanted is bool:
-        # The default is None instead of False: the config file may set True.
-        if item.default is True:
-            return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, **settings)
-        return click.option(flag, item.name, is_flag=True, flag_value=True, default=None, **settings)
-    if typing.get_origin(wanted) is tuple:
-        if choices:
-            return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", **settings)
-        return click.option(flag, item.name, type=_Value(typing.get_args(wanted)[0]), multiple=True, **settings)
-    if choices:
-        return click.option(flag, item.name, metavar="|".join(choices), **settings)
-    return click.option(flag, item.name, type=_Value(wanted), **settings)
-
-
-def _words_or_flag(item: dataclasses.Field[Any]) -> Decorator:
-    """Return the click argument of a positional field, together with a flag that gives the same."""
-    word = item.metadata["positional"]
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        flag = click.option(
-            flag_of(item.name), item.name + BY_FLAG, cls=Option, section=item.metadata["section"], multiple=True,
-            metavar=word, help=f"The same as {word}. {item.metadata['help']}",
-        )  # fmt: skip
-        return click.argument(item.name, nargs=-1, metavar=f"{word}...")(flag(function))
-
-    return decorate
-
-
-def _help_text(item: dataclasses.Field[Any], wanted: Any) -> str:
-    """Return the field's help with its default, or with a mark that it is required."""
-    text: str = item.metadata["help"]
-    if item.default is MISSING and item.default_factory is MISSING:
-        return text + "  [required]"
-    if item.default in (None, False, ()) or wanted is bool:
-        return text
-    default = item.default
-    shown = ", ".join(default) if isinstance(default, tuple) else f"{default:g}" if wanted is float else default
-    return f"{text}  [default: {shown}]"
-
-
-class _Value(click.ParamType[Any]):
-    """A value that the config checks instead of click, which would report only the first wrong value.
-
-    Paths are not looked at either: with --on they belong to another machine.
-    """
-
-    def __init__(self, wanted: Any) -> None:
-        self.name = {int: "integer", float: "float", Path: "path"}.get(wanted, "text")
-        self._wanted = wanted
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        del param, ctx
-        try:
-            return self._wanted(value) if self._wanted in (int, float) else value
-        except ValueError:
-            return value
-
-
-def _comma_separated(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Split `a,b c` into ("a", "b", "c"). An empty text becomes ("",), which the config refuses."""
-    return value if isinstance(value, tuple) else tuple(value.replace(",", " ").split()) or ("",)

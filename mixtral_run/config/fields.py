@@ -40,6 +40,7 @@ def setting(
     hidden: bool = False,
     unit: str | None = None,
     positional: str | None = None,
+    bare: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -54,10 +55,11 @@ def setting(
         hidden: True for a former setting, which --help and `config init` leave out.
         unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
         positional: Name of the words of the command line that give the field, as its flag does.
+        bare: Value that the flag means without one. A value follows the flag only if it is one of `choices`.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
     others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
-    return field(default=default, metadata={**others, "positional": positional, **limits})
+    return field(default=default, metadata={**others, "positional": positional, "bare": bare, **limits})
 
 
 SETTINGS_ERROR = "Some settings are wrong."
@@ -144,29 +146,54 @@ class Config:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, where: str = "config") -> Self:
         """Build a config from JSON values. Raise ConfigError with all unknown keys, missing keys and wrong types."""
-        annotations = field_types(cls)
-        fields = {item.name: item for item in dataclasses.fields(cls)}
         values = cls.with_current_names(values)
+        fields = {item.name: item for item in dataclasses.fields(cls)}
         problems = [_unknown(name, fields) for name in values if name not in fields]
+        accepted, refused = cls._converted(values)
+        if problems or refused:
+            # The problems of the other fields belong to the same error: otherwise the next run would fail on them.
+            others = re.compile(
+                rf"(?:{'|'.join(map(re.escape, map(flag_of, refused)))})(?![\w-])" if refused else r"(?!)"
+            )
+            rest = [each for each in cls(**accepted).problems() if not others.search(each)]
+            raise ConfigError(SETTINGS_ERROR, where=where, problems=[*problems, *refused.values(), *rest])
+        return cls(**accepted)
+
+    @classmethod
+    def rest_of(cls, values: Mapping[str, Any]) -> tuple[Self, frozenset[str]]:
+        """Return a config of those `values` that can be used, and the names of the fields that cannot.
+
+        These have their default, or any value of their type.
+        """
+        accepted, refused = cls._converted(cls.with_current_names(values))
+        return cls(**accepted), frozenset(refused)
+
+    @classmethod
+    def _converted(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the values of the fields in their types, and a line for each field that is missing or wrong.
+
+        In place of the latter's values are their default or, where they have none, any value of their type.
+        """
+        annotations = field_types(cls)
         accepted: dict[str, Any] = {}
-        for name, item in fields.items():
+        refused: dict[str, str] = {}
+        for item in dataclasses.fields(cls):
+            name = item.name
             is_required = item.default is MISSING and item.default_factory is MISSING
+            if is_required:
+                wanted, _ = plain_type(annotations[name])
+                accepted[name] = _ANY_VALUE[typing.get_origin(wanted) or wanted]
             # A name without a value in a YAML file, as `config init` writes it.
             if name not in values or (is_required and values[name] is None):
                 if is_required:
-                    problems.append(f"{flag_of(name)} is required: {item.metadata.get('help', '')}")
+                    refused[name] = f"{flag_of(name)} is required: {item.metadata.get('help', '')}"
                 continue
             try:
                 value = _without_unit(values[name]) if item.metadata["unit"] else values[name]
                 accepted[name] = _from_json_value(annotations[name], value)
             except (TypeError, ValueError, OverflowError) as error:
-                problems.append(f"{flag_of(name)}: {error}")
-        if problems:
-            # The limits of the other fields belong to the same error: otherwise the next run would fail on them.
-            for name, value in accepted.items():
-                problems += _limit_problems(fields[name], value) if value is not None else []
-            raise ConfigError(SETTINGS_ERROR, where=where, problems=problems)
-        return cls(**accepted)
+                refused[name] = f"{flag_of(name)}: {error}"
+        return accepted, refused
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "config") -> Self:
@@ -248,6 +275,7 @@ def _to_json_value(value: Any) -> Any:
     return value
 
 
+_ANY_VALUE = {Path: Path("any"), str: "any", int: 1, float: 1.0, tuple: ("any",)}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

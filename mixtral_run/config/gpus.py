@@ -28,4 +28,5 @@ GPU_MODELS = {
 }
 HOPPER = (9, 0)
 """Compute capability of H100 and H200, which the planner assumes if it does not know the GPU."""
+GPUS_PER_HOST = 8
 DEFAULT_MEMORY_GIB = 80.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mixtral_run.config.fields import LORA, Config, setting
 
+LORA_SCALINGS = ("standard", "rslora")
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""
 
@@ -30,4 +31,20 @@ class LoraShapeConfig(Config):
 class LoraConfig(LoraShapeConfig):
     """All settings of the adapters."""
 
-    lora_alpha: float = setting(32.0, help="Adapters are scaled by alpha / rank.", above=0, section=LORA)
+    lora_alpha: float = setting(
+        32.0, help="Adapters are scaled by alpha / rank; see --lora-scaling.", above=0, section=LORA
+    )
+    lora_scaling: str = setting(
+        "standard",
+        help="standard: adapters are scaled by alpha / rank. rslora (rank-stabilized LoRA, arXiv:2312.03732): by "
+        "alpha / √rank, so that larger ranks do not learn more slowly.",
+        choices=LORA_SCALINGS,
+        section=LORA,
+    )
+    lora_plus_ratio: float = setting(
+        1.0,
+        help="Learning rate of B as a multiple of that of A (LoRA+, arXiv:2402.12354). Its authors take 16, with a "
+        "lower --lr.",
+        above=0,
+        section=LORA,
+    )

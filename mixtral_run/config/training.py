@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
@@ -26,6 +28,10 @@ the inputs of the layers in host memory."""
 
 RUNS_AGAIN = ("full", "offload")
 """The values of RECOMPUTE that recompute a whole layer."""
+
+
+RESUME_MODES = ("yes", "auto")
+"""Values of --resume; without a value it is yes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +170,14 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
         aliases=("output_path",),
         section=OUTPUT,
     )
-    resume: bool = setting(False, help="Continue from the newest checkpoint in --save.", section=OUTPUT)
+    resume: str | None = setting(
+        None,
+        help="Continue from the newest checkpoint in --save. auto: from the newest one that is not damaged, or from "
+        "the start if there is none. A complete run ends at once, so that the same command may be repeated.",
+        choices=RESUME_MODES,
+        bare="yes",
+        section=OUTPUT,
+    )
     init_adapter: Path | None = setting(
         None,
         help="Adapter to start from: a directory that PEFT saved, or an adapter that finetune saved. Its rank, alpha "
@@ -228,7 +241,20 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
         choices=LOGGERS,
         section=OUTPUT,
     )
+    save_in_background: bool = setting(
+        True,
+        help="Write checkpoints while the training continues, from a copy in host memory. The last one of a run is "
+        "written at once.",
+        section=OUTPUT,
+    )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str = "config") -> Self:
+        """Build a config from JSON values. In files, --resume is also true or false."""
+        if isinstance(values.get("resume"), bool):
+            values = {**values, "resume": "yes" if values["resume"] else None}
+        return super().from_mapping(values, where=where)
 
     @property
     def has_validation(self) -> bool:

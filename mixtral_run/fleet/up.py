@@ -21,7 +21,8 @@ from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS
 from mixtral_run.fleet.jobs.fetch import fetch
 from mixtral_run.fleet.jobs.job_log import JobFollower
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
-from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
+from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs
+from mixtral_run.fleet.jobs.queue import start_when_free
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.untrusted import parse_json
@@ -235,7 +236,7 @@ def _convert_config(config: UpConfig) -> ConvertConfig:
 def _finetune_config(config: UpConfig, done: Done) -> FinetuneConfig:
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(FinetuneConfig)}
     # A stopped run continues from its newest checkpoint.
-    values["resume"] = config.resume or done.trained_iteration > 0
+    values["resume"] = config.resume or ("yes" if done.trained_iteration > 0 else None)
     return FinetuneConfig(**values).check()
 
 
@@ -263,7 +264,7 @@ def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportC
         say(f"{running[0].job} already writes {output}: following it")
         job = RunningJob(running[0].job, verb, (host,))
     else:
-        job = start(verb, config, options)
+        job = start_when_free(verb, config, options, say)
     JobFollower(job, say=say).follow()
     return bool(running)
 

@@ -15,7 +15,8 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,28 @@ def note_progress() -> None:
         _own.note_progress()
 
 
+class _Thread(threading.local):
+    """What a thread does. is_unnoted: its collectives are not those of the training."""
+
+    is_unnoted = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """Leave the collectives of this thread out of the heartbeat while the block runs.
+
+    A thread beside the training has a process group of its own: that it waits there does not show that a rank hangs.
+    """
+    _thread.is_unnoted = True
+    try:
+        yield
+    finally:
+        _thread.is_unnoted = False
+
+
 def _note_collectives(heartbeat: Heartbeat) -> None:
     """Replace the collectives of torch.distributed by functions that note each call."""
     import torch.distributed as dist
@@ -181,6 +204,8 @@ def _note_collectives(heartbeat: Heartbeat) -> None:
 def _noted(name: str, call: Callable[..., Any], heartbeat: Heartbeat) -> Callable[..., Any]:
     @functools.wraps(call)
     def noted(*arguments: Any, **named: Any) -> Any:
+        if _thread.is_unnoted:
+            return call(*arguments, **named)
         heartbeat.enter(name)
         try:
             return call(*arguments, **named)

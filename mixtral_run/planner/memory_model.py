@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from mixtral_run.config.gpus import HOPPER
+from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
@@ -34,7 +34,6 @@ USABLE = 0.97
 """Usable part of a GPU's memory; the rest is lost to fragmentation in the allocator."""
 USABLE_OF_HOST = 0.8
 """Part of a host's RAM that --recompute offload may pin; the rest is for the processes themselves."""
-GPUS_PER_HOST = 8
 
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 """Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""
@@ -187,6 +186,16 @@ def host_bytes(workload: Workload, layout: Layout) -> float:
     # torch pins blocks of powers of two.
     block = 1 << (math.ceil(workload.tokens * activation_bytes_per_token(workload, layout)) - 1).bit_length()
     return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
+
+
+def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of RAM of a host that a save in the background copies: adapters and AdamW's moments, in fp32.
+
+    Each parameter is in the copy of one rank of the job. With several hosts it is at most this much on one of them.
+    """
+    whole = workload.architecture.num_adapter_parameters(workload.lora_rank, workload.lora_target_modules)
+    on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
+    return 3 * 4 * min(whole, on_host)
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:

@@ -15,8 +15,9 @@ from mixtral_run.config.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner.available import local_gpu
-from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload
+from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload, saved_copy_bytes
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
+from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
@@ -69,6 +70,8 @@ def show_plan(config: PlanConfig) -> None:
             narrow=(short, [_row(each, SHORT_PARTS) for each in shown]),
         )
         _report_best(config, workload, gpu, choices[0])
+        if config.hosts > 1 and choices[0].fits:
+            show_scaling(config, workload, choices[0])
     if not any(each.fits for each in choices):
         where = "the GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
         changes = remedies(workload, gpu.memory_gib * GIB, host)
@@ -148,6 +151,8 @@ def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: 
     report = Report()
     if best.fits:
         report.say("speed: estimated, relative to one GPU that holds everything and recomputes nothing")
+        copy = saved_copy_bytes(workload, best.layout)
+        report.say(f"a host's RAM: {copy / GIB:.1f} GiB more for saves in the background (--no-save-in-background)")
     if gpu.source == "assumed":
         report.say("GPU: Hopper (H100, H200) is assumed; plan with --gpu for another model")
     elif gpu.source == "this machine":
@@ -197,6 +202,7 @@ def _smallest(choices: list[Choice]) -> str:
 
 def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices: list[Choice]) -> dict[str, Any]:
     fits = bool(choices) and choices[0].fits
+    scaled = scaling(config, workload, choices[0]) if fits and config.hosts > 1 else None
     faster = faster_micro_batch(workload, choices[0], gpu.memory_gib * GIB) if fits else None
     return {
         "gpus": config.gpus,
@@ -211,6 +217,7 @@ def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices
         }
         if faster is not None
         else None,
+        "scaling": dataclasses.asdict(scaled) if scaled is not None else None,
         "layouts": [
             {
                 **dataclasses.asdict(each.layout),
@@ -218,6 +225,7 @@ def _to_mapping(config: PlanConfig, workload: Workload, gpu: PlannedGpu, choices
                 "relative_speed": round(each.relative_speed, 3),
                 "total_gib": round(each.memory.total / GIB, 2),
                 "host_gib": round(each.host_bytes / GIB, 2),
+                "saved_copy_gib": round(saved_copy_bytes(workload, each.layout) / GIB, 2),
                 "parts_gib": {name: round(getattr(each.memory, name) / GIB, 2) for name in PARTS},
             }
             for each in choices

@@ -22,6 +22,7 @@ from mixtral_run.report import Report
 from mixtral_run.results.run_files import METRICS, TENSORBOARD, VALIDATION
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
+from mixtral_run.train.checkpoints.newest_good import settle_resume
 from mixtral_run.train.checkpoints.run_folder import own_output, report_disk_use
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
@@ -34,11 +35,11 @@ from mixtral_run.train.outcome.record import Outcome
 from mixtral_run.train.preflight import adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.run import Run
-from mixtral_run.train.run_checkpoints import remove_leftovers, resume_run, save_run
+from mixtral_run.train.run_checkpoints import RunCheckpoints, remove_leftovers, resume_run
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
-from mixtral_run.train.steps.step import Backward, Step, optimizer_step, trainable
+from mixtral_run.train.steps.step import Backward, Step, adapter_optimizer, optimizer_step, trainable
 from mixtral_run.train.summary import summarize
 from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
@@ -52,13 +53,12 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings.from_config(config)
     with own_output(config.save / LOCK_NAME, "finetune"), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
+        config = settle_resume(config, mesh, report)
         config, data = _open_data(config, base, report)
         samples = data.samples
         model, seconds = _load(config, base, mesh, report, lora)
         base = loaded(model, base)
-        optimizer = torch.optim.AdamW(
-            trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
-        )
+        optimizer = adapter_optimizer(model, config)
         peer_access = mesh.device.type == "cuda" and peer_access_fits(
             config,
             base,
@@ -92,9 +92,11 @@ def finetune(config: FinetuneConfig) -> None:
             with (
                 stop_requests(mesh) as stop,
                 scalar_loggers(config.log_to, outcome.record, config.save, report, tensorboard=board) as write,
+                RunCheckpoints(run, optimizer, config, base) as checkpoints,
                 report.training(config.iterations, run.start) as run.view,
             ):
-                _train_and_save(run, optimizer, config, base, stop, write, outcome)
+                checkpoints.prepare()
+                _train_and_save(run, config, checkpoints, stop, write, outcome)
             _report_end(run, config, outcome, backward.num_retaken)
 
 
@@ -169,9 +171,8 @@ def _load(
 
 def _train_and_save(
     run: Run,
-    optimizer: torch.optim.Optimizer,
     config: FinetuneConfig,
-    base: BaseDescription,
+    checkpoints: RunCheckpoints,
     stop: StopRequest,
     write: Callable[[int, Mapping[str, float]], None],
     outcome: Outcome,
@@ -183,6 +184,7 @@ def _train_and_save(
         run.meter.restart()
     for metrics in _iterations(run, stop):
         done = metrics.iteration
+        checkpoints.poll()
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
             _show(run, metrics)
             write(done, metrics.scalars())
@@ -194,14 +196,15 @@ def _train_and_save(
         )
         is_over = _is_over(run, config)
         if not is_over and done != config.iterations and (done % config.save_interval == 0 or is_best):
-            save_run(run, optimizer, config, base, done)
+            checkpoints.save(done, goes_on=True)
             saved = done
             run.meter.restart()
         if is_over:
             break
     outcome.router.end_training(done)
+    checkpoints.finish()
     if done != saved:
-        save_run(run, optimizer, config, base, done)
+        checkpoints.save(done, goes_on=False)
     run.last = done
     if done != run.start and not stop.agreed():
         outcome.generations.write(run.model, done, stop.agreed, run.report)
@@ -333,7 +336,7 @@ def _report_lora(run: Run, config: FinetuneConfig) -> None:
     run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
     run.report.say(
         f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
-        f"scale {config.lora_alpha / config.lora_rank:g}"
+        f"scale {LoraSettings.from_config(config).scale:g}"
     )
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 

@@ -17,7 +17,8 @@ from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.report import Report
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
-from mixtral_run.train.checkpoints.run_folder import num_checkpoints
+from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
+from mixtral_run.train.checkpoints.run_folder import PARTIAL, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
@@ -28,6 +29,7 @@ from mixtral_run.train.outcome.log_to import logger_problems
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
 from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
+from mixtral_run.weights.manifest.adapter_files import TOKENIZER
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import (
     AdapterDescription,
@@ -40,7 +42,6 @@ from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
 
-PARTIAL = ".iter_*.partial"
 _NOTHING_TO_RESUME = "--resume: found no checkpoint"
 _NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
 
@@ -155,7 +156,7 @@ def _errors(
         problems += unwritable
         if base is not None and config.resume and not unwritable:
             try:
-                start = check_resume(config, base).iteration
+                start = _start_of(config, base)
             except MixtralRunError as error:
                 errors.append(error)
         if base is not None:
@@ -173,7 +174,19 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
 
     Raises ConfigError or WeightsError if it cannot continue, RunCompleteError if the run has reached its end.
     """
-    adapter = describe_adapter(config.save)
+    return _check_continues(config, base, describe_adapter(config.save))
+
+
+def _start_of(config: FinetuneConfig, base: BaseDescription) -> int:
+    """Return the iteration after which --resume continues; 0 if auto finds none. Raises as `check_resume` does."""
+    if config.resume != "auto":
+        return check_resume(config, base).iteration
+    adapter = newest_good(config.save).adapter
+    return 0 if adapter is None else _check_continues(config, base, adapter).iteration
+
+
+def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: AdapterDescription) -> AdapterDescription:
+    """Return the adapter. Raises as `check_resume` does if the run cannot continue from it."""
     check_adapter_fits(adapter, base)
     _check_same_lora(config, adapter)
     best = BestLoss.from_mapping(adapter.validation)
@@ -195,14 +208,16 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
 
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
     """Raise ConfigError if the run's adapters are not those of the checkpoint."""
-    saved, asked = adapter.lora.to_mapping(), LoraSettings.from_config(config).to_mapping()
+    settings = (adapter.lora, LoraSettings.from_config(config))
+    saved, asked = ({**each.to_mapping(), "lora_scaling": each.scaling} for each in settings)
     problems = [
         f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
-        for name in ("lora_rank", "lora_alpha", "lora_target_modules")
+        for name in ("lora_rank", "lora_alpha", "lora_scaling", "lora_target_modules")
         if saved[name] != asked[name]
     ]
     if problems:
         flags = [f"--lora-rank {saved['lora_rank']}", f"--lora-alpha {saved['lora_alpha']:g}"]
+        flags += [f"--lora-scaling {saved['lora_scaling']}"] if saved["lora_scaling"] != asked["lora_scaling"] else []
         flags += [f"--lora-target-modules {','.join(saved['lora_target_modules'])}"]
         raise ConfigError(
             "--resume needs the settings that the adapter was started with.",
@@ -233,14 +248,20 @@ def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
 
 
-def output_problems(save: Path, *, resume: bool) -> list[str]:
-    """Return the reasons why adapters cannot be written into `save`."""
+def output_problems(save: Path, *, resume: str | None) -> list[str]:
+    """Return the reasons why adapters cannot be written into `save`. resume: the value of --resume."""
     problems = writing_problems(save, f"--save {save}") or lock_problems(save / LOCK_NAME, f"--save {save}")
     if problems:
         return problems
-    if resume:
+    if resume == "auto" and any(save.glob(ITERATIONS)):
+        return []
+    if resume == "yes":
         return [] if (save / LATEST).exists() else [f"{_NOTHING_TO_RESUME} in --save {save}"]
-    if save.is_dir() and {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME}:
+    other = {*save.iterdir()} - {*leftovers(save), save / LOCK_NAME} if save.is_dir() else set()
+    if resume == "auto":
+        # All checkpoints were damaged before, and the run ended again before its first one.
+        other -= {save / TOKENIZER, *save.glob("damaged-*")}
+    if other:
         return [f"--save {save}: {_NOT_EMPTY}"]
     return []
 

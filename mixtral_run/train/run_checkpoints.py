@@ -10,16 +10,20 @@ import torch
 
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer, save_adapter
+from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.random_state import restore_random_state
 from mixtral_run.train.checkpoints.run_folder import (
     drop_later_lines,
     growing_files,
     remove_old_checkpoints,
+    remove_partial_checkpoints,
+    saves_before_the_end,
 )
+from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.preflight import check_resume, leftovers
 from mixtral_run.train.run import Run
+from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import report_without_checksums
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
@@ -54,29 +58,85 @@ def describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[st
     }
 
 
-def save_run(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    config: FinetuneConfig,
-    base: BaseDescription,
-    iteration: int,
-) -> None:
-    """Save the adapter, the optimizer and the state of the run, and remove old checkpoints. All ranks must call."""
-    started = time.perf_counter()
-    state = RunState(
-        optimizer_steps=run.bad_steps.num_taken,
-        num_skipped=run.bad_steps.num_skipped,
-        recent_losses=run.bad_steps.recent,
-        validation_loss=run.validation.loss_at(iteration) if run.validation is not None else None,
-        run_files=growing_files(config.save) if run.mesh.is_first else {},
-    )
-    description = describe(run, config, base)
-    folder = save_adapter(
-        run.model, optimizer, config.save, iteration, description, state=state, tokenizer=base.tokenizer
-    )
-    run.report.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
-    if run.mesh.is_first:
-        remove_old_checkpoints(config.save, config.keep_last, config.keep_best, run.report)
+class RunCheckpoints:
+    """Saves the checkpoints of a run, in the background where the training continues. All ranks must call.
+
+    A context, which completes a save in the background even if the training fails.
+    """
+
+    def __init__(
+        self, run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription
+    ) -> None:
+        self._run, self._config, self._base = run, config, base
+        self._saver = AdapterSaver(run.model, optimizer, config.save, config.distributed_timeout_minutes)
+        self._pending: tuple[int, float] | None = None
+        self._removed: list[Path] = []
+
+    def __enter__(self) -> RunCheckpoints:
+        self._saver.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._saver.__exit__(*error)
+
+    def prepare(self) -> None:
+        """Prepare for saves in the background, if the run is to have any."""
+        if self._config.save_in_background and saves_before_the_end(self._config, self._run.start):
+            num_bytes = self._saver.prepare_background()
+            self._run.report.say(
+                f"Checkpoints are saved in the background; the copy takes {num_bytes / GIB:,.2f} GiB of host memory"
+            )
+
+    def save(self, iteration: int, *, goes_on: bool) -> None:
+        """Save the adapter, the optimizer and the state of the run, and remove old checkpoints.
+
+        goes_on: True if the training continues; the save may then be in the background.
+        """
+        started = time.perf_counter()
+        self.finish()
+        request = self._request(iteration)
+        if goes_on and self._saver.can_save_in_background:
+            began = time.perf_counter()
+            self._saver.save_in_background(request)
+            self._pending = iteration, time.perf_counter() - began
+            return
+        self._saver.save(request)
+        self._report(iteration, f"in {time.perf_counter() - started:.1f} s")
+
+    def poll(self) -> None:
+        """Report a save in the background that is complete, or raise its error."""
+        self._report_pending(self._saver.poll())
+
+    def finish(self) -> None:
+        """Wait for a save in the background, and report it or raise its error."""
+        self._report_pending(self._saver.finish())
+
+    def _report_pending(self, seconds: float | None) -> None:
+        if seconds is not None and self._pending is not None:
+            iteration, delay = self._pending
+            self._pending = None
+            self._report(iteration, f"in {seconds:.1f} s in the background, which delayed a step by {delay:.2f} s")
+
+    def _report(self, iteration: int, how: str) -> None:
+        self._run.report.say(f"saved {self._config.save / f'iter_{iteration:07d}'} {how}")
+        for folder in self._removed:
+            self._run.report.say(f"removed {folder}")
+        self._removed.clear()
+
+    def _request(self, iteration: int) -> SaveRequest:
+        run, config = self._run, self._config
+        state = RunState(
+            optimizer_steps=run.bad_steps.num_taken,
+            num_skipped=run.bad_steps.num_skipped,
+            recent_losses=run.bad_steps.recent,
+            validation_loss=run.validation.loss_at(iteration) if run.validation is not None else None,
+            run_files=growing_files(config.save) if run.mesh.is_first else {},
+        )
+        description = describe(run, config, self._base)
+        return SaveRequest(iteration, description, state, self._base.tokenizer, self._remove_old)
+
+    def _remove_old(self) -> None:
+        self._removed += remove_old_checkpoints(self._config.save, self._config.keep_last, self._config.keep_best)
 
 
 def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
@@ -89,6 +149,7 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
     run.bad_steps.restore(adapter.state.recent_losses, steps, adapter.state.num_skipped)
     if run.mesh.is_first:
         drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
+        remove_partial_checkpoints(config.save)
     other_dropout = restore_random_state(adapter.folder, run.mesh)
     if other_dropout is not None and config.lora_dropout:
         run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")

@@ -34,7 +34,7 @@ class ActionModule(ActionBase):
             if not Path(arguments["archive"]).is_file():
                 raise AnsibleActionFail(f"image_archive: there is no file {arguments['archive']!r} on this machine")
             arguments["inputs"] = _file_digest(Path(arguments["archive"]))
-        answer = self._execute_module("kit_image", module_args=arguments, task_vars=task_vars)
+        answer = self._execute_module(module_args=arguments, task_vars=task_vars)
         if not answer.get("send"):
             return {**result, **answer}
         remote = self._make_tmp_path()
@@ -46,7 +46,7 @@ class ActionModule(ActionBase):
                 with tempfile.NamedTemporaryFile(suffix=".tar") as file:
                     _write_tar(context, file)
                     self._transfer_file(file.name, arguments["sent"])
-            answer = self._execute_module("kit_image", module_args=arguments, task_vars=task_vars)
+            answer = self._execute_module(module_args=arguments, task_vars=task_vars)
             return {**result, **answer}
         finally:
             self._remove_tmp_path(remote)

@@ -23,7 +23,7 @@ class ActionModule(ActionBase):
         file = arguments.pop("secret_file", "")
         if file and arguments.get("state", "present") == "present":
             arguments["secret"] = _text(Path(file).expanduser())
-        answer = self._execute_module("owned_folders", module_args=arguments, task_vars=task_vars)
+        answer = self._execute_module(module_args=arguments, task_vars=task_vars)
         return {**result, **_without(answer, arguments.get("secret", ""))}
 
 

@@ -141,7 +141,7 @@ def _present(module, record, apt):
     dragged, new = [], []
     if wrong or removed:
         if not module.check_mode:
-            _finish_dpkg(module)
+            _finish_dpkg(module, apt)
             _refresh(module, apt)
         dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine))
     listed = params["names"] + removed + dragged
@@ -274,7 +274,7 @@ def _absent(module, record, apt):
             answer = apt.run(REMOVE + mine + unneeded)
             if answer.code and any(name in _packages()[0] for name in mine):
                 _fail(module, "The packages cannot be removed.", answer, where="apt")
-        for words in footprint.sweep(record.values[params["section"]]):
+        for words in footprint.sweep(apt, record.values[params["section"]]):
             module.warn(words)
         del record.values[params["section"]]
         record.save()
@@ -291,11 +291,17 @@ def _words(params, names, removed):
     return words + [name + "-" for name in removed]
 
 
-def _finish_dpkg(module):
+def _finish_dpkg(module, apt):
     """Complete what a killed run of apt or of the kit began. A package of somebody else that fails is a warning."""
-    if not run(["dpkg", "--audit"]).out.strip():
-        return
-    answer = run(["dpkg", "--force-confold", "--configure", "-a"], timeout=DPKG_SECONDS)
+
+    def attempt():
+        # What looks interrupted may be the work of an apt that still runs, and be complete once that has ended.
+        audit = run(["dpkg", "--audit"])
+        if not audit.out.strip():
+            return audit._replace(code=0)
+        return run(["dpkg", "--force-confold", "--configure", "-a"], timeout=DPKG_SECONDS)
+
+    answer = apt.when_free(attempt)
     if not answer.code:
         return
     broken = apt_output.broken_packages(answer.out + answer.err)
@@ -342,6 +348,7 @@ def _fail(module, what, answer, names=(), where=""):
     text = answer.out + answer.err
     offered = run(["apt-cache", "madison"] + list(names)).out.strip() if names else ""
     steps = {
+        "locked by another process": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
         "Could not get lock": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
         "was not found": "pin a version that the repository offers:\n{}".format(offered),
         "is not readable by user": "let everyone read the key and its folder: `sudo chmod 755 /etc/apt/keyrings; "

@@ -29,13 +29,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_playbook_role_and_plugin(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(
-        ["git", "ls-files", "ansible.cfg", "playbooks", "roles", "plugins"],
+        ["git", "ls-files", "ansible.cfg", "playbooks", "roles", "plugins", "meta"],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     ).stdout.splitlines()
-    missing = [name for name in tracked if f"mixtral_run/provisioning/{name}" not in inside]
+    places = {
+        "plugins": "collections/ansible_collections/mixtral_run/hosts/",
+        "meta": "collections/ansible_collections/mixtral_run/hosts/",
+    }
+    missing = [
+        name for name in tracked if f"mixtral_run/provisioning/{places.get(name.split('/')[0], '')}{name}" not in inside
+    ]
     assert tracked
     assert missing == []
     assert "mixtral_run/resources/status.html" in inside

@@ -55,7 +55,8 @@ def main() -> int:
             kill_trainings(Path(folder), arguments.kills, end, arguments.seed),
         ):
             problems += [f"{kills.name}: {problem}" for problem in kills.problems]
-            rows.append((f"`{kills.name}` killed and run again", f"{kills.kills} kills", _outcome(kills)))
+            number = f"{kills.kills} kills" + (f", {kills.in_saves} in a save" if kills.in_saves else "")
+            rows.append((f"`{kills.name}` killed and run again", number, _outcome(kills)))
             say(rows[-1])
     for problem in problems:
         print(f"✗ {problem}", file=sys.stderr)

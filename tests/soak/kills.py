@@ -26,7 +26,9 @@ ARCHITECTURE = MixtralArchitecture(
     layernorm_epsilon=1e-5,
 )  # fmt: skip
 TRAINING = (
-    "--mock-data", "--seq-length", "32", "--global-batch-size", "2", "--train-iters", "24", "--save-interval", "3",
+    "--mock-data", "--seq-length", "32", "--global-batch-size", "2", "--train-iters", "24",
+    # A save in the background is pending in almost every iteration.
+    "--save-interval", "1", "--keep-last", "2",
     "--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "1", "--nproc-per-node", "1",
     "--lora-dropout", "0.1",
 )  # fmt: skip
@@ -37,11 +39,12 @@ SECONDS_TO_END = 10
 
 @dataclass
 class Kills:
-    """Result of the trials of one verb."""
+    """Result of the trials of one verb. in_saves: kills that cut off a checkpoint."""
 
     name: str
     trials: int = 0
     kills: int = 0
+    in_saves: int = 0
     problems: tuple[str, ...] = ()
 
 
@@ -91,7 +94,7 @@ def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0) -
             shutil.rmtree(save, ignore_errors=True)
             return []
 
-        found.kills += _until_done([*words, str(save)], more, seconds, draw, found)
+        found.kills += _until_done([*words, str(save)], more, seconds, draw, found, save)
         if _adapter(save) != expected:
             found.problems += (f"trial {found.trials}: the adapter differs",)
         if _losses(save) != metrics:
@@ -101,11 +104,17 @@ def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0) -
 
 
 def _until_done(
-    words: Sequence[str], more: Callable[[], list[str] | None], seconds: float, draw: random.Random, found: Kills
+    words: Sequence[str],
+    more: Callable[[], list[str] | None],
+    seconds: float,
+    draw: random.Random,
+    found: Kills,
+    save: Path | None = None,
 ) -> int:
     """Run the command until it ends by itself, killing it at random times before; return the number of kills.
 
-    more: returns further arguments for the next start, or None if a killed process had finished its work.
+    more: returns further arguments for the next start, or None if a killed process had finished its work. save: the
+    folder of a training.
     """
     found.trials += 1
     kills = 0
@@ -124,6 +133,7 @@ def _until_done(
             (os.kill if kills % 2 else os.killpg)(process.pid, signal.SIGKILL)
             process.communicate()
             kills += 1
+            found.in_saves += save is not None and any(save.glob(".iter_*.partial"))
             if not _is_gone(process.pid):
                 found.problems += (f"trial {found.trials}: processes live {SECONDS_TO_END} s after their launcher",)
                 os.killpg(process.pid, signal.SIGKILL)

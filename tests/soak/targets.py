@@ -200,7 +200,7 @@ def _host_targets(folder: Path) -> list[Target]:
 
 
 _FACTS = (
-    b"docker=docker\nuid=1\ngid=1\ngroup=\nfolder=/j\nkernels=/k\ngpus=8\ncdi=1\nimage=1\ncheckpoints=1\n"
+    b"docker=docker\nuid=1\ngid=1\ngroup=\nfolder=/j\nkernels=/k\ngpus=8\ncdi=1\nimage=1\ncheckpoints=1\ncordon=\n"
     b"address=10.0.0.1\ninterface=e\n"
 )
 _VARIABLES = json.dumps(

@@ -1,12 +1,13 @@
 /* Preloaded into a process: a disk that fails at one call. Calls count that change files below a folder.
 
    faulty_disk_set(folder, at, number, stays) arms it: call number `at` fails with errno `number`, and if `stays` is not 0
-   all later ones as well. faulty_disk_calls() returns the number of calls so far. */
+   all later ones as well. If `number` is -1 the process is killed instead. faulty_disk_calls() returns the number of calls so far. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -29,6 +30,7 @@ static int refuses(const char *path) {
     if (!root[0] || strncmp(path, root, strlen(root)) != 0) return 0;
     int number = __sync_add_and_fetch(&calls, 1);
     if (!fails_at || number < fails_at || (number > fails_at && !stays)) return 0;
+    if (error_number < 0) kill(getpid(), SIGKILL);
     errno = error_number;
     return 1;
 }

@@ -102,6 +102,8 @@ def test_a_command_with_an_unknown_flag_is_found() -> None:
 
 FOREIGN_FLAGS = {
     "--list-tasks",
+    "--from-file",
+    "--selector",
     "--start-at-task",
     "--extra-index-url",
     "--index-url",

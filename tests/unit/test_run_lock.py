@@ -56,11 +56,11 @@ def test_a_second_run_is_told_who_writes_and_gets_the_folder_once_that_one_is_ki
         pytest.fail("it writes as well")
     for each in (f"process {other.pid}", socket.gethostname(), holder.since, f"kill {other.pid}"):
         assert each in str(refused.value)
-    (problem,) = output_problems(tmp_path / "out", resume=False)
+    (problem,) = output_problems(tmp_path / "out", resume=None)
     assert f"mixtral-run finetune, process {other.pid} on {socket.gethostname()}" in problem
     other.send_signal(signal.SIGKILL)
     other.wait()
-    assert lock.exists() and output_problems(tmp_path / "out", resume=False) == []
+    assert lock.exists() and output_problems(tmp_path / "out", resume=None) == []
     with one_run(lock, "mixtral-run finetune", tmp_path / "out"):
         # In this process as well the lock holds: flock belongs to the open file.
         assert lock_problems(lock, "--save out") != []

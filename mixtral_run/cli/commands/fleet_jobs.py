@@ -1,4 +1,4 @@
-"""`mixtral-run jobs`, `logs`, `stop` and `fetch`: the jobs that --on started."""
+"""`mixtral-run jobs`, `logs`, `stop` and `fetch`: the jobs that --on and --launcher started."""
 
 from __future__ import annotations
 
@@ -24,15 +24,32 @@ _on = _on_hosts("--on", multiple=True, metavar="HOST,…", help="Hosts of the jo
 )
 @_output("--running", is_flag=True, help="Only jobs that are running.")
 def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
-    """List the jobs on hosts, newest first."""
-    from mixtral_run.errors import HostError
+    """List the jobs on hosts, newest first. Without hosts also the jobs that --launcher gave to a scheduler."""
+    from mixtral_run.errors import MixtralRunError
+    from mixtral_run.fleet.hosts import remembered_hosts
     from mixtral_run.fleet.jobs.jobs import list_jobs
+    from mixtral_run.fleet.launchers.scheduled_jobs import raise_errors, scheduled_jobs
     from mixtral_run.fleet.selection import hosts_of
     from mixtral_run.report import Report
 
-    rows, errors = list_jobs(hosts_of(hosts, inventory, None))
+    named = bool(hosts) or inventory is not None
+    states, problems = ([], []) if named else scheduled_jobs()
+    # A site that has only a scheduler has no hosts of its own.
+    only_scheduled = not named and bool(states or problems) and not remembered_hosts()
+    rows, refused = ([], []) if only_scheduled else list_jobs(hosts_of(hosts, inventory, None))
+    errors: list[MixtralRunError] = [*problems, *refused]
     shown = [row for row in rows if row.running or not running]
+    scheduled = [state for state in states if state.running or not running]
     report = Report()
+    if scheduled:
+        table = [
+            (
+                each.record.name, f"{each.record.launcher} {each.record.scheduler_id}", each.place, each.described,
+                each.record.submitted.replace("T", " "), each.record.output,
+            )
+            for each in scheduled
+        ]  # fmt: skip
+        report.table(("job", "scheduler", "nodes", "state", "submitted (UTC)", "writes"), table)
     if shown:
         ends = [row.state if row.running else f"{row.state} ({row.exit_code})" for row in shown]
         columns = ("job", "host", "state", "started (UTC)", "writes")
@@ -41,10 +58,9 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
             for row, end in zip(shown, ends, strict=True)
         ]
         report.table(columns, cells)
-    elif not errors:
+    elif not errors and not scheduled:
         report.say("No jobs.")
-    if errors:
-        raise HostError("The jobs of some hosts are unknown.", problems=[str(error) for error in errors])
+    raise_errors(errors)
 
 
 @click.command(
@@ -58,8 +74,16 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
     """Show the output of a job."""
     from mixtral_run.fleet.jobs.job_log import JobFollower, show_logs
     from mixtral_run.fleet.jobs.jobs import RunningJob, find_whole_job
+    from mixtral_run.fleet.launchers.scheduled_jobs import scheduled_job
     from mixtral_run.fleet.selection import hosts_of
 
+    if scheduled := scheduled_job(job, on):
+        launcher, record = scheduled
+        if follow:
+            launcher.follow(record, partial(click.echo, err=True))
+        else:
+            launcher.print_log(record, tail)
+        return
     rows, errors = find_whole_job(job, hosts_of(on, None, None))
     for error in errors:
         click.echo(f"! {error}", err=True)
@@ -75,8 +99,13 @@ def logs(job: str, follow: bool, tail: int | None, on: tuple[str, ...]) -> None:
 def stop(job: str, on: tuple[str, ...]) -> None:
     """Ask a job to save and stop, and wait until it has. JOB: its name, or the start of the only running one's name."""
     from mixtral_run.fleet.jobs.stop import stop_job
+    from mixtral_run.fleet.launchers.scheduled_jobs import scheduled_job
     from mixtral_run.fleet.selection import hosts_of
 
+    if scheduled := scheduled_job(job, on):
+        launcher, record = scheduled
+        launcher.stop(record, click.echo)
+        return
     stop_job(job, hosts_of(on, None, None), click.echo)
 
 
@@ -98,7 +127,12 @@ def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...], che
     """
     from mixtral_run.fleet.jobs.fetch import fetch_job
     from mixtral_run.fleet.jobs.job_spec import JobOptions
+    from mixtral_run.fleet.launchers.scheduled_jobs import fetch_scheduled, scheduled_job
 
+    if ":/" not in job and (scheduled := scheduled_job(job, on)):
+        say = partial(click.echo, err=True)
+        click.echo(f"✓ {fetch_scheduled(*scheduled, destination, overwrite, say)}")
+        return
     folders = JobOptions(checkpoints_folder=checkpoints_folder) if checkpoints_folder else None
     for place in fetch_job(job, destination, on, overwrite, folders, lambda text: click.echo(text, err=True)):
         click.echo(f"✓ {place}")

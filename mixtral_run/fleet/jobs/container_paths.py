@@ -41,8 +41,8 @@ def mount_for(path: str, is_written: bool, flag: str) -> str | None:
     if any(path == each or path.startswith(each + "/") for each in (CHECKPOINTS, HF_HOME)):
         return None
     parent = str(PurePosixPath(path).parent)
-    mount = path if parent == "/" or (not is_written and _hides_image(parent)) else parent
-    if _hides_image(mount):
+    mount = path if parent == "/" or (not is_written and hides_image(parent)) else parent
+    if hides_image(mount):
         raise ConfigError(
             f"{flag}: the host's {mount} cannot be mounted: it would hide a folder of the container.",
             expected="a path below the host's checkpoints folder, such as NAME, or elsewhere, such as /data/NAME",
@@ -51,7 +51,8 @@ def mount_for(path: str, is_written: bool, flag: str) -> str | None:
     return mount
 
 
-def _hides_image(folder: str) -> bool:
+def hides_image(folder: str) -> bool:
+    """Return True if a folder that is mounted there would hide a folder of the image that a job needs."""
     return any(each == folder or each.startswith(folder.rstrip("/") + "/") for each in OF_THE_IMAGE)
 
 

@@ -7,7 +7,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
+from typing import IO, Protocol
 
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, find_hosts, remembered_hosts
@@ -21,6 +23,12 @@ from mixtral_run.fleet.untrusted import local_name, one_line
 QUIET_SECONDS = 10.0
 """Interval between two lines of progress."""
 Say = Callable[[str], None]
+
+
+class Source(Protocol):
+    """What runs a command on a host and passes on its output: `Ssh`, or kubectl for a pod."""
+
+    def receive(self, host: Host, command: Sequence[str]) -> AbstractContextManager[IO[bytes]]: ...
 
 
 def fetch_job(
@@ -62,7 +70,7 @@ def fetch(
     host: Host,
     path: str,
     target: Path,
-    ssh: Ssh | None = None,
+    ssh: Source | None = None,
     overwrite: bool = False,
     say: Say = lambda text: None,  # noqa: ARG005
 ) -> Path:
@@ -113,7 +121,7 @@ def _put_back(old: Path, target: Path) -> None:
         ) from error
 
 
-def _receive(ssh: Ssh, host: Host, path: str, folder: Path, say: Say) -> Received:
+def _receive(ssh: Source, host: Host, path: str, folder: Path, say: Say) -> Received:
     """Unpack `path` of the host into `folder`."""
     source = PurePosixPath(path)
     script = 'cd "$1" && exec tar -cf - -- "$2"'

@@ -65,11 +65,17 @@ class JobOptions:
     """Limits as `docker run --ulimit` takes them; "none" keeps the engine's defaults."""
     checkpoints_folder: str = "/var/lib/mixtral-run/checkpoints"
     hf_home: str = "/var/lib/mixtral-run/huggingface"
+    max_restarts: int | None = None
+    """Times that the whole job is started again; None is the default of the launcher."""
     nccl_debug: str | None = None
     nccl_timeout: int | None = None
     rendezvous_address: str | None = None
     rendezvous_port: int = RENDEZVOUS_PORT
     detach: bool = False
+    wait: str | None = None
+    """Longest time to wait for a free host, such as 2h; "forever"; None is not to wait."""
+    share: bool = False
+    """Start on hosts that run another job as well."""
 
     def check(self) -> None:
         """Raise ConfigError with all problems."""
@@ -84,7 +90,8 @@ class JobOptions:
                 problems.append(f"--env: expected NAME=VALUE; found {pair!r}")
             elif SECRET_VARIABLES.search(name):
                 problems.append(
-                    f"--env {name}: `docker inspect` would show the value; use bootstrap --hf-token-file for a token"
+                    f"--env {name}: `docker inspect` or a manifest would show the value; for a token use "
+                    "bootstrap --hf-token-file, or --token-secret with --launcher kubernetes"
                 )
         for limit in self.ulimits if self.ulimits != ("none",) else ():
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
@@ -92,6 +99,10 @@ class JobOptions:
         for flag, folder in (("--checkpoints-folder", self.checkpoints_folder), ("--hf-home", self.hf_home)):
             if not folder.startswith("/"):
                 problems.append(f"{flag}: expected an absolute path on the host; found {folder!r}")
+        if self.wait is not None and not re.fullmatch(r"forever|\d{1,6}[smhd]?", self.wait):
+            problems.append(f"--wait: expected a time such as 30m or 2h, or no value; found {self.wait!r}")
+        if self.wait is not None and self.share:
+            problems.append("--wait, --share: expected one of them; found both")
         if self.nccl_timeout is not None and self.nccl_timeout < 60:
             problems.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
         if problems:
@@ -293,18 +304,20 @@ echo "gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
 if $docker info --format '{{json .}}' 2>/dev/null | grep -q 'nvidia\.com/gpu'; then echo cdi=1; else echo cdi=0; fi
 if $docker image inspect "$2" >/dev/null 2>&1; then echo image=1; else echo image=0; fi
 if [ -d "$1" ]; then echo checkpoints=1; else echo checkpoints=0; fi
+if [ -e "$3" ]; then printf 'cordon=1 %s\n' "$(head -c 4000 "$3" | tr -d '\n')"; else echo cordon=; fi
 route=$(ip -4 route get 192.0.2.1 2>/dev/null)
 echo "address=$(echo "$route" | sed -n 's/.* src \([^ ]*\).*/\1/p')"
 echo "interface=$(echo "$route" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
 """
 )
-"""Script that prints all facts of a host. Arguments: the checkpoints folder, the image."""
+"""Script that prints all facts of a host. Arguments: the checkpoints folder, the image, the record of a cordon."""
 
 
 _NUMBER, _FOLDER, _FLAG = r"[0-9]{1,10}", r"/[^\t]*", r"[01]"
 _FACT_PATTERNS = {
     "docker": r"docker|sudo -n docker", "uid": _NUMBER, "gid": _NUMBER, "group": rf"({_NUMBER})?", "folder": _FOLDER,
     "kernels": _FOLDER, "gpus": r"[0-9]{1,4}", "cdi": _FLAG, "image": _FLAG, "checkpoints": _FLAG,
+    "cordon": r"(1 .{0,4000})?",
     # Other hosts of the job connect to this address.
     "address": r"([0-9]{1,3}(\.[0-9]{1,3}){3})?", "interface": r"[^\s/]{0,15}",
 }  # fmt: skip

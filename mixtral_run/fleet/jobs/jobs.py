@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.cordon import CORDON_FILE, cordon_of, parse_cordon
 from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import (
@@ -33,6 +34,7 @@ from mixtral_run.fleet.jobs.job_spec import (
     make_spec,
     parse_facts,
 )
+from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, busy_error, job_in, needs_free_host, start_argv
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from mixtral_run.fleet.ssh.problems import connection_error, last_line
@@ -84,15 +86,17 @@ def engine(ssh: Ssh, host: Host, *words: str, timeout_seconds: float | None = 60
     return ssh.run(host, ["sh", "-c", ENGINE_SCRIPT, "docker", *words], timeout_seconds=timeout_seconds)
 
 
-def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None) -> RunningJob:
-    """Start a verb on hosts without waiting for its end.
+def start(
+    verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None, hosts: tuple[Host, ...] = ()
+) -> RunningJob:
+    """Start a verb on hosts without waiting for its end. hosts: those of options.on, if they are known.
 
-    Raises ConfigError or HostError before a container runs on any host. If one host cannot start its container, the
-    containers of the other hosts are removed again.
+    Raises ConfigError or HostError before a container runs on any host: BusyError if a host runs another job. If one
+    host cannot start its container, the containers of the other hosts are removed again.
     """
     ssh = ssh or Ssh()
     options.check()
-    hosts = hosts_of(options.on, options.inventory, None)
+    hosts = hosts or hosts_of(options.on, options.inventory, None)
     name = f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
     make_spec(name, verb, config, options, len(hosts))
     found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options))
@@ -103,7 +107,7 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
         check_same_gpus(facts, [host.name for host in hosts])
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
     spec = make_spec(name, verb, config, options, len(hosts), rendezvous)
-    _refuse_same_output(ssh, hosts, spec)
+    _refuse_taken(ssh, hosts, spec)
     known = remembered_hosts()
     # The inventory of a remembered host is kept, even if the job connects as another user.
     remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
@@ -117,27 +121,30 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     return job
 
 
-def _refuse_same_output(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
-    """Raise ConfigError if a job that runs on one of the hosts writes to the output of this one.
+def _refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
+    """Raise BusyError if a host runs another job that uses its GPUs, ConfigError if a job writes to the same output.
 
-    Jobs that start at the same moment are told apart by the lock that each of them takes in its output.
+    Jobs that start at the same moment are told apart by the script that starts them (taking.py), and by the lock that
+    each of them takes in its output.
     """
-    if spec.output is None:
-        return
-    output = host_path(spec.output, spec.options)
-    rows, _ = list_jobs(hosts, ssh)
-    same = [row for row in rows if row.running and row.output == output]
-    if same:
+    rows = [row for row in list_jobs(hosts, ssh)[0] if row.running]
+    output = host_path(spec.output, spec.options) if spec.output is not None else None
+    same = [row for row in rows if row.output == output]
+    busy = [(row.host.name, row.job) for row in rows if needs_free_host(row.verb, share=False)]
+    is_busy = bool(busy) and needs_free_host(spec.verb, share=spec.options.share)
+    if same and not (is_busy and spec.options.wait):
         raise ConfigError(
             "Another job writes to the same output.",
             where=output,
             problems=[f"{row.host.name}: {row.job} ({row.verb}), {row.state} since {row.since} UTC" for row in same],
             next_command=f"mixtral-run stop {same[0].job}; or another output for this job",
         )
+    if is_busy:
+        raise busy_error(busy)
 
 
 def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | HostError:
-    arguments = ["sh", "-c", FACTS_SCRIPT, "facts", options.checkpoints_folder, options.image]
+    arguments = ["sh", "-c", FACTS_SCRIPT, "facts", options.checkpoints_folder, options.image, CORDON_FILE]
     answer = ssh.run(host, arguments)
     if answer.exit_code == 255:
         return connection_error(host, answer.errors)
@@ -147,6 +154,8 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
         facts, lines = parse_facts(answer.output)
     except ValueError as error:
         return _odd_answer(host, "cannot run jobs", str(error))
+    if lines["cordon"]:
+        return _cordon_error(host, lines["cordon"].removeprefix("1"))
     if lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
@@ -163,6 +172,16 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
             "or --checkpoints-folder FOLDER",
         )
     return facts
+
+
+def _cordon_error(host: Host, record: str) -> HostError:
+    """Return the error for a cordoned host. record: text of its file; one that cannot be read cordons the host too."""
+    return HostError(
+        f"{host.name} takes no jobs: it is cordoned.",
+        where=host.target,
+        found=str(parse_cordon(record) or cordon_of(None)),
+        next_command=f"another host, such as --on any; or mixtral-run uncordon {host.name}",
+    )
 
 
 def _engine_problem(host: Host, answer: Answer, what: str) -> HostError:
@@ -206,7 +225,11 @@ def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
     for file, name in spec.files:
         ssh.send(host, _write_argv(f"{folder}/{name}"), file)
     _forget_old(ssh, host, facts)
-    answer = ssh.run(host, container_argv(spec, facts), timeout_seconds=300)
+    answer = ssh.run(host, start_argv(container_argv(spec, facts), spec, facts), timeout_seconds=300)
+    if answer.exit_code == BUSY:
+        raise busy_error([(host.name, job_in(answer.errors))])
+    if answer.exit_code == CORDONED:
+        raise _cordon_error(host, answer.errors)
     if answer.exit_code:
         raise HostError(
             f"The container of {spec.name} could not be started on {host.name}.",

@@ -7,7 +7,8 @@ import sys
 from mixtral_run.config.fields import Config
 from mixtral_run.fleet.jobs.job_log import JobFollower
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
-from mixtral_run.fleet.jobs.jobs import RunningJob, start
+from mixtral_run.fleet.jobs.jobs import RunningJob
+from mixtral_run.fleet.jobs.queue import start_when_free
 
 
 def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
@@ -20,7 +21,7 @@ def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
         # Standard output is the job's output only: `generate --json --on HOST | jq` works.
         print(text, file=sys.stderr, flush=True)
 
-    job = start(verb, config, options)
+    job = start_when_free(verb, config, options, say)
     names = ", ".join(host.name for host in job.hosts)
     say(
         f"{job.name} runs on {names}. It continues if you leave (Ctrl-C twice); to stop it: mixtral-run stop {job.name}"

@@ -10,7 +10,7 @@ PACKAGED = "provisioning"
 
 
 def provisioning_folder() -> Path:
-    """Return the folder with ansible.cfg, playbooks/, roles/, plugins/. Raises MixtralRunError if there is none."""
+    """Return the folder with ansible.cfg, playbooks/ and roles/. Raises MixtralRunError if there is none."""
     package = Path(__file__).resolve().parents[2]
     candidates = (package / PACKAGED, package.parent)
     for folder in candidates:
@@ -23,6 +23,11 @@ def provisioning_folder() -> Path:
         found="none",
         next_command="pip install --force-reinstall mixtral-run",
     )
+
+
+def collection_folder() -> Path:
+    """Return the folder of the collection, with plugins/. Raises MixtralRunError as `provisioning_folder` does."""
+    return provisioning_folder() / "collections/ansible_collections/mixtral_run/hosts"
 
 
 def playbook(name: str) -> Path:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mixtral_run.fleet.cordon import cordon_of
 from mixtral_run.fleet.untrusted import one_line
 
 MAX_ITEMS = 10_000
@@ -53,9 +54,10 @@ ANSWER: dict[str, Schema] = {
 
 
 def check_answer(values: Any) -> dict[str, Any]:
-    """Return the readings in the JSON values of an answer: the keys of ANSWER, and `acceptance`, the record of it.
+    """Return the readings in the JSON values of an answer: the keys of ANSWER, and the records of the host.
 
     `acceptance` has `report` (an object, {} if there is none), `at` (text) and `identity` (machine-id, SSH host key).
+    `cordon` is a Cordon, or None.
 
     Raises:
         ValueError: a reading is missing or not in its form. The message names the reading.
@@ -64,6 +66,8 @@ def check_answer(values: Any) -> dict[str, Any]:
     records = values.get("records")
     acceptance = _object(records, "records").get("acceptance")
     found["acceptance"] = _acceptance(_object(acceptance, "records.acceptance"))
+    # A record that cannot be read is null, and cordons the host as well.
+    found["cordon"] = cordon_of(records["cordon"]) if "cordon" in (records or {}) else None
     return found
 
 

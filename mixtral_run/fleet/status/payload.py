@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from mixtral_run.fleet.plays.provisioning import provisioning_folder
+from mixtral_run.fleet.plays.provisioning import collection_folder
 
 # Runs first on the host: creates modules from the sources that are sent along.
 _LOADER = """
@@ -46,7 +46,7 @@ def program_of(sources: dict[str, str], program: str) -> bytes:
 def status_payload() -> bytes:
     """Return the program that prints a host's state: the readings of the roles and those of `remote_status`."""
     prefix = "ansible.module_utils.mixtral_run_host"
-    folder = provisioning_folder() / "plugins" / "module_utils" / "mixtral_run_host"
+    folder = collection_folder() / "plugins/module_utils/mixtral_run_host"
     sources = dict.fromkeys(("ansible", "ansible.module_utils", prefix), "")
     modules: dict[str, str] = {}
     for name in _NEEDED:

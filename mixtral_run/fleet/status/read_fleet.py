@@ -59,6 +59,8 @@ class HostStatus:
     checkpoints: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
+    cordoned: str = ""
+    """Who cordoned the host, when and why; empty if it takes jobs."""
     acceptance: str = ""
     set_up: str = ""
     reimaged: bool | None = None
@@ -146,6 +148,7 @@ def status_from(name: str, values: Any) -> HostStatus:
         checkpoints=tuple(entry["path"] for entry in found["checkpoints"]),
         adapters=tuple(f"{entry['path']} (iteration {entry['iteration']})" for entry in found["adapters"]),
         jobs=tuple(f"{job['name']} ({job['verb']}, {job['since']})" for job in found["jobs"]),
+        cordoned=str(found["cordon"] or ""),
         acceptance=_acceptance(acceptance["report"]),
         set_up=acceptance["at"],
         reimaged=_reimaged(acceptance["identity"], found["identity"]),
@@ -191,7 +194,7 @@ def _acceptance(report: Mapping[str, Any]) -> str:
 
 def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     driver, engine, gpus = found["driver"], found["engine"], found["gpus"]
-    warnings = []
+    warnings = [str(found["cordon"])] if found["cordon"] is not None else []
     if driver["error"]:
         warnings.append(driver["error"])
     if driver["kernel"] and driver["user"] and driver["kernel"] != driver["user"]:

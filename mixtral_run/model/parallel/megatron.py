@@ -28,12 +28,12 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 with _uncompiled():
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.torch import (
         MCoreSavePlanner,
-        TorchDistSaveShardedStrategy,
         _replace_state_dict_keys_with_sharded_keys,
         mcore_to_pyt_state_dict,
     )
@@ -68,19 +68,19 @@ __all__ = [
     "ModuleSpec",
     "RowParallelLinear",
     "ShardedTensor",
-    "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "all_to_all",
     "apply_prefix_mapping",
     "copy_to_tensor_model_parallel_region",
-    "dist_checkpointing",
     "gather_from_sequence_parallel_region",
     "initialize_rng_tracker",
+    "is_main_replica",
     "make_sharded_tensors_for_checkpoint",
     "mcore_to_pyt_state_dict",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
     "replace_keys_with_sharded_keys",
+    "save_preprocess",
 ]

@@ -27,11 +27,15 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         return config
     lora = describe_init_adapter(config, base).lora
     changed = dataclasses.replace(
-        config, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_target_modules=lora.target_modules
+        config,
+        lora_rank=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_scaling=lora.scaling,
+        lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:
         Report().say(
-            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}, "
+            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}, {lora.scaling} scaling, "
             f"{', '.join(lora.target_modules)}"
         )
     return changed

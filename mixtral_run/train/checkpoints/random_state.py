@@ -10,11 +10,11 @@ import base64
 import binascii
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.parallel.mesh import Mesh
@@ -24,16 +24,18 @@ RANDOM_STATE = "random_state.json"
 """File in an iteration's folder."""
 
 
-def gather_random_state(mesh: Mesh) -> dict[str, Any]:
-    """Return the state of all ranks as JSON values, on every rank. All ranks must call."""
-    gathered: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(gathered, _own_state(mesh.device))
-    return {**_layout(mesh), "ranks": gathered}
+def own_random_state(mesh: Mesh) -> dict[str, Any]:
+    """Return the state of this rank as JSON values. Rank-local."""
+    device = mesh.device
+    state: dict[str, Any] = {"python": random.getstate(), "torch": _text(torch.get_rng_state())}
+    if device.type == "cuda":
+        state["cuda"] = _text(torch.cuda.get_rng_state(device))
+    return state
 
 
-def write_random_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state into an iteration's folder."""
-    write_atomically(folder / RANDOM_STATE, json.dumps(state) + "\n")
+def write_random_state(folder: Path, mesh: Mesh, ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Write the states of all ranks, in their order, into an iteration's folder. One process calls."""
+    write_atomically(folder / RANDOM_STATE, json.dumps({**_layout(mesh), "ranks": ranks}) + "\n")
 
 
 def restore_random_state(folder: Path, mesh: Mesh) -> str | None:
@@ -66,13 +68,6 @@ def restore_random_state(folder: Path, mesh: Mesh) -> str | None:
 def _layout(mesh: Mesh) -> dict[str, Any]:
     sizes = {"world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "expert_size": mesh.expert_size}
     return {**sizes, "device": mesh.device.type}
-
-
-def _own_state(device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "torch": _text(torch.get_rng_state())}
-    if device.type == "cuda":
-        state["cuda"] = _text(torch.cuda.get_rng_state(device))
-    return state
 
 
 def _text(state: torch.Tensor) -> str:

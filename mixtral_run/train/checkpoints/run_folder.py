@@ -22,6 +22,9 @@ from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_
 from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
 
+PARTIAL = ".iter_*.partial"
+"""Folders of checkpoints that are not complete yet, or not any more."""
+
 
 @contextmanager
 def own_output(lock: Path | None, verb: str) -> Iterator[None]:
@@ -45,6 +48,12 @@ def num_checkpoints(config: FinetuneConfig, start: int) -> int:
     return written if config.keep_last is None else min(written, config.keep_last + config.keep_best + 1)
 
 
+def saves_before_the_end(config: FinetuneConfig, start: int) -> bool:
+    """Return True if the run may save a checkpoint and train on. start: the iteration after which it continues."""
+    next_one = (start // config.save_interval + 1) * config.save_interval
+    return next_one < config.iterations or config.early_stopping_patience > 0
+
+
 def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> None:
     """Report what the checkpoints of the run take. num_bytes: of all that are on the disk at once."""
     kept = "none is removed" if config.keep_last is None else f"kept: the newest {config.keep_last}"
@@ -55,10 +64,13 @@ def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> N
     )
 
 
-def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool, report: Report) -> None:
-    """Remove the checkpoints that are neither among the newest nor the best. One process calls, after a save."""
+def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -> list[Path]:
+    """Remove the checkpoints that are neither among the newest nor the best; return them.
+
+    One process calls, after a save.
+    """
     if keep_last is None:
-        return
+        return []
     newest = iteration_of(newest_iteration(save))
     found = {iteration_of(each): each for each in save.glob("iter_*") if iteration_of(each) <= newest}
     losses = {}
@@ -71,13 +83,24 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool, r
     known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
     if keep_best and known:
         kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    removed = []
     for iteration in sorted(set(found) - kept):
         # Renamed first: a folder of which a part is gone must not have the name of a checkpoint.
         leaving = save / f".{found[iteration].name}.partial"
         shutil.rmtree(leaving, ignore_errors=True)
         found[iteration].rename(leaving)
         shutil.rmtree(leaving, ignore_errors=True)
-        report.say(f"removed {found[iteration]}")
+        removed.append(found[iteration])
+    return removed
+
+
+def remove_partial_checkpoints(save: Path) -> None:
+    """Remove what a killed run left of a save, or of the removal of an old checkpoint. One process calls.
+
+    The run may never save this iteration again, if its --save-interval is another one now.
+    """
+    for folder in save.glob(PARTIAL):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def growing_files(save: Path) -> dict[str, FilePrefix]:

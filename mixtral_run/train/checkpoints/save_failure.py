@@ -9,22 +9,18 @@ from pathlib import Path
 _PROBE_BYTES = 2**20
 
 
-def save_failure(error: BaseException, folder: Path) -> str:
-    """Return one line that says why a save into `folder` failed.
+def save_failure(error: BaseException, folder: Path, rank: int) -> str:
+    """Return one line that says why a save into `folder` failed on this rank.
 
-    torch's writer in C++ reports a failed write without the system's error, and so does an error that came from another
-    rank. Then the disk is asked by a write of its own: a full disk is still full.
+    torch's writer in C++ reports a failed write without the system's error. Then the disk is asked by a write of its
+    own: a full disk is still full.
     """
-    ranks = getattr(error, "failures", None) or {}
-    causes = [cause for cause, *_ in ranks.values()] or [error]
-    for cause in causes:
-        for each in _chain(cause):
-            if isinstance(each, OSError) and each.strerror:
-                return each.strerror + (f": {each.filename}" if each.filename else "")
-    text = f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]
-    where = f"rank {next(iter(ranks))}: " if ranks else ""
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror + (f": {each.filename}" if each.filename else "")
+    text = f"rank {rank}: {type(error).__name__}: {error}".splitlines()[0]
     word = _probe(folder)
-    return f"{word} ({where}{text})" if word else f"{where}{text}"
+    return f"{word} ({text})" if word else text
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

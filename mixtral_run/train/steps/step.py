@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.launch.heartbeat import note_progress
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
@@ -105,6 +106,23 @@ def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatche
     return (losses * mask).sum()
 
 
+LR_RATIO = "lr_ratio"
+"""Key of a parameter group: its learning rate as a multiple of the schedule's."""
+
+
+def adapter_optimizer(model: MixtralModel, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """Return AdamW over the adapters. With --lora-plus-ratio, B is a group with a learning rate of its own."""
+    parameters = trainable(model)
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if config.lora_plus_ratio != 1:
+        outer = {id(each) for name, each in model.named_parameters() if ".linear_out" in name}
+        groups = [
+            {"params": [each for each in parameters if id(each) not in outer]},
+            {"params": [each for each in parameters if id(each) in outer], LR_RATIO: config.lora_plus_ratio},
+        ]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
+
+
 def optimizer_step(
     model: MixtralModel,
     optimizer: torch.optim.Optimizer,
@@ -116,7 +134,7 @@ def optimizer_step(
 
     def step(batch: GlobalBatch, rate: float) -> StepResult:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(LR_RATIO, 1.0)
         return train_step(model, optimizer, batch, clip_grad, backward, refuses)
 
     return step

@@ -110,6 +110,8 @@ def adapter_config(lora: LoraSettings, base_model: str | None, *, fused: bool) -
     """Return PEFT's LoraConfig. Dropout is zero: it belongs to training, and PEFT refuses to load experts with any."""
     modules = [module for module in lora.target_modules if not (fused and module in _PARAMETERS)]
     parameters = [name for module, name in _PARAMETERS.items() if fused and module in lora.target_modules]
+    # Not `use_rslora`: PEFT 0.21 joins w1 and w3 to one matrix of rank 2·r and alpha 2·α, and divides by √(2·r).
+    alpha = lora.scale * lora.rank if lora.scaling == "rslora" else lora.alpha
     name, revision = (None, None) if base_model is None else hub_name_and_revision(base_model)
     return {
         "peft_type": "LORA",
@@ -118,7 +120,7 @@ def adapter_config(lora: LoraSettings, base_model: str | None, *, fused: bool) -
         # PEFT's own field for the base's.
         "revision": revision,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "target_modules": [target for module in modules for target in _TARGETS[module]],
         "target_parameters": parameters or None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
-from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_SCALINGS, LORA_TARGET_MODULES
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -105,7 +105,10 @@ class Fields:
         if not known or len(set(targets)) != len(targets):
             expected = f"some of {', '.join(LORA_TARGET_MODULES)}, each once"
             targets = inner._refuse("lora_target_modules", expected, targets, [])
-        return LoraSettings(rank, alpha, dropout, tuple(targets))
+        scaling = inner.values.get("lora_scaling", LORA_SCALINGS[0])
+        if scaling not in LORA_SCALINGS:
+            scaling = inner._refuse("lora_scaling", f"one of {', '.join(LORA_SCALINGS)}", scaling, LORA_SCALINGS[0])
+        return LoraSettings(rank, alpha, dropout, tuple(targets), scaling=scaling)
 
     def base(self) -> BaseReference:
         """Return the reference to the base."""

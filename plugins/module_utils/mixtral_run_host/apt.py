@@ -16,6 +16,8 @@ from .files import read_text
 SECONDS = 1800
 RETRY_SECONDS = 2
 SOURCES = "/etc/apt"
+# The words of apt, and those of dpkg since 1.20.1 and before.
+LOCKED = re.compile(r"Could not get lock|(?:was|is) locked by another process")
 
 
 def source_texts(folder=SOURCES):
@@ -53,13 +55,26 @@ class Apt:
         answer = self.run(["--simulate"] + words)
         return apt_output.simulated(answer.out), answer
 
+    def when_free(self, attempt):
+        """Return the answer of `attempt`, which is repeated while another package manager holds a lock.
+
+        dpkg itself never waits, and apt-get does not for the locks of lists and archives.
+        """
+        until = time.monotonic() + self.params["lock_timeout_seconds"]
+        while True:
+            answer = attempt()
+            if not answer.code or not LOCKED.search(answer.out + answer.err) or time.monotonic() >= until:
+                return answer
+            time.sleep(RETRY_SECONDS)
+
     def mark(self, verb, names):
         """Hold or unhold packages."""
-        answer = run(["apt-mark", verb] + names)
+        answer = self.when_free(lambda: run(["apt-mark", verb] + names))
         if answer.code and apt_output.unreadable(answer.out + answer.err):
             # apt-mark reads the sources too; dpkg does not.
             state = "hold" if verb == "hold" else "install"
-            answer = run(["dpkg", "--set-selections"], stdin="".join(f"{name} {state}\n" for name in names).encode())
+            lines = "".join(f"{name} {state}\n" for name in names).encode()
+            answer = self.when_free(lambda: run(["dpkg", "--set-selections"], stdin=lines))
         return answer
 
     def _leave_aside(self, text):
@@ -98,7 +113,7 @@ class Apt:
         return options
 
     def _run_once(self, words):
-        """Run apt-get and wait for its locks. Its own option waits for dpkg's lock, not for those of lists and archives."""
+        """Run apt-get and wait for its locks."""
         params = self.params
         argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
         argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
@@ -116,10 +131,4 @@ class Apt:
                 argv += ["--config-file=" + settings.name]
                 # apt also reads this variable. It compares each entry, including blanks, with the end of the host name.
                 environment["no_proxy"] = ",".join(direct)
-            until = time.monotonic() + params["lock_timeout_seconds"]
-            while True:
-                answer = run(argv + words, timeout=SECONDS, environment=environment)
-                locked = answer.code and "Could not get lock" in answer.out + answer.err
-                if not locked or time.monotonic() >= until:
-                    return answer
-                time.sleep(RETRY_SECONDS)
+            return self.when_free(lambda: run(argv + words, timeout=SECONDS, environment=environment))

@@ -43,7 +43,7 @@ class Footprint:
         plan, _ = apt.simulate(["autoremove", "--allow-change-held-packages"] + mine)
         return sorted(brought & set(plan.removed) - set(mine))
 
-    def sweep(self, names):
+    def sweep(self, apt, names):
         """Remove what packages leave behind that were removed, `names` and their dependencies. Return warnings."""
         values = self._record.values.pop(self._key, None)
         if values is None:
@@ -55,7 +55,7 @@ class Footprint:
         gone = (set(names) | set(values.get("brought", []))) & _with_settings_only()
         purged = sorted(gone - set(values.get("settings", [])))
         if purged:
-            answer = run(["dpkg", "--purge"] + purged, timeout=300)
+            answer = apt.when_free(lambda: run(["dpkg", "--purge"] + purged, timeout=300))
             if answer.code:
                 words = "The settings of removed packages stay: {}"
                 warnings.append(words.format(last_lines(answer, 2)))

@@ -20,8 +20,9 @@ from mixtral_run.config.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, HostError, TrainingError
 from mixtral_run.fleet.jobs.fetch import fetch, fetch_job
 from mixtral_run.fleet.jobs.job_log import JobFollower, Left, show_logs
-from mixtral_run.fleet.jobs.job_spec import JobOptions
+from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, make_spec
 from mixtral_run.fleet.jobs.jobs import RunningJob, engine, find_job, list_jobs, start, stop
+from mixtral_run.fleet.jobs.taking import BUSY, BusyError, start_argv
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.testhosts.image import host_image
 from mixtral_run.fleet.testhosts.shell import call
@@ -86,7 +87,13 @@ def test_a_job_runs_with_its_config_and_data_and_is_fetched(options: JobOptions,
 
 def test_stop_waits_for_the_save(options: JobOptions) -> None:
     job = start("finetune", finetune(train_iters=1000), options)
-    time.sleep(1)
+    # Somebody else's job is refused by the host itself, also if it was not seen before.
+    (host,), argv = job.hosts, ("docker", "run", "--detach", "--rm", options.image, "true")
+    spec = make_spec("finetune-2", "finetune", finetune(save=Path("b")), options, 1)
+    second = Ssh().run(host, start_argv(argv, spec, HostFacts()))
+    assert (second.exit_code, second.errors.strip()) == (BUSY, f"finetune {job.name}")
+    with pytest.raises(BusyError, match=f"{job.name} is running"):
+        start("finetune", finetune(save=Path("b")), options)
     began = time.monotonic()
     (row,) = stop(find_job(job.name))
     assert row.exit_code == 0

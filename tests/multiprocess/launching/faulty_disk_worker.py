@@ -1,7 +1,8 @@
 """Run a writer once for each of its calls to a disk, which fails at that call: `python -m … SCENARIO FOLDER STEP`.
 
 STEP: 1 for every call, n for every n-th. This process has tests/support/faulty_disk.c preloaded. Each run is a fork. A
-line of JSON for each run that did not go right; the last line is the number of runs.
+line of JSON for each run that did not go right; the last line is the number of runs. In scenarios that are killed the
+process does not get an error, it ends at that call.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,13 +32,16 @@ from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.checkpoints.checkpoint import save_adapter
+from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.metrics import append
 from mixtral_run.train.steps.step import trainable
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.convert.to_megatron import convert
+from mixtral_run.weights.manifest.adapter_files import check_adapter
+from mixtral_run.weights.manifest.checkpoint_folder import open_checkpoint
 from mixtral_run.weights.manifest.describe import describe_adapter
+from tests.support.adapters import save_adapter
 from tests.support.tiny import write_tiny
 from tests.unit.fleet.hostile_tar import FILE, PEFT, stream
 from tests.unit.model.recompute.test_recompute import model_of
@@ -50,10 +55,10 @@ Content = Mapping[str, str]
 class Scenario(ABC):
     """A writer. `write` runs with the disk that fails, on a copy of what `prepare` left in DISK.
 
-    eio_stays: an input or output error stays. Else it happens once.
+    eio_stays: an input or output error stays. Else it happens once. is_killed: the process ends at the call.
     """
 
-    eio_stays = False
+    eio_stays = is_killed = False
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.disk = folder, folder / "disk"
@@ -117,7 +122,7 @@ class ConvertBack(Convert):
         return files_of(self.disk / "hf", "*.safetensors")
 
 
-def save(folder: Path, iteration: int) -> None:
+def save(folder: Path, iteration: int, *, background: bool = False) -> None:
     lora = LoraSettings(4, 8.0, 0.0, ("linear_qkv",), 1)
     with open_mesh(ONE) as mesh:
         model = model_of(mesh, "none", modules=("linear_qkv",))
@@ -129,7 +134,14 @@ def save(folder: Path, iteration: int) -> None:
             "dtype": "float32", "base": {"fingerprint": "0-0", "path": None}, "training": {}, "data_sha256": None,
             "lora": lora.to_mapping(),
         }  # fmt: skip
-        save_adapter(model, optimizer, folder, iteration, description)
+        if not background:
+            save_adapter(model, optimizer, folder, iteration, description)
+            return
+        with AdapterSaver(model, optimizer, folder) as saver:
+            saver.prepare_background()
+            saver.save_in_background(SaveRequest(iteration, description))
+            optimizer.step()  # the training continues
+            saver.finish()
 
 
 class Save(Scenario):
@@ -147,6 +159,20 @@ class Save(Scenario):
         adapter = describe_adapter(self.disk / "adapter")
         assert adapter.files.keys() == {each.name for each in adapter.folder.iterdir()} - {"mixtral_run.json"}
         return files_of(adapter.folder, "*.distcp")
+
+
+class SaveInBackground(Save):
+    def write(self) -> None:
+        save(self.disk / "adapter", 4, background=True)
+
+
+class SaveKilled(SaveInBackground):
+    is_killed = True
+
+    def content(self) -> Content:
+        # A half of a checkpoint is never taken for one: what the marker names has all its files as they were written.
+        check_adapter(open_checkpoint(self.disk / "adapter"), Report.silent())
+        return super().content()
 
 
 class Export(Scenario):
@@ -206,7 +232,9 @@ class Fetch(Scenario):
         return files_of(here if here.exists() else aside[0], "*")
 
 
-SCENARIOS = {each.__name__: each for each in (Convert, ConvertBack, Save, Export, State, Fetch)}
+SCENARIOS = {
+    each.__name__: each for each in (Convert, ConvertBack, Save, SaveInBackground, SaveKilled, Export, State, Fetch)
+}
 
 
 def run(scenario: Scenario, good: Content, new: Content | None, at: int) -> str:
@@ -240,6 +268,25 @@ def run(scenario: Scenario, good: Content, new: Content | None, at: int) -> str:
     return "; ".join(wrong) and f"call {at}, {errno.errorcode[number]}: {'; '.join(wrong)}"
 
 
+def run_killed(scenario: Scenario, at: int) -> None:
+    """Run the writer in this process, which ends at a call."""
+    LIBRARY.faulty_disk_set(os.fsencode(scenario.disk), at, -1, 0)
+    scenario.write()
+    os._exit(1)
+
+
+def after_kill(scenario: Scenario, good: Content, new: Content, at: int) -> str:
+    """Return what is wrong with what a killed process left, or nothing."""
+    wrong = []
+    found = scenario.content()
+    if found not in (good, new):
+        wrong.append(f"neither the earlier nor the new state: {found}")
+    scenario.write()
+    if scenario.content() != new:
+        wrong.append("the same command afterwards does not write the new state")
+    return "; ".join(wrong) and f"call {at}, killed: {'; '.join(wrong)}"
+
+
 def prepare_in_fork(scenario: Scenario) -> None:
     """Prepare in a fork: a process that has joined a job has threads, after which no fork is safe."""
     pid = os.fork()
@@ -255,23 +302,38 @@ def prepare_in_fork(scenario: Scenario) -> None:
 
 def in_fork(scenario: Scenario, good: Content, new: Content | None, at: int) -> dict[str, object]:
     """Run the writer in a fork on a copy of the good state."""
-    backup = scenario.folder / "backup"
     shutil.rmtree(scenario.disk, ignore_errors=True)
-    shutil.copytree(backup, scenario.disk, symlinks=True)
+    shutil.copytree(scenario.folder / "backup", scenario.disk, symlinks=True)
+    if new is None:
+        return forked(lambda: count(scenario))
+    if not scenario.is_killed:
+        return forked(lambda: {"wrong": run(scenario, good, new, at)})
+    pid = os.fork()
+    if pid == 0:
+        run_killed(scenario, at)
+    if os.waitpid(pid, 0)[1] != signal.SIGKILL:
+        return {"wrong": f"call {at}: the process was not killed"}
+    return forked(lambda: {"wrong": after_kill(scenario, good, new, at)})
+
+
+def count(scenario: Scenario) -> dict[str, object]:
+    """Run the writer undisturbed."""
+    LIBRARY.faulty_disk_set(os.fsencode(scenario.disk), 0, 0, 0)
+    scenario.write()
+    return {"calls": LIBRARY.faulty_disk_calls(), "content": scenario.content()}
+
+
+def forked(work: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Return the result of a function that runs in a fork of this process."""
     end, start = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(end)
         result: dict[str, object] = {}
         try:
-            if new is None:
-                LIBRARY.faulty_disk_set(os.fsencode(scenario.disk), 0, 0, 0)
-                scenario.write()
-                result = {"calls": LIBRARY.faulty_disk_calls(), "content": scenario.content()}
-            else:
-                result = {"wrong": run(scenario, good, new, at)}
+            result = work()
         except BaseException:
-            result = {"wrong": f"call {at}: {traceback.format_exc()[-1500:]}"}
+            result = {"wrong": traceback.format_exc()[-1500:]}
         os.write(start, json.dumps(result).encode())
         os._exit(0)
     os.close(start)

@@ -23,7 +23,7 @@ from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.report import Report
-from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer, save_adapter
+from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.data.samples import MicroBatch, MockSamples, Row, batches, stacked
 from mixtral_run.train.load_model import load_for_inference, load_for_training
 from mixtral_run.train.lr_schedule import learning_rate
@@ -31,6 +31,7 @@ from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
 from mixtral_run.train.steps.step import EagerBackward, losses_of, optimizer_step, train_step, trainable
 from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
+from tests.support.adapters import save_adapter
 
 ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
 

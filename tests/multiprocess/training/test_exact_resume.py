@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,8 @@ def whole(small_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathF
     done = mixtral_run("finetune", *words(small_checkpoint, data, save))
     assert done.returncode == 0, done.stderr
     assert "Checkpoints take up to" in done.stdout and "(none is removed); " in done.stdout
+    how = dict(re.findall(r"saved \S*/(iter_\d+) in \S+ s( in the background)?", done.stdout))
+    assert how == {"iter_0000003": " in the background", "iter_0000006": ""}
     return save
 
 
@@ -76,7 +80,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     own: Path, whole: Path, small_checkpoint: Path, data: Path
 ) -> None:
     """As if the run had been killed after its fifth iteration, in the middle of a line."""
-    shutil.rmtree(own / "iter_0000006")
+    (own / "iter_0000006").rename(own / ".iter_0000005.partial")
     (own / LATEST).write_text("3\n")
     (own / "summary.json").unlink()
     metrics = (own / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -85,6 +89,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     assert done.returncode == 0, done.stderr
     assert "iteration 4/6 |" in done.stdout and "iteration 3/6 |" not in done.stdout
     assert not done.stderr
+    assert not list(own.glob(".iter_*"))
     expected, found = dict(tensors(whole / "iter_0000006")), dict(tensors(own / "iter_0000006"))
     assert any(key.startswith("optimizer.exp_avg_sq.") for key in expected)
     assert expected == found
@@ -98,9 +103,30 @@ def test_a_finished_run_says_so(own: Path, small_checkpoint: Path, data: Path) -
     done = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume")
     assert (done.returncode, done.stderr) == (0, "")
     assert "The run is complete" in done.stdout and "iteration 6 of 6" in done.stdout
-    config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume=True, lora_rank=8)
-    with pytest.raises(ConfigError, match="the checkpoint has 4; found 8"):
-        check_resume(config, describe_base(small_checkpoint))
+    config = FinetuneConfig(load=small_checkpoint, save=own, mock_data=True, train_iters=6, resume="yes")
+    for changes, refusal in (
+        ({"lora_rank": 8}, "the checkpoint has 4; found 8"),
+        ({"lora_rank": 4, "lora_scaling": "rslora"}, "--lora-scaling: the checkpoint has standard; found rslora"),
+    ):
+        with pytest.raises(ConfigError, match=refusal):
+            check_resume(replace(config, **changes), describe_base(small_checkpoint))
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_may_be_repeated(
+    own: Path, whole: Path, small_checkpoint: Path, data: Path
+) -> None:
+    shard = next((own / "iter_0000006").glob("*.distcp"))
+    flip(shard, 1001)
+    plain = mixtral_run("finetune", *words(small_checkpoint, data, own), "--train-iters", "7", "--resume")
+    assert plain.returncode == 5 and shard.name in plain.stderr
+    done = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert f"iter_0000006 is damaged and is not used: {shard.name}" in done.stdout + done.stderr
+    assert "iteration 4/6 |" in done.stdout and "iteration 3/6 |" not in done.stdout
+    assert dict(tensors(whole / "iter_0000006")) == dict(tensors(own / "iter_0000006"))
+    assert (own / "damaged-iter_0000006" / shard.name).is_file()
+    again = mixtral_run("finetune", *words(small_checkpoint, data, own), "--resume", "auto")
+    assert again.returncode == 0 and "The run is complete" in again.stdout
 
 
 def test_the_random_state_counts(own: Path, whole: Path, small_checkpoint: Path, data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import warnings
@@ -78,15 +79,17 @@ def write_adapter(base: Path, folder: Path, targets: tuple[str, ...], **lora: An
     return tensors
 
 
-def deltas(a: MixtralArchitecture, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """alpha / r · B·A by HF tensor, made with torch operations and not with the kit's mapping."""
+def deltas(
+    a: MixtralArchitecture, adapter: dict[str, torch.Tensor], scale: float = ALPHA / RANK
+) -> dict[str, torch.Tensor]:
+    """scale · B·A by HF tensor, made with torch operations and not with the kit's mapping."""
     found: dict[str, torch.Tensor] = {}
     groups, hd = a.num_query_groups, a.kv_channels
     heads = a.num_attention_heads // groups
     for key, b in adapter.items():
         if not key.endswith("linear_out.weight"):
             continue
-        product = ALPHA / RANK * (b @ adapter[key.replace("linear_out", "linear_in")])
+        product = scale * (b @ adapter[key.replace("linear_out", "linear_in")])
         linear = key.split(".adapter.")[0].rpartition(".")[2]
         for layer in range(a.num_layers):
             prefix = f"model.layers.{layer}."
@@ -113,9 +116,11 @@ def hf_tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def merged_by_hand(base: Path, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merged_by_hand(
+    base: Path, adapter: dict[str, torch.Tensor], scale: float = ALPHA / RANK
+) -> dict[str, torch.Tensor]:
     tensors = hf_tensors_of(base / "hf")
-    for name, delta in deltas(MixtralArchitecture.from_hf_directory(base / "hf"), adapter).items():
+    for name, delta in deltas(MixtralArchitecture.from_hf_directory(base / "hf"), adapter, scale).items():
         tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
     return tensors
 
@@ -139,10 +144,11 @@ def logits_of(model: Any) -> torch.Tensor:
 def test_peft_loads_it_as_it_is(base: Path, tmp_path: Path, targets: tuple[str, ...], layout: str) -> None:
     from peft import PeftModel
 
-    adapter = write_adapter(base, tmp_path / "adapter", targets)
+    scaling, scale = ("rslora", ALPHA / math.sqrt(RANK)) if len(targets) == 2 else ("standard", ALPHA / RANK)
+    adapter = write_adapter(base, tmp_path / "adapter", targets, lora_scaling=scaling)
     export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft", format=layout), Report.silent())
     (tmp_path / "byhand").mkdir()
-    write_shards(tmp_path / "byhand", merged_by_hand(base, adapter), 1)
+    write_shards(tmp_path / "byhand", merged_by_hand(base, adapter, scale), 1)
     (tmp_path / "byhand" / "config.json").write_text((base / "hf" / "config.json").read_text())
     expected = logits_of(hf_model(tmp_path / "byhand"))
     plain = hf_model(base / "hf")

@@ -91,18 +91,37 @@ def test_unknown_keys_are_refused_with_the_known_name(tmp_path: Path) -> None:
 
 
 def test_wrong_flags_values_and_missing_inputs_are_one_error(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("")
     error = refusal(
         "finetune", "--load", "nowhere", "--data-path", str(tmp_path / "missing.jsonl"), "--lora-rank", "two",
-        "--trian-iters", "3", "--save", str(tmp_path / "s"), "--valid-data-path", str(tmp_path / "notes.txt"),
+        "--trian-iters", "3", "--save", str(tmp_path / "s"), "--keep-best",
     )  # fmt: skip
     assert error.exit_code == 2
     assert list(error.problems) == [
         "--trian-iters: there is no such flag; did you mean --train-iters or --lr-warmup-iters?",
         "--lora-rank: expected a whole number; found 'two'",
+        "--keep-best: expected --keep-last N with it; found none, so that all checkpoints stay",
+        "--keep-best: expected --valid-data-path or --valid-fraction, whose loss decides; found neither",
         f"--data-path {tmp_path / 'missing.jsonl'}: expected a file; found nothing of that name",
         "--load nowhere: expected a folder; found nothing of that name",
     ]
+
+
+def test_contents_of_inputs_are_in_the_error_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a"}\n')
+    (tmp_path / "good.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    words = ("finetune", "--load", str(tmp_path / "model"), "--valid-data-path", str(tmp_path / "good.jsonl"))
+    error = refusal(*words, "--data-path", str(tmp_path / "bad.jsonl"), "--seq-length", "12o")
+    assert error.exit_code == 2
+    settings, model, data = error.problems
+    assert "--seq-length: expected a whole number" in settings and "--save is required" in settings
+    assert "model_type: expected 'mixtral'; found None" in model
+    assert f"where:    --data-path {tmp_path / 'bad.jsonl'}" in data and "'response'" in data
+    # Data that take long to read are not read for it.
+    with (tmp_path / "bad.jsonl").open("r+") as stream:
+        stream.truncate(2**27)
+    assert len(refusal(*words, "--data-path", str(tmp_path / "bad.jsonl"), "--seq-length", "12o").problems) == 2
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_config_file_without_its_flag_is_answered() -> None:
 
 
 def test_a_setting_for_which_a_foreign_flag_was_given_is_not_missing_as_well() -> None:
-    assert problems("finetune", "--load", ".", "--mock-data", "--output-dir", "o") == (
+    assert problems("finetune", "--load", "org/model", "--mock-data", "--output-dir", "o") == (
         "--output-dir: there is no such flag; write --save",
     )
     assert not any("required" in each for each in problems("convert", "--model", "o/m", "--output-path", "o"))

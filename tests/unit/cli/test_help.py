@@ -111,7 +111,7 @@ def test_help_of_finetune_has_its_sections_in_order() -> None:
     shown = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert shown == [
         "Model and layout", "Data", "Optimizer", "LoRA", "Memory and precision", "Processes", "Output", "On hosts",
-        "Other", "Examples",
+        "Schedulers", "Slurm", "Kubernetes", "Other", "Examples",
     ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_round_trip_keeps_every_kind_of_value() -> None:
         lora_target_modules=("linear_qkv",),
         lr=3e-4,
         nproc_per_node=4,
-        resume=True,
+        resume="yes",
     )
     assert FinetuneConfig.from_json(config.to_json()) == config
 

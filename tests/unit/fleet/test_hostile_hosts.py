@@ -165,6 +165,7 @@ def facts(**changed: str | None) -> str:
         {"image": None}, {"address": None}, {"uid": "-1"}, {"uid": "١"}, {"gid": "9" * 30}, {"gpus": "many"},
         {"docker": "sh -c evil"}, {"folder": "relative"}, {"kernels": ""}, {"address": "evil.example"},
         {"address": "1.2.3.4:1"}, {"interface": "eth0 x"}, {"cdi": "yes"},
+        {"cordon": None}, {"cordon": "0"},
     ],
 )  # fmt: skip
 def test_odd_facts_start_nothing(answers: Any, changed: dict[str, str | None]) -> None:

@@ -11,8 +11,8 @@ from mixtral_run.fleet.secrets import token_problem
 
 @pytest.mark.parametrize(
     "content",
-    [b"hf_abc", b"hf_abc\n", b"\xef\xbb\xbfhf_abc\r\n", b'"hf_abc"\n', b"  'hf_abc'"],
-    ids=["bare", "newline", "byte order mark", "quotes", "single quotes"],
+    [b"hf_abc", b"hf_abc\n", b"\xef\xbb\xbfhf_abc\r\n", b'"hf_abc"\n', b"  'hf_abc'", b"hf!abc~"],
+    ids=["bare", "newline", "byte order mark", "quotes", "single quotes", "the first and the last sign"],
 )
 def test_a_token_that_the_role_can_clean_is_no_problem(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "token").write_bytes(content)
@@ -27,6 +27,8 @@ def test_a_token_that_the_role_can_clean_is_no_problem(tmp_path: Path, content: 
         (b"hf_abc hf_def", "found 2 words"),
         (b"HF_TOKEN=hf_abc", "an equals sign"),
         ("hf_abc\u200b".encode(), "other than ASCII"),
+        (b"hf\x01_abc", "other than ASCII"),
+        (b"hf_abc\x7f", "other than ASCII"),
         ("hf_abc".encode("utf-16"), "UTF-16"),
     ],
 )

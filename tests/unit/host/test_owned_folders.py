@@ -164,7 +164,7 @@ def test_what_a_failing_python_prints_of_its_input_reaches_no_log(
     (tmp_path / "token").write_text('\ufeff"hf_printedBack"\r\n')
     sent = {}
 
-    def print_input(_self: object, _name: str, module_args: dict, task_vars: object) -> dict:
+    def print_input(_self: object, module_args: dict, task_vars: object) -> dict:
         sent.update(module_args)
         return {
             "failed": True,

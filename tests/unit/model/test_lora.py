@@ -6,6 +6,7 @@ alpha is neither the rank nor twice the rank: a scale of 1 or 2, or the inverse 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,14 @@ def mesh() -> Iterator[Mesh]:
 
 def settings(rank: int, alpha: float, dropout: float = 0.0) -> LoraSettings:
     return LoraSettings(rank, alpha, dropout, ("linear_qkv",), 1)
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, lora_rank=16, lora_alpha=6.0)
+    assert LoraSettings.from_config(config).scale == 0.375
+    rslora = LoraSettings.from_config(replace(config, lora_scaling="rslora"))
+    assert rslora.scale == 1.5
+    assert rslora.to_mapping()["lora_scaling"] == "rslora"
 
 
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, 6.0, 1.5), (2, 5.0, 2.5), (8, 2.0, 0.25), (16, 24.0, 1.5)])

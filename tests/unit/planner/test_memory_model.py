@@ -364,6 +364,7 @@ def test_the_verb_shows_offload_where_a_layout_needs_it() -> None:
     assert "TP1/EP8" not in without and "TP2/EP8" in without
     listed = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["layouts"]
     assert {each["host_gib"] for each in listed if each["recompute"] == "full"} == {0.0}
+    assert {each["saved_copy_gib"] for each in listed} == {2.45}  # 12 bytes a parameter of the adapters
     alone = ["plan", "--gpus", "1", "--gpu-memory", "110", "--seq-length", "32768", "--host-memory", "8"]
     with pytest.raises(ConfigError, match="80% of 8 GiB of a host's RAM"):
         CliRunner().invoke(root, alone, catch_exceptions=False)

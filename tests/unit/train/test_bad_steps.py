@@ -16,11 +16,12 @@ from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, TrainingError
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.report import Report
-from mixtral_run.train.checkpoints.checkpoint import save_adapter
+from mixtral_run.train.checkpoints.adapter_shards import live_states
+from mixtral_run.train.checkpoints.soundness import problems_of
 from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.bad_steps import BadSteps
-from mixtral_run.train.steps.soundness import problems_of
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
+from tests.support.adapters import save_adapter
 from tests.unit.model.recompute.test_recompute import model_of
 from tests.unit.model.test_packed_attention import micro_batches
 
@@ -100,7 +101,7 @@ def test_a_spoiled_adapter_is_not_saved(mesh: Mesh, tmp_path: Path, spoil: str) 
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for _ in range(3):
         train_step(model, optimizer, BATCH, 1.0)
-    assert problems_of(model, optimizer) == []
+    assert problems_of(live_states(model, optimizer)) == []
     description = {
         "dtype": "float32", "base": {"fingerprint": "0-0", "path": None}, "training": {}, "data_sha256": None,
         "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_target_modules": ["linear_qkv"]},

@@ -28,11 +28,11 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_start_again(tmp_path:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / ".iter_0000005.partial/shard").mkdir(parents=True)
-    assert output_problems(tmp_path, resume=False) == []
+    assert output_problems(tmp_path, resume=None) == []
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("")
-    assert output_problems(tmp_path, resume=False)
+    assert output_problems(tmp_path, resume=None)
     remove_leftovers(tmp_path)
     assert (tmp_path / "mine").exists()
 
@@ -63,16 +63,16 @@ def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapt
 
 
 def test_an_output_folder_that_cannot_be_used_names_the_next_command(tmp_path: Path) -> None:
-    def next_command(save: Path, *, resume: bool) -> str | None:
+    def next_command(save: Path, *, resume: str | None) -> str | None:
         (error,) = preflight._errors(config(save, resume=resume), 2, None, reads_data=False)
         return error.next_command
 
-    nothing = next_command(tmp_path / "new", resume=True)
+    nothing = next_command(tmp_path / "new", resume="yes")
     assert nothing is not None and nothing.startswith("the same command without --resume")
     (tmp_path / "mine").write_text("")
-    assert next_command(tmp_path, resume=False) == "the same command with another --save"
+    assert next_command(tmp_path, resume=None) == "the same command with another --save"
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
-    assert "or with --resume" in str(next_command(tmp_path, resume=False))
+    assert "or with --resume" in str(next_command(tmp_path, resume=None))
 
 
 def test_a_data_file_with_other_content_is_noticed(tmp_path: Path) -> None:

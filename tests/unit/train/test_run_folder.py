@@ -15,6 +15,8 @@ from mixtral_run.train.checkpoints.run_folder import (
     growing_files,
     num_checkpoints,
     remove_old_checkpoints,
+    remove_partial_checkpoints,
+    saves_before_the_end,
 )
 from mixtral_run.weights.manifest.manifest import write_manifest
 from mixtral_run.weights.manifest.run_state import RunState
@@ -56,7 +58,7 @@ def kept(save: Path) -> list[int]:
     ],
 )
 def test_the_newest_and_the_best_stay(save: Path, last: int | None, best: bool, expected: list[int]) -> None:
-    remove_old_checkpoints(save, last, best, Report.silent())
+    remove_old_checkpoints(save, last, best)
     assert kept(save) == expected
     assert not list(save.glob(".iter_*"))
 
@@ -65,8 +67,18 @@ def test_folders_that_are_no_checkpoints_and_newer_ones_are_left_alone(save: Pat
     (save / "latest_checkpointed_iteration.txt").write_text("40\n")
     (save / "iter_0000005").mkdir()
     (save / "iter_0000005" / "mine").write_text("")
-    remove_old_checkpoints(save, 1, False, Report.silent())
+    remove_old_checkpoints(save, 1, False)
     assert kept(save) == [5, 40, 50]
+
+
+def test_what_a_killed_save_left_goes_and_checkpoints_stay(save: Path) -> None:
+    for name in (".iter_0000045.partial", ".iter_0000010.partial"):
+        (save / name).mkdir()
+        (save / name / "__0_0.distcp").write_bytes(b"half")
+    (save / ".mine").mkdir()
+    remove_partial_checkpoints(save)
+    assert kept(save) == [*LOSSES]
+    assert [each.name for each in save.glob(".*")] == [".mine"]
 
 
 @pytest.mark.parametrize(
@@ -108,3 +120,21 @@ def test_metrics_that_changed_since_are_reported(tmp_path: Path) -> None:
     printed = StringIO()
     drop_later_lines(tmp_path, 2, written, Report(printed))
     assert "metrics.jsonl is not what was written up to iteration 2" in " ".join(printed.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "start", "expected"),
+    [
+        ({"train_iters": 10, "save_interval": 10}, 0, False),
+        ({"train_iters": 11, "save_interval": 10}, 0, True),
+        ({"train_iters": 11, "save_interval": 10}, 10, False),
+        ({"train_iters": 21, "save_interval": 10}, 13, True),
+        ({"train_iters": 10, "save_interval": 500}, 0, False),
+        ({"train_iters": 10, "save_interval": 500, "early_stopping_patience": 1}, 0, True),
+    ],
+)
+def test_a_run_that_only_saves_at_its_end_needs_no_copy(
+    settings: dict[str, int], start: int, expected: bool, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(load=tmp_path, save=tmp_path, mock_data=True, **settings)  # type: ignore[arg-type]
+    assert saves_before_the_end(config, start) is expected

@@ -17,8 +17,9 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.train.checkpoints.checkpoint import save_adapter
+from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.steps.step import trainable
+from tests.support.adapters import save_adapter
 from tests.unit.model.recompute.test_recompute import model_of
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -102,15 +103,19 @@ class Disk:
         return len(self.calls) - 1 - self.calls[::-1].index(call)
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 @pytest.mark.parametrize("again", [False, True], ids=["new", "the same iteration again"])
 def test_content_then_names_then_the_marker(
-    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, background: bool
 ) -> None:
     model, optimizer = trained(mesh)
-    save_adapter(model, optimizer, tmp_path, 4 if again else 3, DESCRIPTION)
+    saver = AdapterSaver(model, optimizer, tmp_path)
+    saver.prepare_background()
+    saver.save(SaveRequest(4 if again else 3, DESCRIPTION))
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path, patch)
-        save_adapter(model, optimizer, tmp_path, 4, DESCRIPTION)
+        (saver.save_in_background if background else saver.save)(SaveRequest(4, DESCRIPTION))
+        saver.finish()
 
     named, pointed = disk.at("rename", PARTIAL, FINAL), disk.at("rename", NEXT, LATEST)
     note = disk.at("rename", f".{NEXT}.partial", NEXT)

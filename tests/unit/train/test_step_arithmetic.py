@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.steps import step as module
-from mixtral_run.train.steps.step import StepResult, optimizer_step, sum_gradients, train_step
+from mixtral_run.train.steps.step import StepResult, adapter_optimizer, optimizer_step, sum_gradients, train_step
 
 CPU = torch.device("cpu")
 
@@ -157,3 +159,20 @@ def test_buckets_hold_every_gradient_once_and_in_order(monkeypatch: pytest.Monke
     assert [each.grad.tolist() for each in parameters] == [
         [number + 10.0 ** (2 + number // per_bucket), 10.0 ** (2 + number // per_bucket)] for number in range(5)
     ]
+
+
+def test_lora_plus_gives_b_its_own_learning_rate() -> None:
+    """AdamW's first step is the learning rate times the gradient's sign: A moves by 0.25, B by 16 times that."""
+    model = Line(mesh_of())
+    adapter = torch.nn.Module()
+    adapter.linear_in = torch.nn.Parameter(torch.tensor([1.0]))
+    adapter.linear_out = torch.nn.Parameter(torch.tensor([1.0]))
+    model.adapter = adapter
+    model.losses = lambda tokens, labels, **_: adapter.linear_in * tokens + adapter.linear_out * tokens + labels
+    settings = {"load": Path("a"), "save": Path("b"), "mock_data": True, "lr": 1.0, "weight_decay": 0.0}
+    config = FinetuneConfig(**settings, lora_plus_ratio=16.0)
+    step = optimizer_step(model, adapter_optimizer(model, config), clip_grad=0.0)
+    step(GlobalBatch((micro([3.0], [1.0], [1.0]),), 1, 1), 0.25)
+    assert adapter.linear_in.item() == pytest.approx(0.75, abs=1e-6)
+    assert adapter.linear_out.item() == pytest.approx(-3.0, abs=1e-6)
+    assert len(adapter_optimizer(model, FinetuneConfig(**settings)).param_groups) == 1

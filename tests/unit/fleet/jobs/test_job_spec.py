@@ -14,6 +14,7 @@ from mixtral_run.fleet.jobs.job_spec import (
     HostFacts,
     JobOptions,
     bind,
+    check_same_gpus,
     container_argv,
     host_path,
     make_spec,
@@ -198,7 +199,7 @@ def test_paths_of_the_container_on_the_host() -> None:
 
 def test_facts_are_parsed() -> None:
     lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
-    text = "\n".join((*lines, "image=1", "checkpoints=1", "address=10.0.0.1", "interface=eth0"))
+    text = "\n".join((*lines, "image=1", "checkpoints=1", "cordon=", "address=10.0.0.1", "interface=eth0"))
     facts, reported = parse_facts(text)
     assert facts == HostFacts(
         docker=("sudo", "-n", "docker"),
@@ -220,3 +221,12 @@ def test_a_name_on_the_hub_stays_one() -> None:
     assert spec.mounts == ("/data/out",)
     smoke = make_spec("j", "smoke", SmokeConfig(load=Path("runs/smoke"), hf_model_path="a/b"), JobOptions(), 1)
     assert smoke.config["load"] == "/checkpoints/runs/smoke"
+
+
+def test_hosts_with_different_numbers_of_gpus_are_refused() -> None:
+    eight, four = dataclasses.replace(FACTS, num_gpus=8), dataclasses.replace(FACTS, num_gpus=4)
+    check_same_gpus([eight], ["gpu-01"])
+    check_same_gpus([eight, eight, eight], ["gpu-01", "gpu-02", "gpu-03"])
+    with pytest.raises(ConfigError, match="must have the same number of GPUs") as refused:
+        check_same_gpus([eight, four, eight], ["gpu-01", "gpu-02", "gpu-03"])
+    assert refused.value.problems == ("gpu-01: 8 GPUs", "gpu-02: 4 GPUs", "gpu-03: 8 GPUs")

@@ -254,3 +254,14 @@ def test_some_of_the_disk_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for free, usable in ((100 * GIB, 99 * GIB), (1000, 900)):
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: type("usage", (), {"free": free}))
         assert free_bytes(tmp_path) == usable
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (1, "1 byte"), (1024**2 - 1, "1,048,575 bytes"), (1024**2, "1.0 MiB"), (3 * 2**19, "1.5 MiB"),
+        (2**30 - 2**20, "1023.0 MiB"), (2**30, "1.0 GiB"), (5 * 2**29, "2.5 GiB"),
+    ],
+)  # fmt: skip
+def test_a_size_is_in_its_unit(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text

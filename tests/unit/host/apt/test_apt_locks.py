@@ -54,6 +54,40 @@ def test_a_lock_that_is_never_freed_is_reported(programs: Programs, settings: di
     assert result["failed"] and LISTS in result["msg"] and "another package manager runs: wait" in result["msg"]
 
 
+# dpkg 1.21 (Debian 12), dpkg 1.19 (Ubuntu 20.04).
+DPKG_LOCKED = (
+    "dpkg: error: dpkg frontend lock was locked by another process with pid 316",
+    "dpkg: error: dpkg frontend is locked by another process",
+)
+
+
+def _busy_dpkg(programs: Programs, words: str, times: int) -> None:  # noqa: F811
+    """A dpkg database with a package that an apt of another process unpacks; it is done after `times` attempts."""
+    counter = programs.folder / "tries"
+    programs.put("apt-get")
+    programs.put(
+        "dpkg",
+        f"tries=$(cat {counter} 2>/dev/null | wc -l)",
+        f'case "$1" in --audit) [ "$tries" -ge {times} ] || echo "tool is only half configured"; exit 0 ;; esac',
+        f"echo x >> {counter}; echo '{words}' >&2; exit 2",
+    )
+
+
+@pytest.mark.parametrize("words", DPKG_LOCKED)
+def test_an_apt_that_a_killed_run_left_behind_is_waited_for(programs: Programs, settings: dict, words: str) -> None:  # noqa: F811
+    _busy_dpkg(programs, words, 3)
+    assert call_module(PACKAGES, **settings)["changed"]
+    calls = [call.split()[1] for call in programs.calls("dpkg") if call.startswith("dpkg ")]
+    assert calls == ["--audit", "--force-confold"] * 3 + ["--audit"]
+
+
+def test_a_dpkg_that_stays_locked_is_reported(programs: Programs, settings: dict) -> None:  # noqa: F811
+    _busy_dpkg(programs, DPKG_LOCKED[0], 10**6)
+    result = call_module(PACKAGES, **settings, lock_timeout_seconds=0)
+    assert result["failed"] and "pid 316" in result["msg"] and "another package manager runs: wait" in result["msg"]
+    assert not [call for call in programs.calls("apt-get") if " install" in call and "--simulate" not in call]
+
+
 def _preflight(programs: Programs) -> subprocess.CompletedProcess[str]:  # noqa: F811
     programs.put("python3", "exit 1")
     programs.put("sleep")

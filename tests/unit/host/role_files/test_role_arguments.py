@@ -13,7 +13,7 @@ PLAY = """
 - hosts: all
   gather_facts: false
   tasks:
-    - role_arguments:
+    - mixtral_run.hosts.role_arguments:
         folder: {root}/roles
         roles: [swap, docker]
     - ansible.builtin.import_role: {{name: swap, rolespec_validate: false}}

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -144,7 +146,7 @@ def test_bootstrap_checks_the_variables_of_every_role_that_it_imports() -> None:
     play = _yaml("playbooks/bootstrap.yml")[0]
     (block,) = [task["block"] for task in play["tasks"] if "block" in task]
     imported = [task["ansible.builtin.import_role"] for task in block[1:]]
-    assert block[0]["role_arguments"]["roles"] == [role["name"] for role in imported]
+    assert block[0]["mixtral_run.hosts.role_arguments"]["roles"] == [role["name"] for role in imported]
     assert all(role["rolespec_validate"] is False for role in imported) and block[0]["tags"] == ["always"]
     assert {role["name"] for role in imported} == set(ROLES)
 
@@ -159,16 +161,40 @@ def test_what_runs_on_hosts_is_python_3_8() -> None:
 
 def test_packages_that_containers_stand_on_wait_for_jobs() -> None:
     tasks = [
-        (path.parts[-3], task["apt_packages"])
+        (path.parts[-3], task["mixtral_run.hosts.apt_packages"])
         for path in (ROOT / "roles").glob("*/tasks/*.yml")
         for task in yaml.safe_load(path.read_text())
-        if "apt_packages" in task
+        if "mixtral_run.hosts.apt_packages" in task
     ]
     assert len(tasks) >= 4
     for role, settings in tasks:
         assert settings["restart_when_busy"] == f"{{{{ {role}_restart_when_busy }}}}"
         # The message names the variable by the section.
         assert settings["section"] == role
+
+
+def _tasks(document: Any) -> Iterator[dict[str, Any]]:
+    """Yield every task of a list of tasks or plays, those in blocks too."""
+    for entry in document if isinstance(document, list) else []:
+        if isinstance(entry, dict):
+            yield entry
+            for name in ("tasks", "block", "rescue", "always", "handlers", "pre_tasks", "post_tasks"):
+                yield from _tasks(entry.get(name))
+
+
+def test_the_kits_modules_are_called_by_the_name_of_the_collection() -> None:
+    """An action plugin that runs its module must not name it either: without the collection it is not found."""
+    names = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
+    folders = (ROOT / "roles", ROOT / "playbooks", ROOT / "tests/molecule")
+    files = [path for folder in folders for path in folder.rglob("*.yml")]
+    called = set()
+    for path in files:
+        for task in _tasks(yaml.safe_load(path.read_text())):
+            assert not names & set(task), f"{path}: {task.get('name')}"
+            called |= {key.removeprefix("mixtral_run.hosts.") for key in task if key.startswith("mixtral_run.hosts.")}
+    assert called == names
+    for path in (ROOT / "plugins/action").glob("*.py"):
+        assert not re.search(r"_execute_module\(\s*(?:module_name=)?\"", path.read_text()), path
 
 
 def test_every_task_of_a_role_says_what_it_is_for() -> None:

@@ -162,7 +162,7 @@ def resume_it(adapter: Path, other: Path) -> None:
     from mixtral_run.train.preflight import check_training
 
     base = other / "base"
-    config = FinetuneConfig(load=base, save=adapter, resume=True, mock_data=True, **ONE_PROCESS)
+    config = FinetuneConfig(load=base, save=adapter, resume="yes", mock_data=True, **ONE_PROCESS)
     check_training(config, 1)
 
 
@@ -309,6 +309,8 @@ def test_a_training_setting_may_hold_lines(tmp_path: Path) -> None:
         ("lora_dropout", {"lora_dropout": -0.1}),
         ("lora_target_modules", {"lora_target_modules": ["linear_qkv", "linear_qkv"]}),
         ("lora_target_modules", {"lora_target_modules": [{}, []]}),
+        ("lora_scaling", {"lora_scaling": "dora"}),
+        ("lora_scaling", {"lora_scaling": ["rslora"]}),
         ("num_layers", {"num_layers": 10**400}),
         ("vocab_size", {"vocab_size": 2**31}),
         ("layernorm_epsilon", {"layernorm_epsilon": -1e-5}),
@@ -317,7 +319,7 @@ def test_a_training_setting_may_hold_lines(tmp_path: Path) -> None:
 )
 def test_numbers_beyond_their_limits_are_refused(tmp_path: Path, field: str, changes: dict[str, Any]) -> None:
     lora = LORA.to_mapping()
-    if field in lora:
+    if field.startswith("lora_"):
         write_adapter(tmp_path / "adapter", lora=lora | changes)
     else:
         write_adapter(tmp_path / "adapter", architecture=MIXTRAL_8X7B.to_mapping() | changes)

@@ -1,0 +1,1 @@
+"""Settings of the schedulers that a job is handed over to (`--launcher`)."""

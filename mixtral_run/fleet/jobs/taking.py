@@ -1,0 +1,77 @@
+"""Who may start a job on a host: one job that uses the GPUs at a time, and none on a cordoned host.
+
+The host decides, since several operators may start jobs at the same moment: the check and the start are one script
+there, under a lock. Pure functions, apart from the script.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mixtral_run.errors import HostError
+from mixtral_run.fleet.cordon import CORDON_FILE
+from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, HostFacts, JobSpec
+
+GPU_VERBS = ("finetune", "pretrain", "generate", "smoke", "rehearse")
+"""Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""
+LOCK_FILE = "/tmp/mixtral-run.start.lock"
+"""Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""
+BUSY, CORDONED = 75, 76
+"""Exit codes of START_SCRIPT. `docker run --detach` ends with 125 to 127 if it fails."""
+
+START_SCRIPT = rf"""
+docker="$1"; cordon="$2"; lock="$3"; verbs="$4"; shift 4
+[ -e "$lock" ] || (umask 022; set -C; : >"$lock") 2>/dev/null
+exec 9<"$lock" || exit
+flock -w 120 9 || {{ echo "another start of a job does not end" >&2; exit {BUSY}; }}
+if [ -e "$cordon" ]; then head -c 4000 "$cordon" >&2; exit {CORDONED}; fi
+if [ -n "$verbs" ]; then
+  row='{{{{.Label "{LABEL_VERB}"}}}} {{{{.Label "{LABEL_JOB}"}}}}'
+  rows=$($docker ps --filter label={LABEL_JOB} --format "$row") || exit
+  busy=$(printf '%s\n' "$rows" | grep -E "^($verbs) " | head -n 1)
+  if [ -n "$busy" ]; then printf '%s\n' "$busy" >&2; exit {BUSY}; fi
+fi
+"$@"
+exit
+"""
+"""Script that starts a container unless the host is cordoned or runs a job of one of the verbs.
+
+Arguments: the command for the engine; the record of a cordon; the lock; the verbs with bars between them, or nothing;
+and the command that starts the container. The shell itself keeps the lock: sudo closes what it inherits.
+"""
+
+
+class BusyError(HostError):
+    """Hosts run jobs that use their GPUs. They may be free later. jobs: (name of the host, name of the job)."""
+
+    jobs: tuple[tuple[str, str], ...] = ()
+
+
+def start_argv(argv: Sequence[str], spec: JobSpec, facts: HostFacts) -> list[str]:
+    """Return the command that starts a container (argv) on a host that is free."""
+    verbs = "|".join(GPU_VERBS) if needs_free_host(spec.verb, share=spec.options.share) else ""
+    words = [" ".join(facts.docker), CORDON_FILE, LOCK_FILE, verbs]
+    return ["sh", "-c", START_SCRIPT, "start", *words, *argv]
+
+
+def needs_free_host(verb: str, *, share: bool) -> bool:
+    """Return True if a job does not start next to another one that uses the GPUs."""
+    return verb in GPU_VERBS and not share
+
+
+def busy_error(jobs: Sequence[tuple[str, str]], problems: Sequence[str] = ()) -> BusyError:
+    """Return the error for hosts that run other jobs: (name of the host, name of the job)."""
+    error = BusyError(
+        "Another job uses the GPUs there.",
+        problems=[*(f"{host}: {job} is running" for host, job in jobs), *problems],
+        next_command="--on any, for a free host; --wait [TIME], to wait for its end; --share, to start next to it",
+    )
+    error.jobs = tuple(jobs)
+    return error
+
+
+def job_in(text: str) -> str:
+    """Return the name of the job that START_SCRIPT reports, which comes from the host."""
+    found = re.fullmatch(r"[a-z]+ ([A-Za-z0-9][A-Za-z0-9_.-]{0,127})", text.strip())
+    return found[1] if found else "another job"

@@ -1,0 +1,1 @@
+"""Hand a job over to a scheduler: one module or folder for each launcher."""

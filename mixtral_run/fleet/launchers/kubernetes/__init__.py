@@ -1,0 +1,1 @@
+"""Hand a job over to Kubernetes: its manifest, and kubectl."""

@@ -1,0 +1,216 @@
+"""Saving an adapter checkpoint: at once, or in the background while the training continues.
+
+docs/formats.md describes the files. A checkpoint is written under a temporary name and renamed when it is complete; the
+marker of the newest one follows. In the background the same steps run in a thread of each rank, on a copy in host
+memory and with a process group of their own, so that they never meet the collectives of the training.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.train.checkpoints.adapter_shards import adapter_shards, live_states
+from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
+from mixtral_run.train.checkpoints.background import BackgroundTask
+from mixtral_run.train.checkpoints.host_copy import HostCopy
+from mixtral_run.train.checkpoints.random_state import own_random_state, write_random_state
+from mixtral_run.train.checkpoints.save_target import SaveTarget
+from mixtral_run.train.checkpoints.soundness import check_sound
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
+from mixtral_run.weights.io.files import sync_folder_and_files, write_atomically
+from mixtral_run.weights.manifest.adapter_files import NEXT_MARKER, TOKENIZER, checksums
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST
+from mixtral_run.weights.manifest.manifest import write_manifest
+from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.torch_dist.megatron_files import write_metadata_json
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What a checkpoint says next to its tensors.
+
+    Attributes:
+        iteration: the number of finished iterations.
+        description: goes into the iteration's mixtral_run.json, next to the architecture.
+        state: goes there as well; --resume continues with it.
+        tokenizer: folder whose files are copied next to the iterations if they are not there.
+        then: called in the first process when the checkpoint is complete.
+    """
+
+    iteration: int
+    description: Mapping[str, Any]
+    state: RunState = field(default_factory=RunState)
+    tokenizer: Path | None = None
+    then: Callable[[], object] = lambda: None
+
+
+class AdapterSaver:
+    """Saves the adapters of a model with the state of AdamW. All ranks must call its methods.
+
+    A context: at its end a save in the background is completed as far as this process can, so that an error of the
+    training costs no checkpoint.
+    """
+
+    def __init__(
+        self, model: MixtralModel, optimizer: torch.optim.Optimizer, folder: Path, timeout_minutes: float = 10
+    ) -> None:
+        """timeout_minutes: time that a process may wait for others, and a save in the background may take."""
+        self._model, self._optimizer, self._folder = model, optimizer, folder
+        self._timeout = timeout_minutes
+        self._copy: HostCopy | None = None
+        self._writer: AdapterWriter | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: BackgroundTask | None = None
+
+    def __enter__(self) -> AdapterSaver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pending is not None:
+            self._pending.join_after_error()
+
+    @property
+    def can_save_in_background(self) -> bool:
+        """Return True after `prepare_background`."""
+        return self._copy is not None
+
+    def prepare_background(self) -> int:
+        """Allocate the copy in host memory and plan the files. Return the bytes of all ranks' copies."""
+        self._copy = HostCopy(self._model, self._optimizer)
+        self._writer = AdapterWriter(adapter_shards(self._model, self._copy.states))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=self._timeout))
+        total = torch.tensor(float(self._copy.num_bytes), dtype=torch.float64)
+        dist.all_reduce(total)
+        return int(total)
+
+    def save(self, request: SaveRequest) -> Path:
+        """Write FOLDER/iter_… with adapters and optimizer state, then point LATEST at it. Return the folder.
+
+        Raises TrainingError if it is spoiled, or cannot be written; earlier iterations are unchanged.
+        """
+        self.finish()
+        states = live_states(self._model, self._optimizer)
+        target = SaveTarget(self._model.mesh, self._folder, request.iteration)
+        check_sound(states, self._folder, request.iteration)
+        writer = AdapterWriter(adapter_shards(self._model, states))
+        _write(target, writer, request, self._architecture, own_random_state(self._model.mesh))
+        return target.final
+
+    def save_in_background(self, request: SaveRequest) -> None:
+        """Begin what `save` does, after `prepare_background`. Return when the state of this step is copied.
+
+        An earlier save is waited for. `poll` or `finish` raise the error of this one.
+        """
+        self.finish()
+        copy, writer = self._copy, self._writer
+        assert copy is not None and writer is not None
+        copy.update(self._optimizer)
+        random_state = own_random_state(self._model.mesh)
+        target = SaveTarget(self._model.mesh, self._folder, request.iteration, self._group)
+
+        def task() -> None:
+            check_sound(copy.states, self._folder, request.iteration, self._group)
+            _write(target, writer, request, self._architecture, random_state)
+
+        self._pending = BackgroundTask(task, self._model.mesh, target.final, self._timeout)
+
+    def poll(self) -> float | None:
+        """Return the seconds that a save in the background took if all ranks have completed it, else None.
+
+        Costs one small reduction while there is one. Raises its error.
+        """
+        if self._pending is None or not self._pending.is_over():
+            return None
+        return self._take()
+
+    def finish(self) -> float | None:
+        """Wait for a save in the background, and return or raise as `poll` does. None without one."""
+        if self._pending is None:
+            return None
+        self._pending.wait()
+        return self._take()
+
+    def _take(self) -> float:
+        assert self._pending is not None
+        task, self._pending = self._pending, None
+        return task.result()
+
+    @property
+    def _architecture(self) -> dict[str, Any]:
+        return self._model.architecture.to_mapping()
+
+
+def _write(
+    target: SaveTarget,
+    writer: AdapterWriter,
+    request: SaveRequest,
+    architecture: Mapping[str, Any],
+    random_state: Mapping[str, Any],
+) -> None:
+    """Write all files of a checkpoint, give it its name, and let the marker name it. All ranks must call."""
+
+    def own_part() -> tuple[list[Any], dict[str, str], Mapping[str, Any]]:
+        written = writer.write(target.partial)
+        names = [each.name for each in target.partial.glob(f"__{target.mesh.rank}_*.distcp")]
+        return written, checksums(target.partial, names), random_state
+
+    target.on_first_rank(lambda: _begin(target, request.tokenizer))
+    parts = target.gather(target.on_all_ranks(own_part))
+
+    def rest() -> None:
+        written, sums, random_states = zip(*parts, strict=True)
+        writer.finish(target.partial, list(written))
+        write_random_state(target.partial, target.mesh, random_states)
+        _complete(target, request, architecture, {name: crc for each in sums for name, crc in each.items()})
+
+    target.on_first_rank(rest)
+    if target.mesh.is_first:
+        request.then()
+
+
+def _begin(target: SaveTarget, tokenizer: Path | None) -> None:
+    shutil.rmtree(target.partial, ignore_errors=True)
+    target.partial.mkdir(parents=True)
+    if tokenizer is not None and not (target.folder / TOKENIZER).exists():
+        partial = target.folder / f".{TOKENIZER}.partial"
+        copy_tokenizer(tokenizer, partial)
+        partial.rename(target.folder / TOKENIZER)
+
+
+def _complete(
+    target: SaveTarget, request: SaveRequest, architecture: Mapping[str, Any], sums: Mapping[str, str]
+) -> None:
+    """Write the small files and then the names. sums: checksums of the .distcp files by their names."""
+    folder, partial, iteration = target.folder, target.partial, target.iteration
+    torch.save({"checkpoint_version": 3.0, "iteration": iteration}, partial / "common.pt")
+    write_metadata_json(partial)
+    names = [each.name for each in partial.iterdir() if each.name not in sums]
+    tokenizer_files = [each.name for each in (folder / TOKENIZER).glob("*") if each.is_file()]
+    write_manifest(
+        partial,
+        "adapter",
+        architecture=architecture,
+        iteration=iteration,
+        **request.description,
+        state=request.state.to_mapping(),
+        tokenizer_files=checksums(folder / TOKENIZER, tokenizer_files),
+        files={**sums, **checksums(partial, names)},
+    )
+    sync_folder_and_files(partial)
+    # What is left of it shows that a save was cut off between the two renames.
+    write_atomically(folder / NEXT_MARKER, f"{iteration}\n")
+    if target.final.exists():
+        shutil.rmtree(target.final)
+    partial.rename(target.final)
+    sync_folder_and_files(folder)
+    (folder / NEXT_MARKER).rename(folder / LATEST)
+    sync_folder_and_files(folder)

@@ -1,0 +1,101 @@
+"""The script that starts a container on a free host, run here by sh with a STAND-IN for docker."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.fleet.jobs import taking
+from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, make_spec
+from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, job_in, start_argv
+
+DOCKER = """#!/bin/sh
+# STAND-IN for docker: `running` holds verb and job of each running container, a line each. A start takes a while.
+cd '{folder}' || exit 1
+case "$1" in
+  ps) [ ! -e broken ] || {{ echo "no engine" >&2; exit 1; }}; cat running ;;
+  run) sleep 0.05; echo "$2 $3" >> running; echo started ;;
+esac
+"""
+
+
+class Host:
+    """A host whose engine is the stand-in. argv: the command that starts a job on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "running").write_text("")
+        self.docker = folder / "docker"
+        self.docker.write_text(DOCKER.format(folder=folder))
+        self.docker.chmod(0o755)
+
+    def argv(self, job: str, verb: str = "finetune", share: bool = False) -> list[str]:
+        config = FinetuneConfig(load=Path("base"), save=Path("adapter"), mock_data=True)
+        spec = make_spec(job, verb, config, JobOptions(share=share), 1)
+        return start_argv([str(self.docker), "run", verb, job], spec, HostFacts(docker=(str(self.docker),)))
+
+    def start(self, job: str, verb: str = "finetune", share: bool = False) -> tuple[int, str]:
+        done = subprocess.run(self.argv(job, verb, share), capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(taking, "LOCK_FILE", str(tmp_path / "lock"))
+    monkeypatch.setattr(taking, "CORDON_FILE", str(tmp_path / "cordon.json"))
+    return Host(tmp_path)
+
+
+def test_one_job_that_uses_the_gpus_at_a_time(host: Host) -> None:
+    assert host.start("finetune-1") == (0, "started\n")
+    assert host.start("finetune-2") == (BUSY, "finetune finetune-1\n")
+    assert host.start("generate-1", "generate")[0] == BUSY
+    assert host.start("convert-1", "convert")[0] == 0
+    assert host.start("finetune-3", share=True)[0] == 0
+
+
+def test_a_job_without_gpus_is_no_obstacle(host: Host) -> None:
+    assert host.start("convert-1", "convert")[0] == 0
+    assert host.start("finetune-1")[0] == 0
+
+
+def test_of_many_at_the_same_moment_one_starts(host: Host) -> None:
+    (host.folder / "lock").unlink(missing_ok=True)
+    started = [
+        subprocess.Popen(host.argv(f"finetune-{number}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in range(6)
+    ]
+    ends = [(process.communicate(), process.returncode) for process in started]
+    assert sorted(code for _, code in ends) == [0, *[BUSY] * 5]
+    (running,) = (host.folder / "running").read_text().splitlines()
+    assert all(errors.strip() == running for (_, errors), code in ends if code)
+
+
+@pytest.mark.parametrize("record", ['{"reason": "Xid 79"}', ""])
+def test_a_cordoned_host_starts_nothing(host: Host, record: str) -> None:
+    (host.folder / "cordon.json").write_text(record)
+    for verb in ("finetune", "convert"):
+        assert host.start("job-1", verb, share=True) == (CORDONED, record)
+    assert (host.folder / "running").read_text() == ""
+
+
+def test_an_engine_that_does_not_answer_starts_nothing(host: Host) -> None:
+    (host.folder / "broken").touch()
+    code, text = host.start("finetune-1")
+    assert code not in (0, BUSY, CORDONED) and "no engine" in text
+    assert (host.folder / "running").read_text() == ""
+
+
+def test_the_lock_does_not_follow_a_link(host: Host) -> None:
+    (host.folder / "lock").symlink_to(host.folder / "stolen")
+    assert host.start("finetune-1")[0] != 0
+    assert not (host.folder / "stolen").exists()
+
+
+def test_the_name_of_the_other_job_is_not_trusted() -> None:
+    assert job_in("finetune finetune-1129-205700-3f2a\n") == "finetune-1129-205700-3f2a"
+    for odd in ("", "x", "finetune a b", "finetune \x1b[2J", "finetune " + "a" * 200):
+        assert job_in(odd) == "another job"

@@ -1,0 +1,37 @@
+"""Parts of the memory model, and suggestions, against numbers that are written out by hand."""
+
+import dataclasses
+
+import pytest
+
+from mixtral_run.planner.memory_model import Layout, Workload, execution, memory, saved_copy_bytes
+from mixtral_run.planner.suggestions import _more_gpus
+
+
+def test_the_copy_of_a_save_in_the_background_has_each_parameter_once() -> None:
+    # Mixtral 8x7B at rank 16, by hand: 32 layers × 16 × (in + out) of each linear layer, 8 experts.
+    attention = (4096 + 6144) + (4096 + 4096)
+    experts = 8 * ((4096 + 2 * 14336) + (14336 + 4096))
+    whole = 12 * 32 * 16 * (attention + experts)
+    one_host = Workload(gpus=8)
+    assert saved_copy_bytes(one_host, Layout(1, 8, "none")) == saved_copy_bytes(one_host, Layout(2, 4, "none")) == whole
+    # Two hosts of one GPU each: half of the experts, and at most all of attention.
+    two = Workload(gpus=2, gpus_per_host=1)
+    assert saved_copy_bytes(two, Layout(1, 2, "none")) == 12 * 32 * 16 * (attention + experts / 2)
+
+
+def test_an_evaluation_needs_its_loss_and_one_layer_next_to_a_captured_pass() -> None:
+    layout, run = Layout(1, 1, "none"), Workload(gpus=1, seq_length=512)
+    without, with_one = (memory(dataclasses.replace(run, has_validation=each), layout) for each in (False, True))
+    # By hand: 8 bytes a logit; two rows a token with gate, up and their product, and four of the hidden size, bf16.
+    loss = 512 * 32000 * 8
+    layer = 2 * 512 * 2 * (3 * 14336 + 4 * 4096)
+    assert execution(run, layout).captured
+    assert with_one.buffers - without.buffers == pytest.approx(loss + layer)
+    eager = dataclasses.replace(run, has_validation=True, cuda_graphs=False)
+    assert memory(eager, layout).buffers == memory(dataclasses.replace(eager, has_validation=False), layout).buffers
+
+
+def test_only_more_gpus_than_there_are_are_suggested() -> None:
+    assert [flags for flags, _ in _more_gpus(Workload(gpus=4))][:3] == ["--gpus 8", "--gpus 16", "--gpus 32"]
+    assert [each.gpus for _, each in _more_gpus(Workload(gpus=3))][:2] == [4, 8]
