@@ -29,7 +29,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("scenario", "step"),
     # Every call of the short ones. A step that is prime to three brings each error to each kind of call; step 1 takes
     # two minutes for a conversion.
-    [("Convert", 16), ("ConvertBack", 5), ("Save", 4), ("Export", 2), ("State", 1), ("Fetch", 1)],
+    [
+        ("Convert", 16),
+        ("ConvertBack", 5),
+        ("Save", 4),
+        ("Export", 2),
+        ("Merge", 19),
+        ("QuantizedCache", 13),
+        ("State", 1),
+        ("Fetch", 1),
+        ("Continue", 2),
+    ],
 )
 def test_a_disk_that_fails_at_any_call(library: Path, tmp_path: Path, scenario: str, step: int) -> None:
     worker = "tests.multiprocess.launching.faulty_disk_worker"
