@@ -100,11 +100,15 @@ def fetch(
         received = _continue(ssh, host, path, listing, target, say)
     else:
         say(f"{reason or f'rsync is not installed on {host.name}'}: this fetch begins anew if it is interrupted.")
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True) as folder:
-            new = Path(folder) / "new"
-            new.mkdir()
-            received = _receive(ssh, host, path, new, say)
-            _put_in_place(new / name, target, Path(folder) / "old")
+        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            (work / "new").mkdir()
+            received = _receive(ssh, host, path, work / "new", say)
+            _put_in_place(work / "new" / name, target, work / "old")
+        finally:
+            # Not if the earlier content is still in it, because the disk refused to move it back.
+            if target.exists() or not (work / "old").exists():
+                shutil.rmtree(work, ignore_errors=True)
     say(f"  {received} from {host.name}")
     return target
 

@@ -146,7 +146,8 @@ def _too_much(host: Host, path: PurePosixPath) -> HostError:
 def _problem(host: Host, code: int, text: str) -> HostError:
     lines = [line for line in text.splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith("rsync error:")]
-    if code == SSH_FAILED:
+    # A connection that was lost later is no problem of the address, the user or the key.
+    if code == SSH_FAILED and not re.search(r"\([1-9]\d* bytes received so far\)", text):
         return connection_error(host, text)
     return HostError(
         f"rsync did not receive all files from {host.name}.",
