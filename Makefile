@@ -4,6 +4,7 @@
 # make test-all  the same without taking over any result of an earlier run
 # make soak   kills, damaged input and a simulated fleet, for 30 minutes; writes the table of docs/reliability.md
 # make mutants  change one place of a module at a time and run its unit tests: what they do not notice; not part of CI
+# make lock   write the locks: versions and hashes of all packages of the image and of the operator; reads pip's index
 # make lint   ruff, mypy, import-linter, yamllint, ansible-lint
 
 PYTHON ?= python3
@@ -15,10 +16,11 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 SOAK_ARGS ?=
 MUTANTS_ARGS ?=
+LOCK_ARGS ?=
 # Two at a time. The first two take nearly all of the time, each on one processor.
 LINTERS := lint-mypy lint-ansible lint-ruff lint-imports lint-yaml
 
-.PHONY: demo check test test-all soak mutants lint $(LINTERS) venv clean help
+.PHONY: demo check test test-all soak mutants lock lint $(LINTERS) venv clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -42,6 +44,10 @@ soak: venv
 mutants: venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
+
+lock: venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[lock]'
+	$(BIN)/python -m tests.locks $(LOCK_ARGS)
 
 lint: venv
 	@$(MAKE) --no-print-directory --keep-going -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(LINTERS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-LOCAL_ONLY = ("kit_folder", "files_folder", "ca_bundle", "requirements")
+LOCAL_ONLY = ("kit_folder", "files_folder", "ca_bundle", "requirements", "require_hashes")
 
 
 class ActionModule(ActionBase):
@@ -28,6 +29,7 @@ class ActionModule(ActionBase):
         context = {}
         if arguments["state"] == "present" and arguments["source"] in ("build", "megatron_bridge"):
             context = _context(local, arguments)
+            arguments["locks"] = _locks(context)
         arguments["inputs"] = _digest(context)
         sends_archive = arguments["source"] == "archive" and not arguments["archive_on_host"]
         if arguments["state"] == "present" and sends_archive:
@@ -55,13 +57,16 @@ class ActionModule(ActionBase):
 def _context(local, arguments):
     """Return the files of the build context by name. The values are bytes, or paths for large files."""
     files_folder = Path(local["files_folder"])
-    context = {"Dockerfile": (files_folder / "Dockerfile").read_bytes()}
+    context = {name: (files_folder / name).read_bytes() for name in ("Dockerfile", "sbom.py")}
     requirements = local["requirements"] or []
     context["requirements.txt"] = (
         "".join(f"{line}\n" for line in requirements).encode()
         if requirements
         else (files_folder / "requirements.txt").read_bytes()
     )
+    context["locks/README.txt"] = b"Versions and hashes of packages.\n"
+    if local["require_hashes"] and not requirements:
+        context.update({f"locks/{path.name}": path.read_bytes() for path in sorted(files_folder.glob("locks/*.txt"))})
     context["ca/README.txt"] = b"Certificates of your own proxy, if any.\n"
     context["wheelhouse/README.txt"] = b"Wheels to install from, if any.\n"
     if local["ca_bundle"]:
@@ -80,6 +85,16 @@ def _context(local, arguments):
             raise AnsibleActionFail(f"image_wheelhouse: no wheels in {arguments['wheelhouse']}")
         context.update({f"wheelhouse/{path.name}": path for path in wheels})
     return context
+
+
+def _locks(context):
+    """Return the names of the locks in a context. True: its torch has a local version, which only its own index has."""
+    found = {Path(name).stem: content for name, content in context.items() if name.startswith("locks/")}
+    return {
+        name: re.search(rb"^torch==[^ \n]*\+", content, re.MULTILINE) is not None
+        for name, content in found.items()
+        if name != "README"
+    }
 
 
 def _required(path, variable):

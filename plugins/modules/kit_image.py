@@ -26,16 +26,19 @@ import shutil
 import tarfile
 import tempfile
 
-from ..module_utils.mixtral_run_host import probe, shortfalls, space
+from ..module_utils.mixtral_run_host import image_inputs, probe, shortfalls, space
 from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.start import run_module
 
 LABEL = "org.mixtral-run.inputs"
+BASE_LABEL = "org.mixtral-run.base"
+SBOM_LABEL = "org.mixtral-run.sbom"
+SBOM = "/opt/mixtral-run/sbom.cdx.json"
 VARIANTS = (("cu130", "580"), ("cu126", "525"))
 WORK_FOLDER = "/var/lib/mixtral-run/build"
 TEXT = ("base_image", "pip_index_url", "pip_trusted_host", "wheelhouse", "proxy", "no_proxy", "registry_reference",
-        "archive", "archive_name", "repository", "ref", "dockerfile")  # fmt: skip
+        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile")  # fmt: skip
 
 
 def main():
@@ -49,6 +52,8 @@ def main():
         sent={"type": "path"},
         variant={"type": "str", "choices": ["auto", "cu130", "cu126", "cpu"], "default": "auto"},
         base_images={"type": "dict", "default": {}},
+        base_digests={"type": "dict", "default": {}},
+        locks={"type": "dict", "default": {}},
         torch_index_urls={"type": "dict", "default": {}},
         apt_packages={"type": "list", "elements": "str", "default": []},
         wheelhouse_on_host={"type": "bool", "default": False},
@@ -87,11 +92,16 @@ class Image:
     def build(self, base=None, extra=""):
         params = self.params
         variant = self._variant()
-        base = base or params["base_image"] or params["base_images"].get(variant, "")
+        base = base or params["base_image"] or self._listed_base(variant)
+        locks = [name for name in ("common", variant) if name in params["locks"]]
+        # The default index has the build of torch that a lock names without a local version such as +cu126.
+        own_index = variant not in locks or params["locks"][variant]
         arguments = {
             "BASE_IMAGE": base,
             "APT_PACKAGES": " ".join(params["apt_packages"]),
-            "TORCH_INDEX_URL": params["torch_index_urls"].get(variant, ""),
+            "LOCKS": " ".join(locks),
+            "LOCKS_ARE_ALL": "1" if variant in locks else "",
+            "TORCH_INDEX_URL": params["torch_index_urls"].get(variant, "") if own_index else "",
             "PIP_INDEX_URL": params["pip_index_url"],
             "PIP_TRUSTED_HOST": params["pip_trusted_host"],
             "CONTAINER_UID": str(params["uid"]),
@@ -101,7 +111,7 @@ class Image:
         inputs = hashlib.sha256(
             json.dumps([params["inputs"], arguments, wheels, extra], sort_keys=True).encode()
         ).hexdigest()
-        if self._label() == inputs:
+        if self._labels().get(LABEL) == inputs:
             self._remember(inputs)
             self.exit(changed=False, variant=variant)
         if self.module.check_mode:
@@ -109,6 +119,13 @@ class Image:
         self._need_engine()
         if not params["sent"]:
             self.module.exit_json(changed=True, send=True)
+        if locks and variant not in locks:
+            self.module.warn(
+                "{}: torch for {} is installed by its version, not by its hash. `make lock` where {} can be reached "
+                "writes roles/image/files/locks/{}.txt".format(
+                    params["host"], variant, params["torch_index_urls"].get(variant, "its index"), variant
+                )
+            )
         self._build(arguments, inputs)
         self._remember(inputs)
         self.exit(changed=True, variant=variant)
@@ -134,11 +151,21 @@ class Image:
                     "The archive is not on the host", "a file of `docker save`", "no file " + path, "copy it there"
                 )
             inputs = "{} {}".format(os.path.getsize(path), int(os.path.getmtime(path)))
+        expected = params["archive_digest"]
+        if expected and not image_inputs.DIGEST.match(expected):
+            self._refuse("image_archive_digest is no digest", "sha256: and 64 hex digits", expected,
+                         "`sha256sum FILE` prints the digits")  # fmt: skip
+        inputs = " ".join(filter(None, (inputs, expected)))
         known = self.record.values.get(self.name, {})
         if self.there and known.get("inputs") == inputs and known.get("id") == self.there["Id"]:
             self.exit(changed=False)
         if not self.module.check_mode and not path:
             self.module.exit_json(changed=True, send=True)
+        found = image_inputs.digest_of(path) if expected and path else expected
+        if found != expected:
+            self._refuse("The archive is another file than image_archive_digest names; nothing was loaded",
+                         expected, found,
+                         "make the archive again, or correct image_archive_digest if the file is the right one")  # fmt: skip
         self._fetch(["docker", "load", "--input", path], params["archive_name"], "a file of `docker save`",
                     "make it again: `docker save NAME -o FILE`", inputs)  # fmt: skip
 
@@ -209,16 +236,53 @@ class Image:
                     os.link(wheel, target)
                 except OSError:
                     shutil.copyfile(wheel, target)
-            argv = ["docker", "build", "--tag", self.name, "--label", "{}={}".format(LABEL, inputs)]
-            argv += _build_args(dict(arguments, **self._proxy()))
+            base = self._pulled(arguments["BASE_IMAGE"])
+            argv = ["docker", "build", "--tag", self.name] + _build_args(dict(arguments, **self._proxy()))
             answer = run(argv + [folder], timeout=params["timeout_seconds"])
+            if answer.code == 0:
+                answer = self._label_image(folder, {LABEL: inputs, BASE_LABEL: base})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if answer.code:
             self._refuse_if_disk_is_full(answer)
-            self._refuse(
-                "The image cannot be built", "docker build ends with 0", last_lines(answer, 15), _build_remedy(answer)
-            )
+            self._refuse("The image cannot be built", "docker build ends with 0", last_lines(answer, 15),
+                         image_inputs.remedy(answer))  # fmt: skip
+
+    def _pulled(self, base):
+        """Have the base image on the host and return its name with its digest; its ID if it comes from no registry."""
+        inspect = ["docker", "image", "inspect", base]
+        answer = run(inspect, timeout=30)
+        if answer.code:
+            answer = run(["docker", "pull", "--quiet", base], timeout=self.params["timeout_seconds"])
+            if answer.code == 0:
+                self.fetched.append(base)
+                answer = run(inspect, timeout=30)
+        if answer.code:
+            self._refuse_if_disk_is_full(answer)
+            self._refuse("The base image cannot be pulled", base, last_lines(answer, 4), image_inputs.remedy(answer))
+        found = image_inputs.with_digest(base, json.loads(answer.out)[0])
+        earlier = self._labels().get(BASE_LABEL, found)
+        if earlier != found and earlier.partition("@")[0] == found.partition("@")[0]:
+            self.module.warn("{}: the base image is another one than before, under the same tag: {}, then {}. "
+                             "image_base_digests pins it".format(self.params["host"], earlier, found))  # fmt: skip
+        return found
+
+    def _label_image(self, folder, labels):
+        """Add labels to the built image: those given, and place and hash of the bill of materials in it.
+
+        A build that is killed before leaves an image without the label of its inputs, which is built again.
+        """
+        argv = ["docker", "run", "--rm", "--network", "none", "--entrypoint", "sha256sum", self.name, SBOM]
+        answer = run(argv, timeout=120)
+        if answer.code:
+            return answer
+        labels = dict(labels, **{SBOM_LABEL: SBOM, SBOM_LABEL + ".sha256": answer.out[:64]})
+        target = os.path.join(folder, "labels")
+        os.makedirs(target)
+        with open(os.path.join(target, "Dockerfile"), "w", encoding="utf-8") as file:
+            file.write("FROM {}\n".format(self.name))
+        words = [word for name, value in sorted(labels.items()) for word in ("--label", "{}={}".format(name, value))]
+        return run(["docker", "build", "--tag", self.name] + words + [target], timeout=120)
 
     def _fetch(self, argv, source, expected, remedy, inputs=None):
         if self.module.check_mode:
@@ -241,12 +305,8 @@ class Image:
     def _remember(self, inputs):
         answer = run(["docker", "image", "inspect", self.name], timeout=30)
         if answer.code:
-            self._refuse(
-                "The image is not there",
-                self.name,
-                last_lines(answer, 2),
-                "image_archive_name names what the file holds",
-            )
+            self._refuse("The image is not there", self.name, last_lines(answer, 2),
+                         "image_archive_name names what the file holds")  # fmt: skip
         self.there = json.loads(answer.out)[0]
         entry = {"id": self.there["Id"], "inputs": inputs, "source": self.params["source"]}
         known = self.record.values.get(self.name, {}).get("fetched", [])
@@ -259,8 +319,16 @@ class Image:
             self.record.values[self.name] = entry
             self.record.save()
 
-    def _label(self):
-        return ((self.there or {}).get("Config", {}).get("Labels") or {}).get(LABEL)
+    def _labels(self):
+        return (self.there or {}).get("Config", {}).get("Labels") or {}
+
+    def _listed_base(self, variant):
+        """Return the base image of image_base_images with the digest of image_base_digests."""
+        name, digest = self.params["base_images"].get(variant, ""), self.params["base_digests"].get(variant) or ""
+        if digest and not image_inputs.DIGEST.match(digest):
+            self._refuse("image_base_digests has no digest for " + variant, "sha256: and 64 hex digits", digest,
+                         "`docker buildx imagetools inspect {}` prints it".format(name))  # fmt: skip
+        return name + "@" + digest if digest else name
 
     def _variant(self):
         if self.params["variant"] != "auto":
@@ -323,25 +391,6 @@ class Image:
 
 def _build_args(values):
     return [word for name, value in sorted(values.items()) for word in ("--build-arg", "{}={}".format(name, value))]
-
-
-def _build_remedy(answer):
-    text = answer.out + answer.err
-    steps = (
-        (
-            "toomanyrequests",
-            "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors",
-        ),
-        ("429", "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors"),
-        (
-            "No matching distribution",
-            "the wheelhouse or index lacks what the line above names, or has it for another Python",
-        ),
-        ("CERTIFICATE_VERIFY_FAILED", "a proxy signs for itself: give its certificates by image_ca_bundle"),
-        ("SSLError", "a proxy signs for itself: give its certificates by image_ca_bundle"),
-        ("pull access denied", "the base image is not to be had: set image_base_image, or load it on the host first"),
-    )
-    return next((step for words, step in steps if words in text), "correct what the lines above name, then run again")
 
 
 if __name__ == "__main__":

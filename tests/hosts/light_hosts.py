@@ -115,7 +115,8 @@ def make_hosts(folder: Path, count: int, authorized_keys: Path) -> list[LightHos
             "UsePAM no\nStrictModes no\n"
             f"PermitRootLogin yes\nPasswordAuthentication no\nAuthorizedKeysFile {authorized_keys}\n"
             "PrintMotd no\nSubsystem sftp internal-sftp\n"
-            f"MaxStartups 100\nMaxSessions 50\nSetEnv PATH={path} HOME={own / 'home'} MIXTRAL_RUN_TEST_HOST={name}\n",
+            f"MaxStartups 100\nMaxSessions 50\nSetEnv PATH={path} HOME={own / 'home'} MIXTRAL_RUN_TEST_HOST={name} "
+            f"MIXTRAL_RUN_LOCK_FOLDER={own}\n",
             encoding="utf-8",
         )
         hosts.append(host)

@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
-from mixtral_run.fleet.bootstrap.progress import FleetProgress
+from mixtral_run.fleet.bootstrap.host_lock import hold_locks
+from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice
 from mixtral_run.fleet.bootstrap.view import make_view, summary
 from mixtral_run.fleet.explain.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
@@ -153,10 +154,15 @@ def _set_up(
     reachable = tuple(host for host in hosts if problems[host] is None)
     remember_hosts(host for host in reachable)
     end, interrupted = None, False
-    if reachable:
-        running = starter(_play(request, reachable, ssh))
-        end, interrupted = show_play(running, progress, stream, request.diff, notices)
-    elif notices:
+    # --check changes nothing.
+    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap") as locks:
+        notices += [progress.unreachable(host.inventory_name, str(each)) for host, each in locks.problems.items()]
+        notices += [Notice(host.name, "warning", text) for host, text in locks.notes.items()]
+        free = tuple(host for host in reachable if host not in locks.problems)
+        if free:
+            running = starter(_play(request, free, ssh))
+            end, interrupted = show_play(running, progress, stream, request.diff, notices)
+    if end is None and notices:
         with make_view(progress, stream) as view:
             view.update(notices)
     forget_old_plays()

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, show_play
+from mixtral_run.fleet.bootstrap.host_lock import hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
 from mixtral_run.fleet.bootstrap.view import summary
 from mixtral_run.fleet.explain.explain import recognize, record_failures
@@ -132,7 +133,12 @@ def teardown(
         return seen
     if not confirm(f"Take all of this back from {shortened([host.name for host in hosts])}?"):
         return None
-    end = _play(request, inventory, hosts, ssh, False, stream, starter)
+    with hold_locks(ssh, hosts, "mixtral-run teardown") as locks:
+        if locks.problems:
+            raise HostError("Nothing was changed.", problems=[str(each) for each in locks.problems.values()])
+        for host, text in locks.notes.items():
+            print(f"{host.name}: {text}", file=stream, flush=True)
+        end = _play(request, inventory, hosts, ssh, False, stream, starter)
     done = {name for name, host in end.progress.hosts.items() if host.phase is Phase.DONE}
     if not request.tags:
         forget_hosts(host for host in hosts if host.inventory_name in done)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +19,15 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, find_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import find_job
+from mixtral_run.fleet.jobs.listing import SCRIPT, Listing, read_listing
+from mixtral_run.fleet.jobs.rsync import receive, why_not_here
 from mixtral_run.fleet.jobs.unpack import Received, free_bytes, size_text, unpack
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.untrusted import local_name, one_line
+from mixtral_run.run_lock import LOCK_NAME, one_run
 
+PREFIX = ".mixtral-run-fetch-"
 QUIET_SECONDS = 10.0
 """Interval between two lines of progress."""
 Say = Callable[[str], None]
@@ -76,8 +84,9 @@ def fetch(
 ) -> Path:
     """Copy a file or folder of a host to `target`, completely or not at all, and return `target`.
 
-    What the host sends is checked member by member (`unpack`) and must fit on the disk. With `overwrite`, an existing
-    `target` is replaced after everything has arrived.
+    What the host sends is checked file by file and must fit on the disk. With rsync on both sides, an interrupted fetch
+    leaves what has arrived, and the next one continues. With `overwrite`, an existing `target` is replaced after
+    everything has arrived.
 
     Raises:
         ConfigError: `target` exists and `overwrite` is False.
@@ -91,21 +100,39 @@ def fetch(
             where=str(target),
             next_command="another folder, or --overwrite",
         )
-    target.resolve().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".mixtral-run-fetch-", dir=target.resolve().parent))
-    new, old = work / "new", work / "old"
-    new.mkdir()
+    parent = target.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    reason: str | None = "kubectl copies without rsync"
+    listing = None
+    if isinstance(ssh, Ssh):
+        reason = why_not_here()
+        listing = None if reason else _list(ssh, host, path, name)
+    if isinstance(ssh, Ssh) and listing is not None:
+        received = _continue(ssh, host, path, listing, target, say)
+    else:
+        say(f"{reason or f'rsync is not installed on {host.name}'}: this fetch begins anew if it is interrupted.")
+        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            (work / "new").mkdir()
+            received = _receive(ssh, host, path, work / "new", say)
+            _put_in_place(work / "new" / name, target, work / "old")
+        finally:
+            # Not if the earlier content is still in it, because the disk refused to move it back.
+            if target.exists() or not (work / "old").exists():
+                shutil.rmtree(work, ignore_errors=True)
+    say(f"  {received} from {host.name}")
+    return target
+
+
+def _put_in_place(new: Path, target: Path, old: Path) -> None:
+    """Give what was fetched its name. What has the name is moved to `old`, and back if that fails."""
     try:
-        received = _receive(ssh, host, path, new, say)
         if target.exists():
             target.rename(old)
-        (new / name).rename(target)
+        new.rename(target)
     finally:
         if old.exists() and not target.exists():
             _put_back(old, target)
-        shutil.rmtree(work, ignore_errors=True)
-    say(f"  {received} from {host.name}")
-    return target
 
 
 def _put_back(old: Path, target: Path) -> None:
@@ -119,6 +146,78 @@ def _put_back(old: Path, target: Path) -> None:
             found=error.strerror,
             next_command=f"mv {old} {target}, which restores it, once the disk can be written to",
         ) from error
+
+
+def _list(ssh: Ssh, host: Host, path: str, name: str) -> Listing | None:
+    """Return the checked list of what is to be fetched; None if the host has no rsync."""
+    source = PurePosixPath(path)
+    argv = ["sh", "-c", SCRIPT, "fetch", str(source.parent), source.name]
+    with ssh.receive(host, argv) as stream, _refused(host, path):
+        return read_listing(stream, name)
+    raise AssertionError("receive() raises what the context raised")
+
+
+def _continue(ssh: Ssh, host: Host, path: str, listing: Listing, target: Path, say: Say) -> Received:
+    """Receive the listed files into a folder next to the target, which an interrupted fetch leaves for the next one."""
+    work = _work_folder(host, path, target)
+    with one_run(work / LOCK_NAME, "mixtral-run fetch", target):
+        new = work / "new"
+        new.mkdir(exist_ok=True)
+        listing.remove_others(new)
+        amount, (here, _) = listing.amount, listing.received(new)
+        limit = free_bytes(new) + here
+        if amount.num_bytes > limit:
+            raise HostError(
+                f"{path} of {host.name} does not fit here.",
+                where=str(target),
+                expected=f"at most {size_text(max(limit, 0))}",
+                found=str(amount),
+                next_command="free space here, or another folder",
+            )
+        say(f"… {amount} on {host.name}" + (f"; {size_text(here)} are here from an earlier fetch" if here else ""))
+        progress = _progress(say, limit)
+        try:
+            receive(
+                ssh, host, PurePosixPath(path).parent, listing, new,
+                lambda num_bytes: progress(Received(len(listing.files), num_bytes)),
+            )  # fmt: skip
+        except (HostError, KeyboardInterrupt):
+            say(f"What has arrived stays in {work}; the same command continues.")
+            raise
+        try:
+            with _refused(host, path):
+                listing.check_arrived(new)
+                listing.complete(new)
+        except HostError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        if target.exists():
+            shutil.rmtree(
+                work / "old", ignore_errors=True
+            )  # of an attempt that was killed while it replaced the target
+        _put_in_place(new / listing.name, target, work / "old")
+    shutil.rmtree(work, ignore_errors=True)
+    return amount
+
+
+def _work_folder(host: Host, path: str, target: Path) -> Path:
+    """Return a folder next to the target for this path of this host, new or from an interrupted fetch.
+
+    Raises ConfigError if another user could have written to it.
+    """
+    key = hashlib.sha256(json.dumps([host.target, path, target.name]).encode()).hexdigest()[:16]
+    work = target.resolve().parent / f"{PREFIX}{key}"
+    with contextlib.suppress(FileExistsError):
+        work.mkdir(mode=0o700)
+    status = work.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ConfigError(
+            "The folder of an interrupted fetch may have been written to by others.",
+            where=str(work),
+            expected="a folder of this user with mode 0700",
+            next_command=f"remove it: rm -r {work}",
+        )
+    return work
 
 
 def _receive(ssh: Source, host: Host, path: str, folder: Path, say: Say) -> Received:
@@ -142,7 +241,7 @@ def _refused(host: Host, path: str) -> Iterator[None]:
         raise HostError(
             f"{path} could not be fetched from {host.name}: what the host sent is refused.",
             where=host.target,
-            expected="a tar archive of one file or folder, with links only inside of it",
+            expected="one file or folder, with links only inside of it",
             found=str(error),
         ) from error
 

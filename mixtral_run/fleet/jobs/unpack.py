@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from mixtral_run.fleet.untrusted import MAX_PATH_BYTES, MAX_PATH_PARTS, folded, local_path, one_line
+from mixtral_run.fleet.jobs.links import Links, RefusedError
+from mixtral_run.fleet.untrusted import local_path, one_line
 
 MAX_MEMBERS = 200_000
 MAX_HEADER_BYTES = 1 << 20
@@ -29,10 +30,6 @@ BLOCK_BYTES = 1 << 20
 TAIL_BYTES = 2 * tarfile.RECORDSIZE
 """tarfile reads a stream in records. Its last header is in the last record, or begins in the one before."""
 GIB = 2**30
-
-
-class RefusedError(ValueError):
-    """A tar stream that is damaged or that asks for more than a folder of files."""
 
 
 @dataclass
@@ -118,10 +115,11 @@ class _Unpacker:
     files: set[PurePosixPath] = field(default_factory=set)
     folders: dict[PurePosixPath, float] = field(default_factory=dict)
     """Folders that were made, and their modification times."""
-    links: dict[PurePosixPath, str] = field(default_factory=dict)
-    """Symbolic links and their targets, to be created at the end."""
-    folded_links: set[PurePosixPath] = field(default_factory=set)
-    """The paths of `links` as a filesystem compares them that ignores case."""
+    links: Links = field(init=False)
+    """Symbolic links, to be created at the end."""
+
+    def __post_init__(self) -> None:
+        self.links = Links(self.name)
 
     def run(self) -> Received:
         reader = _BoundedReader(self.stream, MAX_HEADER_BYTES)
@@ -147,9 +145,10 @@ class _Unpacker:
                 _check_headers(header_bytes, archive)
                 reader.allowed = max(member.size, 0) + MAX_HEADER_BYTES
                 self._take(archive, member)
-        self._make_links()
+        self.links.check()
+        self.links.create(self._new_file)
         for path, modified in reversed(self.folders.items()):
-            _set_time(self.folder / path, modified)
+            set_time(self.folder / path, modified)
         if not os.path.lexists(self.folder / self.name):
             raise RefusedError(f"the archive does not hold {one_line(self.name)!r}")
         return self.received
@@ -160,9 +159,9 @@ class _Unpacker:
         if path.parts[0] != self.name:
             raise RefusedError(f"the archive holds {one_line(str(path), 80)!r}, expected only {one_line(self.name)!r}")
         for parent in path.parents:
-            if parent in self.files or self._is_link(parent):
+            if parent in self.files or parent in self.links:
                 raise RefusedError(f"{str(path)!r} is inside of something that is not a folder")
-        if path in self.files or path in self.links or path in self.folders:
+        if path in self.files or path in self.links.targets or path in self.folders:
             raise RefusedError(f"{str(path)!r} occurs twice")
         if member.isdir():
             with _taken(path):
@@ -171,7 +170,7 @@ class _Unpacker:
         elif member.isreg():
             self._write(archive, member, path)
         elif member.issym():
-            self._add_link(path, member.linkname)
+            self.links.add(path, member.linkname)
         elif member.islnk():
             self._link_to_file(path, local_path(member.linkname))
         else:
@@ -202,7 +201,7 @@ class _Unpacker:
             raise RefusedError(f"{str(path)!r} ends after {written:,} of {member.size:,} bytes")
         # No setuid, setgid or sticky bit, nothing that others may write; the owner can read and write.
         target.chmod(member.mode & 0o755 | 0o600)
-        _set_time(target, member.mtime)
+        set_time(target, member.mtime)
         self.files.add(path)
         self.received.num_files += 1
 
@@ -222,40 +221,6 @@ class _Unpacker:
         if os.path.lexists(target):
             raise RefusedError(f"{str(path)!r} occurs twice")
         return target
-
-    def _add_link(self, path: PurePosixPath, target: str) -> None:
-        if len(target) > MAX_PATH_BYTES or target.count("/") > MAX_PATH_PARTS:
-            raise RefusedError(
-                f"{str(path)!r} is a link to a path of more than {MAX_PATH_BYTES:,} bytes or {MAX_PATH_PARTS} parts"
-            )
-        self.links[path] = target
-        self.folded_links.add(folded(path))
-
-    def _is_link(self, path: PurePosixPath) -> bool:
-        return bool(self.folded_links) and folded(path) in self.folded_links
-
-    def _make_links(self) -> None:
-        for path, target in self.links.items():
-            self._check_link(path, target)
-        for path, target in self.links.items():
-            self._new_file(path).symlink_to(target)
-
-    def _check_link(self, path: PurePosixPath, target: str) -> None:
-        """Raise RefusedError unless a link stays within the folder `name` at every step and leads through no other."""
-        outside = RefusedError(f"{str(path)!r} is a link to {one_line(target)!r}, outside of {one_line(self.name)!r}")
-        if target.startswith("/") or not target:
-            raise outside
-        place = list(path.parent.parts)
-        steps = [step for step in target.split("/") if step not in ("", ".")]
-        for number, step in enumerate(steps, start=1):
-            if step == "..":
-                place = place[:-1]
-            else:
-                place.append(str(local_path(step)))
-            if not place or place[0] != self.name:
-                raise outside
-            if number < len(steps) and self._is_link(PurePosixPath(*place)):
-                raise RefusedError(f"{str(path)!r} is a link that leads through another link")
 
 
 def _check_headers(header_bytes: int, archive: tarfile.TarFile) -> None:
@@ -285,7 +250,8 @@ def _taken(path: PurePosixPath) -> Iterator[None]:
         raise RefusedError(f"{str(path)!r} is inside of something that is not a folder") from error
 
 
-def _set_time(path: Path, modified: float) -> None:
+def set_time(path: Path, modified: float) -> None:
+    """Set the modification time of a file or folder."""
     # A time that this filesystem cannot hold is no reason to lose the file.
     with contextlib.suppress(OSError, OverflowError, ValueError):
         os.utime(path, (modified, modified))

@@ -201,6 +201,13 @@ class Ssh:
         if problem is not None:
             raise problem
 
+    def start(self, host: Host, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command on a host, with pipes for its input and its two outputs, and return at once.
+
+        Ctrl-C in a terminal does not reach it. Its output is not checked and holds what the host sends.
+        """
+        return _start(ssh_argv(host, command, self.known_hosts), stdin=True, own_session=True)
+
     def stream(
         self,
         host: Host,

@@ -21,12 +21,13 @@ from mixtral_run.fleet.testhosts.shell import call, succeeds
 PACKAGE = Path(mixtral_run.__file__).parent
 # Found in a checkout and in an installed wheel alike.
 DOCKERFILE = provisioning_folder() / "roles/image/files/Dockerfile"
+SBOM = DOCKERFILE.with_name("sbom.py")
+LOCK = DOCKERFILE.with_name("locks") / "common.txt"
 REQUIREMENTS = provisioning_folder() / "roles/image/files/requirements.txt"
 CONSTRAINTS = provisioning_folder() / "constraints.txt"
-LIGHT = ("numpy", "click", "PyYAML", "rich")
-"""The packages that `mixtral-run --version` needs, and one with binaries. The image role's own scenario builds
-images from
-them; a host of the end-to-end test builds the whole image from wheels."""
+LIGHT = ("click", "markdown-it-py", "mdurl", "numpy", "pygments", "pyyaml", "rich")
+"""The packages that `mixtral-run --version` needs, and one with binaries. The image role's own scenario builds images
+from them, by their hashes; a host of the end-to-end test builds the whole image from wheels."""
 LIGHT_WHEELHOUSE = CACHE / "wheelhouse-light"
 BASE = "mixtral-run-test-base:bookworm"
 ARCHIVE_NAME = "mixtral-run:archive"
@@ -35,15 +36,17 @@ LAYERS_ON_HOST = f"{SHOWN_CACHE}/kit-layers.tar"
 
 
 def pinned(names: tuple[str, ...] | None = LIGHT) -> list[str]:
-    """Return the lines of the role's requirements for these packages; None selects all of them."""
-    lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
-    return [line for line in lines if names is None or line.split("==")[0] in names]
+    """Return the lines of the role's lock for these packages, with hashes. None: all requirements, without hashes."""
+    if names is None:
+        return [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+    lines = LOCK.read_text().replace("\\\n", "").splitlines()
+    return [" ".join(line.split()) for line in lines if line.split("==")[0] in names]
 
 
 def fill_wheelhouse(names: tuple[str, ...] | None = None) -> Path:
     """Download wheels once, for Debian 12's Python; torch for the CPU if pip finds it.
 
-    names: packages of the role's requirements, for LIGHT_WHEELHOUSE; None: the whole image, for WHEELHOUSE.
+    names: packages of the role's lock, for LIGHT_WHEELHOUSE; None: the whole image, for WHEELHOUSE.
     """
     folder = WHEELHOUSE if names is None else LIGHT_WHEELHOUSE
     recipe = "\n".join([*pinned(names), _constraints()]).encode()
@@ -56,10 +59,13 @@ def fill_wheelhouse(names: tuple[str, ...] | None = None) -> Path:
             # Not removed and made anew: hosts that run have it mounted.
             for old in folder.iterdir():
                 old.unlink()
+            # pip takes hashes from files only.
+            wanted = CACHE / f"{folder.name}.txt"
+            wanted.write_text("\n".join(pinned(names)) + "\n")
             call(
                 sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", folder,
                 "--python-version", "3.11", *(("--constraint", CONSTRAINTS) if CONSTRAINTS.is_file() else ()),
-                *pinned(names),
+                "--requirement", wanted,
             )  # fmt: skip
             marker.touch()
     return folder
@@ -75,7 +81,7 @@ def dependencies() -> str:
     Its layers are those of the finished image below the kit's own: a new version of the kit leaves them as they are.
     """
     below, _ = _halves_of_dockerfile()
-    recipe = "\n".join([below, *pinned(None), host_image("bookworm"), _constraints()])
+    recipe = "\n".join([below, *pinned(None), LOCK.read_text(), host_image("bookworm"), _constraints()])
     name = f"mixtral-run-test-dependencies:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     with (CACHE / "dependencies.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -98,7 +104,8 @@ def image_archive() -> Path:
     # Not its name: one that is built again has other layers.
     identity = call("docker", "image", "inspect", "--format", "{{.Id}}", below)
     contents = [f"{path.relative_to(PACKAGE)} ".encode() + path.read_bytes() for path in kit]
-    recipe = hashlib.sha256(b"".join([identity.encode(), DOCKERFILE.read_bytes(), *contents])).hexdigest()[:12]
+    contents += [path.read_bytes() for path in (DOCKERFILE, SBOM)]
+    recipe = hashlib.sha256(b"".join([identity.encode(), *contents])).hexdigest()[:12]
     archive, layers = CACHE / f"kit-image-{recipe}.tar", CACHE / f"kit-layers-{recipe}.tar"
     with (CACHE / "kit-image.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -138,16 +145,20 @@ def _build_dependencies(name: str, dockerfile: str) -> None:
         context = Path(folder)
         (context / "Dockerfile").write_text(dockerfile)
         (context / "requirements.txt").write_text("\n".join(pinned(None)) + "\n")
+        (context / "locks").mkdir()
+        shutil.copy(LOCK, context / "locks")
         (context / "ca").mkdir()
         (context / "ca/README.txt").touch()
         shutil.copytree(wheelhouse, context / "wheelhouse")
-        call("docker", "build", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", folder)
+        arguments = ("--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", f"LOCKS={LOCK.stem}")
+        call("docker", "build", "--tag", name, *arguments, folder)
 
 
 def _build_kit(below: str) -> None:
     with tempfile.TemporaryDirectory(prefix="mixtral-run-context-") as folder:
         context = Path(folder)
         (context / "Dockerfile").write_text(_halves_of_dockerfile()[1])
+        shutil.copy(SBOM, context)
         shutil.copytree(PACKAGE, context / "mixtral_run", ignore=shutil.ignore_patterns("__pycache__"))
         call("docker", "build", "--tag", ARCHIVE_NAME, "--build-arg", f"DEPENDENCIES={below}", folder)
 

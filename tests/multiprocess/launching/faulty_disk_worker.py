@@ -24,7 +24,7 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig
-from mixtral_run.errors import MixtralRunError, from_os_error
+from mixtral_run.errors import MixtralRunError, WeightsError, from_os_error
 from mixtral_run.fleet import state
 from mixtral_run.fleet.hosts import parse_host
 from mixtral_run.fleet.jobs.fetch import fetch
@@ -40,10 +40,14 @@ from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import open_checkpoint
-from mixtral_run.weights.manifest.describe import describe_adapter
+from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
+from mixtral_run.weights.quantized_cache.layout import check, find_caches
+from tests.multiprocess.verbs.test_export import write_adapter
 from tests.support.adapters import save_adapter
+from tests.support.quantized_cache import start
 from tests.support.tiny import write_tiny
-from tests.unit.fleet.hostile_tar import FILE, PEFT, stream
+from tests.unit.fleet.hostile_tar import FILE, LINK, PEFT, stream
+from tests.unit.fleet.jobs.test_listing import listed
 from tests.unit.model.recompute.test_recompute import model_of
 
 ONE = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
@@ -193,6 +197,60 @@ class Export(Scenario):
         return files_of(self.disk / "peft", "*.safetensors")
 
 
+class Merge(Scenario):
+    def prepare(self) -> None:
+        write_tiny(self.folder / "hf", num_shards=2, num_hidden_layers=1)
+        config = ConvertConfig(
+            hf_model_path=str(self.folder / "hf"), output_path=self.folder / "base", workers=1,
+            tensor_model_parallel_size=1, expert_model_parallel_size=1,
+        )  # fmt: skip
+        convert(config, Report.silent())
+        for number in (0, 1):
+            targets = ("linear_qkv", "linear_fc1")[: number + 1]
+            write_adapter(self.folder, self.folder / f"adapter-{number}", targets)
+        self._merge(0)
+
+    def write(self) -> None:
+        self._merge(1)
+
+    def _merge(self, number: int) -> None:
+        config = ExportConfig(
+            adapter=self.folder / f"adapter-{number}", hf_model_path=self.folder / "hf",
+            output_path=self.disk / "merged", merge=True, overwrite=True,
+        )  # fmt: skip
+        export(config, Report.silent())
+
+    def content(self) -> Content:
+        (self.disk / "merged" / "mixtral_run.json").read_text()
+        return files_of(self.disk / "merged", "*.safetensors")
+
+
+class QuantizedCache(Scenario):
+    """A cache that cannot be written ends no run; the warning has the system's word and the flag that does not try."""
+
+    def prepare(self) -> None:
+        write_tiny(self.folder / "hf", num_shards=1)
+        config = ConvertConfig(
+            hf_model_path=str(self.folder / "hf"), output_path=self.disk / "base", workers=1,
+            tensor_model_parallel_size=1, expert_model_parallel_size=1,
+        )  # fmt: skip
+        convert(config, Report.silent())
+
+    def write(self) -> None:
+        said = start(self.disk / "base").said
+        if "!" in said:
+            flag = "--quantized-cache use does not try"
+            raise WeightsError("No cache.", found=said, next_command=flag if flag in said else None)
+
+    def content(self) -> Content:
+        base = describe_base(self.disk / "base")
+        lookup = find_caches(base).get("fp8")
+        files = files_of(self.disk / "base", "*.distcp")
+        if lookup is None:
+            return {**files, "cache": "none"}
+        return {**files, "cache": "damaged" if lookup.cache is None or check(lookup.cache) else "whole"}
+
+
 class State(Scenario):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -232,8 +290,42 @@ class Fetch(Scenario):
         return files_of(here if here.exists() else aside[0], "*")
 
 
+class Continue(Fetch):
+    """Fetch with rsync. STAND-IN for rsync: it copies the files that it is asked for with plain writes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        os.environ["LISTING"] = str(folder / "listing")
+        os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def prepare(self) -> None:
+        super().prepare()
+        (self.folder / "bin").mkdir()
+        program = self.folder / "bin" / "rsync"
+        program.write_text(
+            '#!/bin/sh\ncase "$1" in --version) echo "rsync  version 3.2.7  protocol"; exit;; esac\n'
+            'for last; do :; done\ncat >/dev/null\nprintf 1234 > "$last/peft/a"; printf y > "$last/peft/b"\n'
+        )
+        program.chmod(0o755)
+        entries = [PEFT, ("peft/a", FILE, b"1234"), ("peft/b", FILE, b"y"), ("peft/l", LINK, "a")]
+        (self.folder / "listing").write_bytes(listed(entries))
+
+
 SCENARIOS = {
-    each.__name__: each for each in (Convert, ConvertBack, Save, SaveInBackground, SaveKilled, Export, State, Fetch)
+    each.__name__: each
+    for each in (
+        Convert,
+        ConvertBack,
+        Save,
+        SaveInBackground,
+        SaveKilled,
+        Export,
+        Merge,
+        QuantizedCache,
+        State,
+        Fetch,
+        Continue,
+    )
 }
 
 

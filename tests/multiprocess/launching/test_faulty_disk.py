@@ -36,8 +36,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("SaveInBackground", 11),
         ("SaveKilled", 7),
         ("Export", 2),
+        ("Merge", 19),
+        ("QuantizedCache", 13),
         ("State", 1),
         ("Fetch", 1),
+        ("Continue", 2),
     ],
 )
 def test_a_disk_that_fails_at_any_call(library: Path, tmp_path: Path, scenario: str, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from mixtral_run.cli.commands.teardown import teardown as command
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap import teardown as module
+from mixtral_run.fleet.bootstrap.host_lock import Held
 from mixtral_run.fleet.bootstrap.teardown import STAYS, Removal, TeardownRequest, listing, teardown
 from mixtral_run.fleet.hosts import Host, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.jobs import JobRow
@@ -63,6 +65,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(module, "Ssh", lambda: ssh)
     monkeypatch.setattr(module, "list_jobs", lambda *_: ([], []))
+    monkeypatch.setattr(module, "hold_locks", lambda *_: nullcontext(Held()))
 
 
 def run(answer: bool = True, starter: Any = StandInPlay, **settings: Any) -> tuple[Any, str, list[str]]:
@@ -174,3 +177,11 @@ def test_without_a_terminal_it_does_not_ask(hosts: None, monkeypatch: pytest.Mon
     assert isinstance(CliRunner().invoke(command, ["gpu-01", "--json"]).exception, ConfigError)
     done = CliRunner().invoke(command, ["gpu-01", "--yes", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["hosts"][0]["result"] == "done"
+
+
+def test_a_host_that_another_operator_changes_is_not_torn_down(hosts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = Held(problems={TWO: HostError("Another operator changes gpu-02 now.")})
+    monkeypatch.setattr(module, "hold_locks", lambda *_: nullcontext(taken))
+    with pytest.raises(HostError, match="Another operator changes gpu-02"):
+        run()
+    assert [play.check for play in StandInPlay.seen] == [True]

@@ -71,7 +71,12 @@ def test_the_image_gets_all_of_the_kit_and_nothing_else(tmp_path: Path, action: 
     for name in ("provisioning/roles/docker/tasks/main.yml", "__pycache__/x.pyc", "model/__pycache__/y.pyc"):
         (kit / name).parent.mkdir(parents=True, exist_ok=True)
         (kit / name).touch()
-    local = {"files_folder": str(ROOT / "roles/image/files"), "kit_folder": str(kit), "ca_bundle": ""}
+    local = {
+        "files_folder": str(ROOT / "roles/image/files"),
+        "kit_folder": str(kit),
+        "ca_bundle": "",
+        "require_hashes": True,
+    }
     context = action._context(local | {"requirements": []}, {"wheelhouse": "", "wheelhouse_on_host": False})
     sent = {name for name in context if name.startswith("mixtral_run/")}
     assert {"mixtral_run/model/kernels/csrc/product.cu", "mixtral_run/resources/instructions.jsonl"} < sent
@@ -84,6 +89,7 @@ def test_index_and_certificates_reach_the_build(
 ) -> None:
     (tmp_path / "own.crt").write_text("certificates of our own")
     local = {"files_folder": str(ROOT / "roles/image/files"), "kit_folder": str(ROOT / "mixtral_run")}
+    local["require_hashes"] = True
     local |= {"ca_bundle": str(tmp_path / "own.crt"), "requirements": ["torch==2.9"]}
     context = action._context(local, {"wheelhouse": "", "wheelhouse_on_host": False})
     with (tmp_path / "sent.tar").open("wb") as file:
@@ -91,11 +97,11 @@ def test_index_and_certificates_reach_the_build(
     builds = []
 
     def run(argv: list[str], **_: object) -> Result:
-        if argv[:2] == ["docker", "build"]:
+        if argv[:2] == ["docker", "build"] and "--build-arg" in argv:
             names = ("ca/ca-bundle.crt", "requirements.txt")
             builds.append((argv, [(Path(argv[-1]) / name).read_text() for name in names]))
-        there = builds and argv[1] == "image"
-        return Result(int(argv[1] == "image" and not builds), '[{"Id": "v1"}]' if there else "", "")
+        there = argv[1] == "image" and (builds or argv[-1] != "kit:local")
+        return Result(int(argv[1] == "image" and not there), '[{"Id": "v1"}]' if there else "", "")
 
     monkeypatch.setattr(MODULE, "run", run)
     monkeypatch.setattr(MODULE, "WORK_FOLDER", str(tmp_path / "build"))
@@ -117,11 +123,11 @@ def test_it_is_built_again_when_an_input_changed_and_only_then(tmp_path: Path, m
     engine: dict[str, str] = {}
 
     def run(argv: list[str], **_: object) -> Result:
-        if argv[:2] == ["docker", "build"]:
-            key, _, engine["hash"] = argv[argv.index("--label") + 1].partition("=")
-            assert key == MODULE.LABEL
+        if argv[:2] == ["docker", "build"] and "--label" in argv:
+            labels = dict(argv[place + 1].split("=", 1) for place, word in enumerate(argv) if word == "--label")
+            engine["hash"] = labels[MODULE.LABEL]
         image = [{"Id": "v1", "Config": {"Labels": {MODULE.LABEL: engine.get("hash")}}}]
-        return Result(int(argv[1] == "image" and not engine), json.dumps(image), "")
+        return Result(int(argv[1] == "image" and argv[-1] == "kit:local" and not engine), json.dumps(image), "")
 
     monkeypatch.setattr(MODULE, "run", run)
     monkeypatch.setattr(MODULE, "WORK_FOLDER", str(tmp_path / "build"))
@@ -130,7 +136,9 @@ def test_it_is_built_again_when_an_input_changed_and_only_then(tmp_path: Path, m
              "sent": str(tmp_path / "sent.tar")}  # fmt: skip
     changes: list[dict] = [
         {"inputs": "kit, edited"}, {"base_image": "base:2"}, {"pip_index_url": "https://index"}, {"uid": 1001},
-        {"torch_index_urls": {"cpu": "https://torch"}}, {"apt_packages": ["gcc"]},
+        {"torch_index_urls": {"cpu": "https://torch"}}, {"apt_packages": ["gcc=4:12.2"]},
+        {"base_image": "", "base_images": {"cpu": "base:3"}}, {"base_digests": {"cpu": "sha256:" + 64 * "0"}},
+        {"locks": {"common": False}},
     ]  # fmt: skip
     for change in [{}, *changes]:
         given |= change
