@@ -16,7 +16,7 @@ from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
 
 FOLDERS = ("load", "adapter", "init_adapter", "from_megatron", "hf_model_path", "against", "peft_path")
-FILES = ("data_path", "valid_data_path", "prompts_file")
+FILES = ("data_path", "valid_data_path", "prompts_file", "prompts")
 """Settings that name an input: a folder, or a file or folder."""
 
 

@@ -36,11 +36,11 @@ STOP_SECONDS = 330
 """Time that a job has to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
-OUTPUTS = ("save", "output_path", "work_path")
+OUTPUTS = ("save", "output_path", "work_path", "output")
 """Config fields that name the output of a job, in the order of preference."""
 WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file", "data_cache")
 """All config fields that name a path that a job writes. smoke also writes its --load."""
-LOCAL_INPUTS = ("prompts_file", "chat_template")
+LOCAL_INPUTS = ("prompts_file", "prompts", "chat_template")
 """Config fields, apart from those of data, whose file may be on the operator's machine. It is then sent to the host."""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")

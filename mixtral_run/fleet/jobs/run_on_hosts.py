@@ -6,7 +6,7 @@ import sys
 
 from mixtral_run.config.fields import Config
 from mixtral_run.fleet.jobs.job_log import JobFollower
-from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
+from mixtral_run.fleet.jobs.job_spec import OUTPUTS, JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import RunningJob, start
 
 
@@ -30,9 +30,7 @@ def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
         return job
     JobFollower(job, say=say).follow()
     say(f"✓ {job.name} is done")
-    output = next(
-        (str(path) for name in ("save", "output_path", "work_path") if (path := getattr(config, name, None))), None
-    )
+    output = next((str(path) for name in OUTPUTS if (path := getattr(config, name, None))), None)
     if output:
         place = output if output.startswith("/") else host_path(f"/checkpoints/{output}", options)
         say(f"  output: {place}; to copy it here: mixtral-run fetch {job.name}")
