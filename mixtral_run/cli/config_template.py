@@ -11,7 +11,7 @@ from typing import Any
 
 from mixtral_run.cli.command import SECTIONS
 from mixtral_run.config.fields import Config
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.plan import PlanConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, UpConfig
 from mixtral_run.config.trial import RehearseConfig, SmokeConfig
@@ -19,8 +19,8 @@ from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,
-    "pretrain": PretrainConfig, "generate": GenerateConfig, "export": ExportConfig, "smoke": SmokeConfig,
-    "rehearse": RehearseConfig,
+    "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "export": ExportConfig,
+    "smoke": SmokeConfig, "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""
 _ALTERNATIVE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from mixtral_run.cli.command import Option, WholeNumber
 if TYPE_CHECKING:
     from mixtral_run.config.fields import Config
 
-VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "export", "smoke", "rehearse")
+VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "chat", "export", "smoke", "rehearse")
 """Verbs that run on hosts."""
+INTERACTIVE = ("chat",)
+"""Those of them that read this terminal, and end with the connection."""
 
 _option = partial(click.option, cls=Option, section="On hosts")
 
@@ -102,6 +105,10 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job
 
     options = JobOptions(**given)
+    if verb in INTERACTIVE:
+        from mixtral_run.fleet.jobs.interactive import run_here
+
+        sys.exit(run_here(verb, config, options))
     hosts = [piece for word in options.on for piece in word.split(",") if piece]
     if len(hosts) > 1 and not isinstance(config, LaunchConfig):
         raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")

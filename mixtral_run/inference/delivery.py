@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from mixtral_run.inference.answers import Answer
-from mixtral_run.inference.text_stream import TextStream, text_of
+from mixtral_run.inference.text_stream import TextStream, printable, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,4 +71,4 @@ class Delivery:
             text += "\n"
             self._stream = None
         if text:
-            print(text, end="", file=self._live, flush=True)
+            print(printable(text), end="", file=self._live, flush=True)

@@ -18,6 +18,14 @@ def text_of(output: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_ids:
     return str(tokenizer.decode(list(output[:-1] if ends else output), skip_special_tokens=True)).strip()
 
 
+_CONTROL = {code: REPLACEMENT for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+def printable(text: str) -> str:
+    """Return text of a model without control characters, which could rewrite what a terminal shows."""
+    return text.translate(_CONTROL)
+
+
 class TextStream:
     """Text of a growing list of tokens. The parts together are `text_of` of all tokens.
 

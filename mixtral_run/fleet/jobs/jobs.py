@@ -17,6 +17,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import (
+    DETACHED,
     FACTS_SCRIPT,
     FIND_ENGINE,
     LABEL_JOB,
@@ -24,6 +25,7 @@ from mixtral_run.fleet.jobs.job_spec import (
     LABEL_OUTPUT,
     LABEL_VERB,
     STOP_SECONDS,
+    Container,
     HostFacts,
     JobOptions,
     JobSpec,
@@ -93,12 +95,9 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     ssh = ssh or Ssh()
     options.check()
     hosts = hosts_of(options.on, options.inventory, None)
-    name = f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
+    name = job_name(verb)
     make_spec(name, verb, config, options, len(hosts))
-    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options))
-    refused = [item for item in found if isinstance(item, HostError)]
-    _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
-    facts = [item for item in found if isinstance(item, HostFacts)]
+    facts = facts_of(hosts, options, ssh)
     if len(hosts) > 1 and not getattr(config, "nproc_per_node", None):
         check_same_gpus(facts, [host.name for host in hosts])
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
@@ -109,12 +108,25 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
     job = RunningJob(name, verb, hosts)
     try:
-        ssh.each(list(hosts), lambda host: _start_on(ssh, host, facts[hosts.index(host)], spec))
+        ssh.each(list(hosts), lambda host: start_on(ssh, host, facts[hosts.index(host)], spec))
     except BaseException:
         # The other hosts would wait for the one that cannot start the job.
         ssh.each(list(hosts), lambda host: engine(ssh, host, "rm", "--force", name))
         raise
     return job
+
+
+def facts_of(hosts: Sequence[Host], options: JobOptions, ssh: Ssh) -> list[HostFacts]:
+    """Return the facts about each host. Raises HostError if one of them cannot run a job with these options."""
+    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options))
+    refused = [item for item in found if isinstance(item, HostError)]
+    _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
+    return [item for item in found if isinstance(item, HostFacts)]
+
+
+def job_name(verb: str) -> str:
+    """Return a new name for a job."""
+    return f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
 
 
 def _refuse_same_output(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
@@ -198,7 +210,8 @@ def _raise_all(errors: Sequence[HostError], what: str) -> None:
         raise HostError(what, problems=[str(error) for error in errors])
 
 
-def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
+def send_files(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
+    """Write the settings and the sent files of a job into its folder on a host, and remove what old jobs left."""
     folder = f"{facts.folder}/{spec.name}"
     # The container runs with --user as the caller, who owns these files.
     ssh.check(host, ["mkdir", "-p", folder])
@@ -206,7 +219,12 @@ def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
     for file, name in spec.files:
         ssh.send(host, _write_argv(f"{folder}/{name}"), file)
     _forget_old(ssh, host, facts)
-    answer = ssh.run(host, container_argv(spec, facts), timeout_seconds=300)
+
+
+def start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, container: Container = DETACHED) -> None:
+    """Start the container of a job on one host. Raises HostError if it cannot start."""
+    send_files(ssh, host, facts, spec)
+    answer = ssh.run(host, container_argv(spec, facts, container), timeout_seconds=300)
     if answer.exit_code:
         raise HostError(
             f"The container of {spec.name} could not be started on {host.name}.",
