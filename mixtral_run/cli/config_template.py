@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.cli.command import SECTIONS
+from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.config.fields import Config
 from mixtral_run.config.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.plan import PlanConfig
@@ -19,13 +20,14 @@ from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,
-    "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig, "export": ExportConfig,
+    "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
+    "evaluate": EvaluateConfig, "export": ExportConfig,
     "smoke": SmokeConfig, "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""
 _ALTERNATIVE = {
     "convert": "hf_model_path", "finetune": "data_path", "pretrain": "data_path", "up": "data_path",
-    "generate": "prompt",
+    "generate": "prompt", "evaluate": "data_path",
 }  # fmt: skip
 """The setting that the template fills in where a verb needs one of several."""
 _WIDTH = 110

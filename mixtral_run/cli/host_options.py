@@ -15,7 +15,7 @@ from mixtral_run.cli.command import Option, WholeNumber
 if TYPE_CHECKING:
     from mixtral_run.config.fields import Config
 
-VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "chat", "export", "smoke", "rehearse")
+VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "chat", "evaluate", "export", "smoke", "rehearse")
 """Verbs that run on hosts."""
 INTERACTIVE = ("chat",)
 """Those of them that read this terminal, and end with the connection."""

@@ -19,8 +19,8 @@ FOREIGN_VERBS: dict[str, str] = {
     **dict.fromkeys(("talk", "ask", "interactive", "repl"), "mixtral-run chat --load MODEL --adapter ADAPTER"),
     **dict.fromkeys(("bash", "sh", "ssh", "exec", "attach"), "mixtral-run shell --on HOST"),
     **dict.fromkeys(
-        ("eval", "evaluate", "validate", "validation"),
-        "mixtral-run finetune … --valid-data-path FILE.jsonl, which reports the loss of a validation set",
+        ("eval", "validate", "validation", "score", "judge", "lm-eval"),
+        "mixtral-run evaluate --load MODEL --adapter ADAPTER --data-path FILE.jsonl",
     ),
     **dict.fromkeys(
         ("download", "pull", "import", "hf-to-megatron", "from-hf", "load"),

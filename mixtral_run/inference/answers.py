@@ -45,6 +45,7 @@ class AnswersFile:
         self._rows = [_hash(list(row)) for row in rows]
         whole, size = _whole_lines(file)
         self.num_done = self._check(whole)
+        file.parent.mkdir(parents=True, exist_ok=True)
         self._stream = file.open("ab")
         self._stream.truncate(size)
 
