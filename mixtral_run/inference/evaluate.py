@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,19 +15,16 @@ from mixtral_run.errors import Stopped
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
 from mixtral_run.inference.scores import Rouge, exact_match, open_rouge
-from mixtral_run.inference.session import Session, open_session
+from mixtral_run.inference.session import Session, as_model, models_of, open_session
 from mixtral_run.inference.test_set import Question, TestSet, open_test_set
 from mixtral_run.inference.text_stream import printable, text_of
 from mixtral_run.launch.stop_request import stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import open_mesh, sum_over
-from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.report import Report
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.validation import evaluating, micro_batch, rows_by_pass
 from mixtral_run.weights.io.files import write_atomically
-
-BASE, ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True)
@@ -94,16 +90,6 @@ def evaluate(config: EvaluateConfig) -> None:
             if config.json:
                 print(text, end="", flush=True)
             report.done("Evaluation complete" + (f": {config.output_file}" if config.output_file else ""))
-
-
-def models_of(session: Session) -> tuple[str, ...]:
-    """Return the models to evaluate: the base, and the base with the adapter."""
-    return (BASE, ADAPTER) if session.adapter is not None else (BASE,)
-
-
-def as_model(name: str, model: MixtralModel) -> Any:
-    """Return a context in which the model computes as the one of that name."""
-    return without_adapters(model) if name == BASE else nullcontext()
 
 
 def _on_test_set(

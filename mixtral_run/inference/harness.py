@@ -16,8 +16,7 @@ from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
-from mixtral_run.inference.evaluate import as_model, models_of
-from mixtral_run.inference.session import Session
+from mixtral_run.inference.session import Session, as_model, models_of
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.report import Report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from mixtral_run.config.generate import InferenceConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.report import Report
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
 from mixtral_run.train.data.templates.open_template import open_chat_template, template_of_adapter
@@ -21,6 +23,8 @@ from mixtral_run.train.model_limits import length_problems
 from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
 from mixtral_run.weights.manifest.adapter_files import report_without_checksums
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits, describe_base
+
+BASE, ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,13 @@ def open_session(config: InferenceConfig) -> Session:
         else template_of_adapter(config.chat_template, adapter.chat_template, tokenizer, config.adapter)
     )
     return Session(base, adapter, tokenizer, template, tuple(warnings))
+
+
+def models_of(session: Session) -> tuple[str, ...]:
+    """Return the models to evaluate: the base, and the base with the adapter."""
+    return (BASE, ADAPTER) if session.adapter is not None else (BASE,)
+
+
+def as_model(name: str, model: MixtralModel) -> AbstractContextManager[None]:
+    """Return a context in which the model computes as the one of that name."""
+    return without_adapters(model) if name == BASE else nullcontext()
