@@ -14,6 +14,7 @@ from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.config.fields import Config
 from mixtral_run.config.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.plan import PlanConfig
+from mixtral_run.config.serve import ServeConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, UpConfig
 from mixtral_run.config.trial import RehearseConfig, SmokeConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
@@ -21,7 +22,7 @@ from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,
     "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
-    "evaluate": EvaluateConfig, "export": ExportConfig,
+    "evaluate": EvaluateConfig, "serve": ServeConfig, "export": ExportConfig,
     "smoke": SmokeConfig, "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""

@@ -15,7 +15,19 @@ from mixtral_run.cli.command import Option, WholeNumber
 if TYPE_CHECKING:
     from mixtral_run.config.fields import Config
 
-VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "chat", "evaluate", "export", "smoke", "rehearse")
+VERBS = (
+    "convert",
+    "verify",
+    "finetune",
+    "pretrain",
+    "generate",
+    "chat",
+    "evaluate",
+    "serve",
+    "export",
+    "smoke",
+    "rehearse",
+)
 """Verbs that run on hosts."""
 INTERACTIVE = ("chat",)
 """Those of them that read this terminal, and end with the connection."""
@@ -109,6 +121,13 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
         from mixtral_run.fleet.jobs.interactive import run_here
 
         sys.exit(run_here(verb, config, options))
+    if verb == "serve" and getattr(config, "prove", None) is None:
+        from mixtral_run.config.serve import ServeConfig
+        from mixtral_run.fleet.jobs.serve import serve
+
+        assert isinstance(config, ServeConfig)
+        serve(config, options)
+        return
     hosts = [piece for word in options.on for piece in word.split(",") if piece]
     if len(hosts) > 1 and not isinstance(config, LaunchConfig):
         raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")

@@ -38,6 +38,7 @@ VERBS: dict[str, str] = {
     "generate": "Continue prompts with a base model, with or without an adapter.",
     "chat": "Talk with a base model, with or without an adapter, in a terminal.",
     "evaluate": "Measure a base model, and an adapter next to it, on a test set or with lm-eval.",
+    "serve": "Serve a model on a host with OpenAI's API, or prove that a server answers as generate does.",
     "export": "Write an adapter as a PEFT directory, or merged into an HF model.",
     "smoke": "Convert, train, fine-tune and generate on this machine; pass or fail.",
     "config": "Write a config file with all settings of a verb, commented.",

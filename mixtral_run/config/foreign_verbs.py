@@ -13,8 +13,12 @@ FOREIGN_VERBS: dict[str, str] = {
         "mixtral-run export --adapter ADAPTER --merge --hf-model-path MODEL --output-path FOLDER",
     ),
     **dict.fromkeys(
-        ("infer", "inference", "predict", "sample", "complete", "completion", "cli", "run", "api", "serve"),
+        ("infer", "inference", "predict", "sample", "complete", "completion", "cli", "run"),
         "mixtral-run generate --load MODEL --adapter ADAPTER --instruction TEXT",
+    ),
+    **dict.fromkeys(
+        ("api", "server", "vllm", "sglang", "start-server", "host"),
+        "mixtral-run serve --on HOST --load MODEL --adapter PEFT_DIRECTORY",
     ),
     **dict.fromkeys(("talk", "ask", "interactive", "repl"), "mixtral-run chat --load MODEL --adapter ADAPTER"),
     **dict.fromkeys(("bash", "sh", "ssh", "exec", "attach"), "mixtral-run shell --on HOST"),

@@ -31,7 +31,7 @@ def evaluate(config: EvaluateConfig) -> None:
     EVALUATE.import_ahead()
 
     with importing():
-        from mixtral_run.inference.evaluation_check import check_evaluation
+        from mixtral_run.inference.evaluation.check import check_evaluation
         from mixtral_run.planner.choose import settled
         from mixtral_run.train.preflight import with_base_here
 

@@ -28,7 +28,7 @@ def run_here(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = N
     spec = make_spec(job_name(verb), verb, config, options, 1)
     (facts,) = facts_of([host], options, ssh)
     send_files(ssh, host, facts, spec)
-    _remember(host, options)
+    remember(host, options)
     return _call(host, attached_argv(spec, facts, host, ssh.known_hosts))
 
 
@@ -47,7 +47,7 @@ def run_shell(options: JobOptions, words: tuple[str, ...], *, dry_run: bool, ssh
         print(shlex.join(argv))
         return 0
     send_files(ssh, host, facts, spec)
-    _remember(host, options)
+    remember(host, options)
     return _call(host, argv)
 
 
@@ -69,7 +69,8 @@ def attached_argv(
     return terminal_argv(host, container_argv(spec, facts, container), known_hosts, terminal=terminal)
 
 
-def _remember(host: Host, options: JobOptions) -> None:
+def remember(host: Host, options: JobOptions) -> None:
+    """Remember a host that ran something, unless an inventory names it."""
     if options.inventory is None and not inventory_entry_of(host, remembered_hosts()):
         remember_hosts([host])
 

@@ -116,9 +116,9 @@ def start(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None
     return job
 
 
-def facts_of(hosts: Sequence[Host], options: JobOptions, ssh: Ssh) -> list[HostFacts]:
+def facts_of(hosts: Sequence[Host], options: JobOptions, ssh: Ssh, *, needs_image: bool = True) -> list[HostFacts]:
     """Return the facts about each host. Raises HostError if one of them cannot run a job with these options."""
-    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options))
+    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options, needs_image=needs_image))
     refused = [item for item in found if isinstance(item, HostError)]
     _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
     return [item for item in found if isinstance(item, HostFacts)]
@@ -148,7 +148,7 @@ def _refuse_same_output(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
         )
 
 
-def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | HostError:
+def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image: bool) -> HostFacts | HostError:
     arguments = ["sh", "-c", FACTS_SCRIPT, "facts", options.checkpoints_folder, options.image]
     answer = ssh.run(host, arguments)
     if answer.exit_code == 255:
@@ -159,7 +159,7 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
         facts, lines = parse_facts(answer.output)
     except ValueError as error:
         return _odd_answer(host, "cannot run jobs", str(error))
-    if lines["image"] != "1":
+    if needs_image and lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
             where=host.target,

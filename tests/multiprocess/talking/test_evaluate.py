@@ -11,8 +11,8 @@ import torch
 from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
-from mixtral_run.inference import evaluation_check, scores
-from mixtral_run.inference.evaluate import evaluate
+from mixtral_run.inference.evaluation import check, scores
+from mixtral_run.inference.evaluation.evaluate import evaluate
 from mixtral_run.train.loop import finetune
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.talking.conftest import Adapted, Oracle, rendered
@@ -126,24 +126,38 @@ def test_everything_that_is_missing_is_reported_at_once(
     adapted: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"foo": 1}\n')
-    for module in (scores, evaluation_check):
-        monkeypatch.setattr(module, "find_spec", lambda _: None)
+    monkeypatch.setattr(check, "find_spec", lambda _: None)
     config = EvaluateConfig(
         load=adapted.base, adapter=tmp_path / "none", data_path=(str(tmp_path / "bad.jsonl"),), tasks=("hellaswag",),
         output_file=tmp_path, nproc_per_node=1, **ONE,
     )  # fmt: skip
     with pytest.raises(MixtralRunError) as caught:
-        evaluation_check.check_evaluation(config)
+        check.check_evaluation(config)
     text = str(caught.value)
-    for part in ("none", "'foo'", "rouge-score", "pip install 'lm_eval", "--output-file"):
+    for part in ("none", "'foo'", "pip install 'lm_eval", "--output-file"):
         assert part in text, part
 
 
 def test_rouge_l_of_texts_by_hand() -> None:
     """2 · LCS / (words + words), with words of every script."""
     rouge = scores.open_rouge()
+    assert rouge is not None
     assert rouge("the cat sat", "The cat ran") == pytest.approx(2 * 2 / 6)
     assert rouge("Größe der Straße", "größe straße") == pytest.approx(2 * 2 / 5)
     assert rouge("слон идёт", "идёт слон") == pytest.approx(0.5)
     assert (rouge("...", "..."), rouge("...", "!"), rouge("a", "")) == (1, 0, 0)
     assert scores.exact_match(" a b\n", "a b") and not scores.exact_match("a b", "a  b")
+
+
+def test_without_rouge_score_the_other_measures_are_reported(
+    adapted: Adapted, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scores, "find_spec", lambda _: None)
+    result = tmp_path / "result.json"
+    config = EvaluateConfig(
+        load=adapted.base, data_path=(str(pairs),), max_new_tokens=2, num_answers=1, output_file=result, **ONE
+    )
+    evaluate(config)
+    found = json.loads(result.read_text())["models"]["base"]
+    assert (found["rouge_l"], found["exact_match"]) == (None, 0)
+    assert "pip install 'rouge-score" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     monkeypatch.setattr(interactive, "facts_of", lambda *_: [FACTS])
     monkeypatch.setattr(interactive, "send_files", lambda *words: found.append([words[-1].config_json()]))
     monkeypatch.setattr(interactive, "hosts_of", lambda words, *_: (HOST,) * len(words))
-    monkeypatch.setattr(interactive, "_remember", lambda *_: None)
+    monkeypatch.setattr(interactive, "remember", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", _Terminal())
     return found
 

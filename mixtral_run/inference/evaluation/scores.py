@@ -6,22 +6,12 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from mixtral_run.errors import ConfigError
-
 Rouge = Callable[[str, str], float]
 """Takes reference and answer, returns ROUGE-L's F measure."""
 _WORD = re.compile(r"\w+")
 
 
-def check_rouge() -> None:
-    """Raise ConfigError if rouge-score is not installed."""
-    if find_spec("rouge_score") is None:
-        raise ConfigError(
-            "Answers cannot be compared: ROUGE-L needs a package that is not installed here.",
-            expected="the extra `evaluate` of mixtral-run: rouge-score",
-            found="no module named 'rouge_score'",
-            next_command="pip install 'rouge-score>=0.1.2'; or --no-answers, which computes the loss alone",
-        )
+NO_ROUGE = "ROUGE-L is left out: it needs a package that is not installed here; pip install 'rouge-score>=0.1.2'"
 
 
 class _Words:
@@ -31,8 +21,13 @@ class _Words:
         return _WORD.findall(text.casefold())
 
 
-def open_rouge() -> Rouge:
-    """Return the function that computes ROUGE-L (Lin 2004), from 0 to 1. Two texts without a word are equal: 1."""
+def open_rouge() -> Rouge | None:
+    """Return the function that computes ROUGE-L (Lin 2004), from 0 to 1; None if rouge-score is not installed.
+
+    Of two texts without a word it is 1 if they are equal, else 0.
+    """
+    if find_spec("rouge_score") is None:
+        return None
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer, words = RougeScorer(["rougeL"], tokenizer=_Words()), _Words()

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
-from mixtral_run.inference.scores import check_rouge
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.preflight import check_inference
 from mixtral_run.weights.io.atomic_folder import writing_problems
@@ -21,7 +20,6 @@ def check_evaluation(config: EvaluateConfig) -> None:
     checks: list[Callable[[], object]] = [lambda: check_inference(config, "evaluate")]
     if config.data_path:
         checks.append(lambda: read_examples(config.data_path, options, "data_path").check())
-        checks += [check_rouge] if config.answers else []
     if config.tasks:
         checks.append(check_harness)
     for check in checks:

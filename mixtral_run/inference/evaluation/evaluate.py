@@ -14,9 +14,9 @@ from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.errors import Stopped
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
-from mixtral_run.inference.scores import Rouge, exact_match, open_rouge
+from mixtral_run.inference.evaluation.scores import NO_ROUGE, Rouge, exact_match, open_rouge
+from mixtral_run.inference.evaluation.test_set import Question, TestSet, open_test_set
 from mixtral_run.inference.session import Session, as_model, models_of, open_session
-from mixtral_run.inference.test_set import Question, TestSet, open_test_set
 from mixtral_run.inference.text_stream import printable, text_of
 from mixtral_run.launch.stop_request import stop_requests
 from mixtral_run.model.mixtral import MixtralModel
@@ -33,14 +33,14 @@ class Judged:
 
     text: str
     exact: bool
-    rouge_l: float
+    rouge_l: float | None
     loss: float
     finished: bool
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What one model reaches on the test set. exact_match and rouge_l: None if no answer was generated."""
+    """What one model reaches on the test set. None: no answer was generated, or it is not known."""
 
     loss: float
     perplexity: float
@@ -79,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if data is not None:
             document |= _on_test_set(config, session, model, data, questions, report)
         if config.tasks:
-            from mixtral_run.inference.harness import run_tasks
+            from mixtral_run.inference.evaluation.harness import run_tasks
 
             document["tasks"] = run_tasks(config, session, model, report)
         if mesh.is_first:
@@ -103,6 +103,8 @@ def _on_test_set(
     """Evaluate on the test set, print the tables, and return the part of the document. All ranks must call."""
     found: dict[str, Evaluation] = {}
     rouge = open_rouge() if questions else None
+    if questions and rouge is None:
+        report.warn(NO_ROUGE)
     with stop_requests(model.mesh) as stop:
         for name in models_of(session):
             with as_model(name, model), report.progress(len(data.samples) + len(questions), name, "examples") as bar:
@@ -197,20 +199,18 @@ def _evaluation(
     samples, stop_ids = data.samples, session.template.stop_ids
     answers = []
     for question, output in zip(questions, outputs, strict=True):
-        assert rouge is not None
         text = text_of(output, session.tokenizer, stop_ids)
         loss = losses[question.index] / samples.num_loss_tokens(question.index)
         finished = bool(output) and output[-1] in stop_ids
-        answers.append(
-            Judged(text, exact_match(question.reference, text), rouge(question.reference, text), loss, finished)
-        )
+        score = rouge(question.reference, text) if rouge is not None else None
+        answers.append(Judged(text, exact_match(question.reference, text), score, loss, finished))
     mean = math.fsum(losses) / samples.num_loss_tokens_total
     count = len(answers)
     totals = Totals(
         mean,
         math.exp(min(mean, 700.0)),
         sum(each.exact for each in answers) / count if count else None,
-        math.fsum(each.rouge_l for each in answers) / count if count else None,
+        math.fsum(each.rouge_l or 0.0 for each in answers) / count if count and rouge is not None else None,
     )
     return Evaluation(totals, tuple(answers))
 
@@ -224,22 +224,28 @@ def _print(config: EvaluateConfig, found: dict[str, Evaluation], questions: Sequ
     if questions:
         rows += [
             ("exact match", *(f"{each.totals.exact_match:.1%}" for each in found.values())),
-            ("ROUGE-L", *(f"{each.totals.rouge_l:.4f}" for each in found.values())),
+            ("ROUGE-L", *(_score(each.totals.rouge_l, 4) for each in found.values())),
         ]
     report.table(("", *found), rows)
     last = list(found)[-1]
     judged = found[last].answers
-    worst = sorted(range(len(judged)), key=lambda at: (judged[at].rouge_l, -judged[at].loss))[: config.num_worst]
+    worst = sorted(range(len(judged)), key=lambda at: (judged[at].exact, judged[at].rouge_l or 0.0, -judged[at].loss))[
+        : config.num_worst
+    ]
     if worst:
         cells = [
             (
-                questions[at].place, f"{judged[at].rouge_l:.2f}", f"{judged[at].loss:.3f}", _short(questions[at].text),
+                questions[at].place, _score(judged[at].rouge_l, 2), f"{judged[at].loss:.3f}", _short(questions[at].text),
                 _short(questions[at].reference), _short(judged[at].text),
             )
             for at in worst
         ]  # fmt: skip
         columns = ("example", "ROUGE-L", "loss", "question", "expected", "answer")
         report.table(columns, cells, title=f"Worst answers of the {last}")
+
+
+def _score(score: float | None, digits: int) -> str:
+    return "not known" if score is None else f"{score:.{digits}f}"
 
 
 def _short(text: str) -> str:
