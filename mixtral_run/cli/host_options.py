@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixtral_run.cli.command import Option, WholeNumber
+from mixtral_run.cli.completion import complete_hosts
 
 if TYPE_CHECKING:
     from mixtral_run.config.fields import Config
@@ -39,6 +40,7 @@ _TARGET: tuple[Callable[..., Any], ...] = (
         "--on",
         multiple=True,
         metavar="HOST,…",
+        shell_complete=complete_hosts,
         help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host.",
     ),
     _option("-i", "--inventory", type=click.Path(path_type=Path), help="With --on: Ansible inventory that names HOST."),

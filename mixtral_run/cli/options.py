@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, Option
+from mixtral_run.cli.completion import complete_choices, complete_value
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
@@ -159,10 +161,14 @@ def _option(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidden:
         return click.option(flag, item.name, is_flag=True, flag_value=True, default=None, **settings)
     if typing.get_origin(wanted) is tuple:
         if choices:
-            return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", **settings)
+            complete = complete_choices(choices)
+            return click.option(
+                flag, item.name, type=_comma_separated, metavar="NAME,…", shell_complete=complete, **settings
+            )
         return click.option(flag, item.name, type=_Value(typing.get_args(wanted)[0]), multiple=True, **settings)
     if choices:
-        return click.option(flag, item.name, metavar="|".join(choices), **settings)
+        complete = complete_choices(choices)
+        return click.option(flag, item.name, metavar="|".join(choices), shell_complete=complete, **settings)
     return click.option(flag, item.name, type=_Value(wanted), **settings)
 
 
@@ -208,6 +214,10 @@ class _Value(click.ParamType[Any]):
             return self._wanted(value) if self._wanted in (int, float) else value
         except ValueError:
             return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        del ctx
+        return complete_value(self._wanted, str(param.name), incomplete)
 
 
 def _comma_separated(value: str | tuple[str, ...]) -> tuple[str, ...]:

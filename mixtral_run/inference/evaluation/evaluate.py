@@ -229,19 +229,20 @@ def _print(config: EvaluateConfig, found: dict[str, Evaluation], questions: Sequ
     report.table(("", *found), rows)
     last = list(found)[-1]
     judged = found[last].answers
-    worst = sorted(range(len(judged)), key=lambda at: (judged[at].exact, judged[at].rouge_l or 0.0, -judged[at].loss))[
-        : config.num_worst
-    ]
+    worst = sorted(range(len(judged)), key=lambda at: _rank(judged[at]))[: config.num_worst]
     if worst:
         cells = [
-            (
-                questions[at].place, _score(judged[at].rouge_l, 2), f"{judged[at].loss:.3f}", _short(questions[at].text),
-                _short(questions[at].reference), _short(judged[at].text),
-            )
+            [questions[at].place, _score(judged[at].rouge_l, 2), f"{judged[at].loss:.3f}"]
+            + [_short(text) for text in (questions[at].text, questions[at].reference, judged[at].text)]
             for at in worst
-        ]  # fmt: skip
+        ]
         columns = ("example", "ROUGE-L", "loss", "question", "expected", "answer")
         report.table(columns, cells, title=f"Worst answers of the {last}")
+
+
+def _rank(answer: Judged) -> tuple[bool, float, float]:
+    """Return a key that sorts the worst answers first."""
+    return answer.exact, answer.rouge_l or 0.0, -answer.loss
 
 
 def _score(score: float | None, digits: int) -> str:
