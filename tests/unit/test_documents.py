@@ -106,6 +106,7 @@ FOREIGN_FLAGS = {
     "--extra-index-url",
     "--index-url",
     "--max-lora-rank",
+    "--max-model-len",
     "--layers",
     "--hidden-size",
     "--ffn-hidden-size",
