@@ -47,8 +47,8 @@ class Gaps:
 def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.lora import MODULES, build_ours, write_profile
     from mixtral_run.config.launch import LaunchConfig
+    from mixtral_run.inference.continuation import Sampling, continue_rows
     from mixtral_run.inference.decode import Decoding
-    from mixtral_run.inference.generate import Sampling, continue_rows
     from mixtral_run.model.parallel.mesh import open_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,12 +60,12 @@ def run_ours(rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
         prompts = random_prompts(rows)
         kind = Decoding if arguments.child == "launched" else None
 
-        def generated(count: int, on_token: Callable[[object], None] | None = None) -> None:
+        def generated(count: int, on_pass: Callable[..., None] | None = None) -> None:
             # No token is the end.
-            continue_rows(model, prompts, (), Sampling(count, 0.0, 1.0, 1), on_token, kind)
+            continue_rows(model, prompts, (), Sampling(count, 0.0, 1.0, 1), on_pass, kind)
 
         gaps = Gaps()
-        generated(arguments.tokens, gaps.put)
+        generated(arguments.tokens, lambda *_: gaps.put(None))
         if arguments.profile is not None:
             # All of them take the steps: they exchange.
             path = arguments.profile.with_stem(f"{arguments.profile.stem}-{rows}") if mesh.is_first else None

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.cli.command import SECTIONS
+from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.config.fields import Config
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.plan import PlanConfig
+from mixtral_run.config.serve import ServeConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, UpConfig
 from mixtral_run.config.trial import RehearseConfig, SmokeConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,
-    "pretrain": PretrainConfig, "generate": GenerateConfig, "export": ExportConfig, "smoke": SmokeConfig,
-    "rehearse": RehearseConfig,
+    "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
+    "evaluate": EvaluateConfig, "serve": ServeConfig, "export": ExportConfig,
+    "smoke": SmokeConfig, "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""
 _ALTERNATIVE = {
     "convert": "hf_model_path", "finetune": "data_path", "pretrain": "data_path", "up": "data_path",
-    "generate": "prompt",
+    "generate": "prompt", "evaluate": "data_path",
 }  # fmt: skip
 """The setting that the template fills in where a verb needs one of several."""
 _WIDTH = 110

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixtral_run.cli.command import Option, WholeNumber
+from mixtral_run.cli.completion import complete_hosts
 
 if TYPE_CHECKING:
     from mixtral_run.config.fields import Config
 
-VERBS = ("convert", "verify", "finetune", "pretrain", "generate", "export", "smoke", "rehearse")
+VERBS = (
+    "convert",
+    "verify",
+    "finetune",
+    "pretrain",
+    "generate",
+    "chat",
+    "evaluate",
+    "serve",
+    "export",
+    "smoke",
+    "rehearse",
+)
 """Verbs that run on hosts."""
+INTERACTIVE = ("chat",)
+"""Those of them that read this terminal, and end with the connection."""
 
 _option = partial(click.option, cls=Option, section="On hosts")
 
@@ -33,6 +49,7 @@ _TARGET: tuple[Callable[..., Any], ...] = (
         "--on",
         multiple=True,
         metavar="HOST,…",
+        shell_complete=complete_hosts,
         help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host. any: on the first "
         "host of the fleet, or of -i INVENTORY, that is free.",
     ),
@@ -136,6 +153,17 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job
 
     options = JobOptions(**given)
+    if verb in INTERACTIVE:
+        from mixtral_run.fleet.jobs.interactive import run_here
+
+        sys.exit(run_here(verb, config, options))
+    if verb == "serve" and getattr(config, "prove", None) is None:
+        from mixtral_run.config.serve import ServeConfig
+        from mixtral_run.fleet.jobs.serve import serve
+
+        assert isinstance(config, ServeConfig)
+        serve(config, options)
+        return
     hosts = [piece for word in options.on for piece in word.split(",") if piece]
     if len(hosts) > 1 and not isinstance(config, LaunchConfig):
         raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")

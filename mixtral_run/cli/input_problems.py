@@ -21,7 +21,7 @@ from mixtral_run.config.training import TrainingConfig
 from mixtral_run.errors import MixtralRunError
 
 FOLDERS = ("load", "adapter", "init_adapter", "from_megatron", "hf_model_path", "against", "peft_path")
-FILES = ("data_path", "valid_data_path", "prompts_file")
+FILES = ("data_path", "valid_data_path", "prompts_file", "prompts")
 """Settings that name an input: a folder, or a file or folder."""
 LARGEST_READ = 2**26
 """Bytes of data files up to which their content is read before an error of the settings: about a second."""

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mixtral_run.cli.command import Option
+from mixtral_run.cli.completion import complete_choices, complete_value
 from mixtral_run.config.fields import flag_of, plain_type
 
 BY_FLAG = "_by_flag"
@@ -36,13 +38,15 @@ def option_of(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidde
         return click.option(flag, item.name, is_flag=True, flag_value=True, default=None, **settings)
     if typing.get_origin(wanted) is tuple:
         if choices:
-            return click.option(flag, item.name, type=_comma_separated, metavar="NAME,…", **settings)
+            settings |= {"type": _comma_separated, "shell_complete": complete_choices(choices)}
+            return click.option(flag, item.name, metavar="NAME,…", **settings)
         return click.option(flag, item.name, type=_Value(typing.get_args(wanted)[0]), multiple=True, **settings)
     if item.metadata["bare"]:
         others = [each for each in choices if each != item.metadata["bare"]]
         settings |= {"bare": item.metadata["bare"], "values": choices}
         return click.option(flag, item.name, metavar=f"[{'|'.join(others)}]", **settings)
     if choices:
+        settings["shell_complete"] = complete_choices(choices)
         return click.option(flag, item.name, metavar="|".join(choices), **settings)
     return click.option(flag, item.name, type=_Value(wanted), **settings)
 
@@ -89,6 +93,10 @@ class _Value(click.ParamType[Any]):
             return self._wanted(value) if self._wanted in (int, float) else value
         except ValueError:
             return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        del ctx
+        return complete_value(self._wanted, str(param.name), incomplete)
 
 
 def _comma_separated(value: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.fields import COMPARISON, LAYOUT, OUTPUT, PROCESSES, Config, setting
+from mixtral_run.config.hub_names import may_be_hub_name
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig, ParallelConfig
 
 
@@ -119,10 +120,30 @@ class ExportConfig(Config):
     output_path: Path = setting(help="Folder to write; must be empty or new.", section=OUTPUT)
     format: str = setting(
         "peft",
-        help="peft: one pair of matrices per expert, which PEFT converts when it loads them. peft-fused: PEFT's own "
-        "stacked form. vllm: all three matrices of every expert.",
+        help="peft: for PEFT; one pair of matrices per expert, which PEFT converts when it loads them. peft-fused: for "
+        "PEFT only; its own stacked form, which vLLM reads wrongly. vllm: for vLLM, SGLang and `serve`; all three "
+        "matrices of every expert.",
         choices=("peft", "peft-fused", "vllm"),
         section=OUTPUT,
     )
-    merge: bool = setting(False, help="Write a full HF model with the adapter merged in, streamed.", section=OUTPUT)
+    merge: bool = setting(
+        False, help="Write a full HF model with the adapter merged in, streamed, for every program.", section=OUTPUT
+    )
     overwrite: bool = setting(False, help="Replace an earlier export in the output folder.", section=OUTPUT)
+    push: str | None = setting(
+        None,
+        help="OWNER/NAME on the hub to upload the export to. The repository is made if there is none, and private.",
+        section=OUTPUT,
+    )
+    push_public: bool = setting(False, help="With --push: everybody may see the repository.", section=OUTPUT)
+    hf_token_file: Path | None = setting(
+        None, help="With --push: file that holds the token. Default: this user's login.", section=OUTPUT
+    )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.push is not None and not may_be_hub_name(self.push):
+            found.append(f"--push: expected OWNER/NAME; found {self.push!r}")
+        if self.push is None and (self.push_public or self.hf_token_file is not None):
+            found.append("--push-public and --hf-token-file: expected --push NAME with them; found none")
+        return found

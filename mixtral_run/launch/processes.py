@@ -27,6 +27,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.launch.hang_watch import watching
 from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE
 from mixtral_run.launch.parent_death import FORK_SERVER_PARENT
+from mixtral_run.launch.terminal import is_lent
 from mixtral_run.launch.worker_errors import collect_error
 
 SHUTDOWN_SECONDS = 300
@@ -186,6 +187,8 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             start_method="forkserver",
+            # A process that has the terminal decides what Ctrl-C means.
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT" if is_lent() else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         )
         try:
             with watching(Path(folder)) as watch:

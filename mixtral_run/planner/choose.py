@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.generate import InferenceConfig
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.training import RECOMPUTE, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
@@ -31,7 +31,7 @@ from mixtral_run.planner.suggestions import remedies
 from mixtral_run.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
-JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
+JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
 
 def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfigT:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import SETTINGS_ERROR
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.generate import GenerateConfig, InferenceConfig
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
@@ -20,6 +20,7 @@ from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
 from mixtral_run.train.checkpoints.run_folder import PARTIAL, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
+from mixtral_run.train.data.reading.prompts import read_prompts
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.data.templates.open_template import file_problems
@@ -40,7 +41,7 @@ from mixtral_run.weights.manifest.describe import (
 )
 from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
-JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | GenerateConfig)
+JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
 _NOTHING_TO_RESUME = "--resume: found no checkpoint"
 _NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
@@ -89,13 +90,13 @@ def with_base_here(config: JobConfigT) -> JobConfigT:
     return with_models_here(config, report, lambda model: _check_before_download(config, model))
 
 
-def _check_before_download(config: TrainingConfig | GenerateConfig, model: HubModel) -> None:
+def _check_before_download(config: TrainingConfig | InferenceConfig, model: HubModel) -> None:
     base = BaseDescription(Path(model.name), model.architecture, model.dtype, UNKNOWN_FINGERPRINT)
     config = settled(config, base)
     if isinstance(config, TrainingConfig):
         errors = _errors(config, processes.process_count(config), base, reads_data=True)
     else:
-        errors = _start_errors(config)
+        errors = _start_errors(config) + _prompt_errors(config)
         problems = layout_problems(config, base)
         errors += [ConfigError(SETTINGS_ERROR, problems=problems)] if problems else []
     if errors:
@@ -282,9 +283,27 @@ def leftovers(save: Path) -> list[Path]:
     return [save / name for name in ALL_FILES if (save / name).exists()] + [*save.glob(PARTIAL)]
 
 
-def check_inference(config: GenerateConfig) -> None:
-    """Check base, layout and adapter. Raises one error with all problems."""
-    errors = _start_errors(config)
+def _prompt_errors(config: InferenceConfig) -> list[MixtralRunError]:
+    """Return what is wrong with the files of prompts and answers of `generate`."""
+    errors: list[MixtralRunError] = []
+    if not isinstance(config, GenerateConfig):
+        return errors
+    if config.prompts is not None:
+        try:
+            read_prompts(config.prompts)
+        except MixtralRunError as error:
+            errors.append(error)
+    if config.output is not None:
+        flag = f"--output {config.output}"
+        problems = writing_problems(config.output.parent, flag) + lock_problems(lock_file_of(config.output), flag)
+        problems += [f"{flag}: expected a file; found a folder"] if config.output.is_dir() else []
+        errors += [ConfigError(SETTINGS_ERROR, problems=problems)] if problems else []
+    return errors
+
+
+def check_inference(config: InferenceConfig, verb: str = "generate") -> None:
+    """Check base, layout, adapter, and files of prompts and answers. Raises one error with all problems."""
+    errors = _start_errors(config) + _prompt_errors(config)
     problems = file_problems(config.chat_template)
     try:
         base = describe_base(config.load)
@@ -294,7 +313,7 @@ def check_inference(config: GenerateConfig) -> None:
     except MixtralRunError as error:
         errors.append(error)
     if problems:
-        errors.append(ConfigError(SETTINGS_ERROR, problems=problems, next_command="mixtral-run generate --help"))
+        errors.append(ConfigError(SETTINGS_ERROR, problems=problems, next_command=f"mixtral-run {verb} --help"))
     if errors:
         raise joined(errors)
-    report_notes(base, Report.on_stderr() if config.json else Report())
+    report_notes(base, Report.on_stderr() if getattr(config, "json", False) else Report())

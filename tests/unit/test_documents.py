@@ -115,6 +115,7 @@ FOREIGN_FLAGS = {
     "--no-deps",
     "--require-hashes",
     "--max-lora-rank",
+    "--max-model-len",
     "--layers",
     "--hidden-size",
     "--ffn-hidden-size",

@@ -8,14 +8,21 @@ from pathlib import Path
 import click
 
 from mixtral_run.cli.command import Option, VerbCommand, WholeNumber
+from mixtral_run.cli.completion import complete_hosts
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _output = partial(click.option, cls=Option, section="Output")
-_on = _on_hosts("--on", multiple=True, metavar="HOST,…", help="Hosts of the job, if another machine started it.")
+_on = _on_hosts(
+    "--on",
+    multiple=True,
+    metavar="HOST,…",
+    shell_complete=complete_hosts,
+    help="Hosts of the job, if another machine started it.",
+)
 
 
 @click.command(cls=VerbCommand, examples=("jobs --running", "jobs gpu-01 gpu-02"))
-@click.argument("hosts", nargs=-1, metavar="[[USER@]HOST[:PORT]]...")
+@click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(
     "-i",
     "--inventory",

@@ -16,7 +16,7 @@ from mixtral_run.train.jobs import GENERATE
     cls=VerbCommand,
     examples=(
         'generate --load mixtral --adapter adapter --instruction "Name the three states of matter."',
-        "generate --load mixtral --prompts-file questions.txt --temperature 0.7 --top-p 0.9 --json",
+        "generate --load mixtral --prompts questions.jsonl --output answers.jsonl --batch-size 32",
     ),
 )
 @config_options(GenerateConfig)

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from mixtral_run.cli.command import Option, VerbCommand
+from mixtral_run.cli.completion import complete_hosts
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _output = partial(click.option, cls=Option, section="Output")
 
 
 @click.command(cls=VerbCommand, examples=("status", "status gpu-01 gpu-02 --html fleet.html"))
-@click.argument("hosts", nargs=-1, metavar="[[USER@]HOST[:PORT]]...")
+@click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(
     "-i",
     "--inventory",

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mixtral_run.cli.command import Option, VerbCommand, WholeNumber
+from mixtral_run.cli.completion import complete_hosts
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _secret = partial(click.option, cls=Option, section="Login and secrets")
@@ -21,7 +22,7 @@ _output = partial(click.option, cls=Option, section="Output")
     cls=VerbCommand,
     examples=("teardown ubuntu@gpu-01 --check --diff", "teardown gpu-01 gpu-02 -e @variables.yml --yes --json"),
 )
-@click.argument("hosts", nargs=-1, metavar="[[USER@]HOST[:PORT]]...")
+@click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(
     "-i",
     "--inventory",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mixtral_run.cli.command import Option, VerbCommand
+from mixtral_run.cli.completion import complete_hosts
 from mixtral_run.cli.host_options import job_options, take_host_options
 from mixtral_run.cli.options import merged_config, setting_options
 from mixtral_run.config.training import UpConfig
@@ -25,7 +26,7 @@ _secret = partial(click.option, cls=Option, section="Login and secrets")
         "up gpu-01 --data-path my.jsonl --base-precision fp8 --hf-token-file token.txt --output-path my-adapter",
     ),
 )
-@click.argument("host", metavar="[USER@]HOST[:PORT]")
+@click.argument("host", shell_complete=complete_hosts, metavar="[USER@]HOST[:PORT]")
 @setting_options(UpConfig)
 @job_options
 @_on_hosts("-i", "--inventory", type=click.Path(path_type=Path), help="Ansible inventory that names HOST.")

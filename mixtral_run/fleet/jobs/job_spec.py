@@ -39,11 +39,11 @@ STOP_SECONDS = 330
 """Time that a job has to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
 SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
-OUTPUTS = ("save", "output_path", "work_path")
+OUTPUTS = ("save", "output_path", "work_path", "output")
 """Config fields that name the output of a job, in the order of preference."""
 WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file", "data_cache")
 """All config fields that name a path that a job writes. smoke also writes its --load."""
-LOCAL_INPUTS = ("prompts_file", "chat_template")
+LOCAL_INPUTS = ("prompts_file", "prompts", "chat_template")
 """Config fields, apart from those of data, whose file may be on the operator's machine. It is then sent to the host."""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
@@ -141,6 +141,20 @@ class HostFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Container:
+    """What differs from the container of a verb that runs detached.
+
+    attach: Options in place of --detach. program: Words in place of the verb's; None for the verb. more: Further
+    options. environment: Further variables.
+    """
+
+    attach: tuple[str, ...] = ("--detach",)
+    program: tuple[str, ...] | None = None
+    more: tuple[str, ...] = ()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobSpec:
     """A job. All its hosts get the same."""
 
@@ -217,10 +231,14 @@ def _outermost(folders: Mapping[str, None]) -> tuple[str, ...]:
     )
 
 
-def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
-    """Return `docker run …` for one host. The container is detached: the job continues when the connection ends."""
+DETACHED = Container()
+"""The container of a verb: the job continues when the connection ends."""
+
+
+def container_argv(spec: JobSpec, facts: HostFacts, container: Container = DETACHED) -> list[str]:
+    """Return `docker run …` for one host."""
     options = spec.options
-    argv = [*facts.docker, "run", "--detach", "--init", "--name", spec.name]
+    argv = [*facts.docker, "run", *container.attach, "--init", "--name", spec.name]
     argv += ["--label", f"{LABEL_JOB}={spec.name}", "--label", f"{LABEL_VERB}={spec.verb}"]
     argv += ["--label", f"{LABEL_NUM_HOSTS}={spec.num_hosts}"]
     if spec.output:
@@ -246,10 +264,11 @@ def container_argv(spec: JobSpec, facts: HostFacts) -> list[str]:
         argv += bind(f"{facts.folder}/{spec.name}/{STATE_FOLDER}", JOB_STATE)
     for mount in spec.mounts:
         argv += bind(mount, mount)
-    argv += ["--workdir", CHECKPOINTS]
-    for name, value in _environment(spec, facts).items():
+    argv += ["--workdir", CHECKPOINTS, *container.more]
+    for name, value in {**container.environment, **_environment(spec, facts)}.items():
         argv += ["--env", f"{name}={value}"]
-    return [*argv, options.image, *_program(spec, facts)]
+    program = _program(spec, facts) if container.program is None else container.program
+    return [*argv, options.image, *program]
 
 
 def bind(source: str, target: str, read_only: bool = False) -> list[str]:

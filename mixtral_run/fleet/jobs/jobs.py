@@ -18,6 +18,7 @@ from mixtral_run.fleet.cordon import CORDON_FILE, cordon_of, parse_cordon
 from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import (
+    DETACHED,
     FACTS_SCRIPT,
     FIND_ENGINE,
     LABEL_JOB,
@@ -26,6 +27,7 @@ from mixtral_run.fleet.jobs.job_spec import (
     LABEL_VERB,
     STATE_FOLDER,
     STOP_SECONDS,
+    Container,
     HostFacts,
     JobOptions,
     JobSpec,
@@ -100,12 +102,9 @@ def start(
     ssh = ssh or Ssh()
     options.check()
     hosts = hosts or hosts_of(options.on, options.inventory, None)
-    name = f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
+    name = job_name(verb)
     make_spec(name, verb, config, options, len(hosts))
-    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options))
-    refused = [item for item in found if isinstance(item, HostError)]
-    _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
-    facts = [item for item in found if isinstance(item, HostFacts)]
+    facts = facts_of(hosts, options, ssh)
     if len(hosts) > 1 and not getattr(config, "nproc_per_node", None):
         check_same_gpus(facts, [host.name for host in hosts])
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
@@ -116,12 +115,25 @@ def start(
     remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
     job = RunningJob(name, verb, hosts, {host.name: each.address for host, each in zip(hosts, facts, strict=True)})
     try:
-        ssh.each(list(hosts), lambda host: _start_on(ssh, host, facts[hosts.index(host)], spec))
+        ssh.each(list(hosts), lambda host: start_on(ssh, host, facts[hosts.index(host)], spec))
     except BaseException:
         # The other hosts would wait for the one that cannot start the job.
         ssh.each(list(hosts), lambda host: engine(ssh, host, "rm", "--force", name))
         raise
     return job
+
+
+def facts_of(hosts: Sequence[Host], options: JobOptions, ssh: Ssh, *, needs_image: bool = True) -> list[HostFacts]:
+    """Return the facts about each host. Raises HostError if one of them cannot run a job with these options."""
+    found = ssh.each(hosts, lambda host: _facts_or_problem(ssh, host, options, needs_image=needs_image))
+    refused = [item for item in found if isinstance(item, HostError)]
+    _raise_all(refused, "Several hosts cannot run the job; nothing was started.")
+    return [item for item in found if isinstance(item, HostFacts)]
+
+
+def job_name(verb: str) -> str:
+    """Return a new name for a job."""
+    return f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
 
 
 def _refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
@@ -146,7 +158,7 @@ def _refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
         raise busy_error(busy)
 
 
-def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | HostError:
+def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image: bool) -> HostFacts | HostError:
     arguments = ["sh", "-c", FACTS_SCRIPT, "facts", options.checkpoints_folder, options.image, CORDON_FILE]
     answer = ssh.run(host, arguments)
     if answer.exit_code == 255:
@@ -159,7 +171,7 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions) -> HostFacts | 
         return _odd_answer(host, "cannot run jobs", str(error))
     if lines["cordon"]:
         return _cordon_error(host, lines["cordon"].removeprefix("1"))
-    if lines["image"] != "1":
+    if needs_image and lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
             where=host.target,
@@ -220,7 +232,8 @@ def _raise_all(errors: Sequence[HostError], what: str) -> None:
         raise HostError(what, problems=[str(error) for error in errors])
 
 
-def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
+def send_files(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
+    """Write the settings and the sent files of a job into its folder on a host, and remove what old jobs left."""
     folder = f"{facts.folder}/{spec.name}"
     # The container runs with --user as the caller, who owns these files.
     ssh.check(host, ["mkdir", "-p", folder, f"{folder}/{STATE_FOLDER}"])
@@ -228,7 +241,12 @@ def _start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec) -> None:
     for file, name in spec.files:
         ssh.send(host, _write_argv(f"{folder}/{name}"), file)
     _forget_old(ssh, host, facts)
-    answer = ssh.run(host, start_argv(container_argv(spec, facts), spec, facts), timeout_seconds=300)
+
+
+def start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, container: Container = DETACHED) -> None:
+    """Start the container of a job on one host. Raises HostError if it cannot start."""
+    send_files(ssh, host, facts, spec)
+    answer = ssh.run(host, start_argv(container_argv(spec, facts, container), spec, facts), timeout_seconds=300)
     if answer.exit_code == BUSY:
         raise busy_error([(host.name, job_in(answer.errors))])
     if answer.exit_code == CORDONED:

@@ -11,7 +11,7 @@ from mixtral_run.config.fields import Config
 from mixtral_run.errors import INCURABLE, ConfigError, MixtralRunError, Stopped
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.job_log import JobFollower
-from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
+from mixtral_run.fleet.jobs.job_spec import OUTPUTS, JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import RunningJob
 from mixtral_run.fleet.jobs.lost_hosts import HostLost
 from mixtral_run.fleet.jobs.queue import ANY, start_when_free
@@ -103,9 +103,7 @@ def _say(text: str) -> None:
 
 
 def _say_output(job: RunningJob, config: Config, options: JobOptions) -> None:
-    output = next(
-        (str(path) for name in ("save", "output_path", "work_path") if (path := getattr(config, name, None))), None
-    )
+    output = next((str(path) for name in OUTPUTS if (path := getattr(config, name, None))), None)
     if output:
         place = output if output.startswith("/") else host_path(f"/checkpoints/{output}", options)
         _say(f"  output: {place}; to copy it here: mixtral-run fetch {job.name}")

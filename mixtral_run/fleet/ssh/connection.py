@@ -77,6 +77,12 @@ def ssh_argv(host: Host, command: Sequence[str], known_hosts: Path, *, batch: bo
     return ["ssh", *options, *destination(host), shlex.join(command)]
 
 
+def terminal_argv(host: Host, command: Sequence[str], known_hosts: Path, *, terminal: bool) -> list[str]:
+    """Return `ssh_argv` for a command that reads this process's standard input. terminal: there is one to lend it."""
+    program, *words = ssh_argv(host, command, known_hosts)
+    return [program, "-t" if terminal else "-T", *words]
+
+
 def resolve_argv(host: Host) -> list[str]:
     """Return the command that prints ssh's settings for a host after ~/.ssh/config. It opens no connection."""
     return ["ssh", "-G", *destination(host)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,21 +17,25 @@ from mixtral_run.weights.adapter.checkpoint import OpenAdapter, check_tensors, o
 from mixtral_run.weights.adapter.lora_factors import Factors
 from mixtral_run.weights.adapter.merge import merge_files
 from mixtral_run.weights.adapter.merge_journal import MERGE_JOURNAL, MergeJournal, identity
+from mixtral_run.weights.adapter.model_card import published_name, write_card
 from mixtral_run.weights.adapter.peft_directory import PeftDirectory
 from mixtral_run.weights.adapter.peft_layouts import FUSED_AXIS_ORDER, FUSED_PEFT_VERSION, max_lora_rank
+from mixtral_run.weights.adapter.push import Repository
 from mixtral_run.weights.hf import fingerprint
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
-from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
+from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_files
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
-from mixtral_run.weights.manifest.adapter_files import check_adapter
+from mixtral_run.weights.manifest.adapter_files import TOKENIZER, check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, BaseManifest, is_kind, read_manifest, write_manifest
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 _STEPS = 3
+_OF_MODELS = ("config.json", "generation_config.json")
+"""Files next to a tokenizer that make a folder a model: a PEFT directory is none."""
 _SIDECAR_BYTES = 16 * 2**20
 
 
@@ -62,6 +67,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         factors = Factors(reader, adapter.lora, adapter.places)
         peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
         weights = _check(config, adapter, peft, report)
+        repository = _repository(config)
         _describe(adapter, report)
         with interrupts(), Staging(config.output_path, MANIFEST_NAME, "mixtral-run export") as staging:
             if config.merge:
@@ -78,6 +84,12 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
     result = ExportResult(config.output_path, kind, count, size, time.monotonic() - started)
     report.done("Export complete")
     report.say(f"  {count:,} tensors, {size / 1e6:,.1f} MB in {result.seconds:,.1f} s, in {config.output_path}")
+    if repository is not None:
+        if not config.merge and published_name(_base_name(config, adapter)) is None:
+            report.warn(
+                "The adapter's base is a folder of this machine; --hf-model-path OWNER/NAME names it on the hub"
+            )
+        report.done(f"Uploaded: {repository.push(config.output_path, report)}")
     if config.format == "vllm" and not config.merge:
         report.say(
             f"  next: vllm serve HF_MODEL --enable-lora --max-lora-rank {max_lora_rank(adapter.lora.rank)} "
@@ -88,6 +100,13 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
     else:
         report.say(f"  next: PeftModel.from_pretrained(model, '{config.output_path}')")
     return result
+
+
+def _repository(config: ExportConfig) -> Repository | None:
+    """Return the repository of --push after a check that it can be written; None without one."""
+    if config.push is None:
+        return None
+    return Repository(config.push, config.hf_token_file, public=config.push_public)
 
 
 def _is_export(folder: Path) -> bool:
@@ -188,6 +207,19 @@ def _write_peft(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory,
         report.say(f"  {', '.join(added)} was not trained and is written as zeros: {why}")
     with report.progress(peft.num_bytes, "written") as progress:
         peft.write(folder, _base_name(config, adapter), progress.advance)
+    _copy_tokenizer(adapter, folder)
+    write_card(folder, adapter, config.format, _base_name(config, adapter))
+
+
+def _copy_tokenizer(adapter: OpenAdapter, folder: Path) -> None:
+    """Copy the tokenizer that is next to the adapter, and its chat template: the one that it was trained with."""
+    source = adapter.checkpoint.folder / TOKENIZER
+    for name in tokenizer_files(source):
+        if name not in _OF_MODELS:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    if adapter.manifest.chat_template is not None:
+        adapter.manifest.chat_template.write(folder)
 
 
 def _base_name(config: ExportConfig, adapter: OpenAdapter) -> str | None:

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch
 
 from mixtral_run.config.training import RECOMPUTE, FinetuneConfig
+from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import FixedShapeDecoding
-from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.lora_settings import LoraSettings

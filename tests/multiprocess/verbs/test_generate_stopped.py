@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.inference import continuation
 from mixtral_run.inference import generate as generation
 from mixtral_run.launch.stop_request import StopRequest
 
@@ -16,7 +17,7 @@ def test_the_texts_so_far_are_printed_and_written(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(StopRequest, "ended_a_run", False)
-    choose, passes = generation.choose, []
+    choose, passes = continuation.choose, []
 
     def interrupted(*arguments: object) -> object:
         passes.append(None)
@@ -24,7 +25,7 @@ def test_the_texts_so_far_are_printed_and_written(
             os.kill(os.getpid(), signal.SIGINT)
         return choose(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(generation, "choose", interrupted)
+    monkeypatch.setattr(continuation, "choose", interrupted)
     file = tmp_path / "answers.json"
     config = GenerateConfig(
         load=small_checkpoint, prompt=("Once", "A second"), max_new_tokens=100, output_file=file, device="cpu",

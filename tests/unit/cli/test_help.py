@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.command import PROBLEMS, SECTIONS, VerbCommand
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.config import data, generate, plan, training, trial, weights
+from mixtral_run.config import data, evaluate, generate, plan, serve, training, trial, weights
 from mixtral_run.config.fields import Config
 
 BLOCKED = (
@@ -91,7 +91,9 @@ def _config_problems(context: click.Context) -> list[str]:
     """Problems of the settings of an example: it must name what the verb needs."""
     name = f"{str(context.info_name).capitalize()}Config"
     config_class: type[Config] = next(
-        vars(module)[name] for module in (training, weights, generate, plan, trial, data) if name in vars(module)
+        vars(module)[name]
+        for module in (training, weights, generate, evaluate, serve, plan, trial, data)
+        if name in vars(module)
     )
     fields = {item.name for item in dataclasses.fields(config_class)}
     values = {

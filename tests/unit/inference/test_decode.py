@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, FixedShapeDecoding, decoding_of
-from mixtral_run.inference.generate import Sampling, continue_rows
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import open_mesh
 from tests.multiprocess.conftest import SMALL

@@ -1,0 +1,106 @@
+"""`chat --on HOST` and `shell --on HOST`: ssh with a terminal, docker run with one, and the flags of every job."""
+
+import io
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from mixtral_run.cli.main import root
+from mixtral_run.config.generate import ChatConfig
+from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.jobs import interactive
+from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
+from mixtral_run.fleet.ssh.connection import Ssh
+from tests.unit.fleet.jobs.test_job_spec import FACTS
+
+HOST = Host("gpu-01", "10.0.0.1", user="ops")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The commands that are run. STAND-IN for a host: it answers with FACTS and takes all files."""
+    found: list[list[str]] = []
+
+    def run(argv: list[str], check: bool) -> Any:
+        found.append(argv)
+        return type("Done", (), {"returncode": 0 if "false" not in argv[-1] else 255})
+
+    monkeypatch.setattr(interactive.subprocess, "run", run)
+    monkeypatch.setattr(interactive, "facts_of", lambda *_: [FACTS])
+    monkeypatch.setattr(interactive, "send_files", lambda *words: found.append([words[-1].config_json()]))
+    monkeypatch.setattr(interactive, "hosts_of", lambda words, *_: (HOST,) * len(words))
+    monkeypatch.setattr(interactive, "remember", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", _Terminal())
+    return found
+
+
+def on_host(argv: list[str]) -> list[str]:
+    """The words of the command that ssh passes to the host."""
+    assert argv[0] == "ssh" and argv[-2] == HOST.address
+    return shlex.split(argv[-1])
+
+
+def test_chat_has_the_terminal_and_all_that_a_job_has(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", _Terminal())
+    options = JobOptions(on=("gpu-01",), nccl_debug="INFO")
+    config = ChatConfig(load=Path("mixtral"), adapter=Path("/data/adapter"), system="it's")
+    assert interactive.run_here("chat", config, options, Ssh(Path("/known"))) == 0
+    files, argv = called
+    assert '"system": "it\'s"' in files[0]
+    assert "-t" in argv and "BatchMode=yes" in argv
+    words = on_host(argv)
+    job = container_argv(make_spec("x", "chat", config, options, 1), FACTS)
+    assert words[:5] == ["docker", "run", "--interactive", "--tty", "--rm"]
+    # Apart from the name, everything else is as for a job that runs detached.
+    name = words[words.index("--name") + 1]
+    assert name.startswith("chat-")
+    assert [word.replace(name, "x") for word in words[5:]] == job[3:]
+    assert words[-4:] == ["mixtral-run", "chat", "--config", "/job/config.json"]
+
+
+def test_without_a_terminal_lines_go_through_a_pipe(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert interactive.run_here("chat", ChatConfig(load=Path("m")), JobOptions(on=("gpu-01",)), Ssh(Path("/k"))) == 0
+    assert "-T" in called[1] and "-t" not in called[1]
+    assert on_host(called[1])[2:5] == ["--interactive", "--rm", "--init"]
+
+
+def test_shell_and_its_dry_run(called: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    options = JobOptions(on=("gpu-01",), shm_size="64g")
+    assert interactive.run_shell(options, (), dry_run=True, ssh=Ssh(Path("/k"))) == 0
+    assert not called, "a dry run runs nothing"
+    printed = shlex.split(capsys.readouterr().out)
+    words = on_host(printed)
+    assert words[-2:] == ["mixtral-run:local", "bash"]
+    assert words[words.index("--shm-size") + 1] == "64g"
+    mount = "type=bind,source=/var/lib/mixtral-run/checkpoints,target=/checkpoints"
+    assert {"memlock=-1", "stack=67108864", "nvidia.com/gpu=all", mount, "1001:1002"} <= set(words)
+    interactive.run_shell(options, ("nvidia-smi", "topo", "-m"), dry_run=False, ssh=Ssh(Path("/k")))
+    assert on_host(called[1])[-3:] == ["nvidia-smi", "topo", "-m"]
+
+
+def test_what_cannot_be(called: list[list[str]]) -> None:
+    ssh = Ssh(Path("/k"))
+    with pytest.raises(ConfigError, match="one host"):
+        interactive.run_shell(JobOptions(on=("a", "b")), (), dry_run=True, ssh=ssh)
+    with pytest.raises(ConfigError, match="reads this terminal"):
+        interactive.run_here("chat", ChatConfig(load=Path("m")), JobOptions(on=("a",), detach=True), ssh)
+    with pytest.raises(HostError, match="connection to gpu-01 failed"):
+        interactive.run_shell(JobOptions(on=("a",)), ("false",), dry_run=False, ssh=ssh)
+
+
+def test_the_command_line(called: list[list[str]]) -> None:
+    done = CliRunner().invoke(root, ["shell", "--on", "gpu-01", "--dry-run", "nvidia-smi", "-L"])
+    assert done.exit_code == 0, done.output
+    assert done.output.rstrip().endswith("nvidia-smi -L'")
+    assert isinstance(CliRunner().invoke(root, ["shell"]).exception, ConfigError)
