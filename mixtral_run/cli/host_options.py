@@ -33,6 +33,8 @@ VERBS = (
 """Verbs that run on hosts."""
 INTERACTIVE = ("chat",)
 """Those of them that read this terminal, and end with the connection."""
+SCHEDULED = tuple(verb for verb in VERBS if verb not in (*INTERACTIVE, "serve"))
+"""Those of them that a scheduler can run: jobs of the kit's own container, with an end."""
 
 _option = partial(click.option, cls=Option, section="On hosts")
 

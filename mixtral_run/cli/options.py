@@ -13,8 +13,8 @@ import click
 
 from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS
 from mixtral_run.cli.config_file import read_config_file
+from mixtral_run.cli.host_options import SCHEDULED, host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
-from mixtral_run.cli.host_options import host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
 from mixtral_run.cli.launcher_options import launch, launcher_options, take_launcher_options
 from mixtral_run.cli.setting_option import BY_FLAG, Decorator, option_of
@@ -39,7 +39,8 @@ def config_options(
 
     def decorate(function: Callable[[ConfigT], None]) -> Callable[..., None]:
         def command(**flags: Any) -> None:
-            given, scheduled = take_host_options(flags), take_launcher_options(flags)
+            given = take_host_options(flags)
+            scheduled = take_launcher_options(flags) if function.__name__ in SCHEDULED else {}
             elsewhere = "on" in given or "launcher" in scheduled
             try:
                 config = merged_config(config_class, flags.pop("config"), flags, on_hosts=elsewhere)
@@ -60,7 +61,7 @@ def config_options(
         command.__name__ = function.__name__
         decorated: Callable[..., None] = command
         if function.__name__ in HOST_VERBS:
-            decorated = host_options(launcher_options(decorated))
+            decorated = host_options(launcher_options(decorated) if function.__name__ in SCHEDULED else decorated)
         return setting_options(config_class)(decorated)
 
     return decorate

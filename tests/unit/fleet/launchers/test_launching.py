@@ -13,7 +13,7 @@ import pytest
 from mixtral_run.cli import launcher_options
 from mixtral_run.cli.commands import fleet_jobs
 from mixtral_run.cli.config_template import CONFIGS
-from mixtral_run.cli.host_options import _NAMES, VERBS
+from mixtral_run.cli.host_options import _NAMES, SCHEDULED, VERBS
 from mixtral_run.cli.main import root
 from mixtral_run.config.launchers.registry import LAUNCHERS
 from mixtral_run.errors import ConfigError
@@ -39,8 +39,12 @@ def record(name: str, **more: object) -> JobRecord:
     return JobRecord(**{"name": name, "launcher": "slurm", "verb": "finetune", "scheduler_id": "7", **more})
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_that_runs_on_hosts_has_the_options_of_all_launchers(verb: str) -> None:
+def test_what_talks_or_serves_is_not_for_a_scheduler() -> None:
+    assert set(VERBS) - set(SCHEDULED) == {"chat", "serve"}
+
+
+@pytest.mark.parametrize("verb", SCHEDULED)
+def test_every_verb_that_a_scheduler_can_run_has_the_options_of_all_launchers(verb: str) -> None:
     command = root.get_command(click.Context(root), verb)
     assert command is not None
     names = [name for each in command.params for name in each.opts]

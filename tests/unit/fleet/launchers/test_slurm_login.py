@@ -90,6 +90,8 @@ def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Login:
     for name in ("run", "stream", "send", "receive"):
         method = getattr(found, name)
         monkeypatch.setattr(Ssh, name, lambda self, *words, _method=method, **more: _method(self, *words, **more))
+    # rsync would start the real SSH.
+    monkeypatch.setattr("mixtral_run.fleet.jobs.fetch.why_not_here", lambda: "a stand-in has no rsync")
     for module in (follow, launcher):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
