@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ ITERATIONS = 20
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    folder = tmp_path_factory.mktemp("slurm")
+    folder, before = tmp_path_factory.mktemp("slurm"), dict(os.environ)
     with running_cluster(folder / "site") as cluster, pytest.MonkeyPatch.context() as patch:
         for name in ("PATH", "LD_LIBRARY_PATH", "SLURM_CONF"):
             patch.setenv(name, cluster.environment[name])
@@ -30,6 +31,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         patch.setenv("SBATCH_PARTITION", "nosuch")
         patch.setenv("SBATCH_TIMELIMIT", "1")
         yield cluster
+    # Fixtures of this module call the command line in this process, before the one that restores the environment.
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def run(*words: str) -> None:
@@ -103,7 +107,11 @@ def test_a_job_is_queued_again_at_its_time_limit_and_continues(
     assert 3 <= saved < ITERATIONS
     # Slurm would wait for two minutes.
     until = time.monotonic() + PATIENCE_SECONDS
-    while "JobState=PENDING" not in cluster.run("scontrol", "show", "job", record.scheduler_id):
+    while (
+        "JobState=PENDING" not in cluster.run("scontrol", "show", "job", record.scheduler_id)
+        # A node that still cleans up after the first attempt refuses the second one.
+        or set(cluster.run("sinfo", "--noheader", "--Node", "--format=%T").split()) != {"idle"}
+    ):
         assert time.monotonic() < until
         time.sleep(0.2)
     cluster.run("scontrol", "update", f"jobid={record.scheduler_id}", "starttime=now")
