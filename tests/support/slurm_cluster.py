@@ -5,7 +5,9 @@ Nothing is installed, and nothing outside the cluster's own folder and the cache
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -198,14 +200,15 @@ KillWait=30
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return ports below those that the system gives to outgoing connections, and above the rendezvous of the jobs."""
+    found: list[int] = []
+    for port in random.sample(range(30100, 32000), 200):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("There are no free ports.")
 
 
 @contextmanager

@@ -34,8 +34,9 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:
+        scaling = f" ({lora.scaling})" if lora.scaling != "standard" else ""
         Report().say(
-            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}, {lora.scaling} scaling, "
+            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}{scaling}, "
             f"{', '.join(lora.target_modules)}"
         )
     return changed
