@@ -1,4 +1,4 @@
-"""--launcher slurm on a real Slurm of two nodes: to the end, over a time limit, and stopped; two nodes, gloo."""
+"""--launcher slurm on a real Slurm of two nodes: to the end, stopped, and refused; gloo."""
 
 from __future__ import annotations
 
