@@ -71,7 +71,9 @@ class OpenAIClient:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as answer:
+            # Not `urlopen`, which keeps the proxies that the environment had at its first call in this process.
+            opener = urllib.request.build_opener()
+            with opener.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as answer:
                 text = answer.read(_LARGEST_ANSWER)
         except urllib.error.HTTPError as error:
             raise Refused(error.code, url, error.read(10_000).decode("utf-8", "replace")) from error

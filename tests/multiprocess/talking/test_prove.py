@@ -184,7 +184,7 @@ def test_a_real_server_of_the_merged_model(adapted: Adapted, tmp_path: Path) -> 
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                urllib.request.build_opener().open(f"http://127.0.0.1:{port}/health", timeout=5).read()
                 break
             except OSError:
                 time.sleep(0.3)
