@@ -112,7 +112,7 @@ def save_rounds(options: argparse.Namespace) -> None:
 
 
 def write_by_kit(writer: Any, folder: Path) -> None:
-    """What saving.py does with the tensors, without its checks and names."""
+    """Write the tensors as saving.py does, without its checks and names."""
     import torch.distributed as dist
 
     written: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What a shell completes: hosts that are remembered, choices, and paths. click completes verbs and flags by itself."""
+"""Shell completion of remembered hosts, choices and paths. click completes verbs and flags by itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def complete_hosts(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 
 def complete_choices(choices: Sequence[str]) -> Completer:
-    """Return a completer for a setting with fixed values, of which it may take several with commas."""
+    """Return a completer for a setting with fixed values. Several may be given, separated by commas."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         del ctx, param

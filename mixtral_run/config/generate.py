@@ -35,7 +35,7 @@ class InferenceConfig(LaunchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(InferenceConfig):
-    """How the tokens of an answer are chosen."""
+    """Settings by which the tokens of an answer are chosen."""
 
     max_new_tokens: int = setting(
         128, help="Largest number of tokens to add to each prompt.", minimum=1, section=PROMPTS

@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class Source(Protocol):
-    """What runs a command on a host and passes on its output: `Ssh`, or kubectl for a pod."""
+    """A connection that runs a command on a host and passes on its output: `Ssh`, or kubectl for a pod."""
 
     def receive(self, host: Host, command: Sequence[str]) -> AbstractContextManager[IO[bytes]]: ...
 
