@@ -47,6 +47,8 @@ def _state(status: HostStatus) -> str:
         return '<span class="warn">! unreadable</span>'
     if status.reimaged:
         return '<span class="bad">! reimaged</span>'
+    if status.cordoned:
+        return '<span class="bad">! cordoned</span>'
     if status.warnings:
         return '<span class="bad">! warning</span>'
     if status.differences:
