@@ -100,6 +100,7 @@ COLUMNS = (
     Column("Checkpoints", lambda status: _list(status.checkpoints)),
     Column("Adapters", lambda status: _list(status.adapters)),
     Column("Jobs", lambda status: _list(status.jobs)),
+    Column("Health", lambda status: _text(status.health)),
     Column("Acceptance", lambda status: _text(status.acceptance)),
     Column("Set up", lambda status: _text(status.set_up)),
 )

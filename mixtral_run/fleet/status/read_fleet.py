@@ -61,6 +61,8 @@ class HostStatus:
     jobs: tuple[str, ...] = ()
     cordoned: str = ""
     """Who cordoned the host, when and why; empty if it takes jobs."""
+    health: str = ""
+    """What the last look of the health watch found; empty on a host without it."""
     acceptance: str = ""
     set_up: str = ""
     reimaged: bool | None = None
@@ -149,6 +151,7 @@ def status_from(name: str, values: Any) -> HostStatus:
         adapters=tuple(f"{entry['path']} (iteration {entry['iteration']})" for entry in found["adapters"]),
         jobs=tuple(f"{job['name']} ({job['verb']}, {job['since']})" for job in found["jobs"]),
         cordoned=str(found["cordon"] or ""),
+        health=str(found["health"] or ""),
         acceptance=_acceptance(acceptance["report"]),
         set_up=acceptance["at"],
         reimaged=_reimaged(acceptance["identity"], found["identity"]),
@@ -195,6 +198,7 @@ def _acceptance(report: Mapping[str, Any]) -> str:
 def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     driver, engine, gpus = found["driver"], found["engine"], found["gpus"]
     warnings = [str(found["cordon"])] if found["cordon"] is not None else []
+    warnings += found["health"].warnings if found["health"] is not None else []
     if driver["error"]:
         warnings.append(driver["error"])
     if driver["kernel"] and driver["user"] and driver["kernel"] != driver["user"]:
