@@ -9,7 +9,8 @@ import sys
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, remember_hosts, remembered_hosts
-from mixtral_run.fleet.jobs.job_spec import Container, HostFacts, JobOptions, JobSpec, container_argv, make_spec
+from mixtral_run.fleet.jobs.host_facts import HostFacts
+from mixtral_run.fleet.jobs.job_spec import Container, JobOptions, JobSpec, container_argv, make_spec
 from mixtral_run.fleet.jobs.jobs import facts_of, job_name, refuse_taken, send_files
 from mixtral_run.fleet.jobs.queue import when_free
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, start_argv

@@ -17,10 +17,9 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.cordon import CORDON_FILE, cordon_error
 from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
+from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, FIND_ENGINE, HostFacts, check_same_gpus, parse_facts
 from mixtral_run.fleet.jobs.job_spec import (
     DETACHED,
-    FACTS_SCRIPT,
-    FIND_ENGINE,
     LABEL_JOB,
     LABEL_NUM_HOSTS,
     LABEL_OUTPUT,
@@ -28,14 +27,11 @@ from mixtral_run.fleet.jobs.job_spec import (
     STATE_FOLDER,
     STOP_SECONDS,
     Container,
-    HostFacts,
     JobOptions,
     JobSpec,
-    check_same_gpus,
     container_argv,
     host_path,
     make_spec,
-    parse_facts,
 )
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, busy_error, job_in, needs_free_host, start_argv
 from mixtral_run.fleet.selection import hosts_of

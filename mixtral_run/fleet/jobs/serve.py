@@ -13,17 +13,10 @@ from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.container_paths import HF_HOME, KERNELS
 from mixtral_run.fleet.jobs.engine_command import PORT_INSIDE, engine_entrypoint, engine_words, read_adapter_config
+from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.interactive import only_host, remember
 from mixtral_run.fleet.jobs.job_log import job_error
-from mixtral_run.fleet.jobs.job_spec import (
-    Container,
-    HostFacts,
-    JobOptions,
-    JobSpec,
-    container_argv,
-    host_path,
-    make_spec,
-)
+from mixtral_run.fleet.jobs.job_spec import Container, JobOptions, JobSpec, container_argv, host_path, make_spec
 from mixtral_run.fleet.jobs.jobs import RunningJob, engine, facts_of, job_name, list_jobs, refuse_taken, start_on
 from mixtral_run.fleet.jobs.queue import when_free
 from mixtral_run.fleet.ssh.connection import Ssh

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.cordon import CORDON_FILE
-from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, HostFacts, JobSpec
+from mixtral_run.fleet.jobs.host_facts import HostFacts
+from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, JobSpec
 
 GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell")
 """Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""

@@ -88,6 +88,7 @@ COLUMNS = (
     Column("ECC / Xid", lambda status: _text(_gpu_errors(status))),
     Column("Driver", lambda status: _text(status.driver), "driver"),
     Column("Fabric manager", lambda status: _text(status.fabric_manager), "fabric manager"),
+    Column("RDMA", lambda status: _text(status.rdma), "RDMA"),
     Column("Engine", lambda status: _text(status.engine), "engine"),
     Column(
         "Toolkit", lambda status: _text(f"{status.toolkit} ({status.gpus_by})" if status.toolkit else ""), "toolkit"

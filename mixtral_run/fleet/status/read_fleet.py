@@ -46,6 +46,8 @@ class HostStatus:
     xid_errors: tuple[str, ...] | None = ()
     """Lines of the kernel log; None if it could not be read."""
     fabric_manager: str = ""
+    rdma: str = ""
+    """Active InfiniBand and RoCE devices, and how they reach the memory of the GPUs; empty without devices."""
     engine: str = ""
     toolkit: str = ""
     gpus_by: str = ""
@@ -73,7 +75,7 @@ class HostStatus:
 
 COMPARED: tuple[tuple[str, str], ...] = (
     ("os", "OS"), ("kernel", "kernel"), ("driver", "driver"), ("gpu_model", "GPU"), ("num_gpus", "GPUs"),
-    ("gpu_memory_gib", "GPU memory GiB"), ("fabric_manager", "fabric manager"), ("engine", "engine"),
+    ("gpu_memory_gib", "GPU memory GiB"), ("fabric_manager", "fabric manager"), ("rdma", "RDMA"), ("engine", "engine"),
     ("toolkit", "toolkit"), ("gpus_by", "GPUs by"), ("image", "image"), ("swap_gib", "swap GiB"), ("models", "models"),
     ("ram_gib", "RAM GiB"),
 )  # fmt: skip
@@ -135,6 +137,7 @@ def status_from(name: str, values: Any) -> HostStatus:
         ecc_errors=int(sum(gpu["ecc_errors"] for gpu in gpus)),
         xid_errors=None if found["xid_errors"] is None else tuple(found["xid_errors"]),
         fabric_manager=_fabric_manager(fabric),
+        rdma=_rdma(found["rdma"]),
         engine=engine["version"] or "",
         toolkit=found["toolkit"] or "",
         gpus_by="CDI"
@@ -163,6 +166,14 @@ def _fabric_manager(fabric: Mapping[str, Any]) -> str:
     if not fabric["nvswitch"]:
         return ""
     return f"{fabric['version'] or '?'}{'' if fabric['active'] else ' (not running)'}"
+
+
+def _rdma(rdma: Mapping[str, Any] | None) -> str:
+    if rdma is None or not rdma["devices"]:
+        return ""
+    counts = collections.Counter(f"{each['link_layer']} {each['rate']}".strip() for each in rdma["devices"])
+    parts = [f"{count} × {words}" for words, count in sorted(counts.items())]
+    return ", ".join([*parts, rdma["gpudirect"] or "without GPUDirect"])
 
 
 def _image(image: Mapping[str, Any] | None) -> str:

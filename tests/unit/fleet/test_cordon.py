@@ -15,7 +15,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet import cordon as module
 from mixtral_run.fleet.cordon import Cordon, cordon_error, cordon_of, parse_cordon
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.jobs.job_spec import FACTS_SCRIPT
+from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT
 from mixtral_run.fleet.ssh.connection import Answer
 from mixtral_run.fleet.status.page import page
 from mixtral_run.fleet.status.read_fleet import summary_rows, to_json

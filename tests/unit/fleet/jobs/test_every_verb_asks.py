@@ -17,7 +17,7 @@ from mixtral_run.errors import HostError, MixtralRunError
 from mixtral_run.fleet import up
 from mixtral_run.fleet.hosts import Host, parse_hosts, remember_hosts
 from mixtral_run.fleet.jobs import interactive, jobs
-from mixtral_run.fleet.jobs.job_spec import FACTS_SCRIPT
+from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT
 from mixtral_run.fleet.jobs.taking import CORDONED, START_SCRIPT, BusyError
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from tests.unit.fleet.test_hostile_hosts import facts

@@ -10,7 +10,8 @@ import pytest
 
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.fleet.jobs import taking
-from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, JobSpec, make_spec
+from mixtral_run.fleet.jobs.host_facts import HostFacts
+from mixtral_run.fleet.jobs.job_spec import JobOptions, JobSpec, make_spec
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, job_in, start_argv
 
 DOCKER = """#!/bin/sh
