@@ -14,7 +14,9 @@ from mixtral_run.fleet.cordon import CORDON_FILE
 from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, JobSpec
 
-GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell")
+NETWORK = "network"
+"""What the containers of `status --network` are listed as. It is no verb of the command line."""
+GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell", NETWORK)
 """Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""
 LOCK_FILE = "/tmp/mixtral-run.start.lock"
 """Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""

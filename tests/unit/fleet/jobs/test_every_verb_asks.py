@@ -13,7 +13,7 @@ import click
 import pytest
 
 from mixtral_run.cli.main import root
-from mixtral_run.errors import HostError, MixtralRunError
+from mixtral_run.errors import CheckFailed, HostError, MixtralRunError
 from mixtral_run.fleet import up
 from mixtral_run.fleet.hosts import Host, parse_hosts, remember_hosts
 from mixtral_run.fleet.jobs import interactive, jobs
@@ -36,6 +36,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "smoke": ON,
     "rehearse": ON,
     "shell": ON,
+    "status": ("--network", "gpu-01", "gpu-02"),
     "up": ("gpu-01", "--mock-data"),
 }
 """A command line of each verb."""
@@ -47,13 +48,13 @@ RECORD = json.dumps({"reason": "Xid 79 on GPU 5", "by": "ops@laptop", "at": "202
 
 
 def verbs_with_hosts() -> set[str]:
-    """The verbs of the command line that start containers: they have --on, or the options of a job's container."""
+    """The verbs that start containers: they have --on, the options of a job's container, or --network-floor."""
     context = click.Context(root)
     found = set()
     for name in root.list_commands(context):
         command = root.get_command(context, name)
         assert command is not None
-        if {"on", "shm_size"} & {each.name for each in command.params}:
+        if {"on", "shm_size", "network_floor"} & {each.name for each in command.params}:
             found.add(name)
     return found
 
@@ -134,7 +135,7 @@ def test_a_reader_starts_nothing(verb: str, fleet: Fleet) -> None:
 @pytest.mark.parametrize("verb", WORDS)
 def test_a_cordoned_host_starts_no_verb(verb: str, late: bool, fleet: Fleet) -> None:
     fleet.late = late
-    with pytest.raises(HostError) as caught:
+    with pytest.raises(CheckFailed if late and verb == "status" else HostError) as caught:
         run(verb)
     text = str(caught.value)
     for part in ("gpu-01 takes no jobs", "Xid 79 on GPU 5", "ops@laptop", "2026-01-01T00:00:00Z",
@@ -143,7 +144,7 @@ def test_a_cordoned_host_starts_no_verb(verb: str, late: bool, fleet: Fleet) -> 
     assert not fleet.started
 
 
-@pytest.mark.parametrize("verb", sorted(set(WORDS) - {"up"}))
+@pytest.mark.parametrize("verb", sorted(set(WORDS) - {"up", "status"}))
 def test_any_asks_every_host(verb: str, fleet: Fleet) -> None:
     with pytest.raises(HostError, match="No host can run the job") as caught:
         run(verb, *("any" if word == "gpu-01" else word for word in WORDS[verb]))
@@ -160,5 +161,5 @@ def test_a_busy_host_starts_no_verb_that_uses_its_gpus(verb: str, fleet: Fleet) 
         run(verb)
     assert isinstance(caught.value, BusyError) == (verb not in BESIDE)
     if isinstance(caught.value, BusyError):
-        assert caught.value.jobs == (("gpu-01", "finetune-1"),)
+        assert caught.value.jobs[0] == ("gpu-01", "finetune-1")
     assert not fleet.started
