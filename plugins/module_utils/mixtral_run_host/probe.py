@@ -7,6 +7,7 @@ import json
 import os
 import re
 
+from . import services
 from .commands import MISSING, TIMED_OUT, run
 from .files import RECORD_FOLDER, explain, read_text
 from .gpu import gpu_driver, rdma
@@ -260,6 +261,8 @@ def machine(disks=()):
         "fabric_manager": gpu_driver.fabric_manager(modes, [gpu["name"] for gpu in driver["gpus"]]),
         "rdma": rdma.read(),
         "clock_synchronized": clock_synchronized(),
+        "time_services": services.time_services(),
+        "firewall": services.firewall(),
         "swap": swap_files(),
     }
 
