@@ -72,6 +72,7 @@ class Fleet:
         self.commands: list[Sequence[str]] = []
         self.asked: list[str] = []
         self.started: list[str] = []
+        self.attached: list[str] = []
 
     def run(self, host: Host, command: Sequence[str], **_: Any) -> Answer:
         self.commands.append(command)
@@ -95,6 +96,7 @@ class Fleet:
 
     def call(self, argv: Sequence[str], **_: Any) -> Any:
         """Answer the command of an interactive container, in the place of subprocess.run."""
+        self.attached.append(argv[-1])
         words = shlex.split(argv[-1])
         if START_SCRIPT not in words:
             self.started.append(argv[-1])
@@ -162,4 +164,5 @@ def test_a_busy_host_starts_no_verb_that_uses_its_gpus(verb: str, fleet: Fleet) 
     assert isinstance(caught.value, BusyError) == (verb not in BESIDE)
     if isinstance(caught.value, BusyError):
         assert caught.value.jobs[0] == ("gpu-01", "finetune-1")
+        assert not fleet.attached, "the terminal was lent before anybody asked"
     assert not fleet.started
