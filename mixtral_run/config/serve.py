@@ -64,7 +64,7 @@ class ServeConfig(InferenceConfig):
         minimum=1,
         section=COMPARISON,
     )
-    logit_tolerance: float | None = setting(
+    logits_tolerance: float | None = setting(
         None,
         help="With --prove: where the server chose another token, largest difference of the two tokens' logits, by the "
         "model loaded here, at which both count as equally good. Log probabilities that the server reports may differ "

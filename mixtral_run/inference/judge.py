@@ -43,8 +43,8 @@ def score(model: MixtralModel, row: Sequence[int], tokens: Sequence[int], stop_i
 
 def tolerance(config: ServeConfig, model: MixtralModel) -> float:
     """Return the largest difference of logits at which two tokens count as equally good."""
-    if config.logit_tolerance is not None:
-        return config.logit_tolerance
+    if config.logits_tolerance is not None:
+        return config.logits_tolerance
     return TIE_FP32 if model.settings.dtype is torch.float32 else TIE_BF16
 
 

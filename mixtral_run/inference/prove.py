@@ -200,7 +200,7 @@ def _conclude(
             problems += [f"{where}: {problem}" for problem in verdict.problems]
             if verdict.difference is not None and not verdict.problems:
                 num_ties += 1
-                report.warn(f"{where}: {verdict.difference}: both count as equally good (--logit-tolerance {limit:g})")
+                report.warn(f"{where}: {verdict.difference}: both count as equally good (--logits-tolerance {limit:g})")
     if problems:
         raise CheckFailed(
             "The server does not answer as generate does.",

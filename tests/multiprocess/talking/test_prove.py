@@ -180,13 +180,13 @@ def test_a_token_that_is_equally_good_is_reported_and_passes(
     answer, difference = second_choice({"base": adapted.hf})
     settings = {"adapter": None, "instruction": PROMPTS[:1]}
     with server(answer, models_of("base")) as url:
-        prove(config(adapted, url, **settings, logit_tolerance=difference + 1e-4))
+        prove(config(adapted, url, **settings, logits_tolerance=difference + 1e-4))
         shown = " ".join(capsys.readouterr().out.split())
         assert "0 of 1 answers are equal" in shown and "1 of them up to tokens that are equally good" in shown
         assert f"the logits differ by {difference:.2g}" in shown
         assert "log probabilities differ by at most" in shown
         with pytest.raises(CheckFailed) as caught:
-            prove(config(adapted, url, **settings, logit_tolerance=difference - 1e-4))
+            prove(config(adapted, url, **settings, logits_tolerance=difference - 1e-4))
     (problem,) = caught.value.problems
     assert "token 3: generate has" in problem and f"the logits differ by {difference:.2g}" in problem
 
@@ -205,7 +205,7 @@ def test_the_tokens_of_an_answer_that_is_known_as_text(adapted: Adapted) -> None
 
 def test_log_probabilities_of_another_model_are_found_in_equal_answers(adapted: Adapted) -> None:
     answer, difference = second_choice({"base": adapted.hf}, shift=0.75)
-    settings = {"adapter": None, "instruction": PROMPTS[:1], "logit_tolerance": difference + 0.5}
+    settings = {"adapter": None, "instruction": PROMPTS[:1], "logits_tolerance": difference + 0.5}
     assert difference < 0.2, "the tolerance must lie between both"
     with server(answer, models_of("base")) as url, pytest.raises(CheckFailed) as caught:
         prove(config(adapted, url, **settings))
