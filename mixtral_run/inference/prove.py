@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from mixtral_run.config.serve import ServeConfig
+from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.inference.channel import Channel
 from mixtral_run.inference.continuation import Sampling, continue_rows
@@ -16,7 +16,7 @@ from mixtral_run.inference.session import ADAPTER, BASE, Session, as_model, mode
 from mixtral_run.inference.text_stream import REPLACEMENT, printable, text_of
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.reading.example import USER, Message
 from mixtral_run.train.preflight import check_inference
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.serve import ServeConfig
+from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import CheckFailed, ConfigError, HostError
 from mixtral_run.inference.prove import _readings, check_proof, prove
 from mixtral_run.inference.session import open_session
