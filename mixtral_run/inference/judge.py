@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixtral_run.config.serve import TIE_BF16, TIE_FP32, ServeConfig
+from mixtral_run.config.verbs.serve import TIE_BF16, TIE_FP32, ServeConfig
 from mixtral_run.model.mixtral import MixtralModel
 
 
