@@ -16,8 +16,8 @@ from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import Container, HostFacts, JobOptions, JobSpec, container_argv, make_spec
-from mixtral_run.fleet.jobs.jobs import engine, facts_of, job_name, send_files
-from mixtral_run.fleet.selection import hosts_of
+from mixtral_run.fleet.jobs.jobs import engine, job_name, send_files
+from mixtral_run.fleet.jobs.queue import free_host
 from mixtral_run.fleet.ssh.connection import Ssh, terminal_argv
 
 SHELL = "shell"
@@ -30,9 +30,8 @@ def run_here(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = N
     ssh = ssh or Ssh()
     if options.detach:
         raise ConfigError(f"{verb} reads this terminal.", found="--detach", next_command="the same without --detach")
-    host = only_host(verb, options)
     spec = make_spec(job_name(verb), verb, config, options, 1)
-    (facts,) = facts_of([host], options, ssh)
+    host, facts = free_host(verb, options, _say, ssh)
     send_files(ssh, host, facts, spec)
     remember(host, options)
     return _call(ssh, host, spec.name, attached_argv(spec, facts, host, ssh.known_hosts))
@@ -44,9 +43,7 @@ def run_shell(options: JobOptions, words: tuple[str, ...], *, dry_run: bool, ssh
     dry_run: only print the command.
     """
     ssh = ssh or Ssh()
-    options.check()
-    host = only_host(SHELL, options)
-    (facts,) = facts_of([host], options, ssh)
+    host, facts = free_host(SHELL, options, _say, ssh)
     spec = JobSpec(name=job_name(SHELL), verb=SHELL, config={}, options=options)
     argv = attached_argv(spec, facts, host, ssh.known_hosts, words or ("bash",))
     if dry_run:
@@ -55,14 +52,6 @@ def run_shell(options: JobOptions, words: tuple[str, ...], *, dry_run: bool, ssh
     send_files(ssh, host, facts, spec)
     remember(host, options)
     return _call(ssh, host, spec.name, argv)
-
-
-def only_host(verb: str, options: JobOptions) -> Host:
-    """Return the host of --on. Raises ConfigError if there are several."""
-    hosts = hosts_of(options.on, options.inventory, None)
-    if len(hosts) != 1:
-        raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(host.name for host in hosts)}")
-    return hosts[0]
 
 
 def attached_argv(
@@ -118,6 +107,10 @@ def _call(ssh: Ssh, host: Host, name: str, argv: list[str]) -> int:
             next_command=f"mixtral-run jobs {host.name}, which lists what may still run there",
         )
     return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _stop(ssh: Ssh, host: Host, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
 import time
@@ -13,7 +14,7 @@ from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.container_paths import HF_HOME, KERNELS
 from mixtral_run.fleet.jobs.engine_command import PORT_INSIDE, engine_entrypoint, engine_words, read_adapter_config
-from mixtral_run.fleet.jobs.interactive import only_host, remember
+from mixtral_run.fleet.jobs.interactive import remember
 from mixtral_run.fleet.jobs.job_log import job_error
 from mixtral_run.fleet.jobs.job_spec import (
     Container,
@@ -24,8 +25,9 @@ from mixtral_run.fleet.jobs.job_spec import (
     host_path,
     make_spec,
 )
-from mixtral_run.fleet.jobs.jobs import RunningJob, engine, facts_of, job_name, list_jobs, start_on
-from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.jobs.jobs import RunningJob, engine, job_name, list_jobs, start_on
+from mixtral_run.fleet.jobs.queue import free_host
+from mixtral_run.fleet.ssh.connection import Ssh, destination
 from mixtral_run.fleet.ssh.problems import last_line
 
 SERVE = "serve"
@@ -56,16 +58,20 @@ def serve(config: ServeConfig, options: JobOptions, ssh: Ssh | None = None) -> R
     ssh = ssh or Ssh()
     options = dataclasses.replace(options, image=config.engine_image or IMAGES[config.engine])
     options.check()
-    host = only_host(SERVE, options)
     spec = make_spec(job_name(SERVE), SERVE, config, options, 1)
-    (facts,) = facts_of([host], options, ssh, needs_image=False)
+    # The command of a dry run may be for a host that is busy now.
+    asked = dataclasses.replace(options, share=True, wait=None) if config.dry_run else options
+    host, facts = free_host(SERVE, asked, _say, ssh, needs_image=False)
     rank = _check_model(ssh, host, spec)
     container = serving_container(config, spec, facts, rank)
     if config.dry_run:
         print(shlex.join(container_argv(spec, facts, container)))
         return None
     _pull(ssh, host, options.image)
-    start_on(ssh, host, facts, spec, container)
+    try:
+        start_on(ssh, host, facts, spec, container)
+    except HostError as error:
+        raise _port_error(host, config, error) from error
     remember(host, options)
     job = RunningJob(spec.name, SERVE, (host,))
     _say(f"{spec.name} runs on {host.name}; to stop it: mixtral-run stop {spec.name}")
@@ -135,6 +141,18 @@ def _pull(ssh: Ssh, host: Host, image: str) -> None:
         )
 
 
+def _port_error(host: Host, config: ServeConfig, error: HostError) -> HostError:
+    """Return the error in the user's terms if the port is taken; else the error itself."""
+    if not re.search("port is already allocated|address already in use", error.found or ""):
+        return error
+    return HostError(
+        f"Port {config.port} of {host.name} is taken.",
+        where=f"{config.bind}:{config.port}",
+        found=error.found,
+        next_command=f"another --port; mixtral-run jobs {host.name}, which lists servers",
+    )
+
+
 def _wait(ssh: Ssh, job: RunningJob, minutes: int) -> None:
     """Wait until the server answers. Raises the error of its container, or HostError after the time."""
     (host,), until = job.hosts, time.monotonic() + 60 * minutes
@@ -165,7 +183,8 @@ def _say_how(config: ServeConfig, job: RunningJob) -> None:
     local = config.bind in ("127.0.0.1", "localhost", "::1")
     _say(f"✓ {host.name} serves on port {config.port}{', of the host only' if local else f' of {config.bind}'}")
     if local:
-        _say(f"  from here: ssh -N -L {config.port}:127.0.0.1:{config.port} {host.address}")
+        tunnel = f"{config.port}:127.0.0.1:{config.port}"
+        _say(f"  from here: {shlex.join(['ssh', '-N', '-L', tunnel, *destination(host)])}")
     _say(
         f"  curl http://127.0.0.1:{config.port}/v1/completions -H 'Content-Type: application/json' "
         f'-d \'{{"model": "{name}", "prompt": "Once", "max_tokens": 16}}\''
