@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -35,6 +36,7 @@ from tests.support.servers.hub_server import COMMIT, NAME, serving
 # The first test includes the time to build the image and to start both hosts.
 pytestmark = pytest.mark.timeout(1800)
 
+Terminal = Any  # pexpect has no types
 NAMES = ("fleet-one", "fleet-two")
 IMAGE = "mixtral-run:local"
 CHECKPOINTS, MODELS = "/srv/checkpoints", "/srv/models"
@@ -71,6 +73,13 @@ class Operator:
         """Run mixtral-run, check its exit code, and return all its output."""
         done = self.call(*words, code=code)
         return done.stdout + done.stderr
+
+    def terminal(self, *words: str) -> Terminal:
+        """Start mixtral-run in a terminal of 40 lines and 120 columns."""
+        return pexpect.spawn(
+            sys.executable, ["-m", "mixtral_run", *words],
+            cwd=str(self.folder), env=self.environment, encoding="utf-8", timeout=120, dimensions=(40, 120),
+        )  # fmt: skip
 
     def kill(self, text: str, *words: str) -> None:
         """Run mixtral-run and kill it, with all that it started on this machine, once it prints `text`."""
@@ -142,6 +151,14 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
     yield fleet
     for name in NAMES:
         targets.remove(name)
+
+
+def ended(terminal: Terminal) -> int | None:
+    """Wait for the end of what runs in a terminal, and return its exit code."""
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    code: int | None = terminal.exitstatus
+    return code
 
 
 def changed_hosts(output: str) -> dict[str, int]:
@@ -235,6 +252,72 @@ def test_the_adapter_answers_in_json(operator: Operator, set_up: Callable[[str],
     assert answer["prompt"] == instruction
     assert 1 <= answer["num_tokens"] <= 4
     assert "Loaded /checkpoints/base with /checkpoints/adapter" in done.stderr
+
+
+def test_it_is_talked_to_in_a_terminal(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:
+    """`chat`, `shell` and `runs` over SSH: streaming, Ctrl-C, exit codes, and nothing that stays behind."""
+    on, host = ("--on", set_up(NAMES[0]), *JOB), fleet.hosts[NAMES[0]]
+    chat = operator.terminal(
+        "chat", *on, "--load", "base", "--adapter", "adapter", "--max-new-tokens", "400", *LAYOUT[:4]
+    )
+    chat.expect("Write a message")
+    # The base's weights are random and the same everywhere: its answer is a long one.
+    for line, answer in (("/adapter off", "adapter is off"), ("Name a color.", r"color\.\r\n\S+")):
+        chat.expect_exact("> ")
+        chat.sendline(line)
+        chat.expect(answer)
+    chat.sendintr()
+    chat.expect_exact("(Stopped.)")
+    chat.expect_exact("> ")
+    chat.sendintr()
+    chat.expect_exact("(to end: /quit or Ctrl-D)")
+    chat.sendline("/quit")
+    assert ended(chat) == 0
+    shell = operator.terminal("shell", *on)
+    shell.sendline("test -d /checkpoints/base && echo there$((6*7)); stty size")
+    shell.expect(r"there42\r\n(.*\r)?40 120")
+    shell.sendline("sleep 1000")
+    shell.sendintr()
+    shell.sendline("exit 7")
+    assert ended(shell) == 7
+    with subprocess.Popen(
+        [sys.executable, "-m", "mixtral_run", "shell", *on, "sh", "-c", "echo runs; sleep 1000"],
+        cwd=operator.folder, env=operator.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    ) as piped:  # fmt: skip
+        assert piped.stdout is not None and piped.stdout.readline() == b"runs\n"
+        piped.terminate()
+        assert piped.wait(60) == 143
+    assert host.run("docker", "ps", "--quiet") == ""
+    (row,) = json.loads(
+        operator.call("runs", *on[:2], "--checkpoints-folder", CHECKPOINTS, "adapter", "--json").stdout
+    )["runs"]
+    assert (row["iteration"], row["host"]) == (4, on[1].split("@")[1])
+
+
+def test_it_is_served(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:
+    """`serve` with a STAND-IN engine (tests/hosts/files/vllm): start, health, logs, port, refusals and stop."""
+    on, host = ("--on", set_up(NAMES[0]), *JOB), fleet.hosts[NAMES[0]]
+    host.run("mkdir", "/srv/engine")
+    targets.put(host, (Path(__file__).parent / "files/vllm").read_text(), "/srv/engine/vllm", "755")
+    build = "printf 'FROM %s\\nCOPY vllm /usr/local/bin/vllm\\n' {} | docker build -q -t engine:standin -f - ."
+    host.shell("cd /srv/engine && " + build.format(IMAGE))
+    serve = ("serve", *on, "--engine-image", "engine:standin", "--port", "8123", "--load", f"{MODELS}/tiny")
+    assert "a checkpoint that finetune saved" in operator.run(*serve, "--adapter", "adapter", code=5)
+    operator.run("export", *on, "--adapter", "adapter", "--format", "vllm", "--output-path", "served")
+    served = operator.run(*serve, "--adapter", "served")
+    assert "serves on port 8123, of the host only" in served
+    listening = {line.split()[3] for line in host.run("ss", "-Hltn").splitlines()}
+    assert {each for each in listening if each.endswith(":8123")} == {"127.0.0.1:8123"}
+    ask = (
+        "import json, urllib.request as u; r = u.Request('http://127.0.0.1:8123/v1/completions', "
+        "json.dumps({'model': 'adapter', 'prompt': 'Once'}).encode()); print(u.urlopen(r).read().decode())"
+    )
+    assert json.loads(host.run("python3", "-c", ask))["choices"][0]["text"] == "adapter: Once"
+    assert "STAND-IN: Application startup complete." in operator.run("logs", "serve-", *on[:2])
+    assert "Another job uses the GPUs" in operator.run(*serve, code=3)
+    assert "Port 8123 of" in operator.run(*serve, "--share", code=3)
+    assert "(exit code 0)" in operator.run("stop", "serve-", *on[:2])
+    assert host.run("docker", "ps", "--quiet") == "" and ":8123" not in host.run("ss", "-Hltn")
 
 
 def test_the_smoke_test_runs_there_and_its_report_is_fetched(operator: Operator, set_up: Callable[[str], str]) -> None:
