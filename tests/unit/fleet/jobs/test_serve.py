@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixtral_run.config.verbs.serve import ServeConfig
-from mixtral_run.errors import ConfigError, HostError, MixtralRunError, WeightsError
+from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.jobs import interactive, queue
 from mixtral_run.fleet.jobs import serve as serving
 from mixtral_run.fleet.jobs.engine_command import max_rank, read_adapter_config
@@ -165,7 +165,7 @@ def test_ranks_are_rounded_up_to_the_engines_steps() -> None:
 
 def test_a_server_that_ends_or_never_answers(host: _Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.looks, host.state = 100, "exited"
-    with pytest.raises(MixtralRunError, match="failed on gpu-01"):
+    with pytest.raises(HostError, match="failed on gpu-01"):
         host.serve()
     assert "ValueError: no such model" in capsys.readouterr().err
     host.state = "running"
