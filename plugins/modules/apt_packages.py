@@ -151,8 +151,8 @@ def _present(module, record, apt):
             _finish_dpkg(module, apt)
             _refresh(module, apt)
         dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine), set(also))
-    listed = params["names"] + removed + dragged
-    before = "".join("{} {}\n".format(name, installed[name]) for name in listed if name in installed)
+    listed = [name for name in params["names"] + removed + dragged if name in installed]
+    before = "".join("{} {}\n".format(name, installed[name]) for name in listed)
     if changed and not module.check_mode:
         mine += fresh
         _footprint(module, record).note(fresh, new)
@@ -259,7 +259,8 @@ def _defer_when_busy(module, touched, installed):
 
 def _absent(module, record, apt):
     params = module.params
-    installed, _ = _packages()
+    installed, held = _packages()
+    held -= set(record.values.get(_key(params, "also_held"), []))
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
     changed = params["section"] in record.values
     why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
@@ -281,7 +282,7 @@ def _absent(module, record, apt):
         dragged = [name for name in plan.removed if name not in mine]
         _refuse_dragged(module, dragged, set(), mine, installed)
     footprint = _footprint(module, record)
-    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in dragged]
+    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in held and name not in dragged]
     if not module.check_mode and changed:
         holds = record.values.pop(_key(params, "holds"), {})
         holds.update(dict.fromkeys(record.values.pop(_key(params, "also_held"), []), False))
@@ -370,20 +371,8 @@ def _refresh(module, apt):
 def _fail(module, what, answer, names=(), where=""):
     text = answer.out + answer.err
     offered = run(["apt-cache", "madison"] + list(names)).out.strip() if names else ""
-    steps = {
-        "locked by another process": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
-        "Could not get lock": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
-        "was not found": "pin a version that the repository offers:\n{}".format(offered),
-        "is not readable by user": "let everyone read the key and its folder: `sudo chmod 755 /etc/apt/keyrings; "
-        "sudo chmod 644 /etc/apt/keyrings/*`",
-        "is not bound": "the key binds itself with SHA-1, which this system refuses: use a mirror that signs with a newer key",
-        "NO_PUBKEY": "the repository is signed with another key than the pinned one",
-        "dpkg was interrupted": "`sudo dpkg --configure -a` on the host, then run again",
-        "unmet dependencies": "`sudo apt-get --fix-broken install` on the host shows what is broken there, then run again",
-        "Read-only file system": "mount the file system writable; after an error of the disk the kernel mounts it read-only",
-    }
     broken = [name for name in apt_output.broken_packages(text) if name not in module.params["names"]]
-    found = next((step for words, step in steps.items() if words in text), "run it by hand on the host to see more")
+    found = apt_output.next_step(text, offered)
     if broken:
         found = "{} cannot be configured: `sudo dpkg --configure -a` on the host shows why".format(", ".join(broken))
     module.fail_json(

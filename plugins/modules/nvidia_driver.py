@@ -29,10 +29,11 @@ import json
 import os
 import time
 
-from ..module_utils.mixtral_run_host import engine_use, files, gpu_driver, probe
+from ..module_utils.mixtral_run_host import files, probe
 from ..module_utils.mixtral_run_host.commands import MISSING, last_lines, run
+from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-from ..module_utils.mixtral_run_host.gpu import driver_load, driver_parts, driver_plan, driver_states
+from ..module_utils.mixtral_run_host.gpu import driver_load, driver_parts, driver_plan, driver_states, gpu_driver
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {

@@ -27,10 +27,10 @@ options:
 
 import os
 
-from ..module_utils.mixtral_run_host import gpu_driver, probe
-from ..module_utils.mixtral_run_host.apt import source_texts
+from ..module_utils.mixtral_run_host import probe
+from ..module_utils.mixtral_run_host.apt.apt import source_texts
 from ..module_utils.mixtral_run_host.files import Record, explain
-from ..module_utils.mixtral_run_host.gpu import driver_parts, driver_plan
+from ..module_utils.mixtral_run_host.gpu import driver_parts, driver_plan, gpu_driver
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {

@@ -20,7 +20,7 @@ options:
   no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
 """
 
-from ..module_utils.mixtral_run_host.apt import Apt
+from ..module_utils.mixtral_run_host.apt.apt import Apt
 from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.gpu import driver_parts, driver_plan

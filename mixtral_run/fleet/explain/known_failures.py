@@ -128,8 +128,8 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"nvidia-smi has failed because it couldn't communicate|no nvidia driver|no devices were found|nvidia-smi: (command )?not found",
         "The driver is not installed, or its module is not loaded (for example after a kernel upgrade without a rebuild).",
         (
-            "ssh HOST 'sudo ubuntu-drivers install --gpgpu nvidia:580-server && sudo apt-get install nvidia-utils-580-server'"
-            "    # Ubuntu; then reboot. Debian: nvidia-open from NVIDIA's repository",
+            "mixtral-run bootstrap HOST --tags nvidia_driver    # installs and loads it; with a driver of somebody else, add "
+            "-e nvidia_driver_branch=580",
             "ssh HOST 'dkms status; modinfo -F version nvidia; modinfo -k NEWEST_KERNEL -F version nvidia'",
         ),
         ("nvidia-smi", "driver", "module"),

@@ -1,7 +1,7 @@
 """Packages with the names and versions of NVIDIA's driver repository, for test hosts that have no GPU.
 
-STAND-IN: they have no driver in them. Their dependencies, the pinning packages and the styles of their revisions are
-those of NVIDIA's repository for Debian; the "modules" are files with a version, which `files/driver/kernel-modules` loads.
+STAND-IN: they have no driver in them. Their dependencies, the pinning packages and the styles of revisions are those of
+NVIDIA's repository for Debian; a "module" is a file with a version, which `files/driver/kernel-modules` loads.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import glob
 import os
 import re
 
-from .. import gpu_driver
 from ..commands import MISSING, run
 from ..files import read_text
+from . import gpu_driver
 from .driver_states import Parts
 
 NVIDIA_VENDOR = "0x10de"
@@ -45,6 +45,27 @@ def parts(needs_fabric_manager, target=None, root="/"):
         signer=module_field(newest or running, "signer") if secure else None,
         target=target or None,
     )
+
+
+def for_next_boot(root="/"):
+    """Return what the next boot and the next night do to an installed driver, as a part of the host's state.
+
+    library: version of the user-space library. headers: the kernel that boots next has its headers. secure_boot, signer:
+    whether modules must be signed, and who signed the one that boots next. open_to_upgrades: packages of the driver that
+    an unattended upgrade may change. All are None on a host without the library.
+    """
+    found = dict.fromkeys(("library", "headers", "secure_boot", "signer", "open_to_upgrades"))
+    library = library_version(root)
+    if library is None:
+        return found
+    release = gpu_driver.newest_kernel(
+        [os.path.basename(path) for path in glob.glob(os.path.join(root, "boot/vmlinuz-*"))]
+    )
+    release, secure = release or os.uname().release, secure_boot(root)
+    signer = module_field(release, "signer") if secure else None
+    found.update(library=library, headers=has_headers(release, root), secure_boot=secure, signer=signer)
+    found["open_to_upgrades"] = open_to_upgrades()
+    return found
 
 
 def fabric_manager_version():

@@ -95,8 +95,8 @@ def _next_boot(parts):
         if kernel == parts.running_kernel and not parts.loaded:
             return []  # no_module says so
         wanted = "an NVIDIA module for the kernel that boots next, {}".format(kernel)
-        lack = " (it has no headers to build one)" if parts.headers is False else ""
-        found = "none{}: after a reboot the host has no GPUs".format(lack)
+        lack = " and no headers to build one" if parts.headers is False else ""
+        found = "kernel {} has no NVIDIA module{}: after a reboot the host has no GPUs".format(kernel, lack)
         return [Finding("next_boot_without_module", NEXT_BOOT, wanted, found, BUILD.format(kernel))]
     if parts.library and after != parts.library:
         found = "module {} for kernel {}, library {}".format(after, kernel, parts.library)

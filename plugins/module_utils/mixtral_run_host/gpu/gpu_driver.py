@@ -106,13 +106,13 @@ def kernel_driver(path="/proc/driver/nvidia/version"):
 def modules_on_disk(running, root="/"):
     """Return the versions of the NVIDIA module that modprobe would load now and after a reboot into the newest kernel.
 
-    on_disk, newest_kernel and in_newest_kernel are None where they are unknown. in_newest_kernel is an empty string if
-    that kernel has no NVIDIA module.
+    on_disk, newest_kernel and in_newest_kernel are None where they are unknown. A version is an empty string if that
+    kernel has no NVIDIA module.
     """
     newest = newest_kernel([os.path.basename(path) for path in _glob(root, "boot/vmlinuz-*")])
     on_disk = _module_version(running)
     next_one = on_disk if newest == running else _module_version(newest) if newest else None
-    return {"on_disk": on_disk or None, "newest_kernel": newest, "in_newest_kernel": next_one}
+    return {"on_disk": on_disk, "newest_kernel": newest, "in_newest_kernel": next_one}
 
 
 def newest_kernel(names):
