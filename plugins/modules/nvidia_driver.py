@@ -167,6 +167,10 @@ class Driver:
             version = driver_parts.module_field(release, "version")
             if version is None or (version and version == parts.library) or (version and not parts.library):
                 continue
+            if release != parts.newest_kernel and parts.in_newest_kernel and parts.in_newest_kernel == parts.library:
+                # Ubuntu's modules are for its newest kernel: the running one, which is older, needs none.
+                self.due = "the modules are for kernel {}, which boots next".format(parts.newest_kernel)
+                continue
             if self.check:
                 self.done.append("would build the modules for kernel {}".format(release))
                 continue
@@ -180,6 +184,8 @@ class Driver:
     def kernel(self):
         """Load the modules, or replace loaded ones. If that is not possible now, a reboot is due."""
         parts = self.parts()
+        if self.due:
+            return
         if not parts.loaded:
             self._load()
         elif parts.on_disk and parts.loaded != parts.on_disk:
@@ -230,15 +236,20 @@ class Driver:
                 self._do("enabled {}".format(unit), ["systemctl", "enable", unit])
             if not self.due and not self._is_active(unit):
                 run(["systemctl", "reset-failed", unit])
-                self._do("started {}".format(unit), ["systemctl", "start", unit], fails=unit == FABRIC_MANAGER)
+                self._do("started {}".format(unit), ["systemctl", "start", unit])
 
-    def _do(self, words, argv, fails=False):
-        self.done.append(words)
+    def _do(self, words, argv):
+        """Run a command of systemctl. A failure is a warning, but that of a start of the fabric manager is an error."""
         answer = None if self.check else run(argv, timeout=180)
-        if fails and answer is not None and answer.code:
+        if answer is None or not answer.code:
+            self.done.append(words)
+        elif argv[1:] == ["start", FABRIC_MANAGER]:
             journal = run(["journalctl", "--unit=" + argv[-1], "--lines=6", "--no-pager", "--output=cat"])
             self._fail("The fabric manager does not start: CUDA would fail with error 802.", last_lines(journal, 6),
                        "`systemctl start {}` ends with 0".format(argv[-1]), "see /var/log/fabricmanager.log")  # fmt: skip
+        else:
+            words = "{}: `{}` fails: {}"
+            self.module.warn(words.format(self.params["host"], " ".join(argv), last_lines(answer, 1)))
 
     @staticmethod
     def _is_active(unit):

@@ -17,7 +17,7 @@ why nvidia-smi does not answer, or None. managed: True if the kit installed the 
 Plan = namedtuple("Plan", "action why source modules packages versioned pinning leave_holds")
 """action: "none", "adopt" or "install". why: a sentence. source: "nvidia" or "ubuntu". modules: "open" or "proprietary".
 packages: all to install, without the pinning package. versioned: those of the driver's version. pinning: beginning of the
-pinning package's name, or "". leave_holds: packages that are not held, because they belong to the kernel."""
+pinning package's name, or "". leave_holds: packages that are not held, because they are the kernel's or the system's."""
 
 DEFAULT_BRANCH = "580"
 """Long-term branch until June 2028. It runs images of CUDA 12 and of CUDA 13."""
@@ -72,7 +72,7 @@ def plan(host, wishes):
     kernel = headers(host) if source == "nvidia" else []
     pinning = "nvidia-driver-pinning-" if source == "nvidia" and branch >= 580 else ""
     why = "driver {} with {} kernel modules from {}".format(wanted or branch, modules, _NAMES[source])
-    leave = kernel + [name for name in others if name.startswith("linux-")]
+    leave = kernel + [name for name in others if not re.match("nvl|libnv", name)]
     return Plan("install", why, source, modules, versioned + others + kernel, versioned, pinning, leave)
 
 

@@ -83,7 +83,7 @@ def test_a_good_host_has_none() -> None:
         ("driver_next_boot", "warn", "module 580.95.05 for kernel 6.8.0-45-generic, library 580.173.02",
          {"driver__in_newest_kernel": "580.95.05", "driver__library": "580.173.02", "fabric_manager__nvswitch": False}),
         ("driver_next_boot", "warn", "is not signed", {"driver__secure_boot": True, "driver__signer": ""}),
-        ("driver_next_boot", "warn", "595.71.05 on disk: the next reboot changes the driver; fabric manager 580.173.02 stays",
+        ("driver_next_boot", "warn", "the next reboot changes the driver; fabric manager 580.173.02 stays",
          {"driver__in_newest_kernel": "595.71.05"}),
         ("driver_lock", "warn", "may change libnvidia-compute, libnvidia-gl, nvidia-dkms and 1 more",
          {"driver__open_to_upgrades": ["libnvidia-compute", "libnvidia-gl", "nvidia-dkms", "nvidia-utils"]}),
