@@ -17,6 +17,7 @@ options:
   conflicting: {description: Packages to remove in the same transaction., type: list, elements: str, default: []}
   hold: {description: Hold the packages so that unattended upgrades leave them alone., type: bool, default: true}
   leave_holds: {description: Packages of C(names) whose hold stays as it is., type: list, elements: str, default: []}
+  refresh: {description: Read the lists of packages anew before a change., type: bool, default: true}
   hold_also: {description: Regular expression for names of dependencies that are held too., type: str, default: ""}
   repository:
     description:
@@ -73,6 +74,7 @@ OPTIONS = {
     "conflicting": {"type": "list", "elements": "str", "default": []},
     "hold": {"type": "bool", "default": True},
     "leave_holds": {"type": "list", "elements": "str", "default": []},
+    "refresh": {"type": "bool", "default": True},
     "hold_also": {"type": "str", "default": ""},
     "repository": {"type": "str", "default": ""},
     "remove_dependents": {"type": "bool", "default": False},
@@ -149,7 +151,8 @@ def _present(module, record, apt):
     if wrong or removed:
         if not module.check_mode:
             _finish_dpkg(module, apt)
-            _refresh(module, apt)
+            if params["refresh"]:
+                _refresh(module, apt)
         dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine), set(also))
     listed = [name for name in params["names"] + removed + dragged if name in installed]
     before = "".join("{} {}\n".format(name, installed[name]) for name in listed)

@@ -8,7 +8,7 @@ module: nvidia_driver_version
 short_description: Find the one version that all packages of the NVIDIA driver have
 description:
   - Returns the version that is installed if it is of the wanted branch or version and no package is missing. Otherwise it
-    reads the lists of apt anew and returns the newest version that every package has.
+    reads the lists of apt anew (C(refreshed) is true then) and returns the newest version that every package has.
   - In check mode before the repository is known, the version is a pattern such as C(580.*).
 options:
   names: {description: Packages that must have one version., type: list, elements: str, required: true}
@@ -47,7 +47,8 @@ def act(module):
     installed = {name: version for name, (version, _) in driver_parts.packages().items()}
     have = {driver_plan.upstream(installed[name]) if name in installed else None for name in params["names"]}
     version = have.pop() if len(have) == 1 else None
-    if not is_version(version, params["wanted"]):
+    stays = is_version(version, params["wanted"])
+    if not stays:
         version = _offered(module)
     pinning = params["pinning"] + version if params["pinning"] and "*" not in version else ""
     mine = Record("packages").values.get("nvidia_driver", [])
@@ -59,6 +60,7 @@ def act(module):
     module.exit_json(
         changed=False,
         version=version,
+        refreshed=not stays,
         pattern=version if "*" in version else version + "-*",
         pinning=[pinning] if pinning else [],
         other_pinning=others if pinning else [],
