@@ -135,6 +135,17 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("nvidia-smi", "driver", "module"),
     ),
     KnownFailure(
+        "module-rejected",
+        "Secure Boot refuses the driver's kernel module",
+        r"could not insert 'nvidia\w*': (key was rejected by service|required key not available)",
+        "The module was built on the host, and the firmware does not trust its signature.",
+        (
+            "mixtral-run bootstrap HOST --tags nvidia_driver -e nvidia_driver_source=ubuntu    # Ubuntu: signed modules",
+            "switch Secure Boot off in the firmware, or enroll the key of DKMS at the console with `mokutil --import`",
+        ),
+        ("secure boot", "mokutil", "dkms", "signature"),
+    ),
+    KnownFailure(
         "cuda-memory",
         "A GPU's memory is full",
         r"cuda out of memory|cuda error: out of memory|outofmemoryerror",
