@@ -208,17 +208,24 @@ class Driver:
         if busy or not self.params["reload"]:
             self.due = words
             return
-        self.done.append("replaced module {} by {}".format(parts.loaded, parts.on_disk))
-        if not self.check:
-            why = driver_load.reload(self.params["board"])
-            if why:
-                self.done.pop()
-                self.due = "{}; {}".format(words, why)
+        if self.check:
+            self.done.append("would replace module {} by {}".format(parts.loaded, parts.on_disk))
+            return
+        self._cordon()
+        try:
+            # A job may have started before the host was cordoned.
+            why = self.busy() or driver_load.reload(self.params["board"])
+        finally:
+            self._uncordon()
+        if why:
+            self.due = "{}; {}".format(words, why)
+        else:
+            self.done.append("replaced module {} by {}".format(parts.loaded, parts.on_disk))
 
-    def busy(self):
+    @staticmethod
+    def busy():
         """Return what uses the GPUs or runs in containers, or an empty text."""
-        held = driver_parts.holders()
-        return engine_use.why_busy() or ("programs hold the GPUs: {}".format(", ".join(held[:5])) if held else "")
+        return engine_use.why_busy() or driver_parts.why_held()
 
     def services(self):
         """Enable and start the persistence daemon, and the fabric manager of a board with switches."""
@@ -301,7 +308,7 @@ class Driver:
         """Keep new jobs away until the host is back. A cordon of somebody else stays as it is."""
         if not os.path.exists(CORDON):
             at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            values = {"reason": "reboot for the NVIDIA driver", "by": CORDONED_BY, "at": at}
+            values = {"reason": "the NVIDIA driver is replaced", "by": CORDONED_BY, "at": at}
             write_text(CORDON, json.dumps(values) + "\n")
 
     @staticmethod

@@ -67,14 +67,31 @@ def reload(board):
             run(["systemctl", "start", unit], timeout=180)
 
 
+def in_use(root="/"):
+    """Return which module programs use, or an empty text. A module also counts those modules that stand on it.
+
+    It is read before the first module is unloaded: with some of them gone, the others would serve no program, and the
+    modules of another version cannot be loaded beside them.
+    """
+    for name in UNLOAD:
+        folder = os.path.join(root, "sys/module", name)
+        count = int(read_text(os.path.join(folder, "refcnt"), "0") or 0)
+        standing = len(glob.glob(os.path.join(folder, "holders", "*")))
+        if count > standing:
+            return "the module {} is in use ({} times)".format(name, count - standing)
+    return ""
+
+
 def _unload():
+    why = in_use()
+    if why:
+        return why
     for name in UNLOAD:
         if not os.path.isdir("/sys/module/" + name):
             continue
         answer = run(["rmmod", name], timeout=120)
         if answer.code:
-            # What was unloaded already is loaded again, in the version on disk only if all of it was.
-            for each in LOAD:
+            for each in LOAD:  # those that went before it
                 run(["modprobe", each], timeout=120)
             return "the kernel does not let go of {}: {}".format(name, last_lines(answer, 1))
     return ""
@@ -93,6 +110,8 @@ def unload():
     active = [unit for unit in UNITS if run(["systemctl", "is-active", unit]).out.strip() == "active"]
     if active:
         run(["systemctl", "stop"] + active, timeout=180)
+    if in_use():
+        return False
     present = [name for name in UNLOAD if os.path.isdir("/sys/module/" + name)]
     return all(run(["rmmod", name], timeout=120).code == 0 for name in present)
 

@@ -151,6 +151,12 @@ def holders(proc="/proc"):
     return sorted(found)
 
 
+def why_held():
+    """Return which programs hold the GPUs, or an empty text."""
+    found = holders()
+    return "programs hold the GPUs: {}".format(", ".join(found[:5])) if found else ""
+
+
 def open_to_upgrades():
     """Return the driver's packages that an unattended upgrade may change, in any night."""
     dump = run(["apt-config", "dump"], timeout=15)

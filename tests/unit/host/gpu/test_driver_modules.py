@@ -113,6 +113,58 @@ def test_a_fabric_manager_of_another_version_is_no_version_of_the_driver(version
     assert found["failed"] and "595.91.07" in found["msg"] and "595.71.05-2" in found["msg"]
 
 
+GATE = {
+    # loaded, containers, programs, refcnt, reload, mode: what comes of it
+    "nothing is loaded": (None, "", "", "", True, "ask", "installs"),
+    "it is loaded already": ("595.71.05", "1 container running", "", "", True, "ask", "installs"),
+    "an idle host": ("580.1", "", "", "", True, "ask", "installs"),
+    "a container, asked": ("580.1", "1 container running", "", "", True, "ask", "fails"),
+    "a container": ("580.1", "1 container running", "", "", True, "when_idle", "waits"),
+    "a program": ("580.1", "", "programs hold the GPUs: python3 (10)", "", True, "never", "waits"),
+    "a module in use": ("580.1", "", "", "the module nvidia_uvm is in use (2 times)", True, "when_idle", "waits"),
+    "only a reboot can do it, asked": ("580.1", "", "", "", False, "ask", "fails"),
+    "only a reboot can do it": ("580.1", "", "", "", False, "when_idle", "installs"),
+}
+
+
+@pytest.mark.parametrize("case", GATE)
+def test_a_version_is_not_changed_under_a_loaded_module_that_stays(
+    version, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    loaded, containers, programs_, refcnt, reload, mode, end = GATE[case]
+    warnings: list[str] = []
+    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.warn", lambda _self, text: warnings.append(text))
+    monkeypatch.setattr(VERSION.gpu_driver, "kernel_driver", lambda: loaded)
+    monkeypatch.setattr(VERSION.engine_use, "why_busy", lambda: containers)
+    monkeypatch.setattr(VERSION.driver_parts, "why_held", lambda: programs_)
+    monkeypatch.setattr(VERSION.driver_load, "in_use", lambda: refcnt)
+    found = version(reload=reload, reboot=mode, host="gpu-01")
+    assert (bool(found.get("failed")), bool(found.get("deferred"))) == (end == "fails", end == "waits")
+    if end == "fails":
+        assert "nothing was changed" in found["msg"] and "nvidia_driver_reboot=when_idle" in found["msg"]
+    assert bool(warnings) == (end == "waits")
+    if end != "installs":
+        assert (containers or programs_ or refcnt or "nvidia_driver_reload") in "".join([*warnings, str(found)])
+    if end == "fails":
+        assert not version(reload=reload, reboot=mode, host="gpu-01", change_when_busy=True).get("failed")
+
+
+def test_modules_that_stand_on_another_are_no_use_of_it(tmp_path: Path) -> None:
+    def module(name: str, count: str, *standing: str) -> None:
+        for folder in ("", *(f"holders/{each}" for each in standing)):
+            (tmp_path / "sys/module" / name / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/module" / name / "refcnt").write_text(count + "\n")
+
+    assert VERSION.driver_load.in_use(str(tmp_path)) == ""
+    module("nvidia", "2", "nvidia_uvm", "nvidia_modeset")
+    module("nvidia_uvm", "0")
+    assert VERSION.driver_load.in_use(str(tmp_path)) == ""
+    module("nvidia", "5", "nvidia_uvm", "nvidia_modeset")
+    assert VERSION.driver_load.in_use(str(tmp_path)) == "the module nvidia is in use (3 times)"
+    module("nvidia_uvm", "1")
+    assert "nvidia_uvm is in use (1 times)" in VERSION.driver_load.in_use(str(tmp_path))
+
+
 def test_check_mode_before_the_repository_is_known(version, programs: Programs) -> None:  # noqa: F811
     programs.put("apt-cache")
     found = version(check_mode=True)

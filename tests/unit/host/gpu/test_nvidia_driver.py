@@ -30,7 +30,7 @@ class Rig:
         monkeypatch.setattr(load, "reload", lambda _: self._do("reload", loaded=self.parts.on_disk))
         monkeypatch.setattr(load, "build", lambda _: self._do("build", on_disk=self.parts.library))
         monkeypatch.setattr(parts, "parts", lambda *_: self.parts)
-        monkeypatch.setattr(parts, "holders", list)
+        monkeypatch.setattr(parts, "why_held", str)
         monkeypatch.setattr(parts, "module_field", lambda _release, _field: self.parts.on_disk)
         monkeypatch.setattr(self.module, "engine_use", types.SimpleNamespace(why_busy=self._busy))
         gpus = types.SimpleNamespace(gpus=lambda: {"error": self.error, "gpus": [], "driver": NEW})
@@ -130,6 +130,16 @@ def test_a_reboot_that_is_due(rig: Rig, monkeypatch: pytest.MonkeyPatch, case: s
     assert words in result.get("msg", "") + "".join(warnings)
     assert bool(rig.cordon()) == (end == "reboots")
     assert (rig.did == []) == bool(rig.busy)  # modules stay while something runs
+
+
+def test_jobs_are_kept_away_while_modules_are_replaced(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict] = []
+    monkeypatch.setattr(rig.module.driver_load, "reload", lambda _: seen.append(rig.cordon()) or "")
+    rig.parts = rig.parts._replace(**DUE)
+    rig()
+    assert seen[0]["reason"] == "the NVIDIA driver is replaced" and not rig.cordon()
+    rig.after_cordon = "1 container running"
+    assert "1 container running" in rig()["msg"] and len(seen) == 1 and not rig.cordon()
 
 
 def test_a_job_that_starts_before_the_cordon_is_left_alone(rig: Rig) -> None:
