@@ -12,6 +12,7 @@ description:
     C(install), with the names of the packages, the repository and its key.
 options:
   host: {description: Name of the host in messages., type: str, required: true}
+  gpus_wanted: {description: False if the host is to be used without its GPUs., type: bool, default: true}
   branch: {description: "Wanted branch, such as 580. If empty, any driver that runs is adopted.", type: str, default: ""}
   version: {description: "Wanted version, such as 580.173.02.", type: str, default: ""}
   source: {description: Where the packages come from., type: str, choices: [auto, nvidia, ubuntu], default: auto}
@@ -35,6 +36,7 @@ from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "host": {"type": "str", "required": True},
+    "gpus_wanted": {"type": "bool", "default": True},
     "branch": {"type": "str", "default": ""},
     "version": {"type": "str", "default": ""},
     "source": {"type": "str", "choices": ["auto", "nvidia", "ubuntu"], "default": "auto"},

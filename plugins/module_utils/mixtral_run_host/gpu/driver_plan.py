@@ -43,7 +43,8 @@ def plan(host, wishes):
     Args:
         host: a Host.
         wishes: dict of branch, version, source ("auto", "nvidia", "ubuntu"), modules ("auto", "open", "proprietary"),
-            packages (names that replace those of the driver), own_keys (True if the firmware trusts the key of DKMS).
+            packages (names that replace those of the driver), gpus_wanted (False if the host is to be used without its
+            GPUs), own_keys (True if the firmware trusts the key of DKMS).
 
     Raises:
         Refused: the host cannot get this driver.
@@ -51,6 +52,8 @@ def plan(host, wishes):
     wanted = wishes["version"] or wishes["branch"]
     if not host.pci_ids and not host.board and not host.managed:
         return _nothing("none", "the host has no NVIDIA GPU on PCI")
+    if not host.managed and not wanted and not wishes["gpus_wanted"]:
+        return _nothing("none", "no GPUs are asked for (preflight_num_gpus: 0)")
     if not host.managed and host.loaded and not host.error and (not wanted or is_version(host.loaded, wanted)):
         why = "driver {} runs: it is adopted as it is, with its packages and holds".format(host.loaded)
         return _nothing("adopt", why)

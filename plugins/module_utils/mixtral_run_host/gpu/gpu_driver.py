@@ -9,7 +9,7 @@ import re
 from ..commands import MISSING, run
 from ..files import read_text
 
-NVIDIA_VENDOR, BRIDGE_CLASS = "0x10de", "0x0680"
+NVIDIA_VENDOR, MELLANOX_VENDOR, BRIDGE_CLASS = "0x10de", "0x15b3", "0x0680"
 MODES = ("persistence_mode", "mig.mode.current", "fabric.state", "fabric.status")
 NO_FABRIC = ("", "N/A", "[N/A]", "[Not Supported]", "Not Supported")
 # What the fabric manager of HGX B200 and B300 needs beside the driver: kernel modules and a package.
@@ -28,7 +28,8 @@ def nvswitch(root="/"):
         bridge = read_text(os.path.join(os.path.dirname(vendor), "class"), "").startswith(BRIDGE_CLASS)
         if bridge and read_text(vendor, "").strip() == NVIDIA_VENDOR:
             return "pci"
-    for path in _glob(root, "sys/class/infiniband/*/device/vpd"):
+    # On a bare host mlx5_ib is not loaded yet, and the bridges are found on PCI alone.
+    for path in _glob(root, "sys/class/infiniband/*/device/vpd") or _of_vendor(root, MELLANOX_VENDOR, "vpd"):
         try:
             with open(path, "rb") as file:
                 if b"SW_MNG" in file.read(1 << 16):
@@ -36,6 +37,12 @@ def nvswitch(root="/"):
         except OSError:  # only root can read it
             continue
     return None
+
+
+def _of_vendor(root, vendor, name):
+    """Return the paths of a file of each PCI device of a vendor."""
+    found = _glob(root, "sys/bus/pci/devices/*/vendor")
+    return [os.path.join(os.path.dirname(path), name) for path in found if read_text(path, "").strip() == vendor]
 
 
 def needs_fabric_manager(kind, fabric_states, gpu_names):

@@ -12,7 +12,8 @@ UBUNTU = Host(
 DEBIAN = UBUNTU._replace(
     os_id="debian", os_version="12", kernel="6.1.0-37-amd64", packages={"linux-image-amd64": "6.1"}
 )
-DEFAULTS = {"branch": "", "version": "", "source": "auto", "modules": "auto", "packages": [], "own_keys": False}
+DEFAULTS = {"branch": "", "version": "", "source": "auto", "modules": "auto", "packages": [], "own_keys": False,
+            "gpus_wanted": True}  # fmt: skip
 
 
 def plan(host: Host, **wishes: object) -> driver_plan.Plan:
@@ -91,6 +92,8 @@ STAYS = {
     "one of the wanted branch": (RUNS, {"branch": "570"}, "adopt"),
     "one of the wanted version": (RUNS, {"version": "570.10.1"}, "adopt"),
     "no GPU": ({"pci_ids": [], "board": ""}, {}, "none"),
+    "a host that is used without its GPUs": ({}, {"gpus_wanted": False}, "none"),
+    "a branch for such a host": ({}, {"gpus_wanted": False, "branch": "580"}, "install"),
     "one of another branch": ({**RUNS, "packages": {"nvidia-open-570": "570.10.1-1"}}, {"branch": "580"}, "install"),
     "the kit's own": ({**RUNS, "managed": True}, {}, "install"),
 }
