@@ -141,7 +141,7 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None, 
         argv += [image, "/lib/systemd/systemd", "systemd.unified_cgroup_hierarchy=0",
                  "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"]  # fmt: skip
     call(*argv)
-    host = _wait_for_boot(name)
+    host = wait_for_boot(name)
     host.shell(f"mkdir -p ~{USER}/.ssh && printf '%s' '{ssh_key().with_suffix('.pub').read_text()}' "
                f"> ~{USER}/.ssh/authorized_keys && chown -R {USER} ~{USER}/.ssh && {QUICK_PACKAGES}")  # fmt: skip
     set_standin(host, standin)
@@ -192,7 +192,8 @@ def _cache() -> Path:
     return CACHE
 
 
-def _wait_for_boot(name: str) -> Host:
+def wait_for_boot(name: str) -> Host:
+    """Return a host once SSH answers. Raises TargetError with the journal's end if it does not boot."""
     host = find(name)
     until = time.monotonic() + BOOT_SECONDS
     while time.monotonic() < until:
