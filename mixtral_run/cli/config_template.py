@@ -17,18 +17,19 @@ from mixtral_run.config.plan import PlanConfig
 from mixtral_run.config.serve import ServeConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, UpConfig
 from mixtral_run.config.trial import RehearseConfig, SmokeConfig
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,
-    "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
+    "align": AlignConfig, "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
     "evaluate": EvaluateConfig, "serve": ServeConfig, "export": ExportConfig,
     "smoke": SmokeConfig, "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""
 _ALTERNATIVE = {
-    "convert": "hf_model_path", "finetune": "data_path", "pretrain": "data_path", "up": "data_path",
-    "generate": "prompt", "evaluate": "data_path",
+    "convert": "hf_model_path", "finetune": "data_path", "align": "data_path", "pretrain": "data_path",
+    "up": "data_path", "generate": "prompt", "evaluate": "data_path",
 }  # fmt: skip
 """The setting that the template fills in where a verb needs one of several."""
 _WIDTH = 110

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mixtral_run.config.data_sources import source_problems
 from mixtral_run.config.fields import DATA, LAYOUT, OUTPUT, Config, flag_of, setting
@@ -47,6 +47,8 @@ def chat_template_problems(choice: str) -> list[str]:
 class ExampleConfig(Config):
     """How records of data become examples."""
 
+    KNOWN_FIELDS: ClassVar[tuple[str, ...]] = FIELDS
+
     data_format: str = setting(
         AUTO,
         help="Shape of the examples. auto: recognize it in each example by its keys.",
@@ -58,6 +60,11 @@ class ExampleConfig(Config):
         help="Other name of a key: --field response=solution takes 'solution' as the response. Repeat it for several.",
         section=DATA,
     )
+
+    @property
+    def preferences(self) -> str | None:
+        """What of preferences the examples are: pairs of answers, or also single ones; None for other examples."""
+        return None
 
     @classmethod
     def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,8 +80,10 @@ class ExampleConfig(Config):
         seen: set[str] = set()
         for pair in self.field:
             name, equals, key = pair.partition("=")
-            if not equals or not key or name not in FIELDS:
-                found.append(f"--field: expected NAME=KEY with a NAME of {', '.join(FIELDS)}; found {pair!r}")
+            if not equals or not key or name not in self.KNOWN_FIELDS:
+                found.append(
+                    f"--field: expected NAME=KEY with a NAME of {', '.join(self.KNOWN_FIELDS)}; found {pair!r}"
+                )
             elif name in seen:
                 found.append(f"--field {name}: expected once; found twice")
             seen.add(name)

@@ -13,7 +13,7 @@ from mixtral_run.errors import HostError
 from mixtral_run.fleet.cordon import CORDON_FILE
 from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, HostFacts, JobSpec
 
-GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse")
+GPU_VERBS = ("finetune", "align", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse")
 """Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""
 LOCK_FILE = "/tmp/mixtral-run.start.lock"
 """Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""

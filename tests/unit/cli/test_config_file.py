@@ -184,7 +184,7 @@ def test_what_config_init_says_to_fill_in_is_all_that_a_verb_needs(verb: str, tm
     said = CliRunner().invoke(root, ["config", "init", verb, "-o", str(file)]).output
     named = re.search(r"next: fill in (.*), then mixtral-run", said)
     fill_in = re.split(", | and ", named[1]) if named else []
-    values = dict.fromkeys(fill_in, "x")
+    values = dict.fromkeys(fill_in, "x") | ({"method": "dpo"} if "method" in fill_in else {})
     lists = {"data_path", "prompt"}
     config_class = CONFIGS[verb]
     config_class.from_mapping({name: [text] if name in lists else text for name, text in values.items()}).check()

@@ -1,0 +1,1 @@
+"""Settings of the verbs, one module each. Standard library only."""
