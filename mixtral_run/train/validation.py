@@ -16,7 +16,7 @@ import torch
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.preferences import FileSamples
 from mixtral_run.train.data.samples import AnswerSource, micro_batch
 from mixtral_run.train.metrics import IN_LINES, append, format_seconds

@@ -1,1 +1,1 @@
-"""Settings of the verbs, one module each. Standard library only."""
+"""Settings of the verbs, made of the common settings one folder up."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from mixtral_run.config.data import AUTO
 from mixtral_run.config.fields import DATA, OPTIMIZER, PREFERENCES, setting
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 
 DPO, KTO, ORPO, SIMPO = METHODS = ("dpo", "kto", "orpo", "simpo")
 """Losses over preferences."""

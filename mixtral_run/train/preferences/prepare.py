@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.config.verbs.align import AlignConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.preferences.objective import PreferenceObjective
 from mixtral_run.train.preferences.reference import add_references

@@ -23,7 +23,7 @@ from mixtral_run.config.verbs.align import KTO, AlignConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import sum_over
 from mixtral_run.model.without_adapters import without_adapters
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.preferences.objective import log_probabilities

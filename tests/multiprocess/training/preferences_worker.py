@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from mixtral_run.config.verbs.align import AlignConfig
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import open_data_everywhere
 from mixtral_run.train.load_model import load_for_training

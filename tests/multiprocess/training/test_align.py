@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.weights import ExportConfig
-from mixtral_run.report import Report
+from mixtral_run.config.verbs.weights import ExportConfig
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from tests.multiprocess.conftest import mixtral_run, torchrun

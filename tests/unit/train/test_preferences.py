@@ -19,7 +19,7 @@ from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.data.samples import batches
