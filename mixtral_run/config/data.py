@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mixtral_run.config.data_sources import source_problems
-from mixtral_run.config.fields import DATA, LAYOUT, OUTPUT, Config, flag_of, setting
+from mixtral_run.config.fields import DATA, LAYOUT, OUTPUT, PREFERENCES, Config, flag_of, setting
 
 DATA_SETTINGS = ("data_path", "valid_data_path")
 """Settings that name sources of examples."""
@@ -20,6 +20,12 @@ FIELDS = (
     "conversations", "text", "system", "tools",
 )  # fmt: skip
 """Keys of the shapes, which --field maps other keys to."""
+DPO, KTO, ORPO, SIMPO = METHODS = ("dpo", "kto", "orpo", "simpo")
+"""Losses over preferences."""
+PAIRS, UNPAIRED = ("pairs", "unpaired")
+"""Shapes of preferences: two answers to a prompt, or one answer with a label."""
+PREFERENCE_FIELDS = ("prompt", "chosen", "rejected", "completion", "label", "system", "tools")
+"""Keys of preferences, which --field maps other keys to."""
 SOURCE_FORMS = (
     "JSONL, JSON, CSV, TSV, Parquet or Arrow, also compressed; a folder of such files; '-' for standard input; or "
     "OWNER/NAME[@REVISION][:SPLIT] on the hub"
@@ -27,6 +33,11 @@ SOURCE_FORMS = (
 
 AUTO_TEMPLATE, MIXTRAL_TEMPLATE = CHAT_TEMPLATES = ("auto", "mixtral")
 """Values of --chat-template that name no file."""
+
+
+def preferences_of(method: str | None) -> str | None:
+    """Return what a method of align learns from: pairs, or unpaired for pairs and single answers; None without one."""
+    return None if method is None else UNPAIRED if method == KTO else PAIRS
 
 
 def chat_template_setting(section: str, more: str = "") -> Any:
@@ -47,8 +58,6 @@ def chat_template_problems(choice: str) -> list[str]:
 class ExampleConfig(Config):
     """How records of data become examples."""
 
-    KNOWN_FIELDS: ClassVar[tuple[str, ...]] = FIELDS
-
     data_format: str = setting(
         AUTO,
         help="Shape of the examples. auto: recognize it in each example by its keys.",
@@ -63,8 +72,8 @@ class ExampleConfig(Config):
 
     @property
     def preferences(self) -> str | None:
-        """What of preferences the examples are: pairs of answers, or also single ones; None for other examples."""
-        return None
+        """What of preferences the examples are: pairs, or unpaired for single ones too; None for other examples."""
+        return preferences_of(getattr(self, "method", None))
 
     @classmethod
     def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,13 +86,12 @@ class ExampleConfig(Config):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        known = FIELDS if self.preferences is None else PREFERENCE_FIELDS
         seen: set[str] = set()
         for pair in self.field:
             name, equals, key = pair.partition("=")
-            if not equals or not key or name not in self.KNOWN_FIELDS:
-                found.append(
-                    f"--field: expected NAME=KEY with a NAME of {', '.join(self.KNOWN_FIELDS)}; found {pair!r}"
-                )
+            if not equals or not key or name not in known:
+                found.append(f"--field: expected NAME=KEY with a NAME of {', '.join(known)}; found {pair!r}")
             elif name in seen:
                 found.append(f"--field {name}: expected once; found twice")
             seen.add(name)
@@ -131,6 +139,12 @@ class CheckConfig(ExampleConfig):
         help="Base model whose tokenizer counts the tokens: a converted checkpoint, or an HF model (its directory, or "
         "its name on the hub). Default: count no tokens.",
         section=LAYOUT,
+    )
+    method: str | None = setting(
+        None,
+        help="Check preferences for this method of align. Default: check what finetune learns from.",
+        choices=METHODS,
+        section=PREFERENCES,
     )
     seq_length: int = setting(512, help="Tokens per sample of the planned run.", minimum=2, section=DATA)
     chat_template: str = chat_template_setting(DATA)

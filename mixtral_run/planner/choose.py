@@ -194,7 +194,8 @@ def workload_of(
         architecture=base.architecture,
         gpus=world_size,
         seq_length=config.seq_length,
-        micro_batch_size=config.micro_batch_size * config.rows_per_sample,
+        micro_batch_size=config.micro_batch_size,
+        rows_per_sample=config.rows_per_sample,
         lora_rank=config.lora_rank,
         lora_dropout=config.lora_dropout,
         lora_target_modules=config.lora_target_modules,
@@ -203,7 +204,8 @@ def workload_of(
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
         cuda_graphs=config.cuda_graphs and config.can_be_captured,
-        has_validation=config.has_validation,
+        # The passes without gradients of align are those of an evaluation.
+        has_validation=config.has_validation or config.preferences is not None,
     )
 
 

@@ -115,7 +115,8 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         architecture=base.architecture if base is not None else MIXTRAL_8X7B,
         gpus=config.gpus,
         seq_length=config.seq_length,
-        micro_batch_size=config.micro_batch_size * rows_per_sample(config.method),
+        micro_batch_size=config.micro_batch_size,
+        rows_per_sample=rows_per_sample(config.method),
         lora_rank=config.lora_rank,
         lora_dropout=config.lora_dropout,
         lora_target_modules=config.lora_target_modules,
@@ -137,7 +138,7 @@ def _title(config: PlanConfig, workload: Workload, gpu: PlannedGpu) -> str:
     size = f"{gpu.memory_gib:g} GiB ({gpu.memory_gib * GIB / 1e9:.1f} GB)"
     return (
         f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, {config.gpus} × "
-        f"{size}, seq {config.seq_length:,} × {workload.micro_batch_size}; GiB a GPU, RAM a host"
+        f"{size}, seq {config.seq_length:,} × {workload.rows}; GiB a GPU, RAM a host"
     )
 
 

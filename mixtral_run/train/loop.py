@@ -90,7 +90,7 @@ def finetune(config: FinetuneConfig) -> None:
             load_init_adapter(config, base, model, report)
             if config.resume:
                 run.start = resume_run(run, optimizer, config, base)
-            prepare_references(run, config, base.fingerprint)
+            prepare_references(run, config, base)
             _report_lora(run, config)
             outcome = Outcome(config, base, data, mesh, report, model.count_choices() if config.router_stats else None)
             outcome.start()

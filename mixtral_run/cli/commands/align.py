@@ -21,7 +21,7 @@ from mixtral_run.config.verbs.align import AlignConfig
 def align(config: AlignConfig) -> None:
     """Fine-tune a base model with LoRA on preferences: DPO, KTO, ORPO or SimPO.
 
-    The reference model is the base itself, with the adapters off; there is no second copy in memory. Passes are not
-    captured as CUDA graphs, so that short rows train more slowly than with finetune.
+    The reference is the same model with its adapters off, or with those of --init-adapter: no second copy is in
+    memory. Passes are not captured as CUDA graphs, so that short rows train more slowly than with finetune.
     """
     run_training(config)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixtral_run.config.data import AUTO
+from mixtral_run.config.data import AUTO, DPO, KTO, METHODS, ORPO, PAIRS, SIMPO, UNPAIRED
 from mixtral_run.config.fields import DATA, OPTIMIZER, PREFERENCES, setting
 from mixtral_run.config.verbs.training import FinetuneConfig
 
-DPO, KTO, ORPO, SIMPO = METHODS = ("dpo", "kto", "orpo", "simpo")
-"""Losses over preferences."""
 WITH_REFERENCE = (DPO, KTO)
-"""Methods that compare the model with a reference: the same model with the adapters off."""
+"""Methods that compare the model with a reference."""
+START, BASE = REFERENCES = ("start", "base")
+"""The reference: the model before the first iteration, or the base with the adapters off."""
 SIGMOID, IPO, HINGE = LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 """Forms of the loss of dpo."""
-PAIRS, UNPAIRED = ("pairs", "unpaired")
-"""Shapes of preferences: two answers to a prompt, or one answer with a label."""
 DEFAULT_BETA = {SIMPO: 2.0}
 """Where it differs from 0.1."""
 
@@ -32,14 +30,11 @@ class AlignConfig(FinetuneConfig):
 
     VERB: ClassVar[str] = "align"
     WHAT: ClassVar[str] = "alignment"
-    KNOWN_FIELDS: ClassVar[tuple[str, ...]] = (
-        "prompt", "chosen", "rejected", "completion", "label", "system", "tools",
-    )  # fmt: skip
 
     method: str = setting(
         help="Loss. dpo (arXiv:2305.18290), orpo (arXiv:2403.07691) and simpo (arXiv:2405.14734) learn from pairs of "
         "a chosen and a rejected answer; kto (arXiv:2402.01306) from single answers with a label, or from pairs. dpo "
-        "and kto compare with the base, whose log-probabilities are computed once, before the first iteration.",
+        "and kto compare with a reference, whose log-probabilities are computed once, before the first iteration.",
         choices=METHODS,
         section=PREFERENCES,
     )
@@ -47,6 +42,13 @@ class AlignConfig(FinetuneConfig):
         None,
         help="Factor of the reward; with orpo, weight of the odds ratio. Default: 0.1; with simpo 2.",
         above=0,
+        section=PREFERENCES,
+    )
+    reference: str | None = setting(
+        None,
+        help="With --method dpo and kto: what the model is compared with. start: the model as the run starts, which is "
+        "the base, with --init-adapter the base with that adapter. base: the base alone. Default: start.",
+        choices=REFERENCES,
         section=PREFERENCES,
     )
     loss_type: str | None = setting(
@@ -123,10 +125,6 @@ class AlignConfig(FinetuneConfig):
     )
 
     @property
-    def preferences(self) -> str:
-        return UNPAIRED if self.method == KTO else PAIRS
-
-    @property
     def rows_per_sample(self) -> int:
         return rows_per_sample(self.method, pack=self.pack)
 
@@ -144,6 +142,11 @@ class AlignConfig(FinetuneConfig):
         return self.method in WITH_REFERENCE
 
     @property
+    def compares_with_adapter(self) -> bool:
+        """True if the reference is the base with --init-adapter."""
+        return self.init_adapter is not None and self.reference != BASE
+
+    @property
     def reward_factor(self) -> float:
         """The value of --beta, or its default."""
         return DEFAULT_BETA.get(self.method, 0.1) if self.beta is None else self.beta
@@ -153,6 +156,7 @@ class AlignConfig(FinetuneConfig):
         if self.mock_data:
             found.append("--mock-data: expected --data-path; random tokens have no preferences")
         given = {
+            "--reference": (self.reference is not None, WITH_REFERENCE),
             "--loss-type": (self.loss_type is not None, (DPO,)),
             "--label-smoothing": (bool(self.label_smoothing), (DPO, SIMPO)),
             "--simpo-gamma": (self.simpo_gamma is not None, (SIMPO,)),

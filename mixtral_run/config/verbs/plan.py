@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.data import METHODS
 from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
 from mixtral_run.config.lora import LoraShapeConfig
-from mixtral_run.config.verbs.align import METHODS
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 DEFAULT_NETWORK = "400Gb"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from mixtral_run.config.data import DATA_SETTINGS
-from mixtral_run.config.verbs.align import KTO, AlignConfig
+from mixtral_run.config.data import DATA_SETTINGS, KTO
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.terminal.report import Report

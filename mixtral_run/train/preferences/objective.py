@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs.align import DPO, IPO, KTO, ORPO, SIGMOID, SIMPO, AlignConfig
+from mixtral_run.config.data import DPO, KTO, ORPO, SIMPO
+from mixtral_run.config.verbs.align import IPO, SIGMOID, AlignConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import sum_over
 from mixtral_run.train.data.samples import Answers, MicroBatch

@@ -1,4 +1,5 @@
-"""Log-probabilities by the reference model, which is the trained model with its adapters off.
+"""Log-probabilities by the reference model, which is the trained model with its adapters off, or with those of
+--init-adapter.
 
 They are computed once, before the first iteration, for the samples that the run takes, and stored in the token cache of
 the data: another run with the same base and data finds them there.
@@ -10,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run import __version__
-from mixtral_run.config.verbs.align import KTO, AlignConfig
+from mixtral_run.config.data import KTO
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import sum_over
-from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.data.samples import MicroBatch
@@ -82,6 +85,7 @@ class ReferenceFile:
 def add_references(
     config: AlignConfig,
     fingerprint: str,
+    as_reference: Callable[[], AbstractContextManager[None]],
     model: MixtralModel,
     samples: PreferenceSamples,
     needed: NDArray[np.int64],
@@ -91,8 +95,9 @@ def add_references(
 
     Args:
         config: of the run.
-        fingerprint: of the base.
-        model: with any adapters, which are off meanwhile.
+        fingerprint: of the reference; used in the first rank.
+        as_reference: returns a context in which the model is the reference.
+        model: of the run.
         samples: of the run; those in `needed` get their values.
         needed: numbers of samples, ascending.
         report: gets lines about what is computed, and a progress bar.
@@ -109,10 +114,10 @@ def add_references(
         report.say(f"Reference: the log-probabilities of {len(needed):,} samples are in {file.path}")
         return
     report.say(
-        f"Reference: computing the log-probabilities of {len(missing):,} samples by the base alone "
+        f"Reference: computing the log-probabilities of {len(missing):,} samples "
         f"({len(needed) - len(missing):,} are known)"
     )
-    with report.progress(len(missing), "reference", "samples") as progress:
+    with as_reference(), report.progress(len(missing), "reference", "samples") as progress:
         for begin in range(0, len(missing), SAMPLES_BETWEEN_WRITES):
             part = missing[begin : begin + SAMPLES_BETWEEN_WRITES]
             _compute(config, model, samples, part, values)
@@ -128,11 +133,11 @@ def _compute(
     indices: list[int],
     values: NDArray[np.float64],
 ) -> None:
-    """Fill in the values of some samples. All ranks must call."""
+    """Fill in the values of some samples by the model as it is. All ranks must call."""
     mesh, size = model.mesh, len(samples.arrays)
     found = torch.zeros(len(values), dtype=torch.float64)
     times = torch.zeros(len(values), dtype=torch.float64)
-    with evaluating(model), without_adapters(model):
+    with evaluating(model):
         for numbers in rows_by_pass(len(indices), config.micro_batch_size, mesh):
             chosen = [indices[number] if number is not None else None for number in numbers]
             micro = samples.micro_batch(chosen)

@@ -5,6 +5,7 @@ torchrun … preferences_worker.py BASE DATA_FOLDER OUT.json METHOD TPxEP
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(base: str, data: str, out: str, method: str, layout: str) -> None:
         run = Run(
             config, mesh, Report.silent(), model, loaded, meter, step, 0.0, BadSteps(config, mesh, Report.silent())
         )
-        prepare_references(run, config, f"base {layout}")
+        prepare_references(run, config, dataclasses.replace(described, fingerprint=layout))
         stream = batches(
             loaded.samples, seed=config.seed, micro_batch_size=1, global_batch_size=4,
             data_parallel_rank=mesh.data_rank, data_parallel_size=mesh.data_size,

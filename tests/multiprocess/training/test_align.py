@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.verbs.weights import ExportConfig
-from mixtral_run.terminal.report import Report
-from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from tests.multiprocess.conftest import mixtral_run, torchrun
 
 WORKER = Path(__file__).with_name("preferences_worker.py")
 LATEST = "latest_checkpointed_iteration.txt"
+DOCUMENT = Path(__file__).parents[3] / "docs/concepts/preferences.md"
+COMMANDS = [shlex.split(line)[1:] for line in DOCUMENT.read_text().splitlines() if line.startswith("    mixtral-run ")]
+CPU = ("--device", "cpu", "--nproc-per-node")
 SETTINGS = (
-    "--method", "dpo", "--device", "cpu", "--nproc-per-node", "2", "--tensor-model-parallel-size", "2",
+    *CPU, "2", "--tensor-model-parallel-size", "2",
     "--expert-model-parallel-size", "2", "--seq-length", "48", "--global-batch-size", "4", "--lora-rank", "4",
     "--lora-dropout", "0.3", "--lr", "1e-2", "--train-iters", "4", "--save-interval", "2", "--eval-interval", "2",
-    "--valid-fraction", "0.3", "--report-tokens", "4",
+    "--report-tokens", "4",
 )  # fmt: skip
 
 
@@ -33,8 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     singles = [
         {"prompt": each["prompt"], "completion": each["chosen"], "label": n % 3 > 0} for n, each in enumerate(pairs)
     ]
-    turns = [{"prompt": each["prompt"], "completion": each["chosen"]} for each in pairs]
-    for name, records in (("pairs", pairs), ("labels", singles), ("turns", turns)):
+    for name, records in (("pairs", pairs), ("labels", singles)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     return folder
 
@@ -52,8 +52,14 @@ def tensors(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(small_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    words = ("align", *SETTINGS, "--load", str(small_checkpoint), "--data-path", str(data / "pairs.jsonl"))
-    done = mixtral_run(*words, "--save", str(whole))
+    names = {
+        "mixtral": small_checkpoint, "pairs.jsonl": data / "pairs.jsonl", "aligned": whole,
+        "peft-adapter": tmp_path / "peft",
+    }  # fmt: skip
+    check, words, *after = [[str(names.get(word, word)) for word in command] for command in COMMANDS]
+    done = mixtral_run(*check)
+    assert done.returncode == 0 and "shapes: pairs 20" in done.stdout, done.stderr
+    done = mixtral_run(*words, *SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics, validation = lines(whole / "metrics.jsonl"), lines(whole / "validation.jsonl")
     assert validation[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -69,7 +75,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(small_checkpoint: Path, 
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "iter_0000004")
     (cut / LATEST).write_text("2\n")
-    again = mixtral_run(*words, "--save", str(cut), "--resume", "auto")
+    words[words.index(str(whole))] = str(cut)
+    again = mixtral_run(*words, *SETTINGS, "--resume", "auto")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "iteration 3/4 |" in again.stdout and "iteration 2/4 |" not in again.stdout
     assert again.stdout.count("Reference: the log-probabilities of") == 2
@@ -80,17 +87,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(small_checkpoint: Path, 
         [line[name] for name in names] for line in metrics
     ]
 
-    other = mixtral_run(
-        "finetune", *SETTINGS[2:], "--load", str(small_checkpoint), "--data-path", str(data / "turns.jsonl"),
-        "--save", str(cut), "--resume",
-    )  # fmt: skip
-    assert other.returncode == 2 and "--method dpo" in other.stderr, other.stderr
-    export(ExportConfig(adapter=whole, output_path=tmp_path / "peft"), Report.silent())
-    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
-    answer = mixtral_run(
-        "generate", "--load", str(small_checkpoint), "--adapter", str(whole), "--instruction", "Question 3?",
-        "--device", "cpu", "--nproc-per-node", "1", "--max-new-tokens", "2",
-    )  # fmt: skip
+    export, generate = after
+    assert mixtral_run(*export).returncode == 0 and (tmp_path / "peft/adapter_model.safetensors").is_file()
+    answer = mixtral_run(*generate, *CPU, "1", "--max-new-tokens", "2")
     assert answer.returncode == 0, answer.stderr
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,12 +22,14 @@ from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.train.preferences.objective import PreferenceObjective
+from mixtral_run.train.preferences.prepare import _with_adapter
 from mixtral_run.train.preferences.reference import add_references
 from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
 from mixtral_run.train.validation import Validation
@@ -107,7 +112,9 @@ def taken(
 ) -> tuple[float, dict[str, float], dict[str, Tensor]]:
     """Loss, figures and gradients of one step over a global batch."""
     if config.has_reference:
-        add_references(config, "base", model, samples, np.arange(len(samples)), Report.silent())
+        add_references(
+            config, "base", partial(without_adapters, model), model, samples, np.arange(len(samples)), Report.silent()
+        )
     batch = next(
         batches(samples, seed=0, micro_batch_size=config.micro_batch_size, global_batch_size=config.global_batch_size)
     )
@@ -267,7 +274,9 @@ def test_stored_references_are_used_and_damaged_ones_are_not(model: MixtralModel
     config = config_of("dpo")
     answers = [each for pair in pairs_of(6) for each in pair]
     samples = samples_of(answers, tmp_path, config)
-    add_references(config, "base", model, samples, np.asarray([1, 4]), Report.silent())
+    add_references(
+        config, "base", partial(without_adapters, model), model, samples, np.asarray([1, 4]), Report.silent()
+    )
     assert samples.reference is not None
     known = [number for number in range(12) if not math.isnan(samples.reference[number])]
     assert known == [2, 3, 8, 9]
@@ -278,14 +287,47 @@ def test_stored_references_are_used_and_damaged_ones_are_not(model: MixtralModel
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
-    add_references(config, "base", model, again, np.asarray([1, 4]), Report.silent())
+    add_references(config, "base", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent())
     np.testing.assert_array_equal(again.reference, samples.reference)
-    add_references(config, "another base", model, again, np.asarray([1, 4]), Report.silent())
+    add_references(
+        config, "another", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent()
+    )
     assert again.reference[2] != samples.reference[2] and len(list(tmp_path.iterdir())) == 2
     written[-20] ^= 1
     file.write_bytes(written)
-    add_references(config, "base", model, again, np.asarray([1, 4]), Report.silent())
+    add_references(config, "base", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent())
     assert again.reference[2] != samples.reference[2]
+
+
+def test_the_reference_may_have_the_adapter_of_the_start(model: MixtralModel, tmp_path: Path) -> None:
+    """A resumed run: the model has another adapter than at the start, and keeps it."""
+    config = config_of("dpo")
+    answers = [each for pair in pairs_of(6) for each in pair]
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if is_adapter(name)}
+    with torch.no_grad():
+        expected = [log_probability(model, answer).item() for answer in answers]
+        for parameter in trainable(model):
+            parameter.mul_(3.0)
+    trained = gradient_free_copy(model)
+
+    @contextmanager
+    def as_start() -> Iterator[None]:
+        def load(*_: object) -> None:
+            model.load_state_dict(start, strict=False)
+
+        adapter: Any = None
+        with patch("mixtral_run.train.preferences.prepare.load_adapter", load), _with_adapter(model, adapter):
+            yield
+
+    samples = samples_of(answers, tmp_path, config)
+    add_references(config, "base with adapter", as_start, model, samples, np.arange(6), Report.silent())
+    assert samples.reference is not None and samples.reference.tolist() == pytest.approx(expected, abs=1e-3)
+    for name, value in gradient_free_copy(model).items():
+        assert torch.equal(value, trained[name])
+
+
+def gradient_free_copy(model: MixtralModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def test_answers_that_are_too_long_are_refused_together(tmp_path: Path) -> None:

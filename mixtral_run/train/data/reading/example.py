@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SYSTEM, USER, ASSISTANT, TOOL = ROLES = ("system", "user", "assistant", "tool")
@@ -60,3 +60,14 @@ class Example:
             alone = Example(self.place, self.messages, None, self.tools)
             return (alone, None) if self.label else (None, alone)
         return (self,)
+
+    def named_answers(self) -> tuple[Example, ...]:
+        """Return `answers` without None, with the kind of each answer of a preference after its place."""
+        if self.rejected is None and self.label is None:
+            return (self,)
+        names = ("chosen", "rejected") if self.rejected is not None else ("desirable", "undesirable")
+        return tuple(
+            replace(each, place=f"{self.place}, {name}")
+            for each, name in zip(self.answers(), names, strict=True)
+            if each is not None
+        )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mixtral_run.config.data import AUTO, DataConfig, ExampleConfig
+from mixtral_run.config.data import AUTO, DPO, KTO, PAIRS, UNPAIRED, DataConfig, ExampleConfig
 from mixtral_run.config.data_sources import DataSource, parse_source
 from mixtral_run.config.fields import flag_of
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
@@ -158,15 +158,15 @@ class ExampleStream:
         if self.problems.num_examples and not self.options.skip_bad_examples:
             raise self._error()
         if not any(self.counts_by_source):
-            left = self.problems.num_examples
+            left, texts = self.problems.num_examples, [source.text for source in self.sources]
             raise ConfigError(
                 f"The {self._what} data contain no {'usable ' if left else ''}example.",
                 where=self.where,
                 problems=self.problems.lines(),
                 expected=f"a JSON object a line: {' or '.join(self._example_lines)}",
                 found=f"{left:,} that cannot be used" if left else "an empty file",
-                next_command=f"mixtral-run data check {shlex.join(source.text for source in self.sources)}"
-                if left and self.options.preferences is None
+                next_command=f"mixtral-run data check {shlex.join(texts)}{self._method}"
+                if left
                 else "the same command with a file that contains examples",
             )
 
@@ -175,9 +175,7 @@ class ExampleStream:
             "No record has the keys that --field names.",
             where=self.where,
             problems=[f"--field {name}={key}: found no key {key!r}" for name, key in self._missing_fields.items()],
-            next_command="mixtral-run data check, without --field, which reports the keys"
-            if self.options.preferences is None
-            else "the same command with other --field, or without",
+            next_command=f"mixtral-run data check{self._method}, without --field, which reports the keys",
         )
 
     def remarks(self) -> list[str]:
@@ -246,6 +244,11 @@ class ExampleStream:
         if options.preferences is not None:
             return convert_preference(record.values, options.preferences, options.data_format, options.fields)
         return convert(record.values, options.data_format, options.fields)
+
+    @property
+    def _method(self) -> str:
+        """Return the flag of `data check` for the same examples."""
+        return {None: "", PAIRS: f" --method {DPO}", UNPAIRED: f" --method {KTO}"}[self.options.preferences]
 
     @property
     def _example_lines(self) -> Sequence[str]:

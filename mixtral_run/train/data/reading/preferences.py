@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mixtral_run.config.data import AUTO
-from mixtral_run.config.verbs.align import PAIRS, UNPAIRED
+from mixtral_run.config.data import AUTO, PAIRS, UNPAIRED
 from mixtral_run.train.data.reading.conversations import Turns, finish_turns, read_turns
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Message
 from mixtral_run.train.data.reading.records import json_type
