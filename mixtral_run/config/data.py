@@ -125,7 +125,11 @@ class DataConfig(ExampleConfig):
         if self.mock_data and self.data_path:
             found.append("--mock-data and --data-path: expected one of them; found both")
         if not self.mock_data and not self.data_path:
-            found.append("--data-path FILE or --mock-data: expected one of them; found neither")
+            found.append(
+                "--data-path FILE or --mock-data: expected one of them; found neither"
+                if self.preferences is None
+                else "--data-path FILE: expected training data; found none"
+            )
         return found
 
 

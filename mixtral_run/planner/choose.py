@@ -203,7 +203,7 @@ def workload_of(
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
-        cuda_graphs=config.cuda_graphs and config.can_be_captured,
+        cuda_graphs=config.cuda_graphs,
         # The passes without gradients of align are those of an evaluation.
         has_validation=config.has_validation or config.preferences is not None,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mixtral_run.config.data import AUTO, DPO, KTO, METHODS, ORPO, PAIRS, SIMPO, UNPAIRED
-from mixtral_run.config.fields import DATA, OPTIMIZER, PREFERENCES, setting
+from mixtral_run.config.fields import DATA, MEMORY, OPTIMIZER, PREFERENCES, setting
 from mixtral_run.config.verbs.training import FinetuneConfig
 
 WITH_REFERENCE = (DPO, KTO)
@@ -91,6 +91,16 @@ class AlignConfig(FinetuneConfig):
         choices=(AUTO, PAIRS, UNPAIRED),
         section=DATA,
     )
+    field: tuple[str, ...] = setting(
+        (),
+        help="Other name of a key: --field chosen=preferred takes 'preferred' as the chosen answer. Repeat it for "
+        "several.",
+        section=DATA,
+    )
+    mock_data: bool = setting(False, help="Not used: random tokens have no preferences.", section=DATA, hidden=True)
+    cuda_graphs: bool = setting(
+        False, help="Not used: the passes of align are not captured.", section=MEMORY, hidden=True
+    )
     seq_length: int = setting(
         512,
         help="Tokens per row, which is a prompt with one answer. A longer one is refused, because a part of an answer "
@@ -129,10 +139,6 @@ class AlignConfig(FinetuneConfig):
         return rows_per_sample(self.method, pack=self.pack)
 
     @property
-    def can_be_captured(self) -> bool:
-        return False
-
-    @property
     def loss_name(self) -> str:
         return f"{self.method} loss"
 
@@ -155,6 +161,8 @@ class AlignConfig(FinetuneConfig):
         found = super().problems()
         if self.mock_data:
             found.append("--mock-data: expected --data-path; random tokens have no preferences")
+        if self.cuda_graphs:
+            found.append("--cuda-graphs: align does not capture its passes; expected the setting not to be given")
         given = {
             "--reference": (self.reference is not None, WITH_REFERENCE),
             "--loss-type": (self.loss_type is not None, (DPO,)),

@@ -88,11 +88,6 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
         return 1
 
     @property
-    def can_be_captured(self) -> bool:
-        """False if the pass is never captured as a CUDA graph."""
-        return True
-
-    @property
     def loss_name(self) -> str:
         """Name of the loss in lines and messages."""
         return "lm loss"

@@ -26,8 +26,6 @@ class PreferenceObjective(Objective):
     The losses and figures are those of TRL; `figures` has TRL's names. Log-probabilities are summed in float64.
     """
 
-    capturable = False
-
     def __init__(self, config: AlignConfig) -> None:
         self._config = config
         self._kl = 0.0

@@ -89,7 +89,7 @@ def backward_of(
         dispatcher = SymmetricMemoryDispatcher(exchange, mesh.device)
     elif execution.dispatch is policy.Dispatch.ALL_GATHER:
         dispatcher = AllGatherDispatcher(mesh.expert_group, model.architecture.num_experts, mesh.device)
-    if captured and execution.captured and (objective is None or objective.capturable):
+    if captured and execution.captured:
         backward = CapturedBackward(model, dispatcher, most, objective)
         yield backward
         # Not after an error: a collective under way may wait for a rank that has ended.

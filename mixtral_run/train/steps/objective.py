@@ -18,12 +18,8 @@ from mixtral_run.train.data.samples import MicroBatch
 class Objective(ABC):
     """A loss over the tokens of a global batch. The pass over a micro batch computes its parts.
 
-    Attributes:
-        capturable: True if the pass can be captured as a CUDA graph. The inputs of all micro batches then have the same
-            shapes.
+    A pass that is captured as a CUDA graph needs inputs of the same shapes in all micro batches.
     """
-
-    capturable = True
 
     def prepare(self, model: MixtralModel, micros: Iterable[MicroBatch], count: int, num_text_tokens: int) -> None:
         """Prepare for the passes over a global batch. All ranks must call.

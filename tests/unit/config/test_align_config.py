@@ -20,7 +20,8 @@ from tests.multiprocess.conftest import SMALL
 
 
 def config_of(method: str = "dpo", **settings: Any) -> AlignConfig:
-    return AlignConfig(load=Path("base"), save=Path("save"), data_path=("pairs.jsonl",), method=method, **settings)
+    settings = {"data_path": ("pairs.jsonl",)} | settings
+    return AlignConfig(load=Path("base"), save=Path("save"), method=method, **settings)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,8 @@ def config_of(method: str = "dpo", **settings: Any) -> AlignConfig:
         ({"method": "simpo", "reference": "base"}, "--reference: expected --method dpo or kto"),
         ({"method": "kto", "pack": True}, "--pack: expected --method dpo, orpo or simpo"),
         ({"method": "ppo"}, "--method: expected one of dpo, kto, orpo, simpo; found ppo"),
+        ({"cuda_graphs": True}, "--cuda-graphs: align does not capture its passes"),
+        ({"data_path": ()}, "--data-path FILE: expected training data; found none"),
         ({"beta": 0.0}, "--beta: expected more than 0"),
         ({"field": ("response=x",)}, "--field: expected NAME=KEY with a NAME of prompt, chosen, rejected"),
     ],

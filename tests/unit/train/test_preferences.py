@@ -256,10 +256,10 @@ def test_kto_is_that_of_trl(model: MixtralModel, base: MixtralModel, tmp_path: P
     compare(model, found, torch.stack(losses).mean(), figures)
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
-def test_the_validation_loss_is_that_of_one_batch(model: MixtralModel, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "pack"), [("dpo", False), ("kto", False), ("orpo", False), ("orpo", True)])
+def test_the_validation_loss_is_that_of_one_batch(model: MixtralModel, tmp_path: Path, method: str, pack: bool) -> None:
     """A set that its passes do not divide evenly: what fills the last pass does not count."""
-    config = config_of(method, micro_batch_size=4)
+    config = config_of(method, micro_batch_size=4, pack=pack)
     samples = samples_of([each for pair in pairs_of(3) for each in pair], tmp_path, config)
     whole = dataclasses.replace(config, micro_batch_size=len(samples), global_batch_size=len(samples))
     loss, figures, _ = taken(model, samples, whole)

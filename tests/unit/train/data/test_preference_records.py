@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.train.data.check.check import check_data, load_encoder
+from mixtral_run.train.data.check.check_screen import check_lines
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Message
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.reading.preferences import convert_preference
@@ -134,3 +138,26 @@ def test_every_part_of_a_preference_counts_in_its_hash(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(each) + "\n" for each in variants))
     examples = list(read_examples([str(file)], ReadOptions(preferences="unpaired")))
     assert len({content_digest(each) for each in examples}) == 4
+
+
+def test_a_check_shows_both_answers_and_what_is_too_long(tmp_path: Path, tiny_tokenizer_folder: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    records = [
+        PAIRS[0],
+        PAIRS[0],
+        {**PAIRS[0], "rejected": "never"},
+        {**PAIRS[0], "chosen": "y " * 90},
+        {"prompt": "x"},
+    ]
+    file.write_text("".join(json.dumps(each) + "\n" for each in records))
+    config = CheckConfig(data_path=(str(file),), method="dpo", seq_length=64)
+    result = check_data(config, *load_encoder(tiny_tokenizer_folder, "mixtral"))
+    assert (result.num_examples, result.num_duplicates, result.num_bad) == (4, 1, 1)
+    assert result.counts_by_shape == {"pairs": 4} and result.problems[0].startswith("line 5: expected the keys")
+    shown = "\n".join(check_lines(result, color=False))
+    assert "line 1, chosen:\n<s>[INST] Q? [/INST]⟦ yes</s>⟧" in shown
+    assert "line 1, rejected:\n<s>[INST] Q? [/INST]⟦ no</s>⟧" in shown
+    assert "1 answer is longer than --seq-length 64, which align refuses" in shown
+    advised = re.search(r"next: mixtral-run align --method dpo --seq-length (\d+)", shown)
+    assert advised is not None and result.lengths is not None
+    assert result.lengths.longest - 1 <= int(advised[1]) < result.lengths.longest + 63
