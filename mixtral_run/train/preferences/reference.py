@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from mixtral_run import __version__
 from mixtral_run.config.data import KTO
 from mixtral_run.config.verbs.align import AlignConfig
+from mixtral_run.launch.heartbeat import note_progress
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import sum_over
 from mixtral_run.terminal.report import Report
@@ -73,10 +75,11 @@ class ReferenceFile:
         return np.full(self.num_values, np.nan)
 
     def write(self, values: NDArray[np.float64]) -> None:
-        """Replace the file. Raises OSError."""
+        """Replace the file, and keep what another run has added to it meanwhile. Raises OSError."""
+        values = np.where(np.isnan(values), self.read(), values)
         data = values.astype("<f8").tobytes()
         head = json.dumps({"reference": FORMAT, "values": self.num_values, "crc32": zlib.crc32(data)}).encode()
-        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         partial.write_bytes(head + b"\n" + data)
         sync_path(partial)
         partial.rename(self.path)
@@ -120,10 +123,9 @@ def add_references(
     with as_reference(), report.progress(len(missing), "reference", "samples") as progress:
         for begin in range(0, len(missing), SAMPLES_BETWEEN_WRITES):
             part = missing[begin : begin + SAMPLES_BETWEEN_WRITES]
-            _compute(config, model, samples, part, values)
+            _compute(config, model, samples, part, values, progress.advance)
             if mesh.is_first:
                 _write(file, values, report)
-            progress.advance(len(part))
 
 
 def _compute(
@@ -132,9 +134,13 @@ def _compute(
     samples: PreferenceSamples,
     indices: list[int],
     values: NDArray[np.float64],
+    advance: Callable[[int], None],
 ) -> None:
-    """Fill in the values of some samples by the model as it is. All ranks must call."""
-    mesh, size = model.mesh, len(samples.arrays)
+    """Fill in the values of some samples by the model as it is. All ranks must call.
+
+    advance: called with the number of samples that the ranks have computed.
+    """
+    mesh, size, left = model.mesh, len(samples.arrays), len(indices)
     found = torch.zeros(len(values), dtype=torch.float64)
     times = torch.zeros(len(values), dtype=torch.float64)
     with evaluating(model):
@@ -153,6 +159,10 @@ def _compute(
                 counted = micro.answers.counts > 0
                 at = torch.from_numpy(places)[counted]
                 found[at], times[at] = logps[counted], 1.0
+            note_progress()
+            step = min(left, config.micro_batch_size * mesh.data_size)
+            left -= step
+            advance(step)
     both = sum_over(torch.stack((found, times)).to(mesh.device), mesh.data_group).cpu()
     known = both[1] > 0
     # An answer that several ranks computed has the mean of their values on all of them.

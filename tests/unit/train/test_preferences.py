@@ -30,7 +30,7 @@ from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.train.preferences.objective import PreferenceObjective
 from mixtral_run.train.preferences.prepare import _with_adapter
-from mixtral_run.train.preferences.reference import add_references
+from mixtral_run.train.preferences.reference import ReferenceFile, add_references
 from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
 from mixtral_run.train.validation import Validation
 from tests.multiprocess.conftest import SMALL
@@ -297,6 +297,16 @@ def test_stored_references_are_used_and_damaged_ones_are_not(model: MixtralModel
     file.write_bytes(written)
     add_references(config, "base", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent())
     assert again.reference[2] != samples.reference[2]
+
+
+def test_a_reference_file_keeps_what_another_run_has_added(tmp_path: Path) -> None:
+    file = ReferenceFile(tmp_path / "reference-x.bin", 3)
+    nan = math.nan
+    assert np.isnan(file.read()).all()
+    file.write(np.asarray([-1.0, nan, nan]))
+    file.write(np.asarray([nan, -2.0, nan]))
+    assert file.read()[:2].tolist() == [-1.0, -2.0] and np.isnan(file.read()[2])
+    assert [each.name for each in tmp_path.iterdir()] == ["reference-x.bin"]
 
 
 def test_the_reference_may_have_the_adapter_of_the_start(model: MixtralModel, tmp_path: Path) -> None:
