@@ -299,6 +299,17 @@ def test_stored_references_are_used_and_damaged_ones_are_not(model: MixtralModel
     assert again.reference[2] != samples.reference[2]
 
 
+def test_what_fills_a_pass_has_no_loss_and_needs_no_reference(tmp_path: Path) -> None:
+    samples = samples_of([each for pair in pairs_of(2) for each in pair], tmp_path, config_of("dpo"))
+    samples.reference = np.asarray([math.nan, math.nan, -1.0, -2.0])
+    micro = samples.micro_batch([1, None])
+    assert micro.answers is not None
+    assert micro.answers.reference.tolist() == [-1.0, -2.0, 0.0, 0.0]
+    assert micro.answers.counts.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert [bool(row.any()) for row in micro.loss_mask] == [True, True, False, False]
+    assert [bool(row.any()) for row in micro.answers.text_mask] == [True, False, False, False]
+
+
 def test_a_reference_file_keeps_what_another_run_has_added(tmp_path: Path) -> None:
     file = ReferenceFile(tmp_path / "reference-x.bin", 3)
     nan = math.nan
