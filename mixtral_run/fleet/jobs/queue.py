@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions
-from mixtral_run.fleet.jobs.jobs import RunningJob, facts_of, list_jobs, start
+from mixtral_run.fleet.jobs.job_spec import JobOptions
+from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
 from mixtral_run.fleet.jobs.taking import BusyError, busy_error, needs_free_host
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
@@ -21,7 +21,7 @@ ANY = "any"
 """`--on any`: one free host of the fleet."""
 LOOK_SECONDS = 30.0
 Say = Callable[[str], None]
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def wait_seconds(text: str | None) -> float:
@@ -39,66 +39,23 @@ def start_when_free(verb: str, config: Config, options: JobOptions, say: Say, ss
     There is no order among those who wait.
     """
     ssh = ssh or Ssh()
-    options.check()
-    _refuse_any_among_others(options)
-
-    def attempt() -> RunningJob:
-        if options.on == (ANY,):
-            return _start_on_any(verb, config, options, ssh, say)
-        return start(verb, config, options, ssh)
-
-    return _patiently(attempt, options, say)
+    return when_free(verb, options, say, ssh, lambda hosts: start(verb, config, options, ssh, hosts=hosts))
 
 
-def free_host(
-    verb: str, options: JobOptions, say: Say, ssh: Ssh, *, needs_image: bool = True
-) -> tuple[Host, HostFacts]:
-    """Return the host of --on, and its facts, for a verb that runs on one host; a free one with `--on any`.
+def when_free(verb: str, options: JobOptions, say: Say, ssh: Ssh, attempt: Callable[[tuple[Host, ...]], T]) -> T:
+    """Return the result of `attempt`, which starts a verb on hosts, or on those of options.on if it is given none.
 
-    With `--wait` wait until it is free. Raises ConfigError for several hosts, HostError if none can run the verb, and
-    BusyError if those that could are busy.
+    With `--on any` it is tried on one host after the other. With `--wait` it is repeated as long as it raises
+    BusyError.
     """
     options.check()
     _refuse_any_among_others(options)
-    is_any = options.on == (ANY,)
-    hosts = hosts_of(() if is_any else options.on, options.inventory, None)
-    if len(hosts) != 1 and not is_any:
-        raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(host.name for host in hosts)}")
-
-    def attempt() -> tuple[Host, HostFacts]:
-        busy, problems = _busy(verb, hosts, options, ssh), []
-        for host in hosts:
-            if host.name in busy:
-                continue
-            try:
-                (facts,) = facts_of([host], options, ssh, needs_image=needs_image)
-            except HostError as error:
-                if not is_any:
-                    raise
-                problems.append(f"{host.name}: {error.what}")
-            else:
-                return host, facts
-        if busy:
-            raise busy_error(list(busy.items()), problems)
-        raise HostError("No host can run this.", problems=problems, next_command="mixtral-run status")
-
-    return _patiently(attempt, options, say)
-
-
-def _busy(verb: str, hosts: Sequence[Host], options: JobOptions, ssh: Ssh) -> dict[str, str]:
-    """Return the job on each host that a verb must not start next to. Hosts that do not answer are left out."""
-    if not needs_free_host(verb, share=options.share):
-        return {}
-    rows = [row for row in list_jobs(hosts, ssh)[0] if row.running and needs_free_host(row.verb, share=False)]
-    return {row.host.name: row.job for row in rows}
-
-
-def _patiently(attempt: Callable[[], Found], options: JobOptions, say: Say) -> Found:
-    """Return what an attempt returns. With --wait, try again as long as it raises BusyError."""
     until, said = time.monotonic() + wait_seconds(options.wait), ""
     while True:
         try:
-            return attempt()
+            if options.on == (ANY,):
+                return _on_any(verb, options, ssh, say, attempt)
+            return attempt(())
         except BusyError as error:
             left = until - time.monotonic()
             if left <= 0:
@@ -111,19 +68,21 @@ def _patiently(attempt: Callable[[], Found], options: JobOptions, say: Say) -> F
             time.sleep(min(left, LOOK_SECONDS * random.uniform(0.75, 1.25)))
 
 
-def _start_on_any(verb: str, config: Config, options: JobOptions, ssh: Ssh, say: Say) -> RunningJob:
-    """Start a job on the first host that takes it.
+def _on_any(verb: str, options: JobOptions, ssh: Ssh, say: Say, attempt: Callable[[tuple[Host, ...]], T]) -> T:
+    """Return the result of `attempt` on the first host that takes the job.
 
     Raises BusyError if hosts are busy and no other host can run it; HostError if no host can run it at all.
     """
-    hosts, problems = hosts_of((), options.inventory, None), []
-    # Hosts that do not answer are left to `start`.
-    busy = _busy(verb, hosts, options, ssh)
+    hosts, busy, problems = hosts_of((), options.inventory, None), {}, []
+    if needs_free_host(verb, share=options.share):
+        # Hosts that do not answer are left to `start`.
+        running = [row for row in list_jobs(hosts, ssh)[0] if row.running and needs_free_host(row.verb, share=False)]
+        busy = {row.host.name: row.job for row in running}
     for host in hosts:
         if host.name in busy:
             continue
         try:
-            job = start(verb, config, options, ssh, hosts=(host,))
+            result = attempt((host,))
         except BusyError as error:
             # Another operator was faster.
             busy |= dict(error.jobs)
@@ -132,7 +91,7 @@ def _start_on_any(verb: str, config: Config, options: JobOptions, ssh: Ssh, say:
         else:
             for problem in problems:
                 say(f"! {problem}")
-            return job
+            return result
     if busy:
         raise busy_error(list(busy.items()), problems)
     raise HostError("No host can run the job.", problems=problems, next_command="mixtral-run status")

@@ -44,12 +44,16 @@ def _list(values: Sequence[str], style: str = "") -> str:
 
 def _severity(status: HostStatus) -> int:
     """Return the place of a host's state in STATES: the worst comes first."""
-    found = (not status.reachable, bool(status.error), status.reimaged, bool(status.warnings), bool(status.differences))
+    found = (
+        not status.reachable, bool(status.error), status.reimaged, bool(status.cordoned), bool(status.warnings),
+        bool(status.differences),
+    )  # fmt: skip
     return next((place for place, holds in enumerate(found) if holds), len(found))
 
 
 STATES = (
-    ("bad", "✗ unreachable"), ("bad", "! unreadable"), ("bad", "! reimaged"), ("bad", "! warning"),
+    ("bad", "✗ unreachable"), ("bad", "! unreadable"), ("bad", "! reimaged"), ("bad", "! cordoned"),
+    ("bad", "! warning"),
     ("warn", "! differs"), ("good", "✓ fine"),
 )  # fmt: skip
 """Style and words of each state."""
@@ -95,6 +99,7 @@ COLUMNS = (
     Column("ECC / Xid", lambda status: _text(_gpu_errors(status))),
     Column("Driver", lambda status: _text(status.driver), "driver"),
     Column("Fabric manager", lambda status: _text(status.fabric_manager), "fabric manager"),
+    Column("RDMA", lambda status: _text(status.rdma), "RDMA"),
     Column("Engine", lambda status: _text(status.engine), "engine"),
     Column(
         "Toolkit", lambda status: _text(f"{status.toolkit} ({status.gpus_by})" if status.toolkit else ""), "toolkit"
@@ -109,6 +114,7 @@ COLUMNS = (
     Column("Checkpoints", lambda status: _list(status.checkpoints)),
     Column("Adapters", lambda status: _list(status.adapters)),
     Column("Jobs", lambda status: _list(status.jobs)),
+    Column("Health", lambda status: _text(status.health)),
     Column("Acceptance", lambda status: _text(status.acceptance)),
     Column("Set up", lambda status: _text(status.set_up)),
 )

@@ -15,8 +15,9 @@ from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.generate import ChatConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs import interactive, queue
+from mixtral_run.fleet.jobs import interactive
 from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
+from mixtral_run.fleet.jobs.taking import START_SCRIPT
 from mixtral_run.fleet.ssh.connection import Ssh
 from tests.unit.fleet.jobs.test_job_spec import FACTS
 
@@ -54,19 +55,20 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     monkeypatch.setattr(interactive.subprocess, "Popen", lambda argv: _Process(argv, found))
     monkeypatch.setattr(interactive, "_terminal_as_found", nullcontext)
     monkeypatch.setattr(interactive, "engine", lambda *words: found.append(["engine", *words[2:]]))
-    monkeypatch.setattr(queue, "facts_of", lambda *_, **__: [FACTS])
-    monkeypatch.setattr(queue, "list_jobs", lambda *_: ([], []))
+    monkeypatch.setattr(interactive, "facts_of", lambda *_: [FACTS])
     monkeypatch.setattr(interactive, "send_files", lambda *words: found.append([words[-1].config_json()]))
-    monkeypatch.setattr(queue, "hosts_of", lambda words, *_: (HOST,) * len(words))
+    monkeypatch.setattr(interactive, "refuse_taken", lambda *_: None)
+    monkeypatch.setattr(interactive, "hosts_of", lambda words, *_: (HOST,) * len(words))
     monkeypatch.setattr(interactive, "remember", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", _Terminal())
     return found
 
 
 def on_host(argv: list[str]) -> list[str]:
-    """The words of the command that ssh passes to the host."""
+    """The words that start the container, in the command that ssh passes to the host."""
     assert argv[0] == "ssh" and argv[-2] == HOST.address
-    return shlex.split(argv[-1])
+    words = shlex.split(argv[-1])
+    return words[words.index("docker", words.index(START_SCRIPT) + 3) :] if START_SCRIPT in words else words
 
 
 def test_chat_has_the_terminal_and_all_that_a_job_has(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, parse_hosts, remember_hosts
 from mixtral_run.fleet.jobs import queue
-from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import JobRow, RunningJob
 from mixtral_run.fleet.jobs.queue import start_when_free, wait_seconds
 from mixtral_run.fleet.jobs.taking import BusyError, busy_error
@@ -135,29 +135,3 @@ def test_any_stands_alone(fleet: Fleet, on: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="--on any is one free host"):
         fleet.start(*on)
     assert fleet.tried == []
-
-
-def test_chat_takes_a_free_host_and_shell_any_that_can_run_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def facts(hosts: list[Host], *_: object, **__: object) -> list[HostFacts]:
-        if hosts[0].name == "gpu-02":
-            raise HostError("There is no image of the kit on gpu-02.")
-        return [HostFacts(num_gpus=8)]
-
-    monkeypatch.setattr(queue, "facts_of", facts)
-    fleet.running = [(HOSTS[0], "finetune", "finetune-1")]
-    any_host = JobOptions(on=("any",))
-
-    def host_of(verb: str, options: JobOptions) -> str:
-        return queue.free_host(verb, options, fleet.said.append, object())[0].name  # type: ignore[arg-type]
-
-    assert [host_of(verb, any_host) for verb in ("chat", "shell")] == ["gpu-03", "gpu-01"]
-    assert host_of("chat", JobOptions(on=("gpu-01",), share=True)) == "gpu-01"
-    fleet.running.append((HOSTS[2], "serve", "serve-1"))
-    with pytest.raises(BusyError) as caught:
-        host_of("chat", any_host)
-    assert caught.value.jobs == (("gpu-01", "finetune-1"), ("gpu-03", "serve-1"))
-    assert "no image of the kit on gpu-02" in str(caught.value)
-    with pytest.raises(HostError, match="no image"):
-        host_of("shell", JobOptions(on=("gpu-02",)))
-    with pytest.raises(ConfigError, match="one host"):
-        host_of("chat", JobOptions(on=("gpu-01", "gpu-02")))
