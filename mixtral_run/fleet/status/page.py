@@ -53,8 +53,7 @@ def _severity(status: HostStatus) -> int:
 
 STATES = (
     ("bad", "✗ unreachable"), ("bad", "! unreadable"), ("bad", "! reimaged"), ("bad", "! cordoned"),
-    ("bad", "! warning"),
-    ("warn", "! differs"), ("good", "✓ fine"),
+    ("bad", "! warning"), ("warn", "! differs"), ("good", "✓ fine"),
 )  # fmt: skip
 """Style and words of each state."""
 

@@ -15,7 +15,7 @@ from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.generate import ChatConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs import interactive
+from mixtral_run.fleet.jobs import interactive, queue
 from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
 from mixtral_run.fleet.jobs.taking import START_SCRIPT
 from mixtral_run.fleet.ssh.connection import Ssh
@@ -55,7 +55,8 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     monkeypatch.setattr(interactive.subprocess, "Popen", lambda argv: _Process(argv, found))
     monkeypatch.setattr(interactive, "_terminal_as_found", nullcontext)
     monkeypatch.setattr(interactive, "engine", lambda *words: found.append(["engine", *words[2:]]))
-    monkeypatch.setattr(interactive, "facts_of", lambda *_: [FACTS])
+    monkeypatch.setattr(interactive, "facts_of", lambda *_, **__: [FACTS])
+    monkeypatch.setattr(queue, "list_jobs", lambda *_: ([], []))
     monkeypatch.setattr(interactive, "send_files", lambda *words: found.append([words[-1].config_json()]))
     monkeypatch.setattr(interactive, "refuse_taken", lambda *_: None)
     monkeypatch.setattr(interactive, "hosts_of", lambda words, *_: (HOST,) * len(words))

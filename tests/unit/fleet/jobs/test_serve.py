@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 
 from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import ConfigError, HostError, WeightsError
-from mixtral_run.fleet.jobs import interactive
+from mixtral_run.fleet.jobs import interactive, jobs, queue
 from mixtral_run.fleet.jobs import serve as serving
 from mixtral_run.fleet.jobs.engine_command import max_rank, read_adapter_config
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import JobRow
+from mixtral_run.fleet.jobs.taking import BusyError
 from mixtral_run.fleet.ssh.connection import Answer
 from tests.unit.fleet.jobs.test_interactive import HOST
 from tests.unit.fleet.jobs.test_job_spec import FACTS
@@ -32,12 +34,13 @@ class _Host:
         }  # fmt: skip
         self.commands: list[tuple[str, ...]] = []
         self.started: list[list[str]] = []
+        self.others: list[JobRow] = []
         self.refusal = ""
         self.has_image, self.looks, self.state, self.pull = True, 3, "running", 0
         for module in (serving, interactive):
             monkeypatch.setattr(module, "remember", lambda *_: None)
         monkeypatch.setattr(interactive, "hosts_of", lambda *_: (HOST,))
-        monkeypatch.setattr(serving, "refuse_taken", lambda *_: None)
+        monkeypatch.setattr(jobs, "list_jobs", lambda *_: (self.others, []))
         monkeypatch.setattr(serving, "facts_of", lambda *_, **__: [FACTS])
         monkeypatch.setattr(serving, "engine", self.engine)
         monkeypatch.setattr(serving, "start_on", self.start)
@@ -179,6 +182,23 @@ def test_the_image_is_pulled(host: _Host) -> None:
     host.pull = 1
     with pytest.raises(HostError, match="cannot pull"):
         host.serve()
+
+
+def test_a_busy_host_is_refused_before_an_image_is_pulled(
+    host: _Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.has_image = False
+    host.others = [JobRow("finetune-1", "finetune", HOST, "running", 0, False, "", "")]
+    with pytest.raises(BusyError, match="finetune-1 is running"):
+        host.serve()
+    assert not host.commands and not host.started
+    host.serve(dry_run=True)
+    assert "docker run" in capsys.readouterr().out
+    # --wait: the other job ends meanwhile.
+    monkeypatch.setattr(queue.time, "sleep", lambda _: host.others.clear())
+    monkeypatch.setattr(sys.modules[__name__], "OPTIONS", JobOptions(on=("gpu-01",), wait="1h"))
+    host.serve()
+    assert len(host.started) == 1 and "waiting for a free host" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(host: _Host) -> None:
