@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mixtral_run.config.fields import LORA, Config, setting
 
@@ -48,3 +51,53 @@ class LoraConfig(LoraShapeConfig):
         above=0,
         section=LORA,
     )
+
+
+@dataclass(frozen=True)
+class WeightedPath:
+    """One `--adapter PATH[:WEIGHT]`. text_after: what follows the path, with its colon."""
+
+    path: Path
+    weight: float = 1.0
+    text_after: str = ""
+
+
+def weighted_path(text: str) -> WeightedPath:
+    """Return the adapter that a text names. A folder that exists is taken as it is written."""
+    path, _, tail = text.rpartition(":")
+    if not path or _is_there(text):
+        return WeightedPath(Path(text))
+    try:
+        return WeightedPath(Path(path), float(tail), f":{tail}")
+    except ValueError:
+        return WeightedPath(Path(text))
+
+
+def adapter_problems(texts: Sequence[str]) -> list[str]:
+    """Return a line for each `--adapter PATH[:WEIGHT]` that cannot be meant as it is written."""
+    found = []
+    given = [weighted_path(text) for text in texts]
+    for text, each in zip(texts, given, strict=True):
+        path, _, tail = text.rpartition(":")
+        if not text or str(each.path) in ("", "."):
+            found.append(f"--adapter: expected PATH[:WEIGHT]; found {text!r}")
+        elif each.text_after and (not math.isfinite(each.weight) or each.weight == 0):
+            found.append(f"--adapter {text}: expected a finite weight other than 0; found {tail}")
+        elif path and not each.text_after and _is_there(text) and _is_there(path):
+            found.append(
+                f"--adapter {text}: {text} and {path} are both there, so it may mean a folder with a colon, or a "
+                f"weight; write {text}:1 for the folder, or rename it"
+            )
+        elif path and not each.text_after and _is_there(path):
+            found.append(f"--adapter {text}: expected a number after the last colon, as in {path}:0.5; found {tail!r}")
+    without = [text for text, each in zip(texts, given, strict=True) if not each.text_after]
+    if 0 < len(without) < len(texts):
+        found.append(f"--adapter: expected a weight for every adapter or for none; found none for {without[0]}")
+    return found
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False

@@ -92,7 +92,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         report.step(4, STEPS, f"Export: {exported} exists")
     else:
         report.step(4, STEPS, f"Export → {exported}")
-        export = ExportConfig(adapter=config.save, output_path=exported, overwrite=done.exported)
+        export = ExportConfig(adapter=(str(config.save),), output_path=exported, overwrite=done.exported)
         _run(host, "export", export, options)
     report.step(5, STEPS, f"Fetch → {target}")
     place = fetch(host, host_path(_inside(exported), options), target, ssh, overwrite=_is_ours(target), say=report.say)

@@ -122,7 +122,7 @@ class Adding:
     def __init__(self, factors: Factors, name: str, dtype: torch.dtype) -> None:
         self._a = factors.a(name).float()
         self._b = factors.b(name).float()
-        self._scale = factors.lora.scale
+        self._scale = factors.scale(factors.places[name].module)
         self._dtype = dtype
 
     def to_rows(self, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -70,11 +70,16 @@ class Place:
 
 
 def places(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Place]:
-    """Return HF tensor → the part of the adapter that changes it, in the order of the layers.
+    """Return HF tensor → the part of the adapter that changes it, in the order of the layers."""
+    return places_of(architecture, lora.target_modules)
+
+
+def places_of(architecture: MixtralArchitecture, modules: tuple[str, ...]) -> dict[str, Place]:
+    """Return the places of these modules.
 
     B has the rows of its layer's weight, so the weight mapping applies to both.
     """
-    module_of = {LINEAR_KEYS[module]: module for module in lora.target_modules}
+    module_of = {LINEAR_KEYS[module]: module for module in modules}
     return {
         name: Place(module_of[ranges.key], ranges.leading, ranges.rows)
         for name, ranges in row_ranges(architecture).items()

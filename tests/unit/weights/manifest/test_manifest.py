@@ -175,7 +175,7 @@ def generate_with_it(adapter: Path, other: Path) -> None:
 def export_it(adapter: Path, other: Path) -> None:
     from mixtral_run.weights.adapter.export import export
 
-    export(ExportConfig(adapter=adapter, output_path=other / "out"), Report.silent())
+    export(ExportConfig(adapter=(str(adapter),), output_path=other / "out"), Report.silent())
 
 
 OF_A_BASE = (verify_it, plan_it, finetune_it, convert_it_back)
