@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
-from mixtral_run.config.fields import LORA, Config, setting
+from mixtral_run.config.fields import LORA, Config, flag_of, setting
 
 LORA_SCALINGS = ("standard", "rslora")
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""
+LORA_EXPERT_MODULES = ("linear_fc1", "linear_fc2")
+"""Those of them that every expert has."""
+
+
+class LoraShape(Protocol):
+    """What decides how large the adapters are: the settings of a run, or a workload of the planner."""
+
+    @property
+    def lora_rank(self) -> int: ...
+    @property
+    def lora_rank_experts(self) -> int | None: ...
+    @property
+    def lora_target_modules(self) -> tuple[str, ...]: ...
+
+
+def module_rank(shape: LoraShape, module: str) -> int:
+    """Return the rank of the adapters of a linear layer."""
+    of_experts = shape.lora_rank_experts if module in LORA_EXPERT_MODULES else None
+    return of_experts or shape.lora_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraShapeConfig(Config):
     """Settings of the adapters that decide how much memory they take."""
 
-    lora_rank: int = setting(16, help="Rank r of every adapter.", minimum=1, section=LORA)
+    lora_rank: int = setting(16, help="Rank r of the adapters.", minimum=1, section=LORA)
+    lora_rank_experts: int | None = setting(
+        None, help="Rank of the adapters of the experts. Default: that of --lora-rank.", minimum=1, section=LORA
+    )
     lora_dropout: float = setting(
         0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA
     )
@@ -29,6 +52,21 @@ class LoraShapeConfig(Config):
         section=LORA,
     )
 
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not set(LORA_EXPERT_MODULES) & set(self.lora_target_modules):
+            wanted = " or ".join(LORA_EXPERT_MODULES)
+            found += [
+                f"{flag_of(item.name)}: expected {wanted} in --lora-target-modules; found none"
+                for item in fields(self)
+                if item.name in ("lora_rank_experts", "lora_alpha_experts") and getattr(self, item.name) is not None
+            ]
+        return found
+
+
+LORA_SHAPE = tuple(item.name for item in fields(LoraShapeConfig))
+"""Names of the settings that decide how much memory adapters take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(LoraShapeConfig):
@@ -36,6 +74,9 @@ class LoraConfig(LoraShapeConfig):
 
     lora_alpha: float = setting(
         32.0, help="Adapters are scaled by alpha / rank; see --lora-scaling.", above=0, section=LORA
+    )
+    lora_alpha_experts: float | None = setting(
+        None, help="Alpha of the adapters of the experts. Default: that of --lora-alpha.", above=0, section=LORA
     )
     lora_scaling: str = setting(
         "standard",

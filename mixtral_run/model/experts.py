@@ -70,7 +70,7 @@ class ExpertLinear(torch.nn.Module):
         mark(self.weight, expert=True)
         self.register_buffer("values", None)
         self.register_buffer("scales", None)
-        self.lora = lora if lora is not None and name in lora.target_modules else None
+        self.lora = lora.of(name) if lora is not None and name in lora.target_modules else None
         if self.lora is not None:
             halves = [
                 initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, first + each)

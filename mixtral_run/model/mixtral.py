@@ -172,7 +172,7 @@ class MixtralModel(torch.nn.Module):
         mesh, lora = self.mesh, self.settings.lora
         probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
-        rank = lora.rank if lora is not None else 8
+        rank = lora.of("linear_fc1").rank if lora is not None else 8
         return mesh.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
 
     def count_choices(self) -> RouterCounts:

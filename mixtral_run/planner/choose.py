@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from mixtral_run.config.generate import InferenceConfig
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
+from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.training import RECOMPUTE, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
@@ -193,9 +194,7 @@ def workload_of(
         gpus=world_size,
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
-        lora_rank=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
+        **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),
@@ -261,7 +260,7 @@ def _refusal(
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
-    others = " ".join(["", *config.flags({"base_precision", "lora_rank", "lora_dropout", "lora_target_modules"})])
+    others = " ".join(["", *config.flags({"base_precision", *LORA_SHAPE})])
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
         f"--micro-batch-size {config.micro_batch_size}{others} --all"

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
-from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_TARGET_MODULES, module_rank
 from mixtral_run.config.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
@@ -76,6 +76,7 @@ class Workload:
     seq_length: int = 512
     micro_batch_size: int = 1
     lora_rank: int = 16
+    lora_rank_experts: int | None = None
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
@@ -134,7 +135,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 workload.weight_bytes,
                 shape.hidden_size,
                 shape.ffn_hidden_size,
-                workload.lora_rank,
+                module_rank(workload, "linear_fc1"),
             ),
             peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
         )
@@ -193,7 +194,7 @@ def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
 
     Each parameter is in the copy of one rank of the job. With several hosts it is at most this much on one of them.
     """
-    whole = workload.architecture.num_adapter_parameters(workload.lora_rank, workload.lora_target_modules)
+    whole = workload.architecture.num_adapter_parameters(workload)
     on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
     return 3 * 4 * min(whole, on_host)
 
@@ -227,7 +228,7 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
         "linear_fc1": shape.num_experts * (hidden + 2 * ffn) / ep,
         "linear_fc2": shape.num_experts * (ffn + hidden) / ep,
     }
-    return shape.num_layers * workload.lora_rank * sum(sizes[name] for name in workload.lora_target_modules)
+    return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
 
 
 def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:

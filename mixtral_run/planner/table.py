@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
+from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
@@ -31,9 +32,7 @@ SHORT_PARTS = {
     "other": ("buffers", "context"),
 }
 """The columns on a terminal of 80 characters."""
-RUN_SETTINGS = {
-    "load", "seq_length", "micro_batch_size", "lora_rank", "lora_dropout", "lora_target_modules", "base_precision",
-}  # fmt: skip
+RUN_SETTINGS = {"load", "seq_length", "micro_batch_size", "base_precision", *LORA_SHAPE}
 """Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
 
@@ -114,9 +113,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         gpus=config.gpus,
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
-        lora_rank=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
+        **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         compute_capability=gpu.compute_capability,

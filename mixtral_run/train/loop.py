@@ -330,14 +330,13 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
 
 def _report_lora(run: Run, config: FinetuneConfig) -> None:
     architecture = run.model.architecture
-    count = architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
+    count = architecture.num_adapter_parameters(config)
     total = architecture.num_parameters
     run.report.say("LoRA configuration:")
     run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
-    run.report.say(
-        f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
-        f"scale {LoraSettings.from_config(config).scale:g}"
-    )
+    lora = LoraSettings.from_config(config)
+    scales = dict.fromkeys(f"{lora.of(module).scale:g}" for module in lora.target_modules)
+    run.report.say(f"  {lora.describe()}, dropout {lora.dropout:g}, scale {' and '.join(scales)}")
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
-from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.generate import GenerateConfig, InferenceConfig
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
@@ -210,16 +210,22 @@ def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: Ada
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
     """Raise ConfigError if the run's adapters are not those of the checkpoint."""
     settings = (adapter.lora, LoraSettings.from_config(config))
-    saved, asked = ({**each.to_mapping(), "lora_scaling": each.scaling} for each in settings)
+    saved, asked = (each.all_values() for each in settings)
     problems = [
-        f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
-        for name in ("lora_rank", "lora_alpha", "lora_scaling", "lora_target_modules")
-        if saved[name] != asked[name]
+        f"{flag_of(name)}: the checkpoint has {_shown(saved[name])}; found {_shown(asked[name])}"
+        for name in saved
+        # A run may continue with another dropout.
+        if saved[name] != asked[name] and name != "lora_dropout"
     ]
     if problems:
         flags = [f"--lora-rank {saved['lora_rank']}", f"--lora-alpha {saved['lora_alpha']:g}"]
-        flags += [f"--lora-scaling {saved['lora_scaling']}"] if saved["lora_scaling"] != asked["lora_scaling"] else []
-        flags += [f"--lora-target-modules {','.join(saved['lora_target_modules'])}"]
+        others = [name for name in saved if name not in ("lora_rank", "lora_alpha", "lora_dropout")]
+        flags += [
+            f"{flag_of(name)} {_shown(saved[name])}"
+            for name in others
+            if saved[name] is not None and (saved[name] != asked[name] or name == "lora_target_modules")
+        ]
+        flags += [f"without {flag_of(name)}" for name in others if saved[name] is None and saved[name] != asked[name]]
         raise ConfigError(
             "--resume needs the settings that the adapter was started with.",
             problems=problems,
@@ -227,12 +233,19 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
         )
 
 
+def _shown(value: object) -> str:
+    """Return a setting as the command line has it."""
+    if isinstance(value, list):
+        return ",".join(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
     """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one.
 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
-    parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
+    parameters = base.architecture.num_adapter_parameters(config)
     return 3 * 4 * parameters * num_checkpoints(config, start)
 
 

@@ -30,15 +30,14 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         config,
         lora_rank=lora.rank,
         lora_alpha=lora.alpha,
+        lora_rank_experts=lora.expert_rank,
+        lora_alpha_experts=lora.expert_alpha,
         lora_scaling=lora.scaling,
         lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:
-        scaling = f" ({lora.scaling})" if lora.scaling != "standard" else ""
-        Report().say(
-            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}{scaling}, "
-            f"{', '.join(lora.target_modules)}"
-        )
+        modules = ", ".join(lora.target_modules)
+        Report().say(f"LoRA settings of {config.init_adapter}: {lora.describe()}, {modules}")
     return changed
 
 

@@ -193,7 +193,7 @@ def _describe(adapters: AdapterSum, factors: Factors, report: Report) -> None:
         return
     lora = adapters.first.lora
     iteration = adapters.first.checkpoint.iteration
-    report.say(f"  iteration {iteration}, rank {lora.rank}, alpha {lora.alpha:g}, {places}")
+    report.say(f"  iteration {iteration}, {lora.describe()}, {places}")
 
 
 def _write_peft(config: ExportConfig, adapters: AdapterSum, peft: PeftDirectory, folder: Path, report: Report) -> None:

@@ -110,12 +110,10 @@ class CheckpointFactors(Factors):
         return self._dtype
 
     def rank(self, module: str) -> int:
-        del module
-        return self._lora.rank
+        return self._lora.of(module).rank
 
     def scale(self, module: str) -> float:
-        del module
-        return self._lora.scale
+        return self._lora.of(module).scale
 
     def inner(self, module: str, leading: Shape) -> torch.Tensor:
         return as_tensor(self._reader.matrix(linear_in_key(module), leading), self._dtype[0])

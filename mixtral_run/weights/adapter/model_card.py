@@ -69,7 +69,7 @@ def _training(adapter: OpenAdapter) -> list[tuple[str, str]]:
     manifest, lora = adapter.manifest, adapter.lora
     return [
         ("iteration", f"{manifest.iteration:,}"),
-        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {', '.join(lora.target_modules)}"),
+        ("LoRA", f"{lora.describe()}, dropout {lora.dropout:g}, {', '.join(lora.target_modules)}"),
         ("data, SHA-256", f"`{manifest.data_sha256}`" if manifest.data_sha256 else "not recorded"),
     ]
 

@@ -42,17 +42,20 @@ def linear_out_key(module: str) -> str:
 
 def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Shape]:
     """Return every tensor of the adapter with its global shape."""
-    a, r = architecture, lora.rank
+    a = architecture
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
-    shapes: dict[str, tuple[Shape, Shape]] = {
-        "linear_qkv": ((layers, r, hidden), (layers, a.qkv_size, r)),
-        "linear_proj": ((layers, r, a.projection_size), (layers, hidden, r)),
-        "linear_fc1": ((layers, experts, r, hidden), (layers, experts, 2 * ffn, r)),
-        "linear_fc2": ((layers, experts, r, ffn), (layers, experts, hidden, r)),
+    sizes: dict[str, tuple[Shape, int, int]] = {
+        "linear_qkv": ((layers,), a.qkv_size, hidden),
+        "linear_proj": ((layers,), hidden, a.projection_size),
+        "linear_fc1": ((layers, experts), 2 * ffn, hidden),
+        "linear_fc2": ((layers, experts), hidden, ffn),
     }
     tensors: dict[str, Shape] = {}
     for module in lora.target_modules:
-        tensors[linear_in_key(module)], tensors[linear_out_key(module)] = shapes[module]
+        leading, rows, columns = sizes[module]
+        rank = lora.of(module).rank
+        tensors[linear_in_key(module)] = (*leading, rank, columns)
+        tensors[linear_out_key(module)] = (*leading, rows, rank)
     return tensors
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from mixtral_run.config.lora import LORA_SCALINGS, LORA_TARGET_MODULES
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 T = TypeVar("T")
@@ -108,7 +108,17 @@ class Fields:
         scaling = inner.values.get("lora_scaling", LORA_SCALINGS[0])
         if scaling not in LORA_SCALINGS:
             scaling = inner._refuse("lora_scaling", f"one of {', '.join(LORA_SCALINGS)}", scaling, LORA_SCALINGS[0])
-        return LoraSettings(rank, alpha, dropout, tuple(targets), scaling=scaling)
+        experts = inner.values.keys()
+        inner.problems += [f"{inner._prefix}{name[:40]}: unknown" for name in experts if name not in LORA_SETTINGS]
+        return LoraSettings(
+            rank,
+            alpha,
+            dropout,
+            tuple(targets),
+            scaling=scaling,
+            expert_rank=inner.whole_number("lora_rank_experts", at_least=1) if "lora_rank_experts" in experts else None,
+            expert_alpha=inner.positive("lora_alpha_experts") if "lora_alpha_experts" in experts else None,
+        )
 
     def base(self) -> BaseReference:
         """Return the reference to the base."""

@@ -22,6 +22,7 @@ from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, reso
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.fields import Fields
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
@@ -254,9 +255,9 @@ def _print_table(result: VerifyResult, report: Report) -> None:
     values = result.record
     rows += [(name, str(values[name])) for name in ("source", "fingerprint") if name in values]
     if "lora" in values:
-        lora = values["lora"]
-        rows.append(("LoRA", f"rank {lora['lora_rank']}, alpha {lora['lora_alpha']:g}"))
-        rows.append(("targets", ", ".join(lora["lora_target_modules"])))
+        lora = Fields(values, []).lora()
+        rows.append(("LoRA", lora.describe()))
+        rows.append(("targets", ", ".join(lora.target_modules)))
     if "base" in values:
         rows += [(f"base {name}", str(value)) for name, value in values["base"].items()]
     report.table(("", result.path), rows)

@@ -130,8 +130,15 @@ def test_weights_are_the_known_sums() -> None:
 
 def test_adapters_on_one_gpu_are_all_adapters() -> None:
     workload = Workload(gpus=1)
-    counted = workload.architecture.num_adapter_parameters(16, workload.lora_target_modules)
+    counted = workload.architecture.num_adapter_parameters(workload)
     assert adapter_parameters(workload, Layout(1, 1, "none")) == counted
+
+
+def test_ranks_of_experts_are_counted_apart() -> None:
+    experts = 32 * 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    both = adapter_parameters(Workload(gpus=1, lora_rank=16), Layout(1, 1, "none"))
+    fewer = adapter_parameters(Workload(gpus=1, lora_rank=16, lora_rank_experts=4), Layout(1, 1, "none"))
+    assert both - fewer == 12 * experts
 
 
 def test_long_samples_fit_one_h200_with_selective_recomputation() -> None:

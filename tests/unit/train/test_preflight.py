@@ -19,6 +19,11 @@ from mixtral_run.train.preflight import adapter_bytes, check_resume, output_prob
 from mixtral_run.train.run_checkpoints import changed_order, remove_leftovers
 from mixtral_run.weights.manifest.describe import AdapterDescription
 
+OTHER_FORMS: list[tuple[dict[str, object], str]] = [
+    ({"lora_rank_experts": 4}, "--lora-rank-experts: the checkpoint has none; found 4"),
+    ({"lora_alpha_experts": 4.0}, "--lora-alpha-experts: the checkpoint has none; found 4"),
+]
+
 
 def config(save: Path, **more: object) -> FinetuneConfig:
     return FinetuneConfig(**{"load": Path("base"), "save": save, "mock_data": True, "device": "cpu", **more})
@@ -60,6 +65,10 @@ def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapt
     with pytest.raises(ConfigError, match="the checkpoint has 16; found 8") as caught:
         check_resume(config(tmp_path, train_iters=501, lora_rank=8), None)
     assert "--lora-rank 16 --lora-alpha 32 --lora-target-modules linear_" in str(caught.value.next_command)
+    for changes, words in OTHER_FORMS:
+        with pytest.raises(ConfigError) as caught:
+            check_resume(config(tmp_path, train_iters=501, **changes), None)
+        assert words in str(caught.value)
 
 
 def test_an_output_folder_that_cannot_be_used_names_the_next_command(tmp_path: Path) -> None:
