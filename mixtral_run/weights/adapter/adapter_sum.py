@@ -10,7 +10,7 @@ from typing import Any
 
 from mixtral_run.config.lora import weighted_path
 from mixtral_run.errors import WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.checkpoint import OpenAdapter, check_tensors, open_adapter
 from mixtral_run.weights.adapter.lora_factors import CheckpointFactors, Factors, SumOfFactors, Term
 from mixtral_run.weights.manifest.adapter_files import check_adapter

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.schema import LINEAR_KEYS, Place, linear_in_key, linear_out_key
 from mixtral_run.weights.mapping.hf_to_megatron import Shape
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
