@@ -11,6 +11,7 @@ from typing import Protocol
 from mixtral_run.config.fields import LORA, Config, flag_of, setting
 
 LORA_SCALINGS = ("standard", "rslora")
+LORA_INITS = ("default", "pissa", "olora")
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""
 LORA_EXPERT_MODULES = ("linear_fc1", "linear_fc2")
@@ -26,6 +27,13 @@ class LoraShape(Protocol):
     def lora_rank_experts(self) -> int | None: ...
     @property
     def lora_target_modules(self) -> tuple[str, ...]: ...
+    @property
+    def init_lora(self) -> str: ...
+
+
+def has_frozen_start(shape: LoraShape) -> bool:
+    """Return True if every adapter has a frozen copy of its start next to it."""
+    return shape.init_lora != LORA_INITS[0]
 
 
 def module_rank(shape: LoraShape, module: str) -> int:
@@ -41,6 +49,14 @@ class LoraShapeConfig(Config):
     lora_rank: int = setting(16, help="Rank r of the adapters.", minimum=1, section=LORA)
     lora_rank_experts: int | None = setting(
         None, help="Rank of the adapters of the experts. Default: that of --lora-rank.", minimum=1, section=LORA
+    )
+    init_lora: str = setting(
+        "default",
+        help="default: A is random and B is 0. pissa, olora: A and B start as the largest part of the weight, by its "
+        "singular values (arXiv:2404.02948) or by QR (arXiv:2406.01775). The base stays as it is, and a frozen copy of "
+        "this start is subtracted. The copy doubles the rank of what is computed and exported.",
+        choices=LORA_INITS,
+        section=LORA,
     )
     lora_dropout: float = setting(
         0.0, help="Dropout on the input of every adapter.", minimum=0, maximum=0.99, section=LORA

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
-from mixtral_run.config.lora import LORA_TARGET_MODULES, module_rank
+from mixtral_run.config.lora import LORA_TARGET_MODULES, has_frozen_start, module_rank
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
@@ -35,6 +35,8 @@ USABLE = 0.97
 USABLE_OF_HOST = 0.8
 """Part of a host's RAM that --recompute offload may pin; the rest is for the processes themselves."""
 
+SAVED_TENSORS = {False: 3, True: 4}
+"""Tensors of a checkpoint for each parameter: itself, AdamW's moments, and with a frozen start also that."""
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 """Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""
 
@@ -77,6 +79,7 @@ class Workload:
     micro_batch_size: int = 1
     lora_rank: int = 16
     lora_rank_experts: int | None = None
+    init_lora: str = "default"
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
@@ -135,7 +138,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 workload.weight_bytes,
                 shape.hidden_size,
                 shape.ffn_hidden_size,
-                module_rank(workload, "linear_fc1"),
+                module_rank(workload, "linear_fc1") * (2 if has_frozen_start(workload) else 1),
             ),
             peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
         )
@@ -169,14 +172,20 @@ def memory(workload: Workload, layout: Layout) -> Memory:
         layers = min(layers, 2)
     return Memory(
         weights=weight_bytes(workload, layout),
-        # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
-        adapters=adapters * (4 if layout.recompute in RUNS_AGAIN else 6),
+        adapters=adapters * _bytes_per_adapter_parameter(workload, layout),
         gradients=adapters * 4,
         optimizer=adapters * 8,
         activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
         buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
+
+
+def _bytes_per_adapter_parameter(workload: Workload, layout: Layout) -> int:
+    """Return the bytes of a trained parameter, and of its frozen start if it has one."""
+    # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
+    each = 4 if layout.recompute in RUNS_AGAIN else 6
+    return 2 * each if has_frozen_start(workload) else each
 
 
 def host_bytes(workload: Workload, layout: Layout) -> float:
@@ -196,7 +205,7 @@ def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
     """
     whole = workload.architecture.num_adapter_parameters(workload)
     on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
-    return 3 * 4 * min(whole, on_host)
+    return SAVED_TENSORS[has_frozen_start(workload)] * 4 * min(whole, on_host)
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:

@@ -8,12 +8,14 @@ from typing import TypeVar
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.lora import has_frozen_start, module_rank
 from mixtral_run.config.verbs.generate import GenerateConfig, InferenceConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
+from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.terminal.report import Report
@@ -139,6 +141,7 @@ def _errors(
     if base is not None:
         problems += layout_problems(config, base)
         problems += length_problems("--seq-length", config.seq_length, base)
+        problems += start_problems(config, base) if isinstance(config, FinetuneConfig) else []
     for setting in DATA_SETTINGS if reads_data else ():
         texts = getattr(config, setting, ())
         if texts:
@@ -246,7 +249,26 @@ def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
     parameters = base.architecture.num_adapter_parameters(config)
-    return 3 * 4 * parameters * num_checkpoints(config, start)
+    return SAVED_TENSORS[has_frozen_start(config)] * 4 * parameters * num_checkpoints(config, start)
+
+
+def start_problems(config: FinetuneConfig, base: BaseDescription) -> list[str]:
+    """Return why the adapters cannot start from the weights of the base: a weight has not enough ranks."""
+    if not has_frozen_start(config):
+        return []
+    a = base.architecture
+    sides = {
+        "linear_qkv": (a.hidden_size, a.qkv_size),
+        "linear_proj": (a.hidden_size, a.projection_size),
+        "linear_fc1": (a.hidden_size, 2 * a.ffn_hidden_size),
+        "linear_fc2": (a.hidden_size, a.ffn_hidden_size),
+    }
+    return [
+        f"--init-lora {config.init_lora}: expected a rank of at most {min(sides[module])} for {module}; "
+        f"found {module_rank(config, module)}"
+        for module in config.lora_target_modules
+        if module_rank(config, module) > min(sides[module])
+    ]
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:

@@ -15,6 +15,7 @@ class LoraSettings:
     """Rank, alpha and dropout of an adapter, and the linear layers that carry it.
 
     scaling: "standard" or "rslora", how the scale follows from alpha and rank.
+    init: how A and B start, see start_from_weights.py.
     expert_rank, expert_alpha: of the adapters of the experts where they differ; None if they do not.
     seed: only for the initial values of A; it is not stored with an adapter.
     """
@@ -27,6 +28,17 @@ class LoraSettings:
     scaling: str = "standard"
     expert_rank: int | None = None
     expert_alpha: float | None = None
+    init: str = "default"
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Return True if A and B start as a part of the weight, of which a frozen copy is subtracted."""
+        return self.init != "default"
+
+    @property
+    def computed_rank(self) -> int:
+        """Return the rank of the products: twice the rank with a frozen start."""
+        return 2 * self.rank if self.starts_from_weights else self.rank
 
     @property
     def scale(self) -> float:
@@ -45,7 +57,9 @@ class LoraSettings:
         experts = self.of(LORA_EXPERT_MODULES[0])
         rank = f"rank {self.rank}" + (f" ({experts.rank} for experts)" if experts.rank != self.rank else "")
         alpha = f"alpha {self.alpha:g}" + (f" ({experts.alpha:g} for experts)" if experts.alpha != self.alpha else "")
-        return f"{rank}, {alpha}" + (f", {self.scaling}" if self.scaling != "standard" else "")
+        others = [self.scaling] if self.scaling != "standard" else []
+        others += [f"start {self.init}"] if self.starts_from_weights else []
+        return ", ".join([rank, alpha, *others])
 
     @classmethod
     def from_config(cls, config: FinetuneConfig) -> Self:
@@ -59,6 +73,7 @@ class LoraSettings:
             config.lora_scaling,
             config.lora_rank_experts if config.lora_rank_experts != config.lora_rank else None,
             config.lora_alpha_experts if config.lora_alpha_experts != config.lora_alpha else None,
+            config.init_lora,
         )
 
     def all_values(self) -> dict[str, Any]:
@@ -71,6 +86,7 @@ class LoraSettings:
             "lora_scaling": self.scaling,
             "lora_rank_experts": self.expert_rank,
             "lora_alpha_experts": self.expert_alpha,
+            "init_lora": self.init,
         }
 
     def to_mapping(self) -> dict[str, Any]:
@@ -84,4 +100,4 @@ class LoraSettings:
 LORA_SETTINGS = frozenset(LoraSettings(1, 1.0, 0.0, ()).all_values())
 """Names of the settings that mixtral_run.json may have of an adapter."""
 _NO_DEFAULT = object()
-_DEFAULTS = {"lora_scaling": "standard", "lora_rank_experts": None, "lora_alpha_experts": None}
+_DEFAULTS = {"lora_scaling": "standard", "lora_rank_experts": None, "lora_alpha_experts": None, "init_lora": "default"}

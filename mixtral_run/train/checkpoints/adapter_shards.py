@@ -40,7 +40,10 @@ class ParameterState:
 
 
 def live_states(model: MixtralModel, optimizer: torch.optim.Optimizer) -> list[ParameterState]:
-    """Return the state of every parameter of the optimizer, in the tensors that training changes. Rank-local."""
+    """Return the state of every parameter of the optimizer, in the tensors that training changes. Rank-local.
+
+    Frozen parameters of adapters, which a checkpoint holds as well, come last and have no moments.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = []
     for group in optimizer.param_groups:
@@ -48,6 +51,9 @@ def live_states(model: MixtralModel, optimizer: torch.optim.Optimizer) -> list[P
             state = optimizer.state.get(parameter, {})
             moments = {name: state[name] for name in MOMENTS if name in state}
             result.append(ParameterState(names[id(parameter)], parameter, parameter.detach(), moments))
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and not parameter.requires_grad:
+            result.append(ParameterState(name, parameter, parameter.detach(), {}))
     return result
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from mixtral_run.config.lora import LORA_INITS
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.errors import MixtralRunError
+from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.launch import processes
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.terminal.report import Report
@@ -26,6 +27,14 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
     except MixtralRunError:
         return config
     lora = describe_init_adapter(config, base).lora
+    if config.init_lora not in (LORA_INITS[0], lora.init):
+        raise ConfigError(
+            "--init-adapter brings its own start.",
+            where=str(config.init_adapter),
+            expected=f"--init-lora {lora.init}, or none",
+            found=f"--init-lora {config.init_lora}",
+            next_command="the same command without --init-lora; or without --init-adapter",
+        )
     changed = dataclasses.replace(
         config,
         lora_rank=lora.rank,
@@ -33,6 +42,7 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         lora_rank_experts=lora.expert_rank,
         lora_alpha_experts=lora.expert_alpha,
         lora_scaling=lora.scaling,
+        init_lora=lora.init,
         lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:

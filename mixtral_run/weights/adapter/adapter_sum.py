@@ -80,7 +80,12 @@ class AdapterSum:
 
 
 def _factors_of(adapter: OpenAdapter, reader: Reader) -> Factors:
-    return CheckpointFactors(adapter.checkpoint.architecture, adapter.lora, adapter.places, reader)
+    """Return the factors of one adapter: if it started from the weights, less those of its start."""
+    settings = adapter.checkpoint.architecture, adapter.lora, adapter.places, reader
+    trained = CheckpointFactors(*settings)
+    if not adapter.lora.starts_from_weights:
+        return trained
+    return SumOfFactors([Term(1.0, trained), Term(-1.0, CheckpointFactors(*settings, part="initial"))])
 
 
 def open_sum(texts: Sequence[str], report: Report) -> AdapterSum:

@@ -91,13 +91,18 @@ class Factors(ABC):
 
 
 class CheckpointFactors(Factors):
-    """Factors of an adapter checkpoint, in the dtype in which they were saved."""
+    """Factors of an adapter checkpoint, in the dtype in which they were saved. part: see schema.linear_in_key."""
 
     def __init__(
-        self, architecture: MixtralArchitecture, lora: LoraSettings, places: Mapping[str, Place], reader: Reader
+        self,
+        architecture: MixtralArchitecture,
+        lora: LoraSettings,
+        places: Mapping[str, Place],
+        reader: Reader,
+        part: str = "linear",
     ) -> None:
         super().__init__(architecture, places)
-        self._lora, self._reader = lora, reader
+        self._lora, self._reader, self._part = lora, reader, part
         info = reader.tensors[linear_in_key(lora.target_modules[0])]
         self._dtype = info.dtype, info.item_size
 
@@ -116,10 +121,10 @@ class CheckpointFactors(Factors):
         return self._lora.of(module).scale
 
     def inner(self, module: str, leading: Shape) -> torch.Tensor:
-        return as_tensor(self._reader.matrix(linear_in_key(module), leading), self._dtype[0])
+        return as_tensor(self._reader.matrix(linear_in_key(module, self._part), leading), self._dtype[0])
 
     def outer(self, module: str, leading: Shape, rows: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
-        key = linear_out_key(module)
+        key = linear_out_key(module, self._part)
         if rows is None:
             return as_tensor(self._reader.matrix(key, leading), self._dtype[0])
         parts = [self._reader.rows(key, leading, start, stop) for start, stop in rows]

@@ -30,14 +30,14 @@ def is_of_optimizer(key: str) -> bool:
     return key.startswith(OPTIMIZER_PREFIX)
 
 
-def linear_in_key(module: str) -> str:
-    """Return the key of A."""
-    return LINEAR_KEYS[module].removesuffix(".weight") + ".adapter.linear_in.weight"
+def linear_in_key(module: str, part: str = "linear") -> str:
+    """Return the key of A. part: `initial` for that of the start that is subtracted."""
+    return LINEAR_KEYS[module].removesuffix(".weight") + f".adapter.{part}_in.weight"
 
 
-def linear_out_key(module: str) -> str:
-    """Return the key of B."""
-    return LINEAR_KEYS[module].removesuffix(".weight") + ".adapter.linear_out.weight"
+def linear_out_key(module: str, part: str = "linear") -> str:
+    """Return the key of B. part: as for A."""
+    return LINEAR_KEYS[module].removesuffix(".weight") + f".adapter.{part}_out.weight"
 
 
 def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Shape]:
@@ -54,8 +54,9 @@ def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> di
     for module in lora.target_modules:
         leading, rows, columns = sizes[module]
         rank = lora.of(module).rank
-        tensors[linear_in_key(module)] = (*leading, rank, columns)
-        tensors[linear_out_key(module)] = (*leading, rows, rank)
+        for part in ("linear", "initial") if lora.starts_from_weights else ("linear",):
+            tensors[linear_in_key(module, part)] = (*leading, rank, columns)
+            tensors[linear_out_key(module, part)] = (*leading, rows, rank)
     return tensors
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
-from mixtral_run.config.lora import LORA_SCALINGS, LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_INITS, LORA_SCALINGS, LORA_TARGET_MODULES
 from mixtral_run.model.adapters.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -110,12 +110,16 @@ class Fields:
             scaling = inner._refuse("lora_scaling", f"one of {', '.join(LORA_SCALINGS)}", scaling, LORA_SCALINGS[0])
         experts = inner.values.keys()
         inner.problems += [f"{inner._prefix}{name[:40]}: unknown" for name in experts if name not in LORA_SETTINGS]
+        init = inner.values.get("init_lora", LORA_INITS[0])
+        if init not in LORA_INITS:
+            init = inner._refuse("init_lora", f"one of {', '.join(LORA_INITS)}", init, LORA_INITS[0])
         return LoraSettings(
             rank,
             alpha,
             dropout,
             tuple(targets),
             scaling=scaling,
+            init=init,
             expert_rank=inner.whole_number("lora_rank_experts", at_least=1) if "lora_rank_experts" in experts else None,
             expert_alpha=inner.positive("lora_alpha_experts") if "lora_alpha_experts" in experts else None,
         )

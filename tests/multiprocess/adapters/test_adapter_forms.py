@@ -34,10 +34,10 @@ def made(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_layouts_agree_and_resuming_is_exact(made: tuple[Path, Results, Results], form: str) -> None:
     _, one, two = (each if isinstance(each, Path) else each[form] for each in made)
     assert one["resumed"] == one["losses"][2:]
-    assert two["losses"] == pytest.approx(one["losses"], abs=2e-5)
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-4)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-3)
     # From the checkpoint of one process.
-    assert two["resumed"] == pytest.approx(one["losses"][2:], abs=2e-5)
+    assert two["resumed"] == pytest.approx(one["losses"][2:], abs=2e-4)
     for name in ("logits", "loaded"):
         for each in (one, two):
             assert (torch.tensor(each[name]) - torch.tensor(one["logits"])).abs().max() < 1e-4

@@ -24,6 +24,7 @@ from mixtral_run.planner.memory_model import (
     fit_dispatch,
     host_bytes,
     memory,
+    saved_copy_bytes,
     weight_bytes,
 )
 from mixtral_run.planner.policy import Dispatch
@@ -139,6 +140,15 @@ def test_ranks_of_experts_are_counted_apart() -> None:
     both = adapter_parameters(Workload(gpus=1, lora_rank=16), Layout(1, 1, "none"))
     fewer = adapter_parameters(Workload(gpus=1, lora_rank=16, lora_rank_experts=4), Layout(1, 1, "none"))
     assert both - fewer == 12 * experts
+
+
+def test_a_frozen_start_is_counted() -> None:
+    layout = Layout(1, 8, "full")
+    plain, doubled = (memory(Workload(init_lora=each), layout) for each in ("default", "pissa"))
+    assert doubled.adapters == 2 * plain.adapters
+    assert (doubled.gradients, doubled.optimizer) == (plain.gradients, plain.optimizer)
+    saved = [saved_copy_bytes(Workload(init_lora=each), layout) for each in ("default", "pissa")]
+    assert saved[1] == saved[0] * 4 / 3
 
 
 def test_long_samples_fit_one_h200_with_selective_recomputation() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,15 +14,17 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
-from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems
+from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems, start_problems
 from mixtral_run.train.run_checkpoints import changed_order, remove_leftovers
 from mixtral_run.weights.manifest.describe import AdapterDescription
 
 OTHER_FORMS: list[tuple[dict[str, object], str]] = [
     ({"lora_rank_experts": 4}, "--lora-rank-experts: the checkpoint has none; found 4"),
     ({"lora_alpha_experts": 4.0}, "--lora-alpha-experts: the checkpoint has none; found 4"),
+    ({"init_lora": "pissa"}, "--init-lora: the checkpoint has default; found pissa"),
 ]
 
 
@@ -56,6 +59,16 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescripti
     monkeypatch.setattr(preflight, "describe_adapter", lambda _: found)
     monkeypatch.setattr(preflight, "check_adapter_fits", lambda *_: None)
     return found
+
+
+def test_a_start_from_the_weights_needs_as_many_ranks(tmp_path: Path) -> None:
+    base = SimpleNamespace(architecture=MIXTRAL_8X7B)
+    wide = config(tmp_path, init_lora="olora", lora_rank=16, lora_rank_experts=4097)
+    found = start_problems(wide, base)
+    assert [each.partition(";")[0] for each in found] == [
+        f"--init-lora olora: expected a rank of at most 4096 for {name}" for name in ("linear_fc1", "linear_fc2")
+    ]
+    assert start_problems(config(tmp_path, lora_rank=10**4), base) == []
 
 
 def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapter: AdapterDescription) -> None:
