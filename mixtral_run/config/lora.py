@@ -11,6 +11,8 @@ from typing import Protocol
 from mixtral_run.config.fields import LORA, Config, flag_of, setting
 
 LORA_SCALINGS = ("standard", "rslora")
+TRAINED_ALSO = ("embeddings", "lm_head", "norms", "router")
+"""Weights of the base that may be trained with the adapters."""
 LORA_INITS = ("default", "pissa", "olora")
 LORA_TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The linear layers that can have an adapter, by Megatron's names."""
@@ -29,6 +31,8 @@ class LoraShape(Protocol):
     def lora_target_modules(self) -> tuple[str, ...]: ...
     @property
     def init_lora(self) -> str: ...
+    @property
+    def train_also(self) -> tuple[str, ...]: ...
 
 
 def has_frozen_start(shape: LoraShape) -> bool:
@@ -68,6 +72,14 @@ class LoraShapeConfig(Config):
         section=LORA,
     )
 
+    train_also: tuple[str, ...] = setting(
+        (),
+        help="Weights of the base to train with the adapters, separated by commas: embeddings, lm_head, norms, router. "
+        "They are saved with the adapter in fp32, and exported as PEFT's modules_to_save.",
+        choices=TRAINED_ALSO,
+        section=LORA,
+    )
+
     def problems(self) -> list[str]:
         found = super().problems()
         if not set(LORA_EXPERT_MODULES) & set(self.lora_target_modules):
@@ -101,6 +113,13 @@ class LoraConfig(LoraShapeConfig):
         choices=LORA_SCALINGS,
         section=LORA,
     )
+    router_aux_loss: float = setting(
+        0.0,
+        help="Coefficient of the load balancing loss of the routers, as HF's router_aux_loss_coef (Mixtral: 0.02). It "
+        "needs --train-also router.",
+        minimum=0,
+        section=LORA,
+    )
     lora_plus_ratio: float = setting(
         1.0,
         help="Learning rate of B as a multiple of that of A (LoRA+, arXiv:2402.12354). Its authors take 16, with a "
@@ -108,6 +127,12 @@ class LoraConfig(LoraShapeConfig):
         above=0,
         section=LORA,
     )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.router_aux_loss and "router" not in self.train_also:
+            found.append("--router-aux-loss: expected --train-also router with it; found a frozen router")
+        return found
 
 
 @dataclass(frozen=True)

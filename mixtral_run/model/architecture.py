@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -85,6 +85,16 @@ class MixtralArchitecture:
             "linear_fc2": self.num_experts * (self.ffn_hidden_size + self.hidden_size),
         }
         return self.num_layers * sum(module_rank(shape, name) * sizes[name] for name in shape.lora_target_modules)
+
+    def num_trained_also(self, names: Sequence[str]) -> int:
+        """Return the number of parameters of these weights of the base (config/lora.py, TRAINED_ALSO)."""
+        sizes = {
+            "embeddings": self.vocab_size * self.hidden_size,
+            "lm_head": self.vocab_size * self.hidden_size,
+            "norms": (2 * self.num_layers + 1) * self.hidden_size,
+            "router": self.num_layers * self.num_experts * self.hidden_size,
+        }
+        return sum(sizes[name] for name in names)
 
     def layout_problems(self, tensor_model_parallel_size: int, expert_model_parallel_size: int) -> list[str]:
         """Return why the model cannot be split over TP and EP; an empty list if it can."""

@@ -28,6 +28,8 @@ from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.rotary import Rotary
 from mixtral_run.model.router_counts import RouterCounts
+from mixtral_run.model.router_loss import RouterLoss
+from mixtral_run.model.trained_also import is_trained_also, store_in_fp32
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -79,6 +81,7 @@ class MixtralModel(torch.nn.Module):
         self._adapters = [parameter for name, parameter in self.named_parameters() if casts and is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
         self.router_counts: RouterCounts | None = None
+        self.router_loss: RouterLoss | None = None
 
     def losses(
         self,
@@ -184,6 +187,12 @@ class MixtralModel(torch.nn.Module):
         self.router_counts = RouterCounts(routers, self.architecture.num_experts, self.mesh, sequence_parallel=split)
         return self.router_counts
 
+    def balance_routers(self, coefficient: float) -> None:
+        """Have the routers trained for balance from now on (router_loss.py); each pass must be counted."""
+        routers = [layer.mlp.router for layer in self.gpt.decoder.layers]
+        a, split = self.architecture, bool(self.gpt.config.sequence_parallel)
+        self.router_loss = RouterLoss(routers, a.num_experts, a.moe_router_topk, coefficient, self.mesh, split=split)
+
     @property
     def experts(self) -> list[Experts]:
         """Return this rank's experts, layer by layer."""
@@ -256,7 +265,8 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh
     model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_trained(name))
+            parameter.requires_grad_(is_trained(name) or is_trained_also(name, settings.lora))
+        store_in_fp32(model.gpt, settings.lora, settings.dtype)
     return model
 
 

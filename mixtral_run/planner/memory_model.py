@@ -80,6 +80,7 @@ class Workload:
     lora_rank: int = 16
     lora_rank_experts: int | None = None
     init_lora: str = "default"
+    train_also: tuple[str, ...] = ()
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
@@ -166,15 +167,17 @@ def _rows_over_mean(workload: Workload, layout: Layout) -> float:
 def memory(workload: Workload, layout: Layout) -> Memory:
     """Return the bytes of one GPU at the peak of a step: at the loss, or in the last layer's backward pass."""
     adapters = adapter_parameters(workload, layout)
+    also = trained_also_parameters(workload, layout)
     layers = workload.architecture.num_layers
     if layout.recompute == "offload":
         # The input of the layer that is recomputed, and that of the next layer, which is being copied.
         layers = min(layers, 2)
     return Memory(
         weights=weight_bytes(workload, layout),
-        adapters=adapters * _bytes_per_adapter_parameter(workload, layout),
-        gradients=adapters * 4,
-        optimizer=adapters * 8,
+        # The base has fp32 in place of its own dtype, and a copy of that where it is used.
+        adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + also * 4,
+        gradients=(adapters + also) * 4,
+        optimizer=(adapters + also) * 8,
         activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
         buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
@@ -203,9 +206,14 @@ def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
 
     Each parameter is in the copy of one rank of the job. With several hosts it is at most this much on one of them.
     """
-    whole = workload.architecture.num_adapter_parameters(workload)
-    on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
-    return SAVED_TENSORS[has_frozen_start(workload)] * 4 * min(whole, on_host)
+    whole, also = (
+        workload.architecture.num_adapter_parameters(workload),
+        workload.architecture.num_trained_also(workload.train_also),
+    )
+    gpus = min(workload.gpus, workload.gpus_per_host)
+    on_host = adapter_parameters(workload, layout) * gpus
+    also_on_host = min(also, trained_also_parameters(workload, layout) * gpus)
+    return SAVED_TENSORS[has_frozen_start(workload)] * 4 * min(whole, on_host) + 3 * 4 * also_on_host
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:
@@ -238,6 +246,18 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
         "linear_fc2": shape.num_experts * (ffn + hidden) / ep,
     }
     return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
+
+
+def trained_also_parameters(workload: Workload, layout: Layout) -> float:
+    """Return the number of the base's weights on one GPU that are trained with the adapters.
+
+    TP splits those that have a row for each token of the vocabulary.
+    """
+    shape, also = workload.architecture, workload.train_also
+    split = [each for each in also if each in ("embeddings", "lm_head")]
+    whole = [each for each in also if each not in split]
+    padded = shape.padded_vocab_size(layout.tensor_model_parallel_size) / shape.vocab_size
+    return shape.num_trained_also(split) * padded / layout.tensor_model_parallel_size + shape.num_trained_also(whole)
 
 
 def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:

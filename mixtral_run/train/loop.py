@@ -330,8 +330,9 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
 
 def _report_lora(run: Run, config: FinetuneConfig) -> None:
     architecture = run.model.architecture
-    count = architecture.num_adapter_parameters(config)
-    total = architecture.num_parameters
+    also = architecture.num_trained_also(config.train_also)
+    count = architecture.num_adapter_parameters(config) + also
+    total = architecture.num_parameters - also
     run.report.say("LoRA configuration:")
     run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
     lora = LoraSettings.from_config(config)

@@ -226,9 +226,11 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
         flags += [
             f"{flag_of(name)} {_shown(saved[name])}"
             for name in others
-            if saved[name] is not None and (saved[name] != asked[name] or name == "lora_target_modules")
+            if saved[name] not in (None, []) and (saved[name] != asked[name] or name == "lora_target_modules")
         ]
-        flags += [f"without {flag_of(name)}" for name in others if saved[name] is None and saved[name] != asked[name]]
+        flags += [
+            f"without {flag_of(name)}" for name in others if saved[name] in (None, []) and saved[name] != asked[name]
+        ]
         raise ConfigError(
             "--resume needs the settings that the adapter was started with.",
             problems=problems,
@@ -239,7 +241,7 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
 def _shown(value: object) -> str:
     """Return a setting as the command line has it."""
     if isinstance(value, list):
-        return ",".join(value)
+        return ",".join(value) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -249,7 +251,9 @@ def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
     parameters = base.architecture.num_adapter_parameters(config)
-    return SAVED_TENSORS[has_frozen_start(config)] * 4 * parameters * num_checkpoints(config, start)
+    per_checkpoint = SAVED_TENSORS[has_frozen_start(config)] * parameters
+    per_checkpoint += 3 * base.architecture.num_trained_also(config.train_also) if config.train_also else 0
+    return 4 * per_checkpoint * num_checkpoints(config, start)
 
 
 def start_problems(config: FinetuneConfig, base: BaseDescription) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from mixtral_run.config.lora import LORA_EXPERT_MODULES
+from mixtral_run.config.lora import LORA_EXPERT_MODULES, TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 
 
@@ -15,6 +15,7 @@ class LoraSettings:
     """Rank, alpha and dropout of an adapter, and the linear layers that carry it.
 
     scaling: "standard" or "rslora", how the scale follows from alpha and rank.
+    train_also: weights of the base that are trained as well, see trained_also.py.
     init: how A and B start, see start_from_weights.py.
     expert_rank, expert_alpha: of the adapters of the experts where they differ; None if they do not.
     seed: only for the initial values of A; it is not stored with an adapter.
@@ -29,6 +30,7 @@ class LoraSettings:
     expert_rank: int | None = None
     expert_alpha: float | None = None
     init: str = "default"
+    train_also: tuple[str, ...] = ()
 
     @property
     def starts_from_weights(self) -> bool:
@@ -59,6 +61,7 @@ class LoraSettings:
         alpha = f"alpha {self.alpha:g}" + (f" ({experts.alpha:g} for experts)" if experts.alpha != self.alpha else "")
         others = [self.scaling] if self.scaling != "standard" else []
         others += [f"start {self.init}"] if self.starts_from_weights else []
+        others += [f"with {' and '.join(self.train_also)}"] if self.train_also else []
         return ", ".join([rank, alpha, *others])
 
     @classmethod
@@ -74,6 +77,7 @@ class LoraSettings:
             config.lora_rank_experts if config.lora_rank_experts != config.lora_rank else None,
             config.lora_alpha_experts if config.lora_alpha_experts != config.lora_alpha else None,
             config.init_lora,
+            tuple(each for each in TRAINED_ALSO if each in config.train_also),
         )
 
     def all_values(self) -> dict[str, Any]:
@@ -87,6 +91,7 @@ class LoraSettings:
             "lora_rank_experts": self.expert_rank,
             "lora_alpha_experts": self.expert_alpha,
             "init_lora": self.init,
+            "train_also": list(self.train_also),
         }
 
     def to_mapping(self) -> dict[str, Any]:
@@ -100,4 +105,10 @@ class LoraSettings:
 LORA_SETTINGS = frozenset(LoraSettings(1, 1.0, 0.0, ()).all_values())
 """Names of the settings that mixtral_run.json may have of an adapter."""
 _NO_DEFAULT = object()
-_DEFAULTS = {"lora_scaling": "standard", "lora_rank_experts": None, "lora_alpha_experts": None, "init_lora": "default"}
+_DEFAULTS: dict[str, Any] = {
+    "lora_scaling": "standard",
+    "lora_rank_experts": None,
+    "lora_alpha_experts": None,
+    "init_lora": "default",
+    "train_also": [],
+}

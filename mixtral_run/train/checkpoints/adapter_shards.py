@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
+from mixtral_run.model.trained_also import is_trained_also
 from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,12 +59,16 @@ def live_states(model: MixtralModel, optimizer: torch.optim.Optimizer) -> list[P
 
 
 def shards_of(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:
-    """Return this rank's parts of the model's tensors: those of the adapters, or all others."""
+    """Return this rank's parts of the model's tensors: those of the adapters, or those of the base.
+
+    Weights of the base that are trained with the adapters are parts of both.
+    """
     everything: dict[str, Any] = model.gpt.sharded_state_dict()
     return {
         name: shard
         for name, shard in everything.items()
-        if isinstance(shard, ShardedTensor) and is_adapter(name) == adapters
+        if isinstance(shard, ShardedTensor)
+        and (is_adapter(name) == adapters or (adapters and is_trained_also(name, model.settings.lora)))
     }
 
 

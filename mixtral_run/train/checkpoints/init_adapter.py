@@ -43,6 +43,7 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         lora_alpha_experts=lora.expert_alpha,
         lora_scaling=lora.scaling,
         init_lora=lora.init,
+        train_also=lora.train_also or config.train_also,
         lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:

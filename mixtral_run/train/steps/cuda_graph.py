@@ -195,9 +195,14 @@ class CapturedBackward(Backward):
         if self._most is not None:
             positions, boundaries, owner = rest
             packed = Packed(boundaries, owner, self._most.longest)
-        counts = self.model.router_counts
-        with counts.counting(weights) if counts is not None else nullcontext():
+        counts, balance = self.model.router_counts, self.model.router_loss
+        with (
+            counts.counting(weights) if counts is not None else nullcontext(),
+            balance.counting(weights) if balance is not None else nullcontext(),
+        ):
             losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
         loss = (losses * weights).sum()
+        if balance is not None:
+            loss = loss + balance.value()
         loss.backward()
         return loss.detach()

@@ -23,6 +23,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_split
+from mixtral_run.model.trained_also import is_norm
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
 MOST_SHORT = 3
@@ -86,7 +87,13 @@ class EagerBackward(Backward):
     """The eager pass."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        loss = losses_of(self.model, micro, self.dispatcher) / num_loss_tokens
+        balance = self.model.router_loss
+        if balance is None:
+            loss = losses_of(self.model, micro, self.dispatcher) / num_loss_tokens
+        else:
+            with balance.counting(micro.loss_mask.to(self.model.mesh.device).float() / num_loss_tokens):
+                loss = losses_of(self.model, micro, self.dispatcher) / num_loss_tokens
+            loss = loss + balance.value()
         loss.backward()
         return loss.detach()
 
@@ -111,15 +118,21 @@ LR_RATIO = "lr_ratio"
 
 
 def adapter_optimizer(model: MixtralModel, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the adapters. With --lora-plus-ratio, B is a group with a learning rate of its own."""
-    parameters = trainable(model)
-    groups: list[dict[str, Any]] = [{"params": parameters}]
+    """Return AdamW over the adapters, and over the weights of the base that are trained with them.
+
+    With --lora-plus-ratio, B is a group with a learning rate of its own. Norms have no weight decay: it would pull them
+    to 0 from 1.
+    """
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    norms = [each for name, each in named if is_norm(name)]
+    others = [(name, each) for name, each in named if not is_norm(name)]
+    groups: list[dict[str, Any]] = [{"params": [each for _, each in others]}]
     if config.lora_plus_ratio != 1:
-        outer = {id(each) for name, each in model.named_parameters() if ".linear_out" in name}
         groups = [
-            {"params": [each for each in parameters if id(each) not in outer]},
-            {"params": [each for each in parameters if id(each) in outer], LR_RATIO: config.lora_plus_ratio},
+            {"params": [each for name, each in others if ".linear_out" not in name]},
+            {"params": [each for name, each in others if ".linear_out" in name], LR_RATIO: config.lora_plus_ratio},
         ]
+    groups += [{"params": norms, "weight_decay": 0.0}] if norms else []
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
 
 

@@ -108,6 +108,15 @@ def open_sum(texts: Sequence[str], report: Report) -> AdapterSum:
             problems=problems,
             next_command="give --adapter only adapters of one base; mixtral-run verify --load ADAPTER shows its base",
         )
+    with_weights = [each for each in summands if each.adapter.lora.train_also]
+    if with_weights and not found.is_plain:
+        raise WeightsError(
+            "An adapter that brings weights of the base cannot be added to others, or weighted.",
+            where=", ".join(str(each.path) for each in with_weights),
+            expected="adapters that were trained without --train-also",
+            found=f"--train-also {','.join(with_weights[0].adapter.lora.train_also)}",
+            next_command="export it alone, without a weight; the others may still be added to one another",
+        )
     for each in found.summands if not found.is_plain else ():
         report.say(f"  {each.describe()}")
     templates = [each.adapter.manifest.chat_template for each in summands]

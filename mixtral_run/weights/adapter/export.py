@@ -117,6 +117,11 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
     if config.merge and config.hf_model_path is None:
         problems.append("--merge: needs --hf-model-path, the HF directory of the adapter's base")
+    if config.format == "vllm" and adapter.lora.train_also and not config.merge:
+        also = ", ".join(adapter.lora.train_also)
+        problems.append(
+            f"--format vllm: engines read no modules_to_save, and the adapter has {also}; --merge writes a whole model"
+        )
     weights = None
     if config.hf_model_path is not None:
         try:

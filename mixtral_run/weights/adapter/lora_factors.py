@@ -11,8 +11,8 @@ import torch
 
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.adapter.schema import LINEAR_KEYS, Place, linear_in_key, linear_out_key
-from mixtral_run.weights.mapping.hf_to_megatron import Shape
+from mixtral_run.weights.adapter.schema import LINEAR_KEYS, Place, linear_in_key, linear_out_key, trained_also
+from mixtral_run.weights.mapping.hf_to_megatron import Shape, hf_tensors
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -66,6 +66,15 @@ class Factors(ABC):
     def outer(self, module: str, leading: Shape, rows: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
         """Return these rows of B in order, or all of them, [out, r]."""
 
+    @property
+    def trained_also(self) -> tuple[str, ...]:
+        """Return the HF tensors of the base that were trained with the adapter."""
+        return ()
+
+    def trained(self, name: str) -> torch.Tensor:
+        """Return one of `trained_also`, in the shape of the HF tensor."""
+        raise KeyError(name)
+
     def a(self, name: str) -> torch.Tensor:
         """Return A of an HF tensor, [r, in]."""
         place = self.places[name]
@@ -103,6 +112,7 @@ class CheckpointFactors(Factors):
     ) -> None:
         super().__init__(architecture, places)
         self._lora, self._reader, self._part = lora, reader, part
+        self._also = trained_also(architecture, lora)
         info = reader.tensors[linear_in_key(lora.target_modules[0])]
         self._dtype = info.dtype, info.item_size
 
@@ -129,6 +139,16 @@ class CheckpointFactors(Factors):
             return as_tensor(self._reader.matrix(key, leading), self._dtype[0])
         parts = [self._reader.rows(key, leading, start, stop) for start, stop in rows]
         return as_tensor(np.concatenate(parts), self._dtype[0])
+
+    @property
+    def trained_also(self) -> tuple[str, ...]:
+        return tuple(self._also)
+
+    def trained(self, name: str) -> torch.Tensor:
+        ranges = self._also[name]
+        parts = [self._reader.rows(ranges.key, ranges.leading, start, stop) for start, stop in ranges.rows]
+        whole = as_tensor(np.concatenate(parts), self._reader.tensors[ranges.key].dtype)
+        return whole.view(hf_tensors(self.architecture)[name])
 
 
 @dataclass(frozen=True)
@@ -161,6 +181,14 @@ class SumOfFactors(Factors):
     @property
     def dtype(self) -> tuple[str, int]:
         return _FLOAT32
+
+    @property
+    def trained_also(self) -> tuple[str, ...]:
+        # adapter_sum.py refuses to add several adapters that have any.
+        return self._terms[0].factors.trained_also
+
+    def trained(self, name: str) -> torch.Tensor:
+        return self._terms[0].factors.trained(name)
 
     def rank(self, module: str) -> int:
         return sum(term.factors.rank(module) for term in self._of(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -63,7 +64,9 @@ def _merge_file(
                 source = weights.sources[name]
                 # The header, and tensors that are not part of the model.
                 _copy(descriptor, Source(file, reached, source.start - reached), out)
-                if name in factors.places:
+                if name in factors.trained_also:
+                    crcs[name] = _replace_tensor(weights, factors, name, descriptor, out, advance)
+                elif name in factors.places:
                     crcs[name] = _merge_tensor(weights, factors, name, descriptor, out, advance)
                 else:
                     crcs[name] = _copy(descriptor, source, out, advance)
@@ -113,6 +116,15 @@ def _merge_tensor(
         weight = torch.frombuffer(block, dtype=dtype).view(stop - start, columns)
         out.write(as_bytes(adding.to_rows(weight, start, stop)))  # type: ignore[attr-defined]
         advance(len(block))
+    return crc
+
+
+def _replace_tensor(
+    weights: HFWeights, factors: Factors, name: str, descriptor: int, out: object, advance: Callable[[int], None]
+) -> int:
+    """Write a weight that was trained with the adapter in place of the source's, whose CRC-32 is returned."""
+    crc = _copy(descriptor, weights.sources[name], io.BytesIO(), advance)
+    out.write(as_bytes(factors.trained(name).to(getattr(torch, weights.dtype))))  # type: ignore[attr-defined]
     return crc
 
 

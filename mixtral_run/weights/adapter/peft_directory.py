@@ -10,7 +10,13 @@ from pathlib import Path
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.adapter.lora_factors import Factors, UniformFactors, as_bytes
-from mixtral_run.weights.adapter.peft_layouts import adapter_config, completed, fused_entries, per_expert_entries
+from mixtral_run.weights.adapter.peft_layouts import (
+    adapter_config,
+    completed,
+    fused_entries,
+    per_expert_entries,
+    trained_entries,
+)
 from mixtral_run.weights.hf.safetensors_files import header_of
 from mixtral_run.weights.io.files import write_atomically
 
@@ -53,6 +59,7 @@ class PeftDirectory:
         self.entries = (
             fused_entries(self.factors) if self.fused else per_expert_entries(self.factors, self.target_modules)
         )
+        self.entries += trained_entries(factors)
         self.dtype, item_size = self.factors.dtype
         self.num_bytes = item_size * sum(prod(entry.shape) for entry in self.entries)
 

@@ -92,6 +92,22 @@ def per_expert_entries(factors: Factors, modules: tuple[str, ...]) -> list[Entry
     return entries
 
 
+def trained_entries(factors: Factors) -> list[Entry]:
+    """Return the weights of the base that were trained with the adapter, as PEFT's `modules_to_save` has them.
+
+    PEFT 0.21 looks for them by the names of the model in memory, which differ from the released ones for routers.
+    """
+    shapes = hf_tensors(factors.architecture)
+    return [
+        Entry(
+            f"base_model.model.{name.replace('.block_sparse_moe.', '.mlp.')}",
+            shapes[name],
+            _bound(factors.trained, name),
+        )
+        for name in factors.trained_also
+    ]
+
+
 def default_rank(factors: Factors) -> int:
     """Return PEFT's `r`, which modules have that no pattern names.
 
@@ -130,6 +146,7 @@ def adapter_config(
         "lora_dropout": 0.0,
         "target_modules": [target for module in modules for target in _TARGETS[module]],
         "target_parameters": parameters or None,
+        "modules_to_save": _modules_to_save(factors.trained_also) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -138,6 +155,11 @@ def adapter_config(
         # PEFT's own field for the version that a directory is of.
         **({"peft_version": FUSED_PEFT_VERSION} if fused else {}),
     }
+
+
+def _modules_to_save(names: tuple[str, ...]) -> list[str]:
+    """Return the modules that PEFT replaces by what was trained: the last parts of their names, each once."""
+    return list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in names))
 
 
 def _patterns(factors: Factors, rank: int, scale: float) -> dict[str, dict[str, float]]:

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.mapping.hf_to_megatron import (
+    EMBEDDING_KEY,
+    FINAL_LAYERNORM_KEY,
+    INPUT_LAYERNORM_KEY,
     LINEAR_FC1_KEY,
     LINEAR_FC2_KEY,
     LINEAR_PROJ_KEY,
     LINEAR_QKV_KEY,
+    OUTPUT_LAYER_KEY,
+    PRE_MLP_LAYERNORM_KEY,
+    ROUTER_KEY,
+    RowRanges,
     Shape,
+    megatron_tensors,
     row_ranges,
 )
 
@@ -40,8 +48,25 @@ def linear_out_key(module: str, part: str = "linear") -> str:
     return LINEAR_KEYS[module].removesuffix(".weight") + f".adapter.{part}_out.weight"
 
 
-def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, Shape]:
-    """Return every tensor of the adapter with its global shape."""
+TRAINED_ALSO_KEYS = {
+    "embeddings": (EMBEDDING_KEY,),
+    "lm_head": (OUTPUT_LAYER_KEY,),
+    "norms": (INPUT_LAYERNORM_KEY, PRE_MLP_LAYERNORM_KEY, FINAL_LAYERNORM_KEY),
+    "router": (ROUTER_KEY,),
+}
+"""Keys of the weights of the base that are trained with an adapter; its checkpoint has them under the same keys."""
+
+
+def trained_also(architecture: MixtralArchitecture, lora: LoraSettings) -> dict[str, RowRanges]:
+    """Return HF tensor → its rows in the checkpoint, for the weights of the base that were trained with the adapter."""
+    keys = {key for each in lora.train_also for key in TRAINED_ALSO_KEYS[each]}
+    return {name: ranges for name, ranges in row_ranges(architecture).items() if ranges.key in keys} if keys else {}
+
+
+def adapter_tensors(
+    architecture: MixtralArchitecture, lora: LoraSettings, parts_of_vocabulary: int = 1
+) -> dict[str, Shape]:
+    """Return every tensor of the adapter with its global shape. parts_of_vocabulary: TP, which may pad its rows."""
     a = architecture
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
     sizes: dict[str, tuple[Shape, int, int]] = {
@@ -57,7 +82,8 @@ def adapter_tensors(architecture: MixtralArchitecture, lora: LoraSettings) -> di
         for part in ("linear", "initial") if lora.starts_from_weights else ("linear",):
             tensors[linear_in_key(module, part)] = (*leading, rank, columns)
             tensors[linear_out_key(module, part)] = (*leading, rows, rank)
-    return tensors
+    base = megatron_tensors(architecture, parts_of_vocabulary) if lora.train_also else {}
+    return tensors | {key: base[key] for each in lora.train_also for key in TRAINED_ALSO_KEYS[each]}
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,11 @@ class _Writer:
             with file.open("wb") as stream:
                 stream.write(header_of(tensors, self.dtype))
                 for name in tensors:
-                    blocks = self._merged if self._factors and name in self._factors.places else self._blocks
+                    blocks = self._blocks
+                    if self._factors is not None and name in self._factors.trained_also:
+                        blocks = self._replaced
+                    elif self._factors is not None and name in self._factors.places:
+                        blocks = self._merged
                     for block in blocks(name):
                         stream.write(block)
                         self._advance(len(block))
@@ -227,6 +231,13 @@ class _Writer:
             crc = crc32(rows.data.cast("B"), crc)
             yield as_bytes(adding.to_rows(as_tensor(rows, self.dtype), start, stop))
         self.checksums[name] = crc
+
+    def _replaced(self, name: str) -> Iterator[memoryview]:
+        """Yield a weight that was trained with the adapter, after a pass over the base's, for its checksum."""
+        assert self._factors is not None
+        for _ in self._blocks(name):
+            pass
+        yield as_bytes(self._factors.trained(name).to(getattr(torch, self.dtype)))
 
     def _hf_rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
         """Read rows start…stop of the HF tensor, which may be several ranges of the checkpoint's tensor."""

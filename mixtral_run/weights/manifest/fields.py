@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
-from mixtral_run.config.lora import LORA_INITS, LORA_SCALINGS, LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_INITS, LORA_SCALINGS, LORA_TARGET_MODULES, TRAINED_ALSO
 from mixtral_run.model.adapters.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -113,6 +113,9 @@ class Fields:
         init = inner.values.get("init_lora", LORA_INITS[0])
         if init not in LORA_INITS:
             init = inner._refuse("init_lora", f"one of {', '.join(LORA_INITS)}", init, LORA_INITS[0])
+        also = inner.values.get("train_also", [])
+        if not isinstance(also, list) or any(each not in TRAINED_ALSO for each in also):
+            also = inner._refuse("train_also", f"some of {', '.join(TRAINED_ALSO)}", also, [])
         return LoraSettings(
             rank,
             alpha,
@@ -120,6 +123,7 @@ class Fields:
             tuple(targets),
             scaling=scaling,
             init=init,
+            train_also=tuple(also),
             expert_rank=inner.whole_number("lora_rank_experts", at_least=1) if "lora_rank_experts" in experts else None,
             expert_alpha=inner.positive("lora_alpha_experts") if "lora_alpha_experts" in experts else None,
         )

@@ -14,6 +14,7 @@ from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.terminal.report import Report
+from mixtral_run.weights.adapter.checkpoint import parts_of_vocabulary
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
@@ -182,14 +183,8 @@ def compare_with_source(load: Path, against: Path, report: Report) -> int:
 def _expected_tensors(checkpoint: Checkpoint, reader: Reader) -> dict[str, hf_to_megatron.Shape]:
     manifest = checkpoint.manifest
     if isinstance(manifest, BaseManifest):
-        return hf_to_megatron.megatron_tensors(manifest.architecture, _parts_of_vocabulary(reader))
-    return adapter_tensors(manifest.architecture, manifest.lora)
-
-
-def _parts_of_vocabulary(reader: Reader) -> int:
-    """Return the TP in which the vocabulary was cut, and by which it was padded."""
-    key = hf_to_megatron.EMBEDDING_KEY
-    return reader.layout_of(key, 0) if key in reader.tensors else 1
+        return hf_to_megatron.megatron_tensors(manifest.architecture, parts_of_vocabulary(reader))
+    return adapter_tensors(manifest.architecture, manifest.lora, parts_of_vocabulary(reader))
 
 
 def _num_parameters(checkpoint: Checkpoint, found: Mapping[str, TensorInfo]) -> int:

@@ -29,6 +29,7 @@ PARTLY = ("linear_qkv", "linear_proj", "linear_fc1")
 """Without one of the experts' layers: their products are separate nodes of autograd."""
 FORMS: dict[str, dict[str, Any]] = {
     "ranks": {"lora_rank": 4, "lora_rank_experts": 2, "lora_alpha_experts": 5.0},
+    "also": {"lora_rank": 2, "train_also": ("embeddings", "lm_head", "norms", "router"), "router_aux_loss": 0.5},
     "pissa": {"lora_rank": 3, "lora_rank_experts": 2, "init_lora": "pissa"},
     "olora": {"lora_rank": 3, "init_lora": "olora", "lora_scaling": "rslora", "lora_target_modules": PARTLY},
 }

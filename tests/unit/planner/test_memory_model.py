@@ -151,6 +151,17 @@ def test_a_frozen_start_is_counted() -> None:
     assert saved[1] == saved[0] * 4 / 3
 
 
+def test_weights_of_the_base_that_train_are_counted() -> None:
+    layout = Layout(2, 4, "none")
+    plain, also = (memory(Workload(train_also=each), layout) for each in ((), ("lm_head", "norms", "router")))
+    trained = 32000 * 4096 / 2 + (65 + 32 * 8) * 4096
+    assert also.gradients - plain.gradients == 4 * trained
+    assert also.optimizer - plain.optimizer == 8 * trained
+    assert also.adapters - plain.adapters == 4 * trained
+    more = saved_copy_bytes(Workload(train_also=("lm_head",)), layout) - saved_copy_bytes(Workload(), layout)
+    assert more == 12 * 32000 * 4096
+
+
 def test_long_samples_fit_one_h200_with_selective_recomputation() -> None:
     for seq_length, micro in ((8192, 1), (2048, 4)):
         workload = Workload(gpus=1, seq_length=seq_length, micro_batch_size=micro)
