@@ -11,6 +11,7 @@ from typing import Protocol
 from mixtral_run.config.fields import LORA, Config, flag_of, setting
 
 LORA_SCALINGS = ("standard", "rslora")
+EXPERT_ADAPTERS = ("each", "shared")
 TRAINED_ALSO = ("embeddings", "lm_head", "norms", "router")
 """Weights of the base that may be trained with the adapters."""
 LORA_INITS = ("default", "pissa", "olora")
@@ -33,6 +34,13 @@ class LoraShape(Protocol):
     def init_lora(self) -> str: ...
     @property
     def train_also(self) -> tuple[str, ...]: ...
+    @property
+    def expert_adapters(self) -> str: ...
+
+
+def shares_expert_adapters(shape: LoraShape) -> bool:
+    """Return True if all experts of a layer have one adapter together."""
+    return shape.expert_adapters == EXPERT_ADAPTERS[1]
 
 
 def has_frozen_start(shape: LoraShape) -> bool:
@@ -72,6 +80,13 @@ class LoraShapeConfig(Config):
         section=LORA,
     )
 
+    expert_adapters: str = setting(
+        EXPERT_ADAPTERS[0],
+        help="each: every expert has its own adapter. shared: all experts of a layer have one together, as in "
+        "Megatron-Bridge.",
+        choices=EXPERT_ADAPTERS,
+        section=LORA,
+    )
     train_also: tuple[str, ...] = setting(
         (),
         help="Weights of the base to train with the adapters, separated by commas: embeddings, lm_head, norms, router. "
@@ -89,6 +104,13 @@ class LoraShapeConfig(Config):
                 for item in fields(self)
                 if item.name in ("lora_rank_experts", "lora_alpha_experts") and getattr(self, item.name) is not None
             ]
+            if shares_expert_adapters(self):
+                found.append(f"--expert-adapters shared: expected {wanted} in --lora-target-modules; found none")
+        elif shares_expert_adapters(self) and has_frozen_start(self):
+            found.append(
+                f"--init-lora {self.init_lora}: expected --expert-adapters each, since a shared adapter cannot start "
+                "from the weights of every expert; found shared"
+            )
         return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from mixtral_run.config.lora import LoraShape, module_rank
+from mixtral_run.config.lora import LoraShape, module_rank, shares_expert_adapters
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.hf_config import DEFAULT_POSITIONS, config_problems, rotary_base
 
@@ -78,11 +78,12 @@ class MixtralArchitecture:
 
     def num_adapter_parameters(self, shape: LoraShape) -> int:
         """Return the number of parameters of LoRA adapters: rank × (in + out) a linear layer and expert."""
+        experts = 1 if shares_expert_adapters(shape) else self.num_experts
         sizes = {
             "linear_qkv": self.hidden_size + self.qkv_size,
             "linear_proj": self.projection_size + self.hidden_size,
-            "linear_fc1": self.num_experts * (self.hidden_size + 2 * self.ffn_hidden_size),
-            "linear_fc2": self.num_experts * (self.ffn_hidden_size + self.hidden_size),
+            "linear_fc1": experts * (self.hidden_size + 2 * self.ffn_hidden_size),
+            "linear_fc2": experts * (self.ffn_hidden_size + self.hidden_size),
         }
         return self.num_layers * sum(module_rank(shape, name) * sizes[name] for name in shape.lora_target_modules)
 

@@ -42,6 +42,8 @@ from mixtral_run.model.recompute.recipe import Once, Recipe, drop
 class ExpertLinear(torch.nn.Module):
     """One linear layer of all local experts. weight: [experts / EP, out, in]; adapters [.., r, in] and [.., out, r].
 
+    Adapters that the experts share are [1, r, in] and [1, out, r], the same on all ranks.
+
     With a base precision of fp8 or nf4 the weight has no memory until `allocate`; `quantize` replaces it by `values`
     and `scales` (quantized_mm.py). This is done layer by layer: the whole model never exists in 16 bit.
     """
@@ -64,6 +66,7 @@ class ExpertLinear(torch.nn.Module):
         first = parallel_state.get_expert_model_parallel_rank() * count
         device = torch.cuda.current_device()
         self.base_precision = base_precision
+        self.num_local = count
         place = device if base_precision == "bf16" else "meta"
         self.weight: torch.nn.Parameter | None = torch.nn.Parameter(
             torch.empty(count, outputs, inputs, dtype=config.params_dtype, device=place)
@@ -75,14 +78,15 @@ class ExpertLinear(torch.nn.Module):
         self.initial_in: torch.nn.Parameter | None = None
         self.initial_out: torch.nn.Parameter | None = None
         if self.lora is not None:
+            shared = self.lora.shared
+            places: list[tuple[int, ...]] = [()] if shared else [(first + each,) for each in range(count)]
             halves = [
-                initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, first + each)
-                for each in range(count)
+                initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, *place) for place in places
             ]
             self.linear_in = torch.nn.Parameter(torch.stack(halves).to(device))
-            self.linear_out = torch.nn.Parameter(torch.zeros(count, outputs, self.lora.rank, device=device))
-            mark(self.linear_in, expert=True)
-            mark(self.linear_out, expert=True)
+            self.linear_out = torch.nn.Parameter(torch.zeros(len(places), outputs, self.lora.rank, device=device))
+            for half in (self.linear_in, self.linear_out):
+                mark(half, expert=not shared, shared=shared)
             if self.lora.starts_from_weights:
                 # start_from_weights.py fills them.
                 self.initial_in, self.initial_out = (
@@ -92,6 +96,8 @@ class ExpertLinear(torch.nn.Module):
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """Return A and B of all local experts as they are multiplied; see LinearAdapter.halves."""
+        if self.lora is not None and self.lora.shared:
+            return self.linear_in.repeat(self.num_local, 1, 1), self.linear_out.repeat(self.num_local, 1, 1)
         if self.initial_in is None or self.initial_out is None:
             return self.linear_in, self.linear_out
         return with_start(self.linear_in, self.linear_out, self.initial_in, self.initial_out)
@@ -274,13 +280,26 @@ class Experts(MegatronModule):
             # A quantized weight is not part of a checkpoint; before `allocate` there is no memory to load into.
             if layer.weight is not None and not layer.weight.is_meta:
                 result |= self._shards(f"{key}.weight", layer.weight, halves, sharded_offsets)
-            if layer.lora is not None:
+            if layer.lora is not None and layer.lora.shared:
+                result |= self._shared_shard(f"{key}.adapter.linear_in.weight", layer.linear_in, sharded_offsets)
+                result |= self._shared_shard(f"{key}.adapter.linear_out.weight", layer.linear_out, sharded_offsets)
+            elif layer.lora is not None:
                 result |= self._shards(f"{key}.adapter.linear_in.weight", layer.linear_in, 1, sharded_offsets)
                 result |= self._shards(f"{key}.adapter.linear_out.weight", layer.linear_out, halves, sharded_offsets)
             if layer.initial_in is not None and layer.initial_out is not None:
                 result |= self._shards(f"{key}.adapter.initial_in.weight", layer.initial_in, 1, sharded_offsets)
                 result |= self._shards(f"{key}.adapter.initial_out.weight", layer.initial_out, halves, sharded_offsets)
         return result
+
+    def _shared_shard(self, key: str, half: Tensor, sharded_offsets: tuple[Any, ...]) -> dict[str, ShardedTensor]:
+        """Return the shard of a matrix that all experts share, and that every rank has: the first rank's is saved."""
+        replica = (0, 0, torch.distributed.get_rank())
+        axis = len(sharded_offsets)
+        return {
+            key: ShardedTensor.from_rank_offsets(
+                key, half.detach()[0], *sharded_offsets, replica_id=replica, prepend_axis_num=axis
+            )
+        }
 
     def _shards(
         self, key: str, stacked: Tensor, chunks_of_rows: int, sharded_offsets: tuple[Any, ...]

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
-from mixtral_run.config.lora import LORA_TARGET_MODULES, has_frozen_start, module_rank
+from mixtral_run.config.lora import LORA_TARGET_MODULES, has_frozen_start, module_rank, shares_expert_adapters
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
@@ -81,6 +81,7 @@ class Workload:
     lora_rank_experts: int | None = None
     init_lora: str = "default"
     train_also: tuple[str, ...] = ()
+    expert_adapters: str = "each"
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
@@ -175,7 +176,7 @@ def memory(workload: Workload, layout: Layout) -> Memory:
     return Memory(
         weights=weight_bytes(workload, layout),
         # The base has fp32 in place of its own dtype, and a copy of that where it is used.
-        adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + also * 4,
+        adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + _repeated(workload, layout) + also * 4,
         gradients=(adapters + also) * 4,
         optimizer=(adapters + also) * 8,
         activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
@@ -189,6 +190,14 @@ def _bytes_per_adapter_parameter(workload: Workload, layout: Layout) -> int:
     # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
     each = 4 if layout.recompute in RUNS_AGAIN else 6
     return 2 * each if has_frozen_start(workload) else each
+
+
+def _repeated(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of the copies of an adapter that experts share: the products want one for each local expert."""
+    if not shares_expert_adapters(workload) or layout.recompute in RUNS_AGAIN:
+        return 0.0
+    each = dataclasses.replace(workload, expert_adapters="each")
+    return 2 * (adapter_parameters(each, layout) - adapter_parameters(workload, layout))
 
 
 def host_bytes(workload: Workload, layout: Layout) -> float:
@@ -239,11 +248,12 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
     """Return the number of adapter parameters on one GPU (split: model/adapters/lora.py, model/experts.py)."""
     shape, tp = workload.architecture, layout.tensor_model_parallel_size
     hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
+    experts = 1 if shares_expert_adapters(workload) else shape.num_experts / ep
     sizes = {
         "linear_qkv": hidden + shape.qkv_size / tp,
         "linear_proj": shape.projection_size / tp + hidden,
-        "linear_fc1": shape.num_experts * (hidden + 2 * ffn) / ep,
-        "linear_fc2": shape.num_experts * (ffn + hidden) / ep,
+        "linear_fc1": experts * (hidden + 2 * ffn),
+        "linear_fc2": experts * (ffn + hidden),
     }
     return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
 

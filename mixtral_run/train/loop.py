@@ -45,6 +45,7 @@ from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+EXPERTS_HAVE = {"each": "one adapter per expert", "shared": "one adapter for all experts of a layer"}
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -334,7 +335,9 @@ def _report_lora(run: Run, config: FinetuneConfig) -> None:
     count = architecture.num_adapter_parameters(config) + also
     total = architecture.num_parameters - also
     run.report.say("LoRA configuration:")
-    run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
+    run.report.say(
+        f"  target modules: {', '.join(config.lora_target_modules)} ({EXPERTS_HAVE[config.expert_adapters]})"
+    )
     lora = LoraSettings.from_config(config)
     scales = dict.fromkeys(f"{lora.of(module).scale:g}" for module in lora.target_modules)
     run.report.say(f"  {lora.describe()}, dropout {lora.dropout:g}, scale {' and '.join(scales)}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from mixtral_run.config.lora import LORA_EXPERT_MODULES, TRAINED_ALSO
+from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_EXPERT_MODULES, TRAINED_ALSO, shares_expert_adapters
 from mixtral_run.config.verbs.training import FinetuneConfig
 
 
@@ -15,6 +15,7 @@ class LoraSettings:
     """Rank, alpha and dropout of an adapter, and the linear layers that carry it.
 
     scaling: "standard" or "rslora", how the scale follows from alpha and rank.
+    shared: True if all experts of a layer have one adapter together.
     train_also: weights of the base that are trained as well, see trained_also.py.
     init: how A and B start, see start_from_weights.py.
     expert_rank, expert_alpha: of the adapters of the experts where they differ; None if they do not.
@@ -31,6 +32,7 @@ class LoraSettings:
     expert_alpha: float | None = None
     init: str = "default"
     train_also: tuple[str, ...] = ()
+    shared: bool = False
 
     @property
     def starts_from_weights(self) -> bool:
@@ -61,6 +63,7 @@ class LoraSettings:
         alpha = f"alpha {self.alpha:g}" + (f" ({experts.alpha:g} for experts)" if experts.alpha != self.alpha else "")
         others = [self.scaling] if self.scaling != "standard" else []
         others += [f"start {self.init}"] if self.starts_from_weights else []
+        others += ["shared by the experts of a layer"] if self.shared else []
         others += [f"with {' and '.join(self.train_also)}"] if self.train_also else []
         return ", ".join([rank, alpha, *others])
 
@@ -78,6 +81,7 @@ class LoraSettings:
             config.lora_alpha_experts if config.lora_alpha_experts != config.lora_alpha else None,
             config.init_lora,
             tuple(each for each in TRAINED_ALSO if each in config.train_also),
+            shares_expert_adapters(config),
         )
 
     def all_values(self) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class LoraSettings:
             "lora_alpha_experts": self.expert_alpha,
             "init_lora": self.init,
             "train_also": list(self.train_also),
+            "expert_adapters": EXPERT_ADAPTERS[self.shared],
         }
 
     def to_mapping(self) -> dict[str, Any]:
@@ -111,4 +116,5 @@ _DEFAULTS: dict[str, Any] = {
     "lora_alpha_experts": None,
     "init_lora": "default",
     "train_also": [],
+    "expert_adapters": "each",
 }

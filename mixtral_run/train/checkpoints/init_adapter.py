@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from mixtral_run.config.lora import LORA_INITS
+from mixtral_run.config.fields import flag_of
+from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_INITS
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.launch import processes
@@ -27,14 +28,17 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
     except MixtralRunError:
         return config
     lora = describe_init_adapter(config, base).lora
-    if config.init_lora not in (LORA_INITS[0], lora.init):
-        raise ConfigError(
-            "--init-adapter brings its own start.",
-            where=str(config.init_adapter),
-            expected=f"--init-lora {lora.init}, or none",
-            found=f"--init-lora {config.init_lora}",
-            next_command="the same command without --init-lora; or without --init-adapter",
-        )
+    brought = lora.all_values()
+    for name, default in (("init_lora", LORA_INITS[0]), ("expert_adapters", EXPERT_ADAPTERS[0])):
+        asked = getattr(config, name)
+        if asked not in (default, brought[name]):
+            raise ConfigError(
+                "--init-adapter brings adapters of another form.",
+                where=str(config.init_adapter),
+                expected=f"{flag_of(name)} {brought[name]}, or none",
+                found=f"{flag_of(name)} {asked}",
+                next_command=f"the same command without {flag_of(name)}; or without --init-adapter",
+            )
     changed = dataclasses.replace(
         config,
         lora_rank=lora.rank,
@@ -43,6 +47,7 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         lora_alpha_experts=lora.expert_alpha,
         lora_scaling=lora.scaling,
         init_lora=lora.init,
+        expert_adapters=brought["expert_adapters"],
         train_also=lora.train_also or config.train_also,
         lora_target_modules=lora.target_modules,
     )

@@ -22,7 +22,7 @@ from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
-from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_split
+from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
 from mixtral_run.model.trained_also import is_norm
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
@@ -214,16 +214,21 @@ def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
     """Sum every gradient over the ranks that share its parameter. All ranks must call.
 
-    Experts: over the ranks that hold the same experts. Other parameters: over data-parallel replicas, and also over TP
-    if a replicated parameter saw only its rank's part of the sequence. A parameter that no token reached gets zeros.
+    Experts: over the ranks that hold the same experts. What all experts share: over all ranks. Other parameters: over
+    data-parallel replicas, and also over TP if a replicated parameter saw only its rank's part of the sequence. A
+    parameter that no token reached gets zeros.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     experts = [_gradient(each) for each in parameters if is_expert(each)]
     partial = [_gradient(each) for each in parameters if is_partial(each)]
-    dense = [_gradient(each) for each in parameters if not is_expert(each)]
+    dense = [_gradient(each) for each in parameters if not is_expert(each) and not is_shared(each)]
+    shared = [_gradient(each) for each in parameters if is_shared(each)]
     _sum_all(experts, mesh.expert_data_group)
+    # Both together are all ranks.
+    _sum_all(shared, mesh.expert_group)
+    _sum_all(shared, mesh.expert_data_group)
     _sum_all(partial, mesh.tensor_group)
     _sum_all(dense, mesh.data_group)
 

@@ -197,6 +197,8 @@ def _describe(adapters: AdapterSum, factors: Factors, report: Report) -> None:
         report.say(f"  their sum: rank {' and '.join(map(str, ranks))}, {places}")
         return
     lora = adapters.first.lora
+    if lora.shared:
+        report.say("  the experts of a layer share one adapter, which is written once for each expert")
     iteration = adapters.first.checkpoint.iteration
     report.say(f"  iteration {iteration}, {lora.describe()}, {places}")
 

@@ -131,14 +131,18 @@ class CheckpointFactors(Factors):
         return self._lora.of(module).scale
 
     def inner(self, module: str, leading: Shape) -> torch.Tensor:
-        return as_tensor(self._reader.matrix(linear_in_key(module, self._part), leading), self._dtype[0])
+        return as_tensor(self._reader.matrix(linear_in_key(module, self._part), self._stored(leading)), self._dtype[0])
 
     def outer(self, module: str, leading: Shape, rows: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
-        key = linear_out_key(module, self._part)
+        key, leading = linear_out_key(module, self._part), self._stored(leading)
         if rows is None:
             return as_tensor(self._reader.matrix(key, leading), self._dtype[0])
         parts = [self._reader.rows(key, leading, start, stop) for start, stop in rows]
         return as_tensor(np.concatenate(parts), self._dtype[0])
+
+    def _stored(self, leading: Shape) -> Shape:
+        """Return where a matrix is stored: one that experts share has a layer, and no expert."""
+        return leading[:1] if self._lora.shared else leading
 
     @property
     def trained_also(self) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ def adapter_tensors(
     tensors: dict[str, Shape] = {}
     for module in lora.target_modules:
         leading, rows, columns = sizes[module]
+        leading = leading[:1] if lora.shared else leading
         rank = lora.of(module).rank
         for part in ("linear", "initial") if lora.starts_from_weights else ("linear",):
             tensors[linear_in_key(module, part)] = (*leading, rank, columns)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
-from mixtral_run.config.lora import LORA_INITS, LORA_SCALINGS, LORA_TARGET_MODULES, TRAINED_ALSO
+from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_INITS, LORA_SCALINGS, LORA_TARGET_MODULES, TRAINED_ALSO
 from mixtral_run.model.adapters.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -116,6 +116,11 @@ class Fields:
         also = inner.values.get("train_also", [])
         if not isinstance(also, list) or any(each not in TRAINED_ALSO for each in also):
             also = inner._refuse("train_also", f"some of {', '.join(TRAINED_ALSO)}", also, [])
+        shared = inner.values.get("expert_adapters", EXPERT_ADAPTERS[0])
+        if shared not in EXPERT_ADAPTERS:
+            shared = inner._refuse(
+                "expert_adapters", f"one of {', '.join(EXPERT_ADAPTERS)}", shared, EXPERT_ADAPTERS[0]
+            )
         return LoraSettings(
             rank,
             alpha,
@@ -124,6 +129,7 @@ class Fields:
             scaling=scaling,
             init=init,
             train_also=tuple(also),
+            shared=shared == EXPERT_ADAPTERS[1],
             expert_rank=inner.whole_number("lora_rank_experts", at_least=1) if "lora_rank_experts" in experts else None,
             expert_alpha=inner.positive("lora_alpha_experts") if "lora_alpha_experts" in experts else None,
         )

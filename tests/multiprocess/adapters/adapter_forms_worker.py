@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PARTLY = ("linear_qkv", "linear_proj", "linear_fc1")
 FORMS: dict[str, dict[str, Any]] = {
     "ranks": {"lora_rank": 4, "lora_rank_experts": 2, "lora_alpha_experts": 5.0},
     "also": {"lora_rank": 2, "train_also": ("embeddings", "lm_head", "norms", "router"), "router_aux_loss": 0.5},
+    "shared": {"lora_rank": 3, "expert_adapters": "shared"},
     "pissa": {"lora_rank": 3, "lora_rank_experts": 2, "init_lora": "pissa"},
     "olora": {"lora_rank": 3, "init_lora": "olora", "lora_scaling": "rslora", "lora_target_modules": PARTLY},
 }
@@ -97,7 +99,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     results = {}
     for name, settings in FORMS.items():
-        config = config_of(checkpoint, out / name, layout, **settings)
+        config = replace(config_of(checkpoint, out / name, layout, **settings), global_batch_size=2)
         with open_mesh(config) as mesh:
             results[name] = run(config, mesh, out / name, elsewhere / name if elsewhere is not None else None)
     if torch.distributed.get_rank() == 0:

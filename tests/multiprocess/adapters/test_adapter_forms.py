@@ -46,13 +46,19 @@ def test_layouts_agree_and_resuming_is_exact(made: tuple[Path, Results, Results]
 @pytest.mark.parametrize("layout", ["peft", "peft-fused"])
 @pytest.mark.parametrize("form", FORMS)
 def test_peft_gives_the_same_logits(
-    made: tuple[Path, Results, Results], small_hf_model: Path, tmp_path: Path, form: str, layout: str
+    made: tuple[Path, Results, Results],
+    small_hf_model: Path,
+    tmp_path: Path,
+    form: str,
+    layout: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     folder, one, _ = made
-    export(ExportConfig(adapter=(str(folder / form),), output_path=tmp_path / "peft", format=layout), Report.silent())
+    export(ExportConfig(adapter=(str(folder / form),), output_path=tmp_path / "peft", format=layout), Report())
+    assert ("share one adapter, which is written once for each expert" in capsys.readouterr().out) == (form == "shared")
     base = AutoModelForCausalLM.from_pretrained(small_hf_model, dtype=torch.float32).eval()
     with torch.inference_mode():
         before = base(torch.tensor(TOKENS)).logits

@@ -162,6 +162,16 @@ def test_weights_of_the_base_that_train_are_counted() -> None:
     assert more == 12 * 32000 * 4096
 
 
+def test_adapters_that_experts_share_are_counted_once() -> None:
+    layout = Layout(1, 4, "none")
+    each, shared = (Workload(expert_adapters=name) for name in ("each", "shared"))
+    of_experts = 32 * 16 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert adapter_parameters(each, layout) - adapter_parameters(shared, layout) == (2 - 1) * of_experts
+    assert shared.architecture.num_adapter_parameters(shared) == adapter_parameters(shared, layout)
+    # The products still want a copy in bf16 for each local expert.
+    assert memory(each, layout).adapters - memory(shared, layout).adapters == 4 * of_experts
+
+
 def test_long_samples_fit_one_h200_with_selective_recomputation() -> None:
     for seq_length, micro in ((8192, 1), (2048, 4)):
         workload = Workload(gpus=1, seq_length=seq_length, micro_batch_size=micro)

@@ -25,6 +25,7 @@ OTHER_FORMS: list[tuple[dict[str, object], str]] = [
     ({"lora_rank_experts": 4}, "--lora-rank-experts: the checkpoint has none; found 4"),
     ({"lora_alpha_experts": 4.0}, "--lora-alpha-experts: the checkpoint has none; found 4"),
     ({"train_also": ("norms", "router")}, "--train-also: the checkpoint has none; found norms,router"),
+    ({"expert_adapters": "shared"}, "--expert-adapters: the checkpoint has each; found shared"),
     ({"init_lora": "pissa"}, "--init-lora: the checkpoint has default; found pissa"),
 ]
 

@@ -61,6 +61,15 @@ def test_experts_have_their_own_rank_and_alpha() -> None:
         replace(config, lora_rank_experts=4, lora_target_modules=("linear_qkv",)).check()
 
 
+def test_a_shared_adapter_cannot_start_from_the_weights() -> None:
+    config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, expert_adapters="shared")
+    assert LoraSettings.from_config(config.check()).to_mapping()["expert_adapters"] == "shared"
+    with pytest.raises(ConfigError, match="expected --expert-adapters each, since a shared adapter cannot start"):
+        replace(config, init_lora="pissa").check()
+    with pytest.raises(ConfigError, match="--expert-adapters shared: expected linear_fc1 or linear_fc2"):
+        replace(config, lora_target_modules=("linear_qkv",)).check()
+
+
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, 6.0, 1.5), (2, 5.0, 2.5), (8, 2.0, 0.25), (16, 24.0, 1.5)])
 def test_the_scale_is_alpha_over_rank(rank: int, alpha: float, scale: float) -> None:
     assert settings(rank, alpha).scale == scale
