@@ -64,7 +64,7 @@ class LoraSettings:
         others = [self.scaling] if self.scaling != "standard" else []
         others += [f"start {self.init}"] if self.starts_from_weights else []
         others += ["shared by the experts of a layer"] if self.shared else []
-        others += [f"with {' and '.join(self.train_also)}"] if self.train_also else []
+        others += [f"trained with {' + '.join(self.train_also)}"] if self.train_also else []
         return ", ".join([rank, alpha, *others])
 
     @classmethod

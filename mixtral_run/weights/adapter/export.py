@@ -192,6 +192,8 @@ def _another_base(adapter: OpenAdapter, where: str, expected: str, found: str) -
 
 def _describe(adapters: AdapterSum, factors: Factors, report: Report) -> None:
     places = f"{', '.join(factors.target_modules)}: {len(factors.places):,} HF tensors"
+    if factors.trained_also:
+        places += f", and {len(factors.trained_also)} weights of the base"
     if not adapters.is_plain:
         ranks = sorted({factors.rank(module) for module in factors.target_modules})
         report.say(f"  their sum: rank {' and '.join(map(str, ranks))}, {places}")
