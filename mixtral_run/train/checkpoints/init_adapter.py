@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mixtral_run.config.fields import flag_of
-from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_INITS
+from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_INITS, TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.launch import processes
@@ -48,7 +48,7 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
         lora_scaling=lora.scaling,
         init_lora=lora.init,
         expert_adapters=brought["expert_adapters"],
-        train_also=lora.train_also or config.train_also,
+        train_also=tuple(each for each in TRAINED_ALSO if each in (*lora.train_also, *config.train_also)),
         lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import TRAINED_ALSO
@@ -21,10 +23,13 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.trained_also import is_trained_also
 from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
+from mixtral_run.train.checkpoints.checkpoint import load_adapter
+from mixtral_run.train.checkpoints.init_adapter import with_adapter_settings
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.load_model import load_for_inference, load_for_training
 from mixtral_run.train.steps.step import EagerBackward, adapter_optimizer
 from mixtral_run.weights.adapter.export import export
+from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from tests.multiprocess.verbs.test_export import hf_model, hf_tensors_of
@@ -141,6 +146,45 @@ def test_the_base_alone_is_the_base(mesh: Mesh, trained: Path, small_checkpoint:
         assert torch.equal(model.logits(tokens), expected)
     assert torch.equal(model.logits(tokens), before)
     assert (before - expected).abs().max() > 0.05
+
+
+def test_an_adapter_without_such_weights_is_a_start_for_them(
+    mesh: Mesh, trained: Path, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """An adapter that trained the norms, and one that PEFT saved: what they lack stays that of the base."""
+    config = config_of(small_checkpoint, lora_rank=2, train_also=("norms",))
+    model = model_of(config, mesh)
+    description = {
+        "dtype": "float32",
+        "lora": LoraSettings.from_config(config).to_mapping(),
+        "base": {"fingerprint": describe_base(small_checkpoint).fingerprint, "path": None},
+    }
+    with torch.no_grad():
+        model.gpt.decoder.final_layernorm.weight.fill_(3.0)
+    save_adapter(model, adapter_optimizer(model, config), tmp_path / "norms", 1, description)
+    peft = ExportConfig(adapter=(str(tmp_path / "norms"),), output_path=tmp_path / "peft")
+    write_adapter_config_without_norms(export(peft, Report.silent()).output_path)
+    started = with_adapter_settings(
+        config_of(small_checkpoint, init_adapter=tmp_path / "norms", train_also=("router",))
+    )
+    assert (started.lora_rank, started.train_also) == (2, ("norms", "router"))
+    for folder, norm in ((tmp_path / "norms", 3.0), (tmp_path / "peft", None)):
+        fresh = model_of(config_of(small_checkpoint, lora_rank=2), mesh)
+        before = {name: each.detach().clone() for name, each in fresh.gpt.named_parameters()}
+        load_adapter(fresh, describe_given_adapter(folder, fresh.architecture))
+        after = dict(fresh.gpt.named_parameters())
+        assert torch.equal(after["output_layer.weight"], before["output_layer.weight"])
+        expected = before["decoder.final_layernorm.weight"] if norm is None else torch.full((64,), norm)
+        assert torch.equal(after["decoder.final_layernorm.weight"], expected)
+
+
+def write_adapter_config_without_norms(folder: Path) -> None:
+    """Leave out of a PEFT directory what is no LoRA, which `--init-adapter` refuses."""
+    file, tensors = folder / "adapter_config.json", load_file(folder / "adapter_model.safetensors")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": None}))
+    lora = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+    assert len(lora) < len(tensors)
+    save_file(lora, folder / "adapter_model.safetensors")
 
 
 def test_merged_weights_are_those_that_were_trained(
