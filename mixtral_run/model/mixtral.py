@@ -28,6 +28,8 @@ from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.rotary import Rotary
 from mixtral_run.model.router_counts import RouterCounts
+from mixtral_run.model.router_loss import RouterLoss
+from mixtral_run.model.trained_also import is_trained_also, store_in_fp32
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,9 +76,12 @@ class MixtralModel(torch.nn.Module):
             mark(split, split=True)
         if architecture.padded_vocab_size(mesh.tensor_size) != architecture.vocab_size:
             self.gpt.output_layer.register_forward_hook(self._without_padding)
-        self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
+        # With a start that is subtracted, the layers cast what they put together of A and of the start.
+        casts = settings.lora is not None and not settings.lora.starts_from_weights
+        self._adapters = [parameter for name, parameter in self.named_parameters() if casts and is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
         self.router_counts: RouterCounts | None = None
+        self.router_loss: RouterLoss | None = None
 
     def losses(
         self,
@@ -172,7 +177,7 @@ class MixtralModel(torch.nn.Module):
         mesh, lora = self.mesh, self.settings.lora
         probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
-        rank = lora.rank if lora is not None else 8
+        rank = lora.of("linear_fc1").computed_rank if lora is not None else 8
         return mesh.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
 
     def count_choices(self) -> RouterCounts:
@@ -181,6 +186,12 @@ class MixtralModel(torch.nn.Module):
         split = bool(self.gpt.config.sequence_parallel)
         self.router_counts = RouterCounts(routers, self.architecture.num_experts, self.mesh, sequence_parallel=split)
         return self.router_counts
+
+    def balance_routers(self, coefficient: float) -> None:
+        """Have the routers trained for balance from now on (router_loss.py); each pass must be counted."""
+        routers = [layer.mlp.router for layer in self.gpt.decoder.layers]
+        a, split = self.architecture, bool(self.gpt.config.sequence_parallel)
+        self.router_loss = RouterLoss(routers, a.num_experts, a.moe_router_topk, coefficient, self.mesh, split=split)
 
     @property
     def experts(self) -> list[Experts]:
@@ -254,10 +265,16 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh
     model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+            parameter.requires_grad_(is_trained(name) or is_trained_also(name, settings.lora))
+        store_in_fp32(model.gpt, settings.lora, settings.dtype)
     return model
 
 
 def is_adapter(parameter_name: str) -> bool:
     """Return True if a parameter belongs to an adapter, by its name in the model or in a checkpoint."""
+    return is_trained(parameter_name) or ".initial_in" in parameter_name or ".initial_out" in parameter_name
+
+
+def is_trained(parameter_name: str) -> bool:
+    """Return True if a parameter of an adapter is trained: A and B, but not the start that is subtracted."""
     return ".linear_in" in parameter_name or ".linear_out" in parameter_name

@@ -20,6 +20,7 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe
+from mixtral_run.model.router_loss import RouterLoss
 
 
 class Router(MegatronModule):
@@ -28,6 +29,7 @@ class Router(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.topk: int = config.moe_router_topk
+        self.loss: RouterLoss | None = None
         self.weight = torch.nn.Parameter(
             torch.empty(
                 config.num_moe_experts,
@@ -45,13 +47,17 @@ class Router(MegatronModule):
         expert, which dominates the model's error.
         """
         logits = router_logits(tokens, self.weight)
-        probs, experts = logits.softmax(dim=-1).topk(self.topk, dim=-1)
+        scores = logits.softmax(dim=-1)
+        if self.loss is not None:
+            scores = self.loss.attach(scores)
+        probs, experts = scores.topk(self.topk, dim=-1)
         return probs / probs.sum(dim=-1, keepdim=True), experts
 
 
 def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
     """Return tokens [tokens, hidden] · weightᵀ, summed in fp32: [tokens, experts]."""
-    if tokens.is_cuda and tokens.dtype is torch.bfloat16 and not weight.requires_grad and tokens.numel():
+    is_bf16 = tokens.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
+    if tokens.is_cuda and is_bf16 and not weight.requires_grad and tokens.numel():
         logits: Tensor = _RouterLogits.apply(tokens, weight)  # type: ignore[no-untyped-call]
         return logits
     return torch.nn.functional.linear(tokens.float(), weight.float())

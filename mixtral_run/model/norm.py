@@ -28,11 +28,13 @@ class RMSNorm(torch.nn.Module):
         mark(self.weight, partial=config.sequence_parallel)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)
 
     def recipe(self, hidden: Tensor) -> Recipe:
         """Return the recipe for recomputing `forward(hidden)`; hidden is saved for this norm's own gradient anyway."""
         eps = self.eps
         return Recipe.of(
-            lambda saved, weight: torch.nn.functional.rms_norm(saved, weight.shape, weight, eps), hidden, self.weight
+            lambda saved, weight: torch.nn.functional.rms_norm(saved, weight.shape, weight.to(saved.dtype), eps),
+            hidden,
+            self.weight,
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
+from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
@@ -31,7 +32,7 @@ from mixtral_run.planner.suggestions import remedies
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
-PLANNED_FLAGS = {"method", "base_precision", "lora_rank", "lora_dropout", "lora_target_modules"}
+PLANNED_FLAGS = {"method", "base_precision", *LORA_SHAPE}
 """Settings that the command of `plan` in an error repeats."""
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
@@ -196,9 +197,7 @@ def workload_of(
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
         rows_per_sample=config.rows_per_sample,
-        lora_rank=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
+        **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),

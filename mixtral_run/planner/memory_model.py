@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
-from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_TARGET_MODULES, has_frozen_start, module_rank, shares_expert_adapters
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
@@ -35,6 +35,8 @@ USABLE = 0.97
 USABLE_OF_HOST = 0.8
 """Part of a host's RAM that --recompute offload may pin; the rest is for the processes themselves."""
 
+SAVED_TENSORS = {False: 3, True: 4}
+"""Tensors of a checkpoint for each parameter: itself, AdamW's moments, and with a frozen start also that."""
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 """Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""
 
@@ -78,6 +80,10 @@ class Workload:
     micro_batch_size: int = 1
     rows_per_sample: int = 1
     lora_rank: int = 16
+    lora_rank_experts: int | None = None
+    init_lora: str = "default"
+    train_also: tuple[str, ...] = ()
+    expert_adapters: str = "each"
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
@@ -141,7 +147,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 workload.weight_bytes,
                 shape.hidden_size,
                 shape.ffn_hidden_size,
-                workload.lora_rank,
+                module_rank(workload, "linear_fc1") * (2 if has_frozen_start(workload) else 1),
             ),
             peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
         )
@@ -169,20 +175,36 @@ def _rows_over_mean(workload: Workload, layout: Layout) -> float:
 def memory(workload: Workload, layout: Layout) -> Memory:
     """Return the bytes of one GPU at the peak of a step: at the loss, or in the last layer's backward pass."""
     adapters = adapter_parameters(workload, layout)
+    also = trained_also_parameters(workload, layout)
     layers = workload.architecture.num_layers
     if layout.recompute == "offload":
         # The input of the layer that is recomputed, and that of the next layer, which is being copied.
         layers = min(layers, 2)
     return Memory(
         weights=weight_bytes(workload, layout),
-        # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
-        adapters=adapters * (4 if layout.recompute in RUNS_AGAIN else 6),
-        gradients=adapters * 4,
-        optimizer=adapters * 8,
+        # The base has fp32 in place of its own dtype, and a copy of that where it is used.
+        adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + _repeated(workload, layout) + also * 4,
+        gradients=(adapters + also) * 4,
+        optimizer=(adapters + also) * 8,
         activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
         buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
+
+
+def _bytes_per_adapter_parameter(workload: Workload, layout: Layout) -> int:
+    """Return the bytes of a trained parameter, and of its frozen start if it has one."""
+    # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
+    each = 4 if layout.recompute in RUNS_AGAIN else 6
+    return 2 * each if has_frozen_start(workload) else each
+
+
+def _repeated(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of the copies of an adapter that experts share: the products want one for each local expert."""
+    if not shares_expert_adapters(workload) or layout.recompute in RUNS_AGAIN:
+        return 0.0
+    each = dataclasses.replace(workload, expert_adapters="each")
+    return 2 * (adapter_parameters(each, layout) - adapter_parameters(workload, layout))
 
 
 def host_bytes(workload: Workload, layout: Layout) -> float:
@@ -200,9 +222,14 @@ def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
 
     Each parameter is in the copy of one rank of the job. With several hosts it is at most this much on one of them.
     """
-    whole = workload.architecture.num_adapter_parameters(workload.lora_rank, workload.lora_target_modules)
-    on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
-    return 3 * 4 * min(whole, on_host)
+    whole, also = (
+        workload.architecture.num_adapter_parameters(workload),
+        workload.architecture.num_trained_also(workload.train_also),
+    )
+    gpus = min(workload.gpus, workload.gpus_per_host)
+    on_host = adapter_parameters(workload, layout) * gpus
+    also_on_host = min(also, trained_also_parameters(workload, layout) * gpus)
+    return SAVED_TENSORS[has_frozen_start(workload)] * 4 * min(whole, on_host) + 3 * 4 * also_on_host
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:
@@ -228,13 +255,26 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
     """Return the number of adapter parameters on one GPU (split: model/adapters/lora.py, model/experts.py)."""
     shape, tp = workload.architecture, layout.tensor_model_parallel_size
     hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
+    experts = 1 if shares_expert_adapters(workload) else shape.num_experts / ep
     sizes = {
         "linear_qkv": hidden + shape.qkv_size / tp,
         "linear_proj": shape.projection_size / tp + hidden,
-        "linear_fc1": shape.num_experts * (hidden + 2 * ffn) / ep,
-        "linear_fc2": shape.num_experts * (ffn + hidden) / ep,
+        "linear_fc1": experts * (hidden + 2 * ffn),
+        "linear_fc2": experts * (ffn + hidden),
     }
-    return shape.num_layers * workload.lora_rank * sum(sizes[name] for name in workload.lora_target_modules)
+    return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
+
+
+def trained_also_parameters(workload: Workload, layout: Layout) -> float:
+    """Return the number of the base's weights on one GPU that are trained with the adapters.
+
+    TP splits those that have a row for each token of the vocabulary.
+    """
+    shape, also = workload.architecture, workload.train_also
+    split = [each for each in also if each in ("embeddings", "lm_head")]
+    whole = [each for each in also if each not in split]
+    padded = shape.padded_vocab_size(layout.tensor_model_parallel_size) / shape.vocab_size
+    return shape.num_trained_also(split) * padded / layout.tensor_model_parallel_size + shape.num_trained_also(whole)
 
 
 def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:

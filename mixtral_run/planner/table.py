@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
+from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
@@ -32,10 +33,7 @@ SHORT_PARTS = {
     "other": ("buffers", "context"),
 }
 """The columns on a terminal of 80 characters."""
-RUN_SETTINGS = {
-    "load", "seq_length", "micro_batch_size", "lora_rank", "lora_dropout", "lora_target_modules", "base_precision",
-    "method",
-}  # fmt: skip
+RUN_SETTINGS = {"load", "seq_length", "micro_batch_size", "base_precision", "method", *LORA_SHAPE}
 """Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
 
@@ -117,9 +115,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
         rows_per_sample=rows_per_sample(config.method),
-        lora_rank=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
+        **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         compute_capability=gpu.compute_capability,

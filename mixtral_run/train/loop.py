@@ -46,6 +46,7 @@ from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+EXPERTS_HAVE = {"each": "one adapter per expert", "shared": "one adapter for all experts of a layer"}
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -340,14 +341,16 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
 
 def _report_lora(run: Run, config: FinetuneConfig) -> None:
     architecture = run.model.architecture
-    count = architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    total = architecture.num_parameters
+    also = architecture.num_trained_also(config.train_also)
+    count = architecture.num_adapter_parameters(config) + also
+    total = architecture.num_parameters - also
     run.report.say("LoRA configuration:")
-    run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
     run.report.say(
-        f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
-        f"scale {LoraSettings.from_config(config).scale:g}"
+        f"  target modules: {', '.join(config.lora_target_modules)} ({EXPERTS_HAVE[config.expert_adapters]})"
     )
+    lora = LoraSettings.from_config(config)
+    scales = dict.fromkeys(f"{lora.of(module).scale:g}" for module in lora.target_modules)
+    run.report.say(f"  {lora.describe()}, dropout {lora.dropout:g}, scale {' and '.join(scales)}")
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 
 

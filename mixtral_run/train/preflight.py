@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
-from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.lora import has_frozen_start, module_rank
 from mixtral_run.config.verbs.generate import GenerateConfig, InferenceConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.planner.choose import memory_error, settled
+from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.terminal.report import Report
@@ -139,6 +141,7 @@ def _errors(
     if base is not None:
         problems += layout_problems(config, base)
         problems += length_problems("--seq-length", config.seq_length, base)
+        problems += start_problems(config, base) if isinstance(config, FinetuneConfig) else []
     for setting in DATA_SETTINGS if reads_data else ():
         texts = getattr(config, setting, ())
         if texts:
@@ -228,16 +231,24 @@ def _check_same_verb(config: FinetuneConfig, adapter: AdapterDescription) -> Non
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
     """Raise ConfigError if the run's adapters are not those of the checkpoint."""
     settings = (adapter.lora, LoraSettings.from_config(config))
-    saved, asked = ({**each.to_mapping(), "lora_scaling": each.scaling} for each in settings)
+    saved, asked = (each.all_values() for each in settings)
     problems = [
-        f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
-        for name in ("lora_rank", "lora_alpha", "lora_scaling", "lora_target_modules")
-        if saved[name] != asked[name]
+        f"{flag_of(name)}: the checkpoint has {_shown(saved[name])}; found {_shown(asked[name])}"
+        for name in saved
+        # A run may continue with another dropout.
+        if saved[name] != asked[name] and name != "lora_dropout"
     ]
     if problems:
         flags = [f"--lora-rank {saved['lora_rank']}", f"--lora-alpha {saved['lora_alpha']:g}"]
-        flags += [f"--lora-scaling {saved['lora_scaling']}"] if saved["lora_scaling"] != asked["lora_scaling"] else []
-        flags += [f"--lora-target-modules {','.join(saved['lora_target_modules'])}"]
+        others = [name for name in saved if name not in ("lora_rank", "lora_alpha", "lora_dropout")]
+        flags += [
+            f"{flag_of(name)} {_shown(saved[name])}"
+            for name in others
+            if saved[name] not in (None, []) and (saved[name] != asked[name] or name == "lora_target_modules")
+        ]
+        flags += [
+            f"without {flag_of(name)}" for name in others if saved[name] in (None, []) and saved[name] != asked[name]
+        ]
         raise ConfigError(
             "--resume needs the settings that the adapter was started with.",
             problems=problems,
@@ -245,13 +256,41 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
         )
 
 
+def _shown(value: object) -> str:
+    """Return a setting as the command line has it."""
+    if isinstance(value, list):
+        return ",".join(value) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
     """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one.
 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
-    parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    return 3 * 4 * parameters * num_checkpoints(config, start)
+    parameters = base.architecture.num_adapter_parameters(config)
+    per_checkpoint = SAVED_TENSORS[has_frozen_start(config)] * parameters
+    per_checkpoint += 3 * base.architecture.num_trained_also(config.train_also) if config.train_also else 0
+    return 4 * per_checkpoint * num_checkpoints(config, start)
+
+
+def start_problems(config: FinetuneConfig, base: BaseDescription) -> list[str]:
+    """Return why the adapters cannot start from the weights of the base: a weight has not enough ranks."""
+    if not has_frozen_start(config):
+        return []
+    a = base.architecture
+    sides = {
+        "linear_qkv": (a.hidden_size, a.qkv_size),
+        "linear_proj": (a.hidden_size, a.projection_size),
+        "linear_fc1": (a.hidden_size, 2 * a.ffn_hidden_size),
+        "linear_fc2": (a.hidden_size, a.ffn_hidden_size),
+    }
+    return [
+        f"--init-lora {config.init_lora}: expected a rank of at most {min(sides[module])} for {module}; "
+        f"found {module_rank(config, module)}"
+        for module in config.lora_target_modules
+        if module_rank(config, module) > min(sides[module])
+    ]
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:

@@ -217,8 +217,25 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     ),
     **dict.fromkeys(
         ("lora-modules-to-save", "modules-to-save", "additional-target"),
-        _none("leave it out: only adapters are trained; no module is trained whole beside them"),
+        ForeignName(
+            (("train-also", "some of embeddings, lm_head, norms, router"),),
+            "leave it out: {train-also} of finetune trains embeddings, lm_head, norms or router with the adapters",
+        ),
     ),
+    **dict.fromkeys(
+        ("use-dora", "dora", "lora-dora", "peft-use-dora"),
+        _none(
+            "leave it out: DoRA is not there, since every step would need the norms of all expert weights, and neither "
+            "PEFT nor vLLM loads it for experts (docs/concepts/adapters.md)"
+        ),
+    ),
+    **dict.fromkeys(("use-rslora", "rslora"), _same("lora-scaling", note="with the value rslora")),
+    **dict.fromkeys(("loraplus-lr-ratio", "loraplus-ratio"), _same("lora-plus-ratio")),
+    **dict.fromkeys(
+        ("init-lora-weights", "lora-init", "pissa-init", "use-pissa"),
+        _same("init-lora", note="default, pissa or olora"),
+    ),
+    **dict.fromkeys(("router-aux-loss-coef", "moe-aux-loss-coeff", "aux-loss-coef"), _same("router-aux-loss")),
     "adapter": _ADAPTERS_ONLY,
     **dict.fromkeys(
         (

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mixtral_run.config.data import AUTO, DPO, KTO, METHODS, ORPO, PAIRS, SIMPO, UNPAIRED
-from mixtral_run.config.fields import DATA, MEMORY, OPTIMIZER, PREFERENCES, setting
+from mixtral_run.config.fields import DATA, LORA, MEMORY, OPTIMIZER, PREFERENCES, setting
+from mixtral_run.config.lora import TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 
 WITH_REFERENCE = (DPO, KTO)
@@ -101,6 +102,12 @@ class AlignConfig(FinetuneConfig):
     cuda_graphs: bool = setting(
         False, help="Not used: the passes of align are not captured.", section=MEMORY, hidden=True
     )
+    train_also: tuple[str, ...] = setting(
+        (), help="Not used: align trains adapters only.", choices=TRAINED_ALSO, section=LORA, hidden=True
+    )
+    router_aux_loss: float = setting(
+        0.0, help="Not used: align does not train routers.", minimum=0, section=LORA, hidden=True
+    )
     seq_length: int = setting(
         512,
         help="Tokens per row, which is a prompt with one answer. A longer one is refused, because a part of an answer "
@@ -163,6 +170,11 @@ class AlignConfig(FinetuneConfig):
             found.append("--mock-data: expected --data-path; random tokens have no preferences")
         if self.cuda_graphs:
             found.append("--cuda-graphs: align does not capture its passes; expected the setting not to be given")
+        if self.train_also:
+            found.append(
+                "--train-also: align trains adapters only, since its reference is the base with the adapters off; "
+                f"found {','.join(self.train_also)}"
+            )
         given = {
             "--reference": (self.reference is not None, WITH_REFERENCE),
             "--loss-type": (self.loss_type is not None, (DPO,)),

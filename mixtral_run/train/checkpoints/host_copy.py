@@ -28,7 +28,9 @@ class HostCopy:
         written = [each for each in shards_of(model, adapters=True).values() if is_main_replica(each.replica_id)]
         live = [each for each in live_states(model, optimizer) if _holds_any(each, written)]
         sizes = [-(-each.parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for each in live]
-        self.num_bytes = (1 + len(MOMENTS)) * sum(sizes)
+        # A frozen parameter has no moments.
+        counts = [1 + len(MOMENTS) * each.parameter.requires_grad for each in live]
+        self.num_bytes = sum(size * count for size, count in zip(sizes, counts, strict=True))
         # The zeros are written: the system gives memory only then, and a step would wait for it.
         self._memory = torch.zeros(self.num_bytes, dtype=torch.uint8)
         if model.mesh.device.type == "cuda":
@@ -36,10 +38,12 @@ class HostCopy:
         self._device = model.mesh.device
         self.states: list[ParameterState] = []
         at = 0
-        for state, size in zip(live, sizes, strict=True):
-            buffers = [_like(state.parameter, self._memory[at + n * size : at + (n + 1) * size]) for n in range(3)]
-            at += 3 * size
-            self.states.append(replace(state, value=buffers[0], moments=dict(zip(MOMENTS, buffers[1:], strict=True))))
+        for state, size, count in zip(live, sizes, counts, strict=True):
+            buffers = [_like(state.parameter, self._memory[at + n * size : at + (n + 1) * size]) for n in range(count)]
+            at += count * size
+            # Without moments the second iterator ends at once.
+            moments = dict(zip(MOMENTS, buffers[1:], strict=False))
+            self.states.append(replace(state, value=buffers[0], moments=moments))
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state as it is now; return when it is copied. The optimizer must have taken a step."""

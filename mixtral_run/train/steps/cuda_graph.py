@@ -23,7 +23,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed, PackedSizes
 from mixtral_run.planner import policy
 from mixtral_run.train.data.samples import MicroBatch
-from mixtral_run.train.steps.objective import Objective
+from mixtral_run.train.steps.objective import Objective, backward
 from mixtral_run.train.steps.step import Backward, EagerBackward, trainable
 
 WARM_UP = 2
@@ -199,9 +199,10 @@ class CapturedBackward(Backward):
             *inputs, positions, boundaries, owner = inputs
             packed = Packed(boundaries, owner, self._most.longest)
         *inputs, tokens, labels = inputs
-        counts = self.model.router_counts
-        with counts.counting(inputs[0]) if counts is not None else nullcontext():
+        counts, balance = self.model.router_counts, self.model.router_loss
+        with (
+            counts.counting(inputs[0]) if counts is not None else nullcontext(),
+            balance.counting(inputs[0]) if balance is not None else nullcontext(),
+        ):
             losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
-        parts = self.objective.parts(losses, inputs)
-        parts[0].backward()
-        return parts.detach()
+        return backward(self.objective.parts(losses, inputs), balance)

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.packed_attention import Packed
+from mixtral_run.model.router_loss import RouterLoss
 from mixtral_run.train.data.samples import MicroBatch
 
 
@@ -59,6 +61,18 @@ class NextToken(Objective):
 
     def parts(self, losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         return (losses * inputs[0]).sum().reshape(1)
+
+
+def backward(parts: Tensor, balance: RouterLoss | None) -> Tensor:
+    """Run the backward pass of a micro batch. Return its parts, the first of them with the routers' loss.
+
+    Args:
+        parts: of an objective, [1 + sums], with a gradient.
+        balance: the routers' loss, which has counted the forward pass; None without one. All ranks must call.
+    """
+    loss = parts[0] if balance is None else parts[0] + balance.value()
+    loss.backward()
+    return torch.cat((loss.detach().reshape(1), parts[1:].detach()))
 
 
 def parts_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,9 +22,10 @@ from mixtral_run.launch.heartbeat import note_progress
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
-from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_split
+from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
+from mixtral_run.model.trained_also import is_norm
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
-from mixtral_run.train.steps.objective import NextToken, Objective, parts_of, token_losses
+from mixtral_run.train.steps.objective import NextToken, Objective, backward, parts_of, token_losses
 
 MOST_SHORT = 3
 """Consecutive steps that exceeded the dispatch's capacity, after which all further steps use all-to-all."""
@@ -94,9 +96,11 @@ class EagerBackward(Backward):
     """The eager pass."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        parts = parts_of(self.model, micro, self.objective, num_loss_tokens, self.dispatcher)
-        parts[0].backward()
-        return parts.detach()
+        balance = self.model.router_loss
+        weights = micro.loss_mask.to(self.model.mesh.device).float() / num_loss_tokens
+        with balance.counting(weights) if balance is not None else nullcontext():
+            parts = parts_of(self.model, micro, self.objective, num_loss_tokens, self.dispatcher)
+        return backward(parts, balance)
 
 
 def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatcher[Any] | None = None) -> Tensor:
@@ -112,15 +116,21 @@ LR_RATIO = "lr_ratio"
 
 
 def adapter_optimizer(model: MixtralModel, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the adapters. With --lora-plus-ratio, B is a group with a learning rate of its own."""
-    parameters = trainable(model)
-    groups: list[dict[str, Any]] = [{"params": parameters}]
+    """Return AdamW over the adapters, and over the weights of the base that are trained with them.
+
+    With --lora-plus-ratio, B is a group with a learning rate of its own. Norms have no weight decay: it would pull them
+    to 0 from 1.
+    """
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    norms = [each for name, each in named if is_norm(name)]
+    others = [(name, each) for name, each in named if not is_norm(name)]
+    groups: list[dict[str, Any]] = [{"params": [each for _, each in others]}]
     if config.lora_plus_ratio != 1:
-        outer = {id(each) for name, each in model.named_parameters() if ".linear_out" in name}
         groups = [
-            {"params": [each for each in parameters if id(each) not in outer]},
-            {"params": [each for each in parameters if id(each) in outer], LR_RATIO: config.lora_plus_ratio},
+            {"params": [each for name, each in others if ".linear_out" not in name]},
+            {"params": [each for name, each in others if ".linear_out" in name], LR_RATIO: config.lora_plus_ratio},
         ]
+    groups += [{"params": norms, "weight_decay": 0.0}] if norms else []
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
 
 
@@ -209,16 +219,21 @@ def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
     """Sum every gradient over the ranks that share its parameter. All ranks must call.
 
-    Experts: over the ranks that hold the same experts. Other parameters: over data-parallel replicas, and also over TP
-    if a replicated parameter saw only its rank's part of the sequence. A parameter that no token reached gets zeros.
+    Experts: over the ranks that hold the same experts. What all experts share: over all ranks. Other parameters: over
+    data-parallel replicas, and also over TP if a replicated parameter saw only its rank's part of the sequence. A
+    parameter that no token reached gets zeros.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     experts = [_gradient(each) for each in parameters if is_expert(each)]
     partial = [_gradient(each) for each in parameters if is_partial(each)]
-    dense = [_gradient(each) for each in parameters if not is_expert(each)]
+    dense = [_gradient(each) for each in parameters if not is_expert(each) and not is_shared(each)]
+    shared = [_gradient(each) for each in parameters if is_shared(each)]
     _sum_all(experts, mesh.expert_data_group)
+    # Both together are all ranks.
+    _sum_all(shared, mesh.expert_group)
+    _sum_all(shared, mesh.expert_data_group)
     _sum_all(partial, mesh.tensor_group)
     _sum_all(dense, mesh.data_group)
 

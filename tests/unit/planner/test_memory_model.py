@@ -24,6 +24,7 @@ from mixtral_run.planner.memory_model import (
     fit_dispatch,
     host_bytes,
     memory,
+    saved_copy_bytes,
     weight_bytes,
 )
 from mixtral_run.planner.policy import Dispatch
@@ -130,8 +131,45 @@ def test_weights_are_the_known_sums() -> None:
 
 def test_adapters_on_one_gpu_are_all_adapters() -> None:
     workload = Workload(gpus=1)
-    counted = workload.architecture.num_adapter_parameters(16, workload.lora_target_modules)
+    counted = workload.architecture.num_adapter_parameters(workload)
     assert adapter_parameters(workload, Layout(1, 1, "none")) == counted
+
+
+def test_ranks_of_experts_are_counted_apart() -> None:
+    experts = 32 * 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    both = adapter_parameters(Workload(gpus=1, lora_rank=16), Layout(1, 1, "none"))
+    fewer = adapter_parameters(Workload(gpus=1, lora_rank=16, lora_rank_experts=4), Layout(1, 1, "none"))
+    assert both - fewer == 12 * experts
+
+
+def test_a_frozen_start_is_counted() -> None:
+    layout = Layout(1, 8, "full")
+    plain, doubled = (memory(Workload(init_lora=each), layout) for each in ("default", "pissa"))
+    assert doubled.adapters == 2 * plain.adapters
+    assert (doubled.gradients, doubled.optimizer) == (plain.gradients, plain.optimizer)
+    saved = [saved_copy_bytes(Workload(init_lora=each), layout) for each in ("default", "pissa")]
+    assert saved[1] == saved[0] * 4 / 3
+
+
+def test_weights_of_the_base_that_train_are_counted() -> None:
+    layout = Layout(2, 4, "none")
+    plain, also = (memory(Workload(train_also=each), layout) for each in ((), ("lm_head", "norms", "router")))
+    trained = 32000 * 4096 / 2 + (65 + 32 * 8) * 4096
+    assert also.gradients - plain.gradients == 4 * trained
+    assert also.optimizer - plain.optimizer == 8 * trained
+    assert also.adapters - plain.adapters == 4 * trained
+    more = saved_copy_bytes(Workload(train_also=("lm_head",)), layout) - saved_copy_bytes(Workload(), layout)
+    assert more == 12 * 32000 * 4096
+
+
+def test_adapters_that_experts_share_are_counted_once() -> None:
+    layout = Layout(1, 4, "none")
+    each, shared = (Workload(expert_adapters=name) for name in ("each", "shared"))
+    of_experts = 32 * 16 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert adapter_parameters(each, layout) - adapter_parameters(shared, layout) == (2 - 1) * of_experts
+    assert shared.architecture.num_adapter_parameters(shared) == adapter_parameters(shared, layout)
+    # The products still want a copy in bf16 for each local expert.
+    assert memory(each, layout).adapters - memory(shared, layout).adapters == 4 * of_experts
 
 
 def test_long_samples_fit_one_h200_with_selective_recomputation() -> None:
