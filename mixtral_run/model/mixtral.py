@@ -17,6 +17,7 @@ from mixtral_run.model.cast_adapters import refresh
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
+from mixtral_run.model.kernels.selected import select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.moe import unlimited_dispatcher
@@ -41,6 +42,7 @@ class ModelSettings:
     lora: LoraSettings | None = None
     recompute: str = "none"
     base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
+    kernels: str = "auto"  # the value of --kernels; it counts for the whole process
 
 
 class MixtralModel(torch.nn.Module):
@@ -249,8 +251,10 @@ def transformer_config(architecture: MixtralArchitecture, settings: ModelSetting
 def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> MixtralModel:
     """Return the model on this rank's device, with uninitialized base weights and initial adapters (B = 0).
 
-    With adapters all other parameters are frozen. All ranks must call.
+    With adapters all other parameters are frozen. The process computes with the kernels of the model that was built
+    last (kernels/selected.py). All ranks must call.
     """
+    select(settings.kernels)
     model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():

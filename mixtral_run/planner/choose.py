@@ -175,6 +175,7 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
         expert_bytes=whole,
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
+        kernels=config.kernels,
         **batch,
     )
 
@@ -200,6 +201,7 @@ def workload_of(
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
+        kernels=config.kernels,
         cuda_graphs=config.cuda_graphs,
         has_validation=config.has_validation,
     )

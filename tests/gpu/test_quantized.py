@@ -126,6 +126,7 @@ def test_with_an_adapters_lesser_half(routing: tuple[int, ...], rank: int) -> No
             assert float((mine - expected).float().norm()) <= 6e-3 * float(expected.float().norm())
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", [(768, 512), (80, 48)])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_outputs_and_gradients(routing: tuple[int, ...], shape: tuple[int, int]) -> None:
@@ -163,6 +164,7 @@ def test_four_bits_come_back_as_in_torch(shape: tuple[int, int, int]) -> None:
     assert torch.equal(nf4.dequantize(codes, scales, torch.bfloat16), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_products_in_four_bits(routing: tuple[int, ...]) -> None:
     weight = torch.randn(4, 768, 512, device="cuda")

@@ -46,6 +46,29 @@ def _quantize_kernel(
 
 
 @triton.jit
+def _expand_kernel(values_ptr, scales_ptr, output_ptr, width, BLOCK: tl.constexpr):
+    """Expand part of a row. Float8 is no type before compute capability 8.9: exponent and mantissa move to their places
+    in float32, whose exponent counts from 120 less.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    byte = tl.load(values_ptr + row * width + columns, mask=inside, other=0).to(tl.int32)
+    number = (((byte & 0x80) << 24) | ((byte & 0x7F) << 20)).to(tl.float32, bitcast=True)
+    number = number * 1.329227995784916e36 * tl.load(scales_ptr + row)
+    tl.store(output_ptr + row * width + columns, number.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def expand(values: Tensor, scales: Tensor) -> Tensor:
+    """Compute quantized_mm.dequantize in bf16: values float8 e4m3 [.., n], scales fp32 [..]. Both are contiguous."""
+    output = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    width = values.shape[-1]
+    grid = (values.numel() // width, triton.cdiv(width, 2048))
+    _expand_kernel[grid](values.view(torch.uint8), scales, output, width, BLOCK=2048)
+    return output
+
+
+@triton.jit
 def _transpose_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
