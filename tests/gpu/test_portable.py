@@ -1,4 +1,4 @@
-"""The portable kernels, which run on any GPU from A100 on: each beside torch, and whole steps beside the GPU's own set."""
+"""The portable kernels, which run on any GPU from A100 on: each next to torch, and steps next to the GPU's own set."""
 
 import pytest
 import torch

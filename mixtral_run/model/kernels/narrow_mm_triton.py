@@ -33,7 +33,7 @@ be compiled again and again."""
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _product_kernel(
+def _narrow_product_kernel(
     rows_ptr,
     source_ptr,
     matrices_ptr,
@@ -88,7 +88,7 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _sum_kernel(
+def _narrow_sum_kernel(
     parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr
 ):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -100,7 +100,7 @@ def _sum_kernel(
 
 
 @triton.jit
-def _outer_kernel(
+def _narrow_outer_kernel(
     wide_ptr,
     source_ptr,
     narrow_ptr,
@@ -137,7 +137,7 @@ def _outer_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _both_kernel(
+def _both_narrow_kernel(
     wide_ptr,
     narrow_ptr,
     matrices_ptr,
@@ -173,7 +173,7 @@ def _both_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _added_kernel(
+def _narrow_added_kernel(
     base_ptr,
     inner_ptr,
     outer_ptr,
@@ -225,7 +225,7 @@ def narrow_added(
     """
     tokens, width = base.shape
     output = base if in_place else torch.empty_like(base)
-    _added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+    _narrow_added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
         base,
         inner,
         outer,
@@ -258,7 +258,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
     # Few rows make few programs, which cannot saturate the memory: then the sum is split over several programs.
     splits = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MAX_SPLITS), 1)
     parts = torch.empty(splits, tokens, narrow, dtype=torch.float32, device=rows.device) if splits > 1 else output
-    _product_kernel[(blocks, splits)](
+    _narrow_product_kernel[(blocks, splits)](
         rows,
         source if source is not None else offsets,
         matrices,
@@ -285,7 +285,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
 def _sum(parts: Tensor, offsets: Tensor, output: Tensor) -> None:
     """Sum parts fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
     size = output.numel()
-    _sum_kernel[(triton.cdiv(size, 1024),)](
+    _narrow_sum_kernel[(triton.cdiv(size, 1024),)](
         parts, offsets, output, size, parts.shape[0], offsets.shape[0], NARROW=output.shape[1], BLOCK=1024
     )
 
@@ -310,7 +310,7 @@ def narrow_outer_product(
     width, rank, experts = wide.shape[1], narrow.shape[1], offsets.shape[0]
     shape = (experts, rank, width) if narrow_first else (experts, width, rank)
     output = torch.empty(shape, dtype=dtype or wide.dtype, device=wide.device)
-    _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
+    _narrow_outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
         wide,
         source if source is not None else offsets,
         narrow,
@@ -357,7 +357,7 @@ def both_narrow_products(
     product = torch.empty(tokens, rank, dtype=wide.dtype, device=wide.device)
     outer = torch.empty(experts, width, rank, dtype=dtype, device=wide.device)
     parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=wide.device)
-    _both_kernel[(blocks, experts)](
+    _both_narrow_kernel[(blocks, experts)](
         wide,
         narrow,
         matrices,

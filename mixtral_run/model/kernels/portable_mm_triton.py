@@ -68,7 +68,7 @@ def tile_for(tokens: int, experts: int, capability: Capability) -> Tile:
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _product_kernel(
+def _grouped_product_kernel(
     rows_ptr,
     source_ptr,
     matrices_ptr,
@@ -144,7 +144,7 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=("left_width", "right_width"))
-def _outer_kernel(
+def _grouped_outer_kernel(
     left_ptr,
     right_ptr,
     offsets_ptr,
@@ -210,7 +210,7 @@ def grouped_product(
     inner, half = adapter if adapter is not None else (rows, matrices)
     # At most one tile of each expert is not full.
     row_tiles = triton.cdiv(tokens, tile.rows) + experts - 1
-    _product_kernel[(row_tiles * triton.cdiv(width, tile.columns),)](
+    _grouped_product_kernel[(row_tiles * triton.cdiv(width, tile.columns),)](
         rows,
         source if source is not None else offsets,
         matrices,
@@ -245,7 +245,7 @@ def outer_product(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """
     rows, columns, experts = left.shape[1], right.shape[1], offsets.shape[0]
     output = torch.empty(experts, rows, columns, dtype=left.dtype, device=left.device)
-    _outer_kernel[(triton.cdiv(rows, OUTER_ROWS), triton.cdiv(columns, OUTER_COLUMNS), experts)](
+    _grouped_outer_kernel[(triton.cdiv(rows, OUTER_ROWS), triton.cdiv(columns, OUTER_COLUMNS), experts)](
         left,
         right,
         offsets,

@@ -63,7 +63,7 @@ def _adapter(
 
 
 @triton.jit(do_not_specialize=("tokens",))
-def _forward_kernel(
+def _swiglu_kernel(
     hidden_ptr,
     inner_ptr,
     outer_ptr,
@@ -111,7 +111,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=("tokens",))
-def _backward_kernel(
+def _swiglu_backward_kernel(
     hidden_ptr,
     inner_ptr,
     outer_ptr,
@@ -180,7 +180,7 @@ def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: f
     """
     tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
-    _launch(_forward_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)
+    _launch(_swiglu_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)
     return output
 
 
@@ -219,7 +219,7 @@ def _backward(
     unused = for_hidden
     results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
     arguments = (gradient, *results, tokens, ffn, scale)
-    _launch(_backward_kernel, hidden, inner, outer, offsets, *arguments, RECOMPUTE=active is not None)
+    _launch(_swiglu_backward_kernel, hidden, inner, outer, offsets, *arguments, RECOMPUTE=active is not None)
 
 
 def _launch(

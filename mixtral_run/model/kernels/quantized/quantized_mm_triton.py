@@ -46,7 +46,7 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _expand_kernel(values_ptr, scales_ptr, output_ptr, width, BLOCK: tl.constexpr):
+def _expand_8_bits_kernel(values_ptr, scales_ptr, output_ptr, width, BLOCK: tl.constexpr):
     """Expand part of a row. Float8 is no type before compute capability 8.9: exponent and mantissa move to their places
     in float32, whose exponent counts from 120 less.
     """
@@ -64,7 +64,7 @@ def expand(values: Tensor, scales: Tensor) -> Tensor:
     output = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     width = values.shape[-1]
     grid = (values.numel() // width, triton.cdiv(width, 2048))
-    _expand_kernel[grid](values.view(torch.uint8), scales, output, width, BLOCK=2048)
+    _expand_8_bits_kernel[grid](values.view(torch.uint8), scales, output, width, BLOCK=2048)
     return output
 
 
@@ -120,7 +120,7 @@ ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 128, 3, 8
 
 
 @triton.jit
-def _product_kernel(
+def _tiled_product_kernel(
     rows_desc,
     matrices_desc,
     row_scales_ptr,
@@ -187,7 +187,7 @@ def tiled_product(
         return output
     most = (triton.cdiv(tokens, ROWS) + experts - 1) * (width // COLUMNS)
     programs = min(torch.cuda.get_device_properties(small.device).multi_processor_count, most)
-    _product_kernel[(programs,)](
+    _tiled_product_kernel[(programs,)](
         TensorDescriptor.from_tensor(small, [ROWS, DEPTH]),
         TensorDescriptor.from_tensor(matrices.view(experts * width, depth), [COLUMNS, DEPTH]),
         row_scales,
