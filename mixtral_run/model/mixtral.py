@@ -16,6 +16,7 @@ from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.cast_adapters import refresh
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.kernels.compiled.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.kernels.selected import select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
@@ -255,6 +256,8 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh
     last (kernels/selected.py). All ranks must call.
     """
     select(settings.kernels)
+    if mesh.device.type == "cuda":
+        copy_from_image()
     model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():

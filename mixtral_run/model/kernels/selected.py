@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mixtral_run.model.kernels.requirements import Capability, KernelSet, kernel_set_of, shared_memory_bytes
+from mixtral_run.model.kernels.requirements import Capability, KernelSet, kernel_set_of
 
 _wanted: list[str] = ["auto"]
 _ahead: list[Capability] = []
@@ -36,7 +36,7 @@ def selecting(kernels: str) -> Iterator[None]:
 
 @contextmanager
 def compiling_for(capability: Capability) -> Iterator[None]:
-    """While this lasts, tensors on the device meta count as on a GPU of this compute capability (ahead.py)."""
+    """While this lasts, tensors on the device meta count as on a GPU of this compute capability (compiled/ahead.py)."""
     _ahead.append(capability)
     try:
         yield
@@ -61,8 +61,8 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
-def stages_that_fit(device: torch.device, wanted: int, stage_bytes: int) -> int:
-    """Return how many stages of a kernel's pipeline fit in the shared memory of a GPU: at most `wanted`, at least 2."""
-    capability = capability_of(device)
-    assert capability is not None, f"{device} is no GPU"
-    return max(min(wanted, shared_memory_bytes(capability) // stage_bytes), 2)
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; on the device meta, where nothing runs, 1."""
+    if device.type == "meta":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

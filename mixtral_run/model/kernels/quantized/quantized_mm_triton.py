@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
+from mixtral_run.model.kernels.selected import num_multiprocessors
 
 TILE = 128
 
@@ -186,7 +187,7 @@ def tiled_product(
     if tokens == 0:
         return output
     most = (triton.cdiv(tokens, ROWS) + experts - 1) * (width // COLUMNS)
-    programs = min(torch.cuda.get_device_properties(small.device).multi_processor_count, most)
+    programs = min(num_multiprocessors(small.device), most)
     _tiled_product_kernel[(programs,)](
         TensorDescriptor.from_tensor(small, [ROWS, DEPTH]),
         TensorDescriptor.from_tensor(matrices.view(experts * width, depth), [COLUMNS, DEPTH]),

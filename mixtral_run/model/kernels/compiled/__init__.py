@@ -1,0 +1,1 @@
+"""Compiled kernels: their cache, and compilation before there is a GPU."""
