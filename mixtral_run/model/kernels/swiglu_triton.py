@@ -17,6 +17,8 @@ from torch import Tensor
 BLOCK_M = 32
 BLOCK_F = 128
 """Small, since the registers that a program uses decide how many programs run at a time."""
+ROWS_AXIS = 0
+"""Axis of the grid that numbers blocks of rows; programs of axis 0 run next to each other."""
 
 
 @triton.jit
@@ -33,6 +35,7 @@ def _adapter(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    ROWS_AXIS: tl.constexpr,
 ):
     """Return inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
 
@@ -42,7 +45,7 @@ def _adapter(
     up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
     ranks = tl.arange(0, RANK)
     inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(ROWS_AXIS) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, limit)
     # The experts of the first and of the last row; most blocks have rows of one expert only.
     numbers = tl.arange(0, NUM_EXPERTS)
@@ -76,12 +79,13 @@ def _swiglu_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    ROWS_AXIS: tl.constexpr,
 ):
     limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
-    if tl.program_id(0) * BLOCK_M >= limit:
+    if tl.program_id(ROWS_AXIS) * BLOCK_M >= limit:
         return
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(ROWS_AXIS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1 - ROWS_AXIS) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -102,6 +106,7 @@ def _swiglu_kernel(
             RANK,
             BLOCK_M,
             BLOCK_F,
+            ROWS_AXIS,
         )
         gate += adapter_gate * scale
         up += adapter_up * scale
@@ -127,13 +132,14 @@ def _swiglu_backward_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    ROWS_AXIS: tl.constexpr,
     RECOMPUTE: tl.constexpr,
 ):
     limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
-    if tl.program_id(0) * BLOCK_M >= limit:
+    if tl.program_id(ROWS_AXIS) * BLOCK_M >= limit:
         return
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(ROWS_AXIS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1 - ROWS_AXIS) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -156,6 +162,7 @@ def _swiglu_backward_kernel(
             RANK,
             BLOCK_M,
             BLOCK_F,
+            ROWS_AXIS,
         )
         gate += adapter_gate * scale
         up += adapter_up * scale
@@ -167,7 +174,7 @@ def _swiglu_backward_kernel(
         active = gate * sigmoid * up
         target = active_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
         tl.store(target, active.to(active_ptr.dtype.element_ty), mask=row_mask[:, None])
-        products = products_ptr + tl.program_id(1).to(tl.int64) * tokens + rows
+        products = products_ptr + tl.program_id(1 - ROWS_AXIS).to(tl.int64) * tokens + rows
         tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
     kind = for_hidden_ptr.dtype.element_ty
     tl.store(for_hidden_ptr + places, for_gate.to(kind), mask=row_mask[:, None])
@@ -232,9 +239,10 @@ def _launch(
     **kinds: bool,
 ) -> None:
     tokens, both = hidden.shape
-    grid = (triton.cdiv(tokens, BLOCK_M), both // 2 // BLOCK_F)
+    grid = [both // 2 // BLOCK_F] * 2
+    grid[ROWS_AXIS] = triton.cdiv(tokens, BLOCK_M)
     unused = hidden
-    kernel[grid](
+    kernel[tuple(grid)](
         hidden,
         inner if inner is not None else unused,
         outer if outer is not None else unused,
@@ -244,6 +252,7 @@ def _launch(
         RANK=inner.shape[1] if inner is not None else 0,
         BLOCK_M=BLOCK_M,
         BLOCK_F=BLOCK_F,
+        ROWS_AXIS=ROWS_AXIS,
         num_warps=4,
         **kinds,
     )
