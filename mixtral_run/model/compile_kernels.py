@@ -58,7 +58,9 @@ def common_calls(experts: int) -> Iterator[Call]:
         angles = tensor(1, TOKENS, shape.kv_channels)
         mixed = (TOKENS, 1, shape.num_query_groups, heads + 2, shape.kv_channels)
         parts = [tensor(TOKENS, 1, count, shape.kv_channels) for count in (32, 8, 8)]
-        yield partial(sort_triton.sort_choices, index, shape.num_experts)
+        for tokens_of_a_step in (512, 1024, 2048, 4096, 8192):
+            choices = tensor(tokens_of_a_step * topk, dtype=torch.int64)
+            yield partial(sort_triton.sort_choices, choices, shape.num_experts)
         yield partial(permute_triton.mix_rows, tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
         yield partial(permute_triton.add_rows, tensor(rows, hidden), probs, inverse)
         yield partial(permute_triton.spread, tensor(TOKENS, hidden), None, probs, inverse, rows)
@@ -88,7 +90,7 @@ def common_calls(experts: int) -> Iterator[Call]:
 
 def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
     """Yield the calls of the products with frozen weights, in all precisions."""
-    from mixtral_run.model.kernels.quantized import nf4_mm_triton, nf4_triton, quantized_mm_triton
+    from mixtral_run.model.kernels.quantized import nf4_triton, quantized_mm_triton
 
     hidden, ffn = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.ffn_hidden_size
     rows, offsets = TOKENS * MIXTRAL_8X7B.moe_router_topk, tensor(experts, dtype=torch.int32)
@@ -97,11 +99,6 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
         codes = tensor(experts, outputs, inputs // 2, dtype=torch.uint8)
         scales = tensor(experts, outputs, inputs // 64)
         yield partial(nf4_triton.expand, codes, scales)
-        for tile in nf4_mm_triton.ROWS:
-            given: tuple[Any, ...] = (tensor(experts * tile, inputs), codes, scales, offsets)
-            yield partial(nf4_mm_triton.forward_4_bits, *given)
-            given = (tensor(experts * tile, outputs), codes, scales, offsets)
-            yield partial(nf4_mm_triton.gradient_4_bits, *given)
     if kernel_set_of(capability) is KernelSet.PORTABLE:
         yield from _portable_calls(experts)
         values, scales = tensor(experts, hidden, ffn, dtype=fp8), tensor(experts, hidden, dtype=fp32)

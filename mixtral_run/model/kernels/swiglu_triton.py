@@ -1,8 +1,9 @@
 """Triton kernels of swiglu.py. Import this module only on machines with a GPU.
 
-A program computes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: a
-program visits all experts of its rows and adds each expert's adapter output to that expert's rows only. Rows at or
-after the last offset belong to no expert (dispatch/all_gather.py) and are neither read nor written.
+A program computes BLOCK_M rows and BLOCK_F columns; programs that run next to each other have the same rows. Rows are
+sorted by expert and an expert may end within a block: a program visits all experts of its rows and adds each expert's
+adapter output to that expert's rows only. Rows at or after the last offset belong to no expert (dispatch/all_gather.py)
+and are neither read nor written.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_M = 32
-BLOCK_F = 128
-"""Small, since the registers that a program uses decide how many programs run at a time."""
-ROWS_AXIS = 0
-"""Axis of the grid that numbers blocks of rows; programs of axis 0 run next to each other."""
+FORWARD_COLUMNS, BACKWARD_COLUMNS = 128, 64
+"""BLOCK_F of the passes. Blocks are small, since the registers that a program uses decide how many run at a time."""
 
 
 @triton.jit
@@ -35,7 +34,6 @@ def _adapter(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    ROWS_AXIS: tl.constexpr,
 ):
     """Return inner · outerᵀ for gate and up, each [BLOCK_M, BLOCK_F], fp32.
 
@@ -45,7 +43,7 @@ def _adapter(
     up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
     ranks = tl.arange(0, RANK)
     inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
-    first = tl.program_id(ROWS_AXIS) * BLOCK_M
+    first = tl.program_id(1) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, limit)
     # The experts of the first and of the last row; most blocks have rows of one expert only.
     numbers = tl.arange(0, NUM_EXPERTS)
@@ -79,13 +77,12 @@ def _swiglu_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    ROWS_AXIS: tl.constexpr,
 ):
     limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
-    if tl.program_id(ROWS_AXIS) * BLOCK_M >= limit:
+    if tl.program_id(1) * BLOCK_M >= limit:
         return
-    rows = tl.program_id(ROWS_AXIS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1 - ROWS_AXIS) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -106,7 +103,6 @@ def _swiglu_kernel(
             RANK,
             BLOCK_M,
             BLOCK_F,
-            ROWS_AXIS,
         )
         gate += adapter_gate * scale
         up += adapter_up * scale
@@ -132,14 +128,13 @@ def _swiglu_backward_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    ROWS_AXIS: tl.constexpr,
     RECOMPUTE: tl.constexpr,
 ):
     limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
-    if tl.program_id(ROWS_AXIS) * BLOCK_M >= limit:
+    if tl.program_id(1) * BLOCK_M >= limit:
         return
-    rows = tl.program_id(ROWS_AXIS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1 - ROWS_AXIS) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -162,7 +157,6 @@ def _swiglu_backward_kernel(
             RANK,
             BLOCK_M,
             BLOCK_F,
-            ROWS_AXIS,
         )
         gate += adapter_gate * scale
         up += adapter_up * scale
@@ -174,7 +168,7 @@ def _swiglu_backward_kernel(
         active = gate * sigmoid * up
         target = active_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
         tl.store(target, active.to(active_ptr.dtype.element_ty), mask=row_mask[:, None])
-        products = products_ptr + tl.program_id(1 - ROWS_AXIS).to(tl.int64) * tokens + rows
+        products = products_ptr + tl.program_id(0).to(tl.int64) * tokens + rows
         tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
     kind = for_hidden_ptr.dtype.element_ty
     tl.store(for_hidden_ptr + places, for_gate.to(kind), mask=row_mask[:, None])
@@ -206,7 +200,7 @@ def recomputing_backward(
     """Return the gradient of hidden, the recomputed output, and each row's scalar product of output and gradient."""
     tokens, ffn = gradient.shape
     for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
-    products = torch.empty(ffn // BLOCK_F, tokens, dtype=torch.float32, device=hidden.device)
+    products = torch.empty(ffn // BACKWARD_COLUMNS, tokens, dtype=torch.float32, device=hidden.device)
     _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, active, products)
     return for_hidden, active, products.sum(0)
 
@@ -239,10 +233,9 @@ def _launch(
     **kinds: bool,
 ) -> None:
     tokens, both = hidden.shape
-    grid = [both // 2 // BLOCK_F] * 2
-    grid[ROWS_AXIS] = triton.cdiv(tokens, BLOCK_M)
+    block = FORWARD_COLUMNS if kernel is _swiglu_kernel else BACKWARD_COLUMNS
     unused = hidden
-    kernel[tuple(grid)](
+    kernel[(both // 2 // block, triton.cdiv(tokens, BLOCK_M))](
         hidden,
         inner if inner is not None else unused,
         outer if outer is not None else unused,
@@ -251,8 +244,7 @@ def _launch(
         NUM_EXPERTS=offsets.shape[0],
         RANK=inner.shape[1] if inner is not None else 0,
         BLOCK_M=BLOCK_M,
-        BLOCK_F=BLOCK_F,
-        ROWS_AXIS=ROWS_AXIS,
+        BLOCK_F=block,
         num_warps=4,
         **kinds,
     )
