@@ -27,7 +27,7 @@ PARTS = {
     "experts' products": r"^(un)?transposed$|_grouped_product_kernel|_tiled_product_kernel|_gradient_kernel|_scaled_gr"
     r"|GroupProblemShape|grouped|_expand_\d_bits|_transpose_kernel",
     "adapters of the experts": r"_narrow_",
-    "SwiGLU": r"_swiglu_",
+    "SwiGLU": r"swiglu|^_(for|back)ward_kernel$",
     "quantization of rows": r"_quantize_kernel",
     "attention": r"flash|fmha|sdpa|attention",
     "dense products": r"gemm|nvjet|cutlass|xmma|splitK|gemv|dot_kernel|reduce_1Block",

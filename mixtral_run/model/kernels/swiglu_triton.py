@@ -1,9 +1,8 @@
 """Triton kernels of swiglu.py. Import this module only on machines with a GPU.
 
-A program computes BLOCK_M rows and BLOCK_F columns; programs that run next to each other have the same rows. Rows are
-sorted by expert and an expert may end within a block: a program visits all experts of its rows and adds each expert's
-adapter output to that expert's rows only. Rows at or after the last offset belong to no expert (dispatch/all_gather.py)
-and are neither read nor written.
+A program computes BLOCK_M rows and BLOCK_F columns. Rows are sorted by expert and an expert may end within a block: a
+program visits all experts of its rows and adds each expert's adapter output to that expert's rows only. Rows at or
+after the last offset belong to no expert (dispatch/all_gather.py) and are neither read nor written.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_M = 32
-FORWARD_COLUMNS, BACKWARD_COLUMNS = 128, 64
-"""BLOCK_F of the passes. Blocks are small, since the registers that a program uses decide how many run at a time."""
+BLOCK_F = 128
+"""Small, since the registers that a program uses decide how many programs run at a time."""
 
 
 @triton.jit
@@ -43,7 +42,7 @@ def _adapter(
     up = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
     ranks = tl.arange(0, RANK)
     inner = tl.load(inner_ptr + rows[:, None] * RANK + ranks[None, :], mask=row_mask[:, None], other=0.0)
-    first = tl.program_id(1) * BLOCK_M
+    first = tl.program_id(0) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, limit)
     # The experts of the first and of the last row; most blocks have rows of one expert only.
     numbers = tl.arange(0, NUM_EXPERTS)
@@ -64,7 +63,7 @@ def _adapter(
 
 
 @triton.jit(do_not_specialize=("tokens",))
-def _swiglu_kernel(
+def _forward_kernel(
     hidden_ptr,
     inner_ptr,
     outer_ptr,
@@ -79,10 +78,10 @@ def _swiglu_kernel(
     BLOCK_F: tl.constexpr,
 ):
     limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
-    if tl.program_id(1) * BLOCK_M >= limit:
+    if tl.program_id(0) * BLOCK_M >= limit:
         return
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -112,7 +111,7 @@ def _swiglu_kernel(
 
 
 @triton.jit(do_not_specialize=("tokens",))
-def _swiglu_backward_kernel(
+def _backward_kernel(
     hidden_ptr,
     inner_ptr,
     outer_ptr,
@@ -131,10 +130,10 @@ def _swiglu_backward_kernel(
     RECOMPUTE: tl.constexpr,
 ):
     limit = tl.minimum(tl.load(offsets_ptr + NUM_EXPERTS - 1), tokens)
-    if tl.program_id(1) * BLOCK_M >= limit:
+    if tl.program_id(0) * BLOCK_M >= limit:
         return
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row_mask = rows < limit
     places = rows[:, None].to(tl.int64) * (2 * ffn) + columns[None, :]
     gate = tl.load(hidden_ptr + places, mask=row_mask[:, None], other=0.0)
@@ -168,7 +167,7 @@ def _swiglu_backward_kernel(
         active = gate * sigmoid * up
         target = active_ptr + rows[:, None].to(tl.int64) * ffn + columns[None, :]
         tl.store(target, active.to(active_ptr.dtype.element_ty), mask=row_mask[:, None])
-        products = products_ptr + tl.program_id(0).to(tl.int64) * tokens + rows
+        products = products_ptr + tl.program_id(1).to(tl.int64) * tokens + rows
         tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
     kind = for_hidden_ptr.dtype.element_ty
     tl.store(for_hidden_ptr + places, for_gate.to(kind), mask=row_mask[:, None])
@@ -181,7 +180,7 @@ def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: f
     """
     tokens, ffn = hidden.shape[0], hidden.shape[1] // 2
     output = torch.empty(tokens, ffn, dtype=hidden.dtype, device=hidden.device)
-    _launch(_swiglu_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)
+    _launch(_forward_kernel, hidden, inner, outer, offsets, output, tokens, ffn, scale)
     return output
 
 
@@ -200,7 +199,7 @@ def recomputing_backward(
     """Return the gradient of hidden, the recomputed output, and each row's scalar product of output and gradient."""
     tokens, ffn = gradient.shape
     for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
-    products = torch.empty(ffn // BACKWARD_COLUMNS, tokens, dtype=torch.float32, device=hidden.device)
+    products = torch.empty(ffn // BLOCK_F, tokens, dtype=torch.float32, device=hidden.device)
     _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, active, products)
     return for_hidden, active, products.sum(0)
 
@@ -220,7 +219,7 @@ def _backward(
     unused = for_hidden
     results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
     arguments = (gradient, *results, tokens, ffn, scale)
-    _launch(_swiglu_backward_kernel, hidden, inner, outer, offsets, *arguments, RECOMPUTE=active is not None)
+    _launch(_backward_kernel, hidden, inner, outer, offsets, *arguments, RECOMPUTE=active is not None)
 
 
 def _launch(
@@ -233,9 +232,9 @@ def _launch(
     **kinds: bool,
 ) -> None:
     tokens, both = hidden.shape
-    block = FORWARD_COLUMNS if kernel is _swiglu_kernel else BACKWARD_COLUMNS
+    grid = (triton.cdiv(tokens, BLOCK_M), both // 2 // BLOCK_F)
     unused = hidden
-    kernel[(both // 2 // block, triton.cdiv(tokens, BLOCK_M))](
+    kernel[grid](
         hidden,
         inner if inner is not None else unused,
         outer if outer is not None else unused,
@@ -244,7 +243,7 @@ def _launch(
         NUM_EXPERTS=offsets.shape[0],
         RANK=inner.shape[1] if inner is not None else 0,
         BLOCK_M=BLOCK_M,
-        BLOCK_F=block,
+        BLOCK_F=BLOCK_F,
         num_warps=4,
         **kinds,
     )

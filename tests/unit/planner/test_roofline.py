@@ -23,7 +23,7 @@ def test_floors_are_the_larger_of_operations_and_bytes() -> None:
         ("transposed", "experts' products"),
         ("_grouped_product_kernel", "experts' products"),
         ("_narrow_product_kernel", "adapters of the experts"),
-        ("_swiglu_backward_kernel", "SwiGLU"),
+        ("_backward_kernel", "SwiGLU"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "dense products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
         ("void at::native::vectorized_layer_norm_kernel<float>", "norms"),
