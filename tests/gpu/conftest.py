@@ -7,7 +7,7 @@ import torch
 
 from mixtral_run.model.kernels.selected import selecting
 
-collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py", "symmetric/test_*.py"]
+collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py", "kernels/test_*.py", "symmetric/test_*.py"]
 
 
 @pytest.fixture(params=["auto", "portable"])
