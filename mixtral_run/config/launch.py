@@ -67,8 +67,25 @@ class ParallelConfig(Config):
         ]
 
 
+KERNELS = ("auto", "portable", "hopper")
+"""Sets of kernels for the experts' products (mixtral_run/model/kernels/requirements.py)."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class LaunchConfig(ParallelConfig):
+class KernelsConfig(Config):
+    """Kernels of the experts' products."""
+
+    kernels: str = setting(
+        "auto",
+        help="On GPUs: kernels of the experts' products. portable: those for every GPU from A100 and A40 on. hopper: "
+        "those for H100, H200 and newer. auto: what the GPU has.",
+        choices=KERNELS,
+        section=MEMORY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(KernelsConfig, ParallelConfig):
     """Start of the processes of a job."""
 
     nproc_per_node: int | None = setting(

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.cast_adapters import refresh
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
+from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
@@ -43,6 +48,7 @@ class ModelSettings:
     lora: LoraSettings | None = None
     recompute: str = "none"
     base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
+    kernels: str = "auto"  # the value of --kernels; it counts for the whole process
 
 
 class MixtralModel(torch.nn.Module):
@@ -260,8 +266,14 @@ def transformer_config(architecture: MixtralArchitecture, settings: ModelSetting
 def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> MixtralModel:
     """Return the model on this rank's device, with uninitialized base weights and initial adapters (B = 0).
 
-    With adapters all other parameters are frozen. All ranks must call.
+    With adapters all other parameters are frozen. The process computes with the kernels of the model that was built
+    last (kernels/selected.py). Raises ConfigError if the device lacks these. All ranks must call.
     """
+    if problems := kernel_problems(capability_of(mesh.device), settings.kernels):
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
+    select(settings.kernels)
+    if mesh.device.type == "cuda":
+        copy_from_image()
     model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():

@@ -178,6 +178,7 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
         expert_bytes=whole,
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
+        kernels=config.kernels,
         **batch,
     )
 
@@ -202,6 +203,7 @@ def workload_of(
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
+        kernels=config.kernels,
         cuda_graphs=config.cuda_graphs,
         # The passes without gradients of align are those of an evaluation.
         has_validation=config.has_validation or config.preferences is not None,

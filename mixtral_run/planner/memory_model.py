@@ -68,6 +68,7 @@ class Workload:
         weight_bytes: bytes per weight of the base without its experts.
         expert_bytes: bytes per expert weight.
         compute_capability: of the GPUs.
+        kernels: the value of --kernels.
         cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
         peer_access: True if GPUs of one host may read rows from each other (model/dispatch/symmetric_memory.py), for
             which buffers have a capacity of twice the mean number of rows.
@@ -90,6 +91,7 @@ class Workload:
     expert_bytes: float = 2
     gpus_per_host: int = GPUS_PER_HOST
     compute_capability: tuple[int, int] = HOPPER
+    kernels: str = "auto"
     cuda_graphs: bool = True
     peer_access: bool = True
     has_validation: bool = False
@@ -148,6 +150,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 shape.hidden_size,
                 shape.ffn_hidden_size,
                 module_rank(workload, "linear_fc1") * (2 if has_frozen_start(workload) else 1),
+                kernels=workload.kernels,
             ),
             peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
         )
@@ -350,7 +353,9 @@ def _buffers(workload: Workload, layout: Layout) -> float:
         layer += tokens * activation_bytes_per_token(workload, dataclasses.replace(layout, recompute="none"))
     elif how.captured:
         layer += CAPTURE_OVERHEAD
-    if workload.expert_bytes < 1:
+    if workload.expert_bytes < 1 or (
+        workload.expert_bytes == 1 and not policy.multiplies_in_8_bit(workload.compute_capability, workload.kernels)
+    ):
         # The experts of one linear layer in 16 bit, for the product.
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
     elif workload.expert_bytes == 1:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import local_gpu
 from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload, saved_copy_bytes
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
@@ -33,7 +35,7 @@ SHORT_PARTS = {
     "other": ("buffers", "context"),
 }
 """The columns on a terminal of 80 characters."""
-RUN_SETTINGS = {"load", "seq_length", "micro_batch_size", "base_precision", "method", *LORA_SHAPE}
+RUN_SETTINGS = {"load", "seq_length", "micro_batch_size", "base_precision", "kernels", "method", *LORA_SHAPE}
 """Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
 
@@ -54,6 +56,8 @@ class PlannedGpu:
 def show_plan(config: PlanConfig) -> None:
     """Print the table, or JSON. Raises ConfigError with changes that would help if no layout fits."""
     gpu = planned_gpu(config)
+    if problems := kernel_problems(gpu.compute_capability, config.kernels):
+        raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="the same command without --kernels")
     workload = workload_of(config, gpu)
     host = config.host_memory * GIB if config.host_memory is not None else math.inf
     choices = ranked(workload, gpu.memory_gib * GIB, host)
@@ -119,6 +123,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         compute_capability=gpu.compute_capability,
+        kernels=config.kernels,
         cuda_graphs=config.method is None,
     )
 

@@ -46,7 +46,8 @@ def load_for_training(
     cache: CacheOptions | None = None,
 ) -> MixtralModel:
     """Return the base with new adapters, in training mode. cache: see `load_base`. All ranks must call."""
-    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), True, lora, recompute, base_precision)
+    dtype = pick_dtype(config.dtype, base, mesh.device)
+    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels)
     model = _build(base, settings, mesh, cache)
     if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
         # Otherwise a checkpoint has the start.
@@ -62,7 +63,7 @@ def load_for_inference(
     """Return the base with its adapter, in evaluation mode without sequence parallelism. All ranks must call."""
     lora = lora_settings(adapter) if adapter is not None else None
     # Generation passes have one token, which sequence parallelism cannot split.
-    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora)
+    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora, kernels=config.kernels)
     model = _build(base, settings, mesh)
     if adapter is not None:
         check_adapter_fits(adapter, loaded(model, base))

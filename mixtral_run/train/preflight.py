@@ -14,6 +14,8 @@ from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, Tr
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
@@ -302,8 +304,12 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
-    """Return the reasons why the base cannot be split into the config's layout."""
-    return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
+    """Return the reasons why the base cannot be split into the config's layout, or computed with its kernels."""
+    problems = base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
+    if config.kernels != "auto":
+        gpu = available_gpu(config.device, processes.process_count(config))
+        problems += kernel_problems(gpu.compute_capability if gpu is not None else None, config.kernels)
+    return problems
 
 
 def output_problems(save: Path, *, resume: str | None) -> list[str]:

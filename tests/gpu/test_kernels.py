@@ -149,6 +149,7 @@ def small_model(
     dropout: float = 0.0,
     sequence_parallel: bool = True,
     adapted: bool = True,
+    kernels: str = "auto",
 ) -> MixtralModel:
     """A few layers with the same random weights each time, wide enough for every kernel."""
     architecture = dataclasses.replace(
@@ -161,8 +162,9 @@ def small_model(
         num_query_groups=4,
         vocab_size=1024,
     )
-    lora = LoraSettings(16, 32.0, dropout, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
-    settings = ModelSettings(torch.bfloat16, sequence_parallel, lora if adapted else None, recompute, base_precision)
+    targets = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    lora = LoraSettings(16, 32.0, dropout, targets, 1) if adapted else None
+    settings = ModelSettings(torch.bfloat16, sequence_parallel, lora, recompute, base_precision, kernels)
     model = build_model(architecture, settings, mesh).train()
 
     def fill() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mixtral_run.config.data import METHODS
 from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
+from mixtral_run.config.launch import KernelsConfig
 from mixtral_run.config.lora import LoraShapeConfig
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
@@ -24,7 +25,7 @@ def network_bytes(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(LoraShapeConfig):
+class PlanConfig(KernelsConfig, LoraShapeConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job; with --hosts, of each host.", minimum=1, section=LAYOUT)

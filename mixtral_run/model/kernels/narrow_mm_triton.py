@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixtral_run.model.kernels.requirements import KernelSet
+from mixtral_run.model.kernels.selected import kernels_of
+
 WIDTHS = (16, 32, 64)
 """Supported sizes of the narrow side."""
 ROWS, DEPTH = 32, 256
@@ -21,14 +24,14 @@ PROGRAMS, MAX_SPLITS = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` computes COLUMNS columns, in steps of TOKENS along the sum."""
 BOTH_COLUMNS, BOTH_TOKENS = 512, 64
-"""The same for `both_narrow_products`."""
+"""The same for `both_narrow_products`; half as many columns at rank 64."""
 VARYING = ("tokens", "splits")
 """Arguments that change with every step under EP: specialized on their values, or on multiples of 16, the kernels would
 be compiled again and again."""
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _product_kernel(
+def _narrow_product_kernel(
     rows_ptr,
     source_ptr,
     matrices_ptr,
@@ -83,7 +86,7 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _sum_kernel(
+def _narrow_sum_kernel(
     parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr
 ):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +98,7 @@ def _sum_kernel(
 
 
 @triton.jit
-def _outer_kernel(
+def _narrow_outer_kernel(
     wide_ptr,
     source_ptr,
     narrow_ptr,
@@ -132,7 +135,7 @@ def _outer_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _both_kernel(
+def _both_narrow_kernel(
     wide_ptr,
     narrow_ptr,
     matrices_ptr,
@@ -168,7 +171,7 @@ def _both_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _added_kernel(
+def _narrow_added_kernel(
     base_ptr,
     inner_ptr,
     outer_ptr,
@@ -220,7 +223,7 @@ def narrow_added(
     """
     tokens, width = base.shape
     output = base if in_place else torch.empty_like(base)
-    _added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+    _narrow_added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
         base,
         inner,
         outer,
@@ -253,7 +256,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
     # Few rows make few programs, which cannot saturate the memory: then the sum is split over several programs.
     splits = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MAX_SPLITS), 1)
     parts = torch.empty(splits, tokens, narrow, dtype=torch.float32, device=rows.device) if splits > 1 else output
-    _product_kernel[(blocks, splits)](
+    _narrow_product_kernel[(blocks, splits)](
         rows,
         source if source is not None else offsets,
         matrices,
@@ -280,7 +283,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
 def _sum(parts: Tensor, offsets: Tensor, output: Tensor) -> None:
     """Sum parts fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
     size = output.numel()
-    _sum_kernel[(triton.cdiv(size, 1024),)](
+    _narrow_sum_kernel[(triton.cdiv(size, 1024),)](
         parts, offsets, output, size, parts.shape[0], offsets.shape[0], NARROW=output.shape[1], BLOCK=1024
     )
 
@@ -305,7 +308,7 @@ def narrow_outer_product(
     width, rank, experts = wide.shape[1], narrow.shape[1], offsets.shape[0]
     shape = (experts, rank, width) if narrow_first else (experts, width, rank)
     output = torch.empty(shape, dtype=dtype or wide.dtype, device=wide.device)
-    _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
+    _narrow_outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
         wide,
         source if source is not None else offsets,
         narrow,
@@ -324,10 +327,10 @@ def narrow_outer_product(
 
 
 def both_pay(wide: Tensor) -> bool:
-    """Return True if `both_narrow_products` of wide [tokens, m] is faster than two kernels: it saves one read of much
-    memory, and there are enough columns for many programs.
+    """Return True if `both_narrow_products` of wide [tokens, m] runs, and is faster than two kernels: it saves one read
+    of much memory, and there are enough columns for many programs. It needs Hopper's shared memory.
     """
-    return wide.shape[0] >= 2048 and wide.shape[1] >= 8192
+    return kernels_of(wide.device) is KernelSet.HOPPER and wide.shape[0] >= 2048 and wide.shape[1] >= 8192
 
 
 def both_narrow_products(
@@ -345,7 +348,7 @@ def both_narrow_products(
     product = torch.empty(tokens, rank, dtype=wide.dtype, device=wide.device)
     outer = torch.empty(experts, width, rank, dtype=dtype, device=wide.device)
     parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=wide.device)
-    _both_kernel[(blocks, experts)](
+    _both_narrow_kernel[(blocks, experts)](
         wide,
         narrow,
         matrices,

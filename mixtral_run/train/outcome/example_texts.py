@@ -25,14 +25,16 @@ class Prompt:
     expected: tuple[int, ...]
 
 
-def example_texts(source: AnySource, decode: Decode, count: int) -> list[ExampleText]:
+def example_texts(source: AnySource, open_decode: Callable[[], Decode], count: int) -> list[ExampleText]:
     """Return `count` examples from all over the data, as far as a sample holds them; none of mock data.
 
-    Of preferences, both answers of a pair are examples.
+    Of preferences, both answers of a pair are examples. open_decode: called if there are examples, since opening a
+    tokenizer takes seconds.
     """
     samples = source.examples if isinstance(source, PreferenceSamples) else _examples_of(source)
     if samples is None:
         return []
+    decode = open_decode()
     found = []
     for index in _spread(source, len(samples), count):
         example = samples.example(index)

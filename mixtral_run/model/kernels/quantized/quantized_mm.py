@@ -28,12 +28,15 @@ from mixtral_run.model.kernels.grouped_mm import (
     each_experts,
     filled_up,
     has_grouped_product,
+    is_portable,
     outer_product,
     product,
     why_not,
 )
 from mixtral_run.model.kernels.quantized import nf4
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
+from mixtral_run.model.kernels.requirements import EIGHT_BIT_CAPABILITY
+from mixtral_run.model.kernels.selected import capability_of
 from mixtral_run.model.recompute.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,10 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of values and scales in fp8 or nf4."""
     if values.dtype is torch.uint8:
         return nf4.dequantize(values, scales, dtype)
+    if values.is_cuda and dtype is torch.bfloat16:
+        from mixtral_run.model.kernels.quantized.quantized_mm_triton import expand
+
+        return expand(values, scales)
     return (values.float() * scales[..., None]).to(dtype)
 
 
@@ -104,11 +111,12 @@ def quantized_with_inner(
 
 
 def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
-    """Return True if torch's 8-bit grouped product runs: compute capability 9.0 only, widths in multiples of 16."""
+    """Return True if 8-bit products run: with the kernels for Hopper, on 9.0, for widths in multiples of 16."""
     return (
         values.dtype is FP8
         and has_grouped_product(rows, *values.shape[1:])
-        and torch.cuda.get_device_capability(rows.device) == (9, 0)
+        and capability_of(rows.device) == EIGHT_BIT_CAPABILITY
+        and not is_portable(rows)
         and values.shape[1] % 16 == values.shape[2] % 16 == 0
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
+from mixtral_run.model.kernels.selected import num_multiprocessors
 
 TILE = 128
 
@@ -43,6 +44,29 @@ def _quantize_kernel(
     tl.store(scales_ptr + row, scale)
     value = tl.minimum(tl.maximum(value * (1.0 / scale), -LARGEST), LARGEST)
     tl.store(output_ptr + row * width + columns, value.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _expand_8_bits_kernel(values_ptr, scales_ptr, output_ptr, width, BLOCK: tl.constexpr):
+    """Expand part of a row. Float8 is no type before compute capability 8.9: exponent and mantissa move to their places
+    in float32, whose exponent counts from 120 less.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    byte = tl.load(values_ptr + row * width + columns, mask=inside, other=0).to(tl.int32)
+    number = (((byte & 0x80) << 24) | ((byte & 0x7F) << 20)).to(tl.float32, bitcast=True)
+    number = number * 1.329227995784916e36 * tl.load(scales_ptr + row)
+    tl.store(output_ptr + row * width + columns, number.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def expand(values: Tensor, scales: Tensor) -> Tensor:
+    """Compute quantized_mm.dequantize in bf16: values float8 e4m3 [.., n], scales fp32 [..]. Both are contiguous."""
+    output = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    width = values.shape[-1]
+    grid = (values.numel() // width, triton.cdiv(width, 2048))
+    _expand_8_bits_kernel[grid](values.view(torch.uint8), scales, output, width, BLOCK=2048)
+    return output
 
 
 @triton.jit
@@ -97,7 +121,7 @@ ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 128, 3, 8
 
 
 @triton.jit
-def _product_kernel(
+def _tiled_product_kernel(
     rows_desc,
     matrices_desc,
     row_scales_ptr,
@@ -163,8 +187,8 @@ def tiled_product(
     if tokens == 0:
         return output
     most = (triton.cdiv(tokens, ROWS) + experts - 1) * (width // COLUMNS)
-    programs = min(torch.cuda.get_device_properties(small.device).multi_processor_count, most)
-    _product_kernel[(programs,)](
+    programs = min(num_multiprocessors(small.device), most)
+    _tiled_product_kernel[(programs,)](
         TensorDescriptor.from_tensor(small, [ROWS, DEPTH]),
         TensorDescriptor.from_tensor(matrices.view(experts * width, depth), [COLUMNS, DEPTH]),
         row_scales,
