@@ -22,8 +22,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks import process_memory
-from tests.support.megatron_writer import let_it_write_from_a_cpu
+from benchmarks.support import process_memory
+from tests.support.references.megatron_writer import let_it_write_from_a_cpu
 
 WAYS = ("megatron", "kit")
 

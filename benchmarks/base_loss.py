@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral_run.config.training import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.training import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.samples import GlobalBatch, Row, ShuffledOrder, batches
 from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.step import optimizer_step, trainable
+from mixtral_run.trial.sizes import INSTRUCTIONS
 
 KEPT_BACK = 20
 """One of so many files of the standard library is kept for fine-tuning."""

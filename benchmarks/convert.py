@@ -34,8 +34,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import process_memory
 from benchmarks.make_mixtral import add_size_options, make, scaled
+from benchmarks.support import process_memory
 
 WAYS = ("copy", "stream", "usual", "read", "direct", "load")
 PLACES = ("disk", "ram")
@@ -151,8 +151,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 def stream(source: Path, target: Path, workers: int | None) -> dict[str, float]:
     import torch.distributed.checkpoint  # noqa: F401 - imported before the clock starts
 
-    from mixtral_run.config.weights import ConvertConfig
-    from mixtral_run.report import Report
+    from mixtral_run.config.verbs.weights import ConvertConfig
+    from mixtral_run.terminal.report import Report
     from mixtral_run.weights.convert.to_megatron import convert
 
     started = time.perf_counter()

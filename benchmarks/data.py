@@ -23,7 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.process_memory import measured
+from benchmarks.support.process_memory import measured
 
 PARTS = ("kit-first", "kit-second", "kit-rank", "datasets-first", "datasets-second")
 SEQ_LENGTH = 2048
@@ -52,9 +52,9 @@ def write_examples(path: Path, count: int) -> None:
 
 
 def kit(part: str, folder: Path, data: Path) -> dict[str, Any]:
-    from mixtral_run.config.training import FinetuneConfig
+    from mixtral_run.config.verbs.training import FinetuneConfig
     from mixtral_run.model.architecture import MIXTRAL_8X7B
-    from mixtral_run.report import Report
+    from mixtral_run.terminal.report import Report
     from mixtral_run.train.data.samples import batches
     from mixtral_run.train.data.sources import open_data
     from mixtral_run.weights.manifest.describe import BaseDescription

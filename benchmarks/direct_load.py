@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.config.lora import LORA_TARGET_MODULES
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.checkpoint import load_base
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.data.sources import open_data

@@ -120,7 +120,7 @@ def random_prompts(rows: int) -> list[list[int]]:
 
 
 def measure(side: str, rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.child import measured
+    from benchmarks.support.child import measured
 
     words = ["-m", "benchmarks.generation", "--child", side, "--rows", str(rows), "--layers", str(arguments.layers)]
     words += ["--tokens", str(arguments.tokens), "--base-precision", arguments.base_precision]

@@ -24,7 +24,7 @@ from mixtral_run.fleet.testhosts import hosts, kit_image, repository
 from mixtral_run.fleet.testhosts.__main__ import inventory
 from mixtral_run.fleet.testhosts.disks import with_images
 from mixtral_run.fleet.testhosts.engine import why_no_engine
-from tests.support.killed import killed_after
+from tests.support.processes.killed import killed_after
 
 ROOT = Path(__file__).parents[1]
 NAME = "killed-bootstrap"

@@ -59,8 +59,8 @@ def build_ours(
 
     import torch
 
+    from mixtral_run.model.adapters.lora_settings import LoraSettings
     from mixtral_run.model.architecture import MIXTRAL_8X7B
-    from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
@@ -204,7 +204,7 @@ def matmul_tflops() -> float:
 
 
 def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.child import measured
+    from benchmarks.support.child import measured
 
     words = [
         __file__,

@@ -22,8 +22,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks import process_memory
 from benchmarks.make_mixtral import add_size_options, make, scaled
+from benchmarks.support import process_memory
 from mixtral_run.weights.io.disk import drop_from_cache
 
 WAYS = {"quantised": "no", "kept": "yes", "taken": "use"}
@@ -72,8 +72,8 @@ def compare(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def make_bases(work: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The HF model, and its checkpoint where one is asked for."""
-    from mixtral_run.config.weights import ConvertConfig
-    from mixtral_run.report import Report
+    from mixtral_run.config.verbs.weights import ConvertConfig
+    from mixtral_run.terminal.report import Report
     from mixtral_run.weights.convert.to_megatron import convert
 
     architecture = scaled(options.layers, options.hidden_size, options.ffn_hidden_size, options.vocab_size)
@@ -99,8 +99,8 @@ def measure(base: Path, precision: str, mode: str, device: str) -> dict[str, flo
     import torch
 
     from mixtral_run.config.lora import LORA_TARGET_MODULES
-    from mixtral_run.config.weights import VerifyConfig
-    from mixtral_run.model.lora_settings import LoraSettings
+    from mixtral_run.config.verbs.weights import VerifyConfig
+    from mixtral_run.model.adapters.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.checkpoints.checkpoint import load_base

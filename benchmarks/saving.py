@@ -63,8 +63,8 @@ def build(options: argparse.Namespace, mesh: Any) -> Any:
 
     from benchmarks.base_loss import SMALL
     from benchmarks.lora import MODULES
+    from mixtral_run.model.adapters.lora_settings import LoraSettings
     from mixtral_run.model.architecture import MIXTRAL_8X7B
-    from mixtral_run.model.lora_settings import LoraSettings
     from mixtral_run.model.mixtral import ModelSettings, build_model
 
     on_gpu = mesh.device.type == "cuda"

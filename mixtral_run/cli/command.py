@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mixtral_run.config.foreign_names import answer_to, setting_meant
+from mixtral_run.config.names.foreign_names import answer_to, setting_meant
 from mixtral_run.errors import ConfigError
 
 PROBLEMS = "mixtral_run.problems"

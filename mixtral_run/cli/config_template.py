@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.cli.command import SECTIONS
-from mixtral_run.config.evaluate import EvaluateConfig
 from mixtral_run.config.fields import Config
-from mixtral_run.config.generate import ChatConfig, GenerateConfig
-from mixtral_run.config.plan import PlanConfig
-from mixtral_run.config.serve import ServeConfig
-from mixtral_run.config.training import FinetuneConfig, PretrainConfig, UpConfig
-from mixtral_run.config.trial import RehearseConfig, SmokeConfig
-from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.generate import ChatConfig, GenerateConfig
+from mixtral_run.config.verbs.plan import PlanConfig
+from mixtral_run.config.verbs.serve import ServeConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, UpConfig
+from mixtral_run.config.verbs.trial import RehearseConfig, SmokeConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,

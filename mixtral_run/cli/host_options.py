@@ -160,7 +160,7 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
 
         sys.exit(run_here(verb, config, options))
     if verb == "serve" and getattr(config, "prove", None) is None:
-        from mixtral_run.config.serve import ServeConfig
+        from mixtral_run.config.verbs.serve import ServeConfig
         from mixtral_run.fleet.jobs.serve import serve
 
         assert isinstance(config, ServeConfig)

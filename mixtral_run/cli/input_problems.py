@@ -16,8 +16,8 @@ from typing import Any
 from mixtral_run.config.data import DATA_SETTINGS, DataConfig
 from mixtral_run.config.data_sources import parse_source, source_problems
 from mixtral_run.config.fields import Config, flag_of
-from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
-from mixtral_run.config.training import TrainingConfig
+from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.errors import MixtralRunError
 
 FOLDERS = ("load", "adapter", "init_adapter", "from_megatron", "hf_model_path", "against", "peft_path")

@@ -13,10 +13,10 @@ import click
 
 from mixtral_run import __version__
 from mixtral_run.cli.command import CONFIG_SUFFIXES, close_to, one_of, or_words
-from mixtral_run.config.foreign_verbs import FOREIGN_VERBS
+from mixtral_run.config.names.foreign_verbs import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
 from mixtral_run.launch.process_exit import exit_with
-from mixtral_run.report import DEBUG_VARIABLE, debugging, quiet_libraries
+from mixtral_run.terminal.report import DEBUG_VARIABLE, debugging, quiet_libraries
 
 VERBS: dict[str, str] = {
     "bootstrap": "Set up bare hosts over SSH: Docker, NVIDIA toolkit, swap, HF cache, image, acceptance test.",

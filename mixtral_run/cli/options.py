@@ -19,7 +19,7 @@ from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
 from mixtral_run.cli.launcher_options import launch, launcher_options, take_launcher_options
 from mixtral_run.cli.setting_option import BY_FLAG, Decorator, option_of
 from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types
-from mixtral_run.config.foreign_names import setting_meant
+from mixtral_run.config.names.foreign_names import setting_meant
 from mixtral_run.errors import ConfigError, described, joined
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.hub_names import hub_name_and_revision, may_be_hub_name
+from mixtral_run.config.names.hub_names import hub_name_and_revision, may_be_hub_name
 
 STANDARD_INPUT = "-"
 STDIN_COPY_PREFIX = "mixtral-run-stdin-"

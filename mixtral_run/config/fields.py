@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from mixtral_run.config.foreign_names import answer_to
+from mixtral_run.config.names.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
 LAYOUT, DATA, PROMPTS, OPTIMIZER = "Model and layout", "Data", "Prompts and sampling", "Optimizer"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.trial import RehearseConfig
+from mixtral_run.config.verbs.trial import RehearseConfig
 from mixtral_run.errors import CheckFailed
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host, forget_hosts
@@ -26,7 +26,7 @@ from mixtral_run.fleet.ssh.connection import Ssh, program_answers
 from mixtral_run.fleet.state import state_folder, write_private
 from mixtral_run.fleet.testhosts import hosts, kit_image, repository
 from mixtral_run.fleet.testhosts.__main__ import variables as variables_of
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 NAME = "rehearsal"
 CHECKPOINTS = "/srv/checkpoints"

@@ -12,8 +12,8 @@ from typing import Any
 from mixtral_run.config.data_sources import combined_sha256, content_sha256
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launch import CONVERTED_LAYOUT
-from mixtral_run.config.training import FinetuneConfig, UpConfig
-from mixtral_run.config.weights import ConvertConfig, ExportConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, UpConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
@@ -26,7 +26,7 @@ from mixtral_run.fleet.jobs.queue import start_when_free
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.untrusted import parse_json
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 STEPS = 5
 MARKER = "latest_checkpointed_iteration.txt"

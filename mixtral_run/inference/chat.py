@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mixtral_run.config.generate import ChatConfig
+from mixtral_run.config.verbs.generate import ChatConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.conversation import Conversation
@@ -27,7 +27,7 @@ from mixtral_run.launch.terminal import borrow_terminal
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.model.without_adapters import without_adapters
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 HELP = """\
   /reset           forget the conversation; the system prompt stays

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.config.generate import SamplingConfig
+from mixtral_run.config.verbs.generate import SamplingConfig
 from mixtral_run.inference.decode import Decoding, decoding_of
 from mixtral_run.model.mixtral import MixtralModel
 

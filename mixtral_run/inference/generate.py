@@ -12,7 +12,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
 from mixtral_run.errors import ConfigError, shortened
 from mixtral_run.inference.answers import Answer, AnswersFile, run_hash
 from mixtral_run.inference.continuation import Sampling, continue_rows
@@ -22,8 +22,8 @@ from mixtral_run.inference.session import Session, open_session
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.report import Report
 from mixtral_run.run_lock import lock_file_of
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.run_folder import own_output
 from mixtral_run.train.data.reading.example import USER, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem

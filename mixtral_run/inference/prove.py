@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixtral_run.config.serve import ServeConfig
+from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
@@ -13,7 +13,7 @@ from mixtral_run.inference.openai_client import OpenAIClient, Refused
 from mixtral_run.inference.session import ADAPTER, BASE, Session, as_model, models_of, open_session
 from mixtral_run.inference.text_stream import printable, text_of
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.reading.example import USER, Message
 from mixtral_run.train.preflight import check_inference
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mixtral_run.config.generate import InferenceConfig
+from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.without_adapters import without_adapters
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
 from mixtral_run.train.data.templates.open_template import open_chat_template, template_of_adapter
 from mixtral_run.train.data.templates.prompt import check_token_ids, load_tokenizer

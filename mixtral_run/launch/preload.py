@@ -13,7 +13,7 @@ import signal
 _handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
     from mixtral_run.launch.processes import PRELOAD_VARIABLE
-    from mixtral_run.report import quiet_libraries
+    from mixtral_run.terminal.report import quiet_libraries
 
     quiet_libraries()
 

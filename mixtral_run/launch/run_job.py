@@ -22,7 +22,7 @@ from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE, start_heartbeat
 from mixtral_run.launch.parent_death import JOB_PARENT, end_with_parent, watch_parent
 from mixtral_run.launch.process_exit import exit_with
 from mixtral_run.launch.worker_errors import ERROR_DIRECTORY_VARIABLE, hand_over_error, is_consequence, leave_quietly
-from mixtral_run.report import debugging, quiet_libraries
+from mixtral_run.terminal.report import debugging, quiet_libraries
 
 ConfigT = TypeVar("ConfigT", bound=LaunchConfig)
 

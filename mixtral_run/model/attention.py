@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mixtral_run.model.lora import ColumnLinear, RowLinear
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora import ColumnLinear, RowLinear
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.packed_attention import Packed, packed_attention
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.recompute.recipe import Recipe

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.adapters.lora import initial_linear_in
+from mixtral_run.model.adapters.lora_experts import Adapters, adapted_experts
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.kernels.grouped_mm import (
     add_product,
@@ -30,9 +33,6 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
 )
 from mixtral_run.model.kernels.router_probs import with_probs
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
-from mixtral_run.model.lora import initial_linear_in
-from mixtral_run.model.lora_experts import Adapters, adapted_experts
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Once, Recipe, drop

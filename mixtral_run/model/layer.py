@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from mixtral_run.config.training import RUNS_AGAIN
+from mixtral_run.config.verbs.training import RUNS_AGAIN
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.attention import Attention, AttentionInputs
 from mixtral_run.model.dispatch.base import TokenDispatcher
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.megatron import (

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from mixtral_run.model.adapters.cast_adapters import refresh
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
-from mixtral_run.model.cast_adapters import refresh
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.compiled.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.kernels.selected import select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.packed_attention import Packed, has_packed_attention

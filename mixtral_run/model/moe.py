@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.all_to_all import AllToAllDispatcher
 from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
 from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.experts import Experts
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mixtral_run.model.adapters.lora import ColumnLinear, LinearAdapter, RowLinear
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.experts import ExpertLinear
-from mixtral_run.model.lora import ColumnLinear, LinearAdapter, RowLinear
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 
 

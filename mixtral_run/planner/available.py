@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.weights import VerifyConfig
+from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.launch.processes import is_worker, process_count
 from mixtral_run.planner.memory_model import CONTEXT
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import describe_base
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from mixtral_run.config.generate import InferenceConfig
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
-from mixtral_run.config.training import RECOMPUTE, FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.generate import InferenceConfig
+from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
@@ -28,7 +28,7 @@ from mixtral_run.planner.memory_model import (
 from mixtral_run.planner.ranking import Choice, ranked
 from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)

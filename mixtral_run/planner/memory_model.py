@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
 from mixtral_run.config.lora import LORA_TARGET_MODULES
-from mixtral_run.config.training import RUNS_AGAIN
+from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.planner import policy
@@ -90,7 +90,7 @@ class Workload:
 
     @property
     def fused_experts(self) -> bool:
-        """True if both layers of the experts are one step of the backward pass (model/lora_experts.py)."""
+        """True if both layers of the experts are one step of the backward pass (model/adapters/lora_experts.py)."""
         return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
 
     @property
@@ -221,7 +221,7 @@ def weight_bytes(workload: Workload, layout: Layout) -> float:
 
 
 def adapter_parameters(workload: Workload, layout: Layout) -> float:
-    """Return the number of adapter parameters on one GPU (model/lora.py and model/experts.py define the split)."""
+    """Return the number of adapter parameters on one GPU (split: model/adapters/lora.py, model/experts.py)."""
     shape, tp = workload.architecture, layout.tensor_model_parallel_size
     hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
     sizes = {
@@ -271,8 +271,8 @@ def _experts_per_token(workload: Workload, layout: Layout) -> float:
     adapted, dropped, fused = workload.lora_target_modules, workload.lora_dropout > 0, workload.fused_experts
     local, selective = size == 1, layout.recompute == "selective"
     hidden, ffn = _row_bytes(workload, shape.hidden_size), _row_bytes(workload, shape.ffn_hidden_size)
-    # model/lora_experts.py recomputes the activation in the backward pass, reads rows through their tokens, and
-    # computes the router's gradient without outputs.
+    # model/adapters/lora_experts.py recomputes the activation in the backward pass, reads rows through their tokens,
+    # and computes the router's gradient without outputs.
     once = hidden if fused and local and not selective else 0.0
     # Rows that came from other ranks cannot be gathered again without another exchange.
     rows = hidden if "linear_fc1" in adapted and not (local and (selective or fused)) else 0.0

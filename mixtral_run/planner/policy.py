@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from mixtral_run.config.training import RUNS_AGAIN
+from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.kernels.requirements import (
     EIGHT_BIT_CAPABILITY,
@@ -56,7 +56,7 @@ class TrainingPass:
         expert_size: ranks in an expert group.
         recompute: one of `RECOMPUTE`.
         lora_dropout: None if all weights are trained.
-        fused_experts: True if both layers of the experts have adapters and no dropout (model/lora_experts.py).
+        fused_experts: True if both layers of the experts have adapters and no dropout (model/adapters/lora_experts.py).
         syncs_with_host: True if the experts' products wait for the GPU (`products_sync_with_host`).
         peer_access: True if the GPUs of an expert group can read each other's memory, and have memory for it.
     """

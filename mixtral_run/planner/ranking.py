@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mixtral_run.config.training import RECOMPUTE
+from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.planner.memory_model import (
     USABLE,
     USABLE_OF_HOST,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from mixtral_run.config.plan import DEFAULT_NETWORK, PlanConfig, network_bytes
+from mixtral_run.config.verbs.plan import DEFAULT_NETWORK, PlanConfig, network_bytes
 from mixtral_run.planner.memory_model import Workload
 from mixtral_run.planner.ranking import Choice, rate_by_tokens, relative_speed
 from mixtral_run.planner.scaling import NETWORK_EFFICIENCY, exchange, shown_hosts
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 MEASURED_RATES = {
     ("h200", "bf16"): 9429.0, ("h200", "fp8"): 12364.0, ("h200", "nf4"): 5793.0, ("h100", "fp8"): 11644.0

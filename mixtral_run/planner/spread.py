@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import PretrainConfig, TrainingConfig
+from mixtral_run.config.verbs.training import PretrainConfig, TrainingConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.planner.memory_model import Layout, Workload, memory, weight_bytes
 

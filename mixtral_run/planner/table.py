@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
-from mixtral_run.config.plan import PlanConfig
+from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner.available import local_gpu
@@ -21,7 +21,7 @@ from mixtral_run.planner.policy import kernel_problems
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 

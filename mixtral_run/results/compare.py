@@ -64,7 +64,7 @@ def comparison_page(runs: Sequence[RunData], names: Sequence[str], rows: Sequenc
         for name, one, two in rows
     )
     head = "".join(f"<td><b>{escaped(name)}</b></td>" for name in names)
-    text = importlib.resources.files("mixtral_run.resources").joinpath("report.html").read_text("utf-8")
+    text = importlib.resources.files("mixtral_run.results").joinpath("report.html").read_text("utf-8")
     return string.Template(text).substitute(
         title=escaped(" and ".join(names)),
         name=escaped(" and ".join(names)),

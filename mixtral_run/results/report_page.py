@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.results.read_run import RunData, curve, mapping, number, numbers
 from mixtral_run.results.report_router import router_section
@@ -53,7 +53,7 @@ def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: st
         _commands(mapping(summary.get("settings")), best_adapter),
     ]
     template = string.Template(
-        importlib.resources.files("mixtral_run.resources").joinpath("report.html").read_text("utf-8")
+        importlib.resources.files("mixtral_run.results").joinpath("report.html").read_text("utf-8")
     )
     return template.substitute(
         title=escaped(f"{name} – LoRA run"), name=escaped(name), about=escaped(about), sections="\n".join(sections)

@@ -8,7 +8,7 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_base

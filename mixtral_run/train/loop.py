@@ -11,16 +11,16 @@ from typing import TypeVar
 
 import torch
 
-from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.launch.heartbeat import note_step
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, everywhere, open_mesh
 from mixtral_run.planner.choose import peer_access_fits
-from mixtral_run.report import Report
 from mixtral_run.results.run_files import METRICS, TENSORBOARD, VALIDATION
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
 from mixtral_run.train.checkpoints.newest_good import settle_resume
 from mixtral_run.train.checkpoints.run_folder import own_output, report_disk_use

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from mixtral_run.errors import TrainingError
-from mixtral_run.live import TrainingFigures
 from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.terminal.live import TrainingFigures
 
 
 @dataclass(frozen=True)

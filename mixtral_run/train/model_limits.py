@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixtral_run.launch import processes
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription
 
 

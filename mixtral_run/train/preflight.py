@@ -7,18 +7,18 @@ from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import SETTINGS_ERROR
-from mixtral_run.config.generate import GenerateConfig, InferenceConfig
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig, PretrainConfig, TrainingConfig
+from mixtral_run.config.verbs.generate import GenerateConfig, InferenceConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.planner.policy import kernel_problems
-from mixtral_run.report import Report
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
 from mixtral_run.train.checkpoints.run_folder import PARTIAL, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples

@@ -19,7 +19,7 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.quantized.quantized_mm import KEPT_AS
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.load.read_parts import Part, checksums_of, read_parts
 from mixtral_run.weights.manifest.describe import BaseDescription
 from mixtral_run.weights.mapping.row_index import Slice

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mixtral_run.config.training import TrainingConfig
-from mixtral_run.live import TrainingRow
+from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.live import TrainingRow
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.sources import TrainingData
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.metrics import Meter

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.random_state import restore_random_state
 from mixtral_run.train.checkpoints.run_folder import (

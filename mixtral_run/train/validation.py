@@ -17,7 +17,7 @@ import torch
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import MicroBatch, Samples, stacked
 from mixtral_run.train.metrics import append, format_seconds

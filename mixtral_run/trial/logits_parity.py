@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixtral_run.config.weights import VerifyConfig
+from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed
 from mixtral_run.launch import processes
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.templates.prompt import load_tokenizer
 from mixtral_run.train.load_model import load_for_inference, pick_dtype
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter

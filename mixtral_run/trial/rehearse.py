@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.generate import GenerateConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.trial import RehearseConfig
-from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.trial import RehearseConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.train.jobs import COMPARE_LOGITS, FINETUNE, GENERATE
 from mixtral_run.train.metrics import read_metrics

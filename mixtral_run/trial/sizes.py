@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.templates.prompt import prompt_text
+
+INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
+"""About 200 instruction/response examples in the format of `--data-path`, the shortest responses first."""
 
 TINY = MixtralArchitecture(
     num_layers=4,

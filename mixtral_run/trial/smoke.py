@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.fields import SETTINGS_ERROR
-from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import CONVERTED_LAYOUT
-from mixtral_run.config.training import FinetuneConfig, PretrainConfig
-from mixtral_run.config.trial import SmokeConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.trial import SmokeConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import CheckFailed, ConfigError
 from mixtral_run.launch import processes
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner.choose import settled
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.jobs import FINETUNE, GENERATE, PRETRAIN
 from mixtral_run.train.metrics import read_metrics
 from mixtral_run.train.preflight import check_inference, check_training, layout_problems

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import CheckFailed, MixtralRunError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.files import write_atomically
 
 SAMPLE_SECONDS = 0.1

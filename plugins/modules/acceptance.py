@@ -34,9 +34,11 @@ options:
 import json
 import time
 
-from ..module_utils.mixtral_run_host import engine_use, gpu_driver, gpu_floors, probe
+from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
+from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.gpu import gpu_driver, gpu_floors
 from ..module_utils.mixtral_run_host.start import run_module
 
 KIT_VERSION = "import mixtral_run; print(mixtral_run.__version__)"

@@ -53,10 +53,12 @@ options:
 
 import fnmatch
 
-from ..module_utils.mixtral_run_host import apt_output, apt_sources, engine_use, probe
-from ..module_utils.mixtral_run_host.apt import SOURCES, Apt, source_texts
-from ..module_utils.mixtral_run_host.apt_footprint import Footprint
+from ..module_utils.mixtral_run_host import probe
+from ..module_utils.mixtral_run_host.apt import apt_output, apt_sources
+from ..module_utils.mixtral_run_host.apt.apt import SOURCES, Apt, source_texts
+from ..module_utils.mixtral_run_host.apt.apt_footprint import Footprint
 from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.start import run_module
 

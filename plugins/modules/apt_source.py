@@ -25,7 +25,8 @@ options:
 import glob
 import os
 
-from ..module_utils.mixtral_run_host import apt_sources, openpgp, probe
+from ..module_utils.mixtral_run_host import probe
+from ..module_utils.mixtral_run_host.apt import apt_sources, openpgp
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
 from ..module_utils.mixtral_run_host.start import run_module
 

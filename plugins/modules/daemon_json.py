@@ -60,8 +60,8 @@ import os
 import stat
 import tempfile
 
-from ..module_utils.mixtral_run_host import daemon_settings, engine_flags, engine_unit
 from ..module_utils.mixtral_run_host.commands import MISSING, last_lines, run
+from ..module_utils.mixtral_run_host.engine import daemon_settings, engine_flags, engine_unit
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
 from ..module_utils.mixtral_run_host.start import run_module
 

@@ -31,8 +31,8 @@ import shutil
 import stat
 import time
 
-from ..module_utils.mixtral_run_host import engine_use
 from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
 from ..module_utils.mixtral_run_host.start import run_module
 

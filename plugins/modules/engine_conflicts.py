@@ -20,7 +20,7 @@ options:
   path: {description: Path of daemon.json., type: path, default: /etc/docker/daemon.json}
 """
 
-from ..module_utils.mixtral_run_host import engine_unit
+from ..module_utils.mixtral_run_host.engine import engine_unit
 from ..module_utils.mixtral_run_host.files import Record
 from ..module_utils.mixtral_run_host.start import run_module
 

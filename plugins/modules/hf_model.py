@@ -42,9 +42,9 @@ import re
 import tempfile
 
 from ..module_utils.mixtral_run_host.files import Record, explain, write_text
-from ..module_utils.mixtral_run_host.hf_download import HubDownload
-from ..module_utils.mixtral_run_host.hf_peer import Peer
-from ..module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.model.hf_download import HubDownload
+from ..module_utils.mixtral_run_host.model.hf_peer import Peer
+from ..module_utils.mixtral_run_host.model.model_cache import ModelCache, ModelError, RemoteFile, digest_of
 from ..module_utils.mixtral_run_host.start import run_module
 
 SPARE_GIB = 5

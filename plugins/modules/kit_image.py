@@ -26,8 +26,9 @@ import shutil
 import tarfile
 import tempfile
 
-from ..module_utils.mixtral_run_host import image_inputs, probe, shortfalls, space
+from ..module_utils.mixtral_run_host import probe, shortfalls, space
 from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.engine import image_inputs
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.start import run_module
 

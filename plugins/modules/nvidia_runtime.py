@@ -24,9 +24,10 @@ options:
 import json
 import os
 
-from ..module_utils.mixtral_run_host import gpu_driver, probe
+from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import Result, last_lines, run
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
+from ..module_utils.mixtral_run_host.gpu import gpu_driver
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {

@@ -83,7 +83,9 @@ from urllib.request import ProxyHandler, Request, build_opener, proxy_bypass_env
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.mixtral_run_host import apt_sources, engine_unit, probe, shortfalls, space
+from ..module_utils.mixtral_run_host import probe, shortfalls, space
+from ..module_utils.mixtral_run_host.apt import apt_sources
+from ..module_utils.mixtral_run_host.engine import engine_unit
 from ..module_utils.mixtral_run_host.files import Record
 
 

@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.model.kernels.grouped_mm import added_linear, grouped_linear, has_grouped_product
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
-from tests.support.experts_reference import ROUTINGS, AdaptedCase, Case, reference
+from tests.support.references.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 SCALE = 2.0
 

@@ -14,7 +14,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     reads_untransposed,
     scaled_product,
 )
-from tests.support.experts_reference import ROUTINGS
+from tests.support.references.experts_reference import ROUTINGS
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 

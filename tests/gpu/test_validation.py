@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.samples import MockSamples, batches, stacked
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.steps.step import losses_of, train_step, trainable

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.commands.bootstrap import bootstrap as command
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap import bootstrap as module
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapEnd, BootstrapRequest, last_request

@@ -29,8 +29,8 @@ from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from tests.hosts.conftest import seen_arguments
 from tests.hosts.snapshot import difference, snapshot
-from tests.support.hub_server import COMMIT, NAME, serving
-from tests.support.killed import killed_at
+from tests.support.processes.killed import killed_at
+from tests.support.servers.hub_server import COMMIT, NAME, serving
 
 # The first test includes the time to build the image and to start both hosts.
 pytestmark = pytest.mark.timeout(1800)

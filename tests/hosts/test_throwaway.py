@@ -20,7 +20,7 @@ from mixtral_run.fleet.testhosts.engine import CACHE
 from mixtral_run.fleet.testhosts.hosts import container_name
 from mixtral_run.fleet.testhosts.repository import CONTAINER
 from mixtral_run.fleet.testhosts.shell import call
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 PORTS = range(32768, 61000)
 """Which the engine gives, time and again."""

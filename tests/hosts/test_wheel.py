@@ -44,7 +44,7 @@ def test_the_wheel_holds_every_playbook_role_and_plugin(wheel: Path) -> None:
     ]
     assert tracked
     assert missing == []
-    assert "mixtral_run/resources/status.html" in inside
+    assert "mixtral_run/fleet/status/status.html" in inside
 
 
 def test_bootstrap_works_from_the_wheel_alone(wheel: Path, light_hosts: HostMaker, tmp_path: Path) -> None:

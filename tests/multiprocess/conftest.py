@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import tokenizer_texts
-from tests.support import warm
 from tests.support.needs import missing
+from tests.support.processes import warm
 
 SMALL = MixtralArchitecture(
     num_layers=2,
@@ -90,7 +90,7 @@ def torchrun(num_processes: int, script: Path, *words: str) -> str:
 
 
 def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line as a user calls it, in a process that need not import torch (tests/support/warm.py)."""
+    """The command line as a user calls it, in a process that need not import torch."""
     return warm.run(["-m", "mixtral_run", *words], environment_of(**environment))
 
 

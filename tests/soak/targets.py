@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.fleet.hosts import hosts_of_inventory, parse_host, unresolved_variables
 from mixtral_run.fleet.jobs.job_spec import parse_facts
 from mixtral_run.fleet.jobs.jobs import list_jobs
-from mixtral_run.fleet.jobs.unpack import unpack
+from mixtral_run.fleet.jobs.transfer.unpack import unpack
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from mixtral_run.fleet.status.page import page
 from mixtral_run.fleet.status.read_fleet import read_fleet, summary_rows, to_json
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.weights.convert import to_megatron
 from mixtral_run.weights.convert.copy_plan import make_plan

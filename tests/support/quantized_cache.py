@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32
 
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.hf.hf_weights import open_hf_weights

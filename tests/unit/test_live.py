@@ -11,14 +11,14 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mixtral_run.live import ActivityRow, BarRow, TrainingFigures, TrainingRow, bar_line, in_bytes, sparkline
-from mixtral_run.report import Report
+from mixtral_run.terminal.live import ActivityRow, BarRow, TrainingFigures, TrainingRow, bar_line, in_bytes, sparkline
+from mixtral_run.terminal.report import Report
 from tests.support.screen import on_terminal
 
 PROGRAM = """
 import time
-from mixtral_run.live import TrainingFigures
-from mixtral_run.report import Report
+from mixtral_run.terminal.live import TrainingFigures
+from mixtral_run.terminal.report import Report
 report = Report()
 report.say("first line")
 with report.progress(2_000_000_000, "copied") as bar:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 
 def test_waiting_reports_the_elapsed_time_until_the_end() -> None:

@@ -6,7 +6,7 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.launch.imports import importing
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.train.jobs import EVALUATE

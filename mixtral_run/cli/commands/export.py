@@ -6,7 +6,7 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.weights import ExportConfig
+from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.launch.imports import importing
 
 

@@ -6,11 +6,11 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.launch.imports import importing
 from mixtral_run.launch.processes import is_worker, rank
 from mixtral_run.launch.run_job import run_job
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import FINETUNE
 

@@ -37,7 +37,7 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
     from mixtral_run.fleet.jobs.jobs import list_jobs
     from mixtral_run.fleet.launchers.scheduled_jobs import raise_errors, scheduled_jobs
     from mixtral_run.fleet.selection import hosts_of
-    from mixtral_run.report import Report
+    from mixtral_run.terminal.report import Report
 
     named = bool(hosts) or inventory is not None
     states, problems = ([], []) if named else scheduled_jobs()

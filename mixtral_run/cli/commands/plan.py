@@ -6,7 +6,7 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.plan import PlanConfig
+from mixtral_run.config.verbs.plan import PlanConfig
 
 
 @click.command(

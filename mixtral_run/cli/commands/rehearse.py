@@ -6,7 +6,7 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.trial import RehearseConfig
+from mixtral_run.config.verbs.trial import RehearseConfig
 
 
 @click.command(cls=VerbCommand, examples=("rehearse --device cpu", "rehearse --host --work-path rehearsal"))

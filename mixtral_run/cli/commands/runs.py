@@ -93,8 +93,8 @@ def _rows(folders: tuple[str, ...], on: tuple[str, ...]) -> tuple[list[dict[str,
 
 
 def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bool, with_hosts: bool) -> None:
-    from mixtral_run.report import Report
     from mixtral_run.results.run_table import COLUMNS, NARROW_COLUMNS, best_checkpoint, cells, narrow_cells, printable
+    from mixtral_run.terminal.report import Report
 
     report = Report()
     if rows:
@@ -115,11 +115,11 @@ def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bo
 
 
 def _compare(folders: tuple[str, str], plot: Path | None, as_json: bool) -> None:
-    from mixtral_run.report import Report
     from mixtral_run.results.compare import write_comparison
     from mixtral_run.results.read_run import read_run
     from mixtral_run.results.run_list import row_of
     from mixtral_run.results.run_table import differences
+    from mixtral_run.terminal.report import Report
 
     found = [row_of(Path(each)) for each in folders]
     missing = [f"{folder}: no run" for folder, row in zip(folders, found, strict=True) if row is None]

@@ -45,7 +45,7 @@ def status(
     from mixtral_run.errors import HostError
     from mixtral_run.fleet.selection import hosts_of
     from mixtral_run.fleet.status.read_fleet import read_fleet, summary_rows, to_json
-    from mixtral_run.report import Report
+    from mixtral_run.terminal.report import Report
 
     given = {"checkpoints": checkpoints_folder, "hf_home": hf_home, "image": image}
     folders = {name: value for name, value in given.items() if value}

@@ -12,7 +12,7 @@ from mixtral_run.cli.command import Option, VerbCommand
 from mixtral_run.cli.completion import complete_hosts
 from mixtral_run.cli.host_options import job_options, take_host_options
 from mixtral_run.cli.options import merged_config, setting_options
-from mixtral_run.config.training import UpConfig
+from mixtral_run.config.verbs.training import UpConfig
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _provision = partial(click.option, cls=Option, section="Provisioning")

@@ -6,7 +6,7 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.weights import VerifyConfig
+from mixtral_run.config.verbs.weights import VerifyConfig
 
 
 @click.command(
@@ -20,7 +20,7 @@ from mixtral_run.config.weights import VerifyConfig
 def verify(config: VerifyConfig) -> None:
     """Describe a checkpoint. With --against compare it with the HF weights, bit by bit and by logits."""
     from mixtral_run.launch import processes
-    from mixtral_run.report import json_document
+    from mixtral_run.terminal.report import json_document
 
     # Under the user's torchrun only the first process reads the checkpoint and prints.
     is_first = processes.rank() == 0
@@ -42,7 +42,7 @@ def _compare_logits(config: VerifyConfig) -> None:
     from mixtral_run.launch import processes
     from mixtral_run.launch.run_job import run_job
     from mixtral_run.planner.available import logits_fit
-    from mixtral_run.report import Report
+    from mixtral_run.terminal.report import Report
     from mixtral_run.train.jobs import COMPARE_LOGITS
     from mixtral_run.weights.hf.hub import with_models_here
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mixtral_run.config.serve import SGLANG, VLLM, ServeConfig
+from mixtral_run.config.verbs.serve import SGLANG, VLLM, ServeConfig
 from mixtral_run.errors import ConfigError, WeightsError
 
 PORT_INSIDE = 8000

@@ -19,9 +19,9 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, find_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import find_job
-from mixtral_run.fleet.jobs.listing import SCRIPT, Listing, read_listing
-from mixtral_run.fleet.jobs.rsync import receive, why_not_here
-from mixtral_run.fleet.jobs.unpack import Received, free_bytes, size_text, unpack
+from mixtral_run.fleet.jobs.transfer.listing import SCRIPT, Listing, read_listing
+from mixtral_run.fleet.jobs.transfer.rsync import receive, why_not_here
+from mixtral_run.fleet.jobs.transfer.unpack import Received, free_bytes, size_text, unpack
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.untrusted import local_name, one_line

@@ -14,7 +14,7 @@ from typing import Any
 
 from mixtral_run.config.data import CHAT_TEMPLATES, DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
-from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.container_paths import (
     CHECKPOINTS,

@@ -7,8 +7,8 @@ import shlex
 import sys
 import time
 
-from mixtral_run.config.hub_names import may_be_hub_name
-from mixtral_run.config.serve import IMAGES, ServeConfig
+from mixtral_run.config.names.hub_names import may_be_hub_name
+from mixtral_run.config.verbs.serve import IMAGES, ServeConfig
 from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.container_paths import HF_HOME, KERNELS

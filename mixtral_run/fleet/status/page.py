@@ -13,7 +13,9 @@ from pathlib import Path
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.status.read_fleet import HostStatus, shown
-from mixtral_run.resources import STATUS_PAGE
+
+STATUS_PAGE = Path(__file__).with_name("status.html")
+"""Template of the page."""
 
 
 @dataclass(frozen=True)

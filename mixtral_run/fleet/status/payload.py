@@ -26,9 +26,9 @@ def _load(sources):
         exec(compile(text, name, "exec"), sys.modules[name].__dict__)
 """
 
-_NEEDED = ("commands", "probe", "gpu_shortfalls")
+_NEEDED = ("commands", "probe", "gpu.gpu_shortfalls")
 """Modules of mixtral_run_host that `remote_status` imports. Those that they import are sent as well."""
-_IMPORT = re.compile(r"^from \.(?:(\w+) import |\s*import ([\w, ]+)$)", re.MULTILINE)
+_IMPORT = re.compile(r"^ *from (\.+)([\w.]*) import ([\w, ]+)$", re.MULTILINE)
 
 
 def program_of(sources: dict[str, str], program: str) -> bytes:
@@ -47,22 +47,27 @@ def status_payload() -> bytes:
     """Return the program that prints a host's state: the readings of the roles and those of `remote_status`."""
     prefix = "ansible.module_utils.mixtral_run_host"
     folder = collection_folder() / "plugins/module_utils/mixtral_run_host"
-    sources = dict.fromkeys(("ansible", "ansible.module_utils", prefix), "")
     modules: dict[str, str] = {}
     for name in _NEEDED:
         _add_module(modules, folder, name)
+    folders = {f"{prefix}.{name.rpartition('.')[0]}" for name in modules if "." in name}
+    sources = dict.fromkeys(("ansible", "ansible.module_utils", prefix, *sorted(folders)), "")
     sources |= {f"{prefix}.{name}": text for name, text in modules.items()}
     return program_of(sources, _read(Path(__file__).with_name("remote_status.py")))
 
 
 def _add_module(modules: dict[str, str], folder: Path, name: str) -> None:
-    """Add a module's text to `modules`, after those that it imports."""
+    """Add a module's text to `modules`, by its name below `folder`, after those that it imports."""
     if name in modules:
         return
-    text = _read(folder / f"{name}.py")
-    for module, names in _IMPORT.findall(text):
-        for imported in [module] if module else names.split(", "):
-            _add_module(modules, folder, imported)
+    text = _read(folder / f"{name.replace('.', '/')}.py")
+    for dots, module, names in _IMPORT.findall(text):
+        target = ".".join([*name.split(".")[: -len(dots)], *([module] if module else [])])
+        if (folder / f"{target.replace('.', '/')}.py").is_file():
+            _add_module(modules, folder, target)
+            continue
+        for each in names.split(", "):
+            _add_module(modules, folder, f"{target}.{each}" if target else each)
     modules[name] = text
 
 

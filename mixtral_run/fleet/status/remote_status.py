@@ -25,7 +25,8 @@ MAX_NUMBER = 10**12
 
 def read_status(folders: dict[str, str]) -> dict[str, Any]:
     """Return all readings. `folders`: the checkpoints folder, the HF cache and the image name on this host."""
-    from ansible.module_utils.mixtral_run_host import gpu_shortfalls, probe  # type: ignore[import-untyped]
+    from ansible.module_utils.mixtral_run_host import probe  # type: ignore[import-untyped]
+    from ansible.module_utils.mixtral_run_host.gpu import gpu_shortfalls  # type: ignore[import-untyped]
 
     found: dict[str, Any] = probe.host([folders["checkpoints"], folders["hf_home"], "/"])
     found["hostname"] = os.uname().nodename

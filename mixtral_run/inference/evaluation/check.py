@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from mixtral_run.config.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.preflight import check_inference

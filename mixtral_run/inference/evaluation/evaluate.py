@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mixtral_run.config.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.errors import Stopped
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
@@ -21,7 +21,7 @@ from mixtral_run.inference.text_stream import printable, text_of
 from mixtral_run.launch.stop_request import stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import open_mesh, sum_over
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.validation import evaluating, micro_batch, rows_by_pass
 from mixtral_run.weights.io.files import write_atomically

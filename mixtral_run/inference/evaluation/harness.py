@@ -12,13 +12,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mixtral_run.config.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
 from mixtral_run.inference.session import Session, as_model, models_of
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 
 
 def run_tasks(config: EvaluateConfig, session: Session, model: MixtralModel, report: Report) -> dict[str, Any]:

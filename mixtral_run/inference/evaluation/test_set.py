@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixtral_run.config.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.session import Session
 from mixtral_run.train.data.cache.token_arrays import TokenArrays

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.launch import processes
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.checkpoint import load_adapter
 from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits, describe_base

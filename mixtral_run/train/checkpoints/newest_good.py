@@ -9,10 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.manifest.adapter_files import NEXT_MARKER, file_problems
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, iteration_of

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.launch import processes
-from mixtral_run.report import Report
 from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
 from mixtral_run.run_lock import one_run
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_iteration

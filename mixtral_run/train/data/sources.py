@@ -10,9 +10,9 @@ import numpy as np
 import torch.distributed as dist
 
 from mixtral_run.config.data import DATA_SETTINGS
-from mixtral_run.config.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, joined
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.cached_examples import CachedExamples, ExampleCaches
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.metrics import append
 from mixtral_run.train.outcome.example_texts import Prompt
 from mixtral_run.train.validation import evaluating

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixtral_run.errors import TrainingError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.metrics import tensorboard_scalars
 
 if TYPE_CHECKING:

@@ -8,16 +8,16 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.router_counts import RouterCounts
-from mixtral_run.report import Report
 from mixtral_run.results import run_files
 from mixtral_run.results.kit import this_kit
 from mixtral_run.results.loss_plot import write_loss_plot
 from mixtral_run.results.read_run import curve, loss_summary, read_run
 from mixtral_run.results.report_page import ExampleText, report_page
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.sources import TrainingData
 from mixtral_run.train.data.templates.open_template import open_chat_template
 from mixtral_run.train.data.templates.prompt import load_tokenizer

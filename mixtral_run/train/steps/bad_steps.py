@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from mixtral_run.config.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.parallel.mesh import Mesh, everywhere
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.step import StepResult
 from mixtral_run.weights.io.files import write_atomically

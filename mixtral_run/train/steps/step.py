@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.launch.heartbeat import note_progress
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel

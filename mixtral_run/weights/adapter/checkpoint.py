@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.schema import Place, adapter_tensors, places
 from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint, adapter_manifest_of, open_checkpoint
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, refuse_other_kinds

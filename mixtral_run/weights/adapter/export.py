@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.weights import ExportConfig
+from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.checkpoint import OpenAdapter, check_tensors, open_adapter
 from mixtral_run.weights.adapter.lora_factors import Factors
 from mixtral_run.weights.adapter.merge import merge_files

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError, shortened
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.peft_config import (
     CONFIG_NAME,
     is_peft_directory,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.schema import Place, linear_in_key, linear_out_key
 from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run import __version__
-from mixtral_run.config.hub_names import hub_name_and_revision, may_be_hub_name
+from mixtral_run.config.names.hub_names import hub_name_and_revision, may_be_hub_name
 from mixtral_run.weights.adapter.checkpoint import OpenAdapter
 from mixtral_run.weights.adapter.peft_layouts import max_lora_rank
 from mixtral_run.weights.io.files import write_atomically

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixtral_run.config.hub_names import hub_name_and_revision
+from mixtral_run.config.names.hub_names import hub_name_and_revision
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.lora_factors import Factors
 from mixtral_run.weights.adapter.schema import places
 from mixtral_run.weights.mapping.hf_to_megatron import Shape, hf_tensors

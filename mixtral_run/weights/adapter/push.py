@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME
 
 NOT_PUBLISHED = [MANIFEST_NAME]

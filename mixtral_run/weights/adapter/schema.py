@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.mapping.hf_to_megatron import (
     LINEAR_FC1_KEY,
     LINEAR_FC2_KEY,

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from isal.isal_zlib import crc32
 
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.checkpoint import check_tensors, open_adapter
 from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes, as_tensor
 from mixtral_run.weights.adapter.merge import Adding, row_blocks

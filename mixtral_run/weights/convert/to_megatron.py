@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError, shortened
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert.copy import copy_all, unwritable
 from mixtral_run.weights.convert.copy_plan import Job, Plan, make_plan
 from mixtral_run.weights.convert.journal import JOURNAL_NAME, Journal, identity, stale_jobs

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.fields import Config
-from mixtral_run.config.hub_names import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
+from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import EXAMPLE_NAME, MixtralArchitecture
-from mixtral_run.report import Report, repeating
+from mixtral_run.terminal.report import Report, repeating
 from mixtral_run.weights.hf.tokenizer_files import MORE_TEMPLATES, TOKENIZER_FILES
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import how_to_restore

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError, shortened
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.crc import crc_of
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, adapter_manifest_of, iteration_of
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.hf.hub import resolve_description
 from mixtral_run.weights.manifest.checkpoint_folder import (
     CONVERTED_ITERATION,

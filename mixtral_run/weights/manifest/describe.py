@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import (
     LATEST,

@@ -10,8 +10,8 @@ from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
 from mixtral_run.config.lora import LORA_SCALINGS, LORA_TARGET_MODULES
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 T = TypeVar("T")

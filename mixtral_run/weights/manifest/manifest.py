@@ -14,8 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from mixtral_run import __version__
 from mixtral_run.errors import WeightsError, shortened
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.fields import BaseReference, Fields, shown, unprintable
 from mixtral_run.weights.manifest.run_state import RunState

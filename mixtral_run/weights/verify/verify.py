@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.weights import VerifyConfig
+from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums

@@ -7,9 +7,9 @@ import json
 import os
 import re
 
-from . import gpu_driver
 from .commands import MISSING, TIMED_OUT, run
 from .files import RECORD_FOLDER, explain, read_text
+from .gpu import gpu_driver
 
 GPU_FIELDS = (
     "index",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import namedtuple
 
-from . import gpu_shortfalls, space
-from .gpu_shortfalls import version
+from . import space
+from .gpu import gpu_shortfalls
+from .gpu.gpu_shortfalls import version
 
 Shortfall = namedtuple("Shortfall", "check level expected found remedy")
 CHECKS = (

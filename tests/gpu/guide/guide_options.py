@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.make_mixtral import add_size_options
-from mixtral_run.config.training import BASE_PRECISIONS, RECOMPUTE
+from mixtral_run.config.verbs.training import BASE_PRECISIONS, RECOMPUTE
 
 STEPS = ("convert", "mock", "real", "generate", "export", "smoke")
 

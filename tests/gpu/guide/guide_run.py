@@ -35,9 +35,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_memory import gpus
-from benchmarks.library_pairs import write_library_pairs
 from benchmarks.make_mixtral import STANDARD_DEVIATION, scaled
+from benchmarks.support.gpu_memory import gpus
+from benchmarks.support.library_pairs import write_library_pairs
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
 from mixtral_run.trial.random_mixtral import hf_config

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.gpu_memory import GpuMemory
-from benchmarks.process_memory import FamilyMemory
+from benchmarks.support.gpu_memory import GpuMemory
+from benchmarks.support.process_memory import FamilyMemory
 
 ROOT = Path(__file__).resolve().parents[3]
 SHOWN_LINES = 30

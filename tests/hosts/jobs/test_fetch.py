@@ -147,7 +147,7 @@ def test_a_folder_that_others_could_write_to_is_not_continued(
 ) -> None:
     target, adapter = host_and_adapter(light_hosts, tmp_path)
     monkeypatch.setattr("mixtral_run.fleet.jobs.fetch._receive", lambda *_: pytest.fail("not by tar"))
-    monkeypatch.setattr("mixtral_run.fleet.jobs.rsync.rsync_argv", lambda *_: ["false"])
+    monkeypatch.setattr("mixtral_run.fleet.jobs.transfer.rsync.rsync_argv", lambda *_: ["false"])
     with pytest.raises(HostError):
         fetch_job(f"{target}:{adapter}", work)
     (left,) = work.glob(".mixtral-run-fetch-*")

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mixtral_run.cli.commands import fleet_jobs
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import parse_host
 from mixtral_run.fleet.jobs.job_spec import JobOptions

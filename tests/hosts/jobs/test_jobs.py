@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, HostError, TrainingError
 from mixtral_run.fleet.jobs.fetch import fetch, fetch_job
 from mixtral_run.fleet.jobs.job_log import JobFollower, Left, show_logs

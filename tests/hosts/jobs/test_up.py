@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig, UpConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, UpConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import parse_host
 from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec

@@ -14,7 +14,7 @@ import pytest
 from mixtral_run.cli.main import root
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.launchers.records import JobRecord, read_records
-from tests.support.slurm_cluster import GPUS, SlurmCluster, running_cluster
+from tests.support.servers.slurm_cluster import GPUS, SlurmCluster, running_cluster
 
 PATIENCE_SECONDS = 120
 ITERATIONS = 20

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, container_argv, make_spec
 from mixtral_run.fleet.jobs.jobs import SIGNALLED
 from tests.multiprocess.conftest import mixtral_run

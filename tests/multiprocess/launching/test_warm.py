@@ -1,4 +1,4 @@
-"""A forked command is what a new interpreter makes of the same words (tests/support/warm.py)."""
+"""A forked command is what a new interpreter makes of the same words (tests/support/processes/warm.py)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.multiprocess.conftest import environment_of, fresh_mixtral_run, mixtral_run
-from tests.support import warm
 from tests.support.needs import missing
+from tests.support.processes import warm
 
 STATE = """
 import json, os, random, signal, sys, threading, warnings

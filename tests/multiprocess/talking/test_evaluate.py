@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config.evaluate import EvaluateConfig
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.inference.evaluation import check, scores
 from mixtral_run.inference.evaluation.evaluate import evaluate

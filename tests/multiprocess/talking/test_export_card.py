@@ -12,9 +12,9 @@ import pytest
 import yaml
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from mixtral_run.config.weights import ExportConfig
+from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.manifest.manifest import read_values
 from tests.multiprocess.talking.conftest import Adapted

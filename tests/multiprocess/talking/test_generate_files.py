@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.answers import AnswersFile
 from mixtral_run.inference.generate import generate

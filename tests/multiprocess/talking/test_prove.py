@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.serve import ServeConfig
+from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import CheckFailed, ConfigError, HostError
 from mixtral_run.inference.prove import check_proof, prove
 from tests.multiprocess.conftest import mixtral_run

@@ -14,15 +14,15 @@ from unittest.mock import patch
 
 import torch
 
-from mixtral_run.config.training import RECOMPUTE, FinetuneConfig
+from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import FixedShapeDecoding
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.data.samples import MicroBatch, MockSamples, Row, batches, stacked
 from mixtral_run.train.load_model import load_for_inference, load_for_training

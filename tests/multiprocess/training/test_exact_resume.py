@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ExportConfig, VerifyConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ExportConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
 from mixtral_run.train.preflight import check_resume
 from mixtral_run.weights.adapter.export import export

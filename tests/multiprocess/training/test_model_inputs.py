@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config.generate import GenerateConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.inference.generate import generate
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.preflight import check_training
 from mixtral_run.trial.logits_parity import compare_logits
 from mixtral_run.weights.adapter.export import export
@@ -25,7 +25,7 @@ from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.verbs.test_export import write_adapter
 from tests.multiprocess.weights.test_convert import convert_quietly
-from tests.support.model_cases import (
+from tests.support.references.model_cases import (
     RELEASED_CONFIGS,
     at_small_width,
     change_config,

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.kernels.quantized.quantized_mm import quantize_to
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.load_model import load_for_training
 from mixtral_run.train.metrics import read_metrics
+from mixtral_run.trial.sizes import INSTRUCTIONS
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from tests.multiprocess.conftest import mixtral_run
 

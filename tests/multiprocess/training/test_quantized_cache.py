@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.hf.hf_weights import open_hf_weights
 from mixtral_run.weights.load.read_parts import BLOCK_BYTES, default_workers
@@ -28,7 +28,7 @@ from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.quantized_cache import layout, writer
 from tests.multiprocess.conftest import environment_of
-from tests.support import warm
+from tests.support.processes import warm
 from tests.support.quantized_cache import (
     RECORD,
     STALE,
@@ -352,9 +352,9 @@ import sys, threading
 from pathlib import Path
 import torch
 from mixtral_run.weights.manifest.describe import describe_base
-from mixtral_run.config.weights import VerifyConfig
+from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.model.mixtral import ModelSettings, build_model
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.checkpoints.checkpoint import load_base
 from mixtral_run.train.quantized_experts import CacheOptions

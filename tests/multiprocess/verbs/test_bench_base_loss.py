@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.base_loss import compared, main
-from mixtral_run.config.training import BASE_PRECISIONS
+from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 
 def test_base_and_adapters_learn_at_every_precision(capsys: pytest.CaptureFixture[str]) -> None:

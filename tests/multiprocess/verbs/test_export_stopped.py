@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.weights import ExportConfig
-from mixtral_run.report import Report
+from mixtral_run.config.verbs.weights import ExportConfig
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter import merge
 from mixtral_run.weights.adapter.export import export
 from tests.multiprocess.verbs.test_export import write_adapter

@@ -1,5 +1,7 @@
-"""`export --format vllm`, read by a loader written from vLLM's key scheme (tests/support/vllm_lora_loader.py, not
-vLLM)."""
+"""`export --format vllm`, read by a loader written from vLLM's key scheme (not vLLM itself).
+
+The loader is tests/support/references/vllm_lora_loader.py.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run.config.weights import ExportConfig
+from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.adapter.peft_layouts import max_lora_rank
 from tests.multiprocess.verbs.test_export import (
@@ -26,7 +28,7 @@ from tests.multiprocess.verbs.test_export import (
     write_adapter,
 )
 from tests.multiprocess.weights.test_convert import convert_quietly, run_cli
-from tests.support import vllm_lora_loader
+from tests.support.references import vllm_lora_loader
 from tests.support.tiny import write_shards, write_tiny
 
 

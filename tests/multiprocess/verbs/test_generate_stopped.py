@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.generate import GenerateConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
 from mixtral_run.inference import continuation
 from mixtral_run.inference import generate as generation
 from mixtral_run.launch.stop_request import StopRequest

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.gpu_memory import GpuMemory, gpus
+from benchmarks.support.gpu_memory import GpuMemory, gpus
 from tests.gpu.guide.guide_options import default_layouts, parsed
 from tests.gpu.guide.guide_run import GuideRun
 from tests.gpu.guide.guide_steps import Step, reached, run, table, training_figures

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from mixtral_run import __version__
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.report import Progress, Report
+from mixtral_run.terminal.report import Progress, Report
 from mixtral_run.weights.hf import hub as source
 from tests.multiprocess.weights.test_convert import run_cli
-from tests.support.hub_server import NAME, Hub, client_environment, serving
-from tests.support.model_cases import change_config
+from tests.support.references.model_cases import change_config
+from tests.support.servers.hub_server import NAME, Hub, client_environment, serving
 from tests.support.tiny import write_tiny
 
 

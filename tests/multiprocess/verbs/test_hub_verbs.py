@@ -12,7 +12,7 @@ import pytest
 
 from mixtral_run.errors import CheckFailed, ConfigError, WeightsError
 from tests.multiprocess.conftest import fresh_mixtral_run, mixtral_run
-from tests.support.hub_server import COMMIT, NAME, Hub, client_environment, serving
+from tests.support.servers.hub_server import COMMIT, NAME, Hub, client_environment, serving
 
 Call = Callable[..., CompletedProcess[str]]
 RUN = ("--mock-data", "--seq-length", "32", "--global-batch-size", "2", "--train-iters", "1", "--device", "cpu")

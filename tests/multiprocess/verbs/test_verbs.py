@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.plan import PlanConfig
+from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.planner.table import planned_gpu, workload_of
 from mixtral_run.weights.manifest.describe import describe_base
 from tests.multiprocess.conftest import fresh_mixtral_run, mixtral_run

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
 from mixtral_run.model.parallel.cpu import stand_in_for_cuda
 from tests.multiprocess.weights.megatron_load_worker import build
-from tests.support.megatron_writer import let_it_write_from_a_cpu
+from tests.support.references.megatron_writer import let_it_write_from_a_cpu
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config.weights import ConvertConfig
-from mixtral_run.report import Report
+from mixtral_run.config.verbs.weights import ConvertConfig
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 from mixtral_run.weights.io.pace import Pace

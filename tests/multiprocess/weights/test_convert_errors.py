@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.weights import ConvertConfig, VerifyConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert import to_megatron as convert_module
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.io import atomic_folder

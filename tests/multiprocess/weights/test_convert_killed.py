@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.weights import ConvertConfig, VerifyConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.io import atomic_folder
 from mixtral_run.weights.manifest.describe import describe_base
@@ -20,7 +20,7 @@ from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.conftest import environment_of
 from tests.multiprocess.weights.test_convert import convert_quietly
 from tests.multiprocess.weights.test_convert_errors import content, refused
-from tests.support import warm
+from tests.support.processes import warm
 from tests.support.tiny import write_tiny
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.weights import ExportConfig
+from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.hf.fingerprint import fingerprint, fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import open_hf_weights
@@ -221,7 +221,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     check_adapter_fits(adapter, describe_base(tmp_path / "near"))
     with pytest.raises(WeightsError, match="another base"):
         check_adapter_fits(adapter, describe_base(tmp_path / "other"))
-    from mixtral_run.config.weights import VerifyConfig
+    from mixtral_run.config.verbs.weights import VerifyConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.load_model import load_for_inference
 
@@ -244,7 +244,7 @@ def bad_hf_directories(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_a_bad_hf_directory_is_reported_as_convert_reports_it(tmp_path: Path) -> None:
-    from mixtral_run.config.weights import ConvertConfig
+    from mixtral_run.config.verbs.weights import ConvertConfig
     from mixtral_run.weights.convert.to_megatron import convert
 
     for name, folder in bad_hf_directories(tmp_path).items():

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base

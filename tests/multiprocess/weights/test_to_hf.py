@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.weights import ConvertConfig, ExportConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.manifest.manifest import read_values

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_run.config.weights import VerifyConfig
+from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from mixtral_run.weights.verify.result import VerifyResult

@@ -13,8 +13,8 @@ from tests.support.tiny import write_tiny
 STEPS = """
 import sys, threading
 from pathlib import Path
-from mixtral_run.config.weights import ConvertConfig, VerifyConfig
-from mixtral_run.report import Report
+from mixtral_run.config.verbs.weights import ConvertConfig, VerifyConfig
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert.to_megatron import convert
 from mixtral_run.weights.convert.to_hf import to_hf
 from mixtral_run.weights.verify.verify import verify

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.config_template import CONFIGS
 from mixtral_run.cli.main import root
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 
 WANTED = {"load": "base", "lr": 1e-4, "lora_rank": 8, "quantized_cache": "yes", "mock_data": True, "data_path": None}

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.config.foreign_names import FOREIGN_FLAGS
-from mixtral_run.config.foreign_verbs import FOREIGN_VERBS
+from mixtral_run.config.names.foreign_names import FOREIGN_FLAGS
+from mixtral_run.config.names.foreign_verbs import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError
 
 

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.command import PROBLEMS, SECTIONS, VerbCommand
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.config import data, evaluate, generate, plan, serve, training, trial, weights
+from mixtral_run.config import data
 from mixtral_run.config.fields import Config
+from mixtral_run.config.verbs import evaluate, generate, plan, serve, training, trial, weights
 
 BLOCKED = (
     "torch", "ansible_runner", "ansible", "megatron", "transformers", "numpy", "rich", "safetensors", "yaml",

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config import plan, training, trial, weights
 from mixtral_run.config.fields import Config
-from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs import plan, training, trial, weights
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError
 
 DECLARED = vars(training) | vars(weights) | vars(plan) | vars(trial)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.bootstrap.progress import FleetProgress
 from mixtral_run.fleet.hosts import parse_host, parse_hosts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.training import UpConfig
+from mixtral_run.config.verbs.training import UpConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import parse_host
 from mixtral_run.fleet.up import Done, _check_same_base, _check_same_training, _check_target, _finetune_config

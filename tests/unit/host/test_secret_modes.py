@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from ansible.module_utils.mixtral_run_host import files
-from ansible.module_utils.mixtral_run_host.model_cache import ModelError
+from ansible.module_utils.mixtral_run_host.model.model_cache import ModelError
 
 from tests.unit.host.conftest import call_module, load_module
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
 from mixtral_run.launch import processes, run_job
 from mixtral_run.launch.stop_request import StopRequest
@@ -49,7 +49,7 @@ def as_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work(folder: Path) -> None:
-    config_class = "mixtral_run.config.training:FinetuneConfig"
+    config_class = "mixtral_run.config.verbs.training:FinetuneConfig"
     threads = torch.get_num_threads()
     run_job._work(str(folder), JOB.entry_point, config_class, CONFIG.to_json(), threads, {"FROM_PARENT": "set"})
 

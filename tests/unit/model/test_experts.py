@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.model.kernels.grouped_mm import each_experts, grouped_linear
 from mixtral_run.model.kernels.swiglu import swiglu_with_adapter
-from tests.support.experts_reference import ROUTINGS, AdaptedCase, Case, reference
+from tests.support.references.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 
 def ours(case: Case, scale: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pytest
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.hf_config import DECISIONS, REFUSED, config_notes, config_problems, quantization, set_in_config
-from tests.support.model_cases import RELEASED_CONFIGS
+from tests.support.references.model_cases import RELEASED_CONFIGS
 
 RELEASED = RELEASED_CONFIGS["Mixtral-8x7B-v0.1"]
 

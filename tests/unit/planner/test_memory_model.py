@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
-from mixtral_run.config.plan import PlanConfig
-from mixtral_run.config.training import RECOMPUTE
+from mixtral_run.config.verbs.plan import PlanConfig
+from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.errors import ConfigError
 from mixtral_run.planner.memory_model import (
     GIB,

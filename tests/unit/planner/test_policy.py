@@ -14,10 +14,10 @@ from mixtral_run.cli.main import root
 from mixtral_run.config.gpus import GPU_MODELS, HOPPER
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
-from mixtral_run.config.training import RECOMPUTE
+from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
+from mixtral_run.model.adapters.lora import LoraSettings
 from mixtral_run.model.kernels.requirements import KernelSet, kernel_set_of
-from mixtral_run.model.lora import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner import policy, table

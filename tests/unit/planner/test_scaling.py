@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
-from mixtral_run.config.plan import PlanConfig, network_bytes
+from mixtral_run.config.verbs.plan import PlanConfig, network_bytes
 from mixtral_run.planner.memory_model import Layout, Workload
 from mixtral_run.planner.scaling import Exchange, exchange, shown_hosts
 from mixtral_run.planner.scaling_table import MEASURED_RATES, scaling

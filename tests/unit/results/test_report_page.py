@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.results.read_run import read_run
 from mixtral_run.results.report_page import ExampleText, report_page
 from tests.support.html_page import Page

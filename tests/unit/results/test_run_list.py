@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 
 from mixtral_run.cli.commands.runs import runs
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.status.read_runs import rows_of, runs_program
 from mixtral_run.results import read_run, run_list

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.report import Report
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.samples import MockSamples
 from mixtral_run.train.loop import _iterations
 from mixtral_run.train.steps.step import StepResult

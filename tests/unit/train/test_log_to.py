@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import TrainingError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.outcome import log_to
 from mixtral_run.train.outcome.log_to import flat, logger_problems, scalar_loggers
 from mixtral_run.train.outcome.record import RunRecord

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
-from mixtral_run.model.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
 from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems

@@ -14,12 +14,12 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.report import Report
-from mixtral_run.resources import INSTRUCTIONS
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.summary import ValidationSummary
 from mixtral_run.train.validation import Validation, ValidationMetrics, rows_by_pass
+from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.multiprocess.conftest import SMALL
 from tests.support.examples import examples_of
 from tests.support.samples import samples_of

@@ -2,7 +2,7 @@
 
 import json
 
-from mixtral_run.resources import INSTRUCTIONS
+from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.support.examples import examples_of, turns_of
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mixtral_run.config.launchers.kubernetes import KubernetesConfig
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.fetch import fetch

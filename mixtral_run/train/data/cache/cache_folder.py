@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import ConfigError, TrainingError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.token_cache import (
     DESCRIPTION,
     FORMAT,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data_sources import DataSource, content_sha256
-from mixtral_run.config.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.cache_folder import CacheFolder, default_folder
 from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed
 from mixtral_run.train.data.cache.token_cache import CacheWriter, TokenCache

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixtral_run.errors import ConfigError, TrainingError
-from mixtral_run.live import ActivityRow
+from mixtral_run.terminal.live import ActivityRow
 from mixtral_run.train.data.cache.token_arrays import DTYPES, EncodedChunk
 from mixtral_run.train.data.reading.example import Example
 from mixtral_run.train.data.templates.encoding import Encode, Encoding, content_digest

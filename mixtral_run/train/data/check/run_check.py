@@ -9,7 +9,7 @@ from typing import Any
 
 from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import MixtralRunError, joined
-from mixtral_run.report import Report, json_document, repeating
+from mixtral_run.terminal.report import Report, json_document, repeating
 from mixtral_run.train.data.check.check import CheckResult, Encode, check_data, load_encoder, problem_error
 from mixtral_run.train.data.check.check_screen import check_lines, colored
 from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mixtral_run.config.data_sources import DataSource
-from mixtral_run.config.hub_names import hub_name_and_revision
+from mixtral_run.config.names.hub_names import hub_name_and_revision
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.reading.formats import ARROW_FILE, PARQUET, needs_pyarrow
 from mixtral_run.train.data.reading.records import Record, refuse_same_names

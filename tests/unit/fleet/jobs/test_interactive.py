@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
-from mixtral_run.config.generate import ChatConfig
+from mixtral_run.config.verbs.generate import ChatConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import interactive

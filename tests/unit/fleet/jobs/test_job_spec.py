@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.generate import GenerateConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.trial import SmokeConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.trial import SmokeConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import (
     HostFacts,

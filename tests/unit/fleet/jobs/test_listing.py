@@ -11,10 +11,10 @@ import pytest
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import parse_host
-from mixtral_run.fleet.jobs import listing as module
-from mixtral_run.fleet.jobs import rsync
-from mixtral_run.fleet.jobs.links import RefusedError
-from mixtral_run.fleet.jobs.listing import Listing, read_listing
+from mixtral_run.fleet.jobs.transfer import listing as module
+from mixtral_run.fleet.jobs.transfer import rsync
+from mixtral_run.fleet.jobs.transfer.links import RefusedError
+from mixtral_run.fleet.jobs.transfer.listing import Listing, read_listing
 from mixtral_run.fleet.ssh.connection import Ssh
 from tests.unit.fleet.hostile_tar import CASES, FILE, FOLDER, HARD, LINK, PEFT, Entry
 

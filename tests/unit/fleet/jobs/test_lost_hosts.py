@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, Stopped, TrainingError, WeightsError
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.jobs import job_log, lost_hosts, run_on_hosts

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, parse_hosts, remember_hosts
 from mixtral_run.fleet.jobs import queue

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import Host, parse_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.serve import ServeConfig
+from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError, WeightsError
 from mixtral_run.fleet.jobs import interactive
 from mixtral_run.fleet.jobs import serve as serving

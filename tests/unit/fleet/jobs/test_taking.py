@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.fleet.jobs import taking
 from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, make_spec
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, job_in, start_argv

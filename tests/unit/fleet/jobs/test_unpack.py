@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pytest
 
-from mixtral_run.fleet.jobs import unpack as module
-from mixtral_run.fleet.jobs.unpack import RefusedError, free_bytes, size_text, unpack
+from mixtral_run.fleet.jobs.transfer import unpack as module
+from mixtral_run.fleet.jobs.transfer.unpack import RefusedError, free_bytes, size_text, unpack
 from tests.unit.fleet.hostile_tar import CASES, FILE, FOLDER, HARD, LINK, PEFT, Entry, stream
 
 GIB = 2**30

@@ -167,8 +167,8 @@ def test_jobs_of_a_scheduler_are_listed_stopped_and_fetched(
 
 
 def test_a_scheduler_is_not_given_what_it_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixtral_run.config.training import FinetuneConfig
-    from mixtral_run.config.weights import ConvertConfig
+    from mixtral_run.config.verbs.training import FinetuneConfig
+    from mixtral_run.config.verbs.weights import ConvertConfig
     from mixtral_run.fleet.jobs.job_spec import JobOptions
     from mixtral_run.fleet.launchers import launch_job
 

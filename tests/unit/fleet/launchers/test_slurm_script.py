@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.config.launchers.slurm import SlurmConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig, VerifyConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, VerifyConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.launchers.launcher import LaunchRequest

@@ -1,7 +1,7 @@
 """What apt prints about sources and transactions, as apt 2.6 of Debian 12 printed it on a test host."""
 
 import pytest
-from ansible.module_utils.mixtral_run_host import apt_output
+from ansible.module_utils.mixtral_run_host.apt import apt_output
 
 GONE = """Get:1 http://deb.debian.org/debian bookworm InRelease [151 kB]
 Ign:2 http://vendor.example/agent stable InRelease

@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host.openpgp import primary_fingerprints
+from ansible.module_utils.mixtral_run_host.apt.openpgp import primary_fingerprints
 
 from tests.unit.host.conftest import call_module, load_module
 

@@ -1,7 +1,7 @@
 """Older source files that name the same repository are switched off; every other line stays as it is."""
 
 import pytest
-from ansible.module_utils.mixtral_run_host import apt_sources
+from ansible.module_utils.mixtral_run_host.apt import apt_sources
 
 URI = "https://download.docker.com/linux/ubuntu"
 KEEPER = "/etc/apt/sources.list.d/docker.sources"

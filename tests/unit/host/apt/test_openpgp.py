@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host.openpgp import primary_fingerprints
+from ansible.module_utils.mixtral_run_host.apt.openpgp import primary_fingerprints
 
 
 def _gpg(home: Path, *words: str) -> bytes:

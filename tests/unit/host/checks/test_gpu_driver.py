@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import gpu_driver
+from ansible.module_utils.mixtral_run_host.gpu import gpu_driver
 
 from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible.module_utils.mixtral_run_host.gpu_floors import floors_for
+from ansible.module_utils.mixtral_run_host.gpu.gpu_floors import floors_for
 
 DEFAULTS = yaml.safe_load((Path(__file__).parents[4] / "roles/acceptance/defaults/main.yml").read_text())
 FLOORS, MODELS = DEFAULTS["acceptance_floors"], DEFAULTS["acceptance_model_floors"]

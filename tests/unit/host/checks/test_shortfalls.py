@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import gpu_shortfalls, shortfalls
+from ansible.module_utils.mixtral_run_host import shortfalls
+from ansible.module_utils.mixtral_run_host.gpu import gpu_shortfalls
 
 from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
 

@@ -4,7 +4,7 @@ import copy
 import itertools
 
 import pytest
-from ansible.module_utils.mixtral_run_host.daemon_settings import merge, needs
+from ansible.module_utils.mixtral_run_host.engine.daemon_settings import merge, needs
 
 FOREIGN = {"dns": ["10.0.0.1"], "log-opts": {"labels": "team"}, "runtimes": {"kata": {"path": "kata"}}, "debug": True}
 WANTED = {

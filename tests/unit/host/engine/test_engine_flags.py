@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import daemon_settings, engine_flags, engine_unit
 from ansible.module_utils.mixtral_run_host.commands import Result
+from ansible.module_utils.mixtral_run_host.engine import daemon_settings, engine_flags, engine_unit
 
 DEFAULTS = {
     "log-driver": "json-file",

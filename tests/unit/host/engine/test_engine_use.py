@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import engine_use
+from ansible.module_utils.mixtral_run_host.engine import engine_use
 
 from tests.unit.host.conftest import call_module, load_module
 from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture

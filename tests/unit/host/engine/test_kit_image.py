@@ -79,7 +79,7 @@ def test_the_image_gets_all_of_the_kit_and_nothing_else(tmp_path: Path, action: 
     }
     context = action._context(local | {"requirements": []}, {"wheelhouse": "", "wheelhouse_on_host": False})
     sent = {name for name in context if name.startswith("mixtral_run/")}
-    assert {"mixtral_run/model/kernels/csrc/product.cu", "mixtral_run/resources/instructions.jsonl"} < sent
+    assert {"mixtral_run/model/kernels/csrc/product.cu", "mixtral_run/trial/instructions.jsonl"} < sent
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "mixtral_run").rglob("*") if path.is_file()}
     assert sent == {name for name in own if "__pycache__" not in name}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.mixtral_run_host import hf_download
 from ansible.module_utils.mixtral_run_host.commands import Result
-from ansible.module_utils.mixtral_run_host.hf_download import HubDownload
+from ansible.module_utils.mixtral_run_host.model import hf_download
+from ansible.module_utils.mixtral_run_host.model.hf_download import HubDownload
 
-from tests.support.hub_server import COMMIT, NAME, Hub, serving
+from tests.support.servers.hub_server import COMMIT, NAME, Hub, serving
 from tests.unit.host.conftest import call_module, load_module
 from tests.unit.host.programs import Programs
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import hf_peer
 from ansible.module_utils.mixtral_run_host.commands import Result
-from ansible.module_utils.mixtral_run_host.hf_peer import Peer
-from ansible.module_utils.mixtral_run_host.model_cache import ModelCache, ModelError, RemoteFile
+from ansible.module_utils.mixtral_run_host.model import hf_peer
+from ansible.module_utils.mixtral_run_host.model.hf_peer import Peer
+from ansible.module_utils.mixtral_run_host.model.model_cache import ModelCache, ModelError, RemoteFile
 
 from tests.unit.host.conftest import ROOT
 

@@ -9,7 +9,7 @@ from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host.model_cache import (
+from ansible.module_utils.mixtral_run_host.model.model_cache import (
     ModelCache,
     ModelError,
     RemoteFile,

@@ -40,7 +40,7 @@ KINDS = {
     "mixtral_run/fleet/testhosts/files/nvidia-smi": ALL,
     "mixtral_run/fleet/testhosts/molecule/base.yml": ALL,
     "tests/hosts/test_roles.py": ALL,
-    "mixtral_run/report.py": ("acceptance", "bootstrap"),
+    "mixtral_run/terminal/report.py": ("acceptance", "bootstrap"),
     "mixtral_run/fleet/plays/provisioning.py": ALL,
     "ansible.cfg": ALL,
     "constraints.txt": ALL,
@@ -123,7 +123,7 @@ def test_a_scenario_whose_hosts_start_with_images_depends_on_their_recipe(checko
     inputs = Scenario(checkout, folder, HARNESS, Path("unused")).inputs()
     assert checkout / "roles/image/files/requirements.txt" in inputs
     assert checkout / "roles/docker/tasks/main.yml" in inputs
-    assert checkout / "mixtral_run/report.py" not in inputs
+    assert checkout / "mixtral_run/terminal/report.py" not in inputs
     assert checkout / "roles/image/files/requirements.txt" not in scenarios(checkout)["swap"].inputs()
 
 
@@ -133,7 +133,7 @@ def test_a_computed_role_counts_as_every_role(checkout: Path) -> None:
     try:
         file.write_text(content + '\n- hosts: all\n  tasks: [{include_role: {name: "{{ any }}"}}]\n')
         inputs = {str(path.relative_to(checkout)) for path in scenarios(checkout)["swap"].inputs()}
-        assert {"roles/preflight/tasks/main.yml", "mixtral_run/report.py"} <= inputs
+        assert {"roles/preflight/tasks/main.yml", "mixtral_run/terminal/report.py"} <= inputs
     finally:
         file.write_text(content)
 
@@ -142,11 +142,11 @@ def test_a_harness_that_imports_the_kit_depends_on_it(checkout: Path) -> None:
     file = checkout / "mixtral_run/fleet/testhosts/__init__.py"
     content = file.read_text()
     try:
-        file.write_text(content + "from mixtral_run.report import Report\n")
-        assert checkout / "mixtral_run/report.py" in scenarios(checkout)["swap"].inputs()
+        file.write_text(content + "from mixtral_run.terminal.report import Report\n")
+        assert checkout / "mixtral_run/terminal/report.py" in scenarios(checkout)["swap"].inputs()
     finally:
         file.write_text(content)
-    assert checkout / "mixtral_run/report.py" not in scenarios(checkout)["swap"].inputs()
+    assert checkout / "mixtral_run/terminal/report.py" not in scenarios(checkout)["swap"].inputs()
 
 
 def test_no_tracked_file_that_the_chain_may_read_is_left_out() -> None:

@@ -8,7 +8,7 @@ import torch
 from mixtral_run.model.kernels.quantized import nf4
 from mixtral_run.model.kernels.quantized.formats import LEVELS
 from mixtral_run.model.kernels.quantized.quantized_mm import quantized_linear
-from tests.support.experts_reference import ROUTINGS
+from tests.support.references.experts_reference import ROUTINGS
 from tests.unit.model.kernels.test_quantized_mm import results, written_out
 
 

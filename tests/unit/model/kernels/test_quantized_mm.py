@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
 from mixtral_run.model.kernels.quantized import quantized_mm
@@ -26,18 +27,17 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantized_linear,
     quantized_with_inner,
 )
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.recompute.recipe import Recipe
-from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
 from mixtral_run.train.steps.step import train_step, trainable
+from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.multiprocess.conftest import SMALL
 from tests.support.examples import examples_of
-from tests.support.experts_reference import ROUTINGS
 from tests.support.quantized_cache import KEPT_NUMBERS, checksums_of, weight_to_keep
+from tests.support.references.experts_reference import ROUTINGS
 from tests.support.samples import samples_of
 
 

@@ -18,7 +18,8 @@ print(*(name for name in sys.modules if name.startswith(("torch._inductor.", "to
 
 
 @pytest.mark.parametrize(
-    "module", ["train.loop", "inference.generate", "trial.logits_parity", "train.checkpoints.checkpoint", "model.lora"]
+    "module",
+    ["train.loop", "inference.generate", "trial.logits_parity", "train.checkpoints.checkpoint", "model.adapters.lora"],
 )
 def test_no_process_loads_the_compiler(module: str) -> None:
     argv = [sys.executable, "-W", "ignore", "-c", PROGRAM, f"mixtral_run.{module}"]

@@ -8,8 +8,8 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.planner.memory_model import Layout, Workload, activation_bytes_per_token

@@ -13,7 +13,7 @@ import pytest
 
 from mixtral_run.config.data import CheckConfig, DataConfig
 from mixtral_run.config.data_sources import source_problems
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.cache import content_hash
 from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.packing import PackedSamples, Packing, pack_lengths
 from mixtral_run.train.data.samples import Samples, batches
+from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.support.examples import examples_of
 from tests.support.samples import samples_of
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.resources import INSTRUCTIONS
 from mixtral_run.train.data.samples import GlobalBatch, MockSamples, Samples, SampleSource, ShuffledOrder, batches
+from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.support.examples import conversation, examples_of, turns_of
 from tests.support.samples import encode_conversation, encode_turn, samples_of
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.config.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError, WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache import cached_examples
 from mixtral_run.train.data.sources import TrainingData, check_same, open_data
 from mixtral_run.weights.manifest.describe import BaseDescription

@@ -17,8 +17,8 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.reading.data_files import files_of, split_of
 from mixtral_run.train.data.reading.examples import read_examples
 from mixtral_run.train.data.reading.records import Record
-from tests.support.dataset_hub import COMMIT, NAME, serving_dataset
 from tests.support.examples import turns_of
+from tests.support.servers.dataset_hub import COMMIT, NAME, serving_dataset
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": f"b{n}", "weight": n % 2}]}

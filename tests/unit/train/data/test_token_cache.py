@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mixtral_run.errors import ConfigError, TrainingError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache import content_hash
 from mixtral_run.train.data.cache.cache_folder import NAME, CacheFolder, default_folder
 from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed

@@ -18,7 +18,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
 from mixtral_run.weights.adapter.schema import LINEAR_KEYS
 from mixtral_run.weights.mapping.hf_to_megatron import hf_tensors, row_ranges
-from tests.support.model_cases import write_model
+from tests.support.references.model_cases import write_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")

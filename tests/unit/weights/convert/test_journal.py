@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.convert.journal import Journal
 from mixtral_run.weights.convert.to_megatron import convert
 from tests.support.tiny import write_tiny

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.hf.fingerprint import fingerprint
 from mixtral_run.weights.hf.hf_weights import HFWeights, open_hf_weights
-from tests.support.model_cases import change_config, change_weights, write_model
+from tests.support.references.model_cases import change_config, change_weights, write_model
 
 NORM, GATE = "model.layers.0.input_layernorm.weight", "model.layers.1.block_sparse_moe.gate.weight"
 Tensors = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from mixtral_run.errors import WeightsError
 from mixtral_run.train.data.templates.prompt import load_tokenizer
 from mixtral_run.weights.hf.tokenizer_files import readable_tokenizer, tokenizer_problems
-from tests.support.model_cases import write_model, write_sentencepiece
+from tests.support.references.model_cases import write_model, write_sentencepiece
 
 TEXTS = (
     "",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.checkpoint import open_adapter
 from mixtral_run.weights.manifest.base_checkpoint import open_base
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base

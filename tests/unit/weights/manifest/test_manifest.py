@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from mixtral_run import __version__
-from mixtral_run.config.generate import GenerateConfig
-from mixtral_run.config.plan import PlanConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig, ExportConfig, VerifyConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.plan import PlanConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import MixtralRunError, WeightsError
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.lora_settings import LoraSettings
-from mixtral_run.report import Report
+from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, open_checkpoint
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from mixtral_run.weights.manifest.manifest import (

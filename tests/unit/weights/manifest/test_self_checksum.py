@@ -12,7 +12,7 @@ import pytest
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest, write_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix, RunState
-from tests.unit.train.test_run_folder import ARCHITECTURE, LORA
+from tests.unit.train.checkpoints.test_run_folder import ARCHITECTURE, LORA
 
 STATE = RunState(5, 1, (1.5, 2.0), 1.25, {"metrics.jsonl": FilePrefix(100, "0123abcd")})
 

@@ -1,10 +1,8 @@
-"""`--launcher kubernetes`, `jobs`, `logs` and `stop` with a STAND-IN for kubectl (tests/support/standin_kubectl.py)."""
+"""`--launcher kubernetes`, `jobs`, `logs` and `stop` with a STAND-IN for kubectl (servers/standin_kubectl.py)."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -13,89 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
-from mixtral_run.cli.main import root
-from mixtral_run.config.launchers.kubernetes import KubernetesConfig
-from mixtral_run.config.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError, Stopped, TrainingError
-from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec
 from mixtral_run.fleet.launchers.kubernetes import follow
 from mixtral_run.fleet.launchers.kubernetes.follow import PodFollower
 from mixtral_run.fleet.launchers.kubernetes.kubectl import Cluster, Kubectl, apply_argv, logs_argv
 from mixtral_run.fleet.launchers.kubernetes.launcher import KubernetesLauncher
-from mixtral_run.fleet.launchers.kubernetes.pod import reader_pod
 from mixtral_run.fleet.launchers.kubernetes.state import Found, parse_found
-from mixtral_run.fleet.launchers.records import JobRecord, read_records, write_record
-from tests.support.standin_kubectl import ended, install, job, pod
-from tests.unit.fleet.launchers.kubernetes.api_checks import check_job, check_object, check_pod, check_train_job
-
-IMAGE = "registry.example.com/mixtral-run:0.2.0"
-LAUNCH = (
-    "finetune", "--load", "base", "--save", "adapter", "--mock-data", "--launcher", "kubernetes", "--image", IMAGE,
-    "--volume", "pvc/checkpoints:/checkpoints",
-)  # fmt: skip
-STAMP = "2026-01-01T00:00:0{}.{}Z {}\n"
-
-
-class StandIn:
-    """The folder behind the program."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.settings()
-
-    def settings(self, **values: Any) -> None:
-        (self.folder / "settings.json").write_text(json.dumps(values))
-
-    def steps(self, *steps: list[dict[str, Any]], stay: bool = False) -> None:
-        (self.folder / "steps.json").write_text(json.dumps(steps))
-        if stay:
-            (self.folder / "steps.stay").touch()
-
-    def output(self, name: str, *lines: str, lost_after: int | None = None) -> None:
-        (self.folder / "logs" / name).write_text("".join(lines))
-        if lost_after is not None:
-            (self.folder / "logs" / f"{name}.lost").write_text(str(lost_after))
-
-    @property
-    def calls(self) -> list[list[str]]:
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def applied(self) -> list[list[dict[str, Any]]]:
-        files = sorted(self.folder.glob("applied-*.yaml"))
-        return [list(yaml.safe_load_all(file.read_text())) for file in files]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    programs = install(tmp_path / "cluster")
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
-    return StandIn(tmp_path / "cluster")
-
-
-def run(*words: str) -> None:
-    root.main(list(words), standalone_mode=False, prog_name="mixtral-run")
-
-
-def record(name: str = "finetune-1", nodes: int = 1, crd: str = "job", context: str = "here") -> JobRecord:
-    found = JobRecord(
-        name=name, launcher="kubernetes", verb="finetune", scheduler_id=f"{crd}/{name}", output="/checkpoints/adapter",
-        submitted="2026-01-01T00:00:00",
-        extra={
-            "context": context, "namespace": "training", "crd": crd, "num_nodes": str(nodes),
-            "container": "trainer" if crd == "job" else "node",
-        },
-    )  # fmt: skip
-    write_record(found)
-    return found
-
-
-def line(second: int, text: str, fraction: str = "5") -> str:
-    return STAMP.format(second, fraction, text)
+from mixtral_run.fleet.launchers.records import read_records
+from tests.support.servers.standin_kubectl import ended, job, pod
+from tests.unit.fleet.launchers.kubernetes.api_checks import check_job, check_object, check_train_job
+from tests.unit.fleet.launchers.kubernetes.standin_cluster import LAUNCH, StandIn, line, record, run
 
 
 def test_the_words_of_kubectl() -> None:
@@ -322,52 +247,6 @@ def test_stop_shows_the_last_lines_and_the_exit_code(cluster: StandIn, capsys: p
     cluster.settings(refused={"delete": "error: timed out waiting for the condition on jobs/finetune-1"})
     with pytest.raises(HostError, match="has not ended"):
         run("stop", "finetune-1")
-
-
-def reader(*volumes: str) -> str:
-    config = FinetuneConfig(load=Path("base"), save=Path("adapter"), mock_data=True)
-    spec = make_spec("finetune-1", "finetune", config, JobOptions(image=IMAGE), 1)
-    pod = reader_pod(spec, KubernetesConfig(volume=("pvc/checkpoints:/checkpoints", *volumes), run_as="7:8"))
-    check_object(pod)
-    check_pod(pod["spec"])
-    return json.dumps(pod)
-
-
-def test_fetch_reads_through_a_pod_of_its_own(cluster: StandIn, tmp_path: Path) -> None:
-    saved = record()
-    write_record(dataclasses.replace(saved, extra={**saved.extra, "reader": reader()}))
-    output = cluster.folder / "volumes/checkpoints/adapter"
-    output.mkdir(parents=True)
-    (output / "adapter.bin").write_bytes(b"\x00weights")
-    cluster.steps([job(ended("Complete")), pod("a-0", "Succeeded", code=0)])
-    run("fetch", "finetune-1", str(tmp_path))
-    assert (tmp_path / "adapter/adapter.bin").read_bytes() == b"\x00weights"
-    (((applied,)),) = cluster.applied
-    assert applied["spec"]["volumes"] == [{"name": "volume-1", "persistentVolumeClaim": {"claimName": "checkpoints"}}]
-    assert applied["spec"]["containers"][0]["volumeMounts"] == [
-        {"name": "volume-1", "mountPath": "/checkpoints", "readOnly": True}
-    ]
-    words = [call[4] for call in cluster.calls]
-    assert words == ["get", "apply", "wait", "exec", "delete"]
-    # What is not there is reported in the words of tar, and the pod is removed as well.
-    write_record(dataclasses.replace(saved, extra={**saved.extra, "reader": reader()}, output="/checkpoints/gone"))
-    with pytest.raises(HostError, match="Cannot stat"):
-        run("fetch", "finetune-1", str(tmp_path))
-    assert cluster.calls[-1][4:] == ["delete", "pod/finetune-1-fetch", "--wait=false", "--ignore-not-found=true"]
-
-
-def test_fetch_from_a_folder_of_the_nodes_needs_the_node(cluster: StandIn, tmp_path: Path) -> None:
-    saved = record()
-    write_record(dataclasses.replace(saved, extra={**saved.extra, "reader": reader("/srv/data:/data")}))
-    cluster.steps([])
-    with pytest.raises(ConfigError, match="its pods are gone"):
-        run("fetch", "finetune-1", str(tmp_path))
-    cluster.steps([job(ended("Complete")), pod("a-0", "Succeeded", code=0)])
-    cluster.settings(refused={"wait": "error: timed out waiting for the condition"})
-    with pytest.raises(HostError, match="could not be read"):
-        run("fetch", "finetune-1", str(tmp_path))
-    assert cluster.applied[0][0]["spec"]["nodeName"] == "node-0"
-    assert cluster.calls[-1][4] == "delete"
 
 
 def test_what_kubernetes_does_not_use_is_refused(cluster: StandIn) -> None:

@@ -15,10 +15,10 @@ import yaml
 from ruamel.yaml import YAML
 
 from mixtral_run.config.fields import Config
-from mixtral_run.config.generate import GenerateConfig
 from mixtral_run.config.launchers.kubernetes import KubernetesConfig
-from mixtral_run.config.training import FinetuneConfig
-from mixtral_run.config.weights import ConvertConfig
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec
 from mixtral_run.fleet.launchers.kubernetes.manifest import manifest

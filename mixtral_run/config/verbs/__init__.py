@@ -1,0 +1,1 @@
+"""Settings of the verbs, made of the common settings one folder up."""

@@ -1,0 +1,1 @@
+"""Files from a host: listing, rsync, a checked tar stream."""

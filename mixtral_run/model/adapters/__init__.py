@@ -1,0 +1,1 @@
+"""LoRA: settings, linear layers and experts with adapters, copies in the compute type."""

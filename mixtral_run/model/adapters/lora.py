@@ -1,0 +1,256 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on Megatron's parallel linear layers.
+
+The layer is `W·x + alpha / r · B·A·x` with W frozen. Over TP only the r-wide product is communicated, never a
+hidden-wide one:
+
+    column (linear_qkv):  A replicated, applied to this rank's part of the sequence, its result gathered; B's rows split
+    row (linear_proj):    A's columns split, its partial result reduce-scattered; B replicated
+
+Under sequence parallelism the replicated matrix sees only this rank's part of the sequence: its gradient is partial,
+and train/steps/step.py sums it over TP (param_sharding.is_partial). Adapters are stored in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mixtral_run.model.adapters.cast_adapters import cast_copy
+from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.parallel.megatron import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TransformerConfig,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    make_sharded_tensors_for_checkpoint,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.recompute.recipe import Recipe, drop, recomputed_linear
+
+
+def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *place: int) -> Tensor:
+    """Return the initial A, fp32 [rank, inputs], as PEFT draws it: kaiming uniform with a = sqrt(5), ±1/sqrt(inputs).
+
+    It is drawn on the CPU from a generator that is seeded by the run's seed, the module and its place (layer, expert),
+    so that it is the same in every layout of processes. The seed is a checksum, since torch's CPU generator uses only
+    the low 32 bits of a seed.
+    """
+    name = " ".join(map(str, (lora.seed, module, *place)))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    bound = 1.0 / math.sqrt(inputs)
+    return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+
+
+class _Weight(torch.nn.Module):
+    """One matrix of an adapter. partition: the axis that is split over TP; None if it is replicated."""
+
+    def __init__(self, weight: Tensor, partition: int | None, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.to(torch.cuda.current_device()))
+        self.partition = partition
+        mark(self.weight, split=partition is not None, partial=sequence_parallel and partition is None)
+
+
+class LinearAdapter(torch.nn.Module):
+    """A and B of one parallel linear layer, this rank's parts, fp32. linear_in: [r, in]; linear_out: [out, r]."""
+
+    def __init__(self, linear_in: _Weight, linear_out: _Weight, lora: LoraSettings) -> None:
+        super().__init__()
+        self.linear_in = linear_in
+        self.linear_out = linear_out
+        self.lora = lora
+
+    def inner(self, hidden: Tensor, recipe: Recipe | None) -> Tensor:
+        """Return A·x with dropout on x, in x's dtype. With a recipe for x, x is not saved."""
+        if self.lora.dropout and self.training:
+            hidden, recipe = drop(hidden, self.lora.dropout, recipe)
+        return recomputed_linear(hidden, self.linear_in.weight.to(hidden.dtype), recipe)
+
+    def outer(self, inner: Tensor) -> Tensor:
+        """Return alpha / r · B·(A·x), given A·x."""
+        return linear(inner * self.lora.scale, self.linear_out.weight.to(inner.dtype))
+
+    def stands_alone(self, tp_group: torch.distributed.ProcessGroup) -> bool:
+        """Return True if `adapted_linear` can compute the layer: it is not split over TP, and there is no dropout."""
+        return tp_group.size() == 1 and not (self.lora.dropout and self.training)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: Any = None,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        halves = {"linear_in.weight": self.linear_in, "linear_out.weight": self.linear_out}
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {name: half.weight for name, half in halves.items()},
+            prefix,
+            {name: half.partition for name, half in halves.items() if half.partition is not None},
+            sharded_offsets,
+        )
+        return result
+
+
+def adapted_linear(hidden: Tensor, weight: Tensor, adapter: LinearAdapter, recipe: Recipe | None) -> Tensor:
+    """Return hidden · weightᵀ + alpha / r · (hidden · Aᵀ) · Bᵀ as one autograd node.
+
+    The weight is frozen and not split, and there is no dropout. The product that computes the adapter's part also adds
+    it, forward and backward. hidden [.., in], weight [out, in]. recipe: how to recompute hidden; None to save it.
+    """
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
+    halves = (adapter.linear_in.weight, adapter.linear_out.weight)
+    output: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+        hidden, *halves, weight.detach(), adapter.lora.scale, make, *saved
+    )
+    return output
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        linear_in: Tensor,
+        linear_out: Tensor,
+        weight: Tensor,
+        scale: float,
+        make: Callable[..., Tensor] | None,
+        *saved: Tensor,
+    ) -> Tensor:
+        first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
+        flat = hidden.flatten(0, -2)
+        inner = flat @ first.t()
+        output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)
+        ctx.save_for_backward(inner, first, second, *saved)
+        ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
+        return output.view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inner, first, second, *saved = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        hidden = ctx.make(*saved) if ctx.make is not None else saved[0]
+        for_inner = (gradient @ second).mul_(ctx.scale)
+        for_first = (for_inner.t() @ hidden.flatten(0, -2)).to(ctx.dtype)
+        for_second = (gradient.t() @ inner).mul_(ctx.scale).to(ctx.dtype)
+        for_hidden = None
+        if ctx.needs_input_grad[0]:
+            for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
+        return (for_hidden, for_first, for_second, None, None, None, *(None for _ in saved))
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Linear layer with rows split over TP and no bias; it has an adapter if `lora` targets it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, name: str, config: TransformerConfig, lora: LoraSettings | None, layer: int
+    ) -> None:
+        super().__init__(
+            inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False
+        )
+        # Megatron marks its weights only if it also initializes them.
+        mark(self.weight, split=True)
+        self.adapter: LinearAdapter | None = None
+        if lora is not None and name in lora.target_modules:
+            linear_in = initial_linear_in(lora.rank, inputs, lora, name, layer)
+            linear_out = torch.zeros(self.output_size_per_partition, lora.rank)
+            self.adapter = LinearAdapter(
+                _Weight(linear_in, None, self.sequence_parallel), _Weight(linear_out, 0, False), lora
+            )
+
+    def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """Return [sequence, batch, out / TP] for hidden [sequence (/ TP), batch, in]. recipe: how to recompute
+        hidden.
+        """
+        if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
+            return adapted_linear(hidden, self.weight, self.adapter, recipe)
+        output: Tensor = super().forward(hidden)[0]
+        if self.adapter is None:
+            return output
+        inner = self.adapter.inner(hidden, recipe)
+        if self.sequence_parallel:
+            inner = gather_from_sequence_parallel_region(inner, group=self.tp_group)
+        else:
+            inner = copy_to_tensor_model_parallel_region(inner, group=self.tp_group)
+        return output + self.adapter.outer(inner)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return _with_adapter(self, 0, prefix, sharded_offsets, metadata)
+
+
+class RowLinear(RowParallelLinear):
+    """Linear layer with columns split over TP and no bias; it has an adapter if `lora` targets it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, name: str, config: TransformerConfig, lora: LoraSettings | None, layer: int
+    ) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+        mark(self.weight, split=True)
+        self.adapter: LinearAdapter | None = None
+        if lora is not None and name in lora.target_modules:
+            mine = self.input_size_per_partition
+            start = mine * torch.distributed.get_rank(self.tp_group)
+            linear_in = initial_linear_in(lora.rank, inputs, lora, name, layer)[:, start : start + mine].contiguous()
+            self.adapter = LinearAdapter(
+                _Weight(linear_in, 1, False),
+                _Weight(torch.zeros(outputs, lora.rank), None, self.sequence_parallel),
+                lora,
+            )
+
+    def forward(self, hidden: Tensor, recipe: Recipe | None = None) -> Tensor:
+        """Return [sequence (/ TP), batch, out] for hidden [sequence, batch, in / TP]. recipe: how to recompute
+        hidden.
+        """
+        if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
+            return adapted_linear(hidden, self.weight, self.adapter, recipe)
+        output: Tensor = super().forward(hidden)[0]
+        if self.adapter is None:
+            return output
+        inner = self.adapter.inner(hidden, recipe)
+        if self.sequence_parallel:
+            inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
+        else:
+            inner = reduce_from_tensor_model_parallel_region(inner, group=self.tp_group)
+        return output + self.adapter.outer(inner)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return _with_adapter(self, 1, prefix, sharded_offsets, metadata)
+
+
+def _with_adapter(
+    layer: ColumnLinear | RowLinear,
+    axis: int,
+    prefix: str,
+    sharded_offsets: tuple[Any, ...],
+    metadata: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the shards of the layer's weight under its own key, and of the adapter's matrices under `adapter.`."""
+    result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        {"weight": layer.weight},
+        prefix,
+        {"weight": axis},
+        sharded_offsets,
+    )
+    if layer.adapter is not None:
+        result |= layer.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
+    return result

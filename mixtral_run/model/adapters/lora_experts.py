@@ -1,0 +1,144 @@
+"""The experts of a layer with adapters on both linear layers, as one autograd node.
+
+    h = W1·x + s·B1·(A1·x)      a = silu(h_gate) · h_up      y = W2·a + s·B2·(A2·a)        s = alpha / r
+
+As separate nodes, autograd would save the activation a for A2's gradient, the rows x next to the tokens from which they
+are gathered, and y for the gradient of the routing probabilities. Here only h is saved of all tensors that are as wide
+as the experts: the backward pass of SwiGLU reads gate and up and recomputes a, together with each row's scalar product
+of a and its gradient, which the router needs (router_probs.py). Rows are read through the index of their tokens. The
+gradients of the adapters are written in their parameters' dtype, without a cast.
+
+Each product has its slow reference where it is defined (grouped_mm.py, quantized_mm.py, swiglu.py). After an exchange
+with other processes the received rows are the tokens, and there is no index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mixtral_run.model.adapters.cast_adapters import cast_copy
+from mixtral_run.model.dispatch.permute import Permutation, add_rows
+from mixtral_run.model.kernels.grouped_mm import outer_product, product, products_of_gradient
+from mixtral_run.model.kernels.swiglu import recomputing_backward, swiglu_of
+from mixtral_run.model.recompute.recipe import Recipe
+
+
+class FrozenExperts(Protocol):
+    """The weight of one linear layer of all experts, [experts, out, in], in any storage format."""
+
+    def product(
+        self,
+        rows: Tensor,
+        offsets: Tensor,
+        source: Tensor | None = None,
+        adapter: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
+
+    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapter parameters [experts, r, in] and [experts, out, r] of both layers, and their scale alpha / r."""
+
+    first_in: Tensor
+    first_out: Tensor
+    second_in: Tensor
+    second_out: Tensor
+    scale: float
+
+
+def adapted_experts(
+    tokens: Tensor,
+    permutation: Permutation,
+    first: FrozenExperts,
+    second: FrozenExperts,
+    adapters: Adapters,
+    recipe: Recipe | None = None,
+    probs: Tensor | None = None,
+) -> Tensor:
+    """Return the experts' outputs [rows, hidden], sorted by expert, for tokens [tokens, hidden].
+
+    Args:
+        permutation: the rows of the tokens that the experts compute.
+        first, second: frozen weights of both linear layers.
+        recipe: how to recompute the tokens, which then are not saved.
+        probs: fp32 [rows], the routing probability of each row; they get the gradient of factors of a result that is
+            linear in the outputs.
+    """
+    make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
+    parts = (adapters.first_in, adapters.first_out, adapters.second_in, adapters.second_out)
+    output: Tensor = _AdaptedExperts.apply(  # type: ignore[no-untyped-call]
+        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *saved
+    )
+    return output
+
+
+class _AdaptedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        probs: Tensor | None,
+        first_in: Tensor,
+        first_out: Tensor,
+        second_in: Tensor,
+        second_out: Tensor,
+        permutation: Permutation,
+        first: FrozenExperts,
+        second: FrozenExperts,
+        scale: float,
+        make: Callable[..., Tensor] | None,
+        *saved: Tensor,
+    ) -> Tensor:
+        parameters = (first_in, first_out, second_in, second_out)
+        halves = [cast_copy(each, tokens.dtype) for each in parameters]
+        offsets = permutation.offsets
+        hidden = first.product(tokens, offsets, permutation.source)
+        first_inner = product(tokens, halves[0].transpose(1, 2), offsets, permutation.source)
+        active = swiglu_of(hidden, first_inner, halves[1], scale, offsets)
+        second_inner = product(active, halves[2].transpose(1, 2), offsets)
+        ctx.save_for_backward(
+            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *saved
+        )
+        ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
+        ctx.partial = permutation.partial
+        ctx.dtypes = [each.dtype for each in parameters]
+        return second.product(active, offsets, adapter=(second_inner * scale, halves[3]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, first_inner, second_inner, probs, offsets, source, inverse, *rest = ctx.saved_tensors
+        (first_in, first_out, second_in, second_out), saved = rest[:4], rest[4:]
+        (first, second), scale = ctx.layers, ctx.scale
+        gradient = gradients[0].contiguous()
+        for_inner = product(gradient, second_out, offsets) * scale
+        for_second_out = outer_product(gradient, second_inner * scale, offsets, dtype=ctx.dtypes[3])
+        for_active = second.gradient(gradient, offsets, for_inner, second_in)
+        for_hidden, active, products = recomputing_backward(hidden, first_inner, first_out, scale, offsets, for_active)
+        for_second_in = outer_product(for_inner, active, offsets, dtype=ctx.dtypes[2])
+        del active, for_active
+        for_probs = None
+        if probs is not None and ctx.needs_input_grad[1]:
+            # A probability of 0 propagates no gradient; its own cannot be computed, and is set to 0.
+            for_probs = torch.where(probs > 0, products / probs, 0.0)
+        for_inner, for_first_out = products_of_gradient(
+            for_hidden, first_out, first_inner * scale, offsets, ctx.dtypes[1]
+        )
+        for_inner = for_inner * scale
+        tokens = ctx.make(*saved) if ctx.make is not None else saved[0]
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        for_first_in = outer_product(for_inner, tokens, offsets, source=source, dtype=ctx.dtypes[0])
+        for_tokens = None
+        if ctx.needs_input_grad[0]:
+            for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in)
+            if inverse is not None:
+                ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
+                for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)
+        adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
+        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in saved))

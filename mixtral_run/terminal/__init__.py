@@ -1,0 +1,1 @@
+"""Lines, progress and the live view of a terminal."""

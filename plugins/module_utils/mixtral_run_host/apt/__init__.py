@@ -1,0 +1,1 @@
+"""apt's output, sources, locks and keys."""

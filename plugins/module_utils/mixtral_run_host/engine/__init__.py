@@ -1,0 +1,1 @@
+"""Docker's settings, flags, unit and images."""

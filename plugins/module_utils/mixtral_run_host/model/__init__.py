@@ -1,0 +1,1 @@
+"""Model files: download, copy between hosts, checks of the cache."""

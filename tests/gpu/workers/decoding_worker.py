@@ -1,0 +1,46 @@
+"""Run under torchrun: logits of prompts and of tokens after them, launched and recorded, in several layouts, as JSON.
+
+torchrun … decoding_worker.py OUT.json TPxEP:PRECISION:adapted|base …
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
+from mixtral_run.model.mixtral import is_adapter
+from mixtral_run.model.parallel.mesh import Mesh
+from tests.gpu.test_kernels import small_model
+from tests.gpu.workers.cases import run_cases
+
+LENGTHS = (7, 5, 7)
+NEW = 24
+
+
+def run(mesh: Mesh, precision: str, which: str) -> list[list[float]]:
+    """Return for each pass the largest difference between the logits of the two ways, and the largest logit."""
+    model = small_model(mesh, "none", precision, sequence_parallel=False, adapted=which == "adapted").eval()
+    for name, weight in model.named_parameters():
+        if is_adapter(name):  # whose second halves begin with zeros
+            weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(len(name)))
+    assert decoding_of(model, len(LENGTHS), NEW) is CapturedDecoding
+    longest = max(LENGTHS)
+    draw = torch.Generator("cuda").manual_seed(1)
+    rows = torch.randint(1, 1024, (len(LENGTHS), longest + NEW), generator=draw, device=mesh.device)
+    padding = longest - torch.tensor(LENGTHS, device=mesh.device)
+    found = []
+    for kind in (Decoding, CapturedDecoding):
+        with torch.inference_mode():
+            passes = kind(model, padding, longest + NEW)
+            further = (passes(rows[:, [at]]).clone() for at in range(longest, longest + NEW))
+            logits = torch.stack([passes(rows[:, :longest]), *further])
+            if isinstance(passes, CapturedDecoding):
+                assert passes.is_captured
+            passes.end()
+        found.append(logits.float())
+    grown, captured = found
+    return torch.stack(((grown - captured).abs().amax((1, 2)), grown.abs().amax((1, 2))), dim=1).tolist()
+
+
+if __name__ == "__main__":
+    run_cases(run)
