@@ -81,8 +81,6 @@ def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
     return (
         has_grouped_product(hidden, hidden.shape[1], rank)
         and rank in (16, 32, 64)
-        # Triton's ranges are powers of two.
-        and outer.shape[0].bit_count() == 1
         and hidden.shape[1] % COLUMNS == 0
     )
 
