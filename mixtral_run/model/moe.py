@@ -44,9 +44,7 @@ class Router(MegatronModule):
         The probabilities of a token sum to 1. All is computed in fp32: in bf16 a near tie sends a token to another
         expert, which dominates the model's error.
         """
-        logits = router_logits(tokens, self.weight)
-        probs, experts = logits.softmax(dim=-1).topk(self.topk, dim=-1)
-        return probs / probs.sum(dim=-1, keepdim=True), experts
+        return choose(router_logits(tokens, self.weight), self.topk)
 
 
 def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -74,6 +72,41 @@ class _RouterLogits(torch.autograd.Function):
 
         (weight,) = ctx.saved_tensors
         return mix_rows(gradients[0].contiguous(), weight.contiguous()), None
+
+
+def choose(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of each token's `topk` likeliest experts, which sum to 1, and the experts, int64, both
+    [tokens, topk], for logits [tokens, experts].
+    """
+    if logits.is_cuda and logits.dtype is torch.float32 and logits.numel():
+        chosen: tuple[Tensor, Tensor] = _Choose.apply(logits, topk)  # type: ignore[no-untyped-call]
+        return chosen
+    probs, experts = logits.softmax(dim=-1).topk(topk, dim=-1)
+    return probs / probs.sum(dim=-1, keepdim=True), experts
+
+
+class _Choose(torch.autograd.Function):
+    """`choose` in one kernel, and one for its gradient.
+
+    The other experts cancel out of the renormalized probabilities: they are a softmax over the chosen logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        from mixtral_run.model.kernels import router_triton
+
+        probs, experts = router_triton.choose(logits.contiguous(), topk)
+        ctx.mark_non_differentiable(experts)
+        ctx.save_for_backward(probs, experts)
+        ctx.count = logits.shape[1]
+        return probs, experts
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        from mixtral_run.model.kernels.router_triton import choose_backward
+
+        probs, experts = ctx.saved_tensors
+        return choose_backward(probs, experts, gradients[0].contiguous(), ctx.count), None
 
 
 class MoELayer(MegatronModule):

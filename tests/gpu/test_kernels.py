@@ -8,10 +8,10 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.dispatch.permute import permute, sort_by_expert, unpermute
+from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_probs, unpermute
 from mixtral_run.model.kernels.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
-from mixtral_run.model.moe import router_logits
+from mixtral_run.model.moe import choose, router_logits
 from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.rotary import Rotary, split_and_rotate
@@ -200,6 +200,47 @@ def test_router_logits() -> None:
     assert results[0][0].dtype is torch.float32
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(41, 8, 2), (2048, 8, 2), (5, 6, 3), (33, 4, 1), (70, 64, 4)])
+def test_choice_of_experts(tokens: int, experts: int, topk: int) -> None:
+    logits, weights = torch.randn(tokens, experts), torch.randn(tokens, topk)
+    results = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        mine = logits.to(device, dtype).requires_grad_(True)
+        probs, chosen = choose(mine, topk)
+        assert not chosen.requires_grad
+        (probs * weights.to(probs)).sum().backward()
+        assert mine.grad is not None
+        results.append((chosen.cpu(), probs.detach().cpu().double(), mine.grad.cpu().double()))
+    (chosen, *numbers), (expected_choice, *expected) = results
+    assert torch.equal(chosen, expected_choice)
+    for found, exact in zip(numbers, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
+    probs, chosen = choose(torch.full((3, 6), float("nan"), device="cuda"), 2)
+    assert probs.isnan().all()
+    assert bool(((chosen >= 0) & (chosen < 6)).all())
+
+
+def test_probs_in_the_order_of_the_rows() -> None:
+    probs, chosen = torch.rand(41, 2), torch.randint(0, 8, (82,))
+    results = []
+    for device in ("cuda", "cpu"):
+        mine = probs.to(device).requires_grad_(True)
+        order, inverse, _ = sort_by_expert(chosen.to(device), 8)
+        rows = sorted_probs(mine, order, inverse)
+        (rows * torch.arange(82, device=device)).sum().backward()
+        results.append((rows.detach().cpu(), mine.grad))
+    order = chosen.argsort(stable=True)
+    assert torch.equal(results[0][0], probs.flatten()[order])
+    places = torch.empty(82)
+    places[order] = torch.arange(82.0)
+    for _, gradient in results:
+        assert gradient is not None
+        assert torch.equal(gradient.cpu(), places.view(41, 2))
 
 
 @pytest.mark.parametrize("width", [8, 1000, 14336])

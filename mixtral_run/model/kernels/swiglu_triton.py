@@ -27,6 +27,8 @@ class Tile:
     across: bool = True
 
 
+SUMMED = 16
+"""Rows of a program that sums products."""
 FORWARD, BACKWARD = Tile(32, 128, 4), Tile(32, 128, 4)
 
 
@@ -169,6 +171,29 @@ def _swiglu_backward_kernel(
         tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
 
 
+@triton.jit(do_not_specialize=("tokens",))
+def _over_probs_kernel(
+    products_ptr,
+    probs_ptr,
+    output_ptr,
+    tokens,
+    num_blocks,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+):
+    """Sum the products of all blocks of columns, and divide by the probabilities."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    blocks = tl.arange(0, BLOCKS)
+    there = (blocks < num_blocks)[:, None] & (rows < tokens)[None, :]
+    places = products_ptr + blocks[:, None].to(tl.int64) * tokens + rows[None, :]
+    result = tl.sum(tl.load(places, mask=there, other=0.0), axis=0)
+    if HAS_PROBS:
+        probs = tl.load(probs_ptr + rows, mask=rows < tokens, other=0.0)
+        result = tl.where(probs > 0, result / probs, 0.0)
+    tl.store(output_ptr + rows, result, mask=rows < tokens)
+
+
 def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor) -> Tensor:
     """Compute swiglu.swiglu_with_adapter, or swiglu.swiglu without inner and outer. All inputs are contiguous and of
     one dtype.
@@ -189,14 +214,31 @@ def backward(
 
 
 def recomputing_backward(
-    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, gradient: Tensor
+    hidden: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    scale: float,
+    offsets: Tensor,
+    gradient: Tensor,
+    probs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of hidden, the recomputed output, and each row's scalar product of output and gradient."""
+    """Compute swiglu.recomputing_backward."""
     tokens, ffn = gradient.shape
     for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
     products = torch.empty(ffn // BACKWARD.columns, tokens, dtype=torch.float32, device=hidden.device)
     _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, active, products)
-    return for_hidden, active, products.sum(0)
+    result = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    _over_probs_kernel[(triton.cdiv(tokens, SUMMED),)](
+        products,
+        probs if probs is not None else result,
+        result,
+        tokens,
+        products.shape[0],
+        BLOCKS=triton.next_power_of_2(products.shape[0]),
+        ROWS=SUMMED,
+        HAS_PROBS=probs is not None,
+    )
+    return for_hidden, active, result
 
 
 def _backward(

@@ -40,7 +40,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def common_calls(experts: int) -> Iterator[Callable[[], object]]:
     """Yield the calls of kernels that all GPUs run, for `experts` of a process."""
     from mixtral_run.model.kernels import narrow_mm_triton as narrow
-    from mixtral_run.model.kernels import permute_triton, rotary_triton, sort_triton, swiglu_triton
+    from mixtral_run.model.kernels import permute_triton, rotary_triton, router_triton, sort_triton, swiglu_triton
 
     shape = MIXTRAL_8X7B
     hidden, ffn, topk = shape.hidden_size, shape.ffn_hidden_size, shape.moe_router_topk
@@ -59,6 +59,8 @@ def common_calls(experts: int) -> Iterator[Callable[[], object]]:
         yield lambda: permute_triton.mix_rows(tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
         yield lambda: permute_triton.add_rows(tensor(rows, hidden), probs, inverse)
         yield lambda: permute_triton.spread(tensor(TOKENS, hidden), None, probs, inverse, rows)
+        yield lambda: router_triton.choose(tensor(TOKENS, experts, dtype=torch.float32), topk)
+        yield lambda: router_triton.choose_backward(probs, tensor(TOKENS, topk, dtype=torch.int64), probs, experts)
         yield lambda: rotary_triton.split_and_rotate(tensor(*mixed), angles, angles)
         yield lambda: rotary_triton.rotate_back_and_join(parts, torch.Size(mixed), angles, angles)
     inner, wide = tensor(rows, RANK), tensor(rows, 2 * ffn)
@@ -71,10 +73,11 @@ def common_calls(experts: int) -> Iterator[Callable[[], object]]:
     yield lambda: narrow.narrow_added(tensor(rows, hidden), inner, second_out, 1.0, offsets, in_place=True)
     yield lambda: narrow.narrow_product(tensor(rows, hidden), second_out, offsets)
     yield lambda: narrow.narrow_outer_product(tensor(rows, hidden), inner, offsets, narrow_first=False, dtype=fp32)
-    yield lambda: swiglu_triton.recomputing_backward(wide, inner, first_out, 2.0, offsets, tensor(rows, ffn))
+    given = (wide, inner, first_out, 2.0, offsets, tensor(rows, ffn), tensor(rows, dtype=torch.float32))
+    yield lambda: swiglu_triton.recomputing_backward(*given)
     yield lambda: narrow.narrow_outer_product(tensor(rows, ffn), inner, offsets, narrow_first=True, dtype=fp32)
     if narrow.both_pay(wide):
-        yield lambda: narrow.both_narrow_products(wide, first_out, inner, offsets, fp32)
+        yield lambda: narrow.both_narrow_products(wide, first_out, inner, 2.0, offsets, fp32)
     yield lambda: narrow.narrow_product(wide, first_out, offsets)
     yield lambda: narrow.narrow_outer_product(wide, inner, offsets, narrow_first=False, dtype=fp32)
     yield lambda: narrow.narrow_outer_product(tokens, inner, offsets, narrow_first=True, source=source, dtype=fp32)
