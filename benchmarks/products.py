@@ -1,7 +1,7 @@
 """The experts' frozen products of one layer alone: torch's grouped product, the kit's own for Hopper and the portable
 one, Mixtral's sizes, bf16.
 
-    python -m benchmarks.products [--rows 128,256,512,1024,2048] [--sides torch,hopper,portable]
+    python -m benchmarks.products [--rows 128,256,512,1024,2048] [--sides torch,hopper,portable,nf4-expanded,nf4-inside]
         [--tiles 128x256x64x8x4,…]
     DISABLE_MMA_V3=1 python -m benchmarks.products --sides portable     # with the instructions that A100 has
 
@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ LAYERS = 3
 ROUNDS = 7
 
 
-def captured(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Callable[[], float]:
+def captured(call: Callable[[Any], Tensor], weights: Sequence[Any]) -> Callable[[], float]:
     """Milliseconds of one call each time it is called."""
     for weight in weights:
         call(weight)
@@ -52,6 +53,12 @@ def captured(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Cal
         return float(start.elapsed_time(end)) / len(weights)
 
     return once
+
+
+def random_codes(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Return experts in NF4: codes and scales."""
+    codes = torch.randint(0, 256, (8, outputs, inputs // 2), device="cuda", dtype=torch.uint8)
+    return codes, torch.rand(8, outputs, inputs // 64, device="cuda").bfloat16()
 
 
 def ways(
@@ -82,8 +89,24 @@ def ways(
 
         return product
 
+    def expanded(weight: tuple[Tensor, Tensor]) -> Tensor:
+        from mixtral_run.model.kernels.quantized.nf4_triton import expand
+
+        return portable(None)(expand(*weight))
+
+    def inside(weight: tuple[Tensor, Tensor]) -> Tensor:
+        from mixtral_run.model.kernels.quantized.nf4_mm_triton import forward_4_bits, gradient_4_bits
+
+        if not gradient:
+            return forward_4_bits(left, *weight, offsets)
+        return add_product(gradient_4_bits(left, *weight, offsets), inner, half, 1.0, offsets)
+
     calls = {"torch": torchs, "hopper": hoppers, "portable": portable(None)}
-    timers = {side: captured(calls[side], weights) for side in sides}
+    timers = {side: captured(calls[side], weights) for side in sides if side in calls}
+    codes = [random_codes(outputs, inputs) for _ in range(LAYERS)] if any("nf4" in side for side in sides) else []
+    for side, call in {"nf4-expanded": expanded, "nf4-inside": inside}.items():
+        if side in sides:
+            timers[side] = captured(call, codes)
     for name in filter(None, tiles.split(",")):
         tile = Tile(*map(int, name.split("x")))
         try:

@@ -31,7 +31,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantized_with_inner,
     rows_gradient,
 )
-from mixtral_run.model.kernels.router_probs import with_probs
+from mixtral_run.model.kernels.routing.router_probs import with_probs
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.cast_adapters import refresh
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
-from mixtral_run.model.kernels.compiled.cache import copy_from_image
+from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
-from mixtral_run.model.kernels.selected import select
+from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
@@ -253,8 +256,10 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh
     """Return the model on this rank's device, with uninitialized base weights and initial adapters (B = 0).
 
     With adapters all other parameters are frozen. The process computes with the kernels of the model that was built
-    last (kernels/selected.py). All ranks must call.
+    last (kernels/selected.py). Raises ConfigError if the device lacks these. All ranks must call.
     """
+    if problems := kernel_problems(capability_of(mesh.device), settings.kernels):
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
     select(settings.kernels)
     if mesh.device.type == "cuda":
         copy_from_image()

@@ -93,7 +93,7 @@ class _Choose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        from mixtral_run.model.kernels import router_triton
+        from mixtral_run.model.kernels.routing import router_triton
 
         probs, experts = router_triton.choose(logits.contiguous(), topk)
         ctx.mark_non_differentiable(experts)
@@ -103,7 +103,7 @@ class _Choose(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        from mixtral_run.model.kernels.router_triton import choose_backward
+        from mixtral_run.model.kernels.routing.router_triton import choose_backward
 
         probs, experts = ctx.saved_tensors
         return choose_backward(probs, experts, gradients[0].contiguous(), ctx.count), None

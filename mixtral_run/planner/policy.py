@@ -137,15 +137,6 @@ def multiplies_in_8_bit(capability: Capability, kernels: str = "auto") -> bool:
     return capability == EIGHT_BIT_CAPABILITY and kernel_set_of(capability, kernels) is KernelSet.HOPPER
 
 
-def kernel_problems(capability: Capability | None, kernels: str) -> list[str]:
-    """Return why a value of --kernels cannot be used on a GPU. capability: None for a CPU, which has no kernels."""
-    if kernels == "auto" or kernel_set_of(capability, kernels) is not None:
-        return []
-    needed = "9.x or 10.x (H100, H200, B200)" if kernels == KernelSet.HOPPER.value else "8.0 or more (A100, A40)"
-    found = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
-    return [f"--kernels {kernels}: expected GPUs of compute capability {needed}; found {found}"]
-
-
 def has_peer_access(num_gpus: int, gpus_per_host: int) -> bool:
     """Return True if the GPUs of a job can read each other's memory as far as sizes tell: they are in one host.
 

@@ -15,9 +15,9 @@ from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import local_gpu
 from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload, saved_copy_bytes
-from mixtral_run.planner.policy import kernel_problems
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies

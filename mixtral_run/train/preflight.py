@@ -13,9 +13,9 @@ from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, Tr
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.choose import memory_error, settled
-from mixtral_run.planner.policy import kernel_problems
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.terminal.report import Report

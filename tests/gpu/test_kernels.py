@@ -9,7 +9,7 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_probs, unpermute
-from mixtral_run.model.kernels.router_probs import row_products
+from mixtral_run.model.kernels.routing.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import choose, router_logits
 from mixtral_run.model.packed_attention import PackedSizes

@@ -40,7 +40,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
-from mixtral_run.model.kernels.compiled.cache import cache_folder
+from mixtral_run.model.kernels.cache import cache_folder
 
 PARTS = ("product_machine.cuh", "product_plan.cuh")
 SOURCE = "product.cu"

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtral_run.model.kernels.requirements import shared_memory_bytes
-from mixtral_run.model.kernels.selected import capability_of
+from mixtral_run.model.kernels.requirements import KernelSet
+from mixtral_run.model.kernels.selected import kernels_of
 
 WIDTHS = (16, 32, 64)
 """Supported sizes of the narrow side."""
@@ -24,9 +24,7 @@ PROGRAMS, MAX_SPLITS = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` computes COLUMNS columns, in steps of TOKENS along the sum."""
 BOTH_COLUMNS, BOTH_TOKENS = 512, 64
-"""The same for `both_narrow_products`; half as many columns at rank 64, and on GPUs with less shared memory."""
-LEAST_SHARED_FOR_BOTH, SHARED_FOR_WIDE_TILES = 132 * 1024, 182 * 1024
-"""Bytes of shared memory that `both_narrow_products` takes at most, with half of and with all BOTH_COLUMNS."""
+"""The same for `both_narrow_products`; half as many columns at rank 64."""
 VARYING = ("tokens", "splits")
 """Arguments that change with every step under EP: specialized on their values, or on multiples of 16, the kernels would
 be compiled again and again."""
@@ -335,15 +333,9 @@ def narrow_outer_product(
 
 def both_pay(wide: Tensor) -> bool:
     """Return True if `both_narrow_products` of wide [tokens, m] runs, and is faster than two kernels: it saves one read
-    of much memory, and there are enough columns for many programs.
+    of much memory, and there are enough columns for many programs. It needs Hopper's shared memory.
     """
-    fits = _shared_bytes(wide) >= LEAST_SHARED_FOR_BOTH
-    return fits and wide.shape[0] >= 2048 and wide.shape[1] >= 8192
-
-
-def _shared_bytes(tensor: Tensor) -> int:
-    capability = capability_of(tensor.device)
-    return shared_memory_bytes(capability) if capability is not None else 0
+    return kernels_of(wide.device) is KernelSet.HOPPER and wide.shape[0] >= 2048 and wide.shape[1] >= 8192
 
 
 def both_narrow_products(
@@ -356,8 +348,7 @@ def both_narrow_products(
     """
     tokens, width = wide.shape
     experts, _, rank = matrices.shape
-    wide_tiles = rank < 64 and _shared_bytes(wide) >= SHARED_FOR_WIDE_TILES
-    columns = BOTH_COLUMNS if wide_tiles else BOTH_COLUMNS // 2
+    columns = BOTH_COLUMNS if rank < 64 else BOTH_COLUMNS // 2
     blocks = triton.cdiv(width, columns)
     product = torch.empty(tokens, rank, dtype=wide.dtype, device=wide.device)
     outer = torch.empty(experts, width, rank, dtype=dtype, device=wide.device)

@@ -51,19 +51,38 @@ class Tile:
         return 2 * stages * self.depth * (self.rows + self.columns)
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles for so many rows of an expert on average. forward, gradient: for matrices whose rows, or whose columns,
+    are contiguous; the fastest first, of which the first that fits in shared memory counts.
+    """
+
+    most_rows: int
+    forward: tuple[Tile, ...]
+    gradient: tuple[Tile, ...]
+
+
+_FEW = (Tile(16, 128, 128, 4, 4), Tile(16, 64, 128, 4, 3))
+_MORE = (Tile(32, 128, 128, 4, 4), Tile(32, 64, 128, 4, 3))
+_SOME = (Tile(64, 128, 64, 4, 4),)
 TILES = (
-    # Rows of an expert on average, at most; then tiles, the fastest first. The first that fits in shared memory counts.
-    (16, (Tile(16, 128, 128, 4, 4), Tile(16, 64, 128, 4, 3))),
-    (32, (Tile(32, 128, 128, 4, 4), Tile(32, 64, 128, 4, 3))),
-    (96, (Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3))),
-    (2**31, (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4))),
+    Tiles(16, _FEW, _FEW),
+    Tiles(32, _MORE, _MORE),
+    Tiles(96, _SOME, _SOME),
+    Tiles(2**31, (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4)), (Tile(128, 128, 64, 4, 4),)),
 )
+"""Measured on an H200 (docs/lab_notes)."""
+OLDER_TILES = TILES
+"""Before Hopper."""
 
 
-def tile_for(tokens: int, experts: int, capability: Capability) -> Tile:
+def tile_for(tokens: int, experts: int, capability: Capability, *, gradient: bool) -> Tile:
     """Return the tile for so many rows over so many experts on a GPU of this compute capability."""
     most = shared_memory_bytes(capability)
-    candidates = next(tiles for limit, tiles in TILES if tokens <= limit * experts)
+    tiles = next(
+        each for each in (TILES if capability >= HOPPER else OLDER_TILES) if tokens <= each.most_rows * experts
+    )
+    candidates = tiles.gradient if gradient else tiles.forward
     return next((tile for tile in candidates if tile.shared_bytes(capability) <= most), candidates[-1])
 
 
@@ -206,7 +225,7 @@ def grouped_product(
     if tile is None:
         capability = capability_of(rows.device)
         assert capability is not None, f"{rows.device} is no GPU"
-        tile = tile_for(tokens, experts, capability)
+        tile = tile_for(tokens, experts, capability, gradient=matrices.stride(2) == 1)
     inner, half = adapter if adapter is not None else (rows, matrices)
     # At most one tile of each expert is not full.
     row_tiles = triton.cdiv(tokens, tile.rows) + experts - 1

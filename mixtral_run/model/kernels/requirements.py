@@ -52,6 +52,15 @@ def kernel_set_of(capability: Capability | None, wanted: str = "auto") -> Kernel
     return None if wanted == KernelSet.HOPPER.value else KernelSet.PORTABLE
 
 
+def kernel_problems(capability: Capability | None, kernels: str) -> list[str]:
+    """Return why a value of --kernels cannot be used on a GPU. capability: None for a CPU, which has no kernels."""
+    if kernels == "auto" or kernel_set_of(capability, kernels) is not None:
+        return []
+    needed = "9.x or 10.x (H100, H200, B200)" if kernels == KernelSet.HOPPER.value else "8.0 or more (A100, A40)"
+    found = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    return [f"--kernels {kernels}: expected GPUs of compute capability {needed}; found {found}"]
+
+
 def grouped_mm_runs_on_device(kernels: KernelSet | None, element_bytes: int, *widths: int) -> bool:
     """Return True if the grouped products take these matrices without a host synchronization. They take bf16.
 

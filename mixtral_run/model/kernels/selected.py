@@ -36,7 +36,10 @@ def selecting(kernels: str) -> Iterator[None]:
 
 @contextmanager
 def compiling_for(capability: Capability) -> Iterator[None]:
-    """While this lasts, tensors on the device meta count as on a GPU of this compute capability (compiled/ahead.py)."""
+    """While this lasts, tensors on the device meta count as on a GPU of this compute capability.
+
+    For model/compile_kernels.py.
+    """
     _ahead.append(capability)
     try:
         yield

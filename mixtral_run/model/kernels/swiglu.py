@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from mixtral_run.model.kernels.grouped_mm import grouped_linear, has_grouped_product, outer_product, product
-from mixtral_run.model.kernels.router_probs import over_probs, row_products
+from mixtral_run.model.kernels.routing.router_probs import over_probs, row_products
 
 COLUMNS = 256
 """The kernels take widths of gate and up together that are multiples of this."""

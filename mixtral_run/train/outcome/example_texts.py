@@ -24,11 +24,15 @@ class Prompt:
     expected: tuple[int, ...]
 
 
-def example_texts(source: SampleSource, decode: Decode, count: int) -> list[ExampleText]:
-    """Return `count` examples from all over the data, as far as a sample holds them; none of mock data."""
+def example_texts(source: SampleSource, open_decode: Callable[[], Decode], count: int) -> list[ExampleText]:
+    """Return `count` examples from all over the data, as far as a sample holds them; none of mock data.
+
+    open_decode: called if there are examples, since opening a tokenizer takes seconds.
+    """
     samples = _examples_of(source)
-    if samples is None:
+    if samples is None or not len(samples):
         return []
+    decode = open_decode()
     found = []
     for index in np.unique(np.linspace(0, len(samples) - 1, count).astype(int)).tolist():
         example = samples.example(index)

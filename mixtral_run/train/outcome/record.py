@@ -138,7 +138,7 @@ class Outcome:
 
     def _examples(self) -> list[ExampleText]:
         try:
-            return example_texts(self._data.samples, self._tokenizer()[0], NUM_EXAMPLES)
+            return example_texts(self._data.samples, lambda: self._tokenizer()[0], NUM_EXAMPLES)
         except MixtralRunError as error:
             self._report.warn(f"The report shows no examples: {error.what}")
             return []

@@ -17,7 +17,7 @@ from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.adapters.lora import LoraSettings
-from mixtral_run.model.kernels.requirements import KernelSet, kernel_set_of
+from mixtral_run.model.kernels.requirements import KernelSet, kernel_problems, kernel_set_of
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner import policy, table
@@ -125,7 +125,7 @@ def test_products_that_sync_with_the_host(
 def test_the_kernels_of_a_gpu(capability: tuple[int, int] | None, wanted: str, expected: KernelSet | None) -> None:
     assert kernel_set_of(capability, wanted) is expected
     refused = wanted != "auto" and expected is None
-    assert bool(policy.kernel_problems(capability, wanted)) == refused
+    assert bool(kernel_problems(capability, wanted)) == refused
 
 
 def test_kernels_that_a_gpu_lacks_are_refused() -> None:

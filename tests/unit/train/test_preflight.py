@@ -13,11 +13,12 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
 from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems
 from mixtral_run.train.run_checkpoints import changed_order, remove_leftovers
-from mixtral_run.weights.manifest.describe import AdapterDescription
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 
 
 def config(save: Path, **more: object) -> FinetuneConfig:
@@ -42,6 +43,15 @@ def test_nothing_of_a_complete_adapter_is_removed(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
     remove_leftovers(tmp_path)
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("kernels", ["portable", "hopper"])
+def test_kernels_that_a_run_would_not_use_are_refused(tmp_path: Path, kernels: str) -> None:
+    base = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "")
+    assert preflight.layout_problems(config(tmp_path), base) == []
+    (problem,) = preflight.layout_problems(config(tmp_path, kernels=kernels), base)
+    assert problem.startswith(f"--kernels {kernels}: expected GPUs of compute capability")
+    assert problem.endswith("; found a CPU")
 
 
 @pytest.fixture

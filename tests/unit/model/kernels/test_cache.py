@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.model.kernels.compiled.cache import FOLDER_VARIABLE, cache_folder, copy_compiled, copy_from_image
+from mixtral_run.model.kernels.cache import FOLDER_VARIABLE, cache_folder, copy_compiled, copy_from_image
 
 
 def entry(folder: Path, name: str, content: bytes = b"code") -> Path:

@@ -1,11 +1,11 @@
 """Compile the kernels of a LoRA step before there is a GPU, so that the first run need not.
 
-    python -m mixtral_run.model.kernels.compiled.ahead FOLDER [--capabilities 8.0,8.6,9.0]
+    python -m mixtral_run.model.compile_kernels FOLDER [--capabilities 8.0,8.6,9.0]
 
 Neither Triton nor NVRTC needs a GPU. Each kernel is called as training Mixtral 8x7B calls it, with tensors that have no
 memory, and Triton is stopped where it would launch. The folder is a cache of Triton's: an entry is found by the source,
 the version of the compiler, the GPU and the arguments, so that another version compiles its own. The image holds such a
-folder, and cache.py brings its entries into the cache that a job writes to.
+folder, and kernels/cache.py brings its entries into the cache that a job writes to.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,19 @@ EXPERTS = (8, 4, 2, 1)
 """Experts of a process, with expert parallelism over 1, 2, 4 and 8."""
 TOKENS, RANK = 2048, 16
 
+Call = Callable[[], object]
+
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def common_calls(experts: int) -> Iterator[Callable[[], object]]:
+def common_calls(experts: int) -> Iterator[Call]:
     """Yield the calls of kernels that all GPUs run, for `experts` of a process."""
     from mixtral_run.model.kernels import narrow_mm_triton as narrow
-    from mixtral_run.model.kernels import permute_triton, rotary_triton, router_triton, sort_triton, swiglu_triton
+    from mixtral_run.model.kernels import permute_triton, rotary_triton, sort_triton, swiglu_triton
+    from mixtral_run.model.kernels.routing import router_triton
 
     shape = MIXTRAL_8X7B
     hidden, ffn, topk = shape.hidden_size, shape.ffn_hidden_size, shape.moe_router_topk
@@ -55,51 +59,57 @@ def common_calls(experts: int) -> Iterator[Callable[[], object]]:
         angles = tensor(1, TOKENS, shape.kv_channels)
         mixed = (TOKENS, 1, shape.num_query_groups, heads + 2, shape.kv_channels)
         parts = [tensor(TOKENS, 1, count, shape.kv_channels) for count in (32, 8, 8)]
-        yield lambda: sort_triton.sort_choices(index, shape.num_experts)
-        yield lambda: permute_triton.mix_rows(tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
-        yield lambda: permute_triton.add_rows(tensor(rows, hidden), probs, inverse)
-        yield lambda: permute_triton.spread(tensor(TOKENS, hidden), None, probs, inverse, rows)
-        yield lambda: router_triton.choose(tensor(TOKENS, experts, dtype=torch.float32), topk)
-        yield lambda: router_triton.choose_backward(probs, tensor(TOKENS, topk, dtype=torch.int64), probs, experts)
-        yield lambda: rotary_triton.split_and_rotate(tensor(*mixed), angles, angles)
-        yield lambda: rotary_triton.rotate_back_and_join(parts, torch.Size(mixed), angles, angles)
+        yield partial(sort_triton.sort_choices, index, shape.num_experts)
+        yield partial(permute_triton.mix_rows, tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
+        yield partial(permute_triton.add_rows, tensor(rows, hidden), probs, inverse)
+        yield partial(permute_triton.spread, tensor(TOKENS, hidden), None, probs, inverse, rows)
+        yield partial(router_triton.choose, tensor(TOKENS, experts, dtype=torch.float32), topk)
+        yield partial(router_triton.choose_backward, probs, tensor(TOKENS, topk, dtype=torch.int64), probs, experts)
+        yield partial(rotary_triton.split_and_rotate, tensor(*mixed), angles, angles)
+        yield partial(rotary_triton.rotate_back_and_join, parts, torch.Size(mixed), angles, angles)
     inner, wide = tensor(rows, RANK), tensor(rows, 2 * ffn)
     first_in, first_out = tensor(experts, RANK, hidden), tensor(experts, 2 * ffn, RANK)
     second_in, second_out = tensor(experts, RANK, ffn), tensor(experts, hidden, RANK)
     fp32 = torch.float32
-    yield lambda: narrow.narrow_product(tokens, first_in.transpose(1, 2), offsets, source)
-    yield lambda: swiglu_triton.forward(wide, inner, first_out, 2.0, offsets)
-    yield lambda: narrow.narrow_product(tensor(rows, ffn), second_in.transpose(1, 2), offsets)
-    yield lambda: narrow.narrow_added(tensor(rows, hidden), inner, second_out, 1.0, offsets, in_place=True)
-    yield lambda: narrow.narrow_product(tensor(rows, hidden), second_out, offsets)
-    yield lambda: narrow.narrow_outer_product(tensor(rows, hidden), inner, offsets, narrow_first=False, dtype=fp32)
+    yield partial(narrow.narrow_product, tokens, first_in.transpose(1, 2), offsets, source)
+    yield partial(swiglu_triton.forward, wide, inner, first_out, 2.0, offsets)
+    yield partial(narrow.narrow_product, tensor(rows, ffn), second_in.transpose(1, 2), offsets)
+    yield partial(narrow.narrow_added, tensor(rows, hidden), inner, second_out, 1.0, offsets, in_place=True)
+    yield partial(narrow.narrow_product, tensor(rows, hidden), second_out, offsets)
+    yield partial(narrow.narrow_outer_product, tensor(rows, hidden), inner, offsets, narrow_first=False, dtype=fp32)
     given = (wide, inner, first_out, 2.0, offsets, tensor(rows, ffn), tensor(rows, dtype=torch.float32))
-    yield lambda: swiglu_triton.recomputing_backward(*given)
-    yield lambda: narrow.narrow_outer_product(tensor(rows, ffn), inner, offsets, narrow_first=True, dtype=fp32)
+    yield partial(swiglu_triton.recomputing_backward, *given)
+    yield partial(narrow.narrow_outer_product, tensor(rows, ffn), inner, offsets, narrow_first=True, dtype=fp32)
     if narrow.both_pay(wide):
-        yield lambda: narrow.both_narrow_products(wide, first_out, inner, 2.0, offsets, fp32)
-    yield lambda: narrow.narrow_product(wide, first_out, offsets)
-    yield lambda: narrow.narrow_outer_product(wide, inner, offsets, narrow_first=False, dtype=fp32)
-    yield lambda: narrow.narrow_outer_product(tokens, inner, offsets, narrow_first=True, source=source, dtype=fp32)
+        yield partial(narrow.both_narrow_products, wide, first_out, inner, 2.0, offsets, fp32)
+    yield partial(narrow.narrow_product, wide, first_out, offsets)
+    yield partial(narrow.narrow_outer_product, wide, inner, offsets, narrow_first=False, dtype=fp32)
+    yield partial(narrow.narrow_outer_product, tokens, inner, offsets, narrow_first=True, source=source, dtype=fp32)
     for out in (tensor(rows, hidden), tensor(rows, ffn)):
         half = tensor(experts, RANK, out.shape[1]).transpose(1, 2)
-        yield lambda out=out, half=half: narrow.narrow_added(out, inner, half, 1.0, offsets, in_place=True)
+        yield partial(narrow.narrow_added, out, inner, half, 1.0, offsets, in_place=True)
 
 
-def weight_calls(experts: int, capability: Capability) -> Iterator[Callable[[], object]]:
+def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
     """Yield the calls of the products with frozen weights, in all precisions."""
-    from mixtral_run.model.kernels.quantized import nf4_triton, quantized_mm_triton
+    from mixtral_run.model.kernels.quantized import nf4_mm_triton, nf4_triton, quantized_mm_triton
 
     hidden, ffn = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.ffn_hidden_size
     rows, offsets = TOKENS * MIXTRAL_8X7B.moe_router_topk, tensor(experts, dtype=torch.int32)
     fp8, fp32 = torch.float8_e4m3fn, torch.float32
     for outputs, inputs in ((2 * ffn, hidden), (hidden, ffn)):
         codes = tensor(experts, outputs, inputs // 2, dtype=torch.uint8)
-        yield lambda codes=codes: nf4_triton.expand(codes, tensor(*codes.shape[:2], codes.shape[2] // 32))
+        scales = tensor(experts, outputs, inputs // 64)
+        yield partial(nf4_triton.expand, codes, scales)
+        for tile in nf4_mm_triton.ROWS:
+            given: tuple[Any, ...] = (tensor(experts * tile, inputs), codes, scales, offsets)
+            yield partial(nf4_mm_triton.forward_4_bits, *given)
+            given = (tensor(experts * tile, outputs), codes, scales, offsets)
+            yield partial(nf4_mm_triton.gradient_4_bits, *given)
     if kernel_set_of(capability) is KernelSet.PORTABLE:
         yield from _portable_calls(experts)
         values, scales = tensor(experts, hidden, ffn, dtype=fp8), tensor(experts, hidden, dtype=fp32)
-        yield lambda: quantized_mm_triton.expand(values, scales)
+        yield partial(quantized_mm_triton.expand, values, scales)
         return
     from mixtral_run.model.kernels.quantized import gradient_gluon
 
@@ -108,26 +118,26 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Callable[[], 
         small, values = tensor(rows, inputs, dtype=fp8), tensor(experts, outputs, inputs, dtype=fp8)
         back, scales = tensor(rows, outputs, dtype=fp8), tensor(experts, outputs, dtype=fp32)
         adapter = tensor(experts, RANK, inputs)
-        given: tuple[Any, ...] = (small, values, row_scales, scales, offsets)
-        yield lambda inputs=inputs: quantized_mm_triton.quantize_rows(tensor(rows, inputs), None, offsets)
-        yield lambda given=given: quantized_mm_triton.tiled_product(*given)
+        given = (small, values, row_scales, scales, offsets)
+        yield partial(quantized_mm_triton.quantize_rows, tensor(rows, inputs), None, offsets)
+        yield partial(quantized_mm_triton.tiled_product, *given)
         given = (tensor(rows, outputs), scales, offsets)
-        yield lambda given=given: quantized_mm_triton.quantize_rows(*given)
+        yield partial(quantized_mm_triton.quantize_rows, *given)
         given = (back, values, row_scales, offsets, tensor(rows, RANK), adapter)
-        yield lambda given=given: gradient_gluon.untransposed_gradient(*given)
+        yield partial(gradient_gluon.untransposed_gradient, *given)
     tests = (tensor(160, 256, dtype=fp8), tensor(2, 256, 256, dtype=fp8), tensor(160, dtype=fp32))
     half = (tensor(2, dtype=torch.int32), tensor(160, 16), tensor(2, 16, 256))
     # The small product by which quantized_mm.reads_untransposed finds out that the kernel is right.
-    yield lambda: gradient_gluon.untransposed_gradient(*tests, *half)
+    yield partial(gradient_gluon.untransposed_gradient, *tests, *half)
 
 
-def _portable_calls(experts: int) -> Iterator[Callable[[], object]]:
+def _portable_calls(experts: int) -> Iterator[Call]:
     from mixtral_run.model.kernels.portable_mm_triton import TILES, grouped_product
 
     hidden, ffn = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.ffn_hidden_size
     offsets = tensor(experts, dtype=torch.int32)
-    for limit, _ in TILES:
-        rows = experts * min(limit, 512)
+    for tiles in TILES:
+        rows = experts * min(tiles.most_rows, 512)
         first, second = tensor(experts, 2 * ffn, hidden), tensor(experts, hidden, ffn)
         first_in, second_in = tensor(experts, RANK, hidden), tensor(experts, RANK, ffn)
         second_out, inner = tensor(experts, hidden, RANK).transpose(1, 2), tensor(rows, RANK)
@@ -140,7 +150,7 @@ def _portable_calls(experts: int) -> Iterator[Callable[[], object]]:
             (tensor(rows, 2 * ffn), first, offsets, (inner, first_in)),
         )
         for arguments in calls:
-            yield lambda arguments=arguments: grouped_product(*arguments)
+            yield partial(grouped_product, *arguments)
 
 
 class _NoGpu:
@@ -203,7 +213,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--capabilities", default=",".join(f"{major}.{minor}" for major, minor in CAPABILITIES))
     arguments = parser.parse_args()
-    capabilities = [tuple(map(int, each.split("."))) for each in arguments.capabilities.split(",")]
+    numbers = (each.split(".") for each in arguments.capabilities.split(","))
+    capabilities = [(int(major), int(minor)) for major, minor in numbers]
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"TRITON_CACHE_DIR": str(arguments.folder.resolve()), "TRITON_STORE_BINARY_ONLY": "1"}
     try:

@@ -1,4 +1,4 @@
-"""The folder in which compiled kernels are cached, and the kernels that the image holds (ahead.py)."""
+"""The folder in which compiled kernels are cached, and the kernels that the image holds (model/compile_kernels.py)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""Compiled kernels: their cache, and compilation before there is a GPU."""
