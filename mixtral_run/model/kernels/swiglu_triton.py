@@ -29,7 +29,7 @@ class Tile:
 
 SUMMED = 16
 """Rows of a program that sums products."""
-FORWARD, BACKWARD = Tile(32, 128, 4), Tile(32, 128, 4)
+FORWARD, BACKWARD = Tile(32, 128, 4), Tile(16, 128, 4)
 
 
 @triton.jit
