@@ -94,7 +94,8 @@ def test_swiglu_recomputes_in_its_backward_pass(routing: tuple[int, ...], rank: 
     products = (active * gradient[:count].double()).sum(1)
     if probs is not None:
         products = torch.where(probs[:count] > 0, products / probs[:count].double(), 0.0)
-    for mine, right in zip(found, (whole.grad, active, products), strict=True):
+    for mine, right in zip(found[:3], (whole.grad, active, products), strict=True):
+        assert mine is not None
         assert right is not None
         assert float((mine[:count].double() - right).norm()) <= 4e-3 * float(right.norm())
 

@@ -1,6 +1,7 @@
 """The small kernels beside the same in plain torch on the CPU, in fp32, forward and backward; and the recorded step."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_p
 from mixtral_run.model.kernels.routing.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import choose, router_logits
+from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.rotary import Rotary, split_and_rotate
@@ -241,6 +243,31 @@ def test_probs_in_the_order_of_the_rows() -> None:
     for _, gradient in results:
         assert gradient is not None
         assert torch.equal(gradient.cpu(), places.view(41, 2))
+
+
+@pytest.mark.parametrize("with_addition", [False, True])
+@pytest.mark.parametrize("shape", [(41, 1, 4096), (7, 3, 1000), (300, 64)])
+def test_norm_with_what_is_added_before_and_behind(shape: tuple[int, ...], with_addition: bool) -> None:
+    """Compare sum, norm and gradients with float64; the recipe returns the norm bit for bit."""
+    norm = RMSNorm(SimpleNamespace(params_dtype=torch.bfloat16, sequence_parallel=False), shape[-1], 1e-5)
+    norm.requires_grad_(False)
+    norm.weight.copy_(torch.rand(shape[-1]) + 0.5)
+    drawn = [(torch.randn(shape) * 3).bfloat16().cuda() for _ in range(2 if with_addition else 1)]
+    weights = [torch.randn(shape).bfloat16().cuda() for _ in range(2)]
+    parts = [each.clone().requires_grad_(True) for each in drawn]
+    total, normed = norm.joined(*parts)
+    (total * weights[0] + normed * weights[1]).sum().backward()
+    assert torch.equal(total, drawn[0] + drawn[1] if with_addition else drawn[0])
+    recipe = norm.recipe(total)
+    assert torch.equal(recipe.make(*recipe.sources), normed)
+    exact = total.detach().double().requires_grad_(True)
+    expected = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    (exact * weights[0].double() + expected * weights[1].double()).sum().backward()
+    assert exact.grad is not None
+    assert float((normed.double() - expected).norm()) <= 3e-3 * float(expected.norm())
+    for part in parts:
+        assert part.grad is not None
+        assert float((part.grad.double() - exact.grad).norm()) <= 3e-3 * float(exact.grad.norm())
 
 
 @pytest.mark.parametrize("width", [8, 1000, 14336])

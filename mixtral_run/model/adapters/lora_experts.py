@@ -39,7 +39,11 @@ class FrozenExperts(Protocol):
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor: ...
 
-    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
+    def factors(self, gradient: Tensor) -> Tensor | None: ...
+
+    def gradient(
+        self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor, row_scales: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class _AdaptedExperts(torch.autograd.Function):
         for_inner = product(gradient, second_out, offsets, scale=scale)
         for_second_out = outer_product(gradient, second_inner, offsets, dtype=ctx.dtypes[3])
         for_active = second.gradient(gradient, offsets, for_inner, second_in)
-        for_hidden, active, for_probs = recomputing_backward(
-            hidden, first_inner, first_out, scale, offsets, for_active, probs
+        for_hidden, active, for_probs, row_scales = recomputing_backward(
+            hidden, first_inner, first_out, scale, offsets, for_active, probs, first.factors(hidden)
         )
         for_second_in = outer_product(for_inner, active, offsets, dtype=ctx.dtypes[2])
         del active, for_active
@@ -133,7 +137,7 @@ class _AdaptedExperts(torch.autograd.Function):
         for_first_in = outer_product(for_inner, tokens, offsets, source=source, dtype=ctx.dtypes[0])
         for_tokens = None
         if ctx.needs_input_grad[0]:
-            for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in)
+            for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in, row_scales)
             if inverse is not None:
                 ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
                 for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)

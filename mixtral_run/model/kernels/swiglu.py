@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mixtral_run.model.kernels.grouped_mm import grouped_linear, has_grouped_product, outer_product, product
+from mixtral_run.model.kernels.grouped_mm import (
+    each_experts,
+    grouped_linear,
+    has_grouped_product,
+    outer_product,
+    product,
+)
+from mixtral_run.model.kernels.quantized.quantized_mm import quantize
 from mixtral_run.model.kernels.routing.router_probs import over_probs, row_products
 
 COLUMNS = 256
@@ -63,23 +70,33 @@ def recomputing_backward(
     offsets: Tensor,
     gradient: Tensor,
     probs: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return what the backward pass of `swiglu_of` needs, given the gradient of its result [tokens, ffn].
 
-    Returns hidden's gradient; the result, recomputed bit for bit; and for each row the scalar product of the result and
-    its gradient, fp32 or wider [tokens], over probs [tokens] if given, and 0 where they are 0 (router_probs.py).
+    Returns:
+        hidden's gradient;
+        the result, recomputed bit for bit;
+        for each row the scalar product of the result and its gradient, fp32 or wider [tokens], over probs [tokens] if
+        given, and 0 where they are 0 (router_probs.py);
+        with factors fp32 [experts, 2·ffn], the scales fp32 [tokens] with which the rows of hidden's gradient, times
+        their expert's factors, are quantized (quantized_mm.quantize); otherwise None.
     """
     if _fused_runs(hidden, inner):
         from mixtral_run.model.kernels.swiglu_triton import recomputing_backward as on_gpu
 
-        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous(), probs)
+        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous(), probs, factors)
     with torch.enable_grad():
         whole = (hidden + product(inner * scale, outer.transpose(1, 2), offsets)).detach().requires_grad_(True)
         active = swiglu(whole)
     (for_hidden,) = torch.autograd.grad(active, whole, gradient)
     active = active.detach()
     products = row_products(active, gradient)
-    return for_hidden, active, products if probs is None else over_probs(products, probs)
+    scales = None
+    if factors is not None:
+        rows = [part.float() * each for part, each in zip(each_experts(for_hidden, offsets), factors, strict=True)]
+        scales = quantize(torch.cat(rows))[1]
+    return for_hidden, active, products if probs is None else over_probs(products, probs), scales
 
 
 def _fused_runs(hidden: Tensor, inner: Tensor) -> bool:

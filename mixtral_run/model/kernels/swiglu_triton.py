@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixtral_run.model.kernels.quantized.formats import LARGEST, TINY
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -49,7 +51,15 @@ def _sigmoid(value):
 
 
 @triton.jit
-def _place(offsets_ptr, tokens, row_tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+def _rounded(value):
+    """Return fp32 numbers in bf16, two an instruction: a conversion whose result is also read goes one by one."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [value], dtype=tl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def place_tile(offsets_ptr, tokens, row_tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """Return the expert of a tile of rows, its first row, and the end of the expert's rows; no tile: an end of 0.
 
     The last tiles come first: they were written last, by the product before this, and are in the cache still.
@@ -94,7 +104,7 @@ def _swiglu_kernel(
     COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    expert, first, end = _place(offsets_ptr, tokens, tl.program_id(1 if ACROSS else 0), num_experts, EXPERTS, ROWS)
+    expert, first, end = place_tile(offsets_ptr, tokens, tl.program_id(1 if ACROSS else 0), num_experts, EXPERTS, ROWS)
     if first >= end:
         return
     local = tl.arange(0, ROWS)
@@ -114,7 +124,7 @@ def _swiglu_kernel(
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     output = gate * _sigmoid(gate) * up
     target = output_ptr + first.to(tl.int64) * ffn + (local[:, None] * ffn + columns[None, :])
-    tl.store(target, output.to(output_ptr.dtype.element_ty), mask=inside)
+    tl.store(target, _rounded(output), mask=inside)
 
 
 @triton.jit(do_not_specialize=("tokens",))
@@ -127,6 +137,8 @@ def _swiglu_backward_kernel(
     for_hidden_ptr,
     active_ptr,
     products_ptr,
+    factors_ptr,
+    largest_ptr,
     tokens,
     ffn,
     scale,
@@ -137,8 +149,9 @@ def _swiglu_backward_kernel(
     COLUMNS: tl.constexpr,
     ACROSS: tl.constexpr,
     RECOMPUTE: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
 ):
-    expert, first, end = _place(offsets_ptr, tokens, tl.program_id(1 if ACROSS else 0), num_experts, EXPERTS, ROWS)
+    expert, first, end = place_tile(offsets_ptr, tokens, tl.program_id(1 if ACROSS else 0), num_experts, EXPERTS, ROWS)
     if first >= end:
         return
     block = tl.program_id(0 if ACROSS else 1)
@@ -160,38 +173,51 @@ def _swiglu_backward_kernel(
     gate, up, gradient = gate.to(tl.float32), up.to(tl.float32), gradient.to(tl.float32)
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
-    kind = for_hidden_ptr.dtype.element_ty
-    tl.store(for_hidden_ptr + wide + ffn, (gradient * silu).to(kind), mask=inside)
-    for_gate = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(for_hidden_ptr + wide, for_gate.to(kind), mask=inside)
+    for_up = _rounded(gradient * silu)
+    tl.store(for_hidden_ptr + wide + ffn, for_up, mask=inside)
+    for_gate = _rounded(gradient * up * (sigmoid + silu * (1.0 - sigmoid)))
+    tl.store(for_hidden_ptr + wide, for_gate, mask=inside)
+    part = block.to(tl.int64) * tokens + (first + local)
+    if HAS_FACTORS:
+        factors = factors_ptr + expert.to(tl.int64) * (2 * ffn) + columns
+        scaled_gate = tl.abs(for_gate.to(tl.float32) * tl.load(factors)[None, :])
+        scaled_up = tl.abs(for_up.to(tl.float32) * tl.load(factors + ffn)[None, :])
+        tl.store(largest_ptr + part, tl.max(tl.maximum(scaled_gate, scaled_up), axis=1), mask=row_mask)
     if RECOMPUTE:
         active = silu * up
-        tl.store(active_ptr + narrow, active.to(active_ptr.dtype.element_ty), mask=inside)
-        products = products_ptr + block.to(tl.int64) * tokens + (first + local)
-        tl.store(products, tl.sum(active * gradient, axis=1), mask=row_mask)
+        tl.store(active_ptr + narrow, _rounded(active), mask=inside)
+        tl.store(products_ptr + part, tl.sum(active * gradient, axis=1), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=("tokens",))
-def _over_probs_kernel(
+def _over_blocks_kernel(
     products_ptr,
     probs_ptr,
     output_ptr,
+    largest_ptr,
+    scales_ptr,
     tokens,
     num_blocks,
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TINY: tl.constexpr,
 ):
-    """Sum the products of all blocks of columns, and divide by the probabilities."""
+    """Sum the products of all blocks of columns, over the probabilities; find the scales for the largest numbers."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     blocks = tl.arange(0, BLOCKS)
     there = (blocks < num_blocks)[:, None] & (rows < tokens)[None, :]
-    places = products_ptr + blocks[:, None].to(tl.int64) * tokens + rows[None, :]
-    result = tl.sum(tl.load(places, mask=there, other=0.0), axis=0)
+    places = blocks[:, None].to(tl.int64) * tokens + rows[None, :]
+    result = tl.sum(tl.load(products_ptr + places, mask=there, other=0.0), axis=0)
     if HAS_PROBS:
         probs = tl.load(probs_ptr + rows, mask=rows < tokens, other=0.0)
         result = tl.where(probs > 0, result / probs, 0.0)
     tl.store(output_ptr + rows, result, mask=rows < tokens)
+    if HAS_FACTORS:
+        largest = tl.max(tl.load(largest_ptr + places, mask=there, other=0.0), axis=0)
+        tl.store(scales_ptr + rows, tl.maximum(largest, TINY) / LARGEST, mask=rows < tokens)
 
 
 def forward(hidden: Tensor, inner: Tensor | None, outer: Tensor | None, scale: float, offsets: Tensor) -> Tensor:
@@ -209,7 +235,11 @@ def backward(
 ) -> Tensor:
     """Return the gradient of hidden, given that of the output [tokens, ffn]."""
     for_hidden = torch.empty_like(hidden)
-    _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, None, None)
+    unused = [for_hidden] * 4
+    arguments = (gradient, for_hidden, *unused, *gradient.shape, scale)
+    _launch(
+        _swiglu_backward_kernel, BACKWARD, hidden, inner, outer, offsets, *arguments, RECOMPUTE=False, HAS_FACTORS=False
+    )
     return for_hidden
 
 
@@ -221,42 +251,46 @@ def recomputing_backward(
     offsets: Tensor,
     gradient: Tensor,
     probs: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute swiglu.recomputing_backward."""
     tokens, ffn = gradient.shape
     for_hidden, active = torch.empty_like(hidden), torch.empty_like(gradient)
-    products = torch.empty(ffn // BACKWARD.columns, tokens, dtype=torch.float32, device=hidden.device)
-    _backward(hidden, inner, outer, scale, offsets, gradient, for_hidden, active, products)
-    result = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    _over_probs_kernel[(triton.cdiv(tokens, SUMMED),)](
-        products,
-        probs if probs is not None else result,
-        result,
+    blocks = ffn // BACKWARD.columns
+    products, largest = torch.empty(2, blocks, tokens, dtype=torch.float32, device=hidden.device)
+    result, scales = torch.empty(2, tokens, dtype=torch.float32, device=hidden.device)
+    unused = products
+    arguments = (gradient, for_hidden, active, products, factors if factors is not None else unused, largest)
+    _launch(
+        _swiglu_backward_kernel,
+        BACKWARD,
+        hidden,
+        inner,
+        outer,
+        offsets,
+        *arguments,
         tokens,
-        products.shape[0],
-        BLOCKS=triton.next_power_of_2(products.shape[0]),
+        ffn,
+        scale,
+        RECOMPUTE=True,
+        HAS_FACTORS=factors is not None,
+    )
+    _over_blocks_kernel[(triton.cdiv(tokens, SUMMED),)](
+        products,
+        probs if probs is not None else unused,
+        result,
+        largest,
+        scales,
+        tokens,
+        blocks,
+        BLOCKS=triton.next_power_of_2(blocks),
         ROWS=SUMMED,
         HAS_PROBS=probs is not None,
+        HAS_FACTORS=factors is not None,
+        LARGEST=LARGEST,
+        TINY=TINY,
     )
-    return for_hidden, active, result
-
-
-def _backward(
-    hidden: Tensor,
-    inner: Tensor | None,
-    outer: Tensor | None,
-    scale: float,
-    offsets: Tensor,
-    gradient: Tensor,
-    for_hidden: Tensor,
-    active: Tensor | None,
-    products: Tensor | None,
-) -> None:
-    tokens, ffn = gradient.shape
-    unused = for_hidden
-    results = (for_hidden, active if active is not None else unused, products if products is not None else unused)
-    arguments = (gradient, *results, tokens, ffn, scale)
-    _launch(_swiglu_backward_kernel, BACKWARD, hidden, inner, outer, offsets, *arguments, RECOMPUTE=active is not None)
+    return for_hidden, active, result, scales if factors is not None else None
 
 
 def _launch(
