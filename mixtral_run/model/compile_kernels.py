@@ -44,6 +44,7 @@ def common_calls(experts: int) -> Iterator[Call]:
     """Yield the calls of kernels that all GPUs run, for `experts` of a process."""
     from mixtral_run.model.kernels import narrow_mm_triton as narrow
     from mixtral_run.model.kernels import norm_triton, permute_triton, rotary_triton, sort_triton, swiglu_triton
+    from mixtral_run.model.kernels.loss import cross_entropy_triton
     from mixtral_run.model.kernels.routing import router_triton
 
     shape = MIXTRAL_8X7B
@@ -67,6 +68,9 @@ def common_calls(experts: int) -> Iterator[Call]:
         for addition in (None, stream):
             yield partial(norm_triton.add_norm, stream, addition, weight, 1e-5)
         yield partial(norm_triton.add_norm_backward, stream, weight, factors, stream, stream)
+        logits, labels = tensor(TOKENS, shape.vocab_size), tensor(TOKENS, dtype=torch.int64)
+        yield partial(cross_entropy_triton.forward, logits, labels)
+        yield partial(cross_entropy_triton.backward, logits, labels, factors, factors)
         yield partial(router_triton.choose, tensor(TOKENS, experts, dtype=torch.float32), topk)
         yield partial(router_triton.choose_backward, probs, tensor(TOKENS, topk, dtype=torch.int64), probs, experts)
         yield partial(rotary_triton.split_and_rotate, tensor(*mixed), angles, angles)

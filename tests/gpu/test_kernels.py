@@ -10,6 +10,7 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_probs, unpermute
+from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy
 from mixtral_run.model.kernels.routing.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.moe import choose, router_logits
@@ -243,6 +244,28 @@ def test_probs_in_the_order_of_the_rows() -> None:
     for _, gradient in results:
         assert gradient is not None
         assert torch.equal(gradient.cpu(), places.view(41, 2))
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 4096, 32000])
+def test_cross_entropy(vocabulary: int) -> None:
+    """Compare losses and gradients with float64; the last label does not exist, some logits are -inf."""
+    logits, labels = (torch.randn(13, 3, vocabulary) * 4).bfloat16(), torch.randint(0, vocabulary - 9, (13, 3))
+    logits[..., -7:] = float("-inf")
+    labels[-1, -1] = -100
+    weights = torch.rand(13, 3)
+    mine = logits.cuda().requires_grad_(True)
+    losses = cross_entropy(mine, labels.cuda())
+    (losses * weights.cuda()).sum().backward()
+    exact = logits.double().requires_grad_(True)
+    expected = torch.nn.functional.cross_entropy(exact.view(-1, vocabulary), labels.view(-1), reduction="none")
+    (expected * weights.view(-1)).sum().backward()
+    assert mine.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(
+        losses.detach().cpu().double().view(-1)[:-1], expected.detach()[:-1], rtol=1e-5, atol=1e-5
+    )
+    found, right = mine.grad.cpu().double().view(39, -1)[:-1], exact.grad.view(39, -1)[:-1]
+    assert float((found - right).norm()) <= 3e-3 * float(right.norm())
 
 
 @pytest.mark.parametrize("with_addition", [False, True])

@@ -139,7 +139,10 @@ def stand_in_product(
 def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of the 8-bit products with kernels written in torch."""
 
-    def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(
+        rows: Tensor, columns: Tensor | None, offsets: Tensor, source: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows = rows if source is None else rows[source]
         if columns is not None:
             owner = torch.searchsorted(offsets, torch.arange(len(rows), dtype=torch.int32), right=True)
             rows = rows.float() * columns[owner]
@@ -147,6 +150,7 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     kernels = types.ModuleType("quantized_triton")
     kernels.quantize_rows = quantize_rows  # type: ignore[attr-defined]
+    kernels.quantize_with = None  # type: ignore[attr-defined]
     kernels.fits_tiles = lambda _: False  # type: ignore[attr-defined]
     kernels.tiled_product = None  # type: ignore[attr-defined]
     kernels.transposed = lambda values: values.transpose(1, 2).contiguous()  # type: ignore[attr-defined]
