@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtral_run.model.kernels.quantized.formats import LARGEST, TINY
+from mixtral_run.model.kernels.sort_triton import place_tile
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,6 @@ def _rounded(value):
     return tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [value], dtype=tl.bfloat16, is_pure=True, pack=2
     )
-
-
-@triton.jit
-def place_tile(offsets_ptr, tokens, row_tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return the expert of a tile of rows, its first row, and the end of the expert's rows; no tile: an end of 0.
-
-    The last tiles come first: they were written last, by the product before this, and are in the cache still.
-    """
-    numbers = tl.arange(0, EXPERTS)
-    there = numbers < num_experts
-    ends = tl.minimum(tl.load(offsets_ptr + numbers, mask=there, other=0), tokens)
-    begins = tl.minimum(tl.load(offsets_ptr + numbers - 1, mask=there & (numbers > 0), other=0), tokens)
-    high = (ends - begins + ROWS - 1) // ROWS
-    tiles_to = tl.cumsum(high, axis=0)
-    tile = tl.sum(high, axis=0) - 1 - row_tile
-    mine = (tiles_to > tile) & (tiles_to - high <= tile)
-    expert = tl.sum(tl.where(mine, numbers, 0), axis=0)
-    first = tl.sum(tl.where(mine, begins + (tile - (tiles_to - high)) * ROWS, 0), axis=0)
-    end = tl.sum(tl.where(mine, ends, 0), axis=0)
-    return expert, first, end
 
 
 @triton.jit

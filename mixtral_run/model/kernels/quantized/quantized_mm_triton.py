@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
 from mixtral_run.model.kernels.selected import num_multiprocessors
-from mixtral_run.model.kernels.swiglu_triton import place_tile
+from mixtral_run.model.kernels.sort_triton import place_tile
 
 TILE = 128
 WITH_ROWS, WITH_COLUMNS = 16, 512
