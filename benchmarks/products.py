@@ -1,7 +1,7 @@
 """The experts' frozen products of one layer alone: torch's grouped product, the kit's own for Hopper and the portable
 one, Mixtral's sizes, bf16.
 
-    python -m benchmarks.products [--rows 128,256,512,1024,2048] [--sides torch,hopper,portable,nf4-expanded,nf4-inside]
+    python -m benchmarks.products [--rows 128,256,512,1024,2048] [--sides torch,hopper,portable,nf4]
         [--tiles 128x256x64x8x4,…]
     DISABLE_MMA_V3=1 python -m benchmarks.products --sides portable     # with the instructions that A100 has
 
@@ -94,19 +94,10 @@ def ways(
 
         return portable(None)(expand(*weight))
 
-    def inside(weight: tuple[Tensor, Tensor]) -> Tensor:
-        from mixtral_run.model.kernels.quantized.nf4_mm_triton import forward_4_bits, gradient_4_bits
-
-        if not gradient:
-            return forward_4_bits(left, *weight, offsets)
-        return add_product(gradient_4_bits(left, *weight, offsets), inner, half, 1.0, offsets)
-
     calls = {"torch": torchs, "hopper": hoppers, "portable": portable(None)}
     timers = {side: captured(calls[side], weights) for side in sides if side in calls}
-    codes = [random_codes(outputs, inputs) for _ in range(LAYERS)] if any("nf4" in side for side in sides) else []
-    for side, call in {"nf4-expanded": expanded, "nf4-inside": inside}.items():
-        if side in sides:
-            timers[side] = captured(call, codes)
+    if "nf4" in sides:
+        timers["nf4"] = captured(expanded, [random_codes(outputs, inputs) for _ in range(LAYERS)])
     for name in filter(None, tiles.split(",")):
         tile = Tile(*map(int, name.split("x")))
         try:

@@ -60,7 +60,9 @@ def common_calls(experts: int) -> Iterator[Call]:
         angles = tensor(1, TOKENS, shape.kv_channels)
         mixed = (TOKENS, 1, shape.num_query_groups, heads + 2, shape.kv_channels)
         parts = [tensor(TOKENS, 1, count, shape.kv_channels) for count in (32, 8, 8)]
-        yield partial(sort_triton.sort_choices, index, shape.num_experts)
+        for tokens_of_a_step in (512, 1024, 2048, 4096, 8192):
+            choices = tensor(tokens_of_a_step * topk, dtype=torch.int64)
+            yield partial(sort_triton.sort_choices, choices, shape.num_experts)
         yield partial(permute_triton.mix_rows, tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
         yield partial(permute_triton.add_rows, tensor(rows, hidden), probs, inverse)
         yield partial(permute_triton.spread, tensor(TOKENS, hidden), None, probs, inverse, rows)
@@ -101,7 +103,7 @@ def common_calls(experts: int) -> Iterator[Call]:
 
 def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
     """Yield the calls of the products with frozen weights, in all precisions."""
-    from mixtral_run.model.kernels.quantized import nf4_mm_triton, nf4_triton, quantized_mm_triton
+    from mixtral_run.model.kernels.quantized import nf4_triton, quantized_mm_triton
 
     hidden, ffn = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.ffn_hidden_size
     rows, offsets = TOKENS * MIXTRAL_8X7B.moe_router_topk, tensor(experts, dtype=torch.int32)
@@ -110,11 +112,6 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
         codes = tensor(experts, outputs, inputs // 2, dtype=torch.uint8)
         scales = tensor(experts, outputs, inputs // 64)
         yield partial(nf4_triton.expand, codes, scales)
-        for tile in nf4_mm_triton.ROWS:
-            given: tuple[Any, ...] = (tensor(experts * tile, inputs), codes, scales, offsets)
-            yield partial(nf4_mm_triton.forward_4_bits, *given)
-            given = (tensor(experts * tile, outputs), codes, scales, offsets)
-            yield partial(nf4_mm_triton.gradient_4_bits, *given)
     if kernel_set_of(capability) is KernelSet.PORTABLE:
         yield from _portable_calls(experts)
         values, scales = tensor(experts, hidden, ffn, dtype=fp8), tensor(experts, hidden, dtype=fp32)
@@ -128,14 +125,12 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
         small, values = tensor(rows, inputs, dtype=fp8), tensor(experts, outputs, inputs, dtype=fp8)
         back, scales = tensor(rows, outputs, dtype=fp8), tensor(experts, outputs, dtype=fp32)
         adapter = tensor(experts, RANK, inputs)
-        given = (small, values, row_scales, scales, offsets)
+        inner = tensor(rows, RANK)
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, inputs), None, offsets)
-        yield partial(quantized_mm_triton.tiled_product, *given)
-        given = (tensor(rows, outputs), scales, offsets)
-        yield partial(quantized_mm_triton.quantize_rows, *given)
+        yield partial(quantized_mm_triton.tiled_product, small, values, row_scales, scales, offsets)
+        yield partial(quantized_mm_triton.quantize_rows, tensor(rows, outputs), scales, offsets)
         yield partial(quantized_mm_triton.quantize_with, tensor(rows, outputs), scales, row_scales, offsets)
-        given = (back, values, row_scales, offsets, tensor(rows, RANK), adapter)
-        yield partial(gradient_gluon.untransposed_gradient, *given)
+        yield partial(gradient_gluon.untransposed_gradient, back, values, row_scales, offsets, inner, adapter)
     tests = (tensor(160, 256, dtype=fp8), tensor(2, 256, 256, dtype=fp8), tensor(160, dtype=fp32))
     half = (tensor(2, dtype=torch.int32), tensor(160, 16), tensor(2, 16, 256))
     # The small product by which quantized_mm.reads_untransposed finds out that the kernel is right.

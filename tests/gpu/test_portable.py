@@ -5,7 +5,6 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.kernels.portable_mm_triton import TILES, Tile, grouped_product, outer_product, tile_for
-from mixtral_run.model.kernels.quantized import nf4
 from mixtral_run.model.kernels.quantized.quantized_mm import quantize
 from mixtral_run.model.kernels.requirements import KernelSet
 from mixtral_run.model.kernels.selected import kernels_of
@@ -14,7 +13,7 @@ from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.steps.step import train_step, trainable
 from tests.gpu.test_kernels import SEQ_LENGTH, small_model
-from tests.support.experts_reference import ROUTINGS
+from tests.support.references.experts_reference import ROUTINGS
 
 UNEVEN = (245, 614, 409, 696, 491, 573, 450, 614)
 TILES_HERE = sorted(
@@ -81,24 +80,6 @@ def test_eight_bits_come_back_as_in_torch(shape: tuple[int, int, int]) -> None:
     values, scales = quantize(torch.randn(shape, device="cuda") * torch.rand(shape, device="cuda") ** 9)
     expected = (values.float() * scales[..., None]).bfloat16()
     assert torch.equal(expand(values, scales), expected)
-
-
-@pytest.mark.parametrize("sizes", [(768, 512), (200, 128)])
-@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414), UNEVEN])
-def test_four_bits_are_expanded_inside_the_product(routing: tuple[int, ...], sizes: tuple[int, int]) -> None:
-    """Rows after the last offset belong to no expert."""
-    from mixtral_run.model.kernels.quantized.nf4_mm_triton import fits, forward_4_bits, gradient_4_bits
-
-    codes, scales = nf4.quantize(torch.randn(len(routing), *sizes, device="cuda"))
-    matrices = nf4.plain_dequantize(codes, scales, torch.bfloat16)
-    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
-    gradient, rows = (torch.randn(sum(routing) + 40, size, device="cuda").bfloat16() for size in sizes)
-    assert fits(codes, scales)
-    for found, expected in (
-        (forward_4_bits(rows, codes, scales, offsets), exact(rows, matrices.transpose(1, 2), routing)),
-        (gradient_4_bits(gradient, codes, scales, offsets), exact(gradient, matrices, routing)),
-    ):
-        assert float((found[: sum(routing)] - expected).norm()) <= 4e-3 * float(expected.norm())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])

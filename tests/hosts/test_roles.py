@@ -17,7 +17,7 @@ from tests.support.scenario_results import Scenario
 ROOT = Path(__file__).parents[2]
 SCENARIOS = [
     *(f"roles/{role}/molecule/{role}" for role in (
-        "preflight", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image", "acceptance",
+        "preflight", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image", "acceptance", "health",
     )),
     "tests/molecule/bootstrap",
 ]  # fmt: skip

@@ -49,6 +49,8 @@ def _state(status: HostStatus) -> str:
         return '<span class="warn">! unreadable</span>'
     if status.reimaged:
         return '<span class="bad">! reimaged</span>'
+    if status.cordoned:
+        return '<span class="bad">! cordoned</span>'
     if status.warnings:
         return '<span class="bad">! warning</span>'
     if status.differences:
@@ -86,6 +88,7 @@ COLUMNS = (
     Column("ECC / Xid", lambda status: _text(_gpu_errors(status))),
     Column("Driver", lambda status: _text(status.driver), "driver"),
     Column("Fabric manager", lambda status: _text(status.fabric_manager), "fabric manager"),
+    Column("RDMA", lambda status: _text(status.rdma), "RDMA"),
     Column("Engine", lambda status: _text(status.engine), "engine"),
     Column(
         "Toolkit", lambda status: _text(f"{status.toolkit} ({status.gpus_by})" if status.toolkit else ""), "toolkit"
@@ -100,6 +103,7 @@ COLUMNS = (
     Column("Checkpoints", lambda status: _list(status.checkpoints)),
     Column("Adapters", lambda status: _list(status.adapters)),
     Column("Jobs", lambda status: _list(status.jobs)),
+    Column("Health", lambda status: _text(status.health)),
     Column("Acceptance", lambda status: _text(status.acceptance)),
     Column("Set up", lambda status: _text(status.set_up)),
 )

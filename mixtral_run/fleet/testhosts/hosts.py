@@ -66,6 +66,8 @@ class StandIn:
     """fabric.state of every GPU of a host with NVSwitches."""
     mig: bool = False
     persistence: bool = True
+    recovery_action: str = "None"
+    """What the driver asks for on every GPU (gpu_recovery_action)."""
     serial: str = "000000000001"
 
 

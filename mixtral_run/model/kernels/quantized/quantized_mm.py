@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 Stored = tuple[torch.dtype, tuple[int, ...]]
 
 
-MOST_ROWS_INSIDE = 64
-"""Rows of an expert on average up to which weights in 4 bit are expanded inside the product (nf4_mm_triton.py)."""
 KEPT_AS = {"fp8": 1, "nf4": 1}
 """Version of the numbers that `quantize_to` returns. Files store them: raise it whenever the numbers change."""
 
@@ -277,12 +275,6 @@ def scaled_product(
 def plain_product(rows: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, *, backwards: bool) -> Tensor:
     """Return the product with dequantized weights: [tokens, out], or, backwards, [tokens, in]."""
     if has_grouped_product(rows, values.shape[1], values.shape[2] * (2 if values.dtype is torch.uint8 else 1)):
-        if values.dtype is torch.uint8 and rows.shape[0] <= MOST_ROWS_INSIDE * values.shape[0]:
-            from mixtral_run.model.kernels.quantized import nf4_mm_triton
-
-            if nf4_mm_triton.fits(values, scales):
-                multiply = nf4_mm_triton.gradient_4_bits if backwards else nf4_mm_triton.forward_4_bits
-                return multiply(rows.contiguous(), values, scales, offsets)
         matrices = dequantize(values, scales, rows.dtype)
         return product(rows, matrices if backwards else matrices.transpose(1, 2), offsets)
     outputs = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from . import rdma
 from .gpu_driver import NO_FABRIC
 
 HOLD = (
@@ -149,7 +150,7 @@ def persistence(state, _limits):
 
 
 def remarks(state):
-    """Return what `status` warns of besides the driver's own error: the fabric, the next boot, MIG, persistence mode."""
-    items = [item for check in (next_boot, mig, persistence) for item in check(state, {})]
+    """Return what `status` warns of besides the driver's own error: next boot, MIG, persistence mode, RDMA, fabric."""
+    items = [item for check in (next_boot, mig, persistence, rdma.shortfall) for item in check(state, {})]
     items += _fabric(state["fabric_manager"])
     return ["{}; expected {}".format(found, wanted) for wanted, found, _ in (item[-3:] for item in items)]

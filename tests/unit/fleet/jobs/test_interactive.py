@@ -15,6 +15,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import interactive
 from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
+from mixtral_run.fleet.jobs.taking import START_SCRIPT
 from mixtral_run.fleet.ssh.connection import Ssh
 from tests.unit.fleet.jobs.test_job_spec import FACTS
 
@@ -38,6 +39,7 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     monkeypatch.setattr(interactive.subprocess, "run", run)
     monkeypatch.setattr(interactive, "facts_of", lambda *_: [FACTS])
     monkeypatch.setattr(interactive, "send_files", lambda *words: found.append([words[-1].config_json()]))
+    monkeypatch.setattr(interactive, "refuse_taken", lambda *_: None)
     monkeypatch.setattr(interactive, "hosts_of", lambda words, *_: (HOST,) * len(words))
     monkeypatch.setattr(interactive, "remember", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", _Terminal())
@@ -45,9 +47,10 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 
 def on_host(argv: list[str]) -> list[str]:
-    """The words of the command that ssh passes to the host."""
+    """The words that start the container, in the command that ssh passes to the host."""
     assert argv[0] == "ssh" and argv[-2] == HOST.address
-    return shlex.split(argv[-1])
+    words = shlex.split(argv[-1])
+    return words[words.index("docker", words.index(START_SCRIPT) + 3) :] if START_SCRIPT in words else words
 
 
 def test_chat_has_the_terminal_and_all_that_a_job_has(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

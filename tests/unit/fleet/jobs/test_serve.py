@@ -36,6 +36,7 @@ class _Host:
         for module in (serving, interactive):
             monkeypatch.setattr(module, "remember", lambda *_: None)
         monkeypatch.setattr(interactive, "hosts_of", lambda *_: (HOST,))
+        monkeypatch.setattr(serving, "refuse_taken", lambda *_: None)
         monkeypatch.setattr(serving, "facts_of", lambda *_, **__: [FACTS])
         monkeypatch.setattr(serving, "engine", self.engine)
         monkeypatch.setattr(serving, "start_on", self.start)
