@@ -23,6 +23,7 @@ from mixtral_run.config.names.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
 LAYOUT, DATA, PROMPTS, OPTIMIZER = "Model and layout", "Data", "Prompts and sampling", "Optimizer"
+PREFERENCES = "Preferences"
 LORA, MEMORY, PROCESSES, COMPARISON, OUTPUT = "LoRA", "Memory and precision", "Processes", "Comparison", "Output"
 """Sections of --help."""
 

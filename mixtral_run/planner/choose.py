@@ -31,6 +31,8 @@ from mixtral_run.planner.suggestions import remedies
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
+PLANNED_FLAGS = {"method", "base_precision", "lora_rank", "lora_dropout", "lora_target_modules"}
+"""Settings that the command of `plan` in an error repeats."""
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
 
@@ -194,6 +196,7 @@ def workload_of(
         gpus=world_size,
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
+        rows_per_sample=config.rows_per_sample,
         lora_rank=config.lora_rank,
         lora_dropout=config.lora_dropout,
         lora_target_modules=config.lora_target_modules,
@@ -203,7 +206,8 @@ def workload_of(
         compute_capability=capability,
         kernels=config.kernels,
         cuda_graphs=config.cuda_graphs,
-        has_validation=config.has_validation,
+        # The passes without gradients of align are those of an evaluation.
+        has_validation=config.has_validation or config.preferences is not None,
     )
 
 
@@ -263,7 +267,7 @@ def _refusal(
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
-    others = " ".join(["", *config.flags({"base_precision", "lora_rank", "lora_dropout", "lora_target_modules"})])
+    others = " ".join(["", *config.flags(PLANNED_FLAGS)])
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
         f"--micro-batch-size {config.micro_batch_size}{others} --all"
@@ -278,7 +282,7 @@ def _refusal(
         expected=f"at most {gpu.free / GIB:.1f} GiB a GPU, free of a total of {gpu.total / GIB:.1f}",
         found=f"{sum(parts.values()) / GIB:.1f} GiB with {layout}: "
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest),
-        next_command=f"mixtral-run finetune … {fitting[0].layout.flags()}"
+        next_command=f"mixtral-run {config.VERB} … {fitting[0].layout.flags()}"
         if fitting
         else f"{plan}; no layout fits on these GPUs" + (f", but {' or '.join(changes)}" if changes else ""),
     )

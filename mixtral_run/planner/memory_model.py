@@ -62,6 +62,7 @@ class Workload:
     """The model that is trained, the batch, and the GPUs.
 
     Attributes:
+        rows_per_sample: rows of a sample of the micro batch: two for a pair of answers.
         weight_bytes: bytes per weight of the base without its experts.
         expert_bytes: bytes per expert weight.
         compute_capability: of the GPUs.
@@ -76,6 +77,7 @@ class Workload:
     gpus: int = 8
     seq_length: int = 512
     micro_batch_size: int = 1
+    rows_per_sample: int = 1
     lora_rank: int = 16
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
@@ -94,9 +96,14 @@ class Workload:
         return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
 
     @property
+    def rows(self) -> int:
+        """Rows of one micro batch."""
+        return self.micro_batch_size * self.rows_per_sample
+
+    @property
     def tokens(self) -> int:
         """Tokens of one micro batch."""
-        return self.seq_length * self.micro_batch_size
+        return self.seq_length * self.rows
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,7 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
     normed = _row_bytes(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
     context = _row_bytes(workload, shape.projection_size)
     saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
-    if "linear_proj" in adapted and layout.recompute == "none" and (workload.micro_batch_size > 1 or dropped):
+    if "linear_proj" in adapted and layout.recompute == "none" and (workload.rows > 1 or dropped):
         # The adapter reads a copy: transposed from samples first to positions first, or with dropout applied.
         saved += context
     if dropped:

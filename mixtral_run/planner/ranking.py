@@ -96,7 +96,7 @@ def faster_micro_batch(workload: Workload, chosen: Choice, gpu_memory: float) ->
     def rate(choice: Choice, tokens: int) -> float:
         return rate_by_tokens(tokens * choice.layout.expert_model_parallel_size) * choice.relative_speed
 
-    found, tokens = [], workload.seq_length * workload.micro_batch_size
+    found, tokens = [], workload.tokens
     for factor in (2, 4, 8, 16):
         larger = dataclasses.replace(workload, micro_batch_size=workload.micro_batch_size * factor)
         choice = best(larger, gpu_memory) if tokens * factor <= RATE_BY_TOKENS[-1][0] else None

@@ -12,6 +12,7 @@ from typing import Any
 
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
+from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
@@ -35,7 +36,7 @@ SHORT_PARTS = {
 """The columns on a terminal of 80 characters."""
 RUN_SETTINGS = {
     "load", "seq_length", "micro_batch_size", "lora_rank", "lora_dropout", "lora_target_modules", "base_precision",
-    "kernels",
+    "kernels", "method",
 }  # fmt: skip
 """Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
@@ -119,6 +120,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         gpus=config.gpus,
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
+        rows_per_sample=rows_per_sample(config.method),
         lora_rank=config.lora_rank,
         lora_dropout=config.lora_dropout,
         lora_target_modules=config.lora_target_modules,
@@ -126,6 +128,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         compute_capability=gpu.compute_capability,
         kernels=config.kernels,
+        cuda_graphs=config.method is None,
     )
 
 
@@ -140,7 +143,7 @@ def _title(config: PlanConfig, workload: Workload, gpu: PlannedGpu) -> str:
     size = f"{gpu.memory_gib:g} GiB ({gpu.memory_gib * GIB / 1e9:.1f} GB)"
     return (
         f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, {config.gpus} × "
-        f"{size}, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, RAM a host"
+        f"{size}, seq {config.seq_length:,} × {workload.rows}; GiB a GPU, RAM a host"
     )
 
 
@@ -167,7 +170,11 @@ def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: 
     if not best.fits:
         return
     settings = " ".join(["", *config.flags(RUN_SETTINGS)])
-    report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{settings}")
+    if config.method is not None:
+        report.say("align does not capture its passes as CUDA graphs: short rows train more slowly than with finetune")
+    report.say(
+        f"  next: mixtral-run {'finetune' if config.method is None else 'align'} … {best.layout.flags()}{settings}"
+    )
     faster = faster_micro_batch(workload, best, gpu.memory_gib * GIB)
     if faster is not None:
         size, choice, rate = faster

@@ -191,6 +191,7 @@ def _start_of(config: FinetuneConfig, base: BaseDescription) -> int:
 def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: AdapterDescription) -> AdapterDescription:
     """Return the adapter. Raises as `check_resume` does if the run cannot continue from it."""
     check_adapter_fits(adapter, base)
+    _check_same_verb(config, adapter)
     _check_same_lora(config, adapter)
     best = BestLoss.from_mapping(adapter.validation)
     if best.is_over(config.early_stopping_patience):
@@ -207,6 +208,23 @@ def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: Ada
             where=str(adapter.folder),
         )
     return adapter
+
+
+def _check_same_verb(config: FinetuneConfig, adapter: AdapterDescription) -> None:
+    """Raise ConfigError if the checkpoint is of another verb, or of another method of `align`."""
+    verbs = [
+        "finetune" if method is None else f"align --method {method}"
+        for method in (adapter.training.get("method"), getattr(config, "method", None))
+    ]
+    if verbs[0] != verbs[1]:
+        raise ConfigError(
+            "--resume continues a run with the loss that it was started with.",
+            where=str(adapter.folder),
+            expected=verbs[0],
+            found=verbs[1],
+            next_command=f"mixtral-run {verbs[0]} … --resume; or {verbs[1]} with --init-adapter {adapter.folder} and "
+            "another --save",
+        )
 
 
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
@@ -281,7 +299,7 @@ def _next_step(config: TrainingConfig, problems: list[str]) -> str:
         has_run = (config.save / LATEST).exists()
         more = ", or with --resume, which continues the run that is there" if has_run else ""
         return f"the same command with another --save{more}"
-    return f"mixtral-run {'finetune' if isinstance(config, FinetuneConfig) else 'pretrain'} --help"
+    return f"mixtral-run {config.VERB if isinstance(config, FinetuneConfig) else 'pretrain'} --help"
 
 
 def leftovers(save: Path) -> list[Path]:

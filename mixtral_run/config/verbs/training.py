@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
@@ -82,6 +82,16 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
         """One of RECOMPUTE; none if neither setting was given."""
         return "full" if self.recompute_activations else self.recompute or "none"
 
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows that a sample of the batch sizes is."""
+        return 1
+
+    @property
+    def loss_name(self) -> str:
+        """Name of the loss in lines and messages."""
+        return "lm loss"
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.recompute_activations and self.recompute not in (None, "full"):
@@ -138,6 +148,9 @@ class CheckpointConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
+
+    VERB: ClassVar[str] = "finetune"
+    WHAT: ClassVar[str] = "fine-tuning"
 
     valid_data_path: tuple[str, ...] = setting(
         (),

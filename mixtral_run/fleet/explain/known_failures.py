@@ -129,11 +129,22 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"nvidia-smi has failed because it couldn't communicate|no nvidia driver|no devices were found|nvidia-smi: (command )?not found",
         "The driver is not installed, or its module is not loaded (for example after a kernel upgrade without a rebuild).",
         (
-            "ssh HOST 'sudo ubuntu-drivers install --gpgpu nvidia:580-server && sudo apt-get install nvidia-utils-580-server'"
-            "    # Ubuntu; then reboot. Debian: nvidia-open from NVIDIA's repository",
+            "mixtral-run bootstrap HOST --tags nvidia_driver    # installs and loads it; with a driver of somebody else, add "
+            "-e nvidia_driver_branch=580",
             "ssh HOST 'dkms status; modinfo -F version nvidia; modinfo -k NEWEST_KERNEL -F version nvidia'",
         ),
         ("nvidia-smi", "driver", "module"),
+    ),
+    KnownFailure(
+        "module-rejected",
+        "Secure Boot refuses the driver's kernel module",
+        r"could not insert 'nvidia\w*': (key was rejected by service|required key not available)",
+        "The module was built on the host, and the firmware does not trust its signature.",
+        (
+            "mixtral-run bootstrap HOST --tags nvidia_driver -e nvidia_driver_source=ubuntu    # Ubuntu: signed modules",
+            "switch Secure Boot off in the firmware, or enroll the key of DKMS at the console with `mokutil --import`",
+        ),
+        ("secure boot", "mokutil", "dkms", "signature"),
     ),
     KnownFailure(
         "cuda-memory",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
+import termios
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import Container, JobOptions, JobSpec, container_argv, make_spec
-from mixtral_run.fleet.jobs.jobs import facts_of, job_name, refuse_taken, send_files
+from mixtral_run.fleet.jobs.jobs import engine, facts_of, job_name, refuse_taken, send_files
 from mixtral_run.fleet.jobs.queue import when_free
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, start_argv
 from mixtral_run.fleet.selection import hosts_of
@@ -19,6 +24,7 @@ from mixtral_run.fleet.ssh.connection import Ssh, terminal_argv
 
 SHELL = "shell"
 _CONNECTION_FAILED = 255
+_STOP_SECONDS = 10
 
 
 def run_here(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = None) -> int:
@@ -73,7 +79,7 @@ def _run_attached(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, program
     send_files(ssh, host, facts, spec)
     remember(host, spec.options)
     argv = start_argv(_container(spec, facts, program), spec, facts, attached=True)
-    code = _call(host, terminal_argv(host, argv, ssh.known_hosts, terminal=_has_terminal()))
+    code = _call(ssh, host, spec.name, terminal_argv(host, argv, ssh.known_hosts, terminal=_has_terminal()))
     if code in (BUSY, CORDONED):
         # Either the program's own code, or somebody took the host in between.
         refuse_taken(ssh, [host], spec)
@@ -101,15 +107,71 @@ def remember(host: Host, options: JobOptions) -> None:
         remember_hosts([host])
 
 
-def _call(host: Host, argv: list[str]) -> int:
-    try:
-        code = subprocess.run(argv, check=False).returncode
-    except FileNotFoundError as error:
-        raise HostError(f"{argv[0]} is not installed here.", next_command="apt-get install openssh-client") from error
-    if code == _CONNECTION_FAILED:
+def _call(ssh: Ssh, host: Host, name: str, argv: list[str]) -> int:
+    """Run `ssh … docker run …` and return its exit code, or 128 and the number of the signal that ended this process.
+
+    Without a terminal the container would outlive a connection that is cut here, so that it is stopped then.
+    """
+    asked: list[int] = []
+    with _terminal_as_found():
+        try:
+            process = subprocess.Popen(argv)
+        except FileNotFoundError as error:
+            raise HostError(
+                f"{argv[0]} is not installed here.", next_command="apt-get install openssh-client"
+            ) from error
+
+        def end(number: int, frame: FrameType | None) -> None:
+            del frame
+            asked.append(number)
+            process.terminate()
+
+        try:
+            with _handlers(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end)):
+                code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            _stop(ssh, host, name)
+            raise
+    if asked or code < 0:
+        _stop(ssh, host, name)
+    if asked:
+        return 128 + asked[0]
+    if code < 0 or code == _CONNECTION_FAILED:
         raise HostError(
             f"The connection to {host.name} failed or was lost.",
             where=host.target,
             next_command=f"mixtral-run jobs {host.name}, which lists what may still run there",
         )
     return code
+
+
+def _stop(ssh: Ssh, host: Host, name: str) -> None:
+    """Stop a container, if it is there; --rm then removes it."""
+    engine(ssh, host, "stop", "--time", str(_STOP_SECONDS), name)
+
+
+@contextmanager
+def _terminal_as_found() -> Iterator[None]:
+    """Restore the terminal at the end: an ssh that is killed leaves it in raw mode."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    found = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        # A terminal that was closed has nothing to restore.
+        with suppress(termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, found)
+
+
+@contextmanager
+def _handlers(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Install signal handlers for the duration of the context."""
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -36,7 +36,7 @@ from mixtral_run.fleet.jobs.job_spec import (
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, busy_error, job_in, needs_free_host, start_argv
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.ssh.problems import connection_error, last_line, reason_of
 from mixtral_run.fleet.untrusted import one_line
 
 ENGINE_SCRIPT = FIND_ENGINE + 'exec $docker "$@"'
@@ -238,11 +238,13 @@ def start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, container: C
     if answer.exit_code == CORDONED:
         raise cordon_error(host, answer.errors)
     if answer.exit_code:
+        engine(ssh, host, "rm", "--force", spec.name)  # one that was created counts as a job
+        found = reason_of(answer.errors)
         raise HostError(
             f"The container of {spec.name} could not be started on {host.name}.",
             where=host.target,
-            found=last_line(answer.errors) or f"exit code {answer.exit_code}",
-            next_command=f"mixtral-run explain {json.dumps(last_line(answer.errors)[:120])}",
+            found=found or f"exit code {answer.exit_code}",
+            next_command=f"mixtral-run explain {json.dumps(found[:120])}",
         )
 
 

@@ -15,7 +15,7 @@ from mixtral_run.model.router_counts import RouterCounts
 from mixtral_run.results import run_files
 from mixtral_run.results.kit import this_kit
 from mixtral_run.results.loss_plot import write_loss_plot
-from mixtral_run.results.read_run import curve, loss_summary, read_run
+from mixtral_run.results.read_run import curve, loss_summary, preference_summary, read_run
 from mixtral_run.results.report_page import ExampleText, report_page
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.sources import TrainingData
@@ -41,7 +41,7 @@ class RunRecord:
         id: tells runs of one name apart; a resumed run keeps it.
         started: UTC, ISO 8601, of the first start.
         kit: version and commit of the kit.
-        base: fingerprint and path of the base.
+        base: fingerprint and path of the base; hf_model: the HF model that it was converted from, or that it is.
         data: SHA-256 of --data-path (null for mock data and for a dataset on the hub), hash of all token ids, and a
             line each about the training and the validation data.
         settings: all settings of the run, with the layout that was chosen.
@@ -65,7 +65,11 @@ class RunRecord:
             id=_text(known.get("id")) or secrets.token_hex(4),
             started=_text(known.get("started")) or now,
             kit=asdict(this_kit()),
-            base={"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
+            base={
+                "fingerprint": base.fingerprint,
+                "path": str(base.folder.resolve()),
+                "hf_model": base.hf_model,
+            },
             data={
                 "sha256": data.sha256,
                 "tokens": data.identity or None,
@@ -121,6 +125,8 @@ class Outcome:
         save = self._config.save
         written = read_run(save)
         found = {"losses": loss_summary(written), "router": router_summary(written, num_retaken)}
+        if preferences := preference_summary(written):
+            found["preferences"] = preferences
         document = {**asdict(summary), **found, **asdict(self.record)}
         write_atomically(save / run_files.SUMMARY, _json(document))
         if not self._config.report:
@@ -130,7 +136,7 @@ class Outcome:
         try:
             training, validation = curve(data.metrics, "loss"), curve(data.validation, "loss")
             title = f"Loss of {self.record.name}"
-            write_loss_plot(save / run_files.LOSS_PLOT, training, validation, title=title)
+            write_loss_plot(save / run_files.LOSS_PLOT, training, validation, title=title, label=self._config.loss_name)
             write_atomically(save / run_files.REPORT, report_page(data, self._examples(), str(best)))
             self._report.say(f"  report: {save / run_files.REPORT}")
         except (OSError, ImportError) as error:

@@ -23,6 +23,7 @@ SEEN = {
     "fabric-manager": "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
     "nvml-unknown": "Failed to initialize NVML: Unknown Error",
     "no-gpu-runtime": 'could not select device driver "" with capabilities: [[gpu]].',
+    "module-rejected": "modprobe: ERROR: could not insert 'nvidia': Key was rejected by service",
     "no-driver": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
     "cuda-memory": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0",
     "host-memory": "rank 3: killed (SIGKILL), which the kernel does when memory runs out: see dmesg",

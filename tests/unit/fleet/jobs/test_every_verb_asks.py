@@ -94,14 +94,14 @@ class Fleet:
             self.started.append(shlex.join(command))
         return Answer(0, "ok\n{}", "")
 
-    def call(self, argv: Sequence[str], **_: Any) -> Any:
-        """Answer the command of an interactive container, in the place of subprocess.run."""
+    def call(self, argv: Sequence[str]) -> int:
+        """Answer the command of an interactive container, in the place of ssh."""
         self.attached.append(argv[-1])
         words = shlex.split(argv[-1])
         if START_SCRIPT not in words:
             self.started.append(argv[-1])
         self.late = False
-        return type("Done", (), {"returncode": CORDONED})
+        return CORDONED
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fleet:
     remember_hosts(parse_hosts(["gpu-01", "gpu-02"]))
     monkeypatch.setattr(Ssh, "run", lambda _, host, command, **more: found.run(host, command, **more))
     monkeypatch.setattr(Ssh, "send", lambda *_: None)
-    monkeypatch.setattr(interactive.subprocess, "run", found.call)
+    monkeypatch.setattr(interactive, "_call", lambda *words: found.call(words[-1]))
     monkeypatch.setattr(up, "bootstrap", lambda _: type("End", (), {"text": "", "raise_if_bad": lambda _: None})())
     monkeypatch.chdir(tmp_path)
     return found
