@@ -43,7 +43,9 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def common_calls(experts: int) -> Iterator[Call]:
     """Yield the calls of kernels that all GPUs run, for `experts` of a process."""
     from mixtral_run.model.kernels import narrow_mm_triton as narrow
-    from mixtral_run.model.kernels import permute_triton, rotary_triton, sort_triton, swiglu_triton
+    from mixtral_run.model.kernels import norm_triton, permute_triton, rotary_triton, sort_triton, swiglu_triton
+    from mixtral_run.model.kernels.loss import cross_entropy_triton
+    from mixtral_run.model.kernels.routing import router_triton
 
     shape = MIXTRAL_8X7B
     hidden, ffn, topk = shape.hidden_size, shape.ffn_hidden_size, shape.moe_router_topk
@@ -64,6 +66,15 @@ def common_calls(experts: int) -> Iterator[Call]:
         yield partial(permute_triton.mix_rows, tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
         yield partial(permute_triton.add_rows, tensor(rows, hidden), probs, inverse)
         yield partial(permute_triton.spread, tensor(TOKENS, hidden), None, probs, inverse, rows)
+        stream, weight, factors = tensor(TOKENS, hidden), tensor(hidden), tensor(TOKENS, dtype=torch.float32)
+        for addition in (None, stream):
+            yield partial(norm_triton.add_norm, stream, addition, weight, 1e-5)
+        yield partial(norm_triton.add_norm_backward, stream, weight, factors, stream, stream)
+        logits, labels = tensor(TOKENS, shape.vocab_size), tensor(TOKENS, dtype=torch.int64)
+        yield partial(cross_entropy_triton.forward, logits, labels)
+        yield partial(cross_entropy_triton.backward, logits, labels, factors, factors)
+        yield partial(router_triton.choose, tensor(TOKENS, experts, dtype=torch.float32), topk)
+        yield partial(router_triton.choose_backward, probs, tensor(TOKENS, topk, dtype=torch.int64), probs, experts)
         yield partial(rotary_triton.split_and_rotate, tensor(*mixed), angles, angles)
         yield partial(rotary_triton.rotate_back_and_join, parts, torch.Size(mixed), angles, angles)
     inner, wide = tensor(rows, RANK), tensor(rows, 2 * ffn)
@@ -76,10 +87,12 @@ def common_calls(experts: int) -> Iterator[Call]:
     yield partial(narrow.narrow_added, tensor(rows, hidden), inner, second_out, 1.0, offsets, in_place=True)
     yield partial(narrow.narrow_product, tensor(rows, hidden), second_out, offsets)
     yield partial(narrow.narrow_outer_product, tensor(rows, hidden), inner, offsets, narrow_first=False, dtype=fp32)
-    yield partial(swiglu_triton.recomputing_backward, wide, inner, first_out, 2.0, offsets, tensor(rows, ffn))
+    given = (wide, inner, first_out, 2.0, offsets, tensor(rows, ffn), tensor(rows, dtype=torch.float32))
+    for quantized_by in (None, tensor(experts, 2 * ffn, dtype=fp32)):
+        yield partial(swiglu_triton.recomputing_backward, *given, quantized_by)
     yield partial(narrow.narrow_outer_product, tensor(rows, ffn), inner, offsets, narrow_first=True, dtype=fp32)
     if narrow.both_pay(wide):
-        yield partial(narrow.both_narrow_products, wide, first_out, inner, offsets, fp32)
+        yield partial(narrow.both_narrow_products, wide, first_out, inner, 2.0, offsets, fp32)
     yield partial(narrow.narrow_product, wide, first_out, offsets)
     yield partial(narrow.narrow_outer_product, wide, inner, offsets, narrow_first=False, dtype=fp32)
     yield partial(narrow.narrow_outer_product, tokens, inner, offsets, narrow_first=True, source=source, dtype=fp32)
@@ -106,7 +119,8 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
         return
     from mixtral_run.model.kernels.quantized import gradient_gluon
 
-    row_scales = tensor(rows, dtype=fp32)
+    row_scales, source = tensor(rows, dtype=fp32), tensor(rows, dtype=torch.int64)
+    yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, hidden), None, offsets, source)
     for outputs, inputs in ((2 * ffn, hidden), (hidden, ffn)):
         small, values = tensor(rows, inputs, dtype=fp8), tensor(experts, outputs, inputs, dtype=fp8)
         back, scales = tensor(rows, outputs, dtype=fp8), tensor(experts, outputs, dtype=fp32)
@@ -115,6 +129,7 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, inputs), None, offsets)
         yield partial(quantized_mm_triton.tiled_product, small, values, row_scales, scales, offsets)
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, outputs), scales, offsets)
+        yield partial(quantized_mm_triton.quantize_with, tensor(rows, outputs), scales, row_scales, offsets)
         yield partial(gradient_gluon.untransposed_gradient, back, values, row_scales, offsets, inner, adapter)
     tests = (tensor(160, 256, dtype=fp8), tensor(2, 256, 256, dtype=fp8), tensor(160, dtype=fp32))
     half = (tensor(2, dtype=torch.int32), tensor(160, 16), tensor(2, 16, 256))

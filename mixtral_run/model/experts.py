@@ -26,13 +26,14 @@ from mixtral_run.model.kernels.grouped_mm import (
 from mixtral_run.model.kernels.quantized.quantized_mm import (
     dequantize,
     forward_product,
+    has_scaled_product,
     quantize_to,
     quantized_layout,
     quantized_linear,
     quantized_with_inner,
     rows_gradient,
 )
-from mixtral_run.model.kernels.router_probs import with_probs
+from mixtral_run.model.kernels.routing.router_probs import with_probs
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark
@@ -134,12 +135,22 @@ class ExpertLinear(torch.nn.Module):
         assert self.weight is not None
         return frozen_product(rows, self.weight.detach(), offsets, source, adapter)
 
-    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+    def factors(self, gradient: Tensor) -> Tensor | None:
+        """Return the factors fp32 [experts, out] of the columns of a gradient that `gradient` quantizes; None if it
+        does not.
+        """
+        if self.values is None or not has_scaled_product(gradient, self.values):
+            return None
+        return self.scales
+
+    def gradient(
+        self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor, row_scales: Tensor | None = None
+    ) -> Tensor:
         """Return the gradient of `forward`'s rows, given that of its result [tokens, out], plus inner [tokens, r] ·
-        linear_in.
+        linear_in. row_scales: see quantized_mm.rows_gradient.
         """
         if self.values is not None and self.scales is not None:
-            return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in)
+            return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in, row_scales)
         assert self.weight is not None
         return frozen_gradient(gradient, self.weight.detach(), offsets, inner, linear_in)
 

@@ -99,8 +99,10 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
 
     def _compute(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         selective = self.recompute == "selective" and self.training
+        hidden, normed = self.input_layernorm.joined(hidden)
         recipe = self.input_layernorm.recipe(hidden) if selective else None
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), inputs.attention, recipe)
+        attended = self.self_attention(normed, inputs.attention, recipe)
+        hidden, normed = self.pre_mlp_layernorm.joined(hidden, attended)
         recipe = self.pre_mlp_layernorm.recipe(hidden) if selective else None
-        output: Tensor = hidden + self.mlp(self.pre_mlp_layernorm(hidden), recipe, inputs.dispatcher)
+        output: Tensor = hidden + self.mlp(normed, recipe, inputs.dispatcher)
         return output

@@ -21,6 +21,7 @@ from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
+from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy, has_cross_entropy
 from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
@@ -51,6 +52,17 @@ class ModelSettings:
     kernels: str = "auto"  # the value of --kernels; it counts for the whole process
 
 
+class _Gpt(GPTModel):
+    """GPTModel whose loss needs no copies of the logits where a process has the whole vocabulary."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the losses [batch, sequence] of labels of the same shape, for logits [sequence, batch, vocabulary]."""
+        if self.config.tensor_model_parallel_size > 1 or not has_cross_entropy(logits):
+            losses: Tensor = super().compute_language_model_loss(labels, logits)
+            return losses
+        return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1).contiguous()
+
+
 class MixtralModel(torch.nn.Module):
     """GPTModel with causal attention, and the rotary positions that all its layers share."""
 
@@ -69,7 +81,7 @@ class MixtralModel(torch.nn.Module):
             "dispatcher": unlimited_dispatcher(mesh.expert_group, architecture.num_experts),
         }
         layer = ModuleSpec(module=MixtralLayer, params=params)
-        self.gpt = GPTModel(
+        self.gpt = _Gpt(
             config,
             TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=RMSNorm),
             vocab_size=architecture.padded_vocab_size(mesh.tensor_size),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixtral_run.model.kernels.grouped_mm import added_linear, grouped_linear, has_grouped_product
-from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
+from mixtral_run.model.kernels.swiglu import recomputing_backward, swiglu, swiglu_of, swiglu_with_adapter
 from tests.support.references.experts_reference import ROUTINGS, AdaptedCase, Case, reference
 
 SCALE = 2.0
@@ -71,6 +71,36 @@ def test_frozen_experts_without_adapters(routing: tuple[int, ...]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="other GPUs use the path in grouped_mm.py")
+@pytest.mark.parametrize("with_probs", [False, True])
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("routing", [(5, 36), (33, 32, 0, 1, 96), (700, 310, 0, 1, 420)])
+def test_swiglu_recomputes_in_its_backward_pass(routing: tuple[int, ...], rank: int, with_probs: bool) -> None:
+    """Experts end within tiles, and rows of no expert follow. A row whose probability is 0 gives it no gradient."""
+    count, ffn = sum(routing), 384
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
+    hidden, inner, gradient = (torch.randn(count + 40, size, device="cuda").bfloat16() for size in (2 * ffn, rank, ffn))
+    outer = torch.randn(len(routing), 2 * ffn, rank, device="cuda").bfloat16()
+    probs = torch.rand(count + 40, device="cuda") if with_probs else None
+    if probs is not None:
+        probs[::3] = 0.0
+    found = recomputing_backward(hidden, inner, outer, SCALE, offsets, gradient, probs)
+    assert torch.equal(found[1][:count], swiglu_of(hidden, inner, outer, SCALE, offsets)[:count])
+    owner = torch.repeat_interleave(torch.arange(len(routing)), torch.tensor(routing)).cuda()
+    added = torch.einsum("tr,tor->to", inner[:count].double(), outer.double()[owner])
+    whole = (hidden[:count].double() + SCALE * added).requires_grad_(True)
+    gate, up = whole.chunk(2, dim=1)
+    active = gate * gate.sigmoid() * up
+    active.backward(gradient[:count].double())
+    products = (active * gradient[:count].double()).sum(1)
+    if probs is not None:
+        products = torch.where(probs[:count] > 0, products / probs[:count].double(), 0.0)
+    for mine, right in zip(found[:3], (whole.grad, active, products), strict=True):
+        assert mine is not None
+        assert right is not None
+        assert float((mine[:count].double() - right).norm()) <= 4e-3 * float(right.norm())
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="other GPUs use the path in grouped_mm.py")
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("width", [256, 1000, 4096])
 @pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 1, 420)])
@@ -84,6 +114,8 @@ def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> 
     for matrices in (half.transpose(1, 2), half.transpose(1, 2).contiguous()):
         expected = torch.einsum("tk,tkn->tn", rows.double(), matrices.double()[owner])
         assert float((narrow_product(rows, matrices, offsets) - expected).norm()) < 4e-3 * float(expected.norm())
+        found = narrow_product(rows, matrices, offsets, scale=0.3)
+        assert float((found - 0.3 * expected).norm()) < 4e-3 * 0.3 * float(expected.norm())
     one_hot = torch.nn.functional.one_hot(owner, len(routing)).double()
     expected = torch.einsum("te,tn,tk->enk", one_hot, inner.double(), rows.double())
     found = narrow_outer_product(rows, inner, offsets, narrow_first=True)
@@ -104,8 +136,9 @@ def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int
     offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
     gradient, inner = (torch.randn(count + 40, size, device="cuda").bfloat16() for size in (width, rank))
     half = torch.randn(experts, width, rank, device="cuda").bfloat16()
-    found = both_narrow_products(gradient, half, inner, offsets, torch.float32)
-    expected = (product(gradient, half, offsets), outer_product(gradient, inner, offsets, dtype=torch.float32))
+    found = both_narrow_products(gradient, half, inner, 3.0, offsets, torch.float32)
+    single = (product(gradient, half, offsets), outer_product(gradient, inner, offsets, dtype=torch.float32))
+    expected = tuple(3.0 * each for each in single)
     for mine, right in zip(found, expected, strict=True):
         assert float((mine - right).norm()) <= 4e-3 * float(right.norm())
     assert not found[0][count:].any()

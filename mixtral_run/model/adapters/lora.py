@@ -162,8 +162,8 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
         flat = hidden.flatten(0, -2)
-        inner = flat @ first.t()
-        output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)
+        inner = _scaled_product(flat, first.t(), scale)
+        output = (flat @ weight.t()).addmm_(inner, second.t())
         ctx.save_for_backward(inner, first, second, *saved)
         ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
         return output.view(*hidden.shape[:-1], -1)
@@ -173,13 +173,26 @@ class _AdaptedLinear(torch.autograd.Function):
         inner, first, second, *saved = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
         hidden = ctx.make(*saved) if ctx.make is not None else saved[0]
-        for_inner = (gradient @ second).mul_(ctx.scale)
-        for_first = (for_inner.t() @ hidden.flatten(0, -2)).to(ctx.dtype)
-        for_second = (gradient.t() @ inner).mul_(ctx.scale).to(ctx.dtype)
+        for_inner = _scaled_product(gradient, second, ctx.scale)
+        for_first = _product_in(ctx.dtype, for_inner.t(), hidden.flatten(0, -2))
+        for_second = _product_in(ctx.dtype, gradient.t(), inner)
         for_hidden = None
         if ctx.needs_input_grad[0]:
             for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
         return (for_hidden, for_first, for_second, None, None, None, *(None for _ in saved))
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale · left · right in one kernel."""
+    unread = left.new_empty(())
+    return torch.addmm(unread, left, right, beta=0, alpha=scale)
+
+
+def _product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """Return left · right in dtype. A GPU's sums are fp32 already: no cast follows if dtype is."""
+    if left.is_cuda and dtype is torch.float32 and left.dtype is torch.bfloat16:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 class ColumnLinear(ColumnParallelLinear):

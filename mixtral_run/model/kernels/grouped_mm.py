@@ -107,12 +107,14 @@ class _AddedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         inner, outer, offsets = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        for_inner = product(gradient, outer, offsets) * ctx.scale
+        for_inner = product(gradient, outer, offsets, scale=ctx.scale)
         return gradient, for_inner, outer_product(gradient, inner * ctx.scale, offsets), None, None
 
 
-def product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
-    """Return rows [tokens, k] · matrices [experts, k, n]: [tokens, n].
+def product(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Return scale · rows [tokens, k] · matrices [experts, k, n]: [tokens, n].
 
     source: int64 [tokens], the index in `rows` of each token; None if the rows are in order already.
     """
@@ -120,14 +122,20 @@ def product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | No
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_product
 
         if matrices.shape[2] in WIDTHS and rows.is_contiguous():
-            return narrow_product(rows, matrices, offsets, source)
-        if is_portable(rows):
-            from mixtral_run.model.kernels.portable_mm_triton import grouped_product
+            return narrow_product(rows, matrices, offsets, source, scale)
+    output = _plain_product(rows, matrices, offsets, source)
+    return output if scale == 1.0 else output * scale
 
-            return grouped_product(rows.contiguous(), matrices, offsets, source=source)
+
+def _plain_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
+    grouped = has_grouped_product(rows, matrices.shape[1], matrices.shape[2])
+    if grouped and is_portable(rows):
+        from mixtral_run.model.kernels.portable_mm_triton import grouped_product
+
+        return grouped_product(rows.contiguous(), matrices, offsets, source=source)
     if source is not None:
         rows = rows.index_select(0, source)
-    if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
+    if grouped:
         output: Tensor = torch._grouped_mm(rows, matrices, offs=offsets)
         return output
     parts = [part @ matrix for part, matrix in zip(each_experts(rows, offsets), matrices.unbind(0), strict=True)]
@@ -170,19 +178,20 @@ def outer_product(
 
 
 def products_of_gradient(
-    gradient: Tensor, matrices: Tensor, inner: Tensor, offsets: Tensor, dtype: torch.dtype
+    gradient: Tensor, matrices: Tensor, inner: Tensor, scale: float, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return both products of a gradient [tokens, m] for an adapter: `product` with matrices [experts, m, r], and
-    `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype.
+    """Return both products of a gradient [tokens, m] for an adapter, times scale: `product` with matrices [experts, m,
+    r], and `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype.
     """
     if has_grouped_product(gradient, gradient.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, both_narrow_products, both_pay
 
         if inner.shape[1] in WIDTHS and both_pay(gradient):
             return both_narrow_products(
-                gradient.contiguous(), matrices.contiguous(), inner.contiguous(), offsets, dtype
+                gradient.contiguous(), matrices.contiguous(), inner.contiguous(), scale, offsets, dtype
             )
-    return product(gradient, matrices, offsets), outer_product(gradient, inner, offsets, dtype=dtype)
+    for_inner = product(gradient, matrices, offsets, scale=scale)
+    return for_inner, outer_product(gradient, inner * scale, offsets, dtype=dtype)
 
 
 def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, offsets: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def _narrow_product_kernel(
     column_stride,
     num_experts,
     split_depth,
+    scale,
     EXPERTS: tl.constexpr,
     NARROW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -82,19 +83,19 @@ def _narrow_product_kernel(
             matrix = tl.load(right + start * depth_stride, mask=inside[:, None], other=0.0)
             result = tl.dot(row, matrix, result)
     target = output_ptr + (tl.program_id(1) * tokens + rows[:, None]).to(tl.int64) * NARROW + narrow[None, :]
-    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
+    tl.store(target, (result * scale).to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _narrow_sum_kernel(
-    parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, scale, NARROW: tl.constexpr, BLOCK: tl.constexpr
 ):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], dtype=tl.float32)
     there = tl.load(offsets_ptr + num_experts - 1) * NARROW
     for split in range(splits):
         result += tl.load(parts_ptr + split * size + places, mask=places < there, other=0.0)
-    tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
+    tl.store(output_ptr + places, (result * scale).to(output_ptr.dtype.element_ty), mask=places < size)
 
 
 @triton.jit
@@ -144,6 +145,7 @@ def _both_narrow_kernel(
     output_ptr,
     tokens,
     width,
+    scale,
     NARROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -167,7 +169,7 @@ def _both_narrow_kernel(
         part = parts_ptr + (tl.program_id(0).to(tl.int64) * tokens + rows[:, None]) * NARROW + narrow[None, :]
         tl.store(part, tl.dot(right, matrix), mask=mine[:, None])
     target = output_ptr + (expert.to(tl.int64) * width + columns[None, :]) * NARROW + narrow[:, None]
-    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+    tl.store(target, (result * scale).to(output_ptr.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -243,8 +245,10 @@ def narrow_added(
     return output
 
 
-def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
-    """Return rows [tokens, k] · matrices [experts, k, n]: [tokens, n]; n is one of WIDTHS.
+def narrow_product(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Return scale · rows [tokens, k] · matrices [experts, k, n]: [tokens, n]; n is one of WIDTHS.
 
     rows are contiguous, matrices have any strides. source: int64 [tokens], the index in `rows` of each token.
     """
@@ -267,6 +271,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
         *matrices.stride(),
         experts,
         triton.cdiv(triton.cdiv(depth, splits), at_once) * at_once,
+        scale if splits == 1 else 1.0,
         EXPERTS=triton.next_power_of_2(experts),
         NARROW=narrow,
         ROWS=ROWS,
@@ -276,15 +281,15 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
         num_stages=4,
     )
     if splits > 1:
-        _sum(parts, offsets, output)
+        _sum(parts, scale, offsets, output)
     return output
 
 
-def _sum(parts: Tensor, offsets: Tensor, output: Tensor) -> None:
-    """Sum parts fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
+def _sum(parts: Tensor, scale: float, offsets: Tensor, output: Tensor) -> None:
+    """Sum parts, times scale, of fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
     size = output.numel()
     _narrow_sum_kernel[(triton.cdiv(size, 1024),)](
-        parts, offsets, output, size, parts.shape[0], offsets.shape[0], NARROW=output.shape[1], BLOCK=1024
+        parts, offsets, output, size, parts.shape[0], offsets.shape[0], scale, NARROW=output.shape[1], BLOCK=1024
     )
 
 
@@ -334,9 +339,9 @@ def both_pay(wide: Tensor) -> bool:
 
 
 def both_narrow_products(
-    wide: Tensor, matrices: Tensor, narrow: Tensor, offsets: Tensor, dtype: torch.dtype
+    wide: Tensor, matrices: Tensor, narrow: Tensor, scale: float, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Compute `narrow_product` and `narrow_outer_product` with one read of `wide`.
+    """Compute `narrow_product` and `narrow_outer_product`, both times scale, with one read of `wide`.
 
     Returns wide [tokens, m] · matrices [experts, m, n], [tokens, n], and wideᵀ · narrow [tokens, n] summed over each
     expert's rows, [experts, m, n] in dtype. All inputs are contiguous; n is one of WIDTHS; sums are fp32.
@@ -357,11 +362,12 @@ def both_narrow_products(
         outer,
         tokens,
         width,
+        scale,
         NARROW=rank,
         COLUMNS=columns,
         TOKENS=BOTH_TOKENS,
         num_warps=8,
         num_stages=3,
     )
-    _sum(parts, offsets, product)
+    _sum(parts, scale, offsets, product)
     return product, outer

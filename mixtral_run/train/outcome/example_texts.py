@@ -32,7 +32,7 @@ def example_texts(source: AnySource, open_decode: Callable[[], Decode], count: i
     tokenizer takes seconds.
     """
     samples = source.examples if isinstance(source, PreferenceSamples) else _examples_of(source)
-    if samples is None:
+    if samples is None or not len(samples):
         return []
     decode = open_decode()
     found = []

@@ -173,11 +173,7 @@ def forward_product(
         return plain_product(rows, values, scales, offsets, backwards=False)
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
-    small, row_scales = quantize_rows(rows.contiguous(), None, offsets)
-    if source is not None:
-        # Quantize each token once and gather then, at half the bytes.
-        small = small.view(torch.uint8).index_select(0, source).view(FP8)
-        row_scales = row_scales.index_select(0, source)
+    small, row_scales = quantize_rows(rows.contiguous(), None, offsets, source)
     return scaled_product(small, values, row_scales, scales, offsets)
 
 
@@ -188,15 +184,21 @@ def rows_gradient(
     offsets: Tensor,
     inner: Tensor | None = None,
     linear_in: Tensor | None = None,
+    row_scales: Tensor | None = None,
 ) -> Tensor:
     """Return gradient · matrices, [tokens, in], plus inner [tokens, r] · linear_in if given, by the fastest available
     product.
+
+    row_scales: fp32 [tokens], those with which gradient times scales is quantized, if they are known already.
     """
     if not has_scaled_product(gradient, values):
         return with_inner(plain_product(gradient, values, scales, offsets, backwards=True), inner, linear_in, offsets)
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, transposed
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, quantize_with, transposed
 
-    small, row_scales = quantize_rows(gradient, scales, offsets)
+    if row_scales is None:
+        small, row_scales = quantize_rows(gradient, scales, offsets)
+    else:
+        small = quantize_with(gradient, scales, row_scales, offsets)
     if reads_untransposed(gradient.device):
         from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
 

@@ -10,13 +10,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
 from mixtral_run.model.kernels.selected import num_multiprocessors
+from mixtral_run.model.kernels.sort_triton import place_tile
 
 TILE = 128
+WITH_ROWS, WITH_COLUMNS = 16, 512
+"""A program of `quantize_with` quantizes a tile of so many rows and columns."""
 
 
 @triton.jit
 def _quantize_kernel(
     rows_ptr,
+    source_ptr,
     columns_ptr,
     offsets_ptr,
     output_ptr,
@@ -25,6 +29,7 @@ def _quantize_kernel(
     num_experts,
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,7 +39,10 @@ def _quantize_kernel(
     numbers = tl.arange(0, EXPERTS)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    at = row
+    if HAS_SOURCE:
+        at = tl.load(source_ptr + row)
+    value = tl.load(rows_ptr + at * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
         offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
         # Rows at or after the last offset belong to no expert: any columns will do.
@@ -80,17 +88,21 @@ def _transpose_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr)
     tl.store(target_ptr + first + columns[:, None] * height + rows[None, :], tl.trans(tile), mask=inside)
 
 
-def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize contiguous rows [tokens, width], times their expert's columns [experts, width] if given, by row.
+def quantize_rows(
+    rows: Tensor, columns: Tensor | None, offsets: Tensor, source: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize contiguous rows [.., width], times their expert's columns [experts, width] if given, by row.
 
-    Returns values [tokens, width] and scales fp32 [tokens], as quantized_mm.quantize does.
+    source: int64 [tokens], the index in `rows` of each token; None if the rows are in order already. Returns values
+    [tokens, width] and scales fp32 [tokens], as quantized_mm.quantize does.
     """
-    tokens, width = rows.shape
+    tokens, width = rows.shape if source is None else (source.shape[0], rows.shape[1])
     values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(width)
     _quantize_kernel[(tokens,)](
         rows,
+        source if source is not None else offsets,
         columns if columns is not None else scales,
         offsets,
         values,
@@ -99,12 +111,69 @@ def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tupl
         offsets.shape[0],
         LARGEST=LARGEST,
         TINY=TINY,
+        HAS_SOURCE=source is not None,
         HAS_COLUMNS=columns is not None,
         EXPERTS=triton.next_power_of_2(offsets.shape[0]),
         BLOCK=block,
         num_warps=min(max(block // 1024, 4), 32),
     )
     return values, scales
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _quantize_with_kernel(
+    rows_ptr,
+    columns_ptr,
+    offsets_ptr,
+    scales_ptr,
+    output_ptr,
+    tokens,
+    width,
+    num_experts,
+    LARGEST: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Quantize a tile of one expert's rows: the columns' factors are read once for all of them."""
+    expert, first, end = place_tile(offsets_ptr, tokens, tl.program_id(1), num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    local = tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = first + local < end
+    inside = there[:, None] & (columns < width)[None, :]
+    places = first.to(tl.int64) * width + (local[:, None] * width + columns[None, :])
+    value = tl.load(rows_ptr + places, mask=inside, other=0.0)
+    factors = tl.load(columns_ptr + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0)
+    scales = tl.load(scales_ptr + first + local, mask=there, other=1.0)
+    value = value.to(tl.float32) * factors[None, :] * (1.0 / scales)[:, None]
+    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
+    tl.store(output_ptr + places, value.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def quantize_with(rows: Tensor, columns: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Return the values of `quantize_rows`, given its scales. Rows of no expert are not written."""
+    tokens, width = rows.shape
+    experts = offsets.shape[0]
+    values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
+    grid = (triton.cdiv(width, WITH_COLUMNS), triton.cdiv(tokens, WITH_ROWS) + experts - 1)
+    _quantize_with_kernel[grid](
+        rows,
+        columns,
+        offsets,
+        scales,
+        values,
+        tokens,
+        width,
+        experts,
+        LARGEST=LARGEST,
+        EXPERTS=triton.next_power_of_2(experts),
+        ROWS=WITH_ROWS,
+        COLUMNS=WITH_COLUMNS,
+        num_warps=4,
+    )
+    return values
 
 
 def transposed(values: Tensor) -> Tensor:
