@@ -88,6 +88,8 @@ def num_processes(config: LaunchConfig) -> int:
             "tensor_model_parallel_size": config.tensor_model_parallel_size,
             "expert_model_parallel_size": config.expert_model_parallel_size,
         }
+        if config.context_size > 1:
+            given["context_parallel_size"] = config.context_size
         sizes = {name: size for name, size in given.items() if size is not None}
         smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
         least = math.lcm(*sizes.values())

@@ -72,7 +72,7 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
 
         layout = spread_layout(config, base.architecture, world_size, recompute, fits)
     if not config.has_layout and not (
-        world_size % layout.tensor_model_parallel_size or world_size % layout.expert_model_parallel_size
+        world_size % layout.ranks_of_a_row or world_size % layout.expert_model_parallel_size
     ):
         count = "1 process" if world_size == 1 else f"{world_size} processes"
         say(f"Layout: {layout} for {count}, chosen by the planner")
@@ -110,7 +110,7 @@ def _without_former_setting(config: JobConfigT) -> JobConfigT:
 def _with_layout(config: JobConfigT, layout: Layout) -> JobConfigT:
     settings = dataclasses.asdict(layout)
     if not isinstance(config, FinetuneConfig):
-        del settings["recompute"]
+        del settings["recompute"], settings["context_parallel_size"]
     return dataclasses.replace(config, **settings)
 
 
@@ -138,6 +138,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
         config,
         tensor_model_parallel_size=None,
         expert_model_parallel_size=None,
+        context_parallel_size=None,
         recompute=None,
         recompute_activations=False,
     )
@@ -202,6 +203,7 @@ def workload_of(
         compute_capability=capability,
         cuda_graphs=config.cuda_graphs,
         has_validation=config.has_validation,
+        context_parallel_size=config.context_size if config.has_layout else config.context_parallel_size,
     )
 
 
@@ -210,7 +212,7 @@ def _has_recompute(config: FinetuneConfig) -> bool:
 
 
 def _layout_of(config: FinetuneConfig) -> Layout:
-    return Layout(*config.layout_sizes, config.recomputation)
+    return Layout(*config.layout_sizes, config.recomputation, config.context_size)
 
 
 def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:
@@ -228,7 +230,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
         if each.layout.recompute in recompute
         and config.tensor_model_parallel_size in (None, each.layout.tensor_model_parallel_size)
         and config.expert_model_parallel_size in (None, each.layout.expert_model_parallel_size)
-        and allows(config, each.layout.tensor_model_parallel_size, world_size)
+        and allows(config, each.layout, world_size)
     ]
 
 
@@ -257,7 +259,7 @@ def _refusal(
         layout = _layout_of(config)
     else:
         # The smallest one comes first if none fits.
-        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation)
+        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation, config.context_size)
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]

@@ -10,7 +10,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from mixtral_run.config.context import MOST_LOGITS
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
+from mixtral_run.config.launch import layout_name
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
@@ -41,18 +43,25 @@ EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 
 @dataclass(frozen=True)
 class Layout:
-    """A split of the model over ranks, with its recomputation."""
+    """A split of the model and of rows over ranks, with its recomputation."""
 
     tensor_model_parallel_size: int
     expert_model_parallel_size: int
     recompute: str
+    context_parallel_size: int = 1
 
     def __str__(self) -> str:
-        return f"TP{self.tensor_model_parallel_size}/EP{self.expert_model_parallel_size}"
+        return layout_name(self.tensor_model_parallel_size, self.expert_model_parallel_size, self.context_parallel_size)
+
+    @property
+    def ranks_of_a_row(self) -> int:
+        """Ranks that split the tokens of a row."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
     def flags(self) -> str:
+        context = f"--context-parallel-size {self.context_parallel_size} " if self.context_parallel_size > 1 else ""
         return (
-            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} "
+            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} {context}"
             f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
         )
 
@@ -68,6 +77,8 @@ class Workload:
         cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
         peer_access: True if GPUs of one host may read rows from each other (model/dispatch/symmetric_memory.py), for
             which buffers have a capacity of twice the mean number of rows.
+        context_parallel_size: ranks that share each row; None if the planner may choose more than one where nothing
+            fits otherwise.
         has_validation: True if a validation set is evaluated between iterations (train/validation.py).
     """
 
@@ -85,16 +96,16 @@ class Workload:
     cuda_graphs: bool = True
     peer_access: bool = True
     has_validation: bool = False
+    context_parallel_size: int | None = None
 
     @property
     def fused_experts(self) -> bool:
         """True if both layers of the experts are one step of the backward pass (model/adapters/lora_experts.py)."""
         return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro batch."""
-        return self.seq_length * self.micro_batch_size
+    def tokens(self, layout: Layout) -> int:
+        """Return the tokens of one micro batch that a rank has between the layers without TP: its part of the rows."""
+        return self.seq_length * self.micro_batch_size // layout.context_parallel_size
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
     shape = workload.architecture
     found = policy.execution_of(
         policy.TrainingPass(
-            tokens=workload.tokens // layout.tensor_model_parallel_size,
+            tokens=workload.tokens(layout) // layout.tensor_model_parallel_size,
             expert_size=layout.expert_model_parallel_size,
             recompute=layout.recompute,
             lora_dropout=workload.lora_dropout,
@@ -172,7 +183,7 @@ def memory(workload: Workload, layout: Layout) -> Memory:
         adapters=adapters * (4 if layout.recompute in RUNS_AGAIN else 6),
         gradients=adapters * 4,
         optimizer=adapters * 8,
-        activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
+        activations=layers * workload.tokens(layout) * activation_bytes_per_token(workload, layout),
         buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
@@ -184,7 +195,7 @@ def host_bytes(workload: Workload, layout: Layout) -> float:
         return 0.0
     shape = workload.architecture
     # torch pins blocks of powers of two.
-    block = 1 << (math.ceil(workload.tokens * activation_bytes_per_token(workload, layout)) - 1).bit_length()
+    block = 1 << (math.ceil(workload.tokens(layout) * activation_bytes_per_token(workload, layout)) - 1).bit_length()
     return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
 
 
@@ -254,6 +265,9 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
     normed = _row_bytes(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
     context = _row_bytes(workload, shape.projection_size)
     saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
+    if layout.context_parallel_size > 1:
+        # Keys and values of the other ranks (model/context_attention.py).
+        saved += (layout.context_parallel_size - 1) * keys_and_values(workload)
     if "linear_proj" in adapted and layout.recompute == "none" and (workload.micro_batch_size > 1 or dropped):
         # The adapter reads a copy: transposed from samples first to positions first, or with dropout applied.
         saved += context
@@ -261,6 +275,11 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
         # The masks, a byte an element.
         saved += shape.hidden_size * ("linear_qkv" in adapted) + shape.projection_size * ("linear_proj" in adapted)
     return saved / tp
+
+
+def keys_and_values(workload: Workload) -> float:
+    """Return the bytes of the keys and values of a token, over all heads."""
+    return _row_bytes(workload, workload.architecture.qkv_size - workload.architecture.projection_size)
 
 
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
@@ -284,9 +303,9 @@ def _experts_per_token(workload: Workload, layout: Layout) -> float:
 
 def _buffers(workload: Workload, layout: Layout) -> float:
     """Return the larger of the temporary bytes of the loss and of one layer's backward pass."""
-    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
     local, how = layout.expert_model_parallel_size == 1, execution(workload, layout)
-    loss = tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    loss = _loss_bytes(workload, layout)
     rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
     # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
     layer = rows * (
@@ -295,6 +314,9 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     if how.dispatch.has_fixed_shapes:
         # Buffers that other ranks read: this rank's tokens, and its experts' rows.
         layer += (tokens / tp + rows) * _row_bytes(workload, shape.hidden_size)
+    if layout.context_parallel_size > 1:
+        # Keys and values of the row: as they were gathered, and the gradients of both orders.
+        layer += 3 * tokens * layout.context_parallel_size * keys_and_values(workload) / tp
     # The recomputed activation.
     layer += rows * _row_bytes(workload, shape.ffn_hidden_size)
     if layout.recompute == "selective":
@@ -312,6 +334,15 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     return max(loss, layer)
 
 
+def _loss_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the temporary bytes of the loss: logits of a chunk of tokens (model/chunked_loss.py), and the tokens' own
+    hidden states and their gradients, which are whole on each TP rank.
+    """
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
+    logits = min(tokens, MOST_LOGITS) * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    return logits + (2 * tokens * _row_bytes(workload, shape.hidden_size) if tokens > MOST_LOGITS else 0.0)
+
+
 def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
     """Return the bytes that evaluating the validation set adds to training.
 
@@ -322,8 +353,8 @@ def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
     if not (workload.has_validation and execution(workload, layout).captured):
         return 0.0
     shape, tp, ep = workload.architecture, layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    loss = workload.tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
-    rows = shape.moe_router_topk * workload.tokens * (1.0 if ep == 1 else IMBALANCE) / tp
+    loss = _loss_bytes(workload, layout)
+    rows = shape.moe_router_topk * workload.tokens(layout) * (1.0 if ep == 1 else IMBALANCE) / tp
     layer = rows * (_row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * 4)
     if workload.expert_bytes < 1:
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / ep

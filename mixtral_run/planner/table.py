@@ -120,6 +120,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         compute_capability=gpu.compute_capability,
+        context_parallel_size=config.context_parallel_size,
     )
 
 

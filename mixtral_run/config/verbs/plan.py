@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.context import ContextConfig
 from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
 from mixtral_run.config.lora import LoraShapeConfig
@@ -23,7 +24,7 @@ def network_bytes(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(LoraShapeConfig):
+class PlanConfig(LoraShapeConfig, ContextConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job; with --hosts, of each host.", minimum=1, section=LAYOUT)
