@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.multiprocess.conftest import torchrun
+from tests.multiprocess.conftest import mixtral_run, torchrun
 
 WORKER = Path(__file__).parent / "context_worker.py"
 TWO, FOUR = ("1x1x2", "1x2x2"), ("2x1x2", "1x2x2", "1x1x4")
@@ -90,3 +90,41 @@ def test_recomputation_draws_the_same_dropout(case: str, results: dict[str, Any]
 @pytest.mark.parametrize("case", ["2:1x2x2", *(f"4:{layout}" for layout in FOUR[1:])])
 def test_a_run_saved_with_another_size_goes_on_the_same(case: str, results: dict[str, Any]) -> None:
     check_figures(results[case]["resumed"], results["1:1x1x1"]["PackedRows"]["figures"][2:])
+
+
+def test_the_verb_splits_packed_rows_and_resumes_without(small_checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = [
+        {"instruction": f"Count to {number}.", "output": " ".join(map(str, range(number)))} for number in range(1, 13)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = (
+        "finetune", "--load", str(small_checkpoint), "--data-path", str(data), "--valid-data-path", str(data),
+        "--pack", "--seq-length", "128", "--global-batch-size", "2", "--train-iters", "4", "--lr", "1e-2",
+        "--min-lr", "1e-2", "--device", "cpu", "--save-interval", "2", "--eval-interval", "2", "--report-tokens", "2",
+        "--no-tensorboard",
+    )  # fmt: skip
+
+    def run(save: str, *words: str) -> str:
+        done = mixtral_run(*common, "--save", str(tmp_path / save), *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("whole", "--nproc-per-node", "1")
+    shown = run("split", "--nproc-per-node", "2", "--context-parallel-size", "2", "--train-iters", "2")
+    assert "TP1/CP2/EP2, data-parallel 1" in shown
+    run("split", "--nproc-per-node", "2", "--resume")
+    whole, split = (
+        [json.loads(line) for line in (tmp_path / save / "metrics.jsonl").read_text().splitlines()]
+        for save in ("whole", "split")
+    )
+    assert [each["iteration"] for each in split] == [1, 2, 3, 4]
+    for found, expected in zip(split, whole, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    found, expected = (
+        {each["iteration"]: each["loss"] for each in map(json.loads, (tmp_path / save / "validation.jsonl").open())}
+        for save in ("whole", "split")
+    )
+    assert found == pytest.approx(expected, abs=2e-5)
+    assert len(found) == 3
