@@ -7,53 +7,53 @@ The logits of 65,536 tokens and 32,000 words take 4 GiB in bf16, and their expon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixtral_run.model.parallel.megatron import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from mixtral_run.model.parallel.megatron import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 
 
-def chunked_cross_entropy(
-    hidden: Tensor,
-    labels: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    most: int,
-    *,
-    sequence_parallel: bool,
-) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, output_layer: Any, most: int) -> Tensor:
     """Return the cross entropy of each label, fp32 [batch, sequence].
 
     Args:
         hidden: [sequence (/ TP under sequence parallelism), batch, hidden], after the last norm.
         labels: int64 [batch, sequence].
-        logits_of: returns this rank's logits [tokens, vocabulary / TP] of tokens [tokens, hidden].
+        output_layer: Megatron's ColumnParallelLinear; a rank has the logits of its part of the vocabulary.
         most: tokens whose logits exist at the same time.
-        sequence_parallel: True if each TP rank has its part of the sequence.
 
     All ranks of the TP group must call.
     """
-    # Each TP rank has logits of its part of the vocabulary: the gradients of a token are summed over the ranks.
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden)
-    else:
-        hidden = copy_to_tensor_model_parallel_region(hidden)
-    # Labels in the order sequence, batch, as the tokens of hidden.
+    if output_layer.sequence_parallel:
+        # The layer sums the gradients over TP, as all ranks then have the same tokens.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    # In the order sequence, batch, as the tokens of hidden.
     targets = labels.t().reshape(-1)
 
     def losses_of(rows: Tensor, wanted: Tensor) -> Tensor:
-        losses: Tensor = vocab_parallel_cross_entropy(logits_of(rows), wanted)
+        with _whole_sequence(output_layer):
+            logits: Tensor = output_layer(rows)[0]
+        losses: Tensor = vocab_parallel_cross_entropy(logits, wanted)
         return losses
 
-    tokens = hidden.flatten(0, 1)
     chunks = [
         checkpoint(losses_of, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in zip(tokens.split(most), targets.split(most), strict=True)
+        for rows, wanted in zip(hidden.flatten(0, 1).split(most), targets.split(most), strict=True)
     ]
     return torch.cat(chunks).view(labels.shape[1], labels.shape[0]).t().contiguous()
+
+
+@contextmanager
+def _whole_sequence(output_layer: Any) -> Iterator[None]:
+    """Let the layer take all tokens of a chunk on every TP rank within the block."""
+    split = output_layer.sequence_parallel
+    output_layer.sequence_parallel = False
+    try:
+        yield
+    finally:
+        output_layer.sequence_parallel = split

@@ -76,8 +76,7 @@ class MixtralModel(torch.nn.Module):
         for split in (self.gpt.embedding.word_embeddings.weight, self.gpt.output_layer.weight):
             # Megatron marks its weights only if it also initializes them.
             mark(split, split=True)
-        self._has_padding = architecture.padded_vocab_size(mesh.tensor_size) != architecture.vocab_size
-        if self._has_padding:
+        if architecture.padded_vocab_size(mesh.tensor_size) != architecture.vocab_size:
             self.gpt.output_layer.register_forward_hook(self._without_padding)
         self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
@@ -124,13 +123,7 @@ class MixtralModel(torch.nn.Module):
             hidden_states=self.gpt.embedding(input_ids=tokens, position_ids=None), attention_mask=inputs
         )
 
-        def logits_of(rows: Tensor) -> Tensor:
-            logits = torch.nn.functional.linear(rows, self.gpt.output_layer.weight)
-            return self._without_padding(None, None, (logits, None))[0] if self._has_padding else logits
-
-        return chunked_cross_entropy(
-            hidden, labels, logits_of, MOST_LOGITS, sequence_parallel=bool(self.gpt.config.sequence_parallel)
-        )
+        return chunked_cross_entropy(hidden, labels, self.gpt.output_layer, MOST_LOGITS)
 
     def logits(
         self,

@@ -21,6 +21,18 @@ def mesh() -> Iterator[Mesh]:
         yield joined
 
 
+class Layer:
+    """An output layer without parallelism."""
+
+    sequence_parallel = False
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return rows @ self._weight.t(), None
+
+
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(10, 2, 16, generator=generator).to(dtype).requires_grad_()
@@ -32,7 +44,7 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("most", [1, 3, 4, 20])
 def test_losses_and_gradients_are_torchs(most: int) -> None:
     hidden, weight, labels = inputs(torch.float64)
-    found = chunked_cross_entropy(hidden, labels, lambda rows: rows @ weight.t(), most, sequence_parallel=False)
+    found = chunked_cross_entropy(hidden, labels, Layer(weight), most)
     expected = cross_entropy((hidden @ weight.t()).permute(1, 2, 0), labels, reduction="none")
     upstream = torch.linspace(-1, 2, 20).view(2, 10)
     results = [torch.autograd.grad((each * upstream).sum(), (hidden, weight)) for each in (found, expected)]
@@ -52,7 +64,7 @@ def test_no_more_logits_exist_than_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(chunked_loss, "vocab_parallel_cross_entropy", spy)
     hidden, weight, labels = inputs(torch.float32)
-    found = chunked_cross_entropy(hidden, labels, lambda rows: rows @ weight.t(), 8, sequence_parallel=False)
+    found = chunked_cross_entropy(hidden, labels, Layer(weight), 8)
     assert seen == [8, 8, 4]
     found.sum().backward()
     # The backward pass computes them again, the last chunk first.
