@@ -366,4 +366,6 @@ def _communication(workload: Workload, layout: Layout) -> float:
         return 0.0
     # The evaluation uses all-to-all, training another exchange with its own communicator.
     further = workload.has_validation and execution(workload, layout).dispatch.has_fixed_shapes
-    return COMMUNICATION + (ANOTHER_GROUP if further else 0)
+    # The ranks of a row gather keys and values; if they are all ranks, in the group that also sums the gradients.
+    gathers = 1 < layout.context_parallel_size < workload.gpus
+    return COMMUNICATION + (further + gathers) * ANOTHER_GROUP
