@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mixtral_run.config.fields import LAYOUT, Config, flag_of, setting
 from mixtral_run.config.launch import LaunchConfig
@@ -38,9 +39,34 @@ class ContextConfig(Config):
 class ContextLaunchConfig(ContextConfig, LaunchConfig):
     """A job that may split rows over processes."""
 
+    VERB: ClassVar[str] = "finetune"
+
     @property
     def context_size(self) -> int:
         return self.context_parallel_size or 1
+
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """What of the job needs each row on one rank; None if rows may be split.
+
+        A rank has the losses of its part of a row only. The loss of `finetune` is their sum; that of another verb may
+        compare rows.
+        """
+        return None if self.VERB == "finetune" else f"`{self.VERB}`"
+
+    @property
+    def planned_context_size(self) -> int | None:
+        """CP for the planner: None if it may split rows where nothing fits otherwise."""
+        return self.context_size if self.has_layout or self.needs_whole_rows else self.context_parallel_size
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.context_size > 1 and self.needs_whole_rows:
+            found.append(
+                f"--context-parallel-size: expected 1 with {self.needs_whole_rows}, which needs whole rows; found "
+                f"{self.context_size}"
+            )
+        return found
 
     def world_size_problems(self, world_size: int) -> list[str]:
         found = super().world_size_problems(world_size)

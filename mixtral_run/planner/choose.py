@@ -203,7 +203,7 @@ def workload_of(
         compute_capability=capability,
         cuda_graphs=config.cuda_graphs,
         has_validation=config.has_validation,
-        context_parallel_size=config.context_size if config.has_layout else config.context_parallel_size,
+        context_parallel_size=config.planned_context_size,
     )
 
 

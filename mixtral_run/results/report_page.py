@@ -92,7 +92,7 @@ def _tiles(summary: dict[str, Any]) -> str:
         for label, values in cells
         if all(values)
     )
-    sizes = [summary.get(f"{name}_model_parallel_size") for name in ("tensor", "expert")]
+    sizes: tuple[Any, Any] = summary.get("tensor_model_parallel_size"), summary.get("expert_model_parallel_size")
     # Summaries of earlier versions have no CP.
     context = int(number(summary.get("context_parallel_size")) or 1)
     layout = (

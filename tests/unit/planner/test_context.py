@@ -127,6 +127,22 @@ def test_the_processes_must_be_a_multiple_of_both_sizes() -> None:
     )
 
 
+class Comparing(FinetuneConfig):
+    """A verb whose loss is no sum over tokens."""
+
+    VERB = "compare"
+
+
+def test_a_loss_of_whole_rows_is_refused_and_planned_without() -> None:
+    settings = {"load": Path("base"), "save": Path("out"), "mock_data": True, "train_iters": 1, "seq_length": 16}
+    (problem,) = Comparing(**settings, context_parallel_size=2).problems()
+    assert problem == "--context-parallel-size: expected 1 with `compare`, which needs whole rows; found 2"
+    assert Comparing(**settings).problems() == []
+    assert Comparing(**settings).planned_context_size == 1
+    assert FinetuneConfig(**settings).planned_context_size is None
+    assert config().planned_context_size == 1
+
+
 def test_ranks_of_a_row_share_its_samples() -> None:
     """Eight processes are two replicas of CP 4: a batch of two rows is enough."""
     two = config(context_parallel_size=4, global_batch_size=2)
