@@ -16,6 +16,9 @@ options:
   versions: {description: Versions by package. They override C(version)., type: dict, default: {}}
   conflicting: {description: Packages to remove in the same transaction., type: list, elements: str, default: []}
   hold: {description: Hold the packages so that unattended upgrades leave them alone., type: bool, default: true}
+  leave_holds: {description: Packages of C(names) whose hold stays as it is., type: list, elements: str, default: []}
+  refresh: {description: Read the lists of packages anew before a change., type: bool, default: true}
+  hold_also: {description: Regular expression for names of dependencies that are held too., type: str, default: ""}
   repository:
     description:
       - URI of the repository, with C({id}) and C({arch}) filled in from the host. The module fails with a message that names
@@ -52,6 +55,7 @@ options:
 """
 
 import fnmatch
+import re
 
 from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.apt import apt_output, apt_sources
@@ -69,6 +73,9 @@ OPTIONS = {
     "versions": {"type": "dict", "default": {}},
     "conflicting": {"type": "list", "elements": "str", "default": []},
     "hold": {"type": "bool", "default": True},
+    "leave_holds": {"type": "list", "elements": "str", "default": []},
+    "refresh": {"type": "bool", "default": True},
+    "hold_also": {"type": "str", "default": ""},
     "repository": {"type": "str", "default": ""},
     "remove_dependents": {"type": "bool", "default": False},
     "restart_when_busy": {"type": "bool", "default": True},
@@ -134,9 +141,9 @@ def _present(module, record, apt):
         or (_wanted_version(params, name) and not fnmatch.fnmatchcase(installed[name], _wanted_version(params, name)))
     ]
     removed = [name for name in params["conflicting"] if name in installed and name not in params["names"]]
-    unheld = [name for name in params["names"] if (name not in held) == params["hold"]]
+    unheld = _wrongly_held(params, installed, held)
     mine = record.values.setdefault(params["section"], [])
-    holds = record.values.setdefault(_holds(params), {})
+    holds, also = record.values.setdefault(_key(params, "holds"), {}), record.values.get(_key(params, "also_held"), [])
     fresh = [name for name in params["names"] if name not in installed and name not in mine]
     _defer_when_busy(module, [name for name in wrong + removed if name in installed], installed)
     changed = bool(wrong or removed or unheld)
@@ -144,21 +151,26 @@ def _present(module, record, apt):
     if wrong or removed:
         if not module.check_mode:
             _finish_dpkg(module, apt)
-            _refresh(module, apt)
-        dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine))
-    listed = params["names"] + removed + dragged
-    before = "".join("{} {}\n".format(name, installed[name]) for name in listed if name in installed)
+            if params["refresh"]:
+                _refresh(module, apt)
+        dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine), set(also))
+    listed = [name for name in params["names"] + removed + dragged if name in installed]
+    before = "".join("{} {}\n".format(name, installed[name]) for name in listed)
     if changed and not module.check_mode:
         mine += fresh
         _footprint(module, record).note(fresh, new)
         for name in unheld:
-            if name not in mine:
+            if name not in mine and name in params["names"]:
                 holds.setdefault(name, name in held)
         record.save()  # before the change, so that `absent` knows what to remove even if this run is killed
         if wrong or removed:
             _install(module, apt, wrong, removed)
             # An upgrade of a held package removes the hold.
-            unheld = params["names"]
+            unheld = _wrongly_held(params, *_packages())
+        more = sorted(set(unheld) - set(params["names"]))
+        if more:
+            record.values[_key(params, "also_held")] = sorted(set(also) | set(more))
+            record.save()
         if unheld:
             answer = apt.mark("hold" if params["hold"] else "unhold", unheld)
             if answer.code:
@@ -174,10 +186,19 @@ def _present(module, record, apt):
     )
 
 
-def _dragged(module, apt, wrong, removed, installed, held):
+def _wrongly_held(params, installed, held):
+    """Return the packages whose hold has to change: those of `names`, and the dependencies of `hold_also`."""
+    names = [name for name in params["names"] if name not in params["leave_holds"]]
+    if params["hold_also"] and params["hold"]:
+        names += [name for name in sorted(set(installed) - set(params["names"])) if re.match(params["hold_also"], name)]
+    return [name for name in names if (name not in held) == params["hold"]]
+
+
+def _dragged(module, apt, wrong, removed, installed, held, also):
     """Return the packages of somebody else that the transaction would remove, or change although they are held.
 
     Return the packages that it would add too. Fail the module if there are any, unless `remove_dependents` allows it.
+    also: dependencies that the kit holds, which may go.
     """
     plan, answer = apt.simulate(["install"] + _words(module.params, wrong, removed))
     if answer.code and not module.check_mode:
@@ -185,7 +206,7 @@ def _dragged(module, apt, wrong, removed, installed, held):
     if answer.code and removed:
         # A check before the first run: apt does not know the repository yet. What depends on the packages, it knows.
         plan, _ = apt.simulate(REMOVE + removed)
-    mine = set(module.params["names"])
+    mine = set(module.params["names"]) | also
     dragged = [name for name in plan.removed if name not in mine and (name not in removed or name in held)]
     dragged += [name for name in plan.changed if name in held and name not in mine]
     _refuse_dragged(module, dragged, held, removed or wrong, installed)
@@ -219,9 +240,9 @@ def _footprint(module, record):
     return Footprint(record, params["section"], params["leftovers"], params["groups"])
 
 
-def _holds(params):
-    """Return the key of the record that lists which packages not installed by the kit were held before the kit came."""
-    return params["section"] + "_holds"
+def _key(params, kind):
+    """Return a key of the record. holds: packages that were there before the kit, True for held. also_held: dependencies."""
+    return "{}_{}".format(params["section"], kind)
 
 
 def _defer_when_busy(module, touched, installed):
@@ -241,7 +262,8 @@ def _defer_when_busy(module, touched, installed):
 
 def _absent(module, record, apt):
     params = module.params
-    installed, _ = _packages()
+    installed, held = _packages()
+    held -= set(record.values.get(_key(params, "also_held"), []))
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
     changed = params["section"] in record.values
     why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
@@ -263,9 +285,10 @@ def _absent(module, record, apt):
         dragged = [name for name in plan.removed if name not in mine]
         _refuse_dragged(module, dragged, set(), mine, installed)
     footprint = _footprint(module, record)
-    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in dragged]
+    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in held and name not in dragged]
     if not module.check_mode and changed:
-        holds = record.values.pop(_holds(params), {})
+        holds = record.values.pop(_key(params, "holds"), {})
+        holds.update(dict.fromkeys(record.values.pop(_key(params, "also_held"), []), False))
         for verb, wanted in (("hold", True), ("unhold", False)):
             names = [name for name in holds if name in installed and holds[name] == wanted]
             answer = apt.mark(verb, names) if names else None
@@ -289,6 +312,8 @@ def _absent(module, record, apt):
 def _words(params, names, removed):
     """Return the arguments of `apt-get install` for packages to install and to remove."""
     words = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
+    # Dependencies that the kit holds change with the packages; those that others hold are refused by _dragged.
+    words += ["-o", "APT::Ignore-Hold=true"] if params["hold_also"] else []
     words += [name + ("=" + _wanted_version(params, name) if _wanted_version(params, name) else "") for name in names]
     return words + [name + "-" for name in removed]
 
@@ -349,20 +374,8 @@ def _refresh(module, apt):
 def _fail(module, what, answer, names=(), where=""):
     text = answer.out + answer.err
     offered = run(["apt-cache", "madison"] + list(names)).out.strip() if names else ""
-    steps = {
-        "locked by another process": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
-        "Could not get lock": "another package manager runs: wait, or raise ..._lock_timeout_seconds",
-        "was not found": "pin a version that the repository offers:\n{}".format(offered),
-        "is not readable by user": "let everyone read the key and its folder: `sudo chmod 755 /etc/apt/keyrings; "
-        "sudo chmod 644 /etc/apt/keyrings/*`",
-        "is not bound": "the key binds itself with SHA-1, which this system refuses: use a mirror that signs with a newer key",
-        "NO_PUBKEY": "the repository is signed with another key than the pinned one",
-        "dpkg was interrupted": "`sudo dpkg --configure -a` on the host, then run again",
-        "unmet dependencies": "`sudo apt-get --fix-broken install` on the host shows what is broken there, then run again",
-        "Read-only file system": "mount the file system writable; after an error of the disk the kernel mounts it read-only",
-    }
     broken = [name for name in apt_output.broken_packages(text) if name not in module.params["names"]]
-    found = next((step for words, step in steps.items() if words in text), "run it by hand on the host to see more")
+    found = apt_output.next_step(text, offered)
     if broken:
         found = "{} cannot be configured: `sudo dpkg --configure -a` on the host shows why".format(", ".join(broken))
     module.fail_json(

@@ -1,6 +1,6 @@
 """bootstrap over simulated hosts with a small playbook: a failure on one host does not stop the others.
 
-test_end_to_end.py runs the real playbook over throw-away hosts, because simulated hosts share this machine's files.
+end_to_end/ runs the real playbook over throw-away hosts, because simulated hosts share this machine's files.
 """
 
 from __future__ import annotations
@@ -327,7 +327,8 @@ def test_a_host_alone_in_its_turn_keeps_no_later_one_from_its_end(
     for folder in ("playbooks", "roles"):  # the real roles are used for the check of their variables only
         shutil.copytree(provisioning_folder() / folder, tmp_path / folder)
     break_off = f"pkill -9 -P {first.process.pid}; kill -9 {first.process.pid}" if lost else "exit 1"
-    roles = ("preflight", "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "acceptance")
+    before = ("preflight", "nvidia_driver")
+    roles = (*before, "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "health", "acceptance")
     for role in roles:
         command = break_off if role == "docker" else f"echo {role} {{{{ inventory_hostname }}}} >> {tmp_path}/done"
         tasks = [{"ansible.builtin.raw": command, "name": f"Do {role}"}]
@@ -340,7 +341,10 @@ def test_a_host_alone_in_its_turn_keeps_no_later_one_from_its_end(
     phases = [host.phase for host in end.progress.hosts.values()]
     assert phases == [Phase.UNREACHABLE if lost else Phase.FAILED, Phase.DONE, Phase.DONE]
     rest = [f"{role} {inventory_name(host)}" for host in (second, third) for role in roles if role != "docker"]
-    assert (tmp_path / "done").read_text().splitlines() == [f"preflight {inventory_name(first)}", *rest]
+    assert (tmp_path / "done").read_text().splitlines() == [
+        *(f"{role} {inventory_name(first)}" for role in before),
+        *rest,
+    ]
 
 
 @pytest.mark.parametrize(("serial", "expected"), [("1", 1), ("3", 3), ("25%", 2), ("1%", 1), ("90", 90)])

@@ -28,7 +28,7 @@ from mixtral_run.fleet.ssh.connection import Ssh, connection_options
 STAYS = (
     "checkpoints, adapters, and models in the HF cache",
     "containers, volumes, and images that the kit did not bring",
-    "the NVIDIA driver and the fabric manager",
+    "an NVIDIA driver and a fabric manager that the kit did not install",
     "Python, and source files of others that name Docker's or NVIDIA's repository: they stay disabled",
 )
 """What `state: absent` of the roles leaves on a host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mixtral_run.fleet.explain.data_failures import DATA_FAILURES
 from mixtral_run.fleet.explain.known_failure import KnownFailure
+from mixtral_run.fleet.explain.xid_failures import XID_FAILURES
 
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
@@ -128,11 +129,22 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"nvidia-smi has failed because it couldn't communicate|no nvidia driver|no devices were found|nvidia-smi: (command )?not found",
         "The driver is not installed, or its module is not loaded (for example after a kernel upgrade without a rebuild).",
         (
-            "ssh HOST 'sudo ubuntu-drivers install --gpgpu nvidia:580-server && sudo apt-get install nvidia-utils-580-server'"
-            "    # Ubuntu; then reboot. Debian: nvidia-open from NVIDIA's repository",
+            "mixtral-run bootstrap HOST --tags nvidia_driver    # installs and loads it; with a driver of somebody else, add "
+            "-e nvidia_driver_branch=580",
             "ssh HOST 'dkms status; modinfo -F version nvidia; modinfo -k NEWEST_KERNEL -F version nvidia'",
         ),
         ("nvidia-smi", "driver", "module"),
+    ),
+    KnownFailure(
+        "module-rejected",
+        "Secure Boot refuses the driver's kernel module",
+        r"could not insert 'nvidia\w*': (key was rejected by service|required key not available)",
+        "The module was built on the host, and the firmware does not trust its signature.",
+        (
+            "mixtral-run bootstrap HOST --tags nvidia_driver -e nvidia_driver_source=ubuntu    # Ubuntu: signed modules",
+            "switch Secure Boot off in the firmware, or enroll the key of DKMS at the console with `mokutil --import`",
+        ),
+        ("secure boot", "mokutil", "dkms", "signature"),
     ),
     KnownFailure(
         "cuda-memory",
@@ -307,16 +319,6 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("set its CA bundle in group_vars (…_ca_bundle), then: mixtral-run bootstrap HOST",),
         ("tls", "ca", "proxy", "certificate"),
     ),
-    KnownFailure(
-        "xid",
-        "A GPU reports a hardware error (Xid)",
-        r"nvrm: xid|xid \d+|gpu has fallen off the bus|uncorrectable ecc",
-        "Xid 79 (fallen off the bus) and 48, 63, 64, 94 and 95 (memory) indicate hardware; 13 and 31 more often a program.",
-        (
-            "ssh HOST 'sudo dmesg | grep -i xid'",
-            "ssh HOST sudo nvidia-smi -r, or reboot; if the error returns, request a new GPU",
-        ),
-        ("ecc", "hardware", "gpu"),
-    ),
+    *XID_FAILURES,
     *DATA_FAILURES,
 )

@@ -64,8 +64,12 @@ class StandIn:
     """Version of the running fabric manager; None if there is none."""
     fabric_state: str = "Completed"
     """fabric.state of every GPU of a host with NVSwitches."""
+    bare: bool = False
+    """GPUs without a driver: the role nvidia_driver installs it, and a stand-in of the kernel loads its modules."""
     mig: bool = False
     persistence: bool = True
+    recovery_action: str = "None"
+    """What the driver asks for on every GPU (gpu_recovery_action)."""
     serial: str = "000000000001"
 
 
@@ -139,7 +143,7 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None, 
         argv += [image, "/lib/systemd/systemd", "systemd.unified_cgroup_hierarchy=0",
                  "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"]  # fmt: skip
     call(*argv)
-    host = _wait_for_boot(name)
+    host = wait_for_boot(name)
     host.shell(f"mkdir -p ~{USER}/.ssh && printf '%s' '{ssh_key().with_suffix('.pub').read_text()}' "
                f"> ~{USER}/.ssh/authorized_keys && chown -R {USER} ~{USER}/.ssh && {QUICK_PACKAGES}")  # fmt: skip
     set_standin(host, standin)
@@ -159,11 +163,15 @@ def set_standin(host: Host, standin: StandIn | None) -> None:
     if standin is None:
         host.shell(f"rm -f {STANDIN_FILE} /dev/nvidia-nvswitch0 /usr/bin/nvidia-smi")
         return
-    put(host, (FILES / "nvidia-smi").read_text(), "/usr/bin/nvidia-smi", "755")
+    if not standin.bare:
+        put(host, (FILES / "nvidia-smi").read_text(), "/usr/bin/nvidia-smi", "755")
     if standin.serial == StandIn.serial:
         standin = replace(standin, serial=f"{abs(hash(host.name)) % 10**12:012d}")
     put(host, json.dumps({key: value for key, value in asdict(standin).items() if value is not None}), STANDIN_FILE)
     host.shell("touch /dev/nvidia-nvswitch0" if standin.nvswitch else "rm -f /dev/nvidia-nvswitch0")
+    if standin.bare:
+        _take_modules(host)
+        return
     if standin.fabric_manager is None:
         host.shell("systemctl disable --now nvidia-fabricmanager 2>/dev/null; "
                    "rm -f /etc/systemd/system/nvidia-fabricmanager.service /usr/bin/nv-fabricmanager")  # fmt: skip
@@ -173,6 +181,12 @@ def set_standin(host: Host, standin: StandIn | None) -> None:
     put(host, "[Service]\nExecStart=/bin/sleep infinity\n[Install]\nWantedBy=multi-user.target\n",
         "/etc/systemd/system/nvidia-fabricmanager.service")  # fmt: skip
     host.shell("systemctl daemon-reload; systemctl start nvidia-fabricmanager")
+
+
+def _take_modules(host: Host) -> None:
+    """Give a host a stand-in of a kernel that loads the modules of the test repository's driver."""
+    put(host, (FILES / "driver/kernel-modules").read_text(), "/usr/local/bin/modprobe", "755")
+    host.run("modprobe", "--take-modules")
 
 
 def put(host: Host, text: str, path: str, mode: str = "644") -> None:
@@ -190,7 +204,8 @@ def _cache() -> Path:
     return CACHE
 
 
-def _wait_for_boot(name: str) -> Host:
+def wait_for_boot(name: str) -> Host:
+    """Return a host once SSH answers. Raises TargetError with the journal's end if it does not boot."""
     host = find(name)
     until = time.monotonic() + BOOT_SECONDS
     while time.monotonic() < until:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.fleet.testhosts import driver_packages
 from mixtral_run.fleet.testhosts.engine import CACHE, install_packages
 from mixtral_run.fleet.testhosts.hosts import LABEL, running
 from mixtral_run.fleet.testhosts.image import FILES, host_image
@@ -46,6 +47,9 @@ class Repository:
             "docker_repository_url": f"{self.url}/linux/debian",
             "docker_repository_key_url": f"{self.url}/linux/debian/gpg",
             "docker_repository_key_fingerprint": self.fingerprint,
+            "nvidia_driver_repository_url": f"{self.url}/{driver_packages.PLACE}",
+            "nvidia_driver_repository_key_url": f"{self.url}/{driver_packages.PLACE}/key.pub",
+            "nvidia_driver_repository_key_fingerprint": self.fingerprint,
             "nvidia_container_toolkit_repository_url": f"{self.url}/libnvidia-container/stable/deb/$(ARCH)",
             "nvidia_container_toolkit_repository_key_url": f"{self.url}/libnvidia-container/gpgkey",
             "nvidia_container_toolkit_repository_key_fingerprint": self.fingerprint,
@@ -65,6 +69,7 @@ def serve(releases: tuple[str, ...] = ("bookworm",)) -> Repository:
         for release in releases:
             _build_docker(folder, release)
         _build_toolkit(folder)
+        _build_driver(folder)
         if not succeeds("docker", "exec", CONTAINER, "test", "-e", f"/srv/{folder.name}"):
             _start_server()
     address = call("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", CONTAINER).strip()
@@ -103,8 +108,11 @@ def _recipe() -> str:
         "nvidia-container-runtime-hook",
         "libcuda_standin.c",
         "nvidia-cdi-refresh.service",
+        "nvidia-smi",
+        *(f"driver/{name}" for name in driver_packages.FILES_USED),
     )
     text = b"".join((FILES / name).read_bytes() for name in names) + Path(__file__).read_bytes()
+    text += Path(driver_packages.__file__).read_bytes()
     return hashlib.sha256(text).hexdigest()[:12]
 
 
@@ -140,7 +148,8 @@ def _key(folder: Path) -> str:
     fingerprint = next(
         line.split(":")[9] for line in _gpg("--list-keys", "--with-colons").splitlines() if line.startswith("fpr")
     )
-    for path in (folder / "linux/debian/gpg", folder / "libnvidia-container/gpgkey"):
+    places = ("linux/debian/gpg", "libnvidia-container/gpgkey", f"{driver_packages.PLACE}/key.pub")
+    for path in (folder / place for place in places):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_gpg("--armor", "--export"))
     return fingerprint
@@ -176,6 +185,18 @@ def _build_toolkit(folder: Path) -> None:
         for name, needs in TOOLKIT_PACKAGES.items():
             with tempfile.TemporaryDirectory() as work:
                 _toolkit_package(Path(work), base, name, version, needs)
+    packages = base / "Packages"
+    packages.write_text(_index(base, sorted(base.glob("*.deb"))))
+    _sign(base, "Origin: STAND-IN\n", [packages])
+
+
+def _build_driver(folder: Path) -> None:
+    base = folder / driver_packages.PLACE
+    if (base / "InRelease").exists():
+        return
+    for archive in base.glob("*.deb"):
+        archive.unlink()
+    driver_packages.build_packages(base)
     packages = base / "Packages"
     packages.write_text(_index(base, sorted(base.glob("*.deb"))))
     _sign(base, "Origin: STAND-IN\n", [packages])

@@ -36,11 +36,12 @@ class Footprint:
         values["brought"] = sorted(set(values.get("brought", [])) | set(plan_new) - set(fresh))
 
     def unneeded(self, apt, mine, installed):
-        """Return the packages that came as dependencies and that nothing needs once `mine` are gone."""
+        """Return the packages that came as dependencies and that nothing needs once `mine` are gone, held or not."""
         brought = set(self._record.values.get(self._key, {}).get("brought", [])) & set(installed)
         if not mine or not brought:
             return []
-        plan, _ = apt.simulate(["autoremove", "--allow-change-held-packages"] + mine)
+        words = ["autoremove", "--allow-change-held-packages", "-o", "APT::Ignore-Hold=true"]
+        plan, _ = apt.simulate(words + mine)
         return sorted(brought & set(plan.removed) - set(mine))
 
     def sweep(self, apt, names):

@@ -93,3 +93,24 @@ def broken_packages(text):
     """Return the packages that dpkg says it cannot configure or unpack."""
     found = re.findall(r"^dpkg: error processing (?:package|archive) (\S+)", text, re.MULTILINE)
     return sorted({_name(each) for each in found})
+
+
+_BUSY = "another package manager runs: wait, or raise ..._lock_timeout_seconds"
+_NEXT_STEPS = {
+    "locked by another process": _BUSY,
+    "Could not get lock": _BUSY,
+    "was not found": "pin a version that the repository offers:\n{}",
+    "is not readable by user": "let everyone read the key and its folder: `sudo chmod 755 /etc/apt/keyrings; "
+    "sudo chmod 644 /etc/apt/keyrings/*`",
+    "is not bound": "the key binds itself with SHA-1, which this system refuses: use a mirror that signs with a newer key",
+    "NO_PUBKEY": "the repository is signed with another key than the pinned one",
+    "dpkg was interrupted": "`sudo dpkg --configure -a` on the host, then run again",
+    "unmet dependencies": "`sudo apt-get --fix-broken install` on the host shows what is broken there, then run again",
+    "Read-only file system": "mount the file system writable; after an error of the disk the kernel mounts it read-only",
+}
+
+
+def next_step(text, offered):
+    """Return what to do about a failure of apt or dpkg, by their words. offered: versions of the wanted packages."""
+    steps = (step.format(offered) for words, step in _NEXT_STEPS.items() if words in text)
+    return next(steps, "run it by hand on the host to see more")

@@ -13,9 +13,13 @@ def render(fields):
 
 
 def expand(text, os_release, architecture):
-    """Replace `{id}`, `{codename}` and `{arch}` in `text` by the values of the host."""
+    """Replace `{id}`, `{release}`, `{codename}` and `{arch}` in `text` by the values of the host.
+
+    The release is the version without dots, as in the names of NVIDIA's repositories: ubuntu2204, debian12.
+    """
     values = {"id": os_release["id"], "codename": os_release["codename"], "arch": architecture}
-    return re.sub(r"\{(id|codename|arch)\}", lambda match: values[match.group(1)], text)
+    values["release"] = os_release.get("version", "").replace(".", "")
+    return re.sub(r"\{(id|release|codename|arch)\}", lambda match: values[match.group(1)], text)
 
 
 def same_repository(first, second):

@@ -9,7 +9,7 @@ import re
 from ..commands import MISSING, run
 from ..files import read_text
 
-NVIDIA_VENDOR, BRIDGE_CLASS = "0x10de", "0x0680"
+NVIDIA_VENDOR, MELLANOX_VENDOR, BRIDGE_CLASS = "0x10de", "0x15b3", "0x0680"
 MODES = ("persistence_mode", "mig.mode.current", "fabric.state", "fabric.status")
 NO_FABRIC = ("", "N/A", "[N/A]", "[Not Supported]", "Not Supported")
 # What the fabric manager of HGX B200 and B300 needs beside the driver: kernel modules and a package.
@@ -28,7 +28,8 @@ def nvswitch(root="/"):
         bridge = read_text(os.path.join(os.path.dirname(vendor), "class"), "").startswith(BRIDGE_CLASS)
         if bridge and read_text(vendor, "").strip() == NVIDIA_VENDOR:
             return "pci"
-    for path in _glob(root, "sys/class/infiniband/*/device/vpd"):
+    # On a bare host mlx5_ib is not loaded yet, and the bridges are found on PCI alone.
+    for path in _glob(root, "sys/class/infiniband/*/device/vpd") or _of_vendor(root, MELLANOX_VENDOR, "vpd"):
         try:
             with open(path, "rb") as file:
                 if b"SW_MNG" in file.read(1 << 16):
@@ -36,6 +37,12 @@ def nvswitch(root="/"):
         except OSError:  # only root can read it
             continue
     return None
+
+
+def _of_vendor(root, vendor, name):
+    """Return the paths of a file of each PCI device of a vendor."""
+    found = _glob(root, "sys/bus/pci/devices/*/vendor")
+    return [os.path.join(os.path.dirname(path), name) for path in found if read_text(path, "").strip() == vendor]
 
 
 def needs_fabric_manager(kind, fabric_states, gpu_names):
@@ -106,13 +113,13 @@ def kernel_driver(path="/proc/driver/nvidia/version"):
 def modules_on_disk(running, root="/"):
     """Return the versions of the NVIDIA module that modprobe would load now and after a reboot into the newest kernel.
 
-    on_disk, newest_kernel and in_newest_kernel are None where they are unknown. in_newest_kernel is an empty string if
-    that kernel has no NVIDIA module.
+    on_disk, newest_kernel and in_newest_kernel are None where they are unknown. A version is an empty string if that
+    kernel has no NVIDIA module.
     """
     newest = newest_kernel([os.path.basename(path) for path in _glob(root, "boot/vmlinuz-*")])
     on_disk = _module_version(running)
     next_one = on_disk if newest == running else _module_version(newest) if newest else None
-    return {"on_disk": on_disk or None, "newest_kernel": newest, "in_newest_kernel": next_one}
+    return {"on_disk": on_disk, "newest_kernel": newest, "in_newest_kernel": next_one}
 
 
 def newest_kernel(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from . import driver_states, rdma
 from .gpu_driver import NO_FABRIC
 
 HOLD = (
@@ -23,9 +24,8 @@ def driver(state, limits):
     """Yield the shortfall of a missing or old driver."""
     found = state["driver"]["user"]
     wanted = "NVIDIA driver {} or newer"
-    remedy = (
-        "install a newer driver, on Ubuntu `sudo ubuntu-drivers install --gpgpu nvidia:580-server && sudo apt-get "
-        "install nvidia-utils-580-server`, on Debian `nvidia-open` from NVIDIA's repository, then reboot"
+    remedy = "`mixtral-run bootstrap HOST --tags nvidia_driver -e nvidia_driver_branch={}` installs it".format(
+        limits["driver_supported"]
     )
     if found is None and limits["num_gpus"] > 0:
         yield wanted.format(limits["driver_version"]), state["driver"]["error"] or "none", remedy
@@ -50,24 +50,45 @@ def agreement(state, _limits):
 def next_boot(state, _limits):
     """Yield what the next reboot would change or break. The host works until then."""
     values, fabric = state["driver"], state["fabric_manager"]
-    loaded, newest, coming = values["kernel"], values["newest_kernel"], values["in_newest_kernel"]
-    if not loaded:
+    if not values["kernel"]:
         return
-    if newest and coming == "":
-        remedy = (
-            "before any reboot: install the kernel's headers and run `sudo dkms autoinstall -k {0}`, or install Ubuntu's "
-            "linux-modules-nvidia package for it; `modinfo -k {0} nvidia` then shows the module"
-        ).format(newest)
-        wanted = "an NVIDIA module for the kernel that boots next, {}".format(newest)
-        yield "warn", wanted, "none: after a reboot the host has no GPUs", remedy
-        return
-    coming = coming or values["on_disk"]
-    if coming and coming != loaded:
-        found = "module {} loaded, {} on disk: the next reboot changes the driver".format(loaded, coming)
-        remedy = "reboot when the host is idle"
-        if fabric["nvswitch"] and fabric["version"] != coming:
-            remedy = "{}, then reboot when the host is idle".format(install_fabric_manager(coming))
-        yield "warn", "the loaded driver and the one on disk of one version", found, remedy
+    parts = driver_states.Parts(
+        loaded=values["kernel"],
+        on_disk=values["on_disk"],
+        library=values.get("library"),
+        running_kernel=state.get("kernel"),
+        newest_kernel=values["newest_kernel"],
+        in_newest_kernel=values["in_newest_kernel"],
+        headers=values.get("headers"),
+        fabric_manager=fabric["version"],
+        needs_fabric_manager=fabric["nvswitch"],
+        secure_boot=values.get("secure_boot"),
+        signer=values.get("signer"),
+    )
+    found = {each.name: each for each in driver_states.findings(parts) if each.when in _COMING}
+    manager = found.pop("fabric_manager_split", None)
+    found.pop("kernel_pending", None)  # a newer kernel with the same driver breaks nothing
+    for each in found.values():
+        stays, before = "", ""
+        if manager:
+            wanted = driver_states.coming(parts) or parts.on_disk or parts.library
+            stays, before = "; {} stays".format(manager.found), install_fabric_manager(wanted) + ", then "
+        yield "warn", each.expected, each.found + stays, before + each.step
+
+
+_COMING = (driver_states.NEXT_BOOT, driver_states.PENDING)
+
+
+def lock(state, _limits):
+    """Yield a warning of driver packages that an unattended upgrade may change in any night."""
+    names = state["driver"].get("open_to_upgrades") or []
+    if names:
+        listed = ", ".join(names[:3]) + (" and {} more".format(len(names) - 3) if len(names) > 3 else "")
+        found = "unattended upgrades may change {}: library and loaded module would differ until a reboot".format(
+            listed
+        )
+        remedy = "hold driver and kernel: `{}`, or list them in Unattended-Upgrade::Package-Blacklist".format(HOLD)
+        yield "warn", "packages of the driver that no night's upgrade changes", found, remedy
 
 
 def fabric_manager(state, _limits):
@@ -149,7 +170,7 @@ def persistence(state, _limits):
 
 
 def remarks(state):
-    """Return what `status` warns of besides the driver's own error: the fabric, the next boot, MIG, persistence mode."""
-    items = [item for check in (next_boot, mig, persistence) for item in check(state, {})]
+    """Return what `status` warns of besides the driver's own error: fabric, next boot, lock, MIG, persistence, RDMA."""
+    items = [item for check in (next_boot, lock, mig, persistence, rdma.shortfall) for item in check(state, {})]
     items += _fabric(state["fabric_manager"])
     return ["{}; expected {}".format(found, wanted) for wanted, found, _ in (item[-3:] for item in items)]

@@ -89,3 +89,19 @@ def test_a_record_of_an_earlier_kit_tells_of_no_holds(host: Host) -> None:
     record.write_text(json.dumps({"docker": json.loads(record.read_text())["docker"]}))
     assert host.call(state="absent")["removed"] == ["kit"]
     assert host.names("held") == THEIRS
+
+
+def test_dependencies_are_held_with_the_packages_and_let_go_with_them(host: Host) -> None:
+    settings = {"section": "docker", "names": ["kit"], "hold_also": "fre|kept"}
+    assert call_module(PACKAGES, host.folder / "records", **settings)["changed"]
+    assert host.names("held") == {"kit", "free", "kept"}
+    assert not call_module(PACKAGES, host.folder / "records", **settings)["changed"]
+    host.call(state="absent")
+    assert host.names("held") == {"kept"} and host.names("installed") == THEIRS
+
+
+def test_packages_of_the_kernel_keep_their_holds(host: Host) -> None:
+    settings = {"section": "docker", "names": ["kit", "free", "kept"], "leave_holds": ["free", "kept"]}
+    call_module(PACKAGES, host.folder / "records", **settings)
+    assert host.names("held") == {"kit", "kept"}
+    assert not call_module(PACKAGES, host.folder / "records", **settings)["changed"]

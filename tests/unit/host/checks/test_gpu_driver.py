@@ -25,6 +25,7 @@ SWITCH_ON_PCI = {
     "sys/bus/pci/devices/0000:05:00.0/vendor": b"0x10de\n",
     "sys/bus/pci/devices/0000:05:00.0/class": b"0x068000\n",
 }
+BRIDGE_ON_PCI = {"sys/bus/pci/devices/0000:07:00.0/vendor": b"0x15b3\n"}  # before its driver is loaded
 GPU_ON_PCI = {
     "sys/bus/pci/devices/0000:06:00.0/vendor": b"0x10de\n",
     "sys/bus/pci/devices/0000:06:00.0/class": b"0x030200\n",
@@ -42,6 +43,9 @@ GPU_ON_PCI = {
         ({**SWITCH_ON_PCI, **GPU_ON_PCI}, "pci"),
         ({"sys/class/infiniband/mlx5_0/device/vpd": b"\x82\x0bConnectX-7\x90V3\x06SW_MNG\x78"}, "nvlink5"),
         ({"sys/class/infiniband/mlx5_0/device/vpd": b"\x82\x0bConnectX-7\x78"}, None),
+        ({**BRIDGE_ON_PCI, "sys/bus/pci/devices/0000:07:00.0/vpd": b"\x82\x0bConnectX-7\x90V3\x06SW_MNG"}, "nvlink5"),
+        ({**BRIDGE_ON_PCI, "sys/bus/pci/devices/0000:07:00.0/vpd": b"\x82\x0bConnectX-7\x78"}, None),
+        (BRIDGE_ON_PCI, None),
     ],
 )
 def test_nvswitches(tmp_path: Path, files: dict[str, bytes], kind: str | None) -> None:

@@ -31,6 +31,9 @@ GOOD = {
     "mirrors": {"https://pypi.org": None},
     "clock_offset_seconds": 0.4,
     "clock_synchronized": True,
+    "time_services": ["chrony"],
+    "firewall": None,
+    "rdma": {"devices": [], "gpudirect": None},
 }  # fmt: skip
 LIMITS = {
     "os": {"ubuntu": "20.04", "debian": "12"},
@@ -43,6 +46,7 @@ LIMITS = {
     "planned_swap_gib": 0,
     "swap_target_gib": 128,
     "clock_offset_seconds": 30,
+    "num_hosts": 2,
 }
 
 
@@ -76,7 +80,17 @@ def test_a_good_host_has_none() -> None:
                                                  "fabric_manager__nvswitch": False}),
         ("driver_agreement", "fail", "kernel module 580.65.06, library 580.173.02",
          {"driver__kernel": "580.65.06", "driver__in_newest_kernel": None, "driver__on_disk": None}),
-        ("driver_next_boot", "warn", "none: after a reboot the host has no GPUs", {"driver__in_newest_kernel": ""}),
+        ("driver_next_boot", "warn", "6.8.0-45-generic has no NVIDIA module: after a reboot the host has no GPUs",
+         {"driver__in_newest_kernel": ""}),
+        ("driver_next_boot", "warn", "no NVIDIA module and no headers to build one",
+         {"driver__in_newest_kernel": "", "driver__headers": False}),
+        ("driver_next_boot", "warn", "module 580.95.05 for kernel 6.8.0-45-generic, library 580.173.02",
+         {"driver__in_newest_kernel": "580.95.05", "driver__library": "580.173.02", "fabric_manager__nvswitch": False}),
+        ("driver_next_boot", "warn", "is not signed", {"driver__secure_boot": True, "driver__signer": ""}),
+        ("driver_next_boot", "warn", "the next reboot changes the driver; fabric manager 580.173.02 stays",
+         {"driver__in_newest_kernel": "595.71.05"}),
+        ("driver_lock", "warn", "may change libnvidia-compute, libnvidia-gl, nvidia-dkms and 1 more",
+         {"driver__open_to_upgrades": ["libnvidia-compute", "libnvidia-gl", "nvidia-dkms", "nvidia-utils"]}),
         ("driver_next_boot", "warn", "580.173.02 loaded, 595.71.05 on disk", {"driver__in_newest_kernel": "595.71.05"}),
         ("driver_next_boot", "warn", "580.173.02 loaded, 580.200.01 on disk",
          {"driver__newest_kernel": None, "driver__in_newest_kernel": None, "driver__on_disk": "580.200.01"}),
@@ -153,6 +167,12 @@ def test_before_a_reboot_into_another_driver_its_fabric_manager_is_installed() -
     assert "install 'nvidia-fabricmanager=595.71.05-*'" in item.remedy
     (item,) = _collect(driver__in_newest_kernel="595.71.05", fabric_manager__nvswitch=False)
     assert "fabricmanager" not in item.remedy
+
+
+def test_a_host_without_a_driver_is_sent_to_the_role_that_installs_one() -> None:
+    (item,) = _collect({"gpus": "skip"}, gpus=[], driver__user=None, driver__kernel=None, driver__error="no driver",
+                       fabric_manager__nvswitch=False)  # fmt: skip
+    assert item.remedy.startswith("`mixtral-run bootstrap HOST --tags nvidia_driver")
 
 
 def test_drivers_that_do_not_tell_of_the_fabric_pass() -> None:
