@@ -15,31 +15,31 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixtral_run.model.parallel.megatron import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
+from mixtral_run.model.parallel.megatron import gather_from_sequence_parallel_region
 
 
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, output_layer: Any, most: int) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, gpt: Any, most: int) -> Tensor:
     """Return the cross entropy of each label, fp32 [batch, sequence].
 
     Args:
         hidden: [sequence (/ TP under sequence parallelism), batch, hidden], after the last norm.
         labels: int64 [batch, sequence].
-        output_layer: Megatron's ColumnParallelLinear; a rank has the logits of its part of the vocabulary.
+        gpt: Megatron's GPTModel, whose output layer and loss are those of a row that is not cut.
         most: tokens whose logits exist at the same time.
 
     All ranks of the TP group must call.
     """
-    if output_layer.sequence_parallel:
+    if gpt.output_layer.sequence_parallel:
         # The layer sums the gradients over TP, as all ranks then have the same tokens.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     # In the order sequence, batch, as the tokens of hidden.
     targets = labels.t().reshape(-1)
 
     def losses_of(rows: Tensor, wanted: Tensor) -> Tensor:
-        with _whole_sequence(output_layer):
-            logits: Tensor = output_layer(rows)[0]
-        losses: Tensor = vocab_parallel_cross_entropy(logits, wanted)
-        return losses
+        with _whole_sequence(gpt.output_layer):
+            logits: Tensor = gpt.output_layer(rows[:, None])[0]
+        losses: Tensor = gpt.compute_language_model_loss(wanted[None], logits)
+        return losses[0]
 
     chunks = [
         checkpoint(losses_of, rows, wanted, use_reentrant=False, preserve_rng_state=False)

@@ -123,7 +123,7 @@ class MixtralModel(torch.nn.Module):
             hidden_states=self.gpt.embedding(input_ids=tokens, position_ids=None), attention_mask=inputs
         )
 
-        return chunked_cross_entropy(hidden, labels, self.gpt.output_layer, MOST_LOGITS)
+        return chunked_cross_entropy(hidden, labels, self.gpt, MOST_LOGITS)
 
     def logits(
         self,

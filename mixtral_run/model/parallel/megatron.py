@@ -39,7 +39,6 @@ with _uncompiled():
     )
     from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.tensor_parallel.mappings import (
         all_to_all,
@@ -84,5 +83,4 @@ __all__ = [
     "reduce_scatter_to_sequence_parallel_region",
     "replace_keys_with_sharded_keys",
     "save_preprocess",
-    "vocab_parallel_cross_entropy",
 ]
