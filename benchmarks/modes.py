@@ -52,7 +52,8 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     import torch
 
     from benchmarks.lora import timed_steps
-    from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
+    from mixtral_run.planner.memory_model import EXPERT_BYTES, host_bytes, memory
+    from mixtral_run.planner.workload import GIB, Layout, Workload
     from mixtral_run.train.data.samples import MockSamples, batches
     from mixtral_run.train.steps.cuda_graph import backward_of
     from mixtral_run.train.steps.step import train_step, trainable

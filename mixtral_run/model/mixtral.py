@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from mixtral_run.config.context import MOST_LOGITS
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.cast_adapters import refresh
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.chunked_loss import chunked_cross_entropy
+from mixtral_run.model.context_attention import ContextInputs
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.cache import copy_from_image
@@ -28,6 +31,7 @@ from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.packed_attention import Packed, has_packed_attention
+from mixtral_run.model.parallel.context import ContextPart
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.parallel.param_sharding import mark
@@ -100,6 +104,9 @@ class MixtralModel(torch.nn.Module):
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
         self.router_counts: RouterCounts | None = None
         self.router_loss: RouterLoss | None = None
+        self.context: ContextPart | None = None
+        if mesh.context_size > 1:
+            self.context = ContextPart(mesh.context_rank, mesh.context_size, mesh.context_group)
 
     def losses(
         self,
@@ -113,12 +120,33 @@ class MixtralModel(torch.nn.Module):
         """Return the cross entropy of each label, fp32 [batch, sequence]. tokens, labels: int64 [batch, sequence].
 
         packed: boundaries of samples if rows hold several; positions: [batch, sequence], which restart at 0 in each
-        sample. dispatcher: of this pass and its backward pass; None for the layers' own. All ranks of the TP and EP
-        groups must call.
+        sample. dispatcher: of this pass and its backward pass; None for the layers' own. Under context parallelism each
+        rank gets the whole rows and returns the losses of its part of them, with 0 elsewhere: their sum over the ranks
+        is the rows'. All ranks of the TP, CP and EP groups must call.
         """
-        inputs = self._inputs(self._attention_inputs(tokens.shape[1], positions, None, None, packed), dispatcher)
-        losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
-        return losses
+        if self.context is None:
+            attention = self._attention_inputs(tokens.shape[1], positions, None, None, packed)
+            return self._losses(tokens, labels, self._inputs(attention, dispatcher))
+        part, (batch, length) = self.context, tokens.shape
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device)[None]
+        attention = self._attention_inputs(length // part.size, part.of_row(positions), None, None)
+        masked = not has_packed_attention(attention.cosine)
+        attention.context = ContextInputs.of(part, length, packed, batch, masked=masked, device=tokens.device)
+        losses = self._losses(part.of_row(tokens), part.of_row(labels), self._inputs(attention, dispatcher))
+        return part.into_row(losses)
+
+    def _losses(self, tokens: Tensor, labels: Tensor, inputs: LayerInputs) -> Tensor:
+        """Return the cross entropy of each label, fp32 [batch, sequence]; of many tokens chunk by chunk."""
+        if tokens.numel() <= MOST_LOGITS:
+            losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
+            return losses
+        # The same as GPTModel.forward as far as the output layer.
+        hidden = self.gpt.decoder(
+            hidden_states=self.gpt.embedding(input_ids=tokens, position_ids=None), attention_mask=inputs
+        )
+
+        return chunked_cross_entropy(hidden, labels, self.gpt, MOST_LOGITS)
 
     def logits(
         self,

@@ -15,20 +15,11 @@ from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig, Trainin
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
-from mixtral_run.planner.memory_model import (
-    EXPERT_BYTES,
-    GIB,
-    USABLE,
-    USABLE_OF_HOST,
-    Layout,
-    Workload,
-    fit_dispatch,
-    host_bytes,
-    memory,
-)
+from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.ranking import Choice, ranked
 from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
+from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
@@ -75,7 +66,7 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
 
         layout = spread_layout(config, base.architecture, world_size, recompute, fits)
     if not config.has_layout and not (
-        world_size % layout.tensor_model_parallel_size or world_size % layout.expert_model_parallel_size
+        world_size % layout.ranks_of_a_row or world_size % layout.expert_model_parallel_size
     ):
         count = "1 process" if world_size == 1 else f"{world_size} processes"
         say(f"Layout: {layout} for {count}, chosen by the planner")
@@ -113,7 +104,7 @@ def _without_former_setting(config: JobConfigT) -> JobConfigT:
 def _with_layout(config: JobConfigT, layout: Layout) -> JobConfigT:
     settings = dataclasses.asdict(layout)
     if not isinstance(config, FinetuneConfig):
-        del settings["recompute"]
+        del settings["recompute"], settings["context_parallel_size"]
     return dataclasses.replace(config, **settings)
 
 
@@ -141,6 +132,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
         config,
         tensor_model_parallel_size=None,
         expert_model_parallel_size=None,
+        context_parallel_size=None,
         recompute=None,
         recompute_activations=False,
     )
@@ -207,6 +199,7 @@ def workload_of(
         cuda_graphs=config.cuda_graphs,
         # The passes without gradients of align are those of an evaluation.
         has_validation=config.has_validation or config.preferences is not None,
+        context_parallel_size=config.planned_context_size,
     )
 
 
@@ -215,7 +208,7 @@ def _has_recompute(config: FinetuneConfig) -> bool:
 
 
 def _layout_of(config: FinetuneConfig) -> Layout:
-    return Layout(*config.layout_sizes, config.recomputation)
+    return Layout(*config.layout_sizes, config.recomputation, config.context_size)
 
 
 def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:
@@ -233,7 +226,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
         if each.layout.recompute in recompute
         and config.tensor_model_parallel_size in (None, each.layout.tensor_model_parallel_size)
         and config.expert_model_parallel_size in (None, each.layout.expert_model_parallel_size)
-        and allows(config, each.layout.tensor_model_parallel_size, world_size)
+        and allows(config, each.layout, world_size)
     ]
 
 
@@ -262,7 +255,7 @@ def _refusal(
         layout = _layout_of(config)
     else:
         # The smallest one comes first if none fits.
-        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation)
+        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation, config.context_size)
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
-from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
-from mixtral_run.config.lora import LORA_TARGET_MODULES, has_frozen_start, module_rank, shares_expert_adapters
+from mixtral_run.config.context import MOST_LOGITS
+from mixtral_run.config.lora import has_frozen_start, module_rank, shares_expert_adapters
 from mixtral_run.config.verbs.training import RUNS_AGAIN
-from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.planner import policy
+from mixtral_run.planner.workload import GIB, Layout, Memory, Workload
 
-GIB = 1024**3
 CONTEXT = 0.6 * GIB
 """CUDA context, kernel code and cuBLAS, which torch does not count."""
 COMMUNICATION = 0.8 * GIB
@@ -41,105 +39,12 @@ EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 """Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A split of the model over ranks, with its recomputation."""
-
-    tensor_model_parallel_size: int
-    expert_model_parallel_size: int
-    recompute: str
-
-    def __str__(self) -> str:
-        return f"TP{self.tensor_model_parallel_size}/EP{self.expert_model_parallel_size}"
-
-    def flags(self) -> str:
-        return (
-            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} "
-            f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The model that is trained, the batch, and the GPUs.
-
-    Attributes:
-        rows_per_sample: rows of a sample of the micro batch: two for a pair of answers.
-        weight_bytes: bytes per weight of the base without its experts.
-        expert_bytes: bytes per expert weight.
-        compute_capability: of the GPUs.
-        kernels: the value of --kernels.
-        cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
-        peer_access: True if GPUs of one host may read rows from each other (model/dispatch/symmetric_memory.py), for
-            which buffers have a capacity of twice the mean number of rows.
-        has_validation: True if a validation set is evaluated between iterations (train/validation.py).
-    """
-
-    architecture: MixtralArchitecture = MIXTRAL_8X7B
-    gpus: int = 8
-    seq_length: int = 512
-    micro_batch_size: int = 1
-    rows_per_sample: int = 1
-    lora_rank: int = 16
-    lora_rank_experts: int | None = None
-    init_lora: str = "default"
-    train_also: tuple[str, ...] = ()
-    expert_adapters: str = "each"
-    lora_dropout: float = 0.0
-    lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
-    weight_bytes: int = 2
-    expert_bytes: float = 2
-    gpus_per_host: int = GPUS_PER_HOST
-    compute_capability: tuple[int, int] = HOPPER
-    kernels: str = "auto"
-    cuda_graphs: bool = True
-    peer_access: bool = True
-    has_validation: bool = False
-
-    @property
-    def fused_experts(self) -> bool:
-        """True if both layers of the experts are one step of the backward pass (model/adapters/lora_experts.py)."""
-        return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of one micro batch."""
-        return self.micro_batch_size * self.rows_per_sample
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro batch."""
-        return self.seq_length * self.rows
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest GPU, by part."""
-
-    weights: float
-    adapters: float
-    gradients: float
-    optimizer: float
-    activations: float
-    buffers: float
-    context: float
-
-    @property
-    def total(self) -> float:
-        return float(sum(dataclasses.astuple(self)))
-
-    @property
-    def allocated(self) -> float:
-        """The bytes that torch counts: all but the context, which the driver and NCCL hold."""
-        return self.total - self.context
-
-
 def execution(workload: Workload, layout: Layout) -> policy.Execution:
     """Return the token dispatch of the training pass, and whether the pass is captured as a CUDA graph."""
     shape = workload.architecture
     found = policy.execution_of(
         policy.TrainingPass(
-            tokens=workload.tokens // layout.tensor_model_parallel_size,
+            tokens=workload.tokens(layout) // layout.tensor_model_parallel_size,
             expert_size=layout.expert_model_parallel_size,
             recompute=layout.recompute,
             lora_dropout=workload.lora_dropout,
@@ -189,7 +94,7 @@ def memory(workload: Workload, layout: Layout) -> Memory:
         adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + _repeated(workload, layout) + also * 4,
         gradients=(adapters + also) * 4,
         optimizer=(adapters + also) * 8,
-        activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
+        activations=layers * workload.tokens(layout) * activation_bytes_per_token(workload, layout),
         buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
@@ -216,7 +121,7 @@ def host_bytes(workload: Workload, layout: Layout) -> float:
         return 0.0
     shape = workload.architecture
     # torch pins blocks of powers of two.
-    block = 1 << (math.ceil(workload.tokens * activation_bytes_per_token(workload, layout)) - 1).bit_length()
+    block = 1 << (math.ceil(workload.tokens(layout) * activation_bytes_per_token(workload, layout)) - 1).bit_length()
     return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
 
 
@@ -304,6 +209,9 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
     normed = _row_bytes(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
     context = _row_bytes(workload, shape.projection_size)
     saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
+    if layout.context_parallel_size > 1:
+        # Keys and values of the other ranks (model/context_attention.py).
+        saved += (layout.context_parallel_size - 1) * keys_and_values(workload)
     if "linear_proj" in adapted and layout.recompute == "none" and (workload.rows > 1 or dropped):
         # The adapter reads a copy: transposed from samples first to positions first, or with dropout applied.
         saved += context
@@ -311,6 +219,11 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
         # The masks, a byte an element.
         saved += shape.hidden_size * ("linear_qkv" in adapted) + shape.projection_size * ("linear_proj" in adapted)
     return saved / tp
+
+
+def keys_and_values(workload: Workload) -> float:
+    """Return the bytes of the keys and values of a token, over all heads."""
+    return _row_bytes(workload, workload.architecture.qkv_size - workload.architecture.projection_size)
 
 
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
@@ -334,9 +247,9 @@ def _experts_per_token(workload: Workload, layout: Layout) -> float:
 
 def _buffers(workload: Workload, layout: Layout) -> float:
     """Return the larger of the temporary bytes of the loss and of one layer's backward pass."""
-    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
     local, how = layout.expert_model_parallel_size == 1, execution(workload, layout)
-    loss = tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    loss = _loss_bytes(workload, layout)
     rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
     # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
     layer = rows * (
@@ -345,6 +258,9 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     if how.dispatch.has_fixed_shapes:
         # Buffers that other ranks read: this rank's tokens, and its experts' rows.
         layer += (tokens / tp + rows) * _row_bytes(workload, shape.hidden_size)
+    if layout.context_parallel_size > 1:
+        # Keys and values of the row: as they were gathered, and the gradients of both orders.
+        layer += 3 * tokens * layout.context_parallel_size * keys_and_values(workload) / tp
     # The recomputed activation.
     layer += rows * _row_bytes(workload, shape.ffn_hidden_size)
     if layout.recompute == "selective":
@@ -364,6 +280,15 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     return max(loss, layer)
 
 
+def _loss_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the temporary bytes of the loss: logits of a chunk of tokens (model/chunked_loss.py), and the tokens' own
+    hidden states and their gradients, which are whole on each TP rank.
+    """
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
+    logits = min(tokens, MOST_LOGITS) * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    return logits + (2 * tokens * _row_bytes(workload, shape.hidden_size) if tokens > MOST_LOGITS else 0.0)
+
+
 def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
     """Return the bytes that evaluating the validation set adds to training.
 
@@ -374,8 +299,8 @@ def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
     if not (workload.has_validation and execution(workload, layout).captured):
         return 0.0
     shape, tp, ep = workload.architecture, layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    loss = workload.tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
-    rows = shape.moe_router_topk * workload.tokens * (1.0 if ep == 1 else IMBALANCE) / tp
+    loss = _loss_bytes(workload, layout)
+    rows = shape.moe_router_topk * workload.tokens(layout) * (1.0 if ep == 1 else IMBALANCE) / tp
     layer = rows * (_row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * 4)
     if workload.expert_bytes < 1:
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / ep
@@ -387,4 +312,6 @@ def _communication(workload: Workload, layout: Layout) -> float:
         return 0.0
     # The evaluation uses all-to-all, training another exchange with its own communicator.
     further = workload.has_validation and execution(workload, layout).dispatch.has_fixed_shapes
-    return COMMUNICATION + (ANOTHER_GROUP if further else 0)
+    # The ranks of a row gather keys and values; if they are all ranks, in the group that also sums the gradients.
+    gathers = 1 < layout.context_parallel_size < workload.gpus
+    return COMMUNICATION + (further + gathers) * ANOTHER_GROUP

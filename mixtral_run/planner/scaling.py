@@ -13,7 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.lora import shares_expert_adapters
-from mixtral_run.planner.memory_model import Layout, Workload, adapter_parameters
+from mixtral_run.planner.memory_model import adapter_parameters
+from mixtral_run.planner.workload import Layout, Workload
 
 GRADIENT_BYTES = 4
 """Gradients of adapters are fp32."""

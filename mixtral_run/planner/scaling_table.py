@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.verbs.plan import DEFAULT_NETWORK, PlanConfig, network_bytes
-from mixtral_run.planner.memory_model import Workload
 from mixtral_run.planner.ranking import Choice, rate_by_tokens, relative_speed
 from mixtral_run.planner.scaling import NETWORK_EFFICIENCY, exchange, shown_hosts
+from mixtral_run.planner.workload import Workload
 from mixtral_run.terminal.report import Report
 
 MEASURED_RATES = {
@@ -57,8 +57,12 @@ def scaling(config: PlanConfig, workload: Workload, best: Choice) -> Scaling:
     if rate is None:
         measured = MEASURED_RATES.get((config.gpu or "", config.base_precision))
         source = "benchmarks" if measured is not None else "unknown"
-        rate = measured * best.relative_speed * rate_by_tokens(workload.tokens) if measured is not None else None
-    seconds = workload.tokens / best.layout.tensor_model_parallel_size / rate if rate is not None else None
+        rate = (
+            measured * best.relative_speed * rate_by_tokens(workload.tokens(best.layout))
+            if measured is not None
+            else None
+        )
+    seconds = workload.tokens(best.layout) / best.layout.tensor_model_parallel_size / rate if rate is not None else None
     rows = tuple(_row(config, workload, best, hosts, network, seconds) for hosts in shown_hosts(config.hosts))
     return Scaling(network, NETWORK_EFFICIENCY, rate, source, seconds, rows)
 

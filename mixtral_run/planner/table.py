@@ -19,10 +19,11 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import local_gpu
-from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload, saved_copy_bytes
+from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, saved_copy_bytes
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies
+from mixtral_run.planner.workload import GIB, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
@@ -125,6 +126,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         compute_capability=gpu.compute_capability,
         kernels=config.kernels,
         cuda_graphs=config.method is None,
+        context_parallel_size=1 if config.method else config.context_parallel_size,
     )
 
 

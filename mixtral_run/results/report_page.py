@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from mixtral_run.config.launch import layout_name
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
@@ -93,10 +94,12 @@ def _tiles(summary: dict[str, Any]) -> str:
         for label, values in cells
         if all(values)
     )
+    sizes: tuple[Any, Any] = summary.get("tensor_model_parallel_size"), summary.get("expert_model_parallel_size")
+    # Summaries of earlier versions have no CP.
+    context = int(number(summary.get("context_parallel_size")) or 1)
     layout = (
-        f"{summary.get('num_processes')} × {summary.get('device')}, TP{summary.get('tensor_model_parallel_size')}/"
-        f"EP{summary.get('expert_model_parallel_size')}, base in {summary.get('base_precision')}, "
-        f"recompute {summary.get('recompute')}"
+        f"{summary.get('num_processes')} × {summary.get('device')}, {layout_name(*sizes, context)}, "
+        f"base in {summary.get('base_precision')}, recompute {summary.get('recompute')}"
     )
     return f'<div class="tiles">{tiles}</div>\n<p class="quiet">{escaped(layout)}</p>'
 

@@ -161,8 +161,8 @@ def _load(
     """Return the model and the seconds that loading took."""
     started = time.perf_counter()
     report.say(
-        f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as TP{mesh.tensor_size}/"
-        f"EP{mesh.expert_size}, data-parallel {mesh.data_size} …"
+        f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as {mesh.layout}, "
+        f"data-parallel {mesh.data_size} …"
     )
     precision, cache = "bf16", None
     if isinstance(config, FinetuneConfig):

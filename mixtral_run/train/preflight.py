@@ -72,7 +72,7 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     data = open_data(config, base, report, verify=True)
     _held[:] = [data]
     if not config.knows_iterations:
-        replicas = world_size // (config.tensor_model_parallel_size or 1)
+        replicas = world_size // ((config.tensor_model_parallel_size or 1) * config.context_size)
         batch = config.global_batch_size or config.micro_batch_size * replicas
         config = config.with_iterations(data.num_samples, batch)
         if errors := _errors(config, world_size, base, reads_data=False, iterations_are_new=True):
@@ -137,7 +137,7 @@ def _errors(
     problems = config.warmup_problems() if iterations_are_new else []
     if not errors:
         tp = config.tensor_model_parallel_size
-        replicas = 1 if tp is None else world_size // tp
+        replicas = 1 if tp is None else world_size // (tp * config.context_size)
         problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.context import ContextConfig
 from mixtral_run.config.data import METHODS
 from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
@@ -25,7 +26,7 @@ def network_bytes(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(KernelsConfig, LoraShapeConfig):
+class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job; with --hosts, of each host.", minimum=1, section=LAYOUT)

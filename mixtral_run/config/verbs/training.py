@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from mixtral_run.config.context import ContextLaunchConfig, row_multiple
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
 from mixtral_run.config.launch import LaunchConfig
@@ -98,11 +99,16 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
             found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
         if self.epochs is not None and self.mock_data:
             found.append("--epochs: expected --data-path; found --mock-data, which has no end")
-        tp = self.tensor_model_parallel_size
+        tp, cp = self.tensor_model_parallel_size, self.context_size
         if tp is not None and tp >= 1 and self.seq_length % tp:
             found.append(
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
+            )
+        elif cp > 1 and self.seq_length % row_multiple(max(tp or 1, 1), cp):
+            found.append(
+                f"--seq-length: expected a multiple of {row_multiple(max(tp or 1, 1), cp)}, as --context-parallel-size "
+                f"{cp} cuts a row into {2 * cp} equal chunks; found {self.seq_length}"
             )
         return found
 
@@ -146,7 +152,7 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
+class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
 
     VERB: ClassVar[str] = "finetune"
@@ -273,6 +279,11 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     def has_validation(self) -> bool:
         """True if the run has a validation set."""
         return bool(self.valid_data_path) or self.valid_fraction > 0
+
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """The balance of the routers is that of whole rows."""
+        return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
 
     def problems(self) -> list[str]:
         found = super().problems()

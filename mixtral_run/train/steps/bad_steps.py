@@ -108,7 +108,7 @@ class BadSteps:
         if self._folder is None:
             return ""
         file = self._folder / f"iter_{iteration:07d}-data{self._mesh.data_rank}.json"
-        if self._mesh.tensor_rank == 0:
+        if self._mesh.tensor_rank == self._mesh.context_rank == 0:
             content = {
                 "iteration": iteration,
                 "why": why,

@@ -36,13 +36,13 @@ def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = Fa
 
     Args:
         model: in training mode.
-        num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
+        num_tokens: tokens of a micro batch, over all ranks that share its rows.
         peer_access: True if GPUs read from each other (model/dispatch/symmetric_memory.py).
     """
     mesh, lora = model.mesh, model.settings.lora
     return policy.execution_of(
         policy.TrainingPass(
-            tokens=num_tokens // mesh.tensor_size,
+            tokens=num_tokens // mesh.ranks_of_a_row,
             expert_size=mesh.expert_size,
             recompute=model.settings.recompute,
             lora_dropout=lora.dropout if lora is not None else None,
@@ -69,7 +69,7 @@ def backward_of(
 
     Args:
         model: in training mode.
-        num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
+        num_tokens: tokens of a micro batch, over all ranks that share its rows.
         captured: capture the pass if possible.
         peer_access: let GPUs read from each other if possible; False if there is no memory for it
             (planner/choose.py).
@@ -80,7 +80,7 @@ def backward_of(
     exchange = None
     execution = execution_of(model, num_tokens, peer_access=True)
     if execution.dispatch is policy.Dispatch.SYMMETRIC_MEMORY:
-        tokens = num_tokens // mesh.tensor_size
+        tokens = num_tokens // mesh.ranks_of_a_row
         exchange = open_symmetric_memory(mesh, model.architecture, tokens, model.settings.dtype, wanted=peer_access)
         if exchange is None:
             execution = execution_of(model, num_tokens, peer_access=False)

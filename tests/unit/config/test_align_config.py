@@ -14,9 +14,12 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.planner.choose import workload_of
 from mixtral_run.planner.table import PlanConfig, planned_gpu
 from mixtral_run.planner.table import workload_of as planned_workload
+from mixtral_run.planner.workload import Layout
 from mixtral_run.train.preflight import _check_continues
 from mixtral_run.weights.manifest.describe import BaseDescription
 from tests.multiprocess.conftest import SMALL
+
+LAYOUT = Layout(1, 1, "none")
 
 
 def config_of(method: str = "dpo", **settings: Any) -> AlignConfig:
@@ -62,12 +65,12 @@ def test_the_memory_of_a_pair_is_that_of_two_rows(method: str, pack: bool, rows:
     base = BaseDescription(Path("base"), SMALL, "bfloat16", "")
     found = workload_of(config_of(method, pack=pack, micro_batch_size=3), base, 1, (9, 0))
     supervised = FinetuneConfig(load=Path("base"), save=Path("save"), mock_data=True, micro_batch_size=3)
-    assert found.tokens == 3 * rows * 512
-    assert workload_of(supervised, base, 1, (9, 0)).tokens == 3 * 512
+    assert found.tokens(LAYOUT) == 3 * rows * 512
+    assert workload_of(supervised, base, 1, (9, 0)).tokens(LAYOUT) == 3 * 512
     assert not found.cuda_graphs
     if not pack:
         plan = PlanConfig(method=method, micro_batch_size=3)
-        assert planned_workload(plan, planned_gpu(plan)).tokens == 3 * rows * 512
+        assert planned_workload(plan, planned_gpu(plan)).tokens(LAYOUT) == 3 * rows * 512
 
 
 def test_a_run_continues_with_its_own_loss_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
+from mixtral_run.model.packed_attention import Packed, PackedSizes, causal_arguments
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.steps.cuda_graph import CapturedBackward
@@ -127,5 +127,5 @@ def test_torchs_kernel_is_called_as_it_takes_it() -> None:
     with FakeTensorMode():
         query, key = torch.empty(40, 8, 16, dtype=torch.bfloat16), torch.empty(40, 4, 16, dtype=torch.bfloat16)
         bounds = torch.empty(7, dtype=torch.int32)
-        output = varlen_attn(query, key, key, bounds, bounds, 12, 12, **_causal(True))
+        output = varlen_attn(query, key, key, bounds, bounds, 12, 12, **causal_arguments(True))
         assert output.shape == query.shape

@@ -15,7 +15,8 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import available, choose
 from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.choose import memory_error, settled
-from mixtral_run.planner.memory_model import CONTEXT, GIB
+from mixtral_run.planner.memory_model import CONTEXT
+from mixtral_run.planner.workload import GIB
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 BASE = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "f")

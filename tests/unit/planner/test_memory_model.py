@@ -15,10 +15,7 @@ from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.errors import ConfigError
 from mixtral_run.planner.memory_model import (
-    GIB,
     USABLE,
-    Layout,
-    Workload,
     adapter_parameters,
     execution,
     fit_dispatch,
@@ -30,6 +27,7 @@ from mixtral_run.planner.memory_model import (
 from mixtral_run.planner.policy import Dispatch
 from mixtral_run.planner.ranking import best, layouts, ranked, rate_by_tokens
 from mixtral_run.planner.table import show_plan
+from mixtral_run.planner.workload import GIB, Layout, Workload
 
 H200_GIB = 139.8
 
@@ -305,7 +303,7 @@ def test_the_verb_says_when_nothing_fits() -> None:
         ("--gpus 1 --gpu-memory 80", ["--base-precision fp8", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 24 --base-precision nf4", ["--gpus 2"]),
         ("--gpus 8 --gpu-memory 24 --micro-batch-size 512",
-         ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256"]),
+         ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256", "--gpus 16"]),
         ("--gpus 1 --gpu-memory 110 --seq-length 32768 --host-memory 8",
          ["--base-precision fp8", "--seq-length 16384", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 2", []),

@@ -22,9 +22,10 @@ from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner import policy, table
 from mixtral_run.planner.available import AvailableGpu
-from mixtral_run.planner.memory_model import GIB, Layout, Workload, execution, memory
+from mixtral_run.planner.memory_model import execution, memory
 from mixtral_run.planner.policy import Dispatch, Execution
 from mixtral_run.planner.ranking import relative_speed
+from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.train.steps import cuda_graph
 from tests.multiprocess.conftest import SMALL
 
