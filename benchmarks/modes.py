@@ -30,7 +30,7 @@ def packed_batches(seq: int, vocabulary: int) -> tuple[Any, Any]:
     """Rows of random samples of 64 to 512 tokens, a batch each; and what they hold at most."""
     import torch
 
-    from mixtral_run.model.packed_attention import PackedSizes
+    from mixtral_run.model.attention.packed_attention import PackedSizes
     from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
     generator = torch.Generator().manual_seed(3)

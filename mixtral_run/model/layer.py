@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.attention import Attention, AttentionInputs
+from mixtral_run.model.attention.attention import Attention, AttentionInputs
 from mixtral_run.model.dispatch.base import TokenDispatcher
-from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.megatron import (
     BaseTransformerLayer,
@@ -23,6 +22,7 @@ from mixtral_run.model.parallel.megatron import (
     apply_prefix_mapping,
 )
 from mixtral_run.model.recompute.offload import Offload
+from mixtral_run.model.routing.moe import MoELayer
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,13 @@ from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.cast_adapters import refresh
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import is_trained_also, store_in_fp32
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.attention.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.attention.context_attention import ContextInputs
+from mixtral_run.model.attention.packed_attention import Packed, has_packed_attention
+from mixtral_run.model.attention.rotary import Rotary
 from mixtral_run.model.chunked_loss import chunked_cross_entropy
-from mixtral_run.model.context_attention import ContextInputs
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.cache import copy_from_image
@@ -28,18 +31,15 @@ from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy, has_cros
 from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
-from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
-from mixtral_run.model.packed_attention import Packed, has_packed_attention
 from mixtral_run.model.parallel.context import ContextPart
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.offload import Offload
-from mixtral_run.model.rotary import Rotary
-from mixtral_run.model.router_counts import RouterCounts
-from mixtral_run.model.router_loss import RouterLoss
-from mixtral_run.model.trained_also import is_trained_also, store_in_fp32
+from mixtral_run.model.routing.moe import unlimited_dispatcher
+from mixtral_run.model.routing.router_counts import RouterCounts
+from mixtral_run.model.routing.router_loss import RouterLoss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

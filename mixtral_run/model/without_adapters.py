@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from mixtral_run.model.adapters.lora import ColumnLinear, LinearAdapter, RowLinear
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import base_of, is_trained_also
 from mixtral_run.model.experts import ExpertLinear
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.trained_also import base_of, is_trained_also
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
     context = _row_bytes(workload, shape.projection_size)
     saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
     if layout.context_parallel_size > 1:
-        # Keys and values of the other ranks (model/context_attention.py).
+        # Keys and values of the other ranks (model/attention/context_attention.py).
         saved += (layout.context_parallel_size - 1) * keys_and_values(workload)
     if "linear_proj" in adapted and layout.recompute == "none" and (workload.rows > 1 or dropped):
         # The adapter reads a copy: transposed from samples first to positions first, or with dropout applied.

@@ -10,10 +10,10 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import remember_base
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.start_from_weights import start_from_weights
-from mixtral_run.model.trained_also import remember_base
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_base
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits

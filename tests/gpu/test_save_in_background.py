@@ -8,7 +8,7 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.checkpoints.host_copy import HostCopy
 from mixtral_run.train.steps.step import trainable
-from tests.gpu.test_kernels import small_model
+from tests.gpu.kernels.test_kernels import small_model
 
 CYCLES = 200_000_000
 """About a tenth of a second."""

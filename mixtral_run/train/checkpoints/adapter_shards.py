@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
-from mixtral_run.model.trained_also import is_trained_also
 from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
-from mixtral_run.model.trained_also import is_trained_also
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
 from mixtral_run.train.checkpoints.adapter_shards import adapter_shards, live_states, shards_of

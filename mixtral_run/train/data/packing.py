@@ -1,4 +1,4 @@
-"""Packing of several examples into one row. model/packed_attention.py keeps them from attending to each other."""
+"""Packing of several examples into one row. They do not attend to each other (model/attention/packed_attention.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixtral_run.model.packed_attention import PackedSizes
+from mixtral_run.model.attention.packed_attention import PackedSizes
 from mixtral_run.train.data.samples import Row, Samples, ShuffledOrder
 
 if TYPE_CHECKING:

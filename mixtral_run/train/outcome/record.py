@@ -11,7 +11,7 @@ from typing import Any
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.model.router_counts import RouterCounts
+from mixtral_run.model.routing.router_counts import RouterCounts
 from mixtral_run.results import run_files
 from mixtral_run.results.kit import this_kit
 from mixtral_run.results.loss_plot import write_loss_plot

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.attention.packed_attention import Packed, PackedSizes
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher, open_symmetric_memory
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.packed_attention import Packed, PackedSizes
 from mixtral_run.planner import policy
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.steps.objective import Objective, backward

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.attention.packed_attention import Packed
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.packed_attention import Packed
-from mixtral_run.model.router_loss import RouterLoss
+from mixtral_run.model.routing.router_loss import RouterLoss
 from mixtral_run.train.data.samples import MicroBatch
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.launch.heartbeat import note_progress
+from mixtral_run.model.adapters.trained_also import is_norm
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
-from mixtral_run.model.trained_also import is_norm
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.steps.objective import NextToken, Objective, backward, parts_of, token_losses
 

@@ -12,7 +12,7 @@ from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.steps.step import train_step, trainable
-from tests.gpu.test_kernels import SEQ_LENGTH, small_model
+from tests.gpu.kernels.test_kernels import SEQ_LENGTH, small_model
 from tests.support.references.experts_reference import ROUTINGS
 
 UNEVEN = (245, 614, 409, 696, 491, 573, 450, 614)

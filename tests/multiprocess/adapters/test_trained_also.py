@@ -18,9 +18,9 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.model.trained_also import is_trained_also
 from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.checkpoint import load_adapter

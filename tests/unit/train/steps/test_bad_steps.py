@@ -23,8 +23,8 @@ from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
 from tests.support.adapters import save_adapter
+from tests.unit.model.attention.test_packed_attention import micro_batches
 from tests.unit.model.recompute.test_recompute import model_of
-from tests.unit.model.test_packed_attention import micro_batches
 
 ROW, _ = micro_batches()
 BATCH = GlobalBatch((ROW, ROW), 20, 2)

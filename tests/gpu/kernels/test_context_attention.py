@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mixtral_run.model.context_attention import ContextInputs, attention_of_chunks
-from mixtral_run.model.packed_attention import Packed, PackedSizes
+from mixtral_run.model.attention.context_attention import ContextInputs, attention_of_chunks
+from mixtral_run.model.attention.packed_attention import Packed, PackedSizes
 from mixtral_run.model.parallel.context import ContextPart
 
 LENGTH, BATCH, HEADS, GROUPS, SIZE = 1024, 2, 8, 2, 128

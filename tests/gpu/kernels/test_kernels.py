@@ -9,15 +9,15 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.attention.packed_attention import PackedSizes
+from mixtral_run.model.attention.rotary import Rotary, split_and_rotate
 from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_probs, unpermute
 from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy
 from mixtral_run.model.kernels.routing.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
-from mixtral_run.model.moe import choose, router_logits
 from mixtral_run.model.norm import RMSNorm
-from mixtral_run.model.packed_attention import PackedSizes
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.model.rotary import Rotary, split_and_rotate
+from mixtral_run.model.routing.moe import choose, router_logits
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.steps.step import StepResult, train_step, trainable

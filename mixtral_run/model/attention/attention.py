@@ -12,11 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mixtral_run.model.adapters.lora import ColumnLinear, RowLinear
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.context_attention import ContextInputs, attention_of_chunks
-from mixtral_run.model.packed_attention import Packed, packed_attention
+from mixtral_run.model.attention.context_attention import ContextInputs, attention_of_chunks
+from mixtral_run.model.attention.packed_attention import Packed, packed_attention
+from mixtral_run.model.attention.rotary import split_and_rotate
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.recompute.recipe import Recipe
-from mixtral_run.model.rotary import split_and_rotate
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mixtral_run.model.packed_attention import Packed, causal_arguments
+from mixtral_run.model.attention.packed_attention import Packed, causal_arguments
 from mixtral_run.model.parallel.context import ContextPart
 
 

@@ -20,7 +20,7 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe
-from mixtral_run.model.router_loss import RouterLoss
+from mixtral_run.model.routing.router_loss import RouterLoss
 
 
 class Router(MegatronModule):
