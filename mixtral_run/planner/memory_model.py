@@ -196,7 +196,10 @@ def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:
     residual = _row_bytes(workload, workload.architecture.hidden_size) / tp
     if layout.recompute in RUNS_AGAIN:
         return residual
-    return 2 * residual + _attention_per_token(workload, layout) + _experts_per_token(workload, layout)
+    # A trained router keeps its input in fp32, for the gradient of its weight.
+    copied = "router" in workload.train_also and workload.weight_bytes < 4
+    routed = 4 * workload.architecture.hidden_size / tp if copied else 0.0
+    return 2 * residual + _attention_per_token(workload, layout) + _experts_per_token(workload, layout) + routed
 
 
 def _row_bytes(workload: Workload, columns: float) -> float:

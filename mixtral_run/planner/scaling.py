@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.lora import shares_expert_adapters
-from mixtral_run.planner.memory_model import adapter_parameters
+from mixtral_run.planner.memory_model import adapter_parameters, trained_also_parameters
 from mixtral_run.planner.workload import Layout, Workload
 
 GRADIENT_BYTES = 4
@@ -65,6 +65,7 @@ def exchange(workload: Workload, layout: Layout, hosts: int, network: float) -> 
     targets = workload.lora_target_modules
     experts = _parameters(workload, layout, tuple(name for name in targets if name in EXPERT_MODULES))
     dense = _parameters(workload, layout, tuple(name for name in targets if name not in EXPERT_MODULES))
+    dense += trained_also_parameters(workload, layout)
     ranks = workload.gpus * hosts
     sent = 0.0
     for parameters, parts in (

@@ -126,6 +126,8 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         compute_capability=gpu.compute_capability,
         kernels=config.kernels,
         cuda_graphs=config.method is None,
+        # The passes without gradients of align are those of an evaluation.
+        has_validation=config.method is not None,
         context_parallel_size=1 if config.method else config.context_parallel_size,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
@@ -46,8 +47,9 @@ ORDER_SETTINGS = (
 """Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
 LOSS_SETTINGS = (
     "beta", "reference", "loss_type", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight",
+    "router_aux_loss",
 )  # fmt: skip
-"""Settings of align that determine the loss."""
+"""Settings that determine the loss. --init-adapter does as well where it is the reference of align."""
 
 
 def describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
@@ -165,7 +167,7 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
         run.report.warn(
             f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
         )
-    if other_loss := _changed(config, adapter, LOSS_SETTINGS):
+    if other_loss := changed_loss(config, adapter):
         run.report.warn(f"The loss is another one than before: {', '.join(other_loss)}")
     return adapter.iteration
 
@@ -178,6 +180,12 @@ def changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha2
     if not is_same_data and before.get("data_path", now["data_path"]) == now["data_path"]:
         changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
     return changed
+
+
+def changed_loss(config: FinetuneConfig, adapter: AdapterDescription) -> list[str]:
+    """Return the settings of the loss that have changed since the run stopped, each with its former value."""
+    has_reference = isinstance(config, AlignConfig) and config.has_reference
+    return _changed(config, adapter, (*LOSS_SETTINGS, "init_adapter") if has_reference else LOSS_SETTINGS)
 
 
 def _changed(config: FinetuneConfig, adapter: AdapterDescription, names: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mixtral_run.config.data import AUTO, DPO, KTO, METHODS, ORPO, PAIRS, SIMPO, UNPAIRED
-from mixtral_run.config.fields import DATA, LORA, MEMORY, OPTIMIZER, PREFERENCES, setting
+from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, PREFERENCES, setting
 from mixtral_run.config.lora import TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 
@@ -101,6 +101,9 @@ class AlignConfig(FinetuneConfig):
     mock_data: bool = setting(False, help="Not used: random tokens have no preferences.", section=DATA, hidden=True)
     cuda_graphs: bool = setting(
         False, help="Not used: the passes of align are not captured.", section=MEMORY, hidden=True
+    )
+    context_parallel_size: int | None = setting(
+        None, help="Not used: the losses of align compare whole rows.", minimum=1, section=LAYOUT, hidden=True
     )
     train_also: tuple[str, ...] = setting(
         (), help="Not used: align trains adapters only.", choices=TRAINED_ALSO, section=LORA, hidden=True

@@ -90,6 +90,16 @@ class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.method is not None and (self.context_parallel_size or 1) > 1:
+            found.append(
+                "--context-parallel-size: expected 1 with --method, since `align` needs whole rows; found "
+                f"{self.context_parallel_size}"
+            )
+        if self.method is not None and self.train_also:
+            found.append(
+                f"--train-also: expected none with --method, since `align` trains adapters only; found "
+                f"{','.join(self.train_also)}"
+            )
         if self.hosts == 1:
             found += [
                 f"{flag}: expected --hosts 2 or more with it; found --hosts 1"

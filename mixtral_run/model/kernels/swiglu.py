@@ -93,7 +93,8 @@ def recomputing_backward(
     active = active.detach()
     products = row_products(active, gradient)
     scales = None
-    if factors is not None:
+    # On a GPU the product finds the scales itself, without waiting for the offsets.
+    if factors is not None and not hidden.is_cuda:
         rows = [part.float() * each for part, each in zip(each_experts(for_hidden, offsets), factors, strict=True)]
         scales = quantize(torch.cat(rows))[1]
     return for_hidden, active, products if probs is None else over_probs(products, probs), scales

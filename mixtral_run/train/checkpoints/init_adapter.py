@@ -54,6 +54,9 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
     if processes.rank() == 0 and changed != config:
         modules = ", ".join(lora.target_modules)
         Report().say(f"LoRA settings of {config.init_adapter}: {lora.describe()}, {modules}")
+    # What the adapter brings must suit the other settings too.
+    if changed.train_also != config.train_also:
+        changed.check()
     return changed
 
 

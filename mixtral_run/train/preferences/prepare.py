@@ -13,7 +13,7 @@ import torch
 
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.train.checkpoints.checkpoint import load_adapter
 from mixtral_run.train.checkpoints.init_adapter import describe_init_adapter
@@ -22,7 +22,6 @@ from mixtral_run.train.preferences.objective import PreferenceObjective
 from mixtral_run.train.preferences.reference import add_references
 from mixtral_run.train.run import Run
 from mixtral_run.train.steps.objective import NextToken, Objective
-from mixtral_run.train.steps.step import trainable
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 
 
@@ -58,7 +57,11 @@ def prepare_references(run: Run, config: FinetuneConfig, base: BaseDescription) 
 @contextmanager
 def _with_adapter(model: MixtralModel, adapter: AdapterDescription) -> Iterator[None]:
     """Give the model another adapter within the block. All ranks must call."""
-    own = [(parameter, parameter.detach().clone()) for parameter in trainable(model)]
+    own = [
+        (parameter, parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or is_adapter(name)  # also the frozen start of an adapter
+    ]
     load_adapter(model, adapter)
     try:
         yield

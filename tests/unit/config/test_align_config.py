@@ -11,11 +11,14 @@ from mixtral_run.config.data import CheckConfig
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.planner.choose import workload_of
 from mixtral_run.planner.table import PlanConfig, planned_gpu
 from mixtral_run.planner.table import workload_of as planned_workload
 from mixtral_run.planner.workload import Layout
+from mixtral_run.train.checkpoints import init_adapter
 from mixtral_run.train.preflight import _check_continues
+from mixtral_run.train.run_checkpoints import changed_loss
 from mixtral_run.weights.manifest.describe import BaseDescription
 from tests.multiprocess.conftest import SMALL
 
@@ -84,3 +87,32 @@ def test_a_run_continues_with_its_own_loss_only(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(ConfigError) as caught:
             _check_continues(config, base, Adapter())  # type: ignore[arg-type]
         assert (caught.value.expected, caught.value.found) == ("align --method dpo", found)
+
+
+def test_a_plan_for_align_takes_what_align_takes() -> None:
+    assert PlanConfig(method="dpo", context_parallel_size=2, train_also=("router",)).problems() == [
+        "--context-parallel-size: expected 1 with --method, since `align` needs whole rows; found 2",
+        "--train-also: expected none with --method, since `align` trains adapters only; found router",
+    ]
+    plan = PlanConfig(method="dpo")
+    assert plan.problems() == [] and planned_workload(plan, planned_gpu(plan)).has_validation
+
+
+@pytest.mark.parametrize(("method", "found"), [("dpo", ["--init-adapter None (was first)"]), ("simpo", [])])
+def test_another_adapter_to_start_from_is_another_reference(method: str, found: list[str]) -> None:
+    class Adapter:
+        training = config_of(method, init_adapter=Path("first")).to_mapping()
+
+    adapter: Any = Adapter()
+    assert changed_loss(config_of(method, init_adapter=Path("first")), adapter) == []
+    assert changed_loss(config_of(method), adapter) == found
+
+
+def test_what_an_adapter_brings_must_suit_align(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        lora = LoraSettings(16, 32.0, 0.0, ("linear_qkv",), train_also=("router",))
+
+    monkeypatch.setattr(init_adapter, "describe_base", lambda _: None)
+    monkeypatch.setattr(init_adapter, "describe_init_adapter", lambda *_: Adapter())
+    with pytest.raises(ConfigError, match="--train-also: align trains adapters only"):
+        init_adapter.with_adapter_settings(config_of(init_adapter=Path("first")))

@@ -9,6 +9,13 @@ from mixtral_run.planner.suggestions import _more_gpus
 from mixtral_run.planner.workload import Layout, Workload
 
 
+def test_a_trained_router_keeps_its_input_in_fp32() -> None:
+    layout = Layout(1, 8, "none")
+    frozen, trained = (memory(Workload(train_also=names), layout) for names in ((), ("router",)))
+    # 32 layers, 4,096 columns of 4 bytes for each token.
+    assert trained.activations - frozen.activations == 32 * 4096 * 4 * Workload().seq_length
+
+
 def test_the_copy_of_a_save_in_the_background_has_each_parameter_once() -> None:
     # Mixtral 8x7B at rank 16, by hand: 32 layers × 16 × (in + out) of each linear layer, 8 experts.
     attention = (4096 + 6144) + (4096 + 4096)

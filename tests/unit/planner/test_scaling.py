@@ -41,6 +41,13 @@ def test_bytes_by_hand(layout: Layout, hosts: int, sent: float) -> None:
     assert found.seconds == pytest.approx(sent / 40e9)
 
 
+def test_weights_that_are_trained_also_are_exchanged() -> None:
+    layout, more = Layout(1, 1, "none"), Workload(gpus=8, train_also=("embeddings", "lm_head"))
+    sent = exchange(more, layout, 2, network=1).host_bytes - exchange(Workload(gpus=8), layout, 2, network=1).host_bytes
+    # Two matrices of 32,000 x 4,096 in fp32, in a ring of 16.
+    assert sent == pytest.approx(2 * 32_000 * 4_096 * 4 * 2 * 15 / 16)
+
+
 @pytest.mark.parametrize(("hosts", "each"), [(2, 1), (2, 8), (3, 4), (16, 2)])
 def test_a_ring_that_is_walked_sends_as_much(hosts: int, each: int) -> None:
     """Ranks of one host stand side by side in the ring; every rank sends a piece to the next one at every turn."""

@@ -14,7 +14,7 @@ BLOCK = 4096
 def _cross_entropy_kernel(logits_ptr, labels_ptr, losses_ptr, sums_ptr, width, BLOCK: tl.constexpr):
     """Compute one token: its loss, and the logarithm of the sum of exponentials."""
     row = tl.program_id(0).to(tl.int64)
-    largest = float("-inf")
+    largest = -3.0e38
     total = 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
