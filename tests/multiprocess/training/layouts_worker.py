@@ -169,6 +169,10 @@ class FewSamples(UnevenSamples):
     def __len__(self) -> int:
         return 7
 
+    @property
+    def num_loss_tokens_total(self) -> int:
+        return sum(self.num_loss_tokens(index) for index in range(7))
+
 
 def validation_losses(config: FinetuneConfig, model: MixtralModel, micro_batch_size: int) -> list[float]:
     """The loss of seven samples, and by one pass over each of them. All ranks must call."""
