@@ -6,8 +6,11 @@ and docs/pictures/loss.png (the loss plot that the rehearsal writes). Takes abou
 finetune: fine-tune the rehearsal's model on a pseudo-terminal, and write docs/pictures/finetune.svg (the live view in
 the middle of the run) and docs/pictures/report.png (the page about the run, by headless Chromium). Takes two minutes.
 
+data: check the rehearsal's examples with the tokenizer of its model, and write docs/pictures/data_check.svg.
+
 bootstrap: run `mixtral-run bootstrap` on two throw-away hosts and write docs/pictures/bootstrap.svg, the live view in
-the middle of the run. Needs a Docker engine and takes a few minutes.
+the middle of the run, and docs/pictures/status.png, the status page of both, by headless Chromium. Needs a Docker
+engine and takes a few minutes.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
+
+from mixtral_run.trial.random_mixtral import write_random_mixtral
+from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 
 PICTURES = Path(__file__).parent / "pictures"
 WIDTH = 132
@@ -50,7 +56,7 @@ CONTROL = re.compile(r"\x1b\[(\d*)A|\x1b\[2K|\x1b\[\?25[hl]|\r|\n")
 def main() -> None:
     """Make the pictures named on the command line, or all."""
     PICTURES.mkdir(exist_ok=True)
-    makers = {"rehearse": rehearse, "finetune": finetune, "bootstrap": bootstrap}
+    makers = {"rehearse": rehearse, "finetune": finetune, "data": data, "bootstrap": bootstrap}
     for name in sys.argv[1:] or makers:
         makers[name]()
 
@@ -77,19 +83,37 @@ def finetune() -> None:
         folder = Path(name)
         subprocess.run([*kit, "rehearse", "--work-path", "rehearsal"], cwd=folder, check=True, capture_output=True)
         output = run([*kit, "finetune", *FINETUNE_WORDS], folder)
-        page = (folder / "my-adapter" / "report.html").as_uri()
-        browser = next(filter(None, map(shutil.which, BROWSERS)))
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1240"]
-        picture = f"--screenshot={PICTURES / 'report.png'}"
-        subprocess.run([browser, *options, picture, page], check=True, capture_output=True)
+        photograph(folder / "my-adapter" / "report.html", "report.png", "1000,1240")
     # Every frame of the live view begins by moving the cursor up.
     end = output.index("\x1b[2K\x1b[1A", output.index(f"{FINETUNE_AT} of"))
     lines = [line for line in screen(output[:end]) if line.strip()]
     draw(lines[-LIVE_LINES:], PICTURES / "finetune.svg", "mixtral-run finetune --load mixtral --data-path my.jsonl …")
 
 
+def data() -> None:
+    """Check the rehearsal's examples and write what a person sees."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_random_mixtral(
+            folder / "mixtral", architecture=PLAN.architecture, dtype=PLAN.dtype, seed=PLAN.seed,
+            texts=tokenizer_texts(), num_shards=1, initializer_range=PLAN.initializer_range,
+        )  # fmt: skip
+        write_rehearsal_examples(folder / "my.jsonl")
+        words = ["data", "check", "my.jsonl", "--load", "mixtral", "--seq-length", "48"]
+        lines = screen(run([sys.executable, "-m", "mixtral_run", *words], folder))
+    draw([line for line in lines if line], PICTURES / "data_check.svg", f"mixtral-run {' '.join(words)}")
+
+
+def photograph(page: Path, picture: str, size: str) -> None:
+    """Write what a browser shows of a page in a window of WIDTH,HEIGHT."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={size}"]
+    words = [browser, *options, f"--screenshot={PICTURES / picture}", page.as_uri()]
+    subprocess.run(words, check=True, capture_output=True)
+
+
 def bootstrap() -> None:
-    """Bootstrap two throw-away hosts and write the picture of the live view. The hosts are removed."""
+    """Bootstrap two throw-away hosts and write the pictures of live view and status page. The hosts are removed."""
     testhosts = [sys.executable, "-m", "mixtral_run.fleet.testhosts"]
     subprocess.run([*testhosts, "up", *HOSTS], check=True)
     try:
@@ -99,7 +123,11 @@ def bootstrap() -> None:
             inventory.write_bytes(found.stdout)
             words = ["bootstrap", "-i", str(inventory), "-e", '{"preflight_num_gpus": 0}']
             words += ["--tags", "preflight,docker,nvidia_container_toolkit"]
-            output = run([sys.executable, "-m", "mixtral_run", *words], Path(folder))
+            kit = [sys.executable, "-m", "mixtral_run"]
+            output = run([*kit, *words], Path(folder))
+            page = Path(folder) / "status.html"
+            subprocess.run([*kit, "status", "-i", str(inventory), "--html", str(page)], check=False)
+            photograph(page, "status.png", "1300,520")
     finally:
         subprocess.run([*testhosts, "down", *HOSTS], check=True)
     draw(live_view(output), PICTURES / "bootstrap.svg", "mixtral-run bootstrap ubuntu@gpu-01 ubuntu@gpu-02")

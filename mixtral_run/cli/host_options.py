@@ -53,7 +53,7 @@ _TARGET: tuple[Callable[..., Any], ...] = (
         metavar="HOST,…",
         shell_complete=complete_hosts,
         help="Run on these hosts, in the container of mixtral-run. Paths are then paths of the host. any: on the first "
-        "host of the fleet, or of -i INVENTORY, that is free.",
+        "host of the fleet, or of -i INVENTORY, that is free and not cordoned.",
     ),
     _option("-i", "--inventory", type=click.Path(path_type=Path), help="With --on: Ansible inventory that names HOST."),
     _option(

@@ -66,6 +66,16 @@ def cordon_of(values: object) -> Cordon:
     return Cordon(**{name: one_line(text) if isinstance(text, str) else "unknown" for name, text in texts.items()})
 
 
+def cordon_error(host: Host, record: str) -> HostError:
+    """Return the error for a cordoned host. record: text of its file; one that cannot be read cordons the host too."""
+    return HostError(
+        f"{host.name} takes no jobs: it is cordoned.",
+        where=host.target,
+        found=str(parse_cordon(record) or cordon_of(None)),
+        next_command=f"another host, such as --on any; or mixtral-run uncordon {host.name}",
+    )
+
+
 def cordon(hosts: Sequence[Host], reason: str, ssh: Ssh | None = None) -> list[Cordon | None]:
     """Cordon hosts, and return the record that each had before.
 

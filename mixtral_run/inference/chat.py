@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from datetime import timedelta
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mixtral_run.config.verbs.generate import ChatConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.inference.channel import Channel
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.conversation import Conversation
 from mixtral_run.inference.decode import Decoding
@@ -39,8 +37,6 @@ HELP = """\
 Ctrl-C stops an answer. A message that begins with a slash is written with two."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LONGEST_WAIT = timedelta(days=365)
-"""Time that ranks wait for the user."""
 
 
 def chat(config: ChatConfig) -> None:
@@ -82,14 +78,13 @@ class Speaker:
     def __init__(self, config: ChatConfig, session: Session, model: MixtralModel) -> None:
         self._config, self._session, self._model = config, session, model
         self._mesh = model.mesh
-        # A group of its own: the others time out, and a rank that waits for the user must not.
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self._mesh.world_size > 1 else None
+        self._channel = Channel(self._mesh)
         self.stop = False
         """Set by a signal on the first rank: the answer ends."""
 
     def answer(self, row: Sequence[int], room: int, *, adapted: bool, live: bool) -> Reply:
         """Return the answer to a prompt of at most `room` tokens. live: print it as it comes."""
-        self._send({"row": list(row), "room": room, "adapted": adapted})
+        self._channel.send({"row": list(row), "room": room, "adapted": adapted})
         self.stop = False
         stop_ids = self._session.template.stop_ids
         stream = TextStream(self._session.tokenizer, stop_ids)
@@ -110,11 +105,11 @@ class Speaker:
 
     def end(self) -> None:
         """Let the other ranks end."""
-        self._send({"over": True, "stopped": StopRequest.ended_a_run})
+        self._channel.send({"over": True, "stopped": StopRequest.ended_a_run})
 
     def follow(self) -> None:
         """Compute what the first rank asks for, until it ends."""
-        while not (order := self._receive()).get("over"):
+        while not (order := self._channel.receive()).get("over"):
             self._continue(order["row"], order["room"], order["adapted"], None)
         StopRequest.ended_a_run |= order["stopped"]
 
@@ -137,27 +132,6 @@ class Speaker:
         if self._mesh.world_size > 1:
             dist.broadcast(flag, src=0)
         return bool(flag)
-
-    def _send(self, order: object) -> None:
-        if self._group is not None:
-            text = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
-            self._broadcast(torch.tensor([text.numel()]))
-            self._broadcast(text)
-
-    def _receive(self) -> dict[str, Any]:
-        length = torch.zeros(1, dtype=torch.int64)
-        self._broadcast(length)
-        text = torch.empty(int(length), dtype=torch.uint8)
-        self._broadcast(text)
-        found: dict[str, Any] = json.loads(bytes(text.tolist()))
-        return found
-
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        """Broadcast from the first rank, not through torch.distributed: a heartbeat would take the wait for a hang."""
-        assert self._group is not None
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        self._group.broadcast([tensor], options).wait()
 
 
 class _Ended(BaseException):

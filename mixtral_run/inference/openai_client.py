@@ -28,10 +28,16 @@ class Refused(HostError):
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion. tokens: its ids, None if the server does not tell them."""
+    """A completion.
+
+    tokens: its ids; logprobs: the log probability of each. None if the server does not report them. ended: the model
+    ended the text itself, as far as the server reports it.
+    """
 
     text: str
-    tokens: tuple[int, ...] | None
+    tokens: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    ended: bool = False
 
 
 class OpenAIClient:
@@ -61,8 +67,9 @@ class OpenAIClient:
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
             raise self._odd("choices[0].text", found)
         tokens = choice.get("token_ids")
-        known = isinstance(tokens, list) and all(type(each) is int for each in tokens)
-        return Completion(choice["text"], tuple(tokens) if known else None)  # type: ignore[arg-type]
+        known = isinstance(tokens, list) and all(type(each) is int and each >= 0 for each in tokens)
+        ids = tuple(tokens) if known else None  # type: ignore[arg-type]
+        return Completion(choice["text"], ids, _logprobs(choice), choice.get("finish_reason") == "stop")
 
     def _request(self, path: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
         url = self._url + path
@@ -99,3 +106,12 @@ class OpenAIClient:
             expected=expected,
             found=(found if isinstance(found, str) else json.dumps(found))[:300],
         )
+
+
+def _logprobs(choice: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return the log probability of each token; None if the server reports none, or zeros, as some do when greedy."""
+    found = choice.get("logprobs")
+    values = found.get("token_logprobs") if isinstance(found, dict) else None
+    if not isinstance(values, list) or not all(type(each) in (int, float) for each in values) or not any(values):
+        return None
+    return tuple(map(float, values))

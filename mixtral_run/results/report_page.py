@@ -50,7 +50,7 @@ def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: st
         _generations(data),
         _data_section(summary, examples),
         _settings(mapping(summary.get("settings"))),
-        _commands(mapping(summary.get("settings")), best_adapter),
+        _commands(summary, best_adapter),
     ]
     template = string.Template(
         importlib.resources.files("mixtral_run.results").joinpath("report.html").read_text("utf-8")
@@ -189,6 +189,7 @@ def _data_section(summary: dict[str, Any], examples: Sequence[ExampleText]) -> s
         ("Validation", "data.validation", data.get("validation")),
         ("SHA-256 of --data-path", "data.sha256", data.get("sha256")),
         ("Fingerprint of the base", "base.fingerprint", base.get("fingerprint")),
+        ("HF model of the base", "base.hf_model", base.get("hf_model")),
     ]
     shown = "".join(
         f"<div><h3>{escaped(each.place)}</h3><pre>"
@@ -235,20 +236,32 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if hasattr(value, "parts") else value
 
 
-def _commands(settings: dict[str, Any], best_adapter: str) -> str:
+def _commands(summary: dict[str, Any], best_adapter: str) -> str:
+    """Return the commands that continue the run, export its adapter, serve it and talk to it."""
     try:
-        config = FinetuneConfig.from_mapping(settings)
+        config = FinetuneConfig.from_mapping(mapping(summary.get("settings")))
     except ConfigError:
         return ""  # the settings of another version of the kit
     names = {item.name for item in fields(config)} - {"resume"}
-    quoted, load = shlex.quote(best_adapter), shlex.quote(str(config.load))
+    adapter = ["--adapter", shlex.quote(best_adapter)]
+    model = ["--load", shlex.quote(str(config.load)), *adapter]
+    served = shlex.quote(str(mapping(summary.get("base")).get("hf_model") or "HF_MODEL"))
     commands = {
         "Continue this run (a complete one with a larger --train-iters or --epochs)": _command(
             ["mixtral-run finetune", *config.flags(names), "--resume"]
         ),
-        "Export the adapter": f"mixtral-run export --adapter {quoted} --output-path peft-adapter",
-        "Generate with the adapter": (
-            f"mixtral-run generate --load {load} --adapter {quoted} --instruction 'Your question'"
+        "Export the adapter, for PEFT, vLLM and SGLang": (
+            _command(["mixtral-run export", *adapter, "--format", "vllm", "--output-path", "peft-adapter"])
+        ),
+        "Serve the export on a host, where both folders are, and prove that it answers as this adapter does": (
+            _command(["mixtral-run serve", "--on", "HOST", "--load", served, "--adapter", "peft-adapter"])
+            + "\n"
+            + _command(["mixtral-run serve", "--prove", "http://127.0.0.1:8000", *model])
+        ),
+        "Talk to the adapter, or ask it once": (
+            _command(["mixtral-run chat", *model])
+            + "\n"
+            + _command(["mixtral-run generate", *model, "--instruction", "'Your question'"])
         ),
     }
     shown = "".join(f"<h3>{escaped(title)}</h3><pre>{escaped(command)}</pre>" for title, command in commands.items())

@@ -1,6 +1,6 @@
 """bootstrap over simulated hosts with a small playbook: a failure on one host does not stop the others.
 
-test_end_to_end.py runs the real playbook over throw-away hosts, because simulated hosts share this machine's files.
+end_to_end/ runs the real playbook over throw-away hosts, because simulated hosts share this machine's files.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SCENARIOS = [
     *(f"roles/{role}/molecule/{role}" for role in (
         "preflight", "nvidia_driver", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image",
-        "acceptance",
+        "acceptance", "health",
     )),
     "tests/molecule/bootstrap",
 ]  # fmt: skip

@@ -73,6 +73,19 @@ def test_the_page_sorts_and_filters_and_escapes(chromium: str, tmp_path: Path) -
     assert "&lt;script&gt;document.title" in dom
 
 
+def test_problems_come_first() -> None:
+    text = page(fleet())
+    rows = re.findall(r'<td class="name">([^<]+)</td>', text)
+    assert rows[:3] == ["gpu-13", "gpu-05", "gpu-09"], "unreachable, reimaged, with a warning"
+    assert set(rows[3:5]) == {"gpu-07", "gpu-14"}, "then those that differ"
+    assert rows[5:] == [f"gpu-{number:02}" for number in (1, 2, 3, 4, 6, 8, 10, 11, 12)]
+    (listed,) = re.findall(r'<section class="problems">(.*?)</section>', text, re.DOTALL)
+    assert re.findall(r"<b>([^<]+)</b>", listed) == ["gpu-13", "gpu-05", "gpu-09"]
+    assert "gpu-13 does not answer." in listed and "GPU 4 at 88 °C" in listed
+    fine = [status for status in fleet() if status.name in ("gpu-01", "gpu-02")]
+    assert "Problems" not in page(fine)
+
+
 def test_nothing_is_loaded_from_elsewhere() -> None:
     text = page(fleet())
     assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:)?//""", text)

@@ -15,7 +15,7 @@ from unittest.mock import patch
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.fleet.hosts import hosts_of_inventory, parse_host, unresolved_variables
-from mixtral_run.fleet.jobs.job_spec import parse_facts
+from mixtral_run.fleet.jobs.host_facts import parse_facts
 from mixtral_run.fleet.jobs.jobs import list_jobs
 from mixtral_run.fleet.jobs.transfer.unpack import unpack
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
@@ -201,7 +201,7 @@ def _host_targets(folder: Path) -> list[Target]:
 
 _FACTS = (
     b"docker=docker\nuid=1\ngid=1\ngroup=\nfolder=/j\nkernels=/k\ngpus=8\ncdi=1\nimage=1\ncheckpoints=1\ncordon=\n"
-    b"address=10.0.0.1\ninterface=e\n"
+    b"address=10.0.0.1\ninterface=e\nrdma=mlx5_0\nbridges=\nrdma_group=1\n"
 )
 _VARIABLES = json.dumps(
     {"ansible_host": "10.0.0.1", "ansible_port": 22, "ansible_user": "u", "ansible_ssh_private_key_file": "~/k",

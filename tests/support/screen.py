@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 import termios
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,18 +81,40 @@ class Screen:
             assert control == "m", f"no control that is known: {arguments}{control}"
 
 
+_ASK = """
+import pathlib as _pathlib, sys as _sys, time as _time
+_sys.stdout.write("{end}")
+_sys.stdout.flush()
+while not _pathlib.Path({seen!r}).exists():
+    _time.sleep(0.02)
+"""
+_END = "\x1b[0mthe screen is complete"
+
+
 def on_terminal(program: str, words: Sequence[str], height: int, width: int = 100, seconds: int = 120) -> Screen:
-    """Run Python code to its end on a terminal of this size. It must succeed and restore the terminal's settings."""
+    """Run Python code to its end on a terminal of this size. It must succeed and restore the terminal's settings.
+
+    The program ends only when everything that it wrote has been read: what is in a terminal when its last program ends
+    may be lost on a machine that is busy.
+    """
     settings = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS", "NO_COLOR")}
-    child = pexpect.spawn(
-        sys.executable, ["-c", program, *words], dimensions=(height, width), encoding="utf-8", timeout=seconds,
-        env={**settings, "TERM": "xterm-256color", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    before = termios.tcgetattr(child.child_fd)
-    output = child.read()
-    assert termios.tcgetattr(child.child_fd) == before
-    child.close()
-    assert child.exitstatus == 0, output[-3000:]
+    with tempfile.TemporaryDirectory() as folder:
+        seen = Path(folder) / "seen"
+        child = pexpect.spawn(
+            sys.executable, ["-c", program + _ASK.format(end=_END, seen=str(seen)), *words],
+            dimensions=(height, width), encoding="utf-8", timeout=seconds,
+            env={**settings, "TERM": "xterm-256color", "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        before = termios.tcgetattr(child.child_fd)
+        found = child.expect_exact([_END, pexpect.EOF])
+        output = str(child.before)
+        assert termios.tcgetattr(child.child_fd) == before
+        seen.touch()
+        if found == 0:
+            child.expect(pexpect.EOF)
+        # The program's end and that of its output are two events.
+        assert child.wait() == 0, output[-3000:]
+        child.close()
     screen = Screen(height, width)
     screen.feed(output)
     assert screen.cursor_shown

@@ -23,6 +23,11 @@ _comparison = partial(click.option, cls=Option, section="Comparison")
 )
 @click.argument("folders", nargs=-1, metavar="[FOLDER]...")
 @_on_hosts("--on", multiple=True, metavar="HOST,…", help="List the runs on these hosts.")
+@_on_hosts(
+    "--checkpoints-folder",
+    metavar="PATH",
+    help="With --on: folder of the host to which FOLDER is relative.  [default: /var/lib/mixtral-run/checkpoints]",
+)
 @_output("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_comparison("--best", is_flag=True, help="Only the run with the lowest validation loss.")
 @_comparison("--compare", nargs=2, metavar="A B", help="Show what differs between two runs, given by their folders.")
@@ -35,6 +40,7 @@ _comparison = partial(click.option, cls=Option, section="Comparison")
 def runs(
     folders: tuple[str, ...],
     on: tuple[str, ...],
+    checkpoints_folder: str | None,
     as_json: bool,
     best: bool,
     compare: tuple[str, str] | None,
@@ -42,12 +48,18 @@ def runs(
 ) -> None:
     """List the runs that finetune has written, the newest first. FOLDER: of runs, or a run itself; default: here."""
     _check(folders, on, best, compare, plot)
+    if checkpoints_folder is not None and (not on or not checkpoints_folder.startswith("/")):
+        raise ConfigError(
+            "--checkpoints-folder is a folder of hosts.",
+            expected="--on HOST, and an absolute path",
+            found=checkpoints_folder,
+        )
     if compare:
         _compare(compare, plot, as_json)
         return
-    rows, problems = _rows(folders, on)
+    rows, problems = _rows(folders, on, checkpoints_folder)
     remarks: list[str] = []
-    if best:
+    if best and (rows or not problems):
         from mixtral_run.results.run_table import best_run
 
         row, remarks = best_run(rows)
@@ -79,7 +91,9 @@ def _check(
         raise ConfigError("Some settings are wrong.", problems=problems)
 
 
-def _rows(folders: tuple[str, ...], on: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+def _rows(
+    folders: tuple[str, ...], on: tuple[str, ...], checkpoints_folder: str | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     if not on:
         from mixtral_run.results.run_list import find_runs
 
@@ -89,7 +103,7 @@ def _rows(folders: tuple[str, ...], on: tuple[str, ...]) -> tuple[list[dict[str,
     from mixtral_run.fleet.status.read_runs import runs_on
 
     hosts = tuple(name for each in on for name in each.split(",") if name)
-    return runs_on(hosts_of(hosts, None, None), folders)
+    return runs_on(hosts_of(hosts, None, None), folders, checkpoints_folder)
 
 
 def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bool, with_hosts: bool) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mixtral_run.cli.command import Option, VerbCommand
 from mixtral_run.cli.completion import complete_hosts
 
+if TYPE_CHECKING:
+    from mixtral_run.fleet.hosts import Host
+
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _output = partial(click.option, cls=Option, section="Output")
 
 
-@click.command(cls=VerbCommand, examples=("status", "status gpu-01 gpu-02 --html fleet.html"))
+@click.command(
+    cls=VerbCommand,
+    examples=("status gpu-01 gpu-02 --html fleet.html", "status --network gpu-01 gpu-02 gpu-03"),
+)
 @click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(
     "-i",
@@ -25,6 +35,17 @@ _output = partial(click.option, cls=Option, section="Output")
 @_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
 @_output("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_output("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page that works offline.")
+@_on_hosts(
+    "--network",
+    is_flag=True,
+    help="Measure an all-reduce between each two of the hosts instead, in job containers: the hosts must be idle.",
+)
+@_on_hosts(
+    "--network-floor",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="With --network: least bandwidth, in 10^9 bytes a second. Less than half of the best pair's is always slow.",
+)
 @_on_hosts("--checkpoints-folder", metavar="FOLDER", help="Folder of the checkpoints on the hosts, if not the default.")
 @_on_hosts("--hf-home", metavar="FOLDER", help="Hugging Face cache on the hosts, if not the default.")
 @_on_hosts("--image", metavar="NAME", help="Container image of the jobs.  [default: mixtral-run:local]")
@@ -37,16 +58,26 @@ def status(
     checkpoints_folder: str | None,
     hf_home: str | None,
     image: str | None,
+    network: bool,
+    network_floor: float | None,
 ) -> None:
     """Show the state of every host, and where a host differs from the majority. Changes nothing.
 
     Without HOST and -i: all hosts that bootstrap has set up from this machine.
     """
-    from mixtral_run.errors import HostError
+    from mixtral_run.errors import ConfigError, HostError
     from mixtral_run.fleet.selection import hosts_of
     from mixtral_run.fleet.status.read_fleet import read_fleet, summary_rows, to_json
     from mixtral_run.terminal.report import Report
 
+    if network_floor is not None and not network:
+        raise ConfigError("--network-floor needs --network.")
+    if network:
+        if html is not None:
+            raise ConfigError("--network has no page.", expected="--network, or --html FILE", found="both")
+        settings = {"checkpoints_folder": checkpoints_folder, "hf_home": hf_home, "image": image}
+        _measure(hosts_of(hosts, inventory, limit), settings, network_floor, as_json)
+        return
     given = {"checkpoints": checkpoints_folder, "hf_home": hf_home, "image": image}
     folders = {name: value for name, value in given.items() if value}
     statuses = read_fleet(hosts_of(hosts, inventory, limit), folders=folders)
@@ -64,3 +95,20 @@ def status(
     unreachable = [one.name for one in statuses if not one.reachable]
     if unreachable:
         raise HostError(f"{len(unreachable)} of {len(statuses)} hosts cannot be reached: {', '.join(unreachable)}")
+
+
+def _measure(hosts: Sequence[Host], given: dict[str, str | None], floor: float | None, as_json: bool) -> None:
+    """Measure the network between hosts and print the figures. Raises CheckFailed for what is slow or failed."""
+    from mixtral_run.errors import CheckFailed
+    from mixtral_run.fleet.jobs.job_spec import JobOptions
+    from mixtral_run.fleet.network.measure import measure_pairs, rows_of
+    from mixtral_run.terminal.report import Report
+
+    options = JobOptions(**{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
+    results, verdict = measure_pairs(hosts, options, floor, partial(click.echo, err=True))
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in results], indent=2, ensure_ascii=False))
+    else:
+        Report().table(*rows_of(results, verdict))
+    if verdict.problems:
+        raise CheckFailed("The network between the hosts is not as it should be.", problems=list(verdict.problems))

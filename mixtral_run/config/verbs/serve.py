@@ -12,6 +12,8 @@ from mixtral_run.config.verbs.generate import InferenceConfig
 VLLM, SGLANG = ENGINES = ("vllm", "sglang")
 IMAGES = {VLLM: "vllm/vllm-openai:v0.33.0", SGLANG: "lmsysorg/sglang:v0.5.23"}
 """Default image of each engine."""
+TIE_BF16, TIE_FP32 = 0.25, 0.001
+"""Difference of logits below which two engines may choose differently, by the dtype of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,17 @@ class ServeConfig(InferenceConfig):
     )
     max_new_tokens: int = setting(
         16,
-        help="With --prove: tokens of each answer to compare. In bf16 two engines part sooner or later, where two "
-        "tokens are equally likely.",
+        help="With --prove: tokens of each answer to compare.",
         minimum=1,
+        section=COMPARISON,
+    )
+    logits_tolerance: float | None = setting(
+        None,
+        help="With --prove: where the server chose another token, largest difference of the two tokens' logits, by the "
+        "model loaded here, at which both count as equally good. Log probabilities that the server reports may differ "
+        f"by as much.  [default: {TIE_BF16} in bf16, where it is a ratio of 1.28 of the probabilities; {TIE_FP32} in "
+        "fp32]",
+        minimum=0,
         section=COMPARISON,
     )
     api_key_file: Path | None = setting(

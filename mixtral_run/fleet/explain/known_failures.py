@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mixtral_run.fleet.explain.data_failures import DATA_FAILURES
 from mixtral_run.fleet.explain.known_failure import KnownFailure
+from mixtral_run.fleet.explain.xid_failures import XID_FAILURES
 
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
@@ -318,16 +319,6 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("set its CA bundle in group_vars (…_ca_bundle), then: mixtral-run bootstrap HOST",),
         ("tls", "ca", "proxy", "certificate"),
     ),
-    KnownFailure(
-        "xid",
-        "A GPU reports a hardware error (Xid)",
-        r"nvrm: xid|xid \d+|gpu has fallen off the bus|uncorrectable ecc",
-        "Xid 79 (fallen off the bus) and 48, 63, 64, 94 and 95 (memory) indicate hardware; 13 and 31 more often a program.",
-        (
-            "ssh HOST 'sudo dmesg | grep -i xid'",
-            "ssh HOST sudo nvidia-smi -r, or reboot; if the error returns, request a new GPU",
-        ),
-        ("ecc", "hardware", "gpu"),
-    ),
+    *XID_FAILURES,
     *DATA_FAILURES,
 )

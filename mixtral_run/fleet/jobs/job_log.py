@@ -311,8 +311,9 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
             where=host.target,
             next_command=f"mixtral-run jobs; mixtral-run logs {job.name}",
         )
-    # Exit code 1 comes from torchrun or from a traceback.
+    # Exit code 1 comes from torchrun or from a traceback. The codes of a serving engine are not the kit's.
     kind = EXIT_CODES.get(row.exit_code, TrainingError) if row.exit_code > 1 else TrainingError
+    kind = HostError if job.verb == "serve" else kind
     found = f"exit code {row.exit_code}"
     if row.out_of_memory or row.exit_code == 137:
         found += ": killed, by a user or because memory ran out"

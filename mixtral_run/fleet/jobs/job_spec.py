@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mixtral_run.fleet.jobs.container_paths import (
     mount_for,
     path_inside,
 )
-from mixtral_run.fleet.untrusted import one_line
+from mixtral_run.fleet.jobs.host_facts import HostFacts
 
 LABEL_JOB = "org.mixtral-run.job"
 LABEL_VERB = "org.mixtral-run.verb"
@@ -118,26 +118,6 @@ class JobOptions:
             problems.append(f"--nccl-timeout: expected at least 60 seconds; found {self.nccl_timeout}")
         if problems:
             raise ConfigError("Some settings of the job are wrong.", problems=problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostFacts:
-    """Facts about a host that are read before a job starts on it."""
-
-    docker: tuple[str, ...] = ("docker",)
-    """Command for the engine: with sudo if the user is not in the group docker."""
-    uid: int = 1000
-    gid: int = 1000
-    group_of_checkpoints: int | None = None
-    folder: str = ""
-    """Folder for the files of jobs, in the user's home folder."""
-    kernels: str = ""
-    """Folder for compiled kernels, in the user's home folder, where no other user can add code."""
-    num_gpus: int = 0
-    cdi: bool = False
-    address: str = ""
-    interface: str = ""
-    """Address and interface of the default route. Other hosts cannot reach the bridge of a Docker engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +237,7 @@ def container_argv(spec: JobSpec, facts: HostFacts, container: Container = DETAC
     if facts.group_of_checkpoints not in (None, facts.gid):
         argv += ["--group-add", str(facts.group_of_checkpoints)]
     if spec.num_hosts > 1:
-        argv += ["--network", "host"]
+        argv += ["--network", "host", *_rdma(options, facts)]
     argv += bind(options.checkpoints_folder, CHECKPOINTS) + bind(options.hf_home, HF_HOME)
     argv += bind(f"{facts.folder}/{spec.name}", JOB_FOLDER, read_only=True) + bind(facts.kernels, KERNELS)
     if options.restarts_container(spec.num_hosts):
@@ -269,6 +249,16 @@ def container_argv(spec: JobSpec, facts: HostFacts, container: Container = DETAC
         argv += ["--env", f"{name}={value}"]
     program = _program(spec, facts) if container.program is None else container.program
     return [*argv, options.image, *program]
+
+
+def _rdma(options: JobOptions, facts: HostFacts) -> list[str]:
+    """Return the options that give a container the InfiniBand or RoCE devices of its host, for NCCL."""
+    if not facts.rdma:
+        return []
+    group = [] if facts.rdma_group is None else ["--group-add", str(facts.rdma_group)]
+    # NCCL registers its buffers with the device, which pins them.
+    limited = any(limit.startswith("memlock=") for limit in options.ulimits)
+    return ["--device", "/dev/infiniband", *group, *([] if limited else ["--ulimit", "memlock=-1"])]
 
 
 def bind(source: str, target: str, read_only: bool = False) -> list[str]:
@@ -287,6 +277,10 @@ def _environment(spec: JobSpec, facts: HostFacts) -> dict[str, str]:
     if spec.num_hosts > 1 and facts.interface:
         # gloo would use the address of the host's name, which is 127.0.1.1 in Debian's /etc/hosts.
         found["GLOO_SOCKET_IFNAME"] = facts.interface
+        # NCCL meets and, without RDMA, exchanges data there. It would take the first interface that is up.
+        found["NCCL_SOCKET_IFNAME"] = "=" + facts.interface
+    if spec.num_hosts > 1 and facts.bridges:
+        found["NCCL_IB_HCA"] = "^=" + ",".join(facts.bridges)
     if spec.options.nccl_debug:
         found["NCCL_DEBUG"] = spec.options.nccl_debug
     found |= dict(pair.split("=", 1) for pair in spec.options.environment)
@@ -301,6 +295,11 @@ def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
             return program
         resumes = ["--resumes"] if "resume" in spec.config else []
         return ["python", "-m", "mixtral_run.launch.restarts", JOB_STATE, *resumes, *program]
+    return torchrun_words(spec, facts, ["-m", "mixtral_run", spec.verb, *config])
+
+
+def torchrun_words(spec: JobSpec, facts: HostFacts, program: list[str]) -> list[str]:
+    """Return the command that runs a program in the processes of a host, which meet those of the other hosts."""
     processes = spec.config.get("nproc_per_node") or facts.num_gpus or 2
     # Without --local-addr a host announces its name, which the other hosts may be unable to resolve.
     own = ["--local-addr", facts.address] if facts.address else []
@@ -308,7 +307,7 @@ def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
         "python", "-m", "mixtral_run.launch.torchrun",
         "--nnodes", str(spec.num_hosts), "--nproc-per-node", str(processes),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", spec.rendezvous, "--rdzv-id", spec.name,
-        *own, "--max-restarts", "0", "-m", "mixtral_run", spec.verb, *config,
+        *own, "--max-restarts", "0", *program,
     ]  # fmt: skip
 
 
@@ -318,82 +317,3 @@ def host_path(path: str, options: JobOptions) -> str:
         if path == inside or path.startswith(inside + "/"):
             return outside + path[len(inside) :]
     return path
-
-
-FIND_ENGINE = """
-if docker version >/dev/null 2>&1; then docker=docker
-elif sudo -n docker version >/dev/null 2>&1; then docker='sudo -n docker'
-else
-  if sudo -n true 2>/dev/null; then docker='sudo -n docker'; else docker=docker; fi
-  echo "$(id -un): $($docker version 2>&1 >/dev/null | tail -n 1)" >&2; exit 3
-fi
-"""
-"""Script that sets $docker to the command for the engine, or prints user and reason and exits with code 3."""
-
-FACTS_SCRIPT = (
-    FIND_ENGINE
-    + r"""
-umask 077; mkdir -p "$HOME/.local/state/mixtral-run/jobs" "$HOME/.cache/mixtral-run/kernels" || exit 4
-echo "docker=$docker"
-echo "uid=$(id -u)"; echo "gid=$(id -g)"
-echo "group=$(stat -c %g "$1" 2>/dev/null)"
-echo "folder=$HOME/.local/state/mixtral-run/jobs"
-echo "kernels=$HOME/.cache/mixtral-run/kernels"
-echo "gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')"
-if $docker info --format '{{json .}}' 2>/dev/null | grep -q 'nvidia\.com/gpu'; then echo cdi=1; else echo cdi=0; fi
-if $docker image inspect "$2" >/dev/null 2>&1; then echo image=1; else echo image=0; fi
-if [ -d "$1" ]; then echo checkpoints=1; else echo checkpoints=0; fi
-if [ -e "$3" ]; then printf 'cordon=1 %s\n' "$(head -c 4000 "$3" | tr -d '\n')"; else echo cordon=; fi
-route=$(ip -4 route get 192.0.2.1 2>/dev/null)
-echo "address=$(echo "$route" | sed -n 's/.* src \([^ ]*\).*/\1/p')"
-echo "interface=$(echo "$route" | sed -n 's/.* dev \([^ ]*\).*/\1/p')"
-"""
-)
-"""Script that prints all facts of a host. Arguments: the checkpoints folder, the image, the record of a cordon."""
-
-
-_NUMBER, _FOLDER, _FLAG = r"[0-9]{1,10}", r"/[^\t]*", r"[01]"
-_FACT_PATTERNS = {
-    "docker": r"docker|sudo -n docker", "uid": _NUMBER, "gid": _NUMBER, "group": rf"({_NUMBER})?", "folder": _FOLDER,
-    "kernels": _FOLDER, "gpus": r"[0-9]{1,4}", "cdi": _FLAG, "image": _FLAG, "checkpoints": _FLAG,
-    "cordon": r"(1 .{0,4000})?",
-    # Other hosts of the job connect to this address.
-    "address": r"([0-9]{1,3}(\.[0-9]{1,3}){3})?", "interface": r"[^\s/]{0,15}",
-}  # fmt: skip
-"""Form of every value that FACTS_SCRIPT prints."""
-
-
-def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
-    """Parse the output of FACTS_SCRIPT and return the facts and the values by name.
-
-    Raises ValueError if a value is missing or not in the form that the script prints: the host is not trusted.
-    """
-    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-    for name, pattern in _FACT_PATTERNS.items():
-        if name not in lines:
-            raise ValueError(f"no value of {name}")
-        if not re.fullmatch(pattern, lines[name]):
-            raise ValueError(f"{name}={one_line(lines[name])!r}")
-    facts = HostFacts(
-        docker=tuple(lines["docker"].split()),
-        uid=int(lines["uid"]),
-        gid=int(lines["gid"]),
-        group_of_checkpoints=int(lines["group"]) if lines["group"] else None,
-        folder=lines["folder"],
-        kernels=lines["kernels"],
-        num_gpus=int(lines["gpus"]),
-        cdi=lines["cdi"] == "1",
-        address=lines["address"],
-        interface=lines["interface"],
-    )
-    return facts, lines
-
-
-def check_same_gpus(facts: Sequence[HostFacts], names: Sequence[str]) -> None:
-    """Raise ConfigError if the hosts of one job have different numbers of GPUs."""
-    if len({each.num_gpus for each in facts}) > 1:
-        raise ConfigError(
-            "The hosts of one job must have the same number of GPUs.",
-            problems=[f"{name}: {each.num_gpus} GPUs" for name, each in zip(names, facts, strict=True)],
-            next_command="--nproc-per-node N, to use N on each",
-        )

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet.cordon import CORDON_FILE, cordon_of, parse_cordon
+from mixtral_run.fleet.cordon import CORDON_FILE, cordon_error
 from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
+from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, FIND_ENGINE, HostFacts, check_same_gpus, parse_facts
 from mixtral_run.fleet.jobs.job_spec import (
     DETACHED,
-    FACTS_SCRIPT,
-    FIND_ENGINE,
     LABEL_JOB,
     LABEL_NUM_HOSTS,
     LABEL_OUTPUT,
@@ -28,19 +27,16 @@ from mixtral_run.fleet.jobs.job_spec import (
     STATE_FOLDER,
     STOP_SECONDS,
     Container,
-    HostFacts,
     JobOptions,
     JobSpec,
-    check_same_gpus,
     container_argv,
     host_path,
     make_spec,
-    parse_facts,
 )
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, busy_error, job_in, needs_free_host, start_argv
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.ssh.problems import connection_error, last_line, reason_of
 from mixtral_run.fleet.untrusted import one_line
 
 ENGINE_SCRIPT = FIND_ENGINE + 'exec $docker "$@"'
@@ -109,7 +105,7 @@ def start(
         check_same_gpus(facts, [host.name for host in hosts])
     rendezvous = f"{options.rendezvous_address or facts[0].address or hosts[0].address}:{options.rendezvous_port}"
     spec = make_spec(name, verb, config, options, len(hosts), rendezvous)
-    _refuse_taken(ssh, hosts, spec)
+    refuse_taken(ssh, hosts, spec)
     known = remembered_hosts()
     # The inventory of a remembered host is kept, even if the job connects as another user.
     remember_hosts(host for host in hosts if options.inventory is None and not inventory_entry_of(host, known))
@@ -136,7 +132,7 @@ def job_name(verb: str) -> str:
     return f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
 
 
-def _refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
+def refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
     """Raise BusyError if a host runs another job that uses its GPUs, ConfigError if a job writes to the same output.
 
     Jobs that start at the same moment are told apart by the script that starts them (taking.py), and by the lock that
@@ -170,7 +166,7 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image:
     except ValueError as error:
         return _odd_answer(host, "cannot run jobs", str(error))
     if lines["cordon"]:
-        return _cordon_error(host, lines["cordon"].removeprefix("1"))
+        return cordon_error(host, lines["cordon"].removeprefix("1"))
     if needs_image and lines["image"] != "1":
         return HostError(
             f"There is no image of the kit on {host.name}.",
@@ -187,16 +183,6 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image:
             "or --checkpoints-folder FOLDER",
         )
     return facts
-
-
-def _cordon_error(host: Host, record: str) -> HostError:
-    """Return the error for a cordoned host. record: text of its file; one that cannot be read cordons the host too."""
-    return HostError(
-        f"{host.name} takes no jobs: it is cordoned.",
-        where=host.target,
-        found=str(parse_cordon(record) or cordon_of(None)),
-        next_command=f"another host, such as --on any; or mixtral-run uncordon {host.name}",
-    )
 
 
 def _engine_problem(host: Host, answer: Answer, what: str) -> HostError:
@@ -250,13 +236,15 @@ def start_on(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, container: C
     if answer.exit_code == BUSY:
         raise busy_error([(host.name, job_in(answer.errors))])
     if answer.exit_code == CORDONED:
-        raise _cordon_error(host, answer.errors)
+        raise cordon_error(host, answer.errors)
     if answer.exit_code:
+        engine(ssh, host, "rm", "--force", spec.name)  # one that was created counts as a job
+        found = reason_of(answer.errors)
         raise HostError(
             f"The container of {spec.name} could not be started on {host.name}.",
             where=host.target,
-            found=last_line(answer.errors) or f"exit code {answer.exit_code}",
-            next_command=f"mixtral-run explain {json.dumps(last_line(answer.errors)[:120])}",
+            found=found or f"exit code {answer.exit_code}",
+            next_command=f"mixtral-run explain {json.dumps(found[:120])}",
         )
 
 

@@ -6,9 +6,11 @@ import random
 import re
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from mixtral_run.config.fields import Config
 from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
 from mixtral_run.fleet.jobs.taking import BusyError, busy_error, needs_free_host
@@ -19,6 +21,7 @@ ANY = "any"
 """`--on any`: one free host of the fleet."""
 LOOK_SECONDS = 30.0
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def wait_seconds(text: str | None) -> float:
@@ -36,14 +39,23 @@ def start_when_free(verb: str, config: Config, options: JobOptions, say: Say, ss
     There is no order among those who wait.
     """
     ssh = ssh or Ssh()
+    return when_free(verb, options, say, ssh, lambda hosts: start(verb, config, options, ssh, hosts=hosts))
+
+
+def when_free(verb: str, options: JobOptions, say: Say, ssh: Ssh, attempt: Callable[[tuple[Host, ...]], T]) -> T:
+    """Return the result of `attempt`, which starts a verb on hosts, or on those of options.on if it is given none.
+
+    With `--on any` it is tried on one host after the other. With `--wait` it is repeated as long as it raises
+    BusyError.
+    """
     options.check()
     _refuse_any_among_others(options)
     until, said = time.monotonic() + wait_seconds(options.wait), ""
     while True:
         try:
             if options.on == (ANY,):
-                return _start_on_any(verb, config, options, ssh, say)
-            return start(verb, config, options, ssh)
+                return _on_any(verb, options, ssh, say, attempt)
+            return attempt(())
         except BusyError as error:
             left = until - time.monotonic()
             if left <= 0:
@@ -56,8 +68,8 @@ def start_when_free(verb: str, config: Config, options: JobOptions, say: Say, ss
             time.sleep(min(left, LOOK_SECONDS * random.uniform(0.75, 1.25)))
 
 
-def _start_on_any(verb: str, config: Config, options: JobOptions, ssh: Ssh, say: Say) -> RunningJob:
-    """Start a job on the first host that takes it.
+def _on_any(verb: str, options: JobOptions, ssh: Ssh, say: Say, attempt: Callable[[tuple[Host, ...]], T]) -> T:
+    """Return the result of `attempt` on the first host that takes the job.
 
     Raises BusyError if hosts are busy and no other host can run it; HostError if no host can run it at all.
     """
@@ -70,7 +82,7 @@ def _start_on_any(verb: str, config: Config, options: JobOptions, ssh: Ssh, say:
         if host.name in busy:
             continue
         try:
-            job = start(verb, config, options, ssh, hosts=(host,))
+            result = attempt((host,))
         except BusyError as error:
             # Another operator was faster.
             busy |= dict(error.jobs)
@@ -79,7 +91,7 @@ def _start_on_any(verb: str, config: Config, options: JobOptions, ssh: Ssh, say:
         else:
             for problem in problems:
                 say(f"! {problem}")
-            return job
+            return result
     if busy:
         raise busy_error(list(busy.items()), problems)
     raise HostError("No host can run the job.", problems=problems, next_command="mixtral-run status")

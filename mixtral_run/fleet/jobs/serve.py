@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
 import time
@@ -13,19 +14,13 @@ from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.container_paths import HF_HOME, KERNELS
 from mixtral_run.fleet.jobs.engine_command import PORT_INSIDE, engine_entrypoint, engine_words, read_adapter_config
+from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.interactive import only_host, remember
 from mixtral_run.fleet.jobs.job_log import job_error
-from mixtral_run.fleet.jobs.job_spec import (
-    Container,
-    HostFacts,
-    JobOptions,
-    JobSpec,
-    container_argv,
-    host_path,
-    make_spec,
-)
-from mixtral_run.fleet.jobs.jobs import RunningJob, engine, facts_of, job_name, list_jobs, start_on
-from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.jobs.job_spec import Container, JobOptions, JobSpec, container_argv, host_path, make_spec
+from mixtral_run.fleet.jobs.jobs import RunningJob, engine, facts_of, job_name, list_jobs, refuse_taken, start_on
+from mixtral_run.fleet.jobs.queue import when_free
+from mixtral_run.fleet.ssh.connection import Ssh, destination
 from mixtral_run.fleet.ssh.problems import last_line
 
 SERVE = "serve"
@@ -55,8 +50,21 @@ def serve(config: ServeConfig, options: JobOptions, ssh: Ssh | None = None) -> R
     """
     ssh = ssh or Ssh()
     options = dataclasses.replace(options, image=config.engine_image or IMAGES[config.engine])
-    options.check()
-    host = only_host(SERVE, options)
+    job = when_free(SERVE, options, _say, ssh, lambda hosts: _start(config, options, ssh, hosts))
+    if job is None:
+        return None
+    _say(f"{job.name} runs on {job.hosts[0].name}; to stop it: mixtral-run stop {job.name}")
+    if options.detach:
+        _say(f"output: mixtral-run logs -f {job.name}")
+        return job
+    _wait(ssh, job, config.wait_minutes)
+    _say_how(config, job)
+    return job
+
+
+def _start(config: ServeConfig, options: JobOptions, ssh: Ssh, hosts: tuple[Host, ...]) -> RunningJob | None:
+    """Start the container of a server. With --dry-run, print its command and return None."""
+    host = only_host(SERVE, options, hosts)
     spec = make_spec(job_name(SERVE), SERVE, config, options, 1)
     (facts,) = facts_of([host], options, ssh, needs_image=False)
     rank = _check_model(ssh, host, spec)
@@ -64,17 +72,14 @@ def serve(config: ServeConfig, options: JobOptions, ssh: Ssh | None = None) -> R
     if config.dry_run:
         print(shlex.join(container_argv(spec, facts, container)))
         return None
+    refuse_taken(ssh, [host], spec)
     _pull(ssh, host, options.image)
-    start_on(ssh, host, facts, spec, container)
+    try:
+        start_on(ssh, host, facts, spec, container)
+    except HostError as error:
+        raise _port_error(host, config, error) from error
     remember(host, options)
-    job = RunningJob(spec.name, SERVE, (host,))
-    _say(f"{spec.name} runs on {host.name}; to stop it: mixtral-run stop {spec.name}")
-    if options.detach:
-        _say(f"output: mixtral-run logs -f {spec.name}")
-        return job
-    _wait(ssh, job, config.wait_minutes)
-    _say_how(config, job)
-    return job
+    return RunningJob(spec.name, SERVE, (host,))
 
 
 def serving_container(config: ServeConfig, spec: JobSpec, facts: HostFacts, rank: int | None) -> Container:
@@ -135,6 +140,18 @@ def _pull(ssh: Ssh, host: Host, image: str) -> None:
         )
 
 
+def _port_error(host: Host, config: ServeConfig, error: HostError) -> HostError:
+    """Return the error in the user's terms if the port is taken; else the error itself."""
+    if not re.search("port is already allocated|address already in use", error.found or ""):
+        return error
+    return HostError(
+        f"Port {config.port} of {host.name} is taken.",
+        where=f"{config.bind}:{config.port}",
+        found=error.found,
+        next_command=f"another --port; mixtral-run jobs {host.name}, which lists servers",
+    )
+
+
 def _wait(ssh: Ssh, job: RunningJob, minutes: int) -> None:
     """Wait until the server answers. Raises the error of its container, or HostError after the time."""
     (host,), until = job.hosts, time.monotonic() + 60 * minutes
@@ -165,7 +182,8 @@ def _say_how(config: ServeConfig, job: RunningJob) -> None:
     local = config.bind in ("127.0.0.1", "localhost", "::1")
     _say(f"✓ {host.name} serves on port {config.port}{', of the host only' if local else f' of {config.bind}'}")
     if local:
-        _say(f"  from here: ssh -N -L {config.port}:127.0.0.1:{config.port} {host.address}")
+        tunnel = f"{config.port}:127.0.0.1:{config.port}"
+        _say(f"  from here: {shlex.join(['ssh', '-N', '-L', tunnel, *destination(host)])}")
     _say(
         f"  curl http://127.0.0.1:{config.port}/v1/completions -H 'Content-Type: application/json' "
         f'-d \'{{"model": "{name}", "prompt": "Once", "max_tokens": 16}}\''

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.cordon import CORDON_FILE
-from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, HostFacts, JobSpec
+from mixtral_run.fleet.jobs.host_facts import HostFacts
+from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, JobSpec
 
-GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse")
+NETWORK = "network"
+"""What the containers of `status --network` are listed as. It is no verb of the command line."""
+GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell", NETWORK)
 """Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""
 LOCK_FILE = "/tmp/mixtral-run.start.lock"
 """Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""
@@ -21,16 +24,22 @@ BUSY, CORDONED = 75, 76
 """Exit codes of START_SCRIPT. `docker run --detach` ends with 125 to 127 if it fails."""
 
 START_SCRIPT = rf"""
-docker="$1"; cordon="$2"; lock="$3"; verbs="$4"; shift 4
+docker="$1"; cordon="$2"; lock="$3"; verbs="$4"; attached="$5"; shift 5
 [ -e "$lock" ] || (umask 022; set -C; : >"$lock") 2>/dev/null
 exec 9<"$lock" || exit
 flock -w 120 9 || {{ echo "another start of a job does not end" >&2; exit {BUSY}; }}
-if [ -e "$cordon" ]; then head -c 4000 "$cordon" >&2; exit {CORDONED}; fi
+if [ -e "$cordon" ]; then [ -n "$attached" ] || head -c 4000 "$cordon" >&2; exit {CORDONED}; fi
 if [ -n "$verbs" ]; then
   row='{{{{.Label "{LABEL_VERB}"}}}} {{{{.Label "{LABEL_JOB}"}}}}'
   rows=$($docker ps --filter label={LABEL_JOB} --format "$row") || exit
   busy=$(printf '%s\n' "$rows" | grep -E "^($verbs) " | head -n 1)
-  if [ -n "$busy" ]; then printf '%s\n' "$busy" >&2; exit {BUSY}; fi
+  if [ -n "$busy" ]; then [ -n "$attached" ] || printf '%s\n' "$busy" >&2; exit {BUSY}; fi
+fi
+if [ -n "$attached" ]; then
+  while [ -d /proc/$$ ] && [ -z "$($docker ps --quiet --filter "label={LABEL_JOB}=$attached")" ]; do sleep 0.2; done \
+    </dev/null >/dev/null 2>&1 &
+  exec 9<&-
+  exec "$@"
 fi
 "$@"
 exit
@@ -38,7 +47,10 @@ exit
 """Script that starts a container unless the host is cordoned or runs a job of one of the verbs.
 
 Arguments: the command for the engine; the record of a cordon; the lock; the verbs with bars between them, or nothing;
-and the command that starts the container. The shell itself keeps the lock: sudo closes what it inherits.
+the name of a job whose container keeps the standard streams, or nothing; and the command that starts the container.
+The shell itself keeps the lock: sudo closes what it inherits. If the container keeps the streams, the command lasts as
+long as the container: another process keeps the lock until the engine lists the container, and the script prints
+nothing of its own.
 """
 
 
@@ -48,10 +60,10 @@ class BusyError(HostError):
     jobs: tuple[tuple[str, str], ...] = ()
 
 
-def start_argv(argv: Sequence[str], spec: JobSpec, facts: HostFacts) -> list[str]:
-    """Return the command that starts a container (argv) on a host that is free."""
+def start_argv(argv: Sequence[str], spec: JobSpec, facts: HostFacts, *, attached: bool = False) -> list[str]:
+    """Return the command that starts a container (argv) on a host that is free. attached: it keeps the streams."""
     verbs = "|".join(GPU_VERBS) if needs_free_host(spec.verb, share=spec.options.share) else ""
-    words = [" ".join(facts.docker), CORDON_FILE, LOCK_FILE, verbs]
+    words = [" ".join(facts.docker), CORDON_FILE, LOCK_FILE, verbs, spec.name if attached else ""]
     return ["sh", "-c", START_SCRIPT, "start", *words, *argv]
 
 

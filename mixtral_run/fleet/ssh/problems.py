@@ -106,3 +106,8 @@ def last_line(text: str) -> str:
     """Return the last line of a text that is not blank, or an empty string."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
+
+
+def reason_of(text: str) -> str:
+    """Return the line in which the engine's client says why it failed: the last one that is not its advice."""
+    return last_line(re.sub(r"^(Run|See) 'docker .*--help'.*$", "", text, flags=re.MULTILINE))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mixtral_run.fleet.cordon import cordon_of
+from mixtral_run.fleet.status.health import health_of
 from mixtral_run.fleet.untrusted import one_line
 
 MAX_ITEMS = 10_000
@@ -52,12 +53,15 @@ ANSWER: dict[str, Schema] = {
 }  # fmt: skip
 """The readings that `status` shows. `_acceptance` checks the record of the acceptance, which a host may lack."""
 
+RDMA: Schema = maybe({"devices": [{"name": TEXT, "rate": TEXT, "link_layer": TEXT}], "gpudirect": maybe(TEXT)})
+"""Active InfiniBand and RoCE devices, and how they reach the memory of the GPUs."""
+
 
 def check_answer(values: Any) -> dict[str, Any]:
     """Return the readings in the JSON values of an answer: the keys of ANSWER, and the records of the host.
 
     `acceptance` has `report` (an object, {} if there is none), `at` (text) and `identity` (machine-id, SSH host key).
-    `cordon` is a Cordon, or None.
+    `cordon` is a Cordon, or None. `health` is a Health, or None without the health watch.
 
     Raises:
         ValueError: a reading is missing or not in its form. The message names the reading.
@@ -68,6 +72,8 @@ def check_answer(values: Any) -> dict[str, Any]:
     found["acceptance"] = _acceptance(_object(acceptance, "records.acceptance"))
     # A record that cannot be read is null, and cordons the host as well.
     found["cordon"] = cordon_of(records["cordon"]) if "cordon" in (records or {}) else None
+    found["rdma"] = _checked(values.get("rdma"), RDMA, "answer.rdma")
+    found["health"] = health_of(records["health"], values.get("epoch")) if "health" in (records or {}) else None
     return found
 
 

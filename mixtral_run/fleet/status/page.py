@@ -42,18 +42,25 @@ def _list(values: Sequence[str], style: str = "") -> str:
     return f'<ul class="{style}">' + "".join(f"<li>{html.escape(value)}</li>" for value in values) + "</ul>"
 
 
+def _severity(status: HostStatus) -> int:
+    """Return the place of a host's state in STATES: the worst comes first."""
+    found = (
+        not status.reachable, bool(status.error), status.reimaged, bool(status.cordoned), bool(status.warnings),
+        bool(status.differences),
+    )  # fmt: skip
+    return next((place for place, holds in enumerate(found) if holds), len(found))
+
+
+STATES = (
+    ("bad", "✗ unreachable"), ("bad", "! unreadable"), ("bad", "! reimaged"), ("bad", "! cordoned"),
+    ("bad", "! warning"), ("warn", "! differs"), ("good", "✓ fine"),
+)  # fmt: skip
+"""Style and words of each state."""
+
+
 def _state(status: HostStatus) -> str:
-    if not status.reachable:
-        return '<span class="bad">✗ unreachable</span>'
-    if status.error:
-        return '<span class="warn">! unreadable</span>'
-    if status.reimaged:
-        return '<span class="bad">! reimaged</span>'
-    if status.warnings:
-        return '<span class="bad">! warning</span>'
-    if status.differences:
-        return '<span class="warn">! differs</span>'
-    return '<span class="good">✓ fine</span>'
+    style, words = STATES[_severity(status)]
+    return f'<span class="{style}">{words}</span>'
 
 
 def _gpus(status: HostStatus) -> str:
@@ -61,9 +68,14 @@ def _gpus(status: HostStatus) -> str:
 
 
 def _remarks(status: HostStatus) -> str:
+    return _list([*_problems(status), *status.differences], "warn")
+
+
+def _problems(status: HostStatus) -> list[str]:
+    """Return what is wrong with a host, apart from what differs from the rest of the fleet."""
     first = [status.error] if status.error else []
     reimaged = ["reimaged since it was set up: run bootstrap"] if status.reimaged else []
-    return _list([*first, *reimaged, *status.warnings, *status.differences], "warn")
+    return [*first, *reimaged, *status.warnings]
 
 
 def _gib(value: float) -> str:
@@ -78,7 +90,7 @@ def _gpu_errors(status: HostStatus) -> str:
 
 COLUMNS = (
     Column("Host", lambda status: html.escape(status.name)),
-    Column("State", _state),
+    Column("State", _state, sort=lambda status: str(_severity(status))),
     Column("Remarks", _remarks, sort=lambda status: str(len(status.warnings) * 100 + len(status.differences))),
     Column("GPUs", _gpus, "GPU"),
     Column("GPU memory", lambda status: _text(_gib(status.gpu_memory_gib)), "GPU memory GiB"),
@@ -86,6 +98,7 @@ COLUMNS = (
     Column("ECC / Xid", lambda status: _text(_gpu_errors(status))),
     Column("Driver", lambda status: _text(status.driver), "driver"),
     Column("Fabric manager", lambda status: _text(status.fabric_manager), "fabric manager"),
+    Column("RDMA", lambda status: _text(status.rdma), "RDMA"),
     Column("Engine", lambda status: _text(status.engine), "engine"),
     Column(
         "Toolkit", lambda status: _text(f"{status.toolkit} ({status.gpus_by})" if status.toolkit else ""), "toolkit"
@@ -100,21 +113,24 @@ COLUMNS = (
     Column("Checkpoints", lambda status: _list(status.checkpoints)),
     Column("Adapters", lambda status: _list(status.adapters)),
     Column("Jobs", lambda status: _list(status.jobs)),
+    Column("Health", lambda status: _text(status.health)),
     Column("Acceptance", lambda status: _text(status.acceptance)),
     Column("Set up", lambda status: _text(status.set_up)),
 )
 
 
 def page(statuses: Sequence[HostStatus], when: float | None = None) -> str:
-    """Return the HTML of the page. It loads nothing from elsewhere."""
+    """Return the HTML of the page, with the hosts that have problems first. It loads nothing from elsewhere."""
+    ordered = sorted(statuses, key=_severity)
     template = string.Template(STATUS_PAGE.read_text(encoding="utf-8"))
     moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(when))
     return template.substitute(
         title="Fleet status",
         when=f"Read {moment} by mixtral-run status",
         tiles=_tiles(statuses),
+        problems=_problem_list(ordered),
         head="".join(f'<th scope="col"><button type="button">{column.title}</button></th>' for column in COLUMNS),
-        rows="\n".join(_row(status) for status in statuses),
+        rows="\n".join(_row(status) for status in ordered),
     )
 
 
@@ -133,7 +149,7 @@ def write_page(path: Path, statuses: Sequence[HostStatus]) -> None:
 
 
 def _tiles(statuses: Sequence[HostStatus]) -> str:
-    fine = sum(1 for status in statuses if "good" in _state(status))
+    fine = sum(1 for status in statuses if STATES[_severity(status)][0] == "good")
     unreachable = sum(1 for status in statuses if not status.reachable)
     numbers = (
         (len(statuses), "hosts", ""),
@@ -147,6 +163,18 @@ def _tiles(statuses: Sequence[HostStatus]) -> str:
         f'<div class="tile"><b class="{style if number else ""}">{number}</b><span>{words}</span></div>'
         for number, words, style in numbers
     )
+
+
+def _problem_list(ordered: Sequence[HostStatus]) -> str:
+    """Return a list of the hosts that need somebody, which a phone shows without scrolling sideways."""
+    found = [
+        f"<li><b>{html.escape(status.name)}</b> {_state(status)}"
+        + "".join(f"<p>{html.escape(each)}</p>" for each in _problems(status))
+        + "</li>"
+        for status in ordered
+        if STATES[_severity(status)][0] == "bad"
+    ]
+    return f'<section class="problems"><h2>Problems</h2><ul>{"".join(found)}</ul></section>' if found else ""
 
 
 def _row(status: HostStatus) -> str:

@@ -46,6 +46,8 @@ class HostStatus:
     xid_errors: tuple[str, ...] | None = ()
     """Lines of the kernel log; None if it could not be read."""
     fabric_manager: str = ""
+    rdma: str = ""
+    """Active InfiniBand and RoCE devices, and how they reach the memory of the GPUs; empty without devices."""
     engine: str = ""
     toolkit: str = ""
     gpus_by: str = ""
@@ -61,6 +63,8 @@ class HostStatus:
     jobs: tuple[str, ...] = ()
     cordoned: str = ""
     """Who cordoned the host, when and why; empty if it takes jobs."""
+    health: str = ""
+    """What the last look of the health watch found; empty on a host without it."""
     acceptance: str = ""
     set_up: str = ""
     reimaged: bool | None = None
@@ -71,7 +75,7 @@ class HostStatus:
 
 COMPARED: tuple[tuple[str, str], ...] = (
     ("os", "OS"), ("kernel", "kernel"), ("driver", "driver"), ("gpu_model", "GPU"), ("num_gpus", "GPUs"),
-    ("gpu_memory_gib", "GPU memory GiB"), ("fabric_manager", "fabric manager"), ("engine", "engine"),
+    ("gpu_memory_gib", "GPU memory GiB"), ("fabric_manager", "fabric manager"), ("rdma", "RDMA"), ("engine", "engine"),
     ("toolkit", "toolkit"), ("gpus_by", "GPUs by"), ("image", "image"), ("swap_gib", "swap GiB"), ("models", "models"),
     ("ram_gib", "RAM GiB"),
 )  # fmt: skip
@@ -133,6 +137,7 @@ def status_from(name: str, values: Any) -> HostStatus:
         ecc_errors=int(sum(gpu["ecc_errors"] for gpu in gpus)),
         xid_errors=None if found["xid_errors"] is None else tuple(found["xid_errors"]),
         fabric_manager=_fabric_manager(fabric),
+        rdma=_rdma(found["rdma"]),
         engine=engine["version"] or "",
         toolkit=found["toolkit"] or "",
         gpus_by="CDI"
@@ -149,6 +154,7 @@ def status_from(name: str, values: Any) -> HostStatus:
         adapters=tuple(f"{entry['path']} (iteration {entry['iteration']})" for entry in found["adapters"]),
         jobs=tuple(f"{job['name']} ({job['verb']}, {job['since']})" for job in found["jobs"]),
         cordoned=str(found["cordon"] or ""),
+        health=str(found["health"] or ""),
         acceptance=_acceptance(acceptance["report"]),
         set_up=acceptance["at"],
         reimaged=_reimaged(acceptance["identity"], found["identity"]),
@@ -160,6 +166,14 @@ def _fabric_manager(fabric: Mapping[str, Any]) -> str:
     if not fabric["nvswitch"]:
         return ""
     return f"{fabric['version'] or '?'}{'' if fabric['active'] else ' (not running)'}"
+
+
+def _rdma(rdma: Mapping[str, Any] | None) -> str:
+    if rdma is None or not rdma["devices"]:
+        return ""
+    counts = collections.Counter(f"{each['link_layer']} {each['rate']}".strip() for each in rdma["devices"])
+    parts = [f"{count} × {words}" for words, count in sorted(counts.items())]
+    return ", ".join([*parts, rdma["gpudirect"] or "without GPUDirect"])
 
 
 def _image(image: Mapping[str, Any] | None) -> str:
@@ -195,6 +209,7 @@ def _acceptance(report: Mapping[str, Any]) -> str:
 def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     driver, engine, gpus = found["driver"], found["engine"], found["gpus"]
     warnings = [str(found["cordon"])] if found["cordon"] is not None else []
+    warnings += found["health"].warnings if found["health"] is not None else []
     if driver["error"]:
         warnings.append(driver["error"])
     if driver["kernel"] and driver["user"] and driver["kernel"] != driver["user"]:

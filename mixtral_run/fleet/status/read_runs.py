@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,15 @@ def runs_program() -> bytes:
 
 
 def runs_on(
-    hosts: Sequence[Host], folders: Sequence[str], ssh: Ssh | None = None
+    hosts: Sequence[Host], folders: Sequence[str], checkpoints_folder: str | None = None, ssh: Ssh | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of all hosts, each with its host, and a line for each host or folder that cannot be read."""
+    """Return the rows of all hosts, each with its host, and a line for each host or folder that cannot be read.
+
+    folders: paths of the hosts; relative ones are below the checkpoints folder, which is the default.
+    """
     ssh = ssh or Ssh()
-    argument, program = json.dumps(list(folders) or [DEFAULT_FOLDERS["checkpoints"]]), runs_program()
+    top = checkpoints_folder or DEFAULT_FOLDERS["checkpoints"]
+    argument, program = json.dumps([posixpath.join(top, each) for each in folders] or [top]), runs_program()
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for host, (found, wrong) in zip(

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+import time
 from typing import Any
 
 LABEL_JOB = "org.mixtral-run.job"
@@ -38,6 +39,7 @@ def read_status(folders: dict[str, str]) -> dict[str, Any]:
     found["checkpoints"], found["adapters"] = checkpoints(folders["checkpoints"])
     found["jobs"] = jobs()
     found["root"] = os.geteuid() == 0
+    found["epoch"] = int(time.time())
     return found
 
 

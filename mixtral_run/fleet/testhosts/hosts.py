@@ -68,6 +68,8 @@ class StandIn:
     """GPUs without a driver: the role nvidia_driver installs it, and a stand-in of the kernel loads its modules."""
     mig: bool = False
     persistence: bool = True
+    recovery_action: str = "None"
+    """What the driver asks for on every GPU (gpu_recovery_action)."""
     serial: str = "000000000001"
 
 
@@ -141,7 +143,7 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None, 
         argv += [image, "/lib/systemd/systemd", "systemd.unified_cgroup_hierarchy=0",
                  "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"]  # fmt: skip
     call(*argv)
-    host = _wait_for_boot(name)
+    host = wait_for_boot(name)
     host.shell(f"mkdir -p ~{USER}/.ssh && printf '%s' '{ssh_key().with_suffix('.pub').read_text()}' "
                f"> ~{USER}/.ssh/authorized_keys && chown -R {USER} ~{USER}/.ssh && {QUICK_PACKAGES}")  # fmt: skip
     set_standin(host, standin)
@@ -202,7 +204,8 @@ def _cache() -> Path:
     return CACHE
 
 
-def _wait_for_boot(name: str) -> Host:
+def wait_for_boot(name: str) -> Host:
+    """Return a host once SSH answers. Raises TargetError with the journal's end if it does not boot."""
     host = find(name)
     until = time.monotonic() + BOOT_SECONDS
     while time.monotonic() < until:

@@ -20,6 +20,9 @@ from mixtral_run.inference.session import Session, as_model, models_of
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.terminal.report import Report
 
+_MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of a task's setting for the number of tokens to generate, the most important one first."""
+
 
 def run_tasks(config: EvaluateConfig, session: Session, model: MixtralModel, report: Report) -> dict[str, Any]:
     """Run the tasks on the base, and on the base with the adapter. All ranks must call.
@@ -27,7 +30,8 @@ def run_tasks(config: EvaluateConfig, session: Session, model: MixtralModel, rep
     Every rank goes through the same requests, because the ranks compute each pass together.
 
     Returns:
-        Results by model, task and metric. Raises ConfigError for a task that lm-eval does not have.
+        Results by model, task and metric; nothing on other processes than the first of a machine. Raises ConfigError
+        for a task that lm-eval does not have.
     """
     manager = TaskManager(include_path=str(config.tasks_path) if config.tasks_path is not None else None)
     unknown = sorted(set(config.tasks) - set(manager.all_tasks))
@@ -47,18 +51,21 @@ def run_tasks(config: EvaluateConfig, session: Session, model: MixtralModel, rep
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        assert results is not None
+        if results is None:
+            # lm-eval gives the results to the first process of a machine only, whatever the model's rank says.
+            continue
         found[name] = {
             task: {metric: value for metric, value in values.items() if isinstance(value, (int, float))}
             for task, values in results["results"].items()
         }
-    names = list(found)
-    rows = [
-        (task, metric, *(f"{found[name][task][metric]:.4f}" for name in names))
-        for task, values in found[names[0]].items()
-        for metric in values
-    ]
-    report.table(("task", "metric", *names), rows, title="lm-eval")
+    if found:
+        names = list(found)
+        rows = [
+            (task, metric, *(f"{found[name][task][metric]:.4f}" for name in names))
+            for task, values in found[names[0]].items()
+            for metric in values
+        ]
+        report.table(("task", "metric", *names), rows, title="lm-eval")
     return found
 
 
@@ -80,7 +87,11 @@ class HarnessModel(TemplateLM):
         return int(self._tokenizer.bos_token_id)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self._tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        """Return the ids of a text. None: with the tokens that the tokenizer adds, unless the text begins with them."""
+        if add_special_tokens is None:
+            begin = self._tokenizer.bos_token
+            add_special_tokens = not (isinstance(begin, str) and string.startswith(begin))
+        return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -105,7 +116,7 @@ class HarnessModel(TemplateLM):
         for number, (row, (_, continuation)) in enumerate(zip(rows, part, strict=True)):
             end, count = len(row) - 1, min(len(continuation), len(row) - 1)
             scores = logits[number, end - count : end].float().log_softmax(-1)
-            wanted = torch.tensor(row[-count:], device=device)
+            wanted = torch.tensor(row[len(row) - count :], dtype=torch.int64, device=device)
             score = scores.gather(-1, wanted[:, None]).sum()
             found.append((float(score), bool((scores.argmax(-1) == wanted).all())))
         return found
@@ -133,10 +144,13 @@ class HarnessModel(TemplateLM):
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
-        temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-        most = int(settings.get("max_gen_toks", self._config.max_new_tokens))
+        # As lm-eval's own models read these settings (lm_eval/models/utils.py, normalize_gen_kwargs).
+        samples = settings.get("do_sample")
+        temperature = float(settings.get("temperature", 1.0 if samples else 0.0)) if samples is not False else 0.0
+        given = (settings.get(name) for name in _MOST_TOKENS)
+        most = int(next((value for value in given if value is not None), self._config.max_new_tokens))
         most = min(most, self._length - 1)
-        row = self.tok_encode(context, add_special_tokens=True)[-(self._length - most) :]
+        row = self.tok_encode(context)[-(self._length - most) :]
         sampling = Sampling(most, temperature, float(settings.get("top_p", 1.0)), self._config.seed)
         decoding = None if self._config.cuda_graphs else Decoding
         output = continue_rows(self._model, [row], {self.eot_token_id}, sampling, None, decoding)[0]

@@ -41,7 +41,7 @@ class RunRecord:
         id: tells runs of one name apart; a resumed run keeps it.
         started: UTC, ISO 8601, of the first start.
         kit: version and commit of the kit.
-        base: fingerprint and path of the base.
+        base: fingerprint and path of the base; hf_model: the HF model that it was converted from, or that it is.
         data: SHA-256 of --data-path (null for mock data and for a dataset on the hub), hash of all token ids, and a
             line each about the training and the validation data.
         settings: all settings of the run, with the layout that was chosen.
@@ -65,7 +65,11 @@ class RunRecord:
             id=_text(known.get("id")) or secrets.token_hex(4),
             started=_text(known.get("started")) or now,
             kit=asdict(this_kit()),
-            base={"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
+            base={
+                "fingerprint": base.fingerprint,
+                "path": str(base.folder.resolve()),
+                "hf_model": base.hf_model,
+            },
             data={
                 "sha256": data.sha256,
                 "tokens": data.identity or None,

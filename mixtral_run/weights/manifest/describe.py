@@ -34,7 +34,7 @@ class BaseDescription:
 
     fingerprint: for an HF directory only its first half, which needs no more than the norms and routers; the whole is
     known once every byte was read (`MixtralModel.base_fingerprint`). weights: the tensors of an HF directory, None for
-    a checkpoint.
+    a checkpoint. converted_from: the HF model that a checkpoint was converted from, None for an HF directory.
     """
 
     folder: Path
@@ -42,6 +42,12 @@ class BaseDescription:
     dtype: str
     fingerprint: str
     weights: HFWeights | None = None
+    converted_from: str | None = None
+
+    @property
+    def hf_model(self) -> str | None:
+        """Return the name or directory of the HF model; None if the checkpoint does not record it."""
+        return self.converted_from if self.weights is None else str(self.folder.resolve())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -88,7 +94,7 @@ def describe_base(load: Path) -> BaseDescription:
         return _describe_hf(load)
     newest_iteration(load)
     manifest = read_manifest(load, BaseManifest)
-    return BaseDescription(load, manifest.architecture, manifest.dtype, manifest.fingerprint)
+    return BaseDescription(load, manifest.architecture, manifest.dtype, manifest.fingerprint, None, manifest.source)
 
 
 def _describe_hf(directory: Path) -> BaseDescription:

@@ -7,9 +7,10 @@ import json
 import os
 import re
 
+from . import services
 from .commands import MISSING, TIMED_OUT, run
 from .files import RECORD_FOLDER, explain, read_text
-from .gpu import driver_parts, gpu_driver
+from .gpu import driver_parts, gpu_driver, rdma
 
 GPU_FIELDS = (
     "index",
@@ -259,7 +260,10 @@ def machine(disks=()):
         },
         "gpu_modes": {name: modes.get(name, []) for name in ("persistence_mode", "mig.mode.current")},
         "fabric_manager": gpu_driver.fabric_manager(modes, [gpu["name"] for gpu in driver["gpus"]]),
+        "rdma": rdma.read(),
         "clock_synchronized": clock_synchronized(),
+        "time_services": services.time_services(),
+        "firewall": services.firewall(),
         "swap": swap_files(),
     }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import namedtuple
 
-from . import space
-from .gpu import gpu_shortfalls
+from . import services, space
+from .gpu import gpu_shortfalls, rdma
 from .gpu.gpu_shortfalls import version
 
 Shortfall = namedtuple("Shortfall", "check level expected found remedy")
@@ -29,6 +29,9 @@ CHECKS = (
     "dns",
     "mirrors",
     "clock",
+    "time_sync",
+    "firewall",
+    "rdma",
 )
 TEXTS = ("architecture", "driver_version", "driver_supported")
 """Limits that are no numbers, even if they look like one."""
@@ -195,4 +198,7 @@ _CHECKERS = {
     "dns": _dns,
     "mirrors": _mirrors,
     "clock": _clock,
+    "time_sync": services.time_shortfall,
+    "firewall": services.firewall_shortfall,
+    "rdma": rdma.shortfall,
 }

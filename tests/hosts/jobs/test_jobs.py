@@ -19,8 +19,9 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, HostError, TrainingError
 from mixtral_run.fleet.jobs.fetch import fetch, fetch_job
+from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_log import JobFollower, Left, show_logs
-from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, make_spec
+from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec
 from mixtral_run.fleet.jobs.jobs import RunningJob, engine, find_job, list_jobs, start, stop
 from mixtral_run.fleet.jobs.taking import BUSY, BusyError, start_argv
 from mixtral_run.fleet.ssh.connection import Ssh

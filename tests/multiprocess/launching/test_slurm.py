@@ -94,6 +94,33 @@ def test_a_job_runs_to_its_end_on_two_nodes(
     assert (tmp_path / "adapter/latest_checkpointed_iteration.txt").read_text() == f"{ITERATIONS}\n"
 
 
+def test_a_job_is_queued_again_at_its_time_limit_and_continues(
+    cluster: SlurmCluster, small_checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "adapter"
+    record = finetune(cluster, small_checkpoint, save, "--detach")
+    wait_for(record, "iteration 3/")
+    # What Slurm itself sends at --save-seconds before the limit, without a minute of waiting for it.
+    cluster.run("scancel", "--batch", "--signal=USR1", record.scheduler_id)
+    wait_for(record, "queued again, restart 1 of at most 3")
+    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= saved < ITERATIONS
+    until = time.monotonic() + PATIENCE_SECONDS
+    while "JobState=PENDING" not in cluster.run("scontrol", "show", "job", record.scheduler_id):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    # A node refuses an attempt that starts in the same second as the one before ended: their credentials differ by that
+    # second only. Slurm itself waits for two minutes.
+    time.sleep(2)
+    cluster.run("scontrol", "update", f"jobid={record.scheduler_id}", "starttime=now")
+    run("logs", "--follow", record.name)
+    printed = log(record)
+    assert "asking the job to save" in printed and "as requested" in printed
+    assert "attempt 2 of at most 4" in printed and f"iteration {saved}\n" in printed
+    assert "Traceback" not in printed
+    assert losses(save) == losses(whole)
+
+
 def test_a_job_that_is_stopped_saves_and_stays_stopped(
     cluster: SlurmCluster, small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

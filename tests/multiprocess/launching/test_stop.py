@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, container_argv, make_spec
+from mixtral_run.fleet.jobs.host_facts import HostFacts
+from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
 from mixtral_run.fleet.jobs.jobs import SIGNALLED
 from tests.multiprocess.conftest import mixtral_run
 

@@ -16,6 +16,7 @@ from mixtral_run.inference.evaluation.evaluate import evaluate
 from mixtral_run.train.loop import finetune
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.talking.conftest import Adapted, Oracle, rendered
+from tests.support import standin_packages
 
 PAIRS = [
     ("Add one and two.", "Three."), ("Say hello.", "Hello there, friend."), ("Name a color.", "Blau, grün oder rot."),
@@ -120,6 +121,44 @@ def test_two_ranks_from_the_command_line(adapted: Adapted, pairs: Path) -> None:
     mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
     assert found["models"]["adapter"]["loss"] == pytest.approx(mean, rel=1e-5)
     assert len(found["answers"]) == 2
+
+
+def test_tasks_of_lm_eval_on_two_ranks(adapted: Adapted, tmp_path: Path) -> None:
+    """With a STAND-IN for the package (tests/support/standin_packages): the scores are those of HF's models."""
+    pairs, whole = [("Name a color.", " blue green"), ("Count: one ", "two"), ("", "once")], "Count one two three."
+    asked = ("Say hello", {"until": ["\n"], "max_gen_toks": COUNT})
+    tasks = {"all": {"loglikelihood": pairs, "loglikelihood_rolling": [(whole,)], "generate_until": [asked]}}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    done = mixtral_run(
+        "evaluate", "--load", str(adapted.base), "--adapter", str(adapted.adapter), "--tasks", "all", "--tasks-path",
+        str(tmp_path), "--json", "--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "2", "--device",
+        "cpu", PYTHONPATH=str(Path(standin_packages.__file__).parent),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["tasks"]
+    for name, oracle in (("base", adapted.hf), ("adapter", adapted.merged)):
+        encode = oracle.tokenizer.encode
+        scores = []
+        for context, continuation in pairs:
+            # With the token that begins every text of Mixtral.
+            ids = encode(context + continuation)
+            begin = len(encode(context.rstrip())) if context else 1
+            scores.append(hf_score(oracle, ids, begin))
+        assert found[name]["all"]["score,none"] == pytest.approx(sum(scores), rel=1e-4)
+        text = [oracle.tokenizer.bos_token_id, *encode(whole)]
+        assert found[name]["all"]["rolling,none"] == pytest.approx(hf_score(oracle, text, 1), rel=1e-4)
+        answer = oracle.model.generate(torch.tensor([encode("Say hello")]), max_new_tokens=COUNT, do_sample=False,
+                                       pad_token_id=0)[0, len(encode("Say hello")) :]  # fmt: skip
+        expected = oracle.tokenizer.decode(answer, skip_special_tokens=True).split("\n")[0]
+        assert found[name]["all"]["characters,none"] == len(expected)
+    assert "lm-eval" in done.stderr and "score,none" in done.stderr
+
+
+def hf_score(oracle: Oracle, ids: list[int], begin: int) -> float:
+    """The sum of the log probabilities of the tokens from `begin` on, by HF's model."""
+    with torch.inference_mode():
+        logits = oracle.model(torch.tensor([ids])).logits[0, begin - 1 : -1].log_softmax(-1)
+    return float(logits.gather(-1, torch.tensor(ids[begin:])[:, None]).sum())
 
 
 def test_everything_that_is_missing_is_reported_at_once(

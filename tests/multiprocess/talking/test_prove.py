@@ -21,7 +21,8 @@ import pytest
 
 from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.errors import CheckFailed, ConfigError, HostError
-from mixtral_run.inference.prove import check_proof, prove
+from mixtral_run.inference.prove import _readings, check_proof, prove
+from mixtral_run.inference.session import open_session
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.talking.conftest import Adapted, Oracle, rendered
 
@@ -87,6 +88,38 @@ def engine(models: dict[str, Oracle], *, takes_ids: bool, changed: bool = False)
     return answer
 
 
+def second_choice(models: dict[str, Oracle], *, shift: float = 0.0) -> tuple[Answer, float]:
+    """A server that takes the second best token once, goes on from there, and reports log probabilities. All by HF.
+
+    shift: error of its log probabilities. Returns the server, and by how much the second token's logit is smaller.
+    """
+    import torch
+
+    at = 2
+    differences: list[float] = []
+
+    def logits(oracle: Oracle, ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return oracle.model(torch.tensor([ids])).logits[0]
+
+    def answer(request: dict[str, Any]) -> tuple[int, object]:
+        oracle, ids, count = models[request["model"]], request["prompt"], request["max_tokens"]
+        before = greedy_ids(oracle, ids, at)
+        best = logits(oracle, ids + before)[-1].topk(2)
+        differences.append(float(best.values[0] - best.values[1]))
+        tokens = [*before, int(best.indices[1])]
+        tokens += greedy_ids(oracle, ids + tokens, count - len(tokens))
+        rows = logits(oracle, ids + tokens)[len(ids) - 1 : -1].log_softmax(-1)
+        found = [float(row[token]) + shift for row, token in zip(rows, tokens, strict=True)]
+        text = oracle.tokenizer.decode(tokens, skip_special_tokens=True)
+        choice = {"text": text, "finish_reason": "length", "token_ids": tokens, "logprobs": {"token_logprobs": found}}
+        return 200, {"choices": [choice]}
+
+    ids = models["base"].tokenizer(rendered([(PROMPTS[0], None)]), add_special_tokens=False).input_ids
+    answer({"model": "base", "prompt": ids, "max_tokens": COUNT})
+    return answer, differences[0]
+
+
 def config(adapted: Adapted, url: str, **changes: Any) -> ServeConfig:
     settings: dict[str, Any] = {
         "load": adapted.base, "adapter": adapted.adapter, "prove": url, "instruction": PROMPTS, "max_new_tokens": COUNT,
@@ -98,12 +131,23 @@ def models_of(*names: str) -> dict[str, Any]:
     return {"object": "list", "data": [{"id": name} for name in names]}
 
 
-@pytest.mark.parametrize("takes_ids", [True, False])
-def test_a_server_of_the_same_models_passes(
-    adapted: Adapted, takes_ids: bool, capsys: pytest.CaptureFixture[str]
+def test_a_server_of_the_same_models_passes_on_two_ranks(adapted: Adapted) -> None:
+    served = {"base": adapted.hf, "adapter": adapted.merged}
+    with server(engine(served, takes_ids=True), models_of("base", "adapter")) as url:
+        done = mixtral_run(
+            "serve", "--prove", url, "--load", str(adapted.base), "--adapter", str(adapted.adapter), "--device", "cpu",
+            "--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "2", "--max-new-tokens", str(COUNT),
+            *(word for prompt in PROMPTS for word in ("--instruction", prompt)),
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "answers as generate does: 6 answers" in done.stdout
+
+
+def test_a_server_of_the_same_models_that_takes_texts_passes(
+    adapted: Adapted, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served = {"base": adapted.hf, "adapter": adapted.merged}
-    with server(engine(served, takes_ids=takes_ids), models_of("base", "adapter")) as url:
+    with server(engine(served, takes_ids=False), models_of("base", "adapter")) as url:
         check_proof(config(adapted, url, nproc_per_node=1))
         prove(config(adapted, url))
     assert "answers as generate does: 6 answers" in capsys.readouterr().out
@@ -128,6 +172,45 @@ def test_an_adapter_that_is_not_loaded_is_found(adapted: Adapted) -> None:
         prove(config(adapted, url))
     assert all(problem.startswith("adapter: ") for problem in caught.value.problems)
     assert len(caught.value.problems) == len(PROMPTS)
+
+
+def test_a_token_that_is_equally_good_is_reported_and_passes(
+    adapted: Adapted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer, difference = second_choice({"base": adapted.hf})
+    settings = {"adapter": None, "instruction": PROMPTS[:1]}
+    with server(answer, models_of("base")) as url:
+        prove(config(adapted, url, **settings, logits_tolerance=difference + 1e-4))
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "0 of 1 answers are equal" in shown and "1 of them up to tokens that are equally good" in shown
+        assert f"the logits differ by {difference:.2g}" in shown
+        assert "log probabilities differ by at most" in shown
+        with pytest.raises(CheckFailed) as caught:
+            prove(config(adapted, url, **settings, logits_tolerance=difference - 1e-4))
+    (problem,) = caught.value.problems
+    assert "token 3: generate has" in problem and f"the logits differ by {difference:.2g}" in problem
+
+
+def test_the_tokens_of_an_answer_that_is_known_as_text(adapted: Adapted) -> None:
+    """With and without the blank that Mixtral's template puts before an answer; not of a part of a character."""
+    session = open_session(config(adapted, "http://127.0.0.1"))
+    tokenizer = adapted.hf.tokenizer
+    row = tokenizer(rendered([("Count.", None)]), add_special_tokens=False).input_ids
+    whole = tokenizer(rendered([("Count.", None)]) + " one two", add_special_tokens=False).input_ids
+    assert whole[: len(row)] == row
+    for text in (" one two", "one two"):
+        assert tuple(whole[len(row) :]) in _readings(text, row, session)
+    assert _readings("one \ufffd", row, session) == []
+
+
+def test_log_probabilities_of_another_model_are_found_in_equal_answers(adapted: Adapted) -> None:
+    answer, difference = second_choice({"base": adapted.hf}, shift=0.75)
+    settings = {"adapter": None, "instruction": PROMPTS[:1], "logits_tolerance": difference + 0.5}
+    assert difference < 0.2, "the tolerance must lie between both"
+    with server(answer, models_of("base")) as url, pytest.raises(CheckFailed) as caught:
+        prove(config(adapted, url, **settings))
+    (problem,) = caught.value.problems
+    assert "token 1: the log probability is" in problem
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from matplotlib.image import imread
 
+from mixtral_run.cli.main import root
 from tests.multiprocess.conftest import mixtral_run
 from tests.multiprocess.verbs.test_verbs import TINY_RUN, TWO, pairs  # noqa: F401
 from tests.support.html_page import Page, is_shown, value_at
@@ -128,9 +130,36 @@ def check_report(save: Path, examples: list[dict[str, str]]) -> None:
             assert 0 < answer["num_tokens"] <= 32
             assert {as_shown(answer[name]) for name in ("prompt", "expected", "text")} <= set(texts)
     assert {each.text.strip() for each in page.all("mark")} >= {"one</s>", "two</s>"}
-    [resume] = [text for text in texts if text.startswith("mixtral-run finetune")]
-    words = shlex.split(resume.replace("\\\n", ""))
-    assert words[-1] == "--resume" and words[words.index("--save") + 1] == str(save)
+    about, layout, *_ = [each.text for each in page.all("p")]
+    kit = f"mixtral-run {summary['kit']['version']}, commit {summary['kit']['commit'][:12]}"
+    assert about.startswith(f"Complete: 5 iterations · started {summary['started']} · {kit}")
+    assert layout == f"2 × cpu, TP2/EP2, base in bf16, recompute {summary['recompute']}"
+    assert {f"Lowest validation loss, at iteration {summary['validation']['lowest_iteration']}"} <= {
+        each.text for each in page.all("span")
+    }
+    check_commands([words_of(text) for text in texts if text.startswith("mixtral-run ")], save, summary)
+
+
+def words_of(text: str) -> list[list[str]]:
+    """Return the words of each command of a text."""
+    return [shlex.split(line) for line in text.replace("\\\n", "").splitlines()]
+
+
+def check_commands(found: list[list[list[str]]], save: Path, summary: dict[str, Any]) -> None:
+    """Compare the report's commands with the run. Every flag must be one of its verb."""
+    [[resume], [export], [serve, prove], [chat, generate]] = found
+    verbs = [words[1] for words in (resume, export, serve, prove, chat, generate)]
+    assert verbs == ["finetune", "export", "serve", "serve", "chat", "generate"]
+    for words in (resume, export, serve, prove, chat, generate):
+        command = root.get_command(click.Context(root), words[1])
+        flags = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= flags, words
+    assert resume[-1] == "--resume" and resume[resume.index("--save") + 1] == str(save)
+    source = json.loads((Path(summary["base"]["path"]) / "mixtral_run.json").read_text())["source"]
+    assert serve[serve.index("--load") + 1] == summary["base"]["hf_model"] == source
+    assert serve[serve.index("--adapter") + 1] == export[export.index("--output-path") + 1]
+    for words in (export, prove, chat, generate):
+        assert words[words.index("--adapter") + 1].startswith(str(save))
 
 
 def as_shown(text: str) -> str:

@@ -13,11 +13,12 @@ import pytest
 from mixtral_run.cli.main import root
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet import cordon as module
-from mixtral_run.fleet.cordon import Cordon, cordon_of, parse_cordon
+from mixtral_run.fleet.cordon import Cordon, cordon_error, cordon_of, parse_cordon
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.jobs.job_spec import FACTS_SCRIPT
-from mixtral_run.fleet.jobs.jobs import _cordon_error
+from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT
 from mixtral_run.fleet.ssh.connection import Answer
+from mixtral_run.fleet.status.page import page
+from mixtral_run.fleet.status.read_fleet import summary_rows, to_json
 from tests.unit.fleet.status.test_read_fleet import read
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -111,7 +112,7 @@ def test_facts_say_that_a_host_is_cordoned(file: Path, record: str, tmp_path: Pa
     file.write_text(record)
     found = cordon()
     assert found == "1 " + record.rstrip()
-    text = str(_cordon_error(parse_host("gpu-03"), found.removeprefix("1")))
+    text = str(cordon_error(parse_host("gpu-03"), found.removeprefix("1")))
     assert "gpu-03 takes no jobs" in text and "mixtral-run uncordon gpu-03" in text
     assert ("ops@laptop since 2026-01-01T00:00:00Z: Xid 79" if record else "by unknown since unknown") in text
 
@@ -123,5 +124,8 @@ def test_status_shows_it() -> None:
     status = read(records={"acceptance": acceptance, "cordon": record})
     assert status.cordoned == "cordoned by ops@laptop since 2026-01-01T00:00:00Z: Xid 79"
     assert status.warnings[0] == status.cordoned
+    assert "! cordoned" in page([status]) and "Xid 79" in page([status]) and "! cordoned" not in page([read()])
+    assert status.cordoned in summary_rows([status])[1][0][-1]
+    assert json.loads(to_json([status]))[0]["cordoned"] == status.cordoned
     # A record that root cannot read as JSON is null.
     assert "cordoned by unknown" in read(records={"acceptance": acceptance, "cordon": None}).cordoned

@@ -18,8 +18,9 @@ from mixtral_run.errors import HostError
 from mixtral_run.fleet.bootstrap.progress import FleetProgress
 from mixtral_run.fleet.hosts import parse_host, parse_hosts
 from mixtral_run.fleet.jobs.fetch import fetch, fetch_job
+from mixtral_run.fleet.jobs.host_facts import parse_facts
 from mixtral_run.fleet.jobs.job_log import JobFollower, show_logs
-from mixtral_run.fleet.jobs.job_spec import JobOptions, parse_facts
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.status.page import page
@@ -166,7 +167,7 @@ def facts(**changed: str | None) -> str:
         {"image": None}, {"address": None}, {"uid": "-1"}, {"uid": "١"}, {"gid": "9" * 30}, {"gpus": "many"},
         {"docker": "sh -c evil"}, {"folder": "relative"}, {"kernels": ""}, {"address": "evil.example"},
         {"address": "1.2.3.4:1"}, {"interface": "eth0 x"}, {"cdi": "yes"},
-        {"cordon": None}, {"cordon": "0"},
+        {"cordon": None}, {"cordon": "0"}, {"rdma": "mlx5_0 --privileged"}, {"bridges": None}, {"rdma_group": "-1"},
     ],
 )  # fmt: skip
 def test_odd_facts_start_nothing(answers: Any, changed: dict[str, str | None]) -> None:

@@ -94,6 +94,16 @@ def test_the_command_continues_the_run_with_its_settings(tmp_path: Path) -> None
     assert "--no-report" in words and "--seq-length" not in words
 
 
+@pytest.mark.parametrize(("base", "served"), [({"hf_model": "it's $HOME"}, "it's $HOME"), ({}, "HF_MODEL")])
+def test_the_export_is_what_is_served(tmp_path: Path, base: dict[str, str], served: str) -> None:
+    page = page_of(tmp_path, summary(base=base))
+    text = next(each.text for each in page.all("pre") if " serve " in each.text)
+    export = next(each.text for each in page.all("pre") if " export " in each.text)
+    first, second = (shlex.split(line) for line in text.replace("\\\n", "").splitlines())
+    assert first == ["mixtral-run", "serve", "--on", "HOST", "--load", served, "--adapter", shlex.split(export)[-1]]
+    assert "--format vllm" in export and second[second.index("--adapter") + 1] == str(tmp_path)
+
+
 def test_the_shares_of_the_experts_are_those_of_the_counts(tmp_path: Path) -> None:
     tokens = [[10, 30, 60], [50, 25, 25]]
     lines = [(1, [0.0, 0.0]), (2, [0.1, 0.3])]

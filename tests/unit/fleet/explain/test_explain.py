@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.fleet.explain.explain import explain, find, recognize, record_failures
+from mixtral_run.fleet.explain.explain import explain, find, recognize, recognize_all, record_failures
 from mixtral_run.fleet.explain.known_failures import KNOWN_FAILURES
 
 # Messages that programs print.
@@ -49,8 +49,34 @@ SEEN = {
     "token-ids": "IndexError: index out of range in self",
     "batch-size": "--global-batch-size: expected a multiple of 8 (--micro-batch-size 1 × 8 data-parallel processes)",
     "loss-nan": "iteration 3/10 | consumed samples: 24 | lm loss: nan | grad norm: nan",
-    "xid": "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
+    "xid": "NVRM: Xid (PCI:0000:3b:00): 999, pid=1234, name=python, something new",
+    "sxid": "nvidia-nvswitch0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 63 LTSSM Fault Up",
+    "xid-reboot": "NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.",
+    "xid-reset": "NVRM: Xid (PCI:0000:18:00): 119, pid=4242, name=python, Timeout after 6s of waiting for RPC response",
+    "xid-memory": "NVRM: Xid (PCI:0000:18:00): 48, pid=4242, name=python, An uncorrectable double bit error",
+    "xid-nvlink": "NVRM: Xid (PCI:0000:18:00): 74, pid=4242, NVLink: fatal error detected on link 3",
+    "xid-fabric-manager": "NVRM: Xid (PCI:0000:18:00): 45, pid=4242, name=python, Ch 00000008",
+    "xid-power": "NVRM: Xid (PCI:0000:18:00): 54, Auxiliary power is not connected",
+    "xid-recovery": "NVRM: Xid (PCI:0000:18:00): 154, GPU recovery action changed from 0x0 (None)",
+    "xid-support": "NVRM: Xid (PCI:0000:18:00): 157, pid=4242",
+    "xid-program": "NVRM: Xid (PCI:0000:18:00): 31, pid=4242, name=python, Ch 00000008, intr 00000000. MMU Fault",
+    "xid-follow": "NVRM: Xid (PCI:0000:18:00): 63, Row Remapper: New row marked for remapping, reset gpu to activate.",
 }
+
+# The actions of NVIDIA's catalog, as its rows are written there.
+CATALOG = """
+xid-follow: 37 38 43 44 63 66 67 92 93 121 137 141 152 153 160 161
+xid-program: 8 11 13 25 31 32 39 40 41 60 68 69 70 71 72 94
+xid-reset: 46 62 64 95 109 110 119 120 136 140 143 155 156 158
+xid-reboot: 79
+xid-power: 54
+xid-fabric-manager: 45
+xid-memory: 48
+xid-nvlink: 74 144 145 146 147 148 149 150
+xid-recovery: 154
+xid-support: 157
+xid: 1 12 61 80 171 172 1540
+"""
 
 # Output of jobs and plays around each failure.
 LOGS = sorted(Path(__file__).with_name("logs").glob("*/*.txt"))
@@ -68,6 +94,21 @@ def test_a_failure_is_recognized_in_what_else_is_printed_around_it(log: Path) ->
     known = recognize(log.read_text())
     assert known is not None
     assert known.name == log.parent.name
+
+
+@pytest.mark.parametrize("row", CATALOG.split("\n")[1:-1], ids=lambda row: row.split(":")[0])
+def test_every_xid_has_the_action_of_the_catalog(row: str) -> None:
+    name, _, numbers = row.partition(": ")
+    for number in numbers.split():
+        forms = (
+            f"[ 12.3] NVRM: Xid (PCI:0000:3b:00): {number}, pid=1, name=python",
+            f"NVRM: Xid (0000:3b:00.0): {number}, more",
+            f"Xid {number} on GPU 5",
+            f"2 Xid errors: NVRM: Xid (PCI:0000:3b:00 GPU-I:05): {number}, pid='<unknown>'",
+        )
+        for text in forms:
+            assert [known.name for known in recognize_all(text)] == [name], text
+        assert find(f"xid {number}")[0].name == name
 
 
 def test_every_failure_that_the_guide_names_has_a_log() -> None:

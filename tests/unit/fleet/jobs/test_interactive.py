@@ -1,10 +1,12 @@
 """`chat --on HOST` and `shell --on HOST`: ssh with a terminal, docker run with one, and the flags of every job."""
 
 import io
+import os
 import shlex
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,8 +15,9 @@ from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.generate import ChatConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs import interactive
+from mixtral_run.fleet.jobs import interactive, queue
 from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
+from mixtral_run.fleet.jobs.taking import START_SCRIPT
 from mixtral_run.fleet.ssh.connection import Ssh
 from tests.unit.fleet.jobs.test_job_spec import FACTS
 
@@ -26,18 +29,36 @@ class _Terminal(io.StringIO):
         return True
 
 
+class _Process:
+    """STAND-IN for ssh: the last word of the command is how it ends."""
+
+    def __init__(self, argv: list[str], called: list[list[str]]) -> None:
+        self.word = argv[-1].split()[-1]
+        called.append(argv)
+
+    def wait(self) -> int:
+        if self.word == "interrupt":
+            raise KeyboardInterrupt
+        if self.word in ("SIGTERM", "SIGHUP"):
+            os.kill(os.getpid(), signal.Signals[self.word])
+        return {"false": 255, "killed": -9, "SIGTERM": -15, "SIGHUP": -15}.get(self.word, 0)
+
+    def terminate(self) -> None:
+        pass
+
+
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The commands that are run. STAND-IN for a host: it answers with FACTS and takes all files."""
     found: list[list[str]] = []
 
-    def run(argv: list[str], check: bool) -> Any:
-        found.append(argv)
-        return type("Done", (), {"returncode": 0 if "false" not in argv[-1] else 255})
-
-    monkeypatch.setattr(interactive.subprocess, "run", run)
-    monkeypatch.setattr(interactive, "facts_of", lambda *_: [FACTS])
+    monkeypatch.setattr(interactive.subprocess, "Popen", lambda argv: _Process(argv, found))
+    monkeypatch.setattr(interactive, "_terminal_as_found", nullcontext)
+    monkeypatch.setattr(interactive, "engine", lambda *words: found.append(["engine", *words[2:]]))
+    monkeypatch.setattr(interactive, "facts_of", lambda *_, **__: [FACTS])
+    monkeypatch.setattr(queue, "list_jobs", lambda *_: ([], []))
     monkeypatch.setattr(interactive, "send_files", lambda *words: found.append([words[-1].config_json()]))
+    monkeypatch.setattr(interactive, "refuse_taken", lambda *_: None)
     monkeypatch.setattr(interactive, "hosts_of", lambda words, *_: (HOST,) * len(words))
     monkeypatch.setattr(interactive, "remember", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", _Terminal())
@@ -45,9 +66,10 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 
 def on_host(argv: list[str]) -> list[str]:
-    """The words of the command that ssh passes to the host."""
+    """The words that start the container, in the command that ssh passes to the host."""
     assert argv[0] == "ssh" and argv[-2] == HOST.address
-    return shlex.split(argv[-1])
+    words = shlex.split(argv[-1])
+    return words[words.index("docker", words.index(START_SCRIPT) + 3) :] if START_SCRIPT in words else words
 
 
 def test_chat_has_the_terminal_and_all_that_a_job_has(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +119,23 @@ def test_what_cannot_be(called: list[list[str]]) -> None:
         interactive.run_here("chat", ChatConfig(load=Path("m")), JobOptions(on=("a",), detach=True), ssh)
     with pytest.raises(HostError, match="connection to gpu-01 failed"):
         interactive.run_shell(JobOptions(on=("a",)), ("false",), dry_run=False, ssh=ssh)
+
+
+@pytest.mark.parametrize(("word", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("interrupt", None), ("killed", None)])
+def test_the_container_ends_with_a_connection_that_is_cut_here(
+    called: list[list[str]], word: str, code: int | None
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    words = (JobOptions(on=("a",)), (word,))
+    if code is not None:
+        assert interactive.run_shell(*words, dry_run=False, ssh=Ssh(Path("/k"))) == code
+    else:
+        with pytest.raises((KeyboardInterrupt, HostError)):
+            interactive.run_shell(*words, dry_run=False, ssh=Ssh(Path("/k")))
+    _, argv, stopped = called
+    argv = on_host(argv)
+    assert stopped == ["engine", "stop", "--time", "10", argv[argv.index("--name") + 1]]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_line(called: list[list[str]]) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,16 +12,8 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.trial import SmokeConfig
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.fleet.jobs.job_spec import (
-    HostFacts,
-    JobOptions,
-    bind,
-    check_same_gpus,
-    container_argv,
-    host_path,
-    make_spec,
-    parse_facts,
-)
+from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, HostFacts, check_same_gpus, parse_facts
+from mixtral_run.fleet.jobs.job_spec import JobOptions, bind, container_argv, host_path, make_spec
 
 FACTS = HostFacts(
     uid=1001, gid=1002, group_of_checkpoints=1000, folder="/home/ops/jobs", kernels="/k,2", num_gpus=8, cdi=True
@@ -96,7 +90,7 @@ def test_sudo_stands_before_docker_where_it_is_needed() -> None:
 def test_several_hosts_meet_at_the_first() -> None:
     spec = make_spec("j", "finetune", finetune(), JobOptions(nccl_timeout=3600), 2, "10.0.0.1:29400")
     argv = container_argv(spec, dataclasses.replace(FACTS, address="10.0.0.2", interface="eth1"))
-    assert "GLOO_SOCKET_IFNAME=eth1" in argv
+    assert {"GLOO_SOCKET_IFNAME=eth1", "NCCL_SOCKET_IFNAME==eth1"} <= set(argv)
     assert argv[argv.index("--network") + 1] == "host"
     assert argv[argv.index("python") :] == [
         "python", "-m", "mixtral_run.launch.torchrun",
@@ -216,9 +210,62 @@ def test_paths_of_the_container_on_the_host() -> None:
     assert host_path("/checkpoints2/a", options) == "/checkpoints2/a"
 
 
+def test_jobs_on_several_hosts_get_what_nccl_needs_for_rdma() -> None:
+    facts = dataclasses.replace(FACTS, rdma=("mlx5_0", "mlx5_1"), bridges=("mlx5_4",), rdma_group=44, interface="eth1")
+
+    def argv(num_hosts: int, **options: Any) -> list[str]:
+        found = container_argv(make_spec("j", "finetune", finetune(), JobOptions(**options), num_hosts, "a:1"), facts)
+        return found[: found.index("mixtral-run:local")]
+
+    words = argv(2)
+    at = words.index("/dev/infiniband")
+    assert words[at - 3 : at + 3] == ["--network", "host", "--device", "/dev/infiniband", "--group-add", "44"][:6]
+    assert words.count("memlock=-1") == 1 and "NCCL_IB_HCA=^=mlx5_4" in words
+    assert argv(2, ulimits=("none",)).count("memlock=-1") == 1
+    assert "memlock=-1" not in argv(2, ulimits=("memlock=64:64",))
+    # The user's own setting is the last one.
+    own = argv(2, environment=("NCCL_IB_HCA=mlx5_0", "NCCL_SOCKET_IFNAME=ib0"))
+    assert {"NCCL_IB_HCA=mlx5_0", "NCCL_SOCKET_IFNAME=ib0"} <= set(own) and "NCCL_IB_HCA=^=mlx5_4" not in own
+    assert not {"/dev/infiniband", "NCCL_IB_HCA=^=mlx5_4"} & set(argv(1))
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_the_devices_of_a_host_are_found(tmp_path: Path, everybody: bool) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("docker", "sudo"):
+        program = tmp_path / "bin" / name
+        program.write_text("#!/bin/sh\n# STAND-IN for an engine that answers; for sudo, which asks for a password.\n"
+                           + ("exit 1\n" if name == "sudo" else ""))  # fmt: skip
+        program.chmod(0o755)
+    for name, state, vpd in (("mlx5_0", "4: ACTIVE", "x"), ("mlx5_1", "1: DOWN", "x"),
+                             ("mlx5_2", "4: ACTIVE", "SW_MNG"),
+                             ("mlx5_3", "4: ACTIVE", "x")):  # fmt: skip
+        device = tmp_path / "sys/class/infiniband" / name
+        (device / "ports/1").mkdir(parents=True)
+        (device / "device").mkdir()
+        (device / "ports/1/state").write_text(state + "\n")
+        (device / "device/vpd").write_text(vpd)
+
+    def found() -> HostFacts:
+        argv = ["sh", "-c", FACTS_SCRIPT, "facts", str(tmp_path), "image", str(tmp_path / "none"), str(tmp_path)]
+        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
+        return parse_facts(done.stdout)[0]
+
+    assert found().rdma == (), "devices that no container can be given"
+    node = tmp_path / "dev/infiniband/uverbs0"
+    node.parent.mkdir(parents=True)
+    node.touch()
+    node.chmod(0o666 if everybody else 0o660)
+    facts = found()
+    assert (facts.rdma, facts.bridges) == (("mlx5_0", "mlx5_3"), ("mlx5_2",))
+    assert facts.rdma_group == (None if everybody else node.stat().st_gid)
+
+
 def test_facts_are_parsed() -> None:
     lines = ("docker=sudo -n docker", "uid=1", "gid=2", "group=", "folder=/f", "kernels=/k", "gpus=8", "cdi=0")
-    text = "\n".join((*lines, "image=1", "checkpoints=1", "cordon=", "address=10.0.0.1", "interface=eth0"))
+    text = "\n".join((*lines, "image=1", "checkpoints=1", "cordon=", "address=10.0.0.1", "interface=eth0", "rdma=a,b,a",
+                      "bridges=", "rdma_group=44"))  # fmt: skip
     facts, reported = parse_facts(text)
     assert facts == HostFacts(
         docker=("sudo", "-n", "docker"),
@@ -229,6 +276,8 @@ def test_facts_are_parsed() -> None:
         num_gpus=8,
         address="10.0.0.1",
         interface="eth0",
+        rdma=("a", "b"),
+        rdma_group=44,
     )
     assert reported["image"] == "1"
 

@@ -135,3 +135,24 @@ def test_any_stands_alone(fleet: Fleet, on: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="--on any is one free host"):
         fleet.start(*on)
     assert fleet.tried == []
+
+
+def test_chat_and_shell_take_a_free_host(fleet: Fleet) -> None:
+    fleet.running = [(HOSTS[0], "finetune", "finetune-1")]
+
+    def host_of(verb: str, options: JobOptions) -> str:
+        def attempt(hosts: tuple[Host, ...]) -> str:
+            if hosts[0].name == "gpu-02":
+                raise HostError("There is no image of the kit on gpu-02.")
+            return hosts[0].name
+
+        return queue.when_free(verb, options, fleet.said.append, object(), attempt)  # type: ignore[arg-type]
+
+    any_host = JobOptions(on=("any",))
+    assert [host_of(verb, any_host) for verb in ("chat", "shell")] == ["gpu-03", "gpu-03"]
+    assert host_of("chat", JobOptions(on=("any",), share=True)) == "gpu-01"
+    fleet.running.append((HOSTS[2], "serve", "serve-1"))
+    with pytest.raises(BusyError) as caught:
+        host_of("chat", any_host)
+    assert caught.value.jobs == (("gpu-01", "finetune-1"), ("gpu-03", "serve-1"))
+    assert "no image of the kit on gpu-02" in str(caught.value)

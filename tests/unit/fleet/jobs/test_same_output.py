@@ -12,7 +12,7 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import Host, parse_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec
-from mixtral_run.fleet.jobs.jobs import _refuse_taken
+from mixtral_run.fleet.jobs.jobs import refuse_taken
 from mixtral_run.fleet.jobs.taking import BusyError
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 
@@ -39,7 +39,7 @@ def row(state: str, output: str, verb: str = "finetune") -> str:
 def refuse(*rows: str, save: str = "adapter", share: bool = True, wait: str | None = None) -> None:
     config = FinetuneConfig(load=Path("base"), save=Path(save), mock_data=True)
     spec = make_spec("finetune-2", "finetune", config, JobOptions(on=("gpu-01",), share=share, wait=wait), 1)
-    _refuse_taken(cast(Ssh, FakeSsh(*rows)), HOSTS, spec)
+    refuse_taken(cast(Ssh, FakeSsh(*rows)), HOSTS, spec)
 
 
 def test_a_running_job_with_the_same_output_is_named() -> None:

@@ -2,18 +2,20 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mixtral_run.config.verbs.serve import ServeConfig
-from mixtral_run.errors import ConfigError, HostError, MixtralRunError, WeightsError
-from mixtral_run.fleet.jobs import interactive
+from mixtral_run.errors import ConfigError, HostError, WeightsError
+from mixtral_run.fleet.jobs import interactive, jobs, queue
 from mixtral_run.fleet.jobs import serve as serving
 from mixtral_run.fleet.jobs.engine_command import max_rank, read_adapter_config
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import JobRow
+from mixtral_run.fleet.jobs.taking import BusyError
 from mixtral_run.fleet.ssh.connection import Answer
 from tests.unit.fleet.jobs.test_interactive import HOST
 from tests.unit.fleet.jobs.test_job_spec import FACTS
@@ -32,10 +34,13 @@ class _Host:
         }  # fmt: skip
         self.commands: list[tuple[str, ...]] = []
         self.started: list[list[str]] = []
+        self.others: list[JobRow] = []
+        self.refusal = ""
         self.has_image, self.looks, self.state, self.pull = True, 3, "running", 0
         for module in (serving, interactive):
             monkeypatch.setattr(module, "remember", lambda *_: None)
         monkeypatch.setattr(interactive, "hosts_of", lambda *_: (HOST,))
+        monkeypatch.setattr(jobs, "list_jobs", lambda *_: (self.others, []))
         monkeypatch.setattr(serving, "facts_of", lambda *_, **__: [FACTS])
         monkeypatch.setattr(serving, "engine", self.engine)
         monkeypatch.setattr(serving, "start_on", self.start)
@@ -55,6 +60,8 @@ class _Host:
         return Answer({"image": int(not self.has_image), "pull": self.pull}[words[0]], "", "no such image\n")
 
     def start(self, ssh: Any, host: Any, facts: Any, spec: Any, container: Any) -> None:
+        if self.refusal:
+            raise HostError("The container could not be started.", found=self.refusal)
         self.name = spec.name
         self.started.append(serving.container_argv(spec, facts, container))
 
@@ -88,7 +95,7 @@ def test_vllm_with_an_adapter(host: _Host, capsys: pytest.CaptureFixture[str]) -
                  "no-new-privileges", "org.mixtral-run.verb=serve"):  # fmt: skip
         assert word in options
     shown = capsys.readouterr().err
-    assert "of the host only" in shown and "ssh -N -L 8000:127.0.0.1:8000 10.0.0.1" in shown
+    assert "of the host only" in shown and "ssh -N -L 8000:127.0.0.1:8000 -l ops -- 10.0.0.1" in shown
     assert f"mixtral-run stop {host.name}" in shown
     assert sum(words[0] == "exec" for words in host.commands) == 3
 
@@ -158,7 +165,7 @@ def test_ranks_are_rounded_up_to_the_engines_steps() -> None:
 
 def test_a_server_that_ends_or_never_answers(host: _Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.looks, host.state = 100, "exited"
-    with pytest.raises(MixtralRunError, match="failed on gpu-01"):
+    with pytest.raises(HostError, match="failed on gpu-01"):
         host.serve()
     assert "ValueError: no such model" in capsys.readouterr().err
     host.state = "running"
@@ -174,6 +181,33 @@ def test_the_image_is_pulled(host: _Host) -> None:
     assert ("pull", "--quiet", "vllm/vllm-openai:v0.33.0") in host.commands
     host.pull = 1
     with pytest.raises(HostError, match="cannot pull"):
+        host.serve()
+
+
+def test_a_busy_host_is_refused_before_an_image_is_pulled(
+    host: _Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.has_image = False
+    host.others = [JobRow("finetune-1", "finetune", HOST, "running", 0, False, "", "")]
+    with pytest.raises(BusyError, match="finetune-1 is running"):
+        host.serve()
+    assert not host.commands and not host.started
+    host.serve(dry_run=True)
+    assert "docker run" in capsys.readouterr().out
+    # --wait: the other job ends meanwhile.
+    monkeypatch.setattr(queue.time, "sleep", lambda _: host.others.clear())
+    monkeypatch.setattr(sys.modules[__name__], "OPTIONS", JobOptions(on=("gpu-01",), wait="1h"))
+    host.serve()
+    assert len(host.started) == 1 and "waiting for a free host" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(host: _Host) -> None:
+    host.refusal = "Bind for 127.0.0.1:9000 failed: port is already allocated."
+    with pytest.raises(HostError, match=r"Port 9000 of gpu-01 is taken") as caught:
+        host.serve(port=9000)
+    assert "--port" in str(caught.value)
+    host.refusal = "No space left on device"
+    with pytest.raises(HostError, match="could not be started"):
         host.serve()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.fleet.jobs import taking
-from mixtral_run.fleet.jobs.job_spec import HostFacts, JobOptions, make_spec
+from mixtral_run.fleet.jobs.host_facts import HostFacts
+from mixtral_run.fleet.jobs.job_spec import JobOptions, JobSpec, make_spec
 from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, job_in, start_argv
 
 DOCKER = """#!/bin/sh
@@ -17,6 +19,7 @@ DOCKER = """#!/bin/sh
 cd '{folder}' || exit 1
 case "$1" in
   ps) [ ! -e broken ] || {{ echo "no engine" >&2; exit 1; }}; cat running ;;
+  attach) sleep 0.3; echo "$2 $3" >> running; echo "started: $(cat)"; exit 75 ;;
   run) sleep 0.05; echo "$2 $3" >> running; echo started ;;
 esac
 """
@@ -80,6 +83,27 @@ def test_a_cordoned_host_starts_nothing(host: Host, record: str) -> None:
     for verb in ("finetune", "convert"):
         assert host.start("job-1", verb, share=True) == (CORDONED, record)
     assert (host.folder / "running").read_text() == ""
+
+
+def test_an_attached_container_has_the_streams_and_keeps_the_lock_only_until_it_runs(host: Host) -> None:
+    (host.folder / "lock").touch()
+    spec = JobSpec(name="shell-1", verb="shell", config={}, options=JobOptions())
+    argv = start_argv(
+        [str(host.docker), "attach", "shell", "shell-1"], spec, HostFacts(docker=(str(host.docker),)), attached=True
+    )
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.15)
+    # The lock is taken, but the container does not run yet: this start waits for it.
+    assert host.start("finetune-2") == (BUSY, "shell shell-1\n")
+    assert process.poll() is None, "the next start did not wait for the container's end"
+    assert process.communicate("exit\n", timeout=10) == ("started: exit\n", "")
+    assert process.returncode == 75, "the code of the program itself"
+    (host.folder / "running").write_text("finetune finetune-1\n")
+    for record in ([], [host.folder / "cordon.json"]):
+        for file in record:
+            file.write_text("{}")
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stdout + done.stderr) == (CORDONED if record else BUSY, "")
 
 
 def test_an_engine_that_does_not_answer_starts_nothing(host: Host) -> None:

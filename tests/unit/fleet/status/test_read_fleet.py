@@ -73,3 +73,14 @@ def test_a_user_who_may_not_use_the_engine_is_reported_what_helps() -> None:
         )
     )
     assert "next:     mixtral-run bootstrap ops@gpu-01" in down
+
+
+def test_rdma_devices_are_counted_by_kind() -> None:
+    assert read().rdma == ""
+    device = {"name": "mlx5_0", "rate": "400 Gb/sec (4X NDR)", "link_layer": "InfiniBand"}
+    found = read(rdma={"devices": [device, device, {**device, "rate": "25 Gb/sec", "link_layer": "Ethernet"}],
+                       "gpudirect": "DMA-BUF"})  # fmt: skip
+    assert found.rdma == "1 × Ethernet 25 Gb/sec, 2 × InfiniBand 400 Gb/sec (4X NDR), DMA-BUF"
+    assert read(rdma={"devices": [device], "gpudirect": None}).rdma.endswith("without GPUDirect")
+    with pytest.raises(ValueError, match="rdma"):
+        read(rdma={"devices": 3, "gpudirect": None})

@@ -31,6 +31,9 @@ GOOD = {
     "mirrors": {"https://pypi.org": None},
     "clock_offset_seconds": 0.4,
     "clock_synchronized": True,
+    "time_services": ["chrony"],
+    "firewall": None,
+    "rdma": {"devices": [], "gpudirect": None},
 }  # fmt: skip
 LIMITS = {
     "os": {"ubuntu": "20.04", "debian": "12"},
@@ -43,6 +46,7 @@ LIMITS = {
     "planned_swap_gib": 0,
     "swap_target_gib": 128,
     "clock_offset_seconds": 30,
+    "num_hosts": 2,
 }
 
 

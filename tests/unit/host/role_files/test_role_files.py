@@ -45,9 +45,9 @@ def test_argument_specs_equal_the_defaults(role: str) -> None:
 def test_variables_bear_the_roles_name(role: str) -> None:
     assert all(name.startswith(f"{role}_") for name in _options(role))
     used = set()
-    for path in (ROOT / "roles" / role).glob("tasks/*.yml"):
-        used |= set(re.findall(rf"(?<![a-z_]){role}_[a-z_]+", path.read_text()))
-    for path in (ROOT / "roles" / role).glob("vars/*.yml"):
+    for path in (
+        each for folder in ("tasks", "vars", "templates") for each in (ROOT / "roles" / role / folder).glob("*")
+    ):
         used |= set(re.findall(rf"(?<![a-z_]){role}_[a-z_]+", path.read_text()))
     defaults = (ROOT / f"roles/{role}/defaults/main.yml").read_text()
     within = {name for name in _options(role) if len(re.findall(rf"\b{name}\b", defaults)) > 1}

@@ -1,0 +1,1 @@
+"""Measure the network between the hosts of a fleet, and name what is slow."""
