@@ -328,7 +328,7 @@ def test_a_host_alone_in_its_turn_keeps_no_later_one_from_its_end(
         shutil.copytree(provisioning_folder() / folder, tmp_path / folder)
     break_off = f"pkill -9 -P {first.process.pid}; kill -9 {first.process.pid}" if lost else "exit 1"
     before = ("preflight", "nvidia_driver")
-    roles = (*before, "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "acceptance")
+    roles = (*before, "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "health", "acceptance")
     for role in roles:
         command = break_off if role == "docker" else f"echo {role} {{{{ inventory_hostname }}}} >> {tmp_path}/done"
         tasks = [{"ansible.builtin.raw": command, "name": f"Do {role}"}]

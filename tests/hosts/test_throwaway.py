@@ -106,5 +106,6 @@ def test_without_an_engine_it_says_so_and_shows_what_bootstrap_would_do(
     lines = done.stdout.splitlines()
     roles = [line.split(" · ")[0].strip() for line in lines if " · " in line]
     assert list(dict.fromkeys(roles)) == [
-        "preflight", "nvidia_driver", "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "acceptance",
+        "preflight", "nvidia_driver", "docker", "nvidia_container_toolkit", "swap", "image", "hf_cache", "health",
+        "acceptance",
     ]  # fmt: skip
