@@ -17,8 +17,8 @@ from tests.support.scenario_results import Scenario
 ROOT = Path(__file__).parents[2]
 SCENARIOS = [
     *(f"roles/{role}/molecule/{role}" for role in (
-        "preflight", "nvidia_driver", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image",
-        "acceptance", "health",
+        "preflight", "nvidia_driver", "docker", "nvidia_container_toolkit", "swap", "hf_cache", "image", "health",
+        "acceptance",
     )),
     "tests/molecule/bootstrap",
 ]  # fmt: skip

@@ -170,8 +170,7 @@ def persistence(state, _limits):
 
 
 def remarks(state):
-    """Return what `status` warns of besides the driver's own error: next boot, lock, MIG, persistence mode, RDMA, fabric."""
-    checks = (next_boot, lock, mig, persistence, rdma.shortfall)
-    items = [item for check in checks for item in check(state, {})]
+    """Return what `status` warns of besides the driver's own error: fabric, next boot, lock, MIG, persistence, RDMA."""
+    items = [item for check in (next_boot, lock, mig, persistence, rdma.shortfall) for item in check(state, {})]
     items += _fabric(state["fabric_manager"])
     return ["{}; expected {}".format(found, wanted) for wanted, found, _ in (item[-3:] for item in items)]
