@@ -177,9 +177,7 @@ def build_on(
     config: FinetuneConfig, architecture: MixtralArchitecture, mesh: Mesh, weights: dict[str, Tensor]
 ) -> MixtralModel:
     """The model on these weights with adapters at their start, in training mode."""
-    lora = LoraSettings(
-        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
-    )
+    lora = LoraSettings.from_config(config)
     settings = ModelSettings(dtype_on(mesh), True, lora, "none", config.base_precision)
     model = build_model(architecture, settings, mesh).train()
     missing = set(weights)

@@ -1,8 +1,8 @@
 """Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
 
     python benchmarks/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
-        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--eager] [--collectives]
-        [--attention-only]
+        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--kernels auto|portable|hopper]
+        [--eager] [--collectives] [--attention-only]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
 and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
@@ -46,7 +46,14 @@ def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
     return statistics.median(seconds)
 
 
-def build_ours(layers: int, mesh: Any, recompute: str, base_precision: str, modules: tuple[str, ...] = MODULES) -> Any:
+def build_ours(
+    layers: int,
+    mesh: Any,
+    recompute: str,
+    base_precision: str,
+    modules: tuple[str, ...] = MODULES,
+    kernels: str = "auto",
+) -> Any:
     """Mixtral's full width with random weights and adapters on the modules, in training mode."""
     import dataclasses
 
@@ -58,7 +65,7 @@ def build_ours(layers: int, mesh: Any, recompute: str, base_precision: str, modu
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
     lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
-    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision)
+    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision, kernels)
     model = build_model(architecture, settings, mesh).train()
 
     def fill(part: str) -> None:
@@ -88,7 +95,9 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=world, device="cuda")
     with open_mesh(config) as mesh:
-        model = build_ours(layers, mesh, arguments.recompute, arguments.base_precision, modules_of(arguments))
+        model = build_ours(
+            layers, mesh, arguments.recompute, arguments.base_precision, modules_of(arguments), arguments.kernels
+        )
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
         stream = batches(
             MockSamples(model.architecture.vocab_size, seq, 1),
@@ -211,6 +220,8 @@ def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Na
         arguments.recompute,
         "--base-precision",
         arguments.base_precision,
+        "--kernels",
+        arguments.kernels,
     ]
     words += [f"--{name}" for name in FLAGS if getattr(arguments, name.replace("-", "_"))]
     if arguments.profile:
@@ -231,6 +242,7 @@ def main() -> None:
         "--recompute", default="none", choices=("none", "selective", "full", "offload"), help="of our side"
     )
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
+    parser.add_argument("--kernels", default="auto", choices=("auto", "portable", "hopper"), help="of our side")
     parser.add_argument("--eager", action="store_true", help="our side without a CUDA graph; over EP row by row")
     parser.add_argument("--attention-only", action="store_true", help="no adapters on the experts, on both sides")
     parser.add_argument("--collectives", action="store_true", help="our side with all-gather, not GPU from GPU")

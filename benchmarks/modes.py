@@ -30,7 +30,7 @@ def packed_batches(seq: int, vocabulary: int) -> tuple[Any, Any]:
     """Rows of random samples of 64 to 512 tokens, a batch each; and what they hold at most."""
     import torch
 
-    from mixtral_run.model.packed_attention import PackedSizes
+    from mixtral_run.model.attention.packed_attention import PackedSizes
     from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 
     generator = torch.Generator().manual_seed(3)
@@ -52,7 +52,8 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     import torch
 
     from benchmarks.lora import timed_steps
-    from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, Layout, Workload, host_bytes, memory
+    from mixtral_run.planner.memory_model import EXPERT_BYTES, host_bytes, memory
+    from mixtral_run.planner.workload import GIB, Layout, Workload
     from mixtral_run.train.data.samples import MockSamples, batches
     from mixtral_run.train.steps.cuda_graph import backward_of
     from mixtral_run.train.steps.step import train_step, trainable
@@ -85,6 +86,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
         seconds = timed_steps(step, 3, arguments.steps)
     workload = Workload(
         architecture=model.architecture,
+        kernels=arguments.kernels,
         gpus=1,
         seq_length=seq,
         micro_batch_size=micro,
@@ -105,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
+    parser.add_argument("--kernels", default="auto", choices=("auto", "portable", "hopper"))
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
@@ -120,7 +123,7 @@ def main() -> None:
 
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     with open_mesh(config) as mesh:
-        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision)
+        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision, kernels=arguments.kernels)
         # On the host: the peaks are those of a run.
         kept = [parameter.detach().cpu() for parameter in trainable(model)]
         for case in arguments.cases.split(","):
@@ -132,7 +135,10 @@ def main() -> None:
                 parameter.grad = None
             gc.collect()
             torch.cuda.empty_cache()
-            print(json.dumps({"case": case, "base": arguments.base_precision, **result}), flush=True)
+            print(
+                json.dumps({"case": case, "base": arguments.base_precision, "kernels": arguments.kernels, **result}),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""The experts' frozen products of one layer alone: torch's grouped product beside the kit's own, Mixtral's sizes, bf16.
+"""The experts' frozen products of one layer alone: torch's grouped product, the kit's own for Hopper and the portable
+one, Mixtral's sizes, bf16.
 
-    python -m benchmarks.products [--rows 128,256,512,1024,2048]
+    python -m benchmarks.products [--rows 128,256,512,1024,2048] [--sides torch,hopper,portable,nf4]
+        [--tiles 128x256x64x8x4,…]
+    DISABLE_MMA_V3=1 python -m benchmarks.products --sides portable     # with the instructions that A100 has
 
+A tile is ROWSxCOLUMNSxDEPTHxWARPSxSTAGES of the portable product; without --tiles it is the one that the kit takes.
 Forward, and the rows' gradient with an adapter's part in the same sum (torch: added by a kernel behind it). Rows an
 expert, evenly and unevenly over 8 experts. Each is recorded as a CUDA graph of several calls on weights of different
 layers, so that nothing lies in the cache from before; medians of rounds in turns. Milliseconds a call; a row a case,
@@ -14,12 +18,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixtral_run.model.kernels.grouped_mm import add_product
-from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
+from mixtral_run.model.kernels.portable_mm_triton import Tile
+from mixtral_run.model.kernels.portable_mm_triton import grouped_product as portable_product
 
 SHARES = {"evenly": (1,) * 8, "unevenly": (6, 15, 10, 17, 12, 14, 11, 15)}
 SIZES = {"linear_fc1": (28672, 4096), "linear_fc2": (4096, 14336)}
@@ -28,7 +34,7 @@ LAYERS = 3
 ROUNDS = 7
 
 
-def captured(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Callable[[], float]:
+def captured(call: Callable[[Any], Tensor], weights: Sequence[Any]) -> Callable[[], float]:
     """Milliseconds of one call each time it is called."""
     for weight in weights:
         call(weight)
@@ -49,7 +55,15 @@ def captured(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Cal
     return once
 
 
-def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: bool) -> dict[str, float]:
+def random_codes(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Return experts in NF4: codes and scales."""
+    codes = torch.randint(0, 256, (8, outputs, inputs // 2), device="cuda", dtype=torch.uint8)
+    return codes, torch.rand(8, outputs, inputs // 64, device="cuda").bfloat16()
+
+
+def ways(
+    rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: bool, sides: Sequence[str], tiles: str
+) -> dict[str, float]:
     counts = torch.tensor(shares) * rows * 8 // sum(shares)
     counts[-1] += rows * 8 - counts.sum()
     offsets = counts.cumsum(0).int().cuda()
@@ -63,10 +77,33 @@ def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: 
             return torch._grouped_mm(left, weight.transpose(1, 2), offs=offsets)
         return add_product(torch._grouped_mm(left, weight, offs=offsets), inner, half, 1.0, offsets)
 
-    def ours(weight: Tensor) -> Tensor:
+    def hoppers(weight: Tensor) -> Tensor:
+        from mixtral_run.model.kernels.hopper_grouped_mm import grouped_product
+
         return grouped_product(left, weight, offsets, (inner, half) if gradient else None, transposed=not gradient)
 
-    timers = {"torch": captured(torchs, weights), "ours": captured(ours, weights)}
+    def portable(tile: Tile | None) -> Callable[[Tensor], Tensor]:
+        def product(weight: Tensor) -> Tensor:
+            matrices = weight if gradient else weight.transpose(1, 2)
+            return portable_product(left, matrices, offsets, (inner, half) if gradient else None, tile=tile)
+
+        return product
+
+    def expanded(weight: tuple[Tensor, Tensor]) -> Tensor:
+        from mixtral_run.model.kernels.quantized.nf4_triton import expand
+
+        return portable(None)(expand(*weight))
+
+    calls = {"torch": torchs, "hopper": hoppers, "portable": portable(None)}
+    timers = {side: captured(calls[side], weights) for side in sides if side in calls}
+    if "nf4" in sides:
+        timers["nf4"] = captured(expanded, [random_codes(outputs, inputs) for _ in range(LAYERS)])
+    for name in filter(None, tiles.split(",")):
+        tile = Tile(*map(int, name.split("x")))
+        try:
+            timers[name] = captured(portable(tile), weights)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__} {str(error)[:80]}")
     found: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():
@@ -77,13 +114,16 @@ def ways(rows: int, shares: Sequence[int], outputs: int, inputs: int, gradient: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="128,256,512,1024,2048", help="an expert, on average")
+    parser.add_argument("--sides", default="torch,hopper,portable")
+    parser.add_argument("--tiles", default="")
+    arguments = parser.parse_args()
     results = []
-    for rows in map(int, parser.parse_args().rows.split(",")):
+    for rows in map(int, arguments.rows.split(",")):
         for routing, shares in SHARES.items():
             for layer, (outputs, inputs) in SIZES.items():
                 for gradient in (False, True):
                     case = {"rows": rows, "routing": routing, "product": layer, "gradient": gradient}
-                    times = ways(rows, shares, outputs, inputs, gradient)
+                    times = ways(rows, shares, outputs, inputs, gradient, arguments.sides.split(","), arguments.tiles)
                     results.append(case | times)
                     what = f"{rows:5} {routing:9} {layer} {'gradient' if gradient else 'forward ':9}"
                     print(what, "  ".join(f"{name} {value:.3f}" for name, value in times.items()), flush=True)

@@ -1,6 +1,7 @@
 """Tasks and seconds of bootstrap, role by role: first run, run without changes, and 8 hosts against one.
 
-A run without changes stands beside a play of the shape of a common role for Docker alone (docker_role_shape.yml).
+A run without changes stands beside a play of the shape of a common role for Docker alone
+(support/docker_role_shape.yml).
 
     python -m benchmarks.provision [--hosts 8]
 
@@ -31,7 +32,7 @@ from mixtral_run.fleet.testhosts.engine import why_no_engine
 from mixtral_run.fleet.testhosts.shell import call
 
 ROOT = Path(__file__).parents[1]
-SHAPE = "benchmarks/docker_role_shape.yml"
+SHAPE = "benchmarks/support/docker_role_shape.yml"
 TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(?:(?P<role>\w+) : )?.*\] \*+$")
 RAN = re.compile(r"^(ok|changed): \[")
 ROLE_SECONDS = re.compile(r"^(\S+) -+ ([\d.]+)s$")

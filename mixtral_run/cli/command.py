@@ -29,7 +29,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 """Ends of the names of config files."""
 
 SECTIONS = (
-    "Hosts", "Provisioning", "Model and layout", "Data", "Prompts and sampling", "Optimizer", "LoRA",
+    "Hosts", "Provisioning", "Model and layout", "Data", "Prompts and sampling", "Preferences", "Optimizer", "LoRA",
     "Memory and precision", "Processes", "Comparison", "Login and secrets", "Output", "Options", "On hosts",
     "Schedulers", "Slurm", "Kubernetes", "Other",
 )  # fmt: skip

@@ -39,5 +39,12 @@ def complete_choices(choices: Sequence[str]) -> Completer:
 
 def complete_value(wanted: Any, name: str, incomplete: str) -> list[CompletionItem]:
     """Return the completion of a setting's value: the shell's own files for a path, nothing for other types."""
-    is_path = wanted is Path or name in ("data_path", "valid_data_path", "hf_model_path", "chat_template", "against")
+    is_path = wanted is Path or name in (
+        "data_path",
+        "valid_data_path",
+        "hf_model_path",
+        "chat_template",
+        "against",
+        "adapter",
+    )
     return [CompletionItem(incomplete, type="file")] if is_path else []

@@ -11,6 +11,7 @@ from typing import Any
 
 from mixtral_run.cli.command import SECTIONS
 from mixtral_run.config.fields import Config
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.config.verbs.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.verbs.plan import PlanConfig
@@ -21,14 +22,14 @@ from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, Verify
 
 CONFIGS: dict[str, type[Config]] = {
     "up": UpConfig, "convert": ConvertConfig, "verify": VerifyConfig, "plan": PlanConfig, "finetune": FinetuneConfig,
-    "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
+    "align": AlignConfig, "pretrain": PretrainConfig, "generate": GenerateConfig, "chat": ChatConfig,
     "evaluate": EvaluateConfig, "serve": ServeConfig, "export": ExportConfig,
     "smoke": SmokeConfig, "rehearse": RehearseConfig,
 }  # fmt: skip
 """Verbs that take --config, with their settings."""
 _ALTERNATIVE = {
-    "convert": "hf_model_path", "finetune": "data_path", "pretrain": "data_path", "up": "data_path",
-    "generate": "prompt", "evaluate": "data_path",
+    "convert": "hf_model_path", "finetune": "data_path", "align": "data_path", "pretrain": "data_path",
+    "up": "data_path", "generate": "prompt", "evaluate": "data_path",
 }  # fmt: skip
 """The setting that the template fills in where a verb needs one of several."""
 _WIDTH = 110

@@ -21,6 +21,7 @@ VERBS = (
     "convert",
     "verify",
     "finetune",
+    "align",
     "pretrain",
     "generate",
     "chat",

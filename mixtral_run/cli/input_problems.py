@@ -16,6 +16,7 @@ from typing import Any
 from mixtral_run.config.data import DATA_SETTINGS, DataConfig
 from mixtral_run.config.data_sources import parse_source, source_problems
 from mixtral_run.config.fields import Config, flag_of
+from mixtral_run.config.lora import weighted_path
 from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
 from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.errors import MixtralRunError
@@ -39,11 +40,13 @@ def input_problems(config_class: type[Config], values: Mapping[str, Any], doubtf
         if not (is_folder or item.name in FILES) or isinstance(item.default, (Path, str)):
             continue
         given = values.get(item.name)
+        several = isinstance(given, (tuple, list))
         for each in given if isinstance(given, (tuple, list)) else [given]:
             if not isinstance(each, (str, Path)) or str(each) in ("", *doubtful):
                 continue
             if not _may_be_elsewhere(item.name, str(each)):
-                problem = _problem(Path(each), is_folder)
+                weighted = several and item.name == "adapter"
+                problem = _problem(weighted_path(str(each)).path if weighted else Path(each), is_folder)
                 found += [f"{flag_of(item.name)} {each}: {problem}"] if problem else []
     return found
 

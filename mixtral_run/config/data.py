@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data_sources import source_problems
-from mixtral_run.config.fields import DATA, LAYOUT, OUTPUT, Config, flag_of, setting
+from mixtral_run.config.fields import DATA, LAYOUT, OUTPUT, PREFERENCES, Config, flag_of, setting
 
 DATA_SETTINGS = ("data_path", "valid_data_path")
 """Settings that name sources of examples."""
@@ -20,6 +20,12 @@ FIELDS = (
     "conversations", "text", "system", "tools",
 )  # fmt: skip
 """Keys of the shapes, which --field maps other keys to."""
+DPO, KTO, ORPO, SIMPO = METHODS = ("dpo", "kto", "orpo", "simpo")
+"""Losses over preferences."""
+PAIRS, UNPAIRED = ("pairs", "unpaired")
+"""Shapes of preferences: two answers to a prompt, or one answer with a label."""
+PREFERENCE_FIELDS = ("prompt", "chosen", "rejected", "completion", "label", "system", "tools")
+"""Keys of preferences, which --field maps other keys to."""
 SOURCE_FORMS = (
     "JSONL, JSON, CSV, TSV, Parquet or Arrow, also compressed; a folder of such files; '-' for standard input; or "
     "OWNER/NAME[@REVISION][:SPLIT] on the hub"
@@ -27,6 +33,11 @@ SOURCE_FORMS = (
 
 AUTO_TEMPLATE, MIXTRAL_TEMPLATE = CHAT_TEMPLATES = ("auto", "mixtral")
 """Values of --chat-template that name no file."""
+
+
+def preferences_of(method: str | None) -> str | None:
+    """Return what a method of align learns from: pairs, or unpaired for pairs and single answers; None without one."""
+    return None if method is None else UNPAIRED if method == KTO else PAIRS
 
 
 def chat_template_setting(section: str, more: str = "") -> Any:
@@ -59,6 +70,11 @@ class ExampleConfig(Config):
         section=DATA,
     )
 
+    @property
+    def preferences(self) -> str | None:
+        """What of preferences the examples are: pairs, or unpaired for single ones too; None for other examples."""
+        return preferences_of(getattr(self, "method", None))
+
     @classmethod
     def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values by current names; the text of a single source becomes a list, as older configs have it."""
@@ -70,11 +86,12 @@ class ExampleConfig(Config):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        known = FIELDS if self.preferences is None else PREFERENCE_FIELDS
         seen: set[str] = set()
         for pair in self.field:
             name, equals, key = pair.partition("=")
-            if not equals or not key or name not in FIELDS:
-                found.append(f"--field: expected NAME=KEY with a NAME of {', '.join(FIELDS)}; found {pair!r}")
+            if not equals or not key or name not in known:
+                found.append(f"--field: expected NAME=KEY with a NAME of {', '.join(known)}; found {pair!r}")
             elif name in seen:
                 found.append(f"--field {name}: expected once; found twice")
             seen.add(name)
@@ -108,7 +125,11 @@ class DataConfig(ExampleConfig):
         if self.mock_data and self.data_path:
             found.append("--mock-data and --data-path: expected one of them; found both")
         if not self.mock_data and not self.data_path:
-            found.append("--data-path FILE or --mock-data: expected one of them; found neither")
+            found.append(
+                "--data-path FILE or --mock-data: expected one of them; found neither"
+                if self.preferences is None
+                else "--data-path FILE: expected training data; found none"
+            )
         return found
 
 
@@ -122,6 +143,12 @@ class CheckConfig(ExampleConfig):
         help="Base model whose tokenizer counts the tokens: a converted checkpoint, or an HF model (its directory, or "
         "its name on the hub). Default: count no tokens.",
         section=LAYOUT,
+    )
+    method: str | None = setting(
+        None,
+        help="Check preferences for this method of align. Default: check what finetune learns from.",
+        choices=METHODS,
+        section=PREFERENCES,
     )
     seq_length: int = setting(512, help="Tokens per sample of the planned run.", minimum=2, section=DATA)
     chat_template: str = chat_template_setting(DATA)

@@ -23,6 +23,7 @@ from mixtral_run.config.names.foreign_names import answer_to
 from mixtral_run.errors import ConfigError
 
 LAYOUT, DATA, PROMPTS, OPTIMIZER = "Model and layout", "Data", "Prompts and sampling", "Optimizer"
+PREFERENCES = "Preferences"
 LORA, MEMORY, PROCESSES, COMPARISON, OUTPUT = "LoRA", "Memory and precision", "Processes", "Comparison", "Output"
 """Sections of --help."""
 
@@ -190,6 +191,10 @@ class Config:
                 continue
             try:
                 value = _without_unit(values[name]) if item.metadata["unit"] else values[name]
+                is_tuple = typing.get_origin(plain_type(annotations[name])[0]) is tuple
+                if is_tuple and isinstance(value, str) and not item.metadata["choices"]:
+                    # A file may give one text where several may be given.
+                    value = [value]
                 accepted[name] = _from_json_value(annotations[name], value)
             except (TypeError, ValueError, OverflowError) as error:
                 refused[name] = f"{flag_of(name)}: {error}"

@@ -10,6 +10,12 @@ CONVERTED_LAYOUT = (2, 4)
 """TP and EP that `convert` writes by default. A checkpoint loads in every other layout."""
 
 
+def layout_name(tensor_size: int, expert_size: int, context_size: int = 1) -> str:
+    """Return a layout for people, such as TP2/EP4 or TP1/CP2/EP4."""
+    context = f"CP{context_size}/" if context_size > 1 else ""
+    return f"TP{tensor_size}/{context}EP{expert_size}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
     """Layout of a model over processes."""
@@ -55,6 +61,11 @@ class ParallelConfig(Config):
         """True if both TP and EP are known."""
         return None not in (self.tensor_model_parallel_size, self.expert_model_parallel_size)
 
+    @property
+    def context_size(self) -> int:
+        """CP: the processes that share each row of tokens. Only `finetune` has more than one (ContextConfig)."""
+        return 1
+
     def world_size_problems(self, world_size: int) -> list[str]:
         """Return a line for each known size of the layout that does not divide `world_size`."""
         return [
@@ -67,8 +78,25 @@ class ParallelConfig(Config):
         ]
 
 
+KERNELS = ("auto", "portable", "hopper")
+"""Sets of kernels for the experts' products (mixtral_run/model/kernels/requirements.py)."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class LaunchConfig(ParallelConfig):
+class KernelsConfig(Config):
+    """Kernels of the experts' products."""
+
+    kernels: str = setting(
+        "auto",
+        help="On GPUs: kernels of the experts' products. portable: those for every GPU from A100 and A40 on. hopper: "
+        "those for H100, H200 and newer. auto: what the GPU has.",
+        choices=KERNELS,
+        section=MEMORY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(KernelsConfig, ParallelConfig):
     """Start of the processes of a job."""
 
     nproc_per_node: int | None = setting(

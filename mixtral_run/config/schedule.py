@@ -86,7 +86,7 @@ class ScheduleConfig(Config):
         if self.lr_warmup_iters and self.warmup_ratio:
             found.append("--lr-warmup-iters and --warmup-ratio: expected one of them; found both")
         if self.lr_scheduler == "constant":
-            if self.min_lr != ScheduleConfig.min_lr:
+            if self.min_lr != type(self).min_lr:
                 found.append(f"--min-lr: --lr-scheduler constant does not use it; found {self.min_lr}")
         elif self.min_lr > self.lr:
             found.append(f"--min-lr: expected at most --lr ({self.lr}); found {self.min_lr}")

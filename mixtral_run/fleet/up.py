@@ -12,6 +12,7 @@ from typing import Any
 from mixtral_run.config.data_sources import combined_sha256, content_sha256
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launch import CONVERTED_LAYOUT
+from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.training import FinetuneConfig, UpConfig
 from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError, HostError
@@ -33,8 +34,8 @@ MARKER = "latest_checkpointed_iteration.txt"
 EXPORTED = "adapter_config.json"
 RECORD = "mixtral_run.json"
 SETTINGS_OF_A_RUN = (
-    "mock_data", "pack", "seq_length", "global_batch_size", "seed", "lr", "min_lr", "lora_rank", "lora_alpha",
-    "lora_dropout", "lora_target_modules", "base_precision",
+    "mock_data", "pack", "seq_length", "global_batch_size", "seed", "lr", "min_lr", "lora_alpha", "lora_alpha_experts",
+    "lora_scaling", "lora_plus_ratio", *LORA_SHAPE, "base_precision",
 )  # fmt: skip
 """Settings, apart from the data, that define an adapter."""
 
@@ -92,7 +93,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         report.step(4, STEPS, f"Export: {exported} exists")
     else:
         report.step(4, STEPS, f"Export → {exported}")
-        export = ExportConfig(adapter=config.save, output_path=exported, overwrite=done.exported)
+        export = ExportConfig(adapter=(str(config.save),), output_path=exported, overwrite=done.exported)
         _run(host, "export", export, options)
     report.step(5, STEPS, f"Fetch → {target}")
     place = fetch(host, host_path(_inside(exported), options), target, ssh, overwrite=_is_ours(target), say=report.say)

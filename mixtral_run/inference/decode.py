@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mixtral_run.model.attention import KeyValueCache
+from mixtral_run.model.attention.attention import KeyValueCache
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import refused

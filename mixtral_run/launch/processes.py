@@ -84,13 +84,19 @@ def num_processes(config: LaunchConfig) -> int:
     count = process_count(config)
     problems = config.world_size_problems(count)
     if problems:
+        tp, cp = config.tensor_model_parallel_size, config.context_size
         given = {
-            "tensor_model_parallel_size": config.tensor_model_parallel_size,
+            "tensor_model_parallel_size": tp,
+            "context_parallel_size": cp if cp > 1 else None,
             "expert_model_parallel_size": config.expert_model_parallel_size,
         }
         sizes = {name: size for name, size in given.items() if size is not None}
-        smaller = " ".join(f"{flag_of(name)} {math.gcd(size, count)}" for name, size in sizes.items())
-        least = math.lcm(*sizes.values())
+        fitting = {name: math.gcd(size, count) for name, size in sizes.items()}
+        if cp > 1:
+            # TP and CP split the same rows: their product has to divide the processes.
+            fitting["context_parallel_size"] = math.gcd(cp, count // fitting.get("tensor_model_parallel_size", 1))
+        smaller = " ".join(f"{flag_of(name)} {size}" for name, size in fitting.items())
+        least = math.lcm((tp or 1) * cp, config.expert_model_parallel_size or 1)
         letters = "/".join(f"{name[0].upper()}P{size}" for name, size in sizes.items())
         more = _more_processes(config, least, count)
         raise ConfigError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from mixtral_run.config.lora import LoraShape, module_rank, shares_expert_adapters
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.hf_config import DEFAULT_POSITIONS, config_problems, rotary_base
 
@@ -75,17 +76,26 @@ class MixtralArchitecture:
         experts = self.moe_router_topk * 3 * hidden * self.ffn_hidden_size
         return self.num_layers * (attention + experts + self.num_experts * hidden) + self.vocab_size * hidden
 
-    def num_adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
-        """Return the number of parameters of LoRA adapters on these layers: rank × (in + out) a linear layer and
-        expert.
-        """
+    def num_adapter_parameters(self, shape: LoraShape) -> int:
+        """Return the number of parameters of LoRA adapters: rank × (in + out) a linear layer and expert."""
+        experts = 1 if shares_expert_adapters(shape) else self.num_experts
         sizes = {
             "linear_qkv": self.hidden_size + self.qkv_size,
             "linear_proj": self.projection_size + self.hidden_size,
-            "linear_fc1": self.num_experts * (self.hidden_size + 2 * self.ffn_hidden_size),
-            "linear_fc2": self.num_experts * (self.ffn_hidden_size + self.hidden_size),
+            "linear_fc1": experts * (self.hidden_size + 2 * self.ffn_hidden_size),
+            "linear_fc2": experts * (self.ffn_hidden_size + self.hidden_size),
         }
-        return self.num_layers * rank * sum(sizes[name] for name in target_modules)
+        return self.num_layers * sum(module_rank(shape, name) * sizes[name] for name in shape.lora_target_modules)
+
+    def num_trained_also(self, names: Sequence[str]) -> int:
+        """Return the number of parameters of these weights of the base (config/lora.py, TRAINED_ALSO)."""
+        sizes = {
+            "embeddings": self.vocab_size * self.hidden_size,
+            "lm_head": self.vocab_size * self.hidden_size,
+            "norms": (2 * self.num_layers + 1) * self.hidden_size,
+            "router": self.num_layers * self.num_experts * self.hidden_size,
+        }
+        return sum(sizes[name] for name in names)
 
     def layout_problems(self, tensor_model_parallel_size: int, expert_model_parallel_size: int) -> list[str]:
         """Return why the model cannot be split over TP and EP; an empty list if it can."""

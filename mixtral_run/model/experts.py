@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral_run.model.adapters.lora import initial_linear_in
+from mixtral_run.model.adapters.lora import initial_linear_in, with_start
 from mixtral_run.model.adapters.lora_experts import Adapters, adapted_experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.permute import Permutation
@@ -24,14 +24,16 @@ from mixtral_run.model.kernels.grouped_mm import (
     grouped_linear,
 )
 from mixtral_run.model.kernels.quantized.quantized_mm import (
+    dequantize,
     forward_product,
+    has_scaled_product,
     quantize_to,
     quantized_layout,
     quantized_linear,
     quantized_with_inner,
     rows_gradient,
 )
-from mixtral_run.model.kernels.router_probs import with_probs
+from mixtral_run.model.kernels.routing.router_probs import with_probs
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
 from mixtral_run.model.parallel.param_sharding import mark
@@ -40,6 +42,8 @@ from mixtral_run.model.recompute.recipe import Once, Recipe, drop
 
 class ExpertLinear(torch.nn.Module):
     """One linear layer of all local experts. weight: [experts / EP, out, in]; adapters [.., r, in] and [.., out, r].
+
+    Adapters that the experts share are [1, r, in] and [1, out, r], the same on all ranks.
 
     With a base precision of fp8 or nf4 the weight has no memory until `allocate`; `quantize` replaces it by `values`
     and `scales` (quantized_mm.py). This is done layer by layer: the whole model never exists in 16 bit.
@@ -63,6 +67,7 @@ class ExpertLinear(torch.nn.Module):
         first = parallel_state.get_expert_model_parallel_rank() * count
         device = torch.cuda.current_device()
         self.base_precision = base_precision
+        self.num_local = count
         place = device if base_precision == "bf16" else "meta"
         self.weight: torch.nn.Parameter | None = torch.nn.Parameter(
             torch.empty(count, outputs, inputs, dtype=config.params_dtype, device=place)
@@ -70,16 +75,40 @@ class ExpertLinear(torch.nn.Module):
         mark(self.weight, expert=True)
         self.register_buffer("values", None)
         self.register_buffer("scales", None)
-        self.lora = lora if lora is not None and name in lora.target_modules else None
+        self.lora = lora.of(name) if lora is not None and name in lora.target_modules else None
+        self.initial_in: torch.nn.Parameter | None = None
+        self.initial_out: torch.nn.Parameter | None = None
         if self.lora is not None:
+            shared = self.lora.shared
+            places: list[tuple[int, ...]] = [()] if shared else [(first + each,) for each in range(count)]
             halves = [
-                initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, first + each)
-                for each in range(count)
+                initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, *place) for place in places
             ]
             self.linear_in = torch.nn.Parameter(torch.stack(halves).to(device))
-            self.linear_out = torch.nn.Parameter(torch.zeros(count, outputs, self.lora.rank, device=device))
-            mark(self.linear_in, expert=True)
-            mark(self.linear_out, expert=True)
+            self.linear_out = torch.nn.Parameter(torch.zeros(len(places), outputs, self.lora.rank, device=device))
+            for half in (self.linear_in, self.linear_out):
+                mark(half, expert=not shared, shared=shared)
+            if self.lora.starts_from_weights:
+                # start_from_weights.py fills them.
+                self.initial_in, self.initial_out = (
+                    torch.nn.Parameter(torch.zeros_like(each), requires_grad=False)
+                    for each in (self.linear_in, self.linear_out)
+                )
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of all local experts as they are multiplied; see LinearAdapter.halves."""
+        if self.lora is not None and self.lora.shared:
+            return self.linear_in.repeat(self.num_local, 1, 1), self.linear_out.repeat(self.num_local, 1, 1)
+        if self.initial_in is None or self.initial_out is None:
+            return self.linear_in, self.linear_out
+        return with_start(self.linear_in, self.linear_out, self.initial_in, self.initial_out)
+
+    def dense_weight(self, index: int) -> Tensor:
+        """Return the weight of one local expert [out, in]; a quantized one as fp32."""
+        if self.values is not None and self.scales is not None:
+            return dequantize(self.values[index], self.scales[index], torch.float32)
+        assert self.weight is not None
+        return self.weight[index].detach()
 
     def forward(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
         """Return the layer's output without its adapter, [tokens, out], for rows [tokens, in] sorted by expert.
@@ -106,12 +135,22 @@ class ExpertLinear(torch.nn.Module):
         assert self.weight is not None
         return frozen_product(rows, self.weight.detach(), offsets, source, adapter)
 
-    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+    def factors(self, gradient: Tensor) -> Tensor | None:
+        """Return the factors fp32 [experts, out] of the columns of a gradient that `gradient` quantizes; None if it
+        does not.
+        """
+        if self.values is None or not has_scaled_product(gradient, self.values):
+            return None
+        return self.scales
+
+    def gradient(
+        self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor, row_scales: Tensor | None = None
+    ) -> Tensor:
         """Return the gradient of `forward`'s rows, given that of its result [tokens, out], plus inner [tokens, r] ·
-        linear_in.
+        linear_in. row_scales: see quantized_mm.rows_gradient.
         """
         if self.values is not None and self.scales is not None:
-            return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in)
+            return rows_gradient(gradient, self.values, self.scales, offsets, inner, linear_in, row_scales)
         assert self.weight is not None
         return frozen_gradient(gradient, self.weight.detach(), offsets, inner, linear_in)
 
@@ -152,14 +191,14 @@ class ExpertLinear(torch.nn.Module):
         assert self.lora is not None
         if self.values is None or self.scales is None or (self.lora.dropout and self.training):
             return self(rows, offsets, recipe), self.inner(rows, offsets, recipe)
-        return quantized_with_inner(rows, self.values, self.scales, offsets, self.linear_in.to(rows.dtype), recipe)
+        return quantized_with_inner(rows, self.values, self.scales, offsets, self.halves()[0].to(rows.dtype), recipe)
 
     def inner(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
         """Return A·x of each row's expert, with dropout on x: [tokens, r]."""
         assert self.lora is not None
         if self.lora.dropout and self.training:
             rows, recipe = drop(rows, self.lora.dropout, recipe)
-        return grouped_linear(rows, self.linear_in.to(rows.dtype), offsets, recipe)
+        return grouped_linear(rows, self.halves()[0].to(rows.dtype), offsets, recipe)
 
 
 class Experts(MegatronModule):
@@ -190,7 +229,7 @@ class Experts(MegatronModule):
         """
         first, second = self.linear_fc1, self.linear_fc2
         assert first.lora is not None
-        parts = (first.linear_in, first.linear_out, second.linear_in, second.linear_out)
+        parts = (*first.halves(), *second.halves())
         return adapted_experts(tokens, permutation, first, second, Adapters(*parts, first.lora.scale), recipe, probs)
 
     @property
@@ -218,7 +257,7 @@ class Experts(MegatronModule):
             alone: Tensor = second(active, offsets, recomputed)
             return alone
         output, inner = second.with_inner(active, offsets, recomputed)
-        return added_linear(output, inner, second.linear_out.to(rows.dtype), second.lora.scale, offsets)
+        return added_linear(output, inner, second.halves()[1].to(rows.dtype), second.lora.scale, offsets)
 
     def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """Return linear_fc1 followed by SwiGLU, [tokens, ffn], and, given the rows' recipe, the recipe of the
@@ -230,7 +269,7 @@ class Experts(MegatronModule):
             return swiglu(hidden, offsets), Recipe.of(swiglu, hidden, offsets) if recipe is not None else None
         scale = first.lora.scale
         hidden, inner = first.with_inner(rows, offsets, recipe)
-        outer = first.linear_out.to(rows.dtype)
+        outer = first.halves()[1].to(rows.dtype)
 
         def activate(hidden: Tensor, inner: Tensor, outer: Tensor, offsets: Tensor) -> Tensor:
             return swiglu_with_adapter(hidden, inner, outer, scale, offsets)
@@ -252,10 +291,26 @@ class Experts(MegatronModule):
             # A quantized weight is not part of a checkpoint; before `allocate` there is no memory to load into.
             if layer.weight is not None and not layer.weight.is_meta:
                 result |= self._shards(f"{key}.weight", layer.weight, halves, sharded_offsets)
-            if layer.lora is not None:
+            if layer.lora is not None and layer.lora.shared:
+                result |= self._shared_shard(f"{key}.adapter.linear_in.weight", layer.linear_in, sharded_offsets)
+                result |= self._shared_shard(f"{key}.adapter.linear_out.weight", layer.linear_out, sharded_offsets)
+            elif layer.lora is not None:
                 result |= self._shards(f"{key}.adapter.linear_in.weight", layer.linear_in, 1, sharded_offsets)
                 result |= self._shards(f"{key}.adapter.linear_out.weight", layer.linear_out, halves, sharded_offsets)
+            if layer.initial_in is not None and layer.initial_out is not None:
+                result |= self._shards(f"{key}.adapter.initial_in.weight", layer.initial_in, 1, sharded_offsets)
+                result |= self._shards(f"{key}.adapter.initial_out.weight", layer.initial_out, halves, sharded_offsets)
         return result
+
+    def _shared_shard(self, key: str, half: Tensor, sharded_offsets: tuple[Any, ...]) -> dict[str, ShardedTensor]:
+        """Return the shard of a matrix that all experts share, and that every rank has: the first rank's is saved."""
+        replica = (0, 0, torch.distributed.get_rank())
+        axis = len(sharded_offsets)
+        return {
+            key: ShardedTensor.from_rank_offsets(
+                key, half.detach()[0], *sharded_offsets, replica_id=replica, prepend_axis_num=axis
+            )
+        }
 
     def _shards(
         self, key: str, stacked: Tensor, chunks_of_rows: int, sharded_offsets: tuple[Any, ...]

@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.attention import Attention, AttentionInputs
+from mixtral_run.model.attention.attention import Attention, AttentionInputs
 from mixtral_run.model.dispatch.base import TokenDispatcher
-from mixtral_run.model.moe import MoELayer
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.megatron import (
     BaseTransformerLayer,
@@ -23,6 +22,7 @@ from mixtral_run.model.parallel.megatron import (
     apply_prefix_mapping,
 )
 from mixtral_run.model.recompute.offload import Offload
+from mixtral_run.model.routing.moe import MoELayer
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
 
     def _compute(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         selective = self.recompute == "selective" and self.training
+        hidden, normed = self.input_layernorm.joined(hidden)
         recipe = self.input_layernorm.recipe(hidden) if selective else None
-        hidden = hidden + self.self_attention(self.input_layernorm(hidden), inputs.attention, recipe)
+        attended = self.self_attention(normed, inputs.attention, recipe)
+        hidden, normed = self.pre_mlp_layernorm.joined(hidden, attended)
         recipe = self.pre_mlp_layernorm.recipe(hidden) if selective else None
-        output: Tensor = hidden + self.mlp(self.pre_mlp_layernorm(hidden), recipe, inputs.dispatcher)
+        output: Tensor = hidden + self.mlp(normed, recipe, inputs.dispatcher)
         return output

@@ -11,23 +11,35 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from mixtral_run.config.context import MOST_LOGITS
+from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.cast_adapters import refresh
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import is_trained_also, store_in_fp32
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.model.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.attention.attention import AttentionInputs, KeyValueCache
+from mixtral_run.model.attention.context_attention import ContextInputs
+from mixtral_run.model.attention.packed_attention import Packed, has_packed_attention
+from mixtral_run.model.attention.rotary import Rotary
+from mixtral_run.model.chunked_loss import chunked_cross_entropy
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
+from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy, has_cross_entropy
+from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
-from mixtral_run.model.moe import unlimited_dispatcher
 from mixtral_run.model.norm import RMSNorm
-from mixtral_run.model.packed_attention import Packed, has_packed_attention
+from mixtral_run.model.parallel.context import ContextPart
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.offload import Offload
-from mixtral_run.model.rotary import Rotary
-from mixtral_run.model.router_counts import RouterCounts
+from mixtral_run.model.routing.moe import unlimited_dispatcher
+from mixtral_run.model.routing.router_counts import RouterCounts
+from mixtral_run.model.routing.router_loss import RouterLoss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,6 +53,18 @@ class ModelSettings:
     lora: LoraSettings | None = None
     recompute: str = "none"
     base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
+    kernels: str = "auto"  # the value of --kernels; it counts for the whole process
+
+
+class _Gpt(GPTModel):
+    """GPTModel whose loss needs no copies of the logits where a process has the whole vocabulary."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the losses [batch, sequence] of labels of the same shape, for logits [sequence, batch, vocabulary]."""
+        if self.config.tensor_model_parallel_size > 1 or not has_cross_entropy(logits):
+            losses: Tensor = super().compute_language_model_loss(labels, logits)
+            return losses
+        return cross_entropy(logits, labels.transpose(0, 1)).transpose(0, 1).contiguous()
 
 
 class MixtralModel(torch.nn.Module):
@@ -61,7 +85,7 @@ class MixtralModel(torch.nn.Module):
             "dispatcher": unlimited_dispatcher(mesh.expert_group, architecture.num_experts),
         }
         layer = ModuleSpec(module=MixtralLayer, params=params)
-        self.gpt = GPTModel(
+        self.gpt = _Gpt(
             config,
             TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=RMSNorm),
             vocab_size=architecture.padded_vocab_size(mesh.tensor_size),
@@ -74,9 +98,15 @@ class MixtralModel(torch.nn.Module):
             mark(split, split=True)
         if architecture.padded_vocab_size(mesh.tensor_size) != architecture.vocab_size:
             self.gpt.output_layer.register_forward_hook(self._without_padding)
-        self._adapters = [parameter for name, parameter in self.named_parameters() if is_adapter(name)]
+        # With a start that is subtracted, the layers cast what they put together of A and of the start.
+        casts = settings.lora is not None and not settings.lora.starts_from_weights
+        self._adapters = [parameter for name, parameter in self.named_parameters() if casts and is_adapter(name)]
         self.rotary = Rotary(architecture.kv_channels, architecture.rotary_base, mesh.device)
         self.router_counts: RouterCounts | None = None
+        self.router_loss: RouterLoss | None = None
+        self.context: ContextPart | None = None
+        if mesh.context_size > 1:
+            self.context = ContextPart(mesh.context_rank, mesh.context_size, mesh.context_group)
 
     def losses(
         self,
@@ -90,12 +120,33 @@ class MixtralModel(torch.nn.Module):
         """Return the cross entropy of each label, fp32 [batch, sequence]. tokens, labels: int64 [batch, sequence].
 
         packed: boundaries of samples if rows hold several; positions: [batch, sequence], which restart at 0 in each
-        sample. dispatcher: of this pass and its backward pass; None for the layers' own. All ranks of the TP and EP
-        groups must call.
+        sample. dispatcher: of this pass and its backward pass; None for the layers' own. Under context parallelism each
+        rank gets the whole rows and returns the losses of its part of them, with 0 elsewhere: their sum over the ranks
+        is the rows'. All ranks of the TP, CP and EP groups must call.
         """
-        inputs = self._inputs(self._attention_inputs(tokens.shape[1], positions, None, None, packed), dispatcher)
-        losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
-        return losses
+        if self.context is None:
+            attention = self._attention_inputs(tokens.shape[1], positions, None, None, packed)
+            return self._losses(tokens, labels, self._inputs(attention, dispatcher))
+        part, (batch, length) = self.context, tokens.shape
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device)[None]
+        attention = self._attention_inputs(length // part.size, part.of_row(positions), None, None)
+        masked = not has_packed_attention(attention.cosine)
+        attention.context = ContextInputs.of(part, length, packed, batch, masked=masked, device=tokens.device)
+        losses = self._losses(part.of_row(tokens), part.of_row(labels), self._inputs(attention, dispatcher))
+        return part.into_row(losses)
+
+    def _losses(self, tokens: Tensor, labels: Tensor, inputs: LayerInputs) -> Tensor:
+        """Return the cross entropy of each label, fp32 [batch, sequence]; of many tokens chunk by chunk."""
+        if tokens.numel() <= MOST_LOGITS:
+            losses: Tensor = self.gpt(tokens, None, inputs, labels=labels)
+            return losses
+        # The same as GPTModel.forward as far as the output layer.
+        hidden = self.gpt.decoder(
+            hidden_states=self.gpt.embedding(input_ids=tokens, position_ids=None), attention_mask=inputs
+        )
+
+        return chunked_cross_entropy(hidden, labels, self.gpt, MOST_LOGITS)
 
     def logits(
         self,
@@ -172,7 +223,7 @@ class MixtralModel(torch.nn.Module):
         mesh, lora = self.mesh, self.settings.lora
         probe = torch.empty(1, dtype=self.settings.dtype, device=mesh.device)
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
-        rank = lora.rank if lora is not None else 8
+        rank = lora.of("linear_fc1").computed_rank if lora is not None else 8
         return mesh.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
 
     def count_choices(self) -> RouterCounts:
@@ -181,6 +232,12 @@ class MixtralModel(torch.nn.Module):
         split = bool(self.gpt.config.sequence_parallel)
         self.router_counts = RouterCounts(routers, self.architecture.num_experts, self.mesh, sequence_parallel=split)
         return self.router_counts
+
+    def balance_routers(self, coefficient: float) -> None:
+        """Have the routers trained for balance from now on (router_loss.py); each pass must be counted."""
+        routers = [layer.mlp.router for layer in self.gpt.decoder.layers]
+        a, split = self.architecture, bool(self.gpt.config.sequence_parallel)
+        self.router_loss = RouterLoss(routers, a.num_experts, a.moe_router_topk, coefficient, self.mesh, split=split)
 
     @property
     def experts(self) -> list[Experts]:
@@ -249,15 +306,27 @@ def transformer_config(architecture: MixtralArchitecture, settings: ModelSetting
 def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh: Mesh) -> MixtralModel:
     """Return the model on this rank's device, with uninitialized base weights and initial adapters (B = 0).
 
-    With adapters all other parameters are frozen. All ranks must call.
+    With adapters all other parameters are frozen. The process computes with the kernels of the model that was built
+    last (kernels/selected.py). Raises ConfigError if the device lacks these. All ranks must call.
     """
+    if problems := kernel_problems(capability_of(mesh.device), settings.kernels):
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
+    select(settings.kernels)
+    if mesh.device.type == "cuda":
+        copy_from_image()
     model = MixtralModel(architecture, settings, mesh)
     if settings.lora is not None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+            parameter.requires_grad_(is_trained(name) or is_trained_also(name, settings.lora))
+        store_in_fp32(model.gpt, settings.lora, settings.dtype)
     return model
 
 
 def is_adapter(parameter_name: str) -> bool:
     """Return True if a parameter belongs to an adapter, by its name in the model or in a checkpoint."""
+    return is_trained(parameter_name) or ".initial_in" in parameter_name or ".initial_out" in parameter_name
+
+
+def is_trained(parameter_name: str) -> bool:
+    """Return True if a parameter of an adapter is trained: A and B, but not the start that is subtracted."""
     return ".linear_in" in parameter_name or ".linear_out" in parameter_name

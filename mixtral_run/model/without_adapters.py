@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from mixtral_run.model.adapters.lora import ColumnLinear, LinearAdapter, RowLinear
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import base_of, is_trained_also
 from mixtral_run.model.experts import ExpertLinear
 from mixtral_run.model.mixtral import MixtralModel
 
@@ -19,6 +20,7 @@ def without_adapters(model: MixtralModel) -> Iterator[None]:
     """
     linear: list[tuple[ColumnLinear | RowLinear, LinearAdapter]] = []
     experts: list[tuple[ExpertLinear, LoraSettings]] = []
+    others = [each for name, each in model.named_parameters() if is_trained_also(name, model.settings.lora)]
     for module in model.modules():
         if isinstance(module, (ColumnLinear, RowLinear)) and module.adapter is not None:
             linear.append((module, module.adapter))
@@ -28,6 +30,9 @@ def without_adapters(model: MixtralModel) -> Iterator[None]:
         layer.adapter = None
     for each, _ in experts:
         each.lora = None
+    trained = [each.data for each in others]
+    for parameter in others:
+        parameter.data = base_of(parameter)
     try:
         yield
     finally:
@@ -35,3 +40,5 @@ def without_adapters(model: MixtralModel) -> Iterator[None]:
             layer.adapter = adapter
         for each, lora in experts:
             each.lora = lora
+        for parameter, values in zip(others, trained, strict=True):
+            parameter.data = values

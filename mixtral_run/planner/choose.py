@@ -9,28 +9,22 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
+from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
-from mixtral_run.planner.memory_model import (
-    EXPERT_BYTES,
-    GIB,
-    USABLE,
-    USABLE_OF_HOST,
-    Layout,
-    Workload,
-    fit_dispatch,
-    host_bytes,
-    memory,
-)
+from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.ranking import Choice, ranked
 from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
+from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
+PLANNED_FLAGS = {"method", "base_precision", *LORA_SHAPE}
+"""Settings that the command of `plan` in an error repeats."""
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
 
@@ -72,7 +66,7 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
 
         layout = spread_layout(config, base.architecture, world_size, recompute, fits)
     if not config.has_layout and not (
-        world_size % layout.tensor_model_parallel_size or world_size % layout.expert_model_parallel_size
+        world_size % layout.ranks_of_a_row or world_size % layout.expert_model_parallel_size
     ):
         count = "1 process" if world_size == 1 else f"{world_size} processes"
         say(f"Layout: {layout} for {count}, chosen by the planner")
@@ -110,7 +104,7 @@ def _without_former_setting(config: JobConfigT) -> JobConfigT:
 def _with_layout(config: JobConfigT, layout: Layout) -> JobConfigT:
     settings = dataclasses.asdict(layout)
     if not isinstance(config, FinetuneConfig):
-        del settings["recompute"]
+        del settings["recompute"], settings["context_parallel_size"]
     return dataclasses.replace(config, **settings)
 
 
@@ -138,6 +132,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
         config,
         tensor_model_parallel_size=None,
         expert_model_parallel_size=None,
+        context_parallel_size=None,
         recompute=None,
         recompute_activations=False,
     )
@@ -175,6 +170,7 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
         expert_bytes=whole,
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
+        kernels=config.kernels,
         **batch,
     )
 
@@ -193,15 +189,17 @@ def workload_of(
         gpus=world_size,
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
-        lora_rank=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
+        rows_per_sample=config.rows_per_sample,
+        **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
+        kernels=config.kernels,
         cuda_graphs=config.cuda_graphs,
-        has_validation=config.has_validation,
+        # The passes without gradients of align are those of an evaluation.
+        has_validation=config.has_validation or config.preferences is not None,
+        context_parallel_size=config.planned_context_size,
     )
 
 
@@ -210,7 +208,7 @@ def _has_recompute(config: FinetuneConfig) -> bool:
 
 
 def _layout_of(config: FinetuneConfig) -> Layout:
-    return Layout(*config.layout_sizes, config.recomputation)
+    return Layout(*config.layout_sizes, config.recomputation, config.context_size)
 
 
 def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:
@@ -228,7 +226,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
         if each.layout.recompute in recompute
         and config.tensor_model_parallel_size in (None, each.layout.tensor_model_parallel_size)
         and config.expert_model_parallel_size in (None, each.layout.expert_model_parallel_size)
-        and allows(config, each.layout.tensor_model_parallel_size, world_size)
+        and allows(config, each.layout, world_size)
     ]
 
 
@@ -257,11 +255,11 @@ def _refusal(
         layout = _layout_of(config)
     else:
         # The smallest one comes first if none fits.
-        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation)
+        layout = choices[0].layout if choices else Layout(1, 1, config.recomputation, config.context_size)
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
-    others = " ".join(["", *config.flags({"base_precision", "lora_rank", "lora_dropout", "lora_target_modules"})])
+    others = " ".join(["", *config.flags(PLANNED_FLAGS)])
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
         f"--micro-batch-size {config.micro_batch_size}{others} --all"
@@ -276,7 +274,7 @@ def _refusal(
         expected=f"at most {gpu.free / GIB:.1f} GiB a GPU, free of a total of {gpu.total / GIB:.1f}",
         found=f"{sum(parts.values()) / GIB:.1f} GiB with {layout}: "
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest),
-        next_command=f"mixtral-run finetune … {fitting[0].layout.flags()}"
+        next_command=f"mixtral-run {config.VERB} … {fitting[0].layout.flags()}"
         if fitting
         else f"{plan}; no layout fits on these GPUs" + (f", but {' or '.join(changes)}" if changes else ""),
     )

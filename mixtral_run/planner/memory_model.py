@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
-from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
-from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.context import MOST_LOGITS
+from mixtral_run.config.lora import has_frozen_start, module_rank, shares_expert_adapters
 from mixtral_run.config.verbs.training import RUNS_AGAIN
-from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.planner import policy
+from mixtral_run.planner.workload import GIB, Layout, Memory, Workload
 
-GIB = 1024**3
 CONTEXT = 0.6 * GIB
 """CUDA context, kernel code and cuBLAS, which torch does not count."""
 COMMUNICATION = 0.8 * GIB
@@ -35,88 +33,10 @@ USABLE = 0.97
 USABLE_OF_HOST = 0.8
 """Part of a host's RAM that --recompute offload may pin; the rest is for the processes themselves."""
 
+SAVED_TENSORS = {False: 3, True: 4}
+"""Tensors of a checkpoint for each parameter: itself, AdamW's moments, and with a frozen start also that."""
 EXPERT_BYTES = {"fp8": 1.0, "nf4": 0.5 + 2 / 64}
 """Bytes per expert weight: in 8 bit without its scales, which are counted apart; in 4 bit with its part of a scale."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A split of the model over ranks, with its recomputation."""
-
-    tensor_model_parallel_size: int
-    expert_model_parallel_size: int
-    recompute: str
-
-    def __str__(self) -> str:
-        return f"TP{self.tensor_model_parallel_size}/EP{self.expert_model_parallel_size}"
-
-    def flags(self) -> str:
-        return (
-            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} "
-            f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The model that is trained, the batch, and the GPUs.
-
-    Attributes:
-        weight_bytes: bytes per weight of the base without its experts.
-        expert_bytes: bytes per expert weight.
-        compute_capability: of the GPUs.
-        cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
-        peer_access: True if GPUs of one host may read rows from each other (model/dispatch/symmetric_memory.py), for
-            which buffers have a capacity of twice the mean number of rows.
-        has_validation: True if a validation set is evaluated between iterations (train/validation.py).
-    """
-
-    architecture: MixtralArchitecture = MIXTRAL_8X7B
-    gpus: int = 8
-    seq_length: int = 512
-    micro_batch_size: int = 1
-    lora_rank: int = 16
-    lora_dropout: float = 0.0
-    lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
-    weight_bytes: int = 2
-    expert_bytes: float = 2
-    gpus_per_host: int = GPUS_PER_HOST
-    compute_capability: tuple[int, int] = HOPPER
-    cuda_graphs: bool = True
-    peer_access: bool = True
-    has_validation: bool = False
-
-    @property
-    def fused_experts(self) -> bool:
-        """True if both layers of the experts are one step of the backward pass (model/adapters/lora_experts.py)."""
-        return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro batch."""
-        return self.seq_length * self.micro_batch_size
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest GPU, by part."""
-
-    weights: float
-    adapters: float
-    gradients: float
-    optimizer: float
-    activations: float
-    buffers: float
-    context: float
-
-    @property
-    def total(self) -> float:
-        return float(sum(dataclasses.astuple(self)))
-
-    @property
-    def allocated(self) -> float:
-        """The bytes that torch counts: all but the context, which the driver and NCCL hold."""
-        return self.total - self.context
 
 
 def execution(workload: Workload, layout: Layout) -> policy.Execution:
@@ -124,7 +44,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
     shape = workload.architecture
     found = policy.execution_of(
         policy.TrainingPass(
-            tokens=workload.tokens // layout.tensor_model_parallel_size,
+            tokens=workload.tokens(layout) // layout.tensor_model_parallel_size,
             expert_size=layout.expert_model_parallel_size,
             recompute=layout.recompute,
             lora_dropout=workload.lora_dropout,
@@ -134,7 +54,8 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 workload.weight_bytes,
                 shape.hidden_size,
                 shape.ffn_hidden_size,
-                workload.lora_rank,
+                module_rank(workload, "linear_fc1") * (2 if has_frozen_start(workload) else 1),
+                kernels=workload.kernels,
             ),
             peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
         )
@@ -162,20 +83,36 @@ def _rows_over_mean(workload: Workload, layout: Layout) -> float:
 def memory(workload: Workload, layout: Layout) -> Memory:
     """Return the bytes of one GPU at the peak of a step: at the loss, or in the last layer's backward pass."""
     adapters = adapter_parameters(workload, layout)
+    also = trained_also_parameters(workload, layout)
     layers = workload.architecture.num_layers
     if layout.recompute == "offload":
         # The input of the layer that is recomputed, and that of the next layer, which is being copied.
         layers = min(layers, 2)
     return Memory(
         weights=weight_bytes(workload, layout),
-        # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
-        adapters=adapters * (4 if layout.recompute in RUNS_AGAIN else 6),
-        gradients=adapters * 4,
-        optimizer=adapters * 8,
-        activations=layers * workload.tokens * activation_bytes_per_token(workload, layout),
+        # The base has fp32 in place of its own dtype, and a copy of that where it is used.
+        adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + _repeated(workload, layout) + also * 4,
+        gradients=(adapters + also) * 4,
+        optimizer=(adapters + also) * 8,
+        activations=layers * workload.tokens(layout) * activation_bytes_per_token(workload, layout),
         buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
+
+
+def _bytes_per_adapter_parameter(workload: Workload, layout: Layout) -> int:
+    """Return the bytes of a trained parameter, and of its frozen start if it has one."""
+    # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
+    each = 4 if layout.recompute in RUNS_AGAIN else 6
+    return 2 * each if has_frozen_start(workload) else each
+
+
+def _repeated(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of the copies of an adapter that experts share: the products want one for each local expert."""
+    if not shares_expert_adapters(workload) or layout.recompute in RUNS_AGAIN:
+        return 0.0
+    each = dataclasses.replace(workload, expert_adapters="each")
+    return 2 * (adapter_parameters(each, layout) - adapter_parameters(workload, layout))
 
 
 def host_bytes(workload: Workload, layout: Layout) -> float:
@@ -184,7 +121,7 @@ def host_bytes(workload: Workload, layout: Layout) -> float:
         return 0.0
     shape = workload.architecture
     # torch pins blocks of powers of two.
-    block = 1 << (math.ceil(workload.tokens * activation_bytes_per_token(workload, layout)) - 1).bit_length()
+    block = 1 << (math.ceil(workload.tokens(layout) * activation_bytes_per_token(workload, layout)) - 1).bit_length()
     return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
 
 
@@ -193,9 +130,14 @@ def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
 
     Each parameter is in the copy of one rank of the job. With several hosts it is at most this much on one of them.
     """
-    whole = workload.architecture.num_adapter_parameters(workload.lora_rank, workload.lora_target_modules)
-    on_host = adapter_parameters(workload, layout) * min(workload.gpus, workload.gpus_per_host)
-    return 3 * 4 * min(whole, on_host)
+    whole, also = (
+        workload.architecture.num_adapter_parameters(workload),
+        workload.architecture.num_trained_also(workload.train_also),
+    )
+    gpus = min(workload.gpus, workload.gpus_per_host)
+    on_host = adapter_parameters(workload, layout) * gpus
+    also_on_host = min(also, trained_also_parameters(workload, layout) * gpus)
+    return SAVED_TENSORS[has_frozen_start(workload)] * 4 * min(whole, on_host) + 3 * 4 * also_on_host
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> float:
@@ -221,13 +163,26 @@ def adapter_parameters(workload: Workload, layout: Layout) -> float:
     """Return the number of adapter parameters on one GPU (split: model/adapters/lora.py, model/experts.py)."""
     shape, tp = workload.architecture, layout.tensor_model_parallel_size
     hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
+    experts = 1 if shares_expert_adapters(workload) else shape.num_experts / ep
     sizes = {
         "linear_qkv": hidden + shape.qkv_size / tp,
         "linear_proj": shape.projection_size / tp + hidden,
-        "linear_fc1": shape.num_experts * (hidden + 2 * ffn) / ep,
-        "linear_fc2": shape.num_experts * (ffn + hidden) / ep,
+        "linear_fc1": experts * (hidden + 2 * ffn),
+        "linear_fc2": experts * (ffn + hidden),
     }
-    return shape.num_layers * workload.lora_rank * sum(sizes[name] for name in workload.lora_target_modules)
+    return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
+
+
+def trained_also_parameters(workload: Workload, layout: Layout) -> float:
+    """Return the number of the base's weights on one GPU that are trained with the adapters.
+
+    TP splits those that have a row for each token of the vocabulary.
+    """
+    shape, also = workload.architecture, workload.train_also
+    split = [each for each in also if each in ("embeddings", "lm_head")]
+    whole = [each for each in also if each not in split]
+    padded = shape.padded_vocab_size(layout.tensor_model_parallel_size) / shape.vocab_size
+    return shape.num_trained_also(split) * padded / layout.tensor_model_parallel_size + shape.num_trained_also(whole)
 
 
 def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:
@@ -254,13 +209,21 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
     normed = _row_bytes(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
     context = _row_bytes(workload, shape.projection_size)
     saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
-    if "linear_proj" in adapted and layout.recompute == "none" and (workload.micro_batch_size > 1 or dropped):
+    if layout.context_parallel_size > 1:
+        # Keys and values of the other ranks (model/attention/context_attention.py).
+        saved += (layout.context_parallel_size - 1) * keys_and_values(workload)
+    if "linear_proj" in adapted and layout.recompute == "none" and (workload.rows > 1 or dropped):
         # The adapter reads a copy: transposed from samples first to positions first, or with dropout applied.
         saved += context
     if dropped:
         # The masks, a byte an element.
         saved += shape.hidden_size * ("linear_qkv" in adapted) + shape.projection_size * ("linear_proj" in adapted)
     return saved / tp
+
+
+def keys_and_values(workload: Workload) -> float:
+    """Return the bytes of the keys and values of a token, over all heads."""
+    return _row_bytes(workload, workload.architecture.qkv_size - workload.architecture.projection_size)
 
 
 def _experts_per_token(workload: Workload, layout: Layout) -> float:
@@ -284,9 +247,9 @@ def _experts_per_token(workload: Workload, layout: Layout) -> float:
 
 def _buffers(workload: Workload, layout: Layout) -> float:
     """Return the larger of the temporary bytes of the loss and of one layer's backward pass."""
-    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
     local, how = layout.expert_model_parallel_size == 1, execution(workload, layout)
-    loss = tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    loss = _loss_bytes(workload, layout)
     rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
     # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
     layer = rows * (
@@ -295,6 +258,9 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     if how.dispatch.has_fixed_shapes:
         # Buffers that other ranks read: this rank's tokens, and its experts' rows.
         layer += (tokens / tp + rows) * _row_bytes(workload, shape.hidden_size)
+    if layout.context_parallel_size > 1:
+        # Keys and values of the row: as they were gathered, and the gradients of both orders.
+        layer += 3 * tokens * layout.context_parallel_size * keys_and_values(workload) / tp
     # The recomputed activation.
     layer += rows * _row_bytes(workload, shape.ffn_hidden_size)
     if layout.recompute == "selective":
@@ -303,13 +269,24 @@ def _buffers(workload: Workload, layout: Layout) -> float:
         layer += tokens * activation_bytes_per_token(workload, dataclasses.replace(layout, recompute="none"))
     elif how.captured:
         layer += CAPTURE_OVERHEAD
-    if workload.expert_bytes < 1:
+    if workload.expert_bytes < 1 or (
+        workload.expert_bytes == 1 and not policy.multiplies_in_8_bit(workload.compute_capability, workload.kernels)
+    ):
         # The experts of one linear layer in 16 bit, for the product.
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
     elif workload.expert_bytes == 1:
         # The larger input in 8 bit.
         layer += rows * 2 * shape.ffn_hidden_size
     return max(loss, layer)
+
+
+def _loss_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the temporary bytes of the loss: logits of a chunk of tokens (model/chunked_loss.py), and the tokens' own
+    hidden states and their gradients, which are whole on each TP rank.
+    """
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
+    logits = min(tokens, MOST_LOGITS) * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    return logits + (2 * tokens * _row_bytes(workload, shape.hidden_size) if tokens > MOST_LOGITS else 0.0)
 
 
 def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
@@ -322,8 +299,8 @@ def _evaluation_buffers(workload: Workload, layout: Layout) -> float:
     if not (workload.has_validation and execution(workload, layout).captured):
         return 0.0
     shape, tp, ep = workload.architecture, layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    loss = workload.tokens * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
-    rows = shape.moe_router_topk * workload.tokens * (1.0 if ep == 1 else IMBALANCE) / tp
+    loss = _loss_bytes(workload, layout)
+    rows = shape.moe_router_topk * workload.tokens(layout) * (1.0 if ep == 1 else IMBALANCE) / tp
     layer = rows * (_row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * 4)
     if workload.expert_bytes < 1:
         layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / ep
@@ -335,4 +312,6 @@ def _communication(workload: Workload, layout: Layout) -> float:
         return 0.0
     # The evaluation uses all-to-all, training another exchange with its own communicator.
     further = workload.has_validation and execution(workload, layout).dispatch.has_fixed_shapes
-    return COMMUNICATION + (ANOTHER_GROUP if further else 0)
+    # The ranks of a row gather keys and values; if they are all ranks, in the group that also sums the gradients.
+    gathers = 1 < layout.context_parallel_size < workload.gpus
+    return COMMUNICATION + (further + gathers) * ANOTHER_GROUP

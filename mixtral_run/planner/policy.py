@@ -5,7 +5,8 @@ functions, so that the plan promises what the run does. Pure arithmetic on sizes
 
 Capture requires that nothing in the pass waits for the GPU. Two parts may wait:
 
-    grouped products   below compute capability 9.0 torch copies the experts' offsets to the host
+    grouped products   without a set of kernels (model/kernels/requirements.py) the host reads the experts' offsets:
+                       below compute capability 8.0, and in other dtypes than bf16
     all-to-all         each rank must learn on the host how many rows arrive
 """
 
@@ -16,7 +17,13 @@ from dataclasses import dataclass
 
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
-from mixtral_run.model.kernels.requirements import Capability, grouped_mm_runs_on_device
+from mixtral_run.model.kernels.requirements import (
+    EIGHT_BIT_CAPABILITY,
+    Capability,
+    KernelSet,
+    grouped_mm_runs_on_device,
+    kernel_set_of,
+)
 
 MIN_TOKENS_TO_CAPTURE_DECODING = 8
 """New tokens of each sequence from which capturing pays; it takes as long as two or three passes."""
@@ -111,15 +118,23 @@ def captures_decoding(num_rows: int, expert_size: int, new_tokens: int, *, syncs
     )
 
 
-def products_sync_with_host(capability: Capability | None, element_bytes: int, *widths: int) -> bool:
+def products_sync_with_host(
+    capability: Capability | None, element_bytes: int, *widths: int, kernels: str = "auto"
+) -> bool:
     """Return True if the experts' products wait for the GPU, as they also do on a CPU.
 
     Args:
         capability: compute capability of the GPU; None on a CPU.
         element_bytes: bytes of an element of activations and unquantized weights.
         widths: hidden size, ffn hidden size, and the adapters' rank.
+        kernels: a value of --kernels.
     """
-    return capability is None or not grouped_mm_runs_on_device(capability, element_bytes, *widths)
+    return not grouped_mm_runs_on_device(kernel_set_of(capability, kernels), element_bytes, *widths)
+
+
+def multiplies_in_8_bit(capability: Capability, kernels: str = "auto") -> bool:
+    """Return True if the products with experts in fp8 are 8-bit products, which need no copy of them in 16 bit."""
+    return capability == EIGHT_BIT_CAPABILITY and kernel_set_of(capability, kernels) is KernelSet.HOPPER
 
 
 def has_peer_access(num_gpus: int, gpus_per_host: int) -> bool:

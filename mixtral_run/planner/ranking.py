@@ -8,18 +8,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mixtral_run.config.context import row_multiple
 from mixtral_run.config.verbs.training import RECOMPUTE
-from mixtral_run.planner.memory_model import (
-    USABLE,
-    USABLE_OF_HOST,
-    Layout,
-    Memory,
-    Workload,
-    execution,
-    fit_dispatch,
-    host_bytes,
-    memory,
-)
+from mixtral_run.planner.memory_model import USABLE, USABLE_OF_HOST, execution, fit_dispatch, host_bytes, memory
+from mixtral_run.planner.workload import Layout, Memory, Workload
 
 RATE_BY_TOKENS = ((512, 0.70), (2048, 1.0), (8192, 1.14))
 """Tokens that all experts share, and the rate relative to 2,048 tokens: more tokens fill the experts' products better.
@@ -45,15 +37,19 @@ class Choice:
     relative_speed: float
 
 
-def layouts(workload: Workload) -> Iterator[Layout]:
-    """Yield every layout that the model and the number of GPUs allow."""
+def layouts(workload: Workload, context: int = 1) -> Iterator[Layout]:
+    """Yield every layout with this CP that the model, the length of a row and the number of GPUs allow."""
     shape, gpus = workload.architecture, workload.gpus
     for tp in _divisors(gpus):
         for ep in _divisors(gpus):
-            if shape.layout_problems(tp, ep) or workload.seq_length % tp:
+            if (
+                shape.layout_problems(tp, ep)
+                or workload.seq_length % row_multiple(tp, context)
+                or gpus % (tp * context)
+            ):
                 continue
             for recompute in RECOMPUTE:
-                yield Layout(tp, ep, recompute)
+                yield Layout(tp, ep, recompute, context)
 
 
 def _divisors(number: int) -> list[int]:
@@ -66,7 +62,8 @@ def relative_speed(workload: Workload, layout: Layout) -> float:
     Measured: 97 to 98 % (EP2) and 90 % (EP4, an earlier version) with a dispatch of fixed shapes and a captured pass,
     86 to 91 % and 70 to 78 % with all-to-all; TP2 costs a fifth. Counted: recomputing the forward pass adds half as
     many products, selective recomputation adds some passes over memory. Assumed, not measured: each further doubling of
-    TP costs another fifth; copies to the host and back, which overlap with the products, cost 3 %.
+    TP costs another fifth; copies to the host and back, which overlap with the products, cost 3 %; each doubling of CP
+    costs 3 %.
     """
     tp = layout.tensor_model_parallel_size
     spread = 1.0
@@ -76,7 +73,8 @@ def relative_speed(workload: Workload, layout: Layout) -> float:
     elif layout.expert_model_parallel_size > 2:
         spread = 0.92 if fixed else 0.78
     recomputed = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
-    return float(spread * recomputed * 0.8 ** (tp.bit_length() - 1))
+    shared = 0.97 ** (layout.context_parallel_size.bit_length() - 1)
+    return float(spread * recomputed * shared * 0.8 ** (tp.bit_length() - 1))
 
 
 def rate_by_tokens(tokens: int) -> float:
@@ -94,11 +92,17 @@ def faster_micro_batch(workload: Workload, chosen: Choice, gpu_memory: float) ->
     """
 
     def rate(choice: Choice, tokens: int) -> float:
-        return rate_by_tokens(tokens * choice.layout.expert_model_parallel_size) * choice.relative_speed
+        layout = choice.layout
+        of_experts = tokens * layout.expert_model_parallel_size // layout.context_parallel_size
+        return rate_by_tokens(of_experts) * choice.relative_speed
 
-    found, tokens = [], workload.seq_length * workload.micro_batch_size
+    found, tokens = [], workload.seq_length * workload.rows
     for factor in (2, 4, 8, 16):
-        larger = dataclasses.replace(workload, micro_batch_size=workload.micro_batch_size * factor)
+        larger = dataclasses.replace(
+            workload,
+            micro_batch_size=workload.micro_batch_size * factor,
+            context_parallel_size=chosen.layout.context_parallel_size,
+        )
         choice = best(larger, gpu_memory) if tokens * factor <= RATE_BY_TOKENS[-1][0] else None
         # Offload is a last resort and is never suggested.
         if choice is not None and choice.layout.recompute != "offload":
@@ -112,15 +116,13 @@ def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf)
 
     Fast layouts come before slow ones, so EP before TP and little recomputation before much; among equals, the one with
     less memory. Layouts that offload to the host come after all others that fit, those that do not fit last, smallest
-    first. gpu_memory, host_memory: bytes of one GPU and of one host's RAM.
+    first. Rows are split over ranks (CP) as the workload says, or, if it does not, where nothing fits otherwise.
+    gpu_memory, host_memory: bytes of one GPU and of one host's RAM.
     """
-    choices = []
-    for layout in layouts(workload):
-        fitted = fit_dispatch(workload, layout, USABLE * gpu_memory)
-        needed = memory(fitted, layout)
-        pinned = host_bytes(workload, layout)
-        fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
-        choices.append(Choice(layout, needed, pinned, fits, relative_speed(fitted, layout)))
+    choices = _choices(workload, workload.context_parallel_size or 1, gpu_memory, host_memory)
+    if workload.context_parallel_size is None and not any(each.fits for each in choices):
+        for context in _divisors(workload.gpus)[1:]:
+            choices += _choices(workload, context, gpu_memory, host_memory)
     return sorted(
         choices,
         key=lambda each: (
@@ -130,6 +132,17 @@ def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf)
             each.memory.total,
         ),
     )
+
+
+def _choices(workload: Workload, context: int, gpu_memory: float, host_memory: float) -> list[Choice]:
+    choices = []
+    for layout in layouts(workload, context):
+        fitted = fit_dispatch(workload, layout, USABLE * gpu_memory)
+        needed = memory(fitted, layout)
+        pinned = host_bytes(workload, layout)
+        fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
+        choices.append(Choice(layout, needed, pinned, fits, relative_speed(fitted, layout)))
+    return choices
 
 
 def best(workload: Workload, gpu_memory: float) -> Choice | None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from mixtral_run.planner.memory_model import Layout, Workload, adapter_parameters
+from mixtral_run.config.lora import shares_expert_adapters
+from mixtral_run.planner.memory_model import adapter_parameters
+from mixtral_run.planner.workload import Layout, Workload
 
 GRADIENT_BYTES = 4
 """Gradients of adapters are fp32."""
@@ -66,7 +68,8 @@ def exchange(workload: Workload, layout: Layout, hosts: int, network: float) -> 
     ranks = workload.gpus * hosts
     sent = 0.0
     for parameters, parts in (
-        (experts, layout.expert_model_parallel_size),
+        # What the experts share, all ranks hold.
+        (experts, 1 if shares_expert_adapters(workload) else layout.expert_model_parallel_size),
         (dense, layout.tensor_model_parallel_size),
     ):
         # Each part of the model has a ring of its own, through all ranks that hold this part.

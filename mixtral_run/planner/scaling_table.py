@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.verbs.plan import DEFAULT_NETWORK, PlanConfig, network_bytes
-from mixtral_run.planner.memory_model import Workload
 from mixtral_run.planner.ranking import Choice, rate_by_tokens, relative_speed
 from mixtral_run.planner.scaling import NETWORK_EFFICIENCY, exchange, shown_hosts
+from mixtral_run.planner.workload import Workload
 from mixtral_run.terminal.report import Report
 
 MEASURED_RATES = {
-    ("h200", "bf16"): 9429.0, ("h200", "fp8"): 12364.0, ("h200", "nf4"): 5793.0, ("h100", "fp8"): 11644.0
+    ("h200", "bf16"): 9658.0, ("h200", "fp8"): 12735.0, ("h200", "nf4"): 5793.0, ("h100", "fp8"): 11644.0
 }  # fmt: skip
 """Tokens per second of one GPU at 2,048 x 1 without recomputation, from docs/benchmarks.md, by --gpu and
 --base-precision."""
@@ -57,8 +57,12 @@ def scaling(config: PlanConfig, workload: Workload, best: Choice) -> Scaling:
     if rate is None:
         measured = MEASURED_RATES.get((config.gpu or "", config.base_precision))
         source = "benchmarks" if measured is not None else "unknown"
-        rate = measured * best.relative_speed * rate_by_tokens(workload.tokens) if measured is not None else None
-    seconds = workload.tokens / best.layout.tensor_model_parallel_size / rate if rate is not None else None
+        rate = (
+            measured * best.relative_speed * rate_by_tokens(workload.tokens(best.layout))
+            if measured is not None
+            else None
+        )
+    seconds = workload.tokens(best.layout) / best.layout.tensor_model_parallel_size / rate if rate is not None else None
     rows = tuple(_row(config, workload, best, hosts, network, seconds) for hosts in shown_hosts(config.hosts))
     return Scaling(network, NETWORK_EFFICIENCY, rate, source, seconds, rows)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from mixtral_run.config.context import row_multiple
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import PretrainConfig, TrainingConfig
 from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.planner.memory_model import Layout, Workload, memory, weight_bytes
+from mixtral_run.planner.memory_model import memory, weight_bytes
+from mixtral_run.planner.workload import Layout, Workload
 
 GENERATION_BYTES = 2 * 1024**3
 """Assumed size of the key-value cache, the logits and the activations of `generate`."""
@@ -32,7 +34,8 @@ def spread_layout(
     """
     possible = list(_possible(config, architecture, num_processes, recompute))
     fitting = (layout for layout in possible if fits(layout))
-    fallback = Layout(config.tensor_model_parallel_size or 1, config.expert_model_parallel_size or 1, recompute)
+    tp, ep = config.tensor_model_parallel_size or 1, config.expert_model_parallel_size or 1
+    fallback = Layout(tp, ep, recompute, config.context_size)
     return next(fitting, possible[-1] if possible else fallback)
 
 
@@ -43,16 +46,18 @@ def _possible(
     given_tp, given_ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     for tp in divisors if given_tp is None else [given_tp]:
         for ep in reversed(divisors) if given_ep is None else [given_ep]:
-            if not architecture.layout_problems(tp, ep) and allows(config, tp, num_processes):
-                yield Layout(tp, ep, recompute)
+            layout = Layout(tp, ep, recompute, config.context_size)
+            if not architecture.layout_problems(tp, ep) and allows(config, layout, num_processes):
+                yield layout
 
 
-def allows(config: LaunchConfig, tp: int, num_processes: int) -> bool:
-    """Return True if TP splits the sequence, and every data-parallel replica takes as many micro batches."""
+def allows(config: LaunchConfig, layout: Layout, num_processes: int) -> bool:
+    """Return True if TP and CP split the sequence, and every data-parallel replica takes as many micro batches."""
     if not isinstance(config, TrainingConfig):
         return True
-    samples = config.micro_batch_size * num_processes
-    return config.seq_length % tp == 0 and config.global_batch_size * tp % samples == 0
+    samples, shared = config.micro_batch_size * num_processes, layout.ranks_of_a_row
+    multiple = row_multiple(layout.tensor_model_parallel_size, layout.context_parallel_size)
+    return config.seq_length % multiple == 0 and config.global_batch_size * shared % samples == 0
 
 
 def needed_bytes(config: LaunchConfig, workload: Workload, layout: Layout) -> float:

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from mixtral_run.planner.memory_model import EXPERT_BYTES, Workload
+from mixtral_run.planner.memory_model import EXPERT_BYTES
 from mixtral_run.planner.ranking import ranked
+from mixtral_run.planner.workload import Workload
 
 MAX_GPUS = 64
 MIN_SEQ_LENGTH = 64

@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
+from mixtral_run.config.lora import LORA_SHAPE
+from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import local_gpu
-from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, USABLE_OF_HOST, Workload, saved_copy_bytes
+from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, saved_copy_bytes
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import remedies
+from mixtral_run.planner.workload import GIB, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
@@ -31,9 +36,7 @@ SHORT_PARTS = {
     "other": ("buffers", "context"),
 }
 """The columns on a terminal of 80 characters."""
-RUN_SETTINGS = {
-    "load", "seq_length", "micro_batch_size", "lora_rank", "lora_dropout", "lora_target_modules", "base_precision",
-}  # fmt: skip
+RUN_SETTINGS = {"load", "seq_length", "micro_batch_size", "base_precision", "kernels", "method", *LORA_SHAPE}
 """Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
 
@@ -54,6 +57,8 @@ class PlannedGpu:
 def show_plan(config: PlanConfig) -> None:
     """Print the table, or JSON. Raises ConfigError with changes that would help if no layout fits."""
     gpu = planned_gpu(config)
+    if problems := kernel_problems(gpu.compute_capability, config.kernels):
+        raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="the same command without --kernels")
     workload = workload_of(config, gpu)
     host = config.host_memory * GIB if config.host_memory is not None else math.inf
     choices = ranked(workload, gpu.memory_gib * GIB, host)
@@ -114,12 +119,14 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         gpus=config.gpus,
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
-        lora_rank=config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
+        rows_per_sample=rows_per_sample(config.method),
+        **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
         compute_capability=gpu.compute_capability,
+        kernels=config.kernels,
+        cuda_graphs=config.method is None,
+        context_parallel_size=1 if config.method else config.context_parallel_size,
     )
 
 
@@ -134,7 +141,7 @@ def _title(config: PlanConfig, workload: Workload, gpu: PlannedGpu) -> str:
     size = f"{gpu.memory_gib:g} GiB ({gpu.memory_gib * GIB / 1e9:.1f} GB)"
     return (
         f"LoRA r={config.lora_rank} on {workload.architecture.num_parameters / 1e9:.1f} B parameters, {config.gpus} × "
-        f"{size}, seq {config.seq_length:,} × {config.micro_batch_size}; GiB a GPU, RAM a host"
+        f"{size}, seq {config.seq_length:,} × {workload.rows}; GiB a GPU, RAM a host"
     )
 
 
@@ -161,7 +168,11 @@ def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: 
     if not best.fits:
         return
     settings = " ".join(["", *config.flags(RUN_SETTINGS)])
-    report.say(f"  next: mixtral-run finetune … {best.layout.flags()}{settings}")
+    if config.method is not None:
+        report.say("align does not capture its passes as CUDA graphs: short rows train more slowly than with finetune")
+    report.say(
+        f"  next: mixtral-run {'finetune' if config.method is None else 'align'} … {best.layout.flags()}{settings}"
+    )
     faster = faster_micro_batch(workload, best, gpu.memory_gib * GIB)
     if faster is not None:
         size, choice, rate = faster

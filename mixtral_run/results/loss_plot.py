@@ -21,7 +21,9 @@ Curve = tuple[str, Points, int, bool]
 _COLORS, _GRID = ("#1f6feb", "#d1632a"), "#d0d7de"
 
 
-def write_loss_plot(path: Path, training: Points, validation: Points = (), *, title: str) -> None:
+def write_loss_plot(
+    path: Path, training: Points, validation: Points = (), *, title: str, label: str = "lm loss"
+) -> None:
     """Write the losses as a PNG. The file appears whole or not at all.
 
     Args:
@@ -29,19 +31,20 @@ def write_loss_plot(path: Path, training: Points, validation: Points = (), *, ti
         training: iteration and loss; losses that are not finite leave a gap.
         validation: the same of the validation set.
         title: above the plot.
+        label: of the loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = loss_figure(training, validation, title=title)
+    figure = loss_figure(training, validation, title=title, label=label)
     partial = path.with_name(f".{path.name}")
     FigureCanvasAgg(figure).print_figure(str(partial), format="png")
     partial.rename(path)
 
 
-def loss_figure(training: Points, validation: Points = (), *, title: str) -> Figure:
+def loss_figure(training: Points, validation: Points = (), *, title: str, label: str = "lm loss") -> Figure:
     """Return the figure. Its axes have plain numbers, on a logarithmic scale if the losses span orders of magnitude."""
     curves = [("training", training, 0, False), *([("validation", validation, 1, True)] if validation else [])]
-    return _figure(curves, title=title)
+    return _figure(curves, title=title, label=label)
 
 
 def write_loss_curves(path: Path, curves: Sequence[Curve], *, title: str) -> None:
@@ -51,7 +54,7 @@ def write_loss_curves(path: Path, curves: Sequence[Curve], *, title: str) -> Non
     FigureCanvasAgg(_figure(curves, title=title)).print_figure(str(path), format="png")
 
 
-def _figure(curves: Sequence[Curve], *, title: str) -> Figure:
+def _figure(curves: Sequence[Curve], *, title: str, label: str = "lm loss") -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120)
@@ -65,7 +68,7 @@ def _figure(curves: Sequence[Curve], *, title: str) -> Figure:
     values = [loss for _, points, _, _ in curves for _, loss in points if math.isfinite(loss)]
     _readable(axes, values)
     axes.set_xlabel("iteration")
-    axes.set_ylabel("lm loss")
+    axes.set_ylabel(label)
     axes.set_title(title, loc="left", parse_math=False)
     axes.grid(True, which="both", color=_GRID, linewidth=0.6)
     if curves:

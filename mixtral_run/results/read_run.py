@@ -99,6 +99,20 @@ def loss_summary(data: RunData) -> dict[str, Any] | None:
     }
 
 
+def preference_summary(data: RunData) -> dict[str, Any]:
+    """Return rewards and other figures of preferences, of the last iteration and of the last evaluation.
+
+    Empty for other runs.
+    """
+    found = {}
+    for kind, lines in (("training", data.metrics), ("validation", data.validation)):
+        last = lines[-1] if lines else {}
+        figures = {name: number(value) for name, value in last.items() if "/" in name or name in ("kl", "nll_loss")}
+        if figures:
+            found[kind] = figures
+    return found
+
+
 def _content(path: Path, problems: list[str]) -> bytes | None:
     """Return the bytes of a regular file; None if it is missing or cannot be used, which is noted."""
     try:

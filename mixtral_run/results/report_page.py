@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from mixtral_run.config.launch import layout_name
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.results.read_run import RunData, curve, mapping, number, numbers
@@ -79,6 +81,7 @@ def _tiles(summary: dict[str, Any]) -> str:
             f"Lowest validation loss, at iteration {escaped(validation.get('lowest_iteration'))}",
             [_value("validation.lowest_loss", validation, ".4g")],
         ),
+        *_preference_tiles(mapping(summary.get("preferences"))),
         ("Tokens/s in the median iteration", [_value("tokens_per_second", summary, ",.0f")]),
         ("TFLOP/s per process", [_value("tflops_per_process", summary, ".3g")]),
         ("Seconds per iteration", [_value("seconds_per_iteration", summary, ".3g")]),
@@ -91,12 +94,23 @@ def _tiles(summary: dict[str, Any]) -> str:
         for label, values in cells
         if all(values)
     )
+    sizes: tuple[Any, Any] = summary.get("tensor_model_parallel_size"), summary.get("expert_model_parallel_size")
+    # Summaries of earlier versions have no CP.
+    context = int(number(summary.get("context_parallel_size")) or 1)
     layout = (
-        f"{summary.get('num_processes')} × {summary.get('device')}, TP{summary.get('tensor_model_parallel_size')}/"
-        f"EP{summary.get('expert_model_parallel_size')}, base in {summary.get('base_precision')}, "
-        f"recompute {summary.get('recompute')}"
+        f"{summary.get('num_processes')} × {summary.get('device')}, {layout_name(*sizes, context)}, "
+        f"base in {summary.get('base_precision')}, recompute {summary.get('recompute')}"
     )
     return f'<div class="tiles">{tiles}</div>\n<p class="quiet">{escaped(layout)}</p>'
+
+
+def _preference_tiles(preferences: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return a tile for each figure of a run on preferences, of its last iteration or its last evaluation."""
+    return [
+        (f"{title}, {kind}", [_value(f"preferences.{kind}.rewards/{name}", mapping(preferences.get(kind)), ".4g")])
+        for title, name in (("Pairs in the right order", "accuracies"), ("Margin of the rewards", "margins"))
+        for kind in ("training", "validation")
+    ]
 
 
 def _value(path: str, values: dict[str, Any], form: str) -> str:
@@ -117,6 +131,7 @@ def _curves(data: RunData) -> str:
     ]
     charts = [
         _chart("Loss", losses, ("training", "validation") if losses[1].points else ()),
+        *_preference_charts(data),
         *(
             _chart(title, [Series(name, curve(data.metrics, name), style)], may_be_log=may_be_log)
             for title, name, style, may_be_log in (
@@ -128,6 +143,23 @@ def _curves(data: RunData) -> str:
         ),
     ]
     return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
+
+
+def _preference_charts(data: RunData) -> list[str]:
+    """Return the charts of a run on preferences: rewards, margins and accuracies. Other runs have none of these."""
+    rewards = [
+        Series(f"rewards/{name}", curve(data.metrics, f"rewards/{name}"), style)
+        for name, style in (("chosen", "a"), ("rejected", "b"))
+    ]
+    found = [_chart("Rewards", rewards, ("chosen", "rejected"), may_be_log=False)] if rewards[0].points else []
+    for title, name in (("Margin of the rewards", "margins"), ("Share of pairs in the right order", "accuracies")):
+        series = [
+            Series(f"rewards/{name}", curve(data.metrics, f"rewards/{name}"), "a"),
+            Series(f"validation_rewards/{name}", curve(data.validation, f"rewards/{name}"), "b", marked=True),
+        ]
+        names = ("training", "validation") if series[1].points else ()
+        found.append(_chart(title, series, names, may_be_log=False))
+    return found
 
 
 def _chart(title: str, series: Sequence[Series], names: Sequence[str] = (), *, may_be_log: bool = True) -> str:
@@ -219,7 +251,7 @@ def _shown(value: object) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    defaults = {item.name: item.default for item in fields(FinetuneConfig) if item.default is not MISSING}
+    defaults = {item.name: item.default for item in fields(_config_class(settings)) if item.default is not MISSING}
     rows = [(f"--{name.replace('_', '-')}", f"settings.{name}", value) for name, value in settings.items()]
     is_default = {
         f"settings.{name}": name in defaults and _plain(defaults[name]) == value for name, value in settings.items()
@@ -232,6 +264,11 @@ def _settings(settings: dict[str, Any]) -> str:
     )
 
 
+def _config_class(settings: dict[str, Any]) -> type[FinetuneConfig]:
+    """Return the settings of the verb of a run: only those of align have a method."""
+    return AlignConfig if "method" in settings else FinetuneConfig
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if hasattr(value, "parts") else value
 
@@ -239,7 +276,8 @@ def _plain(value: Any) -> Any:
 def _commands(summary: dict[str, Any], best_adapter: str) -> str:
     """Return the commands that continue the run, export its adapter, serve it and talk to it."""
     try:
-        config = FinetuneConfig.from_mapping(mapping(summary.get("settings")))
+        settings = mapping(summary.get("settings"))
+        config = _config_class(settings).from_mapping(settings)
     except ConfigError:
         return ""  # the settings of another version of the kit
     names = {item.name for item in fields(config)} - {"resume"}
@@ -248,7 +286,7 @@ def _commands(summary: dict[str, Any], best_adapter: str) -> str:
     served = shlex.quote(str(mapping(summary.get("base")).get("hf_model") or "HF_MODEL"))
     commands = {
         "Continue this run (a complete one with a larger --train-iters or --epochs)": _command(
-            ["mixtral-run finetune", *config.flags(names), "--resume"]
+            [f"mixtral-run {config.VERB}", *config.flags(names), "--resume"]
         ),
         "Export the adapter, for PEFT, vLLM and SGLang": (
             _command(["mixtral-run export", *adapter, "--format", "vllm", "--output-path", "peft-adapter"])

@@ -7,10 +7,13 @@ import dataclasses
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.trained_also import remember_base
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.model.start_from_weights import start_from_weights
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_base
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits
@@ -43,8 +46,14 @@ def load_for_training(
     cache: CacheOptions | None = None,
 ) -> MixtralModel:
     """Return the base with new adapters, in training mode. cache: see `load_base`. All ranks must call."""
-    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), True, lora, recompute, base_precision)
+    dtype = pick_dtype(config.dtype, base, mesh.device)
+    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels)
     model = _build(base, settings, mesh, cache)
+    if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
+        # Otherwise a checkpoint has the start.
+        start_from_weights(model)
+    if isinstance(config, FinetuneConfig) and config.router_aux_loss:
+        model.balance_routers(config.router_aux_loss)
     return model.train()
 
 
@@ -54,10 +63,11 @@ def load_for_inference(
     """Return the base with its adapter, in evaluation mode without sequence parallelism. All ranks must call."""
     lora = lora_settings(adapter) if adapter is not None else None
     # Generation passes have one token, which sequence parallelism cannot split.
-    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora)
+    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora, kernels=config.kernels)
     model = _build(base, settings, mesh)
     if adapter is not None:
         check_adapter_fits(adapter, loaded(model, base))
+        remember_base(model, lora)
         load_adapter(model, adapter)
     return model.eval().requires_grad_(False)
 

@@ -32,6 +32,7 @@ from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.metrics import IterationMetrics, Meter, flops_per_token, format_seconds
 from mixtral_run.train.outcome.log_to import scalar_loggers
 from mixtral_run.train.outcome.record import Outcome
+from mixtral_run.train.preferences.prepare import objective_of, prepare_references
 from mixtral_run.train.preflight import adapter_bytes, reserved_bytes
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.run import Run
@@ -45,13 +46,14 @@ from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+EXPERTS_HAVE = {"each": "one adapter per expert", "shared": "one adapter for all experts of a layer"}
 
 
 def finetune(config: FinetuneConfig) -> None:
-    """Fine-tune with LoRA and save adapters. All ranks must call."""
+    """Fine-tune with LoRA, on answers or on preferences, and save adapters. All ranks must call."""
     base = describe_base(config.load)
     lora = LoraSettings.from_config(config)
-    with own_output(config.save / LOCK_NAME, "finetune"), open_mesh(config) as mesh:
+    with own_output(config.save / LOCK_NAME, config.VERB), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
         config = settle_resume(config, mesh, report)
         config, data = _open_data(config, base, report)
@@ -67,10 +69,13 @@ def finetune(config: FinetuneConfig) -> None:
             torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(),
             torch.cuda.get_device_capability(),
         )
-        tokens = config.micro_batch_size * config.seq_length
+        tokens = config.micro_batch_size * config.rows_per_sample * config.seq_length
         most = samples.most if isinstance(samples, PackedSamples) else None
         captured = config.cuda_graphs and (most is None or most.pay(config.seq_length))
-        with backward_of(model, tokens, captured=captured, peer_access=peer_access, most=most) as backward:
+        objective = objective_of(config)
+        with backward_of(
+            model, tokens, captured=captured, peer_access=peer_access, most=most, objective=objective
+        ) as backward:
             bad = BadSteps(config, mesh, report)
             refuses = bad.refuses if bad.is_active else None
             step = optimizer_step(model, optimizer, config.clip_grad, backward, refuses)
@@ -80,10 +85,13 @@ def finetune(config: FinetuneConfig) -> None:
             run = Run(config, mesh, report, model, data, meter, step, seconds, bad)
             if data.validation is not None:
                 file = config.save / VALIDATION if mesh.is_first else None
-                run.validation = Validation(data.validation, config.micro_batch_size, report, file)
+                run.validation = Validation(
+                    data.validation, config.micro_batch_size, report, file, objective, config.loss_name
+                )
             load_init_adapter(config, base, model, report)
             if config.resume:
                 run.start = resume_run(run, optimizer, config, base)
+            prepare_references(run, config, base)
             _report_lora(run, config)
             outcome = Outcome(config, base, data, mesh, report, model.count_choices() if config.router_stats else None)
             outcome.start()
@@ -153,8 +161,8 @@ def _load(
     """Return the model and the seconds that loading took."""
     started = time.perf_counter()
     report.say(
-        f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as TP{mesh.tensor_size}/"
-        f"EP{mesh.expert_size}, data-parallel {mesh.data_size} …"
+        f"Loading {config.load} onto {mesh.world_size} × {mesh.device.type} as {mesh.layout}, "
+        f"data-parallel {mesh.data_size} …"
     )
     precision, cache = "bf16", None
     if isinstance(config, FinetuneConfig):
@@ -213,7 +221,7 @@ def _train_and_save(
 def _show(run: Run, metrics: IterationMetrics) -> None:
     """Show the figures of an iteration: in the view of a terminal, or as a line."""
     if run.view is not None:
-        run.view.update(metrics.figures(_processor(run.mesh)))
+        run.view.update(metrics.live_figures(_processor(run.mesh)))
     else:
         run.report.say(metrics.line(_processor(run.mesh)))
 
@@ -254,7 +262,7 @@ def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome, num_retaken:
             f"without a validation loss below {run.best.best_loss:.4f}, that of iteration {run.best.best_iteration}"
         )
     run.report.done(
-        f"LoRA fine-tuning complete: {done} iterations in {format_seconds(run.meter.total_seconds)}, "
+        f"LoRA {config.WHAT} complete: {done} iterations in {format_seconds(run.meter.total_seconds)}, "
         f"adapter in {config.save}"
     )
     run.report.say(f"  {summary.line(_processor(run.mesh))}")
@@ -289,7 +297,8 @@ def _evaluate(
         run.report.say(metrics.line(config.iterations))
         if run.view is not None:
             run.view.validation.append((iteration, metrics.loss))
-        write(iteration, {"validation_loss": metrics.loss})
+        figures = {f"validation_{name}": value for name, value in (metrics.figures or {}).items()}
+        write(iteration, {"validation_loss": metrics.loss} | figures)
     # A resumed run evaluates where it starts; a run without the interruption would not have done so.
     if iteration % config.eval_interval != 0 and iteration != config.iterations:
         return False
@@ -323,21 +332,25 @@ def _iterations(run: Run, stop: StopRequest) -> Iterator[IterationMetrics]:
             result = run.step(batch, rate)
         run.bad_steps.note(result, iteration + 1, batch)
         run.meter.tick()
-        yield run.meter.measure(iteration + 1, result.loss, result.grad_norm, rate, skipped=not result.taken)
+        yield run.meter.measure(
+            iteration + 1, result.loss, result.grad_norm, rate, skipped=not result.taken, figures=result.figures
+        )
         if stop.agreed():
             return
 
 
 def _report_lora(run: Run, config: FinetuneConfig) -> None:
     architecture = run.model.architecture
-    count = architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    total = architecture.num_parameters
+    also = architecture.num_trained_also(config.train_also)
+    count = architecture.num_adapter_parameters(config) + also
+    total = architecture.num_parameters - also
     run.report.say("LoRA configuration:")
-    run.report.say(f"  target modules: {', '.join(config.lora_target_modules)} (one adapter per expert)")
     run.report.say(
-        f"  rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}, "
-        f"scale {LoraSettings.from_config(config).scale:g}"
+        f"  target modules: {', '.join(config.lora_target_modules)} ({EXPERTS_HAVE[config.expert_adapters]})"
     )
+    lora = LoraSettings.from_config(config)
+    scales = dict.fromkeys(f"{lora.of(module).scale:g}" for module in lora.target_modules)
+    run.report.say(f"  {lora.describe()}, dropout {lora.dropout:g}, scale {' and '.join(scales)}")
     run.report.say(f"  trainable parameters: {count:,} of {total + count:,} ({count / (total + count):.4%})")
 
 
@@ -347,13 +360,14 @@ def _meter(config: TrainingConfig, base: BaseDescription, mesh: Mesh, file: Path
     return Meter(
         train_iters=config.iterations,
         global_batch_size=config.global_batch_size,
-        seq_length=config.seq_length,
+        seq_length=config.seq_length * config.rows_per_sample,
         world_size=mesh.world_size,
         flops_per_token=flops_per_token(
             base.architecture, config.seq_length, trains_weights=isinstance(config, PretrainConfig)
         ),
         device=mesh.device,
         file=file if mesh.is_first else None,
+        loss_name=config.loss_name,
     )
 
 

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from mixtral_run.terminal.live import TrainingFigures
 class IterationMetrics:
     """One iteration of the whole job; rates are over the iterations since the last line.
 
-    skipped: the step was not taken (bad_steps.py), and its loss may not be a number.
+    skipped: the step was not taken (bad_steps.py), and its loss may not be a number. loss_name: of the loss in lines.
+    figures: further figures of the objective, by name.
     """
 
     iteration: int
@@ -40,13 +41,24 @@ class IterationMetrics:
     peak_memory_gib: float
     eta_seconds: float
     skipped: bool = False
+    loss_name: str = "lm loss"
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the values of a line of metrics.jsonl. JSON has no NaN."""
+        values = asdict(self)
+        del values["loss_name"]
+        values |= values.pop("figures")
+        return {
+            name: None if isinstance(each, float) and not math.isfinite(each) else each for name, each in values.items()
+        }
 
     def scalars(self) -> dict[str, float]:
         """Return the values for TensorBoard."""
         names = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | dict(self.figures)
 
-    def figures(self, processor: str) -> TrainingFigures:
+    def live_figures(self, processor: str) -> TrainingFigures:
         """Return the values for the live view. processor: 'GPU' or 'process'."""
         values = {item.name: getattr(self, item.name) for item in fields(TrainingFigures) if item.name != "processor"}
         return TrainingFigures(**values, processor=processor)
@@ -63,12 +75,17 @@ class IterationMetrics:
                 f"TFLOP/s/{processor}: {self.tflops_per_process:.1f}",
                 f"learning rate: {self.learning_rate:.3E}",
                 f"global batch size: {self.global_batch_size}",
-                f"lm loss: {self.loss:.6E}",
+                f"{self.loss_name}: {self.loss:.6E}",
+                *(f"{name}: {self.figures[name]:.4f}" for name in IN_LINES if name in self.figures),
                 f"grad norm: {self.grad_norm:.3f}",
                 f"peak GB: {self.peak_memory_gib * 1.073741824:.2f}",
                 f"ETA: {format_seconds(self.eta_seconds)}",
             )
         )
+
+
+IN_LINES = ("rewards/accuracies", "rewards/margins", "kl")
+"""Figures of preferences that the line of an iteration and of an evaluation has."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -110,7 +127,9 @@ class Meter:
         flops_per_token: float,
         device: torch.device,
         file: Path | None,
+        loss_name: str = "lm loss",
     ) -> None:
+        self._loss_name = loss_name
         self._train_iters = train_iters
         self._global_batch_size = global_batch_size
         self._tokens = global_batch_size * seq_length
@@ -127,7 +146,14 @@ class Meter:
         self._pending += 1
 
     def measure(
-        self, iteration: int, loss: float, grad_norm: float, learning_rate: float, *, skipped: bool = False
+        self,
+        iteration: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        *,
+        skipped: bool = False,
+        figures: Mapping[str, float] | None = None,
     ) -> IterationMetrics:
         """Return the metrics over the iterations since the last call."""
         now = time.perf_counter()
@@ -153,14 +179,11 @@ class Meter:
             peak_memory_gib=peak_memory_gib(self._device),
             eta_seconds=forecast * (self._train_iters - iteration),
             skipped=skipped,
+            loss_name=self._loss_name,
+            figures=figures or {},
         )
         if self._file is not None:
-            # JSON has no NaN.
-            values = {
-                name: None if isinstance(each, float) and not math.isfinite(each) else each
-                for name, each in asdict(metrics).items()
-            }
-            append(self._file, json.dumps(values) + "\n")
+            append(self._file, json.dumps(metrics.to_mapping()) + "\n")
         return metrics
 
     def restart(self) -> None:

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.data import DATA_SETTINGS
-from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.lora import has_frozen_start, module_rank
 from mixtral_run.config.verbs.generate import GenerateConfig, InferenceConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.choose import memory_error, settled
+from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.terminal.report import Report
@@ -68,7 +72,7 @@ def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
     data = open_data(config, base, report, verify=True)
     _held[:] = [data]
     if not config.knows_iterations:
-        replicas = world_size // (config.tensor_model_parallel_size or 1)
+        replicas = world_size // ((config.tensor_model_parallel_size or 1) * config.context_size)
         batch = config.global_batch_size or config.micro_batch_size * replicas
         config = config.with_iterations(data.num_samples, batch)
         if errors := _errors(config, world_size, base, reads_data=False, iterations_are_new=True):
@@ -133,12 +137,13 @@ def _errors(
     problems = config.warmup_problems() if iterations_are_new else []
     if not errors:
         tp = config.tensor_model_parallel_size
-        replicas = 1 if tp is None else world_size // tp
+        replicas = 1 if tp is None else world_size // (tp * config.context_size)
         problems += batch_size_problems(config.global_batch_size, config.micro_batch_size, replicas)
     fits = not errors
     if base is not None:
         problems += layout_problems(config, base)
         problems += length_problems("--seq-length", config.seq_length, base)
+        problems += start_problems(config, base) if isinstance(config, FinetuneConfig) else []
     for setting in DATA_SETTINGS if reads_data else ():
         texts = getattr(config, setting, ())
         if texts:
@@ -189,6 +194,7 @@ def _start_of(config: FinetuneConfig, base: BaseDescription) -> int:
 def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: AdapterDescription) -> AdapterDescription:
     """Return the adapter. Raises as `check_resume` does if the run cannot continue from it."""
     check_adapter_fits(adapter, base)
+    _check_same_verb(config, adapter)
     _check_same_lora(config, adapter)
     best = BestLoss.from_mapping(adapter.validation)
     if best.is_over(config.early_stopping_patience):
@@ -207,19 +213,44 @@ def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: Ada
     return adapter
 
 
+def _check_same_verb(config: FinetuneConfig, adapter: AdapterDescription) -> None:
+    """Raise ConfigError if the checkpoint is of another verb, or of another method of `align`."""
+    verbs = [
+        "finetune" if method is None else f"align --method {method}"
+        for method in (adapter.training.get("method"), getattr(config, "method", None))
+    ]
+    if verbs[0] != verbs[1]:
+        raise ConfigError(
+            "--resume continues a run with the loss that it was started with.",
+            where=str(adapter.folder),
+            expected=verbs[0],
+            found=verbs[1],
+            next_command=f"mixtral-run {verbs[0]} … --resume; or {verbs[1]} with --init-adapter {adapter.folder} and "
+            "another --save",
+        )
+
+
 def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> None:
     """Raise ConfigError if the run's adapters are not those of the checkpoint."""
     settings = (adapter.lora, LoraSettings.from_config(config))
-    saved, asked = ({**each.to_mapping(), "lora_scaling": each.scaling} for each in settings)
+    saved, asked = (each.all_values() for each in settings)
     problems = [
-        f"--{name.replace('_', '-')}: the checkpoint has {saved[name]}; found {asked[name]}"
-        for name in ("lora_rank", "lora_alpha", "lora_scaling", "lora_target_modules")
-        if saved[name] != asked[name]
+        f"{flag_of(name)}: the checkpoint has {_shown(saved[name])}; found {_shown(asked[name])}"
+        for name in saved
+        # A run may continue with another dropout.
+        if saved[name] != asked[name] and name != "lora_dropout"
     ]
     if problems:
         flags = [f"--lora-rank {saved['lora_rank']}", f"--lora-alpha {saved['lora_alpha']:g}"]
-        flags += [f"--lora-scaling {saved['lora_scaling']}"] if saved["lora_scaling"] != asked["lora_scaling"] else []
-        flags += [f"--lora-target-modules {','.join(saved['lora_target_modules'])}"]
+        others = [name for name in saved if name not in ("lora_rank", "lora_alpha", "lora_dropout")]
+        flags += [
+            f"{flag_of(name)} {_shown(saved[name])}"
+            for name in others
+            if saved[name] not in (None, []) and (saved[name] != asked[name] or name == "lora_target_modules")
+        ]
+        flags += [
+            f"without {flag_of(name)}" for name in others if saved[name] in (None, []) and saved[name] != asked[name]
+        ]
         raise ConfigError(
             "--resume needs the settings that the adapter was started with.",
             problems=problems,
@@ -227,13 +258,41 @@ def _check_same_lora(config: FinetuneConfig, adapter: AdapterDescription) -> Non
         )
 
 
+def _shown(value: object) -> str:
+    """Return a setting as the command line has it."""
+    if isinstance(value, list):
+        return ",".join(value) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
     """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one.
 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
-    parameters = base.architecture.num_adapter_parameters(config.lora_rank, config.lora_target_modules)
-    return 3 * 4 * parameters * num_checkpoints(config, start)
+    parameters = base.architecture.num_adapter_parameters(config)
+    per_checkpoint = SAVED_TENSORS[has_frozen_start(config)] * parameters
+    per_checkpoint += 3 * base.architecture.num_trained_also(config.train_also) if config.train_also else 0
+    return 4 * per_checkpoint * num_checkpoints(config, start)
+
+
+def start_problems(config: FinetuneConfig, base: BaseDescription) -> list[str]:
+    """Return why the adapters cannot start from the weights of the base: a weight has not enough ranks."""
+    if not has_frozen_start(config):
+        return []
+    a = base.architecture
+    sides = {
+        "linear_qkv": (a.hidden_size, a.qkv_size),
+        "linear_proj": (a.hidden_size, a.projection_size),
+        "linear_fc1": (a.hidden_size, 2 * a.ffn_hidden_size),
+        "linear_fc2": (a.hidden_size, a.ffn_hidden_size),
+    }
+    return [
+        f"--init-lora {config.init_lora}: expected a rank of at most {min(sides[module])} for {module}; "
+        f"found {module_rank(config, module)}"
+        for module in config.lora_target_modules
+        if module_rank(config, module) > min(sides[module])
+    ]
 
 
 def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
@@ -245,8 +304,12 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
-    """Return the reasons why the base cannot be split into the config's layout."""
-    return base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
+    """Return the reasons why the base cannot be split into the config's layout, or computed with its kernels."""
+    problems = base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
+    if config.kernels != "auto":
+        gpu = available_gpu(config.device, processes.process_count(config))
+        problems += kernel_problems(gpu.compute_capability if gpu is not None else None, config.kernels)
+    return problems
 
 
 def output_problems(save: Path, *, resume: str | None) -> list[str]:
@@ -275,7 +338,7 @@ def _next_step(config: TrainingConfig, problems: list[str]) -> str:
         has_run = (config.save / LATEST).exists()
         more = ", or with --resume, which continues the run that is there" if has_run else ""
         return f"the same command with another --save{more}"
-    return f"mixtral-run {'finetune' if isinstance(config, FinetuneConfig) else 'pretrain'} --help"
+    return f"mixtral-run {config.VERB if isinstance(config, FinetuneConfig) else 'pretrain'} --help"
 
 
 def leftovers(save: Path) -> list[Path]:

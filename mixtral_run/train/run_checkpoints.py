@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +44,10 @@ ORDER_SETTINGS = (
     "seed",
 )
 """Settings that determine the order of samples: if they change, a resumed run may repeat or skip some."""
+LOSS_SETTINGS = (
+    "beta", "reference", "loss_type", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight",
+)  # fmt: skip
+"""Settings of align that determine the loss."""
 
 
 def describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
@@ -160,21 +165,29 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
         run.report.warn(
             f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
         )
+    if other_loss := _changed(config, adapter, LOSS_SETTINGS):
+        run.report.warn(f"The loss is another one than before: {', '.join(other_loss)}")
     return adapter.iteration
 
 
 def changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha256: str | None) -> list[str]:
     """Return the settings that determine the order of samples and have changed since the run stopped."""
     now, before = config.to_mapping(), config.with_current_names(adapter.training)
-    changed = [
-        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
-        for name in ORDER_SETTINGS
-        if before.get(name, now[name]) != now[name]
-    ]
+    changed = _changed(config, adapter, ORDER_SETTINGS)
     is_same_data = data_sha256 is None or adapter.data_sha256 in (None, data_sha256)
     if not is_same_data and before.get("data_path", now["data_path"]) == now["data_path"]:
         changed.append(f"--data-path {' '.join(config.data_path)} (its content has changed)")
     return changed
+
+
+def _changed(config: FinetuneConfig, adapter: AdapterDescription, names: Sequence[str]) -> list[str]:
+    """Return those of the settings that have changed since the run stopped."""
+    now, before = config.to_mapping(), config.with_current_names(adapter.training)
+    return [
+        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
+        for name in names
+        if name in now and before.get(name, now[name]) != now[name]
+    ]
 
 
 def remove_leftovers(save: Path) -> None:

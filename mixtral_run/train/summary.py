@@ -75,6 +75,7 @@ class Summary:
     num_processes: int
     tensor_model_parallel_size: int
     expert_model_parallel_size: int
+    context_parallel_size: int
     recompute: str
     base_precision: str
     validation: ValidationSummary | None
@@ -128,6 +129,7 @@ def summarize(
         num_processes=mesh.world_size,
         tensor_model_parallel_size=mesh.tensor_size,
         expert_model_parallel_size=mesh.expert_size,
+        context_parallel_size=mesh.context_size,
         recompute=recompute,
         base_precision=base_precision,
         validation=ValidationSummary.of(validation),

@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.samples import MicroBatch, Samples, stacked
-from mixtral_run.train.metrics import append, format_seconds
-from mixtral_run.train.steps.step import losses_of
+from mixtral_run.train.data.preferences import FileSamples
+from mixtral_run.train.data.samples import AnswerSource, micro_batch
+from mixtral_run.train.metrics import IN_LINES, append, format_seconds
+from mixtral_run.train.steps.objective import NextToken, Objective, parts_of
 
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """One evaluation of the validation set. loss: mean over all tokens that count in it, the same on every rank."""
+    """One evaluation of the validation set. loss: mean over all tokens that count in it, the same on every rank.
+
+    With preferences: the loss over the whole set as one batch; num_tokens: of the answers; figures: of the objective.
+    """
 
     iteration: int
     loss: float
     num_tokens: int
     seconds: float
+    loss_name: str = "lm loss"
+    figures: Mapping[str, float] | None = None
 
     @property
     def perplexity(self) -> float:
         """Perplexity: e to the power of the loss, limited to the range of a float."""
         return math.exp(min(self.loss, 700.0))
 
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the values of a line of validation.jsonl."""
+        names = ("iteration", "loss", "num_tokens", "seconds")
+        own = {"perplexity": self.perplexity} if self.figures is None else self.figures
+        return {name: getattr(self, name) for name in names} | dict(own)
+
     def line(self, train_iters: int) -> str:
+        figures = self.figures
+        own = [f"perplexity: {self.perplexity:,.3f}"]
+        if figures is not None:
+            own = [f"{name}: {figures[name]:.4f}" for name in IN_LINES if name in figures]
         return " | ".join(
             (
                 f"validation {self.iteration:>{len(str(train_iters))}}/{train_iters}",
-                f"lm loss: {self.loss:.6E}",
-                f"perplexity: {self.perplexity:,.3f}",
+                f"{self.loss_name}: {self.loss:.6E}",
+                *own,
                 f"tokens in the loss: {self.num_tokens:,}",
                 f"took {format_seconds(self.seconds)}",
             )
@@ -57,9 +71,16 @@ class Validation:
     """
 
     def __init__(
-        self, samples: Samples | PackedSamples, micro_batch_size: int, report: Report, file: Path | None
+        self,
+        samples: FileSamples,
+        micro_batch_size: int,
+        report: Report,
+        file: Path | None,
+        objective: Objective | None = None,
+        loss_name: str = "lm loss",
     ) -> None:
         self._samples, self._micro_batch_size = samples, micro_batch_size
+        self._objective, self._loss_name = objective or NextToken(), loss_name
         self._report, self._file = report, file
         self.results: list[ValidationMetrics] = []
 
@@ -80,27 +101,42 @@ class Validation:
         """
         mesh, started = model.mesh, time.perf_counter()
         passes = list(rows_by_pass(len(self._samples), self._micro_batch_size, mesh))
-        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        count = sum(self._samples.num_loss_tokens(index) for index in range(len(self._samples)))
+        self._prepare(model, passes, count)
+        total = torch.zeros(1, dtype=torch.float64, device=mesh.device)
         with evaluating(model), self._report.progress(len(passes), "validating", "passes") as progress:
             for rows in passes:
                 if stopped():
                     return None
-                total += losses_of(model, micro_batch(self._samples, rows)).double()
+                total = total + parts_of(model, micro_batch(self._samples, rows), self._objective, 1)
                 progress.advance(1)
-        num_tokens = sum(self._samples.num_loss_tokens(index) for index in range(len(self._samples)))
-        loss = float(sum_over(total, mesh.data_group)) / num_tokens
+        loss, *sums = sum_over(total, mesh.data_group).tolist()
+        loss /= count
         if not math.isfinite(loss):
             raise TrainingError(
                 "The validation loss is not a number.",
                 where=f"iteration {iteration}",
-                found=f"lm loss {loss}",
+                found=f"{self._loss_name} {loss}",
                 next_command="a smaller --lr, or --lr-warmup-iters",
             )
-        metrics = ValidationMetrics(iteration, loss, num_tokens, time.perf_counter() - started)
+        metrics = ValidationMetrics(
+            iteration,
+            loss,
+            self._samples.num_loss_tokens_total,
+            time.perf_counter() - started,
+            self._loss_name,
+            self._objective.figures(sums) if sums else None,
+        )
         self.results.append(metrics)
         if self._file is not None:
-            append(self._file, json.dumps({**asdict(metrics), "perplexity": metrics.perplexity}) + "\n")
+            append(self._file, json.dumps(metrics.to_mapping()) + "\n")
         return metrics
+
+    def _prepare(self, model: MixtralModel, passes: Sequence[tuple[int | None, ...]], count: int) -> None:
+        """Prepare the objective for the set as one batch. All ranks must call."""
+        samples = self._samples
+        num_text = sum(map(samples.num_text_tokens, range(len(samples)))) if isinstance(samples, AnswerSource) else 0
+        self._objective.prepare(model, (micro_batch(samples, rows) for rows in passes), count, num_text)
 
 
 def rows_by_pass(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[tuple[int | None, ...]]:
@@ -108,17 +144,6 @@ def rows_by_pass(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[t
     step = micro_batch_size * mesh.data_size
     for first in range(mesh.data_rank * micro_batch_size, math.ceil(num_rows / step) * step, step):
         yield tuple(row if row < num_rows else None for row in range(first, first + micro_batch_size))
-
-
-def micro_batch(samples: Samples | PackedSamples, rows: tuple[int | None, ...]) -> MicroBatch:
-    """Return the rows as a micro batch. Missing rows become one without loss: all ranks run the experts together."""
-    found = []
-    for index in rows:
-        row = samples.row(index or 0)
-        if index is None:
-            row = dataclasses.replace(row, loss_mask=np.zeros_like(row.loss_mask))
-        found.append(row)
-    return stacked(found)
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def _generate(paths: Paths, layout: dict[str, Any]) -> str:
 def _export(paths: Paths) -> str:
     from mixtral_run.weights.adapter.export import export
 
-    export(ExportConfig(adapter=paths.adapter, output_path=paths.peft), Report.silent())
+    export(ExportConfig(adapter=(str(paths.adapter),), output_path=paths.peft), Report.silent())
     size = sum(path.stat().st_size for path in paths.peft.iterdir())
     return f"PEFT directory {paths.peft.name}, {size / 1e6:.1f} MB"
 

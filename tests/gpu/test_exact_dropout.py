@@ -8,7 +8,7 @@ from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.steps.step import trainable
-from tests.gpu.test_kernels import SEQ_LENGTH, small_model
+from tests.gpu.kernels.test_kernels import SEQ_LENGTH, small_model
 
 STEPS, CUT = 5, 2
 

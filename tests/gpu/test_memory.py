@@ -12,7 +12,7 @@ from benchmarks.modes import run_case
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.planner.available import available_gpu
-from mixtral_run.planner.memory_model import GIB
+from mixtral_run.planner.workload import GIB
 from mixtral_run.train.steps.step import trainable
 
 LAYERS = 8

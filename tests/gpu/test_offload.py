@@ -10,7 +10,7 @@ from mixtral_run.model.parallel.mesh import open_mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
-from tests.gpu.test_kernels import small_model
+from tests.gpu.kernels.test_kernels import small_model
 
 LAYERS = 8
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mixtral_run.model.packed_attention import Packed, PackedSizes, has_packed_attention, packed_attention
+from mixtral_run.model.attention.packed_attention import Packed, PackedSizes, has_packed_attention, packed_attention
 
 CASES = [((2048,),), ((1, 700, 300, 23), (1024,)), ((16,) * 64,), ((3, 5, 8), (15, 1), (16,))]
 

@@ -10,7 +10,7 @@ from mixtral_run.train.data.samples import MockSamples, batches, stacked
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of
 from mixtral_run.train.steps.step import losses_of, train_step, trainable
 from mixtral_run.train.validation import Validation
-from tests.gpu.test_kernels import SEQ_LENGTH, small_model
+from tests.gpu.kernels.test_kernels import SEQ_LENGTH, small_model
 
 
 class FewSamples(MockSamples):

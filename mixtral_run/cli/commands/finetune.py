@@ -25,6 +25,11 @@ from mixtral_run.train.jobs import FINETUNE
 @config_options(FinetuneConfig)
 def finetune(config: FinetuneConfig) -> None:
     """Fine-tune a base model with LoRA: attention and experts, with one adapter per expert."""
+    run_training(config)
+
+
+def run_training(config: FinetuneConfig) -> None:
+    """Run the job of `finetune`, or with an AlignConfig that of `align`."""
     with importing():
         from mixtral_run.planner.available import ask_ahead
 

@@ -68,6 +68,7 @@ _ADAPTER = _same("init-adapter", "adapter")
 _TEMPLATE = _same("chat-template", note="auto, mixtral or a file")
 _FORMAT = _same("data-format")
 _TP = _same("tensor-model-parallel-size")
+_CP = _same("context-parallel-size", note="processes that share each row of tokens")
 _EP = _same("expert-model-parallel-size")
 _PROCESSES = _same("nproc-per-node", note="processes on this machine; the default is one per GPU")
 _HOSTS = _same("on", note="with the value HOST,HOST; or start the verb under torchrun")
@@ -217,8 +218,25 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     ),
     **dict.fromkeys(
         ("lora-modules-to-save", "modules-to-save", "additional-target"),
-        _none("leave it out: only adapters are trained; no module is trained whole beside them"),
+        ForeignName(
+            (("train-also", "some of embeddings, lm_head, norms, router"),),
+            "leave it out: {train-also} of finetune trains embeddings, lm_head, norms or router with the adapters",
+        ),
     ),
+    **dict.fromkeys(
+        ("use-dora", "dora", "lora-dora", "peft-use-dora"),
+        _none(
+            "leave it out: DoRA is not there, since every step would need the norms of all expert weights, and neither "
+            "PEFT nor vLLM loads it for experts (docs/concepts/adapters.md)"
+        ),
+    ),
+    **dict.fromkeys(("use-rslora", "rslora"), _same("lora-scaling", note="with the value rslora")),
+    **dict.fromkeys(("loraplus-lr-ratio", "loraplus-ratio"), _same("lora-plus-ratio")),
+    **dict.fromkeys(
+        ("init-lora-weights", "lora-init", "pissa-init", "use-pissa"),
+        _same("init-lora", note="default, pissa or olora"),
+    ),
+    **dict.fromkeys(("router-aux-loss-coef", "moe-aux-loss-coeff", "aux-loss-coef"), _same("router-aux-loss")),
     "adapter": _ADAPTERS_ONLY,
     **dict.fromkeys(
         (
@@ -241,9 +259,7 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
         ("pp", "pp-size", "pipeline-parallel-size", "pipeline-model-parallel-size"),
         _none("leave it out: there is no pipeline; the layers' experts are split over EP"),
     ),
-    **dict.fromkeys(
-        ("context-parallel-size", "cp"), _none("leave it out: sequences are not split over processes but by TP")
-    ),
+    **dict.fromkeys(("cp", "cp-size", "context-parallelism", "sequence-parallel-degree"), _CP),
     **dict.fromkeys(("num-gpus", "n-gpu", "n-gpus", "gpus-per-node", "num-processes", "nproc", "gpus"), _PROCESSES),
     **dict.fromkeys(("nnodes", "num-nodes", "node-rank", "master-addr", "master-port", "hostfile"), _HOSTS),
     **dict.fromkeys(("local-rank", "local-process-index"), _LEFT_OUT),

@@ -6,8 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, setting
+from mixtral_run.config.context import ContextConfig
+from mixtral_run.config.data import METHODS
+from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
+from mixtral_run.config.launch import KernelsConfig
 from mixtral_run.config.lora import LoraShapeConfig
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
@@ -23,7 +26,7 @@ def network_bytes(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(LoraShapeConfig):
+class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job; with --hosts, of each host.", minimum=1, section=LAYOUT)
@@ -66,6 +69,12 @@ class PlanConfig(LoraShapeConfig):
     )
     seq_length: int = setting(512, help="Tokens per sample.", minimum=2, section=DATA)
     micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
+    method: str | None = setting(
+        None,
+        help="Plan for align with this method: a sample of dpo, orpo and simpo is two rows. Default: for finetune.",
+        choices=METHODS,
+        section=PREFERENCES,
+    )
     base_precision: str = setting(
         "bf16", help="Storage of the frozen experts.", choices=BASE_PRECISIONS, section=MEMORY
     )

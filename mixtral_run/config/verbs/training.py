@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+from mixtral_run.config.context import ContextLaunchConfig, row_multiple
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
 from mixtral_run.config.launch import LaunchConfig
@@ -82,17 +83,32 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
         """One of RECOMPUTE; none if neither setting was given."""
         return "full" if self.recompute_activations else self.recompute or "none"
 
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows that a sample of the batch sizes is."""
+        return 1
+
+    @property
+    def loss_name(self) -> str:
+        """Name of the loss in lines and messages."""
+        return "lm loss"
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.recompute_activations and self.recompute not in (None, "full"):
             found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
         if self.epochs is not None and self.mock_data:
             found.append("--epochs: expected --data-path; found --mock-data, which has no end")
-        tp = self.tensor_model_parallel_size
+        tp, cp = self.tensor_model_parallel_size, self.context_size
         if tp is not None and tp >= 1 and self.seq_length % tp:
             found.append(
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
+            )
+        elif cp > 1 and self.seq_length % row_multiple(max(tp or 1, 1), cp):
+            found.append(
+                f"--seq-length: expected a multiple of {row_multiple(max(tp or 1, 1), cp)}, as --context-parallel-size "
+                f"{cp} cuts a row into {2 * cp} equal chunks; found {self.seq_length}"
             )
         return found
 
@@ -136,8 +152,11 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
+class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, TrainingConfig):
     """LoRA fine-tuning of a base model."""
+
+    VERB: ClassVar[str] = "finetune"
+    WHAT: ClassVar[str] = "fine-tuning"
 
     valid_data_path: tuple[str, ...] = setting(
         (),
@@ -260,6 +279,11 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, TrainingConfig):
     def has_validation(self) -> bool:
         """True if the run has a validation set."""
         return bool(self.valid_data_path) or self.valid_fraction > 0
+
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """The balance of the routers is that of whole rows."""
+        return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
 
     def problems(self) -> list[str]:
         found = super().problems()

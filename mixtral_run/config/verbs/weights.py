@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mixtral_run.config.fields import COMPARISON, LAYOUT, OUTPUT, PROCESSES, Config, setting
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig, ParallelConfig
+from mixtral_run.config.lora import adapter_problems
 from mixtral_run.config.names.hub_names import may_be_hub_name
 
 
@@ -33,8 +34,10 @@ class ConvertConfig(ParallelConfig):
         "Megatron-Bridge trained and saved work as well.",
         section=LAYOUT,
     )
-    adapter: Path | None = setting(
-        None, help="With --from-megatron: adapter of that checkpoint to merge into the HF model.", section=LAYOUT
+    adapter: tuple[str, ...] = setting(
+        (),
+        help="With --from-megatron: adapter of that checkpoint to merge into the HF model, as for `export`.",
+        section=LAYOUT,
     )
     output_path: Path = setting(help="Folder to write; must be empty or new.", section=OUTPUT)
     workers: int | None = setting(
@@ -51,8 +54,9 @@ class ConvertConfig(ParallelConfig):
             found.append("--hf-model-path is required, or --from-megatron in its place; found neither")
         if self.hf_model_path == "":
             found.append("--hf-model-path: expected a directory, or a name on the hub; found ''")
-        if self.adapter is not None and self.from_megatron is None:
+        if self.adapter and self.from_megatron is None:
             found.append("--adapter: expected --from-megatron CHECKPOINT with it; found none")
+        found += adapter_problems(self.adapter)
         return found
 
 
@@ -113,7 +117,11 @@ class VerifyConfig(LaunchConfig):
 class ExportConfig(Config):
     """Export of an adapter as a PEFT directory, or merged into an HF model."""
 
-    adapter: Path = setting(help="Adapter checkpoint that finetune saved.", section=LAYOUT)
+    adapter: tuple[str, ...] = setting(
+        help="Adapter checkpoint that finetune saved, as PATH[:WEIGHT]. Several make one adapter that adds up as they "
+        "do: A:0.7 and B:0.3 give 0.7 times A plus 0.3 times B, exactly, with the sum of their ranks.",
+        section=LAYOUT,
+    )
     hf_model_path: Path | None = setting(
         None, help="HF model of the base: its directory, or its name on the hub. --merge needs it.", section=LAYOUT
     )
@@ -142,6 +150,7 @@ class ExportConfig(Config):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        found += adapter_problems(self.adapter)
         if self.push is not None and not may_be_hub_name(self.push):
             found.append(f"--push: expected OWNER/NAME; found {self.push!r}")
         if self.push is None and (self.push_public or self.hf_token_file is not None):

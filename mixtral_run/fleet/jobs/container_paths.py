@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from mixtral_run.config.data_sources import STANDARD_INPUT, parse_source
 from mixtral_run.config.fields import flag_of
+from mixtral_run.config.lora import weighted_path
 from mixtral_run.errors import ConfigError
 
 CHECKPOINTS = "/checkpoints"
@@ -89,4 +90,16 @@ def data_inside(name: str, texts: Sequence[str], files: list[tuple[Path, str]], 
             if mount := mount_for(location, False, flag_of(name)):
                 mounts[mount] = None
         found.append(location + text.removeprefix(source.location))
+    return found
+
+
+def adapters_inside(texts: Sequence[str], mounts: dict[str, None]) -> list[str]:
+    """Return `--adapter PATH[:WEIGHT]` as the container names them."""
+    found = []
+    for text in texts:
+        given = weighted_path(text)
+        path = path_inside(str(given.path), "--adapter")
+        if mount := mount_for(path, False, "--adapter"):
+            mounts[mount] = None
+        found.append(path + given.text_after)
     return found

@@ -294,7 +294,7 @@ def job_error(job: RunningJob, host: Host, row: JobRow | None, lines: list[str])
             f"{job.name} was stopped on {host.name}.",
             where=host.target,
             next_command="the same command with --resume continues from the last checkpoint"
-            if job.verb == "finetune"
+            if job.verb in ("finetune", "align")
             else f"mixtral-run logs {job.name}",
         )
     printed = [line for line in lines if line.strip()]

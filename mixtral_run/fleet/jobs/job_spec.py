@@ -22,6 +22,7 @@ from mixtral_run.fleet.jobs.container_paths import (
     JOB_FOLDER,
     JOB_STATE,
     KERNELS,
+    adapters_inside,
     data_inside,
     mount_for,
     path_inside,
@@ -175,6 +176,9 @@ def make_spec(
         value = values[item.name]
         if item.name in DATA_SETTINGS:
             values[item.name] = data_inside(item.name, value, files, mounts)
+            continue
+        if item.name == "adapter" and isinstance(value, list):
+            values[item.name] = adapters_inside(value, mounts)
             continue
         is_path = (
             plain_type(types[item.name])[0] is Path

@@ -16,7 +16,9 @@ from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, JobSpec
 
 NETWORK = "network"
 """What the containers of `status --network` are listed as. It is no verb of the command line."""
-GPU_VERBS = ("finetune", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell", NETWORK)
+GPU_VERBS = (
+    "finetune", "align", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell", NETWORK,
+)  # fmt: skip
 """Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""
 LOCK_FILE = "/tmp/mixtral-run.start.lock"
 """Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""

@@ -22,8 +22,8 @@ from mixtral_run.launch.stop_request import stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import open_mesh, sum_over
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.data.samples import Samples
-from mixtral_run.train.validation import evaluating, micro_batch, rows_by_pass
+from mixtral_run.train.data.samples import Samples, micro_batch
+from mixtral_run.train.validation import evaluating, rows_by_pass
 from mixtral_run.weights.io.files import write_atomically
 
 

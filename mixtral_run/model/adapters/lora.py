@@ -57,27 +57,60 @@ class _Weight(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(weight.to(torch.cuda.current_device()))
         self.partition = partition
+        self.sequence_parallel = sequence_parallel
         mark(self.weight, split=partition is not None, partial=sequence_parallel and partition is None)
+
+    def copy(self) -> _Weight:
+        """Return a copy of its own memory."""
+        return _Weight(self.weight.detach().clone(), self.partition, self.sequence_parallel)
+
+
+def with_start(linear_in: Tensor, linear_out: Tensor, start_in: Tensor, start_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A [.., 2r, in] and B [.., out, 2r] whose product is that of A and B less that of the start."""
+    return torch.cat((linear_in, start_in), dim=-2), torch.cat((linear_out, -start_out), dim=-1)
 
 
 class LinearAdapter(torch.nn.Module):
-    """A and B of one parallel linear layer, this rank's parts, fp32. linear_in: [r, in]; linear_out: [out, r]."""
+    """A and B of one parallel linear layer, this rank's parts, fp32. linear_in: [r, in]; linear_out: [out, r].
+
+    initial_in, initial_out: the frozen copies of a start that is subtracted (start_from_weights.py); None without one.
+    """
+
+    initial_in: _Weight | None
+    initial_out: _Weight | None
 
     def __init__(self, linear_in: _Weight, linear_out: _Weight, lora: LoraSettings) -> None:
         super().__init__()
         self.linear_in = linear_in
         self.linear_out = linear_out
         self.lora = lora
+        self.initial_in = self.initial_out = None
+        if lora.starts_from_weights:
+            self.initial_in, self.initial_out = linear_in.copy(), linear_out.copy()
+
+    def remember_start(self) -> None:
+        """Make the present A and B the start."""
+        if self.initial_in is not None and self.initial_out is not None:
+            self.initial_in.weight.data.copy_(self.linear_in.weight)
+            self.initial_out.weight.data.copy_(self.linear_out.weight)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Return A and B as they are multiplied: with a start that is subtracted, [A, A₀] and [B, -B₀]."""
+        if self.initial_in is None or self.initial_out is None:
+            return self.linear_in.weight, self.linear_out.weight
+        return with_start(
+            self.linear_in.weight, self.linear_out.weight, self.initial_in.weight, self.initial_out.weight
+        )
 
     def inner(self, hidden: Tensor, recipe: Recipe | None) -> Tensor:
         """Return A·x with dropout on x, in x's dtype. With a recipe for x, x is not saved."""
         if self.lora.dropout and self.training:
             hidden, recipe = drop(hidden, self.lora.dropout, recipe)
-        return recomputed_linear(hidden, self.linear_in.weight.to(hidden.dtype), recipe)
+        return recomputed_linear(hidden, self.halves()[0].to(hidden.dtype), recipe)
 
     def outer(self, inner: Tensor) -> Tensor:
         """Return alpha / r · B·(A·x), given A·x."""
-        return linear(inner * self.lora.scale, self.linear_out.weight.to(inner.dtype))
+        return linear(inner * self.lora.scale, self.halves()[1].to(inner.dtype))
 
     def stands_alone(self, tp_group: torch.distributed.ProcessGroup) -> bool:
         """Return True if `adapted_linear` can compute the layer: it is not split over TP, and there is no dropout."""
@@ -90,6 +123,8 @@ class LinearAdapter(torch.nn.Module):
         metadata: Any = None,  # noqa: ARG002
     ) -> dict[str, Any]:
         halves = {"linear_in.weight": self.linear_in, "linear_out.weight": self.linear_out}
+        if self.initial_in is not None and self.initial_out is not None:
+            halves |= {"initial_in.weight": self.initial_in, "initial_out.weight": self.initial_out}
         result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             {name: half.weight for name, half in halves.items()},
             prefix,
@@ -106,7 +141,7 @@ def adapted_linear(hidden: Tensor, weight: Tensor, adapter: LinearAdapter, recip
     it, forward and backward. hidden [.., in], weight [out, in]. recipe: how to recompute hidden; None to save it.
     """
     make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
-    halves = (adapter.linear_in.weight, adapter.linear_out.weight)
+    halves = adapter.halves()
     output: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
         hidden, *halves, weight.detach(), adapter.lora.scale, make, *saved
     )
@@ -127,8 +162,8 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
         flat = hidden.flatten(0, -2)
-        inner = flat @ first.t()
-        output = (flat @ weight.t()).addmm_(inner, second.t(), alpha=scale)
+        inner = _scaled_product(flat, first.t(), scale)
+        output = (flat @ weight.t()).addmm_(inner, second.t())
         ctx.save_for_backward(inner, first, second, *saved)
         ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
         return output.view(*hidden.shape[:-1], -1)
@@ -138,13 +173,26 @@ class _AdaptedLinear(torch.autograd.Function):
         inner, first, second, *saved = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
         hidden = ctx.make(*saved) if ctx.make is not None else saved[0]
-        for_inner = (gradient @ second).mul_(ctx.scale)
-        for_first = (for_inner.t() @ hidden.flatten(0, -2)).to(ctx.dtype)
-        for_second = (gradient.t() @ inner).mul_(ctx.scale).to(ctx.dtype)
+        for_inner = _scaled_product(gradient, second, ctx.scale)
+        for_first = _product_in(ctx.dtype, for_inner.t(), hidden.flatten(0, -2))
+        for_second = _product_in(ctx.dtype, gradient.t(), inner)
         for_hidden = None
         if ctx.needs_input_grad[0]:
             for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
         return (for_hidden, for_first, for_second, None, None, None, *(None for _ in saved))
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale · left · right in one kernel."""
+    unread = left.new_empty(())
+    return torch.addmm(unread, left, right, beta=0, alpha=scale)
+
+
+def _product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """Return left · right in dtype. A GPU's sums are fp32 already: no cast follows if dtype is."""
+    if left.is_cuda and dtype is torch.float32 and left.dtype is torch.bfloat16:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 class ColumnLinear(ColumnParallelLinear):

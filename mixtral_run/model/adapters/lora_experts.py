@@ -39,7 +39,11 @@ class FrozenExperts(Protocol):
         adapter: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor: ...
 
-    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor: ...
+    def factors(self, gradient: Tensor) -> Tensor | None: ...
+
+    def gradient(
+        self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor, row_scales: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -102,14 +106,14 @@ class _AdaptedExperts(torch.autograd.Function):
         hidden = first.product(tokens, offsets, permutation.source)
         first_inner = product(tokens, halves[0].transpose(1, 2), offsets, permutation.source)
         active = swiglu_of(hidden, first_inner, halves[1], scale, offsets)
-        second_inner = product(active, halves[2].transpose(1, 2), offsets)
+        second_inner = product(active, halves[2].transpose(1, 2), offsets, scale=scale)
         ctx.save_for_backward(
             hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *saved
         )
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
         ctx.partial = permutation.partial
         ctx.dtypes = [each.dtype for each in parameters]
-        return second.product(active, offsets, adapter=(second_inner * scale, halves[3]))
+        return second.product(active, offsets, adapter=(second_inner, halves[3]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,28 +121,35 @@ class _AdaptedExperts(torch.autograd.Function):
         (first_in, first_out, second_in, second_out), saved = rest[:4], rest[4:]
         (first, second), scale = ctx.layers, ctx.scale
         gradient = gradients[0].contiguous()
-        for_inner = product(gradient, second_out, offsets) * scale
-        for_second_out = outer_product(gradient, second_inner * scale, offsets, dtype=ctx.dtypes[3])
+        for_inner = product(gradient, second_out, offsets, scale=scale)
+        for_second_out = outer_product(gradient, second_inner, offsets, dtype=ctx.dtypes[3])
         for_active = second.gradient(gradient, offsets, for_inner, second_in)
-        for_hidden, active, products = recomputing_backward(hidden, first_inner, first_out, scale, offsets, for_active)
+        for_hidden, active, for_probs, row_scales = recomputing_backward(
+            hidden, first_inner, first_out, scale, offsets, for_active, probs, first.factors(hidden)
+        )
         for_second_in = outer_product(for_inner, active, offsets, dtype=ctx.dtypes[2])
         del active, for_active
-        for_probs = None
-        if probs is not None and ctx.needs_input_grad[1]:
-            # A probability of 0 propagates no gradient; its own cannot be computed, and is set to 0.
-            for_probs = torch.where(probs > 0, products / probs, 0.0)
         for_inner, for_first_out = products_of_gradient(
-            for_hidden, first_out, first_inner * scale, offsets, ctx.dtypes[1]
+            for_hidden, first_out, first_inner, scale, offsets, ctx.dtypes[1]
         )
-        for_inner = for_inner * scale
         tokens = ctx.make(*saved) if ctx.make is not None else saved[0]
         tokens = tokens.reshape(-1, tokens.shape[-1])
         for_first_in = outer_product(for_inner, tokens, offsets, source=source, dtype=ctx.dtypes[0])
         for_tokens = None
         if ctx.needs_input_grad[0]:
-            for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in)
+            for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in, row_scales)
             if inverse is not None:
                 ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
                 for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)
         adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
-        return (for_tokens, for_probs, *adapters, None, None, None, None, None, *(None for _ in saved))
+        return (
+            for_tokens,
+            for_probs if probs is not None else None,
+            *adapters,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *(None for _ in saved),
+        )

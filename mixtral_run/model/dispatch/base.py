@@ -25,7 +25,7 @@ class ExpertInputs:
 
     tokens [tokens, hidden]: the permuted tokens, or, where `permutation.source` is given, the tokens that it indexes.
     recipe: how to recompute `tokens`. probs: fp32 [rows], the routing probability of each permuted token; the experts
-    give it its gradient (kernels/router_probs.py).
+    give it its gradient (kernels/routing/router_probs.py).
     """
 
     tokens: Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
-from mixtral_run.model.dispatch.permute import Permutation, permute, sort_by_expert, unpermute
+from mixtral_run.model.dispatch.permute import Permutation, permute, sort_by_expert, sorted_probs, unpermute
 from mixtral_run.model.recompute.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ class LocalDispatcher(TokenDispatcher[LocalTrip]):
         if not indexed and recipe is None:
             rows = permute(tokens, order, inverse, topk)
             return ExpertInputs(rows, Permutation(offsets)), LocalTrip(probs, order, inverse)
-        row_probs = probs.flatten().index_select(0, order)
+        row_probs = sorted_probs(probs, order, inverse)
         source = order // topk
         # The experts give the probabilities their gradient; detached here, the outputs need not be kept for it.
         trip = LocalTrip(probs.detach(), order, inverse)

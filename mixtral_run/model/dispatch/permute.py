@@ -55,6 +55,12 @@ def permute(tokens: Tensor, order: Tensor, inverse: Tensor, topk: int) -> Tensor
     return rows
 
 
+def sorted_probs(probs: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return probs [tokens, topk] of all choices in the order of the rows: [tokens·topk]."""
+    rows: Tensor = _SortedProbs.apply(probs, order, inverse)  # type: ignore[no-untyped-call]
+    return rows
+
+
 def unpermute(rows: Tensor, probs: Tensor, order: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
     """Return tokens [tokens, hidden]: the sum of each token's rows [tokens·topk, hidden] times probs [tokens, topk].
 
@@ -89,6 +95,19 @@ class _Permute(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
         return add_rows(gradient, ones, inverse), None, None, None
+
+
+class _SortedProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probs: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.shape = probs.shape
+        return probs.flatten().index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse).view(ctx.shape), None, None
 
 
 class _Unpermute(torch.autograd.Function):

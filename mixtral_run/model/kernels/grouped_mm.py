@@ -1,8 +1,9 @@
 """Grouped matrix products: one call multiplies the rows of each expert by that expert's matrix.
 
-On GPUs that have it, this is torch's grouped matrix product, which reads the row offsets on the device, so that the
-host never waits; the products with an adapter's matrices use kernels of our own (narrow_mm_triton.py). Elsewhere it is
-a loop over the experts, which is also the reference of the tests.
+On GPUs the row offsets are read on the device, so that the host never waits. There are two sets of kernels
+(requirements.py, selected.py): for Hopper a product of our own (hopper_grouped_mm.py) and torch's grouped product, for
+older GPUs portable ones in Triton (portable_mm_triton.py). The products with an adapter's matrices are kernels of our
+own in both (narrow_mm_triton.py). Elsewhere it is a loop over the experts, which is also the reference of the tests.
 
 No gradient is computed for frozen weights. Shapes: rows [tokens, in], sorted by expert; weight [experts, out, in];
 offsets int32 [experts], the end of each expert's rows. Rows at or after the last offset belong to no expert, and their
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral_run.model.kernels.requirements import grouped_mm_runs_on_device
+from mixtral_run.model.kernels.requirements import KernelSet, grouped_mm_runs_on_device
+from mixtral_run.model.kernels.selected import capability_of, kernels_of
 from mixtral_run.model.recompute.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -50,18 +52,21 @@ def added_linear(base: Tensor, inner: Tensor, outer: Tensor, scale: float, offse
 
 
 def has_grouped_product(rows: Tensor, *widths: int) -> bool:
-    """Return True if torch's grouped kernel runs here on matrices of these widths without waiting for the GPU.
-
-    It needs bf16 and compute capability 9.0 or more. On 8.x torch falls back to a loop over the experts, which waits
-    for the offsets (ATen/native/cuda/GroupedBlas.cpp).
+    """Return True if a grouped kernel runs here on matrices of these widths without waiting for the GPU: in bf16, on
+    GPUs that have one of the sets of kernels.
     """
     return (
         rows.is_cuda
         # A process of an expert group may receive no tokens.
         and rows.shape[0] > 0
         and rows.dtype is torch.bfloat16
-        and grouped_mm_runs_on_device(torch.cuda.get_device_capability(rows.device), rows.element_size(), *widths)
+        and grouped_mm_runs_on_device(kernels_of(rows.device), rows.element_size(), *widths)
     )
+
+
+def is_portable(rows: Tensor) -> bool:
+    """Return True if the portable set of kernels is selected on the device of `rows`."""
+    return kernels_of(rows.device) is KernelSet.PORTABLE
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -102,12 +107,14 @@ class _AddedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         inner, outer, offsets = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        for_inner = product(gradient, outer, offsets) * ctx.scale
+        for_inner = product(gradient, outer, offsets, scale=ctx.scale)
         return gradient, for_inner, outer_product(gradient, inner * ctx.scale, offsets), None, None
 
 
-def product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
-    """Return rows [tokens, k] · matrices [experts, k, n]: [tokens, n].
+def product(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Return scale · rows [tokens, k] · matrices [experts, k, n]: [tokens, n].
 
     source: int64 [tokens], the index in `rows` of each token; None if the rows are in order already.
     """
@@ -115,10 +122,20 @@ def product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | No
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_product
 
         if matrices.shape[2] in WIDTHS and rows.is_contiguous():
-            return narrow_product(rows, matrices, offsets, source)
+            return narrow_product(rows, matrices, offsets, source, scale)
+    output = _plain_product(rows, matrices, offsets, source)
+    return output if scale == 1.0 else output * scale
+
+
+def _plain_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None) -> Tensor:
+    grouped = has_grouped_product(rows, matrices.shape[1], matrices.shape[2])
+    if grouped and is_portable(rows):
+        from mixtral_run.model.kernels.portable_mm_triton import grouped_product
+
+        return grouped_product(rows.contiguous(), matrices, offsets, source=source)
     if source is not None:
         rows = rows.index_select(0, source)
-    if has_grouped_product(rows, matrices.shape[1], matrices.shape[2]):
+    if grouped:
         output: Tensor = torch._grouped_mm(rows, matrices, offs=offsets)
         return output
     parts = [part @ matrix for part, matrix in zip(each_experts(rows, offsets), matrices.unbind(0), strict=True)]
@@ -148,7 +165,12 @@ def outer_product(
     if source is not None:
         right = right.index_select(0, source)
     if has_grouped_product(left, left.shape[1], right.shape[1]):
-        output: Tensor = torch._grouped_mm(left.t(), right, offs=offsets)
+        if is_portable(left):
+            from mixtral_run.model.kernels import portable_mm_triton
+
+            output = portable_mm_triton.outer_product(left.contiguous(), right.contiguous(), offsets)
+        else:
+            output = torch._grouped_mm(left.t(), right, offs=offsets)
     else:
         pairs = zip(each_experts(left, offsets), each_experts(right, offsets), strict=True)
         output = torch.stack([first.t() @ second for first, second in pairs])
@@ -156,19 +178,20 @@ def outer_product(
 
 
 def products_of_gradient(
-    gradient: Tensor, matrices: Tensor, inner: Tensor, offsets: Tensor, dtype: torch.dtype
+    gradient: Tensor, matrices: Tensor, inner: Tensor, scale: float, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return both products of a gradient [tokens, m] for an adapter: `product` with matrices [experts, m, r], and
-    `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype.
+    """Return both products of a gradient [tokens, m] for an adapter, times scale: `product` with matrices [experts, m,
+    r], and `outer_product` with inner [tokens, r], which is [experts, m, r] in dtype.
     """
     if has_grouped_product(gradient, gradient.shape[1], inner.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, both_narrow_products, both_pay
 
         if inner.shape[1] in WIDTHS and both_pay(gradient):
             return both_narrow_products(
-                gradient.contiguous(), matrices.contiguous(), inner.contiguous(), offsets, dtype
+                gradient.contiguous(), matrices.contiguous(), inner.contiguous(), scale, offsets, dtype
             )
-    return product(gradient, matrices, offsets), outer_product(gradient, inner, offsets, dtype=dtype)
+    for_inner = product(gradient, matrices, offsets, scale=scale)
+    return for_inner, outer_product(gradient, inner * scale, offsets, dtype=dtype)
 
 
 def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, offsets: Tensor) -> Tensor:
@@ -193,6 +216,9 @@ def frozen_product(
     adapter: inner [tokens, r] and linear_out [experts, out, r]; inner · linear_outᵀ is added.
     """
     _, outputs, inputs = weight.shape
+    if has_grouped_product(rows, outputs, inputs) and is_portable(rows):
+        half = None if adapter is None else (adapter[0], adapter[1].transpose(1, 2))
+        return _portable_product(rows, weight.transpose(1, 2), offsets, half, source)
     if not _takes_own_product(rows, weight, outputs, inputs, 0 if adapter is None else adapter[0].shape[1]):
         base = product(rows, weight.transpose(1, 2), offsets, source)
         return base if adapter is None else add_product(base, adapter[0], adapter[1].transpose(1, 2), 1.0, offsets)
@@ -212,6 +238,8 @@ def frozen_gradient(
     """
     _, outputs, inputs = weight.shape
     adapter = None if inner is None or linear_in is None else (inner, linear_in)
+    if has_grouped_product(gradient, outputs, inputs) and is_portable(gradient):
+        return _portable_product(gradient, weight, offsets, adapter)
     if not _takes_own_product(gradient, weight, inputs, outputs, 0 if adapter is None else adapter[0].shape[1]):
         base = product(gradient, weight, offsets)
         return base if adapter is None else add_product(base, *adapter, 1.0, offsets)
@@ -222,11 +250,28 @@ def frozen_gradient(
     return grouped_product(gradient.contiguous(), weight, offsets, adapter, transposed=False)
 
 
+def _portable_product(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    adapter: tuple[Tensor, Tensor] | None,
+    source: Tensor | None = None,
+) -> Tensor:
+    """Return rows · matrices [experts, k, n], plus inner · the other half [experts, r, n] of an adapter."""
+    from mixtral_run.model.kernels.portable_mm_triton import RANKS, grouped_product
+
+    rows = rows.contiguous()
+    if adapter is None or adapter[0].shape[1] in RANKS:
+        half = None if adapter is None else (adapter[0].contiguous(), adapter[1])
+        return grouped_product(rows, matrices, offsets, half, source)
+    return add_product(grouped_product(rows, matrices, offsets, source=source), *adapter, 1.0, offsets)
+
+
 def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, rank: int) -> bool:
     """Return True if hopper_grouped_mm.py takes this product: on Hopper, for sizes that it fits, and if its self-test
     passed.
     """
-    if not has_grouped_product(rows, width, depth) or torch.cuda.get_device_capability(rows.device) != (9, 0):
+    if not has_grouped_product(rows, width, depth) or capability_of(rows.device) != (9, 0):
         return False
     if not _own_product_runs(rows.device):
         return False

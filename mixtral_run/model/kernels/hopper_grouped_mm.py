@@ -31,7 +31,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +39,8 @@ from typing import Any
 import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
+
+from mixtral_run.model.kernels.cache import cache_folder
 
 PARTS = ("product_machine.cuh", "product_plan.cuh")
 SOURCE = "product.cu"
@@ -214,7 +215,7 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
     with torch.cuda.device(device):
         # torch creates the device's context with its first operation there.
         torch.cuda.current_stream().synchronize()
-        module = _checked(driver.cuModuleLoadData(_compiled()))
+        module = _checked(driver.cuModuleLoadData(compiled()))
         kernels = [_checked(driver.cuModuleGetFunction(module, name)) for name in (b"untransposed", b"transposed")]
         for kernel in kernels:
             what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -222,14 +223,14 @@ def _kernels(device: torch.device) -> tuple[Any, Any]:
     return kernels[0], kernels[1]
 
 
-def _compiled() -> bytes:
+def compiled() -> bytes:
     """Return product.cu as machine code, from the cache or compiled and cached."""
     csrc = Path(__file__).parent / "csrc"
     instructions = map(_multiply_add, range(8, 257, 8))
     source = "\n".join((*((csrc / part).read_text() for part in PARTS), *instructions, (csrc / SOURCE).read_text()))
     version = _checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
-    cached = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / f"product-{digest}.cubin"
+    cached = cache_folder() / f"product-{digest}.cubin"
     try:
         return cached.read_bytes()
     except OSError:

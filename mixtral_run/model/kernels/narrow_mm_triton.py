@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixtral_run.model.kernels.requirements import KernelSet
+from mixtral_run.model.kernels.selected import kernels_of
+
 WIDTHS = (16, 32, 64)
 """Supported sizes of the narrow side."""
 ROWS, DEPTH = 32, 256
@@ -21,14 +24,14 @@ PROGRAMS, MAX_SPLITS = 1056, 16
 COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` computes COLUMNS columns, in steps of TOKENS along the sum."""
 BOTH_COLUMNS, BOTH_TOKENS = 512, 64
-"""The same for `both_narrow_products`."""
+"""The same for `both_narrow_products`; half as many columns at rank 64."""
 VARYING = ("tokens", "splits")
 """Arguments that change with every step under EP: specialized on their values, or on multiples of 16, the kernels would
 be compiled again and again."""
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _product_kernel(
+def _narrow_product_kernel(
     rows_ptr,
     source_ptr,
     matrices_ptr,
@@ -41,6 +44,7 @@ def _product_kernel(
     column_stride,
     num_experts,
     split_depth,
+    scale,
     EXPERTS: tl.constexpr,
     NARROW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,23 +83,23 @@ def _product_kernel(
             matrix = tl.load(right + start * depth_stride, mask=inside[:, None], other=0.0)
             result = tl.dot(row, matrix, result)
     target = output_ptr + (tl.program_id(1) * tokens + rows[:, None]).to(tl.int64) * NARROW + narrow[None, :]
-    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
+    tl.store(target, (result * scale).to(output_ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _sum_kernel(
-    parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, NARROW: tl.constexpr, BLOCK: tl.constexpr
+def _narrow_sum_kernel(
+    parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, scale, NARROW: tl.constexpr, BLOCK: tl.constexpr
 ):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], dtype=tl.float32)
     there = tl.load(offsets_ptr + num_experts - 1) * NARROW
     for split in range(splits):
         result += tl.load(parts_ptr + split * size + places, mask=places < there, other=0.0)
-    tl.store(output_ptr + places, result.to(output_ptr.dtype.element_ty), mask=places < size)
+    tl.store(output_ptr + places, (result * scale).to(output_ptr.dtype.element_ty), mask=places < size)
 
 
 @triton.jit
-def _outer_kernel(
+def _narrow_outer_kernel(
     wide_ptr,
     source_ptr,
     narrow_ptr,
@@ -132,7 +136,7 @@ def _outer_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _both_kernel(
+def _both_narrow_kernel(
     wide_ptr,
     narrow_ptr,
     matrices_ptr,
@@ -141,6 +145,7 @@ def _both_kernel(
     output_ptr,
     tokens,
     width,
+    scale,
     NARROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -164,11 +169,11 @@ def _both_kernel(
         part = parts_ptr + (tl.program_id(0).to(tl.int64) * tokens + rows[:, None]) * NARROW + narrow[None, :]
         tl.store(part, tl.dot(right, matrix), mask=mine[:, None])
     target = output_ptr + (expert.to(tl.int64) * width + columns[None, :]) * NARROW + narrow[:, None]
-    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+    tl.store(target, (result * scale).to(output_ptr.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _added_kernel(
+def _narrow_added_kernel(
     base_ptr,
     inner_ptr,
     outer_ptr,
@@ -220,7 +225,7 @@ def narrow_added(
     """
     tokens, width = base.shape
     output = base if in_place else torch.empty_like(base)
-    _added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+    _narrow_added_kernel[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
         base,
         inner,
         outer,
@@ -240,8 +245,10 @@ def narrow_added(
     return output
 
 
-def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None) -> Tensor:
-    """Return rows [tokens, k] · matrices [experts, k, n]: [tokens, n]; n is one of WIDTHS.
+def narrow_product(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Return scale · rows [tokens, k] · matrices [experts, k, n]: [tokens, n]; n is one of WIDTHS.
 
     rows are contiguous, matrices have any strides. source: int64 [tokens], the index in `rows` of each token.
     """
@@ -253,7 +260,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
     # Few rows make few programs, which cannot saturate the memory: then the sum is split over several programs.
     splits = max(min(triton.cdiv(PROGRAMS, blocks), depth // (4 * at_once), MAX_SPLITS), 1)
     parts = torch.empty(splits, tokens, narrow, dtype=torch.float32, device=rows.device) if splits > 1 else output
-    _product_kernel[(blocks, splits)](
+    _narrow_product_kernel[(blocks, splits)](
         rows,
         source if source is not None else offsets,
         matrices,
@@ -264,6 +271,7 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
         *matrices.stride(),
         experts,
         triton.cdiv(triton.cdiv(depth, splits), at_once) * at_once,
+        scale if splits == 1 else 1.0,
         EXPERTS=triton.next_power_of_2(experts),
         NARROW=narrow,
         ROWS=ROWS,
@@ -273,15 +281,15 @@ def narrow_product(rows: Tensor, matrices: Tensor, offsets: Tensor, source: Tens
         num_stages=4,
     )
     if splits > 1:
-        _sum(parts, offsets, output)
+        _sum(parts, scale, offsets, output)
     return output
 
 
-def _sum(parts: Tensor, offsets: Tensor, output: Tensor) -> None:
-    """Sum parts fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
+def _sum(parts: Tensor, scale: float, offsets: Tensor, output: Tensor) -> None:
+    """Sum parts, times scale, of fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
     size = output.numel()
-    _sum_kernel[(triton.cdiv(size, 1024),)](
-        parts, offsets, output, size, parts.shape[0], offsets.shape[0], NARROW=output.shape[1], BLOCK=1024
+    _narrow_sum_kernel[(triton.cdiv(size, 1024),)](
+        parts, offsets, output, size, parts.shape[0], offsets.shape[0], scale, NARROW=output.shape[1], BLOCK=1024
     )
 
 
@@ -305,7 +313,7 @@ def narrow_outer_product(
     width, rank, experts = wide.shape[1], narrow.shape[1], offsets.shape[0]
     shape = (experts, rank, width) if narrow_first else (experts, width, rank)
     output = torch.empty(shape, dtype=dtype or wide.dtype, device=wide.device)
-    _outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
+    _narrow_outer_kernel[(triton.cdiv(width, COLUMNS), experts)](
         wide,
         source if source is not None else offsets,
         narrow,
@@ -324,16 +332,16 @@ def narrow_outer_product(
 
 
 def both_pay(wide: Tensor) -> bool:
-    """Return True if `both_narrow_products` of wide [tokens, m] is faster than two kernels: it saves one read of much
-    memory, and there are enough columns for many programs.
+    """Return True if `both_narrow_products` of wide [tokens, m] runs, and is faster than two kernels: it saves one read
+    of much memory, and there are enough columns for many programs. It needs Hopper's shared memory.
     """
-    return wide.shape[0] >= 2048 and wide.shape[1] >= 8192
+    return kernels_of(wide.device) is KernelSet.HOPPER and wide.shape[0] >= 2048 and wide.shape[1] >= 8192
 
 
 def both_narrow_products(
-    wide: Tensor, matrices: Tensor, narrow: Tensor, offsets: Tensor, dtype: torch.dtype
+    wide: Tensor, matrices: Tensor, narrow: Tensor, scale: float, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Compute `narrow_product` and `narrow_outer_product` with one read of `wide`.
+    """Compute `narrow_product` and `narrow_outer_product`, both times scale, with one read of `wide`.
 
     Returns wide [tokens, m] · matrices [experts, m, n], [tokens, n], and wideᵀ · narrow [tokens, n] summed over each
     expert's rows, [experts, m, n] in dtype. All inputs are contiguous; n is one of WIDTHS; sums are fp32.
@@ -345,7 +353,7 @@ def both_narrow_products(
     product = torch.empty(tokens, rank, dtype=wide.dtype, device=wide.device)
     outer = torch.empty(experts, width, rank, dtype=dtype, device=wide.device)
     parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=wide.device)
-    _both_kernel[(blocks, experts)](
+    _both_narrow_kernel[(blocks, experts)](
         wide,
         narrow,
         matrices,
@@ -354,11 +362,12 @@ def both_narrow_products(
         outer,
         tokens,
         width,
+        scale,
         NARROW=rank,
         COLUMNS=columns,
         TOKENS=BOTH_TOKENS,
         num_warps=8,
         num_stages=3,
     )
-    _sum(parts, offsets, product)
+    _sum(parts, scale, offsets, product)
     return product, outer

@@ -4,29 +4,78 @@ can ask about GPUs that are not in this machine.
 
 from __future__ import annotations
 
+import enum
+
 Capability = tuple[int, int]
 """A GPU's compute capability, major and minor number."""
 
-GROUPED_MM_CAPABILITY: Capability = (9, 0)
-"""Least compute capability on which torch's grouped matrix product reads the experts' offsets on the device."""
+
+class KernelSet(enum.Enum):
+    """The kernels of the experts' grouped products. All of them read the experts' offsets on the device."""
+
+    PORTABLE = "portable"
+    """Triton only, for compute capability 8.0 and more (portable_mm_triton.py)."""
+    HOPPER = "hopper"
+    """Products with Hopper's own instructions where they run, and torch's grouped product. It has kernels for compute
+    capability 9.x and 10.x; on other GPUs it is a loop that waits for the offsets (ATen/native/cuda/GroupedBlas.cpp).
+    """
+
+
+HOPPER: Capability = (9, 0)
+PORTABLE_CAPABILITY: Capability = (8, 0)
+"""Least compute capability with bf16 products and asynchronous copies, which the portable kernels use."""
+HOPPER_MAJORS = (9, 10)
+"""Major numbers of the compute capabilities on which the set hopper runs."""
+EIGHT_BIT_CAPABILITY: Capability = (9, 0)
+"""The compute capability that the 8-bit products are made for (quantized/quantized_mm.py)."""
 BF16_BYTES = 2
 ALIGNMENT_BYTES = 16
 """Alignment that the grouped product requires of every matrix's rows."""
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+"""Most shared memory of a program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+LEAST_SHARED_KIB = 99
 
 
-def grouped_mm_runs_on_device(capability: Capability, element_bytes: int, *widths: int) -> bool:
-    """Return True if torch's grouped matrix product takes these matrices without a host synchronization.
-
-    It takes bf16. Capability 9.0 and 10.0 have kernels of their own; on 8.x torch falls back to a loop over the
-    experts, which copies the offsets to the host (ATen/native/cuda/GroupedBlas.cpp).
+def kernel_set_of(capability: Capability | None, wanted: str = "auto") -> KernelSet | None:
+    """Return the set of kernels that --kernels selects on a GPU; None if it has none, as a CPU, or not the wanted one.
 
     Args:
-        capability: of the GPU.
+        capability: of the GPU; None for a CPU.
+        wanted: a value of --kernels.
+    """
+    if capability is None or capability < PORTABLE_CAPABILITY:
+        return None
+    if wanted == KernelSet.PORTABLE.value:
+        return KernelSet.PORTABLE
+    if capability[0] in HOPPER_MAJORS:
+        return KernelSet.HOPPER
+    return None if wanted == KernelSet.HOPPER.value else KernelSet.PORTABLE
+
+
+def kernel_problems(capability: Capability | None, kernels: str) -> list[str]:
+    """Return why a value of --kernels cannot be used on a GPU. capability: None for a CPU, which has no kernels."""
+    if kernels == "auto" or kernel_set_of(capability, kernels) is not None:
+        return []
+    needed = "9.x or 10.x (H100, H200, B200)" if kernels == KernelSet.HOPPER.value else "8.0 or more (A100, A40)"
+    found = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    return [f"--kernels {kernels}: expected GPUs of compute capability {needed}; found {found}"]
+
+
+def grouped_mm_runs_on_device(kernels: KernelSet | None, element_bytes: int, *widths: int) -> bool:
+    """Return True if the grouped products take these matrices without a host synchronization. They take bf16.
+
+    Args:
+        kernels: the set that is selected; None for none.
         element_bytes: bytes of an element of both matrices.
         widths: lengths of the matrices' rows, in elements.
     """
     return (
-        capability >= GROUPED_MM_CAPABILITY
+        kernels is not None
         and element_bytes == BF16_BYTES
         and all(width * element_bytes % ALIGNMENT_BYTES == 0 for width in widths)
     )
+
+
+def shared_memory_bytes(capability: Capability) -> int:
+    """Return the most shared memory of a program on a GPU; of an unknown one, that of the smallest known."""
+    return 1024 * SHARED_KIB.get(capability, LEAST_SHARED_KIB)

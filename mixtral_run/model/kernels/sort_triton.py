@@ -3,7 +3,8 @@
 A choice is token·topk + k. A program handles a block of choices: the first kernel counts each expert in the block; the
 second, from the counts of all blocks, computes where each choice goes. Among the choices of several processes, the rows
 of one process's experts are consecutive, beginning at `starts` of that process; for its own rows a process also writes
-the token and the routing probability. Import this module only on machines with a GPU.
+the token and the routing probability. Kernels whose tiles have rows of one expert find them by `place_tile`.
+Import this module only on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,26 @@ class Routes:
     inverse: Tensor
     starts: Tensor
     experts: Tensor
+
+
+@triton.jit
+def place_tile(offsets_ptr, tokens, row_tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the expert of a tile of rows, its first row, and the end of the expert's rows; no tile: an end of 0.
+
+    The last tiles come first: they were written last, by the product before this, and are in the cache still.
+    """
+    numbers = tl.arange(0, EXPERTS)
+    there = numbers < num_experts
+    ends = tl.minimum(tl.load(offsets_ptr + numbers, mask=there, other=0), tokens)
+    begins = tl.minimum(tl.load(offsets_ptr + numbers - 1, mask=there & (numbers > 0), other=0), tokens)
+    high = (ends - begins + ROWS - 1) // ROWS
+    tiles_to = tl.cumsum(high, axis=0)
+    tile = tl.sum(high, axis=0) - 1 - row_tile
+    mine = (tiles_to > tile) & (tiles_to - high <= tile)
+    expert = tl.sum(tl.where(mine, numbers, 0), axis=0)
+    first = tl.sum(tl.where(mine, begins + (tile - (tiles_to - high)) * ROWS, 0), axis=0)
+    end = tl.sum(tl.where(mine, ends, 0), axis=0)
+    return expert, first, end
 
 
 @triton.jit

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mixtral_run.model.kernels.grouped_mm import grouped_linear, has_grouped_product, outer_product, product
-from mixtral_run.model.kernels.router_probs import row_products
+from mixtral_run.model.kernels.grouped_mm import (
+    each_experts,
+    grouped_linear,
+    has_grouped_product,
+    outer_product,
+    product,
+)
+from mixtral_run.model.kernels.quantized.quantized_mm import quantize
+from mixtral_run.model.kernels.routing.router_probs import over_probs, row_products
 
 COLUMNS = 256
 """The kernels take widths of gate and up together that are multiples of this."""
@@ -40,7 +47,7 @@ def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: flo
     hidden [tokens, 2·ffn]; inner = A·x [tokens, r]; outer = B [experts, 2·ffn, r]; offsets int32 [experts]. Gradients
     reach hidden, inner and outer.
     """
-    if _fused_runs(hidden, inner, outer):
+    if _fused_runs(hidden, inner):
         output: Tensor = _Fused.apply(hidden, inner, outer, scale, offsets)  # type: ignore[no-untyped-call]
         return output
     return swiglu(hidden + grouped_linear(inner * scale, outer, offsets))
@@ -48,7 +55,7 @@ def swiglu_with_adapter(hidden: Tensor, inner: Tensor, outer: Tensor, scale: flo
 
 def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor) -> Tensor:
     """Compute `swiglu_with_adapter` outside autograd."""
-    if _fused_runs(hidden, inner, outer):
+    if _fused_runs(hidden, inner):
         from mixtral_run.model.kernels.swiglu_triton import forward
 
         return forward(hidden, inner, outer, scale, offsets)
@@ -56,34 +63,47 @@ def swiglu_of(hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offset
 
 
 def recomputing_backward(
-    hidden: Tensor, inner: Tensor, outer: Tensor, scale: float, offsets: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    scale: float,
+    offsets: Tensor,
+    gradient: Tensor,
+    probs: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return what the backward pass of `swiglu_of` needs, given the gradient of its result [tokens, ffn].
 
-    Returns hidden's gradient; the result, recomputed bit for bit; and for each row the scalar product of the result and
-    its gradient, fp32 or wider [tokens].
+    Returns:
+        hidden's gradient;
+        the result, recomputed bit for bit;
+        for each row the scalar product of the result and its gradient, fp32 or wider [tokens], over probs [tokens] if
+        given, and 0 where they are 0 (router_probs.py);
+        with factors fp32 [experts, 2·ffn], the scales fp32 [tokens] with which the rows of hidden's gradient, times
+        their expert's factors, are quantized (quantized_mm.quantize); otherwise None.
     """
-    if _fused_runs(hidden, inner, outer):
+    if _fused_runs(hidden, inner):
         from mixtral_run.model.kernels.swiglu_triton import recomputing_backward as on_gpu
 
-        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous())
+        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous(), probs, factors)
     with torch.enable_grad():
         whole = (hidden + product(inner * scale, outer.transpose(1, 2), offsets)).detach().requires_grad_(True)
         active = swiglu(whole)
     (for_hidden,) = torch.autograd.grad(active, whole, gradient)
     active = active.detach()
-    return for_hidden, active, row_products(active, gradient)
+    products = row_products(active, gradient)
+    scales = None
+    if factors is not None:
+        rows = [part.float() * each for part, each in zip(each_experts(for_hidden, offsets), factors, strict=True)]
+        scales = quantize(torch.cat(rows))[1]
+    return for_hidden, active, products if probs is None else over_probs(products, probs), scales
 
 
-def _fused_runs(hidden: Tensor, inner: Tensor, outer: Tensor) -> bool:
+def _fused_runs(hidden: Tensor, inner: Tensor) -> bool:
     """Return True on GPUs with the grouped product, for bf16, and sizes that fit the kernel's tiles."""
     rank = inner.shape[1]
     return (
-        has_grouped_product(hidden, hidden.shape[1], rank)
-        and rank in (16, 32, 64)
-        # Triton's ranges are powers of two.
-        and outer.shape[0].bit_count() == 1
-        and hidden.shape[1] % COLUMNS == 0
+        has_grouped_product(hidden, hidden.shape[1], rank) and rank in (16, 32, 64) and hidden.shape[1] % COLUMNS == 0
     )
 
 
@@ -107,6 +127,6 @@ class _Fused(torch.autograd.Function):
         if inner is None:
             return for_hidden, None, None, None, None
         # The gradient of the adapter's output is that of hidden; both products read it once more.
-        for_inner = product(for_hidden, outer, offsets) * ctx.scale
+        for_inner = product(for_hidden, outer, offsets, scale=ctx.scale)
         for_outer = outer_product(for_hidden, inner * ctx.scale, offsets)
         return for_hidden, for_inner, for_outer, None, None

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.launch import LaunchConfig, layout_name
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.parallel.megatron import initialize_rng_tracker, parallel_state
 
@@ -30,11 +30,23 @@ class Mesh:
     expert_size: int
     data_rank: int
     data_size: int
+    context_rank: int = 0
+    context_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Return True on the one rank that prints and writes for the job."""
         return self.rank == 0
+
+    @property
+    def layout(self) -> str:
+        """Return the layout for people, such as TP2/EP4 or TP1/CP2/EP4."""
+        return layout_name(self.tensor_size, self.expert_size, self.context_size)
+
+    @property
+    def ranks_of_a_row(self) -> int:
+        """Return the number of ranks that split the tokens of a row: TP under sequence parallelism, and CP."""
+        return self.tensor_size * self.context_size
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -50,10 +62,18 @@ class Mesh:
 
     @property
     def data_group(self) -> dist.ProcessGroup:
-        """Return the processes that hold the same attention weights and process different samples."""
-        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        """Return the processes that hold the same attention weights and process different tokens: other samples, or,
+        under context parallelism, other parts of the same samples.
+        """
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
         # Reuse the group of all processes: another communicator of the same ranks would take memory for nothing.
-        return group if self.data_size < self.world_size else _everyone()
+        return group if self.data_size * self.context_size < self.world_size else _everyone()
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        """Return the processes that process different parts of the same samples with the same attention weights."""
+        group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
+        return group if self.context_size < self.world_size else _everyone()
 
     @property
     def expert_data_group(self) -> dist.ProcessGroup:
@@ -98,6 +118,7 @@ def open_mesh(config: LaunchConfig) -> Iterator[Mesh]:
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size,
+            context_parallel_size=config.context_size,
             expert_model_parallel_size=expert_size,
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
@@ -137,6 +158,8 @@ def _mesh_of(device: torch.device) -> Mesh:
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

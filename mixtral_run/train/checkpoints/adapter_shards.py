@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
 from mixtral_run.weights.adapter.schema import OPTIMIZER_PREFIX
@@ -40,7 +41,10 @@ class ParameterState:
 
 
 def live_states(model: MixtralModel, optimizer: torch.optim.Optimizer) -> list[ParameterState]:
-    """Return the state of every parameter of the optimizer, in the tensors that training changes. Rank-local."""
+    """Return the state of every parameter of the optimizer, in the tensors that training changes. Rank-local.
+
+    Frozen parameters of adapters, which a checkpoint holds as well, come last and have no moments.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = []
     for group in optimizer.param_groups:
@@ -48,16 +52,23 @@ def live_states(model: MixtralModel, optimizer: torch.optim.Optimizer) -> list[P
             state = optimizer.state.get(parameter, {})
             moments = {name: state[name] for name in MOMENTS if name in state}
             result.append(ParameterState(names[id(parameter)], parameter, parameter.detach(), moments))
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and not parameter.requires_grad:
+            result.append(ParameterState(name, parameter, parameter.detach(), {}))
     return result
 
 
 def shards_of(model: MixtralModel, *, adapters: bool) -> dict[str, ShardedTensor]:
-    """Return this rank's parts of the model's tensors: those of the adapters, or all others."""
+    """Return this rank's parts of the model's tensors: those of the adapters, or those of the base.
+
+    Weights of the base that are trained with the adapters are parts of both.
+    """
     everything: dict[str, Any] = model.gpt.sharded_state_dict()
     return {
         name: shard
         for name, shard in everything.items()
-        if isinstance(shard, ShardedTensor) and is_adapter(name) == adapters
+        if isinstance(shard, ShardedTensor)
+        and (is_adapter(name) == adapters or (adapters and is_trained_also(name, model.settings.lora)))
     }
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.adapters.trained_also import is_trained_also
+from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
 from mixtral_run.train.base_reader import BaseReader, target_of
 from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
@@ -127,14 +128,19 @@ class _HfReading:
 def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
     """Fill the model's adapters, after all files of an adapter of the kit were compared with their checksums.
 
-    All ranks must call.
+    Weights of the base that the model trains and the adapter does not have stay those of the base. All ranks must call.
     """
+    shards = {
+        name: shard
+        for name, shard in shards_of(model, adapters=True).items()
+        if is_adapter(name) or is_trained_also(name, adapter.lora)
+    }
     if isinstance(adapter, PeftDescription):
-        for shard in shards_of(model, adapters=True).values():
+        for shard in shards.values():
             _fill_from_peft(target_of(shard), adapter.factors)
         return
     check_adapter_files(adapter, model.mesh)
-    _load_into(shards_of(model, adapters=True), adapter.folder, is_of_model)
+    _load_into(shards, adapter.folder, is_of_model)
 
 
 def _fill_from_peft(target: Target, factors: PeftFactors) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from mixtral_run.config.fields import flag_of
+from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_INITS, TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.errors import MixtralRunError
+from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.launch import processes
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.terminal.report import Report
@@ -26,19 +28,32 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
     except MixtralRunError:
         return config
     lora = describe_init_adapter(config, base).lora
+    brought = lora.all_values()
+    for name, default in (("init_lora", LORA_INITS[0]), ("expert_adapters", EXPERT_ADAPTERS[0])):
+        asked = getattr(config, name)
+        if asked not in (default, brought[name]):
+            raise ConfigError(
+                "--init-adapter brings adapters of another form.",
+                where=str(config.init_adapter),
+                expected=f"{flag_of(name)} {brought[name]}, or none",
+                found=f"{flag_of(name)} {asked}",
+                next_command=f"the same command without {flag_of(name)}; or without --init-adapter",
+            )
     changed = dataclasses.replace(
         config,
         lora_rank=lora.rank,
         lora_alpha=lora.alpha,
+        lora_rank_experts=lora.expert_rank,
+        lora_alpha_experts=lora.expert_alpha,
         lora_scaling=lora.scaling,
+        init_lora=lora.init,
+        expert_adapters=brought["expert_adapters"],
+        train_also=tuple(each for each in TRAINED_ALSO if each in (*lora.train_also, *config.train_also)),
         lora_target_modules=lora.target_modules,
     )
     if processes.rank() == 0 and changed != config:
-        scaling = f" ({lora.scaling})" if lora.scaling != "standard" else ""
-        Report().say(
-            f"LoRA settings of {config.init_adapter}: rank {lora.rank}, alpha {lora.alpha:g}{scaling}, "
-            f"{', '.join(lora.target_modules)}"
-        )
+        modules = ", ".join(lora.target_modules)
+        Report().say(f"LoRA settings of {config.init_adapter}: {lora.describe()}, {modules}")
     return changed
 
 

@@ -47,7 +47,9 @@ def restore_random_state(folder: Path, mesh: Mesh) -> str | None:
     file = folder / RANDOM_STATE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        own = values["ranks"][mesh.rank] if all(values[name] == each for name, each in _layout(mesh).items()) else None
+        # Earlier versions had no context parallelism.
+        saved = {"context_size": 1, **values}
+        own = values["ranks"][mesh.rank] if all(saved[name] == each for name, each in _layout(mesh).items()) else None
     except FileNotFoundError:
         return "the checkpoint has no state of the random numbers: an earlier version of mixtral-run wrote it"
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
@@ -66,8 +68,8 @@ def restore_random_state(folder: Path, mesh: Mesh) -> str | None:
 
 
 def _layout(mesh: Mesh) -> dict[str, Any]:
-    sizes = {"world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "expert_size": mesh.expert_size}
-    return {**sizes, "device": mesh.device.type}
+    names = ("world_size", "tensor_size", "expert_size", "context_size")
+    return {**{name: getattr(mesh, name) for name in names}, "device": mesh.device.type}
 
 
 def _text(state: torch.Tensor) -> str:

@@ -108,21 +108,23 @@ class AdapterSaver:
         return target.final
 
     def save_in_background(self, request: SaveRequest) -> None:
-        """Begin what `save` does, after `prepare_background`. Return when the state of this step is copied.
+        """Begin what `save` does, after `prepare_background`.
 
+        The state is that of this step, although it is copied while the next one computes its gradients (host_copy.py).
         An earlier save is waited for. `poll` or `finish` raise the error of this one.
         """
         self.finish()
         copy, writer = self._copy, self._writer
         assert copy is not None and writer is not None
-        copy.update(self._optimizer)
         random_state = own_random_state(self._model.mesh)
         target = SaveTarget(self._model.mesh, self._folder, request.iteration, self._group)
 
         def task() -> None:
+            copy.finish()
             check_sound(copy.states, self._folder, request.iteration, self._group)
             _write(target, writer, request, self._architecture, random_state)
 
+        copy.begin()
         self._pending = BackgroundTask(task, self._model.mesh, target.final, self._timeout)
 
     def poll(self) -> float | None:

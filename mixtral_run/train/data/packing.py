@@ -1,4 +1,4 @@
-"""Packing of several examples into one row. model/packed_attention.py keeps them from attending to each other."""
+"""Packing of several examples into one row. They do not attend to each other (model/attention/packed_attention.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixtral_run.model.packed_attention import PackedSizes
+from mixtral_run.model.attention.packed_attention import PackedSizes
 from mixtral_run.train.data.samples import Row, Samples, ShuffledOrder
 
 if TYPE_CHECKING:
@@ -142,25 +142,29 @@ class PackedSamples:
         return self._order.index_of(position, seed)
 
     def row(self, index: int) -> Row:
-        """Return the examples one after the other, followed by the padding as a sample of its own."""
-        items = self._rows.row(index).tolist()
-        parts = [self._samples.row(each) for each in items]
-        lengths = [self._samples.num_positions(each) for each in items]
-        padding = self.seq_length - sum(lengths)
-        cut = list(zip(parts, lengths, strict=True))
-        if padding:
-            # An example's own row ends in at least as much padding as is left here.
-            cut.append((_tail(parts[-1], padding), padding))
-            lengths.append(padding)
-        return Row(
-            np.concatenate([part.tokens[:length] for part, length in cut]),
-            np.concatenate([part.labels[:length] for part, length in cut]),
-            np.concatenate([part.loss_mask[:length] for part, length in cut]),
-            tuple(lengths),
-        )
+        """Return `joined_row` of the examples of a row."""
+        return joined_row(self._samples, self._rows.row(index).tolist())
 
     def num_loss_tokens(self, index: int) -> int:
         return int(self._loss_tokens[index])
+
+
+def joined_row(samples: Samples, items: Sequence[int]) -> Row:
+    """Return the examples one after the other in a row, followed by the padding as a sample of its own."""
+    parts = [samples.row(each) for each in items]
+    lengths = [samples.num_positions(each) for each in items]
+    padding = samples.seq_length - sum(lengths)
+    cut = list(zip(parts, lengths, strict=True))
+    if padding:
+        # An example's own row ends in at least as much padding as is left here.
+        cut.append((_tail(parts[-1], padding), padding))
+        lengths.append(padding)
+    return Row(
+        np.concatenate([part.tokens[:length] for part, length in cut]),
+        np.concatenate([part.labels[:length] for part, length in cut]),
+        np.concatenate([part.loss_mask[:length] for part, length in cut]),
+        tuple(lengths),
+    )
 
 
 def _tail(row: Row, count: int) -> Row:

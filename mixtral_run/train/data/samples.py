@@ -7,8 +7,8 @@ processes or another micro batch size sees the samples that it would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,15 +37,42 @@ class MicroBatch:
     loss_mask: torch.Tensor  # float32, 0 or 1
     position_ids: torch.Tensor  # int64; starts at 0 in each sample of a packed row
     lengths: tuple[tuple[int, ...], ...] | None = None  # of each row's samples, if rows are packed
+    answers: Answers | None = None  # if the samples are preferences
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a micro batch of preferences, [answers] each, in the order of the rows. On the CPU.
+
+    Attributes:
+        is_chosen: True for a chosen or a desirable answer. Of a pair the chosen one is first, the rejected one next.
+        counts: float64, 0 for an answer that only fills a row, else 1.
+        reference: float64, log-probability by the reference, summed over the answer; 0 without a reference.
+        num_tokens: int64, of each answer.
+        text_mask: float32 [rows, sequence], 1 where the label is in a chosen answer or in its prompt.
+        spans: int64, positions of the row that each answer and each padding fills, if rows are packed; else None.
+        answer_spans: int64, which of the spans are answers, if rows are packed.
+        mismatched: each prompt with another answer; None unless the method needs them.
+    """
+
+    is_chosen: torch.Tensor
+    counts: torch.Tensor
+    reference: torch.Tensor
+    num_tokens: torch.Tensor
+    text_mask: torch.Tensor
+    spans: torch.Tensor | None = None
+    answer_spans: torch.Tensor | None = None
+    mismatched: MicroBatch | None = None
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The data of one optimizer step. `micro_batches` are this rank's part; both counts are the same on every rank."""
+    """The data of one optimizer step. `micro_batches` are this rank's part; all counts are the same on every rank."""
 
     micro_batches: tuple[MicroBatch, ...]
-    num_loss_tokens: int  # over all ranks: each rank divides its summed loss by it
+    num_loss_tokens: int  # over all ranks: each rank divides its summed loss by it; of preferences: pairs or answers
     consumed_samples: int  # after this batch
+    num_text_tokens: int = 0  # of preferences, over all ranks: labels of the chosen answers with their prompts
 
 
 @dataclass(frozen=True)
@@ -67,8 +94,8 @@ class ExampleTokens:
     learned: tuple[tuple[int, int], ...]
 
 
-class SampleSource(Protocol):
-    """A source of samples: a file or mock data."""
+class OrderedSource(Protocol):
+    """A source of samples in an order: a file or mock data."""
 
     @property
     def seq_length(self) -> int: ...
@@ -79,9 +106,29 @@ class SampleSource(Protocol):
         """Return the sample at `position` of the endless order that `seed` defines."""
         ...
 
+    def num_loss_tokens(self, index: int) -> int: ...
+
+
+class SampleSource(OrderedSource, Protocol):
+    """A source whose samples are a row each."""
+
     def row(self, index: int) -> Row: ...
 
-    def num_loss_tokens(self, index: int) -> int: ...
+
+@runtime_checkable
+class AnswerSource(OrderedSource, Protocol):
+    """A source whose samples are preferences: one or two rows each, or several samples a row."""
+
+    def micro_batch(self, indices: Sequence[int | None]) -> MicroBatch:
+        """Return the samples as a micro batch. None: the rows of any sample, of which nothing counts."""
+        ...
+
+    def num_text_tokens(self, index: int) -> int:
+        """Return the number of labels in the chosen answers of a sample, with those in their prompts."""
+        ...
+
+
+AnySource = SampleSource | AnswerSource
 
 
 class ShuffledOrder:
@@ -277,7 +324,7 @@ def batch_size_problems(global_batch_size: int, micro_batch_size: int, data_para
 
 
 def batches(
-    source: SampleSource,
+    source: AnySource,
     *,
     seed: int,
     micro_batch_size: int,
@@ -300,7 +347,7 @@ def batches(
 
 
 def _batches(
-    source: SampleSource, seed: int, micro: int, global_: int, rank: int, num_ranks: int, consumed: int
+    source: AnySource, seed: int, micro: int, global_: int, rank: int, num_ranks: int, consumed: int
 ) -> Iterator[GlobalBatch]:
     part = global_ // num_ranks
     while True:
@@ -308,10 +355,22 @@ def _batches(
         mine = chosen[rank * part : (rank + 1) * part]
         consumed += global_
         yield GlobalBatch(
-            tuple(stacked([source.row(index) for index in mine[i : i + micro]]) for i in range(0, part, micro)),
+            tuple(micro_batch(source, mine[i : i + micro]) for i in range(0, part, micro)),
             sum(source.num_loss_tokens(index) for index in chosen),
             consumed,
+            sum(map(source.num_text_tokens, chosen)) if isinstance(source, AnswerSource) else 0,
         )
+
+
+def micro_batch(source: AnySource, indices: Sequence[int | None]) -> MicroBatch:
+    """Return samples as a micro batch. Missing ones become rows without loss: all ranks run the experts together."""
+    if isinstance(source, AnswerSource):
+        return source.micro_batch(indices)
+    found = []
+    for index in indices:
+        row = source.row(index or 0)
+        found.append(row if index is not None else replace(row, loss_mask=np.zeros_like(row.loss_mask)))
+    return stacked(found)
 
 
 def stacked(rows: Sequence[Row]) -> MicroBatch:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from mixtral_run.config.data import DATA_SETTINGS
+from mixtral_run.config.data import DATA_SETTINGS, KTO
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.cached_examples import CachedExamples, ExampleCaches
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.samples import MockSamples, Samples, SampleSource, has_response
+from mixtral_run.train.data.preferences import FileSamples, PreferenceSamples, fitting
+from mixtral_run.train.data.samples import AnySource, MockSamples, Samples, has_response
 from mixtral_run.train.data.split import split_by_digest
 from mixtral_run.weights.manifest.describe import BaseDescription
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TRAINING, VALIDATION = DATA_SETTINGS
-FileSamples = Samples | PackedSamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class TrainingData:
         remarks: what the reading of the data reported.
     """
 
-    samples: SampleSource
+    samples: AnySource
     validation: FileSamples | None = None
     sha256: str | None = None
     chat_template: Mapping[str, Any] | None = None
@@ -143,27 +144,26 @@ def check_same(identities: list[str]) -> None:
 
 def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mapping[str, CachedExamples]) -> TrainingData:
     """Return the samples of opened caches. Raises one error with all problems of all of them."""
-    parts: dict[str, Samples] = {}
+    parts: dict[str, FileSamples] = {}
     remarks = [f"{each.where}: {remark}" for each in opened.values() for remark in each.remarks]
     errors: list[MixtralRunError] = []
     for setting, examples in opened.items():
         try:
             for name, chosen in _parts(config, setting, examples, remarks).items():
-                parts[name] = Samples(
-                    examples.cache.arrays, config.seq_length, examples.padding_id, examples.where, chosen
-                )
+                parts[name] = _samples(config, examples, chosen)
         except MixtralRunError as error:
             errors.append(error)
     if errors:
         raise joined(errors)
-    packs = isinstance(config, FinetuneConfig) and config.pack
     if overlap := _overlap(opened):
         remarks.append(overlap)
-    ready: dict[str, FileSamples] = {name: PackedSamples(each) if packs else each for name, each in parts.items()}
+    for setting, each in parts.items():
+        if isinstance(each, PreferenceSamples):
+            remarks += [f"--{setting.replace('_', '-')}: {remark}" for remark in each.remarks()]
     mock = MockSamples(base.architecture.vocab_size, config.seq_length, config.seed)
     return TrainingData(
-        ready.get(TRAINING, mock),
-        ready.get(VALIDATION),
+        parts.get(TRAINING, mock),
+        parts.get(VALIDATION),
         opened[TRAINING].sha256 if TRAINING in opened else None,
         opened[TRAINING].chat_template if TRAINING in opened else None,
         " ".join(examples.cache.identity for examples in opened.values()),
@@ -171,11 +171,23 @@ def _training_data(config: TrainingConfig, base: BaseDescription, opened: Mappin
     )
 
 
+def _samples(config: TrainingConfig, examples: CachedExamples, chosen: NDArray[np.int64] | None) -> FileSamples:
+    """Return the examples as samples of the run. chosen: numbers of the examples; None: all."""
+    arrays, padding_id, where = examples.cache.arrays, examples.padding_id, examples.where
+    if isinstance(config, AlignConfig):
+        return PreferenceSamples(
+            arrays, config.seq_length, padding_id, where, chosen,
+            paired=config.method != KTO, packs=config.pack, folder=examples.cache.folder,
+        )  # fmt: skip
+    samples = Samples(arrays, config.seq_length, padding_id, where, chosen)
+    return PackedSamples(samples) if isinstance(config, FinetuneConfig) and config.pack else samples
+
+
 def _overlap(opened: Mapping[str, CachedExamples]) -> str | None:
     """Return a line about examples of the validation set that are trained on; None if there are none."""
     if len(opened) < 2:
         return None
-    training, validation = (opened[name].cache.arrays.digests for name in (TRAINING, VALIDATION))
+    training, validation = (opened[name].digests for name in (TRAINING, VALIDATION))
     count = int(np.isin(validation, training).sum())
     if not count:
         return None
@@ -190,19 +202,22 @@ def _parts(
 ) -> dict[str, NDArray[np.int64] | None]:
     """Return the examples for training, for validation or for both. None: all of them. Remarks are added."""
     arrays = examples.cache.arrays
-    fitting: NDArray[np.int64] | None = None
+    usable: NDArray[np.int64] | None = None
     if config.skip_bad_examples:
-        keep = has_response(arrays, config.seq_length)
+        keep, too_long = has_response(arrays, config.seq_length), " before their response begins"
+        if isinstance(config, AlignConfig):
+            keep, too_long = fitting(arrays, config.seq_length, packs=config.pack), ""
         if not keep.all():
-            fitting = np.flatnonzero(keep)
+            usable = np.flatnonzero(keep)
             remarks.append(
-                f"{examples.where}: {len(keep) - len(fitting):,} examples are longer than --seq-length "
-                f"{config.seq_length:,} before their response begins, and are left out."
+                f"{examples.where}: {len(keep) - len(usable):,} examples are longer than --seq-length "
+                f"{config.seq_length:,}{too_long}, and are left out."
             )
-    found = {setting: fitting}
+    found = {setting: usable}
     if setting == TRAINING and isinstance(config, FinetuneConfig) and config.valid_fraction:
-        chosen = np.arange(len(arrays)) if fitting is None else fitting
-        training, validation = split_by_digest(arrays.digests[chosen], config.valid_fraction, examples.where)
+        digests = examples.digests
+        chosen = np.arange(len(digests)) if usable is None else usable
+        training, validation = split_by_digest(digests[chosen], config.valid_fraction, examples.where)
         found = {TRAINING: chosen[training], VALIDATION: chosen[validation]}
     if setting == TRAINING:
         found[TRAINING] = _mixed(examples, found[TRAINING], remarks)

@@ -10,7 +10,8 @@ import numpy as np
 from mixtral_run.results.report_page import ExampleText
 from mixtral_run.train.data.check.check import rendered_tokens
 from mixtral_run.train.data.packing import PackedSamples
-from mixtral_run.train.data.samples import Samples, SampleSource
+from mixtral_run.train.data.preferences import PreferenceSamples
+from mixtral_run.train.data.samples import AnySource, Samples
 
 Decode = Callable[[list[int]], str]
 
@@ -24,21 +25,39 @@ class Prompt:
     expected: tuple[int, ...]
 
 
-def example_texts(source: SampleSource, decode: Decode, count: int) -> list[ExampleText]:
-    """Return `count` examples from all over the data, as far as a sample holds them; none of mock data."""
-    samples = _examples_of(source)
-    if samples is None:
+def example_texts(source: AnySource, open_decode: Callable[[], Decode], count: int) -> list[ExampleText]:
+    """Return `count` examples from all over the data, as far as a sample holds them; none of mock data.
+
+    Of preferences, both answers of a pair are examples. open_decode: called if there are examples, since opening a
+    tokenizer takes seconds.
+    """
+    samples = source.examples if isinstance(source, PreferenceSamples) else _examples_of(source)
+    if samples is None or not len(samples):
         return []
+    decode = open_decode()
     found = []
-    for index in np.unique(np.linspace(0, len(samples) - 1, count).astype(int)).tolist():
+    for index in _spread(source, len(samples), count):
         example = samples.example(index)
-        rendered = rendered_tokens(example.place, list(example.tokens), example.learned, decode)
+        place = example.place
+        if isinstance(source, PreferenceSamples):
+            place += f", {source.kind_of(index)}"
+        rendered = rendered_tokens(place, list(example.tokens), example.learned, decode)
         found.append(ExampleText(rendered.place, tuple((part.text, part.learned) for part in rendered.parts)))
     return found
 
 
-def prompts_of(source: SampleSource | None, count: int, longest: int) -> list[Prompt]:
-    """Return the first `count` prompts of at most `longest` tokens. A text without a prompt gives none."""
+def _spread(source: AnySource, num_examples: int, count: int) -> list[int]:
+    """Return the numbers of `count` examples from all over the data, or of both answers of `count` pairs."""
+    each = 2 if isinstance(source, PreferenceSamples) and source.paired else 1
+    chosen: list[int] = np.unique(np.linspace(0, num_examples // each - 1, count).astype(int)).tolist()
+    return [each * index + number for index in chosen for number in range(each)]
+
+
+def prompts_of(source: AnySource | None, count: int, longest: int) -> list[Prompt]:
+    """Return the first `count` prompts of at most `longest` tokens. A text without a prompt gives none.
+
+    Of preferences the chosen answers are what is expected.
+    """
     samples = _examples_of(source)
     found: list[Prompt] = []
     for index in range(len(samples) if samples is not None else 0):
@@ -52,6 +71,8 @@ def prompts_of(source: SampleSource | None, count: int, longest: int) -> list[Pr
     return found
 
 
-def _examples_of(source: SampleSource | None) -> Samples | None:
+def _examples_of(source: AnySource | None) -> Samples | None:
+    if isinstance(source, PreferenceSamples):
+        return source.chosen_examples
     samples = source.examples if isinstance(source, PackedSamples) else source
     return samples if isinstance(samples, Samples) else None

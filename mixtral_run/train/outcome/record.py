@@ -11,11 +11,11 @@ from typing import Any
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.model.router_counts import RouterCounts
+from mixtral_run.model.routing.router_counts import RouterCounts
 from mixtral_run.results import run_files
 from mixtral_run.results.kit import this_kit
 from mixtral_run.results.loss_plot import write_loss_plot
-from mixtral_run.results.read_run import curve, loss_summary, read_run
+from mixtral_run.results.read_run import curve, loss_summary, preference_summary, read_run
 from mixtral_run.results.report_page import ExampleText, report_page
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.sources import TrainingData
@@ -125,6 +125,8 @@ class Outcome:
         save = self._config.save
         written = read_run(save)
         found = {"losses": loss_summary(written), "router": router_summary(written, num_retaken)}
+        if preferences := preference_summary(written):
+            found["preferences"] = preferences
         document = {**asdict(summary), **found, **asdict(self.record)}
         write_atomically(save / run_files.SUMMARY, _json(document))
         if not self._config.report:
@@ -134,7 +136,7 @@ class Outcome:
         try:
             training, validation = curve(data.metrics, "loss"), curve(data.validation, "loss")
             title = f"Loss of {self.record.name}"
-            write_loss_plot(save / run_files.LOSS_PLOT, training, validation, title=title)
+            write_loss_plot(save / run_files.LOSS_PLOT, training, validation, title=title, label=self._config.loss_name)
             write_atomically(save / run_files.REPORT, report_page(data, self._examples(), str(best)))
             self._report.say(f"  report: {save / run_files.REPORT}")
         except (OSError, ImportError) as error:
@@ -142,7 +144,7 @@ class Outcome:
 
     def _examples(self) -> list[ExampleText]:
         try:
-            return example_texts(self._data.samples, self._tokenizer()[0], NUM_EXAMPLES)
+            return example_texts(self._data.samples, lambda: self._tokenizer()[0], NUM_EXAMPLES)
         except MixtralRunError as error:
             self._report.warn(f"The report shows no examples: {error.what}")
             return []

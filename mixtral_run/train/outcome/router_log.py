@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.model.router_counts import RouterCounts
+from mixtral_run.model.routing.router_counts import RouterCounts
 from mixtral_run.results.read_run import RunData, read_run
 from mixtral_run.results.report_router import shares_of
 from mixtral_run.results.run_files import ROUTER

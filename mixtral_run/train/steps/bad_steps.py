@@ -38,6 +38,7 @@ class BadSteps:
     """
 
     def __init__(self, config: TrainingConfig, mesh: Mesh, report: Report) -> None:
+        self._loss_name = config.loss_name
         self._ratio: float | None = None
         self._most = 0
         self._folder: Path | None = None
@@ -74,7 +75,7 @@ class BadSteps:
             self.num_taken += 1
             return
         file = self._write(iteration, batch, why or "refused by another rank")
-        found = why or f"lm loss {result.loss}"
+        found = why or f"{self._loss_name} {result.loss}"
         if not result.taken and self.num_skipped < self._most:
             self.num_skipped += 1
             self._report.warn(f"Iteration {iteration} is skipped ({self.num_skipped} of {self._most}): {found}{file}")
@@ -91,20 +92,23 @@ class BadSteps:
 
     def _why(self, loss: float, grad_norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return f"lm loss {loss}, grad norm {grad_norm}"
+            return f"{self._loss_name} {loss}, grad norm {grad_norm}"
         if self._ratio is None or len(self._recent) < LEAST_RECENT:
             return None
         median = statistics.median(self._recent)
         if loss <= self._ratio * median:
             return None
-        return f"lm loss {loss:.6g}, more than {self._ratio:g} times {median:.6g}, the median of the last {NUM_RECENT}"
+        return (
+            f"{self._loss_name} {loss:.6g}, more than {self._ratio:g} times {median:.6g}, the median of the last "
+            f"{NUM_RECENT}"
+        )
 
     def _write(self, iteration: int, batch: GlobalBatch, why: str) -> str:
         """Write this rank's part of a batch; return where, as the end of a sentence. A full disk is reported."""
         if self._folder is None:
             return ""
         file = self._folder / f"iter_{iteration:07d}-data{self._mesh.data_rank}.json"
-        if self._mesh.tensor_rank == 0:
+        if self._mesh.tensor_rank == self._mesh.context_rank == 0:
             content = {
                 "iteration": iteration,
                 "why": why,

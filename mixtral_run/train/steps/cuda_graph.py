@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.attention.packed_attention import Packed, PackedSizes
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatcher, open_symmetric_memory
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.packed_attention import Packed, PackedSizes
 from mixtral_run.planner import policy
 from mixtral_run.train.data.samples import MicroBatch
+from mixtral_run.train.steps.objective import Objective, backward
 from mixtral_run.train.steps.step import Backward, EagerBackward, trainable
 
 WARM_UP = 2
@@ -35,13 +36,13 @@ def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = Fa
 
     Args:
         model: in training mode.
-        num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
+        num_tokens: tokens of a micro batch, over all ranks that share its rows.
         peer_access: True if GPUs read from each other (model/dispatch/symmetric_memory.py).
     """
     mesh, lora = model.mesh, model.settings.lora
     return policy.execution_of(
         policy.TrainingPass(
-            tokens=num_tokens // mesh.tensor_size,
+            tokens=num_tokens // mesh.ranks_of_a_row,
             expert_size=mesh.expert_size,
             recompute=model.settings.recompute,
             lora_dropout=lora.dropout if lora is not None else None,
@@ -60,6 +61,7 @@ def backward_of(
     captured: bool = True,
     peer_access: bool = True,
     most: PackedSizes | None = None,
+    objective: Objective | None = None,
 ) -> Iterator[Backward]:
     """Yield the fastest way of a micro batch through the model. All ranks must call.
 
@@ -67,17 +69,18 @@ def backward_of(
 
     Args:
         model: in training mode.
-        num_tokens: tokens of a micro batch, over all tensor-parallel ranks.
+        num_tokens: tokens of a micro batch, over all ranks that share its rows.
         captured: capture the pass if possible.
         peer_access: let GPUs read from each other if possible; False if there is no memory for it
             (planner/choose.py).
         most: the largest sizes of the run's packed rows, if rows are packed.
+        objective: the loss; the cross entropy of the response tokens by default.
     """
     mesh = model.mesh
     exchange = None
     execution = execution_of(model, num_tokens, peer_access=True)
     if execution.dispatch is policy.Dispatch.SYMMETRIC_MEMORY:
-        tokens = num_tokens // mesh.tensor_size
+        tokens = num_tokens // mesh.ranks_of_a_row
         exchange = open_symmetric_memory(mesh, model.architecture, tokens, model.settings.dtype, wanted=peer_access)
         if exchange is None:
             execution = execution_of(model, num_tokens, peer_access=False)
@@ -87,12 +90,12 @@ def backward_of(
     elif execution.dispatch is policy.Dispatch.ALL_GATHER:
         dispatcher = AllGatherDispatcher(mesh.expert_group, model.architecture.num_experts, mesh.device)
     if captured and execution.captured:
-        backward = CapturedBackward(model, dispatcher, most)
+        backward = CapturedBackward(model, dispatcher, most, objective)
         yield backward
         # Not after an error: a collective under way may wait for a rank that has ended.
         backward.release()
     else:
-        yield EagerBackward(model, dispatcher)
+        yield EagerBackward(model, dispatcher, objective)
     if exchange is not None:
         exchange.close()
 
@@ -109,8 +112,9 @@ class CapturedBackward(Backward):
         model: MixtralModel,
         dispatcher: TokenDispatcher[Any] | None = None,
         most: PackedSizes | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        super().__init__(model, dispatcher)
+        super().__init__(model, dispatcher, objective)
         self._parameters = trainable(model)
         self._most = most
         self._inputs: list[Tensor] = []
@@ -127,12 +131,12 @@ class CapturedBackward(Backward):
         assert not adds or self._gradients, "existing gradients must be those that the first micro batch left"
         if adds not in self._graphs:
             self._capture(adds)
-        graph, loss = self._graphs[adds]
+        graph, parts = self._graphs[adds]
         graph.replay()
         if not adds:
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
-        return loss
+        return parts
 
     def release(self) -> None:
         """Free the graphs and the gradients in their memory."""
@@ -145,7 +149,7 @@ class CapturedBackward(Backward):
 
     def _inputs_of(self, micro: MicroBatch, num_loss_tokens: int) -> list[Tensor]:
         """Return the inputs of a pass, on the host."""
-        inputs = [micro.tokens, micro.labels, micro.loss_mask / num_loss_tokens]
+        inputs = [*self.objective.inputs(micro, num_loss_tokens), micro.tokens, micro.labels]
         if self._most is not None:
             assert micro.lengths is not None
             packed = Packed.of(micro.lengths, micro.tokens.device, self._most)
@@ -162,10 +166,10 @@ class CapturedBackward(Backward):
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog thread makes CUDA calls, which must not count as part of the capture.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            loss = self._pass(adds)
+            parts = self._pass(adds)
         if not adds:
             self._gradients = [parameter.grad for parameter in self._parameters]
-        self._graphs[adds] = graph, loss
+        self._graphs[adds] = graph, parts
 
     def _warm_up(self) -> None:
         # A resumed run warms up as well, and must draw the same dropout as a run that was not interrupted.
@@ -190,14 +194,15 @@ class CapturedBackward(Backward):
     def _pass(self, adds: bool) -> Tensor:
         if not adds:
             self._drop_gradients()
-        tokens, labels, weights, *rest = self._inputs
-        positions, packed = None, None
+        inputs, positions, packed = self._inputs, None, None
         if self._most is not None:
-            positions, boundaries, owner = rest
+            *inputs, positions, boundaries, owner = inputs
             packed = Packed(boundaries, owner, self._most.longest)
-        counts = self.model.router_counts
-        with counts.counting(weights) if counts is not None else nullcontext():
+        *inputs, tokens, labels = inputs
+        counts, balance = self.model.router_counts, self.model.router_loss
+        with (
+            counts.counting(inputs[0]) if counts is not None else nullcontext(),
+            balance.counting(inputs[0]) if balance is not None else nullcontext(),
+        ):
             losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
-        loss = (losses * weights).sum()
-        loss.backward()
-        return loss.detach()
+        return backward(self.objective.parts(losses, inputs), balance)

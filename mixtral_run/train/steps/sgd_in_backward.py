@@ -36,7 +36,7 @@ class SgdInBackward:
         (micro,) = batch.micro_batches
         mesh = self._model.mesh
         self._rate, self._squares = rate, []
-        loss = EagerBackward(self._model)(micro, batch.num_loss_tokens).double()
+        loss = EagerBackward(self._model)(micro, batch.num_loss_tokens)[0].double()
         self._apply(self._rest)
         totals = {kind: torch.stack([each[kind] for each in self._squares]).sum() for kind in self._squares[0]}
         norm = norm_of(totals, mesh)

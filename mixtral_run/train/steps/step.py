@@ -1,15 +1,16 @@
 """One optimizer step: forward and backward, gradients summed over the right groups, clipped, applied.
 
-The loss is the sum over all response tokens of the global batch divided by their number, so that gradients and losses
-are the same in every layout and for every micro batch size.
+The loss (objective.py) is a sum over the global batch divided by the number of what counts in it, by default of its
+response tokens, so that gradients and losses are the same in every layout and for every micro batch size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.launch.heartbeat import note_progress
+from mixtral_run.model.adapters.trained_also import is_norm
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.packed_attention import Packed
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
-from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_split
+from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
+from mixtral_run.train.steps.objective import NextToken, Objective, backward, parts_of, token_losses
 
 MOST_SHORT = 3
 """Consecutive steps that exceeded the dispatch's capacity, after which all further steps use all-to-all."""
@@ -36,13 +38,14 @@ BUCKET_BYTES = 256 * 1024**2
 class StepResult:
     """Result of the whole job, the same on every rank. loss: mean over the `num_tokens` response tokens.
 
-    taken: False if the step was refused and changed nothing.
+    taken: False if the step was refused and changed nothing. figures: of the objective.
     """
 
     loss: float
     grad_norm: float
     num_tokens: int
     taken: bool = True
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Refuses = Callable[[float, float], bool]
@@ -59,17 +62,24 @@ class Backward(ABC):
     """Forward and backward pass of a micro batch. num_retaken: steps that `was_whole` had taken again.
 
     dispatcher: the exchange with experts of other ranks; None for the layers' own, which has no limit of capacity.
+    objective: the loss; the cross entropy of the response tokens by default.
     """
 
-    def __init__(self, model: MixtralModel, dispatcher: TokenDispatcher[Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: MixtralModel,
+        dispatcher: TokenDispatcher[Any] | None = None,
+        objective: Objective | None = None,
+    ) -> None:
         self.model = model
         self.dispatcher = dispatcher
+        self.objective = objective or NextToken()
         self.num_short = 0
         self.num_retaken = 0
 
     @abstractmethod
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        """Add one micro batch's gradients. Return its part of the loss, an fp32 scalar on the device."""
+        """Add one micro batch's gradients. Return its part of the loss and its sums, [1 + sums] on the device."""
 
     def was_whole(self) -> bool:
         """Return True if no dispatch since the last call exceeded its capacity. All ranks must call.
@@ -86,9 +96,11 @@ class EagerBackward(Backward):
     """The eager pass."""
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
-        loss = losses_of(self.model, micro, self.dispatcher) / num_loss_tokens
-        loss.backward()
-        return loss.detach()
+        balance = self.model.router_loss
+        weights = micro.loss_mask.to(self.model.mesh.device).float() / num_loss_tokens
+        with balance.counting(weights) if balance is not None else nullcontext():
+            parts = parts_of(self.model, micro, self.objective, num_loss_tokens, self.dispatcher)
+        return backward(parts, balance)
 
 
 def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatcher[Any] | None = None) -> Tensor:
@@ -96,14 +108,7 @@ def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatche
 
     dispatcher: of this pass; None for the layers' own. All ranks must call.
     """
-    device = model.mesh.device
-    packed = Packed.of(micro.lengths, device) if micro.lengths is not None else None
-    positions = micro.position_ids.to(device) if packed is not None else None
-    tokens, labels = micro.tokens.to(device), micro.labels.to(device)
-    mask = micro.loss_mask.to(device)
-    with model.router_counts.counting(mask) if model.router_counts is not None else nullcontext():
-        losses = model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=dispatcher)
-    return (losses * mask).sum()
+    return (token_losses(model, micro, dispatcher) * micro.loss_mask.to(model.mesh.device)).sum()
 
 
 LR_RATIO = "lr_ratio"
@@ -111,15 +116,21 @@ LR_RATIO = "lr_ratio"
 
 
 def adapter_optimizer(model: MixtralModel, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the adapters. With --lora-plus-ratio, B is a group with a learning rate of its own."""
-    parameters = trainable(model)
-    groups: list[dict[str, Any]] = [{"params": parameters}]
+    """Return AdamW over the adapters, and over the weights of the base that are trained with them.
+
+    With --lora-plus-ratio, B is a group with a learning rate of its own. Norms have no weight decay: it would pull them
+    to 0 from 1.
+    """
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    norms = [each for name, each in named if is_norm(name)]
+    others = [(name, each) for name, each in named if not is_norm(name)]
+    groups: list[dict[str, Any]] = [{"params": [each for _, each in others]}]
     if config.lora_plus_ratio != 1:
-        outer = {id(each) for name, each in model.named_parameters() if ".linear_out" in name}
         groups = [
-            {"params": [each for each in parameters if id(each) not in outer]},
-            {"params": [each for each in parameters if id(each) in outer], LR_RATIO: config.lora_plus_ratio},
+            {"params": [each for name, each in others if ".linear_out" not in name]},
+            {"params": [each for name, each in others if ".linear_out" in name], LR_RATIO: config.lora_plus_ratio},
         ]
+    groups += [{"params": norms, "weight_decay": 0.0}] if norms else []
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
 
 
@@ -158,37 +169,44 @@ def train_step(
     # The same as `trainable`, whose search through the model would let the GPU wait for a millisecond.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
-        backward = EagerBackward(model)
+        backward = EagerBackward(model, objective=backward.objective if backward is not None else None)
+    objective = backward.objective
+    objective.prepare(model, batch.micro_batches, batch.num_loss_tokens, batch.num_text_tokens)
     total = _gradients_of(batch, parameters, backward)
     if not backward.was_whole():
-        total = _gradients_of(batch, parameters, EagerBackward(model))
+        total = _gradients_of(batch, parameters, EagerBackward(model, objective=objective))
     if model.router_counts is not None:
         model.router_counts.end_step()
     sum_gradients(parameters, mesh)
     norm = gradient_norm(parameters, mesh)
-    found = torch.stack((sum_over(total, mesh.data_group), norm.double()))
+    found = torch.cat((sum_over(total, mesh.data_group), norm.double().reshape(1)))
     if refuses is not None:
-        mean_loss, grad_norm = found.tolist()
-        if refuses(mean_loss, grad_norm):
-            return StepResult(mean_loss, grad_norm, batch.num_loss_tokens, taken=False)
+        result = _result_of(found, batch, objective)
+        if refuses(result.loss, result.grad_norm):
+            return dataclasses.replace(result, taken=False)
     if clip_grad > 0:
         factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
     optimizer.step()
-    mean_loss, grad_norm = found.tolist()
-    return StepResult(mean_loss, grad_norm, batch.num_loss_tokens)
+    return _result_of(found, batch, objective)
+
+
+def _result_of(found: Tensor, batch: GlobalBatch, objective: Objective) -> StepResult:
+    """Return the result of a step. found: its loss, the objective's sums, and the norm of the gradient."""
+    mean_loss, *sums, grad_norm = found.tolist()
+    return StepResult(mean_loss, grad_norm, batch.num_loss_tokens, figures=objective.figures(sums))
 
 
 def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], backward: Backward) -> Tensor:
-    """Compute the gradients of a batch. Return this rank's part of the loss, fp64. All ranks must call."""
+    """Compute the gradients of a batch. Return this rank's part of the loss and sums, fp64. All ranks must call."""
     # The first micro batch sets the gradients; adding to zeros would write and read them for nothing.
     for parameter in parameters:
         parameter.grad = None
     if backward.model.router_counts is not None:
         backward.model.router_counts.begin_step()
-    total = torch.zeros((), dtype=torch.float64, device=backward.model.mesh.device)
+    total = torch.zeros(1, dtype=torch.float64, device=backward.model.mesh.device)
     for micro in batch.micro_batches:
-        total += backward(micro, batch.num_loss_tokens)
+        total = total + backward(micro, batch.num_loss_tokens)
         note_progress()
     return total
 
@@ -201,16 +219,21 @@ def trainable(model: MixtralModel) -> list[torch.nn.Parameter]:
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
     """Sum every gradient over the ranks that share its parameter. All ranks must call.
 
-    Experts: over the ranks that hold the same experts. Other parameters: over data-parallel replicas, and also over TP
-    if a replicated parameter saw only its rank's part of the sequence. A parameter that no token reached gets zeros.
+    Experts: over the ranks that hold the same experts. What all experts share: over all ranks. Other parameters: over
+    data-parallel replicas, and also over TP if a replicated parameter saw only its rank's part of the sequence. A
+    parameter that no token reached gets zeros.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     experts = [_gradient(each) for each in parameters if is_expert(each)]
     partial = [_gradient(each) for each in parameters if is_partial(each)]
-    dense = [_gradient(each) for each in parameters if not is_expert(each)]
+    dense = [_gradient(each) for each in parameters if not is_expert(each) and not is_shared(each)]
+    shared = [_gradient(each) for each in parameters if is_shared(each)]
     _sum_all(experts, mesh.expert_data_group)
+    # Both together are all ranks.
+    _sum_all(shared, mesh.expert_group)
+    _sum_all(shared, mesh.expert_data_group)
     _sum_all(partial, mesh.tensor_group)
     _sum_all(dense, mesh.data_group)
 

@@ -12,6 +12,7 @@ from mixtral_run.weights.adapter.schema import Place, adapter_tensors, places
 from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint, adapter_manifest_of, open_checkpoint
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest
+from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 
@@ -44,7 +45,7 @@ def open_adapter(path: Path) -> OpenAdapter:
 
 def check_tensors(adapter: OpenAdapter, reader: Reader) -> None:
     """Raise WeightsError unless the checkpoint has every tensor of the adapter, in its shape."""
-    expected = adapter_tensors(adapter.checkpoint.architecture, adapter.lora)
+    expected = adapter_tensors(adapter.checkpoint.architecture, adapter.lora, parts_of_vocabulary(reader))
     problems = [f"{key}: missing" for key in expected if key not in reader.tensors]
     problems += [
         f"{key}: expected shape {list(shape)}; found {list(reader.tensors[key].shape)}"
@@ -57,3 +58,9 @@ def check_tensors(adapter: OpenAdapter, reader: Reader) -> None:
     if problems:
         where = str(adapter.checkpoint.iteration_folder)
         raise WeightsError("The adapter's tensors do not match its mixtral_run.json.", where=where, problems=problems)
+
+
+def parts_of_vocabulary(reader: Reader) -> int:
+    """Return the TP in which the vocabulary was cut, and by which it was padded; 1 if nothing of it is there."""
+    found = [reader.layout_of(key, 0) for key in VOCABULARY_KEYS if key in reader.tensors]
+    return max(found, default=1)

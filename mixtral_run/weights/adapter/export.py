@@ -1,4 +1,4 @@
-"""Export an adapter checkpoint as a PEFT directory, or as a full HF model with the adapter merged in, by streaming."""
+"""Export an adapter, or a weighted sum of several: as a PEFT directory, or merged into a full HF model, streamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.terminal.report import Report
-from mixtral_run.weights.adapter.checkpoint import OpenAdapter, check_tensors, open_adapter
+from mixtral_run.weights.adapter.adapter_sum import AdapterSum, open_sum
+from mixtral_run.weights.adapter.checkpoint import OpenAdapter
 from mixtral_run.weights.adapter.lora_factors import Factors
 from mixtral_run.weights.adapter.merge import merge_files
 from mixtral_run.weights.adapter.merge_journal import MERGE_JOURNAL, MergeJournal, identity
@@ -28,10 +29,9 @@ from mixtral_run.weights.hf.hub import HubModel, hub_name_of, resolve
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer, tokenizer_files
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, output_problems
 from mixtral_run.weights.io.interrupts import interrupts
-from mixtral_run.weights.manifest.adapter_files import TOKENIZER, check_adapter
+from mixtral_run.weights.manifest.adapter_files import TOKENIZER
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, BaseManifest, is_kind, read_manifest, write_manifest
-from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 
 _STEPS = 3
 _OF_MODELS = ("config.json", "generation_config.json")
@@ -59,26 +59,24 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
     """
     report = report or Report()
     started = time.monotonic()
-    report.step(1, _STEPS, f"Read the adapter {config.adapter}")
-    adapter = open_adapter(config.adapter)
-    check_adapter(adapter.checkpoint, report)
-    with Reader(adapter.checkpoint.iteration_folder) as reader:
-        check_tensors(adapter, reader)
-        factors = Factors(reader, adapter.lora, adapter.places)
-        peft = PeftDirectory(adapter.checkpoint.architecture, factors, config.format)
+    report.step(1, _STEPS, f"Read the adapter {' + '.join(config.adapter)}")
+    adapters = open_sum(config.adapter, report)
+    adapter = adapters.first
+    with adapters.factors(report) as factors:
+        peft = PeftDirectory(factors, config.format)
         weights = _check(config, adapter, peft, report)
         repository = _repository(config)
-        _describe(adapter, report)
+        _describe(adapters, factors, report)
         with interrupts(), Staging(config.output_path, MANIFEST_NAME, "mixtral-run export") as staging:
             if config.merge:
                 assert weights is not None
-                count, size = _merge(adapter, weights, factors, staging, report)
+                count, size = _merge(adapters, weights, factors, staging, report)
             else:
                 staging.clear()
-                _write_peft(config, adapter, peft, staging.folder, report)
+                _write_peft(config, adapters, peft, staging.folder, report)
                 count, size = len(peft.entries), peft.num_bytes
             report.step(3, _STEPS, "Wait for the disk")
-            _write_record(config, adapter, staging.folder)
+            _write_record(config, adapters, staging.folder)
             staging.publish(spent=(MERGE_JOURNAL,))
     kind = "hf" if config.merge else "peft"
     result = ExportResult(config.output_path, kind, count, size, time.monotonic() - started)
@@ -92,7 +90,7 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
         report.done(f"Uploaded: {repository.push(config.output_path, report)}")
     if config.format == "vllm" and not config.merge:
         report.say(
-            f"  next: vllm serve HF_MODEL --enable-lora --max-lora-rank {max_lora_rank(adapter.lora.rank)} "
+            f"  next: vllm serve HF_MODEL --enable-lora --max-lora-rank {max_lora_rank(peft.max_rank)} "
             f"--lora-modules adapter={config.output_path}"
         )
     elif config.merge:
@@ -119,6 +117,11 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
     if config.merge and config.hf_model_path is None:
         problems.append("--merge: needs --hf-model-path, the HF directory of the adapter's base")
+    if config.format == "vllm" and adapter.lora.train_also and not config.merge:
+        also = ", ".join(adapter.lora.train_also)
+        problems.append(
+            f"--format vllm: engines read no modules_to_save, and the adapter has {also}; --merge writes a whole model"
+        )
     weights = None
     if config.hf_model_path is not None:
         try:
@@ -187,17 +190,24 @@ def _another_base(adapter: OpenAdapter, where: str, expected: str, found: str) -
     )
 
 
-def _describe(adapter: OpenAdapter, report: Report) -> None:
-    lora = adapter.lora
-    report.say(
-        f"  iteration {adapter.checkpoint.iteration}, rank {lora.rank}, alpha {lora.alpha:g}, "
-        f"{', '.join(lora.target_modules)}: {len(adapter.places):,} HF tensors"
-    )
+def _describe(adapters: AdapterSum, factors: Factors, report: Report) -> None:
+    places = f"{', '.join(factors.target_modules)}: {len(factors.places):,} HF tensors"
+    if factors.trained_also:
+        places += f", and {len(factors.trained_also)} weights of the base"
+    if not adapters.is_plain:
+        ranks = sorted({factors.rank(module) for module in factors.target_modules})
+        report.say(f"  their sum: rank {' and '.join(map(str, ranks))}, {places}")
+        return
+    lora = adapters.first.lora
+    if lora.shared:
+        report.say("  the experts of a layer share one adapter, which is written once for each expert")
+    iteration = adapters.first.checkpoint.iteration
+    report.say(f"  iteration {iteration}, {lora.describe()}, {places}")
 
 
-def _write_peft(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, folder: Path, report: Report) -> None:
+def _write_peft(config: ExportConfig, adapters: AdapterSum, peft: PeftDirectory, folder: Path, report: Report) -> None:
     report.step(2, _STEPS, f"Write adapter_model.safetensors in the layout {config.format}")
-    added = [module for module in peft.lora.target_modules if module not in adapter.lora.target_modules]
+    added = [module for module in peft.target_modules if module not in peft.factors.target_modules]
     if added:
         why = (
             "vLLM wants w1, w2 and w3 of every expert"
@@ -205,10 +215,11 @@ def _write_peft(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory,
             else "without it PEFT leaves out linear_fc1"
         )
         report.say(f"  {', '.join(added)} was not trained and is written as zeros: {why}")
+    base_name = _base_name(config, adapters.first)
     with report.progress(peft.num_bytes, "written") as progress:
-        peft.write(folder, _base_name(config, adapter), progress.advance)
-    _copy_tokenizer(adapter, folder)
-    write_card(folder, adapter, config.format, _base_name(config, adapter))
+        peft.write(folder, base_name, progress.advance)
+    _copy_tokenizer(adapters.first, folder)
+    write_card(folder, adapters, peft, config.format, base_name)
 
 
 def _copy_tokenizer(adapter: OpenAdapter, folder: Path) -> None:
@@ -247,10 +258,11 @@ def _source_of(path: str | None) -> Path | None:
 
 
 def _merge(
-    adapter: OpenAdapter, weights: HFWeights, factors: Factors, staging: Staging, report: Report
+    adapters: AdapterSum, weights: HFWeights, factors: Factors, staging: Staging, report: Report
 ) -> tuple[int, int]:
-    folder = staging.folder
-    journal = MergeJournal(folder, identity(weights, adapter.checkpoint.iteration_folder))
+    folder, adapter = staging.folder, adapters.first
+    folders = [(each.weight, each.adapter.checkpoint.iteration_folder) for each in adapters.summands]
+    journal = MergeJournal(folder, identity(weights, folders))
     if journal.is_new:
         staging.clear()
     else:
@@ -276,13 +288,11 @@ def _merge(
     return len(weights.sources), weights.num_bytes
 
 
-def _write_record(config: ExportConfig, adapter: OpenAdapter, folder: Path) -> None:
+def _write_record(config: ExportConfig, adapters: AdapterSum, folder: Path) -> None:
     values: dict[str, Any] = {
-        "adapter": str(config.adapter),
-        "iteration": adapter.checkpoint.iteration,
+        **adapters.record(),
         "layout": None if config.merge else config.format,
-        "lora": adapter.manifest.values["lora"],
-        "base": adapter.manifest.values["base"],
+        "base": adapters.first.manifest.values["base"],
     }
     if config.format == "peft-fused" and not config.merge:
         values["peft"] = {"version": f">={FUSED_PEFT_VERSION}", "axis_order": FUSED_AXIS_ORDER}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -63,7 +64,9 @@ def _merge_file(
                 source = weights.sources[name]
                 # The header, and tensors that are not part of the model.
                 _copy(descriptor, Source(file, reached, source.start - reached), out)
-                if name in factors.places:
+                if name in factors.trained_also:
+                    crcs[name] = _replace_tensor(weights, factors, name, descriptor, out, advance)
+                elif name in factors.places:
                     crcs[name] = _merge_tensor(weights, factors, name, descriptor, out, advance)
                 else:
                     crcs[name] = _copy(descriptor, source, out, advance)
@@ -116,13 +119,22 @@ def _merge_tensor(
     return crc
 
 
+def _replace_tensor(
+    weights: HFWeights, factors: Factors, name: str, descriptor: int, out: object, advance: Callable[[int], None]
+) -> int:
+    """Write a weight that was trained with the adapter in place of the source's, whose CRC-32 is returned."""
+    crc = _copy(descriptor, weights.sources[name], io.BytesIO(), advance)
+    out.write(as_bytes(factors.trained(name).to(getattr(torch, weights.dtype))))  # type: ignore[attr-defined]
+    return crc
+
+
 class Adding:
     """Adds `scale · B·A` to the rows of one HF tensor. The sum is computed in fp32 and cast once."""
 
     def __init__(self, factors: Factors, name: str, dtype: torch.dtype) -> None:
         self._a = factors.a(name).float()
         self._b = factors.b(name).float()
-        self._scale = factors.lora.scale
+        self._scale = factors.scale(factors.places[name].module)
         self._dtype = dtype
 
     def to_rows(self, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_run import __version__
@@ -16,11 +17,14 @@ from mixtral_run.weights.manifest.manifest import MANIFEST_NAME
 MERGE_JOURNAL = "merge.jsonl"
 
 
-def identity(weights: HFWeights, adapter: Path) -> str:
-    """Return a hash that identifies a merge: source files, the adapter's manifest and the kit's version."""
+def identity(weights: HFWeights, adapters: Sequence[tuple[float, Path]]) -> str:
+    """Return a hash that identifies a merge: source files, weights and manifests of the adapters, the kit's version.
+
+    adapters: the weight and the iteration's folder of each.
+    """
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files]
-    content = json.dumps([__version__, files, (adapter / MANIFEST_NAME).read_text(encoding="utf-8")])
-    return hashlib.sha256(content.encode()).hexdigest()
+    manifests = [(weight, (folder / MANIFEST_NAME).read_text(encoding="utf-8")) for weight, folder in adapters]
+    return hashlib.sha256(json.dumps([__version__, files, manifests]).encode()).hexdigest()
 
 
 class MergeJournal:

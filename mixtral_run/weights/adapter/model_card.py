@@ -11,7 +11,9 @@ from typing import Any
 
 from mixtral_run import __version__
 from mixtral_run.config.names.hub_names import hub_name_and_revision, may_be_hub_name
+from mixtral_run.weights.adapter.adapter_sum import AdapterSum
 from mixtral_run.weights.adapter.checkpoint import OpenAdapter
+from mixtral_run.weights.adapter.peft_directory import PeftDirectory
 from mixtral_run.weights.adapter.peft_layouts import max_lora_rank
 from mixtral_run.weights.io.files import write_atomically
 
@@ -29,38 +31,47 @@ FOR_WHOM = {
 }
 
 
-def write_card(folder: Path, adapter: OpenAdapter, layout: str, base_name: str | None) -> None:
+def write_card(folder: Path, adapters: AdapterSum, peft: PeftDirectory, layout: str, base_name: str | None) -> None:
     """Write the card of an adapter. base_name: its HF model, a name on the hub or a directory."""
-    write_atomically(folder / CARD, card_of(adapter, layout, base_name))
+    write_atomically(folder / CARD, card_of(adapters, peft, layout, base_name))
 
 
-def card_of(adapter: OpenAdapter, layout: str, base_name: str | None) -> str:
+def card_of(adapters: AdapterSum, peft: PeftDirectory, layout: str, base_name: str | None) -> str:
     """Return the text of the card: front matter for the hub, base, data, settings, losses and use."""
-    manifest, lora = adapter.manifest, adapter.lora
+    adapter = adapters.first
+    manifest = adapter.manifest
     name = published_name(base_name)
     front = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "  - lora", "  - mixtral"]
     front += [f"base_model: {json.dumps(name)}"] if name else []
     base = f"[{name}](https://huggingface.co/{name})" if name else "a Mixtral model that was read from a directory"
     template = manifest.chat_template.describe() if manifest.chat_template is not None else "not recorded"
-    facts = [
-        ("base", base),
-        ("fingerprint of the base", f"`{adapter.base_fingerprint}`"),
-        ("iteration", f"{manifest.iteration:,}"),
-        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {', '.join(lora.target_modules)}"),
-        ("data, SHA-256", f"`{manifest.data_sha256}`" if manifest.data_sha256 else "not recorded"),
-        ("chat template", template),
-        *_losses(adapter),
-    ]
+    facts = [("base", base), ("fingerprint of the base", f"`{adapter.base_fingerprint}`")]
+    for number, each in enumerate(adapters.summands, 1):
+        of_several = "" if adapters.is_plain else f"adapter {number}: "
+        facts += [(f"adapter {number}: weight", f"{each.weight:g}")] if of_several else []
+        facts += [(of_several + key, value) for key, value in _training(each.adapter)]
+    facts.append(("chat template", template))
+    facts += _losses(adapter) if adapters.is_plain else []
     settings = [(key, _shown(manifest.training[key])) for key in SETTINGS if manifest.training.get(key) is not None]
     lines = [*front, "---", "", "# LoRA adapter for Mixtral", "", *_table(("", ""), facts)]
-    if settings:
+    if settings and len(adapters.summands) == 1:
         lines += ["", "## Settings of the training", "", *_table(("setting", "value"), settings)]
     lines += ["", "## Use", "", f"Layout `{layout}`: for {FOR_WHOM[layout]}.", "", "```python", *_python(name), "```"]
     if layout != "peft-fused":
-        rank = max_lora_rank(lora.rank)
+        rank = max_lora_rank(peft.max_rank)
         serve = f"vllm serve {name or 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules adapter=FOLDER"
         lines += ["", "```", serve, "```"]
     return "\n".join([*lines, "", f"Written by mixtral-run {__version__}.", ""])
+
+
+def _training(adapter: OpenAdapter) -> list[tuple[str, str]]:
+    """Return what the card says of one adapter that was trained."""
+    manifest, lora = adapter.manifest, adapter.lora
+    return [
+        ("iteration", f"{manifest.iteration:,}"),
+        ("LoRA", f"{lora.describe()}, dropout {lora.dropout:g}, {', '.join(lora.target_modules)}"),
+        ("data, SHA-256", f"`{manifest.data_sha256}`" if manifest.data_sha256 else "not recorded"),
+    ]
 
 
 def published_name(base_name: str | None) -> str | None:

@@ -9,9 +9,14 @@ from math import prod
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.model.architecture import MixtralArchitecture
-from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes
-from mixtral_run.weights.adapter.peft_layouts import adapter_config, completed, fused_entries, per_expert_entries
+from mixtral_run.weights.adapter.lora_factors import Factors, UniformFactors, as_bytes
+from mixtral_run.weights.adapter.peft_layouts import (
+    adapter_config,
+    completed,
+    fused_entries,
+    per_expert_entries,
+    trained_entries,
+)
 from mixtral_run.weights.hf.safetensors_files import header_of
 from mixtral_run.weights.io.files import write_atomically
 
@@ -44,13 +49,18 @@ def _numbers(version: str) -> tuple[int, ...]:
 class PeftDirectory:
     """The tensors of a PEFT directory that is to be written. layout: `peft`, `peft-fused` or `vllm`."""
 
-    def __init__(self, architecture: MixtralArchitecture, factors: Factors, layout: str) -> None:
+    def __init__(self, factors: Factors, layout: str) -> None:
         self.fused = layout == "peft-fused"
-        self.lora = factors.lora if self.fused else completed(factors.lora, layout)
+        # Engines read one rank and one scale, and no patterns.
+        self.factors = UniformFactors(factors) if layout == "vllm" else factors
+        trained = factors.target_modules
+        self.target_modules = trained if self.fused else completed(trained, layout)
+        self.max_rank = max(map(self.factors.rank, trained))
         self.entries = (
-            fused_entries(architecture, factors) if self.fused else per_expert_entries(architecture, factors, layout)
+            fused_entries(self.factors) if self.fused else per_expert_entries(self.factors, self.target_modules)
         )
-        self.dtype, item_size = factors.dtype(factors.lora.target_modules[0])
+        self.entries += trained_entries(factors)
+        self.dtype, item_size = self.factors.dtype
         self.num_bytes = item_size * sum(prod(entry.shape) for entry in self.entries)
 
     def write(self, folder: Path, base_model: str | None, advance: Callable[[int], None]) -> None:
@@ -63,5 +73,5 @@ class PeftDirectory:
                 advance(len(data))
             stream.flush()
             os.fsync(stream.fileno())
-        config = adapter_config(self.lora, base_model, fused=self.fused)
+        config = adapter_config(self.factors, self.target_modules, base_model, fused=self.fused)
         write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

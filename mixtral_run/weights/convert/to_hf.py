@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from isal.isal_zlib import crc32
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.terminal.report import Report
-from mixtral_run.weights.adapter.checkpoint import check_tensors, open_adapter
+from mixtral_run.weights.adapter.adapter_sum import AdapterSum, open_sum
 from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes, as_tensor
 from mixtral_run.weights.adapter.merge import Adding, row_blocks
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
@@ -27,7 +28,6 @@ from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, output_problems
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.io.interrupts import interrupts
-from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.base_checkpoint import check_base, is_as_converted, is_of_model, open_base
 from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint
 from mixtral_run.weights.manifest.manifest import (
@@ -74,11 +74,11 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     if path is None:
         raise ConfigError("There is nothing to convert.", expected="--from-megatron")
     started = time.monotonic()
-    report.step(1, _STEPS, f"Read {path}{f' and the adapter {config.adapter}' if config.adapter else ''}")
+    report.step(1, _STEPS, f"Read {path}{' and '.join(('', *config.adapter))}")
     checkpoint, tokenizer = open_base(path, config.hf_model_path, report)
     with (
         Reader(checkpoint.iteration_folder, is_of_model) as reader,
-        _open_adapter(config, checkpoint, report) as factors,
+        _open_adapters(config, checkpoint, report) as (adapters, factors),
     ):
         files = _check(config, checkpoint, reader, report)
         num_bytes = checkpoint.architecture.num_parameters * reader.tensors[LINEAR_QKV_KEY].item_size
@@ -91,9 +91,9 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
                     writer.write(staging.folder / name, tensors)
             report.step(3, _STEPS, "Check the fingerprint, wait for the disk")
             fingerprint = _check_fingerprint(config, checkpoint, writer, report)
-            _write_sidecars(config, checkpoint, files, num_bytes, staging.folder, fingerprint)
+            _write_sidecars(adapters, checkpoint, files, num_bytes, staging.folder, fingerprint)
             copy_tokenizer(tokenizer, staging.folder)
-            template = None if config.adapter is None else open_adapter(config.adapter).manifest.chat_template
+            template = None if adapters is None else adapters.first.manifest.chat_template
             if template is not None:
                 template.write(staging.folder)
             staging.publish()
@@ -106,24 +106,25 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
 
 
 @contextmanager
-def _open_adapter(config: ConvertConfig, checkpoint: Checkpoint, report: Report) -> Iterator[Factors | None]:
-    if config.adapter is None:
-        yield None
+def _open_adapters(
+    config: ConvertConfig, checkpoint: Checkpoint, report: Report
+) -> Iterator[tuple[AdapterSum | None, Factors | None]]:
+    """Give the adapters to merge and the factors of their sum; None without --adapter."""
+    if not config.adapter:
+        yield None, None
         return
-    adapter = open_adapter(config.adapter)
-    check_adapter(adapter.checkpoint, report)
+    adapters = open_sum(config.adapter, report)
     fingerprint = _recorded_fingerprint(checkpoint)
-    if adapter.base_fingerprint != fingerprint:
+    if adapters.first.base_fingerprint != fingerprint:
         raise WeightsError(
             "The adapter was trained on another base.",
-            where=str(config.adapter),
-            expected=f"the base with fingerprint {adapter.base_fingerprint}",
+            where=", ".join(config.adapter),
+            expected=f"the base with fingerprint {adapters.first.base_fingerprint}",
             found=f"{checkpoint.folder}, fingerprint {fingerprint or 'not recorded'}",
             next_command="give --from-megatron the checkpoint that the adapter was trained on",
         )
-    with Reader(adapter.checkpoint.iteration_folder) as reader:
-        check_tensors(adapter, reader)
-        yield Factors(reader, adapter.lora, adapter.places)
+    with adapters.factors(report) as factors:
+        yield adapters, factors
 
 
 def _check(
@@ -181,7 +182,11 @@ class _Writer:
             with file.open("wb") as stream:
                 stream.write(header_of(tensors, self.dtype))
                 for name in tensors:
-                    blocks = self._merged if self._factors and name in self._factors.places else self._blocks
+                    blocks = self._blocks
+                    if self._factors is not None and name in self._factors.trained_also:
+                        blocks = self._replaced
+                    elif self._factors is not None and name in self._factors.places:
+                        blocks = self._merged
                     for block in blocks(name):
                         stream.write(block)
                         self._advance(len(block))
@@ -227,6 +232,13 @@ class _Writer:
             yield as_bytes(adding.to_rows(as_tensor(rows, self.dtype), start, stop))
         self.checksums[name] = crc
 
+    def _replaced(self, name: str) -> Iterator[memoryview]:
+        """Yield a weight that was trained with the adapter, after a pass over the base's, for its checksum."""
+        assert self._factors is not None
+        for _ in self._blocks(name):
+            pass
+        yield as_bytes(self._factors.trained(name).to(getattr(torch, self.dtype)))
+
     def _hf_rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
         """Read rows start…stop of the HF tensor, which may be several ranges of the checkpoint's tensor."""
         parts, row = [], 0
@@ -249,7 +261,7 @@ def _check_fingerprint(config: ConvertConfig, checkpoint: Checkpoint, writer: _W
     found = fingerprint_of_checksums(checkpoint.architecture, writer.dtype, writer.checksums)
     if found == recorded:
         return found
-    if is_as_converted(checkpoint) or config.adapter is not None:
+    if is_as_converted(checkpoint) or config.adapter:
         raise WeightsError(
             "The checkpoint's weights are not those that were converted.",
             where=str(checkpoint.folder),
@@ -266,7 +278,7 @@ def _check_fingerprint(config: ConvertConfig, checkpoint: Checkpoint, writer: _W
 
 
 def _write_sidecars(
-    config: ConvertConfig,
+    adapters: AdapterSum | None,
     checkpoint: Checkpoint,
     files: dict[str, dict[str, Shape]],
     num_bytes: int,
@@ -278,12 +290,14 @@ def _write_sidecars(
         "weight_map": {tensor: file for file, tensors in files.items() for tensor in tensors},
     }
     write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    # With an adapter the weights are no longer those of the fingerprint.
-    what = {"adapter": str(config.adapter), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
+    what: dict[str, Any] = {"fingerprint": fingerprint}
+    if adapters is not None:
+        # With an adapter the weights are no longer those of the fingerprint.
+        what = {**adapters.record(), "base": {"fingerprint": fingerprint, "path": str(checkpoint.folder)}}
     write_manifest(
         folder,
         "hf",
         architecture=checkpoint.architecture.to_mapping(),
         source=str(checkpoint.folder),
-        **({"fingerprint": fingerprint} if config.adapter is None else what),
+        **what,
     )

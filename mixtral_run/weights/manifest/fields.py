@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
-from mixtral_run.config.lora import LORA_SCALINGS, LORA_TARGET_MODULES
-from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.config.lora import (
+    EXPERT_ADAPTERS,
+    LORA_EXPERT_MODULES,
+    LORA_INITS,
+    LORA_SCALINGS,
+    LORA_TARGET_MODULES,
+    TRAINED_ALSO,
+)
+from mixtral_run.model.adapters.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
@@ -64,6 +71,11 @@ class Fields:
         number = _finite(found)
         return number if number is not None and number > 0 else self._refuse(name, "a number above 0", found, 1.0)
 
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """Return one of these texts; the first if it is missing."""
+        found = self.values.get(name, choices[0])
+        return found if found in choices else self._refuse(name, f"one of {', '.join(choices)}", found, choices[0])
+
     def dropout(self, name: str) -> float:
         """Return a number from 0 to 0.99, the limits of --lora-dropout; 0 if it is missing."""
         found: Any = self.values.get(name, 0.0)
@@ -105,10 +117,26 @@ class Fields:
         if not known or len(set(targets)) != len(targets):
             expected = f"some of {', '.join(LORA_TARGET_MODULES)}, each once"
             targets = inner._refuse("lora_target_modules", expected, targets, [])
-        scaling = inner.values.get("lora_scaling", LORA_SCALINGS[0])
-        if scaling not in LORA_SCALINGS:
-            scaling = inner._refuse("lora_scaling", f"one of {', '.join(LORA_SCALINGS)}", scaling, LORA_SCALINGS[0])
-        return LoraSettings(rank, alpha, dropout, tuple(targets), scaling=scaling)
+        names = inner.values.keys()
+        inner.problems += [f"{inner._prefix}{name[:40]}: unknown" for name in names if name not in LORA_SETTINGS]
+        also = inner.values.get("train_also", [])
+        if not isinstance(also, list) or any(each not in TRAINED_ALSO for each in also):
+            also = inner._refuse("train_also", f"some of {', '.join(TRAINED_ALSO)}", also, [])
+        init, shared = inner.choice("init_lora", LORA_INITS), inner.choice("expert_adapters", EXPERT_ADAPTERS)
+        if init != LORA_INITS[0] and shared != EXPERT_ADAPTERS[0] and set(targets) & set(LORA_EXPERT_MODULES):
+            shared = inner._refuse("expert_adapters", f"each with init_lora {init}", shared, EXPERT_ADAPTERS[0])
+        return LoraSettings(
+            rank,
+            alpha,
+            dropout,
+            tuple(targets),
+            scaling=inner.choice("lora_scaling", LORA_SCALINGS),
+            init=init,
+            train_also=tuple(each for each in TRAINED_ALSO if each in also),
+            shared=shared == EXPERT_ADAPTERS[1],
+            expert_rank=inner.whole_number("lora_rank_experts", at_least=1) if "lora_rank_experts" in names else None,
+            expert_alpha=inner.positive("lora_alpha_experts") if "lora_alpha_experts" in names else None,
+        )
 
     def base(self) -> BaseReference:
         """Return the reference to the base."""

@@ -14,6 +14,7 @@ from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, WeightsError, shortened
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.terminal.report import Report
+from mixtral_run.weights.adapter.checkpoint import parts_of_vocabulary
 from mixtral_run.weights.adapter.schema import adapter_tensors, is_of_optimizer
 from mixtral_run.weights.hf import fingerprint as checksums
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
@@ -22,6 +23,7 @@ from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, reso
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.fields import Fields
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
@@ -181,14 +183,8 @@ def compare_with_source(load: Path, against: Path, report: Report) -> int:
 def _expected_tensors(checkpoint: Checkpoint, reader: Reader) -> dict[str, hf_to_megatron.Shape]:
     manifest = checkpoint.manifest
     if isinstance(manifest, BaseManifest):
-        return hf_to_megatron.megatron_tensors(manifest.architecture, _parts_of_vocabulary(reader))
-    return adapter_tensors(manifest.architecture, manifest.lora)
-
-
-def _parts_of_vocabulary(reader: Reader) -> int:
-    """Return the TP in which the vocabulary was cut, and by which it was padded."""
-    key = hf_to_megatron.EMBEDDING_KEY
-    return reader.layout_of(key, 0) if key in reader.tensors else 1
+        return hf_to_megatron.megatron_tensors(manifest.architecture, parts_of_vocabulary(reader))
+    return adapter_tensors(manifest.architecture, manifest.lora, parts_of_vocabulary(reader))
 
 
 def _num_parameters(checkpoint: Checkpoint, found: Mapping[str, TensorInfo]) -> int:
@@ -254,9 +250,9 @@ def _print_table(result: VerifyResult, report: Report) -> None:
     values = result.record
     rows += [(name, str(values[name])) for name in ("source", "fingerprint") if name in values]
     if "lora" in values:
-        lora = values["lora"]
-        rows.append(("LoRA", f"rank {lora['lora_rank']}, alpha {lora['lora_alpha']:g}"))
-        rows.append(("targets", ", ".join(lora["lora_target_modules"])))
+        lora = Fields(values, []).lora()
+        rows.append(("LoRA", lora.describe()))
+        rows.append(("targets", ", ".join(lora.target_modules)))
     if "base" in values:
         rows += [(f"base {name}", str(value)) for name, value in values["base"].items()]
     report.table(("", result.path), rows)

@@ -39,7 +39,8 @@ from benchmarks.make_mixtral import STANDARD_DEVIATION, scaled
 from benchmarks.support.gpu_memory import gpus
 from benchmarks.support.library_pairs import write_library_pairs
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
-from mixtral_run.planner.memory_model import EXPERT_BYTES, GIB, USABLE, Layout, Workload, memory
+from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, memory
+from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.trial.random_mixtral import hf_config
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST

@@ -15,7 +15,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.data.samples import MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
-from tests.gpu.test_kernels import SEQ_LENGTH, small_model
+from tests.gpu.kernels.test_kernels import SEQ_LENGTH, small_model
 from tests.gpu.workers.cases import run_cases
 
 STEPS = 6

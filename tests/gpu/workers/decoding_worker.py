@@ -10,7 +10,7 @@ import torch
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.mixtral import is_adapter
 from mixtral_run.model.parallel.mesh import Mesh
-from tests.gpu.test_kernels import small_model
+from tests.gpu.kernels.test_kernels import small_model
 from tests.gpu.workers.cases import run_cases
 
 LENGTHS = (7, 5, 7)

@@ -177,7 +177,7 @@ class Export(Scenario):
 
     def _export(self, number: int) -> None:
         adapter = self.folder / f"adapter-{number}"
-        export(ExportConfig(adapter=adapter, output_path=self.disk / "peft", overwrite=True), Report.silent())
+        export(ExportConfig(adapter=(str(adapter),), output_path=self.disk / "peft", overwrite=True), Report.silent())
 
     def content(self) -> Content:
         (self.disk / "peft" / "mixtral_run.json").read_text()
@@ -202,7 +202,7 @@ class Merge(Scenario):
 
     def _merge(self, number: int) -> None:
         config = ExportConfig(
-            adapter=self.folder / f"adapter-{number}", hf_model_path=self.folder / "hf",
+            adapter=(str(self.folder / f"adapter-{number}"),), hf_model_path=self.folder / "hf",
             output_path=self.disk / "merged", merge=True, overwrite=True,
         )  # fmt: skip
         export(config, Report.silent())

@@ -45,7 +45,7 @@ def adapter(adapted: Adapted, tmp_path: Path) -> Path:
 
 
 def exported(adapter: Path, folder: Path, **settings: Any) -> Path:
-    export(ExportConfig(**({"adapter": adapter, "output_path": folder} | settings)).check(), Report.silent())
+    export(ExportConfig(**({"adapter": (str(adapter),), "output_path": folder} | settings)).check(), Report.silent())
     return folder
 
 

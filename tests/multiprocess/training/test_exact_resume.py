@@ -172,7 +172,7 @@ def test_one_flipped_bit_is_found_in_any_file(own: Path, tmp_path: Path) -> None
             for use, errors in (
                 (lambda: verify(VerifyConfig(load=own), Report.silent()).check(), (CheckFailed, WeightsError)),
                 (
-                    lambda: export(ExportConfig(adapter=own, output_path=tmp_path / "out"), Report.silent()),
+                    lambda: export(ExportConfig(adapter=(str(own),), output_path=tmp_path / "out"), Report.silent()),
                     WeightsError,
                 ),
                 (lambda: load(own), WeightsError),

@@ -72,7 +72,9 @@ def test_a_merge_into_weights_that_are_not_stored_as_one_dtype_names_the_way(tmp
     change_weights(model, lambda tensors: {n: t.float() if "norm" in n else t for n, t in tensors.items()})
     convert_quietly(model, tmp_path / "base", 2, 4)
     write_adapter(tmp_path, tmp_path / "adapter", ("linear_proj",))
-    config = ExportConfig(adapter=tmp_path / "adapter", hf_model_path=model, output_path=tmp_path / "out", merge=True)
+    config = ExportConfig(
+        adapter=(str(tmp_path / "adapter"),), hf_model_path=model, output_path=tmp_path / "out", merge=True
+    )
     with pytest.raises(ConfigError, match="--from-megatron BASE --adapter ADAPTER"):
         export(config, Report.silent())
 

@@ -36,26 +36,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def adapter_shapes(a: MixtralArchitecture) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def adapter_shapes(a: MixtralArchitecture, rank: int = RANK) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """A and B of every linear layer, as docs/formats.md has them."""
     layers, experts, hidden, ffn = a.num_layers, a.num_experts, a.hidden_size, a.ffn_hidden_size
     attention, moe = "decoder.layers.self_attention.", "decoder.layers.mlp.experts.experts."
     return {
-        attention + "linear_qkv": ((layers, RANK, hidden), (layers, a.qkv_size, RANK)),
-        attention + "linear_proj": ((layers, RANK, a.projection_size), (layers, hidden, RANK)),
-        moe + "linear_fc1": ((layers, experts, RANK, hidden), (layers, experts, 2 * ffn, RANK)),
-        moe + "linear_fc2": ((layers, experts, RANK, ffn), (layers, experts, hidden, RANK)),
+        attention + "linear_qkv": ((layers, rank, hidden), (layers, a.qkv_size, rank)),
+        attention + "linear_proj": ((layers, rank, a.projection_size), (layers, hidden, rank)),
+        moe + "linear_fc1": ((layers, experts, rank, hidden), (layers, experts, 2 * ffn, rank)),
+        moe + "linear_fc2": ((layers, experts, rank, ffn), (layers, experts, hidden, rank)),
     }
 
 
-def write_adapter(base: Path, folder: Path, targets: tuple[str, ...], **lora: Any) -> dict[str, torch.Tensor]:
+def write_adapter(
+    base: Path, folder: Path, targets: tuple[str, ...], *, rank: int = RANK, seed: int = 3, **lora: Any
+) -> dict[str, torch.Tensor]:
     """An adapter checkpoint with random A and B, optimizer state beside them, written by torch itself."""
     import torch.distributed.checkpoint as dcp
 
     architecture = MixtralArchitecture.from_hf_directory(base / "hf")
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for linear, (a, b) in adapter_shapes(architecture).items():
+    for linear, (a, b) in adapter_shapes(architecture, rank).items():
         if linear.rpartition(".")[2] in targets:
             tensors[linear + ".adapter.linear_in.weight"] = torch.randn(a, generator=generator) * 0.2
             tensors[linear + ".adapter.linear_out.weight"] = torch.randn(b, generator=generator) * 0.2
@@ -65,7 +67,7 @@ def write_adapter(base: Path, folder: Path, targets: tuple[str, ...], **lora: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save({**tensors, **state}, checkpoint_id=iteration, no_dist=True)
-    values = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.1, "lora_target_modules": list(targets)}
+    values = {"lora_rank": rank, "lora_alpha": ALPHA, "lora_dropout": 0.1, "lora_target_modules": list(targets)}
     write_manifest(
         iteration,
         "adapter",
@@ -146,7 +148,10 @@ def test_peft_loads_it_as_it_is(base: Path, tmp_path: Path, targets: tuple[str, 
 
     scaling, scale = ("rslora", ALPHA / math.sqrt(RANK)) if len(targets) == 2 else ("standard", ALPHA / RANK)
     adapter = write_adapter(base, tmp_path / "adapter", targets, lora_scaling=scaling)
-    export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft", format=layout), Report.silent())
+    export(
+        ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "peft", format=layout),
+        Report.silent(),
+    )
     (tmp_path / "byhand").mkdir()
     write_shards(tmp_path / "byhand", merged_by_hand(base, adapter, scale), 1)
     (tmp_path / "byhand" / "config.json").write_text((base / "hf" / "config.json").read_text())
@@ -167,7 +172,7 @@ def test_the_axis_order_is_named_and_heeded(base: Path, tmp_path: Path, monkeypa
 
     write_adapter(base, tmp_path / "adapter", ALL)
     folder = tmp_path / "peft"
-    export(ExportConfig(adapter=tmp_path / "adapter", output_path=folder, format="peft-fused"), Report.silent())
+    export(ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=folder, format="peft-fused"), Report.silent())
     assert peft.PeftConfig.from_pretrained(str(folder)).peft_version == "0.21.0"
     assert read_values(folder)["peft"] == {
         "version": ">=0.21.0",
@@ -185,14 +190,14 @@ def test_the_axis_order_is_named_and_heeded(base: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(peft, "__version__", "0.18.1")
     with pytest.raises(WeightsError, match="another axis order"):
         reference_logits(base / "hf", folder, [[1, 2]], torch.float32)
-    export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "apart"), Report.silent())
+    export(ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "apart"), Report.silent())
     reference_logits(base / "hf", tmp_path / "apart", [[1, 2]], torch.float32)
 
 
 @pytest.mark.parametrize("target", ALL)
 def test_targets_not_chosen_are_absent(base: Path, tmp_path: Path, target: str) -> None:
     write_adapter(base, tmp_path / "adapter", (target,))
-    export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft"), Report.silent())
+    export(ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "peft"), Report.silent())
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     names = {"linear_qkv": ["q_proj", "k_proj", "v_proj"], "linear_proj": ["o_proj"]}
     # PEFT loads w1 and w3 only beside w2, which is then zero.
@@ -214,7 +219,7 @@ def test_merged_model(tmp_path: Path, dtype: torch.dtype, fused: bool) -> None:
     convert_quietly(tmp_path / "hf", tmp_path / "base", 2, 4)
     adapter = write_adapter(tmp_path, tmp_path / "adapter", ALL)
     config = ExportConfig(
-        adapter=tmp_path / "adapter", hf_model_path=tmp_path / "hf", output_path=tmp_path / "merged", merge=True
+        adapter=(str(tmp_path / "adapter"),), hf_model_path=tmp_path / "hf", output_path=tmp_path / "merged", merge=True
     )
     export(config, Report.silent())
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(
@@ -265,7 +270,7 @@ def refused(**settings: Any) -> MixtralRunError:
 
 def test_another_base_is_refused_at_the_start_and_at_the_end(base: Path, tmp_path: Path) -> None:
     write_adapter(base, tmp_path / "adapter", ALL)
-    common = {"adapter": tmp_path / "adapter", "output_path": tmp_path / "out", "merge": True}
+    common = {"adapter": (str(tmp_path / "adapter"),), "output_path": tmp_path / "out", "merge": True}
     write_tiny(tmp_path / "other", seed=9)
     error = refused(**common, hf_model_path=tmp_path / "other")
     assert isinstance(error, WeightsError)
@@ -282,14 +287,18 @@ def test_another_base_is_refused_at_the_start_and_at_the_end(base: Path, tmp_pat
 
 def test_what_is_no_adapter_or_not_a_whole_one(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "not an adapter" in str(refused(adapter=base / "base", output_path=out))
-    assert "There is no such folder" in str(refused(adapter=tmp_path / "nothing", output_path=out))
+    assert "not an adapter" in str(refused(adapter=(str(base / "base"),), output_path=out))
+    assert "There is no such folder" in str(refused(adapter=(str(tmp_path / "nothing"),), output_path=out))
     write_adapter(base, tmp_path / "adapter", ("linear_qkv",), lora_target_modules=["linear_qkv", "linear_fc2"])
-    assert "linear_fc2.adapter.linear_in.weight: missing" in str(refused(adapter=tmp_path / "adapter", output_path=out))
+    assert "linear_fc2.adapter.linear_in.weight: missing" in str(
+        refused(adapter=(str(tmp_path / "adapter"),), output_path=out)
+    )
     write_adapter(base, tmp_path / "wrong", ("linear_qkv",), lora_rank=8)
-    assert "expected shape [2, 8, 64]; found [2, 4, 64]" in str(refused(adapter=tmp_path / "wrong", output_path=out))
+    assert "expected shape [2, 8, 64]; found [2, 4, 64]" in str(
+        refused(adapter=(str(tmp_path / "wrong"),), output_path=out)
+    )
     write_adapter(base, tmp_path / "good", ("linear_qkv",))
-    assert "needs --hf-model-path" in str(refused(adapter=tmp_path / "good", output_path=out, merge=True))
+    assert "needs --hf-model-path" in str(refused(adapter=(str(tmp_path / "good"),), output_path=out, merge=True))
 
 
 def test_verify_describes_an_adapter_and_knows_its_base(base: Path, tmp_path: Path) -> None:
@@ -326,6 +335,6 @@ def test_nothing_stays_of_an_export_that_is_ended(
     monkeypatch.setattr("mixtral_run.weights.adapter.export._write_peft", begin_and_end)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft"), Report.silent())
+        export(ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "peft"), Report.silent())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
     assert signal.getsignal(number) is before

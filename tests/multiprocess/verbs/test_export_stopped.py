@@ -30,7 +30,11 @@ def made(tmp_path: Path) -> Path:
 
 def merged(made: Path, output: str) -> dict[str, bytes]:
     config = ExportConfig(
-        adapter=made / "adapter", hf_model_path=made / "hf", output_path=made / output, merge=True, overwrite=True
+        adapter=(str(made / "adapter"),),
+        hf_model_path=made / "hf",
+        output_path=made / output,
+        merge=True,
+        overwrite=True,
     )
     export(config, Report.silent())
     assert not (made / output / "merge.jsonl").exists()

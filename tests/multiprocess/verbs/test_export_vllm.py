@@ -53,7 +53,10 @@ def test_a_loader_of_its_scheme_gives_the_merged_models_logits(
     base: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
     adapter = write_adapter(base, tmp_path / "adapter", targets)
-    export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "vllm", format="vllm"), Report.silent())
+    export(
+        ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "vllm", format="vllm"),
+        Report.silent(),
+    )
     a = MixtralArchitecture.from_hf_directory(base / "hf")
     modules, scaling = vllm_lora_loader.load(tmp_path / "vllm", a.num_layers, a.num_experts, 16)
     assert scaling == ALPHA / RANK
@@ -85,13 +88,13 @@ def test_every_expert_has_all_three(base: Path, tmp_path: Path, target: str) -> 
 def test_the_loader_refuses_what_vllm_refuses(base: Path, tmp_path: Path) -> None:
     """The layout for PEFT with linear_fc2 alone leaves w1 and w3 out: without the third layout vLLM would fail."""
     write_adapter(base, tmp_path / "adapter", ("linear_fc2",))
-    export(ExportConfig(adapter=tmp_path / "adapter", output_path=tmp_path / "peft"), Report.silent())
+    export(ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "peft"), Report.silent())
     with pytest.raises(AssertionError, match="w1, w2 and w3"):
         vllm_lora_loader.load(tmp_path / "peft", 2, 8, 16)
     with pytest.raises(ValueError, match="greater than max_lora_rank"):
         vllm_lora_loader.load(tmp_path / "peft", 2, 8, 2)
     write_adapter(base, tmp_path / "all", ALL)
-    fused = ExportConfig(adapter=tmp_path / "all", output_path=tmp_path / "fused", format="peft-fused")
+    fused = ExportConfig(adapter=(str(tmp_path / "all"),), output_path=tmp_path / "fused", format="peft-fused")
     export(fused, Report.silent())
     with pytest.raises(ValueError, match="expected target modules"):
         vllm_lora_loader.load(tmp_path / "fused", 2, 8, 16)

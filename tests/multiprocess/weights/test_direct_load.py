@@ -189,7 +189,7 @@ def test_an_adapter_fits_both(small_hf_model: Path, small_checkpoint: Path, tmp_
             assert done.returncode == 0, done.stderr
             answers.append(json.loads(done.stdout))
         merged = ExportConfig(
-            adapter=adapter, output_path=tmp_path / f"{name}-merged", hf_model_path=small_hf_model, merge=True
+            adapter=(str(adapter),), output_path=tmp_path / f"{name}-merged", hf_model_path=small_hf_model, merge=True
         )
         export(merged, Report.silent())
     assert all(answer == answers[0] for answer in answers)
@@ -198,7 +198,7 @@ def test_an_adapter_fits_both(small_hf_model: Path, small_checkpoint: Path, tmp_
     left, right = (hf_tensors_of(tmp_path / f"{name}-merged") for name in ("direct", "converted"))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-    config = ExportConfig(adapter=tmp_path / "direct", output_path=tmp_path / "peft")
+    config = ExportConfig(adapter=(str(tmp_path / "direct"),), output_path=tmp_path / "peft")
     export(config, Report.silent())
     named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(small_hf_model)

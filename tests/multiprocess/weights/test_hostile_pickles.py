@@ -115,11 +115,11 @@ def convert_back(own: Path) -> None:
 
 def convert_back_with_adapter(own: Path) -> None:
     adapter = own / "adapter"
-    to_hf(ConvertConfig(from_megatron=own / "base", adapter=adapter, output_path=own / "out"), Report.silent())
+    to_hf(ConvertConfig(from_megatron=own / "base", adapter=(str(adapter),), output_path=own / "out"), Report.silent())
 
 
 def export_adapter(own: Path) -> None:
-    export(ExportConfig(adapter=own / "adapter", output_path=own / "out"), Report.silent())
+    export(ExportConfig(adapter=(str(own / "adapter"),), output_path=own / "out"), Report.silent())
 
 
 def load(own: Path, name: str) -> None:

@@ -57,11 +57,11 @@ def test_with_an_adapter_it_is_the_merged_model(
     convert_quietly(tmp_path / "hf", tmp_path / "base", *layout)
     write_adapter(tmp_path, tmp_path / "adapter", ALL)
     merged = ExportConfig(
-        adapter=tmp_path / "adapter", hf_model_path=tmp_path / "hf", output_path=tmp_path / "merged", merge=True
+        adapter=(str(tmp_path / "adapter"),), hf_model_path=tmp_path / "hf", output_path=tmp_path / "merged", merge=True
     )
     export(merged, Report.silent())
     config = ConvertConfig(
-        from_megatron=tmp_path / "base", adapter=tmp_path / "adapter", output_path=tmp_path / "again"
+        from_megatron=tmp_path / "base", adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "again"
     )
     to_hf(config, Report.silent())
     expected, found = (hf_tensors_of(tmp_path / name) for name in ("merged", "again"))

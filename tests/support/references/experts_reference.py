@@ -84,7 +84,13 @@ class FrozenWeight:
     ) -> Tensor:
         return frozen_product(rows, self.weight, offsets, source, adapter)
 
-    def gradient(self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor) -> Tensor:
+    def factors(self, gradient: Tensor) -> Tensor | None:
+        del gradient
+
+    def gradient(
+        self, gradient: Tensor, offsets: Tensor, inner: Tensor, linear_in: Tensor, row_scales: Tensor | None = None
+    ) -> Tensor:
+        assert row_scales is None
         return frozen_gradient(gradient, self.weight, offsets, inner, linear_in)
 
 

@@ -25,7 +25,7 @@ REQUIRED: dict[str, Any] = {
     "output_path": Path("out"),
     "load": Path("checkpoint"),
     "save": Path("adapter"),
-    "adapter": Path("adapter"),
+    "adapter": ("adapter",),
 }
 
 

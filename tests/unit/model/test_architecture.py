@@ -2,6 +2,7 @@
 
 import pytest
 
+from mixtral_run.config.lora import LoraShapeConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 
@@ -42,8 +43,9 @@ def test_parameter_counts_are_mixtrals() -> None:
 
 def test_adapter_parameter_counts() -> None:
     # In bf16 these are the 19 MB and 438 MB of adapters of rank 16.
-    attention = MIXTRAL_8X7B.num_adapter_parameters(16, ("linear_qkv", "linear_proj"))
-    everything = MIXTRAL_8X7B.num_adapter_parameters(16, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+    attention = MIXTRAL_8X7B.num_adapter_parameters(LoraShapeConfig(lora_target_modules=("linear_qkv", "linear_proj")))
+    everything = MIXTRAL_8X7B.num_adapter_parameters(LoraShapeConfig(lora_rank=8, lora_rank_experts=16))
+    everything += attention / 2
     assert 2 * attention / 1e6 == pytest.approx(19, abs=1)
     assert 2 * everything / 1e6 == pytest.approx(438, abs=20)
 

@@ -15,20 +15,18 @@ from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.errors import ConfigError
 from mixtral_run.planner.memory_model import (
-    GIB,
     USABLE,
-    Layout,
-    Workload,
     adapter_parameters,
     execution,
     fit_dispatch,
-    host_bytes,
     memory,
+    saved_copy_bytes,
     weight_bytes,
 )
 from mixtral_run.planner.policy import Dispatch
 from mixtral_run.planner.ranking import best, layouts, ranked, rate_by_tokens
 from mixtral_run.planner.table import show_plan
+from mixtral_run.planner.workload import GIB, Layout, Workload
 
 H200_GIB = 139.8
 
@@ -130,8 +128,45 @@ def test_weights_are_the_known_sums() -> None:
 
 def test_adapters_on_one_gpu_are_all_adapters() -> None:
     workload = Workload(gpus=1)
-    counted = workload.architecture.num_adapter_parameters(16, workload.lora_target_modules)
+    counted = workload.architecture.num_adapter_parameters(workload)
     assert adapter_parameters(workload, Layout(1, 1, "none")) == counted
+
+
+def test_ranks_of_experts_are_counted_apart() -> None:
+    experts = 32 * 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    both = adapter_parameters(Workload(gpus=1, lora_rank=16), Layout(1, 1, "none"))
+    fewer = adapter_parameters(Workload(gpus=1, lora_rank=16, lora_rank_experts=4), Layout(1, 1, "none"))
+    assert both - fewer == 12 * experts
+
+
+def test_a_frozen_start_is_counted() -> None:
+    layout = Layout(1, 8, "full")
+    plain, doubled = (memory(Workload(init_lora=each), layout) for each in ("default", "pissa"))
+    assert doubled.adapters == 2 * plain.adapters
+    assert (doubled.gradients, doubled.optimizer) == (plain.gradients, plain.optimizer)
+    saved = [saved_copy_bytes(Workload(init_lora=each), layout) for each in ("default", "pissa")]
+    assert saved[1] == saved[0] * 4 / 3
+
+
+def test_weights_of_the_base_that_train_are_counted() -> None:
+    layout = Layout(2, 4, "none")
+    plain, also = (memory(Workload(train_also=each), layout) for each in ((), ("lm_head", "norms", "router")))
+    trained = 32000 * 4096 / 2 + (65 + 32 * 8) * 4096
+    assert also.gradients - plain.gradients == 4 * trained
+    assert also.optimizer - plain.optimizer == 8 * trained
+    assert also.adapters - plain.adapters == 4 * trained
+    more = saved_copy_bytes(Workload(train_also=("lm_head",)), layout) - saved_copy_bytes(Workload(), layout)
+    assert more == 12 * 32000 * 4096
+
+
+def test_adapters_that_experts_share_are_counted_once() -> None:
+    layout = Layout(1, 4, "none")
+    each, shared = (Workload(expert_adapters=name) for name in ("each", "shared"))
+    of_experts = 32 * 16 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert adapter_parameters(each, layout) - adapter_parameters(shared, layout) == (2 - 1) * of_experts
+    assert shared.architecture.num_adapter_parameters(shared) == adapter_parameters(shared, layout)
+    # The products still want a copy in bf16 for each local expert.
+    assert memory(each, layout).adapters - memory(shared, layout).adapters == 4 * of_experts
 
 
 def test_long_samples_fit_one_h200_with_selective_recomputation() -> None:
@@ -267,7 +302,7 @@ def test_the_verb_says_when_nothing_fits() -> None:
         ("--gpus 1 --gpu-memory 80", ["--base-precision fp8", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 24 --base-precision nf4", ["--gpus 2"]),
         ("--gpus 8 --gpu-memory 24 --micro-batch-size 512",
-         ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256"]),
+         ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256", "--gpus 16"]),
         ("--gpus 1 --gpu-memory 110 --seq-length 32768 --host-memory 8",
          ["--base-precision fp8", "--seq-length 16384", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 2", []),
@@ -312,59 +347,3 @@ def test_the_table_can_be_read_on_a_terminal_of_any_width(
     assert not any("…" in line for line in lines)
     assert any(column in line for line in lines)
     assert any(line.replace("│", " ").split()[:3] == ["TP2/EP8", "offload", "✓"] for line in lines)
-
-
-LONG = Workload(gpus=8, seq_length=24576)
-"""With TP1/EP8 too long for 32 GiB while every layer keeps its input on the GPU."""
-
-
-def test_offload_leaves_two_inputs_on_the_gpu_and_all_in_ram() -> None:
-    inputs = 24576 * 4096 * 2
-    full, offload = (memory(LONG, Layout(1, 8, mode)) for mode in ("full", "offload"))
-    assert dataclasses.replace(offload, activations=full.activations) == full
-    assert (full.activations, offload.activations) == (32 * inputs, 2 * inputs)
-    # Blocks of powers of two, for each layer on each of the eight GPUs.
-    assert host_bytes(LONG, Layout(1, 8, "offload")) == 8 * 32 * 256 * 1024**2 > 8 * 32 * inputs
-    assert host_bytes(LONG, Layout(2, 8, "offload")) == 8 * 32 * 128 * 1024**2
-    assert host_bytes(LONG, Layout(1, 8, "full")) == 0
-    # A host has its own GPUs to keep for.
-    spread = dataclasses.replace(LONG, gpus=32)
-    assert host_bytes(spread, Layout(1, 8, "offload")) == host_bytes(LONG, Layout(1, 8, "offload"))
-    alone = dataclasses.replace(LONG, gpus=1)
-    assert host_bytes(alone, Layout(1, 1, "offload")) == 32 * 256 * 1024**2
-
-
-def test_offload_comes_after_all_that_fits_without() -> None:
-    for gib in (18, 24, 32, 80, 160):
-        fitting = [each.layout.recompute == "offload" for each in ranked(LONG, gib * GIB) if each.fits]
-        assert fitting == sorted(fitting)
-    choices = {str(each.layout): each.fits for each in ranked(LONG, 32 * GIB) if each.layout.recompute == "full"}
-    assert not choices["TP1/EP8"]
-    assert choices["TP2/EP8"]
-
-
-def test_offload_needs_its_ram() -> None:
-    def fits(host_gib: float) -> set[str]:
-        choices = ranked(LONG, 32 * GIB, host_gib * GIB)
-        return {str(each.layout) for each in choices if each.fits and each.layout.recompute == "offload"}
-
-    # 64 GiB with TP1/EP8, 32 with TP2: a fifth of the RAM is left alone.
-    assert "TP1/EP8" in fits(81)
-    assert "TP1/EP8" not in fits(79)
-    assert "TP2/EP8" in fits(79)
-    assert fits(1) == set()
-
-
-def test_the_verb_shows_offload_where_a_layout_needs_it() -> None:
-    words = ["plan", "--gpus", "8", "--gpu-memory", "32", "--seq-length", "24576"]
-    rows = [line.split("│") for line in CliRunner().invoke(root, words, env={"COLUMNS": "200"}).output.splitlines()]
-    shown = {row[1].strip(): row[-3].strip() for row in rows if len(row) > 3 and row[2].strip() == "offload"}
-    assert shown == {"TP1/EP8": "64.0"}
-    without = CliRunner().invoke(root, [*words, "--host-memory", "64"], env={"COLUMNS": "200"}).output
-    assert "TP1/EP8" not in without and "TP2/EP8" in without
-    listed = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["layouts"]
-    assert {each["host_gib"] for each in listed if each["recompute"] == "full"} == {0.0}
-    assert {each["saved_copy_gib"] for each in listed} == {2.45}  # 12 bytes a parameter of the adapters
-    alone = ["plan", "--gpus", "1", "--gpu-memory", "110", "--seq-length", "32768", "--host-memory", "8"]
-    with pytest.raises(ConfigError, match="80% of 8 GiB of a host's RAM"):
-        CliRunner().invoke(root, alone, catch_exceptions=False)

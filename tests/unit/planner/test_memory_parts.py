@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from mixtral_run.planner.memory_model import Layout, Workload, execution, memory, saved_copy_bytes
+from mixtral_run.planner.memory_model import execution, memory, saved_copy_bytes
 from mixtral_run.planner.suggestions import _more_gpus
+from mixtral_run.planner.workload import Layout, Workload
 
 
 def test_the_copy_of_a_save_in_the_background_has_each_parameter_once() -> None:

@@ -17,30 +17,32 @@ from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.adapters.lora import LoraSettings
+from mixtral_run.model.kernels.requirements import KernelSet, kernel_problems, kernel_set_of
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.planner import policy, table
 from mixtral_run.planner.available import AvailableGpu
-from mixtral_run.planner.memory_model import GIB, Layout, Workload, execution, memory
+from mixtral_run.planner.memory_model import execution, memory
 from mixtral_run.planner.policy import Dispatch, Execution
 from mixtral_run.planner.ranking import relative_speed
+from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.train.steps import cuda_graph
 from tests.multiprocess.conftest import SMALL
 
 
 @pytest.mark.parametrize(
-    ("names", "dispatch", "captured", "gib", "speed"),
+    ("capabilities", "dispatch", "captured", "gib", "speed"),
     [
-        (("h100", "h200", "b200"), Dispatch.SYMMETRIC_MEMORY, True, 36.9, 0.92),
-        (("a100-40g", "a100-80g", "a40"), Dispatch.ALL_TO_ALL, False, 28.8, 0.78),
+        ({each.compute_capability for each in GPU_MODELS.values()}, Dispatch.SYMMETRIC_MEMORY, True, 36.9, 0.92),
+        ({(7, 0), (7, 5)}, Dispatch.ALL_TO_ALL, False, 28.8, 0.78),
     ],
 )
 def test_each_gpu_generation_has_its_own_figures(
-    names: tuple[str, ...], dispatch: Dispatch, captured: bool, gib: float, speed: float
+    capabilities: set[tuple[int, int]], dispatch: Dispatch, captured: bool, gib: float, speed: float
 ) -> None:
     layout = Layout(1, 8, "none")
-    for name in names:
-        workload = Workload(gpus=8, seq_length=2048, compute_capability=GPU_MODELS[name].compute_capability)
+    for capability in capabilities:
+        workload = Workload(gpus=8, seq_length=2048, compute_capability=capability)
         assert execution(workload, layout) == Execution(dispatch, captured)
         assert round(memory(workload, layout).total / GIB, 1) == gib
         assert relative_speed(workload, layout) == speed
@@ -63,7 +65,7 @@ def layout_of(plan: dict[str, Any]) -> tuple[float, float]:
 def test_the_verb_plans_for_a_named_gpu() -> None:
     a40 = plan_of("--gpu", "a40", "--json")
     assert (a40["gpu_memory_gib"], a40["compute_capability"], a40["compute_capability_source"]) == (44.3, "8.6", "flag")
-    assert layout_of(a40) == (28.76, 0.78)
+    assert layout_of(a40) == (36.95, 0.92)
     assert layout_of(plan_of("--gpu", "h100", "--json")) == (36.95, 0.92)
     assert plan_of("--gpu", "a40", "--gpu-memory", "40", "--json")["gpu_memory_gib"] == 40
     refused = CliRunner().invoke(root, ["plan", "--gpu", "v100"])
@@ -81,7 +83,7 @@ def test_the_verb_plans_for_this_machines_gpu_and_says_if_it_assumes_one(monkeyp
     assert "GPU: compute capability 8.0, as in this machine" in CliRunner().invoke(root, words).output
     local = plan_of("--json")
     assert (local["compute_capability"], local["compute_capability_source"]) == ("8.0", "this machine")
-    assert layout_of(local) == (28.76, 0.78)
+    assert layout_of(local) == (36.95, 0.92)
     assert layout_of(plan_of("--gpu", "h100", "--json")) == (36.95, 0.92)
 
 
@@ -90,8 +92,11 @@ def test_the_verb_plans_for_this_machines_gpu_and_says_if_it_assumes_one(monkeyp
     [
         (HOPPER, 2, 16, False),
         ((10, 0), 2, 16, False),
-        ((8, 0), 2, 16, True),
-        ((8, 6), 2, 16, True),
+        ((8, 0), 2, 16, False),
+        ((8, 6), 2, 16, False),
+        ((12, 0), 2, 16, False),
+        ((7, 5), 2, 16, True),
+        ((8, 0), 4, 16, True),
         (HOPPER, 4, 16, True),
         (HOPPER, 2, 4, True),  # rows of 8 bytes
         (None, 2, 16, True),
@@ -101,6 +106,42 @@ def test_products_that_sync_with_the_host(
     capability: tuple[int, int] | None, element_bytes: int, rank: int, expected: bool
 ) -> None:
     assert policy.products_sync_with_host(capability, element_bytes, 4096, 14336, rank) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted", "expected"),
+    [
+        ((7, 5), "auto", None),
+        ((7, 5), "portable", None),
+        ((8, 0), "auto", KernelSet.PORTABLE),
+        ((8, 6), "portable", KernelSet.PORTABLE),
+        ((8, 0), "hopper", None),
+        (HOPPER, "auto", KernelSet.HOPPER),
+        (HOPPER, "portable", KernelSet.PORTABLE),
+        ((10, 0), "hopper", KernelSet.HOPPER),
+        ((12, 0), "auto", KernelSet.PORTABLE),
+        (None, "auto", None),
+    ],
+)
+def test_the_kernels_of_a_gpu(capability: tuple[int, int] | None, wanted: str, expected: KernelSet | None) -> None:
+    assert kernel_set_of(capability, wanted) is expected
+    refused = wanted != "auto" and expected is None
+    assert bool(kernel_problems(capability, wanted)) == refused
+
+
+def test_kernels_that_a_gpu_lacks_are_refused() -> None:
+    refused = CliRunner().invoke(root, ["plan", "--gpu", "a100-80g", "--kernels", "hopper"])
+    assert (
+        "--kernels hopper: expected GPUs of compute capability 9.x or 10.x (H100, H200, B200); found compute "
+        "capability 8.0" in str(refused.exception)
+    )
+
+
+def test_fp8_takes_memory_for_16_bit_where_it_is_not_multiplied_in_8_bit() -> None:
+    """The experts of linear_fc1: 8 × 28,672 × 4,096 numbers of 2 bytes are 1.75 GiB; the 8-bit input is 112 MiB."""
+    workload, layout = Workload(gpus=1, seq_length=2048, expert_bytes=1), Layout(1, 1, "none")
+    portable = dataclasses.replace(workload, kernels="portable")
+    assert memory(portable, layout).buffers - memory(workload, layout).buffers == 8 * 28672 * 4096 * 2 - 4096 * 28672
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +156,7 @@ def model_of(mesh: Mesh, dropout: float, targets: tuple[str, ...]) -> MixtralMod
     return build_model(SMALL, ModelSettings(torch.bfloat16, True, lora), mesh).train()
 
 
-@pytest.mark.parametrize("capability", [HOPPER, (8, 0)])
+@pytest.mark.parametrize("capability", [HOPPER, (8, 0), (7, 5)])
 @pytest.mark.parametrize("targets", [LORA_TARGET_MODULES, ("linear_qkv",)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_training_decides_as_the_planner(
@@ -146,7 +187,7 @@ def test_training_decides_as_the_planner(
             assert cuda_graph.execution_of(model, tokens, peer_access=peer_access) == planned
             seen.add(planned)
     # Neither side may answer the same to everything.
-    assert len(seen) == (2 if capability < HOPPER else 7 if not dropout and len(targets) == 4 else 3)
+    assert len(seen) == (2 if capability < (8, 0) else 7 if not dropout and len(targets) == 4 else 3)
 
 
 def test_planner_and_training_ask_the_same_function(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

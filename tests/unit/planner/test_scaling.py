@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.plan import PlanConfig, network_bytes
-from mixtral_run.planner.memory_model import Layout, Workload
 from mixtral_run.planner.scaling import Exchange, exchange, shown_hosts
 from mixtral_run.planner.scaling_table import MEASURED_RATES, scaling
 from mixtral_run.planner.table import planned_gpu, ranked, workload_of
+from mixtral_run.planner.workload import Layout, Workload
 
 DOCS = Path(__file__).parents[3] / "docs"
 ATTENTION, EXPERTS = 37_748_736, 838_860_800

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,11 +14,20 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
-from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems
+from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems, start_problems
 from mixtral_run.train.run_checkpoints import changed_order, remove_leftovers
-from mixtral_run.weights.manifest.describe import AdapterDescription
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
+
+OTHER_FORMS: list[tuple[dict[str, object], str]] = [
+    ({"lora_rank_experts": 4}, "--lora-rank-experts: the checkpoint has none; found 4"),
+    ({"lora_alpha_experts": 4.0}, "--lora-alpha-experts: the checkpoint has none; found 4"),
+    ({"train_also": ("norms", "router")}, "--train-also: the checkpoint has none; found norms,router"),
+    ({"expert_adapters": "shared"}, "--expert-adapters: the checkpoint has each; found shared"),
+    ({"init_lora": "pissa"}, "--init-lora: the checkpoint has default; found pissa"),
+]
 
 
 def config(save: Path, **more: object) -> FinetuneConfig:
@@ -44,6 +54,15 @@ def test_nothing_of_a_complete_adapter_is_removed(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("kernels", ["portable", "hopper"])
+def test_kernels_that_a_run_would_not_use_are_refused(tmp_path: Path, kernels: str) -> None:
+    base = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "")
+    assert preflight.layout_problems(config(tmp_path), base) == []
+    (problem,) = preflight.layout_problems(config(tmp_path, kernels=kernels), base)
+    assert problem.startswith(f"--kernels {kernels}: expected GPUs of compute capability")
+    assert problem.endswith("; found a CPU")
+
+
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescription:
     lora = LoraSettings.from_config(config(tmp_path))
@@ -53,6 +72,16 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescripti
     return found
 
 
+def test_a_start_from_the_weights_needs_as_many_ranks(tmp_path: Path) -> None:
+    base = SimpleNamespace(architecture=MIXTRAL_8X7B)
+    wide = config(tmp_path, init_lora="olora", lora_rank=16, lora_rank_experts=4097)
+    found = start_problems(wide, base)
+    assert [each.partition(";")[0] for each in found] == [
+        f"--init-lora olora: expected a rank of at most 4096 for {name}" for name in ("linear_fc1", "linear_fc2")
+    ]
+    assert start_problems(config(tmp_path, lora_rank=10**4), base) == []
+
+
 def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapter: AdapterDescription) -> None:
     assert check_resume(config(tmp_path, train_iters=501), None) is adapter
     with pytest.raises(ConfigError, match="The run is complete"):
@@ -60,6 +89,10 @@ def test_resume_needs_the_same_adapter_and_something_to_do(tmp_path: Path, adapt
     with pytest.raises(ConfigError, match="the checkpoint has 16; found 8") as caught:
         check_resume(config(tmp_path, train_iters=501, lora_rank=8), None)
     assert "--lora-rank 16 --lora-alpha 32 --lora-target-modules linear_" in str(caught.value.next_command)
+    for changes, words in OTHER_FORMS:
+        with pytest.raises(ConfigError) as caught:
+            check_resume(config(tmp_path, train_iters=501, **changes), None)
+        assert words in str(caught.value)
 
 
 def test_an_output_folder_that_cannot_be_used_names_the_next_command(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def job_error(record: JobRecord, line: JobLine | None, lines: list[str], site: S
             where=line.nodes or site.name,
             found=line.state,
             next_command="the same command with --resume auto continues from the last checkpoint"
-            if record.verb == "finetune"
+            if record.verb in ("finetune", "align")
             else logs,
         )
     known = recognize("\n".join(lines))

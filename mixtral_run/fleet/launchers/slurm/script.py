@@ -19,7 +19,7 @@ from mixtral_run.fleet.launchers.launcher import LaunchRequest
 
 MAX_RESTARTS = 3
 """Times that Slurm starts a job again, unless --max-restarts says otherwise."""
-UNDER_TORCHRUN = ("finetune", "pretrain", "generate")
+UNDER_TORCHRUN = ("finetune", "align", "pretrain", "generate")
 """Verbs that run under torchrun on one node as well. Slurm signals every process of a step; those that the kit itself
 would start include a server that is not to be signaled while a run saves."""
 LOG, STOPPED, SCRIPT = "log.txt", "stopped", "job.sh"

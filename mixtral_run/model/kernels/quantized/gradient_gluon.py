@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mixtral_run.model.kernels.quantized.tiles_gluon import place
+from mixtral_run.model.kernels.selected import num_multiprocessors
 
 TOKENS = gl.constexpr(128)
 HALF = gl.constexpr(128)
@@ -298,7 +299,7 @@ def untransposed_gradient(
     if tokens == 0:
         return output
     most = (-(-tokens // TOKENS.value) + experts - 1) * (width // (2 * HALF.value))
-    programs = min(torch.cuda.get_device_properties(small.device).multi_processor_count, most)
+    programs = min(num_multiprocessors(small.device), most)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     _gradient_kernel[(programs,)](
         TensorDescriptor.from_tensor(small, [TOKENS.value, DEPTH.value], layout),

@@ -13,7 +13,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _expand_kernel(codes_ptr, scales_ptr, levels_ptr, output_ptr, count, half_block, BLOCK: tl.constexpr):
+def _expand_4_bits_kernel(codes_ptr, scales_ptr, levels_ptr, output_ptr, count, half_block, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     byte = tl.load(codes_ptr + places, mask=inside, other=0).to(tl.int32)
@@ -31,5 +31,5 @@ def expand(codes: Tensor, scales: Tensor) -> Tensor:
     output = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=torch.bfloat16, device=codes.device)
     half_block = codes.shape[-1] // scales.shape[-1]
     grid = (triton.cdiv(codes.numel(), BLOCK),)
-    _expand_kernel[grid](codes, scales, levels_on(codes.device), output, codes.numel(), half_block, BLOCK=BLOCK)
+    _expand_4_bits_kernel[grid](codes, scales, levels_on(codes.device), output, codes.numel(), half_block, BLOCK=BLOCK)
     return output

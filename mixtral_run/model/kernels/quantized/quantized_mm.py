@@ -28,12 +28,15 @@ from mixtral_run.model.kernels.grouped_mm import (
     each_experts,
     filled_up,
     has_grouped_product,
+    is_portable,
     outer_product,
     product,
     why_not,
 )
 from mixtral_run.model.kernels.quantized import nf4
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
+from mixtral_run.model.kernels.requirements import EIGHT_BIT_CAPABILITY
+from mixtral_run.model.kernels.selected import capability_of
 from mixtral_run.model.recompute.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,10 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of values and scales in fp8 or nf4."""
     if values.dtype is torch.uint8:
         return nf4.dequantize(values, scales, dtype)
+    if values.is_cuda and dtype is torch.bfloat16:
+        from mixtral_run.model.kernels.quantized.quantized_mm_triton import expand
+
+        return expand(values, scales)
     return (values.float() * scales[..., None]).to(dtype)
 
 
@@ -104,11 +111,12 @@ def quantized_with_inner(
 
 
 def has_scaled_product(rows: Tensor, values: Tensor) -> bool:
-    """Return True if torch's 8-bit grouped product runs: compute capability 9.0 only, widths in multiples of 16."""
+    """Return True if 8-bit products run: with the kernels for Hopper, on 9.0, for widths in multiples of 16."""
     return (
         values.dtype is FP8
         and has_grouped_product(rows, *values.shape[1:])
-        and torch.cuda.get_device_capability(rows.device) == (9, 0)
+        and capability_of(rows.device) == EIGHT_BIT_CAPABILITY
+        and not is_portable(rows)
         and values.shape[1] % 16 == values.shape[2] % 16 == 0
     )
 
@@ -165,11 +173,7 @@ def forward_product(
         return plain_product(rows, values, scales, offsets, backwards=False)
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
-    small, row_scales = quantize_rows(rows.contiguous(), None, offsets)
-    if source is not None:
-        # Quantize each token once and gather then, at half the bytes.
-        small = small.view(torch.uint8).index_select(0, source).view(FP8)
-        row_scales = row_scales.index_select(0, source)
+    small, row_scales = quantize_rows(rows.contiguous(), None, offsets, source)
     return scaled_product(small, values, row_scales, scales, offsets)
 
 
@@ -180,15 +184,21 @@ def rows_gradient(
     offsets: Tensor,
     inner: Tensor | None = None,
     linear_in: Tensor | None = None,
+    row_scales: Tensor | None = None,
 ) -> Tensor:
     """Return gradient · matrices, [tokens, in], plus inner [tokens, r] · linear_in if given, by the fastest available
     product.
+
+    row_scales: fp32 [tokens], those with which gradient times scales is quantized, if they are known already.
     """
     if not has_scaled_product(gradient, values):
         return with_inner(plain_product(gradient, values, scales, offsets, backwards=True), inner, linear_in, offsets)
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, transposed
+    from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows, quantize_with, transposed
 
-    small, row_scales = quantize_rows(gradient, scales, offsets)
+    if row_scales is None:
+        small, row_scales = quantize_rows(gradient, scales, offsets)
+    else:
+        small = quantize_with(gradient, scales, row_scales, offsets)
     if reads_untransposed(gradient.device):
         from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
 

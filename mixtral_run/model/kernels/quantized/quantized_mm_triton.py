@@ -9,13 +9,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST, TINY
+from mixtral_run.model.kernels.selected import num_multiprocessors
+from mixtral_run.model.kernels.sort_triton import place_tile
 
 TILE = 128
+WITH_ROWS, WITH_COLUMNS = 16, 512
+"""A program of `quantize_with` quantizes a tile of so many rows and columns."""
 
 
 @triton.jit
 def _quantize_kernel(
     rows_ptr,
+    source_ptr,
     columns_ptr,
     offsets_ptr,
     output_ptr,
@@ -24,6 +29,7 @@ def _quantize_kernel(
     num_experts,
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,7 +39,10 @@ def _quantize_kernel(
     numbers = tl.arange(0, EXPERTS)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    at = row
+    if HAS_SOURCE:
+        at = tl.load(source_ptr + row)
+    value = tl.load(rows_ptr + at * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
         offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
         # Rows at or after the last offset belong to no expert: any columns will do.
@@ -43,6 +52,29 @@ def _quantize_kernel(
     tl.store(scales_ptr + row, scale)
     value = tl.minimum(tl.maximum(value * (1.0 / scale), -LARGEST), LARGEST)
     tl.store(output_ptr + row * width + columns, value.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _expand_8_bits_kernel(values_ptr, scales_ptr, output_ptr, width, BLOCK: tl.constexpr):
+    """Expand part of a row. Float8 is no type before compute capability 8.9: exponent and mantissa move to their places
+    in float32, whose exponent counts from 120 less.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    byte = tl.load(values_ptr + row * width + columns, mask=inside, other=0).to(tl.int32)
+    number = (((byte & 0x80) << 24) | ((byte & 0x7F) << 20)).to(tl.float32, bitcast=True)
+    number = number * 1.329227995784916e36 * tl.load(scales_ptr + row)
+    tl.store(output_ptr + row * width + columns, number.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def expand(values: Tensor, scales: Tensor) -> Tensor:
+    """Compute quantized_mm.dequantize in bf16: values float8 e4m3 [.., n], scales fp32 [..]. Both are contiguous."""
+    output = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    width = values.shape[-1]
+    grid = (values.numel() // width, triton.cdiv(width, 2048))
+    _expand_8_bits_kernel[grid](values.view(torch.uint8), scales, output, width, BLOCK=2048)
+    return output
 
 
 @triton.jit
@@ -56,17 +88,21 @@ def _transpose_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr)
     tl.store(target_ptr + first + columns[:, None] * height + rows[None, :], tl.trans(tile), mask=inside)
 
 
-def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize contiguous rows [tokens, width], times their expert's columns [experts, width] if given, by row.
+def quantize_rows(
+    rows: Tensor, columns: Tensor | None, offsets: Tensor, source: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize contiguous rows [.., width], times their expert's columns [experts, width] if given, by row.
 
-    Returns values [tokens, width] and scales fp32 [tokens], as quantized_mm.quantize does.
+    source: int64 [tokens], the index in `rows` of each token; None if the rows are in order already. Returns values
+    [tokens, width] and scales fp32 [tokens], as quantized_mm.quantize does.
     """
-    tokens, width = rows.shape
+    tokens, width = rows.shape if source is None else (source.shape[0], rows.shape[1])
     values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(width)
     _quantize_kernel[(tokens,)](
         rows,
+        source if source is not None else offsets,
         columns if columns is not None else scales,
         offsets,
         values,
@@ -75,12 +111,69 @@ def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tupl
         offsets.shape[0],
         LARGEST=LARGEST,
         TINY=TINY,
+        HAS_SOURCE=source is not None,
         HAS_COLUMNS=columns is not None,
         EXPERTS=triton.next_power_of_2(offsets.shape[0]),
         BLOCK=block,
         num_warps=min(max(block // 1024, 4), 32),
     )
     return values, scales
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _quantize_with_kernel(
+    rows_ptr,
+    columns_ptr,
+    offsets_ptr,
+    scales_ptr,
+    output_ptr,
+    tokens,
+    width,
+    num_experts,
+    LARGEST: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Quantize a tile of one expert's rows: the columns' factors are read once for all of them."""
+    expert, first, end = place_tile(offsets_ptr, tokens, tl.program_id(1), num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    local = tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = first + local < end
+    inside = there[:, None] & (columns < width)[None, :]
+    places = first.to(tl.int64) * width + (local[:, None] * width + columns[None, :])
+    value = tl.load(rows_ptr + places, mask=inside, other=0.0)
+    factors = tl.load(columns_ptr + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0)
+    scales = tl.load(scales_ptr + first + local, mask=there, other=1.0)
+    value = value.to(tl.float32) * factors[None, :] * (1.0 / scales)[:, None]
+    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
+    tl.store(output_ptr + places, value.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def quantize_with(rows: Tensor, columns: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Return the values of `quantize_rows`, given its scales. Rows of no expert are not written."""
+    tokens, width = rows.shape
+    experts = offsets.shape[0]
+    values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
+    grid = (triton.cdiv(width, WITH_COLUMNS), triton.cdiv(tokens, WITH_ROWS) + experts - 1)
+    _quantize_with_kernel[grid](
+        rows,
+        columns,
+        offsets,
+        scales,
+        values,
+        tokens,
+        width,
+        experts,
+        LARGEST=LARGEST,
+        EXPERTS=triton.next_power_of_2(experts),
+        ROWS=WITH_ROWS,
+        COLUMNS=WITH_COLUMNS,
+        num_warps=4,
+    )
+    return values
 
 
 def transposed(values: Tensor) -> Tensor:
@@ -97,7 +190,7 @@ ROWS, COLUMNS, DEPTH, STAGES, WARPS = 128, 256, 128, 3, 8
 
 
 @triton.jit
-def _product_kernel(
+def _tiled_product_kernel(
     rows_desc,
     matrices_desc,
     row_scales_ptr,
@@ -163,8 +256,8 @@ def tiled_product(
     if tokens == 0:
         return output
     most = (triton.cdiv(tokens, ROWS) + experts - 1) * (width // COLUMNS)
-    programs = min(torch.cuda.get_device_properties(small.device).multi_processor_count, most)
-    _product_kernel[(programs,)](
+    programs = min(num_multiprocessors(small.device), most)
+    _tiled_product_kernel[(programs,)](
         TensorDescriptor.from_tensor(small, [ROWS, DEPTH]),
         TensorDescriptor.from_tensor(matrices.view(experts * width, depth), [COLUMNS, DEPTH]),
         row_scales,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixtral_run.config.data_sources import DataSource, content_sha256
 from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
@@ -22,6 +22,10 @@ from mixtral_run.train.data.reading.table_records import hub_files
 from mixtral_run.train.data.templates.encoding import Encoding
 from mixtral_run.train.data.templates.prompt import check_token_ids, load_tokenizer
 from mixtral_run.weights.manifest.describe import BaseDescription
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 BLOCK_BYTES = 8 * 2**20
@@ -40,6 +44,7 @@ class CachedExamples:
         padding_id: id that fills rows.
         sha256: of the content, as the manifest of an adapter has it; None for a dataset on the hub.
         chat_template: as the manifest of an adapter has it.
+        rows_each: rows of the cache for each example: of preferences two, one for each answer.
     """
 
     cache: TokenCache
@@ -50,6 +55,12 @@ class CachedExamples:
     padding_id: int
     sha256: str | None
     chat_template: Mapping[str, Any]
+    rows_each: int = 1
+
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        """Return a hash of each example's content."""
+        return self.cache.arrays.digests[:: self.rows_each]
 
 
 class ExampleCaches:
@@ -81,11 +92,13 @@ class ExampleCaches:
         """
         stream = read_examples(texts, self._options, setting)
         files = self._hashed(stream.sources, setting)
-        key = {
+        key: dict[str, Any] = {
             "sources": [file.key for file in files],
             "encoding": self._encoding.fingerprint(),
             "options": [self._options.data_format, dict(self._options.fields), self._options.skip_bad_examples],
         }
+        if self._options.preferences is not None:
+            key["preferences"] = self._options.preferences
         cache = self._folder.open_or_make(key, self._make(stream, files), self._report, verify=self._verify)
         self._check_ids(cache, stream.where)
         notes = cache.notes
@@ -98,6 +111,7 @@ class ExampleCaches:
             int(notes["padding_id"]),
             content_sha256(texts, self._sha256),
             notes["chat_template"],
+            1 if self._options.preferences is None else 2,
         )
 
     def _left_out(self, sources: Sequence[DataSource], setting: str) -> list[str]:

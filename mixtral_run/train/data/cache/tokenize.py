@@ -20,11 +20,14 @@ from mixtral_run.errors import ConfigError, TrainingError
 from mixtral_run.terminal.live import ActivityRow
 from mixtral_run.train.data.cache.token_arrays import DTYPES, EncodedChunk
 from mixtral_run.train.data.reading.example import Example
+from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.train.data.templates.encoding import Encode, Encoding, content_digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+NOTHING = EncodedExample(np.empty(0, np.int32), ())
+"""In place of an answer that an example with one answer does not have."""
 CHUNK = 256
 FEW = 4096
 """Up to so many examples are tokenized in this process: starting others takes longer."""
@@ -43,6 +46,7 @@ class TokenizedChunk:
         digests: uint64, `content_digest` of each.
         sources, places: the number of each one's source, and where it stands there.
         problems: source, place and reason of each example that is left out.
+        num_examples: with those. Of preferences an example has two rows of tokens.
     """
 
     encoded: EncodedChunk
@@ -50,6 +54,7 @@ class TokenizedChunk:
     sources: list[int]
     places: list[str]
     problems: list[tuple[int, str, str]]
+    num_examples: int
 
 
 Numbered = tuple[int, Example]
@@ -77,7 +82,7 @@ def tokenized(
     chunks = _chunks(itertools.chain(first, stream))
     found = _here(chunks, encoding) if len(first) < FEW or count == 1 else _in_processes(chunks, encoding, count)
     for chunk in found:
-        advance(len(chunk.places) + len(chunk.problems))
+        advance(chunk.num_examples)
         yield chunk
 
 
@@ -147,15 +152,18 @@ def _tokenize(encode: Encode, chunk: list[Numbered]) -> TokenizedChunk:
     found, problems = [], []
     for source, example in chunk:
         try:
-            found.append((source, example, encode(example)))
+            digest = content_digest(example)
+            encoded = [encode(each) if each is not None else NOTHING for each in example.answers()]
+            found += [(source, example.place, digest, each) for each in encoded]
         except ConfigError as error:
             problems.append((source, example.place, getattr(error, "problem", error.what)))
     return TokenizedChunk(
-        EncodedChunk.of(encoded for _, _, encoded in found),
-        np.asarray([content_digest(example) for _, example, _ in found], DTYPES["digests"]),
-        [source for source, _, _ in found],
-        [example.place for _, example, _ in found],
+        EncodedChunk.of(encoded for _, _, _, encoded in found),
+        np.asarray([digest for _, _, digest, _ in found], DTYPES["digests"]),
+        [source for source, _, _, _ in found],
+        [place for _, place, _, _ in found],
         problems,
+        len(chunk),
     )
 
 

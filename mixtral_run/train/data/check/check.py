@@ -77,6 +77,7 @@ class CheckResult:
 
     sources: tuple[str, ...]
     seq_length: int
+    method: str | None = None
     num_examples: int = 0
     counts_by_shape: dict[str, int] = field(default_factory=dict)
     unused_keys: dict[str, int] = field(default_factory=dict)
@@ -114,7 +115,7 @@ def check_data(
         ConfigError: a file cannot be read, or there is no example at all.
     """
     stream = read_examples(config.data_path, ReadOptions.of(config), "data_path")
-    result = CheckResult(tuple(source.name for source in stream.sources), config.seq_length)
+    result = CheckResult(tuple(source.name for source in stream.sources), config.seq_length, config.method)
     lengths = _LengthCount(config.seq_length)
     seen: set[bytes] = set()
     shown = _Shown()
@@ -127,15 +128,20 @@ def check_data(
             result.num_duplicates += 1
             result.duplicates += [example.place] if len(result.duplicates) < NUM_PROBLEMS_SHOWN else []
         seen.add(digest)
-        encoded = _encoded(encode, example, stream)
+        answers = example.named_answers()
+        encoded = _encoded(encode, answers, stream)
         num_refused += encode is not None and encoded is None
-        if encoded is not None:
-            lengths.add(encoded)
+        for each in encoded or ():
+            lengths.add(each)
         if is_new and (encode is None or encoded is not None):
-            shown.offer(example, encoded)
+            shown.offer(answers, encoded)
     _take_over(stream, result)
     result.num_examples -= num_refused
-    result.rendered = [_rendered(example, encoded, decode) for example, encoded in shown.chosen()]
+    result.rendered = [
+        _rendered(example, encoded[number] if encoded is not None else None, decode)
+        for answers, encoded in shown.chosen()
+        for number, example in enumerate(answers)
+    ]
     if not result.num_examples and not result.num_bad:
         stream.raise_problems()
     result.lengths = lengths.result() if encode is not None and len(lengths.lengths) else None
@@ -146,20 +152,20 @@ def content_digest(example: Example) -> bytes:
     """Return a hash of what an example holds, apart from its place."""
     messages = [
         (each.role, each.content, each.learned, each.tool_calls, each.tool_call_id, each.name)
-        for each in example.messages
+        for each in (*example.messages, *(example.rejected or ()))
     ]
-    content = json.dumps([messages, example.text, example.tools], default=str, sort_keys=True)
+    content = json.dumps([messages, example.text, example.tools, example.label], default=str, sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).digest()
 
 
-def _encoded(encode: Encode | None, example: Example, stream: ExampleStream) -> EncodedExample | None:
-    """Return the tokens of an example, or None and note a problem if the chat template does not take it."""
+def _encoded(encode: Encode | None, answers: Sequence[Example], stream: ExampleStream) -> list[EncodedExample] | None:
+    """Return the tokens of an example's answers, or None and note a problem if the chat template does not take it."""
     if encode is None:
         return None
     try:
-        return encode(example)
+        return [encode(each) for each in answers]
     except MixtralRunError as error:
-        stream.problems.add(example.place, [getattr(error, "problem", None) or error.what])
+        stream.problems.add(answers[0].place, [getattr(error, "problem", None) or error.what])
         return None
 
 
@@ -176,15 +182,15 @@ class _Shown:
     """The first examples of each kind, of which a few are rendered: of different kinds if there are several."""
 
     def __init__(self) -> None:
-        self._kinds: dict[object, list[tuple[Example, EncodedExample | None]]] = {}
+        self._kinds: dict[object, list[tuple[Sequence[Example], list[EncodedExample] | None]]] = {}
 
-    def offer(self, example: Example, encoded: EncodedExample | None) -> None:
-        roles = tuple(message.role for message in example.messages[:4])
+    def offer(self, answers: Sequence[Example], encoded: list[EncodedExample] | None) -> None:
+        roles = tuple(message.role for message in answers[0].messages[:4])
         kept = self._kinds.setdefault(roles, [])
         if len(kept) < NUM_RENDERED:
-            kept.append((example, encoded))
+            kept.append((answers, encoded))
 
-    def chosen(self) -> list[tuple[Example, EncodedExample | None]]:
+    def chosen(self) -> list[tuple[Sequence[Example], list[EncodedExample] | None]]:
         """Return the examples to render: the first of each kind, then the second of each, and so on."""
         rounds = itertools.zip_longest(*self._kinds.values())
         return [each for one in rounds for each in one if each is not None][:NUM_RENDERED]
@@ -273,5 +279,6 @@ def problem_error(result: CheckResult) -> ConfigError:
     return ConfigError(
         f"{counted(result.num_bad, 'example')} cannot be used.",
         where=" ".join(result.sources),
-        next_command="correct them, or mixtral-run finetune … --skip-bad-examples, which leaves them out",
+        next_command=f"correct them, or mixtral-run {'finetune' if result.method is None else 'align'} … "
+        "--skip-bad-examples, which leaves them out",
     )

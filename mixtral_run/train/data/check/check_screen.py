@@ -58,11 +58,19 @@ def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
         f"  tokens: {lengths.num_tokens:,}, of which {lengths.num_learned:,} "
         f"({lengths.num_learned / max(lengths.num_tokens, 1):.0%}) count in the loss"
     )
-    yield f"  length of an example: {lengths.shortest:,} to {lengths.longest:,} tokens, median {lengths.median:,}"
+    what = "an example" if result.method is None else "an answer with its prompt"
+    yield f"  length of {what}: {lengths.shortest:,} to {lengths.longest:,} tokens, median {lengths.median:,}"
     most = max(row.num_examples for row in lengths.rows)
     for row in lengths.rows:
         bar = "█" * max(round(_BAR_WIDTH * row.num_examples / most), int(row.num_examples > 0))
         yield f"    {row.above + 1:>7,} – {row.up_to:>7,}  {row.num_examples:>9,}  {bar}".rstrip()
+    if result.method is not None:
+        refused = f"{counted(lengths.num_truncated, 'answer')} {'is' if lengths.num_truncated == 1 else 'are'} longer"
+        yield f"  {refused} than --seq-length {result.seq_length:,}, which align refuses"
+        # n tokens are n - 1 positions with a label.
+        needed = -(-max(lengths.longest - 1, 64) // 64) * 64
+        yield f"  next: mixtral-run align --method {result.method} --seq-length {needed} …"
+        return
     yield (
         f"  --seq-length {result.seq_length:,} truncates {counted(lengths.num_truncated, 'example')}; "
         f"{lengths.num_unlearned:,} {'has' if lengths.num_unlearned == 1 else 'have'} nothing left to train on"

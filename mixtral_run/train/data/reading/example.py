@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SYSTEM, USER, ASSISTANT, TOOL = ROLES = ("system", "user", "assistant", "tool")
@@ -39,9 +39,35 @@ class Example:
         messages: the conversation in its order. Empty for a plain text.
         text: a plain text for continued pre-training; None for a conversation.
         tools: functions that the assistant may call, as JSON schemas.
+        rejected: of preferences: the conversation with the rejected answer; `messages` has the chosen one.
+        label: of preferences with one answer: True if it is desirable.
     """
 
     place: str
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: tuple[Message, ...] | None = None
+    label: bool | None = None
+
+    def answers(self) -> tuple[Example | None, ...]:
+        """Return the examples to encode: itself, or the chosen and the rejected answer; None for a missing one."""
+        if self.rejected is not None:
+            return Example(self.place, self.messages, None, self.tools), Example(
+                self.place, self.rejected, None, self.tools
+            )
+        if self.label is not None:
+            alone = Example(self.place, self.messages, None, self.tools)
+            return (alone, None) if self.label else (None, alone)
+        return (self,)
+
+    def named_answers(self) -> tuple[Example, ...]:
+        """Return `answers` without None, with the kind of each answer of a preference after its place."""
+        if self.rejected is None and self.label is None:
+            return (self,)
+        names = ("chosen", "rejected") if self.rejected is not None else ("desirable", "undesirable")
+        return tuple(
+            replace(each, place=f"{self.place}, {name}")
+            for each, name in zip(self.answers(), names, strict=True)
+            if each is not None
+        )

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mixtral_run.config.data import AUTO, DataConfig, ExampleConfig
+from mixtral_run.config.data import AUTO, DPO, KTO, PAIRS, UNPAIRED, DataConfig, ExampleConfig
 from mixtral_run.config.data_sources import DataSource, parse_source
 from mixtral_run.config.fields import flag_of
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.train.data.reading.data_files import DataFile, files_of
 from mixtral_run.train.data.reading.example import Example
+from mixtral_run.train.data.reading.preferences import PREFERENCE_LINES, convert_preference
 from mixtral_run.train.data.reading.records import BadRecord, Record
 from mixtral_run.train.data.reading.shapes import REQUIRED, Converted, convert, value_at
 
@@ -36,18 +37,20 @@ class ReadOptions:
         data_format: a shape, or auto.
         fields: the record's key for each key of a shape that has another name there.
         skip_bad_examples: leave bad examples out instead of raising.
+        preferences: pairs or unpaired, if the examples are preferences (preferences.py).
     """
 
     data_format: str = AUTO
     fields: Mapping[str, str] = field(default_factory=dict)
     skip_bad_examples: bool = False
+    preferences: str | None = None
 
     @classmethod
     def of(cls, config: ExampleConfig) -> ReadOptions:
         """Return the options that a config sets."""
         pairs = [pair.partition("=") for pair in config.field]
         skip = isinstance(config, DataConfig) and config.skip_bad_examples
-        return cls(config.data_format, {name: key for name, _, key in pairs}, skip)
+        return cls(config.data_format, {name: key for name, _, key in pairs}, skip, config.preferences)
 
 
 class Problems:
@@ -155,14 +158,14 @@ class ExampleStream:
         if self.problems.num_examples and not self.options.skip_bad_examples:
             raise self._error()
         if not any(self.counts_by_source):
-            left = self.problems.num_examples
+            left, texts = self.problems.num_examples, [source.text for source in self.sources]
             raise ConfigError(
                 f"The {self._what} data contain no {'usable ' if left else ''}example.",
                 where=self.where,
                 problems=self.problems.lines(),
-                expected=f"a JSON object a line: {' or '.join(EXAMPLE_LINES)}",
+                expected=f"a JSON object a line: {' or '.join(self._example_lines)}",
                 found=f"{left:,} that cannot be used" if left else "an empty file",
-                next_command=f"mixtral-run data check {shlex.join(source.text for source in self.sources)}"
+                next_command=f"mixtral-run data check {shlex.join(texts)}{self._method}"
                 if left
                 else "the same command with a file that contains examples",
             )
@@ -172,7 +175,7 @@ class ExampleStream:
             "No record has the keys that --field names.",
             where=self.where,
             problems=[f"--field {name}={key}: found no key {key!r}" for name, key in self._missing_fields.items()],
-            next_command="mixtral-run data check, without --field, which reports the keys",
+            next_command=f"mixtral-run data check{self._method}, without --field, which reports the keys",
         )
 
     def remarks(self) -> list[str]:
@@ -213,7 +216,7 @@ class ExampleStream:
             self.problems.add(place, [record.problem])
             return None
         try:
-            found = convert(record.values, self.options.data_format, self.options.fields)
+            found = self._converted(record)
         except RecursionError:
             found = Converted(problems=["nested too deeply"])
         if found.problems:
@@ -223,7 +226,7 @@ class ExampleStream:
         self.unused_keys.update(found.unused)
         self.counts_by_shape[str(found.shape)] += 1
         self.num_trimmed += found.num_trimmed > 0
-        return Example(place, found.messages, found.text, found.tools)
+        return Example(place, found.messages, found.text, found.tools, found.rejected, found.label)
 
     def _error(self) -> ConfigError:
         total = self.problems.num_examples + sum(self.counts_by_source)
@@ -235,6 +238,21 @@ class ExampleStream:
             found=f"{self.problems.num_examples:,} of {counted(total, 'example')} that cannot be used",
             next_command="correct them, or --skip-bad-examples to leave them out",
         )
+
+    def _converted(self, record: Record) -> Converted:
+        options = self.options
+        if options.preferences is not None:
+            return convert_preference(record.values, options.preferences, options.data_format, options.fields)
+        return convert(record.values, options.data_format, options.fields)
+
+    @property
+    def _method(self) -> str:
+        """Return the flag of `data check` for the same examples."""
+        return {None: "", PAIRS: f" --method {DPO}", UNPAIRED: f" --method {KTO}"}[self.options.preferences]
+
+    @property
+    def _example_lines(self) -> Sequence[str]:
+        return EXAMPLE_LINES if self.options.preferences is None else PREFERENCE_LINES[self.options.preferences]
 
     @property
     def _what(self) -> str:
@@ -263,6 +281,8 @@ def where_of(setting: str, *texts: str) -> str:
 
 
 def _expected(options: ReadOptions) -> str:
+    if options.preferences is not None:
+        return " or ".join(PREFERENCE_LINES[options.preferences])
     if options.data_format != AUTO:
         return f"examples of the shape {options.data_format}: {', '.join(REQUIRED[options.data_format])}"
     return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in REQUIRED.items())

@@ -8,7 +8,7 @@ the wrong one would not be noticed. Keys that a shape does not use are counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class Converted:
         messages: of a conversation or a turn.
         text: of plain text.
         tools: functions that the assistant may call.
+        rejected, label: of preferences, as in Example.
         problems: lines; then the other values are not valid.
         unused: keys that are not used.
         num_trimmed: messages after the assistant's last one.
@@ -69,6 +70,8 @@ class Converted:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: tuple[Message, ...] | None = None
+    label: bool | None = None
     problems: list[str] = field(default_factory=list)
     unused: set[str] = field(default_factory=set)
     num_trimmed: int = 0
@@ -76,7 +79,7 @@ class Converted:
 
 def convert(record: Mapping[str, Any], data_format: str = AUTO, fields: Mapping[str, str] | None = None) -> Converted:
     """Return the content of a record's example. `fields` maps keys of the shapes to the record's keys (--field)."""
-    values, origins = _renamed(record, fields or {})
+    values, origins = renamed(record, fields or {})
     shapes = [data_format] if data_format != AUTO else shapes_of(values)
     if len(shapes) != 1:
         return Converted(problems=[_ambiguous(shapes) if shapes else _unknown(values)])
@@ -85,16 +88,27 @@ def convert(record: Mapping[str, Any], data_format: str = AUTO, fields: Mapping[
     if shape in _LISTS or (shape == PROMPT and isinstance(values.get("prompt"), (list, tuple))):
         used = _convert_conversation(values, shape, found)
     elif shape == TEXT:
-        found.text = _text(values, TEXT, found)
+        found.text = text_of(values, TEXT, found)
         used = {TEXT}
     else:
         used = _convert_pair(values, _PAIRS[shape], found)
+    add_unused(found, record, values, used, origins)
+    return found
+
+
+def add_unused(
+    found: Converted,
+    record: Mapping[str, Any],
+    values: Mapping[str, Any],
+    used: Collection[str],
+    origins: Mapping[str, str],
+) -> None:
+    """Add the keys of a record that are not used. values, origins: of `renamed`."""
     found.unused |= {origins.get(key, key) for key in values if key not in used}
     for key in origins.values():
         # Of an object that holds a field, the other keys are not used.
         found.unused |= _beside(record, key) if key not in record else set()
         found.unused -= {key.split(".")[0]} if key not in record else set()
-    return found
 
 
 def _beside(record: Mapping[str, Any], path: str) -> set[str]:
@@ -103,7 +117,7 @@ def _beside(record: Mapping[str, Any], path: str) -> set[str]:
     return {f"{root}.{key}" for key in inside if key != rest.split(".")[0]} if isinstance(inside, Mapping) else set()
 
 
-def _renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def renamed(record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values that are not null, by the keys of the shapes, and the record's key of each that was renamed."""
     values = {str(key): value for key, value in record.items() if value is not None}
     origins = {name: key for name, key in fields.items() if value_at(record, key) is not None}
@@ -157,6 +171,8 @@ def _ambiguous(shapes: list[str]) -> str:
 def _unknown(values: Mapping[str, Any]) -> str:
     """Return the problem of keys that fit no shape, with what the closest shapes lack, or the --field that helps."""
     keys = ", ".join(sorted(map(repr, values)))[:120] or "none"
+    if "chosen" in values and "rejected" in values:
+        return f"the keys fit no shape: {keys}; mixtral-run align learns from 'chosen' and 'rejected'"
     near = [
         f"{name} needs {' and '.join(repr(key) for key in required if key not in values)}"
         for name, required in REQUIRED.items()
@@ -181,21 +197,21 @@ def _unknown(values: Mapping[str, Any]) -> str:
 
 def _convert_pair(values: Mapping[str, Any], pair: _Pair, found: Converted) -> set[str]:
     """Convert one turn. Return the keys that are used."""
-    task, response = _text(values, pair.task, found), _text(values, pair.response, found)
+    task, response = text_of(values, pair.task, found), text_of(values, pair.response, found)
     used = {pair.task, pair.response, SYSTEM}
     passages = []
     for key in PASSAGES if pair.has_passage else ():
         used.add(key)
-        if key in values and (passage := _text(values, key, found, may_be_empty=True)).strip():
+        if key in values and (passage := text_of(values, key, found, may_be_empty=True)).strip():
             passages.append(passage.strip("\n"))
-    system = _text(values, SYSTEM, found, may_be_empty=True) if SYSTEM in values else ""
+    system = text_of(values, SYSTEM, found, may_be_empty=True) if SYSTEM in values else ""
     content = "\n\n".join([task.rstrip() if passages else task, *passages])
     turn = (Message(USER, content, learned=False), Message(ASSISTANT, response))
     found.messages = (Message(SYSTEM, system, learned=False), *turn) if system.strip() else turn
     return used
 
 
-def _text(values: Mapping[str, Any], key: str, found: Converted, *, may_be_empty: bool = False) -> str:
+def text_of(values: Mapping[str, Any], key: str, found: Converted, *, may_be_empty: bool = False) -> str:
     """Return the text under a key, and add a problem if there is none."""
     value = values.get(key)
     if key not in values:
@@ -231,7 +247,7 @@ def _convert_conversation(values: Mapping[str, Any], shape: str, found: Converte
         turns = read_turns(values[key], key)
         used = {key, "tools"}
     if SYSTEM in values and not (turns.messages and turns.messages[0].role == SYSTEM):
-        system = _text(values, SYSTEM, found, may_be_empty=True)
+        system = text_of(values, SYSTEM, found, may_be_empty=True)
         used.add(SYSTEM)
         if system.strip():
             turns.messages.insert(0, Message(SYSTEM, system, learned=False))
@@ -240,11 +256,11 @@ def _convert_conversation(values: Mapping[str, Any], shape: str, found: Converte
     found.unused |= turns.unused
     found.messages, found.num_trimmed = tuple(turns.messages), turns.num_trimmed
     if "tools" in values:
-        _convert_tools(values["tools"], found)
+        convert_tools(values["tools"], found)
     return used
 
 
-def _convert_tools(tools: object, found: Converted) -> None:
+def convert_tools(tools: object, found: Converted) -> None:
     """Convert the functions that the assistant may call: a list, or JSON text of one, as tables have it."""
     if isinstance(tools, str):
         if not tools.strip():

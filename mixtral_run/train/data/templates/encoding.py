@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data import CHAT_TEMPLATES
-from mixtral_run.train.data.reading.example import Example
+from mixtral_run.train.data.reading.example import Example, Message
 from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.train.data.templates.open_template import open_chat_template
 from mixtral_run.train.data.templates.prompt import load_tokenizer
@@ -68,10 +68,18 @@ def _content(path: Path) -> bytes:
 
 def content_digest(example: Example) -> int:
     """Return a hash of 64 bits of an example's texts. It depends on nothing else, so that duplicates share it."""
-    content = [
+    parts: list[Any] = [_content_of(example.messages), example.text, list(example.tools)]
+    if example.rejected is not None:
+        parts.append(_content_of(example.rejected))
+    elif example.label is not None:
+        parts.append(example.label)
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _content_of(messages: Sequence[Message]) -> list[list[Any]]:
+    return [
         [message.role, message.content.strip(), list(message.tool_calls), message.tool_call_id, message.name]
-        for message in example.messages
+        for message in messages
         if message.content.strip() or message.tool_calls
     ]
-    text = json.dumps([content, example.text, list(example.tools)], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

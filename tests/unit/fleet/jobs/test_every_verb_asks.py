@@ -27,6 +27,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "convert": (*ON, "--hf-model-path", "mistralai/Mixtral-8x7B-v0.1", "--output-path", "mixtral"),
     "verify": (*ON, "--load", "mixtral"),
     "finetune": (*ON, "--load", "mixtral", "--save", "adapter", "--mock-data"),
+    "align": (*ON, "--method", "dpo", "--load", "mixtral", "--save", "adapter", "--data-path", "/data/pairs.jsonl"),
     "pretrain": (*ON, "--load", "mixtral", "--mock-data"),
     "generate": (*ON, "--load", "mixtral", "--prompt", "Once"),
     "chat": (*ON, "--load", "mixtral"),

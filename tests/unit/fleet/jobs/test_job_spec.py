@@ -10,7 +10,7 @@ import pytest
 from mixtral_run.config.verbs.generate import GenerateConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.trial import SmokeConfig
-from mixtral_run.config.verbs.weights import ConvertConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, HostFacts, check_same_gpus, parse_facts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, bind, container_argv, host_path, make_spec
@@ -137,6 +137,13 @@ def test_each_source_of_data_finds_its_way(tmp_path: Path, monkeypatch: pytest.M
     for text, words in (("-", "Standard input is not sent"), ("folder", "A folder of data is not sent to a host")):
         with pytest.raises(ConfigError, match=words):
             make_spec("j", "finetune", finetune(mock_data=False, data_path=(text,)), JobOptions(), 1)
+
+
+def test_adapters_with_weights_are_mounted() -> None:
+    config = ExportConfig(adapter=("one:0.7", "/data/two:-3e-1"), output_path=Path("peft"))
+    spec = make_spec("j", "export", config, JobOptions(), 1)
+    assert spec.config["adapter"] == ["/checkpoints/one:0.7", "/data/two:-3e-1"]
+    assert spec.mounts == ("/data",)
 
 
 def test_a_model_by_name_is_left_alone_and_one_by_folder_is_mounted() -> None:

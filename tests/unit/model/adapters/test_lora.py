@@ -17,12 +17,14 @@ from torch import Tensor
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora import LinearAdapter, _Weight, adapted_linear, initial_linear_in
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.weights.adapter.merge import Adding
 from mixtral_run.weights.adapter.peft_config import scale_of
+from mixtral_run.weights.adapter.schema import Place
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,31 @@ def test_rslora_divides_by_the_root_of_the_rank() -> None:
     rslora = LoraSettings.from_config(replace(config, lora_scaling="rslora"))
     assert rslora.scale == 1.5
     assert rslora.to_mapping()["lora_scaling"] == "rslora"
+
+
+def test_experts_have_their_own_rank_and_alpha() -> None:
+    config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, lora_rank=16, lora_alpha=8.0)
+    lora = LoraSettings.from_config(replace(config, lora_rank_experts=4))
+    assert [lora.of(name).scale for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")] == [
+        0.5,
+        0.5,
+        2,
+        2,
+    ]
+    lora = LoraSettings.from_config(replace(config, lora_rank_experts=4, lora_alpha_experts=6.0))
+    assert (lora.of("linear_fc2").rank, lora.of("linear_fc2").scale) == (4, 1.5)
+    assert lora.to_mapping()["lora_rank_experts"] == 4
+    with pytest.raises(ConfigError, match="expected linear_fc1 or linear_fc2 in --lora-target-modules; found none"):
+        replace(config, lora_rank_experts=4, lora_target_modules=("linear_qkv",)).check()
+
+
+def test_a_shared_adapter_cannot_start_from_the_weights() -> None:
+    config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, expert_adapters="shared")
+    assert LoraSettings.from_config(config.check()).to_mapping()["expert_adapters"] == "shared"
+    with pytest.raises(ConfigError, match="expected --expert-adapters each, since a shared adapter cannot start"):
+        replace(config, init_lora="pissa").check()
+    with pytest.raises(ConfigError, match="--expert-adapters shared: expected linear_fc1 or linear_fc2"):
+        replace(config, lora_target_modules=("linear_qkv",)).check()
 
 
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, 6.0, 1.5), (2, 5.0, 2.5), (8, 2.0, 0.25), (16, 24.0, 1.5)])
@@ -156,7 +183,9 @@ def test_a_merge_adds_the_scaled_product_to_its_own_rows() -> None:
     B·A = (_, (1, 2), (0, 2)).
     """
     a, b = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]])
-    factors: Any = SimpleNamespace(a=lambda _: a, b=lambda _: b, lora=settings(2, 5.0))
+    factors: Any = SimpleNamespace(
+        a=lambda _: a, b=lambda _: b, scale=lambda _: 2.5, places={"any": Place("linear_qkv", (0,), ())}
+    )
     weight = torch.tensor([[1.0, 1.0], [10.0, 10.0]], dtype=torch.bfloat16)
     merged = Adding(factors, "any", torch.bfloat16).to_rows(weight, 1, 3)
     assert merged.dtype is torch.bfloat16

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.model import experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
 from mixtral_run.model.kernels.quantized import quantized_mm
-from mixtral_run.model.kernels.quantized.formats import FP8
+from mixtral_run.model.kernels.quantized.formats import FP8, LARGEST
 from mixtral_run.model.kernels.quantized.quantized_mm import (
     KEPT_AS,
     dequantize,
@@ -139,20 +141,30 @@ def stand_in_product(
 def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of the 8-bit products with kernels written in torch."""
 
-    def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(
+        rows: Tensor, columns: Tensor | None, offsets: Tensor, source: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows = rows if source is None else rows[source]
         if columns is not None:
             owner = torch.searchsorted(offsets, torch.arange(len(rows), dtype=torch.int32), right=True)
             rows = rows.float() * columns[owner]
         return quantize(rows)
 
+    def quantize_with(rows: Tensor, columns: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+        owner = torch.searchsorted(offsets, torch.arange(len(rows), dtype=torch.int32), right=True)
+        scaled = rows.float() * columns[owner] / scales[:, None]
+        return scaled.clamp(-LARGEST, LARGEST).to(FP8)
+
     kernels = types.ModuleType("quantized_triton")
     kernels.quantize_rows = quantize_rows  # type: ignore[attr-defined]
+    kernels.quantize_with = quantize_with  # type: ignore[attr-defined]
     kernels.fits_tiles = lambda _: False  # type: ignore[attr-defined]
     kernels.tiled_product = None  # type: ignore[attr-defined]
     kernels.transposed = lambda values: values.transpose(1, 2).contiguous()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mixtral_run.model.kernels.quantized.quantized_mm_triton", kernels)
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _checked(torch._scaled_grouped_mm))
     monkeypatch.setattr(quantized_mm, "has_scaled_product", lambda *_: True)
+    monkeypatch.setattr(experts, "has_scaled_product", lambda *_: True)
     monkeypatch.setattr(quantized_mm, "reads_untransposed", lambda _: False)
 
 
@@ -209,6 +221,35 @@ def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture 
     return model
 
 
+def test_scales_that_swiglu_knows_change_no_gradient(
+    as_if_on_hopper: None, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are near the gradients of dequantized experts, and each other's bit for bit."""
+    layer = model_in(mesh, "fp8").experts[0]
+    generator = torch.Generator().manual_seed(1)
+    tokens, weights = (torch.randn(60, 64, generator=generator).bfloat16() for _ in range(2))
+    probs = torch.rand(60, generator=generator)
+    offsets = torch.tensor([9, 9, 30, 31, 40, 48, 59, 60], dtype=torch.int32)
+    halves = list(layer.parameters())
+    for half in halves:
+        half.data.normal_(0.0, 0.1, generator=generator)
+
+    def gradients() -> list[Tensor]:
+        rows, factors = tokens.clone().requires_grad_(True), probs.clone().requires_grad_(True)
+        output = layer.adapted_forward(rows, Permutation(offsets), None, factors)
+        return list(torch.autograd.grad((output * weights).sum(), [rows, factors, *halves]))
+
+    known = gradients()
+    given = []
+    monkeypatch.setattr(experts.ExpertLinear, "factors", lambda *_: given.append(None))
+    unknown = gradients()
+    assert given == [None]
+    monkeypatch.setattr(quantized_mm, "has_scaled_product", lambda *_: False)
+    for mine, other, near in zip(known, unknown, gradients(), strict=True):
+        assert torch.equal(mine, other)
+        assert float((mine - near).norm()) < 0.1 * float(near.norm())
+
+
 def test_training_is_close_to_a_full_precision_base(mesh: Mesh, tiny_tokenizer: Any) -> None:
     architecture = dataclasses.replace(SMALL, vocab_size=1024)
     samples = PackedSamples(samples_of(examples_of(INSTRUCTIONS), tiny_tokenizer, 128))
@@ -226,11 +267,11 @@ def test_training_is_close_to_a_full_precision_base(mesh: Mesh, tiny_tokenizer: 
 
 
 def test_full_precision_weights_are_freed(mesh: Mesh) -> None:
-    experts = model_in(mesh, "fp8").gpt.decoder.layers[0].mlp.experts
-    for linear in (experts.linear_fc1, experts.linear_fc2):
+    layer = model_in(mesh, "fp8").experts[0]
+    for linear in (layer.linear_fc1, layer.linear_fc2):
         assert linear.weight is None
         assert linear.values.dtype is FP8 and linear.scales.shape == linear.values.shape[:-1]
-    assert not any("weight" in name for name in experts.sharded_state_dict() if "adapter" not in name)
+    assert not any("weight" in name for name in layer.sharded_state_dict() if "adapter" not in name)
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp8", (96, 64)), ("nf4", (96, 64)), ("nf4", (64, 96))])

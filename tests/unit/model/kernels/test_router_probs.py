@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.model.dispatch.permute import permute, unpermute
 from mixtral_run.model.kernels.grouped_mm import grouped_linear
-from mixtral_run.model.kernels.router_probs import row_products, with_probs
+from mixtral_run.model.kernels.routing.router_probs import row_products, with_probs
 from mixtral_run.model.kernels.swiglu import swiglu
 from mixtral_run.model.recompute.recipe import Once, Recipe, drop
 

@@ -15,8 +15,8 @@ from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.cuda_graph import execution_of
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
 from tests.multiprocess.conftest import SMALL
+from tests.unit.model.attention.test_packed_attention import micro_batches
 from tests.unit.model.recompute.test_recompute import loss_of, model_of
-from tests.unit.model.test_packed_attention import micro_batches
 
 STEPS = 3
 

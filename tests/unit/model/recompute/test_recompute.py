@@ -12,7 +12,8 @@ from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
-from mixtral_run.planner.memory_model import Layout, Workload, activation_bytes_per_token
+from mixtral_run.planner.memory_model import activation_bytes_per_token
+from mixtral_run.planner.workload import Layout, Workload
 from tests.multiprocess.conftest import SMALL
 
 BATCH, SEQUENCE = 2, 24

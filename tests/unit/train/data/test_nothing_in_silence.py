@@ -161,7 +161,7 @@ def test_examples_of_both_sets_are_reported() -> None:
     def opened(digests: list[int]) -> Any:
         return SimpleNamespace(
             where="--valid-data-path v",
-            cache=SimpleNamespace(arrays=SimpleNamespace(digests=np.asarray(digests, "u8"))),
+            digests=np.asarray(digests, "u8"),
         )
 
     remark = _overlap({"data_path": opened([1, 2, 2**64 - 1]), "valid_data_path": opened([2, 2**64 - 1, 5, 2])})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
 from tests.support.adapters import save_adapter
+from tests.unit.model.attention.test_packed_attention import micro_batches
 from tests.unit.model.recompute.test_recompute import model_of
-from tests.unit.model.test_packed_attention import micro_batches
 
 ROW, _ = micro_batches()
 BATCH = GlobalBatch((ROW, ROW), 20, 2)
@@ -57,6 +58,16 @@ def test_a_refused_step_changes_neither_adapters_nor_optimizer(mesh: Mesh) -> No
     # The gradients are those of the same batch, and this time they count.
     assert taken.taken and (taken.loss, taken.grad_norm) == (result.loss, result.grad_norm)
     assert not all(map(torch.equal, before, trainable(model)))
+
+
+def test_one_of_the_ranks_that_share_rows_writes_them(mesh: Mesh, tmp_path: Path) -> None:
+    for rank in (1, 0):
+        bad = bad_steps(
+            replace(mesh, context_rank=rank, context_size=2), tmp_path, max_loss_ratio=2.0, skip_bad_steps=1
+        )
+        assert bad.refuses(math.nan, 1.0)
+        bad.note(StepResult(math.nan, 1.0, 20, taken=False), 1, BATCH)
+        assert (tmp_path / "bad_batches" / "iter_0000001-data0.json").exists() == (rank == 0)
 
 
 def test_a_loss_above_the_ratio_is_skipped_and_one_too_many_stops(mesh: Mesh, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.steps.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
+from tests.unit.model.attention.test_packed_attention import micro_batches
 from tests.unit.model.recompute.test_recompute import model_of
-from tests.unit.model.test_packed_attention import micro_batches
 
 
 class TooSmall(LocalDispatcher):

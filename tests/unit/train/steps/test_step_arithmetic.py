@@ -52,7 +52,7 @@ class Line(torch.nn.Module):
     def __init__(self, mesh: Any) -> None:
         super().__init__()
         self.mesh = mesh
-        self.router_counts = None
+        self.router_counts = self.router_loss = None
         self.weight = torch.nn.Parameter(torch.tensor([2.0]))
         self.unused = torch.nn.Parameter(torch.tensor([5.0]))
 

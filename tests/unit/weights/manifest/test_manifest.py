@@ -13,7 +13,7 @@ from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import MixtralRunError, WeightsError
-from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.adapters.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, open_checkpoint
@@ -175,7 +175,7 @@ def generate_with_it(adapter: Path, other: Path) -> None:
 def export_it(adapter: Path, other: Path) -> None:
     from mixtral_run.weights.adapter.export import export
 
-    export(ExportConfig(adapter=adapter, output_path=other / "out"), Report.silent())
+    export(ExportConfig(adapter=(str(adapter),), output_path=other / "out"), Report.silent())
 
 
 OF_A_BASE = (verify_it, plan_it, finetune_it, convert_it_back)
@@ -311,6 +311,12 @@ def test_a_training_setting_may_hold_lines(tmp_path: Path) -> None:
         ("lora_target_modules", {"lora_target_modules": [{}, []]}),
         ("lora_scaling", {"lora_scaling": "dora"}),
         ("lora_scaling", {"lora_scaling": ["rslora"]}),
+        ("lora_rank_experts", {"lora_rank_experts": 0}),
+        ("lora_alpha_experts", {"lora_alpha_experts": "2"}),
+        ("init_lora", {"init_lora": "random"}),
+        ("train_also", {"train_also": ["norms", {}]}),
+        ("expert_adapters", {"expert_adapters": "none"}),
+        ("expert_adapters", {"expert_adapters": "shared", "init_lora": "pissa"}),
         ("num_layers", {"num_layers": 10**400}),
         ("vocab_size", {"vocab_size": 2**31}),
         ("layernorm_epsilon", {"layernorm_epsilon": -1e-5}),
@@ -319,13 +325,20 @@ def test_a_training_setting_may_hold_lines(tmp_path: Path) -> None:
 )
 def test_numbers_beyond_their_limits_are_refused(tmp_path: Path, field: str, changes: dict[str, Any]) -> None:
     lora = LORA.to_mapping()
-    if field.startswith("lora_"):
+    if field.startswith("lora_") or field in LORA_SETTINGS:
         write_adapter(tmp_path / "adapter", lora=lora | changes)
     else:
         write_adapter(tmp_path / "adapter", architecture=MIXTRAL_8X7B.to_mapping() | changes)
     with pytest.raises(WeightsError, match=rf"\.{field}: expected") as caught:
         describe_adapter(tmp_path / "adapter")
     assert len(str(caught.value)) < 700
+
+
+def test_an_unknown_setting_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    """A later version may have trained it in a form that would be computed wrongly."""
+    write_adapter(tmp_path / "adapter", lora=LORA.to_mapping() | {"dora": True})
+    with pytest.raises(WeightsError, match=r"lora\.dora: unknown"):
+        describe_adapter(tmp_path / "adapter")
 
 
 def test_a_format_of_many_digits_is_shortened(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixtral_run.model.parallel.context import ContextPart
 from mixtral_run.model.parallel.mesh import Mesh
 
 
@@ -34,6 +35,7 @@ class RouterCounts:
         self, routers: Sequence[torch.nn.Module], num_experts: int, mesh: Mesh, *, sequence_parallel: bool
     ) -> None:
         self._mesh, self._is_split = mesh, sequence_parallel and mesh.tensor_size > 1
+        self._part = ContextPart(mesh.context_rank, mesh.context_size)
         self._experts = torch.arange(num_experts, device=mesh.device)
         self.step = torch.zeros(len(routers), num_experts, dtype=torch.int64, device=mesh.device)
         self.total = torch.zeros_like(self.step)
@@ -85,7 +87,9 @@ class RouterCounts:
         """Add the experts of a pass, int64 [layers, tokens, topk], for tokens in the order sequence, batch."""
         places = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask > 0, places, -1).amax(dim=1)
-        counts = (places[:, None] <= last).reshape(-1)
+        # Of the rows, the part that this rank has routed.
+        mine = self._part.places(mask.shape[1], mask.device) if self._part.size > 1 else places
+        counts = (mine[:, None] <= last).reshape(-1)
         if self._is_split:
             counts = counts.chunk(self._mesh.tensor_size)[self._mesh.tensor_rank]
         elif self._mesh.tensor_rank != 0:

@@ -96,15 +96,15 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed) 
     output: Tensor = attend(
         *(each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)),
         *(bounds, bounds, longest, longest),
-        **_causal(query.shape[1] != key.shape[1]),
+        **causal_arguments(query.shape[1] != key.shape[1]),
     )
     result: Tensor = output.unflatten(0, (batch, sequence)).transpose(1, 2)
     return result
 
 
 @functools.cache
-def _causal(shared_keys: bool) -> dict[str, Any]:
-    """Return the arguments of causal attention for this version of torch.
+def causal_arguments(shared_keys: bool) -> dict[str, Any]:
+    """Return the arguments of causal attention for this version of torch. shared_keys: True if queries share keys.
 
     torch 2.10 has is_causal, later versions a window. Since 2.12 shared keys need enable_gqa; before, the kernel
     derived it from the shapes.

@@ -1,6 +1,7 @@
 """The small kernels beside the same in plain torch on the CPU, in fp32, forward and backward; and the recorded step."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,15 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.dispatch.permute import permute, sort_by_expert, unpermute
-from mixtral_run.model.kernels.router_probs import row_products
+from mixtral_run.model.attention.packed_attention import PackedSizes
+from mixtral_run.model.attention.rotary import Rotary, split_and_rotate
+from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_probs, unpermute
+from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy
+from mixtral_run.model.kernels.routing.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
-from mixtral_run.model.moe import router_logits
-from mixtral_run.model.packed_attention import PackedSizes
+from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.model.rotary import Rotary, split_and_rotate
+from mixtral_run.model.routing.moe import choose, router_logits
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
@@ -149,6 +152,7 @@ def small_model(
     dropout: float = 0.0,
     sequence_parallel: bool = True,
     adapted: bool = True,
+    kernels: str = "auto",
 ) -> MixtralModel:
     """A few layers with the same random weights each time, wide enough for every kernel."""
     architecture = dataclasses.replace(
@@ -161,8 +165,9 @@ def small_model(
         num_query_groups=4,
         vocab_size=1024,
     )
-    lora = LoraSettings(16, 32.0, dropout, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), 1)
-    settings = ModelSettings(torch.bfloat16, sequence_parallel, lora if adapted else None, recompute, base_precision)
+    targets = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    lora = LoraSettings(16, 32.0, dropout, targets, 1) if adapted else None
+    settings = ModelSettings(torch.bfloat16, sequence_parallel, lora, recompute, base_precision, kernels)
     model = build_model(architecture, settings, mesh).train()
 
     def fill() -> None:
@@ -198,6 +203,94 @@ def test_router_logits() -> None:
     assert results[0][0].dtype is torch.float32
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(41, 8, 2), (2048, 8, 2), (5, 6, 3), (33, 4, 1), (70, 64, 4)])
+def test_choice_of_experts(tokens: int, experts: int, topk: int) -> None:
+    logits, weights = torch.randn(tokens, experts), torch.randn(tokens, topk)
+    results = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        mine = logits.to(device, dtype).requires_grad_(True)
+        probs, chosen = choose(mine, topk)
+        assert not chosen.requires_grad
+        (probs * weights.to(probs)).sum().backward()
+        assert mine.grad is not None
+        results.append((chosen.cpu(), probs.detach().cpu().double(), mine.grad.cpu().double()))
+    (chosen, *numbers), (expected_choice, *expected) = results
+    assert torch.equal(chosen, expected_choice)
+    for found, exact in zip(numbers, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
+    probs, chosen = choose(torch.full((3, 6), float("nan"), device="cuda"), 2)
+    assert probs.isnan().all()
+    assert bool(((chosen >= 0) & (chosen < 6)).all())
+
+
+def test_probs_in_the_order_of_the_rows() -> None:
+    probs, chosen = torch.rand(41, 2), torch.randint(0, 8, (82,))
+    results = []
+    for device in ("cuda", "cpu"):
+        mine = probs.to(device).requires_grad_(True)
+        order, inverse, _ = sort_by_expert(chosen.to(device), 8)
+        rows = sorted_probs(mine, order, inverse)
+        (rows * torch.arange(82, device=device)).sum().backward()
+        results.append((rows.detach().cpu(), mine.grad))
+    order = chosen.argsort(stable=True)
+    assert torch.equal(results[0][0], probs.flatten()[order])
+    places = torch.empty(82)
+    places[order] = torch.arange(82.0)
+    for _, gradient in results:
+        assert gradient is not None
+        assert torch.equal(gradient.cpu(), places.view(41, 2))
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 4096, 32000])
+def test_cross_entropy(vocabulary: int) -> None:
+    """Compare losses and gradients with float64; the last label does not exist, some logits are -inf."""
+    logits, labels = (torch.randn(13, 3, vocabulary) * 4).bfloat16(), torch.randint(0, vocabulary - 9, (13, 3))
+    logits[..., -7:] = float("-inf")
+    labels[-1, -1] = -100
+    weights = torch.rand(13, 3)
+    mine = logits.cuda().requires_grad_(True)
+    losses = cross_entropy(mine, labels.cuda())
+    (losses * weights.cuda()).sum().backward()
+    exact = logits.double().requires_grad_(True)
+    expected = torch.nn.functional.cross_entropy(exact.view(-1, vocabulary), labels.view(-1), reduction="none")
+    (expected * weights.view(-1)).sum().backward()
+    assert mine.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(
+        losses.detach().cpu().double().view(-1)[:-1], expected.detach()[:-1], rtol=1e-5, atol=1e-5
+    )
+    found, right = mine.grad.cpu().double().view(39, -1)[:-1], exact.grad.view(39, -1)[:-1]
+    assert float((found - right).norm()) <= 3e-3 * float(right.norm())
+
+
+@pytest.mark.parametrize("with_addition", [False, True])
+@pytest.mark.parametrize("shape", [(41, 1, 4096), (7, 3, 1000), (300, 64)])
+def test_norm_with_what_is_added_before_and_behind(shape: tuple[int, ...], with_addition: bool) -> None:
+    """Compare sum, norm and gradients with float64; the recipe returns the norm bit for bit."""
+    norm = RMSNorm(SimpleNamespace(params_dtype=torch.bfloat16, sequence_parallel=False), shape[-1], 1e-5)
+    norm.requires_grad_(False)
+    norm.weight.copy_(torch.rand(shape[-1]) + 0.5)
+    drawn = [(torch.randn(shape) * 3).bfloat16().cuda() for _ in range(2 if with_addition else 1)]
+    weights = [torch.randn(shape).bfloat16().cuda() for _ in range(2)]
+    parts = [each.clone().requires_grad_(True) for each in drawn]
+    total, normed = norm.joined(*parts)
+    (total * weights[0] + normed * weights[1]).sum().backward()
+    assert torch.equal(total, drawn[0] + drawn[1] if with_addition else drawn[0])
+    recipe = norm.recipe(total)
+    assert torch.equal(recipe.make(*recipe.sources), normed)
+    exact = total.detach().double().requires_grad_(True)
+    expected = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    (exact * weights[0].double() + expected * weights[1].double()).sum().backward()
+    assert exact.grad is not None
+    assert float((normed.double() - expected).norm()) <= 3e-3 * float(expected.norm())
+    for part in parts:
+        assert part.grad is not None
+        assert float((part.grad.double() - exact.grad).norm()) <= 3e-3 * float(exact.grad.norm())
 
 
 @pytest.mark.parametrize("width", [8, 1000, 14336])

@@ -39,9 +39,14 @@ class _WithProbs(torch.autograd.Function):
         active = ctx.again.take(*sources)
         if not ctx.needs_input_grad[1]:
             return gradient, None, None
-        # A probability of 0 propagates no gradient; its own cannot be computed, and is set to 0.
-        products = row_products(active, gradient)
-        return gradient, torch.where(probs > 0, products / probs, 0.0), None
+        return gradient, over_probs(row_products(active, gradient), probs), None
+
+
+def over_probs(products: Tensor, probs: Tensor) -> Tensor:
+    """Return products / probs. A probability of 0 propagates no gradient; its own cannot be computed, and is set to
+    0.
+    """
+    return torch.where(probs > 0, products / probs, 0.0)
 
 
 def row_products(first: Tensor, second: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mixtral_run.model.adapters.lora import ColumnLinear, RowLinear
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.packed_attention import Packed, packed_attention
+from mixtral_run.model.attention.context_attention import ContextInputs, attention_of_chunks
+from mixtral_run.model.attention.packed_attention import Packed, packed_attention
+from mixtral_run.model.attention.rotary import split_and_rotate
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.recompute.recipe import Recipe
-from mixtral_run.model.rotary import split_and_rotate
 
 
 @dataclass
@@ -55,7 +56,7 @@ class AttentionInputs:
 
     cosine, sine: [batch or 1, sequence, head size], in the model's dtype. mask: bool [batch, 1, queries, keys], True
     where attention is allowed; None means causal. packed: boundaries of samples within rows, on GPUs; elsewhere they
-    are part of the mask.
+    are part of the mask. context: of rows that are split over ranks, in place of mask and packed.
     """
 
     cosine: Tensor
@@ -63,6 +64,7 @@ class AttentionInputs:
     mask: Tensor | None = None
     cache: KeyValueCache | None = None
     packed: Packed | None = None
+    context: ContextInputs | None = None
 
 
 class Attention(MegatronModule):
@@ -92,6 +94,10 @@ class Attention(MegatronModule):
             key, value = inputs.cache.append(self.layer_number, key, value)
         if inputs.packed is not None:
             context = packed_attention(query, key, value, inputs.packed)
+        elif inputs.context is not None and inputs.context.bounds is not None:
+            context = attention_of_chunks(query, key, value, inputs.context.bounds)
+        elif inputs.context is not None:
+            context = self._attend(query, key, value, inputs.context.mask)
         else:
             context = self._attend(query, key, value, inputs.mask)
         # Attention saves its result for its own gradient; with positions first it is a copy, which can be recomputed.
@@ -120,11 +126,14 @@ class Attention(MegatronModule):
 
     def _split_heads(self, mixed: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated query, rotated key and value, each [batch, heads or groups, sequence, head size], of mixed
-        [sequence, batch, rows / TP].
+        [sequence, batch, rows / TP]. Under context parallelism keys and values are those of the whole row.
         """
         sequence, batch, _ = mixed.shape
         mixed = mixed.view(sequence, batch, self.groups, self.heads_per_group + 2, self.head_size)
         query, key, value = split_and_rotate(mixed, inputs.cosine, inputs.sine)
+        if inputs.context is not None:
+            # One message carries both.
+            key, value = inputs.context.part.gather(torch.cat((key, value), dim=2)).chunk(2, dim=2)
         return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
 
 

@@ -20,6 +20,7 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe
+from mixtral_run.model.routing.router_loss import RouterLoss
 
 
 class Router(MegatronModule):
@@ -28,6 +29,7 @@ class Router(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.topk: int = config.moe_router_topk
+        self.loss: RouterLoss | None = None
         self.weight = torch.nn.Parameter(
             torch.empty(
                 config.num_moe_experts,
@@ -45,13 +47,16 @@ class Router(MegatronModule):
         expert, which dominates the model's error.
         """
         logits = router_logits(tokens, self.weight)
-        probs, experts = logits.softmax(dim=-1).topk(self.topk, dim=-1)
+        if self.loss is None:
+            return choose(logits, self.topk)
+        probs, experts = self.loss.attach(logits.softmax(dim=-1)).topk(self.topk, dim=-1)
         return probs / probs.sum(dim=-1, keepdim=True), experts
 
 
 def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
     """Return tokens [tokens, hidden] · weightᵀ, summed in fp32: [tokens, experts]."""
-    if tokens.is_cuda and tokens.dtype is torch.bfloat16 and not weight.requires_grad and tokens.numel():
+    is_bf16 = tokens.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
+    if tokens.is_cuda and is_bf16 and not weight.requires_grad and tokens.numel():
         logits: Tensor = _RouterLogits.apply(tokens, weight)  # type: ignore[no-untyped-call]
         return logits
     return torch.nn.functional.linear(tokens.float(), weight.float())
@@ -74,6 +79,41 @@ class _RouterLogits(torch.autograd.Function):
 
         (weight,) = ctx.saved_tensors
         return mix_rows(gradients[0].contiguous(), weight.contiguous()), None
+
+
+def choose(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of each token's `topk` likeliest experts, which sum to 1, and the experts, int64, both
+    [tokens, topk], for logits [tokens, experts].
+    """
+    if logits.is_cuda and logits.dtype is torch.float32 and logits.numel():
+        chosen: tuple[Tensor, Tensor] = _Choose.apply(logits, topk)  # type: ignore[no-untyped-call]
+        return chosen
+    probs, experts = logits.softmax(dim=-1).topk(topk, dim=-1)
+    return probs / probs.sum(dim=-1, keepdim=True), experts
+
+
+class _Choose(torch.autograd.Function):
+    """`choose` in one kernel, and one for its gradient.
+
+    The other experts cancel out of the renormalized probabilities: they are a softmax over the chosen logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        from mixtral_run.model.kernels.routing import router_triton
+
+        probs, experts = router_triton.choose(logits.contiguous(), topk)
+        ctx.mark_non_differentiable(experts)
+        ctx.save_for_backward(probs, experts)
+        ctx.count = logits.shape[1]
+        return probs, experts
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        from mixtral_run.model.kernels.routing.router_triton import choose_backward
+
+        probs, experts = ctx.saved_tensors
+        return choose_backward(probs, experts, gradients[0].contiguous(), ctx.count), None
 
 
 class MoELayer(MegatronModule):

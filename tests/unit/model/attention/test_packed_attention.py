@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.model.packed_attention import Packed, PackedSizes, _causal
+from mixtral_run.model.attention.packed_attention import Packed, PackedSizes, causal_arguments
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.steps.cuda_graph import CapturedBackward
@@ -102,7 +102,7 @@ def test_many_short_samples_beside_a_long_one_are_not_worth_shapes_that_stay(
 
 
 def test_the_captured_pass_is_the_eager_one(mesh: Mesh) -> None:
-    """The capture itself is tested on GPUs (tests/gpu/test_kernels.py)."""
+    """The capture itself is tested on GPUs (tests/gpu/kernels/test_kernels.py)."""
     packed, _ = micro_batches()
     results = []
     for captured in (False, True):
@@ -127,5 +127,5 @@ def test_torchs_kernel_is_called_as_it_takes_it() -> None:
     with FakeTensorMode():
         query, key = torch.empty(40, 8, 16, dtype=torch.bfloat16), torch.empty(40, 4, 16, dtype=torch.bfloat16)
         bounds = torch.empty(7, dtype=torch.int32)
-        output = varlen_attn(query, key, key, bounds, bounds, 12, 12, **_causal(True))
+        output = varlen_attn(query, key, key, bounds, bounds, 12, 12, **causal_arguments(True))
         assert output.shape == query.shape

@@ -1,0 +1,79 @@
+"""Context parallelism: its setting, and what the length of a row must be a multiple of. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mixtral_run.config.fields import LAYOUT, Config, flag_of, setting
+from mixtral_run.config.launch import LaunchConfig
+
+MOST_LOGITS = 8192
+"""Most tokens of a rank whose logits exist at the same time. Up to here the loss is computed as a whole: for 8,192
+tokens and 32,000 words it takes 2 GiB, which is less than a layer's backward pass needs."""
+
+
+def row_multiple(tensor_size: int, context_size: int) -> int:
+    """Return the number of which the length of a row must be a multiple, to be split over TP and CP.
+
+    Context parallelism cuts a row into 2 · CP chunks; sequence parallelism splits the part of each rank over TP.
+    """
+    return math.lcm(2 * context_size, context_size * tensor_size) if context_size > 1 else tensor_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig(Config):
+    """The number of processes that share a row."""
+
+    context_parallel_size: int | None = setting(
+        None,
+        help="Processes that share each row of tokens (CP), for rows that do not fit on one GPU. Default: 1, or what "
+        "the planner chooses where no layout fits without.",
+        minimum=1,
+        section=LAYOUT,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextLaunchConfig(ContextConfig, LaunchConfig):
+    """A job that may split rows over processes."""
+
+    VERB: ClassVar[str] = "finetune"
+
+    @property
+    def context_size(self) -> int:
+        return self.context_parallel_size or 1
+
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """What of the job needs each row on one rank; None if rows may be split.
+
+        A rank has the losses of its part of a row only. The loss of `finetune` is their sum; that of another verb may
+        compare rows.
+        """
+        return None if self.VERB == "finetune" else f"`{self.VERB}`"
+
+    @property
+    def planned_context_size(self) -> int | None:
+        """CP for the planner: None if it may split rows where nothing fits otherwise."""
+        return self.context_size if self.has_layout or self.needs_whole_rows else self.context_parallel_size
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.context_size > 1 and self.needs_whole_rows:
+            found.append(
+                f"--context-parallel-size: expected 1 with {self.needs_whole_rows}, which needs whole rows; found "
+                f"{self.context_size}"
+            )
+        return found
+
+    def world_size_problems(self, world_size: int) -> list[str]:
+        found = super().world_size_problems(world_size)
+        tp, cp = self.tensor_model_parallel_size or 1, self.context_size
+        if cp > 1 and world_size % tp == 0 and world_size % (tp * cp):
+            found.append(
+                f"{flag_of('context_parallel_size')}: expected a divisor of {world_size // tp}, the {world_size} "
+                f"processes started over {flag_of('tensor_model_parallel_size')} {tp}; found {cp}"
+            )
+        return found

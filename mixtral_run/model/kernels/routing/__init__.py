@@ -1,0 +1,1 @@
+"""The router: its choice of experts, and the gradient of their probabilities."""

@@ -1,0 +1,115 @@
+"""What the planner counts for: a training job, one layout of it, and the memory of its fullest GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
+from mixtral_run.config.launch import layout_name
+from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A split of the model and of rows over ranks, with its recomputation."""
+
+    tensor_model_parallel_size: int
+    expert_model_parallel_size: int
+    recompute: str
+    context_parallel_size: int = 1
+
+    def __str__(self) -> str:
+        return layout_name(self.tensor_model_parallel_size, self.expert_model_parallel_size, self.context_parallel_size)
+
+    @property
+    def ranks_of_a_row(self) -> int:
+        """Ranks that split the tokens of a row."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
+
+    def flags(self) -> str:
+        context = f"--context-parallel-size {self.context_parallel_size} " if self.context_parallel_size > 1 else ""
+        return (
+            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} {context}"
+            f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The model that is trained, the batch, and the GPUs.
+
+    Attributes:
+        rows_per_sample: rows of a sample of the micro batch: two for a pair of answers.
+        weight_bytes: bytes per weight of the base without its experts.
+        expert_bytes: bytes per expert weight.
+        compute_capability: of the GPUs.
+        kernels: the value of --kernels.
+        cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
+        peer_access: True if GPUs of one host may read rows from each other (model/dispatch/symmetric_memory.py), for
+            which buffers have a capacity of twice the mean number of rows.
+        context_parallel_size: ranks that share each row; None if the planner may choose more than one where nothing
+            fits otherwise.
+        has_validation: True if a validation set is evaluated between iterations (train/validation.py).
+    """
+
+    architecture: MixtralArchitecture = MIXTRAL_8X7B
+    gpus: int = 8
+    seq_length: int = 512
+    micro_batch_size: int = 1
+    rows_per_sample: int = 1
+    lora_rank: int = 16
+    lora_rank_experts: int | None = None
+    init_lora: str = "default"
+    train_also: tuple[str, ...] = ()
+    expert_adapters: str = "each"
+    lora_dropout: float = 0.0
+    lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
+    weight_bytes: int = 2
+    expert_bytes: float = 2
+    gpus_per_host: int = GPUS_PER_HOST
+    compute_capability: tuple[int, int] = HOPPER
+    kernels: str = "auto"
+    cuda_graphs: bool = True
+    peer_access: bool = True
+    has_validation: bool = False
+    context_parallel_size: int | None = None
+
+    @property
+    def fused_experts(self) -> bool:
+        """True if both layers of the experts are one step of the backward pass (model/adapters/lora_experts.py)."""
+        return {"linear_fc1", "linear_fc2"} <= set(self.lora_target_modules) and self.lora_dropout == 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro batch."""
+        return self.micro_batch_size * self.rows_per_sample
+
+    def tokens(self, layout: Layout) -> int:
+        """Return the tokens of one micro batch that a rank has between the layers without TP: its part of the rows."""
+        return self.seq_length * self.rows // layout.context_parallel_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU, by part."""
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    context: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(dataclasses.astuple(self)))
+
+    @property
+    def allocated(self) -> float:
+        """The bytes that torch counts: all but the context, which the driver and NCCL hold."""
+        return self.total - self.context

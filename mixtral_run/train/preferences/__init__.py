@@ -1,0 +1,1 @@
+"""Training on preferences: losses, the reference's log-probabilities, and how the step takes both."""

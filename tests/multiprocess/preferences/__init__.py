@@ -1,0 +1,1 @@
+"""Training with real process groups: layouts, data, resume, quantized experts."""

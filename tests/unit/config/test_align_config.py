@@ -1,0 +1,86 @@
+"""Settings of `align` that do not fit its method, and what it counts as a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.config.data import CheckConfig
+from mixtral_run.config.verbs.align import AlignConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.planner.choose import workload_of
+from mixtral_run.planner.table import PlanConfig, planned_gpu
+from mixtral_run.planner.table import workload_of as planned_workload
+from mixtral_run.planner.workload import Layout
+from mixtral_run.train.preflight import _check_continues
+from mixtral_run.weights.manifest.describe import BaseDescription
+from tests.multiprocess.conftest import SMALL
+
+LAYOUT = Layout(1, 1, "none")
+
+
+def config_of(method: str = "dpo", **settings: Any) -> AlignConfig:
+    settings = {"data_path": ("pairs.jsonl",)} | settings
+    return AlignConfig(load=Path("base"), save=Path("save"), method=method, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"method": "kto", "loss_type": "ipo"}, "--loss-type: expected --method dpo with it; found --method kto"),
+        ({"method": "orpo", "label_smoothing": 0.1}, "--label-smoothing: expected --method dpo or simpo with it"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "--label-smoothing: expected --loss-type sigmoid"),
+        ({"label_smoothing": 0.5}, "--label-smoothing: expected less than 0.5"),
+        ({"simpo_gamma": 1.0}, "--simpo-gamma: expected --method simpo"),
+        ({"desirable_weight": 2.0}, "--desirable-weight: expected --method kto"),
+        ({"undesirable_weight": 2.0}, "--undesirable-weight: expected --method kto"),
+        ({"data_format": "unpaired"}, "--data-format unpaired: expected --method kto"),
+        ({"method": "simpo", "reference": "base"}, "--reference: expected --method dpo or kto"),
+        ({"method": "kto", "pack": True}, "--pack: expected --method dpo, orpo or simpo"),
+        ({"method": "ppo"}, "--method: expected one of dpo, kto, orpo, simpo; found ppo"),
+        ({"cuda_graphs": True}, "--cuda-graphs: align does not capture its passes"),
+        ({"data_path": ()}, "--data-path FILE: expected training data; found none"),
+        ({"beta": 0.0}, "--beta: expected more than 0"),
+        ({"field": ("response=x",)}, "--field: expected NAME=KEY with a NAME of prompt, chosen, rejected"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], problem: str) -> None:
+    (found,) = config_of(**settings).problems()
+    assert found.startswith(problem)
+
+
+def test_defaults_and_fields() -> None:
+    assert [config_of(method).reward_factor for method in ("dpo", "kto", "orpo", "simpo")] == [0.1, 0.1, 0.1, 2.0]
+    assert not config_of(field=("chosen=good", "rejected=bad"), lr_scheduler="constant").problems()
+    assert CheckConfig(data_path=("x",), method="kto", field=("label=good",)).problems() == []
+    mock = AlignConfig(load=Path("base"), save=Path("save"), mock_data=True, method="dpo").problems()
+    assert mock == ["--mock-data: expected --data-path; random tokens have no preferences"]
+
+
+@pytest.mark.parametrize(("method", "pack", "rows"), [("dpo", False, 2), ("dpo", True, 1), ("kto", False, 1)])
+def test_the_memory_of_a_pair_is_that_of_two_rows(method: str, pack: bool, rows: int) -> None:
+    base = BaseDescription(Path("base"), SMALL, "bfloat16", "")
+    found = workload_of(config_of(method, pack=pack, micro_batch_size=3), base, 1, (9, 0))
+    supervised = FinetuneConfig(load=Path("base"), save=Path("save"), mock_data=True, micro_batch_size=3)
+    assert found.tokens(LAYOUT) == 3 * rows * 512
+    assert workload_of(supervised, base, 1, (9, 0)).tokens(LAYOUT) == 3 * 512
+    assert not found.cuda_graphs
+    if not pack:
+        plan = PlanConfig(method=method, micro_batch_size=3)
+        assert planned_workload(plan, planned_gpu(plan)).tokens(LAYOUT) == 3 * rows * 512
+
+
+def test_a_run_continues_with_its_own_loss_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        folder, training = Path("save/iter_0000002"), {"method": "dpo"}
+
+    monkeypatch.setattr("mixtral_run.train.preflight.check_adapter_fits", lambda *_: None)
+    base: Any = None
+    finetune = FinetuneConfig(load=Path("base"), save=Path("save"), mock_data=True)
+    for config, found in ((config_of("orpo"), "align --method orpo"), (finetune, "finetune")):
+        with pytest.raises(ConfigError) as caught:
+            _check_continues(config, base, Adapter())  # type: ignore[arg-type]
+        assert (caught.value.expected, caught.value.found) == ("align --method dpo", found)
