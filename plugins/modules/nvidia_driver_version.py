@@ -87,8 +87,10 @@ def _deferred(module, version):
     params, loaded = module.params, gpu_driver.kernel_driver()
     if not loaded or loaded == version or "*" in version or params["change_when_busy"]:
         return False
-    busy = engine_use.why_busy() or driver_parts.why_held() or driver_load.in_use()
-    if not busy and (params["reload"] or params["reboot"] != "ask"):
+    # The services of the driver hold its modules too, and they are stopped for the change.
+    held = driver_load.in_use(without=driver_load.HELD_BY_SERVICES)
+    busy = engine_use.why_busy() or driver_parts.why_held() or held
+    if not busy and (params["reload"] or params["reboot"] == "when_idle"):
         return False
     why = busy or "the loaded module may not be replaced (nvidia_driver_reload is false)"
     if params["reboot"] == "ask" and not module.check_mode:
@@ -98,12 +100,15 @@ def _deferred(module, version):
                 where=params["host"],
                 expected="no container, and no program on the GPUs",
                 found=why,
-                next_step="end it and run again, or `mixtral-run bootstrap HOST --tags nvidia_driver -e nvidia_driver_reboot="
-                "when_idle`, which changes the driver when the host is idle, and reboots it if need be",
+                next_step="end it and run again, or `mixtral-run bootstrap {} --tags nvidia_driver -e nvidia_driver_reboot="
+                "when_idle`, which changes the driver when the host is idle, and reboots it if need be".format(
+                    params["host"]
+                ),
             )
         )
-    words = "{}: driver {} waits to replace {}: {}. A later run does it when the host is idle"
-    module.warn(words.format(params["host"], version, loaded, why))
+    when = "when the host is idle" if busy else "with nvidia_driver_reload: true or nvidia_driver_reboot: when_idle"
+    words = "{}: driver {} waits to replace {}: {}. A later run does it {}"
+    module.warn(words.format(params["host"], version, loaded, why, when))
     return True
 
 

@@ -121,9 +121,10 @@ GATE = {
     "a container, asked": ("580.1", "1 container running", "", "", True, "ask", "fails"),
     "a container": ("580.1", "1 container running", "", "", True, "when_idle", "waits"),
     "a program": ("580.1", "", "programs hold the GPUs: python3 (10)", "", True, "never", "waits"),
-    "a module in use": ("580.1", "", "", "the module nvidia_uvm is in use (2 times)", True, "when_idle", "waits"),
+    "a module in use": ("580.1", "", "", "the module nvidia_drm is in use (2 times)", True, "when_idle", "waits"),
     "only a reboot can do it, asked": ("580.1", "", "", "", False, "ask", "fails"),
     "only a reboot can do it": ("580.1", "", "", "", False, "when_idle", "installs"),
+    "nothing may do it": ("580.1", "", "", "", False, "never", "waits"),
 }
 
 
@@ -137,11 +138,15 @@ def test_a_version_is_not_changed_under_a_loaded_module_that_stays(
     monkeypatch.setattr(VERSION.gpu_driver, "kernel_driver", lambda: loaded)
     monkeypatch.setattr(VERSION.engine_use, "why_busy", lambda: containers)
     monkeypatch.setattr(VERSION.driver_parts, "why_held", lambda: programs_)
-    monkeypatch.setattr(VERSION.driver_load, "in_use", lambda: refcnt)
+    in_use = {VERSION.driver_load.HELD_BY_SERVICES: refcnt, (): refcnt or "the services' modules are in use"}
+    monkeypatch.setattr(VERSION.driver_load, "in_use", lambda without=(): in_use[without])
     found = version(reload=reload, reboot=mode, host="gpu-01")
     assert (bool(found.get("failed")), bool(found.get("deferred"))) == (end == "fails", end == "waits")
     if end == "fails":
-        assert "nothing was changed" in found["msg"] and "nvidia_driver_reboot=when_idle" in found["msg"]
+        assert (
+            "nothing was changed" in found["msg"]
+            and "bootstrap gpu-01 --tags nvidia_driver -e nvidia_driver_reboot=when_idle" in found["msg"]
+        )
     assert bool(warnings) == (end == "waits")
     if end != "installs":
         assert (containers or programs_ or refcnt or "nvidia_driver_reload") in "".join([*warnings, str(found)])
@@ -163,6 +168,11 @@ def test_modules_that_stand_on_another_are_no_use_of_it(tmp_path: Path) -> None:
     assert VERSION.driver_load.in_use(str(tmp_path)) == "the module nvidia is in use (3 times)"
     module("nvidia_uvm", "1")
     assert "nvidia_uvm is in use (1 times)" in VERSION.driver_load.in_use(str(tmp_path))
+    # The persistence daemon and the fabric manager use these too, and are stopped for a change.
+    services = VERSION.driver_load.HELD_BY_SERVICES
+    assert VERSION.driver_load.in_use(str(tmp_path), services) == ""
+    module("nvidia_drm", "1")
+    assert "nvidia_drm" in VERSION.driver_load.in_use(str(tmp_path), services)
 
 
 def test_check_mode_before_the_repository_is_known(version, programs: Programs) -> None:  # noqa: F811
