@@ -65,6 +65,26 @@ def test_what_cannot_be_installed_is_refused_in_words(plan) -> None:
     assert found["failed"] and "where:    gpu-01" in found["msg"] and "nothing was changed" in found["msg"]
 
 
+def test_a_board_whose_switches_are_not_seen_keeps_its_fabric_manager(
+    plan,
+    programs: Programs,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.warn", lambda _self, text: warnings.append(text))
+    monkeypatch.setattr(PLAN.gpu_driver, "nvswitch", lambda: None)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/packages.json").write_text('{"nvidia_driver": ["nvidia-fabricmanager"]}')
+    programs.put("dpkg-query", "echo 'nvidia-fabricmanager 580.1 installed hold'")
+    assert "nvidia-fabricmanager" in plan(board="auto")["versioned"] and "nvidia_driver_board: pcie" in warnings[0]
+    assert "nvidia-fabricmanager" not in plan(board="pcie")["versioned"] and len(warnings) == 1
+
+
+def test_a_branch_in_another_form_is_refused_in_words(plan) -> None:
+    assert "'R580'" in plan(branch="R580")["msg"] and "nothing was changed" in plan(version="580-server")["msg"]
+
+
 MADISON = (
     'case "$*" in *nvidia-open*) echo "nvidia-open | 595.71.05-1ubuntu1 | mirror"',
     'echo "nvidia-open | 595.91.07-1 | mirror"; echo "nvidia-fabricmanager | 595.71.05-2 | mirror" ;; esac',
