@@ -114,7 +114,11 @@ def test_all_packages_get_the_newest_version_that_they_share(version, programs: 
     assert any("update" in call for call in programs.calls("apt-get"))
 
 
-def test_what_is_installed_stays_and_apt_is_not_asked(version, programs: Programs) -> None:  # noqa: F811
+def test_what_is_installed_stays_and_only_the_kits_lock_goes(
+    version,
+    programs: Programs,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     rows = (
         "nvidia-open 595.45.01-1",
         "nvidia-fabricmanager 595.45.01-2",
@@ -124,6 +128,10 @@ def test_what_is_installed_stays_and_apt_is_not_asked(version, programs: Program
     found = version()
     assert (found["version"], found["refreshed"], found["other_pinning"]) == ("595.45.01", False, [])
     assert not programs.calls("apt-get")
+    refused = version(wanted="595.71.05")
+    assert refused["failed"] and "apt-get remove nvidia-driver-pinning-595.45.01" in refused["msg"]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/packages.json").write_text('{"nvidia_driver": ["nvidia-driver-pinning-595.45.01"]}')
     found = version(wanted="595.71.05")
     assert (found["version"], found["other_pinning"]) == ("595.71.05", ["nvidia-driver-pinning-595.45.01"])
 
