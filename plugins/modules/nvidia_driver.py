@@ -33,6 +33,7 @@ from ..module_utils.mixtral_run_host.commands import MISSING, last_lines, run
 from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
 from ..module_utils.mixtral_run_host.gpu import (
+    driver_files,
     driver_guard,
     driver_load,
     driver_parts,
@@ -60,12 +61,6 @@ UNATTENDED = "/etc/apt/apt.conf.d/52mixtral-run-nvidia-driver"
 PERSISTENCE = "/etc/systemd/system/nvidia-persistenced.service.d/mixtral-run.conf"
 NVLINK5 = "/etc/modules-load.d/mixtral-run-nvlink5.conf"
 SWITCHES = ("nvswitch", "nvlink5")
-HEAD = "# Written by mixtral-run.\n"
-BLACKLIST = """// Written by mixtral-run: these change with the driver, and not by night.
-Unattended-Upgrade::Package-Blacklist {{
-{}}};
-"""
-START = "[Service]\nExecStart=\nExecStart=/usr/bin/nvidia-persistenced --user root --persistence-mode --verbose\n"
 PERSISTENCED, FABRIC_MANAGER = "nvidia-persistenced", "nvidia-fabricmanager"
 
 
@@ -96,17 +91,11 @@ class Driver:
 
     def settings(self):
         """Write the kit's files, each with the content that the host had before in the record."""
-        patterns = "".join('    "{}";\n'.format(each) for each in self.params["unattended"])
-        texts = {
-            NOUVEAU: HEAD + "blacklist nouveau\noptions nouveau modeset=0\n",
-            UNATTENDED: BLACKLIST.format(patterns) if patterns else None,
-            PERSISTENCE: HEAD + START if self.params["persistence"] else None,
-            NVLINK5: HEAD + "mlx5_ib\nib_umad\n" if self.params["board"] == "nvlink5" else None,
-        }
         self._refuse_quotes()
-        for path, text in texts.items():
+        for path, text in zip((NOUVEAU, UNATTENDED, PERSISTENCE, NVLINK5), driver_files.texts(self.params)):
             self._put(path, text)
         self._initramfs()
+        self._tell_systemd()
 
     def _refuse_quotes(self):
         wrong = [each for each in self.params["unattended"] if '"' in each or "\n" in each]
@@ -124,17 +113,14 @@ class Driver:
         if self.check:
             return
         self.record.values.setdefault("files", {}).setdefault(path, before)
-        if path == NOUVEAU:
-            self.record.values["initramfs_due"] = True
+        due = {NOUVEAU: "initramfs_due", PERSISTENCE: "reload_due"}.get(path)
+        if due:
+            self.record.values[due] = True
         self.record.save()
         if text is None:
             self._take_back(path)
         else:
             write_text(path, text)
-        if path == PERSISTENCE:
-            run(["systemctl", "daemon-reload"])
-            if text is not None and self._is_active(PERSISTENCED):
-                run(["systemctl", "restart", PERSISTENCED])
 
     def _take_back(self, path):
         before = self.record.values["files"].pop(path)
@@ -158,6 +144,20 @@ class Driver:
             self._fail("The initramfs cannot be renewed: nouveau could hold the GPUs after a reboot.",
                        last_lines(answer, 3), "`update-initramfs -u -k all` ends with 0", "see /boot: is it full?")  # fmt: skip
         del self.record.values["initramfs_due"]
+        self.record.save()
+
+    def _tell_systemd(self):
+        """Let systemd read the settings of the persistence daemon, also if an earlier run was killed or had to wait."""
+        if self.check or not self.record.values.get("reload_due"):
+            return
+        why = driver_guard.why_reload_waits()
+        if why:
+            self._warn("{} takes effect with a later run: {}".format(PERSISTENCE, why))
+            return
+        run(["systemctl", "daemon-reload"])
+        if self.params["persistence"] and self._is_active(PERSISTENCED):
+            run(["systemctl", "restart", PERSISTENCED])
+        del self.record.values["reload_due"]
         self.record.save()
 
     def parts(self):
@@ -260,7 +260,7 @@ class Driver:
             if run(["systemctl", "is-enabled", unit]).out.strip() not in ("enabled", "static"):
                 self.record.values["enabled"] = sorted(set(self.record.values.get("enabled", [])) | {unit})
                 self.record.save()
-                self._do("enabled {}".format(unit), ["systemctl", "enable", unit])
+                self._do("enabled {}".format(unit), ["systemctl", "enable"] + driver_guard.no_reload() + [unit])
             if not self.due and not self._is_active(unit):
                 run(["systemctl", "reset-failed", unit])
                 self._do("started {}".format(unit), ["systemctl", "start", unit])
@@ -351,8 +351,8 @@ class Driver:
                 driver_guard.uncordon()
         if not may:
             self._fail("The driver is in use; nothing was changed.", busy, "no container, and no program on the GPUs",
-                       "end it and run again, or set nvidia_driver_restart_when_busy: true, which takes back the files and "
-                       "lets services and modules run until the next boot")  # fmt: skip
+                       "end it and run again, or set nvidia_driver_restart_when_busy: true, which takes back files and "
+                       "packages, and leaves the modules until the next boot")  # fmt: skip
 
     def _leave(self, busy, mine):
         """Take everything back. What runs on a busy host keeps its services and modules. mine: the modules are the kit's."""
@@ -364,13 +364,16 @@ class Driver:
                 if path == NOUVEAU:
                     self.record.values["initramfs_due"] = True
                 self._take_back(path)
-                if path == PERSISTENCE:
+                if path == PERSISTENCE and not driver_guard.why_reload_waits():
                     run(["systemctl", "daemon-reload"])
-        for key in ("files", "due"):
+        for key in ("files", "due", "reload_due"):
             self.record.values.pop(key, None)
         self._initramfs()
         for unit in self.record.values.pop("enabled", []):
-            self._do("disabled {}".format(unit), ["systemctl", "disable"] + ["--now"] * (not busy) + [unit])
+            self._do(
+                "disabled {}".format(unit),
+                ["systemctl", "disable"] + (driver_guard.no_reload() if busy else ["--now"]) + [unit],
+            )
         self.record.save()
         if mine:
             why = busy or ("" if self.check else driver_load.unload())
@@ -383,8 +386,8 @@ class Driver:
         self.module.warn("{}: {}".format(self.params["host"], words))
 
     def _fail(self, what, found, expected, step):
-        where, step = self.params["host"], step + self._cordon_stays()
-        self.module.fail_json(msg=explain(what, where=where, expected=expected, found=found, next_step=step))
+        parts = {"where": self.params["host"], "found": found, "expected": expected}
+        self.module.fail_json(msg=explain(what, next_step=step + self._cordon_stays(), **parts))
 
     def _cordon_stays(self):
         """Return what to do about a cordon of the role that an earlier run set and this one leaves."""

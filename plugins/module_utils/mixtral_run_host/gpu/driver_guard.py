@@ -1,14 +1,16 @@
-"""Keep jobs away from a host while its NVIDIA driver changes: the cordon, and the starts that began before it."""
+"""Keep jobs and the driver apart: the cordon, the starts that began before it, and containers that may lose their GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import stat
 import time
 
-from .. import files
+from .. import files, probe
+from ..engine import engine_use
 from ..files import read_text, remove, write_text
 
 CORDON = os.path.join(files.RECORD_FOLDER, "cordon.json")
@@ -30,6 +32,8 @@ def uncordon():
     """Take the cordon of cordon() back, and not that of somebody else."""
     if is_cordoned():
         remove(CORDON)
+        with contextlib.suppress(OSError):  # it holds records, or models
+            os.rmdir(os.path.dirname(CORDON))
 
 
 def is_cordoned():
@@ -67,6 +71,23 @@ def wait_for_starts(seconds=START_SECONDS):
                 time.sleep(0.1)
     finally:
         os.close(handle)
+
+
+def why_reload_waits():
+    """Return why systemd must not read its units anew now, or an empty text.
+
+    With systemd's cgroups, `systemctl daemon-reload`, and `enable` and `disable` with it, set the devices of containers
+    back to what the engine asked for. The GPUs are not among these where the engine gets them without CDI.
+    """
+    why = engine_use.why_busy()
+    if not why or probe.cdi()["path"]:
+        return ""
+    return "`systemctl daemon-reload` takes the GPUs away from containers without CDI: {}".format(why)
+
+
+def no_reload():
+    """Return the option with which `systemctl enable` and `disable` leave the running containers their GPUs."""
+    return ["--no-reload"] if why_reload_waits() else []
 
 
 def boot_id():

@@ -29,11 +29,14 @@ class Rig:
         )  # fmt: skip
         self.busy, self.after_cordon, self.error, self.why = "", "", None, {"load": "", "reload": "", "build": ""}
         self.did: list[str] = []
+        self.cdi: str | None = None
         for name in ("NOUVEAU", "UNATTENDED", "PERSISTENCE", "NVLINK5"):
             monkeypatch.setattr(self.module, name, str(folder / name.lower() / "file"))
         load, parts, guard = self.module.driver_load, self.module.driver_parts, self.module.driver_guard
         monkeypatch.setattr(guard, "CORDON", str(folder / "cordon" / "file"))
         monkeypatch.setattr(guard, "START_LOCK", str(folder / "start.lock"))
+        monkeypatch.setattr(guard, "engine_use", types.SimpleNamespace(why_busy=self._busy))
+        monkeypatch.setattr(guard, "probe", types.SimpleNamespace(cdi=lambda: {"path": self.cdi}))
         monkeypatch.setattr(load, "MODULES", str(folder / "modules"))
         monkeypatch.setattr(load, "load", lambda _: self._do("load", loaded=self.parts.on_disk))
         monkeypatch.setattr(load, "reload", lambda *_: self._do("reload", loaded=self.parts.on_disk))
@@ -55,7 +58,7 @@ class Rig:
         return self.why[what]
 
     def _busy(self) -> str:
-        return self.after_cordon if self.cordon() else self.busy
+        return self.after_cordon if Path(self.module.driver_guard.CORDON).exists() else self.busy
 
     def cordon(self) -> dict:
         path = Path(self.module.driver_guard.CORDON)
@@ -171,6 +174,8 @@ def test_after_the_reboot_the_host_is_uncordoned_and_somebody_elses_cordon_stays
     assert rig.cordon()
     rig.parts = rig.parts._replace(loaded=NEW)
     assert not rig(rebooted=True).get("failed") and not rig.cordon()
+    assert not Path(rig.module.driver_guard.CORDON).parent.exists()
+    Path(rig.module.driver_guard.CORDON).parent.mkdir()
     Path(rig.module.driver_guard.CORDON).write_text(json.dumps({"reason": "cable", "by": "ann@desk", "at": "2026"}))
     rig(rebooted=True)
     assert rig.cordon()["by"] == "ann@desk"
@@ -215,7 +220,7 @@ def test_a_host_on_which_something_runs_is_not_taken_apart(rig: Rig) -> None:
     assert len(rig.programs.calls()) == calls and not rig.cordon() and Path(rig.module.NOUVEAU).read_text() == files
     assert rig(state="absent", check_mode=True)["failed"]
     assert rig(state="absent", change_when_busy=True)["changed"] and not Path(rig.module.NOUVEAU).exists()
-    assert "systemctl disable nvidia-fabricmanager" in rig.programs.calls()
+    assert "systemctl disable --no-reload nvidia-fabricmanager" in rig.programs.calls()
     assert not [call for call in rig.programs.calls() if "--now" in call or "systemctl stop" in call]
 
 
@@ -333,3 +338,23 @@ def test_the_modules_of_nvlink_5_are_loaded_before_its_fabric_manager(rig: Rig) 
 def test_a_fabric_that_is_not_trained_is_reported(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig.module.driver_load, "why_no_fabric", lambda: "GPU 0: In Progress")
     assert "GPU 0: In Progress" in rig(board="nvswitch")["msg"] and not rig(board="pcie").get("failed")
+
+
+def test_containers_without_cdi_keep_their_gpus(rig: Rig) -> None:
+    enabled = 'case "$1" in is-active) echo active ;; is-enabled) echo disabled ;; esac'
+    rig.programs.put("systemctl", enabled)
+    rig.busy = rig.after_cordon = "1 container running"
+    rig()
+    assert not rig.programs.calls("systemctl daemon-reload") and not rig.programs.calls("systemctl restart")
+    assert rig.programs.calls("systemctl enable") == ["systemctl enable --no-reload nvidia-persistenced"]
+    rig.cdi = "/etc/cdi/nvidia.yaml"
+    rig()  # what had to wait is done now, though no file changes
+    assert len(rig.programs.calls("systemctl daemon-reload")) == 1
+    assert rig.programs.calls("systemctl restart") == ["systemctl restart nvidia-persistenced"]
+    assert rig.programs.calls("systemctl enable")[-1] == "systemctl enable nvidia-persistenced"
+    rig()
+    assert len(rig.programs.calls("systemctl daemon-reload")) == 1
+    rig.cdi = None
+    assert rig(state="absent", change_when_busy=True)["changed"]
+    assert len(rig.programs.calls("systemctl daemon-reload")) == 1
+    assert rig.programs.calls("systemctl disable") == ["systemctl disable --no-reload nvidia-persistenced"]
