@@ -19,7 +19,7 @@ options:
   key_fingerprint: {description: The only fingerprint that is accepted., type: str, required: true}
   proxy: {description: Proxy for the download of the key., type: str}
   no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
-  state: {description: "C(absent) removes the source and the key, or restores the files that existed before.", type: str, choices: [present, absent], default: present}
+  state: {description: "C(absent) removes the source and the key, or restores the files that existed before, and those that were disabled.", type: str, choices: [present, absent], default: present}
 """
 
 import glob
@@ -80,8 +80,7 @@ def act(module):
         _remember(record, params["name"], [key] * (key_text is not None) + [source] * (before != wanted))
         if key_text is not None:
             write_text(key, key_text)
-        for path, text in rivals.items():
-            rewrite(path, text)
+        _switch_off(record, params["name"], rivals)
         if before != wanted:
             write_text(source, wanted)
     header = {"before_header": source, "after_header": source}
@@ -100,16 +99,45 @@ def _remember(record, name, paths):
     record.save()
 
 
+def _switch_off(record, name, rivals):
+    """Rewrite the source files of others, and record their text, so that `absent` can switch them on again."""
+    for path, text in rivals.items():
+        now, known = read_text(path), record.values.setdefault(_off(name), {}).get(path, {})
+        before = known["before"] if known.get("after") == now else now
+        record.values[_off(name)][path] = {"before": before, "after": text}
+        record.save()
+        rewrite(path, text)
+
+
+def _off(name):
+    """Return the key of the record for the sources of others that were switched off."""
+    return name + "_switched_off"
+
+
+def _switch_on(module, rivals):
+    """Give back the source files of others, except those that somebody has changed since."""
+    for path, texts in sorted(rivals.items()):
+        now = read_text(path)
+        if now == texts["after"]:
+            rewrite(path, texts["before"])
+        elif now not in (None, texts["before"]):
+            module.warn(
+                "{} was changed after the kit switched entries off in it, and is left as it is: look for the comments that "
+                "name mixtral-run".format(path)
+            )
+
+
 def _absent(module, record):
-    theirs = record.values.pop(module.params["name"], {})
+    theirs, rivals = record.values.pop(module.params["name"], {}), record.values.pop(_off(module.params["name"]), {})
     if not module.check_mode:
+        _switch_on(module, rivals)
         for path, text in theirs.items():
             if text is None:
                 remove(path)
             else:
                 rewrite(path, text)
         record.save()
-    module.exit_json(changed=bool(theirs))
+    module.exit_json(changed=bool(theirs or rivals))
 
 
 def _need_repository(module, uri, suite, arch):

@@ -21,19 +21,26 @@ options:
   reload: {description: Replace loaded modules without a reboot if nothing uses them., type: bool, default: true}
   reboot: {description: What to do about a reboot that is due., type: str, choices: [never, when_idle, ask], default: ask}
   rebooted: {description: True after the reboot., type: bool, default: false}
+  change_when_busy: {description: Take the settings back even while something runs. Its services and modules stay., type: bool, default: false}
   state: {description: C(absent) takes back what was changed., type: str, choices: [present, absent], default: present}
 """
 
 import contextlib
-import json
 import os
-import time
 
-from ..module_utils.mixtral_run_host import files, probe
+from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import MISSING, last_lines, run
 from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, write_text
-from ..module_utils.mixtral_run_host.gpu import driver_load, driver_parts, driver_plan, driver_states, gpu_driver
+from ..module_utils.mixtral_run_host.gpu import (
+    driver_files,
+    driver_guard,
+    driver_load,
+    driver_parts,
+    driver_plan,
+    driver_states,
+    gpu_driver,
+)
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
@@ -45,6 +52,7 @@ OPTIONS = {
     "reload": {"type": "bool", "default": True},
     "reboot": {"type": "str", "choices": ["never", "when_idle", "ask"], "default": "ask"},
     "rebooted": {"type": "bool", "default": False},
+    "change_when_busy": {"type": "bool", "default": False},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
 
@@ -53,10 +61,7 @@ UNATTENDED = "/etc/apt/apt.conf.d/52mixtral-run-nvidia-driver"
 PERSISTENCE = "/etc/systemd/system/nvidia-persistenced.service.d/mixtral-run.conf"
 NVLINK5 = "/etc/modules-load.d/mixtral-run-nvlink5.conf"
 SWITCHES = ("nvswitch", "nvlink5")
-HEAD = "# Written by mixtral-run.\n"
 PERSISTENCED, FABRIC_MANAGER = "nvidia-persistenced", "nvidia-fabricmanager"
-CORDON = os.path.join(files.RECORD_FOLDER, "cordon.json")
-CORDONED_BY = "mixtral-run, role nvidia_driver"
 
 
 def main():
@@ -86,23 +91,11 @@ class Driver:
 
     def settings(self):
         """Write the kit's files, each with the content that the host had before in the record."""
-        start = "/usr/bin/nvidia-persistenced --user root --persistence-mode --verbose"
-        patterns = "".join('    "{}";\n'.format(each) for each in self.params["unattended"])
-        texts = {
-            NOUVEAU: HEAD + "blacklist nouveau\noptions nouveau modeset=0\n",
-            UNATTENDED: "// Written by mixtral-run: these change with the driver, and not by night.\n"
-            "Unattended-Upgrade::Package-Blacklist {\n" + patterns + "};\n"
-            if patterns
-            else None,
-            PERSISTENCE: HEAD + "[Service]\nExecStart=\nExecStart=" + start + "\n"
-            if self.params["persistence"]
-            else None,
-            NVLINK5: HEAD + "mlx5_ib\nib_umad\n" if self.params["board"] == "nvlink5" else None,
-        }
         self._refuse_quotes()
-        for path, text in texts.items():
+        for path, text in zip((NOUVEAU, UNATTENDED, PERSISTENCE, NVLINK5), driver_files.texts(self.params)):
             self._put(path, text)
         self._initramfs()
+        self._tell_systemd()
 
     def _refuse_quotes(self):
         wrong = [each for each in self.params["unattended"] if '"' in each or "\n" in each]
@@ -120,17 +113,14 @@ class Driver:
         if self.check:
             return
         self.record.values.setdefault("files", {}).setdefault(path, before)
-        if path == NOUVEAU:
-            self.record.values["initramfs_due"] = True
+        due = {NOUVEAU: "initramfs_due", PERSISTENCE: "reload_due"}.get(path)
+        if due:
+            self.record.values[due] = True
         self.record.save()
         if text is None:
             self._take_back(path)
         else:
             write_text(path, text)
-        if path == PERSISTENCE:
-            run(["systemctl", "daemon-reload"])
-            if text is not None and self._is_active(PERSISTENCED):
-                run(["systemctl", "restart", PERSISTENCED])
 
     def _take_back(self, path):
         before = self.record.values["files"].pop(path)
@@ -156,6 +146,20 @@ class Driver:
         del self.record.values["initramfs_due"]
         self.record.save()
 
+    def _tell_systemd(self):
+        """Let systemd read the settings of the persistence daemon, also if an earlier run was killed or had to wait."""
+        if self.check or not self.record.values.get("reload_due"):
+            return
+        why = driver_guard.why_reload_waits()
+        if why:
+            self._warn("{} takes effect with a later run: {}".format(PERSISTENCE, why))
+            return
+        run(["systemctl", "daemon-reload"])
+        if self.params["persistence"] and self._is_active(PERSISTENCED):
+            run(["systemctl", "restart", PERSISTENCED])
+        del self.record.values["reload_due"]
+        self.record.save()
+
     def parts(self):
         """Read the parts of the driver anew."""
         return driver_parts.parts(self.params["board"] in SWITCHES, self.params["target"])
@@ -174,7 +178,7 @@ class Driver:
             if self.check:
                 self.done.append("would build the modules for kernel {}".format(release))
                 continue
-            why = driver_load.build(release)
+            why = driver_load.build(release, parts.library)
             if why:
                 self._fail("The driver's kernel modules cannot be built.", why, "modules for kernel {}".format(release),
                            "install the kernel's headers (`linux-headers-{}`), or a driver that supports this kernel; the "
@@ -184,6 +188,12 @@ class Driver:
     def kernel(self):
         """Load the modules, or replace loaded ones. If that is not possible now, a reboot is due."""
         parts = self.parts()
+        demand = self.record.values.get("due")
+        if demand and demand["boot"] != driver_guard.boot_id():
+            del self.record.values["due"]
+            self.record.save()
+        elif demand and not self.due:
+            self.due = demand["why"]
         if self.due:
             return
         if not parts.loaded:
@@ -211,14 +221,17 @@ class Driver:
         if self.check:
             self.done.append("would replace module {} by {}".format(parts.loaded, parts.on_disk))
             return
-        self._cordon()
+        driver_guard.cordon()
         try:
             # A job may have started before the host was cordoned.
-            why = self.busy() or driver_load.reload(self.params["board"])
+            why = driver_guard.wait_for_starts() or self.busy() or driver_load.reload(self.params["board"], self._warn)
         finally:
-            self._uncordon()
+            driver_guard.uncordon()
         if why:
             self.due = "{}; {}".format(words, why)
+            if self.parts().loaded == parts.on_disk:  # the parts agree, so that the next run would not see it
+                self.record.values["due"] = {"boot": driver_guard.boot_id(), "why": why}
+                self.record.save()
         else:
             self.done.append("replaced module {} by {}".format(parts.loaded, parts.on_disk))
 
@@ -229,6 +242,13 @@ class Driver:
 
     def services(self):
         """Enable and start the persistence daemon, and the fabric manager of a board with switches."""
+        if self.params["board"] == "nvlink5" and not self.due:
+            loaded, why = driver_load.load_for_nvlink5(self.check)
+            self.done += ["loaded the kernel module {}".format(each) for each in loaded]
+            if why:
+                self._fail("The fabric manager of this board cannot start without its kernel modules.", why,
+                           "`modprobe -a mlx5_ib ib_umad` ends with 0", "install linux-modules-extra-{} on Ubuntu; if there "
+                           "is none, reboot into the newest kernel".format(os.uname().release))  # fmt: skip
         wanted = [PERSISTENCED] if self.params["persistence"] else []
         wanted += [FABRIC_MANAGER] if self.params["board"] in SWITCHES else []
         for unit in wanted:
@@ -240,7 +260,7 @@ class Driver:
             if run(["systemctl", "is-enabled", unit]).out.strip() not in ("enabled", "static"):
                 self.record.values["enabled"] = sorted(set(self.record.values.get("enabled", [])) | {unit})
                 self.record.save()
-                self._do("enabled {}".format(unit), ["systemctl", "enable", unit])
+                self._do("enabled {}".format(unit), ["systemctl", "enable"] + driver_guard.no_reload() + [unit])
             if not self.due and not self._is_active(unit):
                 run(["systemctl", "reset-failed", unit])
                 self._do("started {}".format(unit), ["systemctl", "start", unit])
@@ -276,19 +296,25 @@ class Driver:
             steps = [each.step for each in found] or ["look at `sudo dmesg | grep -i nvrm` on the host"]
             self._fail("The NVIDIA driver is installed and does not work.", "; ".join(words),
                        "`nvidia-smi` ends with 0", "; ".join(steps))  # fmt: skip
-        self._uncordon()
+        why = driver_load.why_no_fabric() if self.params["board"] in SWITCHES else ""
+        if why:
+            self._fail("The fabric of the GPUs is not ready: CUDA would fail with error 802.", why,
+                       "fabric.state Completed, fabric.status Success", "see /var/log/fabricmanager.log")  # fmt: skip
+        driver_guard.uncordon()
 
     def _reboot(self, found):
-        may, step = driver_states.may_reboot(found), "mixtral-run bootstrap HOST --tags nvidia_driver"
+        may = driver_states.may_reboot(found)
+        step = "mixtral-run bootstrap {} --tags nvidia_driver".format(self.params["host"])
         if self.params["rebooted"]:
             self._fail("The reboot did not bring the driver that is on disk.", self.due, "the module on disk is loaded",
                        "look at `modinfo nvidia` and `lsinitramfs /boot/initrd.img | grep nvidia`")  # fmt: skip
-        decision = driver_plan.reboot_decision(self.params["reboot"], self.due, may, self.busy())
+        busy = self.busy()
+        decision = driver_plan.reboot_decision(self.params["reboot"], self.due, may, busy)
         if decision == "now":
-            self._cordon()
-            busy = self.busy()  # a job may have started before the host was cordoned
+            driver_guard.cordon()
+            busy = driver_guard.wait_for_starts() or self.busy()  # a job may have started before the host was cordoned
             if busy:
-                self._uncordon()
+                driver_guard.uncordon()
             decision = "deferred" if busy else decision
         if decision == "blocked":
             self._fail("A reboot is due, and would leave the host without GPUs.",
@@ -297,27 +323,39 @@ class Driver:
         if decision == "ask":
             self._fail("A reboot is due before the new driver works; it was not done.", self.due,
                        "nvidia_driver_reboot: when_idle, or a reboot by hand",
-                       step + " -e nvidia_driver_reboot=when_idle reboots each host that is idle")  # fmt: skip
+                       step + " -e nvidia_driver_reboot=when_idle reboots the host when it is idle")  # fmt: skip
         if decision in ("deferred", "never"):
-            why = self.busy() if decision == "deferred" else "nvidia_driver_reboot is never"
-            words = "{}: the driver waits for a reboot ({}): {}. A later run of `{}` does it when the host is idle"
-            self.module.warn(words.format(self.params["host"], self.due, why, step))
+            why = busy if decision == "deferred" else "nvidia_driver_reboot is never"
+            step += " -e nvidia_driver_reboot=when_idle" * (decision == "never")
+            words = "the driver waits for a reboot ({}): {}. A later run of `{}` does it when the host is idle{}"
+            self._warn(words.format(self.due, why, step, self._cordon_stays()))
         self.now = decision == "now"
 
-    def _cordon(self):
-        """Keep new jobs away until the host is back. A cordon of somebody else stays as it is."""
-        if not os.path.exists(CORDON):
-            at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            values = {"reason": "the NVIDIA driver is replaced", "by": CORDONED_BY, "at": at}
-            write_text(CORDON, json.dumps(values) + "\n")
-
-    @staticmethod
-    def _uncordon():
-        if CORDONED_BY in read_text(CORDON, ""):
-            remove(CORDON)
-
     def leave(self):
-        """Take back the settings, and unload the modules if the kit installed them and nothing uses them."""
+        """Take back the settings, and unload the modules if the kit installed them and nothing uses them.
+
+        A host on which something runs is left alone before anything is changed: the services hold the fabric of its jobs.
+        """
+        mine = bool(Record("packages").values.get("nvidia_driver") and gpu_driver.kernel_driver())
+        if not (mine or self.record.values):
+            return
+        if not self.check:
+            driver_guard.cordon()
+        try:
+            busy = ("" if self.check else driver_guard.wait_for_starts()) or self.busy()
+            may = not busy or self.params["change_when_busy"]
+            if may:
+                self._leave(busy, mine)
+        finally:
+            if not self.check:
+                driver_guard.uncordon()
+        if not may:
+            self._fail("The driver is in use; nothing was changed.", busy, "no container, and no program on the GPUs",
+                       "end it and run again, or set nvidia_driver_restart_when_busy: true, which takes back files and "
+                       "packages, and leaves the modules until the next boot")  # fmt: skip
+
+    def _leave(self, busy, mine):
+        """Take everything back. What runs on a busy host keeps its services and modules. mine: the modules are the kit's."""
         for path, before in sorted(self.record.values.get("files", {}).items()):
             self.done.append("took back {}".format(path))
             header = {"before_header": path, "after_header": path}
@@ -326,23 +364,35 @@ class Driver:
                 if path == NOUVEAU:
                     self.record.values["initramfs_due"] = True
                 self._take_back(path)
-                if path == PERSISTENCE:
+                if path == PERSISTENCE and not driver_guard.why_reload_waits():
                     run(["systemctl", "daemon-reload"])
-        self.record.values.pop("files", None)
+        for key in ("files", "due", "reload_due"):
+            self.record.values.pop(key, None)
         self._initramfs()
         for unit in self.record.values.pop("enabled", []):
-            self._do("disabled {}".format(unit), ["systemctl", "disable", "--now", unit])
+            self._do(
+                "disabled {}".format(unit),
+                ["systemctl", "disable"] + (driver_guard.no_reload() if busy else ["--now"]) + [unit],
+            )
         self.record.save()
-        if Record("packages").values.get("nvidia_driver") and gpu_driver.kernel_driver():
-            self.done.append("unloaded the kernel modules")
-            if not self.check and not (not self.busy() and driver_load.unload()):
-                self.done.pop()
-                self.module.warn("{}: the NVIDIA modules are in use and stay loaded until the next reboot".format(
-                    self.params["host"]))  # fmt: skip
+        if mine:
+            why = busy or ("" if self.check else driver_load.unload())
+            if not why:
+                self.done.append("unloaded the kernel modules")
+                return
+            self._warn("the NVIDIA modules stay loaded until the next reboot: {}".format(why))
+
+    def _warn(self, words):
+        self.module.warn("{}: {}".format(self.params["host"], words))
 
     def _fail(self, what, found, expected, step):
-        where = self.params["host"]
-        self.module.fail_json(msg=explain(what, where=where, expected=expected, found=found, next_step=step))
+        parts = {"where": self.params["host"], "found": found, "expected": expected}
+        self.module.fail_json(msg=explain(what, next_step=step + self._cordon_stays(), **parts))
+
+    def _cordon_stays(self):
+        """Return what to do about a cordon of the role that an earlier run set and this one leaves."""
+        words = "; the host stays cordoned until a run finds the driver in order, or `mixtral-run uncordon {}`"
+        return words.format(self.params["host"]) if driver_guard.is_cordoned() else ""
 
 
 if __name__ == "__main__":

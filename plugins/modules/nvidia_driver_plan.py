@@ -57,7 +57,7 @@ def main():
 
 def act(module):
     params = module.params
-    host = read_host(params["board"])
+    host = read_host(params["board"], module.warn)
     try:
         plan = driver_plan.plan(host, params)
         key = _key(params, host) if plan.source == "nvidia" else {}
@@ -80,25 +80,33 @@ def act(module):
     )
 
 
-def read_host(board):
-    """Return what the plan is made of. board: "auto" or the kind of the board."""
+def read_host(board, warn):
+    """Return what the plan is made of. board: "auto" or the kind of the board. warn: what reports a board that is kept."""
     gpus, release = probe.gpus(), probe.os_release()
     pci_ids = driver_parts.pci_gpus()
+    packages = {name: version for name, (version, _) in driver_parts.packages().items()}
+    managed = bool(Record("packages").values.get("nvidia_driver"))
     if board == "auto":
         switches = {"pci": "nvswitch", "nvlink5": "nvlink5"}.get(gpu_driver.nvswitch())
-        board = switches or ("pcie" if pci_ids or gpus["gpus"] else "")
+        found = switches or ("pcie" if pci_ids or gpus["gpus"] else "")
+        board = driver_plan.kept_board(found, packages, managed)
+        if board != found:
+            warn(
+                "PCI shows no NVSwitches, and the kit installed a fabric manager: it stays (board {}). If this host has no "
+                "switches, set nvidia_driver_board: pcie".format(board)
+            )
     return driver_plan.Host(
         os_id=release["id"],
         os_version=release["version"],
         kernel=os.uname().release,
-        packages={name: version for name, (version, _) in driver_parts.packages().items()},
+        packages=packages,
         pci_ids=pci_ids,
         board=board,
         secure_boot=driver_parts.secure_boot(),
         loaded=gpu_driver.kernel_driver() or gpus["driver"],
         library=driver_parts.library_version(),
         error=gpus["error"],
-        managed=bool(Record("packages").values.get("nvidia_driver")),
+        managed=managed,
     )
 
 

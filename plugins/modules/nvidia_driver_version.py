@@ -12,6 +12,7 @@ description:
   - A change of the version leaves the loaded module behind until it is replaced, and then no program can use the GPUs. So
     while programs use them, or if the module may not be replaced, nothing is to be installed. C(deferred) is true then, and
     with C(reboot) set to C(ask) the module fails.
+  - A pinning package of another version that the kit did not install makes the module fail.
   - In check mode before the repository is known, the version is a pattern such as C(580.*).
 options:
   host: {description: Name of the host in messages., type: str, default: ""}
@@ -68,6 +69,9 @@ def act(module):
     others = [
         name for name in installed if params["pinning"] and name.startswith(params["pinning"]) and name != pinning
     ]
+    foreign = [name for name in others if name not in mine]
+    if pinning and foreign and not deferred:
+        _refuse_pinning(module, foreign, version)
     # The branch is a part of some names: packages of the former branch go in the transaction that brings the new ones.
     former = [name for name in mine if name in installed and name not in params["names"] and _is_of_driver(name)]
     module.exit_json(
@@ -87,8 +91,10 @@ def _deferred(module, version):
     params, loaded = module.params, gpu_driver.kernel_driver()
     if not loaded or loaded == version or "*" in version or params["change_when_busy"]:
         return False
-    busy = engine_use.why_busy() or driver_parts.why_held() or driver_load.in_use()
-    if not busy and (params["reload"] or params["reboot"] != "ask"):
+    # The services of the driver hold its modules too, and they are stopped for the change.
+    held = driver_load.in_use(without=driver_load.HELD_BY_SERVICES)
+    busy = engine_use.why_busy() or driver_parts.why_held() or held
+    if not busy and (params["reload"] or params["reboot"] == "when_idle"):
         return False
     why = busy or "the loaded module may not be replaced (nvidia_driver_reload is false)"
     if params["reboot"] == "ask" and not module.check_mode:
@@ -98,13 +104,29 @@ def _deferred(module, version):
                 where=params["host"],
                 expected="no container, and no program on the GPUs",
                 found=why,
-                next_step="end it and run again, or `mixtral-run bootstrap HOST --tags nvidia_driver -e nvidia_driver_reboot="
-                "when_idle`, which changes the driver when the host is idle, and reboots it if need be",
+                next_step="end it and run again, or `mixtral-run bootstrap {} --tags nvidia_driver -e nvidia_driver_reboot="
+                "when_idle`, which changes the driver when the host is idle, and reboots it if need be".format(
+                    params["host"]
+                ),
             )
         )
-    words = "{}: driver {} waits to replace {}: {}. A later run does it when the host is idle"
-    module.warn(words.format(params["host"], version, loaded, why))
+    when = "when the host is idle" if busy else "with nvidia_driver_reload: true or nvidia_driver_reboot: when_idle"
+    words = "{}: driver {} waits to replace {}: {}. A later run does it {}"
+    module.warn(words.format(params["host"], version, loaded, why, when))
     return True
+
+
+def _refuse_pinning(module, foreign, version):
+    module.fail_json(
+        msg=explain(
+            "Somebody else locked the NVIDIA driver to another version; nothing was changed.",
+            where=module.params["host"],
+            expected="no pinning package, or {}{}".format(module.params["pinning"], version),
+            found=", ".join(foreign),
+            next_step="set nvidia_driver_version to the version of that package, or remove it: `sudo apt-get remove "
+            "{}`".format(" ".join(foreign)),
+        )
+    )
 
 
 def _is_of_driver(name):

@@ -49,6 +49,7 @@ def plan(host, wishes):
     Raises:
         Refused: the host cannot get this driver.
     """
+    _refuse_forms(wishes["branch"], wishes["version"])
     wanted = wishes["version"] or wishes["branch"]
     if not host.pci_ids and not host.board and not host.managed:
         return _nothing("none", "the host has no NVIDIA GPU on PCI")
@@ -88,6 +89,41 @@ def branch_of(wanted, host):
     return int((wanted or present).split(".")[0])
 
 
+def _refuse_forms(branch, version):
+    """Refuse a branch or a version that no driver has, and a version of another branch."""
+    example = "a branch such as 580 and a version such as 580.173.02, or empty texts"
+    if branch and not re.match(r"\d+$", branch):
+        raise Refused(
+            example, "nvidia_driver_branch: {!r}".format(branch), "set the number alone, or nvidia_driver_version"
+        )
+    if version and not re.match(r"\d+(\.\d+){1,2}$", version):
+        step = "set the driver's version without a revision, as `nvidia-smi` shows it, or nvidia_driver_branch"
+        raise Refused(example, "nvidia_driver_version: {!r}".format(version), step)
+    if branch and version and not is_version(version, branch):
+        found = "nvidia_driver_version: {}, nvidia_driver_branch: {}".format(version, branch)
+        raise Refused("a version of the branch", found, "set one of them, or both alike")
+
+
+def kept_board(board, packages, managed):
+    """Return the kind of a board whose switches PCI shows, or those for which the kit installed a fabric manager.
+
+    Switches can be missing from PCI for a while: a fault, or a virtual machine in the making. The fabric manager of a
+    running host must not go because of that.
+
+    Args:
+        board: what PCI shows: "", "pcie", "nvswitch" or "nvlink5".
+        packages: names of the installed packages.
+        managed: True if the kit installed the driver.
+    """
+    if (
+        not managed
+        or board not in ("", "pcie")
+        or not any(re.match(r"nvidia-fabricmanager(-\d+)?$", each) for each in packages)
+    ):
+        return board
+    return "nvlink5" if "nvlsm" in packages else "nvswitch"
+
+
 def distribution(os_id, os_version):
     """Return the name of NVIDIA's repository for a system: ubuntu 22.04 → ubuntu2204, debian 12 → debian12."""
     return os_id + os_version.replace(".", "")
@@ -110,12 +146,19 @@ def _nothing(action, why):
 
 
 def _refuse_foreign(host, wanted):
-    """Refuse to replace a driver of somebody else that does not run, unless a version is wanted.
+    """Refuse to replace a driver of somebody else that does not run, unless another version is wanted.
 
     Refuse a driver that no package owns in any case: packages beside it would split library and module.
     """
     if host.managed:
         return
+    right = host.loaded and host.loaded == host.library and (not wanted or is_version(host.loaded, wanted))
+    if right and host.error:
+        raise Refused(
+            "a driver that runs, which would be adopted, or one of another version",
+            "driver {} is complete and does not answer: {}".format(host.loaded, host.error),
+            "repair the GPUs, not the driver: `sudo dmesg | grep -i -e nvrm -e xid`; a reboot of the idle host may do",
+        )
     owned = any(_is_driver(name) for name in host.packages)
     if owned and not wanted:
         raise Refused(
@@ -192,9 +235,25 @@ def _of_nvidia(host, branch, modules):
     if host.board == "nvlink5":
         others += ["nvlsm", "libnvsdm"] if branch >= NO_BRANCH_IN_NAMES else ["nvlink5" + suffix, "nvlsm"]
         others += ["infiniband-diags", "libibumad3"]
-        # ib_umad and mlx5_ib of Ubuntu's kernels are in a package of their own.
-        others += ["linux-modules-extra-" + host.kernel] if host.os_id == "ubuntu" else []
+        others += _modules_extra(host) if host.os_id == "ubuntu" else []
     return versioned, others
+
+
+def _modules_extra(host):
+    """Return the packages with ib_umad and mlx5_ib of Ubuntu's kernels.
+
+    The metapackage of the generic kernel brings its own; those of the clouds have one beside them. The archive soon drops
+    the package of a kernel that is no longer the newest, so that this is named only if nothing else is there.
+    """
+    own = "linux-modules-extra-" + host.kernel
+    clouds = [flavor for flavor in _flavors(host) if re.match("aws|azure|gcp|gke|oracle", flavor)]
+    return [own] if own in host.packages or not clouds else ["linux-modules-extra-" + flavor for flavor in clouds]
+
+
+def _flavors(host):
+    """Return the endings of the kernel's metapackages, such as generic, or the releases of kernels without one."""
+    endings = [name[len("linux-headers-") :] for name in headers(host)]
+    return [each for each in endings if not each[0].isdigit()] or endings or [host.kernel]
 
 
 def _of_ubuntu(host, branch, modules):
@@ -203,10 +262,9 @@ def _of_ubuntu(host, branch, modules):
     versioned = ["nvidia-headless-no-dkms-{}-server{}".format(branch, kind), "nvidia-utils-{}-server".format(branch)]
     if host.board == "nvswitch":
         versioned.append("nvidia-fabricmanager-{}".format(branch))
-    flavors = [name[len("linux-headers-") :] for name in headers(host)]
-    # A package of the running kernel's modules lets the driver be loaded before the next boot.
+    # The archive soon drops the modules of a kernel that is no longer the newest: the metapackages are always there.
     prefix = "linux-modules-nvidia-{}-server{}-".format(branch, kind)
-    return versioned, [prefix + flavor for flavor in flavors or [host.kernel]]
+    return versioned, [prefix + flavor for flavor in _flavors(host)]
 
 
 def common_version(madison, names, wanted):

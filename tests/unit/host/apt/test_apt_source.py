@@ -58,6 +58,36 @@ def test_a_source_that_is_as_wanted_is_not_the_kits(tmp_path: Path) -> None:
     assert not _call(tmp_path, state="absent")["changed"] and _files(tmp_path) == found
 
 
+def test_sources_of_others_that_were_switched_off_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.warn", lambda _self, text: warnings.append(text))
+    monkeypatch.setattr(MODULE.probe, "os_release", lambda: {"id": "debian", "version": "12", "codename": "bookworm"})
+    one, two = tmp_path / "SOURCES/old.list", tmp_path / "SOURCES/edited.list"
+    for path in (one, two):
+        path.write_text("deb https://mirror/debian bookworm main\n")
+    assert len(_call(tmp_path)["switched_off"]) == 2 and one.read_text().endswith(
+        "# deb https://mirror/debian bookworm main\n"
+    )
+    assert not _call(tmp_path)["changed"]
+    two.write_text(two.read_text() + "# by ann\n")
+    edited = two.read_text()
+    assert _call(tmp_path, state="absent")["changed"]
+    assert one.read_text() == "deb https://mirror/debian bookworm main\n" and two.read_text() == edited
+    assert len(warnings) == 1 and "edited.list was changed" in warnings[0]
+    assert not _call(tmp_path, state="absent")["changed"] and not list((tmp_path / "records").glob("*"))
+
+
+def test_a_source_that_was_switched_on_again_comes_back_as_it_was_last(tmp_path: Path) -> None:
+    path = tmp_path / "SOURCES/old.list"
+    release = MODULE.probe.os_release()["id"]
+    path.write_text(f"deb https://mirror/{release} bookworm main\n")
+    _call(tmp_path)
+    path.write_text(f"# ann\ndeb https://mirror/{release} bookworm main\n")
+    _call(tmp_path)
+    _call(tmp_path, state="absent")
+    assert path.read_text() == f"# ann\ndeb https://mirror/{release} bookworm main\n"
+
+
 def _key(name: bytes) -> tuple[bytes, str]:
     """Return an OpenPGP packet with a public key of version 4, and its fingerprint (RFC 9580, 5.5.4.2)."""
     body = b"\x04" + name

@@ -65,6 +65,26 @@ def test_what_cannot_be_installed_is_refused_in_words(plan) -> None:
     assert found["failed"] and "where:    gpu-01" in found["msg"] and "nothing was changed" in found["msg"]
 
 
+def test_a_board_whose_switches_are_not_seen_keeps_its_fabric_manager(
+    plan,
+    programs: Programs,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.warn", lambda _self, text: warnings.append(text))
+    monkeypatch.setattr(PLAN.gpu_driver, "nvswitch", lambda: None)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/packages.json").write_text('{"nvidia_driver": ["nvidia-fabricmanager"]}')
+    programs.put("dpkg-query", "echo 'nvidia-fabricmanager 580.1 installed hold'")
+    assert "nvidia-fabricmanager" in plan(board="auto")["versioned"] and "nvidia_driver_board: pcie" in warnings[0]
+    assert "nvidia-fabricmanager" not in plan(board="pcie")["versioned"] and len(warnings) == 1
+
+
+def test_a_branch_in_another_form_is_refused_in_words(plan) -> None:
+    assert "'R580'" in plan(branch="R580")["msg"] and "nothing was changed" in plan(version="580-server")["msg"]
+
+
 MADISON = (
     'case "$*" in *nvidia-open*) echo "nvidia-open | 595.71.05-1ubuntu1 | mirror"',
     'echo "nvidia-open | 595.91.07-1 | mirror"; echo "nvidia-fabricmanager | 595.71.05-2 | mirror" ;; esac',
@@ -94,7 +114,11 @@ def test_all_packages_get_the_newest_version_that_they_share(version, programs: 
     assert any("update" in call for call in programs.calls("apt-get"))
 
 
-def test_what_is_installed_stays_and_apt_is_not_asked(version, programs: Programs) -> None:  # noqa: F811
+def test_what_is_installed_stays_and_only_the_kits_lock_goes(
+    version,
+    programs: Programs,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     rows = (
         "nvidia-open 595.45.01-1",
         "nvidia-fabricmanager 595.45.01-2",
@@ -104,6 +128,10 @@ def test_what_is_installed_stays_and_apt_is_not_asked(version, programs: Program
     found = version()
     assert (found["version"], found["refreshed"], found["other_pinning"]) == ("595.45.01", False, [])
     assert not programs.calls("apt-get")
+    refused = version(wanted="595.71.05")
+    assert refused["failed"] and "apt-get remove nvidia-driver-pinning-595.45.01" in refused["msg"]
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/packages.json").write_text('{"nvidia_driver": ["nvidia-driver-pinning-595.45.01"]}')
     found = version(wanted="595.71.05")
     assert (found["version"], found["other_pinning"]) == ("595.71.05", ["nvidia-driver-pinning-595.45.01"])
 
@@ -121,9 +149,10 @@ GATE = {
     "a container, asked": ("580.1", "1 container running", "", "", True, "ask", "fails"),
     "a container": ("580.1", "1 container running", "", "", True, "when_idle", "waits"),
     "a program": ("580.1", "", "programs hold the GPUs: python3 (10)", "", True, "never", "waits"),
-    "a module in use": ("580.1", "", "", "the module nvidia_uvm is in use (2 times)", True, "when_idle", "waits"),
+    "a module in use": ("580.1", "", "", "the module nvidia_drm is in use (2 times)", True, "when_idle", "waits"),
     "only a reboot can do it, asked": ("580.1", "", "", "", False, "ask", "fails"),
     "only a reboot can do it": ("580.1", "", "", "", False, "when_idle", "installs"),
+    "nothing may do it": ("580.1", "", "", "", False, "never", "waits"),
 }
 
 
@@ -137,11 +166,15 @@ def test_a_version_is_not_changed_under_a_loaded_module_that_stays(
     monkeypatch.setattr(VERSION.gpu_driver, "kernel_driver", lambda: loaded)
     monkeypatch.setattr(VERSION.engine_use, "why_busy", lambda: containers)
     monkeypatch.setattr(VERSION.driver_parts, "why_held", lambda: programs_)
-    monkeypatch.setattr(VERSION.driver_load, "in_use", lambda: refcnt)
+    in_use = {VERSION.driver_load.HELD_BY_SERVICES: refcnt, (): refcnt or "the services' modules are in use"}
+    monkeypatch.setattr(VERSION.driver_load, "in_use", lambda without=(): in_use[without])
     found = version(reload=reload, reboot=mode, host="gpu-01")
     assert (bool(found.get("failed")), bool(found.get("deferred"))) == (end == "fails", end == "waits")
     if end == "fails":
-        assert "nothing was changed" in found["msg"] and "nvidia_driver_reboot=when_idle" in found["msg"]
+        assert (
+            "nothing was changed" in found["msg"]
+            and "bootstrap gpu-01 --tags nvidia_driver -e nvidia_driver_reboot=when_idle" in found["msg"]
+        )
     assert bool(warnings) == (end == "waits")
     if end != "installs":
         assert (containers or programs_ or refcnt or "nvidia_driver_reload") in "".join([*warnings, str(found)])
@@ -163,6 +196,11 @@ def test_modules_that_stand_on_another_are_no_use_of_it(tmp_path: Path) -> None:
     assert VERSION.driver_load.in_use(str(tmp_path)) == "the module nvidia is in use (3 times)"
     module("nvidia_uvm", "1")
     assert "nvidia_uvm is in use (1 times)" in VERSION.driver_load.in_use(str(tmp_path))
+    # The persistence daemon and the fabric manager use these too, and are stopped for a change.
+    services = VERSION.driver_load.HELD_BY_SERVICES
+    assert VERSION.driver_load.in_use(str(tmp_path), services) == ""
+    module("nvidia_drm", "1")
+    assert "nvidia_drm" in VERSION.driver_load.in_use(str(tmp_path), services)
 
 
 def test_check_mode_before_the_repository_is_known(version, programs: Programs) -> None:  # noqa: F811

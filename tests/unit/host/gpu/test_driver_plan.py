@@ -63,6 +63,34 @@ PACKAGES = {
         ],
         "",
     ),
+    "Ubuntu's archive, which drops the modules of older kernels": (
+        UBUNTU._replace(
+            secure_boot=True, board="pcie",
+            packages=dict.fromkeys(["linux-image-generic", "linux-image-6.8.0-45-generic"], "1"),
+        ), {},
+        [
+            "nvidia-headless-no-dkms-580-server-open", "nvidia-utils-580-server",
+            "linux-modules-nvidia-580-server-open-generic",
+        ],
+        "",
+    ),
+    "Ubuntu's archive and a kernel without a metapackage": (
+        UBUNTU._replace(secure_boot=True, board="pcie", packages={"linux-image-6.8.0-45-generic": "1"}), {},
+        [
+            "nvidia-headless-no-dkms-580-server-open", "nvidia-utils-580-server",
+            "linux-modules-nvidia-580-server-open-6.8.0-45-generic",
+        ],
+        "",
+    ),
+    "Ubuntu, HGX B200 in a cloud": (
+        UBUNTU._replace(pci_ids=[B200], board="nvlink5", kernel="6.8.0-1-aws", packages={"linux-image-aws": "1"}),
+        {"branch": "595"},
+        [
+            "nvidia-open", "nvidia-fabricmanager", "nvlsm", "libnvsdm", "infiniband-diags", "libibumad3",
+            "linux-modules-extra-aws", "linux-headers-aws",
+        ],
+        "nvidia-driver-pinning-",
+    ),
     "Secure Boot with the site's own key": (
         UBUNTU._replace(secure_boot=True, board="pcie"), {"own_keys": True},
         ["nvidia-open-580", "linux-headers-generic"], "nvidia-driver-pinning-",
@@ -96,6 +124,13 @@ STAYS = {
     "a branch for such a host": ({}, {"gpus_wanted": False, "branch": "580"}, "install"),
     "one of another branch": ({**RUNS, "packages": {"nvidia-open-570": "570.10.1-1"}}, {"branch": "580"}, "install"),
     "the kit's own": ({**RUNS, "managed": True}, {}, "install"),
+    "a sick GPU under the kit's own": ({**RUNS, "managed": True, "error": "sick"}, {}, "install"),
+    "a sick GPU under another branch": (
+        {**RUNS, "error": "sick", "packages": {"nvidia-open-570": "570.10.1-1"}},
+        {"branch": "580"},
+        "install",
+    ),
+    "a version of the branch": ({}, {"branch": "580", "version": "580.95.05"}, "install"),
 }
 
 
@@ -110,7 +145,21 @@ def test_the_kits_driver_stays_in_its_branch() -> None:
     assert plan(host).versioned == ["nvidia-open-570", "nvidia-fabricmanager-570"]
 
 
+ANOTHER_IS_OWNED = {"packages": {"nvidia-open-570": "570.10.1-1"}}
 REFUSED = {
+    "a branch with a letter": (UBUNTU, {"branch": "R580"}, "'R580'"),
+    "a branch as in the names of packages": (UBUNTU, {"branch": "580-server"}, "'580-server'"),
+    "a version as a branch": (UBUNTU, {"branch": "580.95.05"}, "'580.95.05'"),
+    "a version with a revision": (UBUNTU, {"version": "580.95.05-1ubuntu1"}, "'580.95.05-1ubuntu1'"),
+    "a branch as a version": (UBUNTU, {"version": "580"}, "'580'"),
+    "a version of another branch": (UBUNTU, {"version": "570.133.20", "branch": "580"}, "570.133.20"),
+    "a sick GPU under the wanted branch": (
+        UBUNTU._replace(**{**RUNS, "error": "Unable to determine the device handle"}, **ANOTHER_IS_OWNED),
+        {"branch": "570"}, "device handle",
+    ),
+    "a sick GPU under a driver of the .run installer": (
+        UBUNTU._replace(**{**RUNS, "error": "Unable to determine the device handle"}), {}, "is complete",
+    ),
     "Secure Boot on Debian": (DEBIAN._replace(secure_boot=True), {}, "unsigned modules"),
     "Secure Boot and NVLink 5": (UBUNTU._replace(secure_boot=True, board="nvlink5"), {}, "unsigned modules"),
     "Ubuntu 20.04": (UBUNTU._replace(os_version="20.04"), {}, "Ubuntu 20.04"),
@@ -185,3 +234,23 @@ def test_the_newest_version_that_all_packages_have(wanted: str, version: str | N
 )
 def test_when_a_reboot_is_done(mode: str, due: str, may: bool, busy: str, decision: str) -> None:
     assert driver_plan.reboot_decision(mode, due, may, busy) == decision
+
+
+FABRIC = ["nvidia-fabricmanager", "nvidia-open"]
+
+
+@pytest.mark.parametrize(
+    ("board", "packages", "managed", "kept"),
+    [
+        ("pcie", [*FABRIC, "nvlsm"], True, "nvlink5"),
+        ("", FABRIC, True, "nvswitch"),
+        ("pcie", ["nvidia-fabricmanager-570"], True, "nvswitch"),
+        ("pcie", ["nvidia-open", "nvlsm", "nvidia-fabricmanager-dev"], True, "pcie"),
+        ("pcie", FABRIC, False, "pcie"),
+        ("nvlink5", FABRIC, True, "nvlink5"),
+    ],
+)
+def test_a_board_that_is_misread_keeps_its_fabric_manager(
+    board: str, packages: list[str], managed: bool, kept: str
+) -> None:
+    assert driver_plan.kept_board(board, packages, managed) == kept
