@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,33 @@ def test_folders_that_others_use_are_never_removed_with_what_is_in_them() -> Non
             module = task.get("ansible.builtin.file", {})
             removed = [module["path"], *task.get("loop", [])] if module.get("state") == "absent" else []
             assert not any("dirname" in path for path in removed)
+
+
+def test_flags_that_the_host_gives_its_exporter_are_recognized() -> None:
+    pattern = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__health_own_flags"]
+    for line in ('ARGS="--web.listen-address=:9101"', "  --collector.textfile.directory=/var/lib/x \\"):
+        assert re.search(pattern, line)
+    for line in (
+        'ARGS=""',
+        "#  --web.listen-address=:9100",
+        'ARGS="--collector.textfile"',
+        'ARGS="--web.config.file=/x"',
+    ):
+        assert not re.search(pattern, line)
+
+
+def test_services_that_were_disabled_are_remembered() -> None:
+    shown = "\n\n".join(
+        f"Id={name}\nActiveState={active}\nUnitFileState={state}\nNeedDaemonReload=no"
+        for name, active, state in (
+            ("prometheus-node-exporter.service", "active", "enabled"), ("chrony.service", "inactive", "disabled"),
+            ("nvidia-dcgm.service", "active", "disabled"), ("nvidia-dcgm-exporter.service", "inactive", ""),
+            ("mixtral-run-health.timer", "inactive", "disabled"),
+        )
+    )  # fmt: skip
+    environment = jinja2.Environment()
+    environment.filters["regex_findall"] = lambda text, pattern: re.findall(pattern, text)
+    environment.tests["search"] = lambda text, pattern: re.search(pattern, text) is not None
+    text = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__health_disabled"]
+    found = environment.from_string(text).render(__health_units_before={"stdout": shown})
+    assert found == "['chrony.service inactive', 'nvidia-dcgm.service active']"
