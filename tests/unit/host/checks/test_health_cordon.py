@@ -101,10 +101,15 @@ def test_nothing_is_asked_while_an_earlier_nvidia_smi_hangs(tmp_path: Path) -> N
     asked = watch.look(host.run, [4242])
     assert host.queries == [] and asked["gpus"] == []
     assert ("unknown", "GPUs: nvidia-smi does not answer") in {(f["level"], f["text"]) for f in asked["findings"]}
-    host.gpus = (124, "")
     calls: list[str] = []
-    watch.look(lambda *argv: calls.append(argv[0]) or host.run(*argv))
-    assert calls.count("nvidia-smi") == 1, "one that hangs is enough"
+
+    def run(*argv: str) -> tuple[int, str]:
+        calls.append(" ".join(argv[:2]).partition("=")[0])
+        return (124, "") if calls[-1] == "nvidia-smi --query-remapped-rows" else host.run(*argv)
+
+    watch.look(run)
+    smi = [call for call in calls if call.startswith("nvidia-smi")]
+    assert smi == ["nvidia-smi --query-gpu", "nvidia-smi --query-remapped-rows"], "one that hangs is enough"
     for pid, name in ((1, "nvidia-smi"), (2, "bash")):
         (tmp_path / f"{pid}").mkdir()
         (tmp_path / f"{pid}/comm").write_text(name + "\n")
