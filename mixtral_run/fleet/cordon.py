@@ -30,7 +30,7 @@ _CORDON = (
     _AS_ROOT
     + """
 $s mkdir -p -m 755 "${1%/*}" || exit
-$s sh -c 'umask 022; cat >"$1.new" && mv "$1.new" "$1"' write "$1"
+$s sh -c 'umask 022; cat >"$1.$$.new" && mv "$1.$$.new" "$1"' write "$1"
 """
 )
 _UNCORDON = _AS_ROOT + '$s rm -f "$1"'

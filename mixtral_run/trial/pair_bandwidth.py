@@ -25,7 +25,8 @@ REPEATS = 3
 ENOUGH_SECONDS = 0.5
 """Larger messages are not measured once REPEATS of one size take this long: a slow link would take minutes."""
 CONNECT_SECONDS = 90
-VIA_NETWORK = re.compile(r"via NET/(\w+)/\d+(/GDRDMA)?")
+VIA_NETWORK = re.compile(r"via NET/(\w+)/\d+(?:\(\d+\))?(/GDRDMA)?")
+"""Form of a connection. The number in parentheses is the rank whose NIC it uses, on another GPU (PXN)."""
 
 
 def transports_of(log: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import Container, JobOptions, JobSpec, container_argv, make_spec
 from mixtral_run.fleet.jobs.jobs import engine, facts_of, job_name, refuse_taken, send_files
 from mixtral_run.fleet.jobs.queue import when_free
-from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, start_argv
+from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, start_argv, start_mark
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh, terminal_argv
 
@@ -80,8 +80,8 @@ def _run_attached(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, program
     remember(host, spec.options)
     argv = start_argv(_container(spec, facts, program), spec, facts, attached=True)
     code = _call(ssh, host, spec.name, terminal_argv(host, argv, ssh.known_hosts, terminal=_has_terminal()))
-    if code in (BUSY, CORDONED):
-        # Either the program's own code, or somebody took the host in between.
+    # A program may end with these codes too, and must not run twice: without the mark somebody took the host before it.
+    if code in (BUSY, CORDONED) and ssh.run(host, ["test", "-e", start_mark(spec, facts)]).exit_code == 1:
         refuse_taken(ssh, [host], spec)
         facts_of([host], spec.options, ssh)
     return code

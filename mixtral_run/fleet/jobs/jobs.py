@@ -33,7 +33,15 @@ from mixtral_run.fleet.jobs.job_spec import (
     host_path,
     make_spec,
 )
-from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, busy_error, job_in, needs_free_host, start_argv
+from mixtral_run.fleet.jobs.taking import (
+    BUSY,
+    CORDONED,
+    OutputTakenError,
+    busy_error,
+    job_in,
+    needs_free_host,
+    start_argv,
+)
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from mixtral_run.fleet.ssh.problems import connection_error, last_line, reason_of
@@ -133,7 +141,7 @@ def job_name(verb: str) -> str:
 
 
 def refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
-    """Raise BusyError if a host runs another job that uses its GPUs, ConfigError if a job writes to the same output.
+    """Raise BusyError if a host runs another job that uses its GPUs, OutputTakenError if a job writes to its output.
 
     Jobs that start at the same moment are told apart by the script that starts them (taking.py), and by the lock that
     each of them takes in its output.
@@ -144,7 +152,7 @@ def refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
     busy = [(row.host.name, row.job) for row in rows if needs_free_host(row.verb, share=False)]
     is_busy = bool(busy) and needs_free_host(spec.verb, share=spec.options.share)
     if same and not (is_busy and spec.options.wait):
-        raise ConfigError(
+        raise OutputTakenError(
             "Another job writes to the same output.",
             where=output,
             problems=[f"{row.host.name}: {row.job} ({row.verb}), {row.state} since {row.since} UTC" for row in same],
@@ -253,12 +261,14 @@ def _write_argv(path: str) -> list[str]:
 
 
 def _forget_old(ssh: Ssh, host: Host, facts: HostFacts) -> None:
-    """Remove the containers and files of finished jobs, except for the newest."""
+    """Remove the containers and files of finished jobs, except for the newest. A container mounts its job's folder."""
     script = (
         'docker="$1"; $docker ps --all --quiet --filter status=exited --filter "label=$2" | tail -n "+$3" '
-        '| xargs -r $docker rm >/dev/null; cd "$4" && ls -1t | tail -n +50 | xargs -r rm -rf --'
+        '| xargs -r $docker rm >/dev/null; kept=$($docker ps --all --filter "label=$2" --format "$5") && cd "$4" '
+        '&& ls -1t | tail -n +50 | grep -vxF -e "$kept" | xargs -r rm -rf --'
     )
-    words = [" ".join(facts.docker), LABEL_JOB, str(KEPT_CONTAINERS + 1), facts.folder]
+    name_format = f'{{{{.Label "{LABEL_JOB}"}}}}'
+    words = [" ".join(facts.docker), LABEL_JOB, str(KEPT_CONTAINERS + 1), facts.folder, name_format]
     ssh.run(host, ["sh", "-c", script, "prune", *words])
 
 

@@ -13,7 +13,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
-from mixtral_run.fleet.jobs.taking import BusyError, busy_error, needs_free_host
+from mixtral_run.fleet.jobs.taking import BusyError, OutputTakenError, busy_error, needs_free_host
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 
@@ -86,7 +86,7 @@ def _on_any(verb: str, options: JobOptions, ssh: Ssh, say: Say, attempt: Callabl
         except BusyError as error:
             # Another operator was faster.
             busy |= dict(error.jobs)
-        except HostError as error:
+        except (HostError, OutputTakenError) as error:
             problems.append(f"{host.name}: {error.what}")
         else:
             for problem in problems:

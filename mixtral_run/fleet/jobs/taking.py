@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mixtral_run.errors import HostError
+from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.cordon import CORDON_FILE
 from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, JobSpec
@@ -26,8 +26,11 @@ BUSY, CORDONED = 75, 76
 """Exit codes of START_SCRIPT. `docker run --detach` ends with 125 to 127 if it fails."""
 
 START_SCRIPT = rf"""
-docker="$1"; cordon="$2"; lock="$3"; verbs="$4"; attached="$5"; shift 5
+docker="$1"; cordon="$2"; lock="$3"; verbs="$4"; attached="$5"; mark="$6"; shift 6
 [ -e "$lock" ] || (umask 022; set -C; : >"$lock") 2>/dev/null
+if [ -L "$lock" ] || [ ! -f "$lock" ]; then
+  echo "the lock of all starts is not a plain file; remove it: sudo rm -r $lock" >&2; exit 1
+fi
 exec 9<"$lock" || exit
 flock -w 120 9 || {{ echo "another start of a job does not end" >&2; exit {BUSY}; }}
 if [ -e "$cordon" ]; then [ -n "$attached" ] || head -c 4000 "$cordon" >&2; exit {CORDONED}; fi
@@ -41,6 +44,7 @@ if [ -n "$attached" ]; then
   while [ -d /proc/$$ ] && [ -z "$($docker ps --quiet --filter "label={LABEL_JOB}=$attached")" ]; do sleep 0.2; done \
     </dev/null >/dev/null 2>&1 &
   exec 9<&-
+  : >"$mark"
   exec "$@"
 fi
 "$@"
@@ -49,11 +53,16 @@ exit
 """Script that starts a container unless the host is cordoned or runs a job of one of the verbs.
 
 Arguments: the command for the engine; the record of a cordon; the lock; the verbs with bars between them, or nothing;
-the name of a job whose container keeps the standard streams, or nothing; and the command that starts the container.
+the name of a job whose container keeps the standard streams, or nothing; a file that is created just before such a
+container starts, or nothing; and the command that starts the container. To open a FIFO would wait without an end.
 The shell itself keeps the lock: sudo closes what it inherits. If the container keeps the streams, the command lasts as
 long as the container: another process keeps the lock until the engine lists the container, and the script prints
 nothing of its own.
 """
+
+
+class OutputTakenError(ConfigError):
+    """A job on a host writes to the output of this one. Another host may have no such job."""
 
 
 class BusyError(HostError):
@@ -65,8 +74,14 @@ class BusyError(HostError):
 def start_argv(argv: Sequence[str], spec: JobSpec, facts: HostFacts, *, attached: bool = False) -> list[str]:
     """Return the command that starts a container (argv) on a host that is free. attached: it keeps the streams."""
     verbs = "|".join(GPU_VERBS) if needs_free_host(spec.verb, share=spec.options.share) else ""
-    words = [" ".join(facts.docker), CORDON_FILE, LOCK_FILE, verbs, spec.name if attached else ""]
+    words = [" ".join(facts.docker), CORDON_FILE, LOCK_FILE, verbs]
+    words += [spec.name, start_mark(spec, facts)] if attached else ["", ""]
     return ["sh", "-c", START_SCRIPT, "start", *words, *argv]
+
+
+def start_mark(spec: JobSpec, facts: HostFacts) -> str:
+    """Return the file on a host that shows that the script got as far as to start an attached container."""
+    return f"{facts.folder}/{spec.name}/started"
 
 
 def needs_free_host(verb: str, *, share: bool) -> bool:

@@ -2,6 +2,7 @@
 """Look at the GPUs, the fabric and the kernel log of this host; write a record and metrics; cordon a bad host.
 
     health_watch.py --record FILE --cordon-file FILE [--cordon] [--metrics FILE] [--interval-seconds N]
+        [--settle-seconds N]
 
 A systemd timer starts it as root. It resets, restarts and stops nothing. A check that cannot run is unknown, never bad.
 """
@@ -16,6 +17,8 @@ import subprocess
 import tempfile
 import time
 
+from watch_metrics import NOTHING, asks_for_action, bits, is_unreadable, is_yes, metrics, number
+
 # Xid errors after which no job should start before somebody has acted, and the action that NVIDIA's catalog names.
 XID_ACTIONS = {
     "reset the GPU when the host is idle": (46, 62, 64, 95, 109, 110, 119, 120, 136, 140, 143, 155, 156, 158),
@@ -27,7 +30,6 @@ XID_ACTIONS = {
 }
 BAD_XIDS = {number: action for action, numbers in XID_ACTIONS.items() for number in numbers}
 RECOVERY_XID = 154
-HARMLESS_ACTIONS = ("None", "N/A", "[N/A]", "[Not Supported]", "")
 GPU_FIELDS = [
     "index", "uuid", "pci.bus_id", "temperature.gpu", "ecc.errors.uncorrected.volatile.total", "gpu_recovery_action",
     "fabric.state", "fabric.status", "pcie.link.width.current", "pcie.link.width.max", "clocks_event_reasons.active",
@@ -41,6 +43,8 @@ HARDWARE_SLOWDOWN = 0x8 | 0x40 | 0x80
 MAX_EVENTS, MAX_TEXT = 50, 200
 # A sick GPU keeps nvidia-smi in the kernel, where no signal ends it; the record must be written all the same.
 COMMAND_SECONDS = 60
+HUNG = []
+LEVELS = ("bad", "warn", "unknown")
 WHO = "health watch"
 
 
@@ -57,8 +61,29 @@ def run(*argv):
         output = process.communicate(timeout=COMMAND_SECONDS)[0]
     except subprocess.TimeoutExpired:
         process.kill()
+        HUNG.append(process.pid)
         return 124, ""
     return process.returncode, output.decode("utf-8", "replace")
+
+
+def still_hung(pids, proc="/proc"):
+    """Return those of the processes that a look could not end and that still are nvidia-smi."""
+    return [pid for pid in pids if isinstance(pid, int) and _text(f"{proc}/{pid}/comm") == "nvidia-smi"]
+
+
+def one_that_hangs_is_enough(run, hung):
+    """Return `run`, which no longer starts nvidia-smi once one of them does not answer. hung: one does not already."""
+    silent = bool(hung)
+
+    def ask(*argv):
+        nonlocal silent
+        if argv[0] == "nvidia-smi" and silent:
+            return 124, ""
+        code, text = run(*argv)
+        silent = silent or (argv[0] == "nvidia-smi" and code == 124)
+        return code, text
+
+    return ask
 
 
 class Findings(list):
@@ -66,6 +91,13 @@ class Findings(list):
 
     def add(self, level, text, key=None):
         self.append({"level": level, "text": text[:MAX_TEXT], "key": (key or text)[:MAX_TEXT]})
+
+    def most_important(self):
+        """Return at most MAX_EVENTS of them, each once: bad ones before others, and of each level the latest."""
+        unique = list({finding["key"]: finding for finding in self}.values())
+        latest_first = unique[::-1]
+        kept = sorted(latest_first, key=lambda finding: LEVELS.index(finding["level"]))[:MAX_EVENTS]
+        return [finding for finding in unique if finding in kept]
 
 
 def query_gpus(findings, run=run):
@@ -82,8 +114,7 @@ def query_gpus(findings, run=run):
         last = (text.strip().splitlines() or [""])[-1]
         findings.add("unknown", "GPUs: {}".format(words.get(code) or last or f"exit code {code}"))
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
-    return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]  # noqa: B905
+    return table("GPUs", fields, text, findings)
 
 
 def query_rows(findings, run=run):
@@ -91,8 +122,17 @@ def query_rows(findings, run=run):
     code, text = run("nvidia-smi", "--query-remapped-rows=" + ",".join(ROW_FIELDS), "--format=csv,noheader")
     if code == 124:
         findings.add("unknown", "remapped rows: nvidia-smi does not answer")
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()] if not code else []
-    return {row[0]: dict(zip(ROW_FIELDS, row)) for row in rows if len(row) == len(ROW_FIELDS)}  # noqa: B905
+    rows = table("remapped rows", ROW_FIELDS, text, findings) if not code else []
+    return {row["gpu_uuid"]: row for row in rows}
+
+
+def table(what, fields, text, findings):
+    """Return the lines of nvidia-smi with their values by field. A line in another form is unknown."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    for row in rows:
+        if len(row) != len(fields):
+            findings.add("unknown", "{}: nvidia-smi answers: {}".format(what, ", ".join(row)))
+    return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]  # noqa: B905
 
 
 def check_gpus(gpus, rows, findings):
@@ -100,42 +140,58 @@ def check_gpus(gpus, rows, findings):
     for gpu in gpus:
         name, row = "GPU {}".format(gpu["index"]), rows.get(gpu["uuid"], {})
         action = gpu.get("gpu_recovery_action", "")
-        if action not in HARMLESS_ACTIONS:
+        unread = {value: field for field, value in sorted(dict(gpu, **row).items()) if is_unreadable(value)}
+        for value, field in unread.items():
+            findings.add("unknown", f"{name}: nvidia-smi cannot read {field}: {value}")
+        if asks_for_action(action):
             findings.add("bad", f"{name}: its driver asks for: {action}")
-        if _is_yes(row.get("remapped_rows.failure")):
+        if is_yes(row.get("remapped_rows.failure")):
             findings.add("bad", f"{name}: a row of its memory cannot be remapped; the GPU may have to be replaced")
-        elif _is_yes(row.get("remapped_rows.pending")):
+        elif is_yes(row.get("remapped_rows.pending")):
             findings.add("warn", f"{name}: a row is to be remapped; reset the GPU when the host is idle")
-        errors = _number(gpu.get("ecc.errors.uncorrected.volatile.total"))
+        errors = number(gpu.get("ecc.errors.uncorrected.volatile.total"))
         if errors:
             findings.add("warn", f"{name}: {errors:g} uncorrectable ECC errors since the driver was loaded")
-        width, most = _number(gpu.get("pcie.link.width.current")), _number(gpu.get("pcie.link.width.max"))
+        width, most = number(gpu.get("pcie.link.width.current")), number(gpu.get("pcie.link.width.max"))
         if width and most and width < most:
             findings.add("warn", f"{name}: PCIe x{width:g} of x{most:g}; reseat the GPU or reboot")
-        if _bits(gpu.get("clocks_event_reasons.active")) & HARDWARE_SLOWDOWN:
+        if bits(gpu.get("clocks_event_reasons.active")) & HARDWARE_SLOWDOWN:
             findings.add("warn", f"{name}: its clocks are slowed down by the hardware; look at cooling and power")
 
 
 def check_fabric(gpus, findings, run=run, devices="/proc/driver/nvidia-nvswitch/devices"):
-    """Add what is wrong with the fabric. GPUs that are not on NVSwitches answer [N/A]."""
+    """Add what is wrong with the fabric, and return the level of an inactive NVLink: bad where NVSwitches need all.
+
+    GPUs that are not on NVSwitches answer [N/A]. Bridges between cards may be unused. While the fabric manager starts,
+    the fabric is not complete, and links are inactive.
+    """
     states = [(gpu["index"], gpu.get("fabric.state", ""), gpu.get("fabric.status", "")) for gpu in gpus]
-    states = [each for each in states if each[1] not in HARMLESS_ACTIONS]
-    for index, state, status in states:
-        if (state, status) != ("Completed", "Success"):
-            findings.add("bad", f"GPU {index}: fabric.state {state}, fabric.status {status}")
+    states = [each for each in states if each[1] not in NOTHING and not is_unreadable(each[1])]
     if not states and not glob.glob(os.path.join(glob.escape(devices), "*")):
-        return
+        return "warn"
     # The state stays Completed when the fabric manager ends later, so its unit is asked too.
-    code, text = run("systemctl", "is-active", "nvidia-fabricmanager")
-    state = text.strip()
-    if code in (124, 127):
+    code, text = run("systemctl", "show", "--property=LoadState,ActiveState", "nvidia-fabricmanager")
+    unit = dict(line.partition("=")[::2] for line in text.splitlines())
+    state, level = unit.get("ActiveState", ""), "bad"
+    if code or not state:
         findings.add("unknown", "fabric manager: systemctl does not answer")
+    elif unit.get("LoadState") == "not-found":
+        # The fabric of a VM or of a GB200 may be managed from elsewhere: its GPUs then report a state.
+        if not states:
+            findings.add("bad", "the fabric manager is not installed")
+    elif state in ("inactive", "failed"):
+        findings.add("bad", f"the fabric manager is {state}")
     elif state != "active":
-        findings.add("bad", "the fabric manager is {}".format(state or "not running"))
+        level = "unknown"
+        findings.add(level, f"the fabric manager is {state}")
+    for index, state, status in states:
+        if (state, status) != ("Completed", "Success") and not is_unreadable(status):
+            findings.add(level, f"GPU {index}: fabric.state {state}, fabric.status {status}")
+    return level
 
 
-def check_links(findings, run=run):
-    """Return the number of inactive NVLinks by GPU, and add them to the findings."""
+def check_links(findings, run=run, level="bad"):
+    """Return the number of inactive NVLinks by GPU, and add them to the findings with a level."""
     code, text = run("nvidia-smi", "nvlink", "-s")
     if code == 124:
         findings.add("unknown", "NVLinks: nvidia-smi does not answer")
@@ -151,7 +207,7 @@ def check_links(findings, run=run):
     inactive = {gpu: counts[1] for gpu, counts in links.items() if counts[0]}
     for gpu, count in inactive.items():
         if count:
-            findings.add("bad", f"GPU {gpu}: {count} inactive NVLinks")
+            findings.add(level, f"GPU {gpu}: {count} inactive NVLinks")
     return inactive
 
 
@@ -195,7 +251,7 @@ def check_log(lines, events, findings, boot):
     for gpu, event in recovery.items():
         # The last of these lines holds: a later one says None again.
         action = re.search(r" to 0x[0-9a-fA-F]+ \(([^)]*)\)", event["text"])
-        if action is None or action.group(1) not in HARMLESS_ACTIONS:
+        if action is None or action.group(1) not in NOTHING:
             wanted = action.group(1) if action else event["text"]
             key = "{} {} xid 154 {}".format(boot, gpu, event["time"])
             findings.add("bad", "Xid 154 on GPU {} at {}: {}".format(gpu, event["time"], wanted), key)
@@ -219,26 +275,28 @@ def infiniband(findings, root="/sys/class/infiniband"):
         # A port without a cable is in Polling or Disabled.
         if "LinkUp" in physical and "ACTIVE" not in state:
             findings.add("warn", "InfiniBand port {}: {}".format(name, state.partition(": ")[2] or state))
-        downs[name] = _number(_text(os.path.join(port, "counters", "link_downed")))
+        downs[name] = number(_text(os.path.join(port, "counters", "link_downed")))
     return downs
 
 
-def look(run=run):
-    """Return the record of this moment, without what was known before."""
+def look(run=run, hung=()):
+    """Return the record of this moment, without what was known before. hung: programs that no look could end."""
+    run = one_that_hangs_is_enough(run, hung)
     findings, boot = Findings(), _text("/proc/sys/kernel/random/boot_id")
     gpus = query_gpus(findings, run)
     rows = query_rows(findings, run) if gpus else {}
     check_gpus(gpus, rows, findings)
-    check_fabric(gpus, findings, run)
-    inactive = check_links(findings, run) if gpus else {}
+    level = check_fabric(gpus, findings, run)
+    inactive = check_links(findings, run, level) if gpus else {}
     lines = kernel_log(findings, run)
     events = xid_events(lines)
     check_log(lines, events, findings, boot)
+    downs = infiniband(findings)
     return {
-        "findings": list({finding["key"]: finding for finding in findings}.values())[-MAX_EVENTS:],
+        "findings": findings.most_important(),
         "gpus": [dict(gpu, **rows.get(gpu["uuid"], {})) for gpu in gpus],
         "inactive_nvlinks": inactive,
-        "link_downed": infiniband(findings),
+        "link_downed": downs,
         "xids": events[-MAX_EVENTS:],
         "reboot_required": os.path.exists("/run/reboot-required"),
     }
@@ -252,8 +310,11 @@ def cordon(record, path, now):
     bad = {each["key"]: each["text"] for each in record["findings"] if each["level"] == "bad"}
     known = [key for key in record["cordoned_for"] if key in bad]
     fresh = [key for key in bad if key not in known]
+    # While a host is cordoned, its people see what the kernel log reports. It is no reason after they uncordon it.
+    events = {each["key"] for each in record["findings"] if each["key"] != each["text"]}
+    seen = known + [key for key in fresh if key in events]
     if os.path.exists(path):
-        return known
+        return seen
     for finding in record["findings"]:
         # What the kernel log reports stays there until the next boot, also after a reset of the GPU.
         if finding["key"] in known and finding["key"] != finding["text"]:
@@ -265,48 +326,8 @@ def cordon(record, path, now):
     try:
         write(path, json.dumps(values) + "\n", replace=False)
     except FileExistsError:
-        return known
+        return seen
     return known + fresh
-
-
-def metrics(record, now, cordoned):
-    """Return the record as text for the textfile collector of Prometheus's node exporter."""
-    families = {}
-
-    def add(name, help_text, value, **labels):
-        lines = families.setdefault(name, [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"])
-        pairs = ",".join('{}="{}"'.format(key, re.sub(r'[\\"\n]', "_", str(text))) for key, text in labels.items())
-        lines.append("{}{} {:.17g}".format(name, "{" + pairs + "}" if pairs else "", value))
-
-    add("mixtral_run_health_last_run_seconds", "Time of the last look, in seconds since 1970.", now)
-    add("mixtral_run_host_cordoned", "1 if the host takes no jobs.", int(cordoned))
-    add("mixtral_run_reboot_required", "1 if an upgrade asks for a reboot.", int(record["reboot_required"]))
-    for level in ("bad", "warn", "unknown"):
-        count = sum(1 for each in record["findings"] if each["level"] == level)
-        add("mixtral_run_health_findings", "Findings of the last look.", count, level=level)
-    counts = {}
-    for event in record["xids"]:
-        counts[event["gpu"], event["xid"]] = counts.get((event["gpu"], event["xid"]), 0) + 1
-    for (gpu, xid), count in sorted(counts.items()):
-        add("mixtral_run_gpu_xid_errors", "Xid errors since boot.", count, gpu=gpu, xid=xid)
-    for gpu in record["gpus"]:
-        index = gpu["index"]
-        add("mixtral_run_gpu_ecc_uncorrected", "Uncorrectable ECC errors since the driver was loaded.",
-            _number(gpu.get("ecc.errors.uncorrected.volatile.total")), gpu=index)  # fmt: skip
-        for kind in ("correctable", "uncorrectable", "pending", "failure"):
-            value = gpu.get("remapped_rows." + kind)
-            if value is not None:
-                number = int(_is_yes(value)) if kind in ("pending", "failure") else _number(value)
-                add("mixtral_run_gpu_remapped_rows", "Remapped rows.", number, gpu=index, kind=kind)
-        if "gpu_recovery_action" in gpu:
-            action = gpu["gpu_recovery_action"]
-            add("mixtral_run_gpu_recovery_needed", "1 if the driver asks for a recovery.",
-                int(action not in HARMLESS_ACTIONS), gpu=index, action=action)  # fmt: skip
-    for gpu, count in record["inactive_nvlinks"].items():
-        add("mixtral_run_gpu_nvlinks_inactive", "NVLinks that are inactive.", count, gpu=gpu)
-    for port, count in record["link_downed"].items():
-        add("mixtral_run_infiniband_link_downed", "How often the link went down.", count, port=port)
-    return "\n".join(line for lines in families.values() for line in lines) + "\n"
 
 
 def write(path, text, replace=True):
@@ -329,25 +350,6 @@ def write(path, text, replace=True):
             os.unlink(temporary)
 
 
-def _is_yes(text):
-    """Return True for a flag or count of nvidia-smi that is set: its drivers write Yes, or a number."""
-    return bool(text) and (text.lower() == "yes" or _number(text) > 0)
-
-
-def _number(text):
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return 0.0
-
-
-def _bits(text):
-    try:
-        return int(text or "0", 16)
-    except ValueError:
-        return 0
-
-
 def _text(path):
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -362,15 +364,20 @@ def main(argv=None):
         parser.add_argument("--" + name, default="", metavar="FILE", required=name != "metrics")
     parser.add_argument("--cordon", action="store_true", help="cordon the host if something is bad")
     parser.add_argument("--interval-seconds", type=int, default=300)
+    parser.add_argument("--settle-seconds", type=float, default=900, help="cordon nothing so early after boot")
     options = parser.parse_args(argv)
     try:
         before = json.loads(_text(options.record) or "{}")
         known = [key for key in before["cordoned_for"] if isinstance(key, str)]
-    except (ValueError, KeyError, TypeError):
-        known = []
-    record, now = look(), time.time()
+        hung = still_hung(before.get("hung", ()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known, hung = [], []
+    record, now = look(hung=hung), time.time()
     record.update({"cordoned_for": known, "epoch": int(now), "interval_seconds": options.interval_seconds})
-    if options.cordon:
+    record["hung"] = hung + HUNG
+    # A fabric manager that still starts has inactive links and an incomplete fabric on each NVSwitch host.
+    settled = number(_text("/proc/uptime").partition(" ")[0]) >= options.settle_seconds
+    if options.cordon and settled:
         record["cordoned_for"] = cordon(record, options.cordon_file, now)
     write(options.record, json.dumps(record, indent=1, sort_keys=True) + "\n")
     # Without the node exporter the folder may be missing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def test_a_host_is_set_apart_and_taken_back(file: Path, capsys: pytest.CaptureFi
     assert not file.exists() and "it was cordoned by" in capsys.readouterr().out
     run("uncordon", "gpu-03")
     assert capsys.readouterr().out == "✓ gpu-03 takes jobs; it was not cordoned\n"
+
+
+def test_two_operators_at_the_same_moment_write_whole_records(file: Path) -> None:
+    argv = ["sh", "-c", module._CORDON, "cordoned", str(file)]
+    both = [subprocess.Popen(argv, stdin=subprocess.PIPE, env=ThisMachine.environment) for _ in range(2)]
+    deadline = time.monotonic() + 10
+    while len(list(file.parent.glob("*.new"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process, text in zip(both, (b"first, with a longer text", b"second"), strict=True):
+        process.communicate(text)
+        assert process.returncode == 0 and file.read_bytes() == text
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_without_the_right_to_write_it_fails_in_words(file: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import interactive, queue
 from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
-from mixtral_run.fleet.jobs.taking import START_SCRIPT
-from mixtral_run.fleet.ssh.connection import Ssh
+from mixtral_run.fleet.jobs.taking import START_SCRIPT, BusyError, busy_error
+from mixtral_run.fleet.ssh.connection import Answer, Ssh
 from tests.unit.fleet.jobs.test_job_spec import FACTS
 
 HOST = Host("gpu-01", "10.0.0.1", user="ops")
@@ -41,7 +41,7 @@ class _Process:
             raise KeyboardInterrupt
         if self.word in ("SIGTERM", "SIGHUP"):
             os.kill(os.getpid(), signal.Signals[self.word])
-        return {"false": 255, "killed": -9, "SIGTERM": -15, "SIGHUP": -15}.get(self.word, 0)
+        return {"false": 255, "killed": -9, "SIGTERM": -15, "SIGHUP": -15, "busy": 75}.get(self.word, 0)
 
     def terminate(self) -> None:
         pass
@@ -119,6 +119,29 @@ def test_what_cannot_be(called: list[list[str]]) -> None:
         interactive.run_here("chat", ChatConfig(load=Path("m")), JobOptions(on=("a",), detach=True), ssh)
     with pytest.raises(HostError, match="connection to gpu-01 failed"):
         interactive.run_shell(JobOptions(on=("a",)), ("false",), dry_run=False, ssh=ssh)
+
+
+@pytest.mark.parametrize("found", [0, 1, 255])
+def test_a_program_with_the_code_of_a_busy_host_is_not_run_again(
+    called: list[list[str]], monkeypatch: pytest.MonkeyPatch, found: int
+) -> None:
+    """found: the host's answer to the question for the mark: it is there, it is not, no connection."""
+    ssh, asked = Ssh(Path("/k")), []
+    monkeypatch.setattr(ssh, "run", lambda _, argv: asked.append(argv) or Answer(found, "", ""))
+
+    def refuse(*_: object) -> None:
+        if called and len(called) > 1:
+            raise busy_error([("gpu-01", "finetune-7")])
+
+    monkeypatch.setattr(interactive, "refuse_taken", refuse)
+    if found == 1:
+        with pytest.raises(BusyError):
+            interactive.run_shell(JobOptions(on=("a",)), ("busy",), dry_run=False, ssh=ssh)
+    else:
+        assert interactive.run_shell(JobOptions(on=("a",)), ("busy",), dry_run=False, ssh=ssh) == 75
+    ((test, exists, mark),) = asked
+    assert (test, exists) == ("test", "-e") and mark.startswith("/home/ops/jobs/shell-")
+    assert mark in shlex.split(called[1][-1])
 
 
 @pytest.mark.parametrize(("word", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("interrupt", None), ("killed", None)])

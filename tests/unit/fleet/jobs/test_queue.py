@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.errors import ConfigError, HostError, MixtralRunError
 from mixtral_run.fleet.hosts import Host, parse_hosts, remember_hosts
 from mixtral_run.fleet.jobs import queue
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import JobRow, RunningJob
 from mixtral_run.fleet.jobs.queue import start_when_free, wait_seconds
-from mixtral_run.fleet.jobs.taking import BusyError, busy_error
+from mixtral_run.fleet.jobs.taking import BusyError, OutputTakenError, busy_error
 
 HOSTS = parse_hosts(["gpu-01", "gpu-02", "gpu-03"])
 CONFIG = FinetuneConfig(load=Path("base"), save=Path("adapter"), mock_data=True)
@@ -27,7 +27,7 @@ class Fleet:
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
         remember_hosts(HOSTS)
         self.running: list[tuple[Host, str, str]] = []
-        self.refusals: dict[str, list[HostError]] = {}
+        self.refusals: dict[str, list[MixtralRunError]] = {}
         self.tried: list[str] = []
         self.said: list[str] = []
         self.slept: list[float] = []
@@ -75,6 +75,15 @@ def test_any_goes_on_where_a_host_is_cordoned_or_another_operator_was_faster(fle
     assert fleet.start("any").hosts == (HOSTS[2],)
     assert fleet.tried == ["gpu-01", "gpu-02", "gpu-03"]
     assert fleet.said == ["! gpu-01: gpu-01 takes no jobs: it is cordoned."]
+
+
+def test_any_goes_on_where_another_job_writes_to_the_same_output(fleet: Fleet) -> None:
+    fleet.refusals = {"gpu-01": [OutputTakenError("Another job writes to the same output.")]}
+    assert fleet.start("any").hosts == (HOSTS[1],)
+    assert fleet.said == ["! gpu-01: Another job writes to the same output."]
+    fleet.refusals = {"gpu-01": [ConfigError("--nproc-per-node: expected a number.")]}
+    with pytest.raises(ConfigError, match="nproc-per-node"):
+        fleet.start("any")
 
 
 def test_without_a_free_host_each_one_is_named(fleet: Fleet) -> None:

@@ -13,7 +13,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import Host, parse_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, make_spec
 from mixtral_run.fleet.jobs.jobs import refuse_taken
-from mixtral_run.fleet.jobs.taking import BusyError
+from mixtral_run.fleet.jobs.taking import BusyError, OutputTakenError
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
 
 HOSTS = parse_hosts(["gpu-01", "gpu-02"])
@@ -44,7 +44,7 @@ def refuse(*rows: str, save: str = "adapter", share: bool = True, wait: str | No
 
 def test_a_running_job_with_the_same_output_is_named() -> None:
     folder = "/var/lib/mixtral-run/checkpoints/adapter"
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(OutputTakenError) as refused:
         refuse(row("exited", folder), row("running", folder))
     assert refused.value.where == folder
     assert refused.value.problems == tuple(

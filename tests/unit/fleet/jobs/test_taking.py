@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -89,21 +90,26 @@ def test_an_attached_container_has_the_streams_and_keeps_the_lock_only_until_it_
     (host.folder / "lock").touch()
     spec = JobSpec(name="shell-1", verb="shell", config={}, options=JobOptions())
     argv = start_argv(
-        [str(host.docker), "attach", "shell", "shell-1"], spec, HostFacts(docker=(str(host.docker),)), attached=True
-    )
+        [str(host.docker), "attach", "shell", "shell-1"], spec,
+        HostFacts(docker=(str(host.docker),), folder=str(host.folder)), attached=True,
+    )  # fmt: skip
+    mark = host.folder / "shell-1/started"
+    mark.parent.mkdir()
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(0.15)
     # The lock is taken, but the container does not run yet: this start waits for it.
     assert host.start("finetune-2") == (BUSY, "shell shell-1\n")
     assert process.poll() is None, "the next start did not wait for the container's end"
     assert process.communicate("exit\n", timeout=10) == ("started: exit\n", "")
-    assert process.returncode == 75, "the code of the program itself"
+    assert process.returncode == 75 and mark.exists(), "the code of the program itself"
+    mark.unlink()
     (host.folder / "running").write_text("finetune finetune-1\n")
     for record in ([], [host.folder / "cordon.json"]):
         for file in record:
             file.write_text("{}")
         done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         assert (done.returncode, done.stdout + done.stderr) == (CORDONED if record else BUSY, "")
+        assert not mark.exists()
 
 
 def test_an_engine_that_does_not_answer_starts_nothing(host: Host) -> None:
@@ -117,6 +123,20 @@ def test_the_lock_does_not_follow_a_link(host: Host) -> None:
     (host.folder / "lock").symlink_to(host.folder / "stolen")
     assert host.start("finetune-1")[0] != 0
     assert not (host.folder / "stolen").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_a_lock_that_is_no_plain_file_is_refused_in_words(host: Host, kind: str) -> None:
+    lock = host.folder / "lock"
+    if kind == "fifo":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(host.folder / "running")
+    done = subprocess.run(host.argv("finetune-1"), capture_output=True, text=True, check=False, timeout=10)
+    assert done.returncode == 1 and "is not a plain file" in done.stderr and str(lock) in done.stderr
+    assert (host.folder / "running").read_text() == ""
 
 
 def test_the_name_of_the_other_job_is_not_trusted() -> None:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixtral_run.fleet.cordon import parse_cordon
 from mixtral_run.fleet.explain.xid_failures import XID_NUMBERS
 
 PROGRAM = Path(__file__).parents[4] / "roles/health/files/health_watch.py"
+sys.path.insert(0, str(PROGRAM.parent))  # as Python does for the folder of a program
 _spec = importlib.util.spec_from_file_location("health_watch", PROGRAM)
 assert _spec is not None and _spec.loader is not None
 watch = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(watch)
+sys.path.remove(str(PROGRAM.parent))
 
 # index, uuid, bus, temperature, ECC, recovery action, fabric state and status, PCIe width and most, clock events
 SOUND = "0, GPU-a, 00000000:18:00.0, 31, 0, None, Completed, Success, 16, 16, 0x0000000000000001"
 PCIE_CARD = "0, GPU-a, 00000000:18:00.0, 31, [N/A], [N/A], [N/A], [N/A], 16, 16, 0x0000000000000000"
 XID = "2026-11-30T07:00:{second}+0000 gpu-01 kernel: NVRM: Xid (PCI:0000:18:00): {text}"
 LINKS = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a)\n\t Link 0: 26.562 GB/s\n\t Link 1: {second}\n"
+
+
+def manager(state: str, load: str = "loaded") -> tuple[int, str]:
+    """The answer of systemd about the fabric manager."""
+    return 0, f"LoadState={load}\nActiveState={state}\n"
 
 
 class Host:
@@ -34,7 +39,7 @@ class Host:
         self.gpus: tuple[int, str] = (0, SOUND + "\n")
         self.rows = "GPU-a, 0, 0, No, No\n"
         self.links = LINKS.format(second="26.562 GB/s")
-        self.manager: tuple[int, str] = (0, "active\n")
+        self.manager: tuple[int, str] = manager("active")
         self.log: tuple[int, str] = (0, "2026-11-30T06:00:00+0000 gpu-01 kernel: NVRM: loading NVIDIA UNIX Open\n")
         self.unknown_fields: set[str] = set()
         self.queries: list[str] = []
@@ -43,6 +48,7 @@ class Host:
         if argv[0] == "journalctl":
             return self.log
         if argv[0] == "systemctl":
+            assert argv[1:] == ("show", "--property=LoadState,ActiveState", "nvidia-fabricmanager")
             return self.manager
         if argv[:2] == ("nvidia-smi", "nvlink"):
             return 0, self.links
@@ -67,10 +73,11 @@ class Host:
 
 
 def test_it_needs_nothing_but_the_standard_library() -> None:
-    tree = ast.parse(PROGRAM.read_text(), feature_version=(3, 8))
-    imported = {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= sys.stdlib_module_names
+    files = sorted(PROGRAM.parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(), feature_version=(3, 8)))]
+    imported = {each.name for node in nodes if isinstance(node, ast.Import) for each in node.names}
+    imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported <= sys.stdlib_module_names | {file.stem for file in files}
 
 
 def test_bad_are_the_numbers_that_explain_lets_nobody_ignore() -> None:
@@ -82,8 +89,59 @@ def test_bad_are_the_numbers_that_explain_lets_nobody_ignore() -> None:
 def test_a_sound_host_has_no_findings() -> None:
     host = Host()
     assert host.findings() == []
-    host.gpus, host.links, host.manager = (0, PCIE_CARD + "\n"), "", (3, "inactive\n")
+    host.gpus, host.links, host.manager = (0, PCIE_CARD + "\n"), "", manager("inactive")
     assert host.findings() == [], "a host without NVSwitches needs no fabric manager"
+    host = Host()
+    host.manager = manager("inactive", "not-found")
+    assert host.findings() == [], "the fabric of a VM or a GB200 is managed from elsewhere"
+    host.gpus = (0, SOUND.replace("None, C", "Not Supported, C").replace("31, 0", "31, nan") + "\n")
+    assert host.findings() == []
+
+
+@pytest.mark.parametrize("state", ["activating", "reloading", "deactivating"])
+def test_a_fabric_manager_that_starts_or_ends_is_unknown(state: str) -> None:
+    host = Host()
+    host.manager, host.links = manager(state), LINKS.format(second="<inactive>")
+    host.gpus = (0, SOUND.replace("Completed, Success", "In Progress, N/A") + "\n")
+    assert {level for level, _ in host.findings()} == {"unknown"} and len(host.findings()) == 3
+
+
+def test_an_unused_bridge_between_cards_is_no_reason_to_cordon() -> None:
+    host = Host()
+    host.gpus, host.links = (0, PCIE_CARD + "\n"), LINKS.format(second="<inactive>")
+    assert host.findings() == [("warn", "GPU 0: 1 inactive NVLinks")]
+
+
+def test_switches_need_a_fabric_manager(tmp_path: Path) -> None:
+    (tmp_path / "0000:01:00.0").mkdir()
+    findings = watch.Findings()
+    gpus = [{"index": "0", "fabric.state": "[N/A]"}]
+    run = Host().run
+    assert watch.check_fabric(gpus, findings, run, devices=str(tmp_path)) == "bad" and not findings
+    watch.check_fabric(gpus, findings, lambda *_: manager("inactive", "not-found"), devices=str(tmp_path))
+    assert [(each["level"], each["text"]) for each in findings] == [("bad", "the fabric manager is not installed")]
+
+
+@pytest.mark.parametrize("value", ["[Unknown Error]", "[GPU requires reset]", "[Insufficient Permissions]"])
+@pytest.mark.parametrize("reading", ["31, 0", "None", "Completed", "Success", "16, 16", "0x0000000000000001"])
+def test_a_value_that_cannot_be_read_is_unknown(reading: str, value: str) -> None:
+    host = Host()
+    host.gpus = (0, SOUND.replace(reading, reading.replace(reading.split(", ")[-1], value)) + "\n")
+    ((level, text),) = host.findings()
+    assert level == "unknown" and text.startswith("GPU 0: nvidia-smi cannot read") and text.endswith(value)
+
+
+def test_a_line_in_another_form_is_unknown() -> None:
+    host = Host()
+    host.rows = "GPU-a, 0\n"
+    assert host.findings() == [("unknown", "remapped rows: nvidia-smi answers: GPU-a, 0")]
+    findings = watch.Findings()
+    lines = "No devices were found\nUnable to read, GPU 3\n"
+    assert watch.query_gpus(findings, lambda *_: (0, lines)) == []
+    assert [(each["level"], each["text"]) for each in findings] == [
+        ("unknown", "GPUs: nvidia-smi answers: No devices were found"),
+        ("unknown", "GPUs: nvidia-smi answers: Unable to read, GPU 3"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +156,9 @@ def test_a_sound_host_has_no_findings() -> None:
         ({"rows": "GPU-a, 0, 1, Yes, No\n"}, "warn", "a row is to be remapped"),
         ({"rows": "GPU-a, 0, 8, 0, 1\n"}, "bad", "a row of its memory cannot be remapped"),
         ({"links": LINKS.format(second="<inactive>")}, "bad", "GPU 0: 1 inactive NVLinks"),
-        ({"manager": (3, "failed\n")}, "bad", "the fabric manager is failed"),
+        ({"manager": manager("failed")}, "bad", "the fabric manager is failed"),
+        ({"manager": manager("inactive", "masked")}, "bad", "the fabric manager is inactive"),
+        ({"manager": (1, "System has not been booted with systemd")}, "unknown", "systemctl does not answer"),
         ({"manager": (124, "")}, "unknown", "systemctl does not answer"),
         ({"gpus": (124, "")}, "unknown", "nvidia-smi does not answer"),
         ({"gpus": (127, "")}, "unknown", "nvidia-smi is not installed"),
@@ -186,99 +246,19 @@ def test_ports_that_are_cabled_and_down(tmp_path: Path) -> None:
     assert [each["text"] for each in findings] == ["InfiniBand port mlx5_1/1: INIT"]
 
 
-class Watched:
-    """A host whose timer runs the whole program, with its files in a folder."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.host, self.folder = Host(), folder
-        (folder / "m").mkdir()
-        look = watch.look
-        monkeypatch.setattr(watch, "look", lambda: look(self.host.run))
-
-    def tick(self, *more: str) -> dict[str, Any]:
-        files = ("--record", f"{self.folder}/health.json", "--cordon-file", str(self.cordon))
-        watch.main([*files, "--metrics", f"{self.folder}/m/health.prom", *(more or ["--cordon"])])
-        record: dict[str, Any] = json.loads((self.folder / "health.json").read_text())
-        return record
-
-    @property
-    def cordon(self) -> Path:
-        return self.folder / "cordon.json"
+def test_a_look_records_what_the_ports_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "infiniband", lambda findings: findings.add("warn", "InfiniBand port x: INIT") or {})
+    assert Host().findings() == [("warn", "InfiniBand port x: INIT")]
 
 
-@pytest.fixture
-def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
-    return Watched(tmp_path, monkeypatch)
-
-
-def test_a_bad_host_is_cordoned_once_and_stays_as_its_people_leave_it(watched: Watched) -> None:
-    watched.tick()
-    assert not watched.cordon.exists()
-    watched.host.log = (0, XID.format(second="00", text="79, GPU has fallen off the bus.") + "\n")
-    watched.tick("--interval-seconds", "60")
-    assert not watched.cordon.exists(), "without --cordon it only watches"
-    watched.tick()
-    record = parse_cordon(watched.cordon.read_text())
-    assert record is not None and record.by == "health watch" and "Xid 79 on GPU 0000:18:00" in record.reason
-    assert (watched.cordon.stat().st_mode & 0o777) == 0o644
-    watched.cordon.unlink()
-    for _ in range(2):
-        (finding,) = watched.tick()["findings"]
-        assert not watched.cordon.exists(), "the same event is no reason again"
-        assert finding["level"] == "warn" and "before somebody uncordoned" in finding["text"]
-    watched.host.log = (0, watched.host.log[1] + XID.format(second="09", text="79, GPU has fallen off the bus.") + "\n")
-    watched.tick()
-    assert "07:00:09" in watched.cordon.read_text() and "07:00:00" not in watched.cordon.read_text()
-
-
-def test_a_state_that_returns_after_it_was_fine_is_a_reason_again(watched: Watched) -> None:
-    for _ in range(2):
-        watched.host.manager = (3, "failed\n")
-        watched.tick()
-        assert "fabric manager is failed" in watched.cordon.read_text()
-        watched.cordon.unlink()
-        assert watched.tick()["findings"][0]["level"] == "bad" and not watched.cordon.exists()
-        watched.host.manager = (0, "active\n")
-        watched.tick()
-
-
-def test_somebodys_cordon_stays(watched: Watched) -> None:
-    watched.cordon.write_text('{"reason": "maintenance"}')
-    watched.host.manager = (3, "failed\n")
-    assert watched.tick()["cordoned_for"] == []
-    assert watched.cordon.read_text() == '{"reason": "maintenance"}'
-    watched.cordon.unlink()
-    watched.tick()
-    assert "fabric manager" in watched.cordon.read_text()
-
-
-def test_what_it_cannot_ask_is_no_reason(watched: Watched) -> None:
-    watched.host.gpus, watched.host.log = (124, ""), (1, "")
-    assert {each["level"] for each in watched.tick()["findings"]} == {"unknown"} and not watched.cordon.exists()
-
-
-def test_metrics_are_in_prometheus_form(watched: Watched) -> None:
-    watched.host.log = (0, XID.format(second="00", text="79, GPU has fallen off the bus.") + "\n")
-    watched.host.rows = "GPU-a, 4, 1, Yes, No\n"
-    watched.tick()
-    lines = (watched.folder / "m/health.prom").read_text().splitlines()
-    assert {
-        'mixtral_run_gpu_xid_errors{gpu="0000:18:00",xid="79"} 1', "mixtral_run_host_cordoned 1",
-        'mixtral_run_health_findings{level="bad"} 1', 'mixtral_run_health_findings{level="warn"} 1',
-        'mixtral_run_gpu_remapped_rows{gpu="0",kind="correctable"} 4', "# TYPE mixtral_run_gpu_xid_errors gauge",
-        'mixtral_run_gpu_remapped_rows{gpu="0",kind="pending"} 1', 'mixtral_run_gpu_nvlinks_inactive{gpu="0"} 0',
-        'mixtral_run_gpu_recovery_needed{gpu="0",action="None"} 0', "mixtral_run_reboot_required 0",
-    } <= set(lines)  # fmt: skip
-    names = [line.split("{")[0].split(" ")[0] for line in lines if not line.startswith("#")]
-    assert names == sorted(names, key=names.index), "the samples of a family stand together"
-    assert all(line.startswith(("#", "mixtral_run_")) for line in lines)
-    assert sorted(path.name for path in watched.folder.iterdir()) == ["cordon.json", "health.json", "m"]
-
-
-def test_a_damaged_record_is_written_anew(watched: Watched) -> None:
-    for text in ("{", "[]", '{"cordoned_for": 3}', '{"cordoned_for": [3]}'):
-        (watched.folder / "health.json").write_text(text)
-        assert watched.tick()["cordoned_for"] == []
+def test_of_many_findings_bad_ones_stay() -> None:
+    findings = watch.Findings()
+    findings.add("bad", "first")
+    for number in range(80):
+        findings.add("warn" if number % 2 else "unknown", f"{number}")
+    kept = findings.most_important()
+    assert len(kept) == 50 and kept[0]["text"] == "first" and kept[-1]["text"] == "79"
+    assert [each["text"] for each in kept if each["level"] == "warn"] == [f"{number}" for number in range(1, 80, 2)]
 
 
 def test_a_program_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
