@@ -1,4 +1,4 @@
-"""Where a training step's time goes, and how far each part is from its floor: one table a size and precision.
+"""Measure the parts of a training step beside their floors: one table for each size and precision.
 
     python -m benchmarks.roofline [--layers 32] [--sizes 2048x1,512x1] [--base-precision bf16|fp8|nf4]
         [--kernels auto|portable|hopper]

@@ -15,7 +15,7 @@ tokens and 32,000 words it takes 2 GiB, which is less than a layer's backward pa
 
 
 def row_multiple(tensor_size: int, context_size: int) -> int:
-    """Return the number of which the length of a row must be a multiple, to be split over TP and CP.
+    """Return the factor that the length of a row must have, so that TP and CP can split it.
 
     Context parallelism cuts a row into 2 · CP chunks; sequence parallelism splits the part of each rank over TP.
     """
@@ -47,7 +47,7 @@ class ContextLaunchConfig(ContextConfig, LaunchConfig):
 
     @property
     def needs_whole_rows(self) -> str | None:
-        """What of the job needs each row on one rank; None if rows may be split.
+        """The verb or the setting that needs each row on one rank; None if rows may be split.
 
         A rank has the losses of its part of a row only. The loss of `finetune` is their sum; that of another verb may
         compare rows.

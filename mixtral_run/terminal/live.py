@@ -7,6 +7,7 @@ terminal (report.py).
 from __future__ import annotations
 
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -39,7 +40,11 @@ class Row(ABC):
 
 
 class Display:
-    """The rows at the end of a terminal. It redraws them while there are any."""
+    """The rows at the end of a terminal. A thread redraws them while there are any.
+
+    One lock is held from the count of the rows' lines until they are written. rich's own thread may redraw fewer lines
+    in between, and what is printed then begins too far up, over lines that stay.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -47,6 +52,7 @@ class Display:
         self.console: Console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self._rows: list[Row] = []
         self._live: Live | None = None
+        self._lock = threading.RLock()
 
     @property
     def has_rows(self) -> bool:
@@ -57,36 +63,49 @@ class Display:
         """Show a row below the others."""
         from rich.live import Live
 
-        self._rows.append(row)
-        if self._live is None:
-            self._live = Live(
-                console=self.console,
-                get_renderable=self._rendered,
-                refresh_per_second=REFRESHES_PER_SECOND,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._live.start()
+        with self._lock:
+            self._rows.append(row)
+            if self._live is None:
+                self._live = Live(
+                    console=self.console,
+                    get_renderable=self._rendered,
+                    auto_refresh=False,
+                    transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+                self._live.start(refresh=True)
+                threading.Thread(target=self._redraw, args=(self._live,), daemon=True).start()
 
     def remove(self, row: Row, *, keep: bool) -> None:
         """Take a row away. keep: its last state stays as lines."""
-        self._rows.remove(row)
-        if keep:
-            for line in row.lines(self.console.width):
-                self.console.print(line, no_wrap=True, overflow="crop")
-        if not self._rows and self._live is not None:
-            self._live.stop()
-            self._live = None
+        with self._lock:
+            self._rows.remove(row)
+            if keep:
+                for line in row.lines(self.console.width):
+                    self.console.print(line, no_wrap=True, overflow="crop")
+            if not self._rows and self._live is not None:
+                self._live.stop()
+                self._live = None
 
     def say(self, text: str) -> bool:
         """Print lines above the rows. Return False if there are none, and nothing was printed."""
-        if self._live is None:
-            return False
         from rich.text import Text
 
-        self.console.print(Text(text), soft_wrap=True)
-        return True
+        with self._lock:
+            if self._live is None:
+                return False
+            self.console.print(Text(text), soft_wrap=True)
+            return True
+
+    def _redraw(self, live: Live) -> None:
+        """Redraw the rows until another view, or none, is shown."""
+        while True:
+            time.sleep(1 / REFRESHES_PER_SECOND)
+            with self._lock:
+                if self._live is not live:
+                    return
+                live.refresh()
 
     def _rendered(self) -> Group:
         from rich.console import Group

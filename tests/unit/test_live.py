@@ -6,14 +6,29 @@ import io
 import os
 import re
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pexpect
 import pytest
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
 
-from mixtral_run.terminal.live import ActivityRow, BarRow, TrainingFigures, TrainingRow, bar_line, in_bytes, sparkline
+from mixtral_run.terminal.live import (
+    REFRESHES_PER_SECOND,
+    ActivityRow,
+    BarRow,
+    Display,
+    Row,
+    TrainingFigures,
+    TrainingRow,
+    bar_line,
+    in_bytes,
+    sparkline,
+)
 from mixtral_run.terminal.report import Report
-from tests.support.screen import on_terminal
+from tests.support.screen import Screen, on_terminal
 
 PROGRAM = """
 import time
@@ -73,6 +88,37 @@ def test_what_a_person_sees(width: int) -> None:
         assert fact in " ".join(lines[bar + 2 : -1]), fact
     assert whole.index("validation line") < whole.index("  training")
     assert "saving" not in whole and "validating" not in whole
+
+
+class _Some(Row):
+    height = 3
+
+    def lines(self, width: int) -> list[Text]:
+        return [Text(f"row {number}") for number in range(self.height)]
+
+
+def test_no_redraw_between_the_count_of_lines_and_a_printed_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    render, kept = Text.__rich_console__, [f"line {number}" for number in range(4)]
+
+    def slow(text: Text, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        if text.plain == kept[3]:
+            time.sleep(3 / REFRESHES_PER_SECOND)
+        return render(text, console, options)
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(Text, "__rich_console__", slow)
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    display, row = Display(stream), _Some()
+    display.add(row)
+    for line in kept[:3]:
+        assert display.say(line)
+    row.height = 1
+    assert display.say(kept[3])
+    display.remove(row, keep=False)
+    screen = Screen(30, 80)
+    screen.feed(stream.getvalue())
+    assert [line for line in screen.lines if line] == kept
 
 
 def test_without_color_there_is_none() -> None:
