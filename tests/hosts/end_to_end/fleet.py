@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,20 @@ class Operator:
         done = self.call(*words, code=code)
         return done.stdout + done.stderr
 
-    def terminal(self, *words: str) -> Terminal:
-        """Start mixtral-run in a terminal of 40 lines and 120 columns."""
-        return pexpect.spawn(
+    @contextmanager
+    def terminal(self, *words: str) -> Iterator[Terminal]:
+        """Run mixtral-run in a terminal of 40 lines and 120 columns, which is closed at the end of the block.
+
+        A check that fails must not leave the session open: its job would keep later tests off the host.
+        """
+        terminal = pexpect.spawn(
             sys.executable, ["-m", "mixtral_run", *words],
             cwd=str(self.folder), env=self.environment, encoding="utf-8", timeout=120, dimensions=(40, 120),
         )  # fmt: skip
+        try:
+            yield terminal
+        finally:
+            terminal.close()
 
     def kill(self, text: str, *words: str) -> None:
         """Run mixtral-run and kill it, with all that it started on this machine, once it prints `text`."""

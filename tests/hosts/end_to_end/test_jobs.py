@@ -49,31 +49,35 @@ def test_the_adapter_answers_in_json(operator: Operator, set_up: Callable[[str],
 def test_it_is_talked_to_in_a_terminal(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> None:
     """`chat`, `shell` and `runs` over SSH: streaming, Ctrl-C, exit codes, and nothing that stays behind."""
     on, host = ("--on", set_up(NAMES[0]), *JOB), fleet.hosts[NAMES[0]]
-    chat = operator.terminal(
-        "chat", *on, "--load", "base", "--adapter", "adapter", "--max-new-tokens", "400", *LAYOUT[:4]
-    )
-    chat.expect("Write a message")
-    # The base's weights are random and the same everywhere: its answer is a long one.
-    for line, answer in (("/adapter off", "adapter is off"), ("Name a color.", r"color\.\r\n\S+")):
+    talk = ("chat", *on, "--load", "base", "--adapter", "adapter", "--max-new-tokens", "400", *LAYOUT[:4])
+    with operator.terminal(*talk) as chat:
+        chat.expect("Write a message")
+        # The base's weights are random and the same everywhere: its answer is a long one.
+        for line, answer in (("/adapter off", "adapter is off"), ("Name a color.", r"color\.\r\n\S+")):
+            chat.expect_exact("> ")
+            chat.sendline(line)
+            chat.expect(answer)
+        chat.sendintr()
+        chat.expect_exact("(Stopped.)")
         chat.expect_exact("> ")
-        chat.sendline(line)
-        chat.expect(answer)
-    chat.sendintr()
-    chat.expect_exact("(Stopped.)")
-    chat.expect_exact("> ")
-    chat.sendintr()
-    chat.expect_exact("(to end: /quit or Ctrl-D)")
-    chat.sendline("/quit")
-    assert ended(chat) == 0
-    shell = operator.terminal("shell", *on)
-    shell.expect(r"\$ ")
-    # Docker tells the container the size of the terminal after its start.
-    shell.sendline('until [ "$(stty size)" = "40 120" ]; do sleep 0.1; done; ls -d /checkpoints/base; echo $((6*7))')
-    shell.expect_exact("/checkpoints/base\r\n42\r\n")
-    shell.sendline("sleep 1000")
-    shell.sendintr()
-    shell.sendline("exit 7")
-    assert ended(shell) == 7
+        chat.sendintr()
+        chat.expect_exact("(to end: /quit or Ctrl-D)")
+        chat.sendline("/quit")
+        assert ended(chat) == 0
+    with operator.terminal("shell", *on) as shell:
+        shell.expect(r"\$ ")
+        # Docker tells the container the size of the terminal after its start.
+        shell.sendline(
+            'until [ "$(stty size)" = "40 120" ]; do sleep 0.1; done; ls -d /checkpoints/base; echo $((6*7))'
+        )
+        shell.expect_exact("/checkpoints/base\r\n42\r\n")
+        # Ctrl-C before the command runs would reach the line editor, and drop what is typed behind it.
+        shell.sendline("echo begun $((40+2)); sleep 1000")
+        shell.expect_exact("begun 42\r\n")
+        shell.sendintr()
+        shell.expect(r"\$ ")
+        shell.sendline("exit 7")
+        assert ended(shell) == 7
     with subprocess.Popen(
         [sys.executable, "-m", "mixtral_run", "shell", *on, "sh", "-c", "echo runs; sleep 1000"],
         cwd=operator.folder, env=operator.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

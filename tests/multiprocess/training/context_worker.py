@@ -6,8 +6,6 @@ torchrun … context_worker.py CHECKPOINT OUT.json TPxEPxCP [TPxEPxCP …]
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -110,22 +108,8 @@ def summed(total: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return sum_over(total, mesh.data_group)
 
 
-def main() -> None:
-    checkpoint, out, layouts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    results: dict[str, object] = {}
-    saved: Path | None = None
-    torch.distributed.init_process_group("gloo")
-    for layout in layouts:
-        folder = out.with_name(f"{out.stem}-{layout}")
-        results[layout] = run_layout(checkpoint, folder, layout, saved)
-        saved = saved or folder
-    if torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
     import warnings
 
     warnings.filterwarnings("ignore")
-    main()
+    layouts_worker.main(run_layout)

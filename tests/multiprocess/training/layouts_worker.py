@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -270,7 +271,8 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
     return results
 
 
-def main() -> None:
+def main(run: Callable[[Path, Path, str, Path | None], object] = run_layout) -> None:
+    """Write the results of `run` for each layout on the command line, which the first one's checkpoint follows."""
     checkpoint, out, layouts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     results: dict[str, object] = {}
     saved: Path | None = None
@@ -278,7 +280,7 @@ def main() -> None:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     for layout in layouts:
         folder = out.with_name(f"{out.stem}-{layout}")
-        results[layout] = run_layout(checkpoint, folder, layout, saved)
+        results[layout] = run(checkpoint, folder, layout, saved)
         saved = saved or folder
     if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(results))

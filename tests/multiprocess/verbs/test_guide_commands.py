@@ -60,7 +60,7 @@ def test_the_guides_commands_run_as_they_stand(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if "torch/distributed/run.py" not in line]
     assert lines == [
         "✗ Some settings are wrong.",
-        "  - --lora-rnk: there is no such flag; did you mean --lora-rank, --lora-scaling or --lora-dropout?",
+        "  - --lora-rnk: there is no such flag; did you mean --lora-rank, --lora-rank-experts or --lora-scaling?",
         "  where:    command line",
         "  next:     mixtral-run finetune --help",
     ]
