@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs.training import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import BASE_PRECISIONS, FinetuneConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model

@@ -16,6 +16,7 @@ from mixtral_run.weights.manifest.manifest import (
     MANIFEST_NAME,
     AdapterManifest,
     BaseManifest,
+    TrainedManifest,
     read_checkpoint_manifest,
     wrong_kind,
 )
@@ -55,10 +56,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     iteration_folder = iteration_folder_of(path)
     folder = path.parent if iteration_folder == path else path
-    # A base has one manifest next to its iterations; an adapter has one in each iteration.
+    # A converted base has one manifest next to its iterations; what training saved has one in each iteration.
     home = iteration_folder if (iteration_folder / MANIFEST_NAME).is_file() else folder
     manifest = read_checkpoint_manifest(home)
     return Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, manifest)
+
+
+def files_manifest_of(checkpoint: Checkpoint) -> AdapterManifest | TrainedManifest:
+    """Return the manifest of an iteration that training saved. Raises WeightsError for any other checkpoint."""
+    if isinstance(checkpoint.manifest, TrainedManifest):
+        return checkpoint.manifest
+    return adapter_manifest_of(checkpoint)
 
 
 def adapter_manifest_of(checkpoint: Checkpoint) -> AdapterManifest:

@@ -18,7 +18,7 @@ from mixtral_run.config.verbs.weights import ExportConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
+from mixtral_run.train.checkpoints.adapter_check import check_saved_files
 from mixtral_run.train.preflight import check_resume
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
@@ -149,7 +149,7 @@ def load(adapter: Path) -> None:
     """What `generate` and `--resume` do first with an adapter."""
     one = LaunchConfig(device="cpu", tensor_model_parallel_size=1, expert_model_parallel_size=1)
     with open_mesh(one) as mesh:
-        check_adapter_files(describe_adapter(adapter), mesh)
+        check_saved_files(describe_adapter(adapter), mesh)
 
 
 def flip(file: Path, bit: int) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from mixtral_run.config.gpus import HOPPER
 from mixtral_run.config.verbs.generate import GenerateConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import available, choose
