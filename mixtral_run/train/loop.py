@@ -250,6 +250,7 @@ def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome, num_retaken:
         epochs=config.epochs,
         best=run.best,
         stopped_early=is_over and done < config.iterations,
+        expert_chunks=config.expert_chunks or 1,
     )
     if run.mesh.is_first:
         outcome.end(summary, num_retaken)

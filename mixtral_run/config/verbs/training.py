@@ -276,6 +276,13 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, Training
         return super().from_mapping(values, where=where)
 
     @property
+    def recomputation(self) -> str:
+        """One of RECOMPUTE. Without a setting none, or full with --expert-chunks, which needs it."""
+        given = super().recomputation
+        chunked = (self.expert_chunks or 1) > 1 and self.recompute is None
+        return RUNS_AGAIN[0] if chunked else given
+
+    @property
     def has_validation(self) -> bool:
         """True if the run has a validation set."""
         return bool(self.valid_data_path) or self.valid_fraction > 0
@@ -289,6 +296,11 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, Training
         found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
+        if (self.expert_chunks or 1) > 1 and self.recomputation not in RUNS_AGAIN:
+            found.append(
+                f"--expert-chunks: expected --recompute full or offload with it, as the backward pass computes each "
+                f"chunk again; found --recompute {self.recomputation}"
+            )
         if self.keep_best and not self.has_validation:
             found.append(
                 "--keep-best: expected --valid-data-path or --valid-fraction, whose loss decides; found neither"
