@@ -55,6 +55,12 @@ class ModelSettings:
     base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
     kernels: str = "auto"  # the value of --kernels; it counts for the whole process
 
+    @property
+    def base_storage(self) -> str:
+        """Form of the frozen experts: base_precision, or fp32 where that means a dtype of 32 bit."""
+        in_dtype = self.base_precision == "bf16"
+        return "fp32" if in_dtype and self.dtype is torch.float32 else self.base_precision
+
 
 class _Gpt(GPTModel):
     """GPTModel whose loss needs no copies of the logits where a process has the whole vocabulary."""

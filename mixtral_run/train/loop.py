@@ -243,7 +243,7 @@ def _report_end(run: Run, config: FinetuneConfig, outcome: Outcome, num_retaken:
         iterations=done - run.start,
         load_seconds=run.load_seconds,
         recompute=config.recomputation,
-        base_precision=config.base_precision,
+        base_precision=run.model.settings.base_storage,
         validation=run.validation.results if run.validation is not None else (),
         last_iteration=done,
         train_iters=config.iterations,
