@@ -128,10 +128,12 @@ class FleetProgress:
         role, task = str(data.get("role") or ""), str(data.get("task") or "")
         label = _label(role, task)
         notices = []
-        for warning in result.get("warnings") or []:
+        for each in result.get("warnings") or []:
+            # Some modules begin with the host's name. Without it the warnings of all hosts are equal, and shown once.
+            warning = str(each).removeprefix(f"{host.name}: ")
             if warning not in host.warnings:
-                host.warnings.append(str(warning))
-                notices.append(Notice(host.name, "warning", str(warning)))
+                host.warnings.append(warning)
+                notices.append(Notice(host.name, "warning", warning))
         if kind == "runner_on_ok":
             host.ok += 1
         if kind == "runner_on_ok" and result.get("changed"):

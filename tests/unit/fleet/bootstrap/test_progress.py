@@ -79,12 +79,14 @@ def test_the_summary_names_error_remedy_log_and_retry(events: list[dict[str, Any
 def test_a_warning_of_many_hosts_is_reported_once() -> None:
     progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
     for name in progress.hosts:
-        data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow"]}}
+        data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow", f"{name}: time sync: none"]}}
         progress.fold({"event": "runner_on_ok", "event_data": data})
     text = summary(progress, seconds=1, log=None, retry=None, check=False)
-    (reported,) = (line for line in text.splitlines() if line.startswith("! "))
+    reported, named = (line for line in text.splitlines() if line.startswith("! "))
     assert reported.startswith("! gpu-00, gpu-01, ")
     assert reported.endswith(" and 42 more: the clock is slow")
+    # A module that names the host itself gives each host another warning.
+    assert named.endswith(" and 42 more: time sync: none")
 
 
 def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
