@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import dis
 import gc
+import importlib.util
 import inspect
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 Lines = set[tuple[str, int]]
@@ -90,6 +91,41 @@ def exchange(file: Path, before: str, after: str, functions: list[FunctionType])
                 function.__code__ = new_codes[name]
                 done.add(name)
     return done == changed
+
+
+def exchange_values(file: Path, line: int, before: str) -> bool:
+    """Give a module that is imported, and those that imported from it, the values that its changed text assigns.
+
+    Returns:
+        False if that cannot be done: what has changed is no assignment at the module's own level, and no default of a
+        function there. Raises what the changed text raises when it is imported.
+    """
+    module = next((each for each in list(sys.modules.values()) if getattr(each, "__file__", None) == str(file)), None)
+    statement = next((each for each in ast.parse(before).body if each.lineno <= line <= (each.end_lineno or 0)), None)
+    if module is None or not isinstance(statement, ast.Assign | ast.AnnAssign | ast.FunctionDef):
+        return False
+    if isinstance(statement, ast.FunctionDef) and statement.decorator_list:
+        return False
+    spec = importlib.util.spec_from_file_location(module.__name__, file)
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    space = vars(again)
+    if isinstance(statement, ast.FunctionDef):
+        old, new = vars(module)[statement.name], space[statement.name]
+        old.__defaults__, old.__kwdefaults__ = new.__defaults__, new.__kwdefaults__
+        return True
+    plain = {name: value for name, value in space.items() if not isinstance(value, type | FunctionType | ModuleType)}
+    changed = {
+        name: (vars(module)[name], value)
+        for name, value in plain.items()
+        if not name.startswith("__") and name in vars(module) and repr(vars(module)[name]) != repr(value)
+    }
+    for each in list(sys.modules.values()):
+        for name, (old, new) in changed.items():
+            if getattr(each, "__dict__", {}).get(name) is old:
+                setattr(each, name, new)
+    return bool(changed)
 
 
 def _same_when_imported(old: CodeType, new: CodeType) -> bool:

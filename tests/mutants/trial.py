@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.mutants.rooms import Mutant, applied, copy_tree, modules_of, sample_of, tests_of
 from tests.mutants.swap import LineTrace, statement_lines
-from tests.mutants.warm import Baseline, Recorder, Server, collect, in_fork
+from tests.mutants.warm import Baseline, Change, Recorder, Server, collect, in_fork
 
 BASELINE_SECONDS = 900
 """Longest run of all tests of a room without a change. It records lines, which makes it several times slower."""
@@ -44,7 +44,7 @@ def try_room(name: str, folder: Path, number: int, seed: int, until: float) -> t
     copy = folder.resolve() / "tree"
     copy_tree(copy)
     sample, possible = sample_of(name, copy, number, seed)
-    tests = tests_of(name, copy)
+    tests = tests_of(name)
     files = frozenset(str(each) for each in modules_of(name, copy))
     with _Cold(copy, tests, folder) as cold:
         trace = LineTrace(files)
@@ -110,7 +110,9 @@ def _try_sample(room: Room, sample: Sequence[Mutant], cold: _Cold, until: float,
         with applied(mutant, room.copy) as change:
             if change is None:
                 continue
-            failed, late = _noticed_by(room, mutant, (path, before, path.read_text(encoding="utf-8")), cold)
+            failed, late = _noticed_by(
+                room, mutant, (path, mutant.line, before, path.read_text(encoding="utf-8")), cold
+            )
             result[1] += 1
             num_late += late
             if not failed and not late:
@@ -120,22 +122,21 @@ def _try_sample(room: Room, sample: Sequence[Mutant], cold: _Cold, until: float,
     _say(report, f"{room.name}: {noticed} of {result[1]} noticed, {num_late} of them by a limit")
 
 
-def _noticed_by(room: Room, mutant: Mutant, change: tuple[Path, str, str], cold: _Cold) -> tuple[str, bool]:
+def _noticed_by(room: Room, mutant: Mutant, change: Change, cold: _Cold) -> tuple[str, bool]:
     """Return the first test that fails with a change, "" if none does, and whether a limit ended the run."""
-    path, before, _ = change
+    path, _, before, _ = change
     changed = {(str(path), each) for each in statement_lines(before, mutant.line)}
+    at_import = bool(changed & room.baseline.imported)
     left_out = set(room.baseline.failed)
     while True:
-        names = _tests_for(room, changed, str(path), left_out)
-        if changed & room.baseline.imported:
-            failed, late = cold.run(names, *_limits(room, names))
-        elif not names:
+        names = _tests_for(room, set() if at_import else changed, str(path), left_out)
+        if not names:
             return "", False
-        else:
-            failed, late = _in_warm(room, names, change)
-            if failed is None:
-                names = _tests_for(room, set(), str(path), left_out)
-                failed, late = cold.run(names, *_limits(room, names))
+        failed, late = _in_warm(room, names, change)
+        if failed is None or (at_import and not failed and not late):
+            # A value that was exchanged may have been used in another module before.
+            names = _tests_for(room, set(), str(path), left_out)
+            failed, late = cold.run(names, *_limits(room, names))
         if late or not failed or _passes_alone(room, failed):
             return failed or "", late
         # It depends on other tests, and fails without a change.
@@ -143,9 +144,8 @@ def _noticed_by(room: Room, mutant: Mutant, change: tuple[Path, str, str], cold:
 
 
 def _tests_for(room: Room, changed: set[tuple[str, int]], file: str, left_out: set[str]) -> list[str]:
-    """Return the tests that run a line; where all may, those that run the file come first. Slow ones come last."""
+    """Return the tests that run these lines, or all; those that run the file come first, and slow ones last."""
     baseline = room.baseline
-    everything = not changed or bool(changed & baseline.imported)
 
     def rank(name: str) -> tuple[bool, float]:
         touches = any(each == file for each, _ in baseline.lines[name])
@@ -154,7 +154,7 @@ def _tests_for(room: Room, changed: set[tuple[str, int]], file: str, left_out: s
     found = [
         name
         for name, lines in baseline.lines.items()
-        if name not in left_out and (everything or lines & changed or name in baseline.spawning)
+        if name not in left_out and (not changed or lines & changed or name in baseline.spawning)
     ]
     return sorted(found, key=rank)
 
@@ -164,7 +164,7 @@ def _limits(room: Room, names: Sequence[str]) -> tuple[float, int]:
     return 30 + 6 * seconds, int(10 + 3 * seconds)
 
 
-def _in_warm(room: Room, names: Sequence[str], change: tuple[Path, str, str] | None) -> tuple[str | None, bool]:
+def _in_warm(room: Room, names: Sequence[str], change: Change | None) -> tuple[str | None, bool]:
     """Run tests in a fork of the collected pytest. Return None if the change cannot be made there."""
     seconds, cpu_seconds = _limits(room, names)
     text, late = in_fork(lambda: room.server.first_failure(names, change), room.folder, seconds, cpu_seconds)

@@ -22,11 +22,13 @@ from typing import Any
 
 import pytest
 
-from tests.mutants.swap import LineTrace, exchange, functions_of
+from tests.mutants.swap import LineTrace, exchange, exchange_values, functions_of
 
 ROOT = Path(__file__).parents[2]
 MORE_MEMORY = 4 << 30
 LARGEST_FILE = 1 << 31
+Change = tuple[Path, int, str, str]
+"""A file, the line that has changed, and the text before and after."""
 PROCESSES = ("os.fork", "subprocess.Popen", "os.posix_spawn")
 
 
@@ -132,6 +134,15 @@ class Server:
         self._ask(self)
         return True
 
+    def _made(self, change: Change) -> bool:
+        path, line, before, after = change
+        if not any(getattr(each, "__file__", None) == str(path) for each in list(sys.modules.values())):
+            # A test imports it, and then takes the changed file.
+            return True
+        if exchange(path, before, after, self._functions[str(path)]):
+            return True
+        return exchange_values(path, line, before)
+
     def run(self, names: Sequence[str], plugin: Recorder | FirstFailure) -> None:
         """Run tests in this process, until the first fails if the plugin is a FirstFailure."""
         self.session.config.pluginmanager.register(plugin)
@@ -141,14 +152,10 @@ class Server:
             if isinstance(plugin, FirstFailure) and plugin.failed:
                 break
 
-    def first_failure(self, names: Sequence[str], change: tuple[Path, str, str] | None = None) -> str | None:
+    def first_failure(self, names: Sequence[str], change: Change | None = None) -> str | None:
         """Run tests in this process, with a change of a file. Return None if it cannot be made in this process."""
-        if change is not None:
-            path, before, after = change
-            # A test imports it, and then takes the changed file.
-            imported = any(getattr(each, "__file__", None) == str(path) for each in list(sys.modules.values()))
-            if imported and not exchange(path, before, after, self._functions[str(path)]):
-                return None
+        if change is not None and not self._made(change):
+            return None
         plugin = FirstFailure()
         self.run(names, plugin)
         return plugin.failed
