@@ -34,9 +34,9 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "step": ("mixtral_run/train/steps/step.py", "train/steps"),
     "planner": ("mixtral_run/planner", "planner"),
-    "ssh": ("mixtral_run/fleet/ssh", "fleet/ssh fleet/test_secret_files.py fleet/test_hostile_hosts.py"),
+    "ssh": ("mixtral_run/fleet/ssh", "fleet/ssh fleet/test_secret_files.py"),
     "secrets": ("mixtral_run/fleet/secrets.py", "fleet/test_secrets.py fleet/test_secret_files.py"),
-    "jobs": ("mixtral_run/fleet/jobs", "fleet/jobs fleet/test_hostile_hosts.py"),
+    "jobs": ("mixtral_run/fleet/jobs", "fleet/jobs"),
     "host": (
         "plugins/module_utils/mixtral_run_host",
         "host/checks host/gpu host/engine host/models host/test_owned_folders.py host/test_secret_modes.py",
@@ -132,7 +132,10 @@ def applied(mutant: Mutant, copy: Path) -> Iterator[str | None]:
 
     path = copy / mutant.module
     before, times = path.read_text(encoding="utf-8"), path.stat()
-    after = mutate_code(before, get_operator(mutant.operator)(**json.loads(mutant.arguments)), mutant.occurrence)
+    try:
+        after = mutate_code(before, get_operator(mutant.operator)(**json.loads(mutant.arguments)), mutant.occurrence)
+    except AttributeError:  # cosmic-ray cannot replace an exception whose name has a dot
+        after = None
     if after is None or after == before:
         yield None
         return
