@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -103,12 +102,16 @@ def test_the_bytes_of_a_chunk_in_blocks(folder: Path, block_bytes: int) -> None:
     )
 
 
+def num_open() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_all_files_are_closed(folder: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open()
     with Reader(folder) as reader:
         reader.matrix("experts", (0, 0))
-        assert len(os.listdir("/proc/self/fd")) == before + 2
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert num_open() == before + 2
+    assert num_open() == before
 
 
 def test_a_file_that_ends_early_is_told_with_its_sizes(tmp_path: Path) -> None:
