@@ -96,10 +96,10 @@ def test_memory_for_a_comparison_of_logits(
     import psutil
 
     described = SimpleNamespace(dtype=base, architecture=MIXTRAL_8X7B)
-    monkeypatch.setattr(available, "describe_base", lambda load: described)
+    monkeypatch.setattr(available, "describe_base", lambda _: described)
     monkeypatch.setattr(available, "process_count", lambda _: 2)
     found = None if gpu is None else AvailableGpu(gpu, gpu, (9, 0))
-    monkeypatch.setattr(available, "available_gpu", lambda device, count: found)
+    monkeypatch.setattr(available, "available_gpu", lambda *_: found)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     for as_json in (False, True):
         config: Any = SimpleNamespace(load=Path("base"), dtype=dtype, device="auto", json=as_json)

@@ -300,7 +300,7 @@ def test_a_key_is_forgotten_and_a_new_one_taken(started: Any, ssh: Ssh) -> None:
         if content:
             ssh.known_hosts.write_text(content)
         started(lambda: Process(SETTINGS), lambda: Process(b"", b"Connection refused", 255))
-        with pytest.raises(HostError, match="refuses the connection|cannot be reached"):
+        with pytest.raises(HostError, match="refuses the connection"):
             ssh.accept_new_key(HOST)
 
 
@@ -342,7 +342,7 @@ def test_a_key_is_installed_over_one_connection(
     found = started(Process)
     sent: list[Any] = []
     monkeypatch.setattr(
-        connection, "communicate", lambda process, stdin, seconds: (sent.append(stdin), process.wait(), (b"", b""))[2]
+        connection, "communicate", lambda process, stdin, _: (sent.append(stdin), process.wait(), (b"", b""))[2]
     )
     ssh.install_key(HOST, "geheim")
     assert sent == [b"ssh-ed25519 key"] and "BatchMode=yes" not in found.words[0]

@@ -142,7 +142,7 @@ def test_lines_of_iterations_that_come_again(tmp_path: Path, capsys: pytest.Capt
     found = run_folder.growing_files(tmp_path)
     content = (tmp_path / "router.jsonl").read_bytes()
     assert found["router.jsonl"] == FilePrefix(len(content), f"{zlib.crc32(content):08x}")
-    names = {name for name in found}
+    names = set(found)
     written = {"router.jsonl": FilePrefix(len(lines(1, 2)), f"{zlib.crc32(lines(1, 2).encode()):08x}")}
     run_folder.drop_later_lines(tmp_path, 2, written, Report())
     assert "".join(capsys.readouterr()) == ""

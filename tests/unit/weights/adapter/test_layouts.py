@@ -43,7 +43,7 @@ def scale_in(config: dict[str, Any], name: str) -> float:
     """Return alpha / r of a module as PEFT finds them: a pattern whose words contain the last part of the name."""
 
     def found(key: str, default: float) -> float:
-        patterns = config[f"{key}_pattern"] if f"{key}_pattern" in config else {}
+        patterns = config.get(f"{key}_pattern", {})
         return next((value for words, value in patterns.items() if name in words.split("|")), default)
 
     return found("alpha", config["lora_alpha"]) / found("rank", config["r"])
@@ -134,7 +134,7 @@ def test_weights_of_the_base_go_along(tmp_path: Path) -> None:
     also = {"model.layers.1.block_sparse_moe.gate.weight": torch.randn(3, 8), "model.norm.weight": torch.randn(8)}
     factors = Held({"linear_proj": 2}, {"linear_proj": 1.0}, also=also)
     tensors, config = written(factors, "peft", tmp_path / "out")
-    assert torch.equal(tensors["base_model.model.model.layers.1.mlp.gate.weight"], also[list(also)[0]])
+    assert torch.equal(tensors["base_model.model.model.layers.1.mlp.gate.weight"], also[next(iter(also))])
     assert torch.equal(tensors["base_model.model.model.norm.weight"], also["model.norm.weight"])
     assert config["modules_to_save"] == ["gate", "norm"]
     with pytest.raises(KeyError):
