@@ -145,9 +145,10 @@ def test_a_modules_documentation_equals_its_options(name: str) -> None:
 def test_bootstrap_checks_the_variables_of_every_role_that_it_imports() -> None:
     play = _yaml("playbooks/bootstrap.yml")[0]
     (block,) = [task["block"] for task in play["tasks"] if "block" in task]
-    imported = [task["ansible.builtin.import_role"] for task in block[1:]]
+    imported = [task["ansible.builtin.import_role"] for task in block[2:]]
     assert block[0]["mixtral_run.hosts.role_arguments"]["roles"] == [role["name"] for role in imported]
     assert all(role["rolespec_validate"] is False for role in imported) and block[0]["tags"] == ["always"]
+    assert "mixtral_run.hosts.host_visit" in block[1] and block[1]["tags"] == ["always"]
     assert {role["name"] for role in imported} == set(ROLES)
 
 
