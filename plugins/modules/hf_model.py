@@ -59,7 +59,7 @@ from ..module_utils.mixtral_run_host.model.model_cache import (
     checked_files,
     listing_digest,
 )
-from ..module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile, copied, digest_of
 from ..module_utils.mixtral_run_host.spread.keys import forget_copies
 from ..module_utils.mixtral_run_host.spread.peer import connected
 from ..module_utils.mixtral_run_host.spread.plan import NONE, OWN, SHARED
@@ -124,6 +124,11 @@ def act(module):
             changed, seconds = known.pop("fetched"), time.monotonic() - began
             record.values[name] = known
             record.save()
+            if params["via"] == "peer":
+                note = copied(
+                    "{}@{}".format(params["model"], params["revision"]), params["peer"], known["files"], seconds
+                )
+                _end(module, cache, known, changed=changed, seconds=round(seconds, 1), spread_note=note)
         _end(module, cache, known, changed=changed, seconds=round(seconds, 1))
     except CopyError as error:
         module.fail_json(

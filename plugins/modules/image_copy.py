@@ -37,7 +37,7 @@ from ..module_utils.mixtral_run_host.engine.image_inputs import DIGEST
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.model.model_cache import checked_files
 from ..module_utils.mixtral_run_host.spread.archive import ImageArchive, ids_in, image_report, need_space
-from ..module_utils.mixtral_run_host.spread.blobs import CopyError
+from ..module_utils.mixtral_run_host.spread.blobs import CopyError, copied
 from ..module_utils.mixtral_run_host.spread.peer import connected
 from ..module_utils.mixtral_run_host.start import run_module
 
@@ -93,11 +93,13 @@ def act(module):
     record.values[params["name"]] = dict(entry, fetched=fetched) if fetched else entry
     record.save()
     report = image_report(dict(params, source=content["source"]), content["inputs"], content["id"])
+    seconds = time.monotonic() - began
     module.exit_json(
         changed=True,
+        spread_note=copied(params["name"], params["peer"], [params["file"]], seconds),
         image={"id": image, "name": params["name"]},
         spread=report,
-        seconds=round(time.monotonic() - began, 1),
+        seconds=round(seconds, 1),
     )
 
 

@@ -23,6 +23,15 @@ class CopyError(Exception):
         self.what, self.remedy = what, remedy
 
 
+def copied(what, source, files, seconds):
+    """Return what came from where and how fast, for the operator. files: lists of path, size and hash."""
+    num_bytes = sum(size for _, size, _ in files)
+    rate = num_bytes / max(seconds, 0.001)
+    return "has {}: {:.1f} GB from {} in {:.0f} s ({:.0f} MB/s)".format(
+        what, num_bytes / 1e9, source, seconds, rate / 1e6
+    )
+
+
 def _chunks(stream, what):
     """Yield the content of a stream in chunks. If it breaks off, yield the part that arrived, then raise CopyError."""
     while True:
