@@ -10,6 +10,9 @@ result on the disk (fsync). The clock runs from the call to the last fsync; impo
 Rounds are interleaved, so that a disk that slows down slows all of them. Memory is that of all processes together,
 sampled from outside: anonymous, and resident. The last line printed is one JSON object.
 
+`--at-least stream/copy=0.8` (may be repeated) makes it a guard against regressions: exit code 1 if, in any place, the
+median speed of the first way is below that share of the second one's in the same run.
+
     stream   mixtral_run.weights.convert.to_megatron
     copy     cp --recursive, then fsync of every file
     usual    transformers' from_pretrained, the state dict under Megatron's keys, torch.distributed.checkpoint.save
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -31,6 +35,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,35 @@ from benchmarks.support import process_memory
 WAYS = ("copy", "stream", "usual", "read", "direct", "load")
 PLACES = ("disk", "ram")
 BLOCK_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Lowest speed of one way, as a share of another way's in the same run."""
+
+    way: str
+    rival: str
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> Floor:
+        """Read `WAY/WAY=SHARE`. Raise argparse.ArgumentTypeError for anything else."""
+        found = re.fullmatch(r"(\w+)/(\w+)=(\d+(?:\.\d+)?)", text)
+        if not found or not {found[1], found[2]} <= set(WAYS):
+            raise argparse.ArgumentTypeError(f"expected WAY/WAY=SHARE with ways of {', '.join(WAYS)}; found {text}")
+        return cls(found[1], found[2], float(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.way}/{self.rival}={self.share:g}"
+
+    def missed(self, places: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+        """Return a line for each place in which the way is slower than that."""
+        reached = {place: ways[self.way]["gb_s"] / ways[self.rival]["gb_s"] for place, ways in places.items()}
+        return [
+            f"{place}: {self.way} has {share:.2f} of the speed of {self.rival}; expected at least {self.share:g}"
+            for place, share in reached.items()
+            if share < self.share
+        ]
 
 
 def main() -> None:
@@ -53,6 +87,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", default=PLACES, choices=PLACES)
     parser.add_argument("--workers", type=int, help="of stream (default: it measures)")
     parser.add_argument("--processes", type=int, default=2, help="of direct and load, as TP2 where even, EP of all")
+    parser.add_argument("--at-least", type=Floor.parse, action="append", default=[], metavar="WAY/WAY=SHARE")
     parser.add_argument("--run", choices=(*WAYS, "model"), help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
@@ -64,7 +99,16 @@ def main() -> None:
     elif options.run:
         print(json.dumps(measure(options)))
     else:
-        print(json.dumps(compare(options)))
+        for floor in options.at_least:
+            if not {floor.way, floor.rival} <= set(options.ways):
+                parser.error(f"--at-least {floor}: needs --ways {floor.way} {floor.rival}")
+        result = compare(options)
+        print(json.dumps(result))
+        slow = [
+            line for floor in options.at_least for line in floor.missed({each: result[each] for each in options.places})
+        ]
+        if slow:
+            raise SystemExit("\n".join(slow))
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

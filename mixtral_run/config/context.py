@@ -1,4 +1,4 @@
-"""Context parallelism: its setting, and what the length of a row must be a multiple of. Standard library only."""
+"""Settings for long rows, and what the length of a row must be a multiple of. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixtral_run.config.fields import LAYOUT, Config, flag_of, setting
+from mixtral_run.config.fields import LAYOUT, MEMORY, Config, flag_of, setting
 from mixtral_run.config.launch import LaunchConfig
 
 MOST_LOGITS = 8192
 """Most tokens of a rank whose logits exist at the same time. Up to here the loss is computed as a whole: for 8,192
 tokens and 32,000 words it takes 2 GiB, which is less than a layer's backward pass needs."""
+
+EXPERT_CHUNK_TOKENS = 8192
+"""Tokens of a rank in a chunk of the experts (model/routing/expert_chunks.py), if the planner chooses. Two experts of
+eight a token are 2,048 rows for each, with which its products are about as fast as with more."""
 
 
 def row_multiple(tensor_size: int, context_size: int) -> int:
@@ -24,7 +28,7 @@ def row_multiple(tensor_size: int, context_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig(Config):
-    """The number of processes that share a row."""
+    """Settings for long rows: the processes that share a row, and the chunks in which the experts compute it."""
 
     context_parallel_size: int | None = setting(
         None,
@@ -32,6 +36,14 @@ class ContextConfig(Config):
         "the planner chooses where no layout fits without.",
         minimum=1,
         section=LAYOUT,
+    )
+    expert_chunks: int | None = setting(
+        None,
+        help="Chunks of the tokens of a micro batch that the experts compute one after the other, so that the "
+        "activations of one chunk exist at a time. Needs --recompute full or offload. Default: 1, or what the planner "
+        "chooses where long rows do not fit without.",
+        minimum=1,
+        section=MEMORY,
     )
 
 

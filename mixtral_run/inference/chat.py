@@ -19,6 +19,7 @@ from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.conversation import Conversation
 from mixtral_run.inference.decode import Decoding
 from mixtral_run.inference.session import Session, open_session
+from mixtral_run.inference.shared_prefix import PrefixMemory
 from mixtral_run.inference.text_stream import TextStream, printable, text_of
 from mixtral_run.launch.stop_request import StopRequest
 from mixtral_run.launch.terminal import borrow_terminal
@@ -79,6 +80,7 @@ class Speaker:
         self._config, self._session, self._model = config, session, model
         self._mesh = model.mesh
         self._channel = Channel(self._mesh)
+        self._memory, self._adapted = PrefixMemory(), True
         self.stop = False
         """Set by a signal on the first rank: the answer ends."""
 
@@ -115,6 +117,9 @@ class Speaker:
 
     def _continue(self, row: Sequence[int], room: int, adapted: bool, show: object) -> list[int]:
         sampling = dataclasses.replace(Sampling.of(self._config), max_new_tokens=room)
+        if adapted != self._adapted:
+            self._memory.forget()
+            self._adapted = adapted
         with nullcontext() if adapted else without_adapters(self._model):
             return continue_rows(
                 self._model,
@@ -124,6 +129,8 @@ class Speaker:
                 show,  # type: ignore[arg-type]
                 None if self._config.cuda_graphs else Decoding,
                 self._stopped,
+                # The conversation so far is not computed again.
+                self._memory,
             )[0]
 
     def _stopped(self) -> bool:

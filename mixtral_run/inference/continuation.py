@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixtral_run.config.verbs.generate import SamplingConfig
 from mixtral_run.inference.decode import Decoding, decoding_of
+from mixtral_run.inference.shared_prefix import PrefixMemory
 from mixtral_run.model.mixtral import MixtralModel
 
 
@@ -37,12 +38,14 @@ def continue_rows(
     on_pass: Callable[[Sequence[list[int]], Sequence[bool]], None] | None = None,
     decoding: type[Decoding] | None = None,
     stopped: Callable[[], bool] | None = None,
+    memory: PrefixMemory | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to and including one of `end_tokens`.
 
     All ranks must call with the same rows.
 
-    Rows of different length are padded on the left; padding is masked out of attention and takes no position.
+    Rows of different length are padded on the left; padding is masked out of attention and takes no position. What all
+    rows begin with is computed once.
 
     Args:
         model: in evaluation mode.
@@ -52,16 +55,14 @@ def continue_rows(
         on_pass: called after each pass with the new tokens of each row so far, and with True for each row that goes on.
         decoding: class of the passes (decode.py). Default: the fastest.
         stopped: called after each pass by all ranks; True on all of them ends the generation with the tokens so far.
+        memory: of the calls before with the same model and adapter, whose tokens are not computed again.
     """
     mesh = model.mesh
-    lengths = torch.tensor([len(row) for row in rows], device=mesh.device)
-    longest = int(lengths.max())
-    # Padding is masked: any id of the model will do.
-    tokens = torch.full((len(rows), longest), rows[0][0], dtype=torch.int64, device=mesh.device)
-    for index, row in enumerate(rows):
-        tokens[index, longest - len(row) :] = torch.tensor(row, device=mesh.device)
+    memory = memory if memory is not None else PrefixMemory()
+    prefix = memory.of(model, rows)
+    tokens, padding = _padded(rows, len(prefix.tokens) if prefix is not None else 0, mesh.device)
     decoding = decoding or decoding_of(model, len(rows), sampling.max_new_tokens)
-    passes = decoding(model, longest - lengths, longest + sampling.max_new_tokens)
+    passes = decoding(model, padding, max(map(len, rows)) + sampling.max_new_tokens, prefix)
     generator = torch.Generator(device=mesh.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in rows]
     running = [True] * len(rows)
@@ -80,7 +81,19 @@ def continue_rows(
             break
         tokens = chosen[:, None]
     passes.end()
+    if len(rows) == 1:
+        memory.keep([*rows[0], *outputs[0]], passes.cache)
     return outputs
+
+
+def _padded(rows: Sequence[Sequence[int]], begin: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tokens of all rows after the first `begin`, int64 [rows, longest], and the padding on their left."""
+    longest = max(map(len, rows))
+    # Padding is masked: any id of the model will do.
+    tokens = torch.full((len(rows), longest - begin), rows[0][0], dtype=torch.int64, device=device)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = torch.tensor(row[begin:], device=device)
+    return tokens, torch.tensor([longest - len(row) for row in rows], device=device)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ shapes it is captured as a CUDA graph once and replayed, collectives included, a
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,19 +26,33 @@ CAPTURE_TOLERANCE = 2e-2
 """Largest accepted difference of the graph's logits from the eager pass, relative to the largest logit: bf16 sums."""
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that all rows begin with. cache: their keys and values, of one row; it may hold more tokens after them."""
+
+    tokens: tuple[int, ...]
+    cache: KeyValueCache
+
+
 class Decoding:
     """Eager passes, one after the other. All ranks must construct one and make the same calls.
 
     Args:
         model: in evaluation mode.
-        padding: int64 [rows], the number of padding tokens on the left of each row.
-        max_length: tokens of a row with all that will be generated.
+        padding: int64 [rows], the number of padding tokens on the left of each row, after the prefix.
+        max_length: tokens of a row, with the prefix and all that will be generated.
+        prefix: not passed again; the first call has the tokens after it.
     """
 
-    def __init__(self, model: MixtralModel, padding: Tensor, max_length: int) -> None:
+    def __init__(self, model: MixtralModel, padding: Tensor, max_length: int, prefix: Prefix | None = None) -> None:
         self._model, self._padding = model, padding
         self._ragged = bool(padding.any())
-        self.cache = KeyValueCache(max_length)
+        self._begin = len(prefix.tokens) if prefix is not None else 0
+        self.cache = (
+            prefix.cache.repeated(len(padding), self._begin, max_length)
+            if prefix is not None
+            else KeyValueCache(max_length)
+        )
         mesh, count = model.mesh, model.architecture.num_experts
         self._all_gather = (
             AllGatherDispatcher(mesh.expert_group, count, padding.device, unlimited=True)
@@ -52,7 +67,9 @@ class Decoding:
         """
         begin = self.cache.length
         positions = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)
-        return self._pass(tokens, positions, _mask(positions, self._padding) if self._ragged else None)
+        # Without a mask, several tokens after cached ones would not see them as earlier ones.
+        masked = self._ragged or (begin > 0 and len(positions) > 1)
+        return self._pass(tokens, positions, self._mask(positions) if masked else None)
 
     def end(self) -> None:
         """Free what the passes hold. Call it after the last pass, but not after an error."""
@@ -63,13 +80,27 @@ class Decoding:
         logits = model.logits(
             tokens,
             # Padding takes no position.
-            positions=(positions[None] - self._padding[:, None]).clamp(min=0),
+            positions=(positions[None] - self._padding[:, None]).clamp(min=self._begin),
             mask=mask,
             cache=self.cache,
             last_only=True,
             dispatcher=self._all_gather if dispatch.has_fixed_shapes else None,
         )
         return logits[:, -1]
+
+    def _is_real(self, keys: Tensor) -> Tensor:
+        """Return False where there is padding, bool [rows, keys]."""
+        return (keys < self._begin) | (keys >= self._begin + self._padding[:, None])
+
+    def _mask(self, positions: Tensor) -> Tensor:
+        """Return the attention mask, bool [rows, 1, queries, keys]: earlier tokens without padding, and the own one.
+
+        A padding token must attend to something, or its softmax would be NaN.
+        """
+        keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
+        causal = keys[None] <= positions[:, None]
+        itself = keys[None] == positions[:, None]
+        return (causal[None] & self._is_real(keys)[:, None] | itself[None])[:, None]
 
 
 class FixedShapeDecoding(Decoding):
@@ -80,7 +111,7 @@ class FixedShapeDecoding(Decoding):
 
     def __call__(self, tokens: Tensor) -> Tensor:
         begin = self.cache.length
-        if begin == 0:
+        if begin == self._begin:
             return super().__call__(tokens)
         if self.cache.place is None:
             self.cache.place = torch.zeros(1, dtype=torch.int64, device=tokens.device)
@@ -95,7 +126,7 @@ class FixedShapeDecoding(Decoding):
     def _decode_one(self) -> Tensor:
         """Run the pass over `_tokens` [rows, 1] at `cache.place`. Repeating it writes the same values again."""
         assert self.cache.place is not None
-        filled = (self._all <= self.cache.place) & (self._all >= self._padding[:, None])
+        filled = (self._all <= self.cache.place) & self._is_real(self._all)
         return self._pass(self._tokens, self.cache.place, filled[:, None, None])
 
 
@@ -105,8 +136,8 @@ class CapturedDecoding(FixedShapeDecoding):
     The graph's logits are compared with those of the eager pass before it; if they differ, generation stays eager.
     """
 
-    def __init__(self, model: MixtralModel, padding: Tensor, max_length: int) -> None:
-        super().__init__(model, padding, max_length)
+    def __init__(self, model: MixtralModel, padding: Tensor, max_length: int, prefix: Prefix | None = None) -> None:
+        super().__init__(model, padding, max_length, prefix)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._failed = False
@@ -163,15 +194,3 @@ def decoding_of(model: MixtralModel, num_rows: int, num_tokens: int) -> type[Dec
         num_rows, model.mesh.expert_size, num_tokens, syncs_with_host=not model.is_capturable
     )
     return CapturedDecoding if captured else Decoding
-
-
-def _mask(positions: Tensor, padding: Tensor) -> Tensor:
-    """Return the attention mask, bool [rows, 1, queries, keys]: earlier tokens without padding, and the token itself.
-
-    A padding token must attend to something, or its softmax would be NaN.
-    """
-    keys = torch.arange(int(positions[-1]) + 1, device=positions.device)
-    causal = keys[None] <= positions[:, None]
-    real = keys[None] >= padding[:, None]
-    itself = keys[None] == positions[:, None]
-    return (causal[None] & real[:, None] | itself[None])[:, None]

@@ -19,6 +19,7 @@ from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
 from mixtral_run.inference.delivery import Delivery
 from mixtral_run.inference.session import Session, open_session
+from mixtral_run.inference.shared_prefix import PrefixMemory
 from mixtral_run.launch.stop_request import StopRequest, stop_requests
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
@@ -90,6 +91,7 @@ def _generate(
             stopped = stop.agreed()
             return stopped
 
+        memory = PrefixMemory()
         for first in range(num_done, len(rows), config.batch_size):
             batch = rows[first : first + config.batch_size]
             outputs = continue_rows(
@@ -101,6 +103,7 @@ def _generate(
                 partial(delivery.passed, first) if mesh.is_first else None,
                 None if config.cuda_graphs else Decoding,
                 asked,
+                memory,
             )
             # The rest of a batch that was stopped is shown as it is, but is no answer that a file may hold.
             if mesh.is_first and not (stopped and written):

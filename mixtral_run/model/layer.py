@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -27,10 +28,15 @@ from mixtral_run.model.routing.moe import MoELayer
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """Inputs that all layers share in one pass. dispatcher: None for the layers' own."""
+    """Inputs that all layers share in one pass.
+
+    dispatcher: None for the layers' own. expert_chunks: chunks of the tokens that the experts compute one after the
+    other (routing/expert_chunks.py).
+    """
 
     attention: AttentionInputs
     dispatcher: TokenDispatcher[Any] | None = None
+    expert_chunks: int = 1
 
 
 class MixtralLayer(MegatronModule, BaseTransformerLayer):
@@ -104,5 +110,9 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         attended = self.self_attention(normed, inputs.attention, recipe)
         hidden, normed = self.pre_mlp_layernorm.joined(hidden, attended)
         recipe = self.pre_mlp_layernorm.recipe(hidden) if selective else None
-        output: Tensor = hidden + self.mlp(normed, recipe, inputs.dispatcher)
+        # A layer that runs again has gradients enabled the second time only, when nothing reads its output.
+        unread = self.recompute in RUNS_AGAIN and self.training and torch.is_grad_enabled()
+        output: Tensor = hidden + self.mlp(
+            normed, recipe, inputs.dispatcher, num_chunks=inputs.expert_chunks, unread=unread
+        )
         return output

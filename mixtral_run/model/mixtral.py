@@ -54,6 +54,7 @@ class ModelSettings:
     recompute: str = "none"
     base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
     kernels: str = "auto"  # the value of --kernels; it counts for the whole process
+    expert_chunks: int = 1  # of the tokens of a pass (routing/expert_chunks.py); decoding is never cut
 
 
 class _Gpt(GPTModel):
@@ -248,7 +249,9 @@ class MixtralModel(torch.nn.Module):
         if dispatcher is not None:
             assert self.mesh.expert_size > 1, "with all experts in one process tokens are only permuted"
             dispatcher.begin_pass()
-        return LayerInputs(attention, dispatcher)
+        # A pass of generation over one token of each sequence is short.
+        long = attention.cosine.shape[1] > 1
+        return LayerInputs(attention, dispatcher, self.settings.expert_chunks if long else 1)
 
     def _attention_inputs(
         self,

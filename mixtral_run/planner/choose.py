@@ -12,7 +12,7 @@ from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
-from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import RECOMPUTE, RUNS_AGAIN, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
@@ -45,8 +45,7 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
         ConfigError: No layout of a LoRA run fits, and none was given.
     """
     config = _without_former_setting(config)
-    plans_memory = isinstance(config, FinetuneConfig) or (isinstance(config, PretrainConfig) and config.uses_adamw)
-    if config.has_layout and not (plans_memory and not _has_recompute(config)):
+    if config.has_layout and not _leaves_memory_open(config):
         return config
     say = _report_of(config).say if base is None else Report.silent().say
     try:
@@ -87,11 +86,14 @@ def _settled_lora(
     if not fitting and not config.has_layout:
         raise _refusal(config, base, world_size, gpu, "every layout", candidates)
     if not fitting:
-        # `memory_error` reports it.
-        return dataclasses.replace(config, recompute=RECOMPUTE[-1])
+        # `memory_error` reports it; the smallest one comes first if none fits.
+        smallest = _layout_of(config) if _has_recompute(config) else Layout(*config.layout_sizes, RECOMPUTE[-1])
+        return _with_layout(config, candidates[0].layout if candidates else smallest)
     chosen, pinned = fitting[0].layout, fitting[0].host_bytes
     say(
-        f"Plan: {chosen}, recompute {chosen.recompute}: {fitting[0].memory.total / GIB:.1f} of "
+        f"Plan: {chosen}, recompute {chosen.recompute}"
+        + (f", experts in {chosen.expert_chunks} chunks" if chosen.expert_chunks > 1 else "")
+        + f": {fitting[0].memory.total / GIB:.1f} of "
         f"{gpu.total / GIB:.1f} GiB a GPU" + (f", {pinned / GIB:.1f} GiB of host RAM" if pinned else "")
     )
     return _with_layout(config, chosen)
@@ -110,7 +112,9 @@ def _without_former_setting(config: JobConfigT) -> JobConfigT:
 def _with_layout(config: JobConfigT, layout: Layout) -> JobConfigT:
     settings = dataclasses.asdict(layout)
     if not isinstance(config, FinetuneConfig):
-        del settings["recompute"], settings["context_parallel_size"]
+        del settings["recompute"], settings["context_parallel_size"], settings["expert_chunks"]
+    elif config.expert_chunks is not None:
+        settings["expert_chunks"] = config.expert_chunks
     return dataclasses.replace(config, **settings)
 
 
@@ -141,6 +145,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
         context_parallel_size=None,
         recompute=None,
         recompute_activations=False,
+        expert_chunks=None,
     )
     found = f"{layout}, --recompute {layout.recompute}"
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
@@ -218,6 +223,7 @@ def workload_of(
         # The passes without gradients of align are those of an evaluation.
         has_validation=config.has_validation or config.preferences is not None,
         context_parallel_size=config.planned_context_size,
+        expert_chunks=config.expert_chunks,
     )
 
 
@@ -228,8 +234,15 @@ def _has_recompute(config: LaunchConfig) -> bool:
     return config.recompute_activations or config.recompute is not None
 
 
+def _leaves_memory_open(config: LaunchConfig) -> bool:
+    """Return True if the planner chooses the recomputation, or whether the experts compute in chunks."""
+    if isinstance(config, FinetuneConfig):
+        return not _has_recompute(config) or (config.expert_chunks is None and config.recomputation in RUNS_AGAIN)
+    return isinstance(config, PretrainConfig) and config.uses_adamw and not _has_recompute(config)
+
+
 def _layout_of(config: FinetuneConfig) -> Layout:
-    return Layout(*config.layout_sizes, config.recomputation, config.context_size)
+    return Layout(*config.layout_sizes, config.recomputation, config.context_size, config.expert_chunks or 1)
 
 
 def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:

@@ -23,7 +23,9 @@ COMMUNICATION = 0.8 * GIB
 ANOTHER_GROUP = 0.9 * GIB
 """NCCL's channels and buffers for each further process group that is used."""
 LOSS_BYTES = 8
-"""Per logit: bf16 value, fp32 exponential, and the gradient in the backward pass."""
+"""Per logit with Megatron's loss: bf16 value, fp32 exponential, and the gradient in the backward pass."""
+LOSS_BYTES_WITHOUT_COPIES = 4
+"""Per logit in bf16 with the whole vocabulary on one rank (model/kernels/loss): the value and its gradient."""
 IMBALANCE = 1.1
 """Rows of the busiest rank over the mean if experts are spread over ranks."""
 CAPTURE_OVERHEAD = 1.5 * GIB
@@ -58,6 +60,7 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 kernels=workload.kernels,
             ),
             peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
+            expert_chunks=layout.expert_chunks,
         )
     )
     return found if workload.cuda_graphs else dataclasses.replace(found, captured=False)
@@ -251,36 +254,69 @@ def _experts_per_token(workload: Workload, layout: Layout) -> float:
 def _buffers(workload: Workload, layout: Layout) -> float:
     """Return the larger of the temporary bytes of the loss and of one layer's backward pass."""
     shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
-    local, how = layout.expert_model_parallel_size == 1, execution(workload, layout)
-    loss = _loss_bytes(workload, layout)
-    rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
-    # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
-    layer = rows * (
-        _row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * (2 if local else 4)
-    )
-    if how.dispatch.has_fixed_shapes:
-        # Buffers that other ranks read: this rank's tokens, and its experts' rows.
-        layer += (tokens / tp + rows) * _row_bytes(workload, shape.hidden_size)
+    layer = _expert_buffers(workload, layout)
+    if layout.expert_chunks > 1:
+        layer = max(layer + tokens * _row_bytes(workload, shape.hidden_size) / tp, _attention_buffers(workload, layout))
     if layout.context_parallel_size > 1:
         # Keys and values of the row: as they were gathered, and the gradients of both orders.
         layer += 3 * tokens * layout.context_parallel_size * keys_and_values(workload) / tp
-    # The recomputed activation.
-    layer += rows * _row_bytes(workload, shape.ffn_hidden_size)
-    if layout.recompute == "selective":
-        layer += rows * _row_bytes(workload, shape.hidden_size)
     if layout.recompute in RUNS_AGAIN:
-        layer += tokens * activation_bytes_per_token(workload, dataclasses.replace(layout, recompute="none"))
-    elif how.captured:
+        layer += _activations_of_layer(workload, layout)
+    elif execution(workload, layout).captured:
         layer += CAPTURE_OVERHEAD
+    return max(_loss_bytes(workload, layout), layer)
+
+
+def _expert_buffers(workload: Workload, layout: Layout) -> float:
+    """Return the temporary bytes of the backward pass of a layer's experts, or of a chunk of their tokens."""
+    shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.expert_tokens(layout)
+    local = layout.expert_model_parallel_size == 1
+    rows = shape.moe_router_topk * tokens * _rows_over_mean(workload, layout) / tp
+    # Gradients of fc1's output and of the activation, and of the rows on both sides of the exchange.
+    found = rows * (
+        _row_bytes(workload, 3 * shape.ffn_hidden_size) + _row_bytes(workload, shape.hidden_size) * (2 if local else 4)
+    )
+    if execution(workload, layout).dispatch.has_fixed_shapes:
+        # Buffers that other ranks read: this rank's tokens, and its experts' rows.
+        found += (workload.tokens(layout) / tp + rows) * _row_bytes(workload, shape.hidden_size)
+    # The recomputed activation.
+    found += rows * _row_bytes(workload, shape.ffn_hidden_size)
+    if layout.recompute == "selective":
+        found += rows * _row_bytes(workload, shape.hidden_size)
     if workload.expert_bytes < 1 or (
         workload.expert_bytes == 1 and not policy.multiplies_in_8_bit(workload.compute_capability, workload.kernels)
     ):
         # The experts of one linear layer in 16 bit, for the product.
-        layer += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
+        found += shape.num_experts * 4 * shape.ffn_hidden_size * shape.hidden_size / layout.expert_model_parallel_size
     elif workload.expert_bytes == 1:
         # The larger input in 8 bit.
-        layer += rows * 2 * shape.ffn_hidden_size
-    return max(loss, layer)
+        found += rows * 2 * shape.ffn_hidden_size
+    return found
+
+
+def _attention_buffers(workload: Workload, layout: Layout) -> float:
+    """Return the temporary bytes of the backward pass of a layer's attention, which experts in chunks may undercut.
+
+    Gradients of its output projection's input, of queries, keys and values, and of linear_qkv's output; under TP also
+    the whole sequence of its input and of its gradient.
+    """
+    shape, tp = workload.architecture, layout.tensor_model_parallel_size
+    each = _row_bytes(workload, shape.projection_size + 2 * shape.qkv_size) / tp
+    gathered = 2 * _row_bytes(workload, shape.hidden_size) if tp > 1 else 0.0
+    return workload.tokens(layout) * (each + gathered)
+
+
+def _activations_of_layer(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of what a layer that runs again keeps for its backward pass."""
+    stored = dataclasses.replace(layout, recompute="none")
+    tokens = workload.tokens(layout)
+    if layout.expert_chunks == 1:
+        return tokens * activation_bytes_per_token(workload, stored)
+    of_experts = _experts_per_token(workload, stored)
+    others = activation_bytes_per_token(workload, stored) - of_experts
+    # All inputs of the experts, the layer's output, and its gradient.
+    others += 3 * _row_bytes(workload, workload.architecture.hidden_size) / layout.tensor_model_parallel_size
+    return tokens * others + workload.expert_tokens(layout) * of_experts
 
 
 def _loss_bytes(workload: Workload, layout: Layout) -> float:
@@ -288,7 +324,8 @@ def _loss_bytes(workload: Workload, layout: Layout) -> float:
     hidden states and their gradients, which are whole on each TP rank.
     """
     shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
-    logits = min(tokens, MOST_LOGITS) * shape.padded_vocab_size(tp) * LOSS_BYTES / tp
+    each = LOSS_BYTES_WITHOUT_COPIES if tp == 1 and workload.weight_bytes == 2 else LOSS_BYTES
+    logits = min(tokens, MOST_LOGITS) * shape.padded_vocab_size(tp) * each / tp
     return logits + (2 * tokens * _row_bytes(workload, shape.hidden_size) if tokens > MOST_LOGITS else 0.0)
 
 

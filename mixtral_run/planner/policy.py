@@ -8,6 +8,9 @@ Capture requires that nothing in the pass waits for the GPU. Two parts may wait:
     grouped products   without a set of kernels (model/kernels/requirements.py) the host reads the experts' offsets:
                        below compute capability 8.0, and in other dtypes than bf16
     all-to-all         each rank must learn on the host how many rows arrive
+
+Passes whose experts compute in chunks (model/routing/expert_chunks.py) are not captured either: they are long enough
+for the GPU not to wait for the host.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class TrainingPass:
         fused_experts: True if both layers of the experts have adapters and no dropout (model/adapters/lora_experts.py).
         syncs_with_host: True if the experts' products wait for the GPU (`products_sync_with_host`).
         peer_access: True if the GPUs of an expert group can read each other's memory, and have memory for it.
+        expert_chunks: chunks of the tokens that the experts compute one after the other.
     """
 
     tokens: int
@@ -68,6 +72,7 @@ class TrainingPass:
     fused_experts: bool
     syncs_with_host: bool
     peer_access: bool
+    expert_chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def execution_of(training: TrainingPass) -> Execution:
     captured = (
         not training.syncs_with_host
         and dispatch is not Dispatch.ALL_TO_ALL
+        and training.expert_chunks == 1
         and (not recomputes or (training.recompute == "full" and training.lora_dropout == 0))
     )
     return Execution(dispatch, captured)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mixtral_run.config.context import row_multiple
-from mixtral_run.config.verbs.training import RECOMPUTE
+from mixtral_run.config.context import EXPERT_CHUNK_TOKENS, row_multiple
+from mixtral_run.config.verbs.training import RECOMPUTE, RUNS_AGAIN
 from mixtral_run.planner.memory_model import USABLE, USABLE_OF_HOST, execution, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.workload import Layout, Memory, Workload
 
@@ -49,7 +49,18 @@ def layouts(workload: Workload, context: int = 1) -> Iterator[Layout]:
             ):
                 continue
             for recompute in RECOMPUTE:
-                yield Layout(tp, ep, recompute, context)
+                layout = Layout(tp, ep, recompute, context)
+                for chunks in _chunks(workload, layout):
+                    yield dataclasses.replace(layout, expert_chunks=chunks)
+
+
+def _chunks(workload: Workload, layout: Layout) -> list[int]:
+    """Return the numbers of chunks for the experts of a layout; none if it cannot have as many as were asked for."""
+    runs_again, given = layout.recompute in RUNS_AGAIN, workload.expert_chunks
+    if given is not None:
+        return [given] if given == 1 or runs_again else []
+    tokens = workload.tokens(layout) / layout.tensor_model_parallel_size
+    return sorted({1, math.ceil(tokens / EXPERT_CHUNK_TOKENS)}) if runs_again else [1]
 
 
 def _divisors(number: int) -> list[int]:
@@ -63,7 +74,7 @@ def relative_speed(workload: Workload, layout: Layout) -> float:
     86 to 91 % and 70 to 78 % with all-to-all; TP2 costs a fifth. Counted: recomputing the forward pass adds half as
     many products, selective recomputation adds some passes over memory. Assumed, not measured: each further doubling of
     TP costs another fifth; copies to the host and back, which overlap with the products, cost 3 %; each doubling of CP
-    costs 3 %.
+    costs 3 %; experts in chunks cost 2 %.
     """
     tp = layout.tensor_model_parallel_size
     spread = 1.0
@@ -74,7 +85,8 @@ def relative_speed(workload: Workload, layout: Layout) -> float:
         spread = 0.92 if fixed else 0.78
     recomputed = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
     shared = 0.97 ** (layout.context_parallel_size.bit_length() - 1)
-    return float(spread * recomputed * shared * 0.8 ** (tp.bit_length() - 1))
+    cut = 0.98 if layout.expert_chunks > 1 else 1.0
+    return float(spread * recomputed * shared * cut * 0.8 ** (tp.bit_length() - 1))
 
 
 def rate_by_tokens(tokens: int) -> float:

@@ -80,6 +80,8 @@ def show_plan(config: PlanConfig) -> None:
             _title(config, workload, gpu),
             narrow=(short, [_row(each, SHORT_PARTS) for each in shown]),
         )
+        if any(each.layout.expert_chunks > 1 for each in shown):
+            Report().say("full/4: recompute full, experts in 4 chunks of the tokens (--expert-chunks 4)")
         _report_best(config, workload, gpu, choices[0])
         if config.hosts > 1 and choices[0].fits:
             show_scaling(config, workload, choices[0])
@@ -135,6 +137,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         # The passes without gradients of align are those of an evaluation.
         has_validation=config.method is not None,
         context_parallel_size=1 if config.method else config.context_parallel_size,
+        expert_chunks=config.expert_chunks,
     )
 
 
@@ -159,7 +162,10 @@ def _row(choice: Choice, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, .
     total = f"{choice.memory.total / GIB:.1f}"
     fits = "✓" if choice.fits else "✗"
     pinned = f"{choice.host_bytes / GIB:.1f}" if choice.host_bytes else "–"
-    return str(choice.layout), choice.layout.recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
+    recompute = choice.layout.recompute
+    if choice.layout.expert_chunks > 1:
+        recompute += f"/{choice.layout.expert_chunks}"
+    return str(choice.layout), recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
 
 
 def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: Choice) -> None:
@@ -200,12 +206,17 @@ def _report_unit(config: PlanConfig, report: Report) -> None:
 
 
 def _worth_showing(choices: list[Choice]) -> list[Choice]:
-    """Return the choices that fit; those with offload only if the same layout does not fit without it."""
-    without = {str(each.layout) for each in choices if each.fits and each.layout.recompute != "offload"}
+    """Return the choices that fit; with offload, or with experts in chunks, only if the same layout does not fit
+    without.
+    """
+    fitting = [each for each in choices if each.fits]
+    without = {str(each.layout) for each in fitting if each.layout.recompute != "offload"}
+    whole = {(str(each.layout), each.layout.recompute) for each in fitting if each.layout.expert_chunks == 1}
     return [
         each
-        for each in choices
-        if each.fits and not (each.layout.recompute == "offload" and str(each.layout) in without)
+        for each in fitting
+        if not (each.layout.recompute == "offload" and str(each.layout) in without)
+        and not (each.layout.expert_chunks > 1 and (str(each.layout), each.layout.recompute) in whole)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
@@ -15,12 +16,17 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Layout:
-    """A split of the model and of rows over ranks, with its recomputation."""
+    """A split of the model and of rows over ranks, with its recomputation.
+
+    expert_chunks: chunks of a rank's tokens that the experts compute one after the other
+    (model/routing/expert_chunks.py).
+    """
 
     tensor_model_parallel_size: int
     expert_model_parallel_size: int
     recompute: str
     context_parallel_size: int = 1
+    expert_chunks: int = 1
 
     def __str__(self) -> str:
         return layout_name(self.tensor_model_parallel_size, self.expert_model_parallel_size, self.context_parallel_size)
@@ -35,6 +41,7 @@ class Layout:
         return (
             f"--tensor-model-parallel-size {self.tensor_model_parallel_size} {context}"
             f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
+            + (f" --expert-chunks {self.expert_chunks}" if self.expert_chunks > 1 else "")
         )
 
 
@@ -53,6 +60,7 @@ class Workload:
             which buffers have a capacity of twice the mean number of rows.
         context_parallel_size: ranks that share each row; None if the planner may choose more than one where nothing
             fits otherwise.
+        expert_chunks: chunks of a micro batch for the experts; None if the planner may choose more than one.
         has_validation: True if a validation set is evaluated between iterations (train/validation.py).
     """
 
@@ -77,6 +85,7 @@ class Workload:
     peer_access: bool = True
     has_validation: bool = False
     context_parallel_size: int | None = None
+    expert_chunks: int | None = None
 
     @property
     def fused_experts(self) -> bool:
@@ -91,6 +100,10 @@ class Workload:
     def tokens(self, layout: Layout) -> int:
         """Return the tokens of one micro batch that a rank has between the layers without TP: its part of the rows."""
         return self.seq_length * self.rows // layout.context_parallel_size
+
+    def expert_tokens(self, layout: Layout) -> int:
+        """Return the most tokens of a rank, without TP, that the experts compute at a time."""
+        return math.ceil(self.tokens(layout) / layout.expert_chunks)
 
 
 @dataclass(frozen=True)

@@ -106,11 +106,12 @@ def _tiles(summary: dict[str, Any]) -> str:
         if all(values)
     )
     sizes: tuple[Any, Any] = summary.get("tensor_model_parallel_size"), summary.get("expert_model_parallel_size")
-    # Summaries of earlier versions have no CP.
-    context = int(number(summary.get("context_parallel_size")) or 1)
+    # Summaries of earlier versions have no CP and no chunks.
+    context, chunks = (int(number(summary.get(name)) or 1) for name in ("context_parallel_size", "expert_chunks"))
     layout = (
         f"{summary.get('num_processes')} × {summary.get('device')}, {layout_name(*sizes, context)}, "
         f"base in {summary.get('base_precision')}, recompute {summary.get('recompute')}"
+        + (f", experts in {chunks} chunks" if chunks > 1 else "")
     )
     return f'<div class="tiles">{tiles}</div>\n<p class="quiet">{escaped(layout)}</p>'
 

@@ -48,7 +48,8 @@ def load_for_training(
 ) -> MixtralModel:
     """Return the base with new adapters, in training mode. cache: see `load_base`. All ranks must call."""
     dtype = pick_dtype(config.dtype, base, mesh.device)
-    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels)
+    chunks = config.expert_chunks or 1 if isinstance(config, FinetuneConfig) else 1
+    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels, chunks)
     model = _build(base, settings, mesh, cache)
     if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
         # Otherwise a checkpoint has the start.

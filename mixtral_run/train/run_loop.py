@@ -149,6 +149,7 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
         epochs=config.epochs,
         best=run.best,
         stopped_early=is_over and done < config.iterations,
+        expert_chunks=config.expert_chunks or 1 if isinstance(config, FinetuneConfig) else 1,
     )
     if run.mesh.is_first:
         outcome.end(summary, num_retaken)

@@ -61,6 +61,7 @@ class Summary:
         epochs: of --epochs; None if --train-iters was given.
         best_iteration, best_validation_loss: of the lowest validation loss, iterations before a --resume included.
         stopped_early: True if --early-stopping-patience ended the run.
+        expert_chunks: of --expert-chunks or the planner.
     """
 
     iterations: int
@@ -85,6 +86,7 @@ class Summary:
     best_iteration: int | None
     best_validation_loss: float | None
     stopped_early: bool
+    expert_chunks: int = 1
 
     def line(self, processor: str) -> str:
         """Return a line to print. processor: 'GPU' or 'process'."""
@@ -110,6 +112,7 @@ def summarize(
     epochs: float | None,
     best: BestLoss,
     stopped_early: bool,
+    expert_chunks: int = 1,
 ) -> Summary:
     """Return the summary of the meter's measurements, the same on every rank. All ranks must call."""
     peaks: list[float | None] = [None] * mesh.world_size
@@ -139,4 +142,5 @@ def summarize(
         best_iteration=best.best_iteration,
         best_validation_loss=best.best_loss if best.best_iteration is not None else None,
         stopped_early=stopped_early,
+        expert_chunks=expert_chunks,
     )

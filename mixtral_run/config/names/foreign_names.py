@@ -192,6 +192,7 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     ),
     **dict.fromkeys(("packing", "sample-packing"), _same("pack")),
     **dict.fromkeys(("gradient-checkpointing", "activation-checkpointing", "use-gradient-checkpointing"), _RECOMPUTE),
+    **dict.fromkeys(("tiled-mlp", "tiled-mlp-num-shards"), _same("expert-chunks", note="parts of the tokens")),
     "recompute-granularity": _same("recompute", note="none, selective, full or offload"),
     **dict.fromkeys(
         ("resume-from-checkpoint", "resume-from", "auto-resume"), _same("resume", note="continues from --save")

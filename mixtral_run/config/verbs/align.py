@@ -132,8 +132,8 @@ class AlignConfig(FinetuneConfig):
     )
     pack: bool = setting(
         False,
-        help="Pack several pairs into one row of --seq-length tokens, without attention between the answers. Batch "
-        "sizes then count rows. Not with --method kto.",
+        help="Pack several pairs, or with --method kto answers, into one row of --seq-length tokens, without attention "
+        "between the answers. Batch sizes then count rows.",
         section=DATA,
     )
     lr: float = setting(2e-5, help="Peak learning rate, reached after the warmup.", above=0, section=OPTIMIZER)
@@ -187,8 +187,6 @@ class AlignConfig(FinetuneConfig):
             "--undesirable-weight": (self.undesirable_weight is not None, (KTO,)),
             "--data-format unpaired": (self.data_format == UNPAIRED, (KTO,)),
         }
-        if self.pack and self.method == KTO:
-            found.append("--pack: expected --method dpo, orpo or simpo with it; found --method kto")
         if self.method in METHODS:
             found += [
                 f"{flag}: expected --method {' or '.join(methods)} with it; found --method {self.method}"

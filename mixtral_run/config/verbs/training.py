@@ -335,6 +335,22 @@ class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
         """The balance of the routers is that of whole rows."""
         return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
 
+    @property
+    def recomputation(self) -> str:
+        """One of RECOMPUTE. Without a setting none, or full with --expert-chunks, which needs it."""
+        given = super().recomputation
+        chunked = (self.expert_chunks or 1) > 1 and self.recompute is None
+        return RUNS_AGAIN[0] if chunked else given
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if (self.expert_chunks or 1) > 1 and self.recomputation not in RUNS_AGAIN:
+            found.append(
+                f"--expert-chunks: expected --recompute full or offload with it, as the backward pass computes each "
+                f"chunk again; found --recompute {self.recomputation}"
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpConfig(FinetuneConfig):

@@ -17,6 +17,7 @@ from mixtral_run.inference.decode import Decoding
 from mixtral_run.inference.evaluation.scores import NO_ROUGE, Rouge, exact_match, open_rouge
 from mixtral_run.inference.evaluation.test_set import Question, TestSet, open_test_set
 from mixtral_run.inference.session import Session, as_model, models_of, open_session
+from mixtral_run.inference.shared_prefix import PrefixMemory
 from mixtral_run.inference.text_stream import printable, text_of
 from mixtral_run.launch.stop_request import stop_requests
 from mixtral_run.model.mixtral import MixtralModel
@@ -174,10 +175,11 @@ def _answers(
         was_stopped = stopped()
         return was_stopped
 
+    memory = PrefixMemory()
     for first in range(0, len(questions), config.batch_size):
         rows = [question.row for question in questions[first : first + config.batch_size]]
         decoding = None if config.cuda_graphs else Decoding
-        outputs += continue_rows(model, rows, session.template.stop_ids, sampling, None, decoding, asked)
+        outputs += continue_rows(model, rows, session.template.stop_ids, sampling, None, decoding, asked, memory)
         if was_stopped:
             raise _stopped()
         advance(len(rows))

@@ -17,6 +17,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import Decoding
 from mixtral_run.inference.session import Session, as_model, models_of
+from mixtral_run.inference.shared_prefix import PrefixMemory
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.terminal.report import Report
 
@@ -75,6 +76,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, config: EvaluateConfig, session: Session, model: MixtralModel) -> None:
         super().__init__()
         self._config, self._session, self._model = config, session, model
+        self._memory = PrefixMemory()
         self._tokenizer = session.tokenizer
         self._length = session.base.architecture.max_position_embeddings
 
@@ -153,7 +155,9 @@ class HarnessModel(TemplateLM):
         row = self.tok_encode(context)[-(self._length - most) :]
         sampling = Sampling(most, temperature, float(settings.get("top_p", 1.0)), self._config.seed)
         decoding = None if self._config.cuda_graphs else Decoding
-        output = continue_rows(self._model, [row], {self.eot_token_id}, sampling, None, decoding)[0]
+        output = continue_rows(self._model, [row], {self.eot_token_id}, sampling, None, decoding, memory=self._memory)[
+            0
+        ]
         text = str(self._tokenizer.decode(output, skip_special_tokens=True))
         for each in until:
             text = text.split(each)[0] if each else text

@@ -49,6 +49,19 @@ class KeyValueCache:
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def repeated(self, rows: int, length: int, max_length: int) -> KeyValueCache:
+        """Return a cache in which each of `rows` rows begins with the first `length` tokens of this one's only row.
+
+        For a single row this cache is emptied layer by layer, so that both are never held at once.
+        """
+        result = KeyValueCache(max_length, length)
+        for mine, its in ((self.keys, result.keys), (self.values, result.values)):
+            for layer in list(mine):
+                one = mine.pop(layer) if rows == 1 else mine[layer]
+                its[layer] = one.new_zeros(rows, one.shape[1], max_length, one.shape[3])
+                its[layer][:, :, :length] = one[:, :, :length]
+        return result
+
 
 @dataclass
 class AttentionInputs:

@@ -20,6 +20,7 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe
+from mixtral_run.model.routing.expert_chunks import in_chunks
 from mixtral_run.model.routing.router_loss import RouterLoss
 
 
@@ -135,22 +136,50 @@ class MoELayer(MegatronModule):
         self.router = Router(config)
         self.experts = Experts(config, layer_number, lora, base_precision)
         self._dispatcher = dispatcher
+        self._draws_numbers = lora is not None and lora.dropout > 0
 
     def forward(
-        self, hidden: Tensor, recipe: Recipe | None = None, dispatcher: TokenDispatcher[Any] | None = None
+        self,
+        hidden: Tensor,
+        recipe: Recipe | None = None,
+        dispatcher: TokenDispatcher[Any] | None = None,
+        *,
+        num_chunks: int = 1,
+        unread: bool = False,
     ) -> Tensor:
         """Return the layer's output for hidden [sequence (/ TP), batch, hidden], of the same shape.
 
-        recipe: how to recompute `hidden` in the backward pass. dispatcher: of this pass; None for the layer's own. All
-        ranks of the expert group must call.
+        recipe: how to recompute `hidden` in the backward pass. dispatcher: of this pass; None for the layer's own.
+        num_chunks, unread: see expert_chunks.py, which saves `hidden` even if there is a recipe. All ranks of the
+        expert group must call.
         """
         dispatcher = dispatcher or self._dispatcher
         tokens = hidden.reshape(-1, hidden.shape[-1])
         probs, experts = self.router(tokens)
+        if num_chunks == 1:
+            return self._dispatched(dispatcher, tokens, probs, experts, recipe).view_as(hidden)
+
+        def compute(tokens: Tensor, probs: Tensor, experts: Tensor) -> Tensor:
+            return self._dispatched(dispatcher, tokens, probs, experts)
+
+        outputs = in_chunks(
+            compute, tokens, probs, experts, num_chunks, unread=unread, draws_numbers=self._draws_numbers
+        )
+        return outputs.view_as(hidden)
+
+    def _dispatched(
+        self,
+        dispatcher: TokenDispatcher[Any],
+        tokens: Tensor,
+        probs: Tensor,
+        experts: Tensor,
+        recipe: Recipe | None = None,
+    ) -> Tensor:
+        """Return the outputs [tokens, hidden] of the chosen experts. All ranks of the expert group must call."""
         inputs, trip = dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=self.experts.adapted)
         outputs = self._compute(inputs)
         del inputs  # its memory is needed by the exchange
-        return dispatcher.combine(outputs, trip).view_as(hidden)
+        return dispatcher.combine(outputs, trip)
 
     def _compute(self, inputs: ExpertInputs) -> Tensor:
         if self.experts.adapted:

@@ -6,6 +6,7 @@ example with one answer and a label the other row is empty.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class PreferenceSamples:
-    """Samples of preferences. A sample is a pair of answers, or one answer; under --pack a row of several pairs.
+    """Samples of preferences. A sample is a pair of answers, or one answer; under --pack a row of several of them.
 
     Args:
         arrays: the encoded answers, two for each example.
@@ -42,6 +43,7 @@ class PreferenceSamples:
         paired: True if a sample is a pair; False if it is one answer.
         packs: put several samples into a row, both answers of a pair into the same one.
         folder: of the token cache.
+        row_multiple: of which the length of every row is a multiple, so that TP can split it.
 
     Attributes:
         reference: log-probability of each answer of the cache by the reference model, float64 [answers of the cache];
@@ -63,16 +65,17 @@ class PreferenceSamples:
         paired: bool,
         packs: bool,
         folder: Path,
+        row_multiple: int = 1,
     ) -> None:
         numbers = np.arange(len(arrays) // 2) if chosen is None else chosen
-        _refuse_too_long(arrays, seq_length, where, numbers, packs=packs)
+        _refuse_too_long(arrays, seq_length, where, numbers, together=packs and paired)
         lengths = np.diff(arrays.offsets)
         both = np.stack([2 * numbers, 2 * numbers + 1], axis=1)
         # Of pairs as single answers: all chosen ones, then all rejected ones, as in TRL.
         self._entries = both.reshape(-1) if paired else both.T.reshape(-1)[lengths[both.T.reshape(-1)] > 0]
         self.arrays, self.folder, self.paired = arrays, folder, paired
         self._width = 2 if paired else 1
-        self._padding_id = padding_id
+        self._padding_id, self._row_multiple = padding_id, row_multiple
         self.examples = Samples(arrays, seq_length, padding_id, where, self._entries)
         is_chosen = self._entries % 2 == 0
         self.chosen_examples = self.examples if is_chosen.all() else self._part(is_chosen, where)
@@ -172,33 +175,53 @@ class PreferenceSamples:
     def mismatched(self, entries: NDArray[np.int64], counts: torch.Tensor) -> MicroBatch:
         """Return the prompts of answers of the cache, each with the answer before it, as a micro batch.
 
-        A row that is too long is cut: nothing is learned from it.
+        What is longer than a row is cut: nothing is learned from it. Under --pack all are in one row, which is as long
+        as they need.
         """
         assert self._previous is not None, "pairs have no mismatched answers"
         made = [self._mismatched_row(int(entry), int(self._previous[entry])) for entry in entries]
-        micro = stacked(made)
+        num_tokens = torch.tensor([int(row.loss_mask.sum()) for row in made])
+        spans = None
+        if self._packing is None:
+            micro = stacked([self._filled(row, self.seq_length) for row in made])
+        else:
+            lengths = [len(row.tokens) for row in made]
+            end = -(-sum(lengths) // self._row_multiple) * self._row_multiple
+            padding = [end - sum(lengths)] if end > sum(lengths) else []
+            whole = self._filled(_joined(made), end)
+            micro = stacked([dataclasses.replace(whole, lengths=(*lengths, *padding))])
+            spans = torch.tensor([*lengths, *padding])
         answers = Answers(
             is_chosen=torch.ones(len(made), dtype=torch.bool),
             counts=counts,
             reference=_values(self.mismatched_reference, entries, counts),
-            num_tokens=micro.loss_mask.sum(dim=1).long(),
+            num_tokens=num_tokens,
             text_mask=torch.zeros_like(micro.loss_mask),
+            spans=spans,
+            answer_spans=torch.arange(len(made)) if spans is not None else None,
         )
-        return MicroBatch(micro.tokens, micro.labels, micro.loss_mask, micro.position_ids, None, answers)
+        return dataclasses.replace(micro, answers=answers)
 
     def _mismatched_row(self, entry: int, other: int) -> Row:
+        """Return a prompt with another answer, cut at the end of a row, without padding."""
         arrays, length = self.arrays, self.seq_length + 1
         begin, other_begin = _first_learned(arrays, entry), _first_learned(arrays, other)
         prompt = arrays.tokens_of(entry, begin)
         tokens = arrays.tokens_of(other, int(arrays.offsets[other + 1] - arrays.offsets[other]))
-        whole = np.concatenate([prompt, tokens[other_begin:]])[:length]
-        padded = np.full(length, self._padding_id, dtype=np.int64)
-        padded[: len(whole)] = whole
-        mask = np.zeros(self.seq_length, dtype=np.float32)
+        whole = np.concatenate([prompt, tokens[other_begin:]])[:length].astype(np.int64)
+        mask = np.zeros(len(whole) - 1, dtype=np.float32)
         first, last = arrays.span_offsets[other : other + 2].tolist()
         for start, end in (arrays.spans[first:last] - other_begin + begin).tolist():
             mask[start - 1 : min(end, length) - 1] = 1.0
-        return Row(padded[:-1], padded[1:], mask)
+        return Row(whole[:-1], whole[1:], mask)
+
+    def _filled(self, row: Row, length: int) -> Row:
+        """Return a row with padding up to `length` tokens."""
+        count = length - len(row.tokens)
+        tokens, labels = (
+            np.pad(each, (0, count), constant_values=self._padding_id) for each in (row.tokens, row.labels)
+        )
+        return Row(tokens, labels, np.pad(row.loss_mask, (0, count)))
 
     def _part(self, which: NDArray[np.bool_], where: str) -> Samples | None:
         """Return some of the answers as samples of their own; None if there are none."""
@@ -235,19 +258,19 @@ FileSamples = Samples | PackedSamples | PreferenceSamples
 """Samples of data files."""
 
 
-def fitting(arrays: TokenArrays, seq_length: int, *, packs: bool) -> NDArray[np.bool_]:
-    """Return for each example whether a row of `seq_length` tokens holds each of its answers, or under --pack both."""
+def fitting(arrays: TokenArrays, seq_length: int, *, together: bool) -> NDArray[np.bool_]:
+    """Return for each example whether a row of `seq_length` tokens holds each of its answers, or both together."""
     lengths = np.diff(arrays.offsets).reshape(-1, 2)
     longest: NDArray[np.int64] = lengths.max(axis=1, initial=0)
-    together: NDArray[np.int64] = np.maximum(lengths - 1, 0).sum(axis=1, dtype=np.int64)
-    return (longest <= seq_length + 1) & ((together <= seq_length) if packs else np.True_)
+    both: NDArray[np.int64] = np.maximum(lengths - 1, 0).sum(axis=1, dtype=np.int64)
+    return (longest <= seq_length + 1) & ((both <= seq_length) if together else np.True_)
 
 
 def _refuse_too_long(
-    arrays: TokenArrays, seq_length: int, where: str, numbers: NDArray[np.int64], *, packs: bool
+    arrays: TokenArrays, seq_length: int, where: str, numbers: NDArray[np.int64], *, together: bool
 ) -> None:
     """Raise ConfigError if answers do not fit into a row."""
-    too_long = np.unique(numbers[~fitting(arrays, seq_length, packs=packs)[numbers]])
+    too_long = np.unique(numbers[~fitting(arrays, seq_length, together=together)[numbers]])
     if not len(too_long):
         return
     lengths = np.diff(arrays.offsets).reshape(-1, 2)
@@ -259,16 +282,18 @@ def _refuse_too_long(
     ]  # fmt: skip
     more = [f"and {len(too_long) - NUM_PROBLEMS_SHOWN:,} more"] if len(too_long) > NUM_PROBLEMS_SHOWN else []
     needed = lengths[numbers].max() - 1
-    if packs:
+    if together:
         needed = np.maximum(lengths[numbers] - 1, 0).sum(axis=1).max()
-    what = "both answers of a pair in one row, because of --pack" if packs else "each answer with its prompt in a row"
+    what = (
+        "both answers of a pair in one row, because of --pack" if together else "each answer with its prompt in a row"
+    )
     raise ConfigError(
         f"{len(too_long):,} of {len(np.unique(numbers)):,} examples are longer than --seq-length {seq_length:,}.",
         where=where,
         problems=[*problems, *more],
         expected=f"{what}; a part of an answer cannot be compared",
         next_command=f"--seq-length {needed}, or --skip-bad-examples to leave them out"
-        + (", or without --pack" if packs else ""),
+        + (", or without --pack" if together else ""),
     )
 
 
@@ -286,6 +311,14 @@ def _previous_answers(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _first_learned(arrays: TokenArrays, entry: int) -> int:
     return int(arrays.spans[arrays.span_offsets[entry], 0])
+
+
+def _joined(rows: Sequence[Row]) -> Row:
+    return Row(
+        np.concatenate([row.tokens for row in rows]),
+        np.concatenate([row.labels for row in rows]),
+        np.concatenate([row.loss_mask for row in rows]),
+    )
 
 
 def _values(values: NDArray[np.float64] | None, entries: NDArray[np.int64], counts: torch.Tensor) -> torch.Tensor:

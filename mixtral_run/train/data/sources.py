@@ -178,6 +178,7 @@ def _samples(config: TrainingConfig, examples: CachedExamples, chosen: NDArray[n
         return PreferenceSamples(
             arrays, config.seq_length, padding_id, where, chosen,
             paired=config.method != KTO, packs=config.pack, folder=examples.cache.folder,
+            row_multiple=config.tensor_model_parallel_size or 1,
         )  # fmt: skip
     samples = Samples(arrays, config.seq_length, padding_id, where, chosen)
     return PackedSamples(samples) if isinstance(config, RunConfig) and config.pack else samples
@@ -206,7 +207,7 @@ def _parts(
     if config.skip_bad_examples:
         keep, too_long = has_response(arrays, config.seq_length), " before their response begins"
         if isinstance(config, AlignConfig):
-            keep, too_long = fitting(arrays, config.seq_length, packs=config.pack), ""
+            keep, too_long = fitting(arrays, config.seq_length, together=config.pack and config.method != KTO), ""
         if not keep.all():
             usable = np.flatnonzero(keep)
             remarks.append(

@@ -49,6 +49,7 @@ def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = Fa
             fused_experts=all(each.adapted for each in model.experts),
             syncs_with_host=not model.is_capturable,
             peer_access=peer_access,
+            expert_chunks=model.settings.expert_chunks,
         )
     )
 

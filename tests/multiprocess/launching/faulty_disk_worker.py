@@ -1,8 +1,9 @@
-"""Run a writer once for each of its calls to a disk, which fails at that call: `python -m … SCENARIO FOLDER STEP`.
+"""Run a writer once for each of its calls to a disk, which fails at that call.
 
-STEP: 1 for every call, n for every n-th. This process has tests/support/faulty_disk.c preloaded. Each run is a fork. A
-line of JSON for each run that did not go right; the last line is the number of runs. In scenarios that are killed the
-process does not get an error, it ends at that call.
+This process has tests/support/faulty_disk.c preloaded. It imports what the writers need once, then reads requests from
+standard input, a line of JSON each: the name of a scenario, a folder, and 1 for every call or n for every n-th. Each
+run is a fork. The answer is a line of JSON: the number of runs, and a text for each run that did not go right. In
+scenarios that are killed the process does not get an error, it ends at that call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mixtral_run.errors import MixtralRunError, from_os_error
@@ -132,9 +134,9 @@ def forked(work: Callable[[], dict[str, object]]) -> dict[str, object]:
     return found
 
 
-def main() -> None:
-    folder = Path(sys.argv[2])
-    scenario = SCENARIOS[sys.argv[1]](folder)
+def run_scenario(name: str, folder: Path, step: int) -> dict[str, object]:
+    """Run a scenario once for every `step`-th of its calls. Return the number of runs and what went wrong."""
+    scenario = SCENARIOS[name](folder)
     scenario.disk.mkdir(parents=True)
     prepare_in_fork(scenario)
     good = scenario.content()
@@ -142,12 +144,15 @@ def main() -> None:
     whole = in_fork(scenario, good, None, 0)
     calls, new = whole["calls"], whole["content"]
     assert isinstance(calls, int) and isinstance(new, dict) and new != good, whole
-    step = int(sys.argv[3])
-    for at in range(1, calls + 1, step):
-        found = in_fork(scenario, good, new, at)
-        if found["wrong"]:
-            print(json.dumps(found["wrong"]), flush=True)
-    print(len(range(1, calls + 1, step)))
+    places = range(1, calls + 1, step)
+    found = [in_fork(scenario, good, new, at)["wrong"] for at in places]
+    return {"runs": len(places), "wrong": [each for each in found if each]}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        name, folder, step = json.loads(line)
+        print(json.dumps(forked(partial(run_scenario, name, Path(folder), step))), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def worker(library: Path) -> Iterator[subprocess.Popen[str]]:
+    """One process for all scenarios: its imports take longer than most of them."""
+    argv = [sys.executable, "-m", "tests.multiprocess.launching.faulty_disk_worker"]
+    environment = environment_of(LD_PRELOAD=str(library), PYTHONWARNINGS="ignore")
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=SOURCE.parents[2]
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("scenario", "step"),
     # Every call of the short ones. A step that is prime to three brings each error to each kind of call; step 1 takes
@@ -43,12 +57,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("Continue", 2),
     ],
 )
-def test_a_disk_that_fails_at_any_call(library: Path, tmp_path: Path, scenario: str, step: int) -> None:
-    worker = "tests.multiprocess.launching.faulty_disk_worker"
-    argv = [sys.executable, "-m", worker, scenario, str(tmp_path / "work"), str(step)]
-    environment = environment_of(LD_PRELOAD=str(library), PYTHONWARNINGS="ignore")
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    *wrong, count = done.stdout.splitlines()
-    assert [json.loads(line) for line in wrong] == []
-    assert int(count) >= 5
+def test_a_disk_that_fails_at_any_call(worker: subprocess.Popen[str], tmp_path: Path, scenario: str, step: int) -> None:
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(json.dumps([scenario, str(tmp_path / "work"), step]) + "\n")
+    worker.stdin.flush()
+    done = json.loads(worker.stdout.readline())
+    assert done["wrong"] == []
+    assert done["runs"] >= 5

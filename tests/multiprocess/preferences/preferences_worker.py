@@ -34,7 +34,7 @@ def main(base: str, data: str, out: str, method: str, layout: str) -> None:
     config = AlignConfig(
         load=Path(base), save=Path(out).parent / f"{Path(out).stem}-save", data_path=(file,), valid_data_path=(file,),
         method=method, tensor_model_parallel_size=tp, expert_model_parallel_size=ep, device="cpu", dtype="fp32",
-        seq_length=32, global_batch_size=4, train_iters=3, lr=1e-2, min_lr=1e-2, beta=0.5,
+        seq_length=32, global_batch_size=4, train_iters=3, lr=1e-2, min_lr=1e-2, beta=0.5, pack=method == "kto",
     ).check()  # fmt: skip
     described = describe_base(config.load)
     with open_mesh(config) as mesh:

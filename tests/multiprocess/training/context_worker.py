@@ -80,6 +80,8 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved: Path | None) -> 
         for mode in ("selective", "full"):
             again = run_with(PackedRows, layout_of(checkpoint, out, layout, recompute=mode), mesh, 1)
             results[mode] = again["figures"]
+        again = run_with(PackedRows, layout_of(checkpoint, out, layout, expert_chunks=3), mesh, 1)
+        results["expert_chunks"] = again["figures"]
         with patch.object(mixtral, "MOST_LOGITS", 3):
             results["chunked"] = run_with(PackedRows, config, mesh, 1)["figures"]
         dropped = []

@@ -231,6 +231,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
         for name, changed in (
             ("recomputed", recomputed),
             ("selective", config_of(checkpoint, out, layout, recompute="selective")),
+            ("expert_chunks", config_of(checkpoint, out, layout, expert_chunks=3)),
         ):
             again = train(changed, mesh, 0, 2)
             results[name], results["router"][name] = again["figures"], again["router"]
@@ -248,6 +249,12 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
                     )
                 results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
                 results["router"][f"gathered: {mode}, {spare:g}"] = again["router"]
+        chunked = config_of(checkpoint, out, layout, expert_chunks=3)
+        again = train(chunked, mesh, 0, 2, given=all_gather(mesh, num_experts, unlimited=True))
+        results["gathered"]["expert_chunks"], results["router"]["gathered: expert_chunks"] = (
+            again["figures"],
+            again["router"],
+        )
         results["unlimited"] = apart_where_all_have_room(run["model"])
         results["validation"] = validation_losses(config, run["model"], 1), validation_losses(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])

@@ -74,9 +74,9 @@ def test_logits_are_those_of_whole_rows(case: str, results: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recomputation_and_chunked_losses_change_nothing(case: str, results: dict[str, Any]) -> None:
+def test_recomputation_and_chunks_of_losses_and_experts_change_nothing(case: str, results: dict[str, Any]) -> None:
     expected = results["1:1x1x1"]["PackedRows"]["figures"][:1]
-    for mode in ("selective", "full", "chunked"):
+    for mode in ("selective", "full", "chunked", "expert_chunks"):
         check_figures(results[case][mode], expected)
 
 

@@ -72,7 +72,7 @@ def test_logits_equal_hfs(case: str, results: dict[str, Any], hf_logits: list[to
 def test_the_routers_choices_are_counted(case: str, results: dict[str, Any], hf_choices: list[list[int]]) -> None:
     """With all ways of recomputation and dispatch; in one of them each step is taken twice."""
     found, reference = results[case]["router"], results["1:1x1"]["router"]["plain"]
-    assert len(found) == 9
+    assert len(found) == 11
     for name, (first, second) in found.items():
         assert first == hf_choices, name
         assert second == reference[1] != first, name
@@ -98,7 +98,7 @@ def test_a_run_saved_in_another_layout_goes_on_the_same(case: str, results: dict
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("variant", ["recomputed", "selective", "micro_batch_2"])
+@pytest.mark.parametrize("variant", ["recomputed", "selective", "expert_chunks", "micro_batch_2"])
 def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, results: dict[str, Any]) -> None:
     reference = results["1:1x1"]["figures"][:2]
     for (loss, norm), (expected_loss, expected_norm) in zip(results[case][variant], reference, strict=True):
@@ -110,7 +110,7 @@ def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, r
 def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results: dict[str, Any]) -> None:
     """Also where there is too little room, and the step is taken again."""
     reference = results["1:1x1"]["figures"][:2]
-    assert len(results[case]["gathered"]) == 6
+    assert len(results[case]["gathered"]) == 7
     for variant, figures in results[case]["gathered"].items():
         for (loss, norm), (expected_loss, expected_norm) in zip(figures, reference, strict=True):
             assert loss == pytest.approx(expected_loss, abs=3e-6), variant

@@ -150,7 +150,7 @@ def test_recomputation_is_the_least_that_fits(on_gpus: Any) -> None:
 
 
 def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8, "expert_chunks": 1}
     on_gpus(8, 32)
     assert settled(run(**layout, seq_length=16384)).recompute == "full"
     config = settled(run(**layout, seq_length=24576))
@@ -158,12 +158,39 @@ def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.Cap
     assert memory_error(config, BASE, 8) is None
     assert "64.0 GiB of host RAM" in capsys.readouterr().out
     # Where another layout does without, it is taken.
-    config = settled(run(seq_length=24576))
+    config = settled(run(seq_length=24576, expert_chunks=1))
     assert (config.tensor_model_parallel_size, config.recompute) == (2, "full")
 
 
-def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
+def test_experts_compute_in_chunks_where_memory_needs_it(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
+    on_gpus(8, 32)
+    assert settled(run(**layout, seq_length=16384)).expert_chunks == 1
+    config = settled(run(**layout, seq_length=24576))
+    assert (config.recompute, config.expert_chunks) == ("full", 3)
+    assert "Plan: TP1/EP8, recompute full, experts in 3 chunks: 26.9 of 32.0 GiB a GPU" in capsys.readouterr().out
+    assert memory_error(config, BASE, 8) is None
+    # Also if all else is given, and as many chunks as were asked for.
+    assert settled(run(**layout, seq_length=24576, recompute="full")).expert_chunks == 3
+    assert settled(run(**layout, seq_length=24576, expert_chunks=6)).expert_chunks == 6
+    refused = memory_error(run(**layout, seq_length=24576, recompute="full", expert_chunks=1), BASE, 8)
+    assert refused is not None and "--recompute full --expert-chunks 3" in str(refused)
+    # What fits nowhere keeps the recomputation that was given.
+    on_gpus(8, 20)
+    smallest = settled(run(**layout, seq_length=24576, recompute="full"))
+    assert (smallest.recompute, smallest.expert_chunks) == ("full", 3)
+    assert memory_error(smallest, BASE, 8) is not None
+
+
+def test_on_a_cpu_chunks_stay_as_given(on_gpus: Any) -> None:
+    on_gpus(2, None)
+    assert settled(run()).expert_chunks == 1
+    config = settled(run(expert_chunks=3))
+    assert (config.expert_chunks, config.recomputation) == (3, "full")
+
+
+def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
+    layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8, "expert_chunks": 1}
     on_gpus(8, 32, ram=79)
     error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)
     assert error is not None
@@ -190,7 +217,8 @@ def test_what_was_given_stays(on_gpus: Any) -> None:
     on_gpus(8, 139.8)
     for given in ({"recompute": "full"}, {"recompute_activations": True}, {"recompute": "none"}):
         config = run(**given, tensor_model_parallel_size=2, expert_model_parallel_size=4)
-        assert settled(config) == config
+        found = settled(config)
+        assert (found.layout_sizes, found.recomputation, found.context_size) == ((2, 4), config.recomputation, 1)
     kept = settled(run(recompute_activations=True))
     assert kept.recomputation == "full"
 

@@ -29,9 +29,9 @@ def plan(*words: str) -> list[dict[str, object]]:
 
 
 def test_rows_are_split_only_where_nothing_else_fits() -> None:
-    # TP8 holds 131,072 tokens on GPUs of 24 GiB with nf4; of 262,144 only rows that are split as well.
+    # Sixteen GPUs of 40 GB hold 131,072 tokens without; of a million only rows that are split as well.
     short, long = (
-        plan("--gpus", "16", "--gpu-memory", "39.4", "--seq-length", str(length)) for length in (131072, 524288)
+        plan("--gpus", "16", "--gpu-memory", "39.4", "--seq-length", str(length)) for length in (131072, 1048576)
     )
     assert short[0]["fits"] and {each["context_parallel_size"] for each in short} == {1}
     assert long[0]["fits"] and long[0]["context_parallel_size"] != 1
@@ -77,7 +77,7 @@ def test_logits_of_a_chunk_are_counted() -> None:
         .buffers / GIB
         for count in (1, 2, 4)
     ]  # fmt: skip
-    logits = MOST_LOGITS * shape.padded_vocab_size(1) * 8 / GIB
+    logits = MOST_LOGITS * shape.padded_vocab_size(1) * 4 / GIB
     hidden = 2 * MOST_LOGITS * shape.hidden_size * 2 / GIB
     assert buffers == pytest.approx([logits, logits + 2 * hidden, logits + 4 * hidden])
 

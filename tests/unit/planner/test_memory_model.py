@@ -96,6 +96,8 @@ def test_dispatch_and_capture_follow_the_sizes() -> None:
         assert dispatch(each, 1, 8, "full") is Dispatch.ALL_TO_ALL
     assert dispatch(few, 1, 1, "none") is Dispatch.LOCAL
     assert captured(few, 1, 8, "full") and not captured(few, 1, 8, "offload")
+    # Experts in four chunks keep the dispatch, but are not captured.
+    assert dispatch(few, 1, 8, "full", 1, 4) is Dispatch.SYMMETRIC_MEMORY and not captured(few, 1, 8, "full", 1, 4)
     eager = dataclasses.replace(few, cuda_graphs=False)
     assert dispatch(eager, 1, 8, "none") is Dispatch.SYMMETRIC_MEMORY and not captured(eager, 1, 8, "none")
 
@@ -301,9 +303,9 @@ def test_the_verb_says_when_nothing_fits() -> None:
         ("--gpus 1 --gpu-memory 48", ["--base-precision nf4", "--gpus 4"]),
         ("--gpus 1 --gpu-memory 80", ["--base-precision fp8", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 24 --base-precision nf4", ["--gpus 2"]),
-        ("--gpus 8 --gpu-memory 24 --micro-batch-size 512",
+        ("--gpus 8 --gpu-memory 24 --micro-batch-size 512 --expert-chunks 1",
          ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256", "--gpus 16"]),
-        ("--gpus 1 --gpu-memory 110 --seq-length 32768 --host-memory 8",
+        ("--gpus 1 --gpu-memory 110 --seq-length 32768 --host-memory 8 --expert-chunks 1",
          ["--base-precision fp8", "--seq-length 16384", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 2", []),
     ],

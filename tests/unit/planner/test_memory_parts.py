@@ -31,8 +31,8 @@ def test_the_copy_of_a_save_in_the_background_has_each_parameter_once() -> None:
 def test_an_evaluation_needs_its_loss_and_one_layer_next_to_a_captured_pass() -> None:
     layout, run = Layout(1, 1, "none"), Workload(gpus=1, seq_length=512)
     without, with_one = (memory(dataclasses.replace(run, has_validation=each), layout) for each in (False, True))
-    # By hand: 8 bytes a logit; two rows a token with gate, up and their product, and four of the hidden size, bf16.
-    loss = 512 * 32000 * 8
+    # By hand: 4 bytes a logit; two rows a token with gate, up and their product, and four of the hidden size, bf16.
+    loss = 512 * 32000 * 4
     layer = 2 * 512 * 2 * (3 * 14336 + 4 * 4096)
     assert execution(run, layout).captured
     assert with_one.buffers - without.buffers == pytest.approx(loss + layer)
@@ -43,3 +43,13 @@ def test_an_evaluation_needs_its_loss_and_one_layer_next_to_a_captured_pass() ->
 def test_only_more_gpus_than_there_are_are_suggested() -> None:
     assert [flags for flags, _ in _more_gpus(Workload(gpus=4))][:3] == ["--gpus 8", "--gpus 16", "--gpus 32"]
     assert [each.gpus for _, each in _more_gpus(Workload(gpus=3))][:2] == [4, 8]
+
+
+def test_logits_need_copies_where_the_vocabulary_is_split_or_in_fp32() -> None:
+    """A model whose loss is its largest part: value and gradient in bf16, else also an exponential in fp32."""
+    shape = dataclasses.replace(Workload().architecture, ffn_hidden_size=8, vocab_size=320000)
+    run = Workload(architecture=shape, gpus=2, seq_length=4096)
+    assert memory(run, Layout(1, 1, "full")).buffers == 4096 * 320000 * (2 + 2)
+    assert memory(run, Layout(2, 1, "full")).buffers == 4096 * 320000 // 2 * (2 + 4 + 2)
+    whole = dataclasses.replace(run, weight_bytes=4, expert_bytes=4)
+    assert memory(whole, Layout(1, 1, "full")).buffers == 4096 * 320000 * 8

@@ -17,7 +17,7 @@ from mixtral_run.planner.memory_model import (
 from mixtral_run.planner.ranking import ranked
 from mixtral_run.planner.workload import GIB, Layout, Workload
 
-LONG = Workload(gpus=8, seq_length=24576)
+LONG = Workload(gpus=8, seq_length=24576, expert_chunks=1)
 """With TP1/EP8 too long for 32 GiB while every layer keeps its input on the GPU."""
 
 
@@ -59,7 +59,7 @@ def test_offload_needs_its_ram() -> None:
 
 
 def test_the_verb_shows_offload_where_a_layout_needs_it() -> None:
-    words = ["plan", "--gpus", "8", "--gpu-memory", "32", "--seq-length", "24576"]
+    words = ["plan", "--gpus", "8", "--gpu-memory", "32", "--seq-length", "24576", "--expert-chunks", "1"]
     rows = [line.split("│") for line in CliRunner().invoke(root, words, env={"COLUMNS": "200"}).output.splitlines()]
     shown = {row[1].strip(): row[-3].strip() for row in rows if len(row) > 3 and row[2].strip() == "offload"}
     assert shown == {"TP1/EP8": "64.0"}
@@ -68,6 +68,18 @@ def test_the_verb_shows_offload_where_a_layout_needs_it() -> None:
     listed = json.loads(CliRunner().invoke(root, [*words, "--json"]).output)["layouts"]
     assert {each["host_gib"] for each in listed if each["recompute"] == "full"} == {0.0}
     assert {each["saved_copy_gib"] for each in listed} == {2.45}  # 12 bytes a parameter of the adapters
-    alone = ["plan", "--gpus", "1", "--gpu-memory", "110", "--seq-length", "32768", "--host-memory", "8"]
+    alone = [
+        "plan",
+        "--gpus",
+        "1",
+        "--gpu-memory",
+        "110",
+        "--seq-length",
+        "32768",
+        "--host-memory",
+        "8",
+        "--expert-chunks",
+        "1",
+    ]
     with pytest.raises(ConfigError, match="80% of 8 GiB of a host's RAM"):
         CliRunner().invoke(root, alone, catch_exceptions=False)

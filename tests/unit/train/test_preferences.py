@@ -223,8 +223,8 @@ def test_methods_without_a_reference_are_those_of_trl(
     compare(model, found, loss, figures)
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_kto_is_that_of_trl(model: MixtralModel, base: MixtralModel, tmp_path: Path, paired: bool) -> None:
+@pytest.mark.parametrize(("paired", "pack"), [(False, False), (True, False), (False, True), (True, True)])
+def test_kto_is_that_of_trl(model: MixtralModel, base: MixtralModel, tmp_path: Path, paired: bool, pack: bool) -> None:
     """Its divergence is estimated with the answer before each, of the chosen ones and then of the rejected ones."""
     kl = torch.zeros(())
     while kl == 0:  # A negative estimate counts as 0, which would not test it.
@@ -239,8 +239,13 @@ def test_kto_is_that_of_trl(model: MixtralModel, base: MixtralModel, tmp_path: P
         with torch.no_grad():
             divergences = [log_probability(model, each) - log_probability(base, each) for each in mismatched]
             kl = torch.stack(divergences).mean().clamp(min=0)
-    config = config_of("kto", beta=0.4, desirable_weight=1.5, undesirable_weight=0.5)
-    found = taken(model, samples_of(answers, tmp_path, config), config)
+    batch = {"micro_batch_size": 2, "global_batch_size": 2, "seq_length": 64} if pack else {}
+    config = config_of("kto", beta=0.4, desirable_weight=1.5, undesirable_weight=0.5, pack=pack, **batch)
+    samples = samples_of(answers, tmp_path, config)
+    if pack:
+        assert len(samples) <= 2 and sum(map(samples.num_loss_tokens, range(len(samples)))) == 6
+        config = dataclasses.replace(config, global_batch_size=len(samples), micro_batch_size=len(samples))
+    found = taken(model, samples, config)
     losses, rewards = [], {True: [], False: []}
     for answer, label in labeled:
         ratio = log_probability(model, answer) - log_probability(base, answer).detach()
@@ -256,7 +261,9 @@ def test_kto_is_that_of_trl(model: MixtralModel, base: MixtralModel, tmp_path: P
     compare(model, found, torch.stack(losses).mean(), figures)
 
 
-@pytest.mark.parametrize(("method", "pack"), [("dpo", False), ("kto", False), ("orpo", False), ("orpo", True)])
+@pytest.mark.parametrize(
+    ("method", "pack"), [("dpo", False), ("kto", False), ("kto", True), ("orpo", False), ("orpo", True)]
+)
 def test_the_validation_loss_is_that_of_one_batch(model: MixtralModel, tmp_path: Path, method: str, pack: bool) -> None:
     """A set that its passes do not divide evenly: what fills the last pass does not count."""
     config = config_of(method, micro_batch_size=4, pack=pack)
@@ -349,6 +356,22 @@ def test_the_reference_may_have_the_adapter_of_the_start(model: MixtralModel, tm
 
 def gradient_free_copy(model: MixtralModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_packed_mismatched_answers_are_in_one_row_that_tp_can_split(tmp_path: Path) -> None:
+    """Two answers, each with the other's prompt: 1 + 2 and 3 + 4 tokens become 1 + 4 and 3 + 2."""
+    answers: list[Answer | None] = [([5], [6, 7]), None, None, ([8, 9, 10], [11, 12, 13, 14])]
+    config = config_of("kto", pack=True, seq_length=16)
+    samples = PreferenceSamples(
+        arrays_of(answers), 16, 2, "x", None, paired=False, packs=True, folder=tmp_path, row_multiple=3
+    )
+    assert config.pack and len(samples) == 1
+    micro = samples.mismatched(np.array([0, 3]), torch.ones(2).double())
+    assert micro.tokens.tolist() == [[5, 11, 12, 13, 8, 9, 10, 6, 2]]
+    assert micro.labels.tolist() == [[11, 12, 13, 14, 9, 10, 6, 7, 2]]
+    assert micro.loss_mask.tolist() == [[1, 1, 1, 1, 0, 0, 1, 1, 0]]
+    assert micro.lengths == ((4, 4, 1),) and micro.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0]]
+    assert micro.answers is not None and micro.answers.num_tokens.tolist() == [4, 2]
 
 
 def test_answers_that_are_too_long_are_refused_together(tmp_path: Path) -> None:
