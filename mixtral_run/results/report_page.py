@@ -65,11 +65,9 @@ def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: st
     template = string.Template(
         importlib.resources.files("mixtral_run.results").joinpath("report.html").read_text("utf-8")
     )
+    kind = _KINDS[_config_class(mapping(summary.get("settings")))]
     return template.substitute(
-        title=escaped(f"{name} – {_KINDS[_config_class(mapping(summary.get('settings')))]}"),
-        name=escaped(name),
-        about=escaped(about),
-        sections="\n".join(sections),
+        title=escaped(f"{name} – {kind}"), name=escaped(name), about=escaped(about), sections="\n".join(sections)
     )
 
 
