@@ -42,7 +42,7 @@ class FullChoice:
 
 def full_workload(workload: Workload) -> Workload:
     """Return the workload as full training runs it: eager, with the all-to-all dispatch."""
-    return dataclasses.replace(workload, cuda_graphs=False, peer_access=False)
+    return dataclasses.replace(workload, cuda_graphs=False, peer_access=False, expert_chunks=1, context_parallel_size=1)
 
 
 def full_memory(workload: Workload, layout: Layout, *, offload: bool, accumulates: bool) -> Memory:

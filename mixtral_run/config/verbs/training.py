@@ -278,6 +278,11 @@ class RunConfig(CheckpointConfig, TrainingConfig):
         return found
 
 
+def can_resume(settings: Mapping[str, Any]) -> bool:
+    """Return True if a job with these settings, as JSON values, continues from its checkpoints under --resume."""
+    return "resume" in settings and settings.get("save") is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
     """LoRA fine-tuning of a base model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from mixtral_run.config.verbs.weights import ConvertConfig, VerifyConfig
+from mixtral_run.errors import CheckFailed, WeightsError
 from mixtral_run.terminal.report import Report
+from mixtral_run.train.checkpoints.newest_good import newest_good
 from mixtral_run.weights.convert.to_hf import to_hf
+from mixtral_run.weights.manifest.describe import describe_trained
 from mixtral_run.weights.verify.verify import verify
-from tests.multiprocess.conftest import torchrun
+from tests.multiprocess.conftest import mixtral_run, torchrun
 from tests.multiprocess.training.full_worker import AUX, CLIP, DECAY, HALF, LENGTH, RATES, STEPS, rows_of
 
 WORKER = Path(__file__).parent / "full_worker.py"
@@ -152,9 +156,31 @@ def test_in_bf16_the_weights_follow_fp32_masters(runs: Path, figures: dict[str, 
 
 
 @pytest.mark.parametrize("case", ["3-1x1-fp32", "4-2x2-bf16"])
-def test_verify_reads_it_and_names_a_damaged_file(case: str, runs: Path, small_hf_model: Path) -> None:
+def test_verify_reads_it(case: str, runs: Path) -> None:
     result = verify(VerifyConfig(load=runs / case, proof=True), Report.silent())
     assert (result.kind, result.iteration, result.problems) == ("base", STEPS, ())
+
+
+def test_a_damaged_iteration_is_named_and_an_older_one_used(runs: Path, tmp_path: Path) -> None:
+    """Also with a flipped bit in the optimizer's state, which no reader of the weights sees."""
+    folder = tmp_path / "tuned"
+    shutil.copytree(runs / "3-1x1-fp32", folder)
+    assert newest_good(folder, describe_trained).damaged == ()
+    file = folder / f"iter_{STEPS:07d}/__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckFailed) as damaged:
+        verify(VerifyConfig(load=folder, proof=True), Report.silent())
+    assert [each.split(":")[0] for each in damaged.value.problems] == ["__1_0.distcp"]
+    found = newest_good(folder, describe_trained)
+    assert found.adapter is not None and found.adapter.iteration == HALF
+    assert [each.name for each, _ in found.damaged] == [f"iter_{STEPS:07d}"]
+
+
+def test_a_folder_of_another_kind_is_not_resumed(small_checkpoint: Path) -> None:
+    with pytest.raises(WeightsError, match="This is not a checkpoint of full fine-tuning"):
+        describe_trained(small_checkpoint)
 
 
 def test_the_recorded_fingerprint_is_that_of_the_hf_model(runs: Path, exported: dict[str, Path]) -> None:
@@ -164,3 +190,26 @@ def test_the_recorded_fingerprint_is_that_of_the_hf_model(runs: Path, exported: 
     manifest = json.loads((runs / f"3-1x1-fp32/iter_{STEPS:07d}/mixtral_run.json").read_text())
     assert manifest["fingerprint"] == fingerprint(open_hf_weights(exported["3-1x1-fp32"]))
     assert load_file(next(exported["3-1x1-fp32"].glob("*.safetensors")))
+
+
+def test_the_verb_trains_evaluates_saves_and_continues(small_checkpoint: Path, tmp_path: Path) -> None:
+    """On one process after two, where the state was shared among both."""
+    data = [json.dumps({"instruction": f"What is {n}?", "response": f"The number {n}."}) for n in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(data) + "\n")
+    save = tmp_path / "tuned"
+    words = (
+        "pretrain", "--load", str(small_checkpoint), "--data-path", str(tmp_path / "data.jsonl"), "--save", str(save),
+        "--valid-fraction", "0.2", "--seq-length", "32", "--global-batch-size", "4", "--save-interval", "1",
+        "--keep-last", "1", "--lr", "1e-3", "--device", "cpu", "--report-prompts", "0",
+    )  # fmt: skip
+    done = mixtral_run(*words, "--train-iters", "2", "--nproc-per-node", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Full fine-tuning complete: 2 iterations" in done.stdout
+    done = mixtral_run(*words, "--train-iters", "3", "--nproc-per-node", "1", "--resume", "auto")
+    assert done.returncode == 0 and "Resuming from" in done.stdout, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert [each["iteration"] for each in lines] == [1, 2, 3]
+    assert [each.name for each in save.glob("iter_*")] == ["iter_0000003"]
+    evaluations = [json.loads(line)["loss"] for line in (save / "validation.jsonl").read_text().splitlines()]
+    assert evaluations[-1] < evaluations[0] - 0.1
+    assert "convert --from-megatron" in (save / "report.html").read_text().replace(" \\\n ", "")
