@@ -61,6 +61,7 @@ def main():
         variant={"type": "str", "choices": ["auto", "cu130", "cu126", "cpu"], "default": "auto"},
         base_images={"type": "dict", "default": {}},
         base_digests={"type": "dict", "default": {}},
+        base_lock={"type": "dict", "default": {}},
         locks={"type": "dict", "default": {}},
         torch_index_urls={"type": "dict", "default": {}},
         apt_packages={"type": "list", "elements": "str", "default": []},
@@ -342,8 +343,9 @@ class Image:
         return (self.there or {}).get("Config", {}).get("Labels") or {}
 
     def _listed_base(self, variant):
-        """Return the base image of image_base_images with the digest of image_base_digests."""
-        name, digest = self.params["base_images"].get(variant, ""), self.params["base_digests"].get(variant) or ""
+        """Return the base image of image_base_images with the digest of image_base_digests, or else of the lock."""
+        name = self.params["base_images"].get(variant, "")
+        digest = self.params["base_digests"].get(variant, self.params["base_lock"].get(name)) or ""
         if digest and not image_inputs.DIGEST.match(digest):
             self._refuse("image_base_digests has no digest for " + variant, "sha256: and 64 hex digits", digest,
                          "`docker buildx imagetools inspect {}` prints it".format(name))  # fmt: skip

@@ -66,8 +66,8 @@ def _try_rooms(given: argparse.Namespace) -> list[Outcome]:
             while waiting and len(running) < given.jobs:
                 room = waiting.pop(0)
                 # Where rooms wait, each has its part of the time.
-                part = (end - time.monotonic()) * min(1, given.jobs / (len(waiting) + 1))
-                running.add(_start(room, Path(folder) / room, given, time.monotonic() + part))
+                share = min(1.0, given.jobs / (len(waiting) + 1))
+                running.add(_start(room, Path(folder) / room, given, end, share))
             ended, _ = os.wait()
             running.discard(ended)
         answers = [Path(folder) / each / "outcome.json" for each in rooms]
@@ -77,13 +77,13 @@ def _try_rooms(given: argparse.Namespace) -> list[Outcome]:
         ]
 
 
-def _start(room: str, folder: Path, given: argparse.Namespace, until: float) -> int:
+def _start(room: str, folder: Path, given: argparse.Namespace, end: float, share: float) -> int:
     folder.mkdir()
     child = os.fork()
     if child:
         return child
     try:
-        possible, tried, survivors = try_room(room, folder, given.number, given.seed, until)
+        possible, tried, survivors = try_room(room, folder, given.number, given.seed, end, share)
         outcome = Outcome(room, possible, tried, tuple(survivors))
         (folder / "outcome.json").write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
         os._exit(0)

@@ -16,13 +16,19 @@ from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 Lines = set[tuple[str, int]]
+MOST_EVENTS = 100_000
+"""Lines that are recorded of one test. One that runs more is taken to run every line."""
 
 
 class LineTrace:
-    """Records which lines of some files run. current: the lines since it was last emptied."""
+    """Records which lines of some files run.
+
+    current: the lines since it was last emptied. num_events: how often one ran since it was last set to zero.
+    """
 
     def __init__(self, files: frozenset[str]) -> None:
         self.current: Lines = set()
+        self.num_events = 0
         self._files = files
 
     def start(self) -> None:
@@ -39,6 +45,10 @@ class LineTrace:
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
             self.current.add((frame.f_code.co_filename, frame.f_lineno))
+            self.num_events += 1
+            if self.num_events > MOST_EVENTS:
+                self.stop()
+                return None
         return self._line
 
 

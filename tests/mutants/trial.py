@@ -35,8 +35,8 @@ class Room:
     alone: dict[str, bool] = field(default_factory=dict)
 
 
-def try_room(name: str, folder: Path, number: int, seed: int, until: float) -> tuple[int, int, list[str]]:
-    """Try a sample of a room's changes until a time.
+def try_room(name: str, folder: Path, number: int, seed: int, end: float, share: float) -> tuple[int, int, list[str]]:
+    """Try a sample of a room's changes, for a share of the time that is left after a run without a change.
 
     Returns:
         Numbers of possible and of tried changes, and those that no test noticed.
@@ -53,6 +53,7 @@ def try_room(name: str, folder: Path, number: int, seed: int, until: float) -> t
         def ask(server: Server) -> None:
             baseline = _baseline(server, trace, folder)
             room = Room(name, copy, folder, tests, server, baseline)
+            until = time.monotonic() + (end - time.monotonic()) * share
             _try_sample(room, sample, cold, until, result)
 
         report = os.dup(1)
@@ -78,7 +79,7 @@ def _baseline(server: Server, trace: LineTrace, folder: Path) -> Baseline:
         return {
             "lines": {name: sorted(lines) for name, lines in baseline.lines.items()},
             "seconds": baseline.seconds,
-            "spawning": sorted(baseline.spawning),
+            "opaque": sorted(baseline.opaque),
             "failed": baseline.failed,
         }
 
@@ -88,7 +89,7 @@ def _baseline(server: Server, trace: LineTrace, folder: Path) -> Baseline:
         raise RuntimeError(f"the tests did not end within {BASELINE_SECONDS} seconds without a change")
     found = json.loads(text)
     lines = {name: {(file, line) for file, line in each} for name, each in found["lines"].items()}
-    return Baseline(lines, found["seconds"], imported, set(found["spawning"]), found["failed"])
+    return Baseline(lines, found["seconds"], imported, set(found["opaque"]), found["failed"])
 
 
 def _try_sample(room: Room, sample: Sequence[Mutant], cold: _Cold, until: float, result: list[Any]) -> None:
@@ -154,7 +155,7 @@ def _tests_for(room: Room, changed: set[tuple[str, int]], file: str, left_out: s
     found = [
         name
         for name, lines in baseline.lines.items()
-        if name not in left_out and (not changed or lines & changed or name in baseline.spawning)
+        if name not in left_out and (not changed or lines & changed or name in baseline.opaque)
     ]
     return sorted(found, key=rank)
 

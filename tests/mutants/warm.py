@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.mutants.swap import LineTrace, exchange, exchange_values, functions_of
+from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of
 
 ROOT = Path(__file__).parents[2]
 MORE_MEMORY = 4 << 30
@@ -37,14 +37,14 @@ class Baseline:
     """What the tests do without a change.
 
     lines: of each test, those that it runs, its fixtures included. seconds: of each test. imported: lines that run
-    while the tests are collected. spawning: tests that start processes, of which nothing is known. failed: these are
-    left out.
+    while the tests are collected. opaque: tests that start processes or run very many lines; not all that they run is
+    known. failed: these are left out.
     """
 
     lines: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     imported: set[tuple[str, int]] = field(default_factory=set)
-    spawning: set[str] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
     failed: list[str] = field(default_factory=list)
 
 
@@ -68,14 +68,16 @@ class Recorder:
 
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in PROCESSES and self._item:
-            self.baseline.spawning.add(self._item)
+            self.baseline.opaque.add(self._item)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         began, self._item = time.monotonic(), item.nodeid
-        self._trace.current = set()
+        self._trace.current, self._trace.num_events = set(), 0
         self._trace.start()
         result = yield
+        if self._trace.num_events > MOST_EVENTS:
+            self.baseline.opaque.add(item.nodeid)
         self._trace.stop()
         lines = self._trace.current
         # A fixture of a session runs in the first test that asks for it; all that use it depend on its lines.
