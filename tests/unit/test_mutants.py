@@ -13,7 +13,7 @@ import pytest
 
 from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of, statement_lines
 
-TEXT = '''import functools
+TEXT = """import functools
 
 LIMIT = 3
 OTHER = 2 * LIMIT
@@ -43,7 +43,7 @@ def cached():
 def loop(count):
     for _ in range(count):
         pass
-'''
+"""
 
 
 @pytest.fixture

@@ -113,9 +113,9 @@ def test_the_image_holds_what_the_extra_train_asks_for_at_the_pinned_versions() 
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = {re.split(r"[<>=]", each)[0].lower() for each in (*extras["train"], *extras["data"])} - {
-        "mixtral-run[data]"
-    }
+    wanted = {
+        re.split(r"[<>=]", each)[0].lower() for each in (*extras["train"], *extras["data"], *extras["stores"])
+    } - {"mixtral-run[data]"}
     lines = (ROOT / "roles/image/files/requirements.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if "==" in line)
     assert wanted <= set(pins)
