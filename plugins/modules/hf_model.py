@@ -27,8 +27,6 @@ options:
   proxy: {description: Proxy for the hub., type: str, default: ""}
   no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
   via: {description: Source of the model., type: str, choices: [origin, look, visit, peer], default: origin}
-  address: {description: Address of this host for other hosts., type: str, default: ""}
-  port: {description: Port of this host's SSH server for other hosts., type: int, default: 22}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   peer: {description: "Name of a host that the operator named, which is asked instead of the hub; or the host that is read.", type: str, default: ""}
   content: {description: "With C(peer), commit and files of the model: path, size and hash of each.", type: dict, default: {}}
@@ -57,12 +55,11 @@ from ..module_utils.mixtral_run_host.model.model_cache import (
     ModelCache,
     checked_commit,
     checked_files,
-    listing_digest,
 )
 from ..module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile, copied, digest_of
 from ..module_utils.mixtral_run_host.spread.keys import forget_copies
 from ..module_utils.mixtral_run_host.spread.peer import connected
-from ..module_utils.mixtral_run_host.spread.plan import NONE, OWN, SHARED
+from ..module_utils.mixtral_run_host.spread.plan import ME, NOBODY
 from ..module_utils.mixtral_run_host.start import run_module
 
 SPARE_GIB = 5
@@ -83,8 +80,6 @@ def main():
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
             "via": {"type": "str", "choices": ["origin", "look", "visit", "peer"], "default": "origin"},
-            "address": {"type": "str", "default": ""},
-            "port": {"type": "int", "default": 22},
             "user": {"type": "str", "default": ""},
             "peer": {"type": "str", "default": ""},
             "content": {"type": "dict", "default": {}},
@@ -111,7 +106,7 @@ def act(module):
         known = _recorded(record, name, cache, params)
         if params["via"] == "visit":
             known = known or cache.snapshot(params["revision"], params["patterns"])
-            _end(module, cache, known, changed=False)
+            _end(module, known, changed=False)
         if params["via"] == "look":
             _look(module, cache, known)
         changed, seconds = False, 0.0
@@ -128,8 +123,8 @@ def act(module):
                 note = copied(
                     "{}@{}".format(params["model"], params["revision"]), params["peer"], known["files"], seconds
                 )
-                _end(module, cache, known, changed=changed, seconds=round(seconds, 1), spread_note=note)
-        _end(module, cache, known, changed=changed, seconds=round(seconds, 1))
+                _end(module, known, changed=changed, seconds=round(seconds, 1), spread_note=note)
+        _end(module, known, changed=changed, seconds=round(seconds, 1))
     except CopyError as error:
         module.fail_json(
             msg=explain(
@@ -140,6 +135,7 @@ def act(module):
                 next_step=error.remedy,
             ),
             found=error.what,
+            blame=error.blame,
         )
 
 
@@ -153,26 +149,18 @@ def _look(module, cache, known):
         if not params["peer"]:
             (_from_folder if params["source_path"] else _from_hub)(module, cache, params)
         changed = True
-    _end(module, cache, known, changed=changed)
+    _end(module, known, changed=changed)
 
 
-def _end(module, cache, known, **answer):
-    """End the module with `spread`: what this host has and where others read it, for the plan of the next round."""
+def _end(module, known, **answer):
+    """End the module with `spread`: what this host has, for the plan of the next round."""
     params = module.params
     content = {"commit": known["commit"], "files": known["files"]} if known else {}
-    peer = params["peer"] if params["peer"] != params["host"] else ""
     spread = {
-        "name": params["host"],
         "identity": "{}@{} {}".format(params["model"], params["revision"], " ".join(params["patterns"])),
         "looked": time.time(),
         "holds": known is not None,
-        "origin": OWN if params["source_path"] else NONE if peer else SHARED,
         "content": content,
-        "key": listing_digest(content["files"]) if known else "",
-        "address": params["address"],
-        "port": params["port"],
-        "user": params["user"],
-        "folder": os.path.dirname(cache.blob("x")),
     }
     if not known:
         answer["msg"] = "it does not have {}".format(params["model"])
@@ -208,6 +196,7 @@ def _from_hub(module, cache, params):
         raise CopyError(
             "the image {}, which downloads the model, is not on the host: {}".format(params["image"], reason),
             "run the docker and image roles first, as bootstrap does; or name a local copy (hf_cache_model_path)",
+            NOBODY,
         )
     _need_space(cache, download.missing_bytes() or 0)
     if module.check_mode:
@@ -304,6 +293,7 @@ def _need_space(cache, num_bytes):
         raise CopyError(
             "{:.1f} GiB free under {}; {:.1f} GiB are still to come".format(free, folder, needed),
             "put hf_cache_home on a larger disk",
+            ME,
         )
 
 

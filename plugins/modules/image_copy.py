@@ -23,9 +23,6 @@ options:
   peer_host_keys: {description: SSH host keys of the other host., type: list, elements: str, default: []}
   peer_problem: {description: Reason why the other host gives nothing., type: str, default: ""}
   slowest_mib_per_second: {description: Rate below which the other host is given up. 0 is no limit., type: float, default: 0}
-  address: {description: Address of this host for other hosts., type: str, default: ""}
-  port: {description: Port of this host's SSH server for other hosts., type: int, default: 22}
-  user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   timeout_seconds: {description: Time limit for loading., type: int, default: 5400}
 """
 
@@ -39,6 +36,7 @@ from ..module_utils.mixtral_run_host.model.model_cache import checked_files
 from ..module_utils.mixtral_run_host.spread.archive import ImageArchive, ids_in, image_report, need_space
 from ..module_utils.mixtral_run_host.spread.blobs import CopyError, copied
 from ..module_utils.mixtral_run_host.spread.peer import connected
+from ..module_utils.mixtral_run_host.spread.plan import NOBODY
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
@@ -54,9 +52,6 @@ OPTIONS = {
     "peer_host_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
     "peer_problem": {"type": "str", "default": ""},
     "slowest_mib_per_second": {"type": "float", "default": 0},
-    "address": {"type": "str", "default": ""},
-    "port": {"type": "int", "default": 22},
-    "user": {"type": "str", "default": ""},
     "timeout_seconds": {"type": "int", "default": 5400},
 }
 
@@ -86,13 +81,14 @@ def act(module):
                 next_step=error.remedy,
             ),
             found=error.what,
+            blame=error.blame,
         )
     record = Record("images")
     entry = {"id": image, "inputs": content["inputs"], "source": content["source"]}
     fetched = record.values.get(params["name"], {}).get("fetched")
     record.values[params["name"]] = dict(entry, fetched=fetched) if fetched else entry
     record.save()
-    report = image_report(dict(params, source=content["source"]), content["inputs"], content["id"])
+    report = image_report(content["source"], content["inputs"], content["id"])
     seconds = time.monotonic() - began
     module.exit_json(
         changed=True,
@@ -131,15 +127,16 @@ def _load(module, path, image):
     params = module.params
     answer = run(["docker", "load", "--quiet", "--input", path], timeout=params["timeout_seconds"])
     if answer.code:
-        raise CopyError("docker load: " + last_lines(answer, 3), "`docker system df` on the host, then run again")
+        # The archive may be at fault, or this engine: the source is not given up, and another one is tried.
+        raise CopyError("docker load: " + last_lines(answer, 3), "`docker system df` there, then run again", NOBODY)
     for each in [image] + [each for each in ids_in(path) if each != image]:
         known = run(["docker", "image", "inspect", "--format", "{{.Id}}", each], timeout=30)
         if known.code == 0:
             tagged = run(["docker", "tag", each, params["name"]], timeout=30)
             if tagged.code:
-                raise CopyError("docker tag: " + last_lines(tagged, 2), "run again")
+                raise CopyError("docker tag: " + last_lines(tagged, 2), "run again", NOBODY)
             return known.out.strip()
-    raise CopyError("docker load ended, and the image is not there", "run again")
+    raise CopyError("docker load ended, and the image is not there", "run again", NOBODY)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ options:
   name: {description: Name of the image on the host., type: str, required: true}
   inputs: {description: Hash of the build context., type: str, required: true}
   look: {description: "Only report in C(spread) whether the host has the image, for the plan of copies from host to host.", type: bool, default: false}
-  address: {description: Address of this host for other hosts., type: str, default: ""}
-  port: {description: Port of this host's SSH server for other hosts., type: int, default: 22}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   sent: {description: Path of the build context or archive on the host., type: path}
 """
@@ -36,6 +34,7 @@ from ..module_utils.mixtral_run_host.engine import image_inputs
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.spread.archive import image_report
 from ..module_utils.mixtral_run_host.spread.keys import forget_copies
+from ..module_utils.mixtral_run_host.spread.plan import ME, SOURCE
 from ..module_utils.mixtral_run_host.start import run_module
 
 LABEL = "org.mixtral-run.inputs"
@@ -44,7 +43,7 @@ SBOM_LABEL = "org.mixtral-run.sbom"
 SBOM = "/opt/mixtral-run/sbom.cdx.json"
 WORK_FOLDER = "/var/lib/mixtral-run/build"
 TEXT = ("base_image", "pip_index_url", "pip_trusted_host", "wheelhouse", "proxy", "no_proxy", "registry_reference",
-        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "address", "user")  # fmt: skip
+        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "user")  # fmt: skip
 
 
 def main():
@@ -57,7 +56,6 @@ def main():
         inputs={"type": "str", "required": True},
         sent={"type": "path"},
         look={"type": "bool", "default": False},
-        port={"type": "int", "default": 22},
         variant={"type": "str", "choices": ["auto", "cu130", "cu126", "cpu"], "default": "auto"},
         base_images={"type": "dict", "default": {}},
         base_digests={"type": "dict", "default": {}},
@@ -99,7 +97,7 @@ class Image:
 
     def exit(self, changed, holds=True, **more):
         facts = {"id": self.there["Id"] if self.there else None, "name": self.name}
-        spread = image_report(self.params, self.identity, facts["id"] if holds else None)
+        spread = image_report(self.params["source"], self.identity, facts["id"] if holds else None)
         self.module.exit_json(changed=changed or self.swept, image=facts, spread=spread, **more)
 
     def stop_here(self, **more):
@@ -388,11 +386,12 @@ class Image:
         found = image_inputs.full_disk(answer)
         if found:
             self._refuse("The engine has no space for the image", "space for the image where the engine stores images",
-                         found, image_inputs.SPACE_REMEDY)  # fmt: skip
+                         found, image_inputs.SPACE_REMEDY, blame=ME)  # fmt: skip
 
-    def _refuse(self, what, expected, found, next_step):
+    def _refuse(self, what, expected, found, next_step, blame=SOURCE):
         where = "{}: image {}".format(self.params["host"], self.name)
-        self.module.fail_json(msg=explain(what + ".", where=where, expected=expected, found=found, next_step=next_step))
+        message = explain(what + ".", where=where, expected=expected, found=found, next_step=next_step)
+        self.module.fail_json(msg=message, blame=blame)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ options:
   looks: {description: Names of the variables in which hosts registered what they have., type: list, elements: str, required: true}
   attempts: {description: Name of the variable with the list of a host's copies in this play., type: str, required: true}
   plan: {description: Name of the variable in which this task registers its result., type: str, required: true}
+  way: {description: "Name of the variable with address, port, user, folder and origin of each host, from the inventory.", type: str, required: true}
+  preferred_way: {description: The same of the C(preferred) host if it is not in the play., type: dict, default: {}}
   per_source: {description: Number of hosts that a source serves at once., type: int, required: true}
   from_origin: {description: Number of hosts that copy from outside at once., type: int, required: true}
   preferred: {description: Host that the operator named., type: str, default: ""}

@@ -56,8 +56,8 @@ def matching(files, patterns):
 
 
 def listing_digest(files):
-    """Return the digest of paths and hashes of a model, whatever the name of the commit that has them."""
-    lines = "".join("{} {}\n".format(digest, path) for path, _, digest in sorted(files))
+    """Return the digest of paths, sizes and hashes of a model, whatever the name of the commit that has them."""
+    lines = "".join("{} {} {}\n".format(digest, size, path) for path, size, digest in sorted(files))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 

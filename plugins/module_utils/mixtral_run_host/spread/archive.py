@@ -15,7 +15,7 @@ import uuid
 from ..commands import last_lines, run
 from ..files import RECORD_FOLDER, read_text, write_text
 from .blobs import Blobs, CopyError, RemoteFile, digest_of
-from .plan import SHARED
+from .plan import ME
 
 FOLDER = os.path.join(RECORD_FOLDER, "spread")
 SAVE_SECONDS = 3600
@@ -142,21 +142,15 @@ def need_space(folder, num_bytes):
                 free, folder, num_bytes / 2**30
             ),
             "free some space there, or set image_spread: false",
+            ME,
         )
 
 
-def image_report(params, identity, image):
-    """Return `spread` for the plan of the next round. params: of the module; image: ID, or None if the host lacks it."""
+def image_report(source, identity, image):
+    """Return `spread` for the plan of the next round. source: of the image; image: ID, or None if the host lacks it."""
     return {
-        "name": params["host"],
         "identity": identity,
         "looked": time.time(),
         "holds": image is not None,
-        "origin": SHARED,
-        "key": image or "",
-        "content": {"id": image, "inputs": identity, "source": params["source"]},
-        "address": params["address"],
-        "port": params["port"],
-        "user": params["user"],
-        "folder": "",
+        "content": {"id": image, "inputs": identity, "source": source},
     }

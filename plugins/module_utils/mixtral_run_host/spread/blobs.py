@@ -10,17 +10,18 @@ from collections import namedtuple
 from http.client import HTTPException, IncompleteRead
 
 from ..folders import UnsafePath, open_file, open_folder
+from .plan import ME, SOURCE
 
 CHUNK = 1 << 20
 RemoteFile = namedtuple("RemoteFile", "path size digest")
 
 
 class CopyError(Exception):
-    """Error that prevents a copy. `remedy` is the next step for the user."""
+    """Error that prevents a copy. remedy: the next step for the user. blame: who is to blame, as in `plan`."""
 
-    def __init__(self, what, remedy):
+    def __init__(self, what, remedy, blame=SOURCE):
         super().__init__(what)
-        self.what, self.remedy = what, remedy
+        self.what, self.remedy, self.blame = what, remedy, blame
 
 
 def copied(what, source, files, seconds):
@@ -164,7 +165,9 @@ class Blobs:
             folder = open_folder(path, make=make)
         except (UnsafePath, NotADirectoryError) as error:
             raise CopyError(
-                "{}: {}".format(path, error.strerror), "remove what stands in the folder's place, or create it as root"
+                "{}: {}".format(path, error.strerror),
+                "remove what stands in the folder's place, or create it as root",
+                ME,
             ) from error
         try:
             yield folder
@@ -194,4 +197,4 @@ def make_way(name, folder, what):
     except FileNotFoundError:
         pass
     except (IsADirectoryError, PermissionError) as error:
-        raise CopyError("{}: a folder named {} stands in its place".format(what, name), "remove it") from error
+        raise CopyError("{}: a folder named {} stands in its place".format(what, name), "remove it", ME) from error

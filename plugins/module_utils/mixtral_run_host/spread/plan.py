@@ -15,13 +15,19 @@ ORIGIN = ""
 SHARED, OWN, NONE = "shared", "own", "none"
 """What a host may take from outside. shared: only if no host can serve it. own: always, because it is its own (a folder
 on the host). none: nothing."""
+SOURCE, NOBODY, ME = "source", "nobody", "me"
+"""Who is to blame for a failed copy. me: the host that copies, for example because its disk is full; it copies nothing
+more. nobody: it cannot be known, so the host tries another source, and the source serves others."""
 MOST_FAILURES = 2
-"""A source that failed this many hosts serves nobody else."""
+"""A source that failed this many hosts serves nobody else. Each host that it served counts for as many again."""
+MOST_SOURCES = 3
+"""A host that so many sources failed cannot reach the others, and takes the files from outside."""
 
-Member = namedtuple("Member", "name holds origin tried")
-"""A host of the spread. holds: it has the files and may serve them. tried: sources that failed it, perhaps ORIGIN."""
-Holder = namedtuple("Holder", "name content fresh")
-"""A host that has the files. content: what identifies their bytes. fresh: it took them from outside in this play."""
+Member = namedtuple("Member", "name holds origin tried blamed got ended", defaults=((), None, False))
+"""A host of the spread. holds: it has the files and may serve them. tried: sources that failed it, perhaps ORIGIN.
+blamed: those of them that are to blame. got: source that gave it the files in this play. ended: it copies no more."""
+Holder = namedtuple("Holder", "name key fresh")
+"""A host that has the files. key: what identifies their bytes. fresh: round in which it took them from outside; or 0."""
 
 
 def next_round(members, per_source, from_origin, waits=True):
@@ -29,19 +35,23 @@ def next_round(members, per_source, from_origin, waits=True):
 
     members: all hosts of the spread, in an order that is the same for all who compute the plan.
     per_source: copies that a source serves at once.
-    from_origin: copies from outside at once, as long as no host has the files.
+    from_origin: copies from outside at once. The number doubles with each source that served nobody and was given up:
+        where hosts cannot reach each other, one copy from outside at a time would take days.
     waits: the hosts go from round to round together. If not, a host that no source is left for takes it from outside.
     Nothing is returned for anybody once nothing is left to try.
     """
-    failures = Counter(source for member in members for source in member.tried)
-    holders = [member.name for member in members if member.holds]
-    usable = [name for name in holders if failures[name] < MOST_FAILURES]
-    lacking = [member for member in members if not member.holds]
+    failures = Counter(source for member in members for source in member.blamed)
+    served = Counter(member.got for member in members if member.got is not None)
+    useless = {name for name in failures if failures[name] >= MOST_FAILURES * (1 + served[name])}
+    usable = [member.name for member in members if member.holds and member.name not in useless]
+    lacking = [member for member in members if not member.holds and not member.ended]
     found = {each.name: ORIGIN for each in lacking if each.origin == OWN and ORIGIN not in each.tried}
     rest = [each for each in lacking if each.name not in found]
     load = Counter()
     # Hosts with the fewest sources left choose first.
     for member in sorted(rest, key=lambda each: len(set(usable) - set(each.tried))):
+        if len(set(member.tried) - {ORIGIN}) >= MOST_SOURCES and _may_go_outside(member):
+            continue
         free = [name for name in usable if name not in member.tried and load[name] < per_source]
         if free:
             source = min(free, key=lambda name: (failures[name], load[name], 0 if waits else _lot(member, name)))
@@ -49,13 +59,16 @@ def next_round(members, per_source, from_origin, waits=True):
             load[source] += 1
     if found and waits:
         return found
-    outside = [
-        each.name for each in rest if each.name not in found and each.origin != NONE and ORIGIN not in each.tried
-    ]
-    # With holders that nobody can reach, or an outside that fails host after host, one at a time would take days.
-    alone = holders or failures[ORIGIN] >= MOST_FAILURES or not waits
-    found.update((name, ORIGIN) for name in (outside if alone else outside[:from_origin]))
+    outside = [each.name for each in rest if each.name not in found and _may_go_outside(each)]
+    # An outside that fails host after host ends the play soon.
+    bad = len(useless - {ORIGIN}) + (0 if served[ORIGIN] else failures[ORIGIN])
+    limit = len(outside) if not waits else from_origin << min(bad, 20)
+    found.update((name, ORIGIN) for name in outside[:limit])
     return found
+
+
+def _may_go_outside(member):
+    return member.origin != NONE and ORIGIN not in member.tried
 
 
 def _lot(member, source):
@@ -64,16 +77,15 @@ def _lot(member, source):
 
 
 def agreed(holders, preferred=""):
-    """Return the content that is spread, or None if nobody has it or the hosts disagree. holders: in a fixed order.
+    """Return the holder whose files are spread, or None if nobody has them or the hosts disagree. holders: in order.
 
-    What came from outside in this play counts first, then what the host has that the operator named (`preferred`).
+    What came from outside in this play first counts most, then what the host has that the operator named (`preferred`).
     Otherwise all hosts must have the same: a host that has something else is no reason to pass it on.
     """
     for some in ([each for each in holders if each.fresh], [each for each in holders if each.name == preferred]):
         if some:
-            return some[0].content
-    contents = {each.content for each in holders}
-    return contents.pop() if len(contents) == 1 else None
+            return min(some, key=lambda each: each.fresh)
+    return holders[0] if len({each.key for each in holders}) == 1 else None
 
 
 def num_rounds(num_lacking, num_holders, per_source):

@@ -62,11 +62,11 @@ def test_a_look_reports_what_the_host_has_and_downloads_nothing(share: Path, tmp
     after = call_module(MODULE, tmp_path / "records", **given)["spread"]
     digest = hashlib.sha256(b"{}").hexdigest()
     assert after["holds"] and after["content"]["files"] == [["config.json", 2, digest]]
-    # The commit's name is not part of it: the hub's differs from a folder's.
-    assert after["key"] == "sha256:" + hashlib.sha256(f"{digest} config.json\n".encode()).hexdigest()
     # A peer that the operator named may have it from something else than the kit.
     (tmp_path / "records/hf_models.json").unlink()
-    assert call_module(MODULE, tmp_path / "records", **given | {"via": "visit"})["spread"]["key"] == after["key"]
+    assert (
+        call_module(MODULE, tmp_path / "records", **given | {"via": "visit"})["spread"]["content"] == after["content"]
+    )
     (tmp_path / "home/hub/models--org--model/blobs" / ("a" * 64 + ".incomplete")).touch()
     assert not call_module(MODULE, tmp_path / "records", **given | {"via": "visit"})["spread"]["holds"]
 
