@@ -28,6 +28,7 @@ options:
   no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
   via: {description: Source of the model., type: str, choices: [origin, look, visit, peer], default: origin}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
+  askers: {description: "Hosts of this play. With a look, keys for them that a killed run left are taken back.", type: list, elements: str, default: []}
   peer: {description: "Name of a host that the operator named, which is asked instead of the hub; or the host that is read.", type: str, default: ""}
   content: {description: "With C(peer), commit and files of the model: path, size and hash of each.", type: dict, default: {}}
   peer_address: {description: Address of the other host as seen from this host., type: str}
@@ -81,6 +82,7 @@ def main():
             "no_proxy": {"type": "str", "default": ""},
             "via": {"type": "str", "choices": ["origin", "look", "visit", "peer"], "default": "origin"},
             "user": {"type": "str", "default": ""},
+            "askers": {"type": "list", "elements": "str", "default": []},
             "peer": {"type": "str", "default": ""},
             "content": {"type": "dict", "default": {}},
             "peer_address": {"type": "str"},
@@ -144,7 +146,7 @@ def _look(module, cache, known):
     params = module.params
     changed = False
     if not module.check_mode:
-        changed = forget_copies(params["user"])
+        changed = forget_copies(params["user"], params["askers"])
     elif known is None:
         if not params["peer"]:
             (_from_folder if params["source_path"] else _from_hub)(module, cache, params)

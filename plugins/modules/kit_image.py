@@ -17,6 +17,7 @@ options:
   inputs: {description: Hash of the build context., type: str, required: true}
   look: {description: "Only report in C(spread) whether the host has the image, for the plan of copies from host to host.", type: bool, default: false}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
+  askers: {description: "Hosts of this play. With a look, keys for them that a killed run left are taken back.", type: list, elements: str, default: []}
   sent: {description: Path of the build context or archive on the host., type: path}
 """
 
@@ -56,6 +57,7 @@ def main():
         inputs={"type": "str", "required": True},
         sent={"type": "path"},
         look={"type": "bool", "default": False},
+        askers={"type": "list", "elements": "str", "default": []},
         variant={"type": "str", "choices": ["auto", "cu130", "cu126", "cpu"], "default": "auto"},
         base_images={"type": "dict", "default": {}},
         base_digests={"type": "dict", "default": {}},
@@ -87,7 +89,9 @@ class Image:
         self.module, self.params = module, module.params
         self.record = Record("images", check_mode=module.check_mode)
         self.name = self.params["name"]
-        self.swept = self.params["look"] and not module.check_mode and forget_copies(self.params["user"])
+        self.swept = (
+            self.params["look"] and not module.check_mode and forget_copies(self.params["user"], self.params["askers"])
+        )
         self.proxy = image_inputs.proxy_variables(self.params["proxy"], self.params["no_proxy"])
         self.bridge = None
         self.identity = ""  # hosts with the same one can take the image from each other

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import inspect
 import os
 import pwd
 import re
+import stat
 import tempfile
 import time
 
 from ..commands import last_lines, run
-from ..files import RECORD_FOLDER, read_text, remove, write_text
+from ..files import RECORD_FOLDER, read_text, remove, replace_in, write_text
+from ..folders import naming, open_file, open_folder
 from . import serve
 from .peer import forget_keys
 
 PROGRAMS = os.path.join(RECORD_FOLDER, "serve-files")
 """One program for each line: without it, the line allows nothing."""
 PREFIX = "mixtral-run-copy-for-"
+_NAME = "authorized_keys"
+
+
+class UnsafeKeys(OSError):
+    """The authorized_keys of a user are none that root may write."""
+
+    def __init__(self, path, why):
+        super().__init__(errno.EPERM, why, path)
 
 
 class Doors:
-    """The lines of the kit in the authorized_keys of one user. Raise KeyError if there is no such user."""
+    """The lines of the kit in the authorized_keys of one user. Raise KeyError if there is no such user.
+
+    The user owns the folder and can put links into it, so root follows none: it would give its target to the user.
+    """
 
     def __init__(self, name):
         self.name = name or os.environ.get("SUDO_USER") or "root"
         self._user = pwd.getpwnam(self.name)
-        self._file = os.path.join(self._user.pw_dir, ".ssh", "authorized_keys")
+        self._folder = os.path.join(self._user.pw_dir, ".ssh")
+        self._path = os.path.join(self._folder, _NAME)
         self.gid = self._user.pw_gid
 
     def open(self, asker, folder, rate, hours, most):
@@ -37,14 +52,19 @@ class Doors:
         rate: bytes per second, 0 for no limit. most: hosts that may read at once; beyond that, `asker` is refused.
         """
         program = _program(asker)
-        write_text(program, inspect.getsource(serve), mode=0o755)
         private, public = _key_pair(_mark(asker))
         if private is None:
             return None, public
-        until = time.strftime("%Y%m%d%H%MZ", time.gmtime(time.time() + hours * 3600))
-        command = "/usr/bin/env python3 {} {} {}".format(program, folder, rate)
+        write_text(program, program_text(folder, rate), mode=0o755)
+        # Only words that the kit chose: sshd, and then the user's shell, take it apart.
+        command = "/usr/bin/env python3 " + program
+        until = _clock(time.time() + hours * 3600)
         line = 'restrict,expiry-time="{}",command="{}" {}\n'.format(until, command, public)
-        busy = self._rewrite(lambda text: _without(text, _mark(asker)), line, most)
+        try:
+            busy = self._rewrite(lambda text: _without(text, [asker]), line, most)
+        except OSError as error:
+            remove(program)
+            return None, "{}: {}".format(error.filename or self._path, error.strerror)
         if busy:
             remove(program)
             return None, "it serves {} already: {}".format(len(busy), ", ".join(busy))
@@ -53,64 +73,135 @@ class Doors:
     def close(self, asker):
         """Take the key of `asker` back. Return True if there was one."""
         removed = remove(_program(asker))
-        return self._changes(lambda text: _without(text, _mark(asker))) or removed
+        return self._changes(lambda text: _without(text, [asker])) or removed
 
     def close_all(self):
-        """Take back all keys that a killed run left. Return True if there was one."""
-        programs = glob.glob(os.path.join(PROGRAMS, PREFIX + "*.py"))
-        for program in programs:
-            remove(program)
+        """Take back all keys. Return True if there was one."""
+        removed = _remove_programs(None)
         with contextlib.suppress(OSError):
             os.rmdir(PROGRAMS)
-        return self._changes(lambda text: _without(text)) or bool(programs)
+        return self._changes(_without_any) or removed
+
+    def close_left(self, askers):
+        """Take back the keys that have expired, and those of `askers`, who copy nothing now. Return True if there was one.
+
+        Keys of other hosts stay: another play may use them at this moment.
+        """
+        removed = _remove_programs([_mark(name) for name in askers])
+        return self._changes(lambda text: _without(text, askers)) or removed
 
     def open_for(self):
         """Return the names of the hosts that can read now."""
-        return _askers(read_text(self._file) or "")
+        return _askers(self._read() or "")
 
     def _changes(self, edit):
-        before = read_text(self._file)
+        before = self._read()
         # Nothing of another user's is locked or written for a line that is not there.
         if before is None or edit(before) == before:
             return False
         self._rewrite(edit)
         return True
 
+    def _read(self):
+        """Return the text of the file, or None if there is none that the kit would have written to."""
+        try:
+            folder = self._open_folder()
+        except OSError:
+            return None
+        try:
+            return self._text(folder)[0]
+        except UnsafeKeys:
+            return None
+        finally:
+            os.close(folder)
+
     def _rewrite(self, edit, line="", most=None):
         """Replace the text of the file by edit(text) and `line`, unless `most` others can read: then return them.
 
         Several hosts may ask at the same time, in separate processes. A lock on the folder makes them wait.
         """
-        folder = os.path.dirname(self._file)
-        missing = not os.path.isdir(folder)
-        if missing:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        # The user can replace the new folder by a link before it gets its owner.
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if missing else 0))
+        folder = self._open_folder(make=True)
         try:
-            if missing:
-                os.fchown(lock, self._user.pw_uid, self._user.pw_gid)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            text = read_text(self._file) or ""
-            kept = edit(text)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            text, mode, owner, attributes = self._text(folder)
+            kept = edit(text or "")
             busy = _askers(kept)
             if most is not None and len(busy) >= most:
                 return busy
             if line and kept and not kept.endswith("\n"):
                 kept += "\n"
-            if kept + line != text:
-                owner = (self._user.pw_uid, self._user.pw_gid)  # sshd reads the file as this user, at any time
-                write_text(os.path.realpath(self._file), kept + line, mode=0o600, owner=owner)
+            if kept + line != (text or ""):
+                # sshd reads the file as this user, at any time.
+                with naming(self._path):
+                    replace_in(folder, _NAME, kept + line, mode, owner, attributes)
+            _remove_programs(set(_marks(text or "")) - set(_marks(kept + line)))
             return []
         finally:
-            os.close(lock)
+            os.close(folder)
+
+    def _open_folder(self, make=False):
+        """Open the folder of the keys; create it for its user if it is missing. Raise OSError without a home."""
+        try:
+            folder = open_folder(self._folder)
+        except FileNotFoundError:
+            if not make:
+                raise
+            home = open_folder(self._user.pw_dir)
+            try:
+                with naming(self._folder):
+                    with contextlib.suppress(FileExistsError):  # another process created it at the same time
+                        os.mkdir(os.path.basename(self._folder), mode=0o700, dir_fd=home)
+                    # The user can replace the new folder by a link before it gets its owner.
+                    folder = os.open(".ssh", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
+            finally:
+                os.close(home)
+            if os.listdir(folder) == []:
+                os.fchown(folder, self._user.pw_uid, self._user.pw_gid)
+        if os.fstat(folder).st_uid not in (0, self._user.pw_uid):
+            os.close(folder)
+            raise UnsafeKeys(self._folder, "it belongs to another user than {}".format(self.name))
+        return folder
+
+    def _text(self, folder):
+        """Return text, mode, owner and extended attributes of the file; None and those of a new one if it is missing."""
+        try:
+            handle = open_file(_NAME, folder)
+        except FileNotFoundError:
+            return None, 0o600, (self._user.pw_uid, self._user.pw_gid), {}
+        if handle is None:
+            raise UnsafeKeys(
+                self._path, "it is a link or no regular file, and root writes only a file; replace the link"
+            )
+        with os.fdopen(handle, "rb") as file:
+            now = os.fstat(handle)
+            if now.st_uid not in (0, self._user.pw_uid) or now.st_nlink != 1:
+                raise UnsafeKeys(self._path, "it has a second name, or belongs to another user than " + self.name)
+            attributes = {}
+            with contextlib.suppress(OSError):  # the file system may have none
+                attributes = {name: os.getxattr(handle, name) for name in os.listxattr(handle)}
+            try:
+                text = file.read().decode()
+            except UnicodeDecodeError as error:
+                raise UnsafeKeys(self._path, "it is not in UTF-8") from error
+            return text, stat.S_IMODE(now.st_mode), (now.st_uid, now.st_gid), attributes
 
 
-def forget_copies(user):
-    """Take back the keys that a killed run left on this host, also its private key of a copy. Return True if there were any."""
+def program_text(folder, rate):
+    """Return the program that serves the files of one folder. rate: bytes per second, 0 for no limit."""
+    before = 'SERVED = ("", 0)\n'
+    source = inspect.getsource(serve)
+    assert before in source
+    return source.replace(before, "SERVED = ({!a}, {:d})\n".format(folder, rate), 1)
+
+
+def forget_copies(user, askers):
+    """Take back what a killed run left on this host: keys, also its private key of a copy. Return True if there was any.
+
+    askers: hosts of this play, whose locks it holds, so that no other play copies for them.
+    """
     forget_keys()
     try:
-        return Doors(user).close_all()
+        return Doors(user).close_left(askers)
     except KeyError:
         return False
 
@@ -122,27 +213,59 @@ def host_keys():
 
 
 def _mark(asker):
-    return PREFIX + re.sub(r"[^\w.-]", "-", asker)
+    return PREFIX + re.sub(r"[^\w.-]", "-", asker, flags=re.ASCII)
 
 
 def _program(asker):
     return os.path.join(PROGRAMS, _mark(asker) + ".py")
 
 
-def _without(text, mark=None):
-    """Return the text without the line of one mark; without a mark, without all lines of the kit."""
+def _remove_programs(marks):
+    """Remove the programs of some marks, or all for None. Return True if there was one."""
+    found = glob.glob(os.path.join(PROGRAMS, PREFIX + "*.py"))
+    found = [path for path in found if marks is None or os.path.basename(path)[:-3] in marks]
+    for path in found:
+        remove(path)
+    return bool(found)
 
-    def is_ours(line):
-        last = (line.split() or [""])[-1]
-        return last == mark if mark else last.startswith(PREFIX)
 
-    return "".join(line for line in text.splitlines(True) if not is_ours(line))
+def _is_ours(line):
+    return (line.split() or [""])[-1].startswith(PREFIX)
+
+
+def _marks(text):
+    return [line.split()[-1] for line in text.splitlines() if _is_ours(line)]
+
+
+def _without_any(text):
+    return "".join(line for line in text.splitlines(True) if not _is_ours(line))
+
+
+def _without(text, askers):
+    """Return the text without the lines of some hosts, and without those of the kit that have expired."""
+    live = {_mark(name) for name in _askers(text)} - {_mark(name) for name in askers}
+    return "".join(line for line in text.splitlines(True) if not _is_ours(line) or line.split()[-1] in live)
+
+
+def _clock(seconds):
+    """Return a time as sshd reads it: the local time of the host. Before OpenSSH 9.1 it takes no other, such as UTC.
+
+    sshd has no TZ of a user's session.
+    """
+    before = os.environ.pop("TZ", None)
+    time.tzset()
+    try:
+        return time.strftime("%Y%m%d%H%M", time.localtime(seconds))
+    finally:
+        if before is not None:
+            os.environ["TZ"] = before
+        time.tzset()
 
 
 def _askers(text):
     """Return the hosts whose lines have not expired."""
-    now = time.strftime("%Y%m%d%H%MZ", time.gmtime())
-    found = re.findall(r'^restrict,expiry-time="(\d{12}Z)",command=.* ' + PREFIX + r"(\S+)$", text, re.MULTILINE)
+    now = _clock(time.time())
+    found = re.findall(r'^restrict,expiry-time="(\d{12})",command=.* ' + PREFIX + r"(\S+)$", text, re.MULTILINE)
     return [name for until, name in found if until > now]
 
 

@@ -1,12 +1,10 @@
 """Serve the files of one folder over SSH. The temporary key of another host may run only this program.
 
-    python3 PROGRAM FOLDER BYTES_PER_SECOND
+SSH_ORIGINAL_COMMAND is `get HASH START`: the bytes of that file from START on. The other host learns names and hashes
+from its operator and never from this program.
 
-FOLDER holds files that are named by their hash. SSH_ORIGINAL_COMMAND is `get HASH START`: the bytes of that file from
-START on. BYTES_PER_SECOND limits the rate; 0 is no limit. The other host learns names and hashes from its operator and
-never from this program.
-
-The module spread_source writes this file to the host that serves, so it imports only the standard library.
+The module spread_source writes this file to the host that serves, so it imports only the standard library. The folder
+and the rate are written into it: on the line of authorized_keys, a shell and sshd would take some letters as their own.
 """
 
 from __future__ import annotations
@@ -17,6 +15,8 @@ import sys
 import time
 
 CHUNK = 1 << 20
+SERVED = ("", 0)
+"""Folder of files that are named by their hash, and bytes per second; 0 is no limit."""
 
 
 def get_file(path, start, rate):
@@ -45,4 +45,4 @@ def main(folder, rate, command):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), os.environ.get("SSH_ORIGINAL_COMMAND", "")))
+    sys.exit(main(*SERVED, os.environ.get("SSH_ORIGINAL_COMMAND", "")))

@@ -12,11 +12,9 @@ import pytest
 from ansible.module_utils.mixtral_run_host.model.model_cache import ModelCache
 from ansible.module_utils.mixtral_run_host.spread import peer as peer_module
 from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile
+from ansible.module_utils.mixtral_run_host.spread.keys import program_text
 from ansible.module_utils.mixtral_run_host.spread.peer import Peer
 
-from tests.unit.host.conftest import ROOT
-
-SERVER = ROOT / "plugins/module_utils/mixtral_run_host/spread/serve.py"
 WEIGHTS = bytes(range(256)) * 5000
 COMMIT = "c" * 40
 
@@ -39,7 +37,7 @@ def cache(tmp_path: Path) -> ModelCache:
 def serve(cache: ModelCache, command: str, rate: int = 0) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "SSH_ORIGINAL_COMMAND": command}
     return subprocess.run(
-        [sys.executable, str(SERVER), f"{cache.folder}/blobs", str(rate)],
+        [sys.executable, "-c", program_text(f"{cache.folder}/blobs", rate)],
         env=environment,
         capture_output=True,
         check=False,
@@ -88,7 +86,9 @@ def peer(cache: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     programs = tmp_path / "bin"
     programs.mkdir()
     ssh = programs / "ssh"
-    argv = f"{sys.executable} {SERVER} {cache.folder}/blobs 0"
+    program = tmp_path / "program.py"
+    program.write_text(program_text(f"{cache.folder}/blobs", 0))
+    argv = f"{sys.executable} {program}"
     ssh.write_text(f'#!/bin/sh\nfor last; do :; done\nSSH_ORIGINAL_COMMAND="$last" exec {argv}\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")

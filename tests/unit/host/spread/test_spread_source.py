@@ -2,6 +2,8 @@
 
 import os
 import pwd
+import re
+import runpy
 import stat
 import threading
 import time
@@ -33,18 +35,17 @@ def _ask(tmp_path: Path, state: str, asker: str = "gpu-02", **more: object) -> d
 def test_it_opens_and_closes_and_leaves_the_rest(user: pwd.struct_passwd, tmp_path: Path) -> None:
     _ask(tmp_path, "closed")
     assert not Path(user.pw_dir).exists()
-    keys = tmp_path / "keys of a dotfiles folder"
-    keys.write_text(OWN)
     (tmp_path / "ops/.ssh").mkdir(parents=True)
-    authorized = tmp_path / "ops/.ssh/authorized_keys"
-    authorized.symlink_to(keys)
+    keys = tmp_path / "ops/.ssh/authorized_keys"
+    keys.write_text(OWN)
+    keys.chmod(0o640)
+    owner = keys.stat().st_uid
     for _ in range(2):
         assert "PRIVATE KEY" in _ask(tmp_path, "open")["private_key"]
     first, second = keys.read_text().splitlines()
     assert first == OWN
     assert second.startswith("restrict,expiry-time=") and second.endswith(" mixtral-run-copy-for-gpu-02")
-    assert authorized.is_symlink()
-    assert (stat.S_IMODE(keys.stat().st_mode), keys.stat().st_uid) == (0o600, user.pw_uid)
+    assert (stat.S_IMODE(keys.stat().st_mode), keys.stat().st_uid) == (0o640, owner)
     _ask(tmp_path, "closed")
     assert keys.read_text() == OWN + "\n" and not list((tmp_path / "programs").iterdir())
 
@@ -53,16 +54,16 @@ def test_a_new_folder_that_becomes_a_link_gives_nothing_away(
     user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user replaces the folder of the keys by a link as soon as root created it."""
-    outside, create = tmp_path / "outside", os.makedirs
+    outside, create = tmp_path / "outside", os.mkdir
     outside.mkdir()
+    (tmp_path / "ops").mkdir()
 
-    def race(path: str, *args: int, **options: bool | int) -> None:
-        create(path, *args, **options)
-        if path.endswith("/.ssh"):
-            Path(path).rmdir()
-            Path(path).symlink_to(outside)
+    def race(path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        create(path, mode, dir_fd=dir_fd)
+        (tmp_path / "ops/.ssh").rmdir()
+        (tmp_path / "ops/.ssh").symlink_to(outside)
 
-    monkeypatch.setattr(os, "makedirs", race)
+    monkeypatch.setattr(os, "mkdir", race)
     before = outside.stat().st_uid
     with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
         keys.Doors("ops")._rewrite(str, "key mark\n")
@@ -73,14 +74,15 @@ def test_hosts_that_ask_at_once_take_no_line_of_each_other(
     user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authorized = tmp_path / "ops/.ssh/authorized_keys"
-    read = keys.read_text
+    (tmp_path / "ops").mkdir()
+    read = keys.Doors._text
 
-    def read_slowly(path: str) -> str:
-        text = read(path)
+    def read_slowly(doors: keys.Doors, folder: int) -> tuple:
+        found = read(doors, folder)
         time.sleep(0.05)
-        return text
+        return found
 
-    monkeypatch.setattr(keys, "read_text", read_slowly)
+    monkeypatch.setattr(keys.Doors, "_text", read_slowly)
     marks = [f"for-{number}" for number in range(6)]
     threads = [threading.Thread(target=keys.Doors("ops")._rewrite, args=(str, f"key {mark}\n")) for mark in marks]
     for thread in threads:
@@ -91,6 +93,7 @@ def test_hosts_that_ask_at_once_take_no_line_of_each_other(
 
 
 def test_a_host_serves_no_more_than_it_may_and_forgets_expired_keys(user: pwd.struct_passwd, tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
     _ask(tmp_path, "open", "gpu-02", most=2, mib_per_second=10)
     _ask(tmp_path, "open", "gpu-03", most=2)
     refused = _ask(tmp_path, "open", "gpu-04", most=2)
@@ -99,12 +102,14 @@ def test_a_host_serves_no_more_than_it_may_and_forgets_expired_keys(user: pwd.st
     # One that asks again takes its own place.
     assert "private_key" in _ask(tmp_path, "open", "gpu-03", most=2)
     authorized = tmp_path / "ops/.ssh/authorized_keys"
-    assert f'{tmp_path}/blobs {5 * 2**20}"' in authorized.read_text(), "half of the rate for each of two"
+    program = tmp_path / "programs/mixtral-run-copy-for-gpu-02.py"
+    assert f"SERVED = ('{tmp_path}/blobs', {5 * 2**20})" in program.read_text(), "half of the rate for each of two"
     authorized.write_text(authorized.read_text().replace('expiry-time="2', 'expiry-time="1', 1))
     assert "private_key" in _ask(tmp_path, "open", "gpu-04", most=2)
 
 
 def test_the_keys_of_a_killed_run_are_taken_back(user: pwd.struct_passwd, tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
     for asker in ("gpu-02", "gpu-03"):
         _ask(tmp_path, "open", asker)
     authorized = tmp_path / "ops/.ssh/authorized_keys"
@@ -114,6 +119,71 @@ def test_the_keys_of_a_killed_run_are_taken_back(user: pwd.struct_passwd, tmp_pa
 
 
 def test_the_program_of_the_key_is_the_one_that_serves(user: pwd.struct_passwd, tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
     _ask(tmp_path, "open")
     (program,) = (tmp_path / "programs").iterdir()
-    assert program.read_text() == Path(serve.__file__).read_text()
+    own = Path(serve.__file__).read_text()
+    assert program.read_text() == own.replace('("", 0)', f"('{tmp_path}/blobs', 0)") != own
+
+
+def test_the_line_holds_words_of_the_kit_only_and_a_time_that_old_servers_read(
+    user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSH before 9.1, as of Ubuntu 20.04 and 22.04, refuses a key whose time ends with Z."""
+    (tmp_path / "ops").mkdir()
+    folder = tmp_path / "a b\";$(id)\n'"
+    folder.mkdir()
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    call_module(MODULE, tmp_path, state="open", asker="gpu-02; id é", folder=str(folder), hours=1)
+    (line,) = (tmp_path / "ops/.ssh/authorized_keys").read_text().splitlines()
+    command = rf"/usr/bin/env python3 ({tmp_path}/programs/[\w.-]+)"
+    form = rf'restrict,expiry-time="(\d{{12}})",command="{command}" ssh-ed25519 \S+ \S+'
+    words = re.fullmatch(form, line, re.ASCII)
+    assert words is not None
+    monkeypatch.delenv("TZ")
+    time.tzset()
+    left = time.mktime(time.strptime(words[1], "%Y%m%d%H%M")) - time.time()
+    assert 3500 < left <= 3600, "it is the local time of the host"
+    assert runpy.run_path(words[2])["SERVED"] == (str(folder), 0)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a link of the folder", "a second name", "no home"])
+def test_root_writes_through_no_link_of_the_user(user: pwd.struct_passwd, tmp_path: Path, kind: str) -> None:
+    """The target would get the key, and the user as its owner."""
+    shadow, home = tmp_path / "shadow", tmp_path / "ops"
+    shadow.mkdir()
+    (shadow / "authorized_keys").write_text("secret\n")
+    before = (shadow / "authorized_keys").stat()
+    if kind == "a link of the folder":
+        home.mkdir()
+        (home / ".ssh").symlink_to(shadow)
+        os.chown(home / ".ssh", user.pw_uid, -1, follow_symlinks=False)
+    elif kind != "no home":
+        (home / ".ssh").mkdir(parents=True)
+        make = (
+            (home / ".ssh/authorized_keys").symlink_to
+            if kind == "a link"
+            else (home / ".ssh/authorized_keys").hardlink_to
+        )
+        make(shadow / "authorized_keys")
+    if kind == "a link of the folder" and os.geteuid() != 0:
+        pytest.skip("the link belongs to the user who runs this test, as root's would")
+    found = _ask(tmp_path, "open")
+    assert "problem" in found and "private_key" not in found
+    now = (shadow / "authorized_keys").stat()
+    assert (shadow / "authorized_keys").read_text() == "secret\n" and home.exists() is (kind != "no home")
+    assert (now.st_uid, now.st_mode, now.st_ino) == (before.st_uid, before.st_mode, before.st_ino)
+    assert not _ask(tmp_path, "closed", "")["changed"] and not list((tmp_path / "programs").glob("*"))
+
+
+def test_a_look_takes_back_expired_keys_and_those_of_its_own_hosts_only(
+    user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "forget_keys", lambda: None)
+    (tmp_path / "ops").mkdir()
+    for number, asker in enumerate(("gpu-02", "gpu-03", "theirs")):
+        _ask(tmp_path, "open", asker, hours=number, most=9)
+    assert keys.forget_copies("ops", ["gpu-03"]) and not keys.forget_copies("ops", ["gpu-03"])
+    (line,) = (tmp_path / "ops/.ssh/authorized_keys").read_text().splitlines()
+    assert line.endswith(" mixtral-run-copy-for-theirs")
+    assert [each.name for each in (tmp_path / "programs").iterdir()] == ["mixtral-run-copy-for-theirs.py"]
