@@ -33,8 +33,9 @@ from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.engine.image_inputs import DIGEST
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.model.model_cache import checked_files
-from ..module_utils.mixtral_run_host.spread.archive import ImageArchive, ids_in, image_report, need_space
+from ..module_utils.mixtral_run_host.spread.archive import ImageArchive, image_report, need_space
 from ..module_utils.mixtral_run_host.spread.blobs import CopyError, copied
+from ..module_utils.mixtral_run_host.spread.image_ids import ids_in
 from ..module_utils.mixtral_run_host.spread.peer import connected
 from ..module_utils.mixtral_run_host.spread.plan import NOBODY
 from ..module_utils.mixtral_run_host.start import run_module
@@ -118,7 +119,8 @@ def _archive(params):
     except CopyError:
         os.unlink(path)
         raise
-    archive.remember(params["content"]["id"], file.digest)
+    with archive.locked():
+        archive.remember(params["content"]["id"], file.digest)
     return path
 
 

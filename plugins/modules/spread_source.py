@@ -10,7 +10,8 @@ description:
   - C(open) creates a key pair and adds the public key to the login user's authorized_keys. The key is restricted to a
     program that reads the files of this one folder, has no terminal and no forwarding, and expires by itself. Returns
     the private key and the SSH host keys. A problem is returned as C(problem), because the answer is excluded from logs.
-  - C(closed) removes the line and the program, or those of all hosts if no asker is given. C(finished) removes the archive of an image that served other hosts.
+  - C(closed) removes the line and the program, or those of all hosts if no asker is given. C(finished) removes the archive of an image that served other hosts,
+    unless a host can still read it.
 options:
   state: {description: C(open) allows the reading. C(closed) and C(finished) end it., type: str, choices: [open, closed, finished], required: true}
   asker: {description: Name of the host that reads., type: str, default: ""}
@@ -20,6 +21,7 @@ options:
   most: {description: Number of hosts that may read at once., type: int, default: 2}
   mib_per_second: {description: Rate of this host for all that read from it. 0 is no limit., type: float, default: 0}
   hours: {description: Hours until the key expires., type: int, default: 12}
+  force: {description: "With C(finished), remove the archive in any case.", type: bool, default: false}
   keep: {description: "With C(closed), keep the archive of an image for further hosts.", type: bool, default: true}
 """
 
@@ -39,6 +41,7 @@ OPTIONS = {
     "most": {"type": "int", "default": 2},
     "mib_per_second": {"type": "float", "default": 0},
     "hours": {"type": "int", "default": 12},
+    "force": {"type": "bool", "default": False},
     "keep": {"type": "bool", "default": True},
 }
 
@@ -49,33 +52,40 @@ def main():
 
 def act(module):
     params, archive = module.params, ImageArchive()
+    if params["state"] == "finished" and params["force"]:
+        module.exit_json(changed=archive.exists() if module.check_mode else archive.remove())
     try:
         doors = Doors(params["user"])
     except KeyError as error:
         module.exit_json(changed=False, problem=str(error).strip("'\""))
     if params["state"] == "finished":
         # A host that goes its own way may still read.
-        removed = not module.check_mode and not doors.open_for() and archive.remove()
-        module.exit_json(changed=bool(removed))
+        would = archive.exists() and not doors.open_for()
+        module.exit_json(changed=would if module.check_mode else archive.remove(doors.open_for))
     if module.check_mode:
         module.exit_json(changed=False)
     if params["state"] == "closed":
         changed = doors.close(params["asker"]) if params["asker"] else doors.close_all()
-        if not params["keep"] and not doors.open_for():
-            archive.remove()
+        if not params["keep"]:
+            archive.remove(doors.open_for)
         module.exit_json(changed=changed)
     _open(module, doors, archive)
 
 
 def _open(module, doors, archive):
-    params, answer = module.params, {}
-    folder = params["folder"] or ""
-    try:
-        if params["image"]:
+    params = module.params
+    if not params["image"]:
+        _open_folder(module, doors, params["folder"] or "")
+    with archive.locked():
+        try:
             file = archive.save(params["image"], doors.gid)
-            answer, folder = {"file": list(file)}, archive.blobs_folder
-    except CopyError as error:
-        module.exit_json(changed=False, problem=error.what)
+        except CopyError as error:
+            module.exit_json(changed=False, problem=error.what)
+        _open_folder(module, doors, archive.blobs_folder, file=list(file))
+
+
+def _open_folder(module, doors, folder, **answer):
+    params = module.params
     if not os.path.isdir(folder):
         module.exit_json(changed=False, problem="it does not have {}".format(folder))
     rate = int(params["mib_per_second"] * 2**20 / params["most"])

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
+import glob
 import json
 import os
 import shutil
-import tarfile
 import time
 import uuid
 
 from ..commands import last_lines, run
-from ..files import RECORD_FOLDER, read_text, write_text
+from ..files import RECORD_FOLDER, read_text, remove, write_text
 from .blobs import Blobs, CopyError, RemoteFile, digest_of
 from .plan import ME
 
 FOLDER = os.path.join(RECORD_FOLDER, "spread")
 SAVE_SECONDS = 3600
-_MANIFEST_BYTES = 16 << 20
+_PARTIAL = "saved-"
 SPARE_GIB = 5
 
 
@@ -35,28 +34,28 @@ class ImageArchive:
     def save(self, image, gid):
         """Write the archive of an image unless it exists. Return it as a RemoteFile. Raise CopyError on failure.
 
-        Several hosts may ask for it at the same time. gid: group that may read it, because the login user serves it.
+        The caller holds the lock. gid: group that may read the archive, because the login user serves it.
         """
         os.makedirs(self.blobs_folder, mode=0o755, exist_ok=True)
-        with self._locked():
-            known = self.known(image)
-            if known is not None:
-                return known
-            need_space(self.folder, image_bytes(image))
-            partial = os.path.join(self.blobs_folder, "saved-" + uuid.uuid4().hex)
-            try:
-                # Saved by its ID, the archive names no tag that a load would move.
-                answer = run(["docker", "save", "--output", partial, image], timeout=SAVE_SECONDS)
-                if answer.code:
-                    raise CopyError("docker save: " + last_lines(answer, 3), "run again")
-                digest = digest_of(partial, "0" * 64)
-                os.chown(partial, -1, gid)
-                os.chmod(partial, 0o640)
-                os.rename(partial, self.blobs.blob(digest))
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(partial)
-            return self.remember(image, digest)
+        for left in glob.glob(os.path.join(self.blobs_folder, _PARTIAL + "*")):  # of a killed run
+            remove(left)
+        known = self.known(image)
+        if known is not None:
+            return known
+        need_space(self.folder, image_bytes(image))
+        partial = os.path.join(self.blobs_folder, _PARTIAL + uuid.uuid4().hex)
+        try:
+            # Saved by its ID, the archive names no tag that a load would move.
+            answer = run(["docker", "save", "--output", partial, image], timeout=SAVE_SECONDS)
+            if answer.code:
+                raise CopyError("docker save: " + last_lines(answer, 3), "run again")
+            digest = digest_of(partial, "0" * 64)
+            os.chown(partial, -1, gid)
+            os.chmod(partial, 0o640)
+            os.rename(partial, self.blobs.blob(digest))
+        finally:
+            remove(partial)
+        return self.remember(image, digest)
 
     def known(self, image):
         """Return the archive of an image, or None."""
@@ -69,11 +68,24 @@ class ImageArchive:
         write_text(self._index, json.dumps(dict(self._images(), **{image: digest})) + "\n", mode=0o600)
         return RemoteFile(image, os.path.getsize(self.blobs.blob(digest)), digest)
 
-    def remove(self):
-        """Remove all archives, also parts of some. Return True if there were any."""
-        found = os.path.isdir(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return found
+    def exists(self):
+        """Return True if there are archives, or parts of some."""
+        return os.path.isdir(self.folder)
+
+    def remove(self, unless=None):
+        """Remove all archives, also parts of some, unless `unless()` is true or another process is about to serve one.
+
+        Without `unless`, wait for that process. Return True if there were any.
+        """
+        if not self.exists():
+            return False
+        with self.locked(wait=unless is None) as mine:
+            if not mine or not self.exists() or (unless and unless()):
+                return False
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds records, or models
+                os.rmdir(os.path.dirname(self.folder))
+            return True
 
     def _images(self):
         try:
@@ -82,48 +94,23 @@ class ImageArchive:
             return {}
 
     @contextlib.contextmanager
-    def _locked(self):
-        lock = os.open(self.blobs_folder, os.O_RDONLY | os.O_DIRECTORY)
+    def locked(self, wait=True):
+        """Hold the lock on the archives, which is on the folder around theirs. Yield False if it is held and not waited for.
+
+        Who serves an archive holds it from the look for the archive until the key exists, so that nobody removes it.
+        """
+        around = os.path.dirname(self.folder)
+        os.makedirs(around, mode=0o755, exist_ok=True)
+        lock = os.open(around, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
         finally:
             os.close(lock)
-
-
-def ids_in(path):
-    """Return the IDs that engines may give to the one image of an archive; they follow from its bytes.
-
-    An engine that stores images itself takes the SHA-256 of the configuration, which has the hashes of all layers. An
-    engine that stores them in containerd takes that of the manifest, which has the hash of the configuration. Raise
-    CopyError for an archive with several images or with names: a load would give these names to what is in it.
-    """
-    try:
-        with tarfile.open(path) as archive:
-            members = {member.name: member for member in archive if member.isreg()}
-            content = json.loads(_bytes_of(archive, members, "manifest.json"))
-            if not isinstance(content, list) or len(content) != 1 or content[0].get("RepoTags"):
-                raise CopyError("it holds several images, or names for one", _HOSTILE)
-            ids = ["sha256:" + hashlib.sha256(_bytes_of(archive, members, content[0]["Config"])).hexdigest()]
-            if "index.json" in members:
-                listed = json.loads(_bytes_of(archive, members, "index.json"))["manifests"]
-                if len(listed) != 1 or set(listed[0].get("annotations") or {}) & _NAMES:
-                    raise CopyError("it holds several images, or names for one", _HOSTILE)
-                name = "blobs/sha256/" + listed[0]["digest"].partition(":")[2]
-                ids.append("sha256:" + hashlib.sha256(_bytes_of(archive, members, name)).hexdigest())
-            return ids
-    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CopyError("it is no archive of one image: {!r:.200}".format(error), _HOSTILE) from error
-
-
-_HOSTILE = "nothing was loaded; look at the host that it came from"
-_NAMES = {"io.containerd.image.name", "org.opencontainers.image.ref.name"}
-
-
-def _bytes_of(archive, members, name):
-    if members[name].size > _MANIFEST_BYTES:
-        raise ValueError("{} is too large".format(name))
-    return archive.extractfile(members[name]).read()
 
 
 def image_bytes(image):

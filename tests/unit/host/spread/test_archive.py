@@ -1,6 +1,7 @@
 """The archive of an image that comes from another host: its ID follows from its bytes, and is compared first."""
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -13,13 +14,15 @@ from typing import Any
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
 from ansible.module_utils.mixtral_run_host.spread import archive
-from ansible.module_utils.mixtral_run_host.spread.archive import ImageArchive, ids_in
+from ansible.module_utils.mixtral_run_host.spread.archive import ImageArchive
 from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError
+from ansible.module_utils.mixtral_run_host.spread.image_ids import ids_in
 
 from tests.unit.host.conftest import call_module, load_module
 
 MODULE = load_module("image_copy")
 KIT = load_module("kit_image")
+SOURCE = load_module("spread_source")
 CONFIG = b'{"rootfs": {"diff_ids": ["sha256:1"]}}'
 CONFIG_ID = "sha256:" + hashlib.sha256(CONFIG).hexdigest()
 MANIFEST = json.dumps({"config": {"digest": CONFIG_ID}}).encode()
@@ -34,6 +37,10 @@ def _write(path: Path, members: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def _id(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def _members(listed: object = None, **more: bytes) -> dict[str, bytes]:
@@ -53,9 +60,19 @@ def _oci(**annotations: str) -> dict[str, bytes]:
 def test_both_ids_of_an_archive_are_hashes_of_its_bytes(tmp_path: Path) -> None:
     assert ids_in(_write(tmp_path / "a", _members())) == [CONFIG_ID]
     assert ids_in(_write(tmp_path / "b", _oci())) == [CONFIG_ID, MANIFEST_ID]
-    # An ID that the archive only claims is not one of them.
-    lying = _oci() | {"blobs/sha256/" + MANIFEST_ID[7:]: b"{}"}
-    assert MANIFEST_ID not in ids_in(_write(tmp_path / "c", lying))
+    # A registry's image and one with attestations have a list of manifests.
+    other = json.dumps({"config": {"digest": "sha256:" + "0" * 64}}).encode()
+    proof = {"digest": _id(other), "platform": {"os": "unknown", "architecture": "unknown"}}
+    elsewhere = {"digest": "sha256:" + "1" * 64, "platform": {"os": "linux", "architecture": "arm64"}}
+    listed = json.dumps({"manifests": [{"digest": MANIFEST_ID}, proof, elsewhere]}).encode()
+    members = _oci() | {"blobs/sha256/" + _id(each)[7:]: each for each in (other, listed)}
+    members["index.json"] = json.dumps({"manifests": [{"digest": _id(listed)}]}).encode()
+    assert ids_in(_write(tmp_path / "c", members)) == [CONFIG_ID, _id(listed)]
+    listed = json.dumps({"manifests": [{"digest": MANIFEST_ID}, {"digest": _id(other)}]}).encode()
+    members["blobs/sha256/" + _id(listed)[7:]] = listed
+    members["index.json"] = json.dumps({"manifests": [{"digest": _id(listed)}]}).encode()
+    with pytest.raises(CopyError, match="another image"):
+        ids_in(_write(tmp_path / "d", members))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +97,54 @@ def test_an_archive_of_anything_but_one_image_without_a_name_is_refused(
     (tmp_path / "b").write_bytes(b"no archive at all")
     with pytest.raises(CopyError, match="no archive"):
         ids_in(tmp_path / "b")
+
+
+def _split() -> dict[str, bytes]:
+    """The image of manifest.json is the right one, and that of index.json, which other engines load, is not."""
+    evil = json.dumps({"config": {"digest": "sha256:" + "e" * 64}}).encode()
+    index = json.dumps({"manifests": [{"digest": _id(evil)}]}).encode()
+    return _oci() | {"blobs/sha256/" + _id(evil)[7:]: evil, "index.json": index}
+
+
+NAMED = json.dumps([{"Config": "config.json", "RepoTags": ["ubuntu:24.04"]}]).encode()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        _split(),
+        _oci() | {"blobs/sha256/" + MANIFEST_ID[7:]: b"{}"},
+        _members() | {"./manifest.json": NAMED},
+        _members() | {"/manifest.json": NAMED},
+        _members() | {"x/../manifest.json": NAMED},
+        _members([{"Config": "config.json", "repotags": ["ubuntu:24.04"]}]),
+        _members([{"Config": "config.json", "RepoTag\u017f": ["ubuntu:24.04"]}]),
+        _members() | {"manifest.json": b'[{"Config": "x", "Config": "config.json"}]'},
+    ],
+    ids=["two images", "wrong hash", "./", "/", "..", "case", "folded case", "key twice"],
+)
+def test_an_archive_that_engines_read_in_another_way_is_refused(tmp_path: Path, members: dict[str, bytes]) -> None:
+    with pytest.raises(CopyError) as caught:
+        ids_in(_write(tmp_path / "a", members))
+    assert "nothing was loaded" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["link", "link as folder", "twice", "compressed", "after its end"])
+def test_an_archive_with_odd_members_is_refused(tmp_path: Path, kind: str) -> None:
+    path = _write(tmp_path / "a", _members() | ({"x/y": b""} if kind == "link as folder" else {}))
+    if kind == "compressed":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    elif kind == "after its end":
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 1024] + b"x" * 512)
+    else:
+        with tarfile.open(path, "a") as tar:
+            member = tarfile.TarInfo({"twice": "manifest.json", "link": "index.json"}.get(kind, "x"))
+            if kind != "twice":
+                member.type, member.linkname = tarfile.SYMTYPE, "other"
+            tar.addfile(member)
+    with pytest.raises(CopyError, match="no archive of one image"):
+        ids_in(path)
 
 
 class Engine:
@@ -171,6 +236,47 @@ def test_nothing_of_a_hostile_host_is_loaded(
     assert found["failed"] and words in found["found"] and "next:" in found["msg"]
     assert engine.verbs() == [] and not (tmp_path / "records").exists()
     assert not [path for path in (tmp_path / "spread").rglob("*") if path.is_file()]
+
+
+def test_an_archive_is_removed_when_nobody_is_about_to_serve_it(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archives = ImageArchive()
+    assert not archives.remove() and not archives.exists()
+    for left in ("saved-1", "saved-2"):  # of a killed run
+        (tmp_path / "spread/blobs").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "spread/blobs" / left).write_bytes(b"x" * 9)
+    archives.save(CONFIG_ID, os.getegid())
+    assert len(list((tmp_path / "spread/blobs").iterdir())) == 1
+    with archives.locked():
+        assert not ImageArchive().remove(list) and archives.exists()
+    assert not archives.remove(lambda: ["gpu-02"]) and archives.exists()
+    monkeypatch.setattr(SOURCE, "Doors", None)  # the login user may be gone
+    given = {"state": "finished", "force": True}
+    assert call_module(SOURCE, tmp_path, check_mode=True, **given)["changed"] and archives.exists()
+    assert call_module(SOURCE, tmp_path, **given)["changed"] and not archives.exists()
+    assert not call_module(SOURCE, tmp_path, **given)["changed"]
+
+
+def test_the_archive_stays_locked_until_the_key_exists(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    class Doors:
+        """STAND-IN for the keys: while one is made, another process tries to remove the archive."""
+
+        gid, name = os.getegid(), "ops"
+
+        def __init__(self, _: str) -> None: ...
+
+        def open(self, *_: object) -> tuple[str, None]:
+            found.append(ImageArchive().remove(list))
+            return "key", None
+
+    monkeypatch.setattr(SOURCE, "Doors", Doors)
+    answer = call_module(SOURCE, tmp_path, state="open", asker="gpu-02", image=CONFIG_ID)
+    assert found == [False] and answer["file"][0] == CONFIG_ID and ImageArchive().exists()
 
 
 def test_an_image_is_saved_once_by_its_id(engine: Engine, tmp_path: Path) -> None:
