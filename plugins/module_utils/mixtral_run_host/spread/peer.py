@@ -7,7 +7,7 @@ import os
 import select
 import shutil
 import subprocess
-import tempfile
+import threading
 import time
 
 from ..files import RECORD_FOLDER, write_text
@@ -16,8 +16,10 @@ from .blobs import CopyError
 ASKING = os.path.join(RECORD_FOLDER, "asking")
 """Holds the private key during a copy."""
 _ERROR_BYTES = 2000
-SLOW_SECONDS = 30
-"""A source is measured over this time. Nothing at all for as long counts as slow too."""
+SLOW_SECONDS, IDLE_SECONDS = 30, 120
+"""A source is measured over this time. Nothing at all for as long counts as slow too; without a limit, for the second."""
+END_SECONDS = 30
+"""Time for ssh to end after the file."""
 
 
 @contextlib.contextmanager
@@ -59,36 +61,50 @@ class Peer:
             "LogLevel=ERROR",
         ):
             self._argv += ["-o", option]
-        self._argv += ["--", "{}@{}".format(user, address)]
+        # In one word, ssh would read ssh:// and @ in a user's name, which the other host reports.
+        self._argv += ["-l", user, "--", address]
 
     @contextlib.contextmanager
     def open_file(self, file, start):
         """Yield a stream of the file's bytes from `start` on, and True, because the other host can resume."""
-        argv = self._argv + ["get {} {}".format(file.digest, start)]
-        # A pipe for the errors would fill up, and both sides would wait, while only the file is read.
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=dict(os.environ, LC_ALL="C"),
-            )
+        process = subprocess.Popen(
+            self._argv + ["get {} {}".format(file.digest, start)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(os.environ, LC_ALL="C"),
+        )
+        # The pipe for the errors would fill up, and both sides would wait, while only the file is read.
+        errors = bytearray()
+        reader = threading.Thread(target=_keep, args=(process.stderr, errors), daemon=True)
+        reader.start()
+        try:
+            yield _Measured(process.stdout, self.target, self._slowest), True
+        except BaseException:
+            process.kill()  # the other host may send nothing more, and never end
+            raise
+        finally:
+            process.stdout.close()
             try:
-                yield _Measured(process.stdout, self.target, self._slowest), True
-            except BaseException:
-                process.kill()  # the other host may send nothing more, and never end
-                raise
-            finally:
-                process.stdout.close()
+                code = process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
                 code = process.wait()
-            errors.seek(0)
-            error = errors.read(_ERROR_BYTES).decode("utf-8", "replace").strip()
-            if code:
-                raise CopyError(
-                    "{}: {}".format(self.target, error or "ssh ended with {}".format(code)),
-                    "run again: it goes on there; hosts reach each other by SSH at their address among hosts",
-                )
+                errors[:] = b"it did not end after the file"
+            reader.join(END_SECONDS)
+        error = bytes(errors[:_ERROR_BYTES]).decode("utf-8", "replace").strip()
+        if code:
+            raise CopyError(
+                "{}: {}".format(self.target, error or "ssh ended with {}".format(code)),
+                "run again: it goes on there; hosts reach each other by SSH at their address among hosts",
+            )
+
+
+def _keep(pipe, kept):
+    """Read a pipe to its end and keep the first bytes of it. The other host decides how many there are."""
+    with pipe:
+        for chunk in iter(lambda: pipe.read1(1 << 16), b""):
+            kept += chunk[: _ERROR_BYTES - len(kept)]
 
 
 class _Measured:
@@ -99,12 +115,18 @@ class _Measured:
         self._since, self._arrived = time.monotonic(), 0
 
     def read(self, size):
-        ready, _, _ = select.select([self._pipe], [], [], SLOW_SECONDS if self._slowest else None)
+        idle = SLOW_SECONDS if self._slowest else IDLE_SECONDS
+        ready, _, _ = select.select([self._pipe], [], [], idle)
         chunk = os.read(self._pipe.fileno(), size) if ready else b""
         self._arrived += len(chunk)
         seconds = time.monotonic() - self._since
-        if self._slowest and (not ready or seconds >= SLOW_SECONDS):
-            if self._arrived < self._slowest * seconds:
+        if not ready or (self._slowest and seconds >= SLOW_SECONDS):
+            if not self._slowest:
+                raise CopyError(
+                    "{}: nothing arrived for {} s".format(self._target, idle), "run again: it goes on there"
+                )
+            # An empty chunk would count as the end.
+            if not ready or self._arrived < self._slowest * seconds:
                 raise CopyError(
                     "{}: {:.2f} MiB/s over {:.0f} s is slower than {:g} MiB/s".format(
                         self._target, self._arrived / seconds / 2**20, seconds, self._slowest / 2**20

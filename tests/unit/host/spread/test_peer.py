@@ -145,6 +145,31 @@ def test_a_host_that_never_ends_is_left_when_the_copy_fails(peer: Peer, tmp_path
     assert time.monotonic() - before < 30
 
 
+def test_a_host_that_sends_errors_for_ever_and_never_ends_is_left(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "END_SECONDS", 0.5)
+    _replace_ssh(tmp_path, "printf whole", "exec >&-", "exec yes e >&2")
+    written: list[object] = []
+    monkeypatch.setattr(peer_module, "_ERROR_BYTES", 40)
+    keep = peer_module._keep
+    monkeypatch.setattr(peer_module, "_keep", lambda pipe, kept: written.append(kept) or keep(pipe, kept))
+    with pytest.raises(CopyError, match="did not end"), peer.open_file(RemoteFile("x", 5, "a" * 64), 0) as (stream, _):
+        assert (stream.read(1 << 20), stream.read(1 << 20)) == (b"whole", b"")
+        time.sleep(0.2)
+        (kept,) = written
+        assert len(kept) == 40, "the source fills the disk or the memory of this host"
+
+
+def test_a_silent_host_is_given_up_without_a_limit_of_the_rate_too(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "IDLE_SECONDS", 0.3)
+    _replace_ssh(tmp_path, "exec sleep 60")
+    with pytest.raises(CopyError, match="nothing arrived"):
+        fetch(peer, tmp_path / "mine")
+
+
 def test_a_damaged_blob_of_the_other_host_is_refused(peer: Peer, cache: ModelCache, tmp_path: Path) -> None:
     Path(cache.blob(hashlib.sha256(WEIGHTS).hexdigest())).write_bytes(b"?" + WEIGHTS[1:])
     with pytest.raises(CopyError, match="with hash"):
@@ -160,7 +185,7 @@ def test_the_words_of_the_connection(tmp_path: Path, peer: Peer) -> None:
         fetch(peer, tmp_path / "mine")
     assert "reach each other by SSH" in failure.value.remedy
     words = (tmp_path / "words").read_text().splitlines()
-    assert words[-3:] == ["--", "ops@gpu-01", f"get {hashlib.sha256(WEIGHTS).hexdigest()} 0"]
+    assert words[-5:] == ["-l", "ops", "--", "gpu-01", f"get {hashlib.sha256(WEIGHTS).hexdigest()} 0"]
     assert "StrictHostKeyChecking=yes" in words and "UserKnownHostsFile=/known_hosts" in words
 
 
