@@ -31,9 +31,15 @@ SHOWN_TASKS = 3
 _READ = 'if [ ! -e "$1" ]; then exit 0; fi; tail -c "$2" -- "$1"'
 APPEND = """
 h="$2"; $s mkdir -p -m 755 "${h%/*}" && printf '%s\\n' "$3" |
-    $s sh -c 'umask 022; [ ! -L "$1" ] && cat >>"$1"' write "$h" || echo "$h cannot be written" >&2
+    $s sh -c 'umask 022; [ ! -L "$1" ] || exit; exec 9<"${1%/*}"; if command -v flock >/dev/null; then flock 9; fi
+        cat >>"$1" && if [ "$(wc -c <"$1")" -gt "$2" ]; then
+            tail -c "$3" "$1" | sed 1d >"$1.$$.new" && mv "$1.$$.new" "$1"; fi' write "$h" LONGEST KEPT ||
+    echo "$h cannot be written" >&2
+""".replace("LONGEST", str(MAX_BYTES // 2)).replace("KEPT", str(MAX_BYTES // 4))
+"""Part of a script that appends $3 to the history $2 with the command $s for root's rights. It never fails.
+
+It takes the lock of the roles, which is on the folder, and cuts a long history as they do.
 """
-"""Part of a script that appends $3 to the history $2 with the command $s for root's rights. It never fails."""
 
 
 @dataclass(frozen=True)

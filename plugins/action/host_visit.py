@@ -31,6 +31,9 @@ class ActionModule(ActionBase):
             if refused:
                 return {**result, "failed": True, "msg": _refusal(host, refused)}
             warnings += [warning] if warning else []
+        lost = None if began else setup_lock.lost_to(file)
+        if lost and not arguments.get("failed"):
+            arguments["failed"] = "the lock of the host was lost"
         entry = _entry(host, arguments, task_vars)
         answer = self._execute_module(module_args={**arguments, "entry": entry}, task_vars=task_vars)
         if not began:
@@ -40,6 +43,8 @@ class ActionModule(ActionBase):
         if answer.get("failed"):
             # A full disk must not keep a host from its repair.
             warnings.append(f"The history of this host was not written: {answer.get('msg', '')}")
+        if lost:
+            return {**result, "failed": True, "msg": _loss(host, lost), "warnings": warnings}
         return {**result, "changed": False, "warnings": warnings} if warnings else {**result, "changed": False}
 
 
@@ -47,6 +52,14 @@ def _refusal(host, holder):
     return (
         f"Another operator changes {host} now.\n  found:    {holder}\n"
         "  next:     wait for it to end, then the same command"
+    )
+
+
+def _loss(host, holder):
+    return (
+        f"Another operator took the lock of {host} while this run changed it, after the connection had been cut.\n"
+        f"  found:    {holder}\n"
+        "  next:     wait for it to end, then the same command, because both runs may have changed the host"
     )
 
 

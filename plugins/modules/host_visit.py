@@ -9,7 +9,8 @@ short_description: Keep two operators apart, and record who changed what and whe
 description:
   - C(began) takes the lock of the host, which C(mixtral-run bootstrap) and C(teardown) hold as well, and fails with the
     name of the holder if another operator has it. The lock ends with C(ended), with the run, and when the connection is
-    cut. Connections other than SSH and local have no lock, which is a warning.
+    cut. Connections other than SSH and local have no lock, which is a warning. C(ended) fails if another operator took the
+    lock after the connection had been cut.
   - Both append a line to /var/log/mixtral-run/history.jsonl. C(ended) records the tasks that changed something, if the
     callback C(mixtral_run.hosts.changed_tasks) is enabled, as in the kit's ansible.cfg.
   - Never reports a change, because a log of visits is no state that a play asks for. Check mode does nothing.

@@ -29,10 +29,14 @@ main=$1 file=$2; shift 2
 signs='echo $$ >"$2"; while kill -0 "$1" 2>/dev/null; do echo . || exit; sleep 5 >/dev/null; done'
 hold() { sh -c "$signs" signs "$main" "$file" | "$@"; rm -f "$file"; }
 hold "$@"
-while sleep 10 >/dev/null; [ -e "$file.wanted" ] && kill -0 "$main" 2>/dev/null; do hold "$@" >/dev/null; done
+while sleep 10 >/dev/null; [ -e "$file.wanted" ] && kill -0 "$main" 2>/dev/null; do
+    note="$(hold "$@" 2>/dev/null | sed -n 's/^busy //p' | head -c 4096)"
+    [ -z "$note" ] || [ -e "$file.lost" ] || printf '%s' "$note" >"$file.lost"
+done
 """
 """$1: Ansible's main process. $2: the file for the id of the process whose end gives the lock back. Then the command
-that runs SCRIPT on the host. `sleep` must not hold the pipe open when its parent is killed."""
+that runs SCRIPT on the host. `sleep` must not hold the pipe open when its parent is killed. FILE.lost gets the note of
+another operator who took the lock while the connection was cut."""
 
 
 def operator():
@@ -78,6 +82,14 @@ def give_back(file):
         until = time.monotonic() + RELEASE_SECONDS
         while file.exists() and time.monotonic() < until:
             time.sleep(0.02)
+
+
+def lost_to(file):
+    """Return who took the lock in the meantime, after the connection had been cut; None if it was not lost."""
+    try:
+        return holder(Path(f"{file}.lost").read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
 
 
 def holder(note):

@@ -164,6 +164,8 @@ def _set_up(
         if free:
             running = starter(_play(request, free, ssh))
             end, interrupted = show_play(running, progress, stream, request.diff, notices)
+        for host, each in locks.lost.items():
+            progress.lost_lock(host.inventory_name, str(each))
     if end is None and notices:
         with make_view(progress, stream) as view:
             view.update(notices)

@@ -40,12 +40,13 @@ class Held:
     """The locks of some hosts.
 
     problems: why a host is not to be set up now. notes: what the user should know of a host, whose lock is held or
-    cannot be.
+    cannot be. lost: hosts whose lock another operator took in the meantime, after the network had failed.
     """
 
     problems: dict[Host, HostError] = field(default_factory=dict)
     notes: dict[Host, str] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    lost: dict[Host, HostError] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def hold_locks(ssh: Ssh, hosts: Sequence[Host], command: str) -> Iterator[Held]:
     over = threading.Event()
     note = _note(command)
     mine: dict[int, Host] = {}
-    signs = threading.Thread(target=_give_signs, args=(ssh, note, held.processes, mine, over), daemon=True)
+    signs = threading.Thread(target=_give_signs, args=(ssh, note, held, mine, over), daemon=True)
     try:
         for host, (process, kind, text) in zip(
             hosts, ssh.each(hosts, lambda host: _take(ssh, host, note)), strict=True
@@ -133,19 +134,17 @@ def holder_text(note: str) -> str:
     return f"{words[0]} by {words[1]}@{words[2]}, process {pid}, since {words[3]}"
 
 
-def _give_signs(
-    ssh: Ssh, note: str, processes: list[subprocess.Popen[bytes]], mine: Mapping[int, Host], over: threading.Event
-) -> None:
+def _give_signs(ssh: Ssh, note: str, held: Held, mine: Mapping[int, Host], over: threading.Event) -> None:
     """Write a sign of life to each process, until `over`. mine: the host of each process that holds a lock.
 
     A lock whose connection ended, because its host rebooted or the network failed, is taken again.
     """
     taking: dict[int, threading.Thread] = {}
     while not over.wait(SIGN_SECONDS):
-        for index, process in enumerate(processes):
+        for index, process in enumerate(held.processes):
             if index in mine and process.poll() is not None:
                 if index not in taking or not taking[index].is_alive():
-                    words = (ssh, mine[index], note, processes, index, over)
+                    words = (ssh, mine[index], note, held, index, over)
                     taking[index] = threading.Thread(target=_take_again, args=words, daemon=True)
                     taking[index].start()
                 continue
@@ -155,12 +154,18 @@ def _give_signs(
                 process.stdin.flush()
 
 
-def _take_again(
-    ssh: Ssh, host: Host, note: str, processes: list[subprocess.Popen[bytes]], index: int, over: threading.Event
-) -> None:
-    process, kind, _ = _take(ssh, host, note)
+def _take_again(ssh: Ssh, host: Host, note: str, held: Held, index: int, over: threading.Event) -> None:
+    process, kind, text = _take(ssh, host, note)
     if kind == "held":
-        processes[index] = process
+        held.processes[index] = process
+    if kind == "busy" and host not in held.lost:
+        held.lost[host] = HostError(
+            f"Another operator took the lock of {host.name} while this run changed it.",
+            where=host.target,
+            expected="a connection that stays open; the host frees the lock a minute after it was cut",
+            found=holder_text(text),
+            next_command="wait for it to end, then the same command, because both runs may have changed the host",
+        )
     if kind != "held" or over.is_set():
         _end(process)
 

@@ -126,6 +126,12 @@ class FleetProgress:
         host.phase, host.failures = Phase.UNREACHABLE, [Failure("", "connect", message)]
         return Notice(host.name, "unreachable", message)
 
+    def lost_lock(self, name: str, message: str) -> None:
+        """Mark a host that another operator changed at the same time as failed, however its play ended."""
+        host = self.hosts[name]
+        host.phase = Phase.FAILED
+        host.failures.append(Failure("", "lock of the host", message))
+
     def _result(self, host: HostProgress, kind: str, data: Mapping[str, Any], event: Mapping[str, Any]) -> list[Notice]:
         result = data.get("res") if isinstance(data.get("res"), Mapping) else {}
         assert isinstance(result, Mapping)

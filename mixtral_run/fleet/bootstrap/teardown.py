@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, LOCK_HELD, show_play
-from mixtral_run.fleet.bootstrap.host_lock import hold_locks
+from mixtral_run.fleet.bootstrap.host_lock import Held, hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
 from mixtral_run.fleet.bootstrap.view import summary
 from mixtral_run.fleet.explain.explain import recognize, record_failures
@@ -139,7 +139,7 @@ def teardown(
             raise HostError("Nothing was changed.", problems=[str(each) for each in locks.problems.values()])
         for host, text in locks.notes.items():
             print(f"{host.name}: {text}", file=stream, flush=True)
-        end = _play(request, inventory, hosts, ssh, False, stream, starter, locks.problems)
+        end = _play(request, inventory, hosts, ssh, False, stream, starter, locks)
     done = {name for name, host in end.progress.hosts.items() if host.phase is Phase.DONE}
     if not request.tags:
         forget_hosts(host for host in hosts if host.inventory_name in done)
@@ -219,13 +219,14 @@ def _play(
     check: bool,
     stream: TextIO,
     starter: Callable[[Play], RunningPlay],
-    left_alone: Mapping[Host, HostError] | None = None,
+    locks: Held | None = None,
 ) -> TeardownEnd:
-    """Run the playbook and show it. left_alone: hosts that it does not touch, and why."""
+    """Run the playbook and show it. locks: of the hosts; one that another operator holds is not touched."""
+    locks = locks or Held()
     began = time.monotonic()
     progress = TeardownProgress({host.inventory_name: host.name for host in hosts})
-    notices = [progress.unreachable(host.inventory_name, str(why)) for host, why in (left_alone or {}).items()]
-    hosts = tuple(host for host in hosts if host not in (left_alone or {}))
+    notices = [progress.unreachable(host.inventory_name, str(why)) for host, why in locks.problems.items()]
+    hosts = tuple(host for host in hosts if host not in locks.problems)
     play = Play(
         playbook=playbook("teardown"),
         hosts=hosts,
@@ -242,6 +243,8 @@ def _play(
     # In check mode the list says it all, except for differences of files.
     shown = stream if request.diff or not check else io.StringIO()
     end, interrupted = show_play(starter(play), progress, shown, request.diff, notices)
+    for host, why in locks.lost.items():
+        progress.lost_lock(host.inventory_name, str(why))
     forget_old_plays()
     record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
     log = end.artifacts / "stdout"

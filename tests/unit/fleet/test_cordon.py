@@ -106,6 +106,16 @@ def test_the_history_tells_of_both(file: Path, tmp_path: Path) -> None:
     assert [(visit.verb, visit.what, visit.outcome) for visit in visits] == [
         ("cordon", "takes no jobs: Xid 79 on 'GPU' $(5)", "done"), ("uncordon", "takes jobs", "done"),
     ]  # fmt: skip
+    with history.open("a") as file_of_log:
+        file_of_log.write(f'{{"old": "{"x" * 90}"}}\n' * 2700)
+    run("cordon", "gpu-03", "--reason", "RMA")
+    assert 100_000 < history.stat().st_size < 140_000, "the roles keep no more than this"
+    newest = history.read_text().splitlines()
+    assert (
+        "RMA" in newest[-1]
+        and json.loads(newest[0])
+        and [path.name for path in history.parent.iterdir()] == [history.name]
+    )
     assert visits[0].by.endswith(f"@{socket.gethostname()}") and visits[0].kit.startswith(__version__)
     # A log that cannot be written keeps nobody from cordoning a host.
     history.unlink()

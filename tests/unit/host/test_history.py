@@ -2,11 +2,15 @@
 
 import json
 import os
+import runpy
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 from ansible.module_utils.mixtral_run_host import history
 
-from tests.unit.host.conftest import call_module, load_module
+from tests.unit.host.conftest import ROOT, call_module, load_module
 
 
 def test_each_call_adds_a_line_that_all_can_read_and_reports_no_change(tmp_path):
@@ -52,3 +56,26 @@ def test_a_link_and_a_pipe_are_refused(tmp_path):
         with pytest.raises(OSError, match=name):
             history.append("line", str(tmp_path / name))
     assert victim.read_text() == "content"
+
+
+def test_a_lock_that_another_operator_took_in_the_meantime_is_noted(tmp_path: Path) -> None:
+    """The laptop slept, and the host freed the lock."""
+    lock = runpy.run_path(str(ROOT / "plugins/plugin_utils/setup_lock.py"))
+    for name, script in {
+        "sleep": "exec /bin/sleep 0.05",
+        "host": f"cd {tmp_path}; if mkdir first 2>/dev/null; then echo held; else echo 'busy {{}} x'; fi",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    file = tmp_path / "lock"
+    (tmp_path / "lock.wanted").touch()
+    assert lock["lost_to"](file) is None
+    argv = ["sh", "-c", lock["KEEPER"], "keeper", str(os.getpid()), str(file), str(tmp_path / "host")]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE) as keeper:
+        until = time.monotonic() + 20
+        while not lock["lost_to"](file) and time.monotonic() < until:
+            time.sleep(0.02)
+        (tmp_path / "lock.wanted").unlink()
+    assert keeper.wait() == 0 and lock["lost_to"](file) == "a holder that does not name itself"
+    assert (tmp_path / "lock.lost").read_text() == "{} x"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.commands.teardown import teardown as command
 from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.bootstrap import host_lock
 from mixtral_run.fleet.bootstrap import teardown as module
 from mixtral_run.fleet.bootstrap.host_lock import Held
 from mixtral_run.fleet.bootstrap.teardown import STAYS, Removal, TeardownRequest, listing, teardown
@@ -177,6 +179,18 @@ def test_without_a_terminal_it_does_not_ask(hosts: None, monkeypatch: pytest.Mon
     assert isinstance(CliRunner().invoke(command, ["gpu-01", "--json"]).exception, ConfigError)
     done = CliRunner().invoke(command, ["gpu-01", "--yes", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["hosts"][0]["result"] == "done"
+
+
+def test_a_host_whose_lock_was_lost_is_not_done(hosts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, over = Held(), threading.Event()
+    process = SimpleNamespace(stdin=io.BytesIO(), wait=lambda *_: 0)
+    note = json.dumps({"command": "mixtral-run bootstrap", "user": "bob", "host": "desk", "pid": 7, "since": "now"})
+    monkeypatch.setattr(host_lock, "_take", lambda *_: (process, "busy", note))
+    host_lock._take_again(SimpleNamespace(), TWO, "mine", held, 0, over)  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "hold_locks", lambda *_: nullcontext(held))
+    end, _, _ = run()
+    assert [host.name for host in end.progress.bad] == ["gpu-02"] and remembered_hosts() == (TWO,)
+    assert "took the lock of gpu-02" in end.text and "mixtral-run bootstrap by bob@desk" in end.text
 
 
 def test_a_host_that_another_operator_changes_is_not_torn_down(hosts: None, monkeypatch: pytest.MonkeyPatch) -> None:
