@@ -392,7 +392,8 @@ class Image:
 
     def _refuse(self, what, expected, found, next_step):
         where = "{}: image {}".format(self.params["host"], self.name)
-        self.module.fail_json(msg=explain(what + ".", where=where, expected=expected, found=found, next_step=next_step))
+        message = explain(what + ".", where=where, expected=expected, found=found, next_step=next_step)
+        self.module.fail_json(msg=message, found="{}: {}".format(what, found))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from ansible.module_utils.mixtral_run_host.spread.rounds import plan_of
 
 ARGUMENTS = {
     "what": "org/model@main", "outside": "https://hub", "looks": ["look", "visit"], "attempts": "attempts",
-    "plan": "plan", "per_source": 2, "from_origin": 1, "preferred": "", "failure": "It cannot be had.", "next_step": "do this",
+    "plan": "plan", "per_source": 2, "from_origin": 1, "preferred": "",
+    "failure": "It cannot be had.", "next_step": "do this",
 }  # fmt: skip
 
 
