@@ -107,6 +107,8 @@ FOREIGN_FLAGS = {
     "--test-only",
     "--list-tasks",
     "--from-file",
+    "--from-env-file",
+    "--recursive",
     "--selector",
     "--start-at-task",
     "--extra-index-url",
