@@ -108,7 +108,7 @@ def finetune(config: FinetuneConfig) -> None:
                     checkpoints.prepare()
                 train_and_save(run, config, checkpoints, stop, write, outcome)
             next_words = "export --adapter {} --output-path …"
-            ending = Ending(f"LoRA {config.WHAT}", "adapter", next_words, config.base_precision)
+            ending = Ending(f"LoRA {config.WHAT}", "adapter", next_words)
             report_end(run, config, outcome, ending, backward.num_retaken)
 
 

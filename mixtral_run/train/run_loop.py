@@ -129,7 +129,6 @@ class Ending:
     what: str
     result: str
     next_words: str
-    base_precision: str = "bf16"
 
 
 def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, num_retaken: int = 0) -> None:
@@ -142,7 +141,7 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
         iterations=done - run.start,
         load_seconds=run.load_seconds,
         recompute=config.recomputation,
-        base_precision=ending.base_precision,
+        base_precision=run.model.settings.base_storage,
         validation=run.validation.results if run.validation is not None else (),
         last_iteration=done,
         train_iters=config.iterations,

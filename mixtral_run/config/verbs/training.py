@@ -41,8 +41,9 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
 
     load: Path = setting(
         help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
-        "the hub).",
+        "the hub), or the URL of either, such as s3://bucket/mixtral.",
         section=LAYOUT,
+        store="input",
     )
     micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
     global_batch_size: int = setting(8, help="Samples per iteration over all processes.", minimum=1, section=DATA)
@@ -291,15 +292,18 @@ class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
     WHAT: ClassVar[str] = "fine-tuning"
 
     save: Path = setting(
-        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.",
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume. A URL, such as "
+        "s3://bucket/run: they are saved on this machine, and copied there while the training continues.",
         aliases=("output_path",),
         section=OUTPUT,
+        store="output",
     )
     init_adapter: Path | None = setting(
         None,
         help="Adapter to start from: a directory that PEFT saved, or an adapter that finetune saved. Its rank, alpha "
         "and target modules are taken.",
         section=LORA,
+        store="input",
     )
     base_precision: str = setting(
         "bf16",

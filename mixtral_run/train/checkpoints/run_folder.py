@@ -18,7 +18,7 @@ from mixtral_run.run_lock import one_run
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_iteration
+from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, kept_iterations, newest_iteration
 from mixtral_run.weights.manifest.manifest import AdapterManifest, TrainedManifest, read_checkpoint_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
 
@@ -83,10 +83,7 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -
             losses[iteration] = manifest.state.validation_loss
         else:
             del found[iteration]  # not a checkpoint of this kit, or a damaged one: left to the user
-    kept = set(sorted(found)[-keep_last:])
-    known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
-    if keep_best and known:
-        kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    kept = kept_iterations(losses, keep_last, keep_best=keep_best)
     removed = []
     for iteration in sorted(set(found) - kept):
         # Renamed first: a folder of which a part is gone must not have the name of a checkpoint.

@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def iteration_of(folder: Path) -> int:
     """Return the number of an `iter_…` folder; 0 for `release`."""
     found = _ITERATION.fullmatch(folder.name)
     return int(found[1]) if found and folder.name.startswith("iter_") else 0
+
+
+def kept_iterations(losses: Mapping[int, float | None], keep_last: int, *, keep_best: bool) -> set[int]:
+    """Return those iterations that --keep-last and --keep-best keep. losses: validation losses by iteration."""
+    kept = set(sorted(losses)[-keep_last:])
+    known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
+    if keep_best and known:
+        kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    return kept
 
 
 def iteration_folder_of(path: Path) -> Path:
