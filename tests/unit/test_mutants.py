@@ -1,4 +1,4 @@
-"""What `make mutants` changes in memory is what a changed file would do, and the tests of a line are all that run it."""
+"""What `make mutants` changes in memory is what a changed file does, and the tests of a line are those that run it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of, statement_lines
 
-TEXT = '''import functools
+TEXT = """import functools
 
 LIMIT = 3
 OTHER = 2 * LIMIT
@@ -43,7 +43,7 @@ def cached():
 def loop(count):
     for _ in range(count):
         pass
-'''
+"""
 
 
 @pytest.fixture
