@@ -108,10 +108,9 @@ def test_a_dropped_connection_is_tried_four_times(started: Any, ssh: Ssh, monkey
     dropped = b"Connection reset by 10.0.0.1 port 22\n"
     found = started(lambda: Process(b"", dropped, 255))
     monkeypatch.setattr(connection.time, "sleep", slept.append)
+    monkeypatch.setattr(connection.random, "uniform", lambda least, most: {(0.5, 1.5): 1.25}[least, most])
     assert ssh.run(HOST, ["true"]).exit_code == 255
-    assert len(found.words) == 4 and len(slept) == 3
-    for waited, least, most in zip(slept, (0.5, 1, 2), (1.5, 3, 6), strict=True):
-        assert least <= waited <= most
+    assert len(found.words) == 4 and slept == [1.25, 2.5, 5.0]
     found = started(lambda: Process(b"", dropped, 255), lambda: Process(b"there", b"", 0))
     assert ssh.run(HOST, ["true"]) == Answer(0, "there", "") and len(found.words) == 2
     for process in (lambda: Process(b"", dropped, 1), lambda: Process(b"", b"Permission denied", 255)):
