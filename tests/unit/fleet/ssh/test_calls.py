@@ -198,6 +198,15 @@ def test_bounds_of_what_is_read() -> None:
     assert streams.MAX_LINE_BYTES == streams.MAX_REST_BYTES == 1048576 and streams.MAX_ERROR_BYTES == 65536
 
 
+def test_a_line_without_end_is_passed_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 10)
+    found = [line for _, line in streams.lines([piped(b"x" * 25 + b"\nyy\r\n" + b"z" * 3)])]
+    assert found == ["x" * 14, "x" * 11, "yy", "zzz"]
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 14)
+    assert [line for _, line in streams.lines([piped(b"x" * 20)])] == ["x" * 14, "x" * 6]
+
+
 def test_the_last_bytes_of_errors_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_ERROR_BYTES", 512)
     text = streams.LastBytes(piped(b"".join(b"%07d\n" % number for number in range(192)))).text()
@@ -367,11 +376,17 @@ def test_a_missing_program_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -
         connection._start(["ssh", "x"])
     monkeypatch.setattr(connection.subprocess, "run", missing)
     assert not connection.program_answers("a")
+    asked: list[Any] = []
     for code, good in ((0, True), (1, False)):
-        monkeypatch.setattr(
-            connection.subprocess, "run", lambda *_, code=code, **__: subprocess.CompletedProcess([], code)
-        )
-        assert connection.program_answers("a") is good
+
+        def run(*words: Any, code: int = code, **settings: Any) -> Any:
+            asked.append((words, settings))
+            return subprocess.CompletedProcess([], code)
+
+        monkeypatch.setattr(connection.subprocess, "run", run)
+        assert connection.program_answers("a", "b") is good
+    # Nothing of it reaches the terminal.
+    assert asked == [((("a", "b"),), {"capture_output": True, "check": False, "timeout": 60})] * 2
 
 
 JUMP = """host key for bastion has changed
