@@ -361,6 +361,11 @@ def test_a_key_is_installed_over_one_connection(
         ssh.install_key(HOST, "geheim")
 
 
+def test_the_kits_own_file_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "state_folder", lambda: Path("/state"))
+    assert Ssh().known_hosts == connection.known_hosts_file() == Path("/state/known_hosts")
+
+
 def test_a_terminal_is_asked_for_where_there_is_one() -> None:
     words = terminal_argv(HOST, ["bash"], Path("/known"), terminal=True)
     assert words[:2] == ["ssh", "-t"] and words[-7:] == [*TO, "bash"]
