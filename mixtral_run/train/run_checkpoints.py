@@ -50,6 +50,8 @@ LOSS_SETTINGS = (
     "router_aux_loss",
 )  # fmt: skip
 """Settings that determine the loss. --init-adapter does as well where it is the reference of align."""
+DRAW_SETTINGS = ("micro_batch_size", "expert_chunks")
+"""Settings that determine the order in which dropout draws its numbers, next to the layout."""
 
 
 def describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
@@ -157,7 +159,7 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
     if run.mesh.is_first:
         drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
         remove_partial_checkpoints(config.save)
-    other_dropout = restore_random_state(adapter.folder, run.mesh)
+    other_dropout = restore_random_state(adapter.folder, run.mesh) or changed_draws(config, adapter)
     if other_dropout is not None and config.lora_dropout:
         run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
     run.best = BestLoss.from_mapping(adapter.validation)
@@ -186,6 +188,11 @@ def changed_loss(config: FinetuneConfig, adapter: AdapterDescription) -> list[st
     """Return the settings of the loss that have changed since the run stopped, each with its former value."""
     has_reference = isinstance(config, AlignConfig) and config.has_reference
     return _changed(config, adapter, (*LOSS_SETTINGS, "init_adapter") if has_reference else LOSS_SETTINGS)
+
+
+def changed_draws(config: FinetuneConfig, adapter: AdapterDescription) -> str | None:
+    """Return the settings that decide which tokens a random number is for, and have changed; None if none has."""
+    return ", ".join(_changed(config, adapter, DRAW_SETTINGS)) or None
 
 
 def _changed(config: FinetuneConfig, adapter: AdapterDescription, names: Sequence[str]) -> list[str]:
