@@ -4,7 +4,7 @@
 # make test-all  the same without taking over any result of an earlier run
 # make soak   kills, damaged input and a simulated fleet, for 30 minutes; writes the table of docs/reliability.md
 # make mutants  change one place of a module at a time and run its unit tests: what they do not notice; not part of CI
-# make lock   write the locks: versions and hashes of all packages of the image and of the operator; reads pip's index
+# make lock   write the locks: versions and hashes of all packages, digests of the base images; reads pip's index and registries
 # make lint   ruff, mypy, import-linter, yamllint, ansible-lint
 
 PYTHON ?= python3

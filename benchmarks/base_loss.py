@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral_run.config.verbs.training import BASE_PRECISIONS, FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import BASE_PRECISIONS, FinetuneConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
@@ -144,7 +145,7 @@ def train_base(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
     )
     # Not recorded: at this many tokens a step the GPU is what takes the time.
-    step = optimizer_step(model, optimizer, config.clip_grad)
+    step = optimizer_step(model, optimizer, config.max_norm)
     losses = [
         step(batch, learning_rate(config, iteration)).loss
         for iteration, batch in enumerate(chosen_batches(config, text))
@@ -165,7 +166,7 @@ def tune(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True
     )
     with backward_of(model, config.micro_batch_size * config.seq_length) as backward:
-        step = optimizer_step(model, optimizer, config.clip_grad, backward)
+        step = optimizer_step(model, optimizer, config.max_norm, backward)
         losses = [step(batch, learning_rate(config, iteration)).loss for iteration, batch in enumerate(chosen)]
     (first,) = chosen[0].micro_batches
     with torch.no_grad():

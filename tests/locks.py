@@ -4,6 +4,8 @@ uv resolves for all platforms and Python versions at once, with the versions of 
 all files of a release from the index. The index and its trusted hosts are those of pip's own configuration; no file
 names them. Extra indexes and folders of wheels are left out: they may hold only some of the files of a release.
 
+The digests of the base images come from their registries (base_images.py).
+
 The lock of a CUDA build of torch needs the index of that build (`image_torch_index_urls`). Without it the existing file
 stays, and the exit code is 1.
 """
@@ -16,9 +18,12 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+
+from tests.base_images import write_lock
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "roles/image/files/requirements.txt"
@@ -33,14 +38,22 @@ TORCH_FAMILY = re.compile(r"torch|triton|pytorch-triton|(nvidia|cuda)-.*")
 """Packages that differ between the builds of torch."""
 
 
-def main() -> int:
-    """Write the locks; return 1 if an index of torch cannot be reached."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the locks; return 1 if a registry or an index of torch cannot be reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--torch-index", action="append", default=[], metavar="VARIANT=URL", help="Mirror of a build's index."
     )
-    mirrors = dict(each.split("=", 1) for each in parser.parse_args().torch_index)
+    parser.add_argument(
+        "--registry", action="append", default=[], metavar="HOST=URL", help="Mirror of a base image's registry."
+    )
+    parser.add_argument("--base-images", action="store_true", help="Write the digests of the base images alone.")
+    given = parser.parse_args(words)
+    mirrors, registries = (dict(each.split("=", 1) for each in found) for found in (given.torch_index, given.registry))
     defaults = yaml.safe_load((ROOT / "roles/image/defaults/main.yml").read_text(encoding="utf-8"))
+    has_digests = write_lock(IMAGE_LOCKS, defaults["image_base_images"], registries)
+    if given.base_images:
+        return 0 if has_digests else 1
     indexes = {**defaults["image_torch_index_urls"], **mirrors}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     # Those of the build too: `pip install --no-build-isolation .` then fetches nothing.
@@ -56,7 +69,7 @@ def main() -> int:
     _write(IMAGE_LOCKS / "common.txt", "the image, except torch and what differs between its builds", rest)
     _write(IMAGE_LOCKS / f"{DEFAULT_VARIANT}.txt", f"torch in the image, {DEFAULT_VARIANT}", family)
     others = [_write_variant(variant, url) for variant, url in indexes.items() if variant != DEFAULT_VARIANT]
-    return 0 if all(others) else 1
+    return 0 if all(others) and has_digests else 1
 
 
 def _write_variant(variant: str, index: str) -> bool:

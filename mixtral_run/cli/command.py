@@ -41,6 +41,8 @@ _MOST_SUGGESTED = 3
 class Option(click.Option):
     """An option with the section of --help that shows it.
 
+    A list with commas may be given in several parts: the value of `--tags a --tags b` is `a,b`.
+
     bare: the value that the flag means if none of `values` follows it; None if a value must follow.
     """
 
@@ -52,8 +54,15 @@ class Option(click.Option):
         values: Container[str] = (),
         **settings: Any,
     ) -> None:
+        if str(settings.get("metavar")).endswith(",…") and "multiple" not in settings:
+            settings |= {"multiple": True, "callback": _with_commas}
         super().__init__(*names, **settings)
         self.section, self.bare, self.values = section, bare, values
+
+
+def _with_commas(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> str | None:
+    del ctx, param
+    return ",".join(value) if value else None
 
 
 class WholeNumber(click.ParamType[Any]):

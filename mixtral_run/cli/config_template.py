@@ -15,8 +15,9 @@ from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.evaluate import EvaluateConfig
 from mixtral_run.config.verbs.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.verbs.plan import PlanConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.serve import ServeConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, UpConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, UpConfig
 from mixtral_run.config.verbs.trial import RehearseConfig, SmokeConfig
 from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 

@@ -18,6 +18,7 @@ from mixtral_run.config.data_sources import parse_source, source_problems
 from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.config.lora import weighted_path
 from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.errors import MixtralRunError
 
@@ -103,7 +104,7 @@ def _can_be_read_quickly(texts: Collection[str]) -> bool:
 
 def _may_be_elsewhere(name: str, value: str) -> bool:
     """Return True for standard input, and for what may be a name on the hub; only the verb can ask the hub."""
-    if value == "-":
+    if value == "-" or store_url(value) is not None:
         return True
     if name in HF_MODEL_SETTINGS:
         return may_be_hub_name(value)

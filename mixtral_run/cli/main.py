@@ -38,7 +38,7 @@ VERBS: dict[str, str] = {
     "finetune": "Fine-tune a base model with LoRA, one adapter per expert.",
     "align": "Fine-tune a base model with LoRA on preferences: DPO, KTO, ORPO or SimPO.",
     "runs": "List the runs of finetune and align; compare two; find the best.",
-    "pretrain": "Train all weights for a few iterations, to prove that a layout trains.",
+    "pretrain": "Train all weights: full fine-tuning with --save, else a few iterations to prove that a layout trains.",
     "generate": "Continue prompts with a base model, with or without an adapter.",
     "chat": "Talk with a base model, with or without an adapter, in a terminal.",
     "evaluate": "Measure a base model, and an adapter next to it, on a test set or with lm-eval.",

@@ -18,6 +18,7 @@ from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
 from mixtral_run.cli.launcher_options import launch, launcher_options, take_launcher_options
 from mixtral_run.cli.setting_option import BY_FLAG, Decorator, option_of
+from mixtral_run.cli.stores import run_with_stores
 from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types
 from mixtral_run.config.names.foreign_names import setting_meant
 from mixtral_run.errors import ConfigError, described, joined
@@ -55,7 +56,7 @@ def config_options(
                 run_on_hosts(function.__name__, config, given)
             else:
                 refuse_without_on(given)
-                function(config)
+                run_with_stores(function, config)
 
         command.__doc__ = function.__doc__
         command.__name__ = function.__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def option_of(item: dataclasses.Field[Any], annotation: Any, name: str, *, hidde
     if typing.get_origin(wanted) is tuple:
         if choices:
             settings |= {"type": _comma_separated, "shell_complete": complete_choices(choices)}
-            return click.option(flag, item.name, metavar="NAME,…", **settings)
+            return click.option(flag, item.name, metavar="NAME,…", multiple=True, callback=_in_one, **settings)
         return click.option(flag, item.name, type=_Value(typing.get_args(wanted)[0]), multiple=True, **settings)
     if item.metadata["bare"]:
         others = [each for each in choices if each != item.metadata["bare"]]
@@ -102,3 +102,9 @@ class _Value(click.ParamType[Any]):
 def _comma_separated(value: str | tuple[str, ...]) -> tuple[str, ...]:
     """Split `a,b c` into ("a", "b", "c"). An empty text becomes ("",), which the config refuses."""
     return value if isinstance(value, tuple) else tuple(value.replace(",", " ").split()) or ("",)
+
+
+def _in_one(ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Return the names of a flag that may be given several times; None if it was not."""
+    del ctx, param
+    return tuple(name for names in value for name in names) or None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mixtral_run.config.names.foreign_names import answer_to
+from mixtral_run.config.names.store_names import store_url, url_problem, without_weight
 from mixtral_run.errors import ConfigError
 
 LAYOUT, DATA, PROMPTS, OPTIMIZER = "Model and layout", "Data", "Prompts and sampling", "Optimizer"
@@ -42,6 +43,7 @@ def setting(
     unit: str | None = None,
     positional: str | None = None,
     bare: str | None = None,
+    store: str | None = None,
 ) -> Any:
     """Declare a field. Without a default it is required.
 
@@ -57,9 +59,10 @@ def setting(
         unit: GiB for an amount of memory. A value may then have a unit, such as 80GB or 80GiB.
         positional: Name of the words of the command line that give the field, as its flag does.
         bare: Value that the flag means without one. A value follows the flag only if it is one of `choices`.
+        store: "input" or "output" for a path that may be the URL of a folder in an object store.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit}
+    others = {"help": help, "section": section, "aliases": aliases, "hidden": hidden, "unit": unit, "store": store}
     return field(default=default, metadata={**others, "positional": positional, "bare": bare, **limits})
 
 
@@ -97,7 +100,7 @@ class Config:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is not None:
-                found += _limit_problems(item, value)
+                found += _limit_problems(item, value) + _store_problems(item, value)
         return found
 
     def check(self) -> Self:
@@ -252,6 +255,17 @@ def _limit_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
             found.append(f"{flag}: expected at most {limits['maximum']}; found {value}")
         if limits.get("above") is not None and not value > limits["above"]:
             found.append(f"{flag}: expected more than {limits['above']}; found {value}")
+    return found
+
+
+def _store_problems(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    """Return a line for each URL of an object store that the field cannot use."""
+    takes_urls = item.metadata.get("store") is not None
+    urls = [store_url(without_weight(each)) for each in (value if isinstance(value, tuple) else (value,))]
+    found = []
+    for url in urls if takes_urls or isinstance(value, Path) else ():
+        problem = None if url is None else url_problem(url) if takes_urls else "expected a path; found a URL"
+        found += [f"{flag_of(item.name)}: {problem}"] if problem else []
     return found
 
 

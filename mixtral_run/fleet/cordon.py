@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import getpass
 import json
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixtral_run.errors import HostError
+from mixtral_run.fleet.history import APPEND, HISTORY, line_of, operator
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.ssh.problems import connection_error, last_line
@@ -30,10 +29,11 @@ _CORDON = (
     _AS_ROOT
     + """
 $s mkdir -p -m 755 "${1%/*}" || exit
-$s sh -c 'umask 022; cat >"$1.$$.new" && mv "$1.$$.new" "$1"' write "$1"
+$s sh -c 'umask 022; cat >"$1.$$.new" && mv "$1.$$.new" "$1"' write "$1" || exit
 """
+    + APPEND
 )
-_UNCORDON = _AS_ROOT + '$s rm -f "$1"'
+_UNCORDON = _AS_ROOT + '$s rm -f "$1" || exit\n' + APPEND
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,22 @@ def cordon(hosts: Sequence[Host], reason: str, ssh: Ssh | None = None) -> list[C
 
     Raises HostError with each host that could not be cordoned; the others are.
     """
-    by = f"{getpass.getuser()}@{socket.gethostname()}"
-    record = Cordon(one_line(reason, MAX_REASON), by, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    record = Cordon(one_line(reason, MAX_REASON), operator(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     data = json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n"
-    return _on_each(hosts, _CORDON, "cordoned", ssh or Ssh(), data.encode())
+    line = line_of("cordon", f"takes no jobs: {record.reason}")
+    return _on_each(hosts, _CORDON, "cordoned", ssh or Ssh(), line, data.encode())
 
 
 def uncordon(hosts: Sequence[Host], ssh: Ssh | None = None) -> list[Cordon | None]:
     """Let hosts take jobs again, and return the record that each had. Raises HostError as `cordon` does."""
-    return _on_each(hosts, _UNCORDON, "uncordoned", ssh or Ssh())
+    return _on_each(hosts, _UNCORDON, "uncordoned", ssh or Ssh(), line_of("uncordon", "takes jobs"))
 
 
 def _on_each(
-    hosts: Sequence[Host], script: str, what: str, ssh: Ssh, stdin: bytes | None = None
+    hosts: Sequence[Host], script: str, what: str, ssh: Ssh, line: str, stdin: bytes | None = None
 ) -> list[Cordon | None]:
     def work(host: Host) -> Cordon | HostError | None:
-        answer = ssh.run(host, ["sh", "-c", script, what, CORDON_FILE], stdin=stdin)
+        answer = ssh.run(host, ["sh", "-c", script, what, CORDON_FILE, HISTORY, line], stdin=stdin)
         if answer.exit_code == 255:
             return connection_error(host, answer.errors)
         if answer.exit_code:

@@ -31,7 +31,7 @@ COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
     "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "new_group", "recv", "reduce",
     "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "_all_gather_base",
-    "_reduce_scatter_base", "init_process_group",
+    "_reduce_scatter_base", "init_process_group", "all_gather_single", "reduce_scatter_single",
 )  # fmt: skip
 """Functions of torch.distributed in which a process waits for others."""
 
@@ -195,6 +195,9 @@ def _note_collectives(heartbeat: Heartbeat) -> None:
     from torch.distributed import distributed_c10d
 
     for name in COLLECTIVES:
+        if not hasattr(distributed_c10d, name):
+            # torch before 2.13 does not have all of them.
+            continue
         noted = _noted(name, getattr(distributed_c10d, name), heartbeat)
         for module in (distributed_c10d, dist):
             if hasattr(module, name):

@@ -163,6 +163,14 @@ def _kill_fork_server() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+_stopped: list[bool] = []
+
+
+def was_stopped() -> bool:
+    """Return True if a signal asked the processes of a job to stop, and they did so in order."""
+    return bool(_stopped)
+
+
 def start_processes(count: int, work: Callable[..., None], *arguments: object) -> None:
     """Call `work(error_directory, *arguments)` in `count` processes of this machine, under torchrun; wait for them.
 
@@ -203,6 +211,7 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
             if watch.error is not None:
                 raise watch.error from None
             if all(each.exitcode == STOPPED for each in failure.failures.values()):
+                _stopped.append(True)
                 return
             raise collect_error(Path(folder), failure) from None
         except SignalException:

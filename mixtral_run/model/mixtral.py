@@ -56,6 +56,12 @@ class ModelSettings:
     kernels: str = "auto"  # the value of --kernels; it counts for the whole process
     expert_chunks: int = 1  # of the tokens of a pass (routing/expert_chunks.py); decoding is never cut
 
+    @property
+    def base_storage(self) -> str:
+        """Form of the frozen experts: base_precision, or fp32 where that means a dtype of 32 bit."""
+        in_dtype = self.base_precision == "bf16"
+        return "fp32" if in_dtype and self.dtype is torch.float32 else self.base_precision
+
 
 class _Gpt(GPTModel):
     """GPTModel whose loss needs no copies of the logits where a process has the whole vocabulary."""

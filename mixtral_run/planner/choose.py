@@ -11,10 +11,12 @@ from typing import Any, TypeVar, cast
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.generate import InferenceConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import RECOMPUTE, RUNS_AGAIN, FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
+from mixtral_run.planner.full_plan import full_memory_error, settled_full
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.ranking import Choice, ranked
 from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
@@ -43,7 +45,7 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
         ConfigError: No layout of a LoRA run fits, and none was given.
     """
     config = _without_former_setting(config)
-    if config.has_layout and not (isinstance(config, FinetuneConfig) and _leaves_memory_open(config)):
+    if config.has_layout and not _leaves_memory_open(config):
         return config
     say = _report_of(config).say if base is None else Report.silent().say
     try:
@@ -55,6 +57,9 @@ def settled(config: JobConfigT, base: BaseDescription | None = None) -> JobConfi
     gpu = available_gpu(config.device, world_size)
     if isinstance(config, FinetuneConfig) and gpu is not None:
         return cast(JobConfigT, _settled_lora(config, base, world_size, gpu, say))
+    if isinstance(config, PretrainConfig) and config.uses_adamw and gpu is not None:
+        workload = job_workload(config, base, world_size, gpu.compute_capability)
+        return cast(JobConfigT, settled_full(config, workload, gpu, say))
     recompute = config.recomputation if isinstance(config, TrainingConfig) else "none"
     if gpu is None:
         layout = spread_layout(config, base.architecture, world_size, recompute)
@@ -146,6 +151,18 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     return _refusal(config, base, world_size, gpu, found, _candidates(anything, base, world_size, gpu))
 
 
+def training_memory_error(config: TrainingConfig, base: BaseDescription, world_size: int) -> ConfigError | None:
+    """Return the error of a training that cannot fit on its GPUs; None if it fits, or runs on a CPU."""
+    if isinstance(config, FinetuneConfig):
+        return memory_error(config, base, world_size)
+    if not isinstance(config, PretrainConfig) or not config.uses_adamw:
+        return None
+    gpu = available_gpu(config.device, world_size)
+    if gpu is None or (config.has_layout and base.architecture.layout_problems(*config.layout_sizes)):
+        return None
+    return full_memory_error(config, job_workload(config, base, world_size, gpu.compute_capability), gpu)
+
+
 def peer_access_fits(
     config: FinetuneConfig, base: BaseDescription, world_size: int, usable: float, capability: tuple[int, int]
 ) -> bool:
@@ -210,13 +227,18 @@ def workload_of(
     )
 
 
-def _has_recompute(config: FinetuneConfig) -> bool:
+def _has_recompute(config: LaunchConfig) -> bool:
+    if not isinstance(config, TrainingConfig):
+        return False
+
     return config.recompute_activations or config.recompute is not None
 
 
-def _leaves_memory_open(config: FinetuneConfig) -> bool:
+def _leaves_memory_open(config: LaunchConfig) -> bool:
     """Return True if the planner chooses the recomputation, or whether the experts compute in chunks."""
-    return not _has_recompute(config) or (config.expert_chunks is None and config.recomputation in RUNS_AGAIN)
+    if isinstance(config, FinetuneConfig):
+        return not _has_recompute(config) or (config.expert_chunks is None and config.recomputation in RUNS_AGAIN)
+    return isinstance(config, PretrainConfig) and config.uses_adamw and not _has_recompute(config)
 
 
 def _layout_of(config: FinetuneConfig) -> Layout:

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 
 from mixtral_run.config.context import row_multiple
 from mixtral_run.config.launch import LaunchConfig
-from mixtral_run.config.verbs.training import PretrainConfig, TrainingConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.model.architecture import MixtralArchitecture
+from mixtral_run.planner.full_memory import FULL_ACTIVATIONS
 from mixtral_run.planner.memory_model import memory, weight_bytes
 from mixtral_run.planner.workload import Layout, Workload
 
 GENERATION_BYTES = 2 * 1024**3
 """Assumed size of the key-value cache, the logits and the activations of `generate`."""
-FULL_ACTIVATIONS = 2
-"""Full training saves about twice as much for the backward pass as LoRA: the inputs of all layers."""
 
 
 def spread_layout(
@@ -61,13 +61,9 @@ def allows(config: LaunchConfig, layout: Layout, num_processes: int) -> bool:
 
 
 def needed_bytes(config: LaunchConfig, workload: Workload, layout: Layout) -> float:
-    """Return the estimated bytes of one GPU for `generate`, or for full training."""
+    """Return the estimated bytes of one GPU for `generate`, or for full training with SGD."""
     lora = memory(workload, layout)
     if not isinstance(config, PretrainConfig):
         return weight_bytes(workload, layout) + lora.context + GENERATION_BYTES
-    held = 0.0
-    if config.optimizer == "adamw":
-        held = 3 * lora.weights  # gradients and two moments, in the dtype of the weights
-    elif config.clip_grad > 0 or config.global_batch_size:
-        held = lora.weights
+    held = lora.weights if config.max_norm > 0 or config.global_batch_size else 0.0
     return lora.weights + held + FULL_ACTIVATIONS * lora.activations + lora.buffers + lora.context

@@ -19,6 +19,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import local_gpu
+from mixtral_run.planner.full_table import show_full_plan
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, saved_copy_bytes
 from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
 from mixtral_run.planner.scaling_table import scaling, show_scaling
@@ -61,6 +62,11 @@ def show_plan(config: PlanConfig) -> None:
         raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="the same command without --kernels")
     workload = workload_of(config, gpu)
     host = config.host_memory * GIB if config.host_memory is not None else math.inf
+    if config.full:
+        # Data-parallel processes of all hosts share the state.
+        workload = dataclasses.replace(workload, gpus=config.gpus * config.hosts, gpus_per_host=config.gpus)
+        show_full_plan(config, workload, gpu.memory_gib, host)
+        return
     choices = ranked(workload, gpu.memory_gib * GIB, host)
     shown = choices if config.all else _worth_showing(choices)
     if config.json:

@@ -101,4 +101,4 @@ def _note_ends(axes: Axes, points: Points) -> None:
     first, last = finite[0], finite[-1]
     axes.annotate(f"{first[1]:.3g}", first, xytext=(6, 2), textcoords="offset points")
     if len(finite) > 1:
-        axes.annotate(f"{last[1]:.3g}", last, xytext=(0, 12), textcoords="offset points", ha="right")
+        axes.annotate(f"{last[1]:.3g}", last, xytext=(6, -4), textcoords="offset points")

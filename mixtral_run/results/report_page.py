@@ -11,7 +11,8 @@ from typing import Any
 
 from mixtral_run.config.launch import layout_name
 from mixtral_run.config.verbs.align import AlignConfig
-from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.results.read_run import RunData, curve, mapping, number, numbers
 from mixtral_run.results.report_router import router_section
@@ -29,13 +30,20 @@ class ExampleText:
     parts: tuple[tuple[str, bool], ...]
 
 
+_KINDS: dict[type[RunConfig], str] = {
+    FinetuneConfig: "LoRA run",
+    AlignConfig: "LoRA run",
+    PretrainConfig: "full fine-tuning",
+}
+
+
 def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: str) -> str:
     """Return the page.
 
     Args:
         data: the run, with its summary.
         examples: of the training data.
-        best_adapter: path of the adapter that the commands use.
+        best_adapter: path of the adapter, or of the model of full fine-tuning, that the commands use.
     """
     summary, name = data.summary, str(data.summary.get("name", data.folder.name))
     kit = mapping(summary.get("kit"))
@@ -57,8 +65,9 @@ def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: st
     template = string.Template(
         importlib.resources.files("mixtral_run.results").joinpath("report.html").read_text("utf-8")
     )
+    kind = _KINDS[_config_class(mapping(summary.get("settings")))]
     return template.substitute(
-        title=escaped(f"{name} – LoRA run"), name=escaped(name), about=escaped(about), sections="\n".join(sections)
+        title=escaped(f"{name} – {kind}"), name=escaped(name), about=escaped(about), sections="\n".join(sections)
     )
 
 
@@ -265,8 +274,10 @@ def _settings(settings: dict[str, Any]) -> str:
     )
 
 
-def _config_class(settings: dict[str, Any]) -> type[FinetuneConfig]:
-    """Return the settings of the verb of a run: only those of align have a method."""
+def _config_class(settings: dict[str, Any]) -> type[RunConfig]:
+    """Return the settings of the verb of a run: only those of align have a method, those of pretrain an optimizer."""
+    if "offload_optimizer" in settings:
+        return PretrainConfig
     return AlignConfig if "method" in settings else FinetuneConfig
 
 
@@ -282,13 +293,14 @@ def _commands(summary: dict[str, Any], best_adapter: str) -> str:
     except ConfigError:
         return ""  # the settings of another version of the kit
     names = {item.name for item in fields(config)} - {"resume"}
+    again = _command([f"mixtral-run {config.VERB}", *config.flags(names), "--resume"])
+    if isinstance(config, PretrainConfig):
+        return _command_section({_CONTINUE: again, **_commands_of_model(shlex.quote(best_adapter))})
     adapter = ["--adapter", shlex.quote(best_adapter)]
     model = ["--load", shlex.quote(str(config.load)), *adapter]
     served = shlex.quote(str(mapping(summary.get("base")).get("hf_model") or "HF_MODEL"))
     commands = {
-        "Continue this run (a complete one with a larger --train-iters or --epochs)": _command(
-            [f"mixtral-run {config.VERB}", *config.flags(names), "--resume"]
-        ),
+        _CONTINUE: again,
         "Export the adapter, for PEFT, vLLM and SGLang": (
             _command(["mixtral-run export", *adapter, "--format", "vllm", "--output-path", "peft-adapter"])
         ),
@@ -303,6 +315,30 @@ def _commands(summary: dict[str, Any], best_adapter: str) -> str:
             + _command(["mixtral-run generate", *model, "--instruction", "'Your question'"])
         ),
     }
+    return _command_section(commands)
+
+
+_CONTINUE = "Continue this run (a complete one with a larger --train-iters or --epochs)"
+
+
+def _commands_of_model(model: str) -> dict[str, str]:
+    """Return the commands that use a model of full fine-tuning. model: its folder, quoted for a shell."""
+    return {
+        "Convert the model to HF's format, for vLLM, SGLang and Transformers": _command(
+            ["mixtral-run convert", "--from-megatron", model, "--output-path", "hf-model"]
+        ),
+        "Talk to the model, or ask it once": (
+            _command(["mixtral-run chat", "--load", model])
+            + "\n"
+            + _command(["mixtral-run generate", "--load", model, "--instruction", "'Your question'"])
+        ),
+        "Fine-tune it further with LoRA": _command(
+            ["mixtral-run finetune", "--load", model, "--data-path", "my.jsonl", "--save", "adapter"]
+        ),
+    }
+
+
+def _command_section(commands: dict[str, str]) -> str:
     shown = "".join(f"<h3>{escaped(title)}</h3><pre>{escaped(command)}</pre>" for title, command in commands.items())
     return f'<h2>Commands</h2><div class="card">{shown}</div>'
 

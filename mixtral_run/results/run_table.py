@@ -66,14 +66,16 @@ def best_run(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list
     return min(known, key=lambda row: (row[name], str(row.get("folder")))), remarks
 
 
-def best_checkpoint(row: Mapping[str, Any]) -> str:
-    """Return the checkpoint of the best evaluation if it is there, else the folder of the run."""
+def best_checkpoint(row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the checkpoint of the best evaluation if it is there, else the folder of the run and a remark."""
     folder = Path(str(row["folder"]))
-    if row.get("best_iteration"):
-        checkpoint = folder / f"iter_{row['best_iteration']:07d}"
-        if checkpoint.is_dir():
-            return str(checkpoint)
-    return str(folder)
+    best = row.get("best_iteration")
+    checkpoint = folder / f"iter_{best or 0:07d}"
+    if best and checkpoint.is_dir():
+        return str(checkpoint), None
+    if not best or best == row.get("iteration"):
+        return str(folder), None
+    return str(folder), f"Iteration {best:,} has no checkpoint (--save-interval): the newest checkpoint is exported."
 
 
 def _validation_data(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
@@ -53,7 +54,7 @@ def load_for_training(
     if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
         # Otherwise a checkpoint has the start.
         start_from_weights(model)
-    if isinstance(config, FinetuneConfig) and config.router_aux_loss:
+    if isinstance(config, FinetuneConfig | PretrainConfig) and config.router_aux_loss:
         model.balance_routers(config.router_aux_loss)
     return model.train()
 

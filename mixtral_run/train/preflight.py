@@ -10,25 +10,26 @@ from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import has_frozen_start, module_rank
 from mixtral_run.config.verbs.generate import GenerateConfig, InferenceConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, TrainingConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import available_gpu
-from mixtral_run.planner.choose import memory_error, settled
+from mixtral_run.planner.choose import settled, training_memory_error
 from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
+from mixtral_run.train.checkpoints.resume_checks import check_full_resume, check_not_complete, full_checkpoint_bytes
 from mixtral_run.train.checkpoints.run_folder import PARTIAL, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.reading.prompts import read_prompts
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.data.templates.open_template import file_problems
-from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.model_limits import length_problems, report_notes
 from mixtral_run.train.outcome.log_to import logger_problems
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
@@ -42,6 +43,7 @@ from mixtral_run.weights.manifest.describe import (
     check_adapter_fits,
     describe_adapter,
     describe_base,
+    describe_trained,
 )
 from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
 
@@ -49,10 +51,6 @@ JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
 _NOTHING_TO_RESUME = "--resume: found no checkpoint"
 _NOT_EMPTY = "expected a new or empty folder, or --resume; found files"
-
-
-class RunCompleteError(ConfigError):
-    """--resume finds that the run has reached its end: nothing is wrong, and there is nothing to do."""
 
 
 def check_training(config: TrainingConfig, world_size: int) -> BaseDescription:
@@ -156,9 +154,10 @@ def _errors(
         problems += writing_problems(file.parent, f"--metrics-file {file}")
         problems += lock_problems(lock_file_of(file), f"--metrics-file {file}")
     problems += file_problems(config.chat_template)
-    if isinstance(config, FinetuneConfig):
+    start = 0
+    if isinstance(config, RunConfig) and config.save is not None:
         problems += logger_problems(config.log_to)
-        unwritable, start = output_problems(config.save, resume=config.resume), 0
+        unwritable = output_problems(config.save, resume=config.resume)
         problems += unwritable
         if base is not None and config.resume and not unwritable:
             try:
@@ -166,10 +165,11 @@ def _errors(
             except MixtralRunError as error:
                 errors.append(error)
         if base is not None:
-            needed = adapter_bytes(config, base, start) if config.knows_iterations else 0
+            needed = checkpoint_bytes(config, base, start) if config.knows_iterations else 0
             problems += disk_problems(config.save, needed)
-            refusal = memory_error(config, base, world_size) if fits and not problems else None
-            errors += [refusal] if refusal is not None else []
+    if base is not None and fits and not problems:
+        refusal = training_memory_error(config, base, world_size)
+        errors += [refusal] if refusal is not None else []
     if problems:
         errors.append(ConfigError(SETTINGS_ERROR, problems=problems, next_command=_next_step(config, problems)))
     return errors
@@ -183,12 +183,26 @@ def check_resume(config: FinetuneConfig, base: BaseDescription) -> AdapterDescri
     return _check_continues(config, base, describe_adapter(config.save))
 
 
-def _start_of(config: FinetuneConfig, base: BaseDescription) -> int:
+def _start_of(config: RunConfig, base: BaseDescription) -> int:
     """Return the iteration after which --resume continues; 0 if auto finds none. Raises as `check_resume` does."""
+    if isinstance(config, PretrainConfig):
+        trained = newest_good(config.folder, describe_trained).adapter if config.resume == "auto" else None
+        if config.resume == "auto" and trained is None:
+            return 0
+        return check_full_resume(config, base, trained).iteration
+    assert isinstance(config, FinetuneConfig)
     if config.resume != "auto":
         return check_resume(config, base).iteration
-    adapter = newest_good(config.save).adapter
+    adapter = newest_good(config.save, describe_adapter).adapter
     return 0 if adapter is None else _check_continues(config, base, adapter).iteration
+
+
+def checkpoint_bytes(config: RunConfig, base: BaseDescription, start: int) -> int:
+    """Return the bytes of the checkpoints to come. start: the iteration after which the run continues."""
+    if isinstance(config, PretrainConfig):
+        return full_checkpoint_bytes(config, base, start)
+    assert isinstance(config, FinetuneConfig)
+    return adapter_bytes(config, base, start)
 
 
 def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: AdapterDescription) -> AdapterDescription:
@@ -196,20 +210,7 @@ def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: Ada
     check_adapter_fits(adapter, base)
     _check_same_verb(config, adapter)
     _check_same_lora(config, adapter)
-    best = BestLoss.from_mapping(adapter.validation)
-    if best.is_over(config.early_stopping_patience):
-        raise RunCompleteError(
-            f"The run is complete: it stopped early, after {best.evaluations()} without a loss "
-            f"below that of iteration {best.best_iteration}. A larger --early-stopping-patience trains on",
-            where=str(adapter.folder),
-        )
-    if config.knows_iterations and adapter.iteration >= config.iterations:
-        length = "--epochs" if config.epochs is not None else "--train-iters"
-        raise RunCompleteError(
-            f"The run is complete: {adapter.folder} is iteration {adapter.iteration} of {config.iterations}. A larger "
-            f"{length} trains on",
-            where=str(adapter.folder),
-        )
+    check_not_complete(config, adapter.folder, adapter.iteration, adapter.validation)
     return adapter
 
 
@@ -334,11 +335,11 @@ def _next_step(config: TrainingConfig, problems: list[str]) -> str:
     """Return what to do next about problems of settings."""
     if any(each.startswith(_NOTHING_TO_RESUME) for each in problems):
         return "the same command without --resume, or with the --save of a run that has saved a checkpoint"
-    if isinstance(config, FinetuneConfig) and any(each.endswith(_NOT_EMPTY) for each in problems):
+    if isinstance(config, RunConfig) and config.save and any(each.endswith(_NOT_EMPTY) for each in problems):
         has_run = (config.save / LATEST).exists()
         more = ", or with --resume, which continues the run that is there" if has_run else ""
         return f"the same command with another --save{more}"
-    return f"mixtral-run {config.VERB if isinstance(config, FinetuneConfig) else 'pretrain'} --help"
+    return f"mixtral-run {config.VERB if isinstance(config, RunConfig) else 'pretrain'} --help"
 
 
 def leftovers(save: Path) -> list[Path]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mixtral_run.config.verbs.align import AlignConfig
-from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.random_state import restore_random_state
@@ -21,15 +21,17 @@ from mixtral_run.train.checkpoints.run_folder import (
     remove_partial_checkpoints,
     saves_before_the_end,
 )
-from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
+from mixtral_run.train.checkpoints.saving import Saver, SaveRequest
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.preflight import check_resume, leftovers
 from mixtral_run.train.run import Run
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import report_without_checksums
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
-from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
+from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, TrainedDescription
 from mixtral_run.weights.manifest.run_state import RunState
+
+Saved = AdapterDescription | TrainedDescription
 
 ORDER_SETTINGS = (
     "data_path",
@@ -54,11 +56,14 @@ DRAW_SETTINGS = ("micro_batch_size", "expert_chunks")
 """Settings that determine the order in which dropout draws its numbers, next to the layout."""
 
 
-def describe(run: Run, config: FinetuneConfig, base: BaseDescription) -> dict[str, object]:
+def describe_lora(config: FinetuneConfig) -> dict[str, object]:
+    """Return what the mixtral_run.json of an adapter says about it."""
+    return {"dtype": "float32", "lora": LoraSettings.from_config(config).to_mapping()}
+
+
+def describe(run: Run, config: RunConfig, base: BaseDescription) -> dict[str, object]:
     """Return what a checkpoint's mixtral_run.json says about the run so far."""
     return {
-        "dtype": "float32",
-        "lora": LoraSettings.from_config(config).to_mapping(),
         "base": {"fingerprint": base.fingerprint, "path": str(base.folder.resolve())},
         "training": config.to_mapping(),
         "data_sha256": run.data.sha256,
@@ -74,10 +79,11 @@ class RunCheckpoints:
     """
 
     def __init__(
-        self, run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription
+        self, run: Run, saver: Saver, config: RunConfig, base: BaseDescription, more: Mapping[str, object]
     ) -> None:
-        self._run, self._config, self._base = run, config, base
-        self._saver = AdapterSaver(run.model, optimizer, config.save, config.distributed_timeout_minutes)
+        """more: values of each checkpoint's manifest, next to those of `describe`."""
+        self._run, self._config, self._base, self._more = run, config, base, more
+        self._saver = saver
         self._pending: tuple[int, float] | None = None
         self._removed: list[Path] = []
 
@@ -89,8 +95,8 @@ class RunCheckpoints:
         self._saver.__exit__(kind, error, trace)
 
     def prepare(self) -> None:
-        """Prepare for saves in the background, if the run is to have any."""
-        if self._config.save_in_background and saves_before_the_end(self._config, self._run.start):
+        """Prepare for saves in the background, if the run saves before its end."""
+        if saves_before_the_end(self._config, self._run.start):
             num_bytes = self._saver.prepare_background()
             self._run.report.say(
                 f"Checkpoints are saved in the background; the copy takes {num_bytes / GIB:,.2f} GiB of host memory"
@@ -127,7 +133,7 @@ class RunCheckpoints:
             self._report(iteration, f"in {seconds:.1f} s in the background, which delayed a step by {delay:.2f} s")
 
     def _report(self, iteration: int, how: str) -> None:
-        self._run.report.say(f"saved {self._config.save / f'iter_{iteration:07d}'} {how}")
+        self._run.report.say(f"saved {self._config.folder / f'iter_{iteration:07d}'} {how}")
         for folder in self._removed:
             self._run.report.say(f"removed {folder}")
         self._removed.clear()
@@ -139,13 +145,13 @@ class RunCheckpoints:
             num_skipped=run.bad_steps.num_skipped,
             recent_losses=run.bad_steps.recent,
             validation_loss=run.validation.loss_at(iteration) if run.validation is not None else None,
-            run_files=growing_files(config.save) if run.mesh.is_first else {},
+            run_files=growing_files(config.folder) if run.mesh.is_first else {},
         )
-        description = describe(run, config, self._base)
+        description = {**describe(run, config, self._base), **self._more}
         return SaveRequest(iteration, description, state, self._base.tokenizer, self._remove_old)
 
     def _remove_old(self) -> None:
-        self._removed += remove_old_checkpoints(self._config.save, self._config.keep_last, self._config.keep_best)
+        self._removed += remove_old_checkpoints(self._config.folder, self._config.keep_last, self._config.keep_best)
 
 
 def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfig, base: BaseDescription) -> int:
@@ -154,14 +160,25 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
     report_without_checksums(adapter.files, adapter.folder, run.report)
     load_adapter(run.model, adapter)
     load_optimizer(run.model, optimizer, adapter)
+    other_dropout = continue_run(run, config, adapter)
+    if other_dropout is not None and config.lora_dropout:
+        run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
+    if other_loss := changed_loss(config, adapter):
+        run.report.warn(f"The loss is another one than before: {', '.join(other_loss)}")
+    return adapter.iteration
+
+
+def continue_run(run: Run, config: RunConfig, adapter: Saved) -> str | None:
+    """Set the state of a run, and of its files, to that of a checkpoint. All ranks must call.
+
+    Returns why the random numbers are not those of the checkpoint, or None.
+    """
     steps = adapter.iteration if adapter.state.optimizer_steps is None else adapter.state.optimizer_steps
     run.bad_steps.restore(adapter.state.recent_losses, steps, adapter.state.num_skipped)
     if run.mesh.is_first:
-        drop_later_lines(config.save, adapter.iteration, adapter.state.run_files, run.report)
-        remove_partial_checkpoints(config.save)
+        drop_later_lines(config.folder, adapter.iteration, adapter.state.run_files, run.report)
+        remove_partial_checkpoints(config.folder)
     other_dropout = restore_random_state(adapter.folder, run.mesh) or changed_draws(config, adapter)
-    if other_dropout is not None and config.lora_dropout:
-        run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
     run.best = BestLoss.from_mapping(adapter.validation)
     run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
     changed = changed_order(config, adapter, run.data.sha256)
@@ -169,12 +186,10 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
         run.report.warn(
             f"Samples may repeat or be skipped, because the data or its order changed: {', '.join(changed)}"
         )
-    if other_loss := changed_loss(config, adapter):
-        run.report.warn(f"The loss is another one than before: {', '.join(other_loss)}")
-    return adapter.iteration
+    return other_dropout
 
 
-def changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha256: str | None) -> list[str]:
+def changed_order(config: RunConfig, adapter: Saved, data_sha256: str | None) -> list[str]:
     """Return the settings that determine the order of samples and have changed since the run stopped."""
     now, before = config.to_mapping(), config.with_current_names(adapter.training)
     changed = _changed(config, adapter, ORDER_SETTINGS)
@@ -184,18 +199,18 @@ def changed_order(config: FinetuneConfig, adapter: AdapterDescription, data_sha2
     return changed
 
 
-def changed_loss(config: FinetuneConfig, adapter: AdapterDescription) -> list[str]:
+def changed_loss(config: RunConfig, adapter: Saved) -> list[str]:
     """Return the settings of the loss that have changed since the run stopped, each with its former value."""
     has_reference = isinstance(config, AlignConfig) and config.has_reference
     return _changed(config, adapter, (*LOSS_SETTINGS, "init_adapter") if has_reference else LOSS_SETTINGS)
 
 
-def changed_draws(config: FinetuneConfig, adapter: AdapterDescription) -> str | None:
+def changed_draws(config: RunConfig, adapter: Saved) -> str | None:
     """Return the settings that decide which tokens a random number is for, and have changed; None if none has."""
     return ", ".join(_changed(config, adapter, DRAW_SETTINGS)) or None
 
 
-def _changed(config: FinetuneConfig, adapter: AdapterDescription, names: Sequence[str]) -> list[str]:
+def _changed(config: RunConfig, adapter: Saved, names: Sequence[str]) -> list[str]:
     """Return those of the settings that have changed since the run stopped."""
     now, before = config.to_mapping(), config.with_current_names(adapter.training)
     return [

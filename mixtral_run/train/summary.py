@@ -18,8 +18,13 @@ from mixtral_run.train.validation import ValidationMetrics
 
 @dataclass(frozen=True)
 class ValidationSummary:
-    """Validation losses: before the run's first iteration, at its end, and the lowest one with its iteration."""
+    """Validation losses: before the first iteration (of this start), at the end, and the lowest one.
 
+    Attributes:
+        first_iteration: 0, or the iteration from which --resume continued.
+    """
+
+    first_iteration: int
     first_loss: float
     last_loss: float
     lowest_loss: float
@@ -31,16 +36,20 @@ class ValidationSummary:
         if not found:
             return None
         lowest = min(found, key=lambda each: each.loss)
-        return cls(found[0].loss, found[-1].loss, lowest.loss, lowest.iteration)
+        return cls(found[0].iteration, found[0].loss, found[-1].loss, lowest.loss, lowest.iteration)
 
     def line(self, save: Path) -> str:
-        """Return a line to print; if an earlier checkpoint in `save` was better, with the flag that selects it."""
-        line = f"validation loss {self.first_loss:.4f} before, {self.last_loss:.4f} at the end"
+        """Return a line to print; if an earlier iteration was better, with the flag that selects or saves it."""
+        first = f"at iteration {self.first_iteration}" if self.first_iteration else "before"
+        line = f"validation loss {self.first_loss:.4f} {first}, {self.last_loss:.4f} at the end"
         if self.lowest_loss == self.last_loss:
             return line
         line += f"; lowest {self.lowest_loss:.4f} at iteration {self.lowest_iteration}"
         best = self.best_adapter(save)
-        return f"{line}, which --adapter {best} selects" if best != save else line
+        if best != save:
+            return f"{line}, which --adapter {best} selects"
+        saved = self.lowest_iteration == 0 or (save / f"iter_{self.lowest_iteration:07d}").is_dir()
+        return line if saved else f"{line}, of which there is no checkpoint (--save-interval)"
 
     def best_adapter(self, save: Path) -> Path:
         """Return the checkpoint in `save` with the lowest loss, or `save` if that is the last one or was not saved."""
@@ -57,6 +66,7 @@ class Summary:
         seconds_per_iteration: the median without the first iteration, which warms up; the rates are of this median.
         peak_memory_gib: of each process in the order of ranks; on GPUs as torch counts it, without the CUDA context and
             NCCL.
+        base_precision: form in which the frozen experts are stored: fp32, bf16, fp8 or nf4.
         last_iteration, train_iters: at which the run ended, and at which it was to end.
         epochs: of --epochs; None if --train-iters was given.
         best_iteration, best_validation_loss: of the lowest validation loss, iterations before a --resume included.

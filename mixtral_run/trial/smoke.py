@@ -11,7 +11,8 @@ from typing import Any
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.launch import CONVERTED_LAYOUT
 from mixtral_run.config.verbs.generate import GenerateConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.trial import SmokeConfig
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import CheckFailed, ConfigError

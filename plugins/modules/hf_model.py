@@ -8,9 +8,13 @@ module: hf_model
 short_description: Put a model into the host's HF cache, with resumption and verification by size and hash
 description:
   - Makes no network request once the cache holds all files that an earlier run recorded as complete.
-  - With C(peer), copies the model from another host of the fleet. Without C(peer_key) it only returns C(wants_peer) if
-    the model is missing, so that the other host can be asked to open its cache.
-  - With C(source_path), copies the model from a folder on the host (or from a cache folder models--ORG--NAME).
+  - With C(via) C(look), returns in C(spread) whether the host has the model and what it consists of, and takes back the
+    keys that a killed run left. The action C(spread_plan) reads this answer of all hosts. C(visit) is C(look) on a host
+    outside the play; it changes nothing there, and a model counts that something else has put into the cache.
+  - With C(via) C(peer), copies the files of C(content) from another host of the fleet. Names and hashes come from the
+    operator, who has them from the host that took the model from outside; the other host gives bytes only.
+  - With C(via) C(origin), downloads the model from the hub; with C(source_path), copies it from a folder on the host (or
+    from a cache folder models--ORG--NAME).
 options:
   host: {description: Name of the host in messages., type: str, required: true}
   home: {description: HF_HOME., type: path, required: true}
@@ -22,13 +26,19 @@ options:
   source_path: {description: Local folder to copy from instead of the hub., type: str, default: ""}
   proxy: {description: Proxy for the hub., type: str, default: ""}
   no_proxy: {description: "Comma-separated hosts that are reached without the proxy.", type: str, default: ""}
-  peer: {description: Name of another host that has the model., type: str, default: ""}
+  via: {description: Source of the model., type: str, choices: [origin, look, visit, peer], default: origin}
+  address: {description: Address of this host for other hosts., type: str, default: ""}
+  port: {description: Port of this host's SSH server for other hosts., type: int, default: 22}
+  user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
+  peer: {description: "Name of a host that the operator named, which is asked instead of the hub; or the host that is read.", type: str, default: ""}
+  content: {description: "With C(peer), commit and files of the model: path, size and hash of each.", type: dict, default: {}}
   peer_address: {description: Address of the other host as seen from this host., type: str}
   peer_port: {description: Port of the other host's SSH server., type: int, default: 22}
   peer_user: {description: User that reads the model on the other host., type: str}
   peer_key: {description: Private key for the copy., type: str}
   peer_problem: {description: Reason why the other host did not open its cache., type: str, default: ""}
   peer_host_keys: {description: "SSH host keys of the other host.", type: list, elements: str, default: []}
+  slowest_mib_per_second: {description: Rate below which the other host is given up. 0 is no limit., type: float, default: 0}
   uid: {description: Owner of the files., type: int, required: true}
   gid: {description: Group of the files., type: int, required: true}
   verify: {description: Hash files again even if an earlier run verified them., type: bool, default: false}
@@ -39,12 +49,20 @@ import fnmatch
 import hashlib
 import os
 import re
-import tempfile
+import time
 
-from ..module_utils.mixtral_run_host.files import Record, explain, write_text
+from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.model.hf_download import HubDownload
-from ..module_utils.mixtral_run_host.model.hf_peer import Peer
-from ..module_utils.mixtral_run_host.model.model_cache import ModelCache, ModelError, RemoteFile, digest_of
+from ..module_utils.mixtral_run_host.model.model_cache import (
+    ModelCache,
+    checked_commit,
+    checked_files,
+    listing_digest,
+)
+from ..module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile, copied, digest_of
+from ..module_utils.mixtral_run_host.spread.keys import forget_copies
+from ..module_utils.mixtral_run_host.spread.peer import connected
+from ..module_utils.mixtral_run_host.spread.plan import NONE, OWN, SHARED
 from ..module_utils.mixtral_run_host.start import run_module
 
 SPARE_GIB = 5
@@ -64,13 +82,19 @@ def main():
             "source_path": {"type": "str", "default": ""},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
+            "via": {"type": "str", "choices": ["origin", "look", "visit", "peer"], "default": "origin"},
+            "address": {"type": "str", "default": ""},
+            "port": {"type": "int", "default": 22},
+            "user": {"type": "str", "default": ""},
             "peer": {"type": "str", "default": ""},
+            "content": {"type": "dict", "default": {}},
             "peer_address": {"type": "str"},
             "peer_port": {"type": "int", "default": 22},
             "peer_user": {"type": "str"},
             "peer_key": {"type": "str", "no_log": True},
             "peer_problem": {"type": "str", "default": ""},
             "peer_host_keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
+            "slowest_mib_per_second": {"type": "float", "default": 0},
             "uid": {"type": "int", "required": True},
             "gid": {"type": "int", "required": True},
             "verify": {"type": "bool", "default": False},
@@ -85,23 +109,28 @@ def act(module):
     name = "{}@{}".format(params["model"], params["revision"])
     try:
         known = _recorded(record, name, cache, params)
+        if params["via"] == "visit":
+            known = known or cache.snapshot(params["revision"], params["patterns"])
+            _end(module, cache, known, changed=False)
+        if params["via"] == "look":
+            _look(module, cache, known)
+        changed, seconds = False, 0.0
         if known is None:
-            if params["peer_problem"]:
-                raise ModelError(
-                    "{}: {}".format(params["peer"], params["peer_problem"]),
-                    "hf_cache_peer names a host whose bootstrap has fetched the model",
-                )
-            if params["peer"] and not params["peer_key"]:
-                module.exit_json(changed=module.check_mode, wants_peer=True)
-            source = _from_folder if params["source_path"] else _from_peer if params["peer"] else _from_hub
+            source = _from_peer if params["via"] == "peer" else _from_folder if params["source_path"] else _from_hub
+            began = time.monotonic()
             known = source(module, cache, params)
             if known is None:  # check mode
                 module.exit_json(changed=True, fetched=[])
-            changed = known.pop("fetched")
+            changed, seconds = known.pop("fetched"), time.monotonic() - began
             record.values[name] = known
             record.save()
-            module.exit_json(changed=changed, commit=known["commit"], files=len(known["files"]))
-    except ModelError as error:
+            if params["via"] == "peer":
+                note = copied(
+                    "{}@{}".format(params["model"], params["revision"]), params["peer"], known["files"], seconds
+                )
+                _end(module, cache, known, changed=changed, seconds=round(seconds, 1), spread_note=note)
+        _end(module, cache, known, changed=changed, seconds=round(seconds, 1))
+    except CopyError as error:
         module.fail_json(
             msg=explain(
                 "The model cannot be put into the cache.",
@@ -109,9 +138,45 @@ def act(module):
                 expected=name,
                 found=error.what,
                 next_step=error.remedy,
-            )
+            ),
+            found=error.what,
         )
-    module.exit_json(changed=False, commit=known["commit"], files=len(known["files"]))
+
+
+def _look(module, cache, known):
+    """Report what this host has, and what it may take from outside the fleet. Take back the keys of a killed run."""
+    params = module.params
+    changed = False
+    if not module.check_mode:
+        changed = forget_copies(params["user"])
+    elif known is None:
+        if not params["peer"]:
+            (_from_folder if params["source_path"] else _from_hub)(module, cache, params)
+        changed = True
+    _end(module, cache, known, changed=changed)
+
+
+def _end(module, cache, known, **answer):
+    """End the module with `spread`: what this host has and where others read it, for the plan of the next round."""
+    params = module.params
+    content = {"commit": known["commit"], "files": known["files"]} if known else {}
+    peer = params["peer"] if params["peer"] != params["host"] else ""
+    spread = {
+        "name": params["host"],
+        "identity": "{}@{} {}".format(params["model"], params["revision"], " ".join(params["patterns"])),
+        "looked": time.time(),
+        "holds": known is not None,
+        "origin": OWN if params["source_path"] else NONE if peer else SHARED,
+        "content": content,
+        "key": listing_digest(content["files"]) if known else "",
+        "address": params["address"],
+        "port": params["port"],
+        "user": params["user"],
+        "folder": os.path.dirname(cache.blob("x")),
+    }
+    if not known:
+        answer["msg"] = "it does not have {}".format(params["model"])
+    module.exit_json(spread=spread, commit=content.get("commit"), files=len(content.get("files", ())), **answer)
 
 
 def _recorded(record, name, cache, params):
@@ -126,7 +191,7 @@ def _recorded(record, name, cache, params):
     snapshot = os.path.join(cache.folder, "snapshots", known["commit"])
     if params["verify"]:
         for file in files:
-            with contextlib.suppress(ModelError):  # it is removed, and so it is fetched again
+            with contextlib.suppress(CopyError):  # it is removed, and so it is fetched again
                 if cache.has(file):
                     cache.check(file)
     whole = all(cache.has(file) and os.path.exists(os.path.join(snapshot, file.path)) for file in files)
@@ -140,7 +205,7 @@ def _from_hub(module, cache, params):
     if reason and module.check_mode:
         return None  # a bare host: outside check mode, the image would exist by now
     if reason:
-        raise ModelError(
+        raise CopyError(
             "the image {}, which downloads the model, is not on the host: {}".format(params["image"], reason),
             "run the docker and image roles first, as bootstrap does; or name a local copy (hf_cache_model_path)",
         )
@@ -166,27 +231,20 @@ def _blobs(cache):
 
 
 def _from_peer(module, cache, params):
-    with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
-        key, known_hosts = os.path.join(folder, "key"), os.path.join(folder, "known_hosts")
-        write_text(key, params["peer_key"].strip() + "\n", mode=0o600)
-        address, port = params["peer_address"], params["peer_port"]
-        place = address if port == 22 else "[{}]:{}".format(address, port)
-        write_text(known_hosts, "".join("{} {}\n".format(place, each) for each in params["peer_host_keys"]), mode=0o600)
-        peer = Peer(address, port, params["peer_user"], params["model"], key, known_hosts)
-        return _fetch(peer, module, cache, params)
-
-
-def _fetch(source, module, cache, params):
-    commit = source.commit(params["revision"])
-    files = source.files(commit, params["patterns"])
-    if not files:
-        raise ModelError("no file of the model matches {}".format(params["patterns"]), "see hf_cache_model_patterns")
+    if params["peer_problem"]:
+        raise CopyError("{}: {}".format(params["peer"], params["peer_problem"]), "run again")
+    # The operator passes on what a host reported, so the names are checked as those of the hub are.
+    files = checked_files(params["content"].get("files"), params["peer"])
+    commit = checked_commit(params["content"].get("commit"), params["peer"])
     missing = [file for file in files if not cache.has(file)]
     _need_space(cache, sum(file.size for file in missing))
     if module.check_mode:
         return None
-    for file in missing:
-        cache.fetch(source, commit, file)
+    slowest = params["slowest_mib_per_second"] * 2**20
+    address, port, user = params["peer_address"], params["peer_port"], params["peer_user"]
+    with connected(address, port, user, params["peer_key"], params["peer_host_keys"], slowest) as peer:
+        for file in missing:
+            cache.fetch(peer, file)
     return _publish(cache, params, commit, files, missing)
 
 
@@ -196,7 +254,7 @@ def _from_folder(module, cache, params):
     if os.path.isdir(snapshots):  # a cache folder: take its newest snapshot
         source = max((os.path.join(snapshots, each) for each in os.listdir(snapshots)), key=os.path.getmtime)
     if not os.path.isfile(os.path.join(source, "config.json")):
-        raise ModelError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
+        raise CopyError("no model in {}".format(source), "hf_cache_model_path names a folder with config.json in it")
     files, origins = [], {}
     for parent, folders, names in os.walk(source):
         # The quantized cache that finetune writes next to the model. Each host creates its own.
@@ -210,7 +268,7 @@ def _from_folder(module, cache, params):
                 # A blob of a cache is named by its hash.
                 is_blob = re.match(r"(?:[0-9a-f]{40}|[0-9a-f]{64})$", claimed)
                 if is_blob and claimed not in (digest, digest_of(origin, "0" * 40)):
-                    raise ModelError(
+                    raise CopyError(
                         "{} is damaged: its hash is {}, not {}".format(origin, digest, claimed), "copy it anew"
                     )
                 files.append(RemoteFile(path, os.path.getsize(origin), digest))
@@ -243,7 +301,7 @@ def _need_space(cache, num_bytes):
     free = figures.f_bavail * figures.f_frsize / 2**30
     needed = num_bytes / 2**30
     if num_bytes and free < needed + SPARE_GIB:
-        raise ModelError(
+        raise CopyError(
             "{:.1f} GiB free under {}; {:.1f} GiB are still to come".format(free, folder, needed),
             "put hf_cache_home on a larger disk",
         )

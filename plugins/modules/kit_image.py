@@ -15,6 +15,10 @@ options:
   source: {description: Source of the image., type: str, choices: [build, registry, archive, megatron_bridge], required: true}
   name: {description: Name of the image on the host., type: str, required: true}
   inputs: {description: Hash of the build context., type: str, required: true}
+  look: {description: "Only report in C(spread) whether the host has the image, for the plan of copies from host to host.", type: bool, default: false}
+  address: {description: Address of this host for other hosts., type: str, default: ""}
+  port: {description: Port of this host's SSH server for other hosts., type: int, default: 22}
+  user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   sent: {description: Path of the build context or archive on the host., type: path}
 """
 
@@ -26,20 +30,21 @@ import shutil
 import tarfile
 import tempfile
 
-from ..module_utils.mixtral_run_host import probe, shortfalls, space
+from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.engine import image_inputs
 from ..module_utils.mixtral_run_host.files import Record, explain
+from ..module_utils.mixtral_run_host.spread.archive import image_report
+from ..module_utils.mixtral_run_host.spread.keys import forget_copies
 from ..module_utils.mixtral_run_host.start import run_module
 
 LABEL = "org.mixtral-run.inputs"
 BASE_LABEL = "org.mixtral-run.base"
 SBOM_LABEL = "org.mixtral-run.sbom"
 SBOM = "/opt/mixtral-run/sbom.cdx.json"
-VARIANTS = (("cu130", "580"), ("cu126", "525"))
 WORK_FOLDER = "/var/lib/mixtral-run/build"
 TEXT = ("base_image", "pip_index_url", "pip_trusted_host", "wheelhouse", "proxy", "no_proxy", "registry_reference",
-        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile")  # fmt: skip
+        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "address", "user")  # fmt: skip
 
 
 def main():
@@ -51,9 +56,12 @@ def main():
         name={"type": "str", "required": True},
         inputs={"type": "str", "required": True},
         sent={"type": "path"},
+        look={"type": "bool", "default": False},
+        port={"type": "int", "default": 22},
         variant={"type": "str", "choices": ["auto", "cu130", "cu126", "cpu"], "default": "auto"},
         base_images={"type": "dict", "default": {}},
         base_digests={"type": "dict", "default": {}},
+        base_lock={"type": "dict", "default": {}},
         locks={"type": "dict", "default": {}},
         torch_index_urls={"type": "dict", "default": {}},
         apt_packages={"type": "list", "elements": "str", "default": []},
@@ -81,14 +89,23 @@ class Image:
         self.module, self.params = module, module.params
         self.record = Record("images", check_mode=module.check_mode)
         self.name = self.params["name"]
+        self.swept = self.params["look"] and not module.check_mode and forget_copies(self.params["user"])
+        self.proxy = image_inputs.proxy_variables(self.params["proxy"], self.params["no_proxy"])
         self.bridge = None
+        self.identity = ""  # hosts with the same one can take the image from each other
         self.fetched = []  # further names of the image, which the kit added
         answer = run(["docker", "image", "inspect", self.name], timeout=30)
         self.there = json.loads(answer.out)[0] if answer.code == 0 else None
 
-    def exit(self, changed, **more):
+    def exit(self, changed, holds=True, **more):
         facts = {"id": self.there["Id"] if self.there else None, "name": self.name}
-        self.module.exit_json(changed=changed, image=facts, **more)
+        spread = image_report(self.params, self.identity, facts["id"] if holds else None)
+        self.module.exit_json(changed=changed or self.swept, image=facts, spread=spread, **more)
+
+    def stop_here(self, **more):
+        """End the module where the image is missing, in check mode or if only a report is wanted."""
+        if self.module.check_mode or self.params["look"]:
+            self.exit(changed=self.module.check_mode, holds=False, **more)
 
     def build(self, base=None, extra=""):
         params = self.params
@@ -108,15 +125,15 @@ class Image:
             "CONTAINER_UID": str(params["uid"]),
             "CONTAINER_GID": str(params["gid"]),
         }
-        wheels = self._wheels_on_host()
+        wheels = image_inputs.listed(self._wheel_paths())
         inputs = hashlib.sha256(
             json.dumps([params["inputs"], arguments, wheels, extra], sort_keys=True).encode()
         ).hexdigest()
+        self.identity = inputs
         if self._labels().get(LABEL) == inputs:
             self._remember(inputs)
             self.exit(changed=False, variant=variant)
-        if self.module.check_mode:
-            self.exit(changed=True, variant=variant)
+        self.stop_here(variant=variant)
         self._need_engine()
         if not params["sent"]:
             self.module.exit_json(changed=True, send=True)
@@ -136,8 +153,10 @@ class Image:
         if not re.search(r"@sha256:[0-9a-f]{64}$", reference):
             self._refuse("image_registry_reference names no digest", "NAME@sha256:DIGEST", reference or "nothing",
                          "`docker buildx imagetools inspect NAME:TAG` prints the digest")  # fmt: skip
+        self.identity = reference
         known = run(["docker", "image", "inspect", "--format", "{{.Id}}", reference], timeout=30)
-        if known.code == 0 and self.there and known.out.strip() == self.there["Id"]:
+        # An image that came from another host bears the name of no registry; its record has the reference.
+        if self.there and (known.out.strip() == self.there["Id"] or self._recorded(reference)):
             self.exit(changed=False)
         self._fetch(["docker", "pull", "--quiet", reference], reference, "the image can be pulled by its digest",
                     "429: the registry limits pulls, log in (`docker login`) or use a mirror; 401: log in on the host")  # fmt: skip
@@ -157,9 +176,11 @@ class Image:
             self._refuse("image_archive_digest is no digest", "sha256: and 64 hex digits", expected,
                          "`sha256sum FILE` prints the digits")  # fmt: skip
         inputs = " ".join(filter(None, (inputs, expected)))
-        known = self.record.values.get(self.name, {})
-        if self.there and known.get("inputs") == inputs and known.get("id") == self.there["Id"]:
+        self.identity = inputs
+        if self._recorded(inputs):
             self.exit(changed=False)
+        if params["look"]:
+            self.stop_here()
         if not self.module.check_mode and not path:
             self.module.exit_json(changed=True, send=True)
         found = image_inputs.digest_of(path) if expected and path else expected
@@ -178,8 +199,7 @@ class Image:
         base = "mixtral-run-megatron-bridge:" + params["ref"][:12]
         has_dockerfile = self.record.values.get(self.name, {}).get("bridge", {}).get(params["ref"])
         if has_dockerfile is None or (has_dockerfile and run(["docker", "image", "inspect", base], timeout=30).code):
-            if self.module.check_mode:
-                self.exit(changed=True)
+            self.stop_here()
             self._need_engine()
             has_dockerfile = self._build_bridge(base)
         self.bridge = {params["ref"]: has_dockerfile}
@@ -193,7 +213,7 @@ class Image:
         steps = (["init", "--quiet"], ["fetch", "--depth", "1", params["repository"], params["ref"]],
                  ["checkout", "--quiet", "--force", "FETCH_HEAD"], ["submodule", "update", "--init", "--depth", "1"])  # fmt: skip
         for step in steps:
-            answer = run(["git", "-C", folder] + step, timeout=1800, environment=self._proxy())
+            answer = run(["git", "-C", folder] + step, timeout=1800, environment=self.proxy)
             if answer.code:
                 self._refuse("Megatron-Bridge cannot be cloned", params["ref"], last_lines(answer, 3),
                              "install git on the host, open the way to it, or name a mirror "
@@ -204,7 +224,7 @@ class Image:
                 params["dockerfile"], params["ref"][:12]))  # fmt: skip
             return False
         argv = ["docker", "build", "--tag", base, "--file", dockerfile]
-        answer = run(argv + _build_args(self._proxy()) + [folder], timeout=params["timeout_seconds"])
+        answer = run(argv + image_inputs.build_args(self.proxy) + [folder], timeout=params["timeout_seconds"])
         if answer.code:
             self._refuse(
                 "Megatron-Bridge's Dockerfile cannot be built", "docker build", last_lines(answer, 12), "see above"
@@ -238,7 +258,7 @@ class Image:
                 except OSError:
                     shutil.copyfile(wheel, target)
             base = self._pulled(arguments["BASE_IMAGE"])
-            argv = ["docker", "build", "--tag", self.name] + _build_args(dict(arguments, **self._proxy()))
+            argv = ["docker", "build", "--tag", self.name] + image_inputs.build_args(dict(arguments, **self.proxy))
             answer = run(argv + [folder], timeout=params["timeout_seconds"])
             if answer.code == 0:
                 answer = self._label_image(folder, {LABEL: inputs, BASE_LABEL: base})
@@ -278,16 +298,11 @@ class Image:
         if answer.code:
             return answer
         labels = dict(labels, **{SBOM_LABEL: SBOM, SBOM_LABEL + ".sha256": answer.out[:64]})
-        target = os.path.join(folder, "labels")
-        os.makedirs(target)
-        with open(os.path.join(target, "Dockerfile"), "w", encoding="utf-8") as file:
-            file.write("FROM {}\n".format(self.name))
-        words = [word for name, value in sorted(labels.items()) for word in ("--label", "{}={}".format(name, value))]
-        return run(["docker", "build", "--tag", self.name] + words + [target], timeout=120)
+        argv = image_inputs.label_build(self.name, labels, os.path.join(folder, "labels"))
+        return run(argv, timeout=120)
 
     def _fetch(self, argv, source, expected, remedy, inputs=None):
-        if self.module.check_mode:
-            self.exit(changed=True)
+        self.stop_here()
         self._need_engine()
         if source != self.name and run(["docker", "image", "inspect", source], timeout=30).code:
             self.fetched.append(source)
@@ -320,12 +335,17 @@ class Image:
             self.record.values[self.name] = entry
             self.record.save()
 
+    def _recorded(self, inputs):
+        known = self.record.values.get(self.name, {})
+        return bool(self.there) and known.get("inputs") == inputs and known.get("id") == self.there["Id"]
+
     def _labels(self):
         return (self.there or {}).get("Config", {}).get("Labels") or {}
 
     def _listed_base(self, variant):
-        """Return the base image of image_base_images with the digest of image_base_digests."""
-        name, digest = self.params["base_images"].get(variant, ""), self.params["base_digests"].get(variant) or ""
+        """Return the base image of image_base_images with the digest of image_base_digests, or else of the lock."""
+        name = self.params["base_images"].get(variant, "")
+        digest = self.params["base_digests"].get(variant, self.params["base_lock"].get(name)) or ""
         if digest and not image_inputs.DIGEST.match(digest):
             self._refuse("image_base_digests has no digest for " + variant, "sha256: and 64 hex digits", digest,
                          "`docker buildx imagetools inspect {}` prints it".format(name))  # fmt: skip
@@ -340,9 +360,9 @@ class Image:
         driver = state["driver"]
         if driver is None:
             return "cpu"
-        for variant, least in VARIANTS:
-            if shortfalls.version(driver) >= shortfalls.version(least):
-                return variant
+        variant = image_inputs.variant_for(driver)
+        if variant:
+            return variant
         return self._refuse("No CUDA build of torch runs on this driver", "driver 525 or newer", "driver " + driver,
                             "install a newer driver, then reboot")  # fmt: skip
 
@@ -357,17 +377,6 @@ class Image:
                          "copy them there, or set image_wheelhouse_on_host: false")  # fmt: skip
         return wheels
 
-    def _wheels_on_host(self):
-        return ["{} {}".format(os.path.basename(path), os.path.getsize(path)) for path in self._wheel_paths()]
-
-    def _proxy(self):
-        proxy = self.params["proxy"]
-        if not proxy:
-            return {}
-        found = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": self.params["no_proxy"]}
-        # apt and curl read http_proxy in lower case only.
-        return dict(found, **{name.lower(): value for name, value in found.items()})
-
     def _need_engine(self):
         answer = run(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30)
         if answer.code:
@@ -376,22 +385,14 @@ class Image:
             )
 
     def _refuse_if_disk_is_full(self, answer):
-        if "no space left on device" not in (answer.out + answer.err).lower():
-            return
-        engine = probe.engine()
-        root = space.CONTAINERD_ROOT if engine["containerd_images"] else engine["root"] or space.DATA_ROOT
-        found = "{:g} GiB free under {}; {}".format(probe.disk(root)["free_gib"], root, last_lines(answer, 2))
-        self._refuse("The engine has no space for the image", "space for the image where the engine stores images", found,
-                     "`docker system df` and `docker image prune` on the host, or a larger disk: docker_data_root, "
-                     "docker_containerd_root")  # fmt: skip
+        found = image_inputs.full_disk(answer)
+        if found:
+            self._refuse("The engine has no space for the image", "space for the image where the engine stores images",
+                         found, image_inputs.SPACE_REMEDY)  # fmt: skip
 
     def _refuse(self, what, expected, found, next_step):
         where = "{}: image {}".format(self.params["host"], self.name)
         self.module.fail_json(msg=explain(what + ".", where=where, expected=expected, found=found, next_step=next_step))
-
-
-def _build_args(values):
-    return [word for name, value in sorted(values.items()) for word in ("--build-arg", "{}={}".format(name, value))]
 
 
 if __name__ == "__main__":

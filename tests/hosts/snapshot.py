@@ -11,6 +11,8 @@ UNSTEADY = (
     "/etc/mtab", "/etc/group-", "/etc/gshadow-", "/opt/test-cache",
     # Images, containers and volumes stay.
     "/var/lib/docker", "/var/lib/containerd",
+    # A data disk is not the host's.
+    "/mnt/data",
 )  # fmt: skip
 # Path, type, mode, owner, group, target of a link; then the digests of the files that are not a package's own.
 FILES = r"""

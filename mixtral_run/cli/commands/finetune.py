@@ -41,7 +41,8 @@ def run_training(config: FinetuneConfig) -> None:
     with importing():
         from mixtral_run.planner.choose import settled
         from mixtral_run.train.checkpoints.init_adapter import with_adapter_settings
-        from mixtral_run.train.preflight import RunCompleteError, check_training, with_base_here
+        from mixtral_run.train.checkpoints.resume_checks import RunCompleteError
+        from mixtral_run.train.preflight import check_training, with_base_here
 
     try:
         run_job(FINETUNE, settled(with_adapter_settings(with_base_here(config))), check_training)

@@ -6,10 +6,11 @@ import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
-from mixtral_run.config.verbs.training import PretrainConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.launch.imports import importing
-from mixtral_run.launch.processes import is_worker
+from mixtral_run.launch.processes import is_worker, rank
 from mixtral_run.launch.run_job import run_job
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.reading.stdin_copy import with_stdin_copied
 from mixtral_run.train.jobs import PRETRAIN
 
@@ -18,12 +19,13 @@ from mixtral_run.train.jobs import PRETRAIN
     cls=VerbCommand,
     examples=(
         "pretrain --load mixtral --mock-data --tensor-model-parallel-size 2 --expert-model-parallel-size 4",
-        "pretrain --load mixtral --data-path my.jsonl --train-iters 5 --metrics-file pretrain.jsonl",
+        "pretrain --on gpu-01 --load mixtral --data-path my.jsonl --save tuned --epochs 1 --lr 1e-5 --min-lr 1e-6 "
+        "--offload-optimizer",
     ),
 )
 @config_options(PretrainConfig)
 def pretrain(config: PretrainConfig) -> None:
-    """Train all weights for a few iterations, to prove that a layout trains. Nothing is saved."""
+    """Train all weights: full fine-tuning with --save, else a few iterations to prove that a layout trains."""
     with importing():
         from mixtral_run.planner.available import ask_ahead
 
@@ -35,6 +37,11 @@ def pretrain(config: PretrainConfig) -> None:
 
     with importing():
         from mixtral_run.planner.choose import settled
+        from mixtral_run.train.checkpoints.resume_checks import RunCompleteError
         from mixtral_run.train.preflight import check_training, with_base_here
 
-    run_job(PRETRAIN, settled(with_base_here(config)), check_training)
+    try:
+        run_job(PRETRAIN, settled(with_base_here(config)), check_training)
+    except RunCompleteError as complete:
+        if rank() == 0:
+            Report().done(complete.what)

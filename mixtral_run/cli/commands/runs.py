@@ -125,7 +125,10 @@ def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bo
     for each in (*remarks, *(printable(problem) for problem in problems if not with_hosts and rows)):
         report.warn(each)
     if best and rows and not with_hosts:
-        report.say(f"  next: mixtral-run export --adapter {printable(best_checkpoint(rows[0]))} --output-path …")
+        adapter, remark = best_checkpoint(rows[0])
+        if remark:
+            report.warn(remark)
+        report.say(f"  next: mixtral-run export --adapter {printable(adapter)} --output-path …")
 
 
 def _compare(folders: tuple[str, str], plot: Path | None, as_json: bool) -> None:

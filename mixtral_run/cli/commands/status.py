@@ -23,7 +23,11 @@ _output = partial(click.option, cls=Option, section="Output")
 
 @click.command(
     cls=VerbCommand,
-    examples=("status gpu-01 gpu-02 --html fleet.html", "status --network gpu-01 gpu-02 gpu-03"),
+    examples=(
+        "status gpu-01 gpu-02 --html fleet.html",
+        "status --network gpu-01 gpu-02 gpu-03",
+        "status gpu-01 --history",
+    ),
 )
 @click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(
@@ -46,6 +50,9 @@ _output = partial(click.option, cls=Option, section="Output")
     metavar="GB/S",
     help="With --network: least bandwidth, in 10^9 bytes a second. Less than half of the best pair's is always slow.",
 )
+@_output(
+    "--history", is_flag=True, help="Show who changed what and when on each host instead, as the hosts recorded it."
+)
 @_on_hosts("--checkpoints-folder", metavar="FOLDER", help="Folder of the checkpoints on the hosts, if not the default.")
 @_on_hosts("--hf-home", metavar="FOLDER", help="Hugging Face cache on the hosts, if not the default.")
 @_on_hosts("--image", metavar="NAME", help="Container image of the jobs.  [default: mixtral-run:local]")
@@ -60,6 +67,7 @@ def status(
     image: str | None,
     network: bool,
     network_floor: float | None,
+    history: bool,
 ) -> None:
     """Show the state of every host, and where a host differs from the majority. Changes nothing.
 
@@ -72,6 +80,11 @@ def status(
 
     if network_floor is not None and not network:
         raise ConfigError("--network-floor needs --network.")
+    if history:
+        if html is not None or network:
+            raise ConfigError("--history is shown alone.", found="--history with --html or --network")
+        _show_history(hosts_of(hosts, inventory, limit), as_json)
+        return
     if network:
         if html is not None:
             raise ConfigError("--network has no page.", expected="--network, or --html FILE", found="both")
@@ -95,6 +108,22 @@ def status(
     unreachable = [one.name for one in statuses if not one.reachable]
     if unreachable:
         raise HostError(f"{len(unreachable)} of {len(statuses)} hosts cannot be reached: {', '.join(unreachable)}")
+
+
+def _show_history(hosts: Sequence[Host], as_json: bool) -> None:
+    """Print the histories of hosts. Raises HostError if one cannot be read."""
+    from mixtral_run.errors import HostError
+    from mixtral_run.fleet.history import COLUMNS, history_rows, read_histories, to_json
+    from mixtral_run.terminal.report import Report
+
+    histories = read_histories(hosts)
+    if as_json:
+        click.echo(to_json(histories))
+    else:
+        Report().table(COLUMNS, history_rows(histories))
+    bad = [each.name for each in histories if each.error is not None]
+    if bad:
+        raise HostError(f"The history of {len(bad)} of {len(histories)} hosts cannot be read: {', '.join(bad)}")
 
 
 def _measure(hosts: Sequence[Host], given: dict[str, str | None], floor: float | None, as_json: bool) -> None:

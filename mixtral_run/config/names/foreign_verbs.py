@@ -7,7 +7,11 @@ FOREIGN_VERBS: dict[str, str] = {
         ("train", "sft", "lora", "qlora", "fine-tune", "fine-tuning", "finetuning", "tune", "ft", "peft", "run-sft"),
         "mixtral-run finetune --load MODEL --data-path FILE.jsonl --save FOLDER",
     ),
-    **dict.fromkeys(("pre-train", "pretraining", "full"), "mixtral-run pretrain --load MODEL --mock-data"),
+    **dict.fromkeys(("pre-train", "pretraining"), "mixtral-run pretrain --load MODEL --mock-data"),
+    **dict.fromkeys(
+        ("full", "full-finetune", "full-finetuning", "full-fine-tuning"),
+        "mixtral-run pretrain --load MODEL --data-path FILE.jsonl --save FOLDER",
+    ),
     **dict.fromkeys(
         ("merge", "merge-lora", "merge-adapter", "merge-and-unload"),
         "mixtral-run export --adapter ADAPTER --merge --hf-model-path MODEL --output-path FOLDER",

@@ -16,11 +16,15 @@ class InferenceConfig(LaunchConfig):
 
     load: Path = setting(
         help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
-        "the hub).",
+        "the hub), or the URL of either, such as s3://bucket/mixtral.",
         section=LAYOUT,
+        store="input",
     )
     adapter: Path | None = setting(
-        None, help="Adapter checkpoint that finetune saved, or a PEFT directory.", section=LAYOUT
+        None,
+        help="Adapter checkpoint that finetune saved, or a PEFT directory; or the URL of either.",
+        section=LAYOUT,
+        store="input",
     )
     chat_template: str = chat_template_setting(
         PROMPTS, "With --adapter, auto is the template that the adapter was trained with."

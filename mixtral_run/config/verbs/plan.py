@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.context import ContextConfig
 from mixtral_run.config.data import METHODS
-from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, setting
+from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, flag_of, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
 from mixtral_run.config.launch import KernelsConfig
-from mixtral_run.config.lora import LoraShapeConfig
+from mixtral_run.config.lora import LORA_SHAPE, LoraShapeConfig
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 DEFAULT_NETWORK = "400Gb"
+_NOT_FULL = ("method", "base_precision", "context_parallel_size", "expert_chunks", "tokens_per_second", "network")
 
 
 def network_bytes(text: str) -> float:
@@ -64,6 +66,11 @@ class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
         section=MEMORY,
         unit="GiB",
     )
+    full: bool = setting(
+        False,
+        help="Plan for full fine-tuning (pretrain --save), with the state of AdamW on the GPUs or in host memory.",
+        section=LAYOUT,
+    )
     load: Path | None = setting(
         None, help="Converted checkpoint or HF model to plan for. Default: Mixtral 8x7B.", section=LAYOUT
     )
@@ -90,6 +97,13 @@ class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.full:
+            defaults = {item.name: item.default for item in dataclasses.fields(self)}
+            found += [
+                f"{flag_of(name)}: expected without --full, which trains all weights in bf16 or fp32 and no adapters"
+                for name in (*LORA_SHAPE, *_NOT_FULL)
+                if getattr(self, name) != defaults[name]
+            ]
         if self.method is not None and (self.context_parallel_size or 1) > 1:
             found.append(
                 "--context-parallel-size: expected 1 with --method, since `align` needs whole rows; found "

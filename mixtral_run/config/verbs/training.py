@@ -1,4 +1,4 @@
-"""Settings of `finetune`, `pretrain` and `up`. Standard library only."""
+"""Settings of `finetune` and `up`, and what they share with `pretrain` (next to this file). Standard library only."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
 
     load: Path = setting(
         help="Base model: a converted checkpoint of any TP/EP layout, or an HF model (its directory, or its name on "
-        "the hub).",
+        "the hub), or the URL of either, such as s3://bucket/mixtral.",
         section=LAYOUT,
+        store="input",
     )
     micro_batch_size: int = setting(1, help="Samples per process and forward pass.", minimum=1, section=DATA)
     global_batch_size: int = setting(8, help="Samples per iteration over all processes.", minimum=1, section=DATA)
@@ -60,14 +61,14 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
     )
     log_interval: int = setting(1, help="Iterations between log lines.", minimum=1, section=OUTPUT)
     weight_decay: float = setting(0.01, help="Decoupled weight decay.", minimum=0, section=OPTIMIZER)
-    clip_grad: float = setting(
+    clip_grad: float | None = setting(
         1.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
     )
     recompute: str | None = setting(
         None,
         help="Activations that the backward pass recomputes. selective: those of norms, SwiGLU and permutation. full: "
-        "all of a layer. offload: as full, with the inputs of the layers in host memory. Default: for LoRA on GPUs the "
-        "least that fits by the plan, else none.",
+        "all of a layer. offload: as full, with the inputs of the layers in host memory. Default: on GPUs, for LoRA "
+        "and AdamW, the least that fits by the plan, else none.",
         choices=RECOMPUTE,
         section=MEMORY,
     )
@@ -152,11 +153,11 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, TrainingConfig):
-    """LoRA fine-tuning of a base model."""
+class RunConfig(CheckpointConfig, TrainingConfig):
+    """A run that evaluates, saves, resumes and reports: LoRA and full fine-tuning."""
 
-    VERB: ClassVar[str] = "finetune"
-    WHAT: ClassVar[str] = "fine-tuning"
+    VERB: ClassVar[str]
+    WHAT: ClassVar[str]
 
     valid_data_path: tuple[str, ...] = setting(
         (),
@@ -180,14 +181,12 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, Training
     early_stopping_patience: int = setting(
         0,
         help="Stop after so many evaluations in a row without a new lowest validation loss. Each new lowest loss is "
-        "saved, so that the best adapter is there. 0: never.",
+        "saved, so that the best checkpoint is there. 0: never.",
         minimum=0,
         section=OPTIMIZER,
     )
-    save: Path = setting(
-        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume.",
-        aliases=("output_path",),
-        section=OUTPUT,
+    save: Path | None = setting(
+        None, help="Folder for the checkpoints; must be new or empty unless --resume.", section=OUTPUT
     )
     resume: str | None = setting(
         None,
@@ -197,48 +196,14 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, Training
         bare="yes",
         section=OUTPUT,
     )
-    init_adapter: Path | None = setting(
-        None,
-        help="Adapter to start from: a directory that PEFT saved, or an adapter that finetune saved. Its rank, alpha "
-        "and target modules are taken.",
-        section=LORA,
-    )
     pack: bool = setting(
         False,
         help="Pack several samples into one row of --seq-length tokens, without attention between them. Batch sizes "
         "then count rows.",
         section=DATA,
     )
-    base_precision: str = setting(
-        "bf16",
-        help="Storage of the frozen experts. bf16: as --dtype. fp8: 8 bit, multiplied in 8 bit on H100 and H200. nf4: "
-        "4 bit, for GPUs of 40 GB.",
-        choices=BASE_PRECISIONS,
-        section=MEMORY,
-    )
-    quantized_cache: str = setting(
-        "yes",
-        help="Cache of the fp8 or nf4 experts, in LOAD/quantised-fp8 (45 GB) or LOAD/quantised-nf4 (24 GB). yes: read "
-        "it, or create it if it is missing. use: only read it. no: ignore it.",
-        choices=QUANTIZED_CACHE_MODES,
-        aliases=("keep_quantised",),
-        section=MEMORY,
-    )
-    layout: str | None = setting(
-        None,
-        help="Former setting. auto: the planner chooses TP and EP, whatever was given. given: TP2/EP4 unless given.",
-        choices=("given", "auto"),
-        section=LAYOUT,
-        hidden=True,
-    )
     save_interval: int = setting(
         500, help="Iterations between checkpoints. One is always written at the end.", minimum=1, section=OUTPUT
-    )
-    save_in_background: bool = setting(
-        True,
-        help="Write checkpoints while the training continues, from a copy in host memory. The last one of a run is "
-        "written at once.",
-        section=OUTPUT,
     )
     run_name: str | None = setting(
         None, help="Name of the run in its plots and lists. Default: the name of the folder --save.", section=OUTPUT
@@ -276,31 +241,26 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, Training
         return super().from_mapping(values, where=where)
 
     @property
-    def recomputation(self) -> str:
-        """One of RECOMPUTE. Without a setting none, or full with --expert-chunks, which needs it."""
-        given = super().recomputation
-        chunked = (self.expert_chunks or 1) > 1 and self.recompute is None
-        return RUNS_AGAIN[0] if chunked else given
-
-    @property
     def has_validation(self) -> bool:
         """True if the run has a validation set."""
         return bool(self.valid_data_path) or self.valid_fraction > 0
 
     @property
-    def needs_whole_rows(self) -> str | None:
-        """The balance of the routers is that of whole rows."""
-        return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
+    def folder(self) -> Path:
+        """Folder of the run, which is --save. Only for runs that save."""
+        if self.save is None:
+            raise ValueError("the run has no --save")
+        return self.save
+
+    @property
+    def max_norm(self) -> float:
+        """Largest norm of the gradient; 0 if it is not clipped."""
+        return self.clip_grad or 0.0
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.pack and self.mock_data:
             found.append("--pack: expected --data-path; found --mock-data, whose samples already fill their rows")
-        if (self.expert_chunks or 1) > 1 and self.recomputation not in RUNS_AGAIN:
-            found.append(
-                f"--expert-chunks: expected --recompute full or offload with it, as the backward pass computes each "
-                f"chunk again; found --recompute {self.recomputation}"
-            )
         if self.keep_best and not self.has_validation:
             found.append(
                 "--keep-best: expected --valid-data-path or --valid-fraction, whose loss decides; found neither"
@@ -319,25 +279,81 @@ class FinetuneConfig(CheckpointConfig, LoraConfig, ContextLaunchConfig, Training
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
-    """Training of all weights for a few iterations; nothing is saved."""
+def can_resume(settings: Mapping[str, Any]) -> bool:
+    """Return True if a job with these settings, as JSON values, continues from its checkpoints under --resume."""
+    return "resume" in settings and settings.get("save") is not None
 
-    optimizer: str = setting(
-        "sgd",
-        help="sgd keeps no state. adamw keeps two numbers per weight.",
-        choices=("sgd", "adamw"),
-        section=OPTIMIZER,
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
+    """LoRA fine-tuning of a base model."""
+
+    VERB: ClassVar[str] = "finetune"
+    WHAT: ClassVar[str] = "fine-tuning"
+
+    save: Path = setting(
+        help="Folder for the checkpoints of the adapter; must be new or empty unless --resume. A URL, such as "
+        "s3://bucket/run: they are saved on this machine, and copied there while the training continues.",
+        aliases=("output_path",),
+        section=OUTPUT,
+        store="output",
     )
-    global_batch_size: int = setting(
-        0, help="Samples per iteration over all processes. 0: one micro batch per process.", minimum=0, section=DATA
+    init_adapter: Path | None = setting(
+        None,
+        help="Adapter to start from: a directory that PEFT saved, or an adapter that finetune saved. Its rank, alpha "
+        "and target modules are taken.",
+        section=LORA,
+        store="input",
     )
-    clip_grad: float = setting(
-        0.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
+    base_precision: str = setting(
+        "bf16",
+        help="Storage of the frozen experts. bf16: as --dtype. fp8: 8 bit, multiplied in 8 bit on H100 and H200. nf4: "
+        "4 bit, for GPUs of 40 GB.",
+        choices=BASE_PRECISIONS,
+        section=MEMORY,
     )
-    metrics_file: Path | None = setting(
-        None, help="JSONL file to write the metrics of each iteration to as well.", section=OUTPUT
+    quantized_cache: str = setting(
+        "yes",
+        help="Cache of the fp8 or nf4 experts, in LOAD/quantised-fp8 (45 GB) or LOAD/quantised-nf4 (24 GB). yes: read "
+        "it, or create it if it is missing. use: only read it. no: ignore it.",
+        choices=QUANTIZED_CACHE_MODES,
+        aliases=("keep_quantised",),
+        section=MEMORY,
     )
+    layout: str | None = setting(
+        None,
+        help="Former setting. auto: the planner chooses TP and EP, whatever was given. given: TP2/EP4 unless given.",
+        choices=("given", "auto"),
+        section=LAYOUT,
+        hidden=True,
+    )
+    save_in_background: bool = setting(
+        True,
+        help="Write checkpoints while the training continues, from a copy in host memory. The last one of a run is "
+        "written at once.",
+        section=OUTPUT,
+    )
+
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """The balance of the routers is that of whole rows."""
+        return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
+
+    @property
+    def recomputation(self) -> str:
+        """One of RECOMPUTE. Without a setting none, or full with --expert-chunks, which needs it."""
+        given = super().recomputation
+        chunked = (self.expert_chunks or 1) > 1 and self.recompute is None
+        return RUNS_AGAIN[0] if chunked else given
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if (self.expert_chunks or 1) > 1 and self.recomputation not in RUNS_AGAIN:
+            found.append(
+                f"--expert-chunks: expected --recompute full or offload with it, as the backward pass computes each "
+                f"chunk again; found --recompute {self.recomputation}"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,19 +27,27 @@ class ConvertConfig(ParallelConfig):
         "main). With --from-megatron: the source of config.json and the tokenizer, which a checkpoint that "
         "Megatron-LM saved lacks.",
         section=LAYOUT,
+        store="input",
     )
     from_megatron: Path | None = setting(
         None,
         help="Checkpoint to convert back to an HF model, in any layout. Checkpoints that Megatron-LM or "
         "Megatron-Bridge trained and saved work as well.",
         section=LAYOUT,
+        store="input",
     )
     adapter: tuple[str, ...] = setting(
         (),
         help="With --from-megatron: adapter of that checkpoint to merge into the HF model, as for `export`.",
         section=LAYOUT,
+        store="input",
     )
-    output_path: Path = setting(help="Folder to write; must be empty or new.", section=OUTPUT)
+    output_path: Path = setting(
+        help="Folder to write; must be empty or new. A URL, such as s3://bucket/folder: it is written on this machine "
+        "and then copied there.",
+        section=OUTPUT,
+        store="output",
+    )
     workers: int | None = setting(
         None,
         help="Threads that copy. Default: the number that the first seconds show to be fastest.",
@@ -73,12 +81,15 @@ class VerifyConfig(LaunchConfig):
         "fp32", help="Precision of the logits comparison.", choices=("auto", "bf16", "fp32"), section=COMPARISON
     )
     load: Path = setting(
-        help="torch_dist checkpoint, adapter, or HF model (its directory, or its name on the hub).", section=LAYOUT
+        help="torch_dist checkpoint, adapter, or HF model (its directory, or its name on the hub); or its URL.",
+        section=LAYOUT,
+        store="input",
     )
     against: Path | None = setting(
         None,
         help="HF model to compare every tensor with, bit by bit: its directory, or its name on the hub.",
         section=COMPARISON,
+        store="input",
     )
     logits: bool = setting(
         True,
@@ -121,11 +132,20 @@ class ExportConfig(Config):
         help="Adapter checkpoint that finetune saved, as PATH[:WEIGHT]. Several make one adapter that adds up as they "
         "do: A:0.7 and B:0.3 give 0.7 times A plus 0.3 times B, exactly, with the sum of their ranks.",
         section=LAYOUT,
+        store="input",
     )
     hf_model_path: Path | None = setting(
-        None, help="HF model of the base: its directory, or its name on the hub. --merge needs it.", section=LAYOUT
+        None,
+        help="HF model of the base: its directory, or its name on the hub. --merge needs it.",
+        section=LAYOUT,
+        store="input",
     )
-    output_path: Path = setting(help="Folder to write; must be empty or new.", section=OUTPUT)
+    output_path: Path = setting(
+        help="Folder to write; must be empty or new. A URL, such as s3://bucket/folder: it is written on this machine "
+        "and then copied there.",
+        section=OUTPUT,
+        store="output",
+    )
     format: str = setting(
         "peft",
         help="peft: for PEFT; one pair of matrices per expert, which PEFT converts when it loads them. peft-fused: for "

@@ -33,6 +33,8 @@ CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
 KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o", "ServerAliveCountMax=8")
 """The same options as in ansible.cfg for manual plays. They come first: ssh uses the first value of an option."""
+LOCK_HELD = {"mixtral_lock_held": True}
+"""Variable of a play for hosts whose lock this process holds: the play, which could run alone, does not take it."""
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
 
@@ -232,7 +234,7 @@ def _first_contact(ssh: Ssh, host: Host, request: BootstrapRequest, accept_new_k
 
 
 def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
-    variables: dict[str, Any] = {}
+    variables: dict[str, Any] = dict(LOCK_HELD)
     if request.hf_token_file is not None:
         variables["hf_cache_token_file"] = str(request.hf_token_file.resolve())
     forks = min(request.forks, len(hosts))

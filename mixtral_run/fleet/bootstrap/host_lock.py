@@ -11,11 +11,12 @@ import getpass
 import json
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.plays.provisioning import collection_folder
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.ssh.problems import connection_error, last_line
 from mixtral_run.fleet.ssh.streams import text_of
@@ -27,23 +28,11 @@ FOLDER = "/run/lock"
 SIGN_SECONDS, SILENT_SECONDS = 15, 60
 ANSWER_SECONDS = 45
 MAX_NOTE_BYTES = 4096
-SCRIPT = r"""
-file="${MIXTRAL_RUN_LOCK_FOLDER:-$2}/mixtral-run-setup.lock"
-command -v flock >/dev/null || { echo "without flock is not installed"; exit 0; }
-[ -e "$file" ] || (umask 0; set -C; : > "$file") 2>/dev/null
-if [ -L "$file" ] || [ ! -f "$file" ] || [ ! -r "$file" ]; then echo "without $file cannot be opened"; exit 0; fi
-exec 9<"$file"
-note="$(head -c 4096 "$file" | tr '\n' ' ')"
-flock -n 9 || { echo "busy $note"; exit 0; }
-write() { dd of="$file" conv=nocreat oflag=nofollow status=none 2>/dev/null; }
-printf '%s' "$1" | write
-trap : HUP TERM INT PIPE
-echo "held $note"
-while [ -n "$(timeout "$3" dd bs=64 count=1 status=none)" ]; do :; done
-write </dev/null
-"""
-"""$1: the note of the new holder. $2: the folder of the lock. $3: seconds without a sign of life after which it ends.
-"""
+
+
+def _script() -> str:
+    """Return the program that takes the lock on a host. A play that runs without this process sends it as well."""
+    return (collection_folder() / "plugins/plugin_utils/setup_lock.sh").read_text(encoding="utf-8")
 
 
 @dataclass
@@ -67,13 +56,16 @@ def hold_locks(ssh: Ssh, hosts: Sequence[Host], command: str) -> Iterator[Held]:
     """
     held = Held()
     over = threading.Event()
-    signs = threading.Thread(target=_give_signs, args=(held.processes, over), daemon=True)
     note = _note(command)
+    mine: dict[int, Host] = {}
+    signs = threading.Thread(target=_give_signs, args=(ssh, note, held.processes, mine, over), daemon=True)
     try:
         for host, (process, kind, text) in zip(
             hosts, ssh.each(hosts, lambda host: _take(ssh, host, note)), strict=True
         ):
             held.processes.append(process)
+            if kind == "held":
+                mine[len(held.processes) - 1] = host
             _sort(held, host, kind, text)
         signs.start()
         yield held
@@ -93,7 +85,7 @@ def _note(command: str) -> str:
 
 def _take(ssh: Ssh, host: Host, note: str) -> tuple[subprocess.Popen[bytes], str, str]:
     """Start the process on the host that takes the lock. Return it, the first word of its answer, and the rest."""
-    argv = ["sh", "-c", SCRIPT, "lock", note, FOLDER, str(SILENT_SECONDS)]
+    argv = ["sh", "-c", _script(), "lock", note, FOLDER, str(SILENT_SECONDS)]
     process = ssh.start(host, argv)
     assert process.stdout is not None
     late = threading.Timer(ANSWER_SECONDS, process.kill)
@@ -141,13 +133,36 @@ def holder_text(note: str) -> str:
     return f"{words[0]} by {words[1]}@{words[2]}, process {pid}, since {words[3]}"
 
 
-def _give_signs(processes: Sequence[subprocess.Popen[bytes]], over: threading.Event) -> None:
+def _give_signs(
+    ssh: Ssh, note: str, processes: list[subprocess.Popen[bytes]], mine: Mapping[int, Host], over: threading.Event
+) -> None:
+    """Write a sign of life to each process, until `over`. mine: the host of each process that holds a lock.
+
+    A lock whose connection ended, because its host rebooted or the network failed, is taken again.
+    """
+    taking: dict[int, threading.Thread] = {}
     while not over.wait(SIGN_SECONDS):
-        for process in processes:
+        for index, process in enumerate(processes):
+            if index in mine and process.poll() is not None:
+                if index not in taking or not taking[index].is_alive():
+                    words = (ssh, mine[index], note, processes, index, over)
+                    taking[index] = threading.Thread(target=_take_again, args=words, daemon=True)
+                    taking[index].start()
+                continue
             assert process.stdin is not None
             with contextlib.suppress(OSError, ValueError):
                 process.stdin.write(b".")
                 process.stdin.flush()
+
+
+def _take_again(
+    ssh: Ssh, host: Host, note: str, processes: list[subprocess.Popen[bytes]], index: int, over: threading.Event
+) -> None:
+    process, kind, _ = _take(ssh, host, note)
+    if kind == "held":
+        processes[index] = process
+    if kind != "held" or over.is_set():
+        _end(process)
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

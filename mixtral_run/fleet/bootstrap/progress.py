@@ -43,6 +43,8 @@ class HostProgress:
     phase: Phase = Phase.WAITING
     role: str = ""
     task: str = ""
+    detail: str = ""
+    """What the role is at: the host that a copy comes from, for example."""
     task_since: float | None = None
     """Seconds since the epoch."""
     ok: int = 0
@@ -67,7 +69,7 @@ class Notice:
 
     host: str
     kind: str
-    """changed, failed, unreachable, diff or warning."""
+    """changed, failed, unreachable, diff, warning or note."""
     text: str
 
 
@@ -105,7 +107,9 @@ class FleetProgress:
             return []
         if kind == "runner_on_start":
             host.phase = Phase.RUNNING
-            host.role, host.task = str(data.get("role") or ""), str(data.get("task") or "")
+            role = str(data.get("role") or "")
+            host.detail = host.detail if role == host.role else ""
+            host.role, host.task = role, str(data.get("task") or "")
             host.task_since = event_time(event)
             return []
         return self._result(host, kind, data, event)
@@ -128,10 +132,20 @@ class FleetProgress:
         role, task = str(data.get("role") or ""), str(data.get("task") or "")
         label = _label(role, task)
         notices = []
-        for warning in result.get("warnings") or []:
+        for each in result.get("warnings") or []:
+            # Some modules begin with the host's name. Without it the warnings of all hosts are equal, and shown once.
+            warning = str(each).removeprefix(f"{host.name}: ")
             if warning not in host.warnings:
-                host.warnings.append(str(warning))
-                notices.append(Notice(host.name, "warning", str(warning)))
+                host.warnings.append(warning)
+                notices.append(Notice(host.name, "warning", warning))
+        if "spread_note" in result:
+            host.detail = str(result.get("msg") or result["spread_note"])
+            notices += [Notice(host.name, "note", str(result["spread_note"]))] if result["spread_note"] else []
+        if kind == "runner_on_unreachable" and f"[{data.get('host')} -> " in str(event.get("stdout", "")):
+            # The task is delegated: not this host is lost, but one that it copies from, which another replaces.
+            host.ok += 1
+            notices.append(Notice(host.name, "warning", f"{label}: {failure_message(result)}"))
+            return notices
         if kind == "runner_on_ok":
             host.ok += 1
         if kind == "runner_on_ok" and result.get("changed"):

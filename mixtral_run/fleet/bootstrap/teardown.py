@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, show_play
+from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, LOCK_HELD, show_play
 from mixtral_run.fleet.bootstrap.host_lock import hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
 from mixtral_run.fleet.bootstrap.view import summary
@@ -29,6 +29,7 @@ STAYS = (
     "checkpoints, adapters, and models in the HF cache",
     "containers, volumes, and images that the kit did not bring",
     "an NVIDIA driver and a fabric manager that the kit did not install",
+    "the log of who changed the host, /var/log/mixtral-run/history.jsonl",
     "Python, and source files of others that name Docker's or NVIDIA's repository: they stay disabled",
 )
 """What `state: absent` of the roles leaves on a host."""
@@ -134,11 +135,11 @@ def teardown(
     if not confirm(f"Take all of this back from {shortened([host.name for host in hosts])}?"):
         return None
     with hold_locks(ssh, hosts, "mixtral-run teardown") as locks:
-        if locks.problems:
+        if len(locks.problems) == len(hosts):
             raise HostError("Nothing was changed.", problems=[str(each) for each in locks.problems.values()])
         for host, text in locks.notes.items():
             print(f"{host.name}: {text}", file=stream, flush=True)
-        end = _play(request, inventory, hosts, ssh, False, stream, starter)
+        end = _play(request, inventory, hosts, ssh, False, stream, starter, locks.problems)
     done = {name for name, host in end.progress.hosts.items() if host.phase is Phase.DONE}
     if not request.tags:
         forget_hosts(host for host in hosts if host.inventory_name in done)
@@ -218,13 +219,18 @@ def _play(
     check: bool,
     stream: TextIO,
     starter: Callable[[Play], RunningPlay],
+    left_alone: Mapping[Host, HostError] | None = None,
 ) -> TeardownEnd:
+    """Run the playbook and show it. left_alone: hosts that it does not touch, and why."""
     began = time.monotonic()
     progress = TeardownProgress({host.inventory_name: host.name for host in hosts})
+    notices = [progress.unreachable(host.inventory_name, str(why)) for host, why in (left_alone or {}).items()]
+    hosts = tuple(host for host in hosts if host not in (left_alone or {}))
     play = Play(
         playbook=playbook("teardown"),
         hosts=hosts,
         inventory=inventory,
+        variables=LOCK_HELD,
         extra_vars=request.extra_vars,
         tags=request.tags,
         check=check,
@@ -235,7 +241,7 @@ def _play(
     )
     # In check mode the list says it all, except for differences of files.
     shown = stream if request.diff or not check else io.StringIO()
-    end, interrupted = show_play(starter(play), progress, shown, request.diff, [])
+    end, interrupted = show_play(starter(play), progress, shown, request.diff, notices)
     forget_old_plays()
     record_failures({host.name: host.failure.message for host in progress.bad if host.failure})
     log = end.artifacts / "stdout"

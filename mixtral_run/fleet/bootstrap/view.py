@@ -77,6 +77,8 @@ class PlainView(PlayView):
     def _lines(self, notice: Notice) -> list[str]:
         if notice.kind == "diff":
             return [f"± {notice.host}: {notice.text}"] if self.diff else []
+        if notice.kind == "note":
+            return [f"← {notice.host}: {notice.text}"]
         mark = {"changed": "~", "warning": "!"}.get(notice.kind, "✗")
         return [f"{mark} {notice.host}: {notice.kind} · {first_line(notice.text)}"]
 
@@ -140,6 +142,8 @@ def progress_table(progress: FleetProgress, height: int) -> Table:
         task = host.failure.task if host.failure else host.task if host.phase is Phase.RUNNING else host.phase.value
         if host.failure:
             task += ": " + first_line(host.failure.message)
+        elif host.phase is Phase.RUNNING and host.detail:
+            task += ": " + host.detail
         running = host.phase is Phase.RUNNING
         table.add_row(
             Text(f"{MARKS[host.phase]} {host.name}", style=style),
@@ -160,8 +164,8 @@ def make_view(progress: FleetProgress, stream: TextIO, diff: bool = False) -> Pl
 
 
 def where(host: HostProgress) -> str:
-    """Return `role · task` of the host's current task."""
-    return " · ".join(part for part in (host.role, host.task) if part) or "connecting"
+    """Return `role · task` of the host's current task, and what it is at."""
+    return " · ".join(part for part in (host.role, host.task, host.detail) if part) or "connecting"
 
 
 def counts(host: HostProgress) -> str:

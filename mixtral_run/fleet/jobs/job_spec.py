@@ -15,6 +15,7 @@ from typing import Any
 from mixtral_run.config.data import CHAT_TEMPLATES, DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.container_paths import (
     CHECKPOINTS,
@@ -297,7 +298,7 @@ def _program(spec: JobSpec, facts: HostFacts) -> list[str]:
         program = ["mixtral-run", spec.verb, *config]
         if not spec.options.restarts_container(1):
             return program
-        resumes = ["--resumes"] if "resume" in spec.config else []
+        resumes = ["--resumes"] if can_resume(spec.config) else []
         return ["python", "-m", "mixtral_run.launch.restarts", JOB_STATE, *resumes, *program]
     return torchrun_words(spec, facts, ["-m", "mixtral_run", spec.verb, *config])
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from mixtral_run.config.fields import Config
+from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import INCURABLE, ConfigError, MixtralRunError, Stopped
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.job_log import JobFollower
@@ -77,7 +78,7 @@ def _check(options: JobOptions, num_hosts: int) -> None:
 
 def _resuming(config: Config) -> Config:
     """Return the config of a verb for another attempt."""
-    changed: dict[str, Any] = {"resume": "auto"} if "resume" in config.to_mapping() else {}
+    changed: dict[str, Any] = {"resume": "auto"} if can_resume(config.to_mapping()) else {}
     return dataclasses.replace(config, **changed)
 
 

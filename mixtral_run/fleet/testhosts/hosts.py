@@ -27,6 +27,8 @@ SHOWN_CACHE = "/opt/test-cache"
 STANDIN_FILE = "/etc/mixtral-run-standin.json"
 DATA_FOLDER = "/var/lib/docker"
 """The only folder of a host on a real file system (a volume). The rest is an overlay, which supports no swap file."""
+DATA_DISK = "/mnt/data"
+"""Folder of a host's data disk, if it has one."""
 # Swap is the machine's, not the container's: a file left on keeps its disk from being removed.
 SWAP_OFF = ("find", DATA_FOLDER, "-maxdepth", "2", "-name", "*swap*", "-type", "f", "-exec", "swapoff", "{}", ";")
 
@@ -115,10 +117,17 @@ def container_name(name: str) -> str:
     return f"mixtral-run-{name}"
 
 
-def start(name: str, release: str = "bookworm", standin: StandIn | None = None, disk: str | None = None) -> Host:
+def start(
+    name: str,
+    release: str = "bookworm",
+    standin: StandIn | None = None,
+    disk: str | None = None,
+    data_disk: str | None = None,
+) -> Host:
     """Start a bare host, wait until SSH answers.
 
     standin: None for a host without GPUs and driver. disk: a volume of `disks.py`, of which the host's is a copy.
+    data_disk: a volume at DATA_DISK that outlives the host, as a disk of its own does.
     """
     image = host_image(release)
     container, volume = container_name(name), volume_name(name)
@@ -133,6 +142,7 @@ def start(name: str, release: str = "bookworm", standin: StandIn | None = None, 
     argv += ["--device-cgroup-rule", "c 10:237 rmw", "--device-cgroup-rule", "b 7:* rmw"]
     argv += ["--tmpfs", "/run:exec", "--tmpfs", "/run/lock", "--stop-signal", "SIGRTMIN+3"]
     argv += ["--volume", f"{volume}:{DATA_FOLDER}", "--publish", "127.0.0.1::22"]
+    argv += ["--volume", f"{data_disk}:{DATA_DISK}"] if data_disk else []
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)
     argv += ["--volume", f"{CACHE}:{SHOWN_CACHE}:ro"]
     argv += ["--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"]
@@ -220,10 +230,19 @@ def wait_for_boot(name: str) -> Host:
     raise TargetError(f"The test host {name} has not booted after {BOOT_SECONDS} s (systemd: {state}).\n{journal}")
 
 
-def reimage(name: str, release: str = "bookworm", standin: StandIn | None = None, disk: str | None = None) -> Host:
-    """Replace a host by one of the same name with a new host key and machine-id, and an empty disk or a copy of one."""
+def reimage(
+    name: str,
+    release: str = "bookworm",
+    standin: StandIn | None = None,
+    disk: str | None = None,
+    data_disk: str | None = None,
+) -> Host:
+    """Replace a host by one of the same name with a new host key and machine-id, and an empty disk or a copy of one.
+
+    data_disk: as for `start`; it keeps what is on it.
+    """
     remove(name)
-    return start(name, release, standin, disk)
+    return start(name, release, standin, disk, data_disk)
 
 
 def copy_disk(source: str, target: str) -> None:

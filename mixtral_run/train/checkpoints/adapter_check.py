@@ -1,4 +1,4 @@
-"""Comparison of an adapter's files with their checksums by all ranks together, each its share."""
+"""Comparison of the files of an iteration with their checksums by all ranks together, each its share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mixtral_run.weights.manifest.adapter_files import (
     tokenizer_file_problems,
 )
 from mixtral_run.weights.manifest.checkpoint_folder import open_checkpoint
-from mixtral_run.weights.manifest.describe import AdapterDescription
+from mixtral_run.weights.manifest.describe import AdapterDescription, TrainedDescription
 
 
-def check_adapter_files(adapter: AdapterDescription, mesh: Mesh) -> None:
+def check_saved_files(adapter: AdapterDescription | TrainedDescription, mesh: Mesh) -> None:
     """Raise WeightsError on all ranks naming each file that is not what was written. All ranks must call.
 
     An adapter without checksums, of an earlier version of the kit, passes.

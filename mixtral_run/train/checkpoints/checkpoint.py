@@ -18,7 +18,7 @@ from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
 from mixtral_run.train.base_reader import BaseReader, target_of
-from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
+from mixtral_run.train.checkpoints.adapter_check import check_saved_files
 from mixtral_run.train.checkpoints.adapter_shards import adapter_shards, live_states, shards_of
 from mixtral_run.train.quantized_experts import CacheOptions, ExpertCache
 from mixtral_run.weights.adapter.given_adapter import PeftDescription
@@ -139,7 +139,7 @@ def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
         for shard in shards.values():
             _fill_from_peft(target_of(shard), adapter.factors)
         return
-    check_adapter_files(adapter, model.mesh)
+    check_saved_files(adapter, model.mesh)
     _load_into(shards, adapter.folder, is_of_model)
 
 

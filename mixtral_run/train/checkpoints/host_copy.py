@@ -40,7 +40,7 @@ class HostCopy:
         # The zeros are written: the system gives memory only then, and a step would wait for it.
         self._memory = torch.zeros(self.num_bytes, dtype=torch.uint8)
         if model.mesh.device.type == "cuda":
-            _pin(self._memory)
+            pin(self._memory)
         self._device = model.mesh.device
         self._optimizer = optimizer
         self._ready: torch.cuda.Event | None = None
@@ -109,7 +109,7 @@ def _like(parameter: Tensor, memory: Tensor) -> Tensor:
     return flat.as_strided(parameter.shape, parameter.stride())
 
 
-def _pin(memory: Tensor) -> None:
+def pin(memory: Tensor) -> None:
     """Pin memory in its exact size; torch's allocator would round it up to a power of two.
 
     Memory that cannot be pinned works as well, with a slower copy.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.training import RunConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
@@ -18,8 +18,8 @@ from mixtral_run.run_lock import one_run
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
-from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, newest_iteration
-from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
+from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, kept_iterations, newest_iteration
+from mixtral_run.weights.manifest.manifest import AdapterManifest, TrainedManifest, read_checkpoint_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
 
 PARTIAL = ".iter_*.partial"
@@ -39,7 +39,7 @@ def own_output(lock: Path | None, verb: str) -> Iterator[None]:
         yield
 
 
-def num_checkpoints(config: FinetuneConfig, start: int) -> int:
+def num_checkpoints(config: RunConfig, start: int) -> int:
     """Return the largest number of checkpoints that the run writes and that are on the disk at once.
 
     start: the iteration after which the run continues. A new checkpoint is complete before an old one is removed.
@@ -48,19 +48,19 @@ def num_checkpoints(config: FinetuneConfig, start: int) -> int:
     return written if config.keep_last is None else min(written, config.keep_last + config.keep_best + 1)
 
 
-def saves_before_the_end(config: FinetuneConfig, start: int) -> bool:
+def saves_before_the_end(config: RunConfig, start: int) -> bool:
     """Return True if the run may save a checkpoint and train on. start: the iteration after which it continues."""
     next_one = (start // config.save_interval + 1) * config.save_interval
     return next_one < config.iterations or config.early_stopping_patience > 0
 
 
-def report_disk_use(config: FinetuneConfig, num_bytes: int, report: Report) -> None:
+def report_disk_use(config: RunConfig, num_bytes: int, report: Report) -> None:
     """Report what the checkpoints of the run take. num_bytes: of all that are on the disk at once."""
     kept = "none is removed" if config.keep_last is None else f"kept: the newest {config.keep_last}"
     best = ", and the best" if config.keep_best else ""
     report.say(
-        f"Checkpoints take up to {num_bytes / GIB:,.2f} GiB in {config.save} ({kept}{best}); "
-        f"{free_bytes(config.save.absolute()) / GIB:,.2f} GiB are free"
+        f"Checkpoints take up to {num_bytes / GIB:,.2f} GiB in {config.folder} ({kept}{best}); "
+        f"{free_bytes(config.folder.absolute()) / GIB:,.2f} GiB are free"
     )
 
 
@@ -76,13 +76,14 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -
     losses = {}
     for iteration, folder in list(found.items()):
         try:
-            losses[iteration] = read_manifest(folder, AdapterManifest).state.validation_loss
+            manifest = read_checkpoint_manifest(folder)
         except WeightsError:
+            manifest = None
+        if isinstance(manifest, AdapterManifest | TrainedManifest):
+            losses[iteration] = manifest.state.validation_loss
+        else:
             del found[iteration]  # not a checkpoint of this kit, or a damaged one: left to the user
-    kept = set(sorted(found)[-keep_last:])
-    known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
-    if keep_best and known:
-        kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    kept = kept_iterations(losses, keep_last, keep_best=keep_best)
     removed = []
     for iteration in sorted(set(found) - kept):
         # Renamed first: a folder of which a part is gone must not have the name of a checkpoint.

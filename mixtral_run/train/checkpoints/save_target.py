@@ -20,18 +20,20 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class SaveTarget:
-    """One save of an adapter.
+    """One save.
 
     Attributes:
-        folder: the adapter's folder.
+        folder: the folder of the run.
         iteration: the number of finished iterations.
         group: processes of the save's own collectives, all ranks; None for the group of the training.
+        what: what is saved, for messages.
     """
 
     mesh: Mesh
     folder: Path
     iteration: int
     group: dist.ProcessGroup | None = None
+    what: str = "adapter"
 
     @property
     def final(self) -> Path:
@@ -81,7 +83,7 @@ class SaveTarget:
         if isinstance(error, MixtralRunError):
             return error
         return TrainingError(
-            f"The adapter of iteration {self.iteration} cannot be saved.",
+            f"The {self.what} of iteration {self.iteration} cannot be saved.",
             where=str(self.folder),
             found=save_failure(error, self.folder, self.mesh.rank),
             next_command=f"df -h {self.folder}, then the same command with --resume",

@@ -8,11 +8,12 @@ memory and with a process group of their own, so that they never meet the collec
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,42 @@ class SaveRequest:
     then: Callable[[], object] = lambda: None
 
 
-class AdapterSaver:
+class Saver(ABC):
+    """Saves the checkpoints of a run. All ranks must call its methods. This base saves none in the background."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        return None
+
+    @property
+    def can_save_in_background(self) -> bool:
+        """Return True after `prepare_background`."""
+        return False
+
+    def prepare_background(self) -> int:
+        """Allocate the copy in host memory and plan the files. Return the bytes of all ranks' copies."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def save(self, request: SaveRequest) -> Path:
+        """Write FOLDER/iter_…, then point LATEST at it. Return the folder."""
+
+    def save_in_background(self, request: SaveRequest) -> None:
+        """Begin what `save` does, after `prepare_background`."""
+        raise NotImplementedError
+
+    def poll(self) -> float | None:
+        """Return the seconds that a save in the background took if all ranks have completed it, else None."""
+        return None
+
+    def finish(self) -> float | None:
+        """Wait for a save in the background, and return as `poll` does. None without one."""
+        return None
+
+
+class AdapterSaver(Saver):
     """Saves the adapters of a model with the state of AdamW. All ranks must call its methods.
 
     A context: at its end a save in the background is completed as far as this process can, so that an error of the
@@ -71,9 +107,6 @@ class AdapterSaver:
         self._writer: AdapterWriter | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: BackgroundTask | None = None
-
-    def __enter__(self) -> AdapterSaver:
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Without one of the ranks no save can be completed, and the job is to end at once.
@@ -167,21 +200,22 @@ def _write(
         names = [each.name for each in target.partial.glob(f"__{target.mesh.rank}_*.distcp")]
         return written, checksums(target.partial, names), random_state
 
-    target.on_first_rank(lambda: _begin(target, request.tokenizer))
+    target.on_first_rank(lambda: begin(target, request.tokenizer))
     parts = target.gather(target.on_all_ranks(own_part))
 
     def rest() -> None:
         written, sums, random_states = zip(*parts, strict=True)
         writer.finish(target.partial, list(written))
         write_random_state(target.partial, target.mesh, random_states)
-        _complete(target, request, architecture, {name: crc for each in sums for name, crc in each.items()})
+        complete(target, request, architecture, {name: crc for each in sums for name, crc in each.items()})
 
     target.on_first_rank(rest)
     if target.mesh.is_first:
         request.then()
 
 
-def _begin(target: SaveTarget, tokenizer: Path | None) -> None:
+def begin(target: SaveTarget, tokenizer: Path | None) -> None:
+    """Make the folder of a checkpoint that is not complete yet, and copy the tokenizer. One process calls."""
     shutil.rmtree(target.partial, ignore_errors=True)
     target.partial.mkdir(parents=True)
     if tokenizer is not None and not (target.folder / TOKENIZER).exists():
@@ -190,10 +224,19 @@ def _begin(target: SaveTarget, tokenizer: Path | None) -> None:
         partial.rename(target.folder / TOKENIZER)
 
 
-def _complete(
-    target: SaveTarget, request: SaveRequest, architecture: Mapping[str, Any], sums: Mapping[str, str]
+def complete(
+    target: SaveTarget,
+    request: SaveRequest,
+    architecture: Mapping[str, Any],
+    sums: Mapping[str, str],
+    kind: str = "adapter",
 ) -> None:
-    """Write the small files and then the names. sums: checksums of the .distcp files by their names."""
+    """Write the small files and then the names. One process calls.
+
+    Args:
+        sums: checksums of the .distcp files by their names.
+        kind: of the manifest.
+    """
     folder, partial, iteration = target.folder, target.partial, target.iteration
     torch.save({"checkpoint_version": 3.0, "iteration": iteration}, partial / "common.pt")
     write_metadata_json(partial)
@@ -201,7 +244,7 @@ def _complete(
     tokenizer_files = [each.name for each in (folder / TOKENIZER).glob("*") if each.is_file()]
     write_manifest(
         partial,
-        "adapter",
+        kind,
         architecture=architecture,
         iteration=iteration,
         **request.description,

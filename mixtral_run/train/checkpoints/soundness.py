@@ -20,19 +20,23 @@ first moment is at most that multiple of the root of the second one, by the Cauc
 
 
 def check_sound(
-    states: Sequence[ParameterState], folder: Path, iteration: int, group: dist.ProcessGroup | None = None
+    states: Sequence[ParameterState],
+    folder: Path,
+    iteration: int,
+    group: dist.ProcessGroup | None = None,
+    what: str = "adapter",
 ) -> None:
     """Raise TrainingError on all ranks if a parameter, or its last update, is spoiled. All ranks must call.
 
     Spoiled: NaN, infinite, or larger than any training makes it. states: those that this rank writes. group: of all
-    ranks; None for the group of the training.
+    ranks; None for the group of the training. what: what is saved, for the message.
     """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, problems_of(states), group=group)
     problems = list(dict.fromkeys(line for lines in gathered for line in lines))
     if problems:
         raise TrainingError(
-            f"The adapter of iteration {iteration} is spoiled and is not saved.",
+            f"The {what} of iteration {iteration} is spoiled and is not saved.",
             where=str(folder),
             problems=shortened(problems),
             next_command="the same command with --resume, which continues from the last checkpoint, and a smaller "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mixtral_run.config.data import DATA_SETTINGS, KTO
 from mixtral_run.config.verbs.align import AlignConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import RunConfig, TrainingConfig
 from mixtral_run.errors import MixtralRunError, TrainingError, joined
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.cached_examples import CachedExamples, ExampleCaches
@@ -181,7 +181,7 @@ def _samples(config: TrainingConfig, examples: CachedExamples, chosen: NDArray[n
             row_multiple=config.tensor_model_parallel_size or 1,
         )  # fmt: skip
     samples = Samples(arrays, config.seq_length, padding_id, where, chosen)
-    return PackedSamples(samples) if isinstance(config, FinetuneConfig) and config.pack else samples
+    return PackedSamples(samples) if isinstance(config, RunConfig) and config.pack else samples
 
 
 def _overlap(opened: Mapping[str, CachedExamples]) -> str | None:
@@ -215,7 +215,7 @@ def _parts(
                 f"{config.seq_length:,}{too_long}, and are left out."
             )
     found = {setting: usable}
-    if setting == TRAINING and isinstance(config, FinetuneConfig) and config.valid_fraction:
+    if setting == TRAINING and isinstance(config, RunConfig) and config.valid_fraction:
         digests = examples.digests
         chosen = np.arange(len(digests)) if usable is None else usable
         training, validation = split_by_digest(digests[chosen], config.valid_fraction, examples.where)

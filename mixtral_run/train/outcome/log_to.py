@@ -26,6 +26,11 @@ Write = Callable[[int, Mapping[str, float]], None]
 PROJECT = "mixtral-run"
 """Name of the project or experiment unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set."""
 _MOST_CHARACTERS = 500
+_REMEDIES = {
+    "wandb": "WANDB_MODE=offline, or wandb login",
+    "mlflow": "MLFLOW_TRACKING_URI of a server that answers; in a folder: MLFLOW_TRACKING_URI=file:mlruns "
+    "MLFLOW_ALLOW_FILE_STORE=true",
+}
 
 
 def logger_problems(names: Sequence[str]) -> list[str]:
@@ -159,14 +164,11 @@ def _opened(name: str, record: RunRecord, save: Path) -> Logger:
     try:
         return WandbLogger(record, save) if name == "wandb" else MlflowLogger(record)
     except Exception as error:
-        key = (
-            "WANDB_MODE=offline, or wandb login" if name == "wandb" else "MLFLOW_TRACKING_URI of a server that answers"
-        )
         raise TrainingError(
             f"The run cannot be logged to {name}.",
             where=f"--log-to {name}",
             found=(str(error) or type(error).__name__).splitlines()[0],
-            next_command=f"the same command with {key}; or without --log-to",
+            next_command=f"the same command with {_REMEDIES[name]}; or without --log-to",
         ) from error
 
 

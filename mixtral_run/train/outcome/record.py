@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.training import RunConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.routing.router_counts import RouterCounts
@@ -56,12 +56,12 @@ class RunRecord:
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, config: FinetuneConfig, base: BaseDescription, data: TrainingData) -> RunRecord:
+    def of(cls, config: RunConfig, base: BaseDescription, data: TrainingData) -> RunRecord:
         """Describe a run before its first iteration. A resumed run keeps the id and the start of its record."""
-        known = read_run(config.save).run if config.resume else {}
+        known = read_run(config.folder).run if config.resume else {}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return cls(
-            name=config.run_name or config.save.resolve().name,
+            name=config.run_name or config.folder.resolve().name,
             id=_text(known.get("id")) or secrets.token_hex(4),
             started=_text(known.get("started")) or now,
             kit=asdict(this_kit()),
@@ -94,7 +94,7 @@ class Outcome:
 
     def __init__(
         self,
-        config: FinetuneConfig,
+        config: RunConfig,
         base: BaseDescription,
         data: TrainingData,
         mesh: Mesh,
@@ -105,8 +105,8 @@ class Outcome:
         self.record = RunRecord.of(config, base, data) if mesh.is_first else None
         wanted = config.report_prompts if config.report else 0
         prompts = prompts_of(data.validation, wanted, min(LONGEST_PROMPT, config.seq_length))
-        file = config.save / run_files.GENERATIONS
-        self.router = RouterLog(counts, config.save, config.log_interval, config.iterations, is_first=mesh.is_first)
+        file = config.folder / run_files.GENERATIONS
+        self.router = RouterLog(counts, config.folder, config.log_interval, config.iterations, is_first=mesh.is_first)
         self.generations = Generations(prompts, config.report_tokens, self._tokenizer, file)
         self._opened: tuple[Decode, frozenset[int]] | None = None
 
@@ -114,7 +114,7 @@ class Outcome:
         """Write run.json. All ranks must call."""
         self.router.open()
         if self.record is not None:
-            write_atomically(self._config.save / run_files.RUN, _json(asdict(self.record)))
+            write_atomically(self._config.folder / run_files.RUN, _json(asdict(self.record)))
 
     def end(self, summary: Summary, num_retaken: int) -> None:
         """Write summary.json, loss.png and report.html. num_retaken: see router_summary. One process calls.
@@ -122,7 +122,7 @@ class Outcome:
         A plot or a page that cannot be written is reported and ends no run.
         """
         assert self.record is not None, "the first rank writes"
-        save = self._config.save
+        save = self._config.folder
         written = read_run(save)
         found = {"losses": loss_summary(written), "router": router_summary(written, num_retaken)}
         if preferences := preference_summary(written):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import RunConfig, TrainingConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.parallel.mesh import Mesh, everywhere
 from mixtral_run.terminal.report import Report
@@ -42,8 +42,8 @@ class BadSteps:
         self._ratio: float | None = None
         self._most = 0
         self._folder: Path | None = None
-        if isinstance(config, FinetuneConfig):
-            self._ratio, self._most, self._folder = config.max_loss_ratio, config.skip_bad_steps, config.save / FOLDER
+        if isinstance(config, RunConfig) and config.save is not None:
+            self._ratio, self._most, self._folder = config.max_loss_ratio, config.skip_bad_steps, config.folder / FOLDER
         self._mesh, self._report = mesh, report
         self._recent: deque[float] = deque(maxlen=NUM_RECENT)
         self.num_taken = self.num_skipped = 0

@@ -172,32 +172,32 @@ def train_step(
         backward = EagerBackward(model, objective=backward.objective if backward is not None else None)
     objective = backward.objective
     objective.prepare(model, batch.micro_batches, batch.num_loss_tokens, batch.num_text_tokens)
-    total = _gradients_of(batch, parameters, backward)
+    total = gradients_of(batch, parameters, backward)
     if not backward.was_whole():
-        total = _gradients_of(batch, parameters, EagerBackward(model, objective=objective))
+        total = gradients_of(batch, parameters, EagerBackward(model, objective=objective))
     if model.router_counts is not None:
         model.router_counts.end_step()
     sum_gradients(parameters, mesh)
     norm = gradient_norm(parameters, mesh)
     found = torch.cat((sum_over(total, mesh.data_group), norm.double().reshape(1)))
     if refuses is not None:
-        result = _result_of(found, batch, objective)
+        result = result_of(found, batch, objective)
         if refuses(result.loss, result.grad_norm):
             return dataclasses.replace(result, taken=False)
     if clip_grad > 0:
         factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
     optimizer.step()
-    return _result_of(found, batch, objective)
+    return result_of(found, batch, objective)
 
 
-def _result_of(found: Tensor, batch: GlobalBatch, objective: Objective) -> StepResult:
+def result_of(found: Tensor, batch: GlobalBatch, objective: Objective) -> StepResult:
     """Return the result of a step. found: its loss, the objective's sums, and the norm of the gradient."""
     mean_loss, *sums, grad_norm = found.tolist()
     return StepResult(mean_loss, grad_norm, batch.num_loss_tokens, figures=objective.figures(sums))
 
 
-def _gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], backward: Backward) -> Tensor:
+def gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], backward: Backward) -> Tensor:
     """Compute the gradients of a batch. Return this rank's part of the loss and sums, fp64. All ranks must call."""
     # The first micro batch sets the gradients; adding to zeros would write and read them for nothing.
     for parameter in parameters:

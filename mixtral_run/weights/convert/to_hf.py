@@ -24,6 +24,7 @@ from mixtral_run.weights.adapter.lora_factors import Factors, as_bytes, as_tenso
 from mixtral_run.weights.adapter.merge import Adding, row_blocks
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.safetensors_files import INDEX_NAME, header_of
+from mixtral_run.weights.hf.stored_tensors import row_pieces
 from mixtral_run.weights.hf.tokenizer_files import copy_tokenizer
 from mixtral_run.weights.io.atomic_folder import GIB, Staging, disk_problems, next_output, output_problems
 from mixtral_run.weights.io.files import write_atomically
@@ -34,6 +35,7 @@ from mixtral_run.weights.manifest.manifest import (
     MANIFEST_NAME,
     UNKNOWN_FINGERPRINT,
     BaseManifest,
+    TrainedManifest,
     is_kind,
     write_manifest,
 )
@@ -44,7 +46,6 @@ from mixtral_run.weights.torch_dist.checkpoint_reader import Bits, Reader
 SHARD_BYTES = 5 * 10**9
 """Largest size of a file, as in the released shards."""
 
-_BLOCK_BYTES = 8 * 2**20
 _SIDECAR_BYTES = 16 * 2**20
 _STEPS = 3
 
@@ -202,13 +203,10 @@ class _Writer:
 
     def _blocks(self, name: str) -> Iterator[memoryview]:
         ranges, crc = self._ranges[name], 0
-        step = max(1, _BLOCK_BYTES // (ranges.columns * self._reader.tensors[ranges.key].item_size))
-        for start, stop in ranges.rows:
-            for first in range(start, stop, step):
-                rows = self._rows(ranges, first, min(first + step, stop))
-                block = rows.data.cast("B")
-                crc = crc32(block, crc)
-                yield block
+        for first, last in row_pieces(ranges, self._reader.tensors[ranges.key].item_size):
+            block = self._rows(ranges, first, last).data.cast("B")
+            crc = crc32(block, crc)
+            yield block
         self.checksums[name] = crc
 
     def _rows(self, ranges: RowRanges, start: int, stop: int) -> Bits:
@@ -261,9 +259,9 @@ def _check_fingerprint(config: ConvertConfig, checkpoint: Checkpoint, writer: _W
     found = fingerprint_of_checksums(checkpoint.architecture, writer.dtype, writer.checksums)
     if found == recorded:
         return found
-    if is_as_converted(checkpoint) or config.adapter:
+    if is_as_converted(checkpoint) or config.adapter or isinstance(checkpoint.manifest, TrainedManifest):
         raise WeightsError(
-            "The checkpoint's weights are not those that were converted.",
+            "The checkpoint's weights are not those that were converted or saved.",
             where=str(checkpoint.folder),
             expected=f"fingerprint {recorded or 'not recorded'}",
             found=f"fingerprint {found}",

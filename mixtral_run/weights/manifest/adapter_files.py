@@ -13,7 +13,7 @@ from pathlib import Path
 from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.crc import crc_of
-from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, adapter_manifest_of, iteration_of
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, files_manifest_of, iteration_of
 from mixtral_run.weights.manifest.manifest import MANIFEST_NAME
 
 TOKENIZER = "tokenizer"
@@ -33,7 +33,7 @@ def check_adapter(checkpoint: Checkpoint, report: Report) -> None:
 
     An adapter of an earlier version of the kit has no checksums, which is reported.
     """
-    manifest = adapter_manifest_of(checkpoint)
+    manifest = files_manifest_of(checkpoint)
     report_without_checksums(manifest.files, checkpoint.iteration_folder, report)
     names = list(manifest.files)
     with ThreadPoolExecutor(2, "checksum") as pool:
@@ -74,7 +74,7 @@ def tokenizer_file_problems(checkpoint: Checkpoint) -> list[str]:
     """
     if not (checkpoint.folder / TOKENIZER).is_dir():
         return []
-    written = adapter_manifest_of(checkpoint).tokenizer_files
+    written = files_manifest_of(checkpoint).tokenizer_files
     problems = file_problems(checkpoint.folder / TOKENIZER, written, written)
     return [f"{TOKENIZER}/{problem}" for problem in problems]
 
@@ -106,10 +106,10 @@ def raise_if_damaged(folder: Path, problems: list[str]) -> None:
     """Raise WeightsError with the problems of an adapter's files, if there are any."""
     if problems:
         raise WeightsError(
-            "The adapter's files are not what was written.",
+            "The checkpoint's files are not what was written.",
             where=str(folder),
             problems=shortened(problems),
-            next_command=f"copy them again from where the adapter was made; other iterations: {_others(folder)}",
+            next_command=f"copy them again from where the checkpoint was made; other iterations: {_others(folder)}",
         )
 
 

@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mixtral_run.weights.manifest.manifest import (
     MANIFEST_NAME,
     AdapterManifest,
     BaseManifest,
+    TrainedManifest,
     read_checkpoint_manifest,
     wrong_kind,
 )
@@ -55,10 +57,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     iteration_folder = iteration_folder_of(path)
     folder = path.parent if iteration_folder == path else path
-    # A base has one manifest next to its iterations; an adapter has one in each iteration.
+    # A converted base has one manifest next to its iterations; what training saved has one in each iteration.
     home = iteration_folder if (iteration_folder / MANIFEST_NAME).is_file() else folder
     manifest = read_checkpoint_manifest(home)
     return Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, manifest)
+
+
+def files_manifest_of(checkpoint: Checkpoint) -> AdapterManifest | TrainedManifest:
+    """Return the manifest of an iteration that training saved. Raises WeightsError for any other checkpoint."""
+    if isinstance(checkpoint.manifest, TrainedManifest):
+        return checkpoint.manifest
+    return adapter_manifest_of(checkpoint)
 
 
 def adapter_manifest_of(checkpoint: Checkpoint) -> AdapterManifest:
@@ -73,6 +82,15 @@ def iteration_of(folder: Path) -> int:
     """Return the number of an `iter_…` folder; 0 for `release`."""
     found = _ITERATION.fullmatch(folder.name)
     return int(found[1]) if found and folder.name.startswith("iter_") else 0
+
+
+def kept_iterations(losses: Mapping[int, float | None], keep_last: int, *, keep_best: bool) -> set[int]:
+    """Return those iterations that --keep-last and --keep-best keep. losses: validation losses by iteration."""
+    kept = set(sorted(losses)[-keep_last:])
+    known = {iteration: loss for iteration, loss in losses.items() if loss is not None}
+    if keep_best and known:
+        kept.add(min(known, key=lambda iteration: (known[iteration], iteration)))
+    return kept
 
 
 def iteration_folder_of(path: Path) -> Path:

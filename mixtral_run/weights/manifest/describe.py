@@ -20,9 +20,12 @@ from mixtral_run.weights.manifest.checkpoint_folder import (
 )
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import (
+    MANIFEST_NAME,
     UNKNOWN_FINGERPRINT,
     BaseManifest,
+    TrainedManifest,
     read_manifest,
+    wrong_kind,
 )
 from mixtral_run.weights.manifest.run_state import RunState
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -80,6 +83,24 @@ class AdapterDescription:
     state: RunState = field(default_factory=RunState, kw_only=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainedDescription:
+    """A checkpoint of full fine-tuning that --resume continues from; `folder` is the iteration's.
+
+    start_fingerprint: of the base that the run began with. For the other fields see AdapterDescription.
+    """
+
+    folder: Path
+    iteration: int
+    start_fingerprint: str
+    training: Mapping[str, Any]
+    data_sha256: str | None
+    validation: Mapping[str, Any]
+    chat_template: TemplateRecord | None
+    files: Mapping[str, int]
+    state: RunState
+
+
 def describe_base(load: Path) -> BaseDescription:
     """Read the manifest of the base checkpoint LOAD, or the headers of the HF model LOAD.
 
@@ -92,8 +113,8 @@ def describe_base(load: Path) -> BaseDescription:
         raise unreadable(load, error) from error
     if is_hf_model:
         return _describe_hf(load)
-    newest_iteration(load)
-    manifest = read_manifest(load, BaseManifest)
+    newest = newest_iteration(load)
+    manifest = read_manifest(newest if (newest / MANIFEST_NAME).is_file() else load, BaseManifest)
     return BaseDescription(load, manifest.architecture, manifest.dtype, manifest.fingerprint, None, manifest.source)
 
 
@@ -126,12 +147,51 @@ def describe_adapter(folder: Path) -> AdapterDescription:
     )
 
 
+def describe_trained(folder: Path) -> TrainedDescription:
+    """Read the manifest of the newest iteration of full fine-tuning, or of the iteration that FOLDER is.
+
+    Raises WeightsError if FOLDER is not a complete checkpoint of full fine-tuning.
+    """
+    refuse_other_kinds("--save", folder, BASE)
+    checkpoint = open_checkpoint(folder)
+    manifest = checkpoint.manifest
+    if not isinstance(manifest, TrainedManifest):
+        raise wrong_kind(checkpoint.folder, checkpoint.kind, TrainedManifest.LABEL, TrainedManifest.HOW_TO_MAKE)
+    return TrainedDescription(
+        folder=checkpoint.iteration_folder,
+        iteration=manifest.iteration,
+        start_fingerprint=manifest.start.fingerprint,
+        training=manifest.training,
+        data_sha256=manifest.data_sha256,
+        validation=manifest.validation,
+        chat_template=manifest.chat_template,
+        files=manifest.files,
+        state=manifest.state,
+    )
+
+
+def check_same_start(trained: TrainedDescription, base: BaseDescription) -> None:
+    """Raise WeightsError if the run began with another base than --load, as far as both fingerprints are known."""
+    if not _is_base(trained.start_fingerprint, base):
+        raise WeightsError(
+            "The run began with another base.",
+            where=str(trained.folder),
+            expected=f"--load with the base of fingerprint {trained.start_fingerprint}",
+            found=f"{base.folder}, fingerprint {base.fingerprint}",
+            next_command="the same command with the --load that the run was started with; or without --resume, with "
+            "another --save",
+        )
+
+
+def _is_base(fingerprint: str, base: BaseDescription) -> bool:
+    """Return True unless the fingerprints are known to differ; that of an HF directory may be only its first half."""
+    known = fingerprint if "-" in base.fingerprint else fingerprint.split("-")[0]
+    return fingerprint == UNKNOWN_FINGERPRINT or base.fingerprint in (known, UNKNOWN_FINGERPRINT)
+
+
 def check_adapter_fits(adapter: AdapterDescription, base: BaseDescription) -> None:
     """Raise WeightsError if the adapter was trained on another base, as far as both fingerprints are known."""
-    if adapter.base_fingerprint == UNKNOWN_FINGERPRINT:
-        return
-    known = adapter.base_fingerprint if "-" in base.fingerprint else adapter.base_fingerprint.split("-")[0]
-    if base.fingerprint not in (known, UNKNOWN_FINGERPRINT):
+    if not _is_base(adapter.base_fingerprint, base):
         raise WeightsError(
             "The adapter was trained on another base.",
             where=str(adapter.folder),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.hf.hf_weights import is_hf_directory
-from mixtral_run.weights.manifest.manifest import MANIFEST_NAME
+from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, is_kind
 
 PEFT_CONFIG = "adapter_config.json"
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -29,6 +29,11 @@ _NEXT = {
         BASE: "--load {folder}; --adapter takes " + _WRITTEN_BY_FINETUNE,
         HF_MODEL: "--load {folder}; --adapter takes " + _WRITTEN_BY_FINETUNE,
         PEFT: _WRITTEN_BY_FINETUNE + "; finetune --init-adapter {folder} makes one from it",
+    },
+    "--save": {
+        ADAPTER: "pretrain with another --save; finetune --save {folder} --resume continues the adapter",
+        HF_MODEL: "another --save",
+        PEFT: "another --save",
     },
     "--hf-model-path": {
         ADAPTER: "the HF model of its base; mixtral-run export --adapter {folder} writes HF files",
@@ -57,12 +62,17 @@ def kind_of(folder: Path) -> str | None:
         if (folder / _LATEST).is_file():
             if (folder / MANIFEST_NAME).is_file():
                 return BASE
-            return ADAPTER if any(folder.glob(f"iter_*/{MANIFEST_NAME}")) else None
+            return next((_kind_of_iteration(each.parent) for each in folder.glob(f"iter_*/{MANIFEST_NAME}")), None)
         if (folder / ".metadata").is_file():
-            return ADAPTER if (folder / MANIFEST_NAME).is_file() else None
+            return _kind_of_iteration(folder) if (folder / MANIFEST_NAME).is_file() else None
         return HF_MODEL if is_hf_directory(folder) else None
     except OSError:
         return None
+
+
+def _kind_of_iteration(folder: Path) -> str:
+    """Return what an iteration with a manifest of its own is; a damaged one passes for an adapter."""
+    return BASE if is_kind(folder, "base") else ADAPTER
 
 
 def refuse_other_kinds(flag: str, folder: Path, *wanted: str) -> None:

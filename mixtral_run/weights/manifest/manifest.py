@@ -73,6 +73,47 @@ class BaseManifest(Manifest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedManifest(BaseManifest):
+    """Manifest of one iteration of full fine-tuning: a base, and what --resume continues with.
+
+    start: the base that the run began with. For the other fields see AdapterManifest.
+    """
+
+    LABEL = "a checkpoint of full fine-tuning"
+    HOW_TO_MAKE = "mixtral-run pretrain … --save FOLDER, which writes one"
+
+    iteration: int
+    start: BaseReference
+    training: Mapping[str, Any]
+    data_sha256: str | None
+    files: Mapping[str, int]
+    tokenizer_files: Mapping[str, int]
+    state: RunState
+    validation: Mapping[str, Any]
+    chat_template: TemplateRecord | None
+
+    @classmethod
+    def parse(cls, fields: Fields) -> TrainedManifest:
+        """Return the manifest; problems are collected in `fields`."""
+        return cls(
+            values=fields.values,
+            architecture=fields.architecture(),
+            dtype=fields.text("dtype"),
+            fingerprint=fields.text("fingerprint"),
+            source=fields.optional_text("source"),
+            iteration=fields.whole_number("iteration", at_least=0),
+            start=fields.base(),
+            training=fields.mapping("training", default={}).values,
+            data_sha256=fields.optional_text("data_sha256"),
+            files=fields.mapping("files").checksums(),
+            tokenizer_files=fields.mapping("tokenizer_files", default={}).checksums(),
+            state=RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
+            validation=fields.mapping("validation", default={}).values,
+            chat_template=fields.chat_template(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterManifest(Manifest):
     """Manifest of one iteration of an adapter checkpoint.
 
@@ -166,20 +207,24 @@ class ExportManifest(Manifest):
 
 
 _CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
-M = TypeVar("M", BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
+M = TypeVar("M", BaseManifest, TrainedManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)
 
 
 def write_manifest(folder: Path, kind: str, **values: Any) -> None:
-    """Write the manifest of a folder; the file is on the disk when this returns. That of an adapter has a checksum."""
+    """Write the manifest of a folder; the file is on the disk when this returns. An iteration's has a checksum."""
     content = {"format": FORMAT, "kind": kind, "kit_version": __version__, **values}
-    text = with_checksum(content) if kind in AdapterManifest.KINDS else json.dumps(content, indent=2) + "\n"
+    text = (
+        with_checksum(content)
+        if kind in AdapterManifest.KINDS or "files" in values
+        else json.dumps(content, indent=2) + "\n"
+    )
     write_atomically(folder / MANIFEST_NAME, text)
 
 
 def read_manifest(folder: Path, expected: type[M]) -> M:
     """Read a folder's manifest of one kind. Raises WeightsError if it is missing, damaged or of another kind."""
     values = read_values(folder, expected.HOW_TO_MAKE)
-    if values["kind"] not in expected.KINDS:
+    if values["kind"] not in expected.KINDS or (issubclass(expected, TrainedManifest) and not is_trained(values)):
         raise wrong_kind(folder, values["kind"], expected.LABEL, expected.HOW_TO_MAKE)
     return _parse(folder, values, expected.parse)
 
@@ -189,10 +234,15 @@ def read_checkpoint_manifest(folder: Path) -> BaseManifest | AdapterManifest:
     how_to_make = "mixtral-run convert …, which writes a base, or mixtral-run finetune …, which writes an adapter"
     values = read_values(folder, how_to_make)
     if values["kind"] in BaseManifest.KINDS:
-        return _parse(folder, values, BaseManifest.parse)
+        return _parse(folder, values, TrainedManifest.parse if is_trained(values) else BaseManifest.parse)
     if values["kind"] in AdapterManifest.KINDS:
         return _parse(folder, values, AdapterManifest.parse)
     raise wrong_kind(folder, values["kind"], "a checkpoint", how_to_make)
+
+
+def is_trained(values: Mapping[str, Any]) -> bool:
+    """Return True for the values of a base that full fine-tuning saved: one manifest in each of its iterations."""
+    return values.get("kind") in BaseManifest.KINDS and "files" in values
 
 
 def is_kind(folder: Path, *kinds: str) -> bool:

@@ -22,10 +22,22 @@ from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_h
 from mixtral_run.weights.hf.hub import BeforeDownload, HubModel, is_on_hub, resolve
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import check_adapter
-from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.checkpoint_folder import (
+    LATEST,
+    Checkpoint,
+    iteration_folder_of,
+    newest_iteration,
+    open_checkpoint,
+)
 from mixtral_run.weights.manifest.fields import Fields
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, HF_MODEL, refuse_other_kinds
-from mixtral_run.weights.manifest.manifest import AdapterManifest, BaseManifest
+from mixtral_run.weights.manifest.manifest import (
+    MANIFEST_NAME,
+    AdapterManifest,
+    BaseManifest,
+    TrainedManifest,
+    is_kind,
+)
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files, check_proof
 from mixtral_run.weights.mapping import hf_to_megatron
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader, TensorInfo
@@ -49,15 +61,18 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         refuse_other_kinds("--against", config.against, HF_MODEL)
     if is_hf_directory(config.load) and not (config.load / LATEST).exists():
         return _verify_hf(config, report)
-    if config.proof:
+    if config.proof and not _is_trained(config.load):
         _check_files(config.load)
     checkpoint = open_checkpoint(config.load)
-    if checkpoint.kind == "adapter":
+    has_sums = isinstance(checkpoint.manifest, TrainedManifest)
+    if checkpoint.kind == "adapter" or (has_sums and config.proof):
         _check_adapter(checkpoint, report)
     with Reader(checkpoint.iteration_folder) as reader:
         result = _describe(checkpoint, reader)
         _print_table(result, report)
-        if config.proof and not result.problems:
+        if config.proof and has_sums:
+            report.done("Every file is what was written, by the checksums in the manifest.")
+        elif config.proof and not result.problems:
             result = dataclasses.replace(result, problems=_check_proof(checkpoint, reader, report))
         manifest = checkpoint.manifest
         if isinstance(manifest, BaseManifest) and config.load == checkpoint.folder and not result.problems:
@@ -79,6 +94,12 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     return result
 
 
+def _is_trained(load: Path) -> bool:
+    """Return True if full fine-tuning saved the checkpoint: its manifest has the checksums, in place of a proof."""
+    manifest = iteration_folder_of(load) / MANIFEST_NAME
+    return manifest.is_file() and is_kind(manifest.parent, *BaseManifest.KINDS)
+
+
 def _check_files(load: Path) -> None:
     """Raise CheckFailed naming each small file that differs from what was written, before any of them is read."""
     folder = load.parent if (load / ".metadata").is_file() else load
@@ -94,7 +115,7 @@ def _check_files(load: Path) -> None:
 
 
 def _check_adapter(checkpoint: Checkpoint, report: Report) -> None:
-    """Raise CheckFailed naming each file of an adapter that differs from what was written, before it is read."""
+    """Raise CheckFailed naming each file of an iteration that differs from what was written, before it is read."""
     try:
         check_adapter(checkpoint, report)
     except WeightsError as error:

@@ -69,6 +69,7 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
     image_archive()
     fleet = Fleet()
     for name in NAMES:
+        call("docker", "volume", "rm", "--force", fleet.data_disk(name), check=False)  # what a killed run left
         fleet.install(name)
     settings = {
         **variables(), "preflight_num_gpus": 0,
@@ -82,6 +83,7 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
     yield fleet
     for name in NAMES:
         targets.remove(name)
+        call("docker", "volume", "rm", "--force", fleet.data_disk(name))
 
 
 @pytest.fixture(scope="package")

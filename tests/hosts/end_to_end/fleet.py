@@ -87,10 +87,18 @@ class Fleet:
     """Packages and files of the second host before anything was done to it."""
 
     def install(self, name: str) -> None:
-        """Install a host anew. Its disk holds the base image of builds, so that no registry is needed."""
-        self.hosts[name] = targets.reimage(name, disk=with_images("bookworm"))
+        """Install a host anew. Its disk holds the base image of builds, so that no registry is needed.
+
+        Its data disk stays as it is.
+        """
+        self.hosts[name] = targets.reimage(name, disk=with_images("bookworm"), data_disk=self.data_disk(name))
         if name == NAMES[1]:
             self.bare[name] = snapshot(self.hosts[name])
+
+    @staticmethod
+    def data_disk(name: str) -> str:
+        """Return the volume that is a host's second disk, which outlives a reimage."""
+        return f"{targets.volume_name(name)}-disk"
 
     def boot(self, name: str) -> None:
         """Start a host whose power was cut. The engine gives it another port."""

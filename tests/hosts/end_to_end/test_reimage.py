@@ -1,4 +1,4 @@
-"""A job outlives a kill and a power cut of its host; after a reimage one command sets the host up again."""
+"""A job outlives a kill, a power cut and a reimage of its host; one command sets the host up again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -27,23 +26,26 @@ from tests.hosts.end_to_end.fleet import (
 pytestmark = pytest.mark.timeout(1800)
 
 
+DATA = targets.DATA_DISK
 SURVIVOR = (
-    "--load", "base", "--mock-data", "--save-interval", "5", "--no-report", *LAYOUT[:-1], "60",
+    "--load", f"{DATA}/base", "--mock-data", "--save-interval", "5", "--no-report", *LAYOUT[:-1], "60",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="package")
 def undisturbed(operator: Operator, fleet: Fleet, set_up: Callable[[str], str]) -> list[float]:
-    """Return the losses of a run that nothing happens to."""
-    operator.run("finetune", "--on", set_up(NAMES[1]), *JOB, *SURVIVOR, "--save", "undisturbed")
-    return losses(fleet.hosts[NAMES[1]], "undisturbed")
+    """Return the losses of a run that nothing happens to. The base is on the second host's data disk from here on."""
+    target, host = set_up(NAMES[1]), fleet.hosts[NAMES[1]]
+    host.shell(f"cp -a {CHECKPOINTS}/base {DATA} && chown {targets.USER} {DATA} && chmod 2775 {DATA}")
+    operator.run("finetune", "--on", target, *JOB, *SURVIVOR, "--save", f"{DATA}/undisturbed")
+    return losses(host, "undisturbed")
 
 
 @pytest.fixture(scope="package")
-def disk(operator: Operator, fleet: Fleet, undisturbed: list[float]) -> Path:
-    """Return the second host's checkpoints folder after a job there was killed and its host's power cut, twice."""
-    name, folder = NAMES[1], operator.folder / "disk"
-    words = ("--save", "survivor", "--max-restarts", "3", "--detach")
+def cut_off(operator: Operator, fleet: Fleet, undisturbed: list[float]) -> list[float]:
+    """Return the losses so far of a job that was killed, and whose host's power was cut twice: it is off now."""
+    name = NAMES[1]
+    words = ("--save", f"{DATA}/survivor", "--max-restarts", "3", "--detach")
     started = operator.run("finetune", "--on", fleet.target(name), *JOB, *SURVIVOR, *words)
     (job,) = re.findall(r"^(finetune-\S+) runs on", started, re.MULTILINE)
     wait_for_iteration(fleet.hosts[name], 10)
@@ -52,25 +54,25 @@ def disk(operator: Operator, fleet: Fleet, undisturbed: list[float]) -> Path:
     call("docker", "kill", targets.container_name(name))
     fleet.boot(name)
     wait_for_iteration(fleet.hosts[name], 40)
-    call("docker", "kill", targets.container_name(name))
-    call("docker", "cp", "--archive", f"{targets.container_name(name)}:{CHECKPOINTS}", folder)
-    fleet.boot(name)
     state = f"~{targets.USER}/.local/state/mixtral-run/jobs/{job}/state/attempts.json"
     assert json.loads(fleet.hosts[name].shell(f"cat {state}"))["count"] >= 3
-    fleet.hosts[name].run("docker", "rm", "--force", job)
-    return folder
+    found = losses(fleet.hosts[name], "survivor")
+    call("docker", "kill", targets.container_name(name))
+    return found
 
 
 def losses(host: targets.Host, save: str) -> list[float]:
     """Return the loss of each iteration of a run."""
-    lines = map(json.loads, host.run("cat", f"{CHECKPOINTS}/{save}/metrics.jsonl").splitlines())
+    text = host.run("cat", f"{DATA}/{save}/metrics.jsonl")
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
 def wait_for_iteration(host: targets.Host, number: int) -> None:
     """Wait until the job has come so far, and has saved."""
     until = time.monotonic() + 300
-    script = f"cd {CHECKPOINTS}/survivor && tail -n 1 metrics.jsonl && cat latest_checkpointed_iteration.txt"
+    script = f"cd {DATA}/survivor && tail -n 1 metrics.jsonl && cat latest_checkpointed_iteration.txt"
     while True:
         found = re.search(r'"iteration": (\d+).*\n\d+', host.shell(script, check=False))
         if found and int(found[1]) >= number:
@@ -79,17 +81,18 @@ def wait_for_iteration(host: targets.Host, number: int) -> None:
         time.sleep(0.2)
 
 
-def test_a_job_comes_back_after_a_kill_and_a_power_cut(disk: Path, undisturbed: list[float]) -> None:
+def test_a_job_comes_back_after_a_kill_and_a_power_cut(cut_off: list[float], undisturbed: list[float]) -> None:
     """The engine starts its container again, and the job continues from its newest checkpoint."""
-    found = [json.loads(line) for line in (disk / "survivor/metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in found] == list(range(1, len(found) + 1)) and len(found) >= 40
-    assert [line["loss"] for line in found] == undisturbed[: len(found)]
+    assert len(undisturbed) == 60 and len(cut_off) >= 40
+    assert cut_off == undisturbed[: len(cut_off)]
 
 
-def test_after_a_reimage_one_host_changes_and_the_other_does_not(
-    operator: Operator, fleet: Fleet, set_up: Callable[[str], str]
+def test_after_a_reimage_one_host_changes_and_the_job_ends_as_if_nothing_had_happened(
+    operator: Operator, fleet: Fleet, cut_off: list[float], undisturbed: list[float]
 ) -> None:
     first, second = NAMES
+    fleet.boot(second)
+    fleet.hosts[second].shell("docker rm --force $(docker ps --all --quiet)")
     page = operator.folder / "status.html"
     operator.run("status", *map(fleet.target, NAMES), "--html", str(page), "--checkpoints-folder", CHECKPOINTS)
     for word in (
@@ -111,3 +114,8 @@ def test_after_a_reimage_one_host_changes_and_the_other_does_not(
     assert [status["reimaged"] for status in statuses] == [False, False]
     assert [bool(status["image"]) for status in statuses] == [True, True]
     assert [bool(status["set_up"]) for status in statuses] == [True, True]
+    # The checkpoints are on the data disk: the same command as before takes the job up again, to the same losses.
+    output = operator.run("finetune", "--on", moved, *JOB, *SURVIVOR, "--save", f"{DATA}/survivor", "--resume", "auto")
+    resumed = re.search(r"Resuming from \S+, iteration (\d+)", output)
+    assert resumed is not None and int(resumed[1]) >= 40
+    assert losses(fleet.hosts[second], "survivor") == undisturbed

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.timeout(1800)
 def test_teardown_leaves_the_host_as_it_was(operator: Operator, fleet: Fleet, bootstrapped: dict[str, int]) -> None:
     host, target = fleet.hosts[NAMES[1]], fleet.target(NAMES[1])
     assert changed_hosts(operator.run("bootstrap", target, *SETTINGS)) == {target.split("@")[1]: 0}
+    visit = json.loads(operator.call("status", target, "--history", "--json").stdout)[0]["visits"][-1]
+    assert (visit["verb"], visit["outcome"], visit["num_changed"]) == ("bootstrap", "done", 0)
     words = ("teardown", target, "-e", "@variables.json")
     host.run("docker", "run", "--detach", "--name", "job", "--label", "org.mixtral-run.job=job",
              "--label", "org.mixtral-run.verb=finetune", "--entrypoint", "sleep", IMAGE, "1000000")  # fmt: skip
@@ -28,6 +30,9 @@ def test_teardown_leaves_the_host_as_it_was(operator: Operator, fleet: Fleet, bo
     assert told["hosts"][0]["result"] == "done" and told["hosts"][0]["removed"]
     assert difference(fleet.bare[NAMES[1]], snapshot(host)) == []
     assert json.loads(operator.call(*words, "--yes", "--json").stdout)["hosts"][0]["removed"] == []
+    lines = [json.loads(line) for line in host.shell("cat /var/log/mixtral-run/history.jsonl").splitlines()]
+    assert [(line["verb"], line["state"]) for line in lines[-2:]] == [("teardown", "began"), ("teardown", "ended")]
+    assert "swap · Keep a swap file of the wanted size" in lines[-1]["changed"]
 
 
 def test_a_password_puts_the_key_there_once(operator: Operator, fleet: Fleet) -> None:

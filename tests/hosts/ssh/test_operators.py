@@ -5,6 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import pytest
 
 from mixtral_run.fleet.bootstrap import host_lock
 from mixtral_run.fleet.bootstrap.host_lock import hold_locks, holder_text
+from mixtral_run.fleet.history import history_of
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.ssh.connection import Ssh
-from tests.hosts.conftest import HostMaker, Run
+from tests.hosts.conftest import PLAYBOOKS, HostMaker, Run
 from tests.hosts.light_hosts import LightHost
 
+ROOT = Path(__file__).parents[3]
 LOCK = "mixtral-run-setup.lock"
 
 
@@ -104,6 +108,40 @@ def test_bootstrap_leaves_a_host_of_another_operator_and_sets_up_the_others(ligh
         assert "Another operator changes" in text and "mixtral-run teardown by" in text
         # --check changes nothing and asks nobody.
         assert not run(hosts[0].target, check=True)[0].progress.bad
+
+
+def test_a_play_without_the_command_line_keeps_others_away_as_well(host: LightHost, tmp_path: Path) -> None:
+    target, history = parse_host(host.target), tmp_path / "history.jsonl"
+    inventory = tmp_path / "inventory"
+    inventory.write_text(f"gpu-01 ansible_host=127.0.0.1 ansible_port={host.port}\n")
+    words = [
+        Path(sys.executable).with_name("ansible-playbook"), PLAYBOOKS / "visit.yml", "--inventory", inventory,
+        "--ssh-common-args", "-o StrictHostKeyChecking=accept-new",
+        "--extra-vars", f"visit_history={history} ansible_python_interpreter={sys.executable}",
+    ]  # fmt: skip
+
+    def play(*more: str) -> subprocess.Popen[bytes]:
+        argv = [*map(str, words), *more]
+        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    with hold_locks(Ssh(), (target,), "mixtral-run teardown"):
+        refused = play()
+        told = refused.communicate()[0].decode()
+        assert refused.returncode and "mixtral-run teardown by" in told and "Change something" not in told, told
+        assert not history.exists()
+    assert play().wait() == 0
+    first = play("--extra-vars", "visit_seconds=100")
+    try:
+        while len(history.read_text().splitlines()) < 3:
+            assert first.poll() is None
+            time.sleep(0.1)
+        assert f"mixtral-run bootstrap by {getpass.getuser()}@" in problem_of(target)
+    finally:
+        first.kill()
+        first.wait()
+    wait_until_free(target)
+    visits = history_of("gpu-01", history.read_text()).visits
+    assert [(visit.outcome, visit.changed) for visit in visits] == [("done", ("Change something",)), ("no end", ())]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def train(
     for iteration, batch in zip(range(start, stop), stream, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
-        result = train_step(model, optimizer, batch, config.clip_grad, backward)
+        result = train_step(model, optimizer, batch, config.max_norm, backward)
         figures.append((result.loss, result.grad_norm))
         router.append(counts.take().tolist())
     after = frozen(model)

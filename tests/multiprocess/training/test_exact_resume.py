@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
@@ -18,7 +22,7 @@ from mixtral_run.config.verbs.weights import ExportConfig, VerifyConfig
 from mixtral_run.errors import CheckFailed, ConfigError, MixtralRunError, WeightsError
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.checkpoints.adapter_check import check_adapter_files
+from mixtral_run.train.checkpoints.adapter_check import check_saved_files
 from mixtral_run.train.preflight import check_resume
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
@@ -33,6 +37,8 @@ SETTINGS = (
     "--lora-dropout", "0.3", "--lora-rank", "4", "--lr", "1e-2",
     "--train-iters", "6", "--save-interval", "3", "--eval-interval", "3", "--skip-bad-steps", "1", "--data-path",
 )  # fmt: skip
+MARKER = "mixtral_run_complete.json"
+SECRET = "aSecretThatMustBeInNoFile"
 ITERATIONS = [1, 2, 3, 4, 5, 6]
 
 
@@ -149,7 +155,7 @@ def load(adapter: Path) -> None:
     """What `generate` and `--resume` do first with an adapter."""
     one = LaunchConfig(device="cpu", tensor_model_parallel_size=1, expert_model_parallel_size=1)
     with open_mesh(one) as mesh:
-        check_adapter_files(describe_adapter(adapter), mesh)
+        check_saved_files(describe_adapter(adapter), mesh)
 
 
 def flip(file: Path, bit: int) -> None:
@@ -197,3 +203,57 @@ def test_a_marker_that_names_an_older_iteration_is_found(own: Path) -> None:
     (own / f".{LATEST}.next").unlink()
     (own / LATEST).write_text("6\n")
     load(own / "iter_0000003")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that speaks S3, with one bucket; what comes from it is its own client, apart from the kit."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "AKIDOFTESTS", "AWS_SECRET_ACCESS_KEY": SECRET}
+    for name, value in {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **keys}.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="bucket")
+    yield client
+    server.stop()
+
+
+def stored(client: Any) -> dict[str, int]:
+    found = client.list_objects_v2(Bucket="bucket").get("Contents", [])
+    return {each["Key"]: each["Size"] for each in found}
+
+
+def test_a_run_in_a_store_continues_on_another_machine_with_the_same_bits(
+    s3: Any, whole: Path, small_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """The base is in the store as well. The first machine is lost before its last checkpoint is whole in the store."""
+    for file in small_checkpoint.rglob("*"):
+        if file.is_file():
+            s3.upload_file(str(file), "bucket", f"base/{file.relative_to(small_checkpoint)}")
+    url, caches, outputs = "s3://bucket/runs/adapter", [tmp_path / "first", tmp_path / "second"], []
+    light = ("--no-report", "--report-prompts", "0", "--no-tensorboard", "--resume", "auto", "--save", url)
+    command = (*SETTINGS, str(data), "--valid-data-path", str(data), "--load", "s3://bucket/base", *light)
+    for cache, more in zip(caches, ((), ("--keep-last", "1")), strict=True):
+        done = mixtral_run("finetune", *command, *more, MIXTRAL_RUN_STORE_CACHE=str(cache))
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout + done.stderr)
+        assert {f"runs/adapter/iter_0000006/{MARKER}"} < {*stored(s3)}
+        if not more:
+            for name in (MARKER, "__0_0.distcp"):
+                s3.delete_object(Bucket="bucket", Key=f"runs/adapter/iter_0000006/{name}")
+            shutil.rmtree(cache)
+    assert "iteration 4/6 |" in outputs[1] and "iteration 3/6 |" not in outputs[1]
+    found = stored(s3)
+    assert not [name for name in found if "iter_0000003" in name]
+    (own,) = (caches[1] / "outputs").glob("*/adapter")
+    assert list(tensors(own / "iter_0000006")) == list(tensors(whole / "iter_0000006"))
+    for file in (own / "iter_0000006").iterdir():
+        assert found[f"runs/adapter/iter_0000006/{file.name}"] == file.stat().st_size
+    body = s3.get_object(Bucket="bucket", Key="runs/adapter/metrics.jsonl")["Body"].read().decode()
+    losses = [json.loads(line)["loss"] for line in body.splitlines()]
+    assert losses == [line["loss"] for line in lines(whole / "metrics.jsonl")]
+    for text in (*outputs, *(each.read_bytes().decode(errors="replace") for each in tmp_path.rglob("*.json*"))):
+        assert SECRET not in text

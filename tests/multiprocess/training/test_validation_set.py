@@ -47,6 +47,7 @@ def test_the_validation_set_is_evaluated(
     summary = json.loads((save / "summary.json").read_text())["validation"]
     lowest = min(found, key=lambda each: each["loss"])
     assert summary == {
+        "first_iteration": 0,
         "first_loss": found[0]["loss"],
         "last_loss": found[-1]["loss"],
         "lowest_loss": lowest["loss"],
@@ -133,7 +134,7 @@ def check_report(save: Path, examples: list[dict[str, str]]) -> None:
     about, layout, *_ = [each.text for each in page.all("p")]
     kit = f"mixtral-run {summary['kit']['version']}, commit {summary['kit']['commit'][:12]}"
     assert about.startswith(f"Complete: 5 iterations · started {summary['started']} · {kit}")
-    assert layout == f"2 × cpu, TP2/EP2, base in bf16, recompute {summary['recompute']}"
+    assert layout == f"2 × cpu, TP2/EP2, base in fp32, recompute {summary['recompute']}"
     assert {f"Lowest validation loss, at iteration {summary['validation']['lowest_iteration']}"} <= {
         each.text for each in page.all("span")
     }

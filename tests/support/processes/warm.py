@@ -32,7 +32,10 @@ from typing import Any
 START_SECONDS = 300
 FRESH_VARIABLE = "MIXTRAL_RUN_TEST_FRESH"
 ROOT = Path(__file__).parents[3]
-CHANGING = ("PYTEST_CURRENT_TEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+CHANGING = (
+    "PYTEST_CURRENT_TEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MIXTRAL_RUN_STORE_CACHE",
+)  # fmt: skip
 """Environment variables that no library reads while it is imported."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 """The server's: as it is before any test changes it."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -169,6 +170,20 @@ def test_an_empty_value_is_refused() -> None:
     assert (done.returncode, "--hf-model-path: expected a directory" in done.stderr) == (2, True)
     done = mixtral_run("plan", "--lora-target-modules", "")
     assert (done.returncode, "--lora-target-modules: expected one of" in done.stderr) == (2, True)
+
+
+def test_a_list_may_be_given_in_parts() -> None:
+    error = CliRunner().invoke(root, ["finetune", "--log-to", "nowhere,elsewhere", "--log-to", "wandb"]).exception
+    assert isinstance(error, ConfigError)
+    wrong = [problem for problem in error.problems if problem.startswith("--log-to")]
+    assert wrong == ["--log-to: expected one of wandb, mlflow; found nowhere, elsewhere"]
+    for verb in ("bootstrap", "teardown"):
+        command = root.get_command(click.Context(root), verb)
+        assert command is not None
+        words = ["gpu-01", "--tags", "docker,swap", "--tags", "image", "--limit", "a", "--limit", "b"]
+        given = command.make_context(verb, words).params
+        assert (given["tags"], given["limit"]) == ("docker,swap,image", "a,b")
+        assert command.make_context(verb, ["gpu-01"]).params["tags"] is None
 
 
 def test_what_looks_like_a_flag_may_be_a_value() -> None:

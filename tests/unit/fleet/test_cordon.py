@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from mixtral_run import __version__
 from mixtral_run.cli.main import root
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet import cordon as module
 from mixtral_run.fleet.cordon import Cordon, cordon_error, cordon_of, parse_cordon
+from mixtral_run.fleet.history import history_of
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT
 from mixtral_run.fleet.ssh.connection import Answer
@@ -48,6 +51,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(ThisMachine, "environment", {"PATH": f"{tmp_path / 'bin'}:{PATH}"}, raising=False)
     monkeypatch.setattr(module, "Ssh", ThisMachine)
     monkeypatch.setattr(module, "CORDON_FILE", str(tmp_path / "records/cordon.json"))
+    monkeypatch.setattr(module, "HISTORY", str(tmp_path / "log/history.jsonl"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "records/cordon.json"
 
@@ -91,6 +95,23 @@ def test_without_the_right_to_write_it_fails_in_words(file: Path, tmp_path: Path
     with pytest.raises(HostError, match="gpu-03 was not cordoned") as caught:
         run("cordon", "gpu-03", "--reason", "x")
     assert "sudo asks for a password" in str(caught.value) and not file.exists()
+
+
+def test_the_history_tells_of_both(file: Path, tmp_path: Path) -> None:
+    run("cordon", "gpu-03", "--reason", "Xid 79 on 'GPU' $(5)")
+    run("uncordon", "gpu-03")
+    history = tmp_path / "log/history.jsonl"
+    assert history.stat().st_mode & 0o777 == 0o644
+    visits = history_of("gpu-03", history.read_text()).visits
+    assert [(visit.verb, visit.what, visit.outcome) for visit in visits] == [
+        ("cordon", "takes no jobs: Xid 79 on 'GPU' $(5)", "done"), ("uncordon", "takes jobs", "done"),
+    ]  # fmt: skip
+    assert visits[0].by.endswith(f"@{socket.gethostname()}") and visits[0].kit.startswith(__version__)
+    # A log that cannot be written keeps nobody from cordoning a host.
+    history.unlink()
+    history.symlink_to(tmp_path / "victim")
+    run("cordon", "gpu-03", "--reason", "x")
+    assert file.exists() and not (tmp_path / "victim").exists()
 
 
 def test_a_reason_and_hosts_are_needed(file: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible.module_utils.mixtral_run_host import files
-from ansible.module_utils.mixtral_run_host.model.model_cache import ModelError
+from ansible.module_utils.mixtral_run_host.spread import peer
+from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError
 
 from tests.unit.host.conftest import call_module, load_module
 
@@ -71,25 +76,28 @@ def test_the_key_of_another_host_is_private_and_gone_afterwards(
     class Peer:
         """STAND-IN for the connection: looks at the files that ssh would read."""
 
-        def __init__(self, address: str, port: int, user: str, model: str, key: str, known_hosts: str) -> None:
+        def __init__(self, address: str, port: int, user: str, key: str, known_hosts: str, slowest: float) -> None:
             seen.extend((Path(key), Path(known_hosts)))
             assert (mode(key), mode(known_hosts), mode(Path(key).parent)) == (0o600, 0o600, 0o700)
+            assert sorted(Path(key).parent.iterdir()) == seen
             assert Path(key).read_text() == "PRIVATE KEY\n"
             assert Path(known_hosts).read_text() == "[10.0.0.1]:2222 ssh-ed25519 AAAA\n"
 
-        def commit(self, revision: str) -> str:
+        @contextlib.contextmanager
+        def open_file(self, *_: object) -> Iterator[tuple[io.BytesIO, bool]]:
             if fails:
-                raise ModelError("refused", "run again")
-            return "a" * 40
+                raise CopyError("refused", "run again")
+            yield io.BytesIO(b"{}"), True
 
-        def files(self, *_: object) -> list:
-            return []
-
-    monkeypatch.setattr(MODULE, "Peer", Peer)
+    monkeypatch.setattr(peer, "ASKING", str(tmp_path / "asking"))
+    monkeypatch.setattr(peer, "Peer", Peer)
+    (tmp_path / "asking").mkdir()
+    (tmp_path / "asking/key-of-a-killed-run").touch()
+    content = {"commit": "a" * 40, "files": [["config.json", 2, hashlib.sha256(b"{}").hexdigest()]]}
     result = call_module(
         MODULE, tmp_path / "records", host="gpu-02", home=str(tmp_path / "home"), model="org/model", patterns=["*"],
-        peer="gpu-01", peer_address="10.0.0.1", peer_port=2222, peer_user="ops", peer_key="PRIVATE KEY\n\n",
-        peer_host_keys=["ssh-ed25519 AAAA"], uid=os.geteuid(), gid=os.getegid(),
+        via="peer", content=content, peer="gpu-01", peer_address="10.0.0.1", peer_port=2222, peer_user="ops",
+        peer_key="PRIVATE KEY\n\n", peer_host_keys=["ssh-ed25519 AAAA"], uid=os.geteuid(), gid=os.getegid(),
     )  # fmt: skip
-    assert result["failed"] and ("refused" if fails else "no file of the model") in result["msg"]
+    assert ("refused" in result["msg"]) if fails else result["spread"]["holds"]
     assert len(seen) == 2 and not seen[0].parent.exists()

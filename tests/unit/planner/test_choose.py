@@ -9,7 +9,8 @@ import pytest
 
 from mixtral_run.config.gpus import HOPPER
 from mixtral_run.config.verbs.generate import GenerateConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import available, choose
@@ -88,7 +89,6 @@ def test_configs_of_earlier_versions_get_the_layout_that_they_had(
         # All weights are on one GPU of 140 GiB only without their gradients: SGD within the backward pass.
         (8, 79.1, {}, (1, 8)),
         (2, 139.7, {}, (1, 2)),
-        (8, 79.1, {"optimizer": "adamw"}, (1, 8)),
         # The batch cannot be split over eight replicas.
         (8, 79.1, {"global_batch_size": 4}, (2, 8)),
         (8, None, {"global_batch_size": 2}, (4, 8)),

@@ -117,6 +117,11 @@ def test_the_best_run_has_the_lowest_validation_loss(folder: Path) -> None:
     shown = CliRunner().invoke(runs, [str(folder), "--best"])
     assert "1 of 3 runs have no validation loss" in shown.output
     assert f"mixtral-run export --adapter {folder / 'deep' / 'b' / 'iter_0000002'} " in shown.output.replace("\n", "")
+    assert "has no checkpoint" not in shown.output
+    # The best iteration of this run was not saved: the command takes the newest checkpoint, and a line says so.
+    shown = CliRunner().invoke(runs, [str(folder / "a"), "--best"])
+    assert "Iteration 2 has no checkpoint (--save-interval)" in shown.output
+    assert f"mixtral-run export --adapter {folder / 'a'} " in shown.output.replace("\n", "")
     with pytest.raises(ConfigError, match="No run has a loss"):
         CliRunner().invoke(runs, [str(folder / "base"), "--best"], catch_exceptions=False)
 

@@ -112,14 +112,21 @@ def test_evaluations_are_written(mesh: Mesh, samples: Samples, tmp_path: Path) -
 def test_an_earlier_checkpoint_that_was_better_is_named(tmp_path: Path) -> None:
     found = [ValidationMetrics(iteration, loss, 9, 1.0) for iteration, loss in ((0, 3.0), (10, 1.5), (20, 1.75))]
     summary = ValidationSummary.of(found)
-    assert summary == ValidationSummary(3.0, 1.75, 1.5, 10)
-    assert summary.line(tmp_path).endswith("lowest 1.5000 at iteration 10")
+    assert summary == ValidationSummary(0, 3.0, 1.75, 1.5, 10)
+    assert summary.line(tmp_path).endswith(
+        "lowest 1.5000 at iteration 10, of which there is no checkpoint (--save-interval)"
+    )
     (tmp_path / "iter_0000010").mkdir()
     assert summary.line(tmp_path).endswith(f", which --adapter {tmp_path / 'iter_0000010'} selects")
     assert summary.best_adapter(tmp_path) == tmp_path / "iter_0000010"
     assert summary.best_adapter(tmp_path / "elsewhere") == tmp_path / "elsewhere"
     growing = ValidationSummary.of(found[:2])
     assert growing is not None and growing.line(tmp_path) == "validation loss 3.0000 before, 1.5000 at the end"
+    resumed = ValidationSummary.of(found[1:])
+    assert resumed is not None
+    assert resumed.line(tmp_path) == "validation loss 1.5000 at iteration 10, 1.7500 at the end; " + (
+        f"lowest 1.5000 at iteration 10, which --adapter {tmp_path / 'iter_0000010'} selects"
+    )
     assert ValidationSummary.of([]) is None
 
 

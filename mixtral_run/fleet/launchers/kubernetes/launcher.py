@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
+from mixtral_run.config.fields import Config
 from mixtral_run.config.launchers.kubernetes import KubernetesConfig
-from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.training import RunConfig
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.fetch import fetch
@@ -52,7 +53,7 @@ class KubernetesLauncher:
         objects = manifest(spec, settings)
         cluster = resolved(settings.kube_context, settings.namespace)
         kubectl, name, kind = Kubectl(cluster), spec.name, KINDS[settings.crd]
-        if isinstance(request.config, FinetuneConfig) and request.config.resume is None:
+        if _saves(request.config) and request.config.resume is None:
             say("--resume auto: a pod that the cluster replaces continues from the newest checkpoint in --save")
         try:
             kubectl.apply(f"{name} was not accepted.", to_yaml(objects))
@@ -225,10 +226,15 @@ class _LastLook:
         return list(self._pods.values())
 
 
+def _saves(config: Config) -> TypeGuard[RunConfig]:
+    """Return True for the settings of a training that saves checkpoints."""
+    return isinstance(config, RunConfig) and config.save is not None
+
+
 def _job_of(request: LaunchRequest) -> tuple[JobSpec, KubernetesConfig]:
     settings, config = request.settings, request.config
     assert isinstance(settings, KubernetesConfig)
-    if isinstance(config, FinetuneConfig) and config.resume is None:
+    if _saves(config) and config.resume is None:
         # A pod that is replaced, after a drain of its node or a failure, finds the checkpoints of the one before it.
         config = replace(config, resume="auto")
     return make_spec(request.name, request.verb, config, request.options, settings.nodes), settings

@@ -12,6 +12,7 @@ from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, plain_type
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.launchers.slurm import NAMED, SlurmConfig
+from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import INCURABLE, ConfigError
 from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS, HF_HOME, JOB_FOLDER, KERNELS
 from mixtral_run.fleet.jobs.job_spec import CONFINEMENT, READ_ONLY_ROOT, JobOptions, JobSpec, bind, host_path, make_spec
@@ -207,7 +208,7 @@ def _program(spec: JobSpec, config: Config, settings: SlurmConfig) -> list[str]:
 
 
 def _resumes(spec: JobSpec) -> bool:
-    return "resume" in spec.config
+    return can_resume(spec.config)
 
 
 def _docker(spec: JobSpec, settings: SlurmConfig) -> list[str]:

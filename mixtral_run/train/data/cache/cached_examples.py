@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixtral_run.config.data_sources import DataSource, content_sha256
-from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import RunConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.cache_folder import CacheFolder, default_folder
@@ -77,7 +77,7 @@ class ExampleCaches:
         self._base, self._report, self._verify = base, report, verify
         self._options = ReadOptions.of(config)
         self._encoding = Encoding(base.tokenizer, config.chat_template)
-        save = config.save if isinstance(config, FinetuneConfig) else None
+        save = config.save if isinstance(config, RunConfig) else None
         self._folder = CacheFolder(
             config.data_cache or default_folder(save),
             int(config.data_cache_gib * 2**30),

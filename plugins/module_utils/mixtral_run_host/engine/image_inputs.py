@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+
+from .. import probe, shortfalls, space
+from ..commands import last_lines
 
 BLOCK = 1 << 20
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+VARIANTS = (("cu130", "580"), ("cu126", "525"))
+"""CUDA builds of torch, and the oldest driver that each runs on."""
+SPACE_REMEDY = "`docker system df` and `docker image prune` on the host, or a larger disk: docker_data_root, docker_containerd_root"
 REMEDIES = (
     ("toomanyrequests", "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors"),
     ("429", "the registry limits pulls: log in on the host, or name a mirror in docker_registry_mirrors"),
@@ -57,3 +64,43 @@ def digest_of(path):
         for block in iter(lambda: file.read(BLOCK), b""):
             digest.update(block)
     return "sha256:" + digest.hexdigest()
+
+
+def proxy_variables(proxy, no_proxy):
+    """Return the variables of a proxy, in both spellings: apt and curl read http_proxy in lower case only."""
+    found = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": no_proxy} if proxy else {}
+    return dict(found, **{name.lower(): value for name, value in found.items()})
+
+
+def build_args(values):
+    """Return the arguments of `docker build` for variables of a Dockerfile."""
+    return [word for name, value in sorted(values.items()) for word in ("--build-arg", "{}={}".format(name, value))]
+
+
+def variant_for(driver):
+    """Return the CUDA build of torch for a driver, or None if there is none."""
+    fitting = (name for name, least in VARIANTS if shortfalls.version(driver) >= shortfalls.version(least))
+    return next(fitting, None)
+
+
+def full_disk(answer):
+    """Return what is free where the engine stores images if an answer of it says that nothing is, else None."""
+    if "no space left on device" not in (answer.out + answer.err).lower():
+        return None
+    engine = probe.engine()
+    root = space.CONTAINERD_ROOT if engine["containerd_images"] else engine["root"] or space.DATA_ROOT
+    return "{:g} GiB free under {}; {}".format(probe.disk(root)["free_gib"], root, last_lines(answer, 2))
+
+
+def listed(paths):
+    """Return name and size of each file."""
+    return ["{} {}".format(os.path.basename(path), os.path.getsize(path)) for path in paths]
+
+
+def label_build(name, labels, folder):
+    """Write a Dockerfile into a new folder and return the arguments of the build that adds labels to an image."""
+    os.makedirs(folder)
+    with open(os.path.join(folder, "Dockerfile"), "w", encoding="utf-8") as file:
+        file.write("FROM {}\n".format(name))
+    words = [word for label, value in sorted(labels.items()) for word in ("--label", "{}={}".format(label, value))]
+    return ["docker", "build", "--tag", name] + words + [folder]

@@ -11,7 +11,8 @@ import os
 import re
 
 from ..commands import MISSING, TIMED_OUT, last_lines, run
-from .model_cache import ModelError, checked_commit, checked_files
+from ..spread.blobs import CopyError
+from .model_cache import checked_commit, checked_files
 
 HOME = "/huggingface"
 LISTING_CACHE = "/tmp/listing"
@@ -44,27 +45,27 @@ class HubDownload:
         """Return the approximate number of bytes that are still missing (`hf` rounds sizes). Write nothing.
 
         Return None if the hub gives no listing; the error of the download itself then states the reason.
-        Raise ModelError if no file matches.
+        Raise CopyError if no file matches.
         """
         answer = run(self.argv(["--dry-run"], listing=True), timeout=LISTING_SECONDS, environment=self._environment)
         if answer.code:
             return None
         listed = self._json_of(answer)
         if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
-            raise ModelError("hf download --dry-run prints no list of files", "take the image of this kit's version")
+            raise CopyError("hf download --dry-run prints no list of files", "take the image of this kit's version")
         if not listed:
-            raise ModelError("no file of the model matches {}".format(self._patterns), "see hf_cache_model_patterns")
+            raise CopyError("no file of the model matches {}".format(self._patterns), "see hf_cache_model_patterns")
         here = set(self._snapshot_names())
         return sum(_size_of(each.get("size")) for each in listed if each.get("file") not in here)
 
     def fetch(self):
-        """Download the missing files. Return the commit and the files of its snapshot. Raise ModelError on failure."""
+        """Download the missing files. Return the commit and the files of its snapshot. Raise CopyError on failure."""
         # The container of a play that was killed continues its download, so wait for it.
         run(["docker", "wait", self._container], timeout=DOWNLOAD_SECONDS)
         answer = run(self.argv([], self._container), timeout=DOWNLOAD_SECONDS, environment=self._environment)
         if answer.code:
             said = _plain(answer.err) or last_lines(answer, 4)
-            raise ModelError(said or "hf download ended with {}".format(answer.code), self._remedy(answer, said))
+            raise CopyError(said or "hf download ended with {}".format(answer.code), self._remedy(answer, said))
         printed = self._json_of(answer)
         path = printed.get("path") if isinstance(printed, dict) else None
         commit = checked_commit(os.path.basename(path) if isinstance(path, str) else None, "hf download")
@@ -113,7 +114,7 @@ class HubDownload:
         try:
             return json.loads(answer.out)
         except ValueError as error:
-            raise ModelError(
+            raise CopyError(
                 "hf download --json prints no JSON: {}".format(error), "take the image of this kit's version"
             ) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice, Phase
-from mixtral_run.fleet.bootstrap.view import PlainView, duration, progress_table, summary
+from mixtral_run.fleet.bootstrap.view import PlainView, duration, progress_table, summary, where
 
 RECORDED = Path(__file__).with_name("recorded_events.jsonl")
 
@@ -79,12 +79,14 @@ def test_the_summary_names_error_remedy_log_and_retry(events: list[dict[str, Any
 def test_a_warning_of_many_hosts_is_reported_once() -> None:
     progress = FleetProgress([f"gpu-{number:02}" for number in range(50)])
     for name in progress.hosts:
-        data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow"]}}
+        data = {"host": name, "task": "Look", "res": {"warnings": ["the clock is slow", f"{name}: time sync: none"]}}
         progress.fold({"event": "runner_on_ok", "event_data": data})
     text = summary(progress, seconds=1, log=None, retry=None, check=False)
-    (reported,) = (line for line in text.splitlines() if line.startswith("! "))
+    reported, named = (line for line in text.splitlines() if line.startswith("! "))
     assert reported.startswith("! gpu-00, gpu-01, ")
     assert reported.endswith(" and 42 more: the clock is slow")
+    # A module that names the host itself gives each host another warning.
+    assert named.endswith(" and 42 more: time sync: none")
 
 
 def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
@@ -202,3 +204,31 @@ def test_a_start_up_file_that_prints_is_named_as_the_cause() -> None:
     assert progress.hosts["gpu-01"].failure is not None
     message = progress.hosts["gpu-01"].failure.message
     assert '{"greeting": "welcome"}' in message and "~/.bashrc" in message and "next:" in message
+
+
+def test_a_copy_from_host_to_host_is_shown_with_its_source() -> None:
+    progress, out = FleetProgress(["gpu-01"]), io.StringIO()
+    start = {"event": "runner_on_start", "event_data": {"host": "gpu-01", "role": "x", "task": "Take it"}}
+    note = "org/model from gpu-02 (1 of 2 hosts have it, 1 round to go)"
+    notices = progress.fold(start) + progress.fold(_event("runner_on_ok", spread_note=note, msg=note))
+    progress.fold(start)
+    PlainView(progress, out).update(notices)
+    assert out.getvalue() == f"← gpu-01: {note}\n"
+    assert where(progress.hosts["gpu-01"]) == f"x · Take it · {note}"
+    progress.fold({"event": "runner_on_start", "event_data": {"host": "gpu-01", "role": "y", "task": "Next"}})
+    assert where(progress.hosts["gpu-01"]) == "y · Next"
+
+
+def test_a_source_that_is_lost_does_not_make_the_host_unreachable() -> None:
+    """The events of a delegated task are those of the host that delegates; only the printed line names the other."""
+    progress = FleetProgress(["gpu-01"])
+    lost = _event("runner_on_unreachable", msg="Connection timed out", unreachable=True)
+    lost["stdout"] = "fatal: [gpu-01 -> gpu-02(10.0.0.2)]: UNREACHABLE! => ..."
+    (notice,) = progress.fold(lost)
+    progress.fold(_end(ignored={"gpu-01": 1}))
+    assert notice.kind == "warning" and progress.hosts["gpu-01"].phase is Phase.DONE and not progress.bad
+    progress = FleetProgress(["gpu-01"])
+    lost["stdout"] = "fatal: [gpu-01]: UNREACHABLE! => ..."
+    progress.fold(lost)
+    progress.fold(_end(dark={"gpu-01": 1}))
+    assert [host.phase for host in progress.bad] == [Phase.UNREACHABLE]

@@ -180,8 +180,15 @@ def test_without_a_terminal_it_does_not_ask(hosts: None, monkeypatch: pytest.Mon
 
 
 def test_a_host_that_another_operator_changes_is_not_torn_down(hosts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = Held(problems={TWO: HostError("Another operator changes gpu-02 now.")})
+    refusal = HostError("Another operator changes gpu-02 now.")
+    taken = Held(problems={TWO: refusal})
     monkeypatch.setattr(module, "hold_locks", lambda *_: nullcontext(taken))
+    end, _, _ = run()
+    assert [(play.check, play.hosts) for play in StandInPlay.seen] == [(True, (ONE, TWO)), (False, (ONE,))]
+    assert [host.name for host in end.progress.bad] == ["gpu-02"] and "Another operator changes gpu-02" in end.text
+    assert remembered_hosts() == (TWO,)
+    taken.problems[ONE] = HostError("Another operator changes gpu-01 now.")
+    remember_hosts([ONE])
     with pytest.raises(HostError, match="Another operator changes gpu-02"):
         run()
-    assert [play.check for play in StandInPlay.seen] == [True]
+    assert [play.check for play in StandInPlay.seen] == [True, False, True]

@@ -154,8 +154,8 @@ def test_a_line_without_end_comes_in_parts(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_long_hostile_error_takes_no_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert not is_changed_key("host key " * 100_000)
     changed = "host identification has changed\nssh_exchange_identification\n"
     connection_error(HOST, changed + "Offending " + "key in " * 10_000 + ":1" * 10_000 + "x")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5

@@ -12,8 +12,8 @@ from ansible.module_utils.mixtral_run_host import files, start
 from tests.unit.host.conftest import ROOT, call_module, load_module
 
 FOLDERS = load_module("owned_folders")
-READING = {"host_state", "preflight", "role_arguments", "hf_peer"}
-"""Modules that change nothing, and one that answers its caller instead of failing."""
+READING = {"host_state", "preflight", "role_arguments", "spread_plan"}
+"""Modules that change nothing."""
 
 
 @pytest.fixture(params=[0o027, 0o077])

@@ -127,6 +127,19 @@ def test_with_a_digest_that_image_is_the_base_or_none(engine: Engine, build: Bui
     engine.registry[f"ubuntu:24.04@{DIGEST}"] = engine.registry["ubuntu:24.04"]
     assert build(base_digests={"cpu": DIGEST})["changed"]
     assert engine.arguments()["BASE_IMAGE"] == f"ubuntu:24.04@{DIGEST}"
+    # The lock counts for a variant without an entry, and for the image that it names alone.
+    engine.registry[f"ubuntu:24.04@{MOVED}"] = engine.registry["ubuntu:24.04"]
+    engine.calls.clear()
+    assert build(base_lock={"ubuntu:24.04": MOVED})["changed"]
+    assert engine.arguments()["BASE_IMAGE"] == f"ubuntu:24.04@{MOVED}"
+    for digests, lock, base in (
+        ({"cpu": DIGEST}, {"ubuntu:24.04": MOVED}, f"ubuntu:24.04@{DIGEST}"),
+        ({"cpu": ""}, {"ubuntu:24.04": MOVED}, "ubuntu:24.04"),
+        ({}, {"ubuntu:22.04": MOVED}, "ubuntu:24.04"),
+    ):
+        engine.calls.clear()
+        build(base_digests=digests, base_lock=lock, inputs=f"{digests} {lock}")
+        assert engine.arguments()["BASE_IMAGE"] == base
     message = build(base_digests={"cpu": DIGEST[:-1]})["msg"]
     assert "image_base_digests has no digest for cpu" in message and "imagetools inspect ubuntu:24.04" in message
 

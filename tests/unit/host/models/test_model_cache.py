@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from ansible.module_utils.mixtral_run_host.model.model_cache import (
     ModelCache,
-    ModelError,
-    RemoteFile,
     checked_commit,
     checked_files,
-    digest_of,
 )
+from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile, digest_of
 
 COMMIT = "c" * 40
 MODEL = "org/model"
@@ -32,7 +30,7 @@ class Source:
         self.longest = 10**9
 
     @contextlib.contextmanager
-    def open_file(self, _commit: str, file: RemoteFile, start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+    def open_file(self, file: RemoteFile, start: int) -> Iterator[tuple[io.BytesIO, bool]]:
         self.starts.append(start)
         yield io.BytesIO(self.contents[file.digest][start : start + self.longest]), True
 
@@ -45,7 +43,7 @@ def _fetch(source: Source, home: Path, files: dict[str, bytes] = FILES) -> Model
     cache = ModelCache(str(home), MODEL)
     for file in _listed(files):
         if not cache.has(file):
-            cache.fetch(source, COMMIT, file)
+            cache.fetch(source, file)
     cache.publish("main", COMMIT, _listed(files))
     return cache
 
@@ -66,7 +64,7 @@ def test_it_continues_where_it_stopped(tmp_path: Path) -> None:
     source = Source(FILES)
     source.longest = 100_000
     for _ in range(2):
-        with pytest.raises(ModelError, match="bytes arrived") as failure:
+        with pytest.raises(CopyError, match="bytes arrived") as failure:
             _fetch(source, tmp_path)
         assert "run again" in failure.value.remedy
     assert not (tmp_path / "hub/models--org--model/refs/main").exists()
@@ -79,7 +77,7 @@ def test_wrong_bytes_are_removed_and_reported(tmp_path: Path) -> None:
     source = Source(FILES)
     digest = _listed(FILES)[1].digest
     source.contents[digest] = source.contents[digest][:-1] + b"?"
-    with pytest.raises(ModelError, match="with hash") as failure:
+    with pytest.raises(CopyError, match="with hash") as failure:
         _fetch(source, tmp_path)
     assert "anew" in failure.value.remedy
     assert [path.name for path in (tmp_path / "hub/models--org--model/blobs").iterdir()] == [_listed(FILES)[0].digest]
@@ -89,7 +87,7 @@ def test_a_blob_is_checked_by_its_name(tmp_path: Path) -> None:
     cache, (file, other) = _fetch(Source(FILES), tmp_path), _listed(FILES)
     cache.check(file)
     Path(cache.blob(file.digest)).write_bytes(b'{"a": 2}')
-    with pytest.raises(ModelError, match=r"config\.json: expected a file with hash"):
+    with pytest.raises(CopyError, match=r"config\.json: expected a file with hash"):
         cache.check(file)
     assert not Path(cache.blob(file.digest)).exists() and Path(cache.blob(other.digest)).exists()
 
@@ -101,7 +99,7 @@ class BreakingSource:
         self.data, self.error = data, error
 
     @contextlib.contextmanager
-    def open_file(self, _commit: str, _file: RemoteFile, start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+    def open_file(self, _file: RemoteFile, start: int) -> Iterator[tuple[io.BytesIO, bool]]:
         stream, error = io.BytesIO(self.data[start:]), self.error
 
         class Stream(io.BytesIO):
@@ -124,11 +122,11 @@ def test_a_connection_that_breaks_off_is_reported_and_what_came_is_kept(
     data = bytes(range(256)) * 20 + b"abcdef"
     file = RemoteFile("w.safetensors", len(data), hashlib.sha256(data).hexdigest())
     cache = ModelCache(str(tmp_path), MODEL)
-    with pytest.raises(ModelError, match=r"w\.safetensors: the connection broke off") as failure:
-        cache.fetch(BreakingSource(data[:-6], error), COMMIT, file)
+    with pytest.raises(CopyError, match=r"w\.safetensors: the connection broke off") as failure:
+        cache.fetch(BreakingSource(data[:-6], error), file)
     assert "it goes on there" in failure.value.remedy
     assert Path(cache.blob(file.digest) + ".incomplete").read_bytes() == data[:-6] + more
-    cache.fetch(BreakingSource(data, None), COMMIT, file)
+    cache.fetch(BreakingSource(data, None), file)
     assert Path(cache.blob(file.digest)).read_bytes() == data
 
 
@@ -139,7 +137,7 @@ class EndlessSource:
         self.read = 0
 
     @contextlib.contextmanager
-    def open_file(self, _commit: str, _file: RemoteFile, _start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+    def open_file(self, _file: RemoteFile, _start: int) -> Iterator[tuple[io.BytesIO, bool]]:
         source = self
 
         class Stream(io.BytesIO):
@@ -157,8 +155,8 @@ def test_no_more_is_written_than_was_listed(tmp_path: Path, here: int) -> None:
     partial = Path(cache.blob(file.digest) + ".incomplete")
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"x" * here)
-    with pytest.raises(ModelError, match="more than the 250 bytes that were listed arrived"):
-        cache.fetch(source, COMMIT, file)
+    with pytest.raises(CopyError, match="more than the 250 bytes that were listed arrived"):
+        cache.fetch(source, file)
     assert source.read == 3 - here // 100 and not list(partial.parent.iterdir())
 
 
@@ -214,7 +212,7 @@ def test_a_folder_that_is_a_link_of_the_owner_is_refused(tmp_path: Path, victim:
         link.rename(tmp_path / "moved")
     link.symlink_to(victim.parent)
     os.chown(link, 4321, 4321, follow_symlinks=False)
-    with pytest.raises(ModelError, match="does not belong to root"):
+    with pytest.raises(CopyError, match="does not belong to root"):
         _fetch(Source(FILES), home)
     assert [path.name for path in victim.parent.iterdir()] == ["passwd"]
 
@@ -252,7 +250,7 @@ def test_a_file_in_the_place_of_a_link_is_replaced(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_place_of_a_link_is_reported(tmp_path: Path) -> None:
     (_model_folder(tmp_path) / "snapshots" / COMMIT / "config.json").mkdir()
-    with pytest.raises(ModelError, match=r"config\.json: a folder named config\.json") as failure:
+    with pytest.raises(CopyError, match=r"config\.json: a folder named config\.json") as failure:
         _fetch(Source(FILES), tmp_path)
     assert failure.value.remedy == "remove it"
 
@@ -292,18 +290,18 @@ HOSTILE_FILES = [
 def test_names_that_would_leave_the_cache_are_refused(listed: object) -> None:
     good = ["config.json", 4, "b" * 40]
     assert checked_files([good], "host")[0].path == "config.json"
-    with pytest.raises(ModelError, match="host: it lists") as caught:
+    with pytest.raises(CopyError, match="host: it lists") as caught:
         checked_files([good, listed], "host")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
 def test_a_file_that_is_a_folder_of_another_is_refused() -> None:
     """The first would be a link into blobs/, through which the second would be written."""
-    with pytest.raises(ModelError, match="'a/b' as a file and as a folder"):
+    with pytest.raises(CopyError, match="'a/b' as a file and as a folder"):
         checked_files([["a/b", 1, "a" * 40], ["a/b/c", 1, "b" * 40]], "host")
 
 
 @pytest.mark.parametrize("commit", ["../../x", "main", "A" * 40, "a" * 40 + "\n", None, 7, ["a" * 40]])
 def test_a_commit_is_a_hash(commit: object) -> None:
-    with pytest.raises(ModelError, match="it names the commit"):
+    with pytest.raises(CopyError, match="it names the commit"):
         checked_commit(commit, "host")

@@ -113,9 +113,9 @@ def test_the_image_holds_what_the_extra_train_asks_for_at_the_pinned_versions() 
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = {re.split(r"[<>=]", each)[0].lower() for each in (*extras["train"], *extras["data"])} - {
-        "mixtral-run[data]"
-    }
+    wanted = {
+        re.split(r"[<>=]", each)[0].lower() for each in (*extras["train"], *extras["data"], *extras["stores"])
+    } - {"mixtral-run[data]"}
     lines = (ROOT / "roles/image/files/requirements.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if "==" in line)
     assert wanted <= set(pins)
@@ -145,9 +145,10 @@ def test_a_modules_documentation_equals_its_options(name: str) -> None:
 def test_bootstrap_checks_the_variables_of_every_role_that_it_imports() -> None:
     play = _yaml("playbooks/bootstrap.yml")[0]
     (block,) = [task["block"] for task in play["tasks"] if "block" in task]
-    imported = [task["ansible.builtin.import_role"] for task in block[1:]]
+    imported = [task["ansible.builtin.import_role"] for task in block[2:]]
     assert block[0]["mixtral_run.hosts.role_arguments"]["roles"] == [role["name"] for role in imported]
     assert all(role["rolespec_validate"] is False for role in imported) and block[0]["tags"] == ["always"]
+    assert "mixtral_run.hosts.host_visit" in block[1] and block[1]["tags"] == ["always"]
     assert {role["name"] for role in imported} == set(ROLES)
 
 
@@ -199,7 +200,13 @@ def test_the_kits_modules_are_called_by_the_name_of_the_collection() -> None:
 
 def test_every_task_of_a_role_says_what_it_is_for() -> None:
     """--tags role_install, role_configure and role_run choose within every role; included files inherit no tags."""
+    texts = [path.read_text() for path in (ROOT / "roles").glob("*/tasks/*.yml")]
+    # What is imported has the tags of the import. What an include applies `always` to runs when the include does.
+    inheriting = {name for text in texts for name in re.findall(r"import_tasks: (\w+)\.yml", text)}
+    inheriting |= {
+        name for text in texts for name in re.findall(r"file: (\w+)\.yml\n +apply: {tags: \[always\]}", text)
+    }
     for path in (ROOT / "roles").glob("*/tasks/*.yml"):
         for task in yaml.safe_load(path.read_text()):
-            if "ansible.builtin.import_tasks" not in task and path.stem != "model":
+            if "ansible.builtin.import_tasks" not in task and path.stem not in inheriting:
                 assert set(task.get("tags", [])) & {"role_install", "role_configure", "role_run"}, (path, task["name"])

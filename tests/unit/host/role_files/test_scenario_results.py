@@ -27,7 +27,7 @@ KINDS = {
     "roles/swap/molecule/swap/tasks/on_filesystem.yml": ("swap",),
     "roles/docker/vars/main.yml": ("acceptance", "bootstrap"),
     "roles/image/files/requirements.txt": ("acceptance", "bootstrap"),
-    "roles/hf_cache/files/serve_model.py": ("acceptance", "bootstrap"),
+    "roles/hf_cache/vars/main.yml": ("acceptance", "bootstrap"),
     "roles/docker/molecule/docker/verify.yml": (),
     "tests/molecule/bootstrap/kill_in_the_middle.py": ("bootstrap",),
     "tests/molecule/bootstrap/vars/fleet.yml": ("bootstrap",),

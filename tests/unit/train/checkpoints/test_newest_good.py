@@ -18,6 +18,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.newest_good import newest_good, settle_resume
 from mixtral_run.train.preflight import output_problems
+from mixtral_run.weights.manifest.describe import describe_adapter
 from mixtral_run.weights.manifest.manifest import write_manifest
 from tests.support.tiny import TINY_CONFIG
 
@@ -63,7 +64,7 @@ def test_the_newest_good_iteration_is_taken_and_damaged_ones_get_another_name(
         add(tmp_path, iteration)
     (tmp_path / "iter_0000030/__0_0.distcp").write_bytes(b"other")
     (tmp_path / "iter_0000040/mixtral_run.json").write_text("{}")
-    found = newest_good(tmp_path)
+    found = newest_good(tmp_path, describe_adapter)
     assert found.adapter is not None and found.adapter.iteration == 20
     assert [folder.name for folder, _ in found.damaged] == ["iter_0000040", "iter_0000030"]
     # Looking changes nothing.
@@ -112,7 +113,7 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / LATEST).write_text("1\n")
     (tmp_path / "mixtral_run.json").write_text("{}")
     with pytest.raises(WeightsError, match="This is a base checkpoint"):
-        newest_good(tmp_path)
+        newest_good(tmp_path, describe_adapter)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("")
     assert "expected a new or empty folder" in output_problems(tmp_path / "other", resume="auto")[0]

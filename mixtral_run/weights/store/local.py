@@ -1,0 +1,50 @@
+"""Where copies of a store's folders are on this machine: MIXTRAL_RUN_STORE_CACHE, else in the cache of Hugging Face."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixtral_run.run_lock import LOCK_NAME
+from mixtral_run.weights.store.folder import hf_home
+
+VARIABLE = "MIXTRAL_RUN_STORE_CACHE"
+
+
+@dataclass(frozen=True)
+class LocalCopy:
+    """The folder of a copy, and what the kit notes next to it."""
+
+    folder: Path
+
+    @property
+    def journal(self) -> Path:
+        return self.folder.parent / "copied.json"
+
+    @property
+    def made(self) -> Path:
+        """Return the file with the settings of an output that is complete here."""
+        return self.folder.parent / "made.json"
+
+    @property
+    def sending(self) -> Path:
+        """Return the folder of links to the files that are being sent, which a removal of old checkpoints spares."""
+        return self.folder.parent / "sending"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder.parent / LOCK_NAME
+
+
+def cache_root() -> Path:
+    """Return the folder of all copies."""
+    given = os.environ.get(VARIABLE)
+    return Path(given).expanduser().absolute() if given else hf_home().absolute() / "mixtral-run-stores"
+
+
+def local_copy(url: str, kind: str) -> LocalCopy:
+    """Return the place of a copy. kind: inputs or outputs, which never share files."""
+    name = url.rpartition("/")[2]
+    return LocalCopy(cache_root() / kind / f"{name}-{zlib.crc32(url.encode()):08x}" / name)

@@ -1,0 +1,148 @@
+"""Outputs that belong into a store: the checkpoints of a run, and folders that a verb writes once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.run_lock import LOCK_NAME, one_run
+from mixtral_run.terminal.report import Report
+from mixtral_run.weights.io.atomic_folder import GIB
+from mixtral_run.weights.io.files import write_atomically
+from mixtral_run.weights.store.folder import StoreFolder, open_store
+from mixtral_run.weights.store.journal import Journal, send_missing
+from mixtral_run.weights.store.local import LocalCopy, local_copy
+from mixtral_run.weights.store.marker import MARKER, Marker
+from mixtral_run.weights.store.problems import store_error
+from mixtral_run.weights.store.run_mirror import AbandonedError, Retention, RunMirror
+from mixtral_run.weights.store.runs import bring_back, complete_iterations
+
+_PROBE = ".mixtral-run-probe"
+_HELD = "expected a new or empty folder, or"
+SecondsLeft = Callable[[], float | None]
+"""Time that is left for a copy at the end of a command; None for no limit."""
+
+
+def folder_of(url: str) -> Path:
+    """Return the folder of this machine in which an output is made."""
+    return local_copy(url, "outputs").folder
+
+
+def _check_access(store: StoreFolder, what: str) -> None:
+    """Raise the error of a store that cannot be written to, before any work is done."""
+    try:
+        store.write(_PROBE, b"")
+        store.remove([_PROBE])
+    except Exception as error:
+        raise store_error(error, store.url, what) from error
+
+
+@contextmanager
+def run_output(
+    url: str, resume: str | None, retention: Retention, report: Report, say: Callable[[str], object]
+) -> Iterator[Callable[[SecondsLeft], None]]:
+    """Prepare the folder of a run's checkpoints, and copy them while the block runs. Yields what waits for the rest.
+
+    With --resume the newest complete iteration of the store is brought here first, if this machine has none that is as
+    new. Raises ConfigError if the store's folder is not empty without --resume, or as `store_error` does.
+    """
+    store, local = open_store(url), local_copy(url, "outputs")
+    what = f"--save {url} cannot be used."
+    with one_run(local.lock, "mixtral-run, which copies to a store", Path(url)):
+        _check_access(store, what)
+        try:
+            objects = store.objects()
+            complete = complete_iterations(store, objects)
+            if objects and resume is None:
+                raise _held(f"--save {url}", objects, "--resume")
+            report.say(f"Checkpoints are saved in {local.folder}, and copied to {url}")
+            if resume is not None:
+                local.folder.mkdir(parents=True, exist_ok=True)
+                bring_back(store, objects, complete, local.folder, report)
+        except Exception as error:
+            raise store_error(error, url, what) from error
+        mirror = RunMirror(store, local, complete, retention, say)
+        mirror.start()
+        yield mirror.finish
+
+
+@contextmanager
+def folder_output(
+    url: str, overwrite: bool, settings: Mapping[str, Any], report: Report
+) -> Iterator[Callable[[SecondsLeft], None] | None]:
+    """Prepare the folder of an output that is written once. Yields what copies it.
+
+    Yields None in place of it if an earlier command with the same settings has made the output and could not copy all
+    of it: then the rest is copied at once, and there is nothing to do. Raises as `run_output` does.
+    """
+    store, local = open_store(url), local_copy(url, "outputs")
+    what = f"--output-path {url} cannot be used."
+    text = json.dumps(dict(settings), sort_keys=True)
+    with one_run(local.lock, "mixtral-run, which copies to a store", Path(url)):
+        _check_access(store, what)
+        try:
+            objects = store.objects()
+        except Exception as error:
+            raise store_error(error, url, what) from error
+        if MARKER not in objects and _is_made(local, text):
+            report.say(f"{local.folder} is complete: only the copy to {url} is continued")
+            _send(store, local, report, lambda: None)
+            yield None
+            return
+        if objects and not overwrite:
+            raise _held(f"--output-path {url}", objects, "--overwrite")
+        local.made.unlink(missing_ok=True)
+
+        def finish(seconds: SecondsLeft) -> None:
+            write_atomically(local.made, text)
+            _send(store, local, report, seconds)
+
+        yield finish
+
+
+def _is_made(local: LocalCopy, text: str) -> bool:
+    try:
+        return local.made.read_text(encoding="utf-8") == text and local.folder.is_dir()
+    except OSError:
+        return False
+
+
+def _send(store: StoreFolder, local: LocalCopy, report: Report, seconds: SecondsLeft) -> None:
+    """Copy a folder, its marker last; objects that do not belong to it are removed before."""
+
+    def gate() -> None:
+        left = seconds()
+        if left is not None and left <= 0:
+            raise AbandonedError
+
+    folder = local.folder
+    paths = [each for each in folder.rglob("*") if each.is_file() and each.name != LOCK_NAME]
+    files = {each.relative_to(folder).as_posix(): each for each in paths}
+    total = sum(each.stat().st_size for each in paths)
+    report.say(f"Copying {total / GIB:,.2f} GiB of {folder} to {store.url} …")
+    try:
+        store.remove([MARKER])
+        records, num_bytes = send_missing(store, files, Journal.read(local.journal), gate)
+        store.remove([name for name in store.objects() if name not in files])
+        store.write(MARKER, Marker(records).to_bytes())
+    except Exception as error:
+        error = TimeoutError("the time for it was over") if isinstance(error, AbandonedError) else error
+        problem = store_error(error, store.url, "The output is made, and not copied yet.", in_a_run=True)
+        problem.problems = (f"all of it is in {folder}",)
+        problem.next_command = "the same command on this machine, which copies what is missing"
+        raise problem from error
+    report.done(f"copied to {store.url}, of which {num_bytes / GIB:,.2f} GiB now. {folder} may be removed")
+
+
+def _held(flag: str, objects: Mapping[str, object], other: str) -> ConfigError:
+    names = sorted(objects)
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return ConfigError(
+        "Some settings are wrong.",
+        problems=[f"{flag}: {_HELD} {other}; found {len(names):,} objects: {shown}"],
+        next_command=f"the same command with another URL, or with {other}",
+    )

@@ -1,0 +1,33 @@
+"""Callback plugin that keeps in mind which tasks changed something on each host, for `host_visit`."""
+
+from __future__ import annotations
+
+from ansible.plugins.callback import CallbackBase
+
+from ..plugin_utils.changes import add, watch
+
+DOCUMENTATION = """
+name: changed_tasks
+type: aggregate
+short_description: Keep in mind which tasks changed something on each host
+description:
+  - The module C(mixtral_run.hosts.host_visit) writes them into the history of the host. Prints nothing.
+requirements: ["callbacks_enabled = mixtral_run.hosts.changed_tasks in ansible.cfg"]
+"""
+
+
+class CallbackModule(CallbackBase):
+    """Callback without output."""
+
+    CALLBACK_VERSION = 2.0
+    CALLBACK_TYPE = "aggregate"
+    CALLBACK_NAME = "mixtral_run.hosts.changed_tasks"
+    CALLBACK_NEEDS_ENABLED = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        watch()
+
+    def v2_runner_on_ok(self, result):
+        if result.result.get("changed"):
+            add(result.host.get_name(), result.task.get_name().replace(" : ", " · "))

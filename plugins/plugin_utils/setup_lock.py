@@ -1,0 +1,136 @@
+"""The lock of a host for a play that `ansible-playbook` runs: one task takes it, another gives it back.
+
+Each task runs in a process that ends with it, so a shell of its own keeps the lock, over a connection that multiplexes
+with the play's. It gives the host a sign of life every 5 s while Ansible's main process lives, and takes the lock
+again after a reboot. The file with its process id is in the folder that Ansible removes at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("setup_lock.sh")
+FOLDER = "/run/lock"
+SILENT_SECONDS = 60
+ANSWER_SECONDS, RELEASE_SECONDS = 45, 5
+MAX_NOTE_BYTES = 4096
+KEEPER = r"""
+main=$1 file=$2; shift 2
+signs='echo $$ >"$2"; while kill -0 "$1" 2>/dev/null; do echo . || exit; sleep 5 >/dev/null; done'
+hold() { sh -c "$signs" signs "$main" "$file" | "$@"; rm -f "$file"; }
+hold "$@"
+while sleep 10 >/dev/null; [ -e "$file.wanted" ] && kill -0 "$main" 2>/dev/null; do hold "$@" >/dev/null; done
+"""
+"""$1: Ansible's main process. $2: the file for the id of the process whose end gives the lock back. Then the command
+that runs SCRIPT on the host. `sleep` must not hold the pipe open when its parent is killed."""
+
+
+def operator():
+    """Return the user and the machine from which this play runs."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid {os.getuid()}"
+    return user, socket.gethostname()
+
+
+def take(connection, file, command):
+    """Take the lock of a host. Return (why it is refused, what to warn of), of which at most one is not empty.
+
+    connection: Ansible's, after it was used once. file: where to keep who holds it here. command: for the note.
+    """
+    user, machine = operator()
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    main = os.getppid()
+    note = json.dumps({"command": command, "user": user, "host": machine, "pid": main, "since": since})
+    words = ["sh", "-c", SCRIPT.read_text(encoding="utf-8"), "lock", note, FOLDER, str(SILENT_SECONDS)]
+    argv = _argv(connection, words)
+    if argv is None:
+        return "", f"Two operators are not kept apart here: connection {connection.transport} has no lock"
+    Path(f"{file}.wanted").touch()
+    answer = _answer(["sh", "-c", KEEPER, "keeper", str(main), str(file), *argv])
+    kind, _, text = answer.partition(" ")
+    if kind != "held":
+        give_back(file)
+    if kind == "busy":
+        return holder(text), ""
+    if kind == "held":
+        return "", f"An earlier run was cut off before it had ended: {holder(text)}" if text.strip() else ""
+    return "", f"Two operators are not kept apart here: {plain(text if kind == 'without' else answer) or 'no answer'}"
+
+
+def give_back(file):
+    """Give a lock back that `take` took, and wait until the host has it back."""
+    Path(f"{file}.wanted").unlink(missing_ok=True)
+    with contextlib.suppress(OSError, ValueError):
+        # Ansible's workers ignore SIGTERM, and so do the processes that they start.
+        os.kill(int(file.read_text(encoding="ascii")), signal.SIGKILL)
+        until = time.monotonic() + RELEASE_SECONDS
+        while file.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+def holder(note):
+    """Return who holds a lock, in words. Any user of the host may have written the note."""
+    try:
+        values = json.loads(note)
+        command, user, host, since = (plain(values[name]) for name in ("command", "user", "host", "since"))
+        pid = int(values["pid"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "a holder that does not name itself"
+    return f"{command} by {user}@{host}, process {pid}, since {since}"
+
+
+def plain(text):
+    """Return a text of a host on one line, short, and without control characters."""
+    if not isinstance(text, str):
+        raise TypeError(text)
+    return "".join(letter for letter in text if letter.isprintable())[:120].strip()
+
+
+def _argv(connection, words):
+    """Return the local command that runs words on the host; None for a connection that is neither SSH nor local."""
+    transport = str(connection.transport).rpartition(".")[2]
+    if transport == "local":
+        return words
+    if transport != "ssh" or not hasattr(connection, "_build_command"):
+        return None
+    client, host = connection.get_option("ssh_executable"), connection.get_option("host")
+    argv = connection._build_command(client, "ssh", "-o", "BatchMode=yes", host, shlex.join(words))
+    argv = [os.fsdecode(each) for each in argv]
+    # The connection of the play has been opened already, with its password.
+    return argv[2:] if argv[0] == "sshpass" else argv
+
+
+def _answer(argv):
+    """Start a process that outlives this one, and return the line of its output that answers; the last one without it.
+
+    ssh may print warnings before it.
+    """
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    found, until = b"", time.monotonic() + ANSWER_SECONDS
+    while len(found) < 4 * MAX_NOTE_BYTES:
+        if not select.select([process.stdout], [], [], max(0, until - time.monotonic()))[0]:
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"no answer within {ANSWER_SECONDS} s"
+        data = os.read(process.stdout.fileno(), MAX_NOTE_BYTES)
+        found += data
+        lines = found.decode(errors="replace").split("\n")
+        for line in lines[:-1]:
+            if line.partition(" ")[0] in ("held", "busy", "without"):
+                return line.strip()
+        if not data:
+            break
+    return found.decode(errors="replace").strip().rpartition("\n")[2]

@@ -1,0 +1,47 @@
+"""Settings of pretrain: what depends on --save, and what is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, can_resume
+
+
+def config(**settings: Any) -> PretrainConfig:
+    return PretrainConfig(load=Path("base"), mock_data=True, **settings)
+
+
+def test_defaults_follow_from_save() -> None:
+    plain, saved = config(), config(save=Path("tuned"))
+    assert (plain.uses_adamw, plain.max_norm, saved.uses_adamw, saved.max_norm) == (False, 0.0, True, 1.0)
+    assert config(clip_grad=0.5).max_norm == 0.5 and config(save=Path("tuned"), clip_grad=0.0).max_norm == 0.0
+    assert config(optimizer="adamw").uses_adamw
+    assert plain.problems() == saved.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"resume": "auto"}, "--resume"),
+        ({"keep_last": 2}, "--keep-last"),
+        ({"valid_data_path": ("v.jsonl",)}, "--valid-data-path"),
+        ({"skip_bad_steps": 1}, "--skip-bad-steps"),
+        ({"offload_optimizer": True}, "--offload-optimizer"),
+        ({"save": Path("tuned"), "optimizer": "sgd"}, "--optimizer"),
+        ({"save": Path("tuned"), "metrics_file": Path("m.jsonl")}, "--metrics-file"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(settings: dict[str, Any], flag: str) -> None:
+    (problem,) = config(**settings).problems()
+    assert problem.startswith(f"{flag}: ")
+
+
+def test_only_runs_that_save_are_resumed_by_a_scheduler() -> None:
+    assert not can_resume(config().to_mapping())
+    assert can_resume(config(save=Path("tuned")).to_mapping())
+    assert can_resume(FinetuneConfig(load=Path("base"), mock_data=True, save=Path("a")).to_mapping())
+    assert not can_resume({"save": "x"})

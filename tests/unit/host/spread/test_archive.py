@@ -1,0 +1,216 @@
+"""The archive of an image that comes from another host: its ID follows from its bytes, and is compared first."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils.mixtral_run_host.commands import Result
+from ansible.module_utils.mixtral_run_host.spread import archive
+from ansible.module_utils.mixtral_run_host.spread.archive import ImageArchive, ids_in
+from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError
+
+from tests.unit.host.conftest import call_module, load_module
+
+MODULE = load_module("image_copy")
+KIT = load_module("kit_image")
+CONFIG = b'{"rootfs": {"diff_ids": ["sha256:1"]}}'
+CONFIG_ID = "sha256:" + hashlib.sha256(CONFIG).hexdigest()
+MANIFEST = json.dumps({"config": {"digest": CONFIG_ID}}).encode()
+MANIFEST_ID = "sha256:" + hashlib.sha256(MANIFEST).hexdigest()
+
+
+def _write(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def _members(listed: object = None, **more: bytes) -> dict[str, bytes]:
+    """An archive as engines before version 25 write it, with one image without a name."""
+    listed = listed or [{"Config": "config.json", "RepoTags": None, "Layers": []}]
+    return {"config.json": CONFIG, "manifest.json": json.dumps(listed).encode(), **more}
+
+
+def _oci(**annotations: str) -> dict[str, bytes]:
+    index = {"manifests": [{"digest": MANIFEST_ID, "annotations": annotations}]}
+    return _members() | {
+        "index.json": json.dumps(index).encode(),
+        "blobs/sha256/" + MANIFEST_ID[7:]: MANIFEST,
+    }
+
+
+def test_both_ids_of_an_archive_are_hashes_of_its_bytes(tmp_path: Path) -> None:
+    assert ids_in(_write(tmp_path / "a", _members())) == [CONFIG_ID]
+    assert ids_in(_write(tmp_path / "b", _oci())) == [CONFIG_ID, MANIFEST_ID]
+    # An ID that the archive only claims is not one of them.
+    lying = _oci() | {"blobs/sha256/" + MANIFEST_ID[7:]: b"{}"}
+    assert MANIFEST_ID not in ids_in(_write(tmp_path / "c", lying))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        _members([{"Config": "config.json", "RepoTags": ["ubuntu:24.04"]}]),
+        _members([{"Config": "config.json"}, {"Config": "config.json"}]),
+        _oci(**{"io.containerd.image.name": "docker.io/library/ubuntu:24.04"}),
+        _members([{"Config": "../../etc/shadow"}]),
+        _members({"Config": "config.json"}),
+        {"manifest.json": b"nonsense"},
+        {"other": b""},
+    ],
+    ids=["a name", "two images", "a name for containerd", "outside", "no list", "no JSON", "no manifest"],
+)
+def test_an_archive_of_anything_but_one_image_without_a_name_is_refused(
+    tmp_path: Path, members: dict[str, bytes]
+) -> None:
+    with pytest.raises(CopyError) as caught:
+        ids_in(_write(tmp_path / "a", members))
+    assert "nothing was loaded" in caught.value.remedy
+    (tmp_path / "b").write_bytes(b"no archive at all")
+    with pytest.raises(CopyError, match="no archive"):
+        ids_in(tmp_path / "b")
+
+
+class Engine:
+    """STAND-IN for an engine: it notes what is loaded, and saves an archive of one image."""
+
+    def __init__(self, known: str) -> None:
+        self.calls: list[list[str]] = []
+        self.known = known
+
+    def run(self, argv: list[str], **_: object) -> Result:
+        self.calls.append(argv)
+        if argv[1] == "save":
+            _write(Path(argv[3]), _members())
+        there = argv[1] != "image" or argv[-1] == self.known
+        return Result(int(not there), self.known if "{{.Id}}" in argv else "1000", "")
+
+    def verbs(self) -> list[str]:
+        return [argv[1] for argv in self.calls if argv[1] != "image"]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
+    found = Engine(CONFIG_ID)
+    for module in (MODULE, archive):
+        monkeypatch.setattr(module, "run", found.run)
+        monkeypatch.setattr(module, "need_space", lambda *_: None)
+    monkeypatch.setattr(archive, "FOLDER", str(tmp_path / "spread"))
+    return found
+
+
+def _copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes], **more: Any) -> dict[str, Any]:
+    data = _write(tmp_path / "theirs.tar", members).read_bytes()
+
+    class Peer:
+        """STAND-IN for another host: it gives these bytes."""
+
+        @contextlib.contextmanager
+        def open_file(self, file: Any, start: int) -> Iterator[tuple[io.BytesIO, bool]]:
+            yield io.BytesIO(data[start:]), True
+
+    monkeypatch.setattr(MODULE, "connected", lambda *_: contextlib.nullcontext(Peer()))
+    file = [CONFIG_ID, len(data), hashlib.sha256(data).hexdigest()]
+    content = {"id": CONFIG_ID, "inputs": "same", "source": "build"}
+    return call_module(
+        MODULE,
+        tmp_path / "records",
+        host="gpu-02",
+        name="kit:local",
+        peer="gpu-01",
+        **{"content": content, "file": file} | more,
+    )
+
+
+def test_an_image_is_loaded_named_and_recorded_and_its_archive_serves_others(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _copy(tmp_path, monkeypatch, _members())
+    assert engine.verbs() == ["load", "tag"] and engine.calls[-1] == ["docker", "tag", CONFIG_ID, "kit:local"]
+    assert (found["spread"]["holds"], found["spread"]["key"], found["spread"]["identity"]) == (True, CONFIG_ID, "same")
+    record = json.loads((tmp_path / "records/images.json").read_text())
+    assert record == {"kit:local": {"id": CONFIG_ID, "inputs": "same", "source": "build"}}
+    assert (
+        ImageArchive().save(CONFIG_ID, os.getegid()).digest == found_digest(tmp_path) and "save" not in engine.verbs()
+    )
+    assert ImageArchive().remove() and not (tmp_path / "spread").exists()
+
+
+def found_digest(tmp_path: Path) -> str:
+    return hashlib.sha256((tmp_path / "theirs.tar").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("members", "more", "words"),
+    [
+        (_members() | {"config.json": b"{}"}, {}, "nothing was loaded"),
+        (_members([{"Config": "config.json", "RepoTags": ["ubuntu:24.04"]}]), {}, "names for one"),
+        (_members(), {"content": {"id": "ubuntu:24.04"}}, "no ID of an image"),
+        (_members(), {"file": ["x", 1, "../../x"]}, "it lists"),
+        (_members(), {"file": ["x", 5, "a" * 64]}, "more than the 5 bytes"),
+        (_members(), {"peer_problem": "it serves 2 already"}, "it serves 2 already"),
+    ],
+    ids=["another image", "a name", "no ID", "a path", "other bytes", "busy"],
+)
+def test_nothing_of_a_hostile_host_is_loaded(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: dict, more: dict, words: str
+) -> None:
+    found = _copy(tmp_path, monkeypatch, members, **more)
+    assert found["failed"] and words in found["found"] and "next:" in found["msg"]
+    assert engine.verbs() == [] and not (tmp_path / "records").exists()
+    assert not [path for path in (tmp_path / "spread").rglob("*") if path.is_file()]
+
+
+def test_an_image_is_saved_once_by_its_id(engine: Engine, tmp_path: Path) -> None:
+    first, second = (ImageArchive().save(CONFIG_ID, os.getegid()) for _ in range(2))
+    assert first == second and engine.verbs() == ["save"]
+    assert engine.calls[1][-1] == CONFIG_ID, "saved by a name, its load would move the name"
+    (blob,) = (tmp_path / "spread/blobs").iterdir()
+    assert blob.name == first.digest == hashlib.sha256(blob.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("source", ["build", "registry", "archive"])
+def test_a_look_says_what_would_be_the_same_image_and_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    calls: list[str] = []
+
+    def run(argv: list[str], **_: object) -> Result:
+        calls.append(argv[1])
+        return Result(1, "", "")
+
+    monkeypatch.setattr(KIT, "run", run)
+    given = {
+        "source": source, "name": "kit:local", "inputs": "i", "variant": "cpu", "user": "no-such-user", "look": True,
+        "registry_reference": "kit@sha256:" + "a" * 64, "address": "10.0.0.1",
+    }  # fmt: skip
+    reports = [call_module(KIT, tmp_path, host=f"gpu-0{number}", **given) for number in (1, 2)]
+    assert set(calls) == {"image"} and not any(each["changed"] or each["spread"]["holds"] for each in reports)
+    assert reports[0]["spread"]["identity"] == reports[1]["spread"]["identity"] != ""
+    assert reports[0]["spread"]["address"] == "10.0.0.1"
+
+
+def test_an_image_of_a_registry_that_another_host_gave_is_not_pulled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = "kit@sha256:" + "a" * 64
+    (tmp_path / "images.json").write_text(json.dumps({"kit:local": {"id": "v1", "inputs": reference}}))
+
+    def run(argv: list[str], **_: object) -> Result:
+        there = argv[-1] == "kit:local"
+        return Result(int(not there), '[{"Id": "v1"}]' if there else "", "")
+
+    monkeypatch.setattr(KIT, "run", run)
+    given = {"host": "gpu-01", "source": "registry", "name": "kit:local", "inputs": "", "registry_reference": reference}
+    assert not call_module(KIT, tmp_path, **given)["changed"]

@@ -1,0 +1,177 @@
+"""A host serves files to the key of another host, and nothing else; the other host trusts no byte of it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.mixtral_run_host.model.model_cache import ModelCache
+from ansible.module_utils.mixtral_run_host.spread import peer as peer_module
+from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile
+from ansible.module_utils.mixtral_run_host.spread.peer import Peer
+
+from tests.unit.host.conftest import ROOT
+
+SERVER = ROOT / "plugins/module_utils/mixtral_run_host/spread/serve.py"
+WEIGHTS = bytes(range(256)) * 5000
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ModelCache:
+    cache = ModelCache(str(tmp_path / "home"), "org/model")
+    files = []
+    for name, data in (("config.json", b"{}"), ("model.safetensors", WEIGHTS), ("old.bin", b"no")):
+        digest = hashlib.sha256(data).hexdigest()
+        blob = Path(cache.blob(digest))
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(data)
+        files.append(RemoteFile(name, len(data), digest))
+    cache.publish("main", COMMIT, files)
+    (tmp_path / "home/token").write_text("hf_secret")
+    return cache
+
+
+def serve(cache: ModelCache, command: str, rate: int = 0) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "SSH_ORIGINAL_COMMAND": command}
+    return subprocess.run(
+        [sys.executable, str(SERVER), f"{cache.folder}/blobs", str(rate)],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_it_gives_from_a_byte_on(cache: ModelCache) -> None:
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    assert serve(cache, f"get {digest} 0").stdout == WEIGHTS
+    assert serve(cache, f"get {digest} 1000000").stdout == WEIGHTS[1000000:]
+
+
+def test_it_keeps_to_its_rate(cache: ModelCache) -> None:
+    began = time.monotonic()
+    assert serve(cache, f"get {hashlib.sha256(WEIGHTS).hexdigest()} 0", rate=len(WEIGHTS)).stdout == WEIGHTS
+    assert time.monotonic() - began > 0.9
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "sh",
+        "list main",
+        "get ../../../token 0",
+        "get " + "a" * 64 + " " + "9" * 30,
+        "get " + "a" * 64 + " 0; id",
+        "get " + "a" * 64 + " 0\n",
+    ],
+)
+def test_anything_else_is_refused(cache: ModelCache, command: str) -> None:
+    done = serve(cache, command)
+    assert (done.returncode, done.stdout) == (1, b"") and b"only get HASH START is served" in done.stderr
+
+
+def test_what_is_not_there_is_reported_and_a_link_is_not_followed(cache: ModelCache, tmp_path: Path) -> None:
+    assert b"No such file" in serve(cache, "get " + "a" * 40 + " 0").stderr
+    Path(cache.blob("b" * 40)).symlink_to(tmp_path / "home/token")
+    done = serve(cache, "get " + "b" * 40 + " 0")
+    assert done.stdout == b"" and b"symbolic links" in done.stderr
+
+
+@pytest.fixture
+def peer(cache: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
+    """STAND-IN for ssh: the program that the key is bound to runs here. The real one is in the role's scenario."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    ssh = programs / "ssh"
+    argv = f"{sys.executable} {SERVER} {cache.folder}/blobs 0"
+    ssh.write_text(f'#!/bin/sh\nfor last; do :; done\nSSH_ORIGINAL_COMMAND="$last" exec {argv}\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return Peer("gpu-01", 22, "ops", "/key", "/known_hosts")
+
+
+def fetch(peer: Peer, home: Path) -> ModelCache:
+    mine = ModelCache(str(home), "org/model")
+    files = [RemoteFile("model.safetensors", len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())]
+    for file in files:
+        mine.fetch(peer, file)
+    mine.publish("main", COMMIT, files)
+    return mine
+
+
+def test_a_model_is_taken_over_and_resumed(peer: Peer, tmp_path: Path) -> None:
+    home = tmp_path / "mine"
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    partial = Path(ModelCache(str(home), "org/model").blob(digest) + ".incomplete")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(WEIGHTS[:123457])
+    mine = fetch(peer, home)
+    snapshot = Path(mine.folder) / "snapshots" / COMMIT
+    assert (snapshot / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def _replace_ssh(tmp_path: Path, *lines: str) -> None:
+    (tmp_path / "bin/ssh").write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+
+
+def test_a_host_that_prints_many_errors_does_not_block_the_copy(peer: Peer, tmp_path: Path) -> None:
+    _replace_ssh(tmp_path, "head -c 1000000 /dev/zero | tr '\\0' e >&2", "printf whole", "exit 3")
+    found = []
+
+    def read() -> None:
+        try:
+            with peer.open_file(RemoteFile("x", 5, "a" * 64), 0) as (stream, _):
+                found.append(stream.read(1 << 20))
+        except CopyError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [b"whole", "ops@gpu-01:22: " + "e" * 2000]
+
+
+def test_a_host_that_never_ends_is_left_when_the_copy_fails(peer: Peer, tmp_path: Path) -> None:
+    _replace_ssh(tmp_path, "head -c 2000000 /dev/zero", "exec sleep 60")
+    mine = ModelCache(str(tmp_path / "mine"), "org/model")
+    before = time.monotonic()
+    with pytest.raises(CopyError, match="more than the 3 bytes"):
+        mine.fetch(peer, RemoteFile("x", 3, "a" * 64))
+    assert time.monotonic() - before < 30
+
+
+def test_a_damaged_blob_of_the_other_host_is_refused(peer: Peer, cache: ModelCache, tmp_path: Path) -> None:
+    Path(cache.blob(hashlib.sha256(WEIGHTS).hexdigest())).write_bytes(b"?" + WEIGHTS[1:])
+    with pytest.raises(CopyError, match="with hash"):
+        fetch(peer, tmp_path / "mine")
+    assert not (Path(ModelCache(str(tmp_path / "mine"), "org/model").folder) / "refs/main").exists()
+
+
+def test_the_words_of_the_connection(tmp_path: Path, peer: Peer) -> None:
+    _replace_ssh(
+        tmp_path, f'printf "%s\\n" "$@" > {tmp_path}/words', "echo 'Permission denied (publickey).' >&2", "exit 255"
+    )
+    with pytest.raises(CopyError, match=r"ops@gpu-01:22: Permission denied") as failure:
+        fetch(peer, tmp_path / "mine")
+    assert "reach each other by SSH" in failure.value.remedy
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[-3:] == ["--", "ops@gpu-01", f"get {hashlib.sha256(WEIGHTS).hexdigest()} 0"]
+    assert "StrictHostKeyChecking=yes" in words and "UserKnownHostsFile=/known_hosts" in words
+
+
+@pytest.mark.parametrize("lines", [["exec sleep 60"], ["while printf x; do sleep 0.05; done"]], ids=["silent", "slow"])
+def test_a_slow_host_is_given_up_and_what_came_is_kept(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.setattr(peer_module, "SLOW_SECONDS", 0.4)
+    _replace_ssh(tmp_path, *lines)
+    slow = Peer("gpu-01", 22, "ops", "/key", "/known_hosts", slowest=10_000)
+    with pytest.raises(CopyError, match=r"ops@gpu-01:22: .* is slower than"):
+        fetch(slow, tmp_path / "mine")
+    (part,) = (tmp_path / "mine").rglob("*.incomplete")
+    assert set(part.read_bytes()) <= set(b"x")

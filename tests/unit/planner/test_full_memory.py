@@ -1,0 +1,116 @@
+"""Memory of full fine-tuning: by hand for Mixtral 8x7B, what fits where, and what a run gets or is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.config.gpus import HOPPER
+from mixtral_run.config.verbs.plan import PlanConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.errors import ConfigError
+from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.planner import choose, full_plan
+from mixtral_run.planner.available import AvailableGpu
+from mixtral_run.planner.choose import settled, training_memory_error
+from mixtral_run.planner.full_memory import full_choices, full_host_bytes, full_memory
+from mixtral_run.planner.table import show_plan
+from mixtral_run.planner.workload import GIB, Layout, Workload
+from mixtral_run.weights.manifest.describe import BaseDescription
+
+EXPERTS = 32 * 8 * 3 * 4096 * 14336
+DENSE = 46_702_792_704 - EXPERTS
+BASE = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "")
+
+
+def test_the_parts_are_counted_from_the_weights() -> None:
+    """TP1/EP8 on 8 GPUs: an eighth of the experts, whose state nobody shares, and all other weights."""
+    held = EXPERTS / 8 + DENSE
+    found = full_memory(Workload(), Layout(1, 8, "full"), offload=False, accumulates=True)
+    assert (found.weights, found.gradients) == pytest.approx((2 * held, 4 * held))
+    assert found.optimizer == pytest.approx(12 * (EXPERTS / 8 + DENSE / 8))
+    one = full_memory(Workload(), Layout(1, 8, "full"), offload=True, accumulates=False)
+    assert (one.gradients, one.optimizer) == pytest.approx((2 * held, 0))
+    assert full_host_bytes(Workload(), Layout(1, 8, "full"), offload=True) == pytest.approx(12 * (EXPERTS + DENSE))
+    # Two hosts share the state of every expert.
+    two = full_memory(Workload(gpus=16), Layout(1, 8, "full"), offload=False, accumulates=True)
+    assert two.optimizer == pytest.approx(12 * (EXPERTS / 8 / 2 + DENSE / 16))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "ram", "fits", "offload"),
+    [
+        (8, 79.1, 2000, True, True),
+        (8, 79.1, 500, False, None),
+        (8, 139.8, 500, True, False),
+        (16, 79.1, 100, True, False),
+        (4, 79.1, 100, False, None),
+    ],
+)
+def test_what_fits(gpus: int, gib: float, ram: float, fits: bool, offload: bool | None) -> None:
+    best = full_choices(Workload(gpus=gpus, seq_length=4096), gib * GIB, ram * GIB, accumulates=True)[0]
+    assert best.fits == fits
+    assert not fits or best.offload == offload
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def pretend(count: int, gib: float, ram: float) -> None:
+        monkeypatch.setattr(choose, "available_gpu", lambda *_: AvailableGpu(gib * GIB, gib * GIB, HOPPER))
+        monkeypatch.setattr(choose, "describe_base", lambda _: BASE)
+        monkeypatch.setattr(choose.processes, "process_count", lambda _: count)
+        monkeypatch.setattr(full_plan, "host_memory", lambda: ram * GIB)
+
+    return pretend
+
+
+def run(**settings: Any) -> PretrainConfig:
+    values = {"seq_length": 4096, **settings}
+    return PretrainConfig(load=Path("base"), mock_data=True, save=Path("tuned"), **values).check()
+
+
+def test_a_run_gets_the_layout_that_fits(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpus(8, 79.1, 1000)
+    config = settled(run(offload_optimizer=True, seq_length=512))
+    assert (config.layout_sizes, config.recompute) == ((1, 8), "none")
+    assert training_memory_error(config, BASE, 8) is None
+    several = settled(run(offload_optimizer=True, seq_length=512, global_batch_size=64))
+    assert several.layout_sizes == (1, 8)
+    one, more = re.findall(r"Plan: TP1/EP8, recompute none: ([0-9.]+) of 79.1 GiB a GPU", capsys.readouterr().out)
+    # Several micro batches add up in fp32: two bytes more for each weight.
+    assert float(more) - float(one) == pytest.approx(2 * (EXPERTS / 8 + DENSE) / GIB, abs=0.2)
+    given = settled(run(offload_optimizer=True, recompute="full", tensor_model_parallel_size=4))
+    assert (given.layout_sizes, given.recompute) == ((4, 8), "full")
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_does(on_gpus: Any) -> None:
+    on_gpus(8, 79.1, 1000)
+    config = settled(run())
+    error = training_memory_error(config, BASE, 8)
+    assert error is not None and not config.has_layout
+    assert str(error.next_command).endswith("--expert-model-parallel-size 8 --recompute none --offload-optimizer")
+    on_gpus(8, 79.1, 300)
+    error = training_memory_error(run(tensor_model_parallel_size=1, expert_model_parallel_size=8), BASE, 8)
+    assert error is not None and "with TP1/EP8, --recompute none" in str(error.found)
+    assert "plan --full --gpus 16" in str(error.next_command)
+
+
+def test_plan_full_prints_the_best_first_and_refuses_settings_of_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(PlanConfig(full=True, gpu="h100", seq_length=4096, host_memory=2000, json=True).check())
+    best = json.loads(capsys.readouterr().out)["layouts"][0]
+    assert (best["fits"], best["offload_optimizer"], best["host_gib"]) == (True, True, pytest.approx(522, abs=1))
+    show_plan(PlanConfig(full=True, gpu="h100", seq_length=4096, host_memory=2000))
+    assert "--offload-optimizer --seq-length 4096" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="No layout of full fine-tuning fits"):
+        show_plan(PlanConfig(full=True, gpu="h100", host_memory=200))
+    problems = PlanConfig(full=True, lora_rank=4, base_precision="fp8", expert_chunks=2, method="dpo").problems()
+    assert [each.split(":")[0] for each in problems] == [
+        "--lora-rank",
+        "--method",
+        "--base-precision",
+        "--expert-chunks",
+    ]

@@ -1,0 +1,130 @@
+"""What `make mutants` changes in memory is what a changed file would do, and the tests of a line are all that run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of, statement_lines
+
+TEXT = """import functools
+
+LIMIT = 3
+OTHER = 2 * LIMIT
+
+
+def plain(value, more=1):
+    if value > 2:
+        value = sum(
+            each + more
+            for each in range(value)
+        )
+    return value
+
+
+class Kind:
+    size = 4
+
+    def method(self):
+        return [self.size + each for each in (1, 2)]
+
+
+@functools.cache
+def cached():
+    return LIMIT
+
+
+def loop(count):
+    for _ in range(count):
+        pass
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Iterator[ModuleType]:
+    path = tmp_path / "changed_in_memory.py"
+    path.write_text(TEXT)
+    spec = importlib.util.spec_from_file_location("changed_in_memory", path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["changed_in_memory"] = found
+    spec.loader.exec_module(found)
+    yield found
+    del sys.modules["changed_in_memory"]
+
+
+def changed(module: Any, old: str, new: str) -> bool:
+    """Change a text in the file and exchange functions."""
+    assert TEXT.count(old) == 1
+    path = Path(module.__file__)
+    after = TEXT.replace(old, new)
+    path.write_text(after)
+    return exchange(path, TEXT, after, functions_of(frozenset({str(path)}))[str(path)])
+
+
+def test_bodies_of_functions_and_methods_are_exchanged_wherever_they_are_held(module: Any) -> None:
+    held, kind = module.plain, module.Kind()
+    assert held(3) == 6 and kind.method() == [5, 6]
+    assert changed(module, "each + more", "each - more") and held(3) == 0
+    assert changed(module, "self.size + each", "self.size * each") and kind.method() == [4, 8]
+    # A change in a decorated function reaches the one within.
+    assert changed(module, "return LIMIT", "return -LIMIT") and module.cached() == -3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("LIMIT = 3", "LIMIT = 4"),
+        ("size = 4", "size = 5"),
+        ("more=1", "more=2"),
+        ("@functools.cache\n", ""),
+        ("import functools\n", "import functools\nimport sys\n"),
+    ],
+)
+def test_what_runs_at_import_is_not_taken_for_a_body(module: Any, old: str, new: str) -> None:
+    assert not changed(module, old, new)
+
+
+def test_constants_and_defaults_are_exchanged_in_all_modules(module: Any) -> None:
+    other = ModuleType("imports_it")
+    other.LIMIT = module.LIMIT = limit = 3000  # type: ignore[attr-defined]
+    sys.modules["imports_it"] = other
+    try:
+        path, held = Path(module.__file__), module.plain
+        path.write_text(TEXT.replace("LIMIT = 3", "LIMIT = 5"))
+        assert limit == 3000 and exchange_values(path, 3, TEXT)
+        assert (other.LIMIT, module.LIMIT, module.OTHER) == (5, 5, 10)  # type: ignore[attr-defined]
+        path.write_text(TEXT.replace("more=1", "more=2"))
+        assert exchange_values(path, 7, TEXT) and held(3) == 9 and module.plain is held
+        for line in (1, 16, 23):  # an import, a class, a decorator
+            assert not exchange_values(path, line, TEXT)
+    finally:
+        del sys.modules["imports_it"]
+
+
+def test_the_lines_of_a_statement() -> None:
+    lines = {number: statement_lines(TEXT, number) for number in (3, 7, 8, 10, 13, 20, 29)}
+    assert {number: (found.start, found.stop - 1) for number, found in lines.items()} == {
+        3: (3, 3), 7: (7, 7), 8: (8, 8), 10: (9, 12), 13: (13, 13), 20: (20, 20), 29: (29, 29),
+    }  # fmt: skip
+
+
+def test_the_lines_that_run(module: Any) -> None:
+    trace = LineTrace(frozenset({module.__file__}))
+    trace.start()
+    module.plain(1)
+    trace.stop()
+    assert {line for _, line in trace.current} == {8, 13}
+    module.plain(5)
+    assert len(trace.current) == 2
+    trace.start()
+    module.loop(MOST_EVENTS)
+    module.plain(3)
+    trace.stop()
+    assert trace.num_events == MOST_EVENTS + 1 and not any(line == 10 for _, line in trace.current)
