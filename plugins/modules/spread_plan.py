@@ -16,6 +16,7 @@ options:
   outside: {description: Name of the source outside the fleet in messages., type: str, required: true}
   looks: {description: Names of the variables in which hosts registered what they have., type: list, elements: str, required: true}
   attempts: {description: Name of the variable with the list of a host's copies in this play., type: str, required: true}
+  plan: {description: Name of the variable in which this task registers its result., type: str, required: true}
   per_source: {description: Number of hosts that a source serves at once., type: int, required: true}
   from_origin: {description: Number of hosts that copy from outside at once., type: int, required: true}
   preferred: {description: Host that the operator named., type: str, default: ""}

@@ -1,4 +1,4 @@
-"""What `make mutants` changes in memory is what a changed file would do, and the tests of a line are all that run it."""
+"""`make mutants` changes in memory what a changed file would do, and the tests of a line are all that run it."""
 
 from __future__ import annotations
 

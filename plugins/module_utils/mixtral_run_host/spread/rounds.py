@@ -12,10 +12,15 @@ def plan_of(me, hosts, arguments, waits):
     mine = reports[me]
     # Only hosts that want the same files, and of these the attempts since they looked last.
     reports = {name: each for name, each in reports.items() if each["identity"] == mine["identity"]}
+    number = _round_of(hosts[me], mine, arguments) + 1
+    looks = dict(reports)
     for name, report in reports.items():
-        listed = hosts.get(name, {}).get(arguments["attempts"]) or []
-        attempts[name] = [each for each in listed if each["looked"] == report["looked"]]
+        attempts[name] = _attempts(hosts.get(name, {}), report, arguments)
         reports[name] = next((each["got"] for each in attempts[name] if each["got"]), report)
+    if waits:
+        # A host without the files that was not in the last round has left the play. It would be waited for in vain.
+        rounds = {name: _round_of(hosts.get(name, {}), looks[name], arguments) for name in reports}
+        reports = {name: each for name, each in reports.items() if each["holds"] or rounds[name] >= number - 1}
     fresh = {name for name, each in attempts.items() if any(one["got"] and one["source"] == ORIGIN for one in each)}
     holders = [Holder(name, each["key"], name in fresh) for name, each in reports.items() if each["holds"]]
     key = agreed(holders, arguments.get("preferred") or "")
@@ -31,6 +36,8 @@ def plan_of(me, hosts, arguments, waits):
         **_source(plan.get(me), reports),
         "copies": me in plan,
         "again": bool(plan),
+        "round": number,
+        "looked": mine["looked"],
         "waits": waits,
         "warnings": [f"{arguments['what']}: another version is on {', '.join(odd)}, and is not passed on"]
         if odd
@@ -47,6 +54,18 @@ def _reports(hosts, looks):
             if report and report["name"] not in found:
                 found[report["name"]] = report
     return found
+
+
+def _attempts(variables, report, arguments):
+    """Return the copies of a host since it looked."""
+    listed = variables.get(arguments["attempts"]) or []
+    return [each for each in listed if each["looked"] == report["looked"]]
+
+
+def _round_of(variables, report, arguments):
+    """Return the last round that a host planned since it looked; 0 for none."""
+    plan = variables.get(arguments["plan"]) or {}
+    return plan.get("round", 0) if plan.get("looked") == report["looked"] else 0
 
 
 def _source(source, reports):

@@ -54,6 +54,8 @@ def test_a_damaged_blob_of_a_cache_is_reported(tmp_path: Path) -> None:
 def test_a_look_reports_what_the_host_has_and_downloads_nothing(share: Path, tmp_path: Path) -> None:
     given = {"host": "gpu-01", "home": str(tmp_path / "home"), "model": "org/model", "patterns": ["*.json"],
              "uid": os.geteuid(), "gid": os.getegid(), "via": "look", "user": "no-such-user"}  # fmt: skip
+    assert call_module(MODULE, tmp_path / "records", check_mode=True, **given, source_path=str(share))["changed"]
+    assert not (tmp_path / "home").exists() and not (tmp_path / "records").exists()
     before = call_module(MODULE, tmp_path / "records", **given)
     assert not before["spread"]["holds"] and before["msg"] == "it does not have org/model"
     _take(tmp_path, share)

@@ -8,7 +8,7 @@ from ansible.module_utils.mixtral_run_host.spread.rounds import plan_of
 
 ARGUMENTS = {
     "what": "org/model@main", "outside": "https://hub", "looks": ["look", "visit"], "attempts": "attempts",
-    "per_source": 2, "from_origin": 1, "preferred": "", "failure": "It cannot be had.", "next_step": "do this",
+    "plan": "plan", "per_source": 2, "from_origin": 1, "preferred": "", "failure": "It cannot be had.", "next_step": "do this",
 }  # fmt: skip
 
 
@@ -44,6 +44,17 @@ def test_the_first_goes_outside_and_what_it_got_is_what_others_take() -> None:
     assert not plan_of("h2", hosts, ARGUMENTS, True)["copies"]
     hosts["h1"] = host("h1", "", attempt("", report("h1", "x")))
     assert plan_of("h2", hosts, ARGUMENTS, True)["source"] == "h1"
+
+
+def test_a_host_that_left_the_play_is_not_waited_for() -> None:
+    """Its place would be planned again and again, and the others would never end."""
+    hosts = {"h1": host("h1", "x"), "h2": host("h2"), "h3": host("h3")}
+    arguments = ARGUMENTS | {"per_source": 1}
+    for _ in range(3):
+        # h2 is given the only place, and ends without an attempt.
+        plan = plan_of("h3", hosts, arguments, True)
+        hosts["h3"]["plan"] = plan
+    assert (plan["source"], plan["round"]) == ("h1", 3)
 
 
 def test_an_attempt_before_the_last_look_does_not_count() -> None:
