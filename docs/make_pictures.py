@@ -96,7 +96,7 @@ def finetune() -> None:
         folder = Path(name)
         subprocess.run([*kit, "rehearse", "--work-path", "rehearsal"], cwd=folder, check=True, capture_output=True)
         output = run([*kit, "finetune", *FINETUNE_WORDS], folder)
-        photograph(folder / "my-adapter" / "report.html", "report.png", "1000,1240")
+        photograph(folder / "my-adapter" / "report.html", "report.png", "1000,1090")
     # Every frame of the live view begins by moving the cursor up.
     end = output.index("\x1b[2K\x1b[1A", output.index(f"{FINETUNE_AT} of"))
     lines = [line for line in screen(output[:end]) if line.strip()]
