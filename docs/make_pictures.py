@@ -8,9 +8,9 @@ the middle of the run) and docs/pictures/report.png (the page about the run, by 
 
 data: check the rehearsal's examples with the tokenizer of its model, and write docs/pictures/data_check.svg.
 
-bootstrap: run `mixtral-run bootstrap` on two throw-away hosts and write docs/pictures/bootstrap.svg, the live view in
-the middle of the run, and docs/pictures/status.png, the status page of both, by headless Chromium. Needs a Docker
-engine and takes a few minutes.
+bootstrap: run `mixtral-run bootstrap` on three throw-away hosts with stand-ins for GPUs and for a large disk, and write
+docs/pictures/bootstrap.svg, the live view in the middle of the run. Then one host is cordoned, and
+docs/pictures/status.png is the status page of all, by headless Chromium. Needs a Docker engine and takes a few minutes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
+from mixtral_run.fleet.testhosts import hosts as testhosts
+from mixtral_run.fleet.testhosts.__main__ import inventory
+from mixtral_run.fleet.testhosts.disks import with_images
+from mixtral_run.fleet.testhosts.hosts import StandIn
+from mixtral_run.fleet.testhosts.repository import stop_unless_used
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 
@@ -38,7 +45,13 @@ PICTURES = Path(__file__).parent / "pictures"
 WIDTH = 132
 FIRST_LINE = "[4/7]"
 """The picture of the rehearsal begins here: the whole run is too long for a README."""
-HOSTS = ("gpu-01", "gpu-02")
+HOSTS = ("gpu-01", "gpu-02", "gpu-03")
+GPUS = StandIn(driver="580.95.05")
+ROLES = "preflight,nvidia_driver,docker,nvidia_container_toolkit,swap,image,hf_cache,health"
+"""All but the acceptance, which measures real GPUs: the image of these hosts is the kit's without torch."""
+CORDONED = "gpu-03"
+STATUS_WORDS = ("--html", "status.html", "--checkpoints-folder", "/srv/checkpoints")
+LARGE_DISK = "mkdir -p /srv/checkpoints && mount -t tmpfs -o size=7T tmpfs /srv/checkpoints"
 FINETUNE_WORDS = shlex.split(
     "--load rehearsal/checkpoint --data-path rehearsal/pairs.jsonl --valid-fraction 0.3 --save my-adapter "
     "--seq-length 64 --global-batch-size 8 --micro-batch-size 4 --train-iters 60 --eval-interval 10 --lr 3e-3 "
@@ -83,7 +96,7 @@ def finetune() -> None:
         folder = Path(name)
         subprocess.run([*kit, "rehearse", "--work-path", "rehearsal"], cwd=folder, check=True, capture_output=True)
         output = run([*kit, "finetune", *FINETUNE_WORDS], folder)
-        photograph(folder / "my-adapter" / "report.html", "report.png", "1000,1240")
+        photograph(folder / "my-adapter" / "report.html", "report.png", "1000,1090")
     # Every frame of the live view begins by moving the cursor up.
     end = output.index("\x1b[2K\x1b[1A", output.index(f"{FINETUNE_AT} of"))
     lines = [line for line in screen(output[:end]) if line.strip()]
@@ -113,24 +126,27 @@ def photograph(page: Path, picture: str, size: str) -> None:
 
 
 def bootstrap() -> None:
-    """Bootstrap two throw-away hosts and write the pictures of live view and status page. The hosts are removed."""
-    testhosts = [sys.executable, "-m", "mixtral_run.fleet.testhosts"]
-    subprocess.run([*testhosts, "up", *HOSTS], check=True)
+    """Bootstrap throw-away hosts and write the pictures of live view and status page. The hosts are removed."""
+    kit = [sys.executable, "-m", "mixtral_run"]
     try:
-        found = subprocess.run([*testhosts, "inventory", *HOSTS], check=True, capture_output=True)
-        with tempfile.TemporaryDirectory() as folder:
-            inventory = Path(folder) / "hosts.json"
-            inventory.write_bytes(found.stdout)
-            words = ["bootstrap", "-i", str(inventory), "-e", '{"preflight_num_gpus": 0}']
-            words += ["--tags", "preflight,docker,nvidia_container_toolkit"]
-            kit = [sys.executable, "-m", "mixtral_run"]
-            output = run([*kit, *words], Path(folder))
-            page = Path(folder) / "status.html"
-            subprocess.run([*kit, "status", "-i", str(inventory), "--html", str(page)], check=False)
-            photograph(page, "status.png", "1300,520")
+        for name in HOSTS:
+            testhosts.start(name, standin=GPUS, disk=with_images("bookworm")).shell(LARGE_DISK)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "hosts.json").write_text(json.dumps(inventory(list(HOSTS))), encoding="utf-8")
+            # Hosts of these names have new keys each time: the state of an earlier run is none of theirs.
+            state = {"XDG_STATE_HOME": str(folder / "state")}
+            words = ["-i", "hosts.json", "-e", '{"health_watch": true}', "--tags", ROLES]
+            output = run([*kit, "bootstrap", *words], folder, state)
+            for words in (["cordon", CORDONED, "--reason", "a fan is replaced"], ["status", *STATUS_WORDS]):
+                subprocess.run([*kit, *words], cwd=folder, env={**os.environ, **state}, check=False)
+            photograph(folder / "status.html", "status.png", "1300,640")
     finally:
-        subprocess.run([*testhosts, "down", *HOSTS], check=True)
-    draw(live_view(output), PICTURES / "bootstrap.svg", "mixtral-run bootstrap ubuntu@gpu-01 ubuntu@gpu-02")
+        for name in HOSTS:
+            testhosts.remove(name)
+        stop_unless_used()
+    title = " ".join(["mixtral-run bootstrap", *(f"ubuntu@{host}" for host in HOSTS)])
+    draw(live_view(output), PICTURES / "bootstrap.svg", title)
 
 
 def live_view(output: str) -> list[str]:
@@ -153,13 +169,13 @@ def draw(lines: list[str], picture: Path, title: str) -> None:
     picture.write_text(text, encoding="utf-8")
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, variables: Mapping[str, str] = MappingProxyType({})) -> str:
     """Run the command in `folder` on a pseudo-terminal of WIDTH columns and return all that it printed.
 
     Raises subprocess.CalledProcessError if the command fails.
     """
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(WIDTH), "LINES": "50", "TERM": "xterm-256color"}
+    environment = {**os.environ, "COLUMNS": str(WIDTH), "LINES": "50", "TERM": "xterm-256color", **variables}
     process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     output = b""

@@ -53,6 +53,10 @@ def run_with_stores(verb: Callable[[ConfigT], None], config: ConfigT) -> None:
         finishes = [stack.enter_context(_output(config, name, report)) for name in outputs] if is_first else []
         if None in finishes:
             return
+        if "save" in outputs and not is_first:
+            from mixtral_run.weights.store.outputs import wait_for_first_process
+
+            wait_for_first_process(outputs["save"][0])
         config = _with_inputs(config, [name for name in urls if name not in outputs], report)
         verb(_with_folders(config, outputs))
         for finish in finishes:

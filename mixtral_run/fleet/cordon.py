@@ -45,7 +45,9 @@ class Cordon:
     at: str
 
     def __str__(self) -> str:
-        return f"cordoned by {self.by} since {self.at}: {self.reason}"
+        # The health watch keeps the beginning of a long reason.
+        is_cut = len(self.reason) >= MAX_REASON and not self.reason.endswith("…")
+        return f"cordoned by {self.by} since {self.at}: {self.reason}{' …' * is_cut}"
 
 
 def parse_cordon(text: str) -> Cordon | None:

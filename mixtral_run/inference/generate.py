@@ -108,10 +108,10 @@ def _generate(
             # The rest of a batch that was stopped is shown as it is, but is no answer that a file may hold.
             if mesh.is_first and not (stopped and written):
                 delivery.passed(first, outputs, [False] * len(outputs))
-            if bar is not None:
-                bar.advance(len(batch))
             if stopped:
                 break
+            if bar is not None:
+                bar.advance(len(batch))
     if mesh.is_first:
         _finish(config, report, list(answers.values()), len(prompts) - num_done, time.perf_counter() - started)
 

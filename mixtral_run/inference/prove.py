@@ -45,7 +45,8 @@ class Verdict:
 def check_proof(config: ServeConfig) -> None:
     """Check the model, and that the server is there and knows the names. Raises an error with all problems."""
     check_inference(config, "serve")
-    names = OpenAIClient(str(config.prove), _key(config)).models()
+    # Some servers list nothing, as `transformers serve` does of a folder, and answer all the same.
+    names = OpenAIClient(str(config.prove), _key(config)).models() or None
     wanted = [name for name in _names(config).values() if name]
     missing = [name for name in wanted if names is not None and name not in names]
     if missing or not wanted:

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import uuid
@@ -167,8 +168,9 @@ _stopped: list[bool] = []
 
 
 def was_stopped() -> bool:
-    """Return True if a signal asked the processes of a job to stop, and they did so in order."""
-    return bool(_stopped)
+    """Return True if a signal asked the processes of a job, this one under torchrun, to stop, and they did in order."""
+    module = sys.modules.get("mixtral_run.launch.stop_request")
+    return bool(_stopped) or bool(module is not None and module.StopRequest.ended_a_run)
 
 
 def start_processes(count: int, work: Callable[..., None], *arguments: object) -> None:

@@ -78,6 +78,11 @@ def best_checkpoint(row: Mapping[str, Any]) -> tuple[str, str | None]:
     return str(folder), f"Iteration {best:,} has no checkpoint (--save-interval): the newest checkpoint is exported."
 
 
+def words_for_best(row: Mapping[str, Any]) -> str:
+    """Return the verb and the flag that take the checkpoint of a run: an adapter, or a model of full fine-tuning."""
+    return "convert --from-megatron" if "offload_optimizer" in (row.get("settings") or {}) else "export --adapter"
+
+
 def _validation_data(row: Mapping[str, Any]) -> str:
     settings = row.get("settings") or {}
     if settings.get("valid_fraction"):

@@ -52,6 +52,8 @@ LOSS_SETTINGS = (
     "router_aux_loss",
 )  # fmt: skip
 """Settings that determine the loss. --init-adapter does as well where it is the reference of align."""
+DRAW_SETTINGS = ("micro_batch_size", "expert_chunks")
+"""Settings that determine the order in which dropout draws its numbers, next to the layout."""
 
 
 def describe_lora(config: FinetuneConfig) -> dict[str, object]:
@@ -176,7 +178,7 @@ def continue_run(run: Run, config: RunConfig, adapter: Saved) -> str | None:
     if run.mesh.is_first:
         drop_later_lines(config.folder, adapter.iteration, adapter.state.run_files, run.report)
         remove_partial_checkpoints(config.folder)
-    other_dropout = restore_random_state(adapter.folder, run.mesh)
+    other_dropout = restore_random_state(adapter.folder, run.mesh) or changed_draws(config, adapter)
     run.best = BestLoss.from_mapping(adapter.validation)
     run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
     changed = changed_order(config, adapter, run.data.sha256)
@@ -201,6 +203,11 @@ def changed_loss(config: RunConfig, adapter: Saved) -> list[str]:
     """Return the settings of the loss that have changed since the run stopped, each with its former value."""
     has_reference = isinstance(config, AlignConfig) and config.has_reference
     return _changed(config, adapter, (*LOSS_SETTINGS, "init_adapter") if has_reference else LOSS_SETTINGS)
+
+
+def changed_draws(config: RunConfig, adapter: Saved) -> str | None:
+    """Return the settings that decide which tokens a random number is for, and have changed; None if none has."""
+    return ", ".join(_changed(config, adapter, DRAW_SETTINGS)) or None
 
 
 def _changed(config: RunConfig, adapter: Saved, names: Sequence[str]) -> list[str]:

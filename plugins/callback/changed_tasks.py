@@ -5,6 +5,7 @@ from __future__ import annotations
 from ansible.plugins.callback import CallbackBase
 
 from ..plugin_utils.changes import add, watch
+from ..plugin_utils.kit_version import kit_version
 
 DOCUMENTATION = """
 name: changed_tasks
@@ -27,6 +28,7 @@ class CallbackModule(CallbackBase):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         watch()
+        kit_version()  # asks git once here, and not in each worker
 
     def v2_runner_on_ok(self, result):
         if result.result.get("changed"):

@@ -225,8 +225,8 @@ class Image:
             self.module.warn("Megatron-Bridge has no {} at {}: the kit's own is built".format(
                 params["dockerfile"], params["ref"][:12]))  # fmt: skip
             return False
-        argv = ["docker", "build", "--tag", base, "--file", dockerfile]
-        answer = run(argv + image_inputs.build_args(self.proxy) + [folder], timeout=params["timeout_seconds"])
+        argv = ["docker", "build", "--tag", base, "--file", dockerfile] + image_inputs.build_args(self.proxy) + [folder]
+        answer = run(argv, timeout=params["timeout_seconds"])
         if answer.code:
             self._refuse(
                 "Megatron-Bridge's Dockerfile cannot be built", "docker build", last_lines(answer, 12), "see above"
@@ -234,8 +234,7 @@ class Image:
         return True
 
     def leave(self):
-        mine = dict(self.record.values)
-        for name, entry in mine.items():
+        for name, entry in (mine := dict(self.record.values)).items():
             if not self.module.check_mode:
                 for each in [name] + entry.get("fetched", []):
                     # Without --force, an image that a container uses stays.
@@ -300,8 +299,7 @@ class Image:
         if answer.code:
             return answer
         labels = dict(labels, **{SBOM_LABEL: SBOM, SBOM_LABEL + ".sha256": answer.out[:64]})
-        argv = image_inputs.label_build(self.name, labels, os.path.join(folder, "labels"))
-        return run(argv, timeout=120)
+        return run(image_inputs.label_build(self.name, labels, os.path.join(folder, "labels")), timeout=120)
 
     def _fetch(self, argv, source, expected, remedy, inputs=None):
         self.stop_here()
@@ -395,7 +393,7 @@ class Image:
     def _refuse(self, what, expected, found, next_step, blame=SOURCE):
         where = "{}: image {}".format(self.params["host"], self.name)
         message = explain(what + ".", where=where, expected=expected, found=found, next_step=next_step)
-        self.module.fail_json(msg=message, blame=blame)
+        self.module.fail_json(msg=message, found="{}: {}".format(what, found), blame=blame)
 
 
 if __name__ == "__main__":

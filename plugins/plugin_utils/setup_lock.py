@@ -24,6 +24,8 @@ FOLDER = "/run/lock"
 SILENT_SECONDS = 60
 ANSWER_SECONDS, RELEASE_SECONDS = 45, 5
 MAX_NOTE_BYTES = 4096
+DEAD_SECONDS = 15
+"""How long to wait for the lock of a run of this machine that was killed: until its next sign of life would be due."""
 KEEPER = r"""
 main=$1 file=$2; shift 2
 signs='echo $$ >"$2"; while kill -0 "$1" 2>/dev/null; do echo . || exit; sleep 5 >/dev/null; done'
@@ -61,11 +63,16 @@ def take(connection, file, command):
     argv = _argv(connection, words)
     if argv is None:
         return "", f"Two operators are not kept apart here: connection {connection.transport} has no lock"
-    Path(f"{file}.wanted").touch()
-    answer = _answer(["sh", "-c", KEEPER, "keeper", str(main), str(file), *argv])
-    kind, _, text = answer.partition(" ")
-    if kind != "held":
-        give_back(file)
+    until = time.monotonic() + DEAD_SECONDS
+    while True:
+        Path(f"{file}.wanted").touch()
+        answer = _answer(["sh", "-c", KEEPER, "keeper", str(main), str(file), *argv])
+        kind, _, text = answer.partition(" ")
+        if kind != "held":
+            give_back(file)
+        if kind != "busy" or not _is_dead(text) or time.monotonic() > until:
+            break
+        time.sleep(1)
     if kind == "busy":
         return holder(text), ""
     if kind == "held":
@@ -101,6 +108,20 @@ def holder(note):
     except (ValueError, KeyError, TypeError, RecursionError):
         return "a holder that does not name itself"
     return f"{command} by {user}@{host}, process {pid}, since {since}"
+
+
+def _is_dead(note):
+    """Return True if the holder was a process of this machine that no longer lives."""
+    try:
+        values = json.loads(note)
+        if values["host"] != socket.gethostname():
+            return False
+        os.kill(int(values["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return False
+    return False
 
 
 def plain(text):

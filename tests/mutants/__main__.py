@@ -63,13 +63,16 @@ def _try_rooms(given: argparse.Namespace) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         waiting, running = list(rooms), set[int]()
         while waiting or running:
+            if time.monotonic() > end:
+                waiting.clear()
             while waiting and len(running) < given.jobs:
                 room = waiting.pop(0)
                 # Where rooms wait, each has its part of the time.
                 share = min(1.0, given.jobs / (len(waiting) + 1))
                 running.add(_start(room, Path(folder) / room, given, end, share))
-            ended, _ = os.wait()
-            running.discard(ended)
+            if running:
+                ended, _ = os.wait()
+                running.discard(ended)
         answers = [Path(folder) / each / "outcome.json" for each in rooms]
         return [
             Outcome(**json.loads(each.read_text("utf-8"))) if each.is_file() else Outcome(each.parent.name, 0, 0, ())

@@ -20,10 +20,17 @@ from torch.distributed.checkpoint.metadata import (
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def store(folder: Path, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str, Sequence[Box]] | None = None) -> None:
+def store(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    chunks: Mapping[str, Sequence[Box]] | None = None,
+    *,
+    transposed: bool = False,
+) -> None:
     """Write FOLDER with these tensors. chunks: first index and shape of each chunk of a tensor; default: one.
 
-    Even chunks of a tensor go to a.distcp, odd ones to b.distcp.
+    Even chunks of a tensor go to a.distcp, odd ones to b.distcp. transposed: the elements of matrices are stored column
+    by column, which only torch reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {"a.distcp": bytearray(), "b.distcp": bytearray()}
@@ -33,7 +40,7 @@ def store(folder: Path, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str
         for number, (offset, shape) in enumerate(boxes):
             part = tensor[tuple(slice(at, at + length) for at, length in zip(offset, shape, strict=True))]
             stream = io.BytesIO()
-            torch.save(part.contiguous().clone(), stream)
+            torch.save(part.T.contiguous().clone().T if transposed else part.contiguous().clone(), stream)
             file = "b.distcp" if number % 2 else "a.distcp"
             places[MetadataIndex(key, offset)] = _StorageInfo(file, len(files[file]), len(stream.getvalue()))
             files[file] += stream.getvalue()

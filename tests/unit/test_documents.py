@@ -1,6 +1,7 @@
 """The documents against the code: commands, paths, functions, figures and versions that they name exist as named."""
 
 import ast
+import dataclasses
 import json
 import re
 import runpy
@@ -15,7 +16,9 @@ import yaml
 
 from mixtral_run import __version__
 from mixtral_run.cli.command import PROBLEMS
+from mixtral_run.cli.config_template import CONFIGS
 from mixtral_run.cli.main import VERBS, root
+from mixtral_run.cli.setting_option import BY_FLAG
 from tests.support.examples import examples_of
 from tests.support.samples import instruct_form
 
@@ -26,6 +29,8 @@ DOCUMENTS = sorted(
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/concepts/*.md"))
 )
 NAMED = [name for name in DOCUMENTS if name != "CHANGELOG.md"]
+SHOWN = [*NAMED, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "roles").glob("*/README.md"))]
+"""Documents whose commands are checked."""
 ROOMS = sorted(
     str(path.parent.relative_to(ROOT))
     for path in (ROOT / "mixtral_run").rglob("__init__.py")
@@ -52,9 +57,9 @@ def text_of(document: str) -> str:
 def commands(program: str) -> list[str]:
     """Return the indented or quoted commands of all documents that begin with `program`, without their comments."""
     found: list[str] = []
-    for document in NAMED:
+    for document in SHOWN:
         text = text_of(document)
-        found += re.findall(rf"^    ({program} .*)$", text, re.MULTILINE)
+        found += re.findall(rf"^    (?:\$ )?({program} .*)$", text, re.MULTILINE)
         found += re.findall(rf"`({program} [^`\n]*(?:\n[^`\n]*)?)`", text)
     # In a table a bar is escaped.
     return sorted({re.sub(r"\s+#.*$", "", command).replace("\\|", "|").replace("\n", " ").strip() for command in found})
@@ -92,7 +97,42 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", kit_commands())
 def test_the_command_line_takes_it(command: str) -> None:
-    parsed(command)
+    context = parsed(command)
+    config = CONFIGS.get(str(context.info_name))
+    if config is not None and "[" not in command:
+        # Its settings go together, too; a placeholder such as HOST is a value like others.
+        names = {item.name for item in dataclasses.fields(config)}
+        given = {name.removesuffix(BY_FLAG): value for name, value in context.params.items() if value}
+        config.from_mapping({name: value for name, value in given.items() if name in names}).check()
+
+
+TESTED = ("mixtral-run", "python -m", "torchrun", "make", "pip", "pipx")
+"""Beginnings of the commands that the tests here check; those of torchrun: test_guide_commands.py."""
+TESTED_ELSEWHERE = {
+    "bash_source": "tests/unit/cli/test_completion.py",
+    "zsh_source": "tests/unit/cli/test_completion.py",
+    "fish_source": "tests/unit/cli/test_completion.py",
+    "collection build": "tests/unit/host/role_files/test_collection.py",
+    "collection install": "tests/unit/host/role_files/test_collection.py",
+}
+"""What names other commands of the documents, and the file of the test that runs them."""
+PROGRAM = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:mixtral-run|python3?|pipx?|torchrun|make|eval|ansible[\w-]*|docker|kubectl|sbatch|srun|curl|"
+    r"wget|git|sudo|apt-get|apt|source|vllm|hf) "
+)
+
+
+def test_no_command_escapes() -> None:
+    """Each indented line that begins with a program is one of the commands that a test runs or checks."""
+    escaped = []
+    for document in SHOWN:
+        for line in re.findall(r"^    (\S.*)$", text_of(document), re.MULTILINE):
+            command = re.sub(r"\s+#.*$", "", line).removeprefix("$ ").strip().removeprefix(".venv/bin/")
+            if PROGRAM.match(command) and not command.startswith(tuple(f"{begin} " for begin in TESTED)):
+                names = [name for name in TESTED_ELSEWHERE if name in command]
+                if not any(all(word in text_of(TESTED_ELSEWHERE[name]) for word in name.split()) for name in names):
+                    escaped.append(f"{document}: {command}")
+    assert escaped == []
 
 
 def test_a_command_with_an_unknown_flag_is_found() -> None:
@@ -107,6 +147,8 @@ FOREIGN_FLAGS = {
     "--test-only",
     "--list-tasks",
     "--from-file",
+    "--from-env-file",
+    "--recursive",
     "--selector",
     "--start-at-task",
     "--extra-index-url",
@@ -163,7 +205,7 @@ def test_the_makefile_has_the_target(command: str) -> None:
 
 @pytest.mark.parametrize("command", [*commands("pip"), *commands("pipx")])
 def test_what_is_installed_is_declared(command: str) -> None:
-    assert shlex.split(command)[1] == "install"
+    assert shlex.split(command)[1] in ("install", "download")
     extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
     for extra in re.findall(r"\[(\w+)\]", command):
         assert extra in extras

@@ -22,7 +22,10 @@ _inventory = _option(
 @_option("--reason", required=True, metavar="TEXT", help="Why. `status` and refused jobs show it.  [required]")
 @_inventory
 def cordon(hosts: tuple[str, ...], reason: str, inventory: Path | None) -> None:
-    """Let no new job start on hosts, whoever starts it. Running jobs continue. Who, when and why is recorded there."""
+    """Let no new job of --on start on hosts, whoever starts it. Running jobs continue. Who and why is recorded there.
+
+    Slurm and Kubernetes have their own: scontrol update nodename=N state=drain, and kubectl cordon N.
+    """
     from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.cordon import cordon as set_apart
     from mixtral_run.fleet.selection import hosts_of

@@ -107,7 +107,15 @@ def _rows(
 
 
 def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bool, with_hosts: bool) -> None:
-    from mixtral_run.results.run_table import COLUMNS, NARROW_COLUMNS, best_checkpoint, cells, narrow_cells, printable
+    from mixtral_run.results.run_table import (
+        COLUMNS,
+        NARROW_COLUMNS,
+        best_checkpoint,
+        cells,
+        narrow_cells,
+        printable,
+        words_for_best,
+    )
     from mixtral_run.terminal.report import Report
 
     report = Report()
@@ -128,7 +136,7 @@ def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bo
         adapter, remark = best_checkpoint(rows[0])
         if remark:
             report.warn(remark)
-        report.say(f"  next: mixtral-run export --adapter {printable(adapter)} --output-path …")
+        report.say(f"  next: mixtral-run {words_for_best(rows[0])} {printable(adapter)} --output-path …")
 
 
 def _compare(folders: tuple[str, str], plot: Path | None, as_json: bool) -> None:

@@ -31,6 +31,4 @@ def shell(words: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
     given = take_host_options(flags)
     if "on" not in given:
         raise ConfigError("shell runs on a host.", expected="--on HOST", found="none")
-    if "detach" in given:
-        raise ConfigError("shell reads this terminal.", found="--detach", next_command="the same without --detach")
     sys.exit(run_shell(JobOptions(**given), words, dry_run=dry_run))

@@ -23,11 +23,7 @@ _output = partial(click.option, cls=Option, section="Output")
 
 @click.command(
     cls=VerbCommand,
-    examples=(
-        "status gpu-01 gpu-02 --html fleet.html",
-        "status --network gpu-01 gpu-02 gpu-03",
-        "status gpu-01 --history",
-    ),
+    examples=("status gpu-01 gpu-02 --html fleet.html", "status --network gpu-01 gpu-02 gpu-03"),
 )
 @click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(

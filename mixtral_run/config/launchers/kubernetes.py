@@ -139,6 +139,12 @@ class KubernetesConfig(LauncherConfig):
         "no manifest.",
         section=KUBERNETES,
     )
+    store_secret: str | None = setting(
+        None,
+        help="Secret of the namespace that holds the keys of an object store, by the names AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY and, where needed, AWS_SESSION_TOKEN and AWS_ENDPOINT_URL.",
+        section=KUBERNETES,
+    )
     node_selector: tuple[str, ...] = setting(
         (), help="Label that the nodes must have, KEY=VALUE. May be repeated.", section=KUBERNETES
     )
@@ -175,6 +181,7 @@ class KubernetesConfig(LauncherConfig):
             ("namespace", is_label, "lower-case letters, digits and dashes, at most 63"),
             ("service_account", is_name, "a name of lower-case letters, digits, dashes and dots"),
             ("pull_secret", is_name, "a name of lower-case letters, digits, dashes and dots"),
+            ("store_secret", is_name, "a name of lower-case letters, digits, dashes and dots"),
             ("queue", is_label, "lower-case letters, digits and dashes, at most 63"),
             ("runtime", is_name, "a name of lower-case letters, digits, dashes and dots"),
             ("kube_context", _is_context, "a name that does not begin with a dash, without control characters"),

@@ -43,8 +43,7 @@ class ConvertConfig(ParallelConfig):
         store="input",
     )
     output_path: Path = setting(
-        help="Folder to write; must be empty or new. A URL, such as s3://bucket/folder: it is written on this machine "
-        "and then copied there.",
+        help="Folder to write, or its URL, such as s3://bucket/folder; must be empty or new.",
         section=OUTPUT,
         store="output",
     )
@@ -141,8 +140,7 @@ class ExportConfig(Config):
         store="input",
     )
     output_path: Path = setting(
-        help="Folder to write; must be empty or new. A URL, such as s3://bucket/folder: it is written on this machine "
-        "and then copied there.",
+        help="Folder to write, or its URL, such as s3://bucket/folder; must be empty or new.",
         section=OUTPUT,
         store="output",
     )

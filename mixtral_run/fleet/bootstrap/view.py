@@ -63,7 +63,8 @@ class PlainView(PlayView):
 
     def update(self, notices: Iterable[Notice] = ()) -> None:
         lines = [line for notice in notices for line in self._lines(notice)]
-        for host in self.progress.hosts.values():
+        # A host is done when the play ends. Before that, a look at every host at each event grows with their square.
+        for host in self.progress.hosts.values() if self.progress.finished else ():
             if host.phase is Phase.DONE and host.name not in self._ended:
                 self._ended.add(host.name)
                 lines.append(f"{MARKS[Phase.DONE]} {host.name}: done, {counts(host)}")

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from mixtral_run.config.data_sources import STANDARD_INPUT, parse_source
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.lora import weighted_path
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.errors import ConfigError
 
 CHECKPOINTS = "/checkpoints"
@@ -97,6 +98,9 @@ def adapters_inside(texts: Sequence[str], mounts: dict[str, None]) -> list[str]:
     """Return `--adapter PATH[:WEIGHT]` as the container names them."""
     found = []
     for text in texts:
+        if store_url(text) is not None:
+            found.append(text)
+            continue
         given = weighted_path(text)
         path = path_inside(str(given.path), "--adapter")
         if mount := mount_for(path, False, "--adapter"):

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, find_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
@@ -69,9 +70,22 @@ def fetch_job(
             raise ConfigError(f"{row.job} is still running.", next_command=f"mixtral-run logs -f {row.job}")
         if not row.output:
             raise ConfigError(f"{row.job} writes no files ({row.verb}).")
+        refuse_store(row.job, row.output)
         host, path = row.host, row.output
     target = destination / _name_of(host, path) if destination.is_dir() else destination
     return [fetch(host, path, target, overwrite=overwrite, say=say)]
+
+
+def refuse_store(job: str, output: str) -> None:
+    """Raise ConfigError if the output of a job is in an object store."""
+    url = store_url(output)
+    if url is not None:
+        is_s3 = url.startswith("s3://")
+        raise ConfigError(
+            f"The output of {job} is in an object store, and not on a host.",
+            where=url,
+            next_command=f"aws s3 cp --recursive {url} FOLDER" if is_s3 else "the store's own tool copies it",
+        )
 
 
 def fetch(

@@ -33,8 +33,7 @@ def run_here(verb: str, config: Config, options: JobOptions, ssh: Ssh | None = N
     Raises BusyError or HostError for a host that is busy, cordoned or not ready, as for a job.
     """
     ssh = ssh or Ssh()
-    if options.detach:
-        raise ConfigError(f"{verb} reads this terminal.", found="--detach", next_command="the same without --detach")
+    refuse_unused(verb, options)
 
     def attempt(hosts: tuple[Host, ...]) -> int:
         host = only_host(verb, options, hosts)
@@ -51,6 +50,7 @@ def run_shell(options: JobOptions, words: tuple[str, ...], *, dry_run: bool, ssh
     dry_run: only print the command. Raises as `run_here` does.
     """
     ssh = ssh or Ssh()
+    refuse_unused(SHELL, options)
 
     def attempt(hosts: tuple[Host, ...]) -> int:
         host = only_host(SHELL, options, hosts)
@@ -63,6 +63,22 @@ def run_shell(options: JobOptions, words: tuple[str, ...], *, dry_run: bool, ssh
         return _run_attached(ssh, host, facts, spec, words or ("bash",))
 
     return when_free(SHELL, options, _say, ssh, attempt)
+
+
+def refuse_unused(verb: str, options: JobOptions) -> None:
+    """Raise ConfigError for options that mean nothing for a container which ends with the connection."""
+    given = {
+        "--detach": options.detach,
+        "--max-restarts": options.max_restarts is not None,
+        "--min-hosts": options.min_hosts is not None,
+    }
+    flags = [flag for flag, is_given in given.items() if is_given]
+    if flags:
+        raise ConfigError(
+            f"{verb} reads this terminal, and ends with the connection.",
+            found=", ".join(flags),
+            next_command=f"the same without {' and '.join(flags)}",
+        )
 
 
 def only_host(verb: str, options: JobOptions, hosts: tuple[Host, ...] = ()) -> Host:

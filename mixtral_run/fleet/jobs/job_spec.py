@@ -15,6 +15,7 @@ from typing import Any
 from mixtral_run.config.data import CHAT_TEMPLATES, DATA_SETTINGS
 from mixtral_run.config.fields import Config, field_types, flag_of, plain_type
 from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.container_paths import (
@@ -40,11 +41,13 @@ STATE_FOLDER = "state"
 STOP_SECONDS = 330
 """Time that a job has to save after SIGTERM, before the engine kills it."""
 RENDEZVOUS_PORT = 29400
-SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
+SECRET_VARIABLES = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY", re.IGNORECASE)
 OUTPUTS = ("save", "output_path", "work_path", "output")
 """Config fields that name the output of a job, in the order of preference."""
 WRITTEN = (*OUTPUTS, "metrics_file", "output_file", "logits_file", "data_cache")
 """All config fields that name a path that a job writes. smoke also writes its --load."""
+SCRATCH = "MIXTRAL_RUN_STORE_CACHE="
+"""Variable of a job with its value behind: the folder of the copies of what an object store holds."""
 LOCAL_INPUTS = ("prompts_file", "prompts", "chat_template")
 """Config fields, apart from those of data, whose file may be on the operator's machine. It is then sent to the host."""
 
@@ -102,7 +105,8 @@ class JobOptions:
             elif SECRET_VARIABLES.search(name):
                 problems.append(
                     f"--env {name}: `docker inspect` or a manifest would show the value; for a token use "
-                    "bootstrap --hf-token-file, or --token-secret with --launcher kubernetes"
+                    "bootstrap --hf-token-file, or --token-secret with --launcher kubernetes; for keys of a store the "
+                    "file HF_HOME/store-credentials, or --store-secret"
                 )
         for limit in self.ulimits if self.ulimits != ("none",) else ():
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
@@ -170,11 +174,25 @@ def make_spec(
     """
     options.check()
     values = config.to_mapping()
+    if (
+        num_hosts > 1
+        and store_url(values.get("save"))
+        and not any(each.startswith(SCRATCH) for each in options.environment)
+    ):
+        raise ConfigError(
+            "A job on several hosts saves in a folder that they share, and copies from there to the store.",
+            expected=f"--env {SCRATCH}{CHECKPOINTS}/stores, if the hosts share the checkpoints folder",
+            found=f"--save {store_url(values['save'])} without it",
+        )
     types = field_types(type(config))
     files: list[tuple[Path, str]] = []
     mounts: dict[str, None] = {}
     for item in dataclasses.fields(config):
         value = values[item.name]
+        url = store_url(value) if item.metadata["store"] else None
+        if url is not None:
+            values[item.name] = url
+            continue
         if item.name in DATA_SETTINGS:
             values[item.name] = data_inside(item.name, value, files, mounts)
             continue

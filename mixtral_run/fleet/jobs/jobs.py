@@ -323,7 +323,7 @@ def _rows_of(ssh: Ssh, host: Host) -> tuple[list[JobRow], HostError | None]:
 _ROW_PATTERN = re.compile(
     r"(?P<job>[A-Za-z0-9][A-Za-z0-9_.-]{0,127})\t(?P<verb>[a-z][a-z0-9_-]{0,31})\t(?P<state>[a-z]{1,16})"
     r"\t(?P<code>-?[0-9]{1,9})\t(?P<killed>true|false)\t(?P<since>[0-9TZ:.+-]{0,40})"
-    r"\t(?P<output>/[^\t]*|)\t(?P<num_hosts>[0-9]{0,5})"
+    r"\t(?P<output>(?:/|[a-z][a-z0-9]*://)[^\t]*|)\t(?P<num_hosts>[0-9]{0,5})"
 )
 
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from mixtral_run.config.fields import Config
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import INCURABLE, ConfigError, MixtralRunError, Stopped
 from mixtral_run.fleet.hosts import Host
@@ -105,6 +106,8 @@ def _say(text: str) -> None:
 
 def _say_output(job: RunningJob, config: Config, options: JobOptions) -> None:
     output = next((str(path) for name in OUTPUTS if (path := getattr(config, name, None))), None)
-    if output:
+    if output and store_url(output):
+        _say(f"  output: {store_url(output)}")
+    elif output:
         place = output if output.startswith("/") else host_path(f"/checkpoints/{output}", options)
         _say(f"  output: {place}; to copy it here: mixtral-run fetch {job.name}")

@@ -9,6 +9,7 @@ import sys
 import time
 
 from mixtral_run.config.names.hub_names import may_be_hub_name
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.config.verbs.serve import IMAGES, ServeConfig
 from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
@@ -49,6 +50,7 @@ def serve(config: ServeConfig, options: JobOptions, ssh: Ssh | None = None) -> R
     Raises ConfigError, WeightsError or HostError before a container runs if model or adapter cannot be served.
     """
     ssh = ssh or Ssh()
+    _check(config, options)
     options = dataclasses.replace(options, image=config.engine_image or IMAGES[config.engine])
     job = when_free(SERVE, options, _say, ssh, lambda hosts: _start(config, options, ssh, hosts))
     if job is None:
@@ -60,6 +62,19 @@ def serve(config: ServeConfig, options: JobOptions, ssh: Ssh | None = None) -> R
     _wait(ssh, job, config.wait_minutes)
     _say_how(config, job)
     return job
+
+
+def _check(config: ServeConfig, options: JobOptions) -> None:
+    """Raise ConfigError for settings that an engine on one host cannot use."""
+    problems = [
+        f"{flag}: expected a folder of the host, or for --load a model on the hub; found {url}"
+        for flag, url in (("--load", store_url(config.load)), ("--adapter", store_url(config.adapter)))
+        if url is not None
+    ]
+    if options.min_hosts is not None:
+        problems.append(f"--min-hosts: a server runs on one host; found {options.min_hosts}")
+    if problems:
+        raise ConfigError("Some settings of the server are wrong.", problems=problems)
 
 
 def _start(config: ServeConfig, options: JobOptions, ssh: Ssh, hosts: tuple[Host, ...]) -> RunningJob | None:

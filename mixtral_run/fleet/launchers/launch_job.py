@@ -10,6 +10,7 @@ from collections.abc import Collection
 from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.launchers.base import LauncherConfig
+from mixtral_run.config.names.store_names import store_url
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.launchers.launcher import LaunchRequest, launcher_of
@@ -53,7 +54,9 @@ def launch_job(
         return
     launcher.follow(record, _say)
     _say(f"✓ {job} is done")
-    if record.output:
+    if store_url(record.output):
+        _say(f"  output: {record.output}")
+    elif record.output:
         _say(f"  output: {record.output}; to copy it here: mixtral-run fetch {job}")
 
 

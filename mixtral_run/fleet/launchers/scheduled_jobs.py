@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mixtral_run.config.launchers.registry import LAUNCHERS
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
+from mixtral_run.fleet.jobs.fetch import refuse_store
 from mixtral_run.fleet.launchers.launcher import JobState, Launcher, Say, launcher_of
 from mixtral_run.fleet.launchers.records import JobRecord, find_record, read_records
 
@@ -45,6 +46,7 @@ def fetch_scheduled(
     """Copy the output of an ended job into the folder `destination`, or to that name, and return the path."""
     if not record.output:
         raise ConfigError(f"{record.name} writes no files ({record.verb}).")
+    refuse_store(record.name, record.output)
     (state,) = launcher.states([record])
     if state.running:
         raise ConfigError(f"{record.name} is still running.", next_command=f"mixtral-run logs -f {record.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -239,7 +240,19 @@ def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
         warnings.append(f"{len(found['xid_errors'])} Xid errors: {found['xid_errors'][-1]}")
     if engine["version"] and not found["image"]:
         warnings.append("the kit's image is missing")
-    return tuple(warnings)
+    return tuple(_of_several_gpus(warnings))
+
+
+def _of_several_gpus(warnings: Sequence[str]) -> list[str]:
+    """Return the warnings with one line for those that differ by the number of a GPU only."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for warning in warnings:
+        parts = re.fullmatch(r"((?:health: )?)GPU (\d+)((?::| at ).*)", warning, re.DOTALL)
+        found.setdefault((parts[1], parts[3]) if parts else (warning, ""), []).extend([parts[2]] if parts else [])
+    return [
+        f"{before}GPU{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}{after}" if numbers else before
+        for (before, after), numbers in found.items()
+    ]
 
 
 def with_differences(statuses: Sequence[HostStatus]) -> tuple[HostStatus, ...]:

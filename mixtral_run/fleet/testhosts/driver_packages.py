@@ -1,4 +1,4 @@
-"""Packages with the names and versions of NVIDIA's driver repository, for test hosts that have no GPU.
+"""Packages with the names and versions of NVIDIA's driver repository, DCGM included, for test hosts without a GPU.
 
 STAND-IN: they have no driver in them. Their dependencies, the pinning packages and the styles of revisions are those of
 NVIDIA's repository for Debian; a "module" is a file with a version, which `files/driver/kernel-modules` loads.
@@ -32,6 +32,9 @@ HEADERS = '#!/bin/sh\nmkdir -p "/usr/lib/modules/$(uname -r)/build"\n'
 NO_HEADERS = '#!/bin/sh\nrmdir -p "/usr/lib/modules/$(uname -r)/build" 2>/dev/null || true\n'
 
 
+DCGM_VERSION = "1:4.6.0-1"
+
+
 @dataclass(frozen=True)
 class Package:
     """One package: its control fields, files by path with their texts, and maintainer scripts."""
@@ -60,7 +63,22 @@ def _packages() -> list[Package]:
     ]
     for version, revision in VERSIONS.items():
         found += _driver(version, version + revision)
-    return found
+    return found + _dcgm()
+
+
+def _dcgm() -> list[Package]:
+    """Return DCGM and its exporter. As NVIDIA's, no script of theirs starts, stops or disables a service."""
+    unit = "usr/lib/systemd/system/{}.service"
+    engine, exporter = UNIT.format("/usr/bin/nv-hostengine"), UNIT.format("/usr/bin/dcgm-exporter")
+    program = "#!/bin/sh\n# STAND-IN\nexec sleep infinity\n"
+    core = f"Depends: datacenter-gpu-manager-4-core (= {DCGM_VERSION})\n"
+    return [
+        Package("datacenter-gpu-manager-4-core", DCGM_VERSION, "", {
+            "usr/bin/nv-hostengine": program, unit.format("nvidia-dcgm"): engine}),
+        Package("datacenter-gpu-manager-4-cuda13", DCGM_VERSION, core),
+        Package("datacenter-gpu-manager-exporter", "4.8.4-1", "Depends: datacenter-gpu-manager-4-core\n", {
+            "usr/bin/dcgm-exporter": program, unit.format("nvidia-dcgm-exporter"): exporter}),
+    ]  # fmt: skip
 
 
 def _pinning(beginning: str) -> tuple[str, dict[str, str]]:
@@ -111,4 +129,10 @@ def _build(work: Path, pool: Path, package: Package) -> None:
         path.chmod(0o755 if text.startswith("#!") else 0o644)
     for place, target in package.links.items():
         (work / place).symlink_to(target)
-    call("dpkg-deb", "--root-owner-group", "-b", work, pool / f"{package.name}_{package.version}_amd64.deb")
+    call(
+        "dpkg-deb",
+        "--root-owner-group",
+        "-b",
+        work,
+        pool / f"{package.name}_{package.version.rpartition(':')[2]}_amd64.deb",
+    )

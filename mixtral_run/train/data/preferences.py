@@ -118,7 +118,10 @@ class PreferenceSamples:
             return []
         num_chosen = int((self._entries % 2 == 0).sum())
         missing = "desirable" if not num_chosen else "undesirable" if num_chosen == len(self._entries) else None
-        return [f"No answer is {missing}: kto learns from both kinds."] if missing else []
+        found = [f"No answer is {missing}: kto learns from both kinds."] if missing else []
+        if len(self._entries) == 1:
+            found.append("There is one answer only: kto's KL needs the answers of other prompts.")
+        return found
 
     def index_of(self, position: int, seed: int) -> int:
         return self._order.index_of(position, seed)

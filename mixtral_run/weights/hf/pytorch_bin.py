@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.weights.hf.safetensors_files import Headers, TensorEntry
-from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, load_without_elements
+from mixtral_run.weights.torch_dist.restricted_pickle import (
+    ByteOrderError,
+    DisallowedGlobalError,
+    load_without_elements,
+)
 
 BIN_NAME = "pytorch_model.bin"
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -56,7 +60,7 @@ def read_bin_files(directory: Path, names: list[str]) -> Headers:
             problems.append(f"{name}: cannot be read ({error.strerror})")
         except DisallowedGlobalError as error:
             problems.append(f"{name}: refused, because its pickle would run {error.name}")
-        except _NotWeightsError as error:
+        except (ByteOrderError, _NotWeightsError) as error:
             problems.append(f"{name}: {error}")
         except Exception as error:  # a damaged zip or pickle raises anything
             problems.append(f"{name}: damaged, or not what torch.save writes ({type(error).__name__})")

@@ -34,6 +34,11 @@ class LocalCopy:
         return self.folder.parent / "sending"
 
     @property
+    def ready(self) -> Path:
+        """Return the file that names the job whose first process has prepared the folder."""
+        return self.folder.parent / "ready"
+
+    @property
     def lock(self) -> Path:
         return self.folder.parent / LOCK_NAME
 

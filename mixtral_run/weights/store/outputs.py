@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from mixtral_run.weights.store.problems import store_error
 from mixtral_run.weights.store.run_mirror import AbandonedError, Retention, RunMirror
 from mixtral_run.weights.store.runs import bring_back, complete_iterations
 
+_WAIT_SECONDS = 0.2
 _PROBE = ".mixtral-run-probe"
 _HELD = "expected a new or empty folder, or"
 SecondsLeft = Callable[[], float | None]
@@ -67,7 +71,30 @@ def run_output(
             raise store_error(error, url, what) from error
         mirror = RunMirror(store, local, complete, retention, say)
         mirror.start()
-        yield mirror.finish
+        write_atomically(local.ready, _this_job())
+        try:
+            yield mirror.finish
+        finally:
+            local.ready.unlink(missing_ok=True)
+
+
+def wait_for_first_process(url: str) -> None:
+    """Return when the first process of this job, which torchrun started, has prepared the folder of a run.
+
+    If that process fails, torchrun ends this one.
+    """
+    file = local_copy(url, "outputs").ready
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_text(encoding="utf-8") == _this_job():
+                return
+        time.sleep(_WAIT_SECONDS)
+
+
+def _this_job() -> str:
+    """Return a text that all processes of a job under torchrun share, and that no other job has."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    return " ".join(os.environ.get(name, "") for name in names)
 
 
 @contextmanager

@@ -17,9 +17,6 @@ from mixtral_run.weights.torch_dist import item_writer
 from mixtral_run.weights.torch_dist.restricted_pickle import DisallowedGlobalError, load_tensor
 
 _HEADER_BYTES = 30
-_ZIP_MAGIC = b"PK\x03\x04"
-_LONGEST_BYTE_ORDER = 16
-"""Bytes of the largest entry that is read as the name of a byte order, `little` or `big`."""
 
 
 class NotPlainError(Exception):
@@ -107,10 +104,7 @@ def _expected(shape: tuple[int, ...], dtype: str) -> tuple[bytes, int, int] | No
 def _start_in_zip(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
     import torch
 
-    # torch would swap the bytes of elements that it has not read, which ends the process.
-    if _byte_orders(item) not in ([], [b"little"]):
-        raise NotPlainError("a byte order other than little-endian")
-    # Before everything else, so that what would run something is refused as such, whatever else is wrong with it.
+    # First of all, so that what would run something is refused as such, whatever else is wrong with it.
     item.seek(0)
     stream = io.BufferedReader(item)
     tensor = load_tensor(stream, "meta")
@@ -130,19 +124,3 @@ def _start_in_zip(item: FileSlice, shape: tuple[int, ...], dtype: str) -> int:
     name_length, extra_length = struct.unpack("<HH", item.read(4))
     start: int = entry.header_offset + _HEADER_BYTES + name_length + extra_length
     return start
-
-
-def _byte_orders(item: FileSlice) -> list[bytes]:
-    """Return the byte orders that a zip names; none for what torch does not take for a zip, by its first bytes."""
-    item.seek(0)
-    if item.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-        return []
-    with zipfile.ZipFile(item) as archive:
-        return [_byte_order(archive, each) for each in archive.infolist() if each.filename.endswith("byteorder")]
-
-
-def _byte_order(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """Return the content of a short entry that is stored as it is; others may be of any size when decompressed."""
-    if entry.compress_type != zipfile.ZIP_STORED or max(entry.file_size, entry.compress_size) > _LONGEST_BYTE_ORDER:
-        raise NotPlainError(f"a byte order of {entry.file_size:,} bytes, compression method {entry.compress_type}")
-    return archive.read(entry)

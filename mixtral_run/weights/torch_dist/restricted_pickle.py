@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
@@ -33,6 +34,10 @@ class DisallowedGlobalError(pickle.UnpicklingError):
         self.name = name
 
 
+class ByteOrderError(pickle.UnpicklingError):
+    """The elements of a file of torch.save are not little-endian."""
+
+
 _SAFE = {
     "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int64", "int32", "uint8", "bool", "float8_e4m3fn"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
@@ -41,6 +46,9 @@ _SAFE = {
 }
 _MOST_BYTES = 2**26
 """Size of the largest `.metadata` file that is read; one of a thousand tensors has about 200 KB."""
+_ZIP_MAGIC = b"PK\x03\x04"
+_LONGEST_BYTE_ORDER = 16
+"""Bytes of the largest entry that is read as the name of a byte order, `little` or `big`."""
 _DEEPEST_TUPLE = 8
 """Python recurses into nested tuples without a limit, so that deep ones would end the process."""
 
@@ -276,6 +284,8 @@ def load_tensor(stream: IO[bytes], device: str) -> object:
     """
     import torch
 
+    if device == "meta":
+        _check_byte_order(stream)
     try:
         return torch.load(stream, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -290,12 +300,33 @@ def load_without_elements(file: Path) -> object:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    with file.open("rb") as stream:
+        _check_byte_order(stream)
     try:
         # Tensors of this mode have no elements; torch.load then records where their storages begin in the file.
         with FakeTensorMode():
             return torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:
         raise in_own_words(error) from None
+
+
+def _check_byte_order(stream: IO[bytes]) -> None:
+    """Raise ByteOrderError for a zip whose elements are not little-endian.
+
+    torch would swap the bytes of elements that it does not read, which ends the process. What is no zip by its first
+    bytes has no such entry for torch.
+    """
+    start = stream.tell()
+    if stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
+        with zipfile.ZipFile(stream) as archive:
+            for each in archive.infolist():
+                if not each.filename.endswith("byteorder"):
+                    continue
+                # An entry that is compressed may be of any size when it is decompressed.
+                short = max(each.file_size, each.compress_size) <= _LONGEST_BYTE_ORDER
+                if each.compress_type != zipfile.ZIP_STORED or not short or archive.read(each) != b"little":
+                    raise ByteOrderError("its byte order is not little-endian")
+    stream.seek(start)
 
 
 def in_own_words(error: Exception) -> Exception:

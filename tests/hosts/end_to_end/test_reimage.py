@@ -117,5 +117,5 @@ def test_after_a_reimage_one_host_changes_and_the_job_ends_as_if_nothing_had_hap
     # The checkpoints are on the data disk: the same command as before takes the job up again, to the same losses.
     output = operator.run("finetune", "--on", moved, *JOB, *SURVIVOR, "--save", f"{DATA}/survivor", "--resume", "auto")
     resumed = re.search(r"Resuming from \S+, iteration (\d+)", output)
-    assert resumed is not None and int(resumed[1]) >= 40
+    assert resumed is not None and int(resumed[1]) >= 30
     assert losses(fleet.hosts[second], "survivor") == undisturbed

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mixtral_run.fleet.bootstrap import bootstrap as bootstrap_module
 from mixtral_run.fleet.bootstrap import host_lock
 from mixtral_run.fleet.bootstrap.host_lock import hold_locks, holder_text
 from mixtral_run.fleet.history import history_of
@@ -142,6 +143,16 @@ def test_a_play_without_the_command_line_keeps_others_away_as_well(host: LightHo
     wait_until_free(target)
     visits = history_of("gpu-01", history.read_text()).visits
     assert [(visit.outcome, visit.changed) for visit in visits] == [("done", ("Change something",)), ("no end", ())]
+
+
+def test_the_command_line_keeps_its_own_lock_and_the_host_records_the_run(
+    host: LightHost, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bootstrap_module, "playbook", {"bootstrap": PLAYBOOKS / "visit.yml"}.__getitem__)
+    end, text = run(host.target, more=(f"visit_history={tmp_path / 'history.jsonl'}",))
+    assert not end.progress.bad, text
+    (visit,) = history_of("gpu-01", (tmp_path / "history.jsonl").read_text()).visits
+    assert (visit.verb, visit.outcome, visit.changed) == ("bootstrap", "done", ("Change something",))
 
 
 @pytest.mark.parametrize(

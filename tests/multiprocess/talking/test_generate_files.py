@@ -6,7 +6,9 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,6 +19,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.inference.answers import AnswersFile
 from mixtral_run.inference.generate import generate
 from mixtral_run.launch.stop_request import StopRequest
+from mixtral_run.terminal.report import Report
 
 LINES = (
     {"instruction": "Name a state of matter."},
@@ -91,9 +94,12 @@ def test_ctrl_c_keeps_complete_answers_and_the_next_run_goes_on(
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
+    advanced: list[int] = []
     with monkeypatch.context() as patched:
         patched.setattr(AnswersFile, "write", interrupted)
+        patched.setattr(Report, "progress", lambda *_: nullcontext(SimpleNamespace(advance=advanced.append)))
         generate(settings)
+    assert sum(advanced) <= 2, "the answers that were stopped are not finished work"
     assert [each["index"] for each in answers(settings.output)] == [0, 1]
     assert "2 of 4 answers are complete" in capsys.readouterr().out
     # A kill may cut the last line off.

@@ -244,6 +244,9 @@ def test_dead_servers_and_unknown_names_before_a_model_is_loaded(adapted: Adapte
         pytest.raises(ConfigError, match="no model of that name"),
     ):
         check_proof(config(adapted, url, nproc_per_node=1))
+    # A server that lists nothing may answer all the same, as `transformers serve` does.
+    with server(lambda _: (500, {}), models_of()) as url:
+        check_proof(config(adapted, url, nproc_per_node=1))
 
 
 @pytest.mark.skipif(

@@ -29,7 +29,7 @@ def test_round_trip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: tuple[int, int], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr("mixtral_run.weights.convert.to_hf.SHARD_BYTES", 300_000)
-    monkeypatch.setattr("mixtral_run.weights.convert.to_hf._BLOCK_BYTES", 3000)
+    monkeypatch.setattr("mixtral_run.weights.hf.stored_tensors._BLOCK_BYTES", 3000)
     tensors = write_tiny(tmp_path / "hf", dtype=dtype)
     fingerprint = convert_quietly(tmp_path / "hf", tmp_path / "megatron", *layout)
     config = ConvertConfig(from_megatron=tmp_path / "megatron", output_path=tmp_path / "again")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.shell_completion import CompletionItem, ShellComplete
+from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
 from mixtral_run.cli.main import VERBS, root
 from mixtral_run.fleet import hosts
@@ -81,3 +81,11 @@ def test_bash_asks_the_program(tmp_path: Path) -> None:
         [sys.executable, "-m", "mixtral_run"], capture_output=True, text=True, check=False, env={**os.environ, **asked}
     )
     assert done.stdout.splitlines() == ["plain,evaluate"], done.stderr
+
+
+@pytest.mark.parametrize(("shell", "registers"), [("zsh_source", "compdef"), ("fish_source", "complete --no-files")])
+def test_other_shells_get_a_script(shell: str, registers: str) -> None:
+    kind = get_completion_class(shell.removesuffix("_source"))
+    assert kind is not None
+    source = kind(root, {}, "mixtral-run", "_MIXTRAL_RUN_COMPLETE").source()
+    assert registers in source and f"_MIXTRAL_RUN_COMPLETE={kind.name}_complete" in source

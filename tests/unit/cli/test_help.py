@@ -16,7 +16,7 @@ from mixtral_run.cli.command import PROBLEMS, SECTIONS, VerbCommand
 from mixtral_run.cli.main import VERBS, root
 from mixtral_run.config import data
 from mixtral_run.config.fields import Config
-from mixtral_run.config.verbs import align, evaluate, generate, plan, serve, training, trial, weights
+from mixtral_run.config.verbs import align, evaluate, generate, plan, pretrain, serve, training, trial, weights
 
 BLOCKED = (
     "torch", "ansible_runner", "ansible", "megatron", "transformers", "numpy", "rich", "safetensors", "yaml",
@@ -93,7 +93,7 @@ def _config_problems(context: click.Context) -> list[str]:
     name = f"{str(context.info_name).capitalize()}Config"
     config_class: type[Config] = next(
         vars(module)[name]
-        for module in (align, training, weights, generate, evaluate, serve, plan, trial, data)
+        for module in (align, pretrain, training, weights, generate, evaluate, serve, plan, trial, data)
         if name in vars(module)
     )
     fields = {item.name for item in dataclasses.fields(config_class)}

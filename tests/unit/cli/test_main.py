@@ -71,7 +71,7 @@ def test_all_problems_of_a_command_line_are_reported_at_once() -> None:
         "  - 'stray': a flag before it is missing",
         "  - --tensor-model-parallel-size: expected a whole number; found 'two'",
         "  - --expert-model-parallel-size: expected a whole number; found 'four'",
-        "  - --output-path is required: Folder to write; must be empty or new.",
+        "  - --output-path is required: Folder to write, or its URL, such as s3://bucket/folder; must be empty or new.",
         "  - --workers: expected at least 1; found 0",
         "  where:    command line",
         "  next:     mixtral-run convert --help",

@@ -11,7 +11,8 @@ import pytest
 
 from mixtral_run.cli import stores
 from mixtral_run.config.names.store_names import store_url, url_problem
-from mixtral_run.config.verbs.training import FinetuneConfig, PretrainConfig, UpConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, UpConfig
 from mixtral_run.config.verbs.weights import ExportConfig
 from mixtral_run.errors import ConfigError
 

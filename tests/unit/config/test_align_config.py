@@ -18,7 +18,7 @@ from mixtral_run.planner.table import workload_of as planned_workload
 from mixtral_run.planner.workload import Layout
 from mixtral_run.train.checkpoints import init_adapter
 from mixtral_run.train.preflight import _check_continues
-from mixtral_run.train.run_checkpoints import changed_loss
+from mixtral_run.train.run_checkpoints import changed_draws, changed_loss
 from mixtral_run.weights.manifest.describe import BaseDescription
 from tests.multiprocess.conftest import SMALL
 
@@ -107,6 +107,17 @@ def test_another_adapter_to_start_from_is_another_reference(method: str, found: 
     adapter: Any = Adapter()
     assert changed_loss(config_of(method, init_adapter=Path("first")), adapter) == []
     assert changed_loss(config_of(method), adapter) == found
+
+
+def test_other_chunks_or_micro_batches_draw_other_dropout() -> None:
+    class Adapter:
+        training = config_of(expert_chunks=4, micro_batch_size=2).to_mapping()
+
+    adapter: Any = Adapter()
+    assert changed_draws(config_of(expert_chunks=4, micro_batch_size=2), adapter) is None
+    assert changed_draws(config_of(expert_chunks=1, micro_batch_size=2), adapter) == "--expert-chunks 1 (was 4)"
+    del Adapter.training["expert_chunks"]  # an earlier version's
+    assert changed_draws(config_of(), adapter) == "--micro-batch-size 1 (was 2)"
 
 
 def test_what_an_adapter_brings_must_suit_align(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,28 @@ def test_the_backward_pass_draws_the_dropout_of_the_forward_pass(mesh: Mesh) -> 
             torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-5, atol=1e-8)
 
 
+def test_the_routers_are_balanced_over_all_tokens(mesh: Mesh) -> None:
+    """Each router's gradient has the loss of its balance, whose f and P are means over all tokens of all layers."""
+    found = []
+    for chunks, coefficient in ((1, 0.0), (1, 5.0), (4, 5.0)):
+        model = model_of(mesh, chunks)
+        model.balance_routers(coefficient)
+        balance = model.router_loss
+        assert balance is not None
+        routers = [layer.mlp.router.weight.requires_grad_() for layer in model.gpt.decoder.layers]
+        with balance.counting(torch.full((BATCH, SEQUENCE), 1 / (BATCH * SEQUENCE))):
+            losses = losses_of(model)
+        losses.mean().backward()
+        found.append((balance.value(), [weight.grad for weight in routers]))
+    (_, without), (value, whole), (chunked_value, chunked) = found
+    torch.testing.assert_close(chunked_value, value)
+    for plain, expected, gradient in zip(without, whole, chunked, strict=True):
+        assert plain is not None and expected is not None and gradient is not None
+        largest = float(expected.abs().max())
+        assert float((expected - plain).abs().max()) > 0.05 * largest
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * largest)
+
+
 def test_each_chunk_is_computed_twice(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the forward pass and for its own backward pass, but not when the layer runs again, whose output is unread."""
     seen: list[int] = []

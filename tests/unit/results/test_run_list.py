@@ -21,6 +21,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.status.read_runs import rows_of, runs_program
 from mixtral_run.results import read_run, run_list
 from mixtral_run.results.run_list import find_runs
+from mixtral_run.results.run_table import words_for_best
 from tests.support.html_page import Page
 
 
@@ -173,3 +174,8 @@ def test_a_row_of_another_form_is_left_out_and_counted(folder: Path) -> None:
     rows = find_runs([str(folder)])["runs"]
     bad = [{**rows[0], "name": 5}, {**rows[0], "iteration": True}, 7]
     assert rows_of({"runs": [*rows, *bad]}) == (rows, ["3 of its runs are not in the expected form"])
+
+
+def test_the_best_run_is_exported_by_the_verb_that_takes_it() -> None:
+    assert words_for_best({"settings": {"lora_rank": 8}}) == "export --adapter"
+    assert words_for_best({"settings": {"offload_optimizer": False}}) == "convert --from-megatron"

@@ -12,7 +12,7 @@ import torch
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.samples import MockSamples
-from mixtral_run.train.loop import _iterations
+from mixtral_run.train.run_loop import train_iterations
 from mixtral_run.train.steps.step import StepResult
 
 # Two steps of warmup to 1.0, then a line down to 0.2, which the last step has.
@@ -51,7 +51,7 @@ def test_rates_of_a_run_and_of_one_that_continues(start: int) -> None:
         meter=SimpleNamespace(tick=lambda: None, measure=lambda *found, **_: (found[0], found[3])),
     )
     stop: Any = SimpleNamespace(agreed=lambda: False)
-    found = list(_iterations(run, stop))
+    found = list(train_iterations(run, stop))
     assert asked == pytest.approx(RATES[start:])
     assert [iteration for iteration, _ in found] == list(range(start + 1, 8))
     assert [rate for _, rate in found] == asked

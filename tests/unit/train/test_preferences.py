@@ -365,13 +365,15 @@ def test_packed_mismatched_answers_are_in_one_row_that_tp_can_split(tmp_path: Pa
     samples = PreferenceSamples(
         arrays_of(answers), 16, 2, "x", None, paired=False, packs=True, folder=tmp_path, row_multiple=3
     )
-    assert config.pack and len(samples) == 1
+    assert config.pack and len(samples) == 1 and samples.remarks() == []
     micro = samples.mismatched(np.array([0, 3]), torch.ones(2).double())
     assert micro.tokens.tolist() == [[5, 11, 12, 13, 8, 9, 10, 6, 2]]
     assert micro.labels.tolist() == [[11, 12, 13, 14, 9, 10, 6, 7, 2]]
     assert micro.loss_mask.tolist() == [[1, 1, 1, 1, 0, 0, 1, 1, 0]]
     assert micro.lengths == ((4, 4, 1),) and micro.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0]]
     assert micro.answers is not None and micro.answers.num_tokens.tolist() == [4, 2]
+    alone = samples_of([([5], [6, 7]), None], tmp_path, config)
+    assert [each.split(":")[0] for each in alone.remarks()] == ["No answer is undesirable", "There is one answer only"]
 
 
 def test_answers_that_are_too_long_are_refused_together(tmp_path: Path) -> None:

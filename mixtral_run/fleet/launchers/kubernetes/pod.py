@@ -21,6 +21,11 @@ WRITABLE = ("/tmp", "/home/mixtral")
 NVIDIA's toolkit write into the root."""
 
 
+OPTIONAL_STORE_KEYS = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", *OPTIONAL_STORE_KEYS)
+"""Variables of a job that come from --store-secret, by keys of the same names."""
+
+
 def labels(spec: JobSpec) -> dict[str, str]:
     """Return the labels of all objects of a job."""
     return {LABEL_JOB: spec.name, LABEL_VERB: spec.verb}
@@ -43,6 +48,12 @@ def environment(spec: JobSpec, settings: KubernetesConfig) -> list[Values]:
     if settings.token_secret is not None:
         name, key = parse_secret(settings.token_secret)
         entries.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": name, "key": key}}})
+    if settings.store_secret is not None:
+        for name in STORE_KEYS:
+            wanted: Values = {"name": settings.store_secret, "key": name}
+            if name in OPTIONAL_STORE_KEYS:
+                wanted["optional"] = True
+            entries.append({"name": name, "valueFrom": {"secretKeyRef": wanted}})
     return entries
 
 

@@ -236,7 +236,9 @@ class ExampleStream:
             problems=self.problems.lines(),
             expected=_expected(self.options),
             found=f"{self.problems.num_examples:,} of {counted(total, 'example')} that cannot be used",
-            next_command="correct them, or --skip-bad-examples to leave them out",
+            # If nothing else is left, there is nothing to train on.
+            next_command="correct them"
+            + (", or --skip-bad-examples to leave them out" if self.problems.num_examples < total else ""),
         )
 
     def _converted(self, record: Record) -> Converted:

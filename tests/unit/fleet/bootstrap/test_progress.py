@@ -101,6 +101,26 @@ def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]
     assert not any("+host" in line for line in lines)
 
 
+def test_plain_lines_of_many_hosts_do_not_look_at_all_hosts_at_each_event() -> None:
+    looks = 0
+
+    class CountedHosts(dict[str, Any]):
+        def values(self) -> Any:
+            nonlocal looks
+            looks += 1
+            return super().values()
+
+    progress = FleetProgress([f"gpu-{number:04}" for number in range(1000)])
+    progress.hosts = CountedHosts(progress.hosts)
+    view = PlainView(progress, io.StringIO())
+    for name in progress.hosts:
+        view.update(progress.fold({"event": "runner_on_ok", "event_data": {"host": name, "task": "x", "res": {}}}))
+    assert looks == 0
+    names = dict.fromkeys(progress.hosts, 1)
+    view.update(progress.fold({"event": "playbook_on_stats", "event_data": {"processed": names}}))
+    assert isinstance(view.stream, io.StringIO) and view.stream.getvalue().count("done, 0 changed") == 1000
+
+
 def test_a_table_of_many_hosts_fits_and_shows_failures_first() -> None:
     from rich.console import Console
 

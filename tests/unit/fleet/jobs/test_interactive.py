@@ -117,6 +117,14 @@ def test_what_cannot_be(called: list[list[str]]) -> None:
         interactive.run_shell(JobOptions(on=("a", "b")), (), dry_run=True, ssh=ssh)
     with pytest.raises(ConfigError, match="reads this terminal"):
         interactive.run_here("chat", ChatConfig(load=Path("m")), JobOptions(on=("a",), detach=True), ssh)
+    # What a container that ends with the connection cannot use is refused, and never ignored.
+    unused = JobOptions(on=("a",), max_restarts=0, min_hosts=1)
+    for run in (
+        lambda: interactive.run_here("chat", ChatConfig(load=Path("m")), unused, ssh),
+        lambda: interactive.run_shell(unused, (), dry_run=True, ssh=ssh),
+    ):
+        with pytest.raises(ConfigError, match=r"(?s)ends with the connection.*--max-restarts, --min-hosts"):
+            run()
     with pytest.raises(HostError, match="connection to gpu-01 failed"):
         interactive.run_shell(JobOptions(on=("a",)), ("false",), dry_run=False, ssh=ssh)
 

@@ -13,10 +13,9 @@ from typing import IO, Any
 import pytest
 
 from mixtral_run.errors import HostError
-from mixtral_run.fleet.hosts import Host, parse_host
+from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh import connection, streams
 from mixtral_run.fleet.ssh.connection import Answer, Ssh, forget_key_argv, resolve_argv, terminal_argv
-from mixtral_run.fleet.ssh.problems import connection_error, last_line, reason_of
 
 HOST = Host("gpu-01", "10.0.0.1", "ops", 2222)
 TO = ["-p", "2222", "-l", "ops", "--", "10.0.0.1"]
@@ -108,10 +107,9 @@ def test_a_dropped_connection_is_tried_four_times(started: Any, ssh: Ssh, monkey
     dropped = b"Connection reset by 10.0.0.1 port 22\n"
     found = started(lambda: Process(b"", dropped, 255))
     monkeypatch.setattr(connection.time, "sleep", slept.append)
+    monkeypatch.setattr(connection.random, "uniform", lambda least, most: {(0.5, 1.5): 1.25}[least, most])
     assert ssh.run(HOST, ["true"]).exit_code == 255
-    assert len(found.words) == 4 and len(slept) == 3
-    for waited, least, most in zip(slept, (0.5, 1, 2), (1.5, 3, 6), strict=True):
-        assert least <= waited <= most
+    assert len(found.words) == 4 and slept == [1.25, 2.5, 5.0]
     found = started(lambda: Process(b"", dropped, 255), lambda: Process(b"there", b"", 0))
     assert ssh.run(HOST, ["true"]) == Answer(0, "there", "") and len(found.words) == 2
     for process in (lambda: Process(b"", dropped, 1), lambda: Process(b"", b"Permission denied", 255)):
@@ -197,6 +195,15 @@ def test_a_host_that_goes_on_sending_is_cut_off(started: Any, ssh: Ssh, monkeypa
 def test_bounds_of_what_is_read() -> None:
     assert streams.CHUNK_BYTES == 65536 and streams.MAX_ANSWER_BYTES == 16777216
     assert streams.MAX_LINE_BYTES == streams.MAX_REST_BYTES == 1048576 and streams.MAX_ERROR_BYTES == 65536
+
+
+def test_a_line_without_end_is_passed_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 10)
+    found = [line for _, line in streams.lines([piped(b"x" * 25 + b"\nyy\r\n" + b"z" * 3)])]
+    assert found == ["x" * 14, "x" * 11, "yy", "zzz"]
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 14)
+    assert [line for _, line in streams.lines([piped(b"x" * 20)])] == ["x" * 14, "x" * 6]
 
 
 def test_the_last_bytes_of_errors_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +360,11 @@ def test_a_key_is_installed_over_one_connection(
         ssh.install_key(HOST, "geheim")
 
 
+def test_the_kits_own_file_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "state_folder", lambda: Path("/state"))
+    assert Ssh().known_hosts == connection.known_hosts_file() == Path("/state/known_hosts")
+
+
 def test_a_terminal_is_asked_for_where_there_is_one() -> None:
     words = terminal_argv(HOST, ["bash"], Path("/known"), terminal=True)
     assert words[:2] == ["ssh", "-t"] and words[-7:] == [*TO, "bash"]
@@ -368,38 +380,14 @@ def test_a_missing_program_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -
         connection._start(["ssh", "x"])
     monkeypatch.setattr(connection.subprocess, "run", missing)
     assert not connection.program_answers("a")
+    asked: list[Any] = []
     for code, good in ((0, True), (1, False)):
-        monkeypatch.setattr(
-            connection.subprocess, "run", lambda *_, code=code, **__: subprocess.CompletedProcess([], code)
-        )
-        assert connection.program_answers("a") is good
 
+        def run(*words: Any, code: int = code, **settings: Any) -> Any:
+            asked.append((words, settings))
+            return subprocess.CompletedProcess([], code)
 
-JUMP = """host key for bastion has changed
-Offending ED25519 key in /home/me/.ssh/known_hosts:12
-{}
-SHA256:9T8Wx/zX1r3W.
-"""
-
-
-def test_the_recorded_key_of_a_jump_host_is_named_by_file_and_line() -> None:
-    for dropped in ("Connection closed by UNKNOWN port 65535", "KEX_exchange_identification: closed"):
-        error = connection_error(HOST, JUMP.format(dropped))
-        assert error.what.startswith("The jump host bastion before gpu-01 has another host key than ssh knows")
-        assert error.expected == "the key in /home/me/.ssh/known_hosts, line 12"
-        assert error.found == "a key with fingerprint SHA256:9T8Wx/zX1r3W"
-        assert error.next_command == (
-            "if it was reimaged: ssh-keygen -f /home/me/.ssh/known_hosts -R bastion, then ssh 10.0.0.1, which asks "
-            "whether to accept the new key"
-        )
-    lower = connection_error(HOST, JUMP.format("connection CLOSED by UNKNOWN port 1").replace("Offending", "offending"))
-    assert lower.expected == "the key in /home/me/.ssh/known_hosts, line 12"
-    assert lower.where == HOST.target
-    changed = connection_error(HOST, "Host key for x has changed\nand again")
-    assert (changed.found, changed.expected) == ("another key", "the key recorded at first contact")
-
-
-def test_last_lines() -> None:
-    assert [last_line(text) for text in ("", " \n", "a\n b \n\n")] == ["", "", "b"]
-    assert reason_of("why\nRun 'docker run --help' for more\nSee 'docker --help'.\n") == "why"
-    assert connection_error(parse_host("a"), "").found == "ssh ended without a message"
+        monkeypatch.setattr(connection.subprocess, "run", run)
+        assert connection.program_answers("a", "b") is good
+    # Nothing of it reaches the terminal.
+    assert asked == [((("a", "b"),), {"capture_output": True, "check": False, "timeout": 60})] * 2

@@ -52,6 +52,23 @@ def test_each_problem_is_reported(reading: dict[str, Any], warning: str) -> None
     assert warning in reported
 
 
+def test_a_warning_of_several_gpus_is_one_line() -> None:
+    gpu = {"name": "H100", "memory_gib": 80.0, "temperature_celsius": 90.0, "ecc_errors": 0}
+    gpus = [{**gpu, "index": index, "ecc_errors": int(index == 1)} for index in range(3)]
+    assert read(gpus=gpus).warnings == ("GPUs 0, 1, 2 at 90 °C", "GPU 1: 1 uncorrectable ECC errors")
+    remarks = ["GPU 0: In Progress", "GPU 3: In Progress", "GPU 4: Completed", "Xid 79 on GPU 5"]
+    assert read(gpu_remarks=remarks).warnings == ("GPUs 0, 3: In Progress", "GPU 4: Completed", "Xid 79 on GPU 5")
+
+
+def test_a_reason_that_was_cut_ends_in_dots() -> None:
+    cordon = {"reason": "x" * 200, "by": "health watch", "at": "2026-01-01T00:00:00Z"}
+    acceptance = {"stamp": {"identity": IDENTITY}, "at": "now"}
+    (cut,) = read(records={"acceptance": acceptance, "cordon": cordon}).warnings
+    assert cut.endswith("xxx …")
+    (whole,) = read(records={"acceptance": acceptance, "cordon": {**cordon, "reason": "a fan"}}).warnings
+    assert whole.endswith(": a fan")
+
+
 def test_what_could_not_be_read_is_not_shown_as_none() -> None:
     assert "0 / ?" in page([read(xid_errors=None)])
     assert "0 / 0" in page([read()])

@@ -120,6 +120,13 @@ def test_all_problems_of_a_file_are_in_one_error(tmp_path: Path) -> None:
         read_examples([str(file)], ReadOptions(preferences="pairs")).check()
     assert [each.partition(":")[0] for each in caught.value.problems] == [f"line {n}" for n in (2, 3, 4, 5, 6, 7, 8)]
     assert "7 of 8 examples" in str(caught.value.found) and '"chosen": "56"' in str(caught.value.expected)
+    assert caught.value.next_command == "correct them, or --skip-bad-examples to leave them out"
+    # Where nothing would be left, leaving them out is no way on.
+    useless = tmp_path / "useless.jsonl"
+    useless.write_text("{broken\n")
+    with pytest.raises(ConfigError) as none_left:
+        read_examples([str(useless)], ReadOptions(preferences="pairs")).check()
+    assert none_left.value.next_command == "correct them"
     stream = read_examples([str(file)], ReadOptions(preferences="pairs", skip_bad_examples=True))
     (example,) = stream
     assert [part.messages for part in example.answers() if part is not None] == [(Q, YES), (Q, NO)]

@@ -84,7 +84,7 @@ def test_a_directory_for_peft(
 ) -> None:
     tensors = adapter(tmp_path / "adapter", base)
     out = tmp_path / "out"
-    config = ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=out, format=layout)
+    config = ExportConfig(adapter=(str(tmp_path / "adapter"),), output_path=out, format="".join(layout))
     result = export(config, Report())
     written = load_file(out / "adapter_model.safetensors")
     assert {each.name for each in out.iterdir()} == FILES
@@ -142,6 +142,9 @@ def test_the_card(tmp_path: Path, base: dict[str, Any]) -> None:
         "| LoRA | rank 2, alpha 3, dropout 0.25, linear_proj, linear_fc1 |",
         "| data, SHA-256 | `ab12` |",
         "| chat template | not recorded |",
+        "| training loss, last | 1.5000 |",
+        "| validation loss of this iteration | 1.7500 |",
+        "| validation loss, lowest of the run | 1.2500 at iteration 1,000 |",
         "| train_iters | 7 |",
         "| lr | 0.0001 |",
         "| seed | 3 |",
@@ -154,6 +157,29 @@ def test_the_card(tmp_path: Path, base: dict[str, Any]) -> None:
     text = "\n".join(card)
     assert str(tmp_path) not in text and "/secret/place" not in text
     assert "Layout `vllm`: for vLLM and SGLang; PEFT reads it as well." in text
+
+
+def test_the_base_that_peft_is_told(tmp_path: Path, hf: Path, base: dict[str, Any]) -> None:
+    """As given; else the base itself, or the model that it was converted from; none if it is gone."""
+    converted = tmp_path / "base"
+    (converted / "iter_0000001").mkdir(parents=True)
+    (converted / "latest_checkpointed_iteration.txt").write_text("1\n")
+    values = {"architecture": TINY.to_mapping(), "dtype": "float32", "tensor_model_parallel_size": 1,
+              "expert_model_parallel_size": 1, "source": "owner/name", "fingerprint": base["fingerprint"]}  # fmt: skip
+    write_manifest(converted, "base", **values)
+    cases = {
+        "given": (str(converted), hf, str(hf)),
+        "source": (str(converted), None, "owner/name"),
+        "itself": (str(hf), None, str(hf)),
+        "gone": ("/no/such/base", None, None),
+        "none": (None, None, None),
+    }
+    for name, (path, given, expected) in cases.items():
+        adapter(tmp_path / name, {**base, "path": path})
+        words: dict[str, Any] = {"adapter": (str(tmp_path / name),), "output_path": tmp_path / f"out-{name}"}
+        export(ExportConfig(**words, hf_model_path=given), Report.silent())
+        config = json.loads((tmp_path / f"out-{name}" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == expected, name
 
 
 def test_names_that_a_card_may_show(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mixtral_run.weights.load.read_parts import Target
 from mixtral_run.weights.load.reshard import fill
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader, TensorInfo
 from mixtral_run.weights.torch_dist.metadata import StoredItem
+from tests.support.stored_checkpoint import store
 
 KEY = "decoder.layers.mlp.router.weight"
 VOCABULARY = "embedding.word_embeddings.weight"
@@ -98,6 +99,33 @@ def test_missing_tensors_and_other_axes_are_reported_together(tmp_path: Path) ->
     with pytest.raises(WeightsError) as refused:
         fill(reader, [part(KEY, (0, 0), (4, 3)), part("nothing", (0,), (1,))], workers=1)
     assert list(refused.value.problems) == [f"{KEY}: expected 2 axes; found shape [1, 4, 3]", "nothing: missing"]
+
+
+def test_what_only_torch_can_read_is_read_by_torch(tmp_path: Path) -> None:
+    whole = torch.arange(30.0).view(6, 5)
+    store(tmp_path, {"m": whole}, {"m": [((0, 0), (4, 5)), ((4, 0), (2, 5))]}, transposed=True)
+    target = part("m", (3, 1), (2, 3))
+    with Reader(tmp_path) as reader:
+        fill(reader, [target], workers=1)
+    assert target.data.tolist() == [[16.0, 17.0, 18.0], [21.0, 22.0, 23.0]]
+
+
+def test_chunks_that_hold_a_part_twice_and_files_that_cannot_be_read(tmp_path: Path) -> None:
+    twice: Chunks = [((0, 0, 0), (1, 3, 3)), ((0, 2, 0), (1, 2, 3))]
+    with pytest.raises(WeightsError, match="chunks hold 15 of 12 elements"):
+        fill(checkpoint(tmp_path, KEY, (1, 4, 3), twice), [part(KEY, (0, 0, 0), (1, 4, 3))], workers=1)
+
+    def unreadable(_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    reader = checkpoint(tmp_path, KEY, (1, 4, 3), [((0, 0, 0), (1, 4, 3))])
+    reader.payload_start, reader.broken = (
+        unreadable,
+        lambda item, found: WeightsError("broken", where=item.file, found=found),
+    )
+    with pytest.raises(WeightsError, match="broken") as caught:
+        fill(reader, [part(KEY, (0, 0, 0), (1, 4, 3))], workers=1)
+    assert (caught.value.where, caught.value.found) == ("0.distcp", "Input/output error")
 
 
 def test_rows_in_no_chunk_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mixtral_run.weights.store import inputs, outputs, problems, transfer
 from mixtral_run.weights.store.inputs import bring_here
 from mixtral_run.weights.store.marker import FileRecord, Marker, is_safe_name
 from mixtral_run.weights.store.outputs import folder_of, folder_output
+from mixtral_run.weights.store.run_mirror import Retention
 from mixtral_run.weights.store.transfer import receive
 from tests.unit.weights.store.flaky_store import FlakyFileSystem, flaky_store, no_fault
 
@@ -153,6 +155,27 @@ def test_an_output_has_its_marker_last_and_is_not_made_twice(store: FlakyFileSys
         assert finish is not None
         finish(lambda: None)
     assert set(store.store) == {"/bucket/run/only", f"/bucket/run/{MARKER}"}
+
+
+def test_the_other_processes_of_a_job_wait_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would look for a checkpoint to resume from while it is still being copied here."""
+    monkeypatch.setattr(outputs, "_WAIT_SECONDS", 0.01)
+    waiting = threading.Thread(target=outputs.wait_for_first_process, args=(URL,), daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    with outputs.run_output(URL, None, Retention(None, keep_best=False), Report.silent(), list) as finish:
+        waiting.join(5)
+        assert not waiting.is_alive()
+        monkeypatch.setenv("MASTER_PORT", "another job")
+        late = threading.Thread(target=outputs.wait_for_first_process, args=(URL,), daemon=True)
+        late.start()
+        late.join(0.1)
+        assert late.is_alive()
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        late.join(5)
+        assert not late.is_alive()
+        finish(lambda: None)
 
 
 def make(folder: Path, content: dict[str, bytes] = CONTENT) -> None:

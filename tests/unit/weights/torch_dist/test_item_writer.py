@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixtral_run.weights.hf.pytorch_bin import read_bin_files
 from mixtral_run.weights.torch_dist.item_reader import FileSlice, NotPlainError, payload_start
 from mixtral_run.weights.torch_dist.item_writer import frame
 
@@ -104,6 +105,15 @@ def test_big_endian_and_compressed_items(tmp_path: Path) -> None:
         start(b"big", zipfile.ZIP_STORED)
     with pytest.raises(NotPlainError, match="24 bytes, compression method 8"):
         start(b"little", zipfile.ZIP_DEFLATED)
+
+
+def test_a_big_endian_file_of_weights_does_not_end_the_process(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(6)}, tmp_path / "little.bin")
+    with zipfile.ZipFile(tmp_path / "little.bin") as old, zipfile.ZipFile(tmp_path / "big.bin", "w") as new:
+        for name in old.namelist():
+            new.writestr(zipfile.ZipInfo(name), b"big" if name.endswith("/byteorder") else old.read(name))
+    assert list(read_bin_files(tmp_path, ["little.bin"]).entries) == ["a"]
+    assert read_bin_files(tmp_path, ["big.bin"]).problems == ("big.bin: its byte order is not little-endian",)
 
 
 def test_a_slice_is_a_file(tmp_path: Path) -> None:

@@ -181,6 +181,23 @@ def test_the_token_is_a_reference(crd: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert "inspect" in problems(settings(crd=crd), environment=("HF_TOKEN=hf_never",))
 
 
+@pytest.mark.parametrize("crd", ["job", "trainjob"])
+def test_the_keys_of_a_store_are_references(crd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "neverInAManifest")
+    text = to_yaml(objects(settings(crd=crd, store_secret="s3-keys")))
+    assert "neverInAManifest" not in text
+    job = list(yaml.safe_load_all(text))[-1]["spec"]
+    variables = job["trainer"]["env"] if crd == "trainjob" else job["template"]["spec"]["containers"][0]["env"]
+    found = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in variables if each["name"].startswith("AWS_")}
+    assert found == {
+        "AWS_ACCESS_KEY_ID": {"name": "s3-keys", "key": "AWS_ACCESS_KEY_ID"},
+        "AWS_SECRET_ACCESS_KEY": {"name": "s3-keys", "key": "AWS_SECRET_ACCESS_KEY"},
+        "AWS_SESSION_TOKEN": {"name": "s3-keys", "key": "AWS_SESSION_TOKEN", "optional": True},
+        "AWS_ENDPOINT_URL": {"name": "s3-keys", "key": "AWS_ENDPOINT_URL", "optional": True},
+    }
+    assert "store-secret" in problems(settings(crd=crd), environment=("AWS_ACCESS_KEY_ID=neverInAManifest",))
+
+
 @pytest.mark.parametrize(
     ("shm", "quantity"), [("32g", "32Gi"), ("64G", "64Gi"), ("512mb", "512Mi"), ("900k", "900Ki"), ("4096", "4096")]
 )
