@@ -79,6 +79,7 @@ def test_a_module_reports_what_the_system_refuses(
     result = call_module(FOLDERS, tmp_path, section="x", paths=paths, uid=0, gid=4321, **more)
     assert result["failed"] and "The host refuses a change of a file or folder." in result["msg"]
     named = {"fchown": folder, "mkdir": folder, "open": tmp_path}
+    assert result["blame"] == "me", "a host that gives files is not to blame for what this one refuses"
     assert str(named[function]) in result["msg"] and "Operation not permitted" in result["msg"]
 
 

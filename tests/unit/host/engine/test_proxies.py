@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def mirror() -> Iterator[str]:
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "no_proxy"):
         monkeypatch.setenv(name, "")
+    # urllib keeps the proxies of its first request, also for the tests that follow.
+    monkeypatch.setattr(urllib.request, "_opener", None)
 
 
 NO_PROXY = pytest.mark.parametrize(("no_proxy", "answers"), [("localhost,127.0.0.1", True), ("localhost", False)])

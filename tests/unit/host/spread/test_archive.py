@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.unit.host.conftest import call_module, load_module
 MODULE = load_module("image_copy")
 KIT = load_module("kit_image")
 SOURCE = load_module("spread_source")
+NEED_SPACE = archive.need_space
 CONFIG = b'{"rootfs": {"diff_ids": ["sha256:1"]}}'
 CONFIG_ID = "sha256:" + hashlib.sha256(CONFIG).hexdigest()
 MANIFEST = json.dumps({"config": {"digest": CONFIG_ID}}).encode()
@@ -236,6 +238,23 @@ def test_nothing_of_a_hostile_host_is_loaded(
     assert found["failed"] and words in found["found"] and "next:" in found["msg"]
     assert engine.verbs() == [] and not (tmp_path / "records").exists()
     assert not [path for path in (tmp_path / "spread").rglob("*") if path.is_file()]
+
+
+def test_a_fault_of_this_host_is_not_blamed_on_the_source(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(argv: list[str], **_: object) -> Result:
+        return Result(1, "", "no such engine")
+
+    monkeypatch.setattr(MODULE, "run", refuse)
+    found = _copy(tmp_path, monkeypatch, _members())
+    assert found["found"] == "docker load: no such engine" and found["blame"] == "nobody"
+    shutil.rmtree(tmp_path / "spread")
+    monkeypatch.setattr(MODULE, "need_space", NEED_SPACE)
+    monkeypatch.setattr(archive, "SPARE_GIB", 1 << 40)
+    found = _copy(tmp_path, monkeypatch, _members(), file=["x", 5, "a" * 64])
+    assert "GiB free" in found["found"] and found["blame"] == "me"
+    assert _copy(tmp_path, monkeypatch, _members(), peer_problem="it is gone")["blame"] == "source"
 
 
 def test_an_archive_is_removed_when_nobody_is_about_to_serve_it(
