@@ -85,7 +85,7 @@ def digest_of(image: str, registries: Mapping[str, str]) -> str:
 def _manifest(url: str, token: str | None) -> tuple[bytes, str]:
     headers = {"Accept": KINDS, **({"Authorization": f"Bearer {token}"} if token else {})}
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+    with urllib.request.build_opener().open(request, timeout=TIMEOUT_SECONDS) as answer:
         body = answer.read(MOST_BYTES + 1)
         if len(body) > MOST_BYTES:
             raise OSError(f"a manifest of more than {MOST_BYTES:,} bytes")
@@ -99,6 +99,6 @@ def _token(challenge: str, root: str) -> str:
     if not realm.startswith("https://") and not root.startswith("http://"):
         raise ValueError(f"the registry wants a token from {realm[:80]!a}, which is not https")
     asked = urllib.parse.urlencode({key: words[key] for key in ("service", "scope") if key in words})
-    with urllib.request.urlopen(f"{realm}?{asked}", timeout=TIMEOUT_SECONDS) as answer:
+    with urllib.request.build_opener().open(f"{realm}?{asked}", timeout=TIMEOUT_SECONDS) as answer:
         values = json.loads(answer.read(MOST_BYTES))
     return str(values.get("token") or values["access_token"])
