@@ -12,6 +12,8 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.mixtral_run.hosts.plugins.plugin_utils import changes, kit_version, setup_lock
 
 MOST_TASKS, LONGEST_TASK = 60, 100
+NO_RESULT = "Module result deserialization failed"
+"""Ansible's words for a module whose output is no JSON."""
 
 
 class ActionModule(ActionBase):
@@ -42,10 +44,18 @@ class ActionModule(ActionBase):
             return {**result, **answer}
         if answer.get("failed"):
             # A full disk must not keep a host from its repair.
-            warnings.append(f"The history of this host was not written: {answer.get('msg', '')}")
+            warnings.append(f"The history of this host was not written: {_why(answer)}")
         if lost:
             return {**result, "failed": True, "msg": _loss(host, lost), "warnings": warnings}
         return {**result, "changed": False, "warnings": warnings} if warnings else {**result, "changed": False}
+
+
+def _why(answer):
+    """Return why the module failed. The first task that fails explains what a host prints in place of a result."""
+    if NO_RESULT not in str(answer.get("msg", "")):
+        return answer.get("msg", "")
+    said = f"{answer.get('module_stderr', '')}{answer.get('module_stdout', '')}".split()
+    return f"the host printed this in place of a result: {' '.join(said)[:LONGEST_TASK]}"
 
 
 def _refusal(host, holder):
