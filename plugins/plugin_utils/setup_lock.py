@@ -27,6 +27,7 @@ MAX_NOTE_BYTES = 4096
 DEAD_SECONDS = 15
 """How long to wait for the lock of a run of this machine that was killed: until its next sign of life would be due."""
 KEEPER = r"""
+trap '' PIPE
 main=$1 file=$2; shift 2
 signs='echo $$ >"$2"; while kill -0 "$1" 2>/dev/null; do echo . || exit; sleep 5 >/dev/null; done'
 hold() { sh -c "$signs" signs "$main" "$file" | "$@"; rm -f "$file"; }
@@ -37,8 +38,9 @@ while sleep 10 >/dev/null; [ -e "$file.wanted" ] && kill -0 "$main" 2>/dev/null;
 done
 """
 """$1: Ansible's main process. $2: the file for the id of the process whose end gives the lock back. Then the command
-that runs SCRIPT on the host. `sleep` must not hold the pipe open when its parent is killed. FILE.lost gets the note of
-another operator who took the lock while the connection was cut."""
+that runs SCRIPT on the host. `sleep` must not hold the pipe open when its parent is killed. The shell reports that kill
+to a reader that has ended long ago, and must not end by it. FILE.lost gets the note of another operator who took the
+lock while the connection was cut."""
 
 
 def operator():

@@ -61,3 +61,17 @@ def test_the_lock_goes_over_the_connection_of_the_play(lock):
     assert lock.take(SimpleNamespace(transport="docker"), None, "x") == (
         "", "Two operators are not kept apart here: connection docker has no lock",
     )  # fmt: skip
+
+
+def test_it_is_given_back_after_the_task_that_took_it_has_ended(lock, tmp_path, monkeypatch):
+    """Each task of a play is a process of its own; nobody reads the keeper's output after it."""
+    monkeypatch.setenv("MIXTRAL_RUN_LOCK_FOLDER", str(tmp_path))
+    file = tmp_path / "held-here"
+    pid = os.fork()
+    if pid == 0:
+        refused, warning = lock.take(SimpleNamespace(transport="local"), file, "mixtral-run bootstrap")
+        os._exit(bool(refused or warning))
+    assert os.waitpid(pid, 0)[1] == 0 and file.exists()
+    lock.give_back(file)
+    assert not file.exists()
+    assert (tmp_path / "mixtral-run-setup.lock").read_text() == ""
