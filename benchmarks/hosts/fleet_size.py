@@ -50,7 +50,7 @@ end.raise_if_bad()
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run cost the operator's machine. clock_seconds: with all other work of the machine."""
+    """Cost of one run on the operator's machine. clock_seconds: includes waiting for other work of the machine."""
 
     verb: str
     hosts: int

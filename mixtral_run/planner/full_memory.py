@@ -24,7 +24,7 @@ from mixtral_run.planner.ranking import layouts
 from mixtral_run.planner.workload import Layout, Memory, Workload
 
 STATE_BYTES = 12
-"""Of each weight: its fp32 master and AdamW's two moments."""
+"""Bytes per weight of AdamW's state: the fp32 master weight and two moments."""
 FULL_ACTIVATIONS = 2
 """Full training saves about twice as much for the backward pass as LoRA: the inputs of all linear layers."""
 

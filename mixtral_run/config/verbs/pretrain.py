@@ -19,7 +19,7 @@ NEEDS_SAVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Training of all weights: with --save full fine-tuning, without it a few iterations of which nothing stays."""
+    """Training of all weights: full fine-tuning with --save; without it, a few iterations that save nothing."""
 
     VERB: ClassVar[str] = "pretrain"
     WHAT: ClassVar[str] = "full fine-tuning"

@@ -44,7 +44,7 @@ class HostProgress:
     role: str = ""
     task: str = ""
     detail: str = ""
-    """What the role is at: the host that a copy comes from, for example."""
+    """Detail of the current task, such as the host that a copy comes from."""
     task_since: float | None = None
     """Seconds since the epoch."""
     ok: int = 0
