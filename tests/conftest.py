@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +17,11 @@ OWN = frozenset(os.environ)
 """Variables that were there before any test."""
 
 
+STATE = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Make the tests independent of how they were started.
 
     A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and a process that was started by
@@ -30,6 +32,14 @@ def pytest_configure() -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     os.umask(0o022)
+    # Docker gives a port of this machine to one test host after another: the keys that other sessions recorded, and
+    # those of the person who tests, refuse them.
+    config.stash[STATE] = tempfile.TemporaryDirectory(prefix="mixtral-run-state-")
+    os.environ["XDG_STATE_HOME"] = config.stash[STATE].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[STATE].cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

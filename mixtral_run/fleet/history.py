@@ -18,7 +18,7 @@ from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.plays.provisioning import collection_folder
 from mixtral_run.fleet.ssh.connection import Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.ssh.problems import connection_problem, last_line
 from mixtral_run.fleet.untrusted import one_line, parse_json
 
 HISTORY = "/var/log/mixtral-run/history.jsonl"
@@ -116,7 +116,7 @@ def _read(ssh: Ssh, host: Host) -> HostHistory:
     except HostError as error:
         return HostHistory(host.name, error=error.what)
     if answer.exit_code == 255:
-        return HostHistory(host.name, error=connection_error(host, answer.errors).what)
+        return HostHistory(host.name, error=connection_problem(host, answer.errors))
     if answer.exit_code:
         return HostHistory(host.name, error=one_line(last_line(answer.errors)) or f"exit code {answer.exit_code}")
     return history_of(host.name, answer.output)

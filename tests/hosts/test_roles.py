@@ -62,6 +62,8 @@ def run_scenario(scenario: Scenario, tmp_path: Path) -> None:
         "MIXTRAL_RUN_TEST_INVENTORY": str(tmp_path / "hosts.json"),
         # A folder of its own, so that molecule finds no state of a killed run, which would say that hosts exist.
         "MOLECULE_EPHEMERAL_DIRECTORY": str(tmp_path / "molecule"),
+        # Host keys too: the ports of a scenario's hosts belonged to others before.
+        "XDG_STATE_HOME": str(tmp_path / "state"),
         "ANSIBLE_NOCOLOR": "1",
         "NO_COLOR": "1",
     }

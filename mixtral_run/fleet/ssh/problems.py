@@ -35,6 +35,13 @@ def connection_error(host: Host, errors: str) -> HostError:
     )
 
 
+def connection_problem(host: Host, errors: str) -> str:
+    """Return what `connection_error` says, in one line for a table; with ssh's own words where the cause is unknown."""
+    error = connection_error(host, errors)
+    known = is_changed_key(errors) or any(re.search(problem[0], errors, re.I) for problem in _CONNECTION_PROBLEMS)
+    return error.what if known else f"{error.what.removesuffix('.')}: {error.found}"
+
+
 def _changed_jump_host(host: Host, errors: str) -> HostError:
     named = re.search(r"host key for (\S+) has changed", errors, re.I)
     recorded = re.search(_OFFENDING, errors, re.I | re.M)

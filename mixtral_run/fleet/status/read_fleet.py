@@ -12,7 +12,7 @@ from typing import Any
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.connection import Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.ssh.problems import connection_problem, last_line
 from mixtral_run.fleet.status.answer import check_answer
 from mixtral_run.fleet.status.payload import status_payload
 from mixtral_run.fleet.untrusted import parse_json
@@ -107,7 +107,7 @@ def _read_host(ssh: Ssh, host: Host, payload: bytes, argument: str) -> HostStatu
     except HostError as error:
         return HostStatus(host.name, reachable=False, error=str(error))
     if answer.exit_code == 255:
-        return HostStatus(host.name, reachable=False, error=connection_error(host, answer.errors).what)
+        return HostStatus(host.name, reachable=False, error=connection_problem(host, answer.errors))
     if answer.exit_code == 127 and not answer.output:
         return HostStatus(host.name, reachable=True, error="a bare host without python3", warnings=("not set up",))
     if answer.exit_code:

@@ -11,7 +11,7 @@ from typing import Any
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.connection import Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.ssh.problems import connection_problem, last_line
 from mixtral_run.fleet.status.payload import program_of
 from mixtral_run.fleet.status.read_fleet import DEFAULT_FOLDERS, TIMEOUT_SECONDS
 from mixtral_run.fleet.untrusted import parse_json
@@ -67,7 +67,7 @@ def _runs_of(ssh: Ssh, host: Host, program: bytes, argument: str) -> tuple[list[
     except HostError as error:
         return [], [str(error)]
     if answer.exit_code == 255:
-        return [], [connection_error(host, answer.errors).what]
+        return [], [connection_problem(host, answer.errors)]
     if answer.exit_code:
         return [], [f"its runs cannot be read: {last_line(answer.errors) or f'exit code {answer.exit_code}'}"]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.ssh.problems import connection_error, last_line, reason_of
+from mixtral_run.fleet.ssh.problems import connection_error, connection_problem, last_line, reason_of
 
 HOST = Host("gpu-01", "10.0.0.1", "ops", 2222)
 JUMP = """host key for bastion has changed
@@ -34,3 +34,15 @@ def test_last_lines() -> None:
     assert [last_line(text) for text in ("", " \n", "a\n b \n\n")] == ["", "", "b"]
     assert reason_of("why\nRun 'docker run --help' for more\nSee 'docker --help'.\n") == "why"
     assert connection_error(parse_host("a"), "").found == "ssh ended without a message"
+
+
+def test_a_row_of_a_table_gives_the_cause_or_the_words_of_ssh() -> None:
+    """`status` prints this one line, and "cannot be reached" alone does not tell what to do."""
+    for errors, expected in (
+        ("Host key for x has changed\n", "The host key of gpu-01 has changed: the host was reimaged, or somebody"),
+        ("connect to host 10.0.0.1 port 2222: Connection refused\n", "gpu-01 refuses the connection: no sshd"),
+        ("kex_exchange_identification: banner\n", "gpu-01 cannot be reached: kex_exchange_identification: banner"),
+        ("", "gpu-01 cannot be reached: ssh ended without a message"),
+    ):
+        assert connection_problem(HOST, errors).startswith(expected)
+        assert "\n" not in connection_problem(HOST, errors)
