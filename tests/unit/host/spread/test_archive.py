@@ -287,15 +287,58 @@ def test_the_archive_stays_locked_until_the_key_exists(
 
         gid, name = os.getegid(), "ops"
 
-        def __init__(self, _: str) -> None: ...
+        def __init__(self, *_: str) -> None: ...
 
         def open(self, *_: object) -> tuple[str, None]:
             found.append(ImageArchive().remove(list))
             return "key", None
 
     monkeypatch.setattr(SOURCE, "Doors", Doors)
-    answer = call_module(SOURCE, tmp_path, state="open", asker="gpu-02", image=CONFIG_ID)
-    assert found == [False] and answer["file"][0] == CONFIG_ID and ImageArchive().exists()
+    given = {"asker": "gpu-02", "image": CONFIG_ID}
+    first = call_module(SOURCE, tmp_path, state="open", **given)
+    assert first["num_bytes"] == 1000 and engine.verbs() == [], "it is saved after the other host tried the connection"
+    saved, again = (call_module(SOURCE, tmp_path, state="saved", **given) for _ in range(2))
+    assert saved["file"] == again["file"] and (saved["changed"], again["changed"]) == (True, False)
+    answer = call_module(SOURCE, tmp_path, state="open", **given)
+    assert found == [False, False] and answer["file"] == saved["file"] and answer["file"][0] == CONFIG_ID
+    assert engine.verbs() == ["save"] and ImageArchive().exists()
+
+
+def test_a_source_without_the_image_or_the_space_says_so_before_anything_else(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SOURCE, "Doors", lambda *_: None)
+    given = {"state": "open", "asker": "gpu-02"}
+    found = call_module(SOURCE, tmp_path, image="sha256:" + "0" * 64, **given)
+    assert "does not have the image sha256:000" in found["problem"] and "private_key" not in found
+    monkeypatch.setattr(archive, "need_space", NEED_SPACE)
+    monkeypatch.setattr(archive, "SPARE_GIB", 1 << 40)
+    assert "GiB free" in call_module(SOURCE, tmp_path, image=CONFIG_ID, **given)["problem"]
+    assert not (tmp_path / "spread").exists()
+
+
+def test_connection_and_space_are_tried_before_the_source_saves_its_image(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[CopyError | None] = [CopyError("ops@gpu-01:22: Permission denied", "look there"), None]
+
+    class Peer:
+        """STAND-IN for another host that is reached at the second time."""
+
+        def probe(self) -> None:
+            if (problem := answers.pop(0)) is not None:
+                raise problem
+
+    monkeypatch.setattr(MODULE, "connected", lambda *_: contextlib.nullcontext(Peer()))
+    given = {"host": "gpu-02", "name": "kit:local", "peer": "gpu-01", "content": {"id": CONFIG_ID}, "probe": True}
+    found = call_module(MODULE, tmp_path, num_bytes=10**9, **given)
+    assert found["failed"] and (found["found"], found["blame"]) == ("ops@gpu-01:22: Permission denied", "source")
+    # The role takes a message for a failure.
+    assert call_module(MODULE, tmp_path, num_bytes=10**9, **given) == {"changed": False}
+    monkeypatch.setattr(MODULE, "need_space", NEED_SPACE)
+    found = call_module(MODULE, tmp_path, num_bytes=1 << 60, **given)
+    assert "the archive of the image takes" in found["found"] and found["blame"] == "me"
+    assert engine.calls == [] and not (tmp_path / "spread").exists()
 
 
 def test_an_image_is_saved_once_by_its_id(engine: Engine, tmp_path: Path) -> None:
