@@ -31,6 +31,7 @@ options:
 """
 
 import os
+import re
 import time
 
 from ..module_utils.mixtral_run_host.commands import last_lines, run
@@ -146,7 +147,10 @@ def _load(module, path, image):
     if answer.code:
         # The archive may be at fault, or this engine: the source is not given up, and another one is tried.
         raise CopyError("docker load: " + last_lines(answer, 3), "`docker system df` there, then run again", NOBODY)
-    for each in [image] + [each for each in ids_in(path) if each != image]:
+    # An engine that stores images in containerd makes a manifest of its own for an archive of an engine before 25. Only
+    # it knows the ID of this manifest. Which image is in the archive was verified before.
+    loaded = re.findall(r"^Loaded image ID: (sha256:[0-9a-f]{64})$", answer.out, re.MULTILINE)
+    for each in dict.fromkeys([image] + ids_in(path) + loaded):
         known = run(["docker", "image", "inspect", "--format", "{{.Id}}", each], timeout=30)
         if known.code == 0:
             tagged = run(["docker", "tag", each, params["name"]], timeout=30)

@@ -59,6 +59,15 @@ def _oci(**annotations: str) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("engine", ["docker-20.10", "docker-26.1", "docker-26.1-containerd"])
+def test_the_ids_are_those_that_the_engines_gave_to_the_image(engine: str) -> None:
+    """Each engine saved the same image by its ID. The IDs here are those of `docker image inspect`."""
+    config = "sha256:545cc956c5db196bc9336556190f5c8386e6e9457d1bae15c328e078929a2370"
+    manifest = "sha256:aafb26c3e7ac3d9fbd1b298054b2e5a3183a01dba43b3cb5a307121a410301f3"
+    found = ids_in(Path(__file__).parent / "archives" / f"{engine}.tar")
+    assert found == ([config] if engine == "docker-20.10" else [config, manifest])
+
+
 def test_both_ids_of_an_archive_are_hashes_of_its_bytes(tmp_path: Path) -> None:
     assert ids_in(_write(tmp_path / "a", _members())) == [CONFIG_ID]
     assert ids_in(_write(tmp_path / "b", _oci())) == [CONFIG_ID, MANIFEST_ID]
@@ -154,12 +163,14 @@ class Engine:
 
     def __init__(self, known: str) -> None:
         self.calls: list[list[str]] = []
-        self.known = known
+        self.known, self.loaded = known, ""
 
     def run(self, argv: list[str], **_: object) -> Result:
         self.calls.append(argv)
         if argv[1] == "save":
             _write(Path(argv[3]), _members())
+        if argv[1] == "load":
+            return Result(0, self.loaded, "")
         there = argv[1] != "image" or argv[-1] == self.known
         return Result(int(not there), self.known if "{{.Id}}" in argv else "1000", "")
 
@@ -217,6 +228,17 @@ def test_an_image_is_loaded_named_and_recorded_and_its_archive_serves_others(
 
 def found_digest(tmp_path: Path) -> str:
     return hashlib.sha256((tmp_path / "theirs.tar").read_bytes()).hexdigest()
+
+
+def test_an_engine_with_a_manifest_of_its_own_says_its_id(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker 26.1 with its images in containerd loads an archive of Docker 20.10, and gives it another ID."""
+    own = engine.known = "sha256:6e4679706cf7d636958978ec317897ca280035475b9cab09ec4c64782e84f6e7"
+    engine.loaded = f"Loaded image ID: {own}\n"
+    found = _copy(tmp_path, monkeypatch, _members())
+    assert engine.calls[-1] == ["docker", "tag", own, "kit:local"] and found["image"]["id"] == own
+    assert found["spread"]["content"]["id"] == CONFIG_ID, "the name by which the hosts of the fleet know it"
 
 
 @pytest.mark.parametrize(
