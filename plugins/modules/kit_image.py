@@ -18,6 +18,7 @@ options:
   look: {description: "Only report in C(spread) whether the host has the image, for the plan of copies from host to host.", type: bool, default: false}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   askers: {description: "Hosts of this play. With a look, keys for them that a killed run left are taken back.", type: list, elements: str, default: []}
+  run_id: {description: "Name of this run of Ansible, which the action plugin adds. A look leaves the keys of this run.", type: str, default: ""}
   sent: {description: Path of the build context or archive on the host., type: path}
 """
 
@@ -44,7 +45,7 @@ SBOM_LABEL = "org.mixtral-run.sbom"
 SBOM = "/opt/mixtral-run/sbom.cdx.json"
 WORK_FOLDER = "/var/lib/mixtral-run/build"
 TEXT = ("base_image", "pip_index_url", "pip_trusted_host", "wheelhouse", "proxy", "no_proxy", "registry_reference",
-        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "user")  # fmt: skip
+        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "user", "run_id")  # fmt: skip
 
 
 def main():
@@ -89,9 +90,8 @@ class Image:
         self.module, self.params = module, module.params
         self.record = Record("images", check_mode=module.check_mode)
         self.name = self.params["name"]
-        self.swept = (
-            self.params["look"] and not module.check_mode and forget_copies(self.params["user"], self.params["askers"])
-        )
+        self.swept = self.params["look"] and not module.check_mode and forget_copies(
+            self.params["user"], self.params["run_id"], self.params["askers"])  # fmt: skip
         self.proxy = image_inputs.proxy_variables(self.params["proxy"], self.params["no_proxy"])
         self.bridge = None
         self.identity = ""  # hosts with the same one can take the image from each other

@@ -157,7 +157,7 @@ def _set_up(
     remember_hosts(host for host in reachable)
     end, interrupted = None, False
     # --check changes nothing.
-    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap") as locks:
+    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap", request.become_password) as locks:
         notices += [progress.unreachable(host.inventory_name, str(each)) for host, each in locks.problems.items()]
         notices += [Notice(host.name, "warning", text) for host, text in locks.notes.items()]
         free = tuple(host for host in reachable if host not in locks.problems)
