@@ -230,3 +230,49 @@ def test_a_conflict_with_the_engine_is_a_shortfall_and_a_warning_stays_one() -> 
     found = _collect(engine_conflicts=conflicts)
     assert [tuple(each) for each in found] == [("engine", *("fail", "a", "b", "c")), ("engine", "warn", "d", "e", "f")]
     assert [each.level for each in _collect({"engine": "warn"}, engine_conflicts=conflicts)] == ["warn", "warn"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "checks"),
+    [
+        # 32 GiB of a GPU and 128 GiB of RAM may lack a twentieth: 30.4 and 121.6.
+        ({"gpus": [{"index": 0, "memory_gib": 30.4}] * 8}, []),
+        ({"gpus": [{"index": 0, "memory_gib": 30.39}] * 8}, ["gpu_memory"]),
+        ({"memory": {"ram_gib": 121.6, "swap_gib": 0.0}}, []),
+        ({"memory": {"ram_gib": 121.5, "swap_gib": 0.0}}, ["ram"]),
+        ({"memory": {"ram_gib": 100.0, "swap_gib": 21.6}}, ["ram"]),
+        ({"gpus": [*GOOD["gpus"], *GOOD["gpus"]]}, []),
+        ({"clock_offset_seconds": 30.0}, []),
+        ({"clock_offset_seconds": -30.0}, []),
+        ({"clock_offset_seconds": 30.5}, ["clock"]),
+        ({"clock_offset_seconds": None}, []),
+        ({"clock_offset_seconds": None, "clock_synchronized": None, "time_services": []}, ["clock"]),
+        ({"os": {"id": "ubuntu", "version": "24.04", "codename": "", "name": "noble"}}, []),
+        ({"os": {"id": "debian", "version": "12", "codename": "", "name": "bookworm"}}, []),
+        ({"os": {"id": "", "version": "", "codename": "", "name": ""}}, ["os"]),
+        ({"dns": {"a": None, "b": None}, "mirrors": {}}, []),
+    ],
+)
+def test_at_its_limit_a_host_passes(changes: dict, checks: list[str]) -> None:
+    assert [item.check for item in _collect(**changes)] == checks
+
+
+def test_words_of_a_shortfall() -> None:
+    (item,) = _collect(os={"id": "", "version": "", "codename": "", "name": ""})
+    assert item[2:] == ("debian 12 or newer or ubuntu 20.04 or newer", "no /etc/os-release",
+                        "install the host with one of these systems")  # fmt: skip
+    (item,) = _collect(memory={"ram_gib": 100.0, "swap_gib": 21.6})
+    assert item[1:4] == ("warn", "128 GiB of RAM", "100 GiB of RAM and 21.6 GiB of swap")
+    (item,) = _collect({"driver": "skip", "driver_agreement": "skip"}, gpus=[], driver__error="it hangs")
+    assert item.found == "0 GPUs (it hangs)"
+    (item,) = _collect(printed_at_login="x" * 100)
+    assert item.found == repr("x" * 80)
+    assert [each.expected for each in _collect(clock_offset_seconds=90.4)] == ["a clock within 30 s"]
+    assert shortfalls.render("h", [item]).splitlines()[::3] == [
+        "h is not ready: 1 shortfall.",
+        "  nothing was changed; a check can be set to warn or skip: preflight_checks: {login: warn}",
+    ]
+    # Where the host has more RAM than swap is to make up for, none is planned.
+    assert shortfalls.planned_swap(200.0, {"planned_swap_gib": "-1", "swap_target_gib": "128"}) == 0
+    assert shortfalls.planned_swap(100.0, {"planned_swap_gib": -0.5, "swap_target_gib": 128}) == 28.0
+    assert shortfalls.planned_swap(200.0, {"planned_swap_gib": 0, "swap_target_gib": 999}) == 0
