@@ -112,9 +112,7 @@ def _files(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
 
 def test_what_files_say_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,585,445,929 and 8,388,604 kB are 1,512.0 and 8.0 GiB."""
-    release = (
-        'PRETTY_NAME="Ubuntu 22.04.4 LTS"\nID=ubuntu\nID_LIKE=debian\nVERSION_ID="22.04"\nVERSION_CODENAME=jammy\n'
-    )
+    release = 'PRETTY_NAME="Ubuntu 22.04.4 LTS"\nID=ubuntu\nVERSION_ID="22.04"\nVERSION_CODENAME=jammy\n'
     swaps = "Filename Type Size Used Priority\n/swapfile file 33554428 0 -2\n/dev/sda2 partition 1048576 0 -3\n"
     texts = {
         "os-release": release,
