@@ -276,3 +276,46 @@ def test_words_of_a_shortfall() -> None:
     assert shortfalls.planned_swap(200.0, {"planned_swap_gib": "-1", "swap_target_gib": "128"}) == 0
     assert shortfalls.planned_swap(100.0, {"planned_swap_gib": -0.5, "swap_target_gib": 128}) == 28.0
     assert shortfalls.planned_swap(200.0, {"planned_swap_gib": 0, "swap_target_gib": 999}) == 0
+
+
+def test_what_status_warns_of_besides_the_driver() -> None:
+    assert gpu_shortfalls.remarks(GOOD) == []
+    state = copy.deepcopy(GOOD)
+    state["driver"]["open_to_upgrades"] = ["a", "b", "c"]
+    state["gpu_modes"] = {"persistence_mode": ["Enabled", "Disabled"], "mig.mode.current": ["Enabled", "Disabled"]}
+    state["rdma"] = {"devices": [{"name": "mlx5_0"}, {"name": "mlx5_1"}], "gpudirect": None}
+    state["fabric_manager"].update(state=["Completed", "In Progress"], status=["Success", "N/A"])
+    assert gpu_shortfalls.remarks(state) == [
+        "unattended upgrades may change a, b, c: library and loaded module would differ until a reboot; expected "
+        "packages of the driver that no night's upgrade changes",
+        "MIG mode on GPU 0; expected whole GPUs: jobs use no MIG instances",
+        "off on GPU 1; expected persistence mode on each GPU",
+        "neither, for mlx5_0, mlx5_1; expected GPUDirect RDMA by DMA-BUF or nvidia-peermem",
+        "GPU 1: In Progress, N/A; expected fabric.state Completed and fabric.status Success on each GPU",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        # At the oldest version that is enough, and at the oldest that gets fixes.
+        ({"driver__user": "525"}, [("driver", "warn")]),
+        ({"driver__user": "524.99"}, [("driver", "fail")]),
+        ({"driver__user": "580"}, []),
+        ({"driver__user": "579.99.9"}, [("driver", "warn")]),
+        ({"driver__user": None}, [("driver", "fail")]),
+        ({"driver__user": None, "driver__error": "it hangs"}, [("driver", "fail")]),
+    ],
+)
+def test_versions_at_the_limit(changes: dict, found: list[tuple[str, str]]) -> None:
+    items = _collect(driver__kernel=None, fabric_manager__nvswitch=False, **changes)
+    assert [item[:2] for item in items] == found
+    if changes["driver__user"] is None:
+        assert items[0].found == changes.get("driver__error", "none")
+
+
+def test_a_host_without_gpus_needs_no_driver() -> None:
+    state = copy.deepcopy(GOOD)
+    state["driver"].update(user=None, kernel=None)
+    state["fabric_manager"]["nvswitch"] = False
+    assert shortfalls.collect(state, {**LIMITS, "num_gpus": 0}, {}) == []
