@@ -21,6 +21,7 @@ from mixtral_run.train.steps.step import (
     StepResult,
     adapter_optimizer,
     gradients_of,
+    losses_of,
     optimizer_step,
     sum_gradients,
     train_step,
@@ -143,6 +144,11 @@ def test_the_routers_get_the_part_of_the_loss_that_a_token_has() -> None:
     assert weights == [[pytest.approx([0.2, 0.0, 0.2])], [pytest.approx([0.2, 0.0])]]
     names = [name for name, *_ in model.router_counts.method_calls]
     assert names == ["begin_step", "counting", "counting", "end_step"]
+
+
+def test_losses_are_summed_under_the_mask() -> None:
+    """2 · 1 + 10 and 2 · 3 + 30; the token between them does not count."""
+    assert losses_of(Line(mesh_of()), BATCH.micro_batches[0]).item() == 48.0  # type: ignore[arg-type]
 
 
 def test_a_loss_without_figures_is_one_number() -> None:
