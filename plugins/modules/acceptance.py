@@ -120,7 +120,7 @@ def _stamp(module, gpus):
         "gpus": [gpu["uuid"] for gpu in gpus["gpus"]],
         "driver": gpus["driver"],
         "toolkit": probe.toolkit_version(),
-        "engine": probe.engine()["version"],
+        "engine": probe.engine_version(),
         "kernel": probe.os.uname().release,
         "image": image.out.strip() if image.code == 0 else None,
     }

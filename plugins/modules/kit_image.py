@@ -34,7 +34,7 @@ from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.engine import image_inputs
 from ..module_utils.mixtral_run_host.files import Record, explain
-from ..module_utils.mixtral_run_host.spread.archive import image_report
+from ..module_utils.mixtral_run_host.spread.archive import ImageArchive, image_report
 from ..module_utils.mixtral_run_host.spread.keys import forget_copies
 from ..module_utils.mixtral_run_host.spread.plan import ME, SOURCE
 from ..module_utils.mixtral_run_host.start import run_module
@@ -102,7 +102,8 @@ class Image:
     def exit(self, changed, holds=True, **more):
         facts = {"id": self.there["Id"] if self.there else None, "name": self.name}
         spread = image_report(self.params["source"], self.identity, facts["id"] if holds else None)
-        self.module.exit_json(changed=changed or self.swept, image=facts, spread=spread, **more)
+        left = ImageArchive().exists()
+        self.module.exit_json(changed=changed or self.swept, image=facts, spread=spread, archive_left=left, **more)
 
     def stop_here(self, **more):
         """End the module where the image is missing, in check mode or if only a report is wanted."""
