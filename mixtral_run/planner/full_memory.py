@@ -110,6 +110,19 @@ def full_host_bytes(workload: Workload, layout: Layout, *, offload: bool) -> flo
     return host_bytes(workload, layout) + state
 
 
+def full_copy_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of RAM of a host that a save in the background copies: weights, masters and moments.
+
+    One rank of the job writes each weight: with several hosts, one may have all of them.
+    """
+    gpus = min(workload.gpus, workload.gpus_per_host)
+    experts, dense = local_weights(workload, layout)
+    on_host = min(workload.architecture.num_parameters, (experts + dense) * gpus)
+    # TP has padding, and norms and routers on each rank, which are written once.
+    state = min(workload.architecture.num_parameters, _sharded(workload, layout) * gpus)
+    return workload.weight_bytes * on_host + STATE_BYTES * state
+
+
 def full_choices(
     workload: Workload, gpu_memory: float, host_memory: float = math.inf, *, accumulates: bool
 ) -> list[FullChoice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +13,7 @@ from mixtral_run.config.verbs.training import RunConfig
 OPTIMIZERS = ("sgd", "adamw")
 NEEDS_SAVE = (
     "resume", "keep_last", "keep_best", "valid_data_path", "valid_fraction", "early_stopping_patience", "run_name",
-    "log_to", "pack", "max_loss_ratio", "skip_bad_steps",
+    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_in_background",
 )  # fmt: skip
 """Settings of a run that saves; without --save they would be ignored."""
 
@@ -82,10 +83,11 @@ class PretrainConfig(RunConfig):
         if self.offload_optimizer and not self.uses_adamw:
             found.append("--offload-optimizer: expected --optimizer adamw or --save with it; sgd has no state")
         if self.save is None:
+            defaults = {item.name: item.default for item in dataclasses.fields(self)}
             found += [
-                f"{flag_of(name)}: expected --save with it, since a run without it leaves nothing"
+                f"{_flag(name)}: expected --save with it, since a run without it leaves nothing"
                 for name in NEEDS_SAVE
-                if getattr(self, name) not in (None, (), False, 0, 0.0)
+                if getattr(self, name) != defaults[name]
             ]
             return found
         if not self.uses_adamw:
@@ -93,3 +95,8 @@ class PretrainConfig(RunConfig):
         if self.metrics_file is not None:
             found.append("--metrics-file: the metrics of a run with --save are in SAVE/metrics.jsonl; leave it out")
         return found
+
+
+def _flag(name: str) -> str:
+    """Return the flag that turns a setting from its default; that of one which is on by default turns it off."""
+    return "--no-save-in-background" if name == "save_in_background" else flag_of(name)
