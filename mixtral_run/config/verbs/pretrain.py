@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mixtral_run.config.fields import DATA, MEMORY, OPTIMIZER, OUTPUT, flag_of, setting
+from mixtral_run.config.context import SplitRowsLaunchConfig
+from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OPTIMIZER, OUTPUT, flag_of, setting
 from mixtral_run.config.verbs.training import RunConfig
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -19,7 +20,7 @@ NEEDS_SAVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
     """Training of all weights: full fine-tuning with --save; without it, a few iterations that save nothing."""
 
     VERB: ClassVar[str] = "pretrain"
@@ -31,6 +32,12 @@ class PretrainConfig(RunConfig):
         "optimizer. Must be new or empty unless --resume. Without it nothing is saved.",
         aliases=("output_path",),
         section=OUTPUT,
+    )
+    context_parallel_size: int | None = setting(
+        None,
+        help="Processes that share each row of tokens (CP), for rows that do not fit on one GPU. Default: 1.",
+        minimum=1,
+        section=LAYOUT,
     )
     optimizer: str | None = setting(
         None,
@@ -65,6 +72,13 @@ class PretrainConfig(RunConfig):
         help="JSONL file to write the metrics of each iteration to. With --save they are in SAVE/metrics.jsonl.",
         section=OUTPUT,
     )
+
+    @property
+    def needs_whole_rows(self) -> str | None:
+        """The balance of the routers is that of whole rows, and SGD within the backward pass sums no parts of rows."""
+        if not self.uses_adamw:
+            return "--optimizer sgd"
+        return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
 
     @property
     def max_norm(self) -> float:

@@ -1,6 +1,8 @@
 """Run under torchrun: full fine-tuning of one checkpoint in several layouts; figures as JSON, checkpoints next to them.
 
-torchrun … full_worker.py CHECKPOINT OUT.json [RESUMED:]TPxEP:DTYPE …
+torchrun … full_worker.py CHECKPOINT OUT.json [RESUMED:]TPxEP[xCP]:DTYPE …
+
+With CP, even with 1, the routers have no loss of their own, which needs whole rows.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def batch_of(step: int, mesh: Mesh) -> GlobalBatch:
 
 def run_layout(checkpoint: Path, out: Path, layout: str, resume: Path | None, dtype: str) -> list[list[float]]:
     """Train, and save after HALF of the steps and at the end. resume: continue from this folder instead."""
-    tp, ep = (int(each) for each in layout.split("x"))
+    tp, ep, *context = (int(each) for each in layout.split("x"))
     config = PretrainConfig(
         load=checkpoint,
         save=out,
@@ -60,7 +62,8 @@ def run_layout(checkpoint: Path, out: Path, layout: str, resume: Path | None, dt
         device="cpu",
         dtype=dtype,
         seq_length=LENGTH,
-        router_aux_loss=AUX,
+        context_parallel_size=next(iter(context), None),
+        router_aux_loss=0.0 if context else AUX,
         offload_optimizer=ep > 1,
     ).check()
     figures = []

@@ -115,6 +115,24 @@ def test_a_run_that_cannot_fit_is_refused_with_what_does(on_gpus: Any) -> None:
     assert "plan --full --gpus 16" in str(error.next_command)
 
 
+def test_rows_are_split_where_the_run_says_so(on_gpus: Any) -> None:
+    """A rank has half of the activations under CP2. The error of what does not fit names the CP that does."""
+    whole, halves = (
+        full_memory(Workload(seq_length=65536, context_parallel_size=cp), Layout(1, 8, "none", cp), offload=True,
+                    accumulates=False)
+        for cp in (1, 2)
+    )  # fmt: skip
+    assert halves.activations == pytest.approx(whole.activations / 2, rel=0.1)
+    assert (halves.weights, halves.gradients) == (whole.weights, whole.gradients)
+    on_gpus(8, 79.1, 1000)
+    config = settled(run(offload_optimizer=True, seq_length=65536, context_parallel_size=8))
+    assert (config.layout_sizes, config.context_size) == ((1, 8), 8)
+    assert training_memory_error(config, BASE, 8) is None
+    on_gpus(16, 79.1, 2000)
+    error = training_memory_error(settled(run(offload_optimizer=True, seq_length=524288)), BASE, 16)
+    assert error is not None and "--context-parallel-size" in str(error.next_command)
+
+
 def test_plan_full_prints_the_best_first_and_refuses_settings_of_lora(capsys: pytest.CaptureFixture[str]) -> None:
     show_plan(PlanConfig(full=True, gpu="h100", seq_length=4096, host_memory=2000, json=True).check())
     best = json.loads(capsys.readouterr().out)["layouts"][0]
