@@ -1,12 +1,16 @@
-"""For all tests: the marker of those on hosts (a lane of tests/lanes.py), and an environment that no test changes."""
+"""For all tests: the marker of those on hosts (tests/lanes.py), an environment that no test changes, and a mesh."""
 
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mixtral_run.model.parallel.mesh import Mesh
 
 # Before torch is imported. Threads that wait for each other gain nothing on small models, and lose where lanes and
 # processes share the cores.
@@ -60,3 +64,13 @@ def environment_as_found() -> Iterator[None]:
     if os.environ != found:
         os.environ.clear()
         os.environ.update(found)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator["Mesh"]:
+    """The mesh of one process on the CPU."""
+    from mixtral_run.config.launch import LaunchConfig
+    from mixtral_run.model.parallel.mesh import open_mesh
+
+    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as joined:
+        yield joined

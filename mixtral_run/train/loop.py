@@ -105,8 +105,7 @@ def finetune(config: FinetuneConfig) -> None:
                 RunCheckpoints(run, saver, config, base, describe_lora(config)) as checkpoints,
                 report.training(config.iterations, run.start) as run.view,
             ):
-                if config.save_in_background:
-                    checkpoints.prepare()
+                checkpoints.prepare()
                 train_and_save(run, config, checkpoints, stop, write, outcome)
             next_words = "export --adapter {} --output-path …"
             ending = Ending(f"LoRA {config.WHAT}", "adapter", next_words)

@@ -110,6 +110,9 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
             "pretrained-model-name-or-path",
             "pretrained-checkpoint",
             "checkpoint",
+            # Each is the kit's own name of the base model in other verbs.
+            "load",
+            "hf-model-path",
         ),
         _LOAD,
     ),

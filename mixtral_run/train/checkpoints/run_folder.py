@@ -26,7 +26,7 @@ from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, kept_iterations, newest_iteration
-from mixtral_run.weights.manifest.manifest import AdapterManifest, TrainedManifest, read_checkpoint_manifest
+from mixtral_run.weights.manifest.manifest import IterationManifest, read_checkpoint_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
 
 PARTIAL = ".iter_*.partial"
@@ -138,7 +138,7 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -
             manifest = read_checkpoint_manifest(folder)
         except WeightsError:
             manifest = None
-        if isinstance(manifest, AdapterManifest | TrainedManifest):
+        if isinstance(manifest, IterationManifest):
             losses[iteration] = manifest.state.validation_loss
         else:
             del found[iteration]  # not a checkpoint of this kit, or a damaged one: left to the user

@@ -72,7 +72,7 @@ def full_finetune(config: PretrainConfig) -> None:
 def _train(run: Run, config: PretrainConfig, outcome: Outcome, optimizer: ShardedAdamW, base: BaseDescription) -> None:
     mesh, report = run.mesh, run.report
     board = config.folder / TENSORBOARD if config.tensorboard and mesh.is_first else None
-    saver = FullSaver(run.model, optimizer, config.folder)
+    saver = FullSaver(run.model, optimizer, config.folder, config.distributed_timeout_minutes)
     source = {"source": base.hf_model} if base.hf_model is not None else {}
     with (
         stop_requests(mesh) as stop,
@@ -80,6 +80,7 @@ def _train(run: Run, config: PretrainConfig, outcome: Outcome, optimizer: Sharde
         RunCheckpoints(run, saver, config, base, source) as checkpoints,
         report.training(config.iterations, run.start) as run.view,
     ):
+        checkpoints.prepare()
         train_and_save(run, config, checkpoints, stop, write, outcome)
 
 

@@ -32,11 +32,21 @@ CASES = ["1-1x1-fp32", "3-1x1-fp32", "4-2x1-fp32", "4-1x2-fp32", "4-2x2-fp32"]
 def runs(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with figures.json and the checkpoints of all runs. Runs on four processes continue one on another."""
     folder = tmp_path_factory.mktemp("full")
-    half = f"{folder / '4-2x2-fp32-half'}"
+    half, half_rows = (f"{folder / name}-fp32-half" for name in ("4-2x2", "4-2x2x2"))
     starts = {
         1: ["1x1:fp32", "1x1:bf16"],
         3: ["1x1:fp32"],
-        4: ["2x1:fp32", "1x2:fp32", "2x2:fp32", f"{half}:2x2:fp32", f"{half}:1x4:fp32", "2x2:bf16"],
+        4: [
+            "2x1:fp32",
+            "1x2:fp32",
+            "2x2:fp32",
+            f"{half}:2x2:fp32",
+            f"{half}:1x4:fp32",
+            "2x2:bf16",
+            "2x2x1:fp32",
+            "2x2x2:fp32",
+            f"{half_rows}:1x2x1:fp32",
+        ],
     }
     figures: dict[str, Any] = {}
     for count, words in starts.items():
@@ -146,6 +156,16 @@ def test_a_run_continues_in_another_layout(figures: dict[str, Any]) -> None:
     for (loss, norm), (expected_loss, expected_norm) in zip(
         figures["4-1x4-fp32-resumed"], figures["4-2x2-fp32"][HALF:], strict=True
     ):
+        assert loss == pytest.approx(expected_loss, abs=2e-5)
+        assert norm == pytest.approx(expected_norm, rel=2e-4)
+
+
+@pytest.mark.parametrize(("case", "first"), [("4-2x2x2-fp32", 0), ("4-1x2x1-fp32-resumed", HALF)])
+def test_half_rows_train_as_whole_rows_do(case: str, first: int, figures: dict[str, Any]) -> None:
+    """On two ranks each, and continued with whole rows in another layout."""
+    whole = figures["4-2x2x1-fp32"][first:]
+    assert len(figures[case]) == len(whole)
+    for (loss, norm), (expected_loss, expected_norm) in zip(figures[case], whole, strict=True):
         assert loss == pytest.approx(expected_loss, abs=2e-5)
         assert norm == pytest.approx(expected_norm, rel=2e-4)
 
