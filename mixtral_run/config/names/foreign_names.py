@@ -96,7 +96,6 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     **dict.fromkeys(("output-dir", "output", "out", "out-dir", "save-dir", "output-folder", "checkpoint-dir"), _SAVE),
     # The verbs' own words for one thing differ: what one verb writes with --save, another writes with --output-path.
     **dict.fromkeys(("save", "output-path", "output-file"), _SAVE),
-    **dict.fromkeys(("load", "hf-model-path"), _LOAD),
     **dict.fromkeys(
         (
             "model",
