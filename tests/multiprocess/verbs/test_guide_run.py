@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tests.gpu.guide import guide_steps
 from tests.gpu.guide.guide_options import default_layouts, parsed
 from tests.gpu.guide.guide_run import GuideRun, main
 from tests.gpu.guide.guide_steps import Step, reached, run, table, training_figures
-from tests.support.processes import commands
+from tests.support.processes import commands, warm
 
 TINY = ("--layers", "1", "--hidden-size", "128", "--ffn-hidden-size", "128", "--vocab-size", "512", "--device", "cpu")
 SMALL_RUNS = ("--mock-seq-length", "32", "--mock-iterations", "2", "--real-seq-length", "64", "--real-iterations", "5")
@@ -40,11 +39,9 @@ def words_for(folder: Path, *words: str) -> list[str]:
 
 
 def forked(argv: list[str], *, env: dict[str, str], text: bool, **options: Any) -> subprocess.Popen[str]:
-    """Start a step from the warm server, which has the repository in its path."""
+    """Start a step from the warm server, in the server's environment, where it is forked."""
     assert argv[0] == sys.executable and text and env["PYTHONUNBUFFERED"] == "1"
-    own = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONUNBUFFERED")}
-    same = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
-    return commands.start(["-u", *argv[1:]], own | same, **options)
+    return commands.start(["-u", *argv[1:]], warm.ENVIRONMENT, **options)
 
 
 @pytest.fixture
