@@ -93,7 +93,7 @@ def test_every_step_is_run_and_a_failed_one_stops_only_what_needs_it(tmp_path: P
 def test_what_does_not_fit_into_the_time_is_left_out_and_what_is_kept_is_taken_again(
     tmp_path: Path, guide_run: Any
 ) -> None:
-    words = ("--budget-seconds", "25", "--keep", *SMALL_RUNS, "--only", "convert,mock,real,export,smoke")
+    words = ("--budget-seconds", "39", "--keep", *SMALL_RUNS, "--only", "convert,mock,real,export,smoke")
     # As a person calls it; its steps are new interpreters.
     argv = [sys.executable, "-m", "tests.gpu.guide.guide_run", *words_for(tmp_path, *words)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
