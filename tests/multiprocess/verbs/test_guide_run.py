@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tests.gpu.guide import guide_steps
 from tests.gpu.guide.guide_options import default_layouts, parsed
 from tests.gpu.guide.guide_run import GuideRun, main
 from tests.gpu.guide.guide_steps import Step, reached, run, table, training_figures
-from tests.support.processes import commands
+from tests.support.processes import commands, warm
 
 TINY = ("--layers", "1", "--hidden-size", "128", "--ffn-hidden-size", "128", "--vocab-size", "512", "--device", "cpu")
 SMALL_RUNS = ("--mock-seq-length", "32", "--mock-iterations", "2", "--real-seq-length", "64", "--real-iterations", "5")
@@ -40,11 +39,9 @@ def words_for(folder: Path, *words: str) -> list[str]:
 
 
 def forked(argv: list[str], *, env: dict[str, str], text: bool, **options: Any) -> subprocess.Popen[str]:
-    """Start a step from the warm server, which has the repository in its path."""
+    """Start a step from the warm server, in the server's environment, where it is forked."""
     assert argv[0] == sys.executable and text and env["PYTHONUNBUFFERED"] == "1"
-    own = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONUNBUFFERED")}
-    same = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
-    return commands.start(["-u", *argv[1:]], own | same, **options)
+    return commands.start(["-u", *argv[1:]], warm.ENVIRONMENT, **options)
 
 
 @pytest.fixture
@@ -96,7 +93,7 @@ def test_every_step_is_run_and_a_failed_one_stops_only_what_needs_it(tmp_path: P
 def test_what_does_not_fit_into_the_time_is_left_out_and_what_is_kept_is_taken_again(
     tmp_path: Path, guide_run: Any
 ) -> None:
-    words = ("--budget-seconds", "25", "--keep", *SMALL_RUNS, "--only", "convert,mock,real,export,smoke")
+    words = ("--budget-seconds", "39", "--keep", *SMALL_RUNS, "--only", "convert,mock,real,export,smoke")
     # As a person calls it; its steps are new interpreters.
     argv = [sys.executable, "-m", "tests.gpu.guide.guide_run", *words_for(tmp_path, *words)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])

@@ -6,6 +6,7 @@ scheduler or torchrun starts the interpreter.
 
 from __future__ import annotations
 
+import math
 import select
 import shlex
 import subprocess
@@ -53,7 +54,7 @@ class ForkedCommand(subprocess.Popen[str]):
 
     def _ended(self, seconds: float | None) -> int | None:
         if self.returncode is None and self._process is not None:
-            if not select.select([self._process], [], [], seconds)[0]:
+            if not select.select([self._process], [], [], None if seconds == math.inf else seconds)[0]:
                 return None
             self.returncode = self._process.wait()
         return self.returncode
