@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
+from ansible.module_utils.mixtral_run_host.engine import image_inputs
 from ansible.module_utils.mixtral_run_host.model.model_cache import ModelCache
 from ansible.module_utils.mixtral_run_host.spread import archive, blobs
 from ansible.module_utils.mixtral_run_host.spread import peer as peer_module
@@ -276,6 +277,14 @@ def test_a_limited_rate_is_kept_in_quarters_of_a_second(tmp_path: Path, monkeypa
     serve_module.get_file(str(tmp_path / "file"), 0, 0)
     serve_module.get_file(str(tmp_path / "file"), 8, 3)  # less than one byte in a quarter of a second
     assert sent.getvalue()[7:] == b"012345678989" and slept == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
+
+
+def test_files_pass_in_pieces_of_a_mebibyte() -> None:
+    """Smaller pieces would be slow, and larger ones would be held in memory."""
+    asked: list[int] = []
+    stream = SimpleNamespace(read=lambda size: asked.append(size) or b"")
+    assert list(blobs._chunks(stream, "x")) == [] and asked == [1_048_576]
+    assert serve_module.CHUNK == image_inputs.BLOCK == 1_048_576
 
 
 def test_figures_of_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
