@@ -15,7 +15,7 @@ from mixtral_run import __version__
 from mixtral_run.cli.command import CONFIG_SUFFIXES, close_to, one_of, or_words
 from mixtral_run.config.names.foreign_verbs import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
-from mixtral_run.launch.process_exit import exit_with
+from mixtral_run.launch.process_exit import INTERRUPTED, INTERRUPTED_WORD, exit_with
 from mixtral_run.terminal.report import DEBUG_VARIABLE, debugging, quiet_libraries
 
 VERBS: dict[str, str] = {
@@ -135,7 +135,7 @@ def main() -> NoReturn:
     try:
         root.main(standalone_mode=False, prog_name="mixtral-run")
     except (click.exceptions.Abort, KeyboardInterrupt):
-        exit_with("Interrupted.", 130)
+        exit_with(INTERRUPTED_WORD, INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)

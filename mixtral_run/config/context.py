@@ -27,8 +27,8 @@ def row_multiple(tensor_size: int, context_size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextConfig(Config):
-    """Settings for long rows: the processes that share a row, and the chunks in which the experts compute it."""
+class SplitRowsConfig(Config):
+    """Setting for long rows: the processes that share a row."""
 
     context_parallel_size: int | None = setting(
         None,
@@ -37,6 +37,12 @@ class ContextConfig(Config):
         minimum=1,
         section=LAYOUT,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig(SplitRowsConfig):
+    """Settings for long rows: the processes that share a row, and the chunks in which the experts compute it."""
+
     expert_chunks: int | None = setting(
         None,
         help="Chunks of the tokens of a micro batch that the experts compute one after the other, so that the "
@@ -48,10 +54,12 @@ class ContextConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextLaunchConfig(ContextConfig, LaunchConfig):
+class SplitRowsLaunchConfig(SplitRowsConfig, LaunchConfig):
     """A job that may split rows over processes."""
 
     VERB: ClassVar[str] = "finetune"
+    SPLITS_ROWS: ClassVar[tuple[str, ...]] = ("finetune", "pretrain")
+    """Verbs whose loss is a sum over tokens."""
 
     @property
     def context_size(self) -> int:
@@ -61,10 +69,10 @@ class ContextLaunchConfig(ContextConfig, LaunchConfig):
     def needs_whole_rows(self) -> str | None:
         """The verb or the setting that needs each row on one rank; None if rows may be split.
 
-        A rank has the losses of its part of a row only. The loss of `finetune` is their sum; that of another verb may
-        compare rows.
+        A rank has the losses of its part of a row only. The loss of `finetune` and `pretrain` is their sum; that of
+        another verb may compare rows.
         """
-        return None if self.VERB == "finetune" else f"`{self.VERB}`"
+        return None if self.VERB in self.SPLITS_ROWS else f"`{self.VERB}`"
 
     @property
     def planned_context_size(self) -> int | None:
@@ -89,3 +97,8 @@ class ContextLaunchConfig(ContextConfig, LaunchConfig):
                 f"processes started over {flag_of('tensor_model_parallel_size')} {tp}; found {cp}"
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextLaunchConfig(ContextConfig, SplitRowsLaunchConfig):
+    """A job that may split rows over processes, and their experts' work into chunks."""

@@ -63,7 +63,7 @@ class ParallelConfig(Config):
 
     @property
     def context_size(self) -> int:
-        """CP: the processes that share each row of tokens. Only `finetune` has more than one (ContextConfig)."""
+        """CP: the processes that share each row of tokens. Training may have more than one (SplitRowsConfig)."""
         return 1
 
     def world_size_problems(self, world_size: int) -> list[str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-INTERRUPTED = 130
+from mixtral_run.launch.process_exit import INTERRUPTED, INTERRUPTED_WORD
+from mixtral_run.launch.torchrun_errors import print_once
 
 
 @contextmanager
@@ -34,5 +35,10 @@ def importing() -> Iterator[None]:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     del number, frame
-    os.write(2, b"Interrupted.\n")
+    printed = False
+    # The signal may have cut off a write to the same stream, which Python then refuses to write to.
+    with suppress(RuntimeError):
+        printed = print_once(INTERRUPTED_WORD)
+    if not printed:
+        os.write(2, f"{INTERRUPTED_WORD}\n".encode())
     os._exit(INTERRUPTED)

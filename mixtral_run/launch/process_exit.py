@@ -10,6 +10,10 @@ from typing import NoReturn
 
 from mixtral_run.launch.torchrun_errors import print_once
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a process that Ctrl-C ended."""
+INTERRUPTED_WORD = "Interrupted."
+
 
 def exit_with(message: str, exit_code: int) -> NoReturn:
     """Print `message` to stderr, once for all processes of a torchrun on this host, and end the process.
@@ -23,6 +27,12 @@ def exit_with(message: str, exit_code: int) -> NoReturn:
     rank = os.environ.get("RANK")
     prefix = f"[rank {rank}] " if rank is not None else ""
     print(prefix + message, file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def exit_silently(exit_code: int) -> NoReturn:
+    """End the process as `exit_with` does, without a message: another process reports the end."""
+    _ignore_signals(exit_code)
     sys.exit(exit_code)
 
 

@@ -20,7 +20,7 @@ from mixtral_run.errors import MixtralRunError, from_os_error
 from mixtral_run.launch import processes
 from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE, start_heartbeat
 from mixtral_run.launch.parent_death import JOB_PARENT, end_with_parent, watch_parent
-from mixtral_run.launch.process_exit import exit_with
+from mixtral_run.launch.process_exit import INTERRUPTED, exit_silently
 from mixtral_run.launch.worker_errors import ERROR_DIRECTORY_VARIABLE, hand_over_error, is_consequence, leave_quietly
 from mixtral_run.terminal.report import debugging, quiet_libraries
 
@@ -108,7 +108,8 @@ def _work(
         start_heartbeat(Path(error_directory), processes.rank(), config.distributed_timeout_minutes)
         Job(entry_point)(config)
     except KeyboardInterrupt:
-        exit_with("Interrupted.", 130)
+        # Ctrl-C reaches the parent as well, which reports it once for all processes.
+        exit_silently(INTERRUPTED)
     except Exception as error:
         _end_failed(error)
     if StopRequest.ended_a_run:

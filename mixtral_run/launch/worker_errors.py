@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixtral_run.errors import MixtralRunError, TrainingError, from_mapping, to_mapping
+from mixtral_run.launch.process_exit import INTERRUPTED
 
 ERROR_DIRECTORY_VARIABLE = "MIXTRAL_RUN_ERROR_DIRECTORY"
 """Environment variable of a process that `run_job` started: the folder for its error, which its parent reads."""
@@ -105,6 +106,8 @@ def _describe_end(process: object) -> str:
     number = getattr(process, "local_rank", "?")
     if exit_code == -9:
         return f"rank {number}: killed (SIGKILL), which the kernel does when memory runs out: see dmesg"
+    if exit_code == INTERRUPTED:
+        return f"rank {number}: interrupted (SIGINT)"
     if isinstance(exit_code, int) and exit_code < 0:
         return f"rank {number}: ended by signal {-exit_code}"
     return f"rank {number}: exit code {exit_code}"

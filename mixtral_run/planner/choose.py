@@ -186,6 +186,7 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
     batch: dict[str, Any] = {}
     if isinstance(config, TrainingConfig):
         batch = {"seq_length": config.seq_length, "micro_batch_size": config.micro_batch_size}
+        batch["context_parallel_size"] = config.context_size
     return Workload(
         architecture=base.architecture,
         gpus=world_size,

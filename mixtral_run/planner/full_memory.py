@@ -42,7 +42,10 @@ class FullChoice:
 
 def full_workload(workload: Workload) -> Workload:
     """Return the workload as full training runs it: eager, with the all-to-all dispatch."""
-    return dataclasses.replace(workload, cuda_graphs=False, peer_access=False, expert_chunks=1, context_parallel_size=1)
+    context = workload.context_parallel_size or 1
+    return dataclasses.replace(
+        workload, cuda_graphs=False, peer_access=False, expert_chunks=1, context_parallel_size=context
+    )
 
 
 def full_memory(workload: Workload, layout: Layout, *, offload: bool, accumulates: bool) -> Memory:
@@ -110,11 +113,25 @@ def full_host_bytes(workload: Workload, layout: Layout, *, offload: bool) -> flo
     return host_bytes(workload, layout) + state
 
 
+def full_copy_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of RAM of a host that a save in the background copies: weights, masters and moments.
+
+    One rank of the job writes each weight: with several hosts, one may have all of them.
+    """
+    gpus = min(workload.gpus, workload.gpus_per_host)
+    experts, dense = local_weights(workload, layout)
+    on_host = min(workload.architecture.num_parameters, (experts + dense) * gpus)
+    # TP has padding, and norms and routers on each rank, which are written once.
+    state = min(workload.architecture.num_parameters, _sharded(workload, layout) * gpus)
+    return workload.weight_bytes * on_host + STATE_BYTES * state
+
+
 def full_choices(
     workload: Workload, gpu_memory: float, host_memory: float = math.inf, *, accumulates: bool
 ) -> list[FullChoice]:
     """Return all layouts with the state on the GPUs and in host memory, the best one that fits first.
 
+    Rows are split over as many ranks (CP) as the workload says; by default they are whole.
     The state on the GPUs comes first: its way from the host and back takes seconds a step. gpu_memory, host_memory:
     bytes of one GPU and of one host's RAM.
     """
@@ -140,7 +157,7 @@ def _relative_speed(layout: Layout) -> float:
 
 
 def _choices(workload: Workload, gpu_memory: float, host_memory: float, *, accumulates: bool) -> Iterator[FullChoice]:
-    for layout in layouts(workload):
+    for layout in layouts(workload, workload.context_parallel_size or 1):
         for offload in (False, True):
             needed = full_memory(workload, layout, offload=offload, accumulates=accumulates)
             pinned = full_host_bytes(workload, layout, offload=offload)

@@ -44,7 +44,7 @@ def full_memory_error(config: PretrainConfig, workload: Workload, gpu: Available
     """Return the error of a run that cannot fit, which names what can; None if it fits."""
     offload = config.offload_optimizer
     if config.has_layout:
-        layout = Layout(*config.layout_sizes, config.recomputation)
+        layout = Layout(*config.layout_sizes, config.recomputation, config.context_size)
         accumulates = _accumulates(config, workload, layout)
         needed = full_memory(workload, layout, offload=offload, accumulates=accumulates).total
         pinned, free = full_host_bytes(workload, layout, offload=offload), host_memory()
@@ -65,8 +65,13 @@ def full_memory_error(config: PretrainConfig, workload: Workload, gpu: Available
     )
     others = [
         each
+        for context in _contexts(config, workload)
         for offloads in (offload, True)
-        for each in _candidates(dataclasses.replace(anything, offload_optimizer=offloads), workload, gpu)
+        for each in _candidates(
+            dataclasses.replace(anything, offload_optimizer=offloads, context_parallel_size=context),
+            dataclasses.replace(workload, context_parallel_size=context),
+            gpu,
+        )
         if each.fits
     ]
     more = f"mixtral-run plan --full --gpus {2 * workload.gpus} …, for more GPUs; or LoRA, with mixtral-run finetune"
@@ -79,6 +84,13 @@ def full_memory_error(config: PretrainConfig, workload: Workload, gpu: Available
         found=found,
         next_command=more,
     )
+
+
+def _contexts(config: PretrainConfig, workload: Workload) -> list[int]:
+    """Return the sizes of CP that another layout may have: the given one first, then all that the run allows."""
+    if config.needs_whole_rows is not None:
+        return [1]
+    return [config.context_size, *(each for each in range(1, workload.gpus + 1) if workload.gpus % each == 0)]
 
 
 def _candidates(config: PretrainConfig, workload: Workload, gpu: AvailableGpu) -> list[FullChoice]:

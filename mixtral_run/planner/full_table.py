@@ -8,7 +8,7 @@ from typing import Any
 
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.planner.full_memory import FullChoice, full_choices
+from mixtral_run.planner.full_memory import FullChoice, full_choices, full_copy_bytes
 from mixtral_run.planner.memory_model import USABLE, USABLE_OF_HOST
 from mixtral_run.planner.workload import GIB, Workload
 from mixtral_run.terminal.report import Report
@@ -29,7 +29,7 @@ def show_full_plan(config: PlanConfig, workload: Workload, gpu_memory_gib: float
     choices = full_choices(workload, gpu_memory_gib * GIB, host, accumulates=True)
     shown = choices if config.all else [each for each in choices if each.fits][:12]
     if config.json:
-        print(json.dumps(_to_mapping(config, gpu_memory_gib, choices), indent=2))
+        print(json.dumps(_to_mapping(config, workload, gpu_memory_gib, choices), indent=2))
     elif shown:
         report = Report()
         title = (
@@ -48,11 +48,20 @@ def show_full_plan(config: PlanConfig, workload: Workload, gpu_memory_gib: float
         best = choices[0]
         if best.fits:
             report.say("counted, not measured; several micro batches an iteration are assumed")
+            report.say(_copy_line(full_copy_bytes(workload, best.layout), best, host))
             settings = " ".join(["", *config.flags({"load", "seq_length", "micro_batch_size", "kernels"})])
             offload = " --offload-optimizer" if best.offload else ""
             report.say(f"  next: mixtral-run pretrain … --save … {best.layout.flags()}{offload}{settings}")
     if not any(each.fits for each in choices):
         raise no_fit(choices, workload, gpu_memory_gib, host)
+
+
+def _copy_line(num_bytes: float, best: FullChoice, host: float) -> str:
+    """Return the line about the copy for saves in the background. num_bytes: of it; host: bytes of RAM of a host."""
+    copy = f"{num_bytes / GIB:.0f} GiB"
+    if best.host_bytes + num_bytes <= USABLE_OF_HOST * host:
+        return f"a host's RAM: {copy} more for saves in the background (--no-save-in-background)"
+    return f"the training waits for each save: a host's RAM lacks the {copy} more that saves in the background take"
 
 
 def no_fit(choices: list[FullChoice], workload: Workload, gpu_memory_gib: float, host: float) -> ConfigError:
@@ -81,7 +90,9 @@ def _row(choice: FullChoice, columns: dict[str, tuple[str, ...]]) -> tuple[str, 
     return str(choice.layout), choice.layout.recompute, place, "✓" if choice.fits else "✗", *parts, total, pinned
 
 
-def _to_mapping(config: PlanConfig, gpu_memory_gib: float, choices: list[FullChoice]) -> dict[str, Any]:
+def _to_mapping(
+    config: PlanConfig, workload: Workload, gpu_memory_gib: float, choices: list[FullChoice]
+) -> dict[str, Any]:
     return {
         "gpus": config.gpus * config.hosts,
         "gpu_memory_gib": gpu_memory_gib,
@@ -92,6 +103,7 @@ def _to_mapping(config: PlanConfig, gpu_memory_gib: float, choices: list[FullCho
                 "fits": each.fits,
                 "total_gib": round(each.memory.total / GIB, 2),
                 "host_gib": round(each.host_bytes / GIB, 2),
+                "saved_copy_gib": round(full_copy_bytes(workload, each.layout) / GIB, 2),
                 "parts_gib": {name: round(getattr(each.memory, name) / GIB, 2) for name in PARTS},
             }
             for each in choices

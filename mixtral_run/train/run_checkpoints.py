@@ -12,6 +12,7 @@ import torch
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.planner.memory_model import USABLE_OF_HOST
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.random_state import restore_random_state
 from mixtral_run.train.checkpoints.run_folder import (
@@ -95,11 +96,16 @@ class RunCheckpoints:
         self._saver.__exit__(kind, error, trace)
 
     def prepare(self) -> None:
-        """Prepare for saves in the background, if the run saves before its end."""
-        if saves_before_the_end(self._config, self._run.start):
-            num_bytes = self._saver.prepare_background()
-            self._run.report.say(
-                f"Checkpoints are saved in the background; the copy takes {num_bytes / GIB:,.2f} GiB of host memory"
+        """Prepare for saves in the background, if they are wanted and the run saves before its end."""
+        if not self._config.save_in_background or not saves_before_the_end(self._config, self._run.start):
+            return
+        gib = f"{self._saver.prepare_background() / GIB:,.2f} GiB"
+        if self._saver.can_save_in_background:
+            self._run.report.say(f"Checkpoints are saved in the background; the copy takes {gib} of host memory")
+        else:
+            self._run.report.warn(
+                f"The training waits for each save: a copy for saves in the background would take {gib} over all "
+                f"hosts, and may take {USABLE_OF_HOST:.0%} of the memory that is free on each"
             )
 
     def save(self, iteration: int, *, goes_on: bool) -> None:

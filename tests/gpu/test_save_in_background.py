@@ -6,7 +6,7 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.parallel.mesh import open_mesh
-from mixtral_run.train.checkpoints.host_copy import HostCopy
+from mixtral_run.train.checkpoints.host_copy import AdapterCopy
 from mixtral_run.train.steps.step import trainable
 from tests.gpu.kernels.test_kernels import small_model
 
@@ -26,7 +26,8 @@ def test_the_optimizer_waits_for_the_copy_and_the_host_does_not() -> None:
             optimizer.step()
 
         step(0.5)
-        copy = HostCopy(model, optimizer)
+        copy = AdapterCopy(model, optimizer)
+        copy.allocate()
         for gradient in (-1.0, 2.0):
             expected = [(each.clone(), optimizer.state[each]["exp_avg"].clone()) for each in parameters]
             torch.cuda.synchronize()

@@ -22,7 +22,8 @@ from mixtral_run.cli.host_options import host_options, take_host_options
 def shell(words: tuple[str, ...], dry_run: bool, **flags: Any) -> None:
     """Open a shell in the container of a job on a host, with the GPUs, limits and folders that jobs have.
 
-    COMMAND runs in place of the shell. The container is removed at the end; /checkpoints stays.
+    COMMAND runs in place of the shell. The container is removed at the end; /checkpoints stays. A job may start on the
+    host meanwhile, except while a process of the shell uses a GPU.
     """
     from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.jobs.interactive import run_shell

@@ -16,7 +16,7 @@ from mixtral_run.config.lora import LORA_SHAPE, LoraShapeConfig
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 DEFAULT_NETWORK = "400Gb"
-_NOT_FULL = ("method", "base_precision", "context_parallel_size", "expert_chunks", "tokens_per_second", "network")
+_NOT_FULL = ("method", "base_precision", "expert_chunks", "tokens_per_second", "network")
 
 
 def network_bytes(text: str) -> float:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mixtral_run.config.fields import DATA, MEMORY, OPTIMIZER, OUTPUT, flag_of, setting
+from mixtral_run.config.context import SplitRowsLaunchConfig
+from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OPTIMIZER, OUTPUT, flag_of, setting
 from mixtral_run.config.verbs.training import RunConfig
 
 OPTIMIZERS = ("sgd", "adamw")
 NEEDS_SAVE = (
     "resume", "keep_last", "keep_best", "valid_data_path", "valid_fraction", "early_stopping_patience", "run_name",
-    "log_to", "pack", "max_loss_ratio", "skip_bad_steps",
+    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_in_background",
 )  # fmt: skip
 """Settings of a run that saves; without --save they would be ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
     """Training of all weights: full fine-tuning with --save; without it, a few iterations that save nothing."""
 
     VERB: ClassVar[str] = "pretrain"
@@ -27,9 +29,17 @@ class PretrainConfig(RunConfig):
     save: Path | None = setting(
         None,
         help="Folder for the checkpoints: all weights, as a base that every verb takes as --load, and the state of the "
-        "optimizer. Must be new or empty unless --resume. Without it nothing is saved.",
+        "optimizer. Must be new or empty unless --resume. A URL, such as s3://bucket/run: they are saved on this "
+        "machine, and copied there while the training continues. Without it nothing is saved.",
         aliases=("output_path",),
         section=OUTPUT,
+        store="output",
+    )
+    context_parallel_size: int | None = setting(
+        None,
+        help="Processes that share each row of tokens (CP), for rows that do not fit on one GPU. Default: 1.",
+        minimum=1,
+        section=LAYOUT,
     )
     optimizer: str | None = setting(
         None,
@@ -66,6 +76,13 @@ class PretrainConfig(RunConfig):
     )
 
     @property
+    def needs_whole_rows(self) -> str | None:
+        """The balance of the routers is that of whole rows, and SGD within the backward pass sums no parts of rows."""
+        if not self.uses_adamw:
+            return "--optimizer sgd"
+        return super().needs_whole_rows or ("--router-aux-loss" if self.router_aux_loss else None)
+
+    @property
     def max_norm(self) -> float:
         """Largest norm of the gradient; 0 if it is not clipped."""
         if self.clip_grad is None:
@@ -82,10 +99,11 @@ class PretrainConfig(RunConfig):
         if self.offload_optimizer and not self.uses_adamw:
             found.append("--offload-optimizer: expected --optimizer adamw or --save with it; sgd has no state")
         if self.save is None:
+            defaults = {item.name: item.default for item in dataclasses.fields(self)}
             found += [
-                f"{flag_of(name)}: expected --save with it, since a run without it leaves nothing"
+                f"{_flag(name)}: expected --save with it, since a run without it leaves nothing"
                 for name in NEEDS_SAVE
-                if getattr(self, name) not in (None, (), False, 0, 0.0)
+                if getattr(self, name) != defaults[name]
             ]
             return found
         if not self.uses_adamw:
@@ -93,3 +111,8 @@ class PretrainConfig(RunConfig):
         if self.metrics_file is not None:
             found.append("--metrics-file: the metrics of a run with --save are in SAVE/metrics.jsonl; leave it out")
         return found
+
+
+def _flag(name: str) -> str:
+    """Return the flag that turns a setting from its default; that of one which is on by default turns it off."""
+    return "--no-save-in-background" if name == "save_in_background" else flag_of(name)

@@ -231,6 +231,12 @@ class RunConfig(CheckpointConfig, TrainingConfig):
         choices=LOGGERS,
         section=OUTPUT,
     )
+    save_in_background: bool = setting(
+        True,
+        help="Write checkpoints while the training continues, from a copy in host memory, if that has enough free. The "
+        "last one of a run is written at once.",
+        section=OUTPUT,
+    )
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
     @classmethod
@@ -326,12 +332,6 @@ class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
         choices=("given", "auto"),
         section=LAYOUT,
         hidden=True,
-    )
-    save_in_background: bool = setting(
-        True,
-        help="Write checkpoints while the training continues, from a copy in host memory. The last one of a run is "
-        "written at once.",
-        section=OUTPUT,
     )
 
     @property

@@ -169,6 +169,8 @@ class ExportConfig(Config):
     def problems(self) -> list[str]:
         found = super().problems()
         found += adapter_problems(self.adapter)
+        if self.merge and self.hf_model_path is None:
+            found.append("--hf-model-path is required: --merge needs the HF model of the adapter's base")
         if self.push is not None and not may_be_hub_name(self.push):
             found.append(f"--push: expected OWNER/NAME; found {self.push!r}")
         if self.push is None and (self.push_public or self.hf_token_file is not None):

@@ -16,13 +16,12 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import Container, JobOptions, JobSpec, container_argv, make_spec
-from mixtral_run.fleet.jobs.jobs import engine, facts_of, job_name, refuse_taken, send_files
+from mixtral_run.fleet.jobs.jobs import engine, facts_of, job_name, list_jobs, refuse_taken, send_files
 from mixtral_run.fleet.jobs.queue import when_free
-from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, start_argv, start_mark
+from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, SHELL, busy_error, start_argv, start_mark
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh, terminal_argv
 
-SHELL = "shell"
 _CONNECTION_FAILED = 255
 _STOP_SECONDS = 10
 
@@ -60,6 +59,8 @@ def run_shell(options: JobOptions, words: tuple[str, ...], *, dry_run: bool, ssh
             argv = _container(spec, facts, words or ("bash",))
             print(shlex.join(terminal_argv(host, argv, ssh.known_hosts, terminal=_has_terminal())))
             return 0
+        if not words:
+            _say(f"Jobs may start on {host.name} while this shell is open, except while a process of it uses a GPU.")
         return _run_attached(ssh, host, facts, spec, words or ("bash",))
 
     return when_free(SHELL, options, _say, ssh, attempt)
@@ -100,6 +101,11 @@ def _run_attached(ssh: Ssh, host: Host, facts: HostFacts, spec: JobSpec, program
     if code in (BUSY, CORDONED) and ssh.run(host, ["test", "-e", start_mark(spec, facts)]).exit_code == 1:
         refuse_taken(ssh, [host], spec)
         facts_of([host], spec.options, ssh)
+        if code == BUSY:
+            shells = [
+                (row.host.name, row.job) for row in list_jobs([host], ssh)[0] if row.running and row.verb == SHELL
+            ]
+            raise busy_error(shells or [(host.name, "another job")])
     return code
 
 

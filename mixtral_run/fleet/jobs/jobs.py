@@ -36,6 +36,7 @@ from mixtral_run.fleet.jobs.job_spec import (
 from mixtral_run.fleet.jobs.taking import (
     BUSY,
     CORDONED,
+    GPU_VERBS,
     OutputTakenError,
     busy_error,
     job_in,
@@ -149,7 +150,7 @@ def refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
     rows = [row for row in list_jobs(hosts, ssh)[0] if row.running]
     output = host_path(spec.output, spec.options) if spec.output is not None else None
     same = [row for row in rows if row.output == output]
-    busy = [(row.host.name, row.job) for row in rows if needs_free_host(row.verb, share=False)]
+    busy = [(row.host.name, row.job) for row in rows if row.verb in GPU_VERBS]
     is_busy = bool(busy) and needs_free_host(spec.verb, share=spec.options.share)
     if same and not (is_busy and spec.options.wait):
         raise OutputTakenError(

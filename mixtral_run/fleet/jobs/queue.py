@@ -13,7 +13,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs, start
-from mixtral_run.fleet.jobs.taking import BusyError, OutputTakenError, busy_error, needs_free_host
+from mixtral_run.fleet.jobs.taking import GPU_VERBS, BusyError, OutputTakenError, busy_error, needs_free_host
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 
@@ -76,7 +76,7 @@ def _on_any(verb: str, options: JobOptions, ssh: Ssh, say: Say, attempt: Callabl
     hosts, busy, problems = hosts_of((), options.inventory, None), {}, []
     if needs_free_host(verb, share=options.share):
         # Hosts that do not answer are left to `start`.
-        running = [row for row in list_jobs(hosts, ssh)[0] if row.running and needs_free_host(row.verb, share=False)]
+        running = [row for row in list_jobs(hosts, ssh)[0] if row.running and row.verb in GPU_VERBS]
         busy = {row.host.name: row.job for row in running}
     for host in hosts:
         if host.name in busy:

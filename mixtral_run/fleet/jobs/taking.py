@@ -16,16 +16,26 @@ from mixtral_run.fleet.jobs.job_spec import LABEL_JOB, LABEL_VERB, JobSpec
 
 NETWORK = "network"
 """What the containers of `status --network` are listed as. It is no verb of the command line."""
+SHELL = "shell"
 GPU_VERBS = (
-    "finetune", "align", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", "shell", NETWORK,
+    "finetune", "align", "pretrain", "generate", "chat", "evaluate", "serve", "smoke", "rehearse", NETWORK,
 )  # fmt: skip
-"""Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them."""
+"""Verbs that use all GPUs of a host. The others (convert, verify, export) may run next to them. A shell starts on a
+free host as well, and keeps others off it only while a process of it uses a GPU, which the host itself finds out."""
 LOCK_FILE = "/tmp/mixtral-run.start.lock"
 """Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""
 BUSY, CORDONED = 75, 76
 """Exit codes of START_SCRIPT. `docker run --detach` ends with 125 to 127 if it fails."""
 
 START_SCRIPT = rf"""
+holds_gpu() {{
+  command -v nvidia-smi >/dev/null || return 1
+  used=$(nvidia-smi --query-compute-apps=pid --format=csv,noheader) || return 0
+  if printf '%s\n' "$used" | grep -qvE '^ *[0-9]*$'; then return 0; fi
+  inside=$($docker top "$1" -eo pid) || return 0
+  for pid in $used; do printf '%s\n' "$inside" | grep -qE "^ *$pid *$" && return 0; done
+  return 1
+}}
 docker="$1"; cordon="$2"; lock="$3"; verbs="$4"; attached="$5"; mark="$6"; shift 6
 [ -e "$lock" ] || (umask 022; set -C; : >"$lock") 2>/dev/null
 if [ -L "$lock" ] || [ ! -f "$lock" ]; then
@@ -38,6 +48,9 @@ if [ -n "$verbs" ]; then
   row='{{{{.Label "{LABEL_VERB}"}}}} {{{{.Label "{LABEL_JOB}"}}}}'
   rows=$($docker ps --filter label={LABEL_JOB} --format "$row") || exit
   busy=$(printf '%s\n' "$rows" | grep -E "^($verbs) " | head -n 1)
+  for job in $(printf '%s\n' "$rows" | sed -n 's/^{SHELL} //p'); do
+    if [ -z "$busy" ] && holds_gpu "$job" 2>/dev/null; then busy="{SHELL} $job"; fi
+  done
   if [ -n "$busy" ]; then [ -n "$attached" ] || printf '%s\n' "$busy" >&2; exit {BUSY}; fi
 fi
 if [ -n "$attached" ]; then
@@ -50,7 +63,8 @@ fi
 "$@"
 exit
 """
-"""Script that starts a container unless the host is cordoned or runs a job of one of the verbs.
+"""Script that starts a container unless the host is cordoned, or runs a job of one of the verbs or a shell that holds a
+GPU. A shell whose processes cannot be compared with those on the GPUs counts as one that does.
 
 Arguments: the command for the engine; the record of a cordon; the lock; the verbs with bars between them, or nothing;
 the name of a job whose container keeps the standard streams, or nothing; a file that is created just before such a
@@ -86,7 +100,7 @@ def start_mark(spec: JobSpec, facts: HostFacts) -> str:
 
 def needs_free_host(verb: str, *, share: bool) -> bool:
     """Return True if a job does not start next to another one that uses the GPUs."""
-    return verb in GPU_VERBS and not share
+    return (verb in GPU_VERBS or verb == SHELL) and not share
 
 
 def busy_error(jobs: Sequence[tuple[str, str]], problems: Sequence[str] = ()) -> BusyError:

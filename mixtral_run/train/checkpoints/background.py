@@ -65,8 +65,8 @@ class BackgroundTask:
             raise TrainingError(
                 f"The checkpoint {self._what.name} is not on the disk after {self._limit:,.0f} s.",
                 where=str(self._what.parent),
-                expected="a disk that takes it within the time that a process may wait for others "
-                "(--distributed-timeout-minutes)",
+                expected="a disk that takes it within this time, which --distributed-timeout-minutes and the size of "
+                "the checkpoint set",
                 found="still writing: " + ", ".join(f"rank {rank}" for rank, each in enumerate(found) if each),
                 next_command=f"df -h {self._what.parent}, then the same command with --resume",
             )

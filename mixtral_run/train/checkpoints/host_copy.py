@@ -7,57 +7,64 @@ takes milliseconds, too.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.megatron import is_main_replica
+from mixtral_run.planner.memory_model import USABLE_OF_HOST
 from mixtral_run.train.checkpoints.adapter_shards import MOMENTS, ParameterState, live_states, shards_of
+from mixtral_run.weights.io.disk import available_bytes
 
 _ALIGNMENT = 64
 
 
-class HostCopy:
-    """Buffers for the adapters and AdamW's moments, as far as this rank writes them. They are reused by every save.
+class HookedOptimizer(Protocol):
+    """An optimizer that calls functions before each of its steps, as torch's do."""
+
+    def register_step_pre_hook(self, hook: Callable[..., None], /) -> Any:
+        """Call `hook` before each step changes anything."""
+
+
+class HostCopy(ABC):
+    """Buffers for what this rank writes. They are reused by every save.
 
     Attributes:
-        states: the state of each parameter, in the buffers.
-        num_bytes: of all buffers.
+        num_bytes: of all buffers; known before `allocate`.
+        states: the state of each parameter, in the buffers; after `allocate`.
     """
 
-    def __init__(self, model: MixtralModel, optimizer: torch.optim.Optimizer) -> None:
-        written = [each for each in shards_of(model, adapters=True).values() if is_main_replica(each.replica_id)]
-        live = [each for each in live_states(model, optimizer) if _holds_any(each, written)]
-        sizes = [-(-each.parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for each in live]
-        # A frozen parameter has no moments.
-        counts = [1 + len(MOMENTS) * each.parameter.requires_grad for each in live]
-        self.num_bytes = sum(size * count for size, count in zip(sizes, counts, strict=True))
-        # The zeros are written: the system gives memory only then, and a step would wait for it.
-        self._memory = torch.zeros(self.num_bytes, dtype=torch.uint8)
-        if model.mesh.device.type == "cuda":
-            pin(self._memory)
-        self._device = model.mesh.device
-        self._optimizer = optimizer
+    def __init__(self, device: torch.device, optimizer: HookedOptimizer, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.states: list[ParameterState] = []
+        self._device, self._hooked = device, optimizer
         self._ready: torch.cuda.Event | None = None
+
+    def allocate(self) -> None:
+        """Take the memory. From now on the optimizer waits for a copy that has begun before it changes anything."""
+        self._allocate()
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
             self._copied = torch.cuda.Event()
             self._launched = threading.Event()
             self._launched.set()
-            optimizer.register_step_pre_hook(lambda *_: self._hold_optimizer())
-        self.states: list[ParameterState] = []
-        at = 0
-        for state, size, count in zip(live, sizes, counts, strict=True):
-            buffers = [_like(state.parameter, self._memory[at + n * size : at + (n + 1) * size]) for n in range(count)]
-            at += count * size
-            # Without moments the second iterator ends at once.
-            moments = dict(zip(MOMENTS, buffers[1:], strict=False))
-            self.states.append(replace(state, value=buffers[0], moments=moments))
+            self._hooked.register_step_pre_hook(lambda *_: self._hold_optimizer())
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Take the memory, and fill `states`."""
+
+    @abstractmethod
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each original with its buffer."""
 
     def begin(self) -> None:
         """Begin a copy of the state as it is now, which `finish` completes. The optimizer must have taken a step.
@@ -65,7 +72,8 @@ class HostCopy:
         On a CPU the state is copied here.
         """
         if self._device.type != "cuda":
-            self._copy()
+            for original, buffer in self._pairs():
+                buffer.copy_(original)
             return
         self._ready = torch.cuda.current_stream(self._device).record_event()
         self._launched.clear()
@@ -77,7 +85,7 @@ class HostCopy:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._stream.wait_event(self._ready)
-                self._copy()
+                self._copy(self._ready)
                 self._copied.record(self._stream)
         finally:
             # After an error as well: the optimizer must not wait for ever.
@@ -90,11 +98,76 @@ class HostCopy:
         self._launched.wait()
         torch.cuda.current_stream(self._device).wait_event(self._copied)
 
-    def _copy(self) -> None:
+    def _copy(self, ready: torch.cuda.Event) -> None:
+        """Launch the copies from the GPU, and copy what is in host memory. ready: the originals are complete."""
+        pairs = list(self._pairs())
+        for original, buffer in pairs:
+            if original.is_cuda:
+                buffer.copy_(original, non_blocking=True)
+        in_host_memory = [each for each in pairs if not each[0].is_cuda]
+        if in_host_memory:
+            # The update brings these back from the GPU on its own stream.
+            ready.synchronize()
+        for original, buffer in in_host_memory:
+            buffer.copy_(original)
+
+
+class AdapterCopy(HostCopy):
+    """Buffers for the adapters and AdamW's moments, as far as this rank writes them."""
+
+    def __init__(self, model: MixtralModel, optimizer: torch.optim.Optimizer) -> None:
+        written = [each for each in shards_of(model, adapters=True).values() if is_main_replica(each.replica_id)]
+        self._live = [each for each in live_states(model, optimizer) if _holds_any(each, written)]
+        self._sizes = [-(-each.parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for each in self._live]
+        # A frozen parameter has no moments.
+        self._counts = [1 + len(MOMENTS) * each.parameter.requires_grad for each in self._live]
+        self._optimizer = optimizer
+        num_bytes = sum(size * count for size, count in zip(self._sizes, self._counts, strict=True))
+        super().__init__(model.mesh.device, optimizer, num_bytes)
+
+    def _allocate(self) -> None:
+        memory = host_buffer(torch.Size([self.num_bytes]), torch.uint8, self._device)
+        at = 0
+        for state, size, count in zip(self._live, self._sizes, self._counts, strict=True):
+            buffers = [_like(state.parameter, memory[at + n * size : at + (n + 1) * size]) for n in range(count)]
+            at += count * size
+            # Without moments the second iterator ends at once.
+            moments = dict(zip(MOMENTS, buffers[1:], strict=False))
+            self.states.append(replace(state, value=buffers[0], moments=moments))
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for state in self.states:
-            state.value.copy_(state.parameter.detach(), non_blocking=True)
+            yield state.parameter.detach(), state.value
             for name, buffer in state.moments.items():
-                buffer.copy_(self._optimizer.state[state.parameter][name], non_blocking=True)
+                yield self._optimizer.state[state.parameter][name], buffer
+
+
+def fits_on_hosts(num_bytes: int) -> bool:
+    """Return True if each host has free memory for the copies of its ranks. All ranks must call.
+
+    num_bytes: of this rank's copy. A part of the memory stays free for the processes themselves.
+    """
+    own = (os.uname().nodename, num_bytes, available_bytes())
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    needed: dict[str, int] = {}
+    free: dict[str, int] = {}
+    for host, wanted, available in found:
+        needed[host] = needed.get(host, 0) + wanted
+        free[host] = min(free.get(host, available), available)
+    # 0: a host that does not say what is free.
+    return all(not free[host] or needed[host] <= USABLE_OF_HOST * free[host] for host in needed)
+
+
+def host_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros in host memory, pinned if the device that they are copied from is a GPU.
+
+    The zeros are written: the system gives memory only then, and a step would wait for it.
+    """
+    memory = torch.zeros(shape, dtype=dtype)
+    if device.type == "cuda":
+        pin(memory)
+    return memory
 
 
 def _holds_any(state: ParameterState, shards: Sequence[Any]) -> bool:
@@ -115,4 +188,4 @@ def pin(memory: Tensor) -> None:
     Memory that cannot be pinned works as well, with a slower copy.
     """
     if memory.numel():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)

@@ -1,4 +1,4 @@
-"""Saving an adapter checkpoint: at once, or in the background while the training continues.
+"""Saving a checkpoint: at once, or in the background while the training continues.
 
 docs/formats.md describes the files. A checkpoint is written under a temporary name and renamed when it is complete; the
 marker of the newest one follows. In the background the same steps run in a thread of each rank, on a copy in host
@@ -13,17 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.distributed as dist
 
 from mixtral_run.launch.worker_errors import is_consequence
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.train.checkpoints.adapter_shards import adapter_shards, live_states
+from mixtral_run.train.checkpoints.adapter_shards import ParameterState, adapter_shards, live_states
 from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 from mixtral_run.train.checkpoints.background import BackgroundTask
-from mixtral_run.train.checkpoints.host_copy import HostCopy
+from mixtral_run.train.checkpoints.host_copy import AdapterCopy, HostCopy, fits_on_hosts
 from mixtral_run.train.checkpoints.random_state import own_random_state, write_random_state
 from mixtral_run.train.checkpoints.save_target import SaveTarget
 from mixtral_run.train.checkpoints.soundness import check_sound
@@ -34,6 +34,9 @@ from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.manifest import write_manifest
 from mixtral_run.weights.manifest.run_state import RunState
 from mixtral_run.weights.torch_dist.megatron_files import write_metadata_json
+
+SLOWEST_BYTES_A_SECOND = 100e6
+"""A disk that takes the files of a job more slowly than this counts as one that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -55,89 +58,98 @@ class SaveRequest:
     then: Callable[[], object] = lambda: None
 
 
+class FileWriter(Protocol):
+    """The plan of the files of a checkpoint (adapter_writer.py, full/chunk_writer.py)."""
+
+    def write(self, folder: Path) -> list[Any]:
+        """Write this rank's file, and return what `finish` needs of it. Rank-local."""
+
+    def finish(self, folder: Path, written: list[list[Any]]) -> None:
+        """Write `.metadata`. One process calls. written: of each rank."""
+
+
 class Saver(ABC):
-    """Saves the checkpoints of a run. All ranks must call its methods. This base saves none in the background."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        return None
-
-    @property
-    def can_save_in_background(self) -> bool:
-        """Return True after `prepare_background`."""
-        return False
-
-    def prepare_background(self) -> int:
-        """Allocate the copy in host memory and plan the files. Return the bytes of all ranks' copies."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def save(self, request: SaveRequest) -> Path:
-        """Write FOLDER/iter_…, then point LATEST at it. Return the folder."""
-
-    def save_in_background(self, request: SaveRequest) -> None:
-        """Begin what `save` does, after `prepare_background`."""
-        raise NotImplementedError
-
-    def poll(self) -> float | None:
-        """Return the seconds that a save in the background took if all ranks have completed it, else None."""
-        return None
-
-    def finish(self) -> float | None:
-        """Wait for a save in the background, and return as `poll` does. None without one."""
-        return None
-
-
-class AdapterSaver(Saver):
-    """Saves the adapters of a model with the state of AdamW. All ranks must call its methods.
+    """Saves the checkpoints of a run: at once, or in the background. All ranks must call its methods.
 
     A context: at its end a save in the background is completed as far as this process can, so that an error of the
     training costs no checkpoint.
+
+    Attributes:
+        WHAT: what is saved, for messages.
+        KIND: of the manifest.
     """
 
-    def __init__(
-        self, model: MixtralModel, optimizer: torch.optim.Optimizer, folder: Path, timeout_minutes: float = 10
-    ) -> None:
-        """timeout_minutes: time that a process may wait for others, and a save in the background may take."""
-        self._model, self._optimizer, self._folder = model, optimizer, folder
-        self._timeout = timeout_minutes
+    WHAT: ClassVar[str]
+    KIND: ClassVar[str]
+
+    def __init__(self, model: MixtralModel, folder: Path, timeout_minutes: float = 10) -> None:
+        """timeout_minutes: time that a process may wait for others; a save in the background may take it as well, and
+        more for each byte.
+        """
+        self._model, self._folder, self._timeout = model, folder, timeout_minutes
         self._copy: HostCopy | None = None
-        self._writer: AdapterWriter | None = None
+        self._writer: FileWriter | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: BackgroundTask | None = None
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Without one of the ranks no save can be completed, and the job is to end at once.
         if self._pending is not None and not (error is not None and is_consequence(error)):
             self._pending.join_after_error()
 
+    @abstractmethod
+    def _new_copy(self) -> HostCopy:
+        """Return the copy that a save in the background is written from; it has no memory yet."""
+
+    @abstractmethod
+    def _live_states(self) -> list[ParameterState]:
+        """Return the state that this rank writes, in the tensors that training changes."""
+
+    @abstractmethod
+    def _writer_of(self, states: list[ParameterState], copy: HostCopy | None) -> FileWriter:
+        """Return the plan of the files. states: what they hold; copy: that has them, if they are copied."""
+
+    def _described(self, target: SaveTarget, request: SaveRequest) -> SaveRequest:
+        """Return the request with what only the written files tell. All ranks must call."""
+        del target
+        return request
+
     @property
     def can_save_in_background(self) -> bool:
-        """Return True after `prepare_background`."""
+        """Return True after `prepare_background`, if the hosts have the memory."""
         return self._copy is not None
 
     def prepare_background(self) -> int:
-        """Allocate the copy in host memory and plan the files. Return the bytes of all ranks' copies."""
-        self._copy = HostCopy(self._model, self._optimizer)
-        self._writer = AdapterWriter(adapter_shards(self._model, self._copy.states))
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=self._timeout))
-        total = torch.tensor(float(self._copy.num_bytes), dtype=torch.float64)
+        """Allocate the copy in host memory and plan the files, if each host has enough memory.
+
+        Returns the bytes of all ranks' copies.
+        """
+        copy = self._new_copy()
+        total = torch.tensor(float(copy.num_bytes), dtype=torch.float64)
         dist.all_reduce(total)
+        if fits_on_hosts(copy.num_bytes):
+            copy.allocate()
+            self._copy, self._writer = copy, self._writer_of(copy.states, copy)
+            self._timeout += float(total) / SLOWEST_BYTES_A_SECOND / 60
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=self._timeout))
         return int(total)
 
     def save(self, request: SaveRequest) -> Path:
-        """Write FOLDER/iter_… with adapters and optimizer state, then point LATEST at it. Return the folder.
+        """Write FOLDER/iter_…, then point LATEST at it. Return the folder.
 
         Raises TrainingError if it is spoiled, or cannot be written; earlier iterations are unchanged.
         """
         self.finish()
-        states = live_states(self._model, self._optimizer)
-        target = SaveTarget(self._model.mesh, self._folder, request.iteration)
-        check_sound(states, self._folder, request.iteration)
-        writer = AdapterWriter(adapter_shards(self._model, states))
-        _write(target, writer, request, self._architecture, own_random_state(self._model.mesh))
+        if self._model.mesh.device.type == "cuda":
+            # States in host memory may still be on their way from the GPU.
+            torch.cuda.synchronize(self._model.mesh.device)
+        states = self._live_states()
+        target = SaveTarget(self._model.mesh, self._folder, request.iteration, what=self.WHAT)
+        check_sound(states, self._folder, request.iteration, what=self.WHAT)
+        self._write(target, self._writer_of(states, None), request, own_random_state(self._model.mesh))
         return target.final
 
     def save_in_background(self, request: SaveRequest) -> None:
@@ -150,12 +162,12 @@ class AdapterSaver(Saver):
         copy, writer = self._copy, self._writer
         assert copy is not None and writer is not None
         random_state = own_random_state(self._model.mesh)
-        target = SaveTarget(self._model.mesh, self._folder, request.iteration, self._group)
+        target = SaveTarget(self._model.mesh, self._folder, request.iteration, self._group, self.WHAT)
 
         def task() -> None:
             copy.finish()
-            check_sound(copy.states, self._folder, request.iteration, self._group)
-            _write(target, writer, request, self._architecture, random_state)
+            check_sound(copy.states, self._folder, request.iteration, self._group, self.WHAT)
+            self._write(target, writer, request, random_state)
 
         copy.begin()
         self._pending = BackgroundTask(task, self._model.mesh, target.final, self._timeout)
@@ -181,37 +193,51 @@ class AdapterSaver(Saver):
         task, self._pending = self._pending, None
         return task.result()
 
-    @property
-    def _architecture(self) -> dict[str, Any]:
-        return self._model.architecture.to_mapping()
+    def _write(
+        self, target: SaveTarget, writer: FileWriter, request: SaveRequest, random_state: Mapping[str, Any]
+    ) -> None:
+        """Write all files of a checkpoint, give it its name, and let the marker name it. All ranks must call."""
+
+        def own_part() -> tuple[list[Any], dict[str, str], Mapping[str, Any]]:
+            written = writer.write(target.partial)
+            names = [each.name for each in target.partial.glob(f"__{target.mesh.rank}_*.distcp")]
+            return written, checksums(target.partial, names), random_state
+
+        target.on_first_rank(lambda: begin(target, request.tokenizer))
+        parts = target.gather(target.on_all_ranks(own_part))
+        target.on_first_rank(lambda: writer.finish(target.partial, [each[0] for each in parts]))
+        described = self._described(target, request)
+
+        def rest() -> None:
+            write_random_state(target.partial, target.mesh, [each[2] for each in parts])
+            sums = {name: crc for each in parts for name, crc in each[1].items()}
+            complete(target, described, self._model.architecture.to_mapping(), sums, self.KIND)
+
+        target.on_first_rank(rest)
+        if target.mesh.is_first:
+            request.then()
 
 
-def _write(
-    target: SaveTarget,
-    writer: AdapterWriter,
-    request: SaveRequest,
-    architecture: Mapping[str, Any],
-    random_state: Mapping[str, Any],
-) -> None:
-    """Write all files of a checkpoint, give it its name, and let the marker name it. All ranks must call."""
+class AdapterSaver(Saver):
+    """Saves the adapters of a model with the state of AdamW."""
 
-    def own_part() -> tuple[list[Any], dict[str, str], Mapping[str, Any]]:
-        written = writer.write(target.partial)
-        names = [each.name for each in target.partial.glob(f"__{target.mesh.rank}_*.distcp")]
-        return written, checksums(target.partial, names), random_state
+    WHAT, KIND = "adapter", "adapter"
 
-    target.on_first_rank(lambda: begin(target, request.tokenizer))
-    parts = target.gather(target.on_all_ranks(own_part))
+    def __init__(
+        self, model: MixtralModel, optimizer: torch.optim.Optimizer, folder: Path, timeout_minutes: float = 10
+    ) -> None:
+        super().__init__(model, folder, timeout_minutes)
+        self._optimizer = optimizer
 
-    def rest() -> None:
-        written, sums, random_states = zip(*parts, strict=True)
-        writer.finish(target.partial, list(written))
-        write_random_state(target.partial, target.mesh, random_states)
-        complete(target, request, architecture, {name: crc for each in sums for name, crc in each.items()})
+    def _new_copy(self) -> HostCopy:
+        return AdapterCopy(self._model, self._optimizer)
 
-    target.on_first_rank(rest)
-    if target.mesh.is_first:
-        request.then()
+    def _live_states(self) -> list[ParameterState]:
+        return live_states(self._model, self._optimizer)
+
+    def _writer_of(self, states: list[ParameterState], copy: HostCopy | None) -> FileWriter:
+        del copy
+        return AdapterWriter(adapter_shards(self._model, states))
 
 
 def begin(target: SaveTarget, tokenizer: Path | None) -> None:
@@ -229,7 +255,7 @@ def complete(
     request: SaveRequest,
     architecture: Mapping[str, Any],
     sums: Mapping[str, str],
-    kind: str = "adapter",
+    kind: str,
 ) -> None:
     """Write the small files and then the names. One process calls.
 

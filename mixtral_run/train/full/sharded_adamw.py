@@ -14,6 +14,8 @@ load. And it has no way to keep all states in host memory while a GPU computes t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -45,6 +47,11 @@ class ShardedAdamW:
         self._model = model
         self.slices = slices_of(model, in_host_memory=offload)
         self.num_steps = 0
+        self._before_step: list[Callable[..., None]] = []
+
+    def register_step_pre_hook(self, hook: Callable[..., None], /) -> None:
+        """Call `hook` before each step changes weights or states."""
+        self._before_step.append(hook)
 
     @property
     def num_state_bytes(self) -> int:
@@ -88,6 +95,8 @@ class ShardedAdamW:
     @torch.no_grad()
     def step(self, rate: float, factor: Tensor | None) -> None:
         """Update the weights at a learning rate. factor: the gradients are multiplied by it, for clipping."""
+        for hook in self._before_step:
+            hook()
         for each in self.slices:
             gradient = _gradient(each).float()
             each.gradient = None

@@ -115,8 +115,6 @@ def _check(config: ExportConfig, adapter: OpenAdapter, peft: PeftDirectory, repo
     """Raise everything that can be found before the first byte is written; return the base's weights, if given."""
     what = "an earlier export of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_export, what=what)
-    if config.merge and config.hf_model_path is None:
-        problems.append("--merge: needs --hf-model-path, the HF directory of the adapter's base")
     if config.format == "vllm" and adapter.lora.train_also and not config.merge:
         also = ", ".join(adapter.lora.train_also)
         problems.append(

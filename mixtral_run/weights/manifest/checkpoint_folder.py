@@ -17,7 +17,7 @@ from mixtral_run.weights.manifest.manifest import (
     MANIFEST_NAME,
     AdapterManifest,
     BaseManifest,
-    TrainedManifest,
+    IterationManifest,
     read_checkpoint_manifest,
     wrong_kind,
 )
@@ -63,9 +63,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, iteration_of(iteration_folder), iteration_folder, manifest)
 
 
-def files_manifest_of(checkpoint: Checkpoint) -> AdapterManifest | TrainedManifest:
+def files_manifest_of(checkpoint: Checkpoint) -> IterationManifest:
     """Return the manifest of an iteration that training saved. Raises WeightsError for any other checkpoint."""
-    if isinstance(checkpoint.manifest, TrainedManifest):
+    if isinstance(checkpoint.manifest, IterationManifest):
         return checkpoint.manifest
     return adapter_manifest_of(checkpoint)
 

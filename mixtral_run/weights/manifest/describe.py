@@ -160,7 +160,7 @@ def describe_trained(folder: Path) -> TrainedDescription:
     return TrainedDescription(
         folder=checkpoint.iteration_folder,
         iteration=manifest.iteration,
-        start_fingerprint=manifest.start.fingerprint,
+        start_fingerprint=manifest.base.fingerprint,
         training=manifest.training,
         data_sha256=manifest.data_sha256,
         validation=manifest.validation,

@@ -73,50 +73,10 @@ class BaseManifest(Manifest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedManifest(BaseManifest):
-    """Manifest of one iteration of full fine-tuning: a base, and what --resume continues with.
+class IterationManifest(Manifest):
+    """What every iteration of a training run records, whether it is an adapter or a whole model.
 
-    start: the base that the run began with. For the other fields see AdapterManifest.
-    """
-
-    LABEL = "a checkpoint of full fine-tuning"
-    HOW_TO_MAKE = "mixtral-run pretrain … --save FOLDER, which writes one"
-
-    iteration: int
-    start: BaseReference
-    training: Mapping[str, Any]
-    data_sha256: str | None
-    files: Mapping[str, int]
-    tokenizer_files: Mapping[str, int]
-    state: RunState
-    validation: Mapping[str, Any]
-    chat_template: TemplateRecord | None
-
-    @classmethod
-    def parse(cls, fields: Fields) -> TrainedManifest:
-        """Return the manifest; problems are collected in `fields`."""
-        return cls(
-            values=fields.values,
-            architecture=fields.architecture(),
-            dtype=fields.text("dtype"),
-            fingerprint=fields.text("fingerprint"),
-            source=fields.optional_text("source"),
-            iteration=fields.whole_number("iteration", at_least=0),
-            start=fields.base(),
-            training=fields.mapping("training", default={}).values,
-            data_sha256=fields.optional_text("data_sha256"),
-            files=fields.mapping("files").checksums(),
-            tokenizer_files=fields.mapping("tokenizer_files", default={}).checksums(),
-            state=RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
-            validation=fields.mapping("validation", default={}).values,
-            chat_template=fields.chat_template(),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterManifest(Manifest):
-    """Manifest of one iteration of an adapter checkpoint.
-
+    base: that the adapter belongs to, or that full fine-tuning began with.
     training: the settings of the run that saved it, by their names in its config. data_sha256: of --data-path.
     files, tokenizer_files: CRC-32 by name of the other files of the iteration, and of those of the tokenizer; empty if
     an earlier version of the kit wrote the adapter.
@@ -124,13 +84,8 @@ class AdapterManifest(Manifest):
     chat_template: the template that it was trained with; None for adapters of earlier versions.
     """
 
-    KINDS = ("adapter",)
-    LABEL = "an adapter"
-    HOW_TO_MAKE = "mixtral-run finetune … --save FOLDER, which writes one"
-
     architecture: MixtralArchitecture
     iteration: int
-    lora: LoraSettings
     base: BaseReference
     training: Mapping[str, Any]
     data_sha256: str | None
@@ -140,23 +95,56 @@ class AdapterManifest(Manifest):
     validation: Mapping[str, Any]
     chat_template: TemplateRecord | None
 
+    @staticmethod
+    def iteration_values(fields: Fields, *, has_checksums: bool) -> dict[str, Any]:
+        """Return the values of these fields; problems are collected in `fields`. has_checksums: `files` is required."""
+        return {
+            "values": fields.values,
+            "architecture": fields.architecture(),
+            "iteration": fields.whole_number("iteration", at_least=0),
+            "base": fields.base(),
+            "training": fields.mapping("training", default={}).values,
+            "data_sha256": fields.optional_text("data_sha256"),
+            "files": fields.mapping("files", default=None if has_checksums else {}).checksums(),
+            "tokenizer_files": fields.mapping("tokenizer_files", default={}).checksums(),
+            "state": RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
+            "validation": fields.mapping("validation", default={}).values,
+            "chat_template": fields.chat_template(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedManifest(IterationManifest, BaseManifest):
+    """Manifest of one iteration of full fine-tuning: a base, and what --resume continues with."""
+
+    LABEL = "a checkpoint of full fine-tuning"
+    HOW_TO_MAKE = "mixtral-run pretrain … --save FOLDER, which writes one"
+
+    @classmethod
+    def parse(cls, fields: Fields) -> TrainedManifest:
+        """Return the manifest; problems are collected in `fields`."""
+        return cls(
+            dtype=fields.text("dtype"),
+            fingerprint=fields.text("fingerprint"),
+            source=fields.optional_text("source"),
+            **cls.iteration_values(fields, has_checksums=True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterManifest(IterationManifest):
+    """Manifest of one iteration of an adapter checkpoint."""
+
+    KINDS = ("adapter",)
+    LABEL = "an adapter"
+    HOW_TO_MAKE = "mixtral-run finetune … --save FOLDER, which writes one"
+
+    lora: LoraSettings
+
     @classmethod
     def parse(cls, fields: Fields) -> AdapterManifest:
         """Return the manifest; problems are collected in `fields`."""
-        return cls(
-            values=fields.values,
-            architecture=fields.architecture(),
-            iteration=fields.whole_number("iteration", at_least=0),
-            lora=fields.lora(),
-            base=fields.base(),
-            training=fields.mapping("training", default={}).values,
-            data_sha256=fields.optional_text("data_sha256"),
-            files=fields.mapping("files", default={}).checksums(),
-            tokenizer_files=fields.mapping("tokenizer_files", default={}).checksums(),
-            state=RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
-            validation=fields.mapping("validation", default={}).values,
-            chat_template=fields.chat_template(),
-        )
+        return cls(**cls.iteration_values(fields, has_checksums=False), lora=fields.lora())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +226,17 @@ def read_checkpoint_manifest(folder: Path) -> BaseManifest | AdapterManifest:
     if values["kind"] in AdapterManifest.KINDS:
         return _parse(folder, values, AdapterManifest.parse)
     raise wrong_kind(folder, values["kind"], "a checkpoint", how_to_make)
+
+
+def read_iteration_manifest(folder: Path) -> AdapterManifest | TrainedManifest:
+    """Read the manifest of an iteration that training saved: of an adapter, or of all weights.
+
+    Raises WeightsError as `read_manifest` does, also for a base that was converted.
+    """
+    manifest = read_checkpoint_manifest(folder)
+    if not isinstance(manifest, AdapterManifest | TrainedManifest):
+        raise wrong_kind(folder, manifest.kind, "a checkpoint of a training run", AdapterManifest.HOW_TO_MAKE)
+    return manifest
 
 
 def is_trained(values: Mapping[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
@@ -20,7 +18,7 @@ from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.checkpoint import load_adapter
@@ -36,12 +34,6 @@ from tests.multiprocess.verbs.test_export import hf_model, hf_tensors_of
 from tests.support.adapters import save_adapter
 
 LENGTHS = (9, 5)
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as found:
-        yield found
 
 
 def config_of(load: Path, **more: Any) -> FinetuneConfig:

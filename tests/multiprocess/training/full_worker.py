@@ -1,11 +1,14 @@
 """Run under torchrun: full fine-tuning of one checkpoint in several layouts; figures as JSON, checkpoints next to them.
 
-torchrun … full_worker.py CHECKPOINT OUT.json [resumed:]TPxEP [[resumed:]TPxEP …]
+torchrun … full_worker.py CHECKPOINT OUT.json [RESUMED:]TPxEP[xCP]:DTYPE …
+
+With CP, even with 1, the routers have no loss of their own, which needs whole rows.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from mixtral_run.train.load_model import load_for_training
 from mixtral_run.weights.manifest.describe import describe_base, describe_trained
 from mixtral_run.weights.manifest.run_state import RunState
 
-STEPS, HALF, BATCH, LENGTH, VOCABULARY = 6, 3, 12, 12, 500
+STEPS, HALF, BATCH, LENGTH, VOCABULARY = 4, 2, 12, 12, 500
 CLIP, DECAY, AUX = 0.5, 0.1, 0.02
 RATES = [2e-3 * (step + 1) / 2 if step < 2 else 2e-3 - 2e-4 * step for step in range(STEPS)]
 
@@ -49,7 +52,7 @@ def batch_of(step: int, mesh: Mesh) -> GlobalBatch:
 
 def run_layout(checkpoint: Path, out: Path, layout: str, resume: Path | None, dtype: str) -> list[list[float]]:
     """Train, and save after HALF of the steps and at the end. resume: continue from this folder instead."""
-    tp, ep = (int(each) for each in layout.split("x"))
+    tp, ep, *context = (int(each) for each in layout.split("x"))
     config = PretrainConfig(
         load=checkpoint,
         save=out,
@@ -59,7 +62,8 @@ def run_layout(checkpoint: Path, out: Path, layout: str, resume: Path | None, dt
         device="cpu",
         dtype=dtype,
         seq_length=LENGTH,
-        router_aux_loss=AUX,
+        context_parallel_size=next(iter(context), None),
+        router_aux_loss=0.0 if context else AUX,
         offload_optimizer=ep > 1,
     ).check()
     figures = []
@@ -71,20 +75,20 @@ def run_layout(checkpoint: Path, out: Path, layout: str, resume: Path | None, dt
         if resume is not None:
             load_states(model, optimizer, describe_trained(resume))
         step, saver = full_step(model, optimizer, CLIP), FullSaver(model, optimizer, out)
+        saver.prepare_background()
         for number in range(optimizer.num_steps, STEPS):
             result = step(batch_of(number, mesh), RATES[number])
             figures.append([result.loss, result.grad_norm])
-            if number + 1 in (HALF, STEPS):
-                description = {"base": {"fingerprint": base.fingerprint}, "training": {}}
-                saver.save(SaveRequest(number + 1, description, RunState(number + 1), base.tokenizer))
-            if number + 1 == HALF and mesh.is_first:
-                # What a run that is stopped here leaves.
-                half = out.with_name(f"{out.name}-half")
-                half.mkdir()
-                for each in out.iterdir():
-                    (half / each.name).symlink_to(each)
-                (half / "latest_checkpointed_iteration.txt").unlink()
-                (half / "latest_checkpointed_iteration.txt").write_text(f"{HALF}\n")
+            description = {"base": {"fingerprint": base.fingerprint}, "training": {}}
+            request = SaveRequest(number + 1, description, RunState(number + 1), base.tokenizer)
+            if number + 1 == HALF:
+                # The next step changes the weights meanwhile.
+                saver.save_in_background(request)
+            elif number + 1 == STEPS:
+                saver.save(request)
+            elif saver.finish() is not None and mesh.is_first:
+                # What a run that is stopped after it leaves.
+                shutil.copytree(out, out.with_name(f"{out.name}-half"))
     return figures
 
 

@@ -109,6 +109,23 @@ def test_a_setting_for_which_a_foreign_flag_was_given_is_not_missing_as_well() -
     assert [each.split()[0] for each in found if "is required" in each] == ["--save"]
 
 
+def test_the_base_of_a_merge_is_named_when_it_is_missing(tmp_path: Path) -> None:
+    words = ("export", "--merge", "--adapter", str(tmp_path), "--output-path", str(tmp_path / "out"))
+    needed = "--hf-model-path is required: --merge needs the HF model of the adapter's base"
+    assert problems(*words) == (needed,)
+    (line,) = problems(*words, "--load", "m")
+    assert (
+        line == "--load: there is no such flag; write --hf-model-path (an HF model's directory or its name on the hub)"
+    )
+
+
+def test_the_name_that_another_verb_has_for_the_base_is_answered() -> None:
+    for words, name in ((("convert", "--load", "m"), "hf-model-path"), (("finetune", "--hf-model-path", "m"), "load")):
+        found = problems(*words)
+        assert any(f"{words[1]}: there is no such flag; write --{name} (" in each for each in found), found
+        assert not any(each.startswith(f"--{name} is required") for each in found), found
+
+
 def test_a_file_for_another_program_is_answered_by_keys(tmp_path: Path) -> None:
     file = tmp_path / "axolotl.yml"
     file.write_text(
@@ -134,6 +151,16 @@ def test_data_check_takes_the_flag_of_finetune(tmp_path: Path) -> None:
     assert (shown.exit_code, "1 example" in shown.output) == (0, True), shown.output
     found = problems("data", "check", str(tmp_path / "a.jsonl"), "--valid-fraction", "0.2")
     assert found == ("--valid-fraction: there is no such flag",)
+
+
+def test_a_flag_of_another_verb_is_answered_with_this_verbs_own() -> None:
+    assert problems("convert", "--save", "x")[0] == "--save: there is no such flag; write --output-path"
+    assert problems("evaluate", "--save", "x")[0] == "--save: there is no such flag; write --output-file"
+    assert problems("export", "--load", "x")[0].startswith("--load: there is no such flag; write --hf-model-path (")
+    assert problems("generate", "--hf-model-path", "x")[0].startswith(
+        "--hf-model-path: there is no such flag; write --l"
+    )
+    assert problems("verify", "--output-path", "x")[0].endswith("leave it out: other verbs have it, this one does not")
 
 
 def test_every_answer_names_what_exists() -> None:

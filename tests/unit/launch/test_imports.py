@@ -1,10 +1,14 @@
 """Ctrl-C while modules are imported: one word, exit code 130, at any moment."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from mixtral_run.launch import imports
 
 SLOW = """
 import signal, sys, types
@@ -30,6 +34,18 @@ def test_ctrl_c_during_an_import_that_swallows_it_ends_the_process() -> None:
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=15)[1] == "Interrupted.\n"
     assert process.returncode == 130
+
+
+def test_under_torchrun_one_process_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    for local_rank in ("0", "1", "2"):
+        (tmp_path / local_rank).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / local_rank / "error.json"))
+        imports._leave(signal.SIGINT, None)
+    assert (capfd.readouterr().err, ends) == ("Interrupted.\n", [130] * 3)
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])

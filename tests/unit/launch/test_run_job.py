@@ -12,7 +12,7 @@ import torch
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, WeightsError
-from mixtral_run.launch import processes, run_job
+from mixtral_run.launch import process_exit, processes, run_job
 from mixtral_run.launch.stop_request import StopRequest
 from mixtral_run.launch.worker_errors import ERROR_DIRECTORY_VARIABLE, collect_error
 from mixtral_run.model.parallel import mesh
@@ -110,6 +110,21 @@ def test_an_error_of_the_kit_is_handed_over_with_its_exit_code(tmp_path: Path) -
     assert exit_code(tmp_path) == 5
     error = handed_over(tmp_path)
     assert (type(error), str(error)) == (WeightsError, str(to_raise[0]))
+
+
+def test_ctrl_c_is_left_to_the_parent_to_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches the parent and all processes: each word of theirs would come on top of the parent's."""
+    monkeypatch.setattr(process_exit, "_ignore_signals", lambda _: None)
+    (tmp_path / "0").mkdir()
+    for error_file in (None, str(tmp_path / "0/error.json")):  # torchrun's folder, in which processes agree
+        if error_file is not None:
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file)
+        to_raise.append(KeyboardInterrupt())
+        assert exit_code(tmp_path) == 130
+        captured = capfd.readouterr()
+        assert captured.out + captured.err == ""
 
 
 def test_a_full_disk_is_handed_over_in_words(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def test_a_terminated_process_is_reported_if_it_is_the_only_one(tmp_path: Path) 
     assert "rank 0: ended by signal 15" in str(collected(tmp_path, ended(0, -15, 1000)))
 
 
+def test_a_process_that_was_interrupted_alone_is_named(tmp_path: Path) -> None:
+    assert "rank 1: interrupted (SIGINT)" in str(collected(tmp_path, ended(0, -15, 1001), ended(1, 130, 1000)))
+
+
 def test_the_same_error_of_several_processes_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ERROR_DIRECTORY_VARIABLE, str(tmp_path))
     for rank in range(3):

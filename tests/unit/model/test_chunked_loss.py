@@ -1,24 +1,14 @@
 """Losses of chunks of tokens against those of all logits at once."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model import mixtral
 from mixtral_run.model.chunked_loss import chunked_cross_entropy
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 class Gpt:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,24 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, seed_everything
 from mixtral_run.model.routing.expert_chunks import chunk_sizes
 from tests.multiprocess.conftest import SMALL
 
 BATCH, SEQUENCE = 2, 24
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 def model_of(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model import start_from_weights as start
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.without_adapters import without_adapters
 from tests.multiprocess.conftest import SMALL
 
@@ -53,12 +50,6 @@ def test_a_large_weight_is_decomposed_almost_exactly_and_always_alike(monkeypatc
     assert torch.allclose(second @ first, outer @ inner, atol=1e-4)
     assert torch.equal(first, start.factors_of(weight, lora, "any")[0])
     assert torch.equal(state, torch.random.get_rng_state())
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as found:
-        yield found
 
 
 def model_of(mesh: Mesh, kind: str, precision: str = "bf16") -> MixtralModel:

@@ -17,7 +17,7 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import choose, full_plan
 from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.choose import settled, training_memory_error
-from mixtral_run.planner.full_memory import full_choices, full_host_bytes, full_memory
+from mixtral_run.planner.full_memory import full_choices, full_copy_bytes, full_host_bytes, full_memory
 from mixtral_run.planner.table import show_plan
 from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.weights.manifest.describe import BaseDescription
@@ -39,6 +39,22 @@ def test_the_parts_are_counted_from_the_weights() -> None:
     # Two hosts share the state of every expert.
     two = full_memory(Workload(gpus=16), Layout(1, 8, "full"), offload=False, accumulates=True)
     assert two.optimizer == pytest.approx(12 * (EXPERTS / 8 / 2 + DENSE / 16))
+
+
+def test_the_copy_of_a_save_has_each_weight_and_its_state_once() -> None:
+    whole = EXPERTS + DENSE
+    for layout in (Layout(1, 8, "full"), Layout(2, 4, "none")):
+        assert full_copy_bytes(Workload(), layout) == pytest.approx(14 * whole)
+    # Two hosts share the state; the first may write all weights.
+    assert full_copy_bytes(Workload(gpus=16), Layout(1, 8, "full")) == pytest.approx(2 * whole + 12 * whole / 2)
+
+
+@pytest.mark.parametrize(
+    ("ram", "line"), [(2000, "609 GiB more for saves in the background"), (1000, "waits for each save")]
+)
+def test_plan_full_counts_the_copy_of_a_save(ram: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(PlanConfig(full=True, gpu="h100", seq_length=4096, host_memory=ram))
+    assert line in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -99,10 +115,29 @@ def test_a_run_that_cannot_fit_is_refused_with_what_does(on_gpus: Any) -> None:
     assert "plan --full --gpus 16" in str(error.next_command)
 
 
+def test_rows_are_split_where_the_run_says_so(on_gpus: Any) -> None:
+    """A rank has half of the activations under CP2. The error of what does not fit names the CP that does."""
+    whole, halves = (
+        full_memory(Workload(seq_length=65536, context_parallel_size=cp), Layout(1, 8, "none", cp), offload=True,
+                    accumulates=False)
+        for cp in (1, 2)
+    )  # fmt: skip
+    assert halves.activations == pytest.approx(whole.activations / 2, rel=0.1)
+    assert (halves.weights, halves.gradients) == (whole.weights, whole.gradients)
+    on_gpus(8, 79.1, 1000)
+    config = settled(run(offload_optimizer=True, seq_length=65536, context_parallel_size=8))
+    assert (config.layout_sizes, config.context_size) == ((1, 8), 8)
+    assert training_memory_error(config, BASE, 8) is None
+    on_gpus(16, 79.1, 2000)
+    error = training_memory_error(settled(run(offload_optimizer=True, seq_length=524288)), BASE, 16)
+    assert error is not None and "--context-parallel-size" in str(error.next_command)
+
+
 def test_plan_full_prints_the_best_first_and_refuses_settings_of_lora(capsys: pytest.CaptureFixture[str]) -> None:
     show_plan(PlanConfig(full=True, gpu="h100", seq_length=4096, host_memory=2000, json=True).check())
     best = json.loads(capsys.readouterr().out)["layouts"][0]
     assert (best["fits"], best["offload_optimizer"], best["host_gib"]) == (True, True, pytest.approx(522, abs=1))
+    assert best["saved_copy_gib"] == pytest.approx(609, abs=1)
     show_plan(PlanConfig(full=True, gpu="h100", seq_length=4096, host_memory=2000))
     assert "--offload-optimizer --seq-length 4096" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="No layout of full fine-tuning fits"):

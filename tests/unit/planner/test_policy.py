@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,14 +11,13 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.gpus import GPU_MODELS, HOPPER
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.adapters.lora import LoraSettings
 from mixtral_run.model.kernels.requirements import KernelSet, kernel_problems, kernel_set_of
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.planner import policy, table
 from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.memory_model import execution, memory
@@ -142,13 +140,6 @@ def test_fp8_takes_memory_for_16_bit_where_it_is_not_multiplied_in_8_bit() -> No
     workload, layout = Workload(gpus=1, seq_length=2048, expert_bytes=1), Layout(1, 1, "none")
     portable = dataclasses.replace(workload, kernels="portable")
     assert memory(portable, layout).buffers - memory(workload, layout).buffers == 8 * 28672 * 4096 * 2 - 4096 * 28672
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 def model_of(mesh: Mesh, dropout: float, targets: tuple[str, ...]) -> MixtralModel:

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
@@ -39,12 +38,6 @@ from tests.unit.model.recompute.test_recompute import model_of
 SEQ = 40
 Answer = tuple[list[int], list[int]]
 """Tokens of a prompt and of an answer."""
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as joined:
-        yield joined
 
 
 @pytest.fixture

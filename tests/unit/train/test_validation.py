@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,10 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import Samples
@@ -27,13 +25,6 @@ from tests.unit.model.recompute.test_recompute import model_of
 
 VOCABULARY = 2048
 """More than the tokenizer's."""
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 @pytest.fixture(scope="module")

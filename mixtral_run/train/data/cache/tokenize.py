@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -132,6 +133,8 @@ def _start(encoding: Encoding) -> None:
     global _encode
     # The processes share the CPUs; the tokenizer's own threads would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches this process as well; the one that started it reports the interruption, and ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encode = encoding.load()
 

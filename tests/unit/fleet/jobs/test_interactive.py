@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -107,6 +108,9 @@ def test_shell_and_its_dry_run(called: list[list[str]], capsys: pytest.CaptureFi
     assert words[words.index("--shm-size") + 1] == "64g"
     mount = "type=bind,source=/var/lib/mixtral-run/checkpoints,target=/checkpoints"
     assert {"memlock=-1", "stack=67108864", "nvidia.com/gpu=all", mount, "1001:1002"} <= set(words)
+    interactive.run_shell(options, (), dry_run=False, ssh=Ssh(Path("/k")))
+    assert capsys.readouterr().err.startswith("Jobs may start on gpu-01 while this shell is open, except while")
+    called.clear()
     interactive.run_shell(options, ("nvidia-smi", "topo", "-m"), dry_run=False, ssh=Ssh(Path("/k")))
     assert on_host(called[1])[-3:] == ["nvidia-smi", "topo", "-m"]
 
@@ -147,6 +151,15 @@ def test_a_program_with_the_code_of_a_busy_host_is_not_run_again(
             interactive.run_shell(JobOptions(on=("a",)), ("busy",), dry_run=False, ssh=ssh)
     else:
         assert interactive.run_shell(JobOptions(on=("a",)), ("busy",), dry_run=False, ssh=ssh) == 75
+    monkeypatch.setattr(interactive, "refuse_taken", lambda *_: None)
+    row = SimpleNamespace(host=HOST, job="shell-7", verb="shell", running=True)
+    monkeypatch.setattr(interactive, "list_jobs", lambda *_: ([row], []))
+    if found == 1:
+        # A shell that held a GPU at that moment.
+        with pytest.raises(BusyError) as caught:
+            interactive.run_shell(JobOptions(on=("a",)), ("busy",), dry_run=False, ssh=ssh)
+        assert caught.value.jobs == ((HOST.name, "shell-7"),)
+        asked.pop()
     ((test, exists, mark),) = asked
     assert (test, exists) == ("test", "-e") and mark.startswith("/home/ops/jobs/shell-")
     assert mark in shlex.split(called[1][-1])

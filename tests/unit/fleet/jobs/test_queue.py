@@ -160,6 +160,10 @@ def test_chat_and_shell_take_a_free_host(fleet: Fleet) -> None:
     any_host = JobOptions(on=("any",))
     assert [host_of(verb, any_host) for verb in ("chat", "shell")] == ["gpu-03", "gpu-03"]
     assert host_of("chat", JobOptions(on=("any",), share=True)) == "gpu-01"
+    # Whether a shell holds a GPU is left to its host.
+    fleet.running[:] = [(HOSTS[0], "shell", "shell-1")]
+    assert host_of("chat", any_host) == "gpu-01"
+    fleet.running[:] = [(HOSTS[0], "finetune", "finetune-1")]
     fleet.running.append((HOSTS[2], "serve", "serve-1"))
     with pytest.raises(BusyError) as caught:
         host_of("chat", any_host)

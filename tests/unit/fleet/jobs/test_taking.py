@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -22,7 +23,12 @@ case "$1" in
   ps) [ ! -e broken ] || {{ echo "no engine" >&2; exit 1; }}; cat running ;;
   attach) sleep 0.3; echo "$2 $3" >> running; echo "started: $(cat)"; exit 75 ;;
   run) sleep 0.05; echo "$2 $3" >> running; echo started ;;
+  top) cat "inside $2" ;;
 esac
+"""
+NVIDIA_SMI = """#!/bin/sh
+# STAND-IN for nvidia-smi: `used` holds the processes on the GPUs.
+cat '{folder}/used'
 """
 
 
@@ -66,6 +72,50 @@ def test_a_job_without_gpus_is_no_obstacle(host: Host) -> None:
     assert host.start("finetune-1")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("used", "inside", "is_busy"),
+    [
+        ("", "  PID\n  4711\n", False),
+        ("17\n", "  PID\n  4711\n  1170\n", False),
+        ("17\n4711\n", "  PID\n   42\n 4711\n", True),
+        ("[Not Supported]\n", "  PID\n 42\n", True),
+        (None, "  PID\n 42\n", True),
+        ("17\n", None, True),
+    ],
+    ids=[
+        "idle GPUs",
+        "another process",
+        "its process",
+        "a GPU that names none",
+        "a driver that fails",
+        "an engine that fails",
+    ],
+)
+def test_an_open_shell_keeps_others_off_while_it_holds_a_gpu(
+    host: Host, monkeypatch: pytest.MonkeyPatch, used: str | None, inside: str | None, is_busy: bool
+) -> None:
+    """used: the processes on the GPUs; inside: what the engine lists of the shell. None: the command fails."""
+    (host.folder / "nvidia-smi").write_text(NVIDIA_SMI.format(folder=host.folder))
+    (host.folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(host.folder), prepend=os.pathsep)
+    for name, text in (("used", used), ("inside shell-1", inside)):
+        if text is not None:
+            (host.folder / name).write_text(text)
+    (host.folder / "running").write_text("convert convert-1\nshell shell-1\n")
+    expected = (BUSY, "shell shell-1\n") if is_busy else (0, "started\n")
+    assert host.start("finetune-1") == expected
+    if not is_busy:
+        assert host.start("shell-2", "shell") == (BUSY, "finetune finetune-1\n")
+    assert host.start("finetune-3", share=True)[0] == 0
+
+
+def test_without_a_driver_no_shell_holds_a_gpu(host: Host) -> None:
+    if shutil.which("nvidia-smi") is not None:
+        pytest.skip("this machine has the driver")
+    (host.folder / "running").write_text("shell shell-1\n")
+    assert host.start("finetune-1") == (0, "started\n")
+
+
 def test_of_many_at_the_same_moment_one_starts(host: Host) -> None:
     (host.folder / "lock").unlink(missing_ok=True)
     started = [
@@ -88,17 +138,17 @@ def test_a_cordoned_host_starts_nothing(host: Host, record: str) -> None:
 
 def test_an_attached_container_has_the_streams_and_keeps_the_lock_only_until_it_runs(host: Host) -> None:
     (host.folder / "lock").touch()
-    spec = JobSpec(name="shell-1", verb="shell", config={}, options=JobOptions())
+    spec = JobSpec(name="chat-1", verb="chat", config={}, options=JobOptions())
     argv = start_argv(
-        [str(host.docker), "attach", "shell", "shell-1"], spec,
+        [str(host.docker), "attach", "chat", "chat-1"], spec,
         HostFacts(docker=(str(host.docker),), folder=str(host.folder)), attached=True,
     )  # fmt: skip
-    mark = host.folder / "shell-1/started"
+    mark = host.folder / "chat-1/started"
     mark.parent.mkdir()
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(0.15)
     # The lock is taken, but the container does not run yet: this start waits for it.
-    assert host.start("finetune-2") == (BUSY, "shell shell-1\n")
+    assert host.start("finetune-2") == (BUSY, "chat chat-1\n")
     assert process.poll() is None, "the next start did not wait for the container's end"
     assert process.communicate("exit\n", timeout=10) == ("started: exit\n", "")
     assert process.returncode == 75 and mark.exists(), "the code of the program itself"

@@ -86,6 +86,13 @@ def test_what_is_not_there_is_reported_and_a_link_is_not_followed(cache: ModelCa
     assert done.stdout == b"" and b"symbolic links" in done.stderr
 
 
+def test_a_probe_finds_out_whether_files_would_be_served(cache: ModelCache, tmp_path: Path) -> None:
+    done = serve(cache, "probe")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    Path(cache.folder).rename(tmp_path / "gone")
+    assert b"No such file" in serve(cache, "probe").stderr
+
+
 @pytest.fixture
 def peer(cache: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
     """STAND-IN for ssh: the program that the key is bound to runs here. The real one is in the role's scenario."""
@@ -119,6 +126,7 @@ def test_a_model_is_taken_over_and_resumed(peer: Peer, tmp_path: Path) -> None:
     mine = fetch(peer, home)
     snapshot = Path(mine.folder) / "snapshots" / COMMIT
     assert (snapshot / "model.safetensors").read_bytes() == WEIGHTS
+    peer.probe()
 
 
 def _replace_ssh(tmp_path: Path, *lines: str) -> None:
@@ -192,6 +200,8 @@ def test_the_words_of_the_connection(tmp_path: Path, peer: Peer) -> None:
     assert "reach each other by SSH" in failure.value.remedy
     words = (tmp_path / "words").read_text().splitlines()
     assert words[-5:] == ["-l", "ops", "--", "gpu-01", f"get {hashlib.sha256(WEIGHTS).hexdigest()} 0"]
+    with pytest.raises(CopyError, match=r"ops@gpu-01:22: Permission denied"):
+        peer.probe()
     assert "StrictHostKeyChecking=yes" in words and "UserKnownHostsFile=/known_hosts" in words
 
 

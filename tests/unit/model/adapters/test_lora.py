@@ -5,7 +5,6 @@ alpha is neither the rank nor twice the rank: a scale of 1 or 2, or the inverse 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,22 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora import LinearAdapter, _Weight, adapted_linear, initial_linear_in
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.weights.adapter.merge import Adding
 from mixtral_run.weights.adapter.peft_config import scale_of
 from mixtral_run.weights.adapter.schema import Place
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as found:
-        yield found
 
 
 def settings(rank: int, alpha: float, dropout: float = 0.0) -> LoraSettings:

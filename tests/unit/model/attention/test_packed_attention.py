@@ -1,13 +1,10 @@
 """Packed rows compared with the same samples in rows of their own: losses, gradients, and arguments of the kernels."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.attention.packed_attention import Packed, PackedSizes, causal_arguments
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.steps.cuda_graph import CapturedBackward
 from mixtral_run.train.steps.step import EagerBackward
@@ -15,13 +12,6 @@ from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
 
 LENGTHS = ((7, 1, 9, 3), (12, 8))
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 def micro_batches() -> tuple[MicroBatch, list[MicroBatch]]:

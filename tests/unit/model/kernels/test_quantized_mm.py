@@ -4,14 +4,12 @@ import dataclasses
 import sys
 import types
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model import experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
@@ -30,7 +28,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantized_with_inner,
 )
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.recompute.recipe import Recipe
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.samples import batches
@@ -196,13 +194,6 @@ def test_8_bit_products_are_close(as_if_on_hopper: None, routing: tuple[int, ...
         assert found.dtype is torch.bfloat16
         # Errors of the activations' own rounding to 8 bit.
         assert float((found.double() - near).norm() / near.norm()) < 0.06
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 def model_in(mesh: Mesh, base_precision: str, architecture: MixtralArchitecture = SMALL) -> MixtralModel:

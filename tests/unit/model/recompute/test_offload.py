@@ -1,15 +1,13 @@
 """Offloading of layer inputs: training is the same bit for bit, every copy is made, every buffer is reused."""
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, seed_everything
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.cuda_graph import execution_of
@@ -19,13 +17,6 @@ from tests.unit.model.attention.test_packed_attention import micro_batches
 from tests.unit.model.recompute.test_recompute import loss_of, model_of
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 def trained(model: MixtralModel, batch: GlobalBatch) -> tuple[list[StepResult], list[torch.Tensor]]:

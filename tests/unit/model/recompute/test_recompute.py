@@ -1,29 +1,20 @@
 """Recomputation changes only which tensors are saved: losses and gradients are equal, also with dropout."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
+from mixtral_run.model.parallel.mesh import Mesh, seed_everything
 from mixtral_run.planner.memory_model import activation_bytes_per_token
 from mixtral_run.planner.workload import Layout, Workload
 from tests.multiprocess.conftest import SMALL
 
 BATCH, SEQUENCE = 2, 24
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as joined:
-        yield joined
 
 
 def model_of(

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.launch.heartbeat import Heartbeat, _noted, read_beat, unnoted
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 from mixtral_run.train.checkpoints.background import BackgroundTask
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
@@ -32,12 +31,6 @@ DESCRIPTION = {
     "lora": {"lora_rank": 4, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_target_modules": ["linear_qkv"]},
 }  # fmt: skip
 PATIENCE_SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as found:
-        yield found
 
 
 class Training:

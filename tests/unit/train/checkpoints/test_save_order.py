@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.steps.step import trainable
@@ -34,12 +32,6 @@ DESCRIPTION = {
 }  # fmt: skip
 
 Call = tuple[str, ...]
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as found:
-        yield found
 
 
 def trained(mesh: Mesh) -> tuple[MixtralModel, torch.optim.Optimizer]:

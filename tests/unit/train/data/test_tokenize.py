@@ -75,6 +75,19 @@ def test_a_killed_process_is_named(tiny_tokenizer_folder: Path, monkeypatch: pyt
         )
 
 
+def test_ctrl_c_is_left_to_the_process_that_reports_it(
+    tiny_tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        tokenize._start(Encoding(tiny_tokenizer_folder, "mixtral"))
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        monkeypatch.setattr(tokenize, "_encode", None)
+
+
 def test_progress_is_reported_every_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((100.0, 102.0, 106.0, 108.0, 112.0, 112.5, 113.0))
     monkeypatch.setattr(tokenize.time, "monotonic", lambda: next(clock))

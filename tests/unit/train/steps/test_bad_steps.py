@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, TrainingError
-from mixtral_run.model.parallel.mesh import Mesh, open_mesh
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.adapter_shards import live_states
 from mixtral_run.train.checkpoints.soundness import problems_of
@@ -28,13 +26,6 @@ from tests.unit.model.recompute.test_recompute import model_of
 
 ROW, _ = micro_batches()
 BATCH = GlobalBatch((ROW, ROW), 20, 2)
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
-    with open_mesh(config) as found:
-        yield found
 
 
 def bad_steps(mesh: Mesh, save: Path, report: Report | None = None, **settings: object) -> BadSteps:

@@ -16,7 +16,7 @@ from mixtral_run.errors import MixtralRunError, WeightsError
 from mixtral_run.model.adapters.lora_settings import LORA_SETTINGS, LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.terminal.report import Report
-from mixtral_run.weights.manifest.checkpoint_folder import LATEST, open_checkpoint
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, Checkpoint, files_manifest_of, open_checkpoint
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from mixtral_run.weights.manifest.manifest import (
     MANIFEST_NAME,
@@ -24,7 +24,9 @@ from mixtral_run.weights.manifest.manifest import (
     BaseManifest,
     ExportManifest,
     QuantizedCacheManifest,
+    TrainedManifest,
     is_kind,
+    read_checkpoint_manifest,
     read_manifest,
     read_values,
     write_manifest,
@@ -116,6 +118,35 @@ def test_a_damaged_template_of_an_adapter_is_refused(tmp_path: Path, changes: An
     write_adapter(tmp_path / "adapter", chat_template=values)
     with pytest.raises(WeightsError, match="chat_template: expected a template's name and texts"):
         describe_adapter(tmp_path / "adapter")
+
+
+def test_an_iteration_of_full_fine_tuning_is_read_as_one_of_an_adapter_is(tmp_path: Path) -> None:
+    """The same values under both kinds; only the checksums of the files must be there for a whole model."""
+    record = TemplateRecord("tokenizer", "{{ messages }}", None)
+    run = {
+        "architecture": MIXTRAL_8X7B.to_mapping(), "iteration": 3, "base": {"fingerprint": "1-2", "path": None},
+        "training": {"seed": 2}, "data_sha256": "ab", "tokenizer_files": {"t": "00000002"},
+        "state": {"optimizer_steps": 3}, "validation": {}, "chat_template": record.to_mapping(),
+    }  # fmt: skip
+    files = {"files": {"__0_0.distcp": "0000000f"}}
+    for name in ("adapter", "model", "old", "cut"):
+        (tmp_path / name).mkdir()
+    write_manifest(tmp_path / "adapter", "adapter", lora=LORA.to_mapping(), **run, **files)
+    write_manifest(tmp_path / "model", "base", dtype="bfloat16", fingerprint="a-b", source="m", **run, **files)
+    adapter, model = (read_checkpoint_manifest(tmp_path / name) for name in ("adapter", "model"))
+    assert isinstance(adapter, AdapterManifest) and isinstance(model, TrainedManifest)
+    assert (adapter.lora, model.dtype, model.fingerprint, model.source) == (LORA, "bfloat16", "a-b", "m")
+    for each in (adapter, model):
+        assert (each.architecture, each.iteration, each.base.fingerprint) == (MIXTRAL_8X7B, 3, "1-2")
+        assert (each.training, each.data_sha256, each.validation) == ({"seed": 2}, "ab", {})
+        assert (each.files, each.tokenizer_files) == ({"__0_0.distcp": 15}, {"t": 2})
+        assert (each.state.optimizer_steps, each.chat_template) == (3, record)
+    write_manifest(tmp_path / "old", "adapter", lora=LORA.to_mapping(), **run)
+    old = read_manifest(tmp_path / "old", AdapterManifest)
+    assert files_manifest_of(Checkpoint(tmp_path, 3, tmp_path, old)).files == {}
+    write_manifest(tmp_path / "cut", "base", dtype="bfloat16", fingerprint="a-b", **run, files=None)
+    with pytest.raises(WeightsError, match="files: expected an object; found nothing"):
+        read_manifest(tmp_path / "cut", TrainedManifest)
 
 
 def test_a_quantized_cache_and_exports_are_read_back(tmp_path: Path) -> None:
@@ -244,12 +275,12 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         describe_adapter(tmp_path / "adapter")
     assert [line.partition(":")[0] for line in caught.value.problems] == [
         "iteration",
-        "lora.lora_rank",
-        "lora.lora_alpha",
-        "lora.lora_target_modules",
         "base.fingerprint",
         "base.path",
         "training",
+        "lora.lora_rank",
+        "lora.lora_alpha",
+        "lora.lora_target_modules",
     ]
 
 
