@@ -301,7 +301,7 @@ def test_figures_of_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     files = [("a", 3_000_000_000, "x"), ("b", 500_000_000, "y")]
     assert blobs.copied("it", "gpu-01", files, 7.0) == "has it: 3.5 GB from gpu-01 in 7 s (500 MB/s)"
     assert blobs.copied("it", "gpu-01", [], 0) == "has it: 0.0 GB from gpu-01 in 0 s (0 MB/s)"
-    for result, expected in ((Result(0, "123\n", ""), 123), (Result(1, "123\n", ""), 0), (Result(0, "<no>", ""), 0)):
+    for result, expected in ((Result(0, "123\n", ""), 123), (Result(1, "123\n", ""), None), (Result(0, "<no>", ""), 0)):
         monkeypatch.setattr(archive, "run", lambda *_, result=result, timeout: result if timeout == 30 else None)
         assert archive.image_bytes("kit") == expected
     # 8 GiB are free, of which 5 stay: an archive of 3 GiB fits.
