@@ -129,10 +129,9 @@ class Image:
             "CONTAINER_GID": str(params["gid"]),
         }
         wheels = image_inputs.listed(self._wheel_paths())
-        inputs = hashlib.sha256(
+        inputs = self.identity = hashlib.sha256(
             json.dumps([params["inputs"], arguments, wheels, extra], sort_keys=True).encode()
         ).hexdigest()
-        self.identity = inputs
         if self._labels().get(LABEL) == inputs:
             self._remember(inputs)
             self.exit(changed=False, variant=variant)

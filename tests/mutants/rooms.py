@@ -26,7 +26,20 @@ ROOMS: dict[str, tuple[str, str]] = {
         "mixtral_run/weights/io",
         "weights/io weights/convert test_run_lock.py train/checkpoints/test_save_order.py",
     ),
-    "data": ("mixtral_run/train/data", "train/data train/test_validation.py train/test_preferences.py"),
+    "data": (
+        "mixtral_run/train/data/*.py",
+        "train/data/test_examples.py train/data/test_nothing_in_silence.py train/data/test_packing.py "
+        "train/data/test_samples.py train/data/test_sources.py train/data/test_split.py train/data/test_token_cache.py "
+        "train/test_iterations.py train/test_preferences.py",
+    ),
+    "data_cache": (
+        "mixtral_run/train/data/cache",
+        "train/data/test_examples.py train/data/test_nothing_in_silence.py train/data/test_sources.py "
+        "train/data/test_token_cache.py train/data/test_tokenize.py",
+    ),
+    "data_check": ("mixtral_run/train/data/check", "train/data/test_check.py train/data/test_preference_records.py"),
+    "data_reading": ("mixtral_run/train/data/reading", "train/data"),
+    "data_templates": ("mixtral_run/train/data/templates", "train/data train/test_example_texts.py"),
     "lr_schedule": ("mixtral_run/train/lr_schedule.py", "train/test_lr_schedule.py"),
     "checkpoints": (
         "mixtral_run/train/checkpoints",
@@ -74,8 +87,9 @@ def copy_tree(copy: Path) -> None:
 
 def modules_of(room: str, copy: Path) -> list[Path]:
     """Return the modules of a room in the copy."""
-    place = copy / ROOMS[room][0]
-    return [place] if place.is_file() else sorted(each for each in place.rglob("*.py") if each.name != "__init__.py")
+    name = ROOMS[room][0]
+    found = copy.glob(name) if name.endswith(".py") else (copy / name).rglob("*.py")
+    return sorted(each for each in found if each.name != "__init__.py")
 
 
 def tests_of(room: str) -> list[str]:

@@ -256,10 +256,7 @@ def test_nothing_of_a_hostile_host_is_loaded(
 def test_a_fault_of_this_host_is_not_blamed_on_the_source(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(argv: list[str], **_: object) -> Result:
-        return Result(1, "", "no such engine")
-
-    monkeypatch.setattr(MODULE, "run", refuse)
+    monkeypatch.setattr(MODULE, "run", lambda *_, **__: Result(1, "", "no such engine"))
     found = _copy(tmp_path, monkeypatch, _members())
     assert found["found"] == "docker load: no such engine" and found["blame"] == "nobody"
     shutil.rmtree(tmp_path / "spread")
@@ -367,12 +364,7 @@ def test_a_look_says_what_would_be_the_same_image_and_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     calls: list[str] = []
-
-    def run(argv: list[str], **_: object) -> Result:
-        calls.append(argv[1])
-        return Result(1, "", "")
-
-    monkeypatch.setattr(KIT, "run", run)
+    monkeypatch.setattr(KIT, "run", lambda argv, **_: calls.append(argv[1]) or Result(1, "", ""))
     given = {
         "source": source, "name": "kit:local", "inputs": "i", "variant": "cpu", "user": "no-such-user", "look": True,
         "registry_reference": "kit@sha256:" + "a" * 64,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
+from ansible.module_utils.mixtral_run_host.engine import image_inputs
 from ansible.module_utils.mixtral_run_host.model.model_cache import ModelCache
 from ansible.module_utils.mixtral_run_host.spread import archive, blobs
 from ansible.module_utils.mixtral_run_host.spread import peer as peer_module
@@ -288,11 +289,19 @@ def test_a_limited_rate_is_kept_in_quarters_of_a_second(tmp_path: Path, monkeypa
     assert sent.getvalue()[7:] == b"012345678989" and slept == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
 
 
+def test_files_pass_in_pieces_of_a_mebibyte() -> None:
+    """Smaller pieces would be slow, and larger ones would be held in memory."""
+    asked: list[int] = []
+    stream = SimpleNamespace(read=lambda size: asked.append(size) or b"")
+    assert list(blobs._chunks(stream, "x")) == [] and asked == [1_048_576]
+    assert serve_module.CHUNK == image_inputs.BLOCK == 1_048_576
+
+
 def test_figures_of_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = [("a", 3_000_000_000, "x"), ("b", 500_000_000, "y")]
     assert blobs.copied("it", "gpu-01", files, 7.0) == "has it: 3.5 GB from gpu-01 in 7 s (500 MB/s)"
     assert blobs.copied("it", "gpu-01", [], 0) == "has it: 0.0 GB from gpu-01 in 0 s (0 MB/s)"
-    for result, expected in ((Result(0, "123\n", ""), 123), (Result(1, "123\n", ""), 0), (Result(0, "<no>", ""), 0)):
+    for result, expected in ((Result(0, "123\n", ""), 123), (Result(1, "123\n", ""), None), (Result(0, "<no>", ""), 0)):
         monkeypatch.setattr(archive, "run", lambda *_, result=result, timeout: result if timeout == 30 else None)
         assert archive.image_bytes("kit") == expected
     # 8 GiB are free, of which 5 stay: an archive of 3 GiB fits.

@@ -48,7 +48,9 @@ class Training:
 
     def saver(self, folder: Path) -> AdapterSaver:
         saver = AdapterSaver(self.model, self.optimizer, folder)
+        assert not saver.can_save_in_background
         assert saver.prepare_background() == 12 * sum(each.numel() for each in trainable(self.model))
+        assert saver.can_save_in_background
         return saver
 
 

@@ -15,8 +15,11 @@ import torch
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.steps.step import trainable
+from mixtral_run.weights.manifest.describe import describe_adapter
+from mixtral_run.weights.manifest.run_state import RunState
 from tests.support.adapters import save_adapter
 from tests.unit.model.recompute.test_recompute import model_of
 
@@ -148,3 +151,24 @@ def test_a_save_that_fails_before_the_names_leaves_the_earlier_one(
     with pytest.raises(TrainingError, match="iteration 4 cannot be saved"):
         save_adapter(model, optimizer, tmp_path, 4, DESCRIPTION)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_has_the_parameters_and_moments_of_the_saved_one(mesh: Mesh, tmp_path: Path) -> None:
+    """After one step with gradients of 0.5 the moments are 0.1 of it, and 0.001 of its square."""
+    model, optimizer = trained(mesh)
+    for steps, expected in ((None, 4.0), (3, 3.0)):
+        request = SaveRequest(4, DESCRIPTION, RunState(optimizer_steps=steps))
+        AdapterSaver(model, optimizer, tmp_path).save(request)
+        resumed = model_of(mesh, "none")
+        with torch.no_grad():
+            for each in trainable(resumed):
+                each.fill_(7.0)
+        again, adapter = torch.optim.AdamW(trainable(resumed), lr=1e-2), describe_adapter(tmp_path)
+        load_adapter(resumed, adapter)
+        load_optimizer(resumed, again, adapter)
+        for saved, each in zip(trainable(model), trainable(resumed), strict=True):
+            assert torch.equal(saved, each)
+            state = again.state[each]
+            assert state["step"].item() == expected
+            torch.testing.assert_close(state["exp_avg"], torch.full_like(each, 0.05))
+            torch.testing.assert_close(state["exp_avg_sq"], torch.full_like(each, 0.00025))

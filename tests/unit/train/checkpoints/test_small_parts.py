@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -305,3 +306,45 @@ def test_reading_hf_weights_ends_on_all_ranks_and_padding_is_zero(monkeypatch: p
     others_say(monkeypatch, [], [])
     with pytest.raises(WeightsError, match="Broken here"):
         reading.checksums()
+
+
+def test_the_base_of_an_hf_directory_is_read_without_adapters_and_known_by_all_sums(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cached experts are taken if their sources and the rest are one model; else they are quantized again."""
+    read: list[Any] = []
+
+    class Reading:
+        def __init__(self, weights: Any) -> None:
+            self._sums = [{"rest": 1}, {"experts": 2}]
+
+        def read(self, shards: Any) -> None:
+            read.append(shards)
+
+        def checksums(self) -> dict[str, int]:
+            return self._sums.pop(0)
+
+    monkeypatch.setattr(checkpoint, "_HfReading", Reading)
+    shards = {"a": 1, "b.mlp.experts.c": 2}
+    monkeypatch.setattr(checkpoint, "shards_of", lambda _, adapters: "adapters" if adapters else shards)
+    monkeypatch.setattr(checkpoint, "fingerprint_of_checksums", lambda *given: f"{given[:2]} {sorted(given[2])}")
+    weights: Any = SimpleNamespace(architecture="A", dtype="D")
+    model, experts = MagicMock(), MagicMock()
+    model.settings.base_precision = "bf16"
+    assert checkpoint._read_hf(model, weights, experts) == "('A', 'D') ['rest']"
+    assert read == [shards] and not experts.find.called
+    model.settings.base_precision = "nf4"
+    model.quantize_experts.side_effect = lambda reread, _: reread()
+    whole = "('A', 'D') ['experts', 'rest']"
+    found = experts.find.return_value
+    found.sources, found.fingerprint, experts.load.return_value = {"experts": 2}, whole, True
+    assert checkpoint._read_hf(model, weights, experts) == whole
+    assert not experts.reject.called and not experts.building.called
+    found.fingerprint = "another"
+    assert checkpoint._read_hf(model, weights, experts) == whole
+    assert experts.reject.call_args.args == (found, f"made of a base with fingerprint another, not {whole}")
+    build = experts.building.return_value.__enter__.return_value
+    build.commit.assert_called_once_with(whole, {"experts": 2})
+    assert read[-1] == {"b.mlp.experts.c": 2}  # the experts alone
+    experts.find.return_value = None
+    assert checkpoint._read_hf(model, weights, experts) == whole and build.commit.call_count == 2
