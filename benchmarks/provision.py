@@ -66,7 +66,7 @@ def run_playbook(inventory_file: Path, names: list[str], playbook: str = "playbo
     environment = {
         **os.environ,
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-        "ANSIBLE_CALLBACKS_ENABLED": "ansible.posix.profile_roles",
+        "ANSIBLE_CALLBACKS_ENABLED": "mixtral_run.hosts.changed_tasks,ansible.posix.profile_roles",
         "ANSIBLE_NOCOLOR": "1",
     }
     argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory_file)]
