@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral_run import run_lock
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
@@ -174,19 +173,6 @@ def test_half_made_ones(own_checkpoint: Path) -> None:
     assert same(again, first)
     assert (folder_of(own_checkpoint) / "layer_00.safetensors").is_file()
     assert leftovers(own_checkpoint) == []
-
-
-def test_what_another_host_is_writing_stays_where_locks_are_those_of_one_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = tmp_path / ".quantised-fp8.unfinished-0123456789ab"
-    left.mkdir()
-    wanted = layout.Files(layout.cache_folder(tmp_path, "fp8"), MIXTRAL_8X7B, "fp8")
-    for reaches in (False, True):
-        monkeypatch.setattr(run_lock, "locks_reach_other_hosts", lambda *_, _answer=reaches: _answer)
-        with pytest.raises(writer.CacheNotWritten, match="GiB free"):
-            writer.begin(tmp_path, wanted, 10**18, lambda: False)
-        assert left.exists() is not reaches
 
 
 def test_another_run_is_keeping_them(own_checkpoint: Path) -> None:
