@@ -33,7 +33,7 @@ _LARGEST_NOTE = 4096
 _BEAT_SECONDS, _SILENT_SECONDS, _SETTLE_SECONDS = 10.0, 45.0, 1.0
 """Time between two signs of life; time without one after which a holder is dead; time for another's note to show."""
 _LOCKS_OF_ONE_HOST = ("9p", "afs", "beegfs", "fhgfs", "virtiofs")
-"""Shared file systems whose locks may be those of one host; _reaches_other_hosts has those that their mount tells."""
+"""Shared file systems whose locks may be those of one host; the mount tells it of others."""
 _beating: dict[int, threading.Event] = {}
 """What ends the signs of life of each lock that needs them, by its descriptor."""
 
@@ -96,7 +96,7 @@ def _holder(lock: Path, descriptor: int) -> Holder | None:
         return _read_note(descriptor)
     note = _read_note(descriptor)
     foreign = note is not UNKNOWN and note.host != socket.gethostname()
-    return note if foreign and not _reaches_other_hosts(descriptor) and _gives_signs_of_life(lock, note) else None
+    return note if foreign and not reaches_other_hosts(descriptor) and _gives_signs_of_life(lock, note) else None
 
 
 def lock_problems(lock: Path, flag: str) -> list[str]:
@@ -238,7 +238,7 @@ def _lives(holder: Holder) -> bool:
     return Path(f"/proc/{holder.pid}").exists()
 
 
-def _reaches_other_hosts(descriptor: int) -> bool:
+def reaches_other_hosts(descriptor: int) -> bool:
     """Return True if the lock of an open file holds on all hosts that see the file."""
     try:
         fcntl.flock(descriptor, _kind_of_lock(descriptor) | fcntl.LOCK_NB)
@@ -313,7 +313,7 @@ def _write_note(descriptor: int, lock: Path, command: str) -> bool:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text, 0)
         os.fsync(descriptor)
-    if _reaches_other_hosts(descriptor):
+    if reaches_other_hosts(descriptor):
         return True
     time.sleep(_SETTLE_SECONDS)
     with contextlib.suppress(OSError):

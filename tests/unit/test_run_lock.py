@@ -20,9 +20,11 @@ from mixtral_run import run_lock
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.state import state_folder
+from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.run_lock import LOCK_NAME, all_of, holder_of, lock_problems, one_run
 from mixtral_run.train.preflight import output_problems
 from mixtral_run.weights.io import atomic_folder
+from mixtral_run.weights.quantized_cache import layout, writer
 
 HOLD = """
 import sys, time
@@ -205,6 +207,19 @@ def test_a_holder_on_another_host_counts_for_as_long_as_it_gives_signs_of_life(
     with one_run(lock, "mixtral-run finetune", tmp_path):
         assert json.loads(lock.read_text())["host"] == socket.gethostname()
     assert not lock.exists() and not run_lock._beating
+
+
+def test_a_quantized_cache_that_another_host_writes_stays_where_locks_are_those_of_one_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".quantised-fp8.unfinished-0123456789ab"
+    left.mkdir()
+    wanted = layout.Files(layout.cache_folder(tmp_path, "fp8"), MIXTRAL_8X7B, "fp8")
+    for reaches in (False, True):
+        monkeypatch.setattr(run_lock, "locks_reach_other_hosts", lambda *_, _answer=reaches: _answer)
+        with pytest.raises(writer.CacheNotWritten, match="GiB free"):
+            writer.begin(tmp_path, wanted, 10**18, lambda: False)
+        assert left.exists() is not reaches
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from isal.isal_zlib import crc32
 
+from mixtral_run.run_lock import reaches_other_hosts
 from mixtral_run.weights.hf.safetensors_files import TensorEntry
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
 from mixtral_run.weights.io.disk import allocate
@@ -86,7 +87,7 @@ def begin(base: Path, wanted: Files, reserve_bytes: int, is_there: Callable[[], 
         if is_there():
             raise CacheNotWritten("another run has written them meanwhile", expected=True)
         # While the lock is held, no other run has an unfinished folder of this name.
-        for left in base.glob(f".{final.name}.unfinished-*"):
+        for left in base.glob(f".{final.name}.unfinished-*") if reaches_other_hosts(lock) else ():
             shutil.rmtree(left, ignore_errors=True)
         _clear(final)
         _check_disk_space(base, wanted.num_bytes, reserve_bytes)

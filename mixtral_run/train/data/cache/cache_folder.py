@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.run_lock import reaches_other_hosts
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.token_cache import (
     DESCRIPTION,
@@ -175,7 +176,8 @@ class CacheFolder:
         descriptor = os.open(self._lock_file(partial.name[1:]), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(partial, ignore_errors=True)
+            if reaches_other_hosts(descriptor):
+                shutil.rmtree(partial, ignore_errors=True)
         except OSError:
             pass
         finally:
@@ -221,10 +223,13 @@ class _Note:
         self._written = 0.0
 
     def take(self) -> bool:
-        """Take the lock. Return False if another process has it, True as well where the file system has no locks."""
+        """Take the lock. Return False if another process has it, True as well where the file system has no locks.
+
+        is_held: no process of any host makes the cache, so that what is there of it is a leftover.
+        """
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.is_held = True
+            self.is_held = reaches_other_hosts(self._descriptor)
         except BlockingIOError:
             return False
         except OSError:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixtral_run import run_lock
 from mixtral_run.errors import ConfigError, TrainingError
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache import cache_folder, content_hash
@@ -169,6 +170,21 @@ def test_the_oldest_caches_that_nobody_uses_are_removed(tmp_path: Path, capsys: 
     output = capsys.readouterr().out
     assert f"in {newest.folder}; all 2 there take" in output and f"`rm -r {tmp_path / NAME}` removes all" in output
     assert "of caches that were not used for the longest time were removed" in output
+
+
+def test_what_another_host_is_making_stays_where_locks_are_those_of_one_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = made(tmp_path / "first").folder.name
+    same, other = (tmp_path / NAME / f".{each}.gpu-07-4711.partial" for each in (name, "0" * 32))
+    for folder in (same, other):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(run_lock, "locks_reach_other_hosts", lambda *_: False)
+    assert made(tmp_path).folder.name == name
+    assert same.is_dir() and other.is_dir()
+    monkeypatch.undo()
+    made(tmp_path, {"content": "another"})
+    assert not same.exists() and not other.exists()
 
 
 def _make_slowly(path: Path, entered: Any, results: Any, dies: bool) -> None:
