@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,9 @@ def test_the_verb_trains_evaluates_saves_and_continues(small_checkpoint: Path, t
     done = mixtral_run(*words, "--train-iters", "2", "--nproc-per-node", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Full fine-tuning complete: 2 iterations" in done.stdout
+    printed = " ".join(done.stdout.split())
+    assert "Checkpoints are saved in the background" in printed
+    assert re.search(r"saved \S+/iter_0000001 in [0-9.]+ s in the background, which delayed a step", printed), printed
     done = mixtral_run(*words, "--train-iters", "3", "--nproc-per-node", "1", "--resume", "auto")
     assert done.returncode == 0 and "Resuming from" in done.stdout, done.stdout + done.stderr
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
